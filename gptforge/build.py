@@ -1,0 +1,314 @@
+"""The only place that turns a Config into objects."""
+
+import dataclasses
+import os
+import platform
+import shlex
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+
+from gptforge import __version__, costs, files
+from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint.run_folder import Opening, open_run
+from gptforge.checkpoint.store import CheckpointStore
+from gptforge.checkpoint.tensors import (
+    load_generator_tensors,
+    load_model_tensors,
+    load_optimizer_tensors,
+)
+from gptforge.config import Config, GPTConfig, check, to_toml
+from gptforge.data.corpus import Corpus, build_corpus
+from gptforge.data.loader import Loader
+from gptforge.data.text import find_text, read_text, split_text
+from gptforge.errors import UserError
+from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
+from gptforge.generate.language_model import LanguageModel
+from gptforge.hardware import Precision, choose_device, choose_precision, try_compile
+from gptforge.model import GPT
+from gptforge.optim.adamw import build_adamw
+from gptforge.report.console import open_console
+from gptforge.report.duration import in_words
+from gptforge.report.run_report import RunReport
+from gptforge.report.summary import model_summary
+from gptforge.tokenizers import byte_lengths
+from gptforge.train.guards import StopGuard
+from gptforge.train.step import TrainStep
+from gptforge.train.trainer import Progress, Trainer, restore_progress
+
+Say = Callable[[str], None]
+
+SHAPE = frozenset(field.name for field in dataclasses.fields(GPTConfig)) - {"dropout"}
+
+
+def build_trainer(
+    config: Config, *, given: Collection[str], command: list[str], say: Say
+) -> Trainer | None:
+    """Everything a run needs, checked and ready; None if the run in that folder is finished.
+
+    Args:
+        config: as merged from preset, file and flags.
+        given: fields set by hand, in the file or by flags.
+        command: the program's arguments, for the log.
+        say: told each choice, with its reason, as it is made.
+
+    Raises:
+        UserError: for anything the user can mend.
+        RunError: if the disk has no room for a checkpoint.
+    """
+    check(config)
+    config = _start_from(config, given)
+    check(config)
+    device, device_note = choose_device(config.device)
+    precision = choose_precision(config.dtype, device)
+    _seed(config)
+    corpus = build_corpus(
+        read_text(find_text(config.input)),
+        tokenizer=config.tokenizer,
+        val_fraction=config.val_fraction,
+        context_length=config.context_length,
+    )
+    config = _settle(config, corpus)
+    opening = open_run(config, given=given, text_sha256=corpus.sha256)
+    config = opening.config
+    for notice in (*corpus.text.notices, *opening.notices):
+        say(f"note: {notice}")
+    if opening.status == "finished":
+        say(_finished(config))
+        return None
+
+    model = _model(config, opening).to(device)
+    optimizer = build_adamw(
+        model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    step = TrainStep(
+        model,
+        optimizer,
+        precision=precision,
+        micro_batch=config.batch_size,
+        grad_clip=config.grad_clip,
+    )
+    say(f"text: {_describe_corpus(corpus, config)}")
+    say(f"device: {device} ({device_note}), {_name(precision)}: {precision.reason}")
+    compiled, reason = try_compile(config.compile, device, lambda: _try_compiled(step, config))
+    if not compiled:
+        step.drop_compiled()
+    say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
+
+    loader = Loader(
+        corpus.train,
+        context_length=config.context_length,
+        global_batch=config.global_batch,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        device=device,
+    )
+    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+    store.require_space(costs.checkpoint_bytes(config.model))
+    progress = Progress()
+    if opening.checkpoint is not None:
+        progress = _restore(opening, step, loader)
+    say(_estimate(step, config, steps=config.max_steps - progress.step, compiled=compiled))
+
+    folder = Path(config.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = {
+        "gptforge": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    notes["command"] = "python gpt.py " + shlex.join(command)
+    config_text = to_toml(config, notes)
+    files.write_atomic(folder / checkpoints.CONFIG, config_text)
+    report = RunReport(folder, title=f"{config.preset or 'GPT-2'} on {corpus.text.path.name}")
+    report.console = open_console(total=config.max_steps, done=progress.step)
+    if opening.checkpoint is not None:
+        sizes, name = opening.state["file_sizes"], opening.checkpoint.name
+        report.resume(progress.step, sizes, checkpoint=name, command=notes["command"])
+        say(f"going on from {name}: step {progress.step} of {config.max_steps}")
+    else:
+        facts = {"parameters": costs.parameters(config.model), "device": str(device)}
+        facts |= {"dtype": _name(precision), "compiled": compiled, "torch": torch.__version__}
+        report.begin(model_summary(model), command=notes["command"], facts=facts)
+    return Trainer(
+        config=config,
+        train_step=step,
+        loader=loader,
+        held_out=_held_out(corpus, config),
+        tokenizer=corpus.tokenizer,
+        store=store,
+        report=report,
+        guard=StopGuard(config.time_limit, say=say),
+        config_text=config_text,
+        text_sha256=corpus.sha256,
+        progress=progress,
+    )
+
+
+def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
+    """The model that a run made, ready to write.
+
+    Args:
+        run: a run folder (its best checkpoint is taken, else its last) or a checkpoint folder.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: if there is no checkpoint there, or it is damaged.
+    """
+    path = checkpoints.resolve(str(run))
+    wanted = (checkpoints.MODEL, checkpoints.TOKENIZER, checkpoints.CONFIG)
+    if reason := checkpoints.damage(path, wanted):
+        raise UserError(f"{path.as_posix()} is damaged: {reason}; give another checkpoint folder")
+    config = checkpoints.read_config(path)
+    model = GPT(config.model)
+    tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
+    load_model_tensors(model, tensors, source=path.as_posix())
+    return LanguageModel(
+        model.to(choose_device(device)[0]).eval(), checkpoints.read_tokenizer(path)
+    )
+
+
+def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:
+    """Judge a run's model by a text file, or by the part of its text that it held out.
+
+    Raises:
+        UserError: if there is no model or no such text, or the run held nothing out.
+    """
+    writer = load(run, device=device)
+    config = checkpoints.read_config(checkpoints.resolve(str(run)))
+    content = read_text(find_text(data or config.input)).content
+    if not data:
+        _, content = split_text(content, config.val_fraction)
+        if not content:
+            raise UserError(f"{run} held nothing out: give a text with --data PATH")
+    tokens = writer.tokenizer.encode(content)
+    if len(tokens) < 2:
+        raise UserError(f"{data or config.input}: 2 tokens are needed to judge anything")
+    held_out = HeldOut(
+        tokens,
+        byte_lengths(writer.tokenizer),
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+    )
+    return held_out.evaluate(writer.model, choose_precision(config.dtype, writer.device))
+
+
+def _start_from(config: Config, given: Collection[str]) -> Config:
+    """With `--init_from`, shape and tokenizer are the checkpoint's, unless set by hand."""
+    if not config.init_from:
+        return config
+    path = checkpoints.resolve(config.init_from)
+    if reason := checkpoints.damage(path):
+        raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
+    source = checkpoints.read_config(path)
+    taken = {name: getattr(source, name) for name in SHAPE if name not in given}
+    if "tokenizer" not in given:
+        taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
+    if "context_length" not in given:
+        taken["context_length"] = min(config.context_length, source.block_size)
+    return dataclasses.replace(config, **taken)
+
+
+def _settle(config: Config, corpus: Corpus) -> Config:
+    """Fill in what was left to the program: vocabulary, run folder, text."""
+    size = corpus.tokenizer.size
+    vocab_size = config.vocab_size or -(-size // 64) * 64
+    if vocab_size < size:
+        raise UserError(
+            f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
+            f"{config.tokenizer}: give {size} or more, or leave it out"
+        )
+    out_dir = config.out_dir or f"runs/{config.preset or 'custom'}"
+    path = corpus.text.path.as_posix()
+    return dataclasses.replace(config, vocab_size=vocab_size, out_dir=out_dir, input=path)
+
+
+def _seed(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    # TF32 where weights stay float32: what "mixed precision" leaves behind is fast as well.
+    torch.set_float32_matmul_precision("high")
+    if config.deterministic:
+        # cuBLAS reads this when it starts, and torch insists on it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _model(config: Config, opening: Opening) -> GPT:
+    model = GPT(config.model)
+    if opening.checkpoint is not None:
+        path = opening.checkpoint
+    elif config.init_from:
+        path = checkpoints.resolve(config.init_from)
+    else:
+        return model.initialize(torch.Generator().manual_seed(config.seed))
+    tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
+    load_model_tensors(model, tensors, source=path.as_posix())
+    return model
+
+
+def _restore(opening: Opening, step: TrainStep, loader: Loader) -> Progress:
+    """Put optimizer, scaler, loader and dice back to where the checkpoint left them."""
+    path = opening.checkpoint
+    assert path is not None
+    moments = checkpoints.read_tensors(path, checkpoints.OPTIMIZER)
+    load_optimizer_tensors(step.model, step.optimizer, moments, source=path.as_posix())
+    loader.load_state_dict(opening.state["loader"])
+    step.load_scaler_state(opening.state["scaler"])
+    load_generator_tensors(checkpoints.read_tensors(path, checkpoints.GENERATORS), step.device)
+    return restore_progress(opening.state["progress"])
+
+
+def _held_out(corpus: Corpus, config: Config) -> HeldOut | None:
+    if len(corpus.held_out) == 0:
+        return None
+    return HeldOut(
+        corpus.held_out,
+        byte_lengths(corpus.tokenizer),
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        limit=config.eval_tokens,
+    )
+
+
+def _try_compiled(step: TrainStep, config: Config) -> None:
+    step.compile()
+    step.rehearse(config.batch_size, config.context_length)
+
+
+def _estimate(step: TrainStep, config: Config, *, steps: int, compiled: bool) -> str:
+    """How long training will take, from a rehearsal on this machine."""
+    # A few windows tell enough where a whole micro-batch would take minutes.
+    few = max(1, 2048 // config.context_length)
+    fast = compiled or step.device.type == "cuda"
+    windows = config.batch_size if fast else min(config.batch_size, few)
+    seconds = step.rehearse(windows, config.context_length)
+    if seconds < 1:
+        # The first pass over a shape pays for warming up.
+        seconds = min(step.rehearse(windows, config.context_length) for _ in range(3))
+    total = seconds / windows * config.global_batch * steps
+    return (
+        f"this will take about {in_words(total)}: {steps:,} steps of {config.tokens_per_step:,} "
+        f"tokens, {costs.parameters(config.model):,} parameters"
+    )
+
+
+def _describe_corpus(corpus: Corpus, config: Config) -> str:
+    train, held_out = len(corpus.train), len(corpus.held_out)
+    epochs = config.max_steps * config.tokens_per_step / train
+    held = f"{held_out:,} held out" if held_out else "none held out"
+    return (
+        f"{corpus.text.path.as_posix()}, {len(corpus.text.content):,} characters; {train:,} "
+        f"{corpus.tokenizer.name} tokens to learn from, {held}; about {epochs:.1f} epochs"
+    )
+
+
+def _finished(config: Config) -> str:
+    return (
+        f"{config.out_dir} is finished: {config.max_steps} steps are made. Raise --max_steps to go "
+        f"on, --overwrite to start anew, or try it: python gpt.py sample {config.out_dir}"
+    )
+
+
+def _name(precision: Precision) -> str:
+    return str(precision.dtype).removeprefix("torch.")

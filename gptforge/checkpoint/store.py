@@ -1,0 +1,226 @@
+"""The checkpoints folder of a run: each checkpoint written whole beside its place, then renamed.
+
+A manifest with sizes and SHA-256 is written last. A folder without one, or that differs from it, is
+damaged, and nothing else decides that.
+"""
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gptforge import files
+from gptforge.checkpoint.tensors import Tensors
+from gptforge.config import Config, merge, read_toml
+from gptforge.errors import RunError, UserError
+from gptforge.tokenizers import Tokenizer
+from gptforge.tokenizers import load as load_tokenizer
+from gptforge.tokenizers import save as save_tokenizer
+
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+GENERATORS = "rng.safetensors"
+STATE = "state.json"
+TOKENIZER = "tokenizer.json"
+CONFIG = "config.toml"
+CONTENTS = (MODEL, OPTIMIZER, GENERATORS, STATE, TOKENIZER, CONFIG)
+
+SPARE_BYTES = 8 * 2**20
+"""Room for the logs and the picture beside a checkpoint."""
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a run needs to go on, taken at one step."""
+
+    model: Tensors
+    optimizer: Tensors
+    generators: Tensors
+    state: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        groups = (self.model, self.optimizer, self.generators)
+        return sum(tensor.nbytes for group in groups for tensor in group.values())
+
+
+class CheckpointStore:
+    """The folder `checkpoints/` of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> str:
+        """Write checkpoint `step-N`, whole or not at all, and point `last` at it; returns its name.
+
+        Raises:
+            RunError: if the disk has no room; what was saved before is untouched.
+        """
+        name = f"step-{step:06d}"
+        partial = self.folder / f".{name}.partial"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.remove(partial)
+        self.require_space(snapshot.bytes)
+        partial.mkdir()
+        try:
+            save_file(snapshot.model, partial / MODEL)
+            save_file(snapshot.optimizer, partial / OPTIMIZER)
+            save_file(snapshot.generators, partial / GENERATORS)
+            (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", "utf-8")
+            (partial / CONFIG).write_text(config, "utf-8")
+            save_tokenizer(tokenizer, partial / TOKENIZER)
+            _write_manifest(partial)
+            if (self.folder / name).exists():
+                files.set_aside(self.folder / name, "old")
+            partial.replace(self.folder / name)
+            files.sync_folder(self.folder)
+        except BaseException as error:
+            files.remove(partial)
+            if _is_disk_full(error):
+                raise RunError(f"the disk filled up while saving {name}: {_kept(self)}") from error
+            raise
+        self.point("last", name)
+        return name
+
+    def require_space(self, needed: int) -> None:
+        """Raise a RunError unless so many bytes, and a little more, are free."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + SPARE_BYTES:
+            raise RunError(
+                f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB and "
+                f"{free / 1e6:,.0f} MB are free: make room or choose another --out_dir; {_kept(self)}"
+            )
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and a warning for each damaged one, which is set aside."""
+        warnings: list[str] = []
+        for path in reversed(self.steps()):
+            reason = damage(path)
+            if reason is None:
+                return path, warnings
+            aside = files.set_aside(path, "damaged")
+            warnings.append(f"{path.name} is damaged ({reason}); set aside as {aside.name}")
+        return None, warnings
+
+    def steps(self) -> list[Path]:
+        """Checkpoint folders, oldest first, whole or not."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def pointed(self, which: str) -> Path | None:
+        """The checkpoint that `best` or `last` leads to, if it is there."""
+        name = files.pointed(self.folder / which)
+        path = self.folder / name if name and _NAME.fullmatch(name) else None
+        return path if path is not None and path.is_dir() else None
+
+    def point(self, which: str, name: str) -> None:
+        """Make `best` or `last` lead to a checkpoint."""
+        files.point(self.folder / which, name)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest besides best and last, and what broken saves left."""
+        safe = {self.pointed("best"), self.pointed("last")}
+        others = [path for path in self.steps() if path not in safe]
+        leftovers = self.folder.glob(".step-*.partial")
+        for path in [*others[: max(0, len(others) - keep)], *leftovers]:
+            files.remove(path)
+
+
+def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
+    """What is wrong with a checkpoint folder, as far as `contents` goes; None if it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        listed = dict(manifest["files"])
+        for name in contents:
+            file = path / name
+            if file.is_symlink() or not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != listed[name]["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {listed[name]['bytes']}"
+            if files.sha256(file) != listed[name]["sha256"]:
+                return f"{name} does not have the bytes that were saved"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error!r}"
+    return None
+
+
+def resolve(run: str) -> Path:
+    """The checkpoint folder that RUN stands for: itself, or a run's best one, else its last.
+
+    Raises:
+        UserError: if there is no checkpoint there.
+    """
+    path = Path(run)
+    if (path / MANIFEST).is_file():
+        return path
+    store = CheckpointStore(path / "checkpoints")
+    found = store.pointed("best") or store.pointed("last") or next(reversed(store.steps()), None)
+    if found is None:
+        what = "has no checkpoint yet" if path.is_dir() else "does not exist"
+        raise UserError(f"{run} {what}: give a run folder or a checkpoint folder")
+    return found
+
+
+def read_tensors(path: Path, name: str) -> Tensors:
+    """One of a checkpoint's tensor files."""
+    try:
+        tensors: Tensors = load_file(path / name)
+        return tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path / name}: not a readable safetensors file: {error}") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json."""
+    try:
+        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / STATE}: cannot be read: {error}") from None
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a checkpoint or run folder was made with."""
+    return merge(Config(), read_toml(path / CONFIG), source=str(path / CONFIG))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside a checkpoint."""
+    return load_tokenizer(path / TOKENIZER)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors reports it as text, the operating system as a number.
+    if isinstance(error, SafetensorError):
+        return "No space left" in str(error) or "os error 28" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _kept(store: CheckpointStore) -> str:
+    steps = store.steps()
+    return f"{steps[-1].name} is kept" if steps else "nothing had been saved yet"
+
+
+def _write_manifest(folder: Path) -> None:
+    listed = {}
+    for name in CONTENTS:
+        files.sync(folder / name)
+        size = (folder / name).stat().st_size
+        listed[name] = {"bytes": size, "sha256": files.sha256(folder / name)}
+    record = {"format": "gptforge-checkpoint", "version": 1, "files": listed}
+    files.write_atomic(folder / MANIFEST, json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,99 @@
+"""Between live objects and named tensors: model, optimizer, random generators.
+
+Names are those of the model's parameters, so that no file depends on an order.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gptforge.errors import UserError
+from gptforge.model import GPT
+
+Tensors = dict[str, Tensor]
+
+TIED = "lm_head.weight"
+"""The output layer: the token table under another name, so it is stored once, as the table."""
+
+
+def model_tensors(model: GPT) -> Tensors:
+    """The weights, on the CPU, float32."""
+    return {name: _to_cpu(tensor) for name, tensor in model.state_dict().items() if name != TIED}
+
+
+def load_model_tensors(model: GPT, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Fill a model; a UserError names the first tensor that is missing, strange or misshapen."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
+    _check_shapes(own, tensors, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state as '<parameter>.<slot>', such as 'transformer.wte.weight.exp_avg'."""
+    return {
+        f"{name}.{slot}": _to_cpu(value)
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: GPT, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], *, source: str
+) -> None:
+    """Restore what `optimizer_tensors` took down.
+
+    Only the state travels: rates and decays come from the configuration.
+    """
+    slots = ("step", "exp_avg", "exp_avg_sq")
+    wanted = {
+        f"{name}.{slot}": torch.zeros(()) if slot == "step" else parameter
+        for name, parameter in model.named_parameters()
+        for slot in slots
+    }
+    _check_shapes(wanted, tensors, source)
+    for name, parameter in model.named_parameters():
+        # The fused kernel wants its step count beside the parameter.
+        optimizer.state[parameter] = {
+            slot: tensors[f"{name}.{slot}"].to(parameter.device, torch.float32, copy=True)
+            for slot in slots
+        }
+
+
+def generator_tensors(device: torch.device) -> Tensors:
+    """State of the random number generators that training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def load_generator_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restore the generators. A device that the run did not have before keeps its own."""
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+    elif device.type == "mps" and "mps" in tensors:
+        torch.mps.set_rng_state(tensors["mps"])
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    strangers = sorted(given.keys() - own.keys())
+    if strangers:
+        raise UserError(f"{source}: this model has no tensor '{strangers[0]}'")
+    for name, tensor in own.items():
+        if name not in given:
+            raise UserError(f"{source}: the tensor '{name}' is missing")
+        if given[name].shape != tensor.shape:
+            shapes = f"{tuple(given[name].shape)}, this model's {tuple(tensor.shape)}"
+            raise UserError(f"{source}: '{name}' has shape {shapes}")
+        if given[name].dtype != torch.float32:
+            raise UserError(f"{source}: '{name}' is {given[name].dtype}, not torch.float32")

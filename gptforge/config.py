@@ -1,0 +1,267 @@
+"""What a run is: one flat, frozen dataclass, its TOML form, and the checks before building.
+
+A field's docstring is also its `--help`. An empty string or a 0 means "choose for me" where the
+docstring says so: TOML has no null, and neither have flags.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gptforge.errors import UserError
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model, and nothing else."""
+
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a GPT-2."""
+
+    preset: str = ""
+    """Named starting point; empty: gpt2 on a CUDA GPU, shakespeare-cpu elsewhere."""
+    config: str = ""
+    """TOML file with any of these fields; flags win over it, it wins over the preset."""
+
+    input: str = ""
+    """Text file to learn; empty: input.txt in this folder, else Shakespeare's works."""
+    tokenizer: str = "gpt2"
+    """gpt2, char, byte, or the path of a tokenizer.json saved by a run."""
+    val_fraction: float = 0.1
+    """Share of the text held out to judge the model by; 0: none."""
+    shuffle: bool = True
+    """Permute the windows in each epoch; false: the order of the text."""
+    context_length: int = 1024
+    """Tokens in a training window; at most block_size."""
+
+    block_size: int = 1024
+    """Longest sequence the model can read: rows of its position table."""
+    vocab_size: int = 0
+    """Rows of the token table; 0: the tokenizer's size rounded up to a multiple of 64."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    mlp_ratio: int = 4
+    """Width of the feed-forward layer, in multiples of n_embd."""
+    dropout: float = 0.0
+    """Probability of dropping an activation while training."""
+
+    batch_size: int = 32
+    """Windows in a micro-batch."""
+    gradient_accumulation_steps: int = 4
+    """Micro-batches in an update; times batch_size it is the global batch."""
+    max_steps: int = 500
+    """Updates to make."""
+    optimizer: Literal["adamw"] = "adamw"
+    """How gradients become updates."""
+    max_lr: float = 1e-3
+    """Learning rate at the end of the warmup."""
+    min_lr: float = 1e-4
+    """Learning rate the cosine decays to."""
+    warmup_steps: int = 100
+    """Updates over which the learning rate rises in a line."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices and embeddings only."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.95
+    """AdamW's second moment decay."""
+    grad_clip: float = 1.0
+    """Longest gradient norm let through; 0: no clipping."""
+    seed: int = 1337
+    """Seed of the weights, the order of the windows, dropout and samples."""
+    init_from: str = ""
+    """Run or checkpoint folder whose weights to start from; empty: random weights."""
+
+    out_dir: str = ""
+    """Run folder; empty: runs/<preset>."""
+    overwrite: bool = False
+    """Move an existing run folder aside and start anew."""
+    log_every: int = 10
+    """Updates between step lines; the first and last are always logged."""
+    eval_every: int = 50
+    """Updates between evaluations on the held-out text."""
+    eval_tokens: int = 0
+    """Held-out tokens an evaluation reads, spread evenly; 0: all of them."""
+    save_every: int = 250
+    """Updates between scheduled checkpoints; a new best is saved when it is found."""
+    keep: int = 1
+    """Checkpoints to keep besides best and last."""
+    sample_every: int = 100
+    """Updates between samples; 0: only at the end."""
+    time_limit: float = 0.0
+    """Minutes after which to save and stop; 0: none."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of matrix products; weights and optimizer stay float32."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile; auto: on CUDA only."""
+    deterministic: bool = False
+    """Use deterministic GPU kernels: slower, repeatable bit for bit."""
+
+    @property
+    def global_batch(self) -> int:
+        """Windows that one update sees."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update learns from."""
+        return self.global_batch * self.context_length
+
+    @property
+    def model(self) -> GPTConfig:
+        """The model's part; vocab_size must have been settled."""
+        names = [field.name for field in dataclasses.fields(GPTConfig)]
+        return GPTConfig(**{name: getattr(self, name) for name in names})
+
+
+FIELDS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
+
+# What may differ when a run goes on, since it does not change what is learned. batch_size and
+# gradient_accumulation_steps are compared by their product.
+FREE_ON_RESUME = frozenset(
+    {
+        *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
+        *("log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_every"),
+        *("batch_size", "gradient_accumulation_steps", "max_steps"),
+    }
+)
+
+
+def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
+    """Config `base` with `values` laid over it; `source` names where they came from in errors.
+
+    Raises:
+        UserError: for an unknown name (with the nearest known one) or a value of the wrong type.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{source}: there is no field '{name}'{hint}")
+        kind = FIELDS[name]
+        if name == "compile" and isinstance(value, bool):
+            value = "true" if value else "false"
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            given = f"{value!r} ({type(value).__name__})"
+            raise UserError(f"{source}: {name} takes a {kind.__name__}, not {given}")
+        checked[name] = value
+    return dataclasses.replace(base, **checked)
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """The fields that a TOML file sets. Tables, such as [made_by], are notes and are left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
+    return {name: value for name, value in values.items() if not isinstance(value, dict)}
+
+
+def to_toml(config: Config, notes: Mapping[str, str]) -> str:
+    """Every field as TOML, with `notes` (versions, command) in a table that reading passes over."""
+    lines = [f"{name} = {_toml_value(getattr(config, name))}" for name in FIELDS]
+    lines += ["", "[made_by]"] + [f"{name} = {_toml_value(text)}" for name, text in notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    # JSON's strings are TOML's basic strings, but for DEL, which TOML wants escaped.
+    return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What keeps `new` from going on with a run made with `old`: 'field: old -> new', in words."""
+    found = [
+        f"{name}: {getattr(old, name)!r} -> {getattr(new, name)!r}"
+        for name in FIELDS
+        if name not in FREE_ON_RESUME and getattr(old, name) != getattr(new, name)
+    ]
+    if old.global_batch != new.global_batch:
+        found.append(f"batch_size x accumulation: {old.global_batch} -> {new.global_batch}")
+    if new.max_steps < old.max_steps:
+        found.append(f"max_steps: {old.max_steps} -> {new.max_steps} (it may only be raised)")
+    return found
+
+
+def check(config: Config) -> None:
+    """Raise a UserError that names the flag and the values, for the first number that is wrong."""
+    c = config
+    for name, hint in typing.get_type_hints(Config).items():
+        value = getattr(c, name)
+        choices = typing.get_args(hint)
+        if choices and value not in choices:
+            raise UserError(f"--{name} {value}: give one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, not {value}")
+    _at_least(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
+    _at_least(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
+    _at_least(c, 0, "vocab_size warmup_steps eval_tokens keep sample_every time_limit seed")
+    _at_least(c, 0, "weight_decay grad_clip min_lr")
+    _below_one(c, "val_fraction dropout beta1 beta2")
+    if c.seed >= 2**63:
+        raise UserError(f"--seed must be below 2**63, not {c.seed}")
+    if c.n_embd % c.n_head:
+        raise UserError(
+            f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}: "
+            f"each head takes n_embd / n_head channels"
+        )
+    if c.context_length > c.block_size:
+        raise UserError(
+            f"--context_length {c.context_length} is more than --block_size {c.block_size}: "
+            "the model has no positions for it"
+        )
+    if c.max_lr <= 0:
+        raise UserError(f"--max_lr must be above 0, not {c.max_lr}")
+    if c.min_lr > c.max_lr:
+        raise UserError(f"--min_lr {c.min_lr} is more than --max_lr {c.max_lr}")
+    if c.warmup_steps > c.max_steps:
+        raise UserError(
+            f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: "
+            "the learning rate would never reach --max_lr"
+        )
+
+
+def _at_least(config: Config, low: int, names: str) -> None:
+    for name in names.split():
+        if getattr(config, name) < low:
+            raise UserError(f"--{name} must be {low} or more, not {getattr(config, name)}")
+
+
+def _below_one(config: Config, names: str) -> None:
+    for name in names.split():
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} must be from 0 to below 1, not {getattr(config, name)}")

@@ -1,0 +1,1 @@
+"""Judging a model on text it has not learned from."""

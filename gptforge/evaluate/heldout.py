@@ -1,0 +1,90 @@
+"""Loss on held-out text: nats per token, and bits per byte, which compares across vocabularies."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gptforge.hardware import Precision, autocast
+from gptforge.model import GPT, IGNORE
+from gptforge.tokenizers import Tokens
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """What a model scored, and on how much."""
+
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    bits_per_byte: float
+    """The same information per byte of UTF-8 text."""
+    tokens: int
+    """Tokens that were predicted."""
+    bytes: int
+    """Bytes of text that they stand for."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): how many tokens the model hesitates between."""
+        return math.exp(min(self.loss, 700.0))
+
+
+class HeldOut:
+    """A held-out text, cut into windows that do not overlap; the last one may be short.
+
+    Args:
+        tokens: ids of the text, at least 2.
+        byte_lengths: bytes that each id stands for.
+        context_length: tokens in a window, T.
+        batch_size: windows that go through the model at once.
+        limit: read about so many tokens, in windows spread evenly; 0 reads all.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        byte_lengths: NDArray[np.int64],
+        *,
+        context_length: int,
+        batch_size: int,
+        limit: int = 0,
+    ) -> None:
+        assert len(tokens) > 1, "the held-out part's length is checked before"
+        self._tokens = tokens.astype(np.int64)
+        self._byte_lengths = byte_lengths
+        self._context_length = context_length
+        windows = math.ceil((len(tokens) - 1) / context_length)
+        wanted = math.ceil(limit / context_length) if limit else windows
+        self._starts = np.linspace(0, windows, min(wanted, windows), endpoint=False, dtype=np.int64)
+        self._batch_size = min(batch_size, len(self._starts))
+        self.share = len(self._starts) / windows
+
+    @torch.inference_mode()
+    def evaluate(self, model: GPT, precision: Precision) -> HeldOutLoss:
+        """Score the model; its training mode is put back afterwards."""
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        tokens = n_bytes = 0
+        for first in range(0, len(self._starts), self._batch_size):
+            inputs, targets = self._batch(self._starts[first : first + self._batch_size])
+            with autocast(device, precision):
+                total += model(inputs.to(device), targets.to(device)).double().cpu()
+            real = targets[targets != IGNORE].numpy()
+            tokens += len(real)
+            n_bytes += int(self._byte_lengths[real].sum())
+        model.train(was_training)
+        nats = float(total)
+        return HeldOutLoss(nats / tokens, nats / math.log(2) / max(1, n_bytes), tokens, n_bytes)
+
+    def _batch(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (len(windows), T) each; behind the text's end targets are IGNORE."""
+        index = windows[:, None] * self._context_length + np.arange(self._context_length + 1)
+        inside = index < len(self._tokens)
+        padded = np.where(inside, self._tokens[np.minimum(index, len(self._tokens) - 1)], 0)
+        targets = np.where(inside, padded, IGNORE)[:, 1:]
+        return torch.from_numpy(padded[:, :-1].copy()), torch.from_numpy(targets.copy())

@@ -1,0 +1,108 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` in one step: written beside it, synced to disk, renamed over it."""
+    with replacing(path) as partial:
+        partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch name beside `path`; what is written there takes its place when the block ends."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the operating system put a file's bytes on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Put a folder's list of names on the disk. Windows cannot, and needs no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_json(path: Path, record: Mapping[str, object]) -> None:
+    """Add one JSON object as a line. NaN and infinity, which JSON lacks, become null."""
+    line = json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False)
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(line + "\n")
+
+
+def _finite(value: object) -> object:
+    is_bad = isinstance(value, float) and (value != value or value in (float("inf"), -float("inf")))
+    return None if is_bad else value
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` lead to the sibling folder `target`, in one step.
+
+    A relative symbolic link; a one-line file with the name where the file system refuses links,
+    and on Windows, which cannot rename over a link to a folder.
+    """
+    partial = link.with_name(f".{link.name}.partial")
+    remove(partial)
+    try:
+        if os.name == "nt":
+            raise OSError("no links here")
+        partial.symlink_to(target, target_is_directory=True)
+    except OSError:
+        partial.write_text(target + "\n", encoding="utf-8")
+        sync(partial)
+    partial.replace(link)
+    sync_folder(link.parent)
+
+
+def pointed(link: Path) -> str | None:
+    """The name that `point` stored, or None where there is none."""
+    if link.is_symlink():
+        return link.readlink().name
+    if link.is_file() and link.stat().st_size < 256:
+        return link.read_text(encoding="utf-8").strip()
+    return None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename `path` to the first free of `path.suffix-1`, `-2`, ...; returns the new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{suffix}-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside

@@ -1,0 +1,124 @@
+"""What this machine can do, each choice with its reason in a few words."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gptforge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type of matrix products, and why. Weights and optimizer state are always float32."""
+
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether autocast is on."""
+        return self.dtype != torch.float32
+
+    @property
+    def needs_scaler(self) -> bool:
+        """float16 reaches only down to 6e-8: without scaling, small gradients vanish."""
+        return self.dtype == torch.float16
+
+
+def choose_device(flag: str) -> tuple[torch.device, str]:
+    """The device that `--device` asks for, or the best there is, and what it is.
+
+    Raises:
+        UserError: if the device is not there, with those that are.
+    """
+    kind, _, index = flag.partition(":")
+    if flag == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps() else "cpu"
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise UserError(f"--device {flag}: give auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        return _cuda(flag, int(index or 0))
+    if kind == "mps":
+        if not has_mps():
+            raise UserError(f"--device {flag}: torch finds no Apple GPU here; use --device auto")
+        return torch.device("mps"), "Apple GPU"
+    return torch.device("cpu"), f"{torch.get_num_threads()} threads"
+
+
+def _cuda(flag: str, index: int) -> tuple[torch.device, str]:
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {flag}: torch finds no CUDA GPU here; use --device auto")
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device {flag}: the GPUs here are 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda", index), torch.cuda.get_device_name(index)
+
+
+def has_mps() -> bool:
+    """Whether torch can use an Apple GPU."""
+    return torch.backends.mps.is_available()
+
+
+def choose_precision(flag: str, device: torch.device) -> Precision:
+    """bfloat16 where the hardware computes in it, else float16 on a GPU, else float32."""
+    if flag != "auto":
+        return Precision(getattr(torch, flag), "as asked")
+    if device.type == "cuda":
+        return _cuda_precision(device)
+    if device.type == "cpu":
+        if _cpu_has_bf16():
+            return Precision(torch.bfloat16, "this CPU has bfloat16 instructions")
+        return Precision(torch.float32, "this CPU has no bfloat16 instructions")
+    return Precision(torch.float32, "mixed precision on Apple GPUs has not been tried yet")
+
+
+def _cuda_precision(device: torch.device) -> Precision:
+    if torch.version.hip:
+        return Precision(torch.bfloat16, "AMD GPUs that torch supports compute in it")
+    # torch.cuda.is_bf16_supported() also says yes where bfloat16 is only emulated, and slow.
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return Precision(torch.bfloat16, f"native at compute capability {major}.{minor}")
+    if major >= 7:
+        return Precision(
+            torch.float16, f"no native bfloat16 at compute capability {major}.{minor}, below 8.0"
+        )
+    return Precision(torch.float32, f"no tensor cores at compute capability {major}.{minor}")
+
+
+def _cpu_has_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:
+    """Whether to compile, and why: `attempt` runs the compiled model once and may raise.
+
+    The compiler leans on Triton, a C++ compiler and the driver; where one is missing or too old
+    it raises whatever it likes. Training goes on without it then.
+    """
+    if flag == "false":
+        return False, "as asked"
+    if flag == "auto" and device.type != "cuda":
+        return False, f"takes longer than it saves on {device.type}"
+    try:
+        attempt()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return False, f"it failed here: {first_line[:200]}"
+    return True, "as asked" if flag == "true" else "faster after the first step"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Matrix products in the chosen type, the rest in float32."""
+    return torch.autocast(device.type, precision.dtype, enabled=precision.is_mixed)

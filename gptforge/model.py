@@ -1,0 +1,143 @@
+"""GPT-2, after Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+
+Pre-norm blocks, tanh GELU, biases, learned positions, output layer tied to the token table. Module
+names are GPT-2's own, so that converting weights is a table of names.
+
+Shapes: B sequences, T tokens each, C channels (n_embd), H heads of D = C / H, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptforge.config import GPTConfig
+
+IGNORE = -1
+"""A target with this value counts for nothing in the loss."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token gathers from itself and those before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        B, T, C = x.shape  # noqa: N806
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        )  # (B, H, T, D)
+        # torch picks the kernel: flash or cuDNN on a GPU, its own flash on a CPU.
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Each token thinks on its own."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = self.c_proj(self.gelu(self.c_fc(x)))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised copy, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model: ids in, logits or a loss out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        table = self.transformer["wte"].weight
+        assert isinstance(table, nn.Parameter)
+        self.lm_head.weight = table
+
+    def initialize(self, generator: torch.Generator | None = None) -> "GPT":
+        """Draw weights as GPT-2 does: normal 0.02, residual projections narrower with depth."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif ".ln_" in name:
+                nn.init.ones_(parameter)
+            else:
+                # 2 * n_layer branches add up in the residual stream (section 2.3).
+                is_residual = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
+        return self
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with `targets` the summed loss.
+
+        Args:
+            idx: (B, T) token ids, T at most block_size.
+            targets: (B, T) ids one further on; IGNORE where there is none.
+
+        Returns:
+            (B, T, V) logits; with targets a float32 scalar, cross-entropy in nats summed over the
+            tokens, so that batches of any size add up.
+        """
+        T = idx.size(1)  # noqa: N806
+        assert self.config.block_size >= T, f"{T} tokens, {self.config.block_size} positions"
+        wte, wpe = self.transformer["wte"], self.transformer["wpe"]
+        x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks():
+            x = block(x)
+        logits: Tensor = self.lm_head(self.transformer["ln_f"](x))  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The transformer blocks, first to last."""
+        blocks = self.transformer["h"]
+        assert isinstance(blocks, nn.ModuleList)
+        return iter(blocks)

@@ -1,0 +1,13 @@
+"""The learning rate, as a pure function of the step."""
+
+import math
+
+
+def warmup_cosine(
+    step: int, *, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
+) -> float:
+    """Learning rate of update `step`, from 0: a line up to max_lr, half a cosine to min_lr."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))

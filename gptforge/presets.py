@@ -1,0 +1,106 @@
+"""Named configurations. Each lists only what it changes from the defaults, the seed's own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptforge.config import Config, Value, merge
+from gptforge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name's meaning: one line about it, and the fields it sets."""
+
+    about: str
+    values: Mapping[str, Value]
+
+
+# Larger models take smaller micro-batches, so that an 80 GB GPU holds them; the global batch of
+# 128 windows stays the same.
+PRESETS: dict[str, Preset] = {
+    "gpt2": Preset("GPT-2 small, 124M parameters", {}),
+    "gpt2-medium": Preset(
+        "GPT-2 medium, 355M parameters",
+        {
+            "n_layer": 24,
+            "n_head": 16,
+            "n_embd": 1024,
+            "batch_size": 16,
+            "gradient_accumulation_steps": 8,
+        },
+    ),
+    "gpt2-large": Preset(
+        "GPT-2 large, 774M parameters",
+        {
+            "n_layer": 36,
+            "n_head": 20,
+            "n_embd": 1280,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 16,
+        },
+    ),
+    "gpt2-xl": Preset(
+        "GPT-2 xl, 1.56B parameters",
+        {
+            "n_layer": 48,
+            "n_head": 25,
+            "n_embd": 1600,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 32,
+        },
+    ),
+    "shakespeare-cpu": Preset(
+        "a small character model: minutes on two CPU cores",
+        {
+            "tokenizer": "char",
+            "n_layer": 4,
+            "n_head": 4,
+            "n_embd": 192,
+            "block_size": 128,
+            "context_length": 128,
+            "batch_size": 32,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 1500,
+            "warmup_steps": 100,
+            "max_lr": 3e-3,
+            "min_lr": 1e-4,
+            "eval_every": 250,
+            "eval_tokens": 65536,
+            "save_every": 500,
+            "sample_every": 250,
+            "dtype": "float32",
+        },
+    ),
+    "debug": Preset(
+        "a tiny model: seconds on a CPU, to see that everything works",
+        {
+            "tokenizer": "char",
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 32,
+            "block_size": 32,
+            "context_length": 32,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 20,
+            "warmup_steps": 5,
+            "log_every": 1,
+            "eval_every": 10,
+            "eval_tokens": 4096,
+            "save_every": 10,
+            "sample_every": 10,
+            "dtype": "float32",
+        },
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The Config a preset stands for.
+
+    Raises:
+        UserError: for a name that is not a preset; the message lists those that are.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
+    return merge(Config(preset=name), PRESETS[name].values, source=f"preset {name}")

@@ -1,0 +1,1 @@
+"""What a run tells: summary, step lines, log, metrics, curves, verdict."""

@@ -1,0 +1,94 @@
+"""What people watch: plain lines, and a progress bar that exists only on a terminal."""
+
+import sys
+from types import TracebackType
+from typing import Protocol, Self
+
+import rich.console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Console(Protocol):
+    """Somewhere to say lines and show progress; a context, so that a bar is always cleared."""
+
+    def say(self, text: str) -> None:
+        """Print a line, or several."""
+        ...
+
+    def advance(self, done: int, note: str) -> None:
+        """So many steps are done; `note` stands beside the bar."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class PlainConsole:
+    """For pipes and files: the lines, and nothing else."""
+
+    def say(self, text: str) -> None:
+        """Print at once: somebody may be following the pipe."""
+        print(text, flush=True)
+
+    def advance(self, done: int, note: str) -> None:
+        """A pipe has no bar."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class TerminalConsole:
+    """Lines above a bar with the time left."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            transient=True,
+            refresh_per_second=4,
+            console=rich.console.Console(file=sys.stdout),
+        )
+        self._task = self._progress.add_task("training", total=total, completed=done, note="")
+
+    def say(self, text: str) -> None:
+        """Print as it is: no colours, no wrapping, so that lines can be copied."""
+        self._progress.console.print(
+            text, markup=False, highlight=False, emoji=False, soft_wrap=True
+        )
+
+    def advance(self, done: int, note: str) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, note=note)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def open_console(*, total: int, done: int) -> Console:
+    """The console that fits standard output."""
+    return TerminalConsole(total, done) if sys.stdout.isatty() else PlainConsole()

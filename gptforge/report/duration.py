@@ -1,0 +1,12 @@
+"""Lengths of time, said as people say them."""
+
+
+def in_words(seconds: float) -> str:
+    """'40 seconds', '4 minutes', '3.2 hours', '12 days'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 86400:.0f} days"

@@ -1,0 +1,110 @@
+"""The run folder's log.md, metrics.jsonl, samples.md and training_curves.png, and the console."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptforge.files import append_json
+from gptforge.report.console import Console, PlainConsole
+from gptforge.report.curves import draw_curves
+from gptforge.report.metrics import read_history, step_line
+from gptforge.report.verdict import verdict
+
+LOG = "log.md"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.md"
+CURVES = "training_curves.png"
+CUT_ON_RESUME = (LOG, METRICS, SAMPLES)
+REDRAW_SECONDS = 20.0
+FENCE = "```"
+
+
+class RunReport:
+    """Tells people and files what happens, in the order it happens."""
+
+    def __init__(self, folder: Path, *, title: str) -> None:
+        self.folder = folder
+        self.console: Console = PlainConsole()
+        self._title = title
+        self._drawn = 0.0
+
+    def begin(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
+        """Open the log with the model summary."""
+        self.console.say(f"{summary}\n\nStarting training...\n")
+        heading = f"# {self._title}\n\nMade by `{command}`.\n"
+        self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
+        self._write(SAMPLES, f"# Samples: {self._title}\n")
+        self._event("start", command=command, **facts)
+
+    def resume(self, step: int, sizes: Mapping[str, int], *, checkpoint: str, command: str) -> None:
+        """Cut the files back to a checkpoint and go on behind it."""
+        for name in CUT_ON_RESUME:
+            path = self.folder / name
+            if path.is_file() and path.stat().st_size > sizes.get(name, 0):
+                with path.open("rb+") as file:
+                    file.truncate(sizes.get(name, 0))
+        self._event("resume", step=step, checkpoint=checkpoint, command=command)
+
+    def step(self, event: dict[str, Any]) -> None:
+        """Log one update, in the seed's format."""
+        self.console.say(step_line(event))
+        self._write(LOG, step_line(event) + "\n")
+        self._event("train", **event)
+
+    def evaluated(
+        self, step: int, *, loss: float, bits_per_byte: float, epoch: float, is_best: bool
+    ) -> None:
+        """Log a judgement on the held-out text after `step` updates."""
+        line = (
+            f"after {step} steps | held-out loss: {loss:.4f} | bits per byte: {bits_per_byte:.4f}"
+            f"{' | best so far' if is_best else ''}"
+        )
+        self.console.say(line)
+        self._write(LOG, line + "\n")
+        self._event("eval", step=step, val_loss=loss, val_bpb=bits_per_byte, epoch=epoch)
+
+    def sampled(self, step: int, text: str) -> None:
+        """Keep a piece of text that the model wrote."""
+        # Tildes, longer than any in the text, so that the text cannot close its own fence.
+        fence = "~~~"
+        while fence in text:
+            fence += "~"
+        self._write(SAMPLES, f"\n## After {step} steps\n\n{fence}text\n{text}\n{fence}\n")
+
+    def saved(self, step: int, name: str, *, is_best: bool) -> None:
+        """A checkpoint is on the disk."""
+        self._event("save", step=step, checkpoint=name, best=is_best)
+
+    def redraw(self, *, force: bool = False) -> None:
+        """Draw the curves, unless that was just done."""
+        if force or time.monotonic() - self._drawn > REDRAW_SECONDS:
+            draw_curves(
+                read_history(self.folder / METRICS), self.folder / CURVES, title=self._title
+            )
+            self._drawn = time.monotonic()
+
+    def end(self, reason: str, *, step: int, epochs: float, seconds: float) -> None:
+        """Close the log with the verdict."""
+        self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
+        words = verdict(
+            read_history(self.folder / METRICS),
+            total_steps=step,
+            epochs=epochs,
+            out_dir=self.folder.as_posix(),
+        )
+        self._write(LOG, f"{FENCE}\n\n{words}\n")
+        self.console.say(f"\n{words}")
+
+    def sizes(self) -> dict[str, int]:
+        """How long each file is now: where to cut it when going on from here."""
+        paths = ((name, self.folder / name) for name in CUT_ON_RESUME)
+        return {name: path.stat().st_size for name, path in paths if path.is_file()}
+
+    def _event(self, event: str, **fields: object) -> None:
+        record = {"event": event, **fields, "time": round(time.time(), 3)}
+        append_json(self.folder / METRICS, record)
+
+    def _write(self, name: str, text: str) -> None:
+        with (self.folder / name).open("a", encoding="utf-8", newline="\n") as file:
+            file.write(text)

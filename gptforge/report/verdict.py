@@ -1,0 +1,73 @@
+"""What a run came to, in plain words: the truth about what was learned."""
+
+from gptforge.report.metrics import History
+
+CLOSE = 0.005
+"""Held-out losses within half a percent of each other count as level."""
+
+
+def verdict(history: History, *, total_steps: int, epochs: float, out_dir: str) -> str:
+    """A few sentences on a finished or stopped run.
+
+    Args:
+        history: its train and eval events.
+        total_steps: updates made.
+        epochs: times the text was seen.
+        out_dir: the run folder, for the command at the end.
+    """
+    lines = _held_out(history, total_steps) if history.evals else _training_only(history, epochs)
+    lines.append(f"Try it: python gpt.py sample {_quoted(out_dir)} --prompt 'ROMEO:'")
+    return "\n".join(lines)
+
+
+def _held_out(history: History, total_steps: int) -> list[str]:
+    scored = [event for event in history.evals if event["val_loss"] is not None]
+    if not scored:
+        return ["The held-out loss was never a number: training broke down."]
+    best = min(scored, key=lambda event: float(event["val_loss"]))
+    last = scored[-1]
+    lines = [
+        f"Best held-out loss {best['val_loss']:.4f} ({best['val_bpb']:.3f} bits per byte) "
+        f"at step {best['step']} of {total_steps}, epoch {best['epoch']:.1f}."
+    ]
+    if len(scored) < 2:
+        lines.append("It was judged only once, so whether it would get better is not known.")
+    elif best is last:
+        before = min(float(event["val_loss"]) for event in scored[:-1])
+        if best["val_loss"] < before * (1 - CLOSE):
+            lines.append("It was still getting better when training ended: more steps would help.")
+        else:
+            lines.append("It had all but stopped getting better when training ended.")
+    elif last["val_loss"] > best["val_loss"] * (1 + CLOSE):
+        learned = _train_loss(history, int(last["step"]))
+        lines.append(
+            f"After that it got worse, {last['val_loss']:.4f} at the end with a training loss of "
+            f"{learned:.4f}: the model had begun to learn the text by heart. The best one was kept."
+        )
+    else:
+        lines.append("After that it stayed level: more steps alone would not help.")
+    return lines
+
+
+def _training_only(history: History, epochs: float) -> list[str]:
+    if not history.train:
+        return ["No step was logged."]
+    loss = float(history.train[-1]["loss"] or float("nan"))
+    lines = [f"Training loss {loss:.4f} after {epochs:.1f} times through the text."]
+    lines.append(
+        "Nothing was held out, so this says how well the text is remembered, not how well the "
+        "model writes. Use --val_fraction 0.1 to know."
+    )
+    return lines
+
+
+def _train_loss(history: History, step: int) -> float:
+    """The last training loss logged before `step` updates were made."""
+    before = [
+        event for event in history.train if event["step"] < step and event["loss"] is not None
+    ]
+    return float(before[-1]["loss"]) if before else float("nan")
+
+
+def _quoted(path: str) -> str:
+    return f'"{path}"' if " " in path else path

@@ -1,0 +1,65 @@
+"""Tokenizers: GPT-2's, characters, bytes. One protocol, one JSON form."""
+
+import json
+from pathlib import Path
+
+from gptforge.errors import UserError
+from gptforge.files import write_atomic
+from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
+from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+
+__all__ = ["Tokenizer", "Tokens", "byte_lengths", "decode", "load", "named", "save"]
+
+
+def named(name: str, text: str) -> Tokenizer:
+    """The tokenizer that `--tokenizer` asks for; `text` gives the char tokenizer its alphabet.
+
+    Raises:
+        UserError: if `name` is neither a known name nor a file that `save` wrote.
+    """
+    if name == "gpt2":
+        return _gpt2(None)
+    if name == "char":
+        return CharTokenizer.of(text)
+    if name == "byte":
+        return ByteTokenizer()
+    if not Path(name).is_file():
+        raise UserError(
+            f"--tokenizer {name}: neither gpt2, char or byte, nor the path of a tokenizer.json"
+        )
+    return load(Path(name))
+
+
+def save(tokenizer: Tokenizer, path: Path) -> None:
+    """Write the tokenizer down, whole."""
+    record = {"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}
+    write_atomic(path, json.dumps(record, ensure_ascii=True) + "\n")
+
+
+def load(path: Path) -> Tokenizer:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: if the file is something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != "gptforge-tokenizer" or record["version"] != 1:
+            raise KeyError("format")
+        kind = record["kind"]
+        if kind == "char":
+            return CharTokenizer(str(record["alphabet"]))
+        if kind == "gpt2":
+            return _gpt2([str(merge) for merge in record["merges"]])
+        if kind == "byte":
+            return ByteTokenizer()
+        raise KeyError("kind")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a tokenizer that a run saved ({error})") from None
+
+
+def _gpt2(merges: list[str] | None) -> Tokenizer:
+    # Imported here: it brings in tiktoken, which a character model does not need.
+    from gptforge.tokenizers.gpt2 import GPT2Tokenizer
+
+    return GPT2Tokenizer(merges)

@@ -1,0 +1,46 @@
+"""What a tokenizer is. Each can write itself down whole, to travel with a checkpoint."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.uint16 | np.uint32]
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    name: str
+    """What `--tokenizer` calls it."""
+
+    size: int
+    """Number of ids that mean something: 0 .. size-1."""
+
+    def encode(self, text: str) -> Tokens:
+        """Ids of `text`, nothing added; a UserError if it cannot be written in this vocabulary."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 bytes of `ids`; a cut of the ids may cut a character."""
+        ...
+
+    def to_json(self) -> dict[str, object]:
+        """Everything needed to build it again, as JSON."""
+        ...
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Bytes of text behind each id, (size,): turns nats per token into bits per byte."""
+    return np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.size)], np.int64)
+
+
+def smallest_dtype(size: int) -> type[np.uint16 | np.uint32]:
+    """The narrower of the two token types that holds ids below `size`."""
+    return np.uint16 if size <= 2**16 else np.uint32

@@ -1,0 +1,68 @@
+"""What may end a run before its last step: a signal or the clock."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Literal, Self
+
+Reason = Literal["finished", "interrupted", "terminated", "time_limit"]
+
+EXIT_CODES: dict[Reason, int] = {
+    "finished": 0,
+    "time_limit": 0,
+    "interrupted": 128 + signal.SIGINT,
+    "terminated": 128 + signal.SIGTERM,
+}
+
+
+class StopGuard:
+    """Turns Ctrl-C, SIGTERM and a time limit into a wish that the loop asks about after each step.
+
+    A second signal ends the process at once: what was saved is whole, since saves are renamed into
+    place.
+
+    Args:
+        time_limit: minutes; 0 for none.
+        clock: seconds that only go forward.
+        say: tells the person who pressed Ctrl-C that it was heard.
+    """
+
+    def __init__(
+        self,
+        time_limit: float,
+        *,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._say = say
+        self._deadline = clock() + 60 * time_limit if time_limit else float("inf")
+        self._signal: Reason | None = None
+        self._previous: dict[int, object] = {}
+
+    def wish(self) -> Reason | None:
+        """Why to stop now, or None."""
+        if self._signal is not None:
+            return self._signal
+        return "time_limit" if self._clock() >= self._deadline else None
+
+    def __enter__(self) -> Self:
+        # Python lets only the main thread listen to signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + number)
+        self._signal = "interrupted" if number == signal.SIGINT else "terminated"
+        self._say("Stopping after this step; once more stops at once.")
