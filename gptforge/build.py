@@ -57,7 +57,6 @@ def build_trainer(
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
-    check(config)
     config = _start_from(config, given)
     check(config)
     device, device_note = choose_device(config.device)

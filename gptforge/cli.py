@@ -8,12 +8,13 @@ import difflib
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -30,7 +31,7 @@ MISTAKE, FAILURE = 2, 1
 class SampleArgs:
     """Write with a trained model: the prompt and its continuation go to standard output."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder or checkpoint folder."""
     prompt: str = ""
     """Text to go on from."""
@@ -56,7 +57,7 @@ class SampleArgs:
 class EvalArgs:
     """Judge a trained model: loss, perplexity and bits per byte on text it has not learned."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder or checkpoint folder."""
     data: str = ""
     """Text file to judge by, all of it; empty: the part that the run held out."""
@@ -313,16 +314,14 @@ def _spell_out_booleans(kind: type, args: Sequence[str]) -> list[str]:
 
 
 def _unboxed(text: str, prog: str) -> str:
-    """The words of tyro's boxed message: what is wrong and what was perhaps meant."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    kept = [
-        line for line in lines[1:] if not line.startswith(("For full helptext", "Argument help"))
-    ]
-    if any(line.startswith("Perhaps you meant") for line in kept):
-        place = next(i for i, line in enumerate(kept) if line.startswith("Perhaps you meant"))
-        kept = [*kept[:place], f"did you mean {kept[place + 1].split()[0]}?"]
-    return f"{'; '.join(kept[:2])} (see {prog} --help)"
+    """The words of tyro's boxed message: what is wrong, and what was perhaps meant."""
+    inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
+    # Rules part the box: the mistake stands above the first one.
+    sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
+    what = sections[0].strip()
+    meant = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
+    hint = f"; did you mean {meant[1]}?" if meant else ""
+    return f"{what}{hint} (see {prog} --help)"
 
 
 def _say(text: str) -> None:

@@ -199,8 +199,10 @@ def to_toml(config: Config, notes: Mapping[str, str]) -> str:
 def _toml_value(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    # JSON's strings are TOML's basic strings, but for DEL, which TOML wants escaped.
-    return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        # JSON's strings are TOML's basic strings, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
 
 
 def differences(old: Config, new: Config) -> list[str]:

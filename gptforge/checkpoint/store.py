@@ -100,7 +100,7 @@ class CheckpointStore:
         if free < needed + SPARE_BYTES:
             raise RunError(
                 f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB and "
-                f"{free / 1e6:,.0f} MB are free: make room or choose another --out_dir; {_kept(self)}"
+                f"{free / 1e6:,.0f} MB are free: make room or give another --out_dir; {_kept(self)}"
             )
 
     def newest(self) -> tuple[Path | None, list[str]]:

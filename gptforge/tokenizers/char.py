@@ -58,7 +58,7 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes themselves."""
-        return bytes(ids)
+        return bytes(int(i) for i in ids)
 
     def to_json(self) -> dict[str, object]:
         """Kind alone."""

@@ -1,0 +1,137 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint.store import CONTENTS, CheckpointStore, Snapshot, damage, resolve
+from gptforge.errors import RunError, UserError
+from gptforge.tokenizers.char import CharTokenizer
+
+
+def snapshot(mark: float = 0.0) -> Snapshot:
+    return Snapshot(
+        model={"weight": torch.full((3, 4), mark)},
+        optimizer={"weight.exp_avg": torch.zeros(3, 4)},
+        generators={"cpu": torch.get_rng_state()},
+        state={"progress": {"step": int(mark)}},
+    )
+
+
+def save(store: CheckpointStore, step: int) -> Path:
+    tokenizer = CharTokenizer("abc")
+    name = store.save(step, snapshot(step), tokenizer=tokenizer, config="max_steps = 9\n")
+    return store.folder / name
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "run" / "checkpoints")
+
+
+def test_a_saved_checkpoint_is_whole_and_last(store) -> None:
+    path = save(store, 250)
+    assert path.name == "step-000250"
+    assert damage(path) is None
+    assert store.pointed("last") == path
+    assert store.pointed("best") is None
+    assert sorted(entry.name for entry in path.iterdir()) == sorted([*CONTENTS, "manifest.json"])
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    assert listed["model.safetensors"]["bytes"] == (path / "model.safetensors").stat().st_size
+    assert checkpoints.read_config(path).max_steps == 9
+    assert checkpoints.read_tokenizer(path).size == 3
+    assert checkpoints.read_tensors(path, checkpoints.MODEL)["weight"].eq(250).all()
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
+def test_any_harm_to_any_file_is_seen(store, name, harm) -> None:
+    file = save(store, 1) / name
+    raw = file.read_bytes()
+    if harm == "flip":
+        file.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    elif harm == "truncate":
+        file.write_bytes(raw[:-1] if name != "manifest.json" else raw[: len(raw) // 2])
+    else:
+        file.unlink()
+    assert damage(store.folder / "step-000001") is not None
+
+
+def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_used(store) -> None:
+    first, second = save(store, 1), save(store, 2)
+    (second / "model.safetensors").write_bytes(b"nothing")
+    found, warnings = store.newest()
+    assert found == first
+    assert len(warnings) == 1
+    assert "step-000002" in warnings[0]
+    assert (store.folder / "step-000002.damaged-1").is_dir()
+    assert store.newest() == (first, [])
+
+
+def test_an_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
+    first = save(store, 1)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "_write_manifest", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(store, 2)
+    assert store.steps() == [first]
+    assert store.pointed("last") == first
+    assert damage(first) is None
+    assert not list(store.folder.glob(".*"))
+
+
+def test_a_full_disk_is_noticed_before_the_save(store, monkeypatch) -> None:
+    first = save(store, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
+    with pytest.raises(RunError, match="step-000001 is kept"):
+        save(store, 2)
+    assert store.newest() == (first, [])
+
+
+def test_a_disk_that_fills_up_while_saving_keeps_the_last_one(store, monkeypatch) -> None:
+    first = save(store, 1)
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", no_space)
+    with pytest.raises(RunError, match=r"disk filled up.*step-000001 is kept"):
+        save(store, 2)
+    assert store.newest() == (first, [])
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [2, 5]), (1, [2, 4, 5]), (2, [2, 3, 4, 5])])
+def test_pruning_spares_best_and_last(store, keep, left) -> None:
+    for step in range(1, 6):
+        save(store, step)
+    store.point("best", "step-000002")
+    store.prune(keep)
+    assert [int(path.name[5:]) for path in store.steps()] == left
+
+
+def test_saving_the_same_step_again_replaces_it(store) -> None:
+    save(store, 1)
+    path = save(store, 1)
+    assert damage(path) is None
+    assert store.steps() == [path]
+
+
+def test_a_run_stands_for_its_best_checkpoint(store) -> None:
+    run = store.folder.parent
+    first, second = save(store, 1), save(store, 2)
+    assert resolve(str(run)) == second
+    store.point("best", first.name)
+    assert resolve(str(run)) == first
+    assert resolve(str(second)) == second
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        resolve(str(tmp_path))
+    with pytest.raises(UserError, match="does not exist"):
+        resolve(str(tmp_path / "missing"))

@@ -1,0 +1,70 @@
+"""Shared fixtures: a small text, a small model, the command line in this process."""
+
+import os
+
+# Two OpenMP threads a worker on a busy machine can be fifty times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.cli import main
+from gptforge.config import GPTConfig
+from gptforge.model import GPT
+
+torch.set_num_threads(1)
+
+TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def tiny_model() -> GPT:
+    return GPT(TINY).initialize(torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Path:
+    """A small text with some structure, about 9,000 characters."""
+    lines = [
+        f"{'ROMEO' if i % 2 else 'JULIET'}:\nWhat light is {i * 7 % 41} in yonder window?\n\n"
+        for i in range(160)
+    ]
+    path = tmp_path / "play.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Outcome:
+    """What a call of the program did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def program(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Call the command line with arguments, in an empty working folder and without a GPU."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> Outcome:
+        capfd.readouterr()
+        code = main([str(arg) for arg in args])
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call

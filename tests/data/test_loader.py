@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptforge.data.corpus import build_corpus
+from gptforge.data.loader import Loader, count_windows
+from gptforge.data.text import Text
+from gptforge.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def loader(tokens=101, *, length=10, batch=4, shuffle=True, device=CPU) -> Loader:
+    return Loader(
+        np.arange(tokens, dtype=np.uint16),
+        context_length=length,
+        global_batch=batch,
+        seed=7,
+        shuffle=shuffle,
+        device=device,
+    )
+
+
+def test_the_plain_order_is_the_seeds() -> None:
+    plain = loader(shuffle=False)
+    for start in (0, 40, 80):
+        inputs, targets = plain.next()
+        # The third batch reaches into the second epoch.
+        expected = (torch.arange(start, start + 40) % 100).view(4, 10)
+        assert torch.equal(inputs, expected)
+        assert torch.equal(targets, expected + 1)
+
+
+@settings(deadline=None)
+@given(st.integers(12, 300), st.integers(1, 11), st.integers(1, 9))
+def test_an_epoch_holds_each_window_once_and_no_partial_one(tokens, length, batch) -> None:
+    many = loader(tokens, length=length, batch=batch)
+    windows = count_windows(tokens, length)
+    assert many.windows == windows == (tokens - 1) // length
+    seen = torch.cat([many.next()[0] for _ in range(-(-windows // batch))])[:windows]
+    assert sorted(seen[:, 0].tolist()) == [i * length for i in range(windows)]
+
+
+def test_targets_lie_one_further_on(device) -> None:
+    inputs, targets = loader(device=device).next()
+    assert inputs.shape == targets.shape == (4, 10)
+    assert inputs.device.type == device.type
+    assert torch.equal(inputs + 1, targets)
+
+
+def test_the_position_brings_back_the_stream(device) -> None:
+    straight, cut = loader(device=device), loader(device=device)
+    for _ in range(5):
+        straight.next()
+        cut.next()
+    resumed = loader(device=device)
+    resumed.load_state_dict(cut.state_dict())
+    for _ in range(30):
+        assert torch.equal(straight.next()[0], resumed.next()[0])
+    assert straight.epoch == resumed.epoch == 35 * 4 / 10
+
+
+def test_how_a_batch_is_cut_does_not_change_what_comes() -> None:
+    big, small = loader(batch=12), loader(batch=3)
+    together = torch.cat([small.next()[0] for _ in range(4)])
+    assert torch.equal(big.next()[0], together)
+
+
+def corpus(content: str, **options):
+    settings = {"tokenizer": "char", "val_fraction": 0.1, "context_length": 8, **options}
+    return build_corpus(Text(path="play.txt", content=content), **settings)
+
+
+def test_the_text_is_cut_before_it_is_tokenized() -> None:
+    made = corpus("abcdefghij" * 10)
+    assert (len(made.train), len(made.held_out), made.tokenizer.size) == (90, 10, 10)
+    assert corpus("abcdefghij" * 10, val_fraction=0.0).held_out.size == 0
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_its_length() -> None:
+    with pytest.raises(UserError, match=r"--context_length 8 .* 8 tokens.*--context_length 7"):
+        corpus("abcdefgh", val_fraction=0.0)
+    assert corpus("abcdefghi", val_fraction=0.0).train.size == 9
+
+
+def test_too_little_held_out_to_judge_is_refused() -> None:
+    with pytest.raises(UserError, match="--val_fraction"):
+        corpus("abcdefghij" * 2, val_fraction=0.05)

@@ -1,0 +1,67 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gptforge.evaluate.heldout import HeldOut
+from gptforge.hardware import Precision
+
+FLOAT32 = Precision(torch.float32, "")
+
+
+def plain_loop(model, ids, length) -> list[float]:
+    """Loss of each target, one window after the other, one token after the other."""
+    losses = []
+    for start in range(0, len(ids) - 1, length):
+        part = torch.tensor(ids[start : start + length + 1])
+        scores = model(part[None, :-1])[0].log_softmax(-1)
+        losses += [-float(scores[t, part[t + 1]]) for t in range(len(part) - 1)]
+    return losses
+
+
+@pytest.mark.parametrize("n", [2, 5, 16, 17, 18, 33, 100])
+def test_every_token_but_the_first_is_scored_once(tiny_model, n) -> None:
+    ids = np.random.default_rng(n).integers(0, 64, n).astype(np.uint16)
+    lengths = np.arange(64) % 4 + 1
+    held_out = HeldOut(ids, lengths, context_length=16, batch_size=3)
+    score = held_out.evaluate(tiny_model, FLOAT32)
+    with torch.no_grad():
+        losses = plain_loop(tiny_model.eval(), ids.tolist(), 16)
+    assert score.tokens == n - 1 == len(losses)
+    assert score.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert score.bytes == lengths[ids[1:]].sum()
+    assert score.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / score.bytes, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(score.loss))
+    assert held_out.share == 1.0
+
+
+def test_the_size_of_the_batches_does_not_matter(tiny_model) -> None:
+    ids = np.random.default_rng(0).integers(0, 64, 200).astype(np.uint16)
+    losses = [
+        HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=size)
+        .evaluate(tiny_model, FLOAT32)
+        .loss
+        for size in (1, 4, 100)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_limit_reads_windows_spread_over_the_text(tiny_model) -> None:
+    ids = np.zeros(1601, np.uint16)
+    held_out = HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=8, limit=160)
+    assert held_out.evaluate(tiny_model, FLOAT32).tokens == 160
+    assert held_out.share == 0.1
+    assert np.diff(held_out._starts).tolist() == [10] * 9
+
+
+def test_judging_leaves_no_trace(tiny_model) -> None:
+    tiny_model.train()
+    dice = torch.get_rng_state()
+    ids = np.zeros(40, np.uint16)
+    HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=2).evaluate(
+        tiny_model, FLOAT32
+    )
+    assert tiny_model.training
+    assert torch.equal(dice, torch.get_rng_state())
+    assert all(p.grad is None for p in tiny_model.parameters())

@@ -1,0 +1,131 @@
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from gptforge.config import GPTConfig
+from gptforge.model import GPT
+from gptforge.report.curves import draw_curves
+from gptforge.report.duration import in_words
+from gptforge.report.metrics import History, read_history, step_line
+from gptforge.report.run_report import RunReport
+from gptforge.report.summary import model_summary
+from gptforge.report.verdict import verdict
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def event(step: int, loss: float = 2.0) -> dict[str, float]:
+    return {"step": step, "loss": loss, "dt_ms": 5.0, "tok_per_sec": 1e4, "norm": 1.0, "lr": 1e-3,
+            "epoch": 0.1 * step}  # fmt: skip
+
+
+def judged(*pairs: tuple[int, float]) -> list[dict[str, float]]:
+    return [{"step": s, "val_loss": x, "val_bpb": x / 2, "epoch": s / 100} for s, x in pairs]
+
+
+def test_the_summary_is_the_seeds_to_the_letter() -> None:
+    shape = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
+    expected = (GOLDEN / "summary-gpt2.txt").read_text(encoding="utf-8")
+    assert model_summary(GPT(shape)) + "\n" == expected
+
+
+def test_the_summary_of_one_block_counts_one() -> None:
+    lines = model_summary(GPT(GPTConfig(8, 16, 1, 1, 4))).splitlines()
+    assert "      (0): Block(" in lines
+    assert "      └─Block 0: (244 parameters)" in lines
+
+
+def test_a_step_line_is_the_seeds() -> None:
+    line = step_line(
+        {"step": 10, "loss": 8.61173, "dt_ms": 19315.149, "tok_per_sec": 6785.971, "norm": 2.9288,
+         "lr": 1.1e-4}
+    )  # fmt: skip
+    assert line == (
+        "step 10 | loss: 8.6117 | dt: 19315.15ms | tok/sec: 6785.97 | norm: 2.93 | lr: 0.000110"
+    )
+
+
+@pytest.mark.parametrize(
+    ("evals", "words"),
+    [
+        (judged((50, 5.0), (100, 4.0), (150, 3.0)), "still getting better"),
+        (judged((50, 5.0), (100, 4.0), (150, 3.999)), "all but stopped"),
+        (judged((50, 5.0), (100, 4.0), (150, 7.0)), "learn the text by heart"),
+        (judged((50, 5.0), (100, 4.0), (150, 4.01)), "stayed level"),
+        (judged((50, 5.0)), "judged only once"),
+    ],
+)
+def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
+    history = History(train=[event(149, 0.05)], evals=evals)
+    text = verdict(history, total_steps=150, epochs=3, out_dir="runs/x")
+    assert words in text
+    best = min(e["val_loss"] for e in evals)
+    assert f"{best:.4f}" in text
+    assert "python gpt.py sample runs/x" in text
+
+
+def test_the_verdict_does_not_praise_what_was_never_judged() -> None:
+    text = verdict(History(train=[event(9, 0.005)]), total_steps=10, epochs=60, out_dir="r")
+    assert "Nothing was held out" in text
+
+
+def test_curves_are_drawn_from_whatever_there_is(tmp_path) -> None:
+    histories = [
+        History(),
+        History(train=[event(0)]),
+        History(train=[event(i, 10.0 / (i + 1)) for i in range(40)],
+                evals=judged((20, 3.0), (40, 2.0))),
+        History(train=[{**event(0), "loss": None}], evals=[{**judged((1, 2.0))[0],
+                                                            "val_loss": None}]),
+    ]  # fmt: skip
+    for history in histories:
+        draw_curves(history, tmp_path / "curves.png", title="test")
+        raw = (tmp_path / "curves.png").read_bytes()
+        assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", raw[16:24])
+        assert width > 1000
+        assert height > 500
+        (tmp_path / "curves.png").unlink()
+
+
+def test_going_on_cuts_the_files_back_to_the_checkpoint(tmp_path, capsys) -> None:
+    report = RunReport(tmp_path, title="t")
+    report.begin("SUMMARY", command="c", facts={})
+    report.step(event(0))
+    sizes = report.sizes()
+    kept = {name: (tmp_path / name).read_bytes() for name in sizes}
+    report.step(event(1))
+    report.sampled(2, "words")
+    report.resume(1, sizes, checkpoint="step-000001", command="c")
+    assert (tmp_path / "log.md").read_bytes() == kept["log.md"]
+    assert (tmp_path / "samples.md").read_bytes() == kept["samples.md"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "train", "resume"]
+
+
+def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
+    report = RunReport(tmp_path, title="t")
+    report.begin("SUMMARY", command="c", facts={})
+    report.step(event(0))
+    report.sampled(1, "~~~ not a fence")
+    report.end("finished", step=1, epochs=0.1, seconds=2)
+    assert (tmp_path / "log.md").read_text().count("```") == 2
+    assert "~~~~text" in (tmp_path / "samples.md").read_text()
+
+
+def test_a_broken_line_in_the_metrics_is_passed_over(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "train", "step": 0}\n{"event": "tra\n\n[]\n{"event": "eval"}\n')
+    history = read_history(path)
+    assert (len(history.train), len(history.evals)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 seconds"), (40, "40 seconds"), (240, "4 minutes"), (3 * 3600, "3.0 hours"),
+     (12 * 86400, "12 days")],
+)  # fmt: skip
+def test_durations_are_said_as_people_say_them(seconds, words) -> None:
+    assert in_words(seconds) == words

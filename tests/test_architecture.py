@@ -1,0 +1,87 @@
+"""The house keeps its order: imports go one way, and nothing heavy loads before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "gptforge"
+
+# A room may import from those before it in this list, never from those behind it.
+ROOMS = [
+    *("errors", "config", "presets", "files", "hardware", "costs", "model", "tokenizers", "data"),
+    *("optim", "checkpoint", "report", "generate", "evaluate", "train", "build", "cli"),
+    "__main__",
+]
+
+# Optional, or slow to load: only inside the function that uses them.
+LAZY = {"matplotlib", "transformers", "huggingface_hub", "gradio", "wandb", "tensorboard"}
+NO_TORCH = {"errors", "config", "presets", "files", "costs", "cli", "__main__", "__init__"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def top_level_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def project_imports(path: Path) -> set[str]:
+    """Rooms that a file imports from anywhere in it, but for type checking alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+        if isinstance(node, ast.ImportFrom) and node.module == "gptforge":
+            found |= {alias.name for alias in node.names if alias.name in ROOMS}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gptforge."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gptforge.")}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_only_to_rooms_above(path: Path) -> None:
+    own = room(path)
+    if own == "__init__":
+        return
+    assert own in ROOMS, f"{own} has no place in the list of rooms"
+    for other in project_imports(path):
+        allowed = other == own or ROOMS.index(other) < ROOMS.index(own)
+        assert allowed, f"{path.name} is in {own} and imports from {other}, which lies below"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_heavy_packages_load_only_where_they_are_used(path: Path) -> None:
+    heavy = {name.split(".")[0] for name in top_level_imports(path)} & LAZY
+    assert not heavy
+    if room(path) in NO_TORCH:
+        assert "torch" not in {name.split(".")[0] for name in top_level_imports(path)}
+
+
+def test_help_and_mistakes_answer_without_torch() -> None:
+    code = (
+        "import sys; from gptforge.cli import main\n"
+        "assert main(['--max_stps', '3']) == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_room_is_a_lumber_room() -> None:
+    names = {path.stem for path in modules()}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}

@@ -1,0 +1,268 @@
+"""The program as a person meets it: flags, errors, exits, and the files it leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptforge.cli import _flag_values, parse_train
+from gptforge.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+DEBUG = ("--preset", "debug", "--device", "cpu")
+
+
+def start(*args: object, cwd: Path) -> "subprocess.Popen[str]":
+    flags = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "gpt.py"), *map(str, args)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        creationflags=flags,
+    )
+
+
+def events(run: Path = Path("run")) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--max_steps", "7"),
+        ("--max-steps", "7"),
+        ("--max_steps=7",),
+        ("--max-steps=7",),
+    ],
+)
+def test_flags_in_every_spelling(args) -> None:
+    config, given = parse_train(args)
+    assert config.max_steps == 7
+    assert given == {"max_steps"}
+
+
+@pytest.mark.parametrize(
+    ("args", "shuffle", "overwrite", "compiled"),
+    [
+        (("--shuffle", "false"), False, False, "auto"),
+        (("--shuffle=false", "--overwrite"), False, True, "auto"),
+        (("--overwrite", "--compile", "--shuffle", "true"), True, True, "true"),
+        (("--overwrite", "false", "--compile=false"), True, False, "false"),
+    ],
+)
+def test_booleans_take_true_or_false_and_stand_alone_for_true(
+    args, shuffle, overwrite, compiled
+) -> None:
+    config, _ = parse_train(args)
+    assert (config.shuffle, config.overwrite, config.compile) == (shuffle, overwrite, compiled)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text("max_steps = 11\nn_layer = 3\ncompile = false\n[made_by]\nx=1")
+    args = ["--preset", "debug", "--config", str(tmp_path / "c.toml"), "--max_steps", "5"]
+    config, given = parse_train(args)
+    assert (config.max_steps, config.n_layer, config.n_embd, config.n_head) == (5, 3, 32, 2)
+    assert config.compile == "false"
+    assert {"n_layer", "max_steps", "preset", "config", "compile"} == given
+
+
+def test_a_file_may_name_the_preset(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text('preset = "gpt2-medium"\n')
+    assert parse_train(["--config", str(tmp_path / "c.toml")])[0].n_embd == 1024
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--max_stps", "3"), "did you mean --max_steps?"),
+        (("--max_steps", "many"), "--max_steps"),
+        (("--max_steps",), "--max_steps"),
+        (("--shuffle", "maybe"), "give true or false"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--preset", "gpt5"), "gpt2-medium"),
+        (("--config", "missing.toml"), "no such file"),
+        (("--n_embd", "100", "--n_head", "12"), "--n_embd 100"),
+        (("--warmup_steps", "600"), "--warmup_steps 600"),
+        (("--input", "missing.txt"), "missing.txt"),
+        (("--device", "tpu"), "--device tpu"),
+        (("--vocab_size", "10"), "--vocab_size 10"),
+        (("--context_length", "9999", "--block_size", "9999"), "--context_length 9999"),
+        (("--init_from", "nowhere"), "nowhere"),
+        (("--tokenizer", "bert"), "--tokenizer bert"),
+        (("trian",), "did you mean 'train'?"),
+        (("sample",), "run"),
+        (("sample", "nowhere"), "nowhere"),
+        (("eval", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(program, play, args, words) -> None:
+    small = ("--input", play, "--preset", "debug", "--device", "cpu")
+    done = program(*(small if args[0].startswith("--") else ()), *args)
+    assert done.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", done.err)
+    assert words in done.err
+
+
+def test_debugging_shows_the_traceback(program, monkeypatch) -> None:
+    monkeypatch.setenv("GPTFORGE_DEBUG", "1")
+    with pytest.raises(UserError):
+        program("--max_stps", "3")
+
+
+def test_help_shows_every_field_and_only_what_is_built(capsys) -> None:
+    from gptforge.cli import main
+    from gptforge.config import FIELDS
+
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code in (0, None)
+    shown = capsys.readouterr().out
+    for name in FIELDS:
+        assert f"--{name}" in shown
+    assert "export" not in shown
+
+
+def test_without_a_preset_it_says_which_and_why(program, play) -> None:
+    done = program("--device", "cpu", "--input", play, "--max_steps", 2, "--eval_tokens", 200)
+    assert done.code == 0, done.err
+    first, *rest = done.out.splitlines()
+    assert "shakespeare-cpu" in first
+    assert "because" in first
+    assert "--preset" in first
+    assert any("warmup" in line and "cut to 1" in line for line in rest)
+    assert any("this will take about" in line for line in rest)
+    assert Path("runs/shakespeare-cpu/checkpoints/step-000002").is_dir()
+
+
+def test_a_run_leaves_the_files_of_the_contract(program, play) -> None:
+    done = program(*DEBUG, "--input", play, "--out_dir", "run")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    for name in ("config.toml", "log.md", "metrics.jsonl", "training_curves.png", "samples.md"):
+        assert (Path("run") / name).stat().st_size > 0, name
+    lines = re.findall(
+        r"^step \d+ \| loss: \d+\.\d{4} \| dt: \d+\.\d{2}ms \| tok/sec: \d+\.\d{2} \| "
+        r"norm: \d+\.\d{2} \| lr: \d\.\d{6}$",
+        done.out,
+        re.MULTILINE,
+    )
+    assert len(lines) == 20
+    log = Path("run/log.md").read_text(encoding="utf-8")
+    assert all(line in log for line in lines)
+    assert "Total Parameters:" in log
+    assert "\x1b" not in done.out + log
+    kinds = [event["event"] for event in events()]
+    assert set(kinds) == {"start", "train", "eval", "save", "end"}
+    assert "Best held-out loss" in log
+
+    # The configuration it wrote starts the same run again: finished.
+    again = program("--config", "run/config.toml")
+    assert again.code == 0
+    assert "is finished" in again.out
+
+
+def test_sampling_prints_prompt_and_continuation_and_nothing_else(program, play) -> None:
+    program(*DEBUG, "--input", play, "--out_dir", "run")
+    ask = ("sample", "run", "--prompt", "ROMEO:", "--max_new_tokens", 40, "--device", "cpu")
+    done = program(*ask)
+    assert done.code == 0
+    assert done.err == ""
+    assert done.out.startswith("ROMEO:")
+    assert len(done.out) == len("ROMEO:") + 40 + 1
+    assert program(*ask).out == done.out
+    assert program(*ask, "--seed", 5).out != done.out
+    assert program(*ask, "--num_samples", 3).out.count("\n---\n") == 2
+    assert program("sample", "run/checkpoints/step-000010", "--device", "cpu").code == 0
+    unknown = program(*ask[:2], "--prompt", "日")
+    assert unknown.code == 2
+    assert "'日'" in unknown.err
+
+
+def test_judging_a_run_gives_one_json_object(program, play) -> None:
+    program(*DEBUG, "--input", play, "--out_dir", "run", "--eval_tokens", 0)
+    done = program("eval", "run", "--json", "--device", "cpu")
+    score = json.loads(done.out)
+    judged = [event for event in events() if event["event"] == "eval"]
+    best = min(judged, key=lambda event: event["val_loss"])
+    assert score["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert score["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-5)
+    held_out = play.read_text()[int(len(play.read_text()) * 0.9) :]
+    assert score["tokens"] == len(held_out) - 1
+    assert program("eval", "run", "--data", play, "--device", "cpu").code == 0
+
+
+def test_the_library_loads_a_run(program, play) -> None:
+    import gptforge
+
+    program(*DEBUG, "--input", play, "--out_dir", "run")
+    writer = gptforge.load("run", device="cpu")
+    text = writer.generate("JULIET", max_new_tokens=12, temperature=0.5, top_k=5, seed=3)
+    assert "".join(writer.stream("JULIET", 12, temperature=0.5, top_k=5, seed=3)) == text
+    assert writer.decode(writer.encode("JULIET")) == "JULIET"
+    assert writer.logits(writer.encode("JULIET")).shape == (6, 64)
+
+
+def test_values_of_flags_are_not_taken_for_flags() -> None:
+    assert _flag_values(["--out_dir", "x", "--max-lr=1e-3"]) == {"out_dir": "x", "max_lr": "1e-3"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, play, number, code) -> None:
+    command = (*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000)
+    process = start(*command, cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 30 "):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Stopping after this step" in out
+    assert "To go on: python gpt.py --preset debug" in out
+    assert "Traceback" not in err
+    end = events(tmp_path / "run")[-1]
+    assert end["event"] == "end"
+    assert end["reason"] == ("interrupted" if number == signal.SIGINT else "terminated")
+
+    process = start(*command, cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("going on from"):
+            assert int(line.split()[5]) == end["step"]
+            break
+    else:
+        raise AssertionError("it did not go on")
+    # Twice: at once.
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
+    process.stdout.close()
+
+
+def test_a_time_limit_saves_and_is_no_failure(program, play) -> None:
+    done = program(
+        *DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 10**6, "--time_limit", 0.01
+    )
+    assert done.code == 0
+    assert "To go on:" in done.out
+    end = events()[-1]
+    assert (end["event"], end["reason"]) == ("end", "time_limit")
+
+
+def test_several_processes_are_refused_for_now(program, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = program("--preset", "debug")
+    assert done.code == 2
+    assert "torchrun" in done.err

@@ -1,0 +1,58 @@
+import json
+import os
+
+import pytest
+
+from gptforge import files
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "config.toml"
+    files.write_atomic(path, "old")
+    with pytest.raises(RuntimeError), files.replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("crash")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_a_pointer_moves_from_one_folder_to_the_next(tmp_path) -> None:
+    for name in ("step-1", "step-2"):
+        (tmp_path / name).mkdir()
+        files.point(tmp_path / "last", name)
+        assert files.pointed(tmp_path / "last") == name
+    assert files.pointed(tmp_path / "best") is None
+
+
+def test_a_pointer_is_a_one_line_file_where_links_are_refused(tmp_path, monkeypatch) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    for name in ("step-1", "step-2"):
+        files.point(tmp_path / "last", name)
+        assert (tmp_path / "last").read_text() == f"{name}\n"
+        assert files.pointed(tmp_path / "last") == name
+
+
+def test_json_lines_stay_json_when_numbers_break_down(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    files.append_json(path, {"loss": float("nan"), "norm": float("inf"), "step": 3})
+    assert json.loads(path.read_text()) == {"loss": None, "norm": None, "step": 3}
+
+
+def test_setting_aside_never_overwrites(tmp_path) -> None:
+    for number in (1, 2, 3):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mark").write_text(str(number))
+        files.set_aside(tmp_path / "run", "old")
+    for number in (1, 2, 3):
+        assert (tmp_path / f"run.old-{number}" / "mark").read_text() == str(number)
+
+
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path) -> None:
+    (tmp_path / "folder").mkdir()
+    if os.name != "nt":
+        (tmp_path / "link").symlink_to("folder")
+        files.remove(tmp_path / "link")
+    assert (tmp_path / "folder").is_dir()

@@ -1,0 +1,100 @@
+"""Devices are faked: what is asked of torch is what the choice depends on."""
+
+import pytest
+import torch
+
+from gptforge.errors import UserError
+from gptforge.hardware import choose_device, choose_precision, try_compile
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((6, 1), torch.float32),
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_bfloat16_only_on_gpus_that_compute_in_it(monkeypatch, capability, dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+    # An emulating card says yes here; nobody may ask it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_a, **_k: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    precision = choose_precision("auto", CUDA)
+    assert precision.dtype == dtype
+    assert precision.needs_scaler == (dtype == torch.float16)
+    assert f"{capability[0]}.{capability[1]}" in precision.reason
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_bfloat16_only_on_cpus_with_its_instructions(monkeypatch, able, dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert choose_precision("auto", CPU).dtype == dtype
+
+
+def test_a_precision_given_by_hand_is_taken() -> None:
+    assert choose_precision("float16", CUDA).dtype == torch.float16
+    assert choose_precision("auto", MPS).dtype == torch.float32
+
+
+def test_the_best_device_is_found(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto")[0] == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto")[0].type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Fake GPU")
+    assert choose_device("auto") == (CUDA, "Fake GPU")
+    assert choose_device("cuda:1")[0].index == 1
+    with pytest.raises(UserError, match="0 to 1"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("flag", ["cuda", "cuda:0", "mps", "tpu", "cuda:x", "cpu:1", ""])
+def test_a_device_that_is_not_there_is_refused(monkeypatch, flag) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device"):
+        choose_device(flag)
+
+
+def test_a_compiler_that_fails_is_dropped_with_one_line() -> None:
+    def fails() -> None:
+        raise RuntimeError("Cannot find a working triton installation.\nlong trace\nmore")
+
+    compiled, reason = try_compile("true", CPU, fails)
+    assert not compiled
+    assert "working triton" in reason
+    assert "\n" not in reason
+
+
+def test_compiling_is_left_alone_where_it_does_not_pay() -> None:
+    def must_not_run() -> None:
+        raise AssertionError
+
+    assert try_compile("auto", CPU, must_not_run)[0] is False
+    assert try_compile("false", CUDA, must_not_run) == (False, "as asked")
+    assert try_compile("auto", CUDA, lambda: None)[0] is True
+
+
+def test_running_out_of_memory_is_not_the_compilers_fault() -> None:
+    def too_big() -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        try_compile("true", CUDA, too_big)

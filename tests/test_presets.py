@@ -1,0 +1,37 @@
+import pytest
+
+from gptforge import costs
+from gptforge.config import Config, check
+from gptforge.errors import UserError
+from gptforge.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_valid_configuration(name: str) -> None:
+    check(preset(name))
+    assert preset(name).preset == name
+
+
+def test_gpt2_changes_nothing_from_the_defaults() -> None:
+    assert preset("gpt2") == Config(preset="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2", 124_475_904),
+        ("gpt2-medium", 354_871_296),
+        ("gpt2-large", 774_090_240),
+        ("gpt2-xl", 1_557_686_400),
+    ],
+)
+def test_the_four_sizes_of_gpt2(name: str, parameters: int) -> None:
+    config = preset(name)
+    shape = {**vars(config.model), "vocab_size": 50304}
+    assert costs.parameters(type(config.model)(**shape)) == parameters
+    assert config.global_batch == 128
+
+
+def test_an_unknown_preset_is_refused_with_the_names() -> None:
+    with pytest.raises(UserError, match="gpt2-medium"):
+        preset("gpt3")

@@ -1,0 +1,130 @@
+import base64
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptforge import tokenizers
+from gptforge.errors import UserError
+from gptforge.tokenizers import byte_lengths, decode, named
+from gptforge.tokenizers import gpt2 as gpt2_module
+from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+from gptforge.tokenizers.gpt2 import GPT2Tokenizer
+
+anything = st.text(st.characters(exclude_categories=["Cs"]))
+GPT2 = GPT2Tokenizer()
+
+
+def test_the_ranks_are_those_that_tiktoken_publishes() -> None:
+    ranks = GPT2._encoding._mergeable_ranks
+    lines = [
+        base64.b64encode(token) + b" " + str(rank).encode() + b"\n"
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
+    # SHA-256 of the file r50k_base.tiktoken.
+    published = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+    assert hashlib.sha256(b"".join(lines)).hexdigest() == published
+    assert (GPT2.size, GPT2.end_of_text) == (50257, 50256)
+
+
+def test_known_ids() -> None:
+    assert list(GPT2.encode("Hello world")) == [15496, 995]
+    assert list(GPT2.encode("")) == []
+
+
+@settings(deadline=None)
+@given(anything)
+def test_gpt2_gives_back_every_text(text: str) -> None:
+    assert decode(GPT2, GPT2.encode(text)) == text
+
+
+def test_the_end_of_text_mark_in_a_text_is_only_characters() -> None:
+    ids = GPT2.encode("a<|endoftext|>b")
+    assert GPT2.end_of_text not in ids
+    assert decode(GPT2, ids) == "a<|endoftext|>b"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["\n", " ", "\n\n", "word", "?", "  ", "1 2", "é", "\t", "\r\n", "'s"])
+    )
+)
+def test_cutting_a_long_text_changes_no_id(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    whole = GPT2._encoding.encode_ordinary(text)
+    saved, gpt2_module.CHUNK = gpt2_module.CHUNK, 3
+    try:
+        assert list(GPT2.encode(text)) == whole
+    finally:
+        gpt2_module.CHUNK = saved
+
+
+@settings(deadline=None)
+@given(anything)
+def test_char_and_byte_give_back_every_text(text: str) -> None:
+    char, byte = CharTokenizer.of(text), ByteTokenizer()
+    assert decode(char, char.encode(text)) == text
+    assert decode(byte, byte.encode(text)) == text
+    assert len(char.encode(text)) == len(text)
+    assert byte.encode(text).tolist() == list(text.encode())
+
+
+def test_a_character_that_was_never_seen_is_named() -> None:
+    tokenizer = CharTokenizer.of("abc")
+    for stranger in ("z", "A", "é", "\U0001f600"):
+        with pytest.raises(UserError, match=repr(stranger)):
+            tokenizer.encode(f"ab{stranger}c")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "char", "byte"])
+def test_a_saved_tokenizer_is_the_same_one(tmp_path, name) -> None:
+    text = "To be, or not to be: ça va? 日本\n"
+    before = named(name, text)
+    tokenizers.save(before, tmp_path / "tokenizer.json")
+    for after in (
+        tokenizers.load(tmp_path / "tokenizer.json"),
+        named(str(tmp_path / "tokenizer.json"), "another text"),
+    ):
+        assert (after.name, after.size) == (before.name, before.size)
+        np.testing.assert_array_equal(after.encode(text), before.encode(text))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "char", "byte"])
+def test_byte_lengths_add_up_to_the_text(name) -> None:
+    text = "Wherefore art thou — naïve? 日本\n" * 3
+    tokenizer = named(name, text)
+    assert byte_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "gptforge-tokenizer", "version": 2, "kind": "byte"}',
+        '{"format": "gptforge-tokenizer", "version": 1, "kind": "wordpiece"}',
+        '{"format": "gptforge-tokenizer", "version": 1, "kind": "char"}',
+        '{"format": "gptforge-tokenizer", "version": 1, "kind": "char", "alphabet": "ba"}',
+        '{"format": "gptforge-tokenizer", "version": 1, "kind": "gpt2", "merges": ["\\u0001 x"]}',
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError):
+        tokenizers.load(tmp_path / "tokenizer.json")
+
+
+def test_an_unknown_tokenizer_is_refused_with_the_names() -> None:
+    with pytest.raises(UserError, match="gpt2, char or byte"):
+        named("bert", "text")
+
+
+def test_the_saved_form_is_plain_json(tmp_path) -> None:
+    tokenizers.save(CharTokenizer("ab"), tmp_path / "tokenizer.json")
+    record = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (record["kind"], record["alphabet"]) == ("char", "ab")

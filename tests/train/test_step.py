@@ -1,0 +1,115 @@
+import copy
+
+import pytest
+import torch
+
+from gptforge.hardware import Precision
+from gptforge.model import GPT
+from gptforge.optim.adamw import build_adamw
+from gptforge.train.step import TrainStep
+
+FLOAT32 = Precision(torch.float32, "")
+
+
+def make(model: GPT, *, micro_batch: int = 8, precision=FLOAT32, clip: float = 1.0) -> TrainStep:
+    optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
+    return TrainStep(model, optimizer, precision=precision, micro_batch=micro_batch, grad_clip=clip)
+
+
+def batch(device, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    dice = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 64, (rows, 17), generator=dice).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def test_how_a_global_batch_is_split_changes_nothing(tiny_model, device) -> None:
+    results = []
+    for micro_batch in (8, 4, 1, 3):
+        step = make(copy.deepcopy(tiny_model).to(device), micro_batch=micro_batch)
+        for _ in range(3):
+            loss, norm = step(*batch(device), lr=1e-2)
+        results.append((loss, norm, step.model.transformer["wte"].weight.detach()))
+    for loss, norm, weight in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm, results[0][1], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weight, results[0][2], rtol=1e-3, atol=1e-4)
+
+
+def test_an_update_is_that_of_a_plain_loop(tiny_model, device) -> None:
+    model, plain = copy.deepcopy(tiny_model).to(device), copy.deepcopy(tiny_model).to(device)
+    step = make(model, micro_batch=2, clip=0.5)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in plain.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in plain.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    inputs, targets = batch(device)
+    for _ in range(4):
+        loss, norm = step(inputs, targets, lr=1e-2)
+        optimizer.zero_grad()
+        expected = torch.nn.functional.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten())
+        expected.backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm, expected_norm, rtol=1e-3, atol=1e-5)
+    assert norm > 0.5, "the norm is the one before clipping"
+
+
+def test_no_clipping_is_no_clipping(tiny_model) -> None:
+    loose = make(copy.deepcopy(tiny_model), clip=0.0)
+    wide = make(copy.deepcopy(tiny_model), clip=1e9)
+    for step in (loose, wide):
+        step(*batch("cpu"), lr=1e-2)
+    for left, right in zip(loose.model.parameters(), wide.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_bfloat16_stays_close_and_keeps_float32_weights(tiny_model, device) -> None:
+    exact = make(copy.deepcopy(tiny_model).to(device))
+    mixed = make(copy.deepcopy(tiny_model).to(device), precision=Precision(torch.bfloat16, "test"))
+    for _ in range(5):
+        loss, _ = exact(*batch(device), lr=1e-2)
+        mixed_loss, _ = mixed(*batch(device), lr=1e-2)
+    torch.testing.assert_close(mixed_loss, loss, rtol=0.03, atol=0.03)
+    assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
+    moments = [s["exp_avg"].dtype for s in mixed.optimizer.state.values()]
+    assert set(moments) == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_float16_scales_its_loss_and_its_state_travels(tiny_model) -> None:
+    step = make(tiny_model.to("cuda"), precision=Precision(torch.float16, "test"))
+    for _ in range(3):
+        loss, _ = step(*batch("cuda"), lr=1e-2)
+    assert loss.isfinite()
+    state = step.scaler_state()
+    assert state["scale"] > 1
+    other = make(GPT(tiny_model.config).to("cuda"), precision=Precision(torch.float16, "test"))
+    other.load_scaler_state(state)
+    assert other.scaler_state() == state
+
+
+def test_a_rehearsal_leaves_no_trace(tiny_model) -> None:
+    step = make(tiny_model)
+    before = copy.deepcopy(tiny_model.state_dict())
+    dice = torch.get_rng_state()
+    assert step.rehearse(2, 16) > 0
+    assert torch.equal(dice, torch.get_rng_state())
+    assert all(p.grad is None for p in tiny_model.parameters())
+    assert not step.optimizer.state
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes long on a CPU")
+def test_compiled_steps_learn_the_same(tiny_model) -> None:
+    plain, compiled = make(copy.deepcopy(tiny_model).to("cuda")), make(tiny_model.to("cuda"))
+    compiled.compile()
+    for _ in range(5):
+        expected, _ = plain(*batch("cuda"), lr=1e-2)
+        loss, _ = compiled(*batch("cuda"), lr=1e-2)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)

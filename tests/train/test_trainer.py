@@ -1,0 +1,272 @@
+"""Whole runs of a tiny model, in this process."""
+
+import dataclasses
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.build import build_trainer
+from gptforge.checkpoint.store import CheckpointStore, read_state, read_tensors, read_tokenizer
+from gptforge.config import Config
+from gptforge.errors import RunError, UserError
+from gptforge.presets import preset
+from gptforge.train.guards import StopGuard
+from gptforge.train.trainer import Trainer
+
+
+@pytest.fixture
+def config(play: Path, tmp_path: Path) -> Config:
+    return dataclasses.replace(
+        preset("debug"),
+        input=str(play),
+        out_dir=str(tmp_path / "run"),
+        device="cpu",
+        dropout=0.1,
+        eval_every=4,
+        save_every=6,
+        sample_every=0,
+        keep=9,
+    )
+
+
+def build(config: Config) -> Trainer:
+    trainer = build_trainer(config, given=(), command=[], say=lambda _: None)
+    assert trainer is not None
+    return trainer
+
+
+def events(config: Config, kind: str) -> list[dict]:
+    lines = (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
+
+
+def last(config: Config) -> Path:
+    path = CheckpointStore(Path(config.out_dir) / "checkpoints").pointed("last")
+    assert path is not None
+    return path
+
+
+class StopAfter(StopGuard):
+    """A wish to stop that comes true behind step `steps`."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(0, say=lambda _: None)
+        self.steps = steps
+
+    def wish(self):
+        self.steps -= 1
+        return "interrupted" if self.steps == 0 else None
+
+
+def test_a_run_makes_exactly_max_steps_updates(config) -> None:
+    trainer = build(config)
+    assert trainer.run() == "finished"
+    assert [event["step"] for event in events(config, "train")] == list(range(20))
+    assert trainer.loader.position == 20 * config.global_batch
+    steps = {float(s["step"]) for s in trainer.train_step.optimizer.state.values()}
+    assert steps == {20.0}
+    assert last(config).name == "step-000020"
+    assert events(config, "end")[0]["reason"] == "finished"
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.0])
+def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(config, tmp_path, val_fraction) -> None:
+    config = dataclasses.replace(config, val_fraction=val_fraction)
+    straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
+    build(straight).run()
+
+    first = build(config)
+    first.guard = StopAfter(8)
+    assert first.run() == "interrupted"
+    assert last(config).name == "step-000008"
+    torch.manual_seed(99)  # a new process has other dice
+    assert build(config).run() == "finished"
+
+    for name in ("model", "optimizer", "rng"):
+        one = read_tensors(last(straight), f"{name}.safetensors")
+        two = read_tensors(last(config), f"{name}.safetensors")
+        assert one.keys() == two.keys()
+        for key in one:
+            assert torch.equal(one[key], two[key]), key
+    fields = ("step", "loss", "norm", "lr", "epoch")
+    for kind in ("train", "eval"):
+        left, right = events(straight, kind), events(config, kind)
+        names = fields if kind == "train" else ("step", "val_loss", "val_bpb")
+        assert [[e[n] for n in names] for e in left] == [[e[n] for n in names] for e in right]
+    one, two = read_state(last(straight))["progress"], read_state(last(config))["progress"]
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_losses_of_a_resumed_log_have_no_gap_and_no_double(config) -> None:
+    first = build(config)
+    first.guard = StopAfter(9)
+    first.run()
+    # As if the process had died two steps behind the checkpoint, with its lines written.
+    with (Path(config.out_dir) / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 9, "loss": 1}\n{"event": "train", "st')
+    build(config).run()
+    assert [event["step"] for event in events(config, "train")] == list(range(20))
+    log = (Path(config.out_dir) / "log.md").read_text()
+    assert log.count("\nstep 9 |") == 1
+
+
+def test_another_micro_batch_goes_on_with_the_same_data(config) -> None:
+    first = build(config)
+    first.guard = StopAfter(8)
+    first.run()
+    other = dataclasses.replace(config, batch_size=2, gradient_accumulation_steps=4)
+    trainer = build(other)
+    assert trainer.loader.position == 8 * config.global_batch
+    assert trainer.run() == "finished"
+
+
+def test_best_is_the_lowest_held_out_loss_and_never_gets_worse(config) -> None:
+    trainer = build(dataclasses.replace(config, max_steps=40, max_lr=0.05))
+    trainer.run()
+    losses = {event["step"]: event["val_loss"] for event in events(config, "eval")}
+    assert set(losses) == set(range(4, 41, 4))
+    best = min(losses, key=lambda step: losses[step])
+    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+    assert store.pointed("best").name == f"step-{best:06d}"
+    assert trainer.progress.best_loss == losses[best]
+    so_far = math.inf
+    for event in [e for e in events(config, "save") if e["best"]]:
+        assert losses[event["step"]] < so_far
+        so_far = losses[event["step"]]
+
+
+def test_with_nothing_held_out_best_goes_by_the_mean_training_loss(config) -> None:
+    config = dataclasses.replace(config, val_fraction=0.0)
+    trainer = build(config)
+    trainer.run()
+    assert events(config, "eval") == []
+    losses = [event["loss"] for event in events(config, "train")]
+    means = [sum(losses[i : i + 4]) / 4 for i in range(0, 20, 4)]
+    assert trainer.progress.best_loss == pytest.approx(min(means), rel=1e-5)
+    assert trainer.progress.best_step == 4 * (means.index(min(means)) + 1)
+
+
+def test_the_last_step_is_logged_whatever_the_cadence(config) -> None:
+    config = dataclasses.replace(config, log_every=7, eval_every=100)
+    build(config).run()
+    assert [event["step"] for event in events(config, "train")] == [0, 7, 14, 19]
+    assert [event["step"] for event in events(config, "eval")] == [20]
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
+    build(config).run()
+    said: list[str] = []
+    assert build_trainer(config, given=(), command=[], say=said.append) is None
+    assert "is finished" in said[-1]
+    longer = dataclasses.replace(config, max_steps=30)
+    trainer = build_trainer(longer, given=(), command=[], say=said.append)
+    assert any("follows the new schedule" in line for line in said)
+    trainer.run()
+    assert [event["step"] for event in events(config, "train")] == list(range(30))
+
+
+def test_another_configuration_is_refused_by_name(config) -> None:
+    build(config).run()
+    for change in ({"n_layer": 3}, {"max_lr": 0.5}, {"batch_size": 5}, {"seed": 3}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            build(dataclasses.replace(config, **change))
+
+
+def test_another_text_is_refused(config, play) -> None:
+    build(config).run()
+    play.write_text(play.read_text().replace("light", "night"))
+    with pytest.raises(UserError, match="the text is not the one"):
+        build(dataclasses.replace(config, max_steps=30))
+
+
+def test_overwriting_moves_the_old_run_aside(config) -> None:
+    build(config).run()
+    build(dataclasses.replace(config, overwrite=True, n_layer=1)).run()
+    aside = Path(config.out_dir + ".old-1")
+    assert (aside / "checkpoints" / "last" / "manifest.json").exists() or (
+        aside / "checkpoints" / "last"
+    ).is_file()
+    assert (Path(config.out_dir) / "log.md").is_file()
+
+
+def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
+    Path(config.out_dir).mkdir()
+    (Path(config.out_dir) / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        build(config)
+    assert (Path(config.out_dir) / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_that_never_saved_starts_over(config) -> None:
+    build(config)
+    assert not (Path(config.out_dir) / "checkpoints" / "last").exists()
+    trainer = build(dataclasses.replace(config, max_lr=0.02))
+    trainer.run()
+    assert len(events(config, "start")) == 1
+
+
+def test_a_damaged_last_checkpoint_costs_only_the_steps_behind_it(config) -> None:
+    build(config).run()
+    (last(config) / "optimizer.safetensors").write_bytes(b"broken")
+    said: list[str] = []
+    trainer = build_trainer(config, given=(), command=[], say=said.append)
+    assert any("step-000020 is damaged" in line for line in said)
+    assert trainer.progress.step == 18
+    assert trainer.run() == "finished"
+
+
+def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
+    build(config).run()
+    other = Config(
+        init_from=config.out_dir, input=config.input, out_dir=str(tmp_path / "two"), device="cpu",
+        dtype="float32", context_length=32, batch_size=4, warmup_steps=1, max_steps=2,
+    )  # fmt: skip
+    trainer = build(other)
+    assert trainer.config.n_embd == config.n_embd
+    assert trainer.tokenizer.to_json() == read_tokenizer(last(config)).to_json()
+    best = CheckpointStore(Path(config.out_dir) / "checkpoints").pointed("best")
+    source = read_tensors(best, "model.safetensors")
+    weight = trainer.train_step.model.transformer["wpe"].weight
+    assert torch.equal(weight, source["transformer.wpe.weight"])
+    assert trainer.progress.step == 0
+    with pytest.raises(UserError, match=r"wte|wpe|shape"):
+        build_trainer(
+            dataclasses.replace(other, n_embd=64, out_dir=str(tmp_path / "three")),
+            given={"n_embd"}, command=[], say=lambda _: None,
+        )  # fmt: skip
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_saved(config) -> None:
+    trainer = build(config)
+    with torch.no_grad():
+        trainer.train_step.model.transformer["wpe"].weight.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"nan at step 0.*nothing had been saved"):
+        trainer.run()
+
+
+def test_time_runs_out_only_on_its_own_clock() -> None:
+    now = [100.0]
+    guard = StopGuard(2, say=lambda _: None, clock=lambda: now[0])
+    assert guard.wish() is None
+    now[0] += 119
+    assert guard.wish() is None
+    now[0] += 1
+    assert guard.wish() == "time_limit"
+    assert StopGuard(0, say=lambda _: None, clock=lambda: 1e18).wish() is None
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_becomes_a_wish_and_the_old_handler_comes_back(number, reason) -> None:
+    before = signal.getsignal(number)
+    said: list[str] = []
+    with StopGuard(0, say=said.append) as guard:
+        signal.raise_signal(number)
+        assert guard.wish() == reason
+    assert signal.getsignal(number) is before
+    assert len(said) == 1
