@@ -36,6 +36,9 @@ CONTENTS = (MODEL, OPTIMIZER, GENERATORS, STATE, TOKENIZER, CONFIG)
 SPARE_BYTES = 8 * 2**20
 """Room for the logs and the picture beside a checkpoint."""
 
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""What the system says when a disk, or the user's share of it, is full."""
+
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -208,7 +211,7 @@ def _is_disk_full(error: BaseException) -> bool:
     # safetensors reports it as text, the operating system as a number.
     if isinstance(error, SafetensorError):
         return "No space left" in str(error) or "os error 28" in str(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _kept(store: CheckpointStore) -> str:

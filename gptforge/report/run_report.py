@@ -64,8 +64,10 @@ class RunReport:
         self._write(LOG, line + "\n")
         self._event("eval", step=step, val_loss=loss, val_bpb=bits_per_byte, epoch=epoch)
 
-    def sampled(self, step: int, text: str) -> None:
-        """Keep a piece of text that the model wrote."""
+    def sampled(self, step: int, text: str, *, is_last: bool) -> None:
+        """Keep a piece of text that the model wrote; show the last one."""
+        if is_last:
+            self.console.say(f"\nWhat it writes now:\n\n{text.strip()}")
         # Tildes, longer than any in the text, so that the text cannot close its own fence.
         fence = "~~~"
         while fence in text:
@@ -94,7 +96,8 @@ class RunReport:
             out_dir=self.folder.as_posix(),
         )
         self._write(LOG, f"{FENCE}\n\n{words}\n")
-        self.console.say(f"\n{words}")
+        pictures = f"Curves: {(self.folder / CURVES).as_posix()}"
+        self.console.say(f"\n{words}\n{pictures}")
 
     def sizes(self) -> dict[str, int]:
         """How long each file is now: where to cut it when going on from here."""

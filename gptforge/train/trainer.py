@@ -180,7 +180,7 @@ class Trainer:
         with self._clock.paused():
             writer = LanguageModel(self.train_step.model, self.tokenizer)
             text = writer.generate("", SAMPLE_TOKENS, seed=self.config.seed + self.progress.step)
-            self.report.sampled(self.progress.step, text)
+            self.report.sampled(self.progress.step, text, is_last=not self.steps_left)
 
     def save(self, *, is_best: bool) -> None:
         """Write a checkpoint, point `last` and perhaps `best` at it, delete what is not kept."""

@@ -97,7 +97,7 @@ def test_going_on_cuts_the_files_back_to_the_checkpoint(tmp_path, capsys) -> Non
     sizes = report.sizes()
     kept = {name: (tmp_path / name).read_bytes() for name in sizes}
     report.step(event(1))
-    report.sampled(2, "words")
+    report.sampled(2, "words", is_last=False)
     report.resume(1, sizes, checkpoint="step-000001", command="c")
     assert (tmp_path / "log.md").read_bytes() == kept["log.md"]
     assert (tmp_path / "samples.md").read_bytes() == kept["samples.md"]
@@ -109,7 +109,7 @@ def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
     report = RunReport(tmp_path, title="t")
     report.begin("SUMMARY", command="c", facts={})
     report.step(event(0))
-    report.sampled(1, "~~~ not a fence")
+    report.sampled(1, "~~~ not a fence", is_last=True)
     report.end("finished", step=1, epochs=0.1, seconds=2)
     assert (tmp_path / "log.md").read_text().count("```") == 2
     assert "~~~~text" in (tmp_path / "samples.md").read_text()
