@@ -12,12 +12,9 @@ import torch
 from gptforge import __version__, costs, files
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening, open_run
+from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.checkpoint.tensors import (
-    load_generator_tensors,
-    load_model_tensors,
-    load_optimizer_tensors,
-)
+from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import Config, GPTConfig, check, to_toml
 from gptforge.data.corpus import Corpus, build_corpus
 from gptforge.data.loader import Loader
@@ -33,9 +30,11 @@ from gptforge.report.duration import in_words
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.tokenizers import byte_lengths
+from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
+from gptforge.train.progress import Progress, restore
 from gptforge.train.step import TrainStep
-from gptforge.train.trainer import Progress, Trainer, restore_progress
+from gptforge.train.trainer import Trainer
 
 Say = Callable[[str], None]
 
@@ -107,7 +106,7 @@ def build_trainer(
     store.require_space(costs.checkpoint_bytes(config.model))
     progress = Progress()
     if opening.checkpoint is not None:
-        progress = _restore(opening, step, loader)
+        progress = restore(opening.checkpoint, step, loader)
     say(_estimate(step, config, steps=config.max_steps - progress.step, compiled=compiled))
 
     folder = Path(config.out_dir)
@@ -136,10 +135,13 @@ def build_trainer(
         loader=loader,
         held_out=_held_out(corpus, config),
         tokenizer=corpus.tokenizer,
-        store=store,
+        saver=BackgroundSaver(
+            store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
+        ),
         report=report,
         guard=StopGuard(config.time_limit, say=say),
-        config_text=config_text,
+        # A GPU works behind our backs: two steps later its numbers are ready to be read.
+        watch=Watch(lag=2 if device.type == "cuda" else 0, scaled=precision.needs_scaler),
         text_sha256=corpus.sha256,
         progress=progress,
     )
@@ -244,18 +246,6 @@ def _model(config: Config, opening: Opening) -> GPT:
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
     load_model_tensors(model, tensors, source=path.as_posix())
     return model
-
-
-def _restore(opening: Opening, step: TrainStep, loader: Loader) -> Progress:
-    """Put optimizer, scaler, loader and dice back to where the checkpoint left them."""
-    path = opening.checkpoint
-    assert path is not None
-    moments = checkpoints.read_tensors(path, checkpoints.OPTIMIZER)
-    load_optimizer_tensors(step.model, step.optimizer, moments, source=path.as_posix())
-    loader.load_state_dict(opening.state["loader"])
-    step.load_scaler_state(opening.state["scaler"])
-    load_generator_tensors(checkpoints.read_tensors(path, checkpoints.GENERATORS), step.device)
-    return restore_progress(opening.state["progress"])
 
 
 def _held_out(corpus: Corpus, config: Config) -> HeldOut | None:

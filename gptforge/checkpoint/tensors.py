@@ -18,8 +18,8 @@ TIED = "lm_head.weight"
 
 
 def model_tensors(model: GPT) -> Tensors:
-    """The weights, on the CPU, float32."""
-    return {name: _to_cpu(tensor) for name, tensor in model.state_dict().items() if name != TIED}
+    """Copies of the weights, on their device, float32."""
+    return {name: _copy(tensor) for name, tensor in model.state_dict().items() if name != TIED}
 
 
 def load_model_tensors(model: GPT, tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -34,7 +34,7 @@ def load_model_tensors(model: GPT, tensors: Mapping[str, Tensor], *, source: str
 def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's state as '<parameter>.<slot>', such as 'transformer.wte.weight.exp_avg'."""
     return {
-        f"{name}.{slot}": _to_cpu(value)
+        f"{name}.{slot}": _copy(value)
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
@@ -81,8 +81,9 @@ def load_generator_tensors(tensors: Mapping[str, Tensor], device: torch.device) 
         torch.mps.set_rng_state(tensors["mps"])
 
 
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
+def _copy(tensor: Tensor) -> Tensor:
+    # Training goes on and would change the original under the saver's hands.
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

@@ -61,6 +61,12 @@ class Loader:
         self._ahead = self._send(self.position)
         return batch[:, :-1], batch[:, 1:]
 
+    def windows_at(self, position: int) -> list[int]:
+        """Numbers of the windows in the batch at a position; window w starts at token w * T."""
+        places = np.arange(position, position + self._global_batch)
+        chosen = window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
+        return [int(window) for window in chosen]
+
     def state_dict(self) -> dict[str, int]:
         """Windows handed out so far."""
         return {"position": self.position}
@@ -72,8 +78,7 @@ class Loader:
 
     def _send(self, position: int) -> Tensor:
         """The batch at `position`, (G, T + 1), on its way to the device."""
-        places = np.arange(position, position + self._global_batch)
-        chosen = window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
+        chosen = np.array(self.windows_at(position))
         batch = gather(self._tokens, chosen, self._context_length)
         if self._stream is None:
             return batch.to(self._device)

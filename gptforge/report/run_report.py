@@ -1,10 +1,11 @@
 """The run folder's log.md, metrics.jsonl, samples.md and training_curves.png, and the console."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gptforge.checkpoint.saver import Saved
 from gptforge.files import append_json
 from gptforge.report.console import Console, PlainConsole
 from gptforge.report.curves import draw_curves
@@ -39,12 +40,67 @@ class RunReport:
 
     def resume(self, step: int, sizes: Mapping[str, int], *, checkpoint: str, command: str) -> None:
         """Cut the files back to a checkpoint and go on behind it."""
+        self._cut(sizes)
+        self._event("resume", step=step, checkpoint=checkpoint, command=command)
+
+    def returned(
+        self,
+        step: int,
+        sizes: Mapping[str, int],
+        *,
+        checkpoint: str,
+        bad_steps: list[int],
+        left_out: tuple[int, int],
+    ) -> None:
+        """Training went back to a checkpoint, and so do the files.
+
+        Args:
+            step: updates made at that checkpoint.
+            sizes: of the files when it was made.
+            checkpoint: its name.
+            bad_steps: the steps that were no good.
+            left_out: places in the stream of windows between which nothing is learned.
+        """
+        self._cut(sizes)
+        line = (
+            f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {checkpoint}; "
+            f"windows {left_out[0]} to {left_out[1] - 1} of the stream are left out"
+        )
+        self.console.say(line)
+        self._write(LOG, line + "\n")
+        facts = {"checkpoint": checkpoint, "bad_steps": bad_steps, "left_out": left_out}
+        self._event("anomaly", kind="return", step=step, **facts)
+
+    def anomaly(
+        self,
+        kind: str,
+        step: int,
+        *,
+        loss: float,
+        norm: float,
+        score: float,
+        epoch: float,
+        windows: list[int],
+    ) -> None:
+        """Something is wrong with one step: its loss, and the batch's place in the text."""
+        what = (
+            f"a loss of {loss:.4f}, {score:.0f} robust deviations above the recent ones"
+            if kind == "spike"
+            else f"loss {loss}, gradient norm {norm}: the update was left out"
+        )
+        places = ", ".join(map(str, windows[:4])) + (", ..." if len(windows) > 4 else "")
+        line = f"anomaly at step {step}, epoch {epoch:.2f}, windows {places}: {what}"
+        self.console.say(line)
+        self._write(LOG, line + "\n")
+        facts = {"loss": loss, "norm": norm, "epoch": epoch, "windows": windows}
+        self._event("anomaly", kind=kind, step=step, **facts)
+
+    def _cut(self, sizes: Mapping[str, int]) -> None:
         for name in CUT_ON_RESUME:
             path = self.folder / name
             if path.is_file() and path.stat().st_size > sizes.get(name, 0):
                 with path.open("rb+") as file:
                     file.truncate(sizes.get(name, 0))
-        self._event("resume", step=step, checkpoint=checkpoint, command=command)
 
     def step(self, event: dict[str, Any]) -> None:
         """Log one update, in the seed's format."""
@@ -74,9 +130,10 @@ class RunReport:
             fence += "~"
         self._write(SAMPLES, f"\n## After {step} steps\n\n{fence}text\n{text}\n{fence}\n")
 
-    def saved(self, step: int, name: str, *, is_best: bool) -> None:
-        """A checkpoint is on the disk."""
-        self._event("save", step=step, checkpoint=name, best=is_best)
+    def saved(self, done: Iterable[Saved]) -> None:
+        """Checkpoints are on the disk."""
+        for saved in done:
+            self._event("save", step=saved.step, checkpoint=saved.name, best=saved.is_best)
 
     def redraw(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was just done."""

@@ -22,6 +22,8 @@ class TrainStep:
         precision: type of the matrix products.
         micro_batch: windows that go through the model at once.
         grad_clip: longest gradient norm let through; 0 lets all through.
+        may_shrink: whether to halve the micro-batch and try again when memory runs out.
+        say: told when that happens.
     """
 
     def __init__(
@@ -32,48 +34,79 @@ class TrainStep:
         precision: Precision,
         micro_batch: int,
         grad_clip: float,
+        may_shrink: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.device = next(model.parameters()).device
         self.precision = precision
+        self.micro_batch = micro_batch
         self._forward: Loss = model
-        self._micro_batch = micro_batch
         self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
+        self._may_shrink = may_shrink
+        self._say = say
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
         """Learn from one global batch, both (G, T).
+
+        An update whose gradient is not finite is left out: weights and moments stay as they are.
 
         Returns:
             Mean loss over the batch's tokens, and gradient norm before clipping: scalars that stay
             on the device, so that nothing waits for them.
         """
         self.model.train()
-        loss = torch.zeros((), device=self.device)
-        # Each micro-batch counts by its tokens, so the split never changes the sum.
-        for x, y in zip(
-            inputs.split(self._micro_batch), targets.split(self._micro_batch), strict=True
-        ):
-            part = self._loss(x, y) / targets.numel()
-            self._scaler.scale(part).backward()
-            loss += part.detach()
+        while (loss := self._gradients(inputs, targets)) is None:
+            self._shrink()
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if not self._scaler.is_enabled():
+            # torch's fused optimizers look for this flag, on the device, before they move a
+            # weight; the scaler sets it by itself.
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Gradients of a global batch in its parameters, and its loss; None if memory ran out."""
+        loss = torch.zeros((), device=self.device)
+        parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
+        try:
+            # Each micro-batch counts by its tokens, so the split never changes the sum.
+            for x, y in parts:
+                part = self._loss(x, y) / targets.numel()
+                self._scaler.scale(part).backward()
+                loss += part.detach()
+        except torch.OutOfMemoryError:
+            if not self._may_shrink or self.micro_batch == 1:
+                raise
+            return None
+        return loss
+
+    def _shrink(self) -> None:
+        """Halve the micro-batch, after memory ran out; what was done of the batch is forgotten."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch = -(-self.micro_batch // 2)
+        self._say(f"note: memory ran out; going on with micro-batches of {self.micro_batch}")
+
     def compile(self) -> None:
         """Run the model compiled from now on. The saved weights' names stay those of the module."""
-        self._forward = torch.compile(self.model)
+        self._forward = torch.compile(self.model, dynamic=False)
 
     def rehearse(self, windows: int, context_length: int) -> float:
-        """Seconds for a forward and backward over zeros, which leave no trace."""
-        x = torch.zeros((windows, context_length), dtype=torch.int64, device=self.device)
+        """Seconds for a forward and backward over some tokens, which leave no trace."""
+        count = windows * context_length
+        # Not all alike: adding up many gradients of one token takes far longer than of many.
+        tokens = torch.arange(count, device=self.device) % self.model.config.vocab_size
+        x = tokens.view(windows, context_length)
         self.model.train()
         with _kept_dice(self.device):
             synchronize(self.device)
@@ -82,6 +115,19 @@ class TrainStep:
             synchronize(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
+
+    def fits(self, windows: int, context_length: int) -> bool:
+        """Whether so many windows go through the device's memory at once; tried out."""
+        try:
+            self.rehearse(windows, context_length)
+        except torch.OutOfMemoryError:
+            fit = False
+        else:
+            fit = True
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return fit
 
     def drop_compiled(self) -> None:
         """Go back to the plain model."""

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from gptforge.checkpoint.store import CheckpointStore, Snapshot
+from gptforge.checkpoint.saver import BackgroundSaver
+from gptforge.checkpoint.store import Snapshot, read_state
 from gptforge.checkpoint.tensors import generator_tensors, model_tensors, optimizer_tensors
 from gptforge.config import Config
 from gptforge.data.loader import Loader
@@ -20,30 +21,16 @@ from gptforge.hardware import synchronize
 from gptforge.optim.schedule import warmup_cosine
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
+from gptforge.train.anomalies import Anomaly, Watch
 from gptforge.train.guards import Reason, StopGuard
+from gptforge.train.progress import Progress, restore
 from gptforge.train.step import TrainStep
 
 SAMPLE_TOKENS = 200
-
-
-@dataclass
-class Progress:
-    """How far a run has come; it travels in every checkpoint."""
-
-    step: int = 0
-    """Updates made."""
-    loss: float = math.nan
-    """Mean training loss of the last update."""
-    best_loss: float = math.inf
-    """Lowest loss judged: held out, or training where nothing is."""
-    best_step: int = 0
-    """Updates made when it was judged."""
-    loss_sum: float = 0.0
-    """Training losses since the last judgement, summed."""
-    loss_count: int = 0
-    """How many they are."""
-    seconds: float = 0.0
-    """Wall time of training, over all sessions."""
+PATIENCE = 5
+"""Steps in a row without a finite loss and gradient before training goes back."""
+MOST_RETURNS = 3
+"""Times it goes back before it gives up."""
 
 
 class Stopwatch:
@@ -79,11 +66,10 @@ class Trainer:
     loader: Loader
     held_out: HeldOut | None
     tokenizer: Tokenizer
-    store: CheckpointStore
+    saver: BackgroundSaver
     report: RunReport
     guard: StopGuard
-    config_text: str
-    """What config.toml holds; a copy goes into every checkpoint."""
+    watch: Watch
     text_sha256: str
     """Of the training text: a run goes on with the same one only."""
     progress: Progress
@@ -91,26 +77,31 @@ class Trainer:
     _clock: Stopwatch = field(init=False)
     _begun: float = field(init=False)
     _logged: int = field(init=False)
+    _loss: Tensor = field(init=False)
     _loss_sum: Tensor = field(init=False)
-    _last_loss: Tensor = field(init=False)
+    _loss_count: Tensor = field(init=False)
 
     def run(self) -> Reason:
         """Train to the last step, or until asked to stop; either way the state is saved."""
         device = self.train_step.device
-        self._loss_sum = torch.tensor(self.progress.loss_sum, device=device)
-        self._logged = self.progress.step
         self._begun = time.perf_counter() - self.progress.seconds
         self._clock = Stopwatch(lambda: synchronize(device))
+        self._start_counting()
         reason: Reason | None = None
         with self.guard, self.report.console:
             while reason is None:
-                self.learn()
+                if self.has_broken_down(self.learn()):
+                    self.go_back()
+                    continue
                 is_best = self.is_due(self.config.eval_every) and self.judge()
                 if self.is_due(self.config.sample_every):
                     self.sample()
                 reason = self.guard.wish() if self.steps_left else "finished"
                 if reason or is_best or self.is_due(self.config.save_every):
                     self.save(is_best=is_best)
+                self.report.saved(self.saver.collect())
+            self.saver.wait()
+        self.report.saved(self.saver.collect())
         self.report.end(
             reason,
             step=self.progress.step,
@@ -129,9 +120,9 @@ class Trainer:
         """Whether something done each `every` updates, and at the end, is due; 0: at the end."""
         return not self.steps_left or (every > 0 and self.progress.step % every == 0)
 
-    def learn(self) -> None:
-        """Make one update; log it if its line is due."""
-        c, step = self.config, self.progress.step
+    def learn(self) -> list[Anomaly]:
+        """Make one update; log it if its line is due. Returns what is found to have gone wrong."""
+        c, step, position = self.config, self.progress.step, self.loader.position
         lr = warmup_cosine(
             step,
             max_lr=c.max_lr,
@@ -141,21 +132,69 @@ class Trainer:
         )
         inputs, targets = self.loader.next()
         loss, norm = self.train_step(inputs, targets, lr=lr)
-        self._loss_sum += loss
+        counts = loss.isfinite()
+        self._loss = loss
+        self._loss_sum += torch.where(counts, loss, 0)
+        self._loss_count += counts
         self.progress.step += 1
-        self.progress.loss_count += 1
         # Reading a number off the device waits for it, so that is left for the steps that log.
         if step % c.log_every == 0 or not self.steps_left:
             self._log(step, loss, norm, lr)
         self.report.console.advance(self.progress.step, f"loss {self.progress.loss:.3f}")
-        self._last_loss = loss
+        found = self.watch.add(step, position, loss, norm)
+        return found if self.steps_left else found + self.watch.settle()
+
+    def has_broken_down(self, anomalies: list[Anomaly]) -> bool:
+        """Report what went wrong; whether it went wrong too often in a row to go on from here."""
+        for found in anomalies:
+            self.report.anomaly(
+                found.kind,
+                found.step,
+                loss=found.loss,
+                norm=found.norm,
+                score=found.score,
+                epoch=found.position / self.loader.windows,
+                windows=self.loader.windows_at(found.position),
+            )
+        return any(found.in_a_row >= PATIENCE for found in anomalies)
+
+    def go_back(self) -> None:
+        """Return to the newest whole checkpoint, and do without the data since then."""
+        with self._clock.paused():
+            self.saver.wait()
+            reached, behind = self.progress.step, self.loader.position
+            returns = self.progress.returns + 1
+            path, warnings = self.saver.store.newest()
+            for warning in warnings:
+                self.report.console.say(f"note: {warning}")
+            if path is None or returns > MOST_RETURNS:
+                why = f"{returns - 1} returns did not help" if path else "nothing was saved yet"
+                raise RunError(
+                    f"no finite loss for {PATIENCE} steps in a row, and {why}: training broke down "
+                    f"at step {reached - 1}. A lower --max_lr, a longer --warmup_steps or a look "
+                    "at the text may help"
+                )
+            self.progress = restore(path, self.train_step, self.loader)
+            self.progress.returns = returns
+            bad_steps = list(range(reached - PATIENCE, reached))
+            self.report.returned(
+                self.progress.step,
+                read_state(path)["file_sizes"],
+                checkpoint=path.name,
+                bad_steps=bad_steps,
+                left_out=(self.loader.position, behind),
+            )
+            self.loader.load_state_dict({"position": behind})
+            self.watch.forget()
+            self._start_counting()
 
     def judge(self) -> bool:
         """Score the model, by held-out text where there is some; whether it is the best so far."""
         p = self.progress
         with self._clock.paused():
             if self.held_out is None:
-                loss = float(self._loss_sum) / p.loss_count
+                seen = float(self._loss_count)
+                loss = float(self._loss_sum) / seen if seen else math.nan
             else:
                 score = self.held_out.evaluate(self.train_step.model, self.train_step.precision)
                 loss = score.loss
@@ -172,7 +211,7 @@ class Trainer:
                 )
             self.report.redraw()
         self._loss_sum.zero_()
-        p.loss_count = 0
+        self._loss_count.zero_()
         return is_best
 
     def sample(self) -> None:
@@ -183,29 +222,18 @@ class Trainer:
             self.report.sampled(self.progress.step, text, is_last=not self.steps_left)
 
     def save(self, *, is_best: bool) -> None:
-        """Write a checkpoint, point `last` and perhaps `best` at it, delete what is not kept."""
-        with self._clock.paused():
-            snapshot = self.snapshot()
-            step = self.progress.step
-            name = self.store.save(
-                step, snapshot, tokenizer=self.tokenizer, config=self.config_text
-            )
-            if is_best:
-                self.store.point("best", name)
-            self.store.prune(self.config.keep)
-            self.report.saved(step, name, is_best=is_best)
+        """Begin to write a checkpoint, beside the training."""
+        self.saver.submit(self.progress.step, self.snapshot(), is_best=is_best)
 
     def snapshot(self) -> Snapshot:
         """Everything the run needs to go on from here."""
         p, step = self.progress, self.train_step
-        p.loss = self._finite(self._last_loss)
-        p.loss_sum = float(self._loss_sum)
+        p.loss = float(self._loss)
+        p.loss_sum, p.loss_count = float(self._loss_sum), float(self._loss_count)
         p.seconds = time.perf_counter() - self._begun
-        # JSON has no infinity: nothing judged yet is null.
-        progress = asdict(p) | {"best_loss": p.best_loss if p.best_step else None}
         state = {
             "version": 1,
-            "progress": progress,
+            "progress": p.to_json(),
             "loader": self.loader.state_dict(),
             "scaler": step.scaler_state(),
             "text_sha256": self.text_sha256,
@@ -218,9 +246,16 @@ class Trainer:
             state=state,
         )
 
+    def _start_counting(self) -> None:
+        """Set the running sums to what `progress` says."""
+        p, device = self.progress, self.train_step.device
+        self._loss_sum = torch.tensor(p.loss_sum, device=device)
+        self._loss_count = torch.tensor(p.loss_count, device=device)
+        self._logged = p.step
+
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         p = self.progress
-        p.loss = self._finite(loss)
+        p.loss = float(loss)
         seconds = self._clock.lap() / (p.step - self._logged)
         self._logged = p.step
         self.report.step(
@@ -234,21 +269,3 @@ class Trainer:
                 "epoch": self.loader.epoch,
             }
         )
-
-    def _finite(self, loss: Tensor) -> float:
-        """The loss as a number; a RunError if it is none, before anything is saved over."""
-        value = float(loss)
-        if not math.isfinite(value):
-            last = self.store.pointed("last")
-            kept = f"{last.name} is from before" if last else "nothing had been saved yet"
-            raise RunError(
-                f"the training loss is {value} at step {self.progress.step - 1}: training broke "
-                f"down; {kept}. A lower --max_lr or a longer --warmup_steps may help"
-            )
-        return value
-
-
-def restore_progress(state: dict[str, float | None]) -> Progress:
-    """Progress from a checkpoint's state."""
-    known = {name: value for name, value in state.items() if value is not None}
-    return Progress(**known)  # type: ignore[arg-type]

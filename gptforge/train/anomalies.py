@@ -1,0 +1,102 @@
+"""Watching the loss for what should not be there, without making the device wait.
+
+A loss is read a few steps late, when the device has long computed it. The update itself needs no
+watcher: `TrainStep` leaves it out, on the device, where a gradient is not finite.
+"""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+WINDOW = 64
+"""Losses that a new one is compared with."""
+ENOUGH = 16
+"""Fewer than these tell nothing."""
+SPIKE = 8.0
+"""Robust standard deviations above the median that make a spike."""
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """One step that went wrong."""
+
+    kind: Literal["not_finite", "spike"]
+    step: int
+    position: int
+    """Place of its batch in the loader's stream."""
+    loss: float
+    norm: float
+    score: float
+    """Robust standard deviations above the recent median; infinite where the loss is no number."""
+    in_a_row: int
+    """Steps in a row, up to this one, whose loss or gradient was not finite."""
+
+
+class Watch:
+    """Remembers recent losses and says which new one is out of line.
+
+    Args:
+        lag: steps to wait before a loss is read; 0 where the device computes at once.
+        scaled: whether a loss scaler is at work: it tries large scales on purpose, so a gradient
+            that overflows under a finite loss is none of our business.
+    """
+
+    def __init__(self, *, lag: int, scaled: bool) -> None:
+        self._lag = lag
+        self._scaled = scaled
+        self._unread: deque[tuple[int, int, Tensor, Tensor]] = deque()
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._in_a_row = 0
+
+    def add(self, step: int, position: int, loss: Tensor, norm: Tensor) -> list[Anomaly]:
+        """Take note of a step; returns what is wrong with those old enough to be read."""
+        self._unread.append((step, position, loss, norm))
+        return self._read(self._lag)
+
+    def forget(self) -> None:
+        """Start over, as if nothing had been seen."""
+        self._unread.clear()
+        self._recent.clear()
+        self._in_a_row = 0
+
+    def settle(self) -> list[Anomaly]:
+        """Read all that is left."""
+        return self._read(0)
+
+    def _read(self, leave: int) -> list[Anomaly]:
+        found = []
+        while len(self._unread) > leave:
+            step, position, loss, norm = self._unread.popleft()
+            anomaly = self._examine(step, position, float(loss), float(norm))
+            if anomaly is not None:
+                found.append(anomaly)
+        return found
+
+    def _examine(self, step: int, position: int, loss: float, norm: float) -> Anomaly | None:
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self._scaled):
+            self._in_a_row += 1
+            return Anomaly("not_finite", step, position, loss, norm, math.inf, self._in_a_row)
+        self._in_a_row = 0
+        score = robust_score(loss, self._recent)
+        self._recent.append(loss)
+        if score > SPIKE:
+            return Anomaly("spike", step, position, loss, norm, score, 0)
+        return None
+
+
+def robust_score(value: float, recent: "deque[float]") -> float:
+    """How far `value` lies above the median of `recent`, in robust standard deviations.
+
+    The spread is 1.4826 times the median absolute deviation, which one wild value cannot move
+    (Rousseeuw and Croux, 1993), and at least one percent of the median: a loss that has come to
+    rest wobbles by less than that.
+    """
+    if len(recent) < ENOUGH:
+        return 0.0
+    middle = statistics.median(recent)
+    spread = 1.4826 * statistics.median(abs(other - middle) for other in recent)
+    return (value - middle) / max(spread, 0.01 * abs(middle), 1e-12)
