@@ -33,7 +33,9 @@ def _held_out(history: History, total_steps: int) -> list[str]:
     if len(scored) < 2:
         lines.append("It was judged only once, so whether it would get better is not known.")
     elif best is last:
-        before = min(float(event["val_loss"]) for event in scored[:-1])
+        # Against two thirds of the way: at the very end the small learning rate hides the trend.
+        early = scored[: -max(1, len(scored) // 3)]
+        before = min(float(event["val_loss"]) for event in early)
         if best["val_loss"] < before * (1 - CLOSE):
             lines.append("It was still getting better when training ended: more steps would help.")
         else:

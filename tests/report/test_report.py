@@ -55,6 +55,8 @@ def test_a_step_line_is_the_seeds() -> None:
         (judged((50, 5.0), (100, 4.0), (150, 7.0)), "learn the text by heart"),
         (judged((50, 5.0), (100, 4.0), (150, 4.01)), "stayed level"),
         (judged((50, 5.0)), "judged only once"),
+        # Each step is small at the end of a cosine; together they are not.
+        (judged(*((i, 3 - i / 200 + (i / 200) ** 2 / 4) for i in range(50, 400, 50))), "getting"),
     ],
 )
 def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
