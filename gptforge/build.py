@@ -162,12 +162,13 @@ def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
     if reason := checkpoints.damage(path, wanted):
         raise UserError(f"{path.as_posix()} is damaged: {reason}; give another checkpoint folder")
     config = checkpoints.read_config(path)
+    tokenizer = checkpoints.read_tokenizer(path)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the model has rows")
     model = GPT(config.model)
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
     load_model_tensors(model, tensors, source=path.as_posix())
-    return LanguageModel(
-        model.to(choose_device(device)[0]).eval(), checkpoints.read_tokenizer(path)
-    )
+    return LanguageModel(model.to(choose_device(device)[0]).eval(), tokenizer)
 
 
 def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:

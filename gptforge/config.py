@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptforge.errors import UserError
+from gptforge.files import read_small
 
 Value = bool | int | float | str
 
@@ -180,11 +181,10 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
 def read_toml(path: Path) -> dict[str, object]:
     """The fields that a TOML file sets. Tables, such as [made_by], are notes and are left out."""
     try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
+        values = tomllib.loads(read_small(path))
     except FileNotFoundError:
         raise UserError(f"--config {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
     return {name: value for name, value in values.items() if not isinstance(value, dict)}
 

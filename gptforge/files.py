@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+SMALL = 16 * 2**20
+"""Bytes: ten times the largest text file in a checkpoint, GPT-2's merge list."""
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` in one step: written beside it, synced to disk, renamed over it."""
@@ -43,6 +46,17 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_small(path: Path) -> str:
+    """A text file of our own; an OSError if it is larger than any that we write.
+
+    A stranger's file must not be able to take the memory.
+    """
+    size = path.stat().st_size
+    if size > SMALL:
+        raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
+    return path.read_text(encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 
 # A room may import from those before it in this list, never from those behind it.
 ROOMS = [
-    *("errors", "config", "presets", "files", "hardware", "costs", "model", "tokenizers", "data"),
+    *("errors", "files", "config", "presets", "hardware", "costs", "model", "tokenizers", "data"),
     *("optim", "checkpoint", "report", "generate", "evaluate", "train", "build", "cli"),
     "__main__",
 ]

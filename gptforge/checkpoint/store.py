@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gptforge import files
+from gptforge import costs, files
 from gptforge.checkpoint.tensors import Tensors
-from gptforge.config import Config, merge, read_toml
+from gptforge.config import Config, check, merge, read_toml
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
@@ -156,7 +156,7 @@ class CheckpointStore:
 def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
     """What is wrong with a checkpoint folder, as far as `contents` goes; None if it is whole."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(files.read_small(path / MANIFEST))
         listed = dict(manifest["files"])
         for name in contents:
             file = path / name
@@ -168,7 +168,7 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
                 return f"{name} does not have the bytes that were saved"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error!r}"
     return None
 
@@ -200,16 +200,38 @@ def read_tensors(path: Path, name: str) -> Tensors:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json."""
+    """A checkpoint's state.json, with the parts that a run needs to go on."""
     try:
-        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / STATE}: cannot be read: {error}") from None
+        state = json.loads(files.read_small(path / STATE))
+        if state["version"] != 1:
+            raise ValueError(f"version {state['version']}, this program knows 1")
+        numbers = [*state["progress"].values(), *state["scaler"].values()]
+        numbers += [state["loader"]["position"], *state["file_sizes"].values()]
+        if not all(number is None or type(number) in (int, float) for number in numbers):
+            raise TypeError("a number was expected")
+        counts = [state["loader"]["position"], state["progress"]["step"]]
+        if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+            raise TypeError("a step was expected")
+        state["text_sha256"].encode()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path / STATE}: not a state that a run saved: {error!r}") from None
+    return dict(state)
 
 
 def read_config(path: Path) -> Config:
-    """The configuration that a checkpoint or run folder was made with."""
-    return merge(Config(), read_toml(path / CONFIG), source=str(path / CONFIG))
+    """The configuration that a checkpoint was made with.
+
+    It is checked, and the model that it describes must fit into the file of weights: a few bytes of
+    text from a stranger must not make anybody build a model of a terabyte.
+    """
+    config = merge(Config(), read_toml(path / CONFIG), source=str(path / CONFIG))
+    check(config)
+    needed, size = 4 * costs.parameters(config.model), (path / MODEL).stat().st_size
+    if needed > size:
+        raise UserError(
+            f"{path / CONFIG} describes a model of {needed:,} bytes, but {MODEL} has {size:,}"
+        )
+    return config
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from gptforge.errors import UserError
-from gptforge.files import write_atomic
+from gptforge.files import read_small, write_atomic
 from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
@@ -43,7 +43,7 @@ def load(path: Path) -> Tokenizer:
         UserError: if the file is something else.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_small(path))
         if record["format"] != "gptforge-tokenizer" or record["version"] != 1:
             raise KeyError("format")
         kind = record["kind"]
@@ -54,7 +54,9 @@ def load(path: Path) -> Tokenizer:
         if kind == "byte":
             return ByteTokenizer()
         raise KeyError("kind")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer that a run saved ({error})") from None
 
 
