@@ -19,10 +19,18 @@ from gptforge.config import Config, GPTConfig, check, to_toml
 from gptforge.data.corpus import Corpus, build_corpus
 from gptforge.data.loader import Loader
 from gptforge.data.text import find_text, read_text, split_text
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
-from gptforge.hardware import Precision, choose_device, choose_precision, try_compile
+from gptforge.hardware import (
+    Precision,
+    attention_kernel,
+    cache_folder,
+    choose_device,
+    choose_precision,
+    free_memory,
+    try_compile,
+)
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.report.console import open_console
@@ -32,6 +40,7 @@ from gptforge.report.summary import model_summary
 from gptforge.tokenizers import byte_lengths
 from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
+from gptforge.train.micro_batch import find_micro_batch
 from gptforge.train.progress import Progress, restore
 from gptforge.train.step import TrainStep
 from gptforge.train.trainer import Trainer
@@ -86,9 +95,21 @@ def build_trainer(
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
+        may_shrink="batch_size" not in given,
+        say=say,
     )
+    step.micro_batch = _micro_batch(step, config, by_hand="batch_size" in given)
     say(f"text: {_describe_corpus(corpus, config)}")
     say(f"device: {device} ({device_note}), {_name(precision)}: {precision.reason}")
+    attention = attention_kernel(
+        device,
+        precision.dtype,
+        n_head=config.n_head,
+        head_size=config.n_embd // config.n_head,
+        context_length=config.context_length,
+    )
+    split = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
+    say(f"attention: {attention}; {split}")
     compiled, reason = try_compile(config.compile, device, lambda: _try_compiled(step, config))
     if not compiled:
         step.drop_compiled()
@@ -128,6 +149,7 @@ def build_trainer(
     else:
         facts = {"parameters": costs.parameters(config.model), "device": str(device)}
         facts |= {"dtype": _name(precision), "compiled": compiled, "torch": torch.__version__}
+        facts |= {"attention": attention, "micro_batch": step.micro_batch}
         report.begin(model_summary(model), command=notes["command"], facts=facts)
     return Trainer(
         config=config,
@@ -261,9 +283,37 @@ def _held_out(corpus: Corpus, config: Config) -> HeldOut | None:
     )
 
 
+def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
+    """Windows that go through the model at once: those asked for, fewer where memory is short."""
+    device, length = step.device, config.context_length
+    if device.type != "cuda":
+        return config.batch_size
+    if by_hand:
+        fitting = config.batch_size
+        while fitting > 1 and not step.fits(fitting, length):
+            fitting = -(-fitting // 2)
+        if fitting < config.batch_size:
+            raise RunError(
+                f"--batch_size {config.batch_size} does not fit into the memory of {device}; "
+                f"{fitting} would: --batch_size {fitting} --gradient_accumulation_steps "
+                f"{-(-config.global_batch // fitting)}, or leave --batch_size out"
+            )
+        return fitting
+    mixed = step.precision.is_mixed
+    key = f"{config.model} {length} {step.precision.dtype} {torch.__version__} "
+    return find_micro_batch(
+        config.batch_size,
+        estimate=lambda n: costs.training_bytes(config.model, length, n, mixed=mixed),
+        free=free_memory(device),
+        fits=lambda n: step.fits(n, length),
+        remembered=cache_folder() / "micro_batches.json",
+        key=key + torch.cuda.get_device_name(device),
+    )
+
+
 def _try_compiled(step: TrainStep, config: Config) -> None:
     step.compile()
-    step.rehearse(config.batch_size, config.context_length)
+    step.rehearse(step.micro_batch, config.context_length)
 
 
 def _estimate(step: TrainStep, config: Config, *, steps: int, compiled: bool) -> str:
@@ -271,7 +321,7 @@ def _estimate(step: TrainStep, config: Config, *, steps: int, compiled: bool) ->
     # A few windows tell enough where a whole micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
     fast = compiled or step.device.type == "cuda"
-    windows = config.batch_size if fast else min(config.batch_size, few)
+    windows = step.micro_batch if fast else min(step.micro_batch, few)
     seconds = step.rehearse(windows, config.context_length)
     if seconds < 1:
         # The first pass over a shape pays for warming up.

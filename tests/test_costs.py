@@ -1,3 +1,4 @@
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,28 @@ shapes = st.builds(
 @given(shapes)
 def test_the_formula_counts_what_the_model_has(shape: GPTConfig) -> None:
     assert costs.parameters(shape) == sum(p.numel() for p in GPT(shape).parameters())
+
+
+def test_memory_for_the_backward_pass_is_what_autograd_keeps() -> None:
+    # Wide enough that the large terms rule; float32, as on a CPU.
+    shape = GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=4, n_embd=64)
+    windows, length = 4, 64
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model = GPT(shape)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    idx = torch.randint(0, 512, (windows, length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(idx, idx)
+        measured = sum(size for place, size in kept.items() if place not in weights)
+    assert loss.isfinite()
+    whole = costs.training_bytes(shape, length, windows, mixed=False)
+    estimate = whole - costs.training_bytes(shape, length, 0, mixed=False)
+    assert 0.9 * measured < estimate < 1.5 * measured
 
 
 def test_flops_of_gpt2_small_by_the_published_convention() -> None:

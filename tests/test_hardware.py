@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptforge.errors import UserError
-from gptforge.hardware import choose_device, choose_precision, try_compile
+from gptforge.hardware import attention_kernel, choose_device, choose_precision, try_compile
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
@@ -71,6 +71,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, flag) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device"):
         choose_device(flag)
+
+
+def test_the_attention_kernel_is_named(monkeypatch) -> None:
+    shape = {"n_head": 2, "head_size": 8, "context_length": 16}
+    assert attention_kernel(CPU, torch.float32, **shape) in ("flash", "math")
+    monkeypatch.setattr(torch, "_fused_sdp_choice", None)
+    assert attention_kernel(CPU, torch.float32, **shape) == "unknown"
 
 
 def test_a_compiler_that_fails_is_dropped_with_one_line() -> None:

@@ -56,6 +56,11 @@ def test_short_labels_grow_by_the_cast_list() -> None:
     ]
 
 
+def test_punctuation_left_by_a_direction_joins_the_line_or_goes() -> None:
+    body = "ANN.\nOne\n[to BOB],\ntwo [Exit].\n\n[Exit BOB].\n\nBOB.\nThree [aside] .\n"
+    assert play(body) == [("Ann", "One, / two."), ("Bob", "Three.")]
+
+
 def test_setting_is_left_out_and_prologue_speaks() -> None:
     body = "ANN.\nOne.\n\nSCENE II.\n\nA wood.\n\nBOB.\nTwo.\n\nEPILOGUE\n\nThree.\n"
     assert play(body) == [("Ann", "One."), ("Bob", "Two."), ("Epilogue", "Three.")]
@@ -158,6 +163,8 @@ def test_alphabet_and_whitespace(text: str) -> None:
     assert len(set(text)) < 80
     assert not set(text) & set("[]{}_*@/<>\t\r")
     assert not re.search(r" $|^ |  |\n\n\n", text, re.MULTILINE)
+    assert all(re.search(r"\w", line) for line in text.splitlines() if line)
+    assert not re.search(r" [.,;:?!]", text)
     assert text.endswith("\n") and not text.endswith("\n\n")
 
 

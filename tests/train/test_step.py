@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 
+from gptforge.errors import RunError
 from gptforge.hardware import Precision
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
+from gptforge.train.micro_batch import find_micro_batch
 from gptforge.train.step import TrainStep
 
 FLOAT32 = Precision(torch.float32, "")
@@ -91,6 +93,70 @@ def test_float16_scales_its_loss_and_its_state_travels(tiny_model) -> None:
     other = make(GPT(tiny_model.config).to("cuda"), precision=Precision(torch.float16, "test"))
     other.load_scaler_state(state)
     assert other.scaler_state() == state
+
+
+class SmallMemory(TrainStep):
+    """A device on which more than three windows at once do not fit."""
+
+    def _loss(self, x, y):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._loss(x, y)
+
+
+def test_when_memory_runs_out_the_same_batch_is_learned_in_smaller_parts(tiny_model) -> None:
+    roomy, small = make(copy.deepcopy(tiny_model)), make(copy.deepcopy(tiny_model))
+    said: list[str] = []
+    small.__class__, small._may_shrink, small._say = SmallMemory, True, said.append
+    for _ in range(3):
+        expected = roomy(*batch("cpu"), lr=1e-2)
+        torch.testing.assert_close(small(*batch("cpu"), lr=1e-2), expected)
+    assert small.micro_batch == 2
+    assert [line.split()[-1] for line in said] == ["4", "2"]
+    for left, right in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+    assert not small.fits(4, 16)
+    assert small.fits(3, 16)
+
+
+def test_a_batch_size_given_by_hand_is_not_changed_behind_ones_back(tiny_model) -> None:
+    small = make(tiny_model)
+    small.__class__ = SmallMemory
+    with pytest.raises(torch.OutOfMemoryError):
+        small(*batch("cpu"), lr=1e-2)
+    assert small.micro_batch == 8
+
+
+def find(tmp_path, limit: int, *, free: int = 10**12, most: int = 32, tried=None) -> int:
+    def fits(windows: int) -> bool:
+        if tried is not None:
+            tried.append(windows)
+        return windows <= limit
+
+    return find_micro_batch(
+        most, estimate=lambda n: n * 10**9, free=free, fits=fits,
+        remembered=tmp_path / "cache" / "answers.json", key=f"{free}",
+    )  # fmt: skip
+
+
+def test_the_largest_micro_batch_that_fits_is_found_and_remembered(tmp_path) -> None:
+    first: list[int] = []
+    assert find(tmp_path, 9, tried=first) == 8
+    assert first == [32, 16, 8]
+    again: list[int] = []
+    assert find(tmp_path, 9, tried=again) == 8
+    assert again == [8]
+    # The estimate spares trials that cannot go well.
+    estimated: list[int] = []
+    assert find(tmp_path, 32, free=10 * 10**9, tried=estimated) == 8
+    assert estimated == [8]
+    (tmp_path / "cache" / "answers.json").write_text("[broken")
+    assert find(tmp_path, 9) == 8
+
+
+def test_a_memory_that_holds_nothing_is_said_so(tmp_path) -> None:
+    with pytest.raises(RunError, match="not even one window"):
+        find(tmp_path, 0)
 
 
 def test_a_rehearsal_leaves_no_trace(tiny_model) -> None:

@@ -1,0 +1,69 @@
+"""How many windows go through a GPU at once: estimated, tried out, remembered."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from gptforge.errors import RunError
+from gptforge.files import read_small, write_atomic
+
+HEADROOM = 0.92
+"""Share of the free memory that an estimate may fill: the allocator wastes a little."""
+
+
+def find_micro_batch(
+    most: int,
+    *,
+    estimate: Callable[[int], int],
+    free: int,
+    fits: Callable[[int], bool],
+    remembered: Path,
+    key: str,
+) -> int:
+    """The largest of most, most / 2, most / 4, ... that fits into memory.
+
+    Args:
+        most: windows to begin with.
+        estimate: bytes that so many windows take.
+        free: bytes there are.
+        fits: tries so many windows out.
+        remembered: JSON file with earlier answers; one that is broken or cannot be written does no
+            harm.
+        key: what the answer depends on: shape, precision, device, versions.
+
+    Raises:
+        RunError: if not even one window fits.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    answers = _read(remembered)
+    windows = min(most, answers.get(digest, most))
+    while windows > 1 and estimate(windows) > HEADROOM * free:
+        windows = -(-windows // 2)
+    while not fits(windows):
+        if windows == 1:
+            raise RunError(
+                f"not even one window fits into the {free / 1e9:.1f} GB that are free: use a "
+                "smaller --context_length or model"
+            )
+        windows = -(-windows // 2)
+    if answers.get(digest) != windows:
+        _write(remembered, {**answers, digest: windows})
+    return windows
+
+
+def _read(path: Path) -> dict[str, int]:
+    try:
+        answers = json.loads(read_small(path))
+        return {key: value for key, value in answers.items() if type(value) is int and value > 0}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _write(path: Path, answers: dict[str, int]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(answers))
+    except OSError:
+        # A home that cannot be written costs a second at the next start, nothing more.
+        return
