@@ -85,36 +85,11 @@ def build_trainer(
         say(_finished(config))
         return None
 
-    model = _model(config, opening).to(device)
-    optimizer = build_adamw(
-        model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
-    step = TrainStep(
-        model,
-        optimizer,
-        precision=precision,
-        micro_batch=config.batch_size,
-        grad_clip=config.grad_clip,
-        may_shrink="batch_size" not in given,
-        say=say,
-    )
-    step.micro_batch = _micro_batch(step, config, by_hand="batch_size" in given)
     say(f"text: {_describe_corpus(corpus, config)}")
     say(f"device: {device} ({device_note}), {_name(precision)}: {precision.reason}")
-    attention = attention_kernel(
-        device,
-        precision.dtype,
-        n_head=config.n_head,
-        head_size=config.n_embd // config.n_head,
-        context_length=config.context_length,
-    )
-    split = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
-    say(f"attention: {attention}; {split}")
-    compiled, reason = try_compile(config.compile, device, lambda: _try_compiled(step, config))
-    if not compiled:
-        step.drop_compiled()
-    say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
-
+    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+    store.require_space(costs.checkpoint_bytes(config.model))
+    step = _train_step(config, opening, device, precision, given=given, say=say)
     loader = Loader(
         corpus.train,
         context_length=config.context_length,
@@ -123,34 +98,13 @@ def build_trainer(
         shuffle=config.shuffle,
         device=device,
     )
-    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
-    store.require_space(costs.checkpoint_bytes(config.model))
     progress = Progress()
     if opening.checkpoint is not None:
         progress = restore(opening.checkpoint, step, loader)
-    say(_estimate(step, config, steps=config.max_steps - progress.step, compiled=compiled))
+    say(_estimate(step, config, steps=config.max_steps - progress.step))
 
-    folder = Path(config.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    notes = {
-        "gptforge": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    notes["command"] = "python gpt.py " + shlex.join(command)
-    config_text = to_toml(config, notes)
-    files.write_atomic(folder / checkpoints.CONFIG, config_text)
-    report = RunReport(folder, title=f"{config.preset or 'GPT-2'} on {corpus.text.path.name}")
-    report.console = open_console(total=config.max_steps, done=progress.step)
-    if opening.checkpoint is not None:
-        sizes, name = opening.state["file_sizes"], opening.checkpoint.name
-        report.resume(progress.step, sizes, checkpoint=name, command=notes["command"])
-        say(f"going on from {name}: step {progress.step} of {config.max_steps}")
-    else:
-        facts = {"parameters": costs.parameters(config.model), "device": str(device)}
-        facts |= {"dtype": _name(precision), "compiled": compiled, "torch": torch.__version__}
-        facts |= {"attention": attention, "micro_batch": step.micro_batch}
-        report.begin(model_summary(model), command=notes["command"], facts=facts)
+    program = "python gpt.py " + shlex.join(command)
+    config_text = to_toml(config, {**_versions(), "command": program})
     return Trainer(
         config=config,
         train_step=step,
@@ -160,7 +114,7 @@ def build_trainer(
         saver=BackgroundSaver(
             store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
         ),
-        report=report,
+        report=_report(config, opening, step, progress, config_text=config_text, command=program),
         guard=StopGuard(config.time_limit, say=say),
         # A GPU works behind our backs: two steps later its numbers are ready to be read.
         watch=Watch(lag=2 if device.type == "cuda" else 0, scaled=precision.needs_scaler),
@@ -258,6 +212,95 @@ def _seed(config: Config) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def _train_step(
+    config: Config,
+    opening: Opening,
+    device: torch.device,
+    precision: Precision,
+    *,
+    given: Collection[str],
+    say: Say,
+) -> TrainStep:
+    """Model and optimizer on their device, compiled if that works; says what was chosen."""
+    model = _model(config, opening).to(device)
+    betas = (config.beta1, config.beta2)
+    by_hand = "batch_size" in given
+    step = TrainStep(
+        model,
+        build_adamw(model, betas=betas, weight_decay=config.weight_decay),
+        precision=precision,
+        micro_batch=config.batch_size,
+        grad_clip=config.grad_clip,
+        may_shrink=not by_hand,
+        say=say,
+    )
+    step.micro_batch = _micro_batch(step, config, by_hand=by_hand)
+    windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
+    say(f"attention: {_attention(step, config)}; {windows}")
+
+    def attempt() -> None:
+        step.compile()
+        step.rehearse(step.micro_batch, config.context_length)
+
+    compiled, reason = try_compile(config.compile, device, attempt)
+    if not compiled:
+        step.drop_compiled()
+    say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
+    return step
+
+
+def _attention(step: TrainStep, config: Config) -> str:
+    return attention_kernel(
+        step.device,
+        step.precision.dtype,
+        n_head=config.n_head,
+        head_size=config.n_embd // config.n_head,
+        context_length=config.context_length,
+    )
+
+
+def _report(
+    config: Config,
+    opening: Opening,
+    step: TrainStep,
+    progress: Progress,
+    *,
+    config_text: str,
+    command: str,
+) -> RunReport:
+    """Make the run folder, or cut it back to where the run goes on."""
+    folder = Path(config.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(folder / checkpoints.CONFIG, config_text)
+    text = Path(config.input).name
+    report = RunReport(folder, title=f"{config.preset or 'GPT-2'} on {text}")
+    if opening.checkpoint is None:
+        facts = {
+            "parameters": costs.parameters(config.model),
+            "device": str(step.device),
+            "dtype": _name(step.precision),
+            "compiled": step.is_compiled,
+            "attention": _attention(step, config),
+            "micro_batch": step.micro_batch,
+            **_versions(),
+        }
+        report.begin(model_summary(step.model), command=command, facts=facts)
+    else:
+        sizes, name = opening.state["file_sizes"], opening.checkpoint.name
+        report.resume(progress.step, sizes, checkpoint=name, command=command)
+        report.console.say(f"going on from {name}: step {progress.step} of {config.max_steps}")
+    report.console = open_console(total=config.max_steps, done=progress.step)
+    return report
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "gptforge": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def _model(config: Config, opening: Opening) -> GPT:
     model = GPT(config.model)
     if opening.checkpoint is not None:
@@ -285,42 +328,38 @@ def _held_out(corpus: Corpus, config: Config) -> HeldOut | None:
 
 def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
     """Windows that go through the model at once: those asked for, fewer where memory is short."""
-    device, length = step.device, config.context_length
-    if device.type != "cuda":
-        return config.batch_size
+    device, length, most = step.device, config.context_length, config.batch_size
+    is_gpu = device.type == "cuda"
     if by_hand:
-        fitting = config.batch_size
-        while fitting > 1 and not step.fits(fitting, length):
+        fitting = most
+        while is_gpu and fitting > 1 and not step.fits(fitting, length):
             fitting = -(-fitting // 2)
-        if fitting < config.batch_size:
+        if fitting < most:
             raise RunError(
-                f"--batch_size {config.batch_size} does not fit into the memory of {device}; "
-                f"{fitting} would: --batch_size {fitting} --gradient_accumulation_steps "
+                f"--batch_size {most} does not fit into the memory of {device}; {fitting} would: "
+                f"--batch_size {fitting} --gradient_accumulation_steps "
                 f"{-(-config.global_batch // fitting)}, or leave --batch_size out"
             )
-        return fitting
-    mixed = step.precision.is_mixed
-    key = f"{config.model} {length} {step.precision.dtype} {torch.__version__} "
+        return most
+    mixed, name = step.precision.is_mixed, str(device)
+    if is_gpu:
+        name = torch.cuda.get_device_name(device)
     return find_micro_batch(
-        config.batch_size,
+        most,
         estimate=lambda n: costs.training_bytes(config.model, length, n, mixed=mixed),
         free=free_memory(device),
-        fits=lambda n: step.fits(n, length),
-        remembered=cache_folder() / "micro_batches.json",
-        key=key + torch.cuda.get_device_name(device),
+        # A machine that runs out of memory gives no error: it kills. So a CPU is not tried.
+        fits=lambda n: not is_gpu or step.fits(n, length),
+        remembered=cache_folder() / "micro_batches.json" if is_gpu else None,
+        key=f"{config.model} {length} {step.precision.dtype} {torch.__version__} {name}",
     )
 
 
-def _try_compiled(step: TrainStep, config: Config) -> None:
-    step.compile()
-    step.rehearse(step.micro_batch, config.context_length)
-
-
-def _estimate(step: TrainStep, config: Config, *, steps: int, compiled: bool) -> str:
+def _estimate(step: TrainStep, config: Config, *, steps: int) -> str:
     """How long training will take, from a rehearsal on this machine."""
     # A few windows tell enough where a whole micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
-    fast = compiled or step.device.type == "cuda"
+    fast = step.is_compiled or step.device.type == "cuda"
     windows = step.micro_batch if fast else min(step.micro_batch, few)
     seconds = step.rehearse(windows, config.context_length)
     if seconds < 1:

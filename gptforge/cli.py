@@ -325,7 +325,9 @@ def _unboxed(text: str, prog: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    from gptforge.report.console import PlainConsole
+
+    PlainConsole().say(text)
 
 
 def _quote(args: Sequence[str]) -> str:

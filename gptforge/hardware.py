@@ -114,9 +114,27 @@ def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) ->
     return True, "as asked" if flag == "true" else "faster after the first step"
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a GPU has left."""
-    return int(torch.cuda.mem_get_info(device)[0])
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU, or this machine, has left; None where there is no way to know."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return min(free, _container_memory())
+
+
+def _container_memory() -> int:
+    """Bytes that the container around us may still take; without one, more than there are."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        return int((folder / "memory.max").read_text()) - int(
+            (folder / "memory.current").read_text()
+        )
+    except (OSError, ValueError):
+        return 2**62
 
 
 def attention_kernel(

@@ -251,6 +251,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, play, number, cod
     process.stdout.close()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path, play) -> None:
+    process = start(*DEBUG, "--input", play, "--out_dir", "run", cwd=tmp_path)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert events(tmp_path / "run")[-1]["event"] == "end"
+
+
 def test_a_time_limit_saves_and_is_no_failure(program, play) -> None:
     done = program(
         *DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 10**6, "--time_limit", 0.01

@@ -43,7 +43,7 @@ def open_run(config: Config, *, given: Collection[str], text_sha256: str) -> Ope
         aside = files.set_aside(folder, "old")
         notices.append(f"moved the old {folder.as_posix()} to {aside.as_posix()}")
     store = CheckpointStore(folder / "checkpoints")
-    if not (folder / CONFIG).is_file() and folder.is_dir() and any(folder.iterdir()):
+    if not (folder / CONFIG).is_file() and _holds_something(folder):
         raise UserError(
             f"--out_dir {folder} holds other files and no run: choose another, or give --overwrite "
             "to move it aside"
@@ -70,6 +70,11 @@ def open_run(config: Config, *, given: Collection[str], text_sha256: str) -> Ope
     is_finished = state["progress"]["step"] >= config.max_steps
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
     return Opening(status, config, newest, state, tuple(notices))
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is a file in it that is not hidden: a crash may leave hidden ones of ours."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _insist_on_same(old: Config, new: Config, folder: Path, is_same_text: bool) -> None:

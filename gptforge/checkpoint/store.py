@@ -108,8 +108,11 @@ class CheckpointStore:
 
     def require_space(self, needed: int) -> None:
         """Raise a RunError unless so many bytes, and a little more, are free."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
+        # The folder may not be there yet, and asking must not make it.
+        there = next(
+            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
+        )
+        free = shutil.disk_usage(there).free
         if free < needed + SPARE_BYTES:
             raise RunError(
                 f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB and "

@@ -12,6 +12,9 @@ from gptforge.hardware import Precision, autocast
 from gptforge.model import GPT, IGNORE
 from gptforge.tokenizers import Tokens
 
+TOKENS_AT_ONCE = 8192
+"""More would fill the memory with logits and be no faster."""
+
 
 @dataclass(frozen=True)
 class HeldOutLoss:
@@ -59,7 +62,8 @@ class HeldOut:
         windows = math.ceil((len(tokens) - 1) / context_length)
         wanted = math.ceil(limit / context_length) if limit else windows
         self._starts = np.linspace(0, windows, min(wanted, windows), endpoint=False, dtype=np.int64)
-        self._batch_size = min(batch_size, len(self._starts))
+        at_once = max(1, TOKENS_AT_ONCE // context_length)
+        self._batch_size = min(batch_size, at_once, len(self._starts))
         self.share = len(self._starts) / windows
 
     @torch.inference_mode()

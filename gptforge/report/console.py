@@ -1,5 +1,6 @@
 """What people watch: plain lines, and a progress bar that exists only on a terminal."""
 
+import os
 import sys
 from types import TracebackType
 from typing import Protocol, Self
@@ -40,8 +41,14 @@ class PlainConsole:
     """For pipes and files: the lines, and nothing else."""
 
     def say(self, text: str) -> None:
-        """Print at once: somebody may be following the pipe."""
-        print(text, flush=True)
+        """Print at once: somebody may be following the pipe.
+
+        A reader that has gone, such as `head`, must not end a training: it goes on in its files.
+        """
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def advance(self, done: int, note: str) -> None:
         """A pipe has no bar."""

@@ -16,9 +16,9 @@ def find_micro_batch(
     most: int,
     *,
     estimate: Callable[[int], int],
-    free: int,
+    free: int | None,
     fits: Callable[[int], bool],
-    remembered: Path,
+    remembered: Path | None,
     key: str,
 ) -> int:
     """The largest of most, most / 2, most / 4, ... that fits into memory.
@@ -26,28 +26,28 @@ def find_micro_batch(
     Args:
         most: windows to begin with.
         estimate: bytes that so many windows take.
-        free: bytes there are.
+        free: bytes there are; None where that is not known.
         fits: tries so many windows out.
-        remembered: JSON file with earlier answers; one that is broken or cannot be written does no
-            harm.
+        remembered: JSON file with earlier answers, or None; one that is broken or cannot be written
+            does no harm.
         key: what the answer depends on: shape, precision, device, versions.
 
     Raises:
         RunError: if not even one window fits.
     """
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    answers = _read(remembered)
+    answers = _read(remembered) if remembered else {}
     windows = min(most, answers.get(digest, most))
-    while windows > 1 and estimate(windows) > HEADROOM * free:
+    while windows > 1 and free is not None and estimate(windows) > HEADROOM * free:
         windows = -(-windows // 2)
     while not fits(windows):
         if windows == 1:
             raise RunError(
-                f"not even one window fits into the {free / 1e9:.1f} GB that are free: use a "
-                "smaller --context_length or model"
+                f"not even one window fits into the {(free or 0) / 1e9:.1f} GB that are free: use "
+                "a smaller --context_length or model"
             )
         windows = -(-windows // 2)
-    if answers.get(digest) != windows:
+    if remembered and answers.get(digest) != windows:
         _write(remembered, {**answers, digest: windows})
     return windows
 

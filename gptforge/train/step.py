@@ -101,6 +101,11 @@ class TrainStep:
         """Run the model compiled from now on. The saved weights' names stay those of the module."""
         self._forward = torch.compile(self.model, dynamic=False)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called, and kept."""
+        return self._forward is not self.model
+
     def rehearse(self, windows: int, context_length: int) -> float:
         """Seconds for a forward and backward over some tokens, which leave no trace."""
         count = windows * context_length

@@ -223,7 +223,8 @@ class Trainer:
 
     def save(self, *, is_best: bool) -> None:
         """Begin to write a checkpoint, beside the training."""
-        self.saver.submit(self.progress.step, self.snapshot(), is_best=is_best)
+        with self._clock.paused():
+            self.saver.submit(self.progress.step, self.snapshot(), is_best=is_best)
 
     def snapshot(self) -> Snapshot:
         """Everything the run needs to go on from here."""

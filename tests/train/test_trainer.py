@@ -16,6 +16,7 @@ from gptforge.errors import RunError, UserError
 from gptforge.presets import preset
 from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
+from gptforge.train.step import TrainStep
 from gptforge.train.trainer import Trainer
 
 
@@ -200,6 +201,18 @@ def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
     with pytest.raises(UserError, match="holds other files"):
         build(config)
     assert (Path(config.out_dir) / "thesis.txt").read_text() == "years of work"
+
+
+def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monkeypatch) -> None:
+    def interrupt(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "rehearse", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(config)
+    assert not Path(config.out_dir).exists()
+    assert build(config).run() == "finished"
 
 
 def test_a_run_that_never_saved_starts_over(config) -> None:
