@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.cli import _flag_values, parse_train
 from gptforge.errors import UserError
+from gptforge.flags import flag_values, parse_train
 
 ROOT = Path(__file__).parents[1]
 DEBUG = ("--preset", "debug", "--device", "cpu")
@@ -213,7 +213,7 @@ def test_the_library_loads_a_run(program, play) -> None:
 
 
 def test_values_of_flags_are_not_taken_for_flags() -> None:
-    assert _flag_values(["--out_dir", "x", "--max-lr=1e-3"]) == {"out_dir": "x", "max_lr": "1e-3"}
+    assert flag_values(["--out_dir", "x", "--max-lr=1e-3"]) == {"out_dir": "x", "max_lr": "1e-3"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")

@@ -148,9 +148,11 @@ def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
     reach = max((len(text) for text in stop), default=1) - 1
     for piece in pieces:
         held += piece
-        ends = [at for text in stop if (at := held.find(text)) >= 0]
+        ends = [at + len(text) for text in stop if (at := held.find(text)) >= 0]
         if ends:
-            yield held[: min(ends)]
+            # The one that is complete first; of several that end there, the longest.
+            written = held[: min(ends)]
+            yield min((written.removesuffix(text) for text in stop), key=len)
             return
         settled = len(held) - reach
         if settled > 0:

@@ -1,4 +1,4 @@
-"""The only place that turns a Config into objects."""
+"""From a Config to a Trainer: everything a run needs, checked, chosen and said."""
 
 import dataclasses
 import os
@@ -121,55 +121,6 @@ def build_trainer(
         text_sha256=corpus.sha256,
         progress=progress,
     )
-
-
-def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
-    """The model that a run made, ready to write.
-
-    Args:
-        run: a run folder (its best checkpoint is taken, else its last) or a checkpoint folder.
-        device: auto, cpu, cuda, cuda:N or mps.
-
-    Raises:
-        UserError: if there is no checkpoint there, or it is damaged.
-    """
-    path = checkpoints.resolve(str(run))
-    wanted = (checkpoints.MODEL, checkpoints.TOKENIZER, checkpoints.CONFIG)
-    if reason := checkpoints.damage(path, wanted):
-        raise UserError(f"{path.as_posix()} is damaged: {reason}; give another checkpoint folder")
-    config = checkpoints.read_config(path)
-    tokenizer = checkpoints.read_tokenizer(path)
-    if tokenizer.size > config.vocab_size:
-        raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the model has rows")
-    model = GPT(config.model)
-    tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
-    load_model_tensors(model, tensors, source=path.as_posix())
-    return LanguageModel(model.to(choose_device(device)[0]).eval(), tokenizer)
-
-
-def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:
-    """Judge a run's model by a text file, or by the part of its text that it held out.
-
-    Raises:
-        UserError: if there is no model or no such text, or the run held nothing out.
-    """
-    writer = load(run, device=device)
-    config = checkpoints.read_config(checkpoints.resolve(str(run)))
-    content = read_text(find_text(data or config.input)).content
-    if not data:
-        _, content = split_text(content, config.val_fraction)
-        if not content:
-            raise UserError(f"{run} held nothing out: give a text with --data PATH")
-    tokens = writer.tokenizer.encode(content)
-    if len(tokens) < 2:
-        raise UserError(f"{data or config.input}: 2 tokens are needed to judge anything")
-    held_out = HeldOut(
-        tokens,
-        byte_lengths(writer.tokenizer),
-        context_length=config.context_length,
-        batch_size=config.batch_size,
-    )
-    return held_out.evaluate(writer.model, choose_precision(config.dtype, writer.device))
 
 
 def _start_from(config: Config, given: Collection[str]) -> Config:

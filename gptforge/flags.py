@@ -1,0 +1,148 @@
+"""Flags into configurations: precedence, spelling, and mistakes said in one line."""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from gptforge.config import FIELDS, Config, merge, read_toml
+from gptforge.errors import UserError
+from gptforge.presets import PRESETS, preset
+
+T = TypeVar("T")
+BOOLEANS = {"true": True, "false": False}
+
+
+def parse_train(
+    args: Sequence[str], *, commands: Sequence[str] = ()
+) -> tuple[Config, frozenset[str]]:
+    """Built-in values, preset, file and flags, laid over each other in this order.
+
+    Returns:
+        The configuration, with an empty `preset` where none was named, and the names of the fields
+        set by hand, in the file or by flags.
+    """
+    asks_help = "-h" in args or "--help" in args
+    flags = flag_values(args)
+    from_file = read_toml(Path(flags["config"])) if flags.get("config") else {}
+    name = flags.get("preset") or from_file.get("preset")
+    base = preset(str(name)) if name else Config()
+    base = merge(base, from_file, source=f"--config {flags.get('config')}")
+    names = ", ".join(PRESETS)
+    description = f"Train a GPT-2. Commands: {', '.join(commands)}. Presets: {names}."
+    parsed = parse(Config, args, "gptforge", default=base, description=description)
+    assert not asks_help, "tyro prints the help and leaves"
+    return parsed, frozenset(flags) | frozenset(from_file)
+
+
+def with_preset(config: Config, given: frozenset[str], *, say: Callable[[str], None]) -> Config:
+    """Choose the preset where none was named, and make its warmup fit; says what it does."""
+    if not config.preset:
+        import torch
+
+        has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
+        has_cuda |= config.device.startswith("cuda:")
+        name = "gpt2" if has_cuda else "shakespeare-cpu"
+        why = "there is a CUDA GPU" if has_cuda else "no CUDA GPU is used"
+        say(
+            f"preset: {name} ({PRESETS[name].about}), because {why}; choose with --preset: "
+            f"{', '.join(PRESETS)}"
+        )
+        by_hand = {field: getattr(config, field) for field in given}
+        config = merge(preset(name), by_hand | {"preset": name}, source="flags")
+    else:
+        say(f"preset: {config.preset} ({PRESETS[config.preset].about})")
+    if "warmup_steps" not in given and config.warmup_steps > config.max_steps >= 1:
+        shorter = max(1, config.max_steps // 10)
+        say(f"note: the preset's warmup of {config.warmup_steps} steps is cut to {shorter}")
+        config = merge(config, {"warmup_steps": shorter}, source="flags")
+    return config
+
+
+def flag_values(args: Sequence[str]) -> dict[str, str]:
+    """Training flags that stand in `args`, with underscores, and the values that follow them."""
+    found = {}
+    for place, word in enumerate(args):
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--") and name in FIELDS:
+            following = args[place + 1] if place + 1 < len(args) else ""
+            found[name] = value if equals else following
+    return found
+
+
+def parse(
+    kind: type[T], args: Sequence[str], prog: str, *, default: Any = None, description: str = ""
+) -> T:
+    """Flags into a dataclass, by tyro; its boxed errors become one UserError."""
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_boolean_rule)
+    boxed = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    if description:
+        extra["description"] = description
+    try:
+        with contextlib.redirect_stderr(boxed):
+            parsed: T = tyro.cli(
+                kind,
+                args=spell_out_booleans(kind, args),
+                prog=prog,
+                use_underscores=True,
+                registry=registry,
+                config=(tyro.conf.FlagConversionOff,),
+                **extra,
+            )
+            return parsed
+    except SystemExit as leaving:
+        if leaving.code in (0, None):
+            raise
+    raise UserError(_unboxed(boxed.getvalue(), prog))
+
+
+def _boolean_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+    """Booleans take `true` or `false`."""
+    if info.type is not bool:
+        return None
+
+    def parse(words: list[str]) -> bool:
+        if words[0].lower() not in BOOLEANS:
+            raise ValueError(f"give true or false, not {words[0]}")
+        return BOOLEANS[words[0].lower()]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: ["true" if value else "false"],
+    )
+
+
+def spell_out_booleans(kind: type, args: Sequence[str]) -> list[str]:
+    """`--overwrite` alone means `--overwrite true`; likewise `--compile`."""
+    hints = kind.__annotations__
+    switches = {name for name, hint in hints.items() if hint is bool} | {"compile"} & set(hints)
+    spelled = []
+    for place, word in enumerate(args):
+        spelled.append(word)
+        following = args[place + 1] if place + 1 < len(args) else "--"
+        if word.removeprefix("--").replace("-", "_") in switches and following.startswith("--"):
+            spelled.append("true")
+    return spelled
+
+
+def _unboxed(text: str, prog: str) -> str:
+    """The words of tyro's boxed message: what is wrong, and what was perhaps meant."""
+    inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
+    # Rules part the box: the mistake stands above the first one.
+    sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
+    what = sections[0].strip()
+    meant = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
+    hint = f"; did you mean {meant[1]}?" if meant else ""
+    return f"{what}{hint} (see {prog} --help)"
