@@ -87,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if is_traced:
+            raise
+        # A disk that fails, fills up or turns read-only under us; what was saved is whole.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return FAILURE
 
 
 def _dispatch(args: list[str]) -> int:
@@ -123,11 +130,9 @@ def train(args: list[str]) -> int:
             return 0
         reason = trainer.run()
     except torch.OutOfMemoryError:
-        half = max(1, config.batch_size // 2)
-        steps = -(-config.global_batch // half)
         raise RunError(
-            f"the device ran out of memory with --batch_size {config.batch_size}: try --batch_size "
-            f"{half} --gradient_accumulation_steps {steps}, which learns the same"
+            f"the device ran out of memory with --batch_size {config.batch_size}: leave it out, "
+            "and the program finds one that fits and learns the same"
         ) from None
     if reason != "finished":
         print(f"To go on: python gpt.py {_quote(args)}".rstrip())

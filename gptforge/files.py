@@ -92,6 +92,9 @@ def point(link: Path, target: str) -> None:
     except OSError:
         partial.write_text(target + "\n", encoding="utf-8")
         sync(partial)
+    if link.is_dir() and not link.is_symlink():
+        # A copy of the run whose links were followed: nothing renames over a folder.
+        set_aside(link, "old")
     partial.replace(link)
     sync_folder(link.parent)
 

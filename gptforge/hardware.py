@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def _cuda_precision(device: torch.device) -> Precision:
 
 
 def _cpu_has_bf16() -> bool:
-    able = torch.cpu.get_capabilities()
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    able = ask() if ask else {}
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -164,6 +166,6 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Matrix products in the chosen type, the rest in float32."""
-    return torch.autocast(device.type, precision.dtype, enabled=precision.is_mixed)
+    return torch.autocast(device.type, precision.dtype) if precision.is_mixed else nullcontext()

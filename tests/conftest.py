@@ -21,6 +21,12 @@ torch.set_num_threads(1)
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 
 
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    """A run trains with TF32; what comes after it in this process is compared digit by digit."""
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():

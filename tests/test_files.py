@@ -35,6 +35,14 @@ def test_a_pointer_is_a_one_line_file_where_links_are_refused(tmp_path, monkeypa
         assert files.pointed(tmp_path / "last") == name
 
 
+def test_a_folder_where_a_pointer_should_be_is_set_aside(tmp_path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "mine.txt").write_text("kept")
+    files.point(tmp_path / "best", "step-2")
+    assert files.pointed(tmp_path / "best") == "step-2"
+    assert (tmp_path / "best.old-1" / "mine.txt").read_text() == "kept"
+
+
 def test_json_lines_stay_json_when_numbers_break_down(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     files.append_json(path, {"loss": float("nan"), "norm": float("inf"), "step": 3})

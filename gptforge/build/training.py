@@ -193,9 +193,14 @@ def _train_step(
         step.compile()
         step.rehearse(step.micro_batch, config.context_length)
 
-    compiled, reason = try_compile(config.compile, device, attempt)
-    if not compiled:
-        step.drop_compiled()
+    try:
+        compiled, reason = try_compile(config.compile, device, attempt)
+        if not compiled:
+            step.drop_compiled()
+            if device.type == "cuda":
+                step.rehearse(step.micro_batch, config.context_length)
+    except torch.OutOfMemoryError:
+        raise RunError(_what_would_fit(step, config)) from None
     say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
     return step
 
@@ -282,15 +287,6 @@ def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
     device, length, most = step.device, config.context_length, config.batch_size
     is_gpu = device.type == "cuda"
     if by_hand:
-        fitting = most
-        while is_gpu and fitting > 1 and not step.fits(fitting, length):
-            fitting = -(-fitting // 2)
-        if fitting < most:
-            raise RunError(
-                f"--batch_size {most} does not fit into the memory of {device}; {fitting} would: "
-                f"--batch_size {fitting} --gradient_accumulation_steps "
-                f"{-(-config.global_batch // fitting)}, or leave --batch_size out"
-            )
         return most
     mixed, name = step.precision.is_mixed, str(device)
     if is_gpu:
@@ -303,6 +299,21 @@ def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
         fits=lambda n: not is_gpu or step.fits(n, length),
         remembered=cache_folder() / "micro_batches.json" if is_gpu else None,
         key=f"{config.model} {length} {step.precision.dtype} {torch.__version__} {name}",
+    )
+
+
+def _what_would_fit(step: TrainStep, config: Config) -> str:
+    """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
+    step.drop_compiled()
+    # Only a divisor keeps the global batch, and with it what is learned.
+    smaller = [n for n in range(step.micro_batch - 1, 0, -1) if config.global_batch % n == 0]
+    fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)
+    too_large = f"--batch_size {step.micro_batch} does not fit into the memory of {step.device}"
+    if fitting is None:
+        return f"{too_large}, nor does less: use a smaller --context_length or model"
+    return (
+        f"{too_large}; --batch_size {fitting} --gradient_accumulation_steps "
+        f"{config.global_batch // fitting} would, and learns the same"
     )
 
 

@@ -61,6 +61,7 @@ def open_run(config: Config, *, given: Collection[str], text_sha256: str) -> Ope
     if "warmup_steps" not in given:
         config = dataclasses.replace(config, warmup_steps=old.warmup_steps)
     state = read_state(newest)
+    store.mend_pointers(newest)
     _insist_on_same(old, config, folder, state["text_sha256"] == text_sha256)
     if config.max_steps > old.max_steps:
         notices.append(

@@ -147,6 +147,17 @@ class CheckpointStore:
         """Make `best` or `last` lead to a checkpoint."""
         files.point(self.folder / which, name)
 
+    def mend_pointers(self, newest: Path) -> None:
+        """Make `last` and `best` lead where they should, as far as the newest checkpoint knows.
+
+        A crash between a checkpoint and its pointers leaves them one behind.
+        """
+        best_step = int(read_state(newest)["progress"]["best_step"] or 0)
+        best = self.folder / f"step-{best_step:06d}"
+        for which, path in (("last", newest), ("best", best)):
+            if self.pointed(which) != path and path.is_dir():
+                self.point(which, path.name)
+
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest besides best and last, and what broken saves left."""
         safe = {self.pointed("best"), self.pointed("last")}

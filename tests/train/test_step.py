@@ -1,8 +1,11 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 
+from gptforge.build.training import _what_would_fit
+from gptforge.config import Config
 from gptforge.errors import RunError
 from gptforge.hardware import Precision
 from gptforge.model import GPT
@@ -125,6 +128,16 @@ def test_a_batch_size_given_by_hand_is_not_changed_behind_ones_back(tiny_model) 
     with pytest.raises(torch.OutOfMemoryError):
         small(*batch("cpu"), lr=1e-2)
     assert small.micro_batch == 8
+
+
+@pytest.mark.parametrize(("limit", "words"), [(3, "--batch_size 3 --gradient_accumulation_steps 4"),
+                                              (0, "nor does less")])  # fmt: skip
+def test_the_error_says_what_would_fit_and_learn_the_same(tiny_model, limit, words) -> None:
+    step = make(tiny_model, micro_batch=6)
+    step.fits = lambda windows, _: windows <= limit
+    config = dataclasses.replace(Config(), batch_size=6, gradient_accumulation_steps=2)
+    assert words in _what_would_fit(step, config)
+    assert "--batch_size 6 does not fit" in _what_would_fit(step, config)
 
 
 def find(tmp_path, limit: int, *, free: int = 10**12, most: int = 32, tried=None) -> int:

@@ -233,6 +233,16 @@ def test_a_damaged_last_checkpoint_costs_only_the_steps_behind_it(config) -> Non
     assert trainer.run() == "finished"
 
 
+def test_pointers_that_a_crash_left_behind_are_mended(config) -> None:
+    build(config).run()
+    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+    right = store.pointed("best"), store.pointed("last")
+    store.point("best", "step-000006")
+    store.point("last", "step-000006")
+    assert build_trainer(config, given=(), command=[], say=lambda _: None) is None
+    assert (store.pointed("best"), store.pointed("last")) == right
+
+
 def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
     build(config).run()
     other = Config(
