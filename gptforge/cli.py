@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        print("error: this machine has too little memory for that", file=sys.stderr)
+        return FAILURE
     except OSError as error:
         if is_traced:
             raise
@@ -125,7 +129,9 @@ def train(args: list[str]) -> int:
     from gptforge.train.guards import EXIT_CODES
 
     try:
-        trainer = build_trainer(config, given=given, command=args, say=_say)
+        trainer = build_trainer(
+            config, given=given, program=_program(), command=shlex.join(args), say=_say
+        )
         if trainer is None:
             return 0
         reason = trainer.run()
@@ -135,7 +141,7 @@ def train(args: list[str]) -> int:
             "and the program finds one that fits and learns the same"
         ) from None
     if reason != "finished":
-        print(f"To go on: python gpt.py {_quote(args)}".rstrip())
+        print(f"To go on: {_program()} {_quote(args)}".rstrip())
     return EXIT_CODES[reason]
 
 
@@ -150,7 +156,6 @@ def sample(args: list[str]) -> int:
     for number in range(asked.num_samples):
         if number:
             print("---")
-        print(asked.prompt, end="", flush=True)
         pieces = writer.stream(
             asked.prompt,
             asked.max_new_tokens,
@@ -160,6 +165,8 @@ def sample(args: list[str]) -> int:
             stop=[asked.stop],
             seed=asked.seed + number,
         )
+        # Only now: what is wrong with the settings or the prompt has been said.
+        print(asked.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
@@ -196,6 +203,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def _program() -> str:
+    """How this program was called, for the commands that it prints."""
+    called = Path(sys.argv[0])
+    return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"
+
+
 def _say(text: str) -> None:
     from gptforge.report.console import PlainConsole
 
@@ -205,6 +218,7 @@ def _say(text: str) -> None:
 def _quote(args: Sequence[str]) -> str:
     # --overwrite would throw away what is to be gone on with.
     kept = spell_out_booleans(Config, args)
+    kept = [word for word in kept if not word.startswith("--overwrite=")]
     while "--overwrite" in kept:
         place = kept.index("--overwrite")
         del kept[place : place + 2]

@@ -18,6 +18,9 @@ from typing import Any, Literal
 from gptforge.errors import UserError
 from gptforge.files import read_small
 
+MOST_TOKENS = 2**28
+"""Tokens in a step: as many take 2 GB on their way to the device."""
+
 Value = bool | int | float | str
 
 
@@ -143,12 +146,17 @@ class Config:
 
 FIELDS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 
+NOTES = "made_by"
+"""The table of a run's config.toml that says how it was made; reading passes over it."""
+NOT_IN_FILES = frozenset({"overwrite", "config"})
+"""What is meant for one start, not for every start from that file."""
+
 # What may differ when a run goes on, since it does not change what is learned. batch_size and
 # gradient_accumulation_steps are compared by their product.
 FREE_ON_RESUME = frozenset(
     {
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
-        *("log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_every"),
+        *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
     }
 )
@@ -178,21 +186,25 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
     return dataclasses.replace(base, **checked)
 
 
-def read_toml(path: Path) -> dict[str, object]:
-    """The fields that a TOML file sets. Tables, such as [made_by], are notes and are left out."""
+def read_toml(path: Path) -> tuple[dict[str, object], bool]:
+    """The fields that a TOML file sets, and whether a run wrote it: then none was set by hand."""
     try:
         values = tomllib.loads(read_small(path))
     except FileNotFoundError:
         raise UserError(f"--config {path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
-    return {name: value for name, value in values.items() if not isinstance(value, dict)}
+    is_a_runs = isinstance(values.pop(NOTES, None), dict)
+    for name in NOT_IN_FILES & values.keys():
+        raise UserError(f"--config {path}: {name} can only be given as a flag")
+    return values, is_a_runs
 
 
 def to_toml(config: Config, notes: Mapping[str, str]) -> str:
     """Every field as TOML, with `notes` (versions, command) in a table that reading passes over."""
-    lines = [f"{name} = {_toml_value(getattr(config, name))}" for name in FIELDS]
-    lines += ["", "[made_by]"] + [f"{name} = {_toml_value(text)}" for name, text in notes.items()]
+    kept = [name for name in FIELDS if name not in NOT_IN_FILES]
+    lines = [f"{name} = {_toml_value(getattr(config, name))}" for name in kept]
+    lines += ["", f"[{NOTES}]"] + [f"{name} = {_toml_value(text)}" for name, text in notes.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -224,6 +236,8 @@ def check(config: Config) -> None:
     c = config
     for name, hint in typing.get_type_hints(Config).items():
         value = getattr(c, name)
+        if isinstance(value, str) and not value.isprintable() and not _is_text(value):
+            raise UserError(f"--{name} {value!r} is not valid UTF-8 text: use another name")
         choices = typing.get_args(hint)
         if choices and value not in choices:
             raise UserError(f"--{name} {value}: give one of {', '.join(choices)}")
@@ -234,6 +248,12 @@ def check(config: Config) -> None:
     _at_least(c, 0, "vocab_size warmup_steps eval_tokens keep sample_every time_limit seed")
     _at_least(c, 0, "weight_decay grad_clip min_lr")
     _below_one(c, "val_fraction dropout beta1 beta2")
+    if c.tokens_per_step > MOST_TOKENS:
+        raise UserError(
+            f"--batch_size {c.batch_size} x --gradient_accumulation_steps "
+            f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
+            f"{c.tokens_per_step:,} tokens a step; at most {MOST_TOKENS:,} can be held"
+        )
     if c.seed >= 2**63:
         raise UserError(f"--seed must be below 2**63, not {c.seed}")
     if c.n_embd % c.n_head:
@@ -255,6 +275,14 @@ def check(config: Config) -> None:
             f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: "
             "the learning rate would never reach --max_lr"
         )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _at_least(config: Config, low: int, names: str) -> None:

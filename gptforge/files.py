@@ -100,11 +100,11 @@ def point(link: Path, target: str) -> None:
 
 
 def pointed(link: Path) -> str | None:
-    """The name that `point` stored, or None where there is none."""
+    """The name that `point` stored, or None where there is none that can be read."""
     if link.is_symlink():
         return link.readlink().name
     if link.is_file() and link.stat().st_size < 256:
-        return link.read_text(encoding="utf-8").strip()
+        return link.read_text(encoding="utf-8", errors="replace").strip()
     return None
 
 

@@ -28,7 +28,7 @@ def parse_train(
     """
     asks_help = "-h" in args or "--help" in args
     flags = flag_values(args)
-    from_file = read_toml(Path(flags["config"])) if flags.get("config") else {}
+    from_file, is_a_runs = read_toml(Path(flags["config"])) if flags.get("config") else ({}, False)
     name = flags.get("preset") or from_file.get("preset")
     base = preset(str(name)) if name else Config()
     base = merge(base, from_file, source=f"--config {flags.get('config')}")
@@ -36,7 +36,7 @@ def parse_train(
     description = f"Train a GPT-2. Commands: {', '.join(commands)}. Presets: {names}."
     parsed = parse(Config, args, "gptforge", default=base, description=description)
     assert not asks_help, "tyro prints the help and leaves"
-    return parsed, frozenset(flags) | frozenset(from_file)
+    return parsed, frozenset(flags) | (frozenset() if is_a_runs else frozenset(from_file))
 
 
 def with_preset(config: Config, given: frozenset[str], *, say: Callable[[str], None]) -> Config:
@@ -58,7 +58,6 @@ def with_preset(config: Config, given: frozenset[str], *, say: Callable[[str], N
         say(f"preset: {config.preset} ({PRESETS[config.preset].about})")
     if "warmup_steps" not in given and config.warmup_steps > config.max_steps >= 1:
         shorter = max(1, config.max_steps // 10)
-        say(f"note: the preset's warmup of {config.warmup_steps} steps is cut to {shorter}")
         config = merge(config, {"warmup_steps": shorter}, source="flags")
     return config
 
@@ -132,7 +131,9 @@ def spell_out_booleans(kind: type, args: Sequence[str]) -> list[str]:
     for place, word in enumerate(args):
         spelled.append(word)
         following = args[place + 1] if place + 1 < len(args) else "--"
-        if word.removeprefix("--").replace("-", "_") in switches and following.startswith("--"):
+        # Where a command takes a RUN, the word behind a switch may be that.
+        is_value = following in BOOLEANS or (kind is Config and not following.startswith("--"))
+        if word.removeprefix("--").replace("-", "_") in switches and not is_value:
             spelled.append("true")
     return spelled
 

@@ -1,6 +1,7 @@
 """What this machine can do, each choice with its reason in a few words."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -132,10 +133,13 @@ def _container_memory() -> int:
     """Bytes that the container around us may still take; without one, more than there are."""
     try:
         folder = Path("/sys/fs/cgroup")
-        return int((folder / "memory.max").read_text()) - int(
-            (folder / "memory.current").read_text()
-        )
-    except (OSError, ValueError):
+        most = int((folder / "memory.max").read_text())
+        taken = int((folder / "memory.current").read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        # Files that were read are counted as taken, and given back when needed.
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        return most - taken + cached
+    except (OSError, ValueError, StopIteration):
         return 2**62
 
 
@@ -155,7 +159,11 @@ def attention_kernel(
 def cache_folder() -> Path:
     """Where this user's programs keep what can be found out again."""
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return Path(home or Path.home() / ".cache") / "gptforge"
+    try:
+        return Path(home or Path.home() / ".cache") / "gptforge"
+    except RuntimeError:
+        # A container's user may have no home.
+        return Path(tempfile.gettempdir()) / "gptforge"
 
 
 def synchronize(device: torch.device) -> None:

@@ -68,12 +68,26 @@ def test_booleans_take_true_or_false_and_stand_alone_for_true(
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path) -> None:
-    (tmp_path / "c.toml").write_text("max_steps = 11\nn_layer = 3\ncompile = false\n[made_by]\nx=1")
+    (tmp_path / "c.toml").write_text("max_steps = 11\nn_layer = 3\ncompile = false\n")
     args = ["--preset", "debug", "--config", str(tmp_path / "c.toml"), "--max_steps", "5"]
     config, given = parse_train(args)
     assert (config.max_steps, config.n_layer, config.n_embd, config.n_head) == (5, 3, 32, 2)
     assert config.compile == "false"
     assert {"n_layer", "max_steps", "preset", "config", "compile"} == given
+
+
+def test_what_a_runs_own_file_says_was_not_set_by_hand(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text('max_steps = 11\n[made_by]\ncommand = "x"\n')
+    config, given = parse_train(["--config", str(tmp_path / "c.toml"), "--n_layer", "1"])
+    assert config.max_steps == 11
+    assert given == {"config", "n_layer"}
+
+
+@pytest.mark.parametrize("text", ["[model]\nn_layer = 3", "overwrite = true", "n_layers = 3"])
+def test_nothing_in_a_file_is_passed_over_in_silence(tmp_path, text) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UserError, match=r"c\.toml"):
+        parse_train(["--config", str(tmp_path / "c.toml")])
 
 
 def test_a_file_may_name_the_preset(tmp_path) -> None:
@@ -165,7 +179,8 @@ def test_a_run_leaves_the_files_of_the_contract(program, play) -> None:
     assert set(kinds) == {"start", "train", "eval", "save", "end"}
     assert "Best held-out loss" in log
 
-    # The configuration it wrote starts the same run again: finished.
+    # The configuration it wrote starts the same run again: finished; also after --overwrite.
+    assert program(*DEBUG, "--input", play, "--out_dir", "run", "--overwrite=true").code == 0
     again = program("--config", "run/config.toml")
     assert again.code == 0
     assert "is finished" in again.out
@@ -198,7 +213,11 @@ def test_judging_a_run_gives_one_json_object(program, play) -> None:
     assert score["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-5)
     held_out = play.read_text()[int(len(play.read_text()) * 0.9) :]
     assert score["tokens"] == len(held_out) - 1
-    assert program("eval", "run", "--data", play, "--device", "cpu").code == 0
+    assert program("eval", "--json", "run", "--data", play, "--device", "cpu").code == 0
+    play.write_text(play.read_text() + "More.")
+    changed = program("eval", "run", "--device", "cpu")
+    assert changed.code == 2
+    assert "has changed" in changed.err
 
 
 def test_the_library_loads_a_run(program, play) -> None:
@@ -210,6 +229,57 @@ def test_the_library_loads_a_run(program, play) -> None:
     assert "".join(writer.stream("JULIET", 12, temperature=0.5, top_k=5, seed=3)) == text
     assert writer.decode(writer.encode("JULIET")) == "JULIET"
     assert writer.logits(writer.encode("JULIET")).shape == (6, 64)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs symbolic links to begin with")
+def test_a_run_without_links_is_found_by_its_pointer_files(program, play) -> None:
+    program(*DEBUG, "--input", play, "--out_dir", "run")
+    for which in ("best", "last"):
+        pointer = Path("run/checkpoints") / which
+        name = pointer.readlink().name
+        pointer.unlink()
+        pointer.write_text(f"{name}\n")
+        done = program("sample", pointer, "--max_new_tokens", 3, "--device", "cpu")
+        assert done.code == 0, done.err
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path, play, program) -> None:
+    command = (*DEBUG, "--input", play, "--out_dir", tmp_path / "run", "--max_steps", 10**6)
+    process = start(*command, cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3 "):
+            break
+    second = program(*command)
+    process.kill()
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert second.code == 2
+    assert "another process" in second.err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--out_dir", ".", "--overwrite"), "--out_dir ."),
+        (("--out_dir", "file/run"), "file/run"),
+        (("--batch_size", 10**12), "--batch_size 1000000000000"),
+        (("--out_dir", "caf\udce9"), "UTF-8"),
+    ],
+)
+def test_odd_folders_and_sizes_are_named(program, play, args, words) -> None:
+    Path("file").write_text("in the way")
+    done = program(*DEBUG, "--input", play, *args)
+    assert done.code in (1, 2)
+    assert re.fullmatch(r"error: [^\n]+\n", done.err)
+    assert words in done.err
+
+
+@pytest.mark.parametrize("args", [("--seed", 10**30), ("--temperature", -1), ("--prompt", "日")])
+def test_a_wrong_sample_prints_nothing_but_the_mistake(program, play, args) -> None:
+    program(*DEBUG, "--input", play, "--out_dir", "run")
+    done = program("sample", "run", "--device", "cpu", *args)
+    assert (done.code, done.out) == (2, "")
 
 
 def test_values_of_flags_are_not_taken_for_flags() -> None:
@@ -229,7 +299,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, play, number, cod
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Stopping after this step" in out
-    assert "To go on: python gpt.py --preset debug" in out
+    assert re.search(r"To go on: python \S*gpt\.py --preset debug", out)
     assert "Traceback" not in err
     end = events(tmp_path / "run")[-1]
     assert end["event"] == "end"

@@ -76,6 +76,7 @@ values = {
 
 @given(st.fixed_dictionaries({name: values[kind] for name, kind in FIELDS.items()}))
 def test_toml_gives_back_every_field(fields: dict[str, object]) -> None:
+    fields |= {"overwrite": False, "config": ""}
     config = dataclasses.replace(Config(), **fields)  # type: ignore[arg-type]
     written = to_toml(config, {"command": 'python gpt.py --prompt "x"'})
     read = {k: v for k, v in tomllib.loads(written).items() if not isinstance(v, dict)}

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import platform
-import shlex
+import tomllib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -11,11 +11,12 @@ import torch
 
 from gptforge import __version__, costs, files
 from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening, open_run
 from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.checkpoint.tensors import load_model_tensors
-from gptforge.config import Config, GPTConfig, check, to_toml
+from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
 from gptforge.data.corpus import Corpus, build_corpus
 from gptforge.data.loader import Loader
 from gptforge.data.text import find_text, read_text, split_text
@@ -33,6 +34,7 @@ from gptforge.hardware import (
 )
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
+from gptforge.presets import PRESETS, preset
 from gptforge.report.console import open_console
 from gptforge.report.duration import in_words
 from gptforge.report.run_report import RunReport
@@ -51,15 +53,21 @@ SHAPE = frozenset(field.name for field in dataclasses.fields(GPTConfig)) - {"dro
 
 
 def build_trainer(
-    config: Config, *, given: Collection[str], command: list[str], say: Say
+    config: Config,
+    *,
+    given: Collection[str],
+    say: Say,
+    program: str = "python gpt.py",
+    command: str = "",
 ) -> Trainer | None:
     """Everything a run needs, checked and ready; None if the run in that folder is finished.
 
     Args:
         config: as merged from preset, file and flags.
         given: fields set by hand, in the file or by flags.
-        command: the program's arguments, for the log.
         say: told each choice, with its reason, as it is made.
+        program: how the program is called, for the commands that it prints.
+        command: its arguments, for the log.
 
     Raises:
         UserError: for anything the user can mend.
@@ -77,12 +85,18 @@ def build_trainer(
         context_length=config.context_length,
     )
     config = _settle(config, corpus)
-    opening = open_run(config, given=given, text_sha256=corpus.sha256)
+    lock = lock_run(Path(config.out_dir))
+    opening = open_run(
+        config, given=given, tokenizer=corpus.tokenizer, text_sha256=corpus.sha256
+    )
     config = opening.config
     for notice in (*corpus.text.notices, *opening.notices):
         say(f"note: {notice}")
+    usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
+    if opening.status == "new" and "warmup_steps" not in given and config.warmup_steps < usual:
+        say(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
     if opening.status == "finished":
-        say(_finished(config))
+        say(_finished(config, program))
         return None
 
     say(f"text: {_describe_corpus(corpus, config)}")
@@ -103,23 +117,30 @@ def build_trainer(
         progress = restore(opening.checkpoint, step, loader)
     say(_estimate(step, config, steps=config.max_steps - progress.step))
 
-    program = "python gpt.py " + shlex.join(command)
-    config_text = to_toml(config, {**_versions(), "command": program})
+    whole_command = f"{program} {command}".strip()
+    config_text = to_toml(config, {**_versions(), "command": whole_command})
+    report = RunReport(
+        Path(config.out_dir),
+        title=f"{config.preset or 'GPT-2'} on {corpus.text.path.name}",
+        program=program,
+    )
+    _open_report(report, config, opening, step, progress, config_text=config_text)
     return Trainer(
         config=config,
         train_step=step,
         loader=loader,
-        held_out=_held_out(corpus, config),
+        held_out=_held_out(corpus, config, batch_size=step.micro_batch),
         tokenizer=corpus.tokenizer,
         saver=BackgroundSaver(
             store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
         ),
-        report=_report(config, opening, step, progress, config_text=config_text, command=program),
-        guard=StopGuard(config.time_limit, say=say),
+        report=report,
+        guard=StopGuard(config.time_limit, say=lambda text: report.console.say(text)),
         # A GPU works behind our backs: two steps later its numbers are ready to be read.
         watch=Watch(lag=2 if device.type == "cuda" else 0, scaled=precision.needs_scaler),
         text_sha256=corpus.sha256,
         progress=progress,
+        lock=lock,
     )
 
 
@@ -127,7 +148,9 @@ def _start_from(config: Config, given: Collection[str]) -> Config:
     """With `--init_from`, shape and tokenizer are the checkpoint's, unless set by hand."""
     if not config.init_from:
         return config
-    path = checkpoints.resolve(config.init_from)
+    # A run that was begun this way has a tokenizer and a shape of its own by now.
+    own = CheckpointStore(Path(_out_dir(config)) / "checkpoints").pointed("last")
+    path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
     if reason := checkpoints.damage(path):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
     source = checkpoints.read_config(path)
@@ -148,9 +171,12 @@ def _settle(config: Config, corpus: Corpus) -> Config:
             f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
             f"{config.tokenizer}: give {size} or more, or leave it out"
         )
-    out_dir = config.out_dir or f"runs/{config.preset or 'custom'}"
     path = corpus.text.path.as_posix()
-    return dataclasses.replace(config, vocab_size=vocab_size, out_dir=out_dir, input=path)
+    return dataclasses.replace(config, vocab_size=vocab_size, out_dir=_out_dir(config), input=path)
+
+
+def _out_dir(config: Config) -> str:
+    return config.out_dir or f"runs/{config.preset or 'custom'}"
 
 
 def _seed(config: Config) -> None:
@@ -215,21 +241,26 @@ def _attention(step: TrainStep, config: Config) -> str:
     )
 
 
-def _report(
+def _open_report(
+    report: RunReport,
     config: Config,
     opening: Opening,
     step: TrainStep,
     progress: Progress,
     *,
     config_text: str,
-    command: str,
-) -> RunReport:
-    """Make the run folder, or cut it back to where the run goes on."""
-    folder = Path(config.out_dir)
+) -> None:
+    """Make the run folder, or cut it back to where the run goes on.
+
+    The first change that a start makes: whatever could be wrong has been found by now.
+    """
+    folder = report.folder
+    if opening.replaces:
+        aside = files.set_aside(folder, "old")
+        report.console.say(f"note: moved the old {folder.as_posix()} to {aside.as_posix()}")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / checkpoints.CONFIG, config_text)
-    text = Path(config.input).name
-    report = RunReport(folder, title=f"{config.preset or 'GPT-2'} on {text}")
+    command = tomllib.loads(config_text)[NOTES]["command"]
     if opening.checkpoint is None:
         facts = {
             "parameters": costs.parameters(config.model),
@@ -243,10 +274,10 @@ def _report(
         report.begin(model_summary(step.model), command=command, facts=facts)
     else:
         sizes, name = opening.state["file_sizes"], opening.checkpoint.name
-        report.resume(progress.step, sizes, checkpoint=name, command=command)
+        is_best = progress.best_step == progress.step
+        report.resume(progress.step, sizes, checkpoint=name, is_best=is_best, command=command)
         report.console.say(f"going on from {name}: step {progress.step} of {config.max_steps}")
     report.console = open_console(total=config.max_steps, done=progress.step)
-    return report
 
 
 def _versions() -> dict[str, str]:
@@ -270,14 +301,14 @@ def _model(config: Config, opening: Opening) -> GPT:
     return model
 
 
-def _held_out(corpus: Corpus, config: Config) -> HeldOut | None:
+def _held_out(corpus: Corpus, config: Config, *, batch_size: int) -> HeldOut | None:
     if len(corpus.held_out) == 0:
         return None
     return HeldOut(
         corpus.held_out,
         byte_lengths(corpus.tokenizer),
         context_length=config.context_length,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         limit=config.eval_tokens,
     )
 
@@ -338,16 +369,18 @@ def _describe_corpus(corpus: Corpus, config: Config) -> str:
     train, held_out = len(corpus.train), len(corpus.held_out)
     epochs = config.max_steps * config.tokens_per_step / train
     held = f"{held_out:,} held out" if held_out else "none held out"
+    if 0 < config.eval_tokens < held_out:
+        held += f", of which {config.eval_tokens:,}, evenly spread, judge as it goes"
     return (
         f"{corpus.text.path.as_posix()}, {len(corpus.text.content):,} characters; {train:,} "
         f"{corpus.tokenizer.name} tokens to learn from, {held}; about {epochs:.1f} epochs"
     )
 
 
-def _finished(config: Config) -> str:
+def _finished(config: Config, program: str) -> str:
     return (
         f"{config.out_dir} is finished: {config.max_steps} steps are made. Raise --max_steps to go "
-        f"on, --overwrite to start anew, or try it: python gpt.py sample {config.out_dir}"
+        f"on, --overwrite to start anew, or try it: {program} sample {config.out_dir}"
     )
 
 

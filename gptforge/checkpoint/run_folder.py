@@ -2,14 +2,23 @@
 
 import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from gptforge import files
-from gptforge.checkpoint.store import CONFIG, CheckpointStore, read_config, read_state
+from gptforge.checkpoint.store import (
+    CONFIG,
+    CheckpointStore,
+    read_config,
+    read_state,
+    read_tokenizer,
+)
 from gptforge.config import Config, differences
 from gptforge.errors import UserError
+from gptforge.tokenizers import Tokenizer
+
+LOGS = ("config.toml", "log.md", "metrics.jsonl", "samples.md")
 
 
 @dataclass(frozen=True)
@@ -19,71 +28,87 @@ class Opening:
     status: Literal["new", "resume", "finished"]
     config: Config
     """As asked, in step with what the folder holds."""
-    checkpoint: Path | None
-    state: dict[str, Any]
-    notices: tuple[str, ...]
+    checkpoint: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    replaces: bool = False
+    """Whether an old run is to be moved aside before this one begins."""
 
 
-def open_run(config: Config, *, given: Collection[str], text_sha256: str) -> Opening:
-    """Look into `config.out_dir` and decide; moves an old run aside where `--overwrite` says so.
+def open_run(
+    config: Config, *, given: Collection[str], tokenizer: Tokenizer, text_sha256: str
+) -> Opening:
+    """Look into `config.out_dir` and decide. What is there is only set right, never thrown away.
 
     Args:
         config: settled, with out_dir.
         given: fields that the user set by hand.
+        tokenizer: of this run.
         text_sha256: of the text this run would learn.
 
     Raises:
         UserError: if the folder holds something else, or a run with another configuration.
     """
     folder = Path(config.out_dir)
-    notices: list[str] = []
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out_dir {folder} is a file: choose another")
-    if config.overwrite and folder.is_dir() and any(folder.iterdir()):
-        aside = files.set_aside(folder, "old")
-        notices.append(f"moved the old {folder.as_posix()} to {aside.as_posix()}")
-    store = CheckpointStore(folder / "checkpoints")
+    if config.overwrite and _holds_something(folder):
+        if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")
+        return Opening("new", config, replaces=True)
     if not (folder / CONFIG).is_file() and _holds_something(folder):
         raise UserError(
             f"--out_dir {folder} holds other files and no run: choose another, or give --overwrite "
             "to move it aside"
         )
+    store = CheckpointStore(folder / "checkpoints")
     newest, warnings = store.newest()
-    notices += warnings
     if newest is None:
-        if warnings:
-            raise UserError(f"{'; '.join(warnings)}; none is left: start anew with --overwrite")
+        if store.has_history() or _tells_of("save", folder / "metrics.jsonl"):
+            said = f"{'; '.join(warnings)}; " if warnings else ""
+            raise UserError(
+                f"{said}{folder.as_posix()} holds a run without a whole checkpoint: put one back, "
+                "or start anew with --overwrite"
+            )
         # Nothing was learned yet: start over in place.
-        for name in ("config.toml", "log.md", "metrics.jsonl", "samples.md"):
+        for name in LOGS:
             files.remove(folder / name)
-        return Opening("new", config, None, {}, tuple(notices))
-    old = read_config(newest)
+        return Opening("new", config)
+    old, state = read_config(newest), read_state(newest)
+    store.mend_pointers(newest)
     if "warmup_steps" not in given:
         config = dataclasses.replace(config, warmup_steps=old.warmup_steps)
-    state = read_state(newest)
-    store.mend_pointers(newest)
-    _insist_on_same(old, config, folder, state["text_sha256"] == text_sha256)
-    if config.max_steps > old.max_steps:
-        notices.append(
-            f"--max_steps raised from {old.max_steps} to {config.max_steps}: "
-            "the learning rate follows the new schedule from here"
-        )
-    is_finished = state["progress"]["step"] >= config.max_steps
-    status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
-    return Opening(status, config, newest, state, tuple(notices))
-
-
-def _holds_something(folder: Path) -> bool:
-    """Whether there is a file in it that is not hidden: a crash may leave hidden ones of ours."""
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _insist_on_same(old: Config, new: Config, folder: Path, is_same_text: bool) -> None:
-    found = differences(old, new)
-    if not is_same_text:
+    # Where a tokenizer lies is of no matter; what it says is.
+    config = dataclasses.replace(config, tokenizer=old.tokenizer)
+    found = differences(old, config)
+    if read_tokenizer(newest).to_json() != tokenizer.to_json():
+        found.append("tokenizer: not the one that the run was begun with")
+    if state["text_sha256"] != text_sha256:
         found.append(f"input: the text is not the one that {folder.as_posix()} learned")
     if found:
         raise UserError(
             f"{folder.as_posix()} holds a run with another configuration ({'; '.join(found)}): "
             "choose another --out_dir, or --overwrite to move it aside"
         )
+    if config.max_steps > old.max_steps:
+        warnings.append(
+            f"--max_steps raised from {old.max_steps} to {config.max_steps}: "
+            "the learning rate follows the new schedule from here"
+        )
+    is_finished = state["progress"]["step"] >= config.max_steps
+    is_finished &= _tells_of("end", folder / "metrics.jsonl")
+    status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
+    return Opening(status, config, newest, state, tuple(warnings))
+
+
+def _tells_of(event: str, metrics: Path) -> bool:
+    """Whether there is such an event in a run's metrics."""
+    try:
+        return f'"event": "{event}"' in metrics.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is a file in it that is not hidden: a crash may leave hidden ones of ours."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())

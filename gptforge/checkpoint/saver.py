@@ -63,7 +63,9 @@ class BackgroundSaver:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        saved, self._saved = self._saved, []
+        saved = self._saved[:]
+        # The thread may append meanwhile: take away no more than was seen.
+        del self._saved[: len(saved)]
         return saved
 
     def wait(self) -> None:
@@ -84,7 +86,7 @@ class BackgroundSaver:
             if is_best:
                 self.store.point("best", name)
             self.store.prune(self._keep)
-            self._saved = [*self._saved, Saved(step, name, is_best)]
+            self._saved.append(Saved(step, name, is_best))
         except BaseException as error:
             self._error = error
 

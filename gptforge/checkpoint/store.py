@@ -115,8 +115,9 @@ class CheckpointStore:
         free = shutil.disk_usage(there).free
         if free < needed + SPARE_BYTES:
             raise RunError(
-                f"{self.folder}: a checkpoint takes {needed / 1e6:,.0f} MB and "
-                f"{free / 1e6:,.0f} MB are free: make room or give another --out_dir; {_kept(self)}"
+                f"{self.folder}: a checkpoint and the logs take "
+                f"{(needed + SPARE_BYTES) / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free: make "
+                f"room or give another --out_dir; {_kept(self)}"
             )
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -129,6 +130,10 @@ class CheckpointStore:
             aside = files.set_aside(path, "damaged")
             warnings.append(f"{path.name} is damaged ({reason}); set aside as {aside.name}")
         return None, warnings
+
+    def has_history(self) -> bool:
+        """Whether anything was ever saved here, whole or not."""
+        return bool(self.steps()) or any(self.folder.glob("step-*"))
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first, whole or not."""
@@ -150,8 +155,11 @@ class CheckpointStore:
     def mend_pointers(self, newest: Path) -> None:
         """Make `last` and `best` lead where they should, as far as the newest checkpoint knows.
 
-        A crash between a checkpoint and its pointers leaves them one behind.
+        A crash between a checkpoint and its pointers leaves them one behind; what else it left
+        half done is deleted.
         """
+        for leftover in self.folder.glob(".*.partial"):
+            files.remove(leftover)
         best_step = int(read_state(newest)["progress"]["best_step"] or 0)
         best = self.folder / f"step-{best_step:06d}"
         for which, path in (("last", newest), ("best", best)):
@@ -164,7 +172,11 @@ class CheckpointStore:
         others = [path for path in self.steps() if path not in safe]
         leftovers = self.folder.glob(".step-*.partial")
         for path in [*others[: max(0, len(others) - keep)], *leftovers]:
-            files.remove(path)
+            # Renamed first, so that a deletion cut short leaves no half of a checkpoint.
+            hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
+            if hidden != path:
+                path.rename(hidden)
+            files.remove(hidden)
 
 
 def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
@@ -194,6 +206,9 @@ def resolve(run: str) -> Path:
         UserError: if there is no checkpoint there.
     """
     path = Path(run)
+    if path.is_file() and path.name in ("best", "last"):
+        # Where there are no links, a pointer is a file.
+        path = CheckpointStore(path.parent).pointed(path.name) or path
     if (path / MANIFEST).is_file():
         return path
     store = CheckpointStore(path / "checkpoints")
@@ -238,7 +253,8 @@ def read_config(path: Path) -> Config:
     It is checked, and the model that it describes must fit into the file of weights: a few bytes of
     text from a stranger must not make anybody build a model of a terabyte.
     """
-    config = merge(Config(), read_toml(path / CONFIG), source=str(path / CONFIG))
+    values, _ = read_toml(path / CONFIG)
+    config = merge(Config(), values, source=str(path / CONFIG))
     check(config)
     needed, size = 4 * costs.parameters(config.model), (path / MODEL).stat().st_size
     if needed > size:

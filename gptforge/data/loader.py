@@ -63,7 +63,7 @@ class Loader:
 
     def windows_at(self, position: int) -> list[int]:
         """Numbers of the windows in the batch at a position; window w starts at token w * T."""
-        places = np.arange(position, position + self._global_batch)
+        places = np.arange(position, position + self._global_batch, dtype=np.int64)
         chosen = window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
         return [int(window) for window in chosen]
 
@@ -78,7 +78,7 @@ class Loader:
 
     def _send(self, position: int) -> Tensor:
         """The batch at `position`, (G, T + 1), on its way to the device."""
-        chosen = np.array(self.windows_at(position))
+        chosen = np.array(self.windows_at(position), np.int64)
         batch = gather(self._tokens, chosen, self._context_length)
         if self._stream is None:
             return batch.to(self._device)

@@ -94,6 +94,8 @@ class LanguageModel:
             UserError: for settings out of range or a prompt the tokenizer cannot write.
         """
         _check_settings(max_new_tokens, temperature, top_k, top_p)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise UserError(f"--seed must be 0 or more and below 2**63, not {seed}")
         ids = self.encode(prompt) if prompt else self._opening()
         generator = torch.Generator(self.device)
         if seed is None:
@@ -102,6 +104,15 @@ class LanguageModel:
             generator.manual_seed(seed)
         pieces = self._pieces(ids, max_new_tokens, temperature, top_k, top_p, generator)
         return _until(pieces, [text for text in stop if text])
+
+    @torch.inference_mode()
+    def _next_logits(self, ids: list[int]) -> Tensor:
+        """Logits behind the last id, (1, V), on the device."""
+        was_training = self.model.training
+        self.model.eval()
+        logits: Tensor = self.model(torch.tensor([ids], device=self.device))[:, -1]
+        self.model.train(was_training)
+        return logits
 
     def _opening(self) -> list[int]:
         try:
@@ -122,7 +133,7 @@ class LanguageModel:
         for _ in range(max_new_tokens):
             ids = ids[-self.model.config.block_size :]
             # The rows behind the tokenizer's ids pad the table: they mean nothing.
-            logits = self.logits(ids)[-1:, : self.tokenizer.size].to(self.device)
+            logits = self._next_logits(ids)[:, : self.tokenizer.size]
             choice = pick(
                 logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
             )

@@ -27,7 +27,9 @@ def pick(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)
+    # From the top down: however small the temperature, the largest stays a number.
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 

@@ -26,7 +26,10 @@ def draw_curves(history: History, path: Path, *, title: str) -> None:
     figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 3, width_ratios=(1, 1, 0.85))
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    # A file name is no formula: $ means itself.
+    figure.suptitle(
+        title, parse_math=False, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK
+    )
     _loss(figure.add_subplot(grid[:, :2]), history)
     panels = [
         ("lr", "learning rate", 1.0),

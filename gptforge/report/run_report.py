@@ -24,8 +24,9 @@ FENCE = "```"
 class RunReport:
     """Tells people and files what happens, in the order it happens."""
 
-    def __init__(self, folder: Path, *, title: str) -> None:
+    def __init__(self, folder: Path, *, title: str, program: str = "python gpt.py") -> None:
         self.folder = folder
+        self._program = program
         self.console: Console = PlainConsole()
         self._title = title
         self._drawn = 0.0
@@ -38,9 +39,19 @@ class RunReport:
         self._write(SAMPLES, f"# Samples: {self._title}\n")
         self._event("start", command=command, **facts)
 
-    def resume(self, step: int, sizes: Mapping[str, int], *, checkpoint: str, command: str) -> None:
+    def resume(
+        self,
+        step: int,
+        sizes: Mapping[str, int],
+        *,
+        checkpoint: str,
+        is_best: bool,
+        command: str,
+    ) -> None:
         """Cut the files back to a checkpoint and go on behind it."""
         self._cut(sizes)
+        # The files were measured before the checkpoint was whole: its own event was cut off.
+        self.saved([Saved(step, checkpoint, is_best)])
         self._event("resume", step=step, checkpoint=checkpoint, command=command)
 
     def returned(
@@ -49,6 +60,7 @@ class RunReport:
         sizes: Mapping[str, int],
         *,
         checkpoint: str,
+        is_best: bool,
         bad_steps: list[int],
         left_out: tuple[int, int],
     ) -> None:
@@ -58,10 +70,12 @@ class RunReport:
             step: updates made at that checkpoint.
             sizes: of the files when it was made.
             checkpoint: its name.
+            is_best: whether it is the best one.
             bad_steps: the steps that were no good.
             left_out: places in the stream of windows between which nothing is learned.
         """
         self._cut(sizes)
+        self.saved([Saved(step, checkpoint, is_best)])
         line = (
             f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {checkpoint}; "
             f"windows {left_out[0]} to {left_out[1] - 1} of the stream are left out"
@@ -98,9 +112,13 @@ class RunReport:
     def _cut(self, sizes: Mapping[str, int]) -> None:
         for name in CUT_ON_RESUME:
             path = self.folder / name
-            if path.is_file() and path.stat().st_size > sizes.get(name, 0):
-                with path.open("rb+") as file:
-                    file.truncate(sizes.get(name, 0))
+            if not path.is_file():
+                continue
+            kept = path.read_bytes()[: sizes.get(name, 0)]
+            # A crash may have left half a line; what comes next would be glued to it.
+            whole = kept[: kept.rfind(b"\n") + 1]
+            with path.open("rb+") as file:
+                file.truncate(len(whole))
 
     def step(self, event: dict[str, Any]) -> None:
         """Log one update, in the seed's format."""
@@ -137,13 +155,19 @@ class RunReport:
 
     def redraw(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was just done."""
-        if force or time.monotonic() - self._drawn > REDRAW_SECONDS:
-            draw_curves(
-                read_history(self.folder / METRICS), self.folder / CURVES, title=self._title
-            )
-            self._drawn = time.monotonic()
+        if not force and time.monotonic() - self._drawn < REDRAW_SECONDS:
+            return
+        history = read_history(self.folder / METRICS)
+        try:
+            draw_curves(history, self.folder / CURVES, title=self._title)
+        except Exception as error:
+            # A picture is no reason to lose a training, whatever the drawing library raises.
+            self.console.say(f"note: the curves could not be drawn: {error}")
+        self._drawn = time.monotonic()
 
-    def end(self, reason: str, *, step: int, epochs: float, seconds: float) -> None:
+    def end(
+        self, reason: str, *, step: int, epochs: float, seconds: float, is_judged: bool
+    ) -> None:
         """Close the log with the verdict."""
         self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
         words = verdict(
@@ -151,6 +175,8 @@ class RunReport:
             total_steps=step,
             epochs=epochs,
             out_dir=self.folder.as_posix(),
+            is_judged=is_judged,
+            program=self._program,
         )
         self._write(LOG, f"{FENCE}\n\n{words}\n")
         pictures = f"Curves: {(self.folder / CURVES).as_posix()}"

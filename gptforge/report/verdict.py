@@ -6,7 +6,15 @@ CLOSE = 0.005
 """Held-out losses within half a percent of each other count as level."""
 
 
-def verdict(history: History, *, total_steps: int, epochs: float, out_dir: str) -> str:
+def verdict(
+    history: History,
+    *,
+    total_steps: int,
+    epochs: float,
+    out_dir: str,
+    is_judged: bool,
+    program: str = "python gpt.py",
+) -> str:
     """A few sentences on a finished or stopped run.
 
     Args:
@@ -14,9 +22,16 @@ def verdict(history: History, *, total_steps: int, epochs: float, out_dir: str) 
         total_steps: updates made.
         epochs: times the text was seen.
         out_dir: the run folder, for the command at the end.
+        is_judged: whether a part of the text is held out.
+        program: how this program is called.
     """
-    lines = _held_out(history, total_steps) if history.evals else _training_only(history, epochs)
-    lines.append(f"Try it: python gpt.py sample {_quoted(out_dir)} --prompt 'ROMEO:'")
+    if is_judged and not history.evals:
+        lines = ["The model was not judged yet: training ended before the first evaluation."]
+    elif is_judged:
+        lines = _held_out(history, total_steps)
+    else:
+        lines = _training_only(history, epochs)
+    lines.append(f"Try it: {program} sample {_quoted(out_dir)}")
     return "\n".join(lines)
 
 

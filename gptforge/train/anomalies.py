@@ -7,10 +7,14 @@ watcher: `TrainStep` leaves it out, on the device, where a gradient is not finit
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+Reading = Callable[[], tuple[float, float]]
 
 WINDOW = 64
 """Losses that a new one is compared with."""
@@ -48,13 +52,13 @@ class Watch:
     def __init__(self, *, lag: int, scaled: bool) -> None:
         self._lag = lag
         self._scaled = scaled
-        self._unread: deque[tuple[int, int, Tensor, Tensor]] = deque()
+        self._unread: deque[tuple[int, int, Reading]] = deque()
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._in_a_row = 0
 
     def add(self, step: int, position: int, loss: Tensor, norm: Tensor) -> list[Anomaly]:
         """Take note of a step; returns what is wrong with those old enough to be read."""
-        self._unread.append((step, position, loss, norm))
+        self._unread.append((step, position, _send(loss, norm)))
         return self._read(self._lag)
 
     def forget(self) -> None:
@@ -70,8 +74,8 @@ class Watch:
     def _read(self, leave: int) -> list[Anomaly]:
         found = []
         while len(self._unread) > leave:
-            step, position, loss, norm = self._unread.popleft()
-            anomaly = self._examine(step, position, float(loss), float(norm))
+            step, position, reading = self._unread.popleft()
+            anomaly = self._examine(step, position, *reading())
             if anomaly is not None:
                 found.append(anomaly)
         return found
@@ -86,6 +90,25 @@ class Watch:
         if score > SPIKE:
             return Anomaly("spike", step, position, loss, norm, score, 0)
         return None
+
+
+def _send(loss: Tensor, norm: Tensor) -> Reading:
+    """Start two scalars on their way from the device; the result waits for their arrival alone.
+
+    Reading a scalar from the device itself would wait for all that was queued behind it, too.
+    """
+    if loss.device.type != "cuda":
+        return lambda: (float(loss), float(norm))
+    host = torch.empty(2, pin_memory=True)
+    host.copy_(torch.stack((loss.float(), norm.float())), non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(loss.device))
+
+    def read() -> tuple[float, float]:
+        arrived.synchronize()
+        return float(host[0]), float(host[1])
+
+    return read
 
 
 def robust_score(value: float, recent: "deque[float]") -> float:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -63,6 +64,9 @@ class StopGuard:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
+            if sys.stdout.isatty():
+                # The bar hid the cursor.
+                os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
             os._exit(128 + number)
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
         self._say("Stopping after this step; once more stops at once.")

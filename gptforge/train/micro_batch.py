@@ -40,6 +40,8 @@ def find_micro_batch(
     windows = min(most, answers.get(digest, most))
     while windows > 1 and free is not None and estimate(windows) > HEADROOM * free:
         windows = -(-windows // 2)
+    # What other programs leave free today says nothing about tomorrow.
+    is_lasting = free is None or windows == most or estimate(2 * windows) <= HEADROOM * free
     while not fits(windows):
         if windows == 1:
             raise RunError(
@@ -47,7 +49,7 @@ def find_micro_batch(
                 "a smaller --context_length or model"
             )
         windows = -(-windows // 2)
-    if remembered and answers.get(digest) != windows:
+    if remembered and is_lasting and answers.get(digest) != windows:
         _write(remembered, {**answers, digest: windows})
     return windows
 

@@ -122,13 +122,21 @@ class TrainStep:
         return time.perf_counter() - start
 
     def fits(self, windows: int, context_length: int) -> bool:
-        """Whether so many windows go through the device's memory at once; tried out."""
+        """Whether so many windows go through the device's memory at once; tried out.
+
+        Room is kept for AdamW's moments and for the copy that a save takes: 20 bytes a parameter.
+        """
+        kept = None
         try:
+            if self.device.type == "cuda" and not self.optimizer.state:
+                count = 20 * sum(p.numel() for p in self.model.parameters())
+                kept = torch.empty(count, dtype=torch.uint8, device=self.device)
             self.rehearse(windows, context_length)
         except torch.OutOfMemoryError:
             fit = False
         else:
             fit = True
+        del kept
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -160,5 +168,8 @@ class TrainStep:
 def _kept_dice(device: torch.device) -> Iterator[None]:
     """Put the random number generators back as they were: dropout must not notice a rehearsal."""
     devices = [device] if device.type == "cuda" else []
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices):
         yield
+    if apple is not None:
+        torch.mps.set_rng_state(apple)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -73,6 +74,8 @@ class Trainer:
     text_sha256: str
     """Of the training text: a run goes on with the same one only."""
     progress: Progress
+    lock: IO[str]
+    """Open as long as no other process may train into the same folder."""
 
     _clock: Stopwatch = field(init=False)
     _begun: float = field(init=False)
@@ -87,7 +90,8 @@ class Trainer:
         self._begun = time.perf_counter() - self.progress.seconds
         self._clock = Stopwatch(lambda: synchronize(device))
         self._start_counting()
-        reason: Reason | None = None
+        # Nothing may be left to do but the end, where a crash came between the last save and that.
+        reason: Reason | None = None if self.steps_left else "finished"
         with self.guard, self.report.console:
             while reason is None:
                 if self.has_broken_down(self.learn()):
@@ -107,8 +111,10 @@ class Trainer:
             step=self.progress.step,
             epochs=self.loader.epoch,
             seconds=self.progress.seconds,
+            is_judged=self.held_out is not None,
         )
         self.report.redraw(force=True)
+        self.lock.close()
         return reason
 
     @property
@@ -181,12 +187,14 @@ class Trainer:
                 self.progress.step,
                 read_state(path)["file_sizes"],
                 checkpoint=path.name,
+                is_best=self.progress.best_step == self.progress.step,
                 bad_steps=bad_steps,
                 left_out=(self.loader.position, behind),
             )
             self.loader.load_state_dict({"position": behind})
             self.watch.forget()
             self._start_counting()
+        self._clock.lap()
 
     def judge(self) -> bool:
         """Score the model, by held-out text where there is some; whether it is the best so far."""
@@ -257,7 +265,8 @@ class Trainer:
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         p = self.progress
         p.loss = float(loss)
-        seconds = self._clock.lap() / (p.step - self._logged)
+        # A clock may stand still, or be set back.
+        seconds = max(self._clock.lap() / (p.step - self._logged), 1e-9)
         self._logged = p.step
         self.report.step(
             {

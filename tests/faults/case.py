@@ -9,7 +9,7 @@ from typing import Any
 
 from gptforge.checkpoint.store import CheckpointStore, damage
 
-STEPS, SAVE_EVERY, EVAL_EVERY, KEEP = 40, 5, 7, 2
+STEPS, SAVE_EVERY, EVAL_EVERY, KEEP = 30, 5, 7, 2
 OUT_DIR = "disk/run"
 COMPARED = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 

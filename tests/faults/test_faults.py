@@ -48,7 +48,7 @@ def test_the_run_ends_as_if_nothing_had_happened(bench, name) -> None:
 
 
 # Early, where nothing is saved; in the saves; from the end, where the run is all but finished.
-@pytest.mark.parametrize("at", [4, 70, 250, -21, -17, -12, -4])
+@pytest.mark.parametrize("at", [4, 70, 200, -21, -17, -12, -4])
 def test_kill_between_two_changes_of_the_disk(bench, at) -> None:
     case = bench.case()
     number = at if at > 0 else bench.reference.operations + at
@@ -76,7 +76,7 @@ def test_broken_logs_do_not_stop_a_run(bench, how) -> None:
 @pytest.mark.parametrize("how", ["clock", "stall"])
 def test_clocks_may_jump_back_or_stand_still(bench, how) -> None:
     case = bench.case()
-    ended = bench.go(case, Strike(150, how))
+    ended = bench.go(case, Strike(100, how))
     assert ended.code == 0, ended.err
     bench.finish(case)
     expect_well(case)

@@ -94,6 +94,11 @@ def test_writing_ends_before_the_first_stop_text(pieces, stop) -> None:
     assert "".join(_until(iter(pieces), stop)) == expected
 
 
+def test_the_tamest_temperature_is_greedy() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert pick(logits, temperature=1e-40, top_k=0, top_p=1.0).tolist() == [1]
+
+
 def test_top_k_keeps_the_k_likeliest() -> None:
     logits = torch.tensor([[1.0, 5.0, 3.0, 2.0]])
     assert keep_top_k(logits, 2).isfinite().tolist() == [[False, True, True, False]]

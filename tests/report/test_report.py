@@ -61,7 +61,7 @@ def test_a_step_line_is_the_seeds() -> None:
 )
 def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
     history = History(train=[event(149, 0.05)], evals=evals)
-    text = verdict(history, total_steps=150, epochs=3, out_dir="runs/x")
+    text = verdict(history, total_steps=150, epochs=3, out_dir="runs/x", is_judged=True)
     assert words in text
     best = min(e["val_loss"] for e in evals)
     assert f"{best:.4f}" in text
@@ -69,8 +69,30 @@ def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
 
 
 def test_the_verdict_does_not_praise_what_was_never_judged() -> None:
-    text = verdict(History(train=[event(9, 0.005)]), total_steps=10, epochs=60, out_dir="r")
+    text = verdict(
+        History(train=[event(9, 0.005)]), total_steps=10, epochs=60, out_dir="r", is_judged=False
+    )
     assert "Nothing was held out" in text
+
+
+def test_the_verdict_of_a_run_that_stopped_early_does_not_say_nothing_was_held_out() -> None:
+    history = History(train=[event(9)])
+    text = verdict(history, total_steps=10, epochs=1, out_dir="r", is_judged=True)
+    assert "not judged yet" in text
+    assert "Nothing was held out" not in text
+
+
+def test_a_picture_that_cannot_be_drawn_is_no_reason_to_stop(tmp_path, monkeypatch, capsys) -> None:
+    report = RunReport(tmp_path, title=r"a$\frac$.txt")
+    report.redraw(force=True)
+    assert (tmp_path / "training_curves.png").is_file()
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr("gptforge.report.run_report.draw_curves", fail)
+    report.redraw(force=True)
+    assert "no fonts here" in capsys.readouterr().out
 
 
 def test_curves_are_drawn_from_whatever_there_is(tmp_path) -> None:
@@ -100,11 +122,11 @@ def test_going_on_cuts_the_files_back_to_the_checkpoint(tmp_path, capsys) -> Non
     kept = {name: (tmp_path / name).read_bytes() for name in sizes}
     report.step(event(1))
     report.sampled(2, "words", is_last=False)
-    report.resume(1, sizes, checkpoint="step-000001", command="c")
+    report.resume(1, sizes, checkpoint="step-000001", is_best=True, command="c")
     assert (tmp_path / "log.md").read_bytes() == kept["log.md"]
     assert (tmp_path / "samples.md").read_bytes() == kept["samples.md"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["start", "train", "resume"]
+    assert [line["event"] for line in lines] == ["start", "train", "save", "resume"]
 
 
 def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
@@ -112,7 +134,7 @@ def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
     report.begin("SUMMARY", command="c", facts={})
     report.step(event(0))
     report.sampled(1, "~~~ not a fence", is_last=True)
-    report.end("finished", step=1, epochs=0.1, seconds=2)
+    report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
     assert (tmp_path / "log.md").read_text().count("```") == 2
     assert "~~~~text" in (tmp_path / "samples.md").read_text()
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def config(play: Path, tmp_path: Path) -> Config:
 
 
 def build(config: Config) -> Trainer:
-    trainer = build_trainer(config, given=(), command=[], say=lambda _: None)
+    trainer = build_trainer(config, given=(), say=lambda _: None)
     assert trainer is not None
     return trainer
 
@@ -162,10 +163,10 @@ def test_the_last_step_is_logged_whatever_the_cadence(config) -> None:
 def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
     build(config).run()
     said: list[str] = []
-    assert build_trainer(config, given=(), command=[], say=said.append) is None
+    assert build_trainer(config, given=(), say=said.append) is None
     assert "is finished" in said[-1]
     longer = dataclasses.replace(config, max_steps=30)
-    trainer = build_trainer(longer, given=(), command=[], say=said.append)
+    trainer = build_trainer(longer, given=(), say=said.append)
     assert any("follows the new schedule" in line for line in said)
     trainer.run()
     assert [event["step"] for event in events(config, "train")] == list(range(30))
@@ -227,7 +228,7 @@ def test_a_damaged_last_checkpoint_costs_only_the_steps_behind_it(config) -> Non
     build(config).run()
     (last(config) / "optimizer.safetensors").write_bytes(b"broken")
     said: list[str] = []
-    trainer = build_trainer(config, given=(), command=[], say=said.append)
+    trainer = build_trainer(config, given=(), say=said.append)
     assert any("step-000020 is damaged" in line for line in said)
     assert trainer.progress.step == 18
     assert trainer.run() == "finished"
@@ -239,8 +240,64 @@ def test_pointers_that_a_crash_left_behind_are_mended(config) -> None:
     right = store.pointed("best"), store.pointed("last")
     store.point("best", "step-000006")
     store.point("last", "step-000006")
-    assert build_trainer(config, given=(), command=[], say=lambda _: None) is None
+    assert build_trainer(config, given=(), say=lambda _: None) is None
     assert (store.pointed("best"), store.pointed("last")) == right
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over_in_silence(config) -> None:
+    build(config).run()
+    log = (Path(config.out_dir) / "log.md").read_bytes()
+    for path in CheckpointStore(Path(config.out_dir) / "checkpoints").steps():
+        (path / "model.safetensors").write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.raises(UserError, match="--overwrite"):
+            build(config)
+    shutil.rmtree(Path(config.out_dir) / "checkpoints")
+    with pytest.raises(UserError, match="--overwrite"):
+        build(config)
+    assert (Path(config.out_dir) / "log.md").read_bytes() == log
+
+
+def test_a_start_that_fails_has_not_moved_the_old_run(config, tmp_path) -> None:
+    build(config).run()
+    wrong = dataclasses.replace(config, overwrite=True, init_from=config.out_dir, n_embd=64)
+    with pytest.raises(UserError):
+        build_trainer(wrong, given={"n_embd"}, say=lambda _: None)
+    assert (Path(config.out_dir) / "log.md").is_file()
+    assert not Path(f"{config.out_dir}.old-1").exists()
+    # Starting from the very run that is moved aside works: its weights are read first.
+    again = dataclasses.replace(config, overwrite=True, init_from=config.out_dir)
+    assert build(again).run() == "finished"
+
+
+def test_a_run_begun_from_another_goes_on_when_that_one_has_moved(config, tmp_path) -> None:
+    build(config).run()
+    other = dataclasses.replace(config, init_from=config.out_dir, out_dir=str(tmp_path / "two"))
+    first = build(other)
+    first.guard = StopAfter(8)
+    first.run()
+    Path(config.out_dir).rename(tmp_path / "elsewhere")
+    assert build(other).run() == "finished"
+
+
+def test_an_end_that_a_crash_prevented_is_made_up_for(config) -> None:
+    build(config).run()
+    metrics = Path(config.out_dir) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"end"' not in line))
+    assert build(config).run() == "finished"
+    assert len(events(config, "end")) == 1
+    assert build_trainer(config, given=(), say=lambda _: None) is None
+
+
+def test_saves_stay_in_the_events_when_a_run_goes_on(config) -> None:
+    first = build(config)
+    first.guard = StopAfter(8)
+    first.run()
+    build(config).run()
+    steps = [event["step"] for event in events(config, "save")]
+    assert 8 in steps
+    assert steps == sorted(set(steps))
 
 
 def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
@@ -260,7 +317,7 @@ def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
     with pytest.raises(UserError, match=r"wte|wpe|shape"):
         build_trainer(
             dataclasses.replace(other, n_embd=64, out_dir=str(tmp_path / "three")),
-            given={"n_embd"}, command=[], say=lambda _: None,
+            given={"n_embd"},  say=lambda _: None,
         )  # fmt: skip
 
 
@@ -369,6 +426,8 @@ def test_an_overflow_that_the_scaler_provoked_is_no_anomaly() -> None:
 
 def test_a_loss_is_read_only_when_it_is_old_enough() -> None:
     class Unread:
+        device = torch.device("cpu")
+
         def __float__(self) -> float:
             raise AssertionError("read too early")
 
