@@ -168,8 +168,7 @@ class RunReport:
     def end(
         self, reason: str, *, step: int, epochs: float, seconds: float, is_judged: bool
     ) -> None:
-        """Close the log with the verdict."""
-        self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
+        """Close the log with the verdict. The event comes last: behind it nothing is missing."""
         words = verdict(
             read_history(self.folder / METRICS),
             total_steps=step,
@@ -181,6 +180,7 @@ class RunReport:
         self._write(LOG, f"{FENCE}\n\n{words}\n")
         pictures = f"Curves: {(self.folder / CURVES).as_posix()}"
         self.console.say(f"\n{words}\n{pictures}")
+        self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
 
     def sizes(self) -> dict[str, int]:
         """How long each file is now: where to cut it when going on from here."""

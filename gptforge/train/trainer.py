@@ -106,6 +106,7 @@ class Trainer:
                 self.report.saved(self.saver.collect())
             self.saver.wait()
         self.report.saved(self.saver.collect())
+        self.report.redraw(force=True)
         self.report.end(
             reason,
             step=self.progress.step,
@@ -113,7 +114,6 @@ class Trainer:
             seconds=self.progress.seconds,
             is_judged=self.held_out is not None,
         )
-        self.report.redraw(force=True)
         self.lock.close()
         return reason
 
