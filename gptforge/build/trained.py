@@ -1,0 +1,73 @@
+"""From a run on the disk back to a model that writes."""
+
+from hashlib import sha256
+from pathlib import Path
+
+from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint.tensors import load_model_tensors
+from gptforge.data.text import find_text, read_text, split_text
+from gptforge.errors import UserError
+from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
+from gptforge.generate.language_model import LanguageModel
+from gptforge.hardware import choose_device, choose_precision
+from gptforge.model import GPT
+from gptforge.tokenizers import byte_lengths
+
+
+def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
+    """The model that a run made, ready to write.
+
+    Args:
+        run: a run folder (its best checkpoint is taken, else its last) or a checkpoint folder.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: if there is no checkpoint there, or it is damaged.
+    """
+    path = checkpoints.resolve(str(run))
+    wanted = (checkpoints.MODEL, checkpoints.TOKENIZER, checkpoints.CONFIG)
+    if reason := checkpoints.damage(path, wanted):
+        raise UserError(f"{path.as_posix()} is damaged: {reason}; give another checkpoint folder")
+    config = checkpoints.read_config(path)
+    tokenizer = checkpoints.read_tokenizer(path)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the model has rows")
+    model = GPT(config.model)
+    tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
+    load_model_tensors(model, tensors, source=path.as_posix())
+    return LanguageModel(model.to(choose_device(device)[0]).eval(), tokenizer)
+
+
+def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:
+    """Judge a run's model by a text file, or by the part of its text that it held out.
+
+    Raises:
+        UserError: if there is no model or no such text, or the run held nothing out.
+    """
+    writer = load(run, device=device)
+    config = checkpoints.read_config(checkpoints.resolve(str(run)))
+    if not data and not Path(config.input).is_file():
+        raise UserError(
+            f"the text that {run} learned, {config.input}, is not here: give a text with --data"
+        )
+    content = read_text(find_text(data or config.input)).content
+    if not data:
+        state = checkpoints.read_state(checkpoints.resolve(str(run)))
+        if state["text_sha256"] != sha256(content.encode("utf-8")).hexdigest():
+            raise UserError(
+                f"{config.input} has changed since {run} learned it, and so has the part that was "
+                "held out: give a text with --data"
+            )
+        _, content = split_text(content, config.val_fraction)
+        if not content:
+            raise UserError(f"{run} held nothing out: give a text with --data PATH")
+    tokens = writer.tokenizer.encode(content)
+    if len(tokens) < 2:
+        raise UserError(f"{data or config.input}: 2 tokens are needed to judge anything")
+    held_out = HeldOut(
+        tokens,
+        byte_lengths(writer.tokenizer),
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+    )
+    return held_out.evaluate(writer.model, choose_precision(config.dtype, writer.device))
