@@ -3,7 +3,7 @@
     python gpt.py                                    train on input.txt as this machine allows
     python gpt.py --preset gpt2                      the full GPT-2 small, 124M parameters
     python gpt.py --input book.txt --out_dir runs/b  your own text
-    python gpt.py sample runs/shakespeare-cpu --prompt "ROMEO:"
+    python gpt.py sample runs/shakespeare-cpu --prompt "Romeo:"
     python gpt.py --help                             every flag and command
 
 Start reading at gptforge/train/trainer.py: that is the training loop.

@@ -39,7 +39,7 @@ def main() -> None:
             [*PROGRAM, "eval", run, "--json"], check=True, capture_output=True, text=True
         )
         score = json.loads(done.stdout)
-        ask = ["sample", run, "--prompt", "ROMEO:", "--max_new_tokens", "400"]
+        ask = ["sample", run, "--prompt", "Romeo:", "--max_new_tokens", "400"]
         sample = subprocess.run(
             [*PROGRAM, *ask], check=True, capture_output=True, text=True, encoding="utf-8"
         )

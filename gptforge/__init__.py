@@ -1,6 +1,6 @@
 """GPT-Forge: train a true GPT-2 from any text, on whatever machine you have.
 
-`from gptforge import load; load("runs/shakespeare-cpu").generate("ROMEO:")`
+`from gptforge import load; load("runs/shakespeare-cpu").generate("Romeo:")`
 """
 
 from typing import TYPE_CHECKING, Any

@@ -195,8 +195,9 @@ def read_toml(path: Path) -> tuple[dict[str, object], bool]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
     is_a_runs = isinstance(values.pop(NOTES, None), dict)
-    for name in NOT_IN_FILES & values.keys():
-        raise UserError(f"--config {path}: {name} can only be given as a flag")
+    for name in sorted(NOT_IN_FILES & values.keys()):
+        if values.pop(name):
+            raise UserError(f"--config {path}: {name} can only be given as a flag")
     return values, is_a_runs
 
 

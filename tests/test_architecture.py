@@ -1,6 +1,7 @@
 """The house keeps its order: imports go one way, and nothing heavy loads before it is needed."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_help_and_mistakes_answer_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_clone_holds_the_whole_package() -> None:
+    # A pattern in .gitignore once left out the folder gptforge/build: everything worked here, and
+    # nothing in a fresh clone.
+    root = PACKAGE.parent
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    ask = [git, "check-ignore", *map(str, modules())]
+    done = subprocess.run(ask, cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == ""
 
 
 def test_no_room_is_a_lumber_room() -> None:

@@ -86,9 +86,7 @@ def build_trainer(
     )
     config = _settle(config, corpus)
     lock = lock_run(Path(config.out_dir))
-    opening = open_run(
-        config, given=given, tokenizer=corpus.tokenizer, text_sha256=corpus.sha256
-    )
+    opening = open_run(config, given=given, tokenizer=corpus.tokenizer, text_sha256=corpus.sha256)
     config = opening.config
     for notice in (*corpus.text.notices, *opening.notices):
         say(f"note: {notice}")
