@@ -19,10 +19,9 @@ from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
 from gptforge.data.corpus import Corpus, build_corpus
 from gptforge.data.loader import Loader
-from gptforge.data.text import find_text, read_text, split_text
+from gptforge.data.text import find_text, read_text
 from gptforge.errors import RunError, UserError
-from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
-from gptforge.generate.language_model import LanguageModel
+from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
     Precision,
     attention_kernel,
