@@ -256,6 +256,8 @@ def _open_report(
         aside = files.set_aside(folder, "old")
         report.console.say(f"note: moved the old {folder.as_posix()} to {aside.as_posix()}")
     folder.mkdir(parents=True, exist_ok=True)
+    if opening.status == "new":
+        report.clear()
     files.write_atomic(folder / checkpoints.CONFIG, config_text)
     command = tomllib.loads(config_text)[NOTES]["command"]
     if opening.checkpoint is None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gptforge import files
 from gptforge.checkpoint.store import (
     CONFIG,
     CheckpointStore,
@@ -18,7 +17,8 @@ from gptforge.config import Config, differences
 from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer
 
-LOGS = ("config.toml", "log.md", "metrics.jsonl", "samples.md")
+OURS = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
+"""What a run leaves in its folder."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_run(
         if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")
         return Opening("new", config, replaces=True)
-    if not (folder / CONFIG).is_file() and _holds_something(folder):
+    if not (folder / CONFIG).is_file() and _holds_something(folder, besides=OURS):
         raise UserError(
             f"--out_dir {folder} holds other files and no run: choose another, or give --overwrite "
             "to move it aside"
@@ -70,9 +70,7 @@ def open_run(
                 f"{said}{folder.as_posix()} holds a run without a whole checkpoint: put one back, "
                 "or start anew with --overwrite"
             )
-        # Nothing was learned yet: start over in place.
-        for name in LOGS:
-            files.remove(folder / name)
+        # Nothing was learned yet: it starts over in place.
         return Opening("new", config)
     old, state = read_config(newest), read_state(newest)
     store.mend_pointers(newest)
@@ -109,6 +107,7 @@ def _tells_of(event: str, metrics: Path) -> bool:
         return False
 
 
-def _holds_something(folder: Path) -> bool:
+def _holds_something(folder: Path, *, besides: Collection[str] = ()) -> bool:
     """Whether there is a file in it that is not hidden: a crash may leave hidden ones of ours."""
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return any(not name.startswith(".") for name in names.difference(besides))

@@ -31,6 +31,11 @@ class RunReport:
         self._title = title
         self._drawn = 0.0
 
+    def clear(self) -> None:
+        """Delete the logs of a start that came to nothing."""
+        for name in CUT_ON_RESUME:
+            (self.folder / name).unlink(missing_ok=True)
+
     def begin(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
         """Open the log with the model summary."""
         self.console.say(f"{summary}\n\nStarting training...\n")

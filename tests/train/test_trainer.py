@@ -216,6 +216,16 @@ def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monk
     assert build(config).run() == "finished"
 
 
+def test_what_a_failed_start_left_is_not_taken_for_somebody_elses(config) -> None:
+    # A disk that was full from the first byte on once left a folder that no start would touch.
+    for name in ("checkpoints", "log.md", ".config.partial.toml"):
+        path = Path(config.out_dir) / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name == "checkpoints" else path.write_text("half")
+    assert build(config).run() == "finished"
+    assert "half" not in (Path(config.out_dir) / "log.md").read_text()
+
+
 def test_a_run_that_never_saved_starts_over(config) -> None:
     build(config)
     assert not (Path(config.out_dir) / "checkpoints" / "last").exists()
