@@ -21,6 +21,11 @@ class Precision:
     reason: str
 
     @property
+    def name(self) -> str:
+        """As `--dtype` has it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def is_mixed(self) -> bool:
         """Whether autocast is on."""
         return self.dtype != torch.float32

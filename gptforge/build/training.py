@@ -10,38 +10,29 @@ from pathlib import Path
 import torch
 
 from gptforge import __version__, costs, files
+from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening, open_run
 from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
 from gptforge.data.corpus import Corpus, build_corpus
 from gptforge.data.loader import Loader
 from gptforge.data.text import find_text, read_text
-from gptforge.errors import RunError, UserError
+from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
-    Precision,
-    attention_kernel,
-    cache_folder,
     choose_device,
     choose_precision,
-    free_memory,
-    try_compile,
 )
-from gptforge.model import GPT
-from gptforge.optim.adamw import build_adamw
 from gptforge.presets import PRESETS, preset
 from gptforge.report.console import open_console
-from gptforge.report.duration import in_words
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.tokenizers import byte_lengths
 from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
-from gptforge.train.micro_batch import find_micro_batch
 from gptforge.train.progress import Progress, restore
 from gptforge.train.step import TrainStep
 from gptforge.train.trainer import Trainer
@@ -97,10 +88,10 @@ def build_trainer(
         return None
 
     say(f"text: {_describe_corpus(corpus, config)}")
-    say(f"device: {device} ({device_note}), {_name(precision)}: {precision.reason}")
+    say(f"device: {device} ({device_note}), {precision.name}: {precision.reason}")
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
     store.require_space(costs.checkpoint_bytes(config.model))
-    step = _train_step(config, opening, device, precision, given=given, say=say)
+    step = train_step(config, opening, device, precision, given=given, say=say)
     loader = Loader(
         corpus.train,
         context_length=config.context_length,
@@ -112,7 +103,7 @@ def build_trainer(
     progress = Progress()
     if opening.checkpoint is not None:
         progress = restore(opening.checkpoint, step, loader)
-    say(_estimate(step, config, steps=config.max_steps - progress.step))
+    say(estimate(step, config, steps=config.max_steps - progress.step))
 
     whole_command = f"{program} {command}".strip()
     config_text = to_toml(config, {**_versions(), "command": whole_command})
@@ -186,58 +177,6 @@ def _seed(config: Config) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _train_step(
-    config: Config,
-    opening: Opening,
-    device: torch.device,
-    precision: Precision,
-    *,
-    given: Collection[str],
-    say: Say,
-) -> TrainStep:
-    """Model and optimizer on their device, compiled if that works; says what was chosen."""
-    model = _model(config, opening).to(device)
-    betas = (config.beta1, config.beta2)
-    by_hand = "batch_size" in given
-    step = TrainStep(
-        model,
-        build_adamw(model, betas=betas, weight_decay=config.weight_decay),
-        precision=precision,
-        micro_batch=config.batch_size,
-        grad_clip=config.grad_clip,
-        may_shrink=not by_hand,
-        say=say,
-    )
-    step.micro_batch = _micro_batch(step, config, by_hand=by_hand)
-    windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
-    say(f"attention: {_attention(step, config)}; {windows}")
-
-    def attempt() -> None:
-        step.compile()
-        step.rehearse(step.micro_batch, config.context_length)
-
-    try:
-        compiled, reason = try_compile(config.compile, device, attempt)
-        if not compiled:
-            step.drop_compiled()
-            if device.type == "cuda":
-                step.rehearse(step.micro_batch, config.context_length)
-    except torch.OutOfMemoryError:
-        raise RunError(_what_would_fit(step, config)) from None
-    say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
-    return step
-
-
-def _attention(step: TrainStep, config: Config) -> str:
-    return attention_kernel(
-        step.device,
-        step.precision.dtype,
-        n_head=config.n_head,
-        head_size=config.n_embd // config.n_head,
-        context_length=config.context_length,
-    )
-
-
 def _open_report(
     report: RunReport,
     config: Config,
@@ -264,9 +203,9 @@ def _open_report(
         facts = {
             "parameters": costs.parameters(config.model),
             "device": str(step.device),
-            "dtype": _name(step.precision),
+            "dtype": step.precision.name,
             "compiled": step.is_compiled,
-            "attention": _attention(step, config),
+            "attention": attention_of(step, config),
             "micro_batch": step.micro_batch,
             **_versions(),
         }
@@ -287,19 +226,6 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _model(config: Config, opening: Opening) -> GPT:
-    model = GPT(config.model)
-    if opening.checkpoint is not None:
-        path = opening.checkpoint
-    elif config.init_from:
-        path = checkpoints.resolve(config.init_from)
-    else:
-        return model.initialize(torch.Generator().manual_seed(config.seed))
-    tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
-    load_model_tensors(model, tensors, source=path.as_posix())
-    return model
-
-
 def _held_out(corpus: Corpus, config: Config, *, batch_size: int) -> HeldOut | None:
     if len(corpus.held_out) == 0:
         return None
@@ -309,58 +235,6 @@ def _held_out(corpus: Corpus, config: Config, *, batch_size: int) -> HeldOut | N
         context_length=config.context_length,
         batch_size=batch_size,
         limit=config.eval_tokens,
-    )
-
-
-def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
-    """Windows that go through the model at once: those asked for, fewer where memory is short."""
-    device, length, most = step.device, config.context_length, config.batch_size
-    is_gpu = device.type == "cuda"
-    if by_hand:
-        return most
-    mixed, name = step.precision.is_mixed, str(device)
-    if is_gpu:
-        name = torch.cuda.get_device_name(device)
-    return find_micro_batch(
-        most,
-        estimate=lambda n: costs.training_bytes(config.model, length, n, mixed=mixed),
-        free=free_memory(device),
-        # A machine that runs out of memory gives no error: it kills. So a CPU is not tried.
-        fits=lambda n: not is_gpu or step.fits(n, length),
-        remembered=cache_folder() / "micro_batches.json" if is_gpu else None,
-        key=f"{config.model} {length} {step.precision.dtype} {torch.__version__} {name}",
-    )
-
-
-def _what_would_fit(step: TrainStep, config: Config) -> str:
-    """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
-    step.drop_compiled()
-    # Only a divisor keeps the global batch, and with it what is learned.
-    smaller = [n for n in range(step.micro_batch - 1, 0, -1) if config.global_batch % n == 0]
-    fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)
-    too_large = f"--batch_size {step.micro_batch} does not fit into the memory of {step.device}"
-    if fitting is None:
-        return f"{too_large}, nor does less: use a smaller --context_length or model"
-    return (
-        f"{too_large}; --batch_size {fitting} --gradient_accumulation_steps "
-        f"{config.global_batch // fitting} would, and learns the same"
-    )
-
-
-def _estimate(step: TrainStep, config: Config, *, steps: int) -> str:
-    """How long training will take, from a rehearsal on this machine."""
-    # A few windows tell enough where a whole micro-batch would take minutes.
-    few = max(1, 2048 // config.context_length)
-    fast = step.is_compiled or step.device.type == "cuda"
-    windows = step.micro_batch if fast else min(step.micro_batch, few)
-    seconds = step.rehearse(windows, config.context_length)
-    if seconds < 1:
-        # The first pass over a shape pays for warming up.
-        seconds = min(step.rehearse(windows, config.context_length) for _ in range(3))
-    total = seconds / windows * config.global_batch * steps
-    return (
-        f"this will take about {in_words(total)}: {steps:,} steps of {config.tokens_per_step:,} "
-        f"tokens, {costs.parameters(config.model):,} parameters"
     )
 
 
@@ -381,7 +255,3 @@ def _finished(config: Config, program: str) -> str:
         f"{config.out_dir} is finished: {config.max_steps} steps are made. Raise --max_steps to go "
         f"on, --overwrite to start anew, or try it: {program} sample {config.out_dir}"
     )
-
-
-def _name(precision: Precision) -> str:
-    return str(precision.dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.build.training import _what_would_fit
+from gptforge.build.step import what_would_fit
 from gptforge.config import Config
 from gptforge.errors import RunError
 from gptforge.hardware import Precision
@@ -136,8 +136,8 @@ def test_the_error_says_what_would_fit_and_learn_the_same(tiny_model, limit, wor
     step = make(tiny_model, micro_batch=6)
     step.fits = lambda windows, _: windows <= limit
     config = dataclasses.replace(Config(), batch_size=6, gradient_accumulation_steps=2)
-    assert words in _what_would_fit(step, config)
-    assert "--batch_size 6 does not fit" in _what_would_fit(step, config)
+    assert words in what_would_fit(step, config)
+    assert "--batch_size 6 does not fit" in what_would_fit(step, config)
 
 
 def find(tmp_path, limit: int, *, free: int = 10**12, most: int = 32, tried=None) -> int:

@@ -1,0 +1,39 @@
+"""Building and reading whole runs of a tiny model, in this process."""
+
+import json
+from pathlib import Path
+
+from gptforge.build import build_trainer
+from gptforge.checkpoint.store import CheckpointStore
+from gptforge.config import Config
+from gptforge.train.guards import StopGuard
+from gptforge.train.trainer import Trainer
+
+
+def build(config: Config) -> Trainer:
+    trainer = build_trainer(config, given=(), say=lambda _: None)
+    assert trainer is not None
+    return trainer
+
+
+def events(config: Config, kind: str) -> list[dict]:
+    lines = (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
+
+
+def last(config: Config) -> Path:
+    path = CheckpointStore(Path(config.out_dir) / "checkpoints").pointed("last")
+    assert path is not None
+    return path
+
+
+class StopAfter(StopGuard):
+    """A wish to stop that comes true behind step `steps`."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(0, say=lambda _: None)
+        self.steps = steps
+
+    def wish(self):
+        self.steps -= 1
+        return "interrupted" if self.steps == 0 else None
