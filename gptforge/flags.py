@@ -26,7 +26,6 @@ def parse_train(
         The configuration, with an empty `preset` where none was named, and the names of the fields
         set by hand, in the file or by flags.
     """
-    asks_help = "-h" in args or "--help" in args
     flags = flag_values(args)
     from_file, is_a_runs = read_toml(Path(flags["config"])) if flags.get("config") else ({}, False)
     name = flags.get("preset") or from_file.get("preset")
@@ -35,7 +34,6 @@ def parse_train(
     names = ", ".join(PRESETS)
     description = f"Train a GPT-2. Commands: {', '.join(commands)}. Presets: {names}."
     parsed = parse(Config, args, "gptforge", default=base, description=description)
-    assert not asks_help, "tyro prints the help and leaves"
     return parsed, frozenset(flags) | (frozenset() if is_a_runs else frozenset(from_file))
 
 

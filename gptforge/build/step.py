@@ -82,11 +82,11 @@ def attention_of(step: TrainStep, config: Config) -> str:
 def _model(config: Config, opening: Opening) -> GPT:
     model = GPT(config.model)
     if opening.checkpoint is not None:
-        path = opening.checkpoint
-    elif config.init_from:
-        path = checkpoints.resolve(config.init_from)
-    else:
+        # Restoring the run fills it, with all else that the checkpoint holds.
+        return model
+    if not config.init_from:
         return model.initialize(torch.Generator().manual_seed(config.seed))
+    path = checkpoints.resolve(config.init_from)
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
     load_model_tensors(model, tensors, source=path.as_posix())
     return model

@@ -133,7 +133,7 @@ class CheckpointStore:
 
     def has_history(self) -> bool:
         """Whether anything was ever saved here, whole or not."""
-        return bool(self.steps()) or any(self.folder.glob("step-*"))
+        return any(self.folder.glob("step-*"))
 
     def steps(self) -> list[Path]:
         """Checkpoint folders, oldest first, whole or not."""
