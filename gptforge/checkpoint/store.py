@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gptforge import costs, files
-from gptforge.checkpoint.tensors import Tensors
+from gptforge.checkpoint.tensors import Tensors, write_tensors
 from gptforge.config import Config, check, merge, read_toml
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers import Tokenizer
@@ -87,13 +87,15 @@ class CheckpointStore:
         self.require_space(snapshot.bytes)
         partial.mkdir()
         try:
-            save_file(snapshot.model, partial / MODEL)
-            save_file(snapshot.optimizer, partial / OPTIMIZER)
-            save_file(snapshot.generators, partial / GENERATORS)
+            written = {
+                MODEL: write_tensors(partial / MODEL, snapshot.model),
+                OPTIMIZER: write_tensors(partial / OPTIMIZER, snapshot.optimizer),
+                GENERATORS: write_tensors(partial / GENERATORS, snapshot.generators),
+            }
             (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", "utf-8")
             (partial / CONFIG).write_text(config, "utf-8")
             save_tokenizer(tokenizer, partial / TOKENIZER)
-            _write_manifest(partial)
+            _write_manifest(partial, written)
             if (self.folder / name).exists():
                 files.set_aside(self.folder / name, "old")
             partial.replace(self.folder / name)
@@ -270,9 +272,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    # safetensors reports it as text, the operating system as a number.
-    if isinstance(error, SafetensorError):
-        return "No space left" in str(error) or "os error 28" in str(error)
     return isinstance(error, OSError) and error.errno in FULL
 
 
@@ -281,11 +280,15 @@ def _kept(store: CheckpointStore) -> str:
     return f"{steps[-1].name} is kept" if steps else "nothing had been saved yet"
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, written: Mapping[str, tuple[int, str]]) -> None:
     listed = {}
     for name in CONTENTS:
         files.sync(folder / name)
-        size = (folder / name).stat().st_size
-        listed[name] = {"bytes": size, "sha256": files.sha256(folder / name)}
+        # What was hashed on its way out is not read again: that would hash the disk's mistakes.
+        size, digest = written.get(name) or (
+            (folder / name).stat().st_size,
+            files.sha256(folder / name),
+        )
+        listed[name] = {"bytes": size, "sha256": digest}
     record = {"format": "gptforge-checkpoint", "version": 1, "files": listed}
     files.write_atomic(folder / MANIFEST, json.dumps(record, indent=1) + "\n")

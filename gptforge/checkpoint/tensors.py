@@ -3,7 +3,10 @@
 Names are those of the model's parameters, so that no file depends on an order.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +18,44 @@ Tensors = dict[str, Tensor]
 
 TIED = "lm_head.weight"
 """The output layer: the token table under another name, so it is stored once, as the table."""
+
+
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
+_PIECE = 16 * 2**20
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write a safetensors file; gives its bytes and their SHA-256.
+
+    The library's own writer keeps Python from running anything else until the last byte is out, a
+    second and more for GPT-2; training beside it would stand still. Format: length of the header (8
+    bytes, little endian), the header (JSON, padded by spaces to a multiple of 8), the tensors.
+    """
+    header, place = {}, 0
+    for name, tensor in tensors.items():
+        end = place + tensor.nbytes
+        kind, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        size = 0
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for data in (head, *map(_bytes, tensors.values())):
+            for start in range(0, len(data), _PIECE):
+                piece = data[start : start + _PIECE]
+                # Both let other threads run meanwhile.
+                digest.update(piece)
+                file.write(piece)
+            size += len(data)
+    return size, digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def model_tensors(model: GPT) -> Tensors:

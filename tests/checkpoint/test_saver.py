@@ -67,7 +67,7 @@ def test_a_save_that_fails_is_heard_of_and_what_was_there_stays(tmp_path, monkey
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gptforge.checkpoint.store.save_file", no_space)
+    monkeypatch.setattr("gptforge.checkpoint.store.write_tensors", no_space)
     saver.submit(2, snapshot(2.0), is_best=True)
     with pytest.raises(RunError, match="disk filled up"):
         saver.wait()

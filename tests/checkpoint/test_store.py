@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_last_one(store, monkeypatch
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", no_space)
+    monkeypatch.setattr(checkpoints, "write_tensors", no_space)
     with pytest.raises(RunError, match=r"disk filled up.*step-000001 is kept"):
         save(store, 2)
     assert store.newest() == (first, [])

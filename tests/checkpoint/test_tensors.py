@@ -1,5 +1,10 @@
+import hashlib
+
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from safetensors.torch import load_file, save_file
 
 from gptforge.checkpoint.tensors import (
     generator_tensors,
@@ -8,6 +13,7 @@ from gptforge.checkpoint.tensors import (
     load_optimizer_tensors,
     model_tensors,
     optimizer_tensors,
+    write_tensors,
 )
 from gptforge.errors import UserError
 from gptforge.model import GPT
@@ -81,3 +87,28 @@ def test_the_dice_fall_alike_after_restoring(device) -> None:
     first = torch.rand(5, device=device)
     load_generator_tensors(state, device)
     assert torch.equal(first, torch.rand(5, device=device))
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.uint8, torch.int64]),
+)
+def test_what_is_written_is_what_the_library_reads_and_would_write(tmp_path, shapes, dtype) -> None:
+    tensors = {f"täst.{n}": (torch.rand(shape) * 200).to(dtype) for n, shape in enumerate(shapes)}
+    path, other = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    size, digest = write_tensors(path, tensors)
+    assert size == path.stat().st_size
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    save_file(tensors, other)
+    for name, tensor in load_file(other).items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_tensor_that_is_a_view_is_written_as_it_reads(tmp_path) -> None:
+    view = torch.arange(12.0).view(3, 4).t()[1:]
+    write_tensors(tmp_path / "a.safetensors", {"a": view})
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], view)

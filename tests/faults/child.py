@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 # Imported before the fork, so that a round does not pay for them again.
-import safetensors.torch
 import torch
 import torch._dynamo
 
@@ -88,7 +87,6 @@ class Faults:
     def install(self) -> None:
         """Begin to listen; for good, so only in a process that is made for it."""
         real_fsync, real_open = os.fsync, io.open
-        real_serialize = safetensors.torch.serialize_file
 
         def fsync(handle: Any) -> None:
             self.change()
@@ -100,21 +98,8 @@ class Faults:
                 _tear(file)
             return file
 
-        def serialize(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
-            try:
-                self.change()
-            except OSError as error:
-                # The library is not Python: it says such things in words of its own.
-                text = f"I/O error: {error.strerror} (os error {error.errno})"
-                raise safetensors.SafetensorError(text) from None
-            real_serialize(tensors, filename, *args, **kwargs)
-            if self._is_torn:
-                os.truncate(filename, Path(filename).stat().st_size // 2)
-                end_now()
-
         os.fsync = fsync  # type: ignore[assignment]
         io.open = builtins.open = opened
-        safetensors.torch.serialize_file = serialize
         sys.addaudithook(self._heard)
 
     def change(self) -> None:

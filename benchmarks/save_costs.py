@@ -1,0 +1,105 @@
+"""What a save costs the training beside it: wall time of the updates around one.
+
+    python benchmarks/save_costs.py                                   GPT-2 small on a GPU
+    python benchmarks/save_costs.py --preset debug --device cpu       to see that it works
+
+Each update is waited for, so that its wall time is its own. A save begins behind some of them, as
+in training: its copies are made on the device and travel to the disk while the next ones compute.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from gptforge.checkpoint.saver import BackgroundSaver
+from gptforge.checkpoint.store import CheckpointStore, Snapshot
+from gptforge.checkpoint.tensors import generator_tensors, model_tensors, optimizer_tensors
+from gptforge.config import GPTConfig
+from gptforge.hardware import choose_device, choose_precision, synchronize
+from gptforge.model import GPT
+from gptforge.optim.adamw import build_adamw
+from gptforge.presets import PRESETS, preset
+from gptforge.tokenizers import named
+from gptforge.train.step import TrainStep
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="gpt2", choices=PRESETS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--save_every", type=int, default=20)
+    args = parser.parse_args()
+    config = preset(args.preset)
+    device, name = choose_device(args.device)
+    torch.set_float32_matmul_precision("high")
+    model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": 50304})).initialize().to(device)
+    step = TrainStep(
+        model,
+        build_adamw(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay),
+        precision=choose_precision(config.dtype, device),
+        micro_batch=config.batch_size,
+        grad_clip=config.grad_clip,
+    )
+    if device.type == "cuda":
+        step.compile()
+    shape = (config.global_batch, config.context_length + 1)
+    tokens = torch.randint(0, 50257, shape, device=device)
+    for _ in range(3):
+        step(tokens[:, :-1], tokens[:, 1:], lr=1e-4)
+    with tempfile.TemporaryDirectory() as folder:
+        saver = BackgroundSaver(
+            CheckpointStore(Path(folder)), tokenizer=named("byte", ""), config="", keep=0
+        )
+        plain, saving, beside = [], [], []
+        saved_in = []
+        begun = 0.0
+        for number in range(args.steps):
+            is_busy = saver._thread is not None and saver._thread.is_alive()
+            if begun and not is_busy:
+                saved_in.append(time.perf_counter() - begun)
+                begun = 0.0
+            synchronize(device)
+            start = time.perf_counter()
+            step(tokens[:, :-1], tokens[:, 1:], lr=1e-4)
+            is_saving = number % args.save_every == 10 and number < args.steps - 10
+            if is_saving:
+                snapshot = Snapshot(
+                    model=model_tensors(model),
+                    optimizer=optimizer_tensors(model, step.optimizer),
+                    generators=generator_tensors(device),
+                    state={},
+                )
+                begun = time.perf_counter()
+                saver.submit(number, snapshot, is_best=False)
+                del snapshot
+            synchronize(device)
+            seconds = time.perf_counter() - start
+            (saving if is_saving else beside if is_busy else plain).append(seconds)
+        saver.wait()
+    print(f"{args.preset} on {device} ({name}), torch {torch.__version__}")
+    usual = statistics.median(plain)
+    print("| update | how many | median ms | longest ms | median against the usual |")
+    print("| --- | --- | --- | --- | --- |")
+    for label, times in (
+        ("usual", plain),
+        ("with a save begun behind it", saving),
+        ("while a save is written", beside),
+    ):
+        if times:
+            middle = statistics.median(times)
+            print(
+                f"| {label} | {len(times)} | {middle * 1e3:.1f} | {max(times) * 1e3:.1f} "
+                f"| {middle / usual - 1:+.1%} |"
+            )
+    extra = sum(saving) + sum(beside) - usual * (len(saving) + len(beside))
+    print(f"in all {extra / max(1, len(saving)) * 1e3:.0f} ms a save; written in ", end="")
+    print(", ".join(f"{seconds:.1f} s" for seconds in saved_in))
+
+
+if __name__ == "__main__":
+    main()
