@@ -19,7 +19,7 @@ from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import CheckpointStore, Snapshot
 from gptforge.checkpoint.tensors import generator_tensors, model_tensors, optimizer_tensors
 from gptforge.config import GPTConfig
-from gptforge.hardware import choose_device, choose_precision, synchronize
+from gptforge.hardware import choose_device, choose_kernels, choose_precision, synchronize
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.presets import PRESETS, preset
@@ -38,12 +38,14 @@ def main() -> None:
     device, name = choose_device(args.device)
     torch.set_float32_matmul_precision("high")
     model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": 50304})).initialize().to(device)
+    precision = choose_precision(config.dtype, device)
     step = TrainStep(
         model,
         build_adamw(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay),
-        precision=choose_precision(config.dtype, device),
+        precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
+        kernels=choose_kernels(device, precision, deterministic=False),
     )
     if device.type == "cuda":
         step.compile()

@@ -119,14 +119,7 @@ class GPT(nn.Module):
             (B, T, V) logits; with targets a float32 scalar, cross-entropy in nats summed over the
             tokens, so that batches of any size add up.
         """
-        T = idx.size(1)  # noqa: N806
-        assert self.config.block_size >= T, f"{T} tokens, {self.config.block_size} positions"
-        wte, wpe = self.transformer["wte"], self.transformer["wpe"]
-        x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks():
-            x = block(x)
-        logits: Tensor = self.lm_head(self.transformer["ln_f"](x))  # (B, T, V)
+        logits: Tensor = self.lm_head(self.hidden(idx))  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(
@@ -135,6 +128,23 @@ class GPT(nn.Module):
             ignore_index=IGNORE,
             reduction="sum",
         )
+
+    def hidden(self, idx: Tensor, stream: torch.dtype | None = None) -> Tensor:
+        """What the output layer reads: (B, T) ids to (B, T, C).
+
+        The residual stream is kept in `stream`, float32 unless said otherwise.
+        """
+        T = idx.size(1)  # noqa: N806
+        assert self.config.block_size >= T, f"{T} tokens, {self.config.block_size} positions"
+        wte, wpe = self.transformer["wte"], self.transformer["wpe"]
+        x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if stream is not None:
+            x = x.to(stream)
+        for block in self.blocks():
+            x = block(x)
+        y: Tensor = self.transformer["ln_f"](x)
+        return y
 
     def blocks(self) -> Iterator[nn.Module]:
         """The transformer blocks, first to last."""

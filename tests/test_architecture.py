@@ -12,13 +12,24 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 
 # A room may import from those before it in this list, never from those behind it.
 ROOMS = [
-    *("errors", "files", "config", "presets", "hardware", "costs", "model", "tokenizers", "data"),
+    *(
+        "errors",
+        "files",
+        "config",
+        "presets",
+        "kernels",
+        "hardware",
+        "costs",
+        "model",
+        "tokenizers",
+        "data",
+    ),
     *("optim", "checkpoint", "report", "generate", "evaluate", "train", "build", "flags", "cli"),
     "__main__",
 ]
 
 # Optional, or slow to load: only inside the function that uses them.
-LAZY = {"matplotlib", "transformers", "huggingface_hub", "gradio", "wandb", "tensorboard"}
+LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "wandb", "tensorboard"}
 NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "cli", "__main__", "__init__"}
 
 

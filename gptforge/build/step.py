@@ -14,7 +14,9 @@ from gptforge.hardware import (
     Precision,
     attention_kernel,
     cache_folder,
+    choose_kernels,
     free_memory,
+    preferred,
     try_compile,
 )
 from gptforge.model import GPT
@@ -45,6 +47,7 @@ def train_step(
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
+        kernels=choose_kernels(device, precision, deterministic=config.deterministic),
         may_shrink=not by_hand,
         say=say,
     )
@@ -70,13 +73,14 @@ def train_step(
 
 def attention_of(step: TrainStep, config: Config) -> str:
     """The attention kernel that torch picks for this model on this device."""
-    return attention_kernel(
-        step.device,
-        step.precision.dtype,
-        n_head=config.n_head,
-        head_size=config.n_embd // config.n_head,
-        context_length=config.context_length,
-    )
+    with preferred(step.kernels):
+        return attention_kernel(
+            step.device,
+            step.precision.dtype,
+            n_head=config.n_head,
+            head_size=config.n_embd // config.n_head,
+            context_length=config.context_length,
+        )
 
 
 def _model(config: Config, opening: Opening) -> GPT:

@@ -1,6 +1,8 @@
 """Saving while training goes on: one checkpoint at a time, in a thread of its own."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +83,10 @@ class BackgroundSaver:
         self, step: int, snapshot: Snapshot, is_best: bool, ready: torch.cuda.Event | None
     ) -> None:
         try:
-            on_cpu = _to_cpu(snapshot, ready)
-            name = self.store.save(step, on_cpu, tokenizer=self._tokenizer, config=self._config)
+            with _behind(ready):
+                name = self.store.save(
+                    step, snapshot, tokenizer=self._tokenizer, config=self._config
+                )
             if is_best:
                 self.store.point("best", name)
             self.store.prune(self._keep)
@@ -101,14 +105,14 @@ def _event(snapshot: Snapshot) -> torch.cuda.Event | None:
     return event
 
 
-def _to_cpu(snapshot: Snapshot, ready: torch.cuda.Event | None) -> Snapshot:
+@contextmanager
+def _behind(ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Copy on a stream of its own: on the usual one each copy would wait for training."""
     if ready is None:
-        return snapshot.to_cpu()
-    device = next(iter(snapshot.model.values())).device
-    stream = torch.cuda.Stream(device)
-    # A stream of its own: on the usual one each copy would wait for training, and training for it.
+        yield
+        return
+    stream = torch.cuda.Stream(ready.device)
     with torch.cuda.stream(stream):
         stream.wait_event(ready)
-        on_cpu = snapshot.to_cpu()
+        yield
     stream.synchronize()
-    return on_cpu

@@ -57,16 +57,6 @@ class Snapshot:
         groups = (self.model, self.optimizer, self.generators)
         return sum(tensor.nbytes for group in groups for tensor in group.values())
 
-    def to_cpu(self) -> "Snapshot":
-        """The same, with every tensor on the CPU, as files want it."""
-
-        def move(group: Tensors) -> Tensors:
-            return {name: tensor.cpu() for name, tensor in group.items()}
-
-        groups = (self.model, self.optimizer, self.generators)
-        model, optimizer, generators = map(move, groups)
-        return Snapshot(model, optimizer, generators, self.state)
-
 
 class CheckpointStore:
     """The folder `checkpoints/` of one run."""

@@ -5,7 +5,7 @@ Names are those of the model's parameters, so that no file depends on an order.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,22 +40,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+    size = 0
     with path.open("wb") as file:
-        size = 0
-        head = memoryview(len(text).to_bytes(8, "little") + text)
-        for data in (head, *map(_bytes, tensors.values())):
-            for start in range(0, len(data), _PIECE):
-                piece = data[start : start + _PIECE]
-                # Both let other threads run meanwhile.
-                digest.update(piece)
-                file.write(piece)
-            size += len(data)
+        for piece in _pieces(text, tensors):
+            # Both let other threads run meanwhile.
+            digest.update(piece)
+            file.write(piece)
+            size += len(piece)
     return size, digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A file's bytes in order, a few megabytes at a time; a piece is gone when the next comes."""
+    yield len(header).to_bytes(8, "little") + header
+    landing = None
+    for tensor in tensors.values():
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for piece in flat.split(_PIECE):
+            if piece.device.type == "cuda":
+                # Into memory that the GPU writes by itself: a plain copy of a gigabyte would keep
+                # training from handing over its work until it is through.
+                if landing is None:
+                    landing = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
+                landed = landing[: len(piece)]
+                landed.copy_(piece, non_blocking=True)
+                torch.cuda.current_stream(piece.device).synchronize()
+                piece = landed
+            yield piece.cpu().numpy().data
 
 
 def model_tensors(model: GPT) -> Tensors:

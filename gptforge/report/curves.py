@@ -72,7 +72,7 @@ def _loss(axes: "Axes", history: History) -> None:
         axes.set_yscale("log")
     axes.set_xlabel("step", fontsize=9, color=INK)
     if steps:
-        axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper right")
+        axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     _dress(axes, "loss, nats per token")
 
 

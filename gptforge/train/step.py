@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gptforge.hardware import Precision, autocast, synchronize
-from gptforge.model import GPT
+from gptforge.hardware import PLAIN, Kernels, Precision, autocast, preferred, synchronize
+from gptforge.kernels.head import head_loss
+from gptforge.model import GPT, IGNORE
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,6 +23,7 @@ class TrainStep:
         precision: type of the matrix products.
         micro_batch: windows that go through the model at once.
         grad_clip: longest gradient norm let through; 0 lets all through.
+        kernels: how an update is computed where there is a choice.
         may_shrink: whether to halve the micro-batch and try again when memory runs out.
         say: told when that happens.
     """
@@ -34,6 +36,7 @@ class TrainStep:
         precision: Precision,
         micro_batch: int,
         grad_clip: float,
+        kernels: Kernels = PLAIN,
         may_shrink: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -42,7 +45,9 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.precision = precision
         self.micro_batch = micro_batch
-        self._forward: Loss = model
+        self.kernels = kernels
+        self.is_compiled = False
+        self._forward = self._plain()
         self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
         self._may_shrink = may_shrink
         self._say = say
@@ -99,12 +104,25 @@ class TrainStep:
 
     def compile(self) -> None:
         """Run the model compiled from now on. The saved weights' names stay those of the module."""
-        self._forward = torch.compile(self.model, dynamic=False)
+        self.is_compiled = True
+        if self.kernels.fused_head:
+            self._forward = self._with_fused_head(torch.compile(self._hidden, dynamic=False))
+        else:
+            self._forward = torch.compile(self.model, dynamic=False)
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether `compile` was called, and kept."""
-        return self._forward is not self.model
+    def _plain(self) -> Loss:
+        return self._with_fused_head(self._hidden) if self.kernels.fused_head else self.model
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return self.model.hidden(x, self.kernels.stream).to(self.precision.dtype)
+
+    def _with_fused_head(self, hidden: Callable[[Tensor], Tensor]) -> Loss:
+        table = self.model.lm_head.weight
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return head_loss(hidden(x).flatten(0, 1), table, y.flatten(), IGNORE)
+
+        return loss
 
     def rehearse(self, windows: int, context_length: int) -> float:
         """Seconds for a forward and backward over some tokens, which leave no trace."""
@@ -144,7 +162,8 @@ class TrainStep:
 
     def drop_compiled(self) -> None:
         """Go back to the plain model."""
-        self._forward = self.model
+        self.is_compiled = False
+        self._forward = self._plain()
         self.optimizer.zero_grad(set_to_none=True)
 
     def scaler_state(self) -> dict[str, float]:
@@ -160,7 +179,7 @@ class TrainStep:
             )
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), preferred(self.kernels):
             return self._forward(x, y)
 
 

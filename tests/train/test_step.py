@@ -7,7 +7,7 @@ import torch
 from gptforge.build.step import what_would_fit
 from gptforge.config import Config
 from gptforge.errors import RunError
-from gptforge.hardware import Precision
+from gptforge.hardware import PLAIN, Precision, choose_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.train.micro_batch import find_micro_batch
@@ -16,9 +16,18 @@ from gptforge.train.step import TrainStep
 FLOAT32 = Precision(torch.float32, "")
 
 
-def make(model: GPT, *, micro_batch: int = 8, precision=FLOAT32, clip: float = 1.0) -> TrainStep:
+def make(
+    model: GPT, *, micro_batch: int = 8, precision=FLOAT32, clip: float = 1.0, kernels=PLAIN
+) -> TrainStep:
     optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
-    return TrainStep(model, optimizer, precision=precision, micro_batch=micro_batch, grad_clip=clip)
+    return TrainStep(
+        model,
+        optimizer,
+        precision=precision,
+        micro_batch=micro_batch,
+        grad_clip=clip,
+        kernels=kernels,
+    )
 
 
 def batch(device, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,3 +201,21 @@ def test_compiled_steps_learn_the_same(tiny_model) -> None:
         expected, _ = plain(*batch("cuda"), lr=1e-2)
         loss, _ = compiled(*batch("cuda"), lr=1e-2)
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="compiling takes long on a CPU"))])  # fmt: skip
+def test_the_fast_path_learns_what_the_plain_one_learns(tiny_model, device, compiled) -> None:
+    precision = Precision(torch.bfloat16, "test")
+    kernels = choose_kernels(device, precision, deterministic=False)
+    plain = make(copy.deepcopy(tiny_model).to(device))
+    fast = make(tiny_model.to(device), precision=precision, kernels=kernels)
+    if compiled:
+        if device.type == "cpu":
+            pytest.skip("compiling takes long on a CPU")
+        fast.compile()
+    for _ in range(20):
+        expected, _ = plain(*batch(device), lr=1e-2)
+        loss, _ = fast(*batch(device), lr=1e-2)
+        torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    assert {p.dtype for p in fast.model.parameters()} == {torch.float32}

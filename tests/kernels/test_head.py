@@ -1,0 +1,56 @@
+"""The fused output layer against plain torch in higher precision."""
+
+import pytest
+import torch
+
+from gptforge.kernels import head
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and head.available()), reason="there is no CUDA GPU with Triton"
+)
+
+
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 64), (64, 4096), (300, 5003), (257, 50304)])
+def test_loss_and_gradients_are_those_of_double_precision(rows, columns) -> None:
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, 64, device="cuda").bfloat16().requires_grad_()
+    table = (torch.randn(columns, 64, device="cuda") * 0.3).requires_grad_()
+    targets = torch.randint(0, columns, (rows,), device="cuda")
+    targets[::4] = -1
+    loss = head.head_loss(hidden, table, targets, -1)
+    (loss * 0.25).backward()
+
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact_table = table.detach().double().requires_grad_()
+    expected = head.head_loss_reference(exact_hidden, exact_table, targets, -1)
+    (expected * 0.25).backward()
+    assert loss.dtype == torch.float32
+    assert abs(float(loss) / float(expected) - 1) < 5e-3
+    assert distance(hidden.grad, exact_hidden.grad) < 1e-2
+    assert distance(table.grad, exact_table.grad) < 1e-2
+    assert table.grad.dtype == torch.float32
+
+
+def test_every_gradient_is_written_and_rows_without_a_target_have_none() -> None:
+    logits = torch.randn(40, 777, device="cuda").bfloat16()
+    before = logits.double().requires_grad_()
+    targets = torch.randint(0, 777, (40,), device="cuda")
+    targets[7] = -1
+    losses = head.cross_entropy_in_place(logits, targets, -1)
+    expected = torch.nn.functional.cross_entropy(before, targets, ignore_index=-1, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.double(), before.grad, rtol=1e-2, atol=1e-5)
+    assert not logits[7].any()
+    assert losses[7] == 0
+
+
+def test_logits_of_any_size_stay_finite() -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]], device="cuda").bfloat16()
+    losses = head.cross_entropy_in_place(logits, torch.tensor([0, 1], device="cuda"), -1)
+    assert losses.isfinite().all()
+    assert logits.isfinite().all()
