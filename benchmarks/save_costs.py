@@ -45,7 +45,7 @@ def main() -> None:
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=choose_kernels(device, precision, deterministic=False),
+        kernels=choose_kernels(device, precision),
     )
     if device.type == "cuda":
         step.compile()

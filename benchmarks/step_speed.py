@@ -79,11 +79,10 @@ def main() -> None:
     model = GPT(shape).initialize().to(device)
     precision = choose_precision(config.dtype, device)
     compiled = device.type == "cuda"
-    best = choose_kernels(device, precision, deterministic=False)
+    best = choose_kernels(device, precision)
     choices = {"gptforge": best}
     if args.each:
         choices |= {
-            "torch's own choice of attention": dataclasses.replace(best, attention=()),
             "float32 residual stream": dataclasses.replace(best, stream=None),
             "loss apart from its layer": dataclasses.replace(best, fused_head=False),
             "none of these": PLAIN,

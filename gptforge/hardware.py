@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from gptforge.errors import UserError
 from gptforge.kernels import head
@@ -107,8 +107,6 @@ def _cpu_has_bf16() -> bool:
 class Kernels:
     """How an update is computed where there is a choice; the plain way unless said otherwise."""
 
-    attention: tuple[SDPBackend, ...] = ()
-    """Attention kernels in order of preference; empty: torch's own choice."""
     fused_head: bool = False
     """The output layer and its loss in one, see kernels/head.py."""
     stream: torch.dtype | None = None
@@ -118,30 +116,11 @@ class Kernels:
 PLAIN = Kernels()
 
 
-def choose_kernels(device: torch.device, precision: Precision, *, deterministic: bool) -> Kernels:
-    """The fastest that were measured on this kind of device.
-
-    cuDNN's attention is for Hopper and newer; its backward pass is not repeatable bit for bit.
-    """
+def choose_kernels(device: torch.device, precision: Precision) -> Kernels:
+    """The fastest that were measured on this kind of device."""
     if device.type != "cuda" or precision.dtype != torch.bfloat16 or torch.version.hip:
         return PLAIN
-    attention: tuple[SDPBackend, ...] = ()
-    if torch.cuda.get_device_capability(device)[0] >= 9 and not deterministic:
-        attention = (
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        )
-    return Kernels(attention, fused_head=head.available(), stream=torch.bfloat16)
-
-
-def preferred(kernels: Kernels) -> AbstractContextManager[object]:
-    """Have torch pick attention kernels in the preferred order."""
-    if not kernels.attention:
-        return nullcontext()
-    choice: AbstractContextManager[object] = sdpa_kernel(list(kernels.attention), set_priority=True)
-    return choice
+    return Kernels(fused_head=head.available(), stream=torch.bfloat16)
 
 
 def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:

@@ -16,7 +16,6 @@ from gptforge.hardware import (
     cache_folder,
     choose_kernels,
     free_memory,
-    preferred,
     try_compile,
 )
 from gptforge.model import GPT
@@ -47,7 +46,7 @@ def train_step(
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=choose_kernels(device, precision, deterministic=config.deterministic),
+        kernels=choose_kernels(device, precision),
         may_shrink=not by_hand,
         say=say,
     )
@@ -73,14 +72,13 @@ def train_step(
 
 def attention_of(step: TrainStep, config: Config) -> str:
     """The attention kernel that torch picks for this model on this device."""
-    with preferred(step.kernels):
-        return attention_kernel(
-            step.device,
-            step.precision.dtype,
-            n_head=config.n_head,
-            head_size=config.n_embd // config.n_head,
-            context_length=config.context_length,
-        )
+    return attention_kernel(
+        step.device,
+        step.precision.dtype,
+        n_head=config.n_head,
+        head_size=config.n_embd // config.n_head,
+        context_length=config.context_length,
+    )
 
 
 def _model(config: Config, opening: Opening) -> GPT:

@@ -67,7 +67,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, narrow, gradient = ctx.saved_tensors
-        scale = upstream[0]
+        # A kernel first: a product as the first thing that torch's backward thread does warns.
+        scale = upstream[0].clone()
         # In float32 until it is scaled: the scale itself, rounded, would bend every gradient.
         to_hidden = torch.mm(gradient, narrow, out_dtype=torch.float32).mul_(scale)
         to_table = torch.mm(gradient.t(), hidden, out_dtype=torch.float32).mul_(scale)

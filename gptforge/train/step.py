@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gptforge.hardware import PLAIN, Kernels, Precision, autocast, preferred, synchronize
+from gptforge.hardware import PLAIN, Kernels, Precision, autocast, synchronize
 from gptforge.kernels.head import head_loss
 from gptforge.model import GPT, IGNORE
 
@@ -179,7 +179,7 @@ class TrainStep:
             )
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.device, self.precision), preferred(self.kernels):
+        with autocast(self.device, self.precision):
             return self._forward(x, y)
 
 

@@ -207,7 +207,7 @@ def test_compiled_steps_learn_the_same(tiny_model) -> None:
     not torch.cuda.is_available(), reason="compiling takes long on a CPU"))])  # fmt: skip
 def test_the_fast_path_learns_what_the_plain_one_learns(tiny_model, device, compiled) -> None:
     precision = Precision(torch.bfloat16, "test")
-    kernels = choose_kernels(device, precision, deterministic=False)
+    kernels = choose_kernels(device, precision)
     plain = make(copy.deepcopy(tiny_model).to(device))
     fast = make(tiny_model.to(device), precision=precision, kernels=kernels)
     if compiled:
