@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptforge.config import GPTConfig
+from gptforge.kernels.attention import attend
 
 IGNORE = -1
 """A target with this value counts for nothing in the loss."""
@@ -36,8 +37,7 @@ class CausalSelfAttention(nn.Module):
             self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         )  # (B, H, T, D)
         # torch picks the kernel: flash or cuDNN on a GPU, its own flash on a CPU.
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 

@@ -1,1 +1,1 @@
-"""Our own GPU kernels, each beside a plain torch reference; only what measured faster is here."""
+"""Our own ways to compute, each beside a plain reference; only what measured faster is here."""
