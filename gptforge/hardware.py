@@ -118,7 +118,11 @@ PLAIN = Kernels()
 
 def choose_kernels(device: torch.device, precision: Precision) -> Kernels:
     """The fastest that were measured on this kind of device."""
-    if device.type != "cuda" or precision.dtype != torch.bfloat16 or torch.version.hip:
+    if precision.dtype != torch.bfloat16:
+        return PLAIN
+    if device.type == "cpu":
+        return Kernels(fused_head=True, stream=torch.bfloat16)
+    if device.type != "cuda" or torch.version.hip:
         return PLAIN
     return Kernels(fused_head=head.available(), stream=torch.bfloat16)
 

@@ -68,8 +68,6 @@ PRESETS: dict[str, Preset] = {
             "eval_tokens": 65536,
             "save_every": 500,
             "sample_every": 500,
-            # So small a model spends its time between the matrix products: bfloat16 was slower.
-            "dtype": "float32",
         },
     ),
     "debug": Preset(

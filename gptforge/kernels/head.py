@@ -1,8 +1,9 @@
 """The output layer and its loss in one: the gradient takes the place of the logits.
 
 The logits are the largest tensor of a GPT-2: 3.3 GB for 32,768 tokens in bfloat16. A plain
-cross-entropy writes them, reads them for the loss, and writes as many gradients. Here one kernel
-reads each row, and leaves its gradient where it was; the second look at a row comes from the cache.
+cross-entropy writes them, reads them for the loss, and writes as many gradients, on a CPU three
+times over in float32. Here each row is read, and its gradient left where it was; the second look at
+a row comes from the cache. On a GPU that is one kernel, on a CPU plain torch, a few rows at a time.
 Known from Liger Kernel (Hsu et al., 2024) and llm.c; unlike Liger's, the rows are not cut into
 chunks, which costs large matrix products their speed.
 
@@ -29,7 +30,7 @@ def head_loss(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Te
     """Cross-entropy of `hidden @ table.T` against `targets`, in nats, summed over the tokens.
 
     Args:
-        hidden: (N, C) bfloat16, on a CUDA device.
+        hidden: (N, C) bfloat16, on a CUDA device or a CPU.
         table: (V, C) float32; its gradient is summed in float32 too.
         targets: (N,) ids; those equal to `ignore` count for nothing.
         ignore: the id that is no target.
@@ -38,7 +39,7 @@ def head_loss(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Te
         A float32 scalar.
 
     Raises:
-        RunError: if Triton is missing; `available` asks beforehand.
+        RunError: on a GPU, if Triton is missing; `available` asks beforehand.
     """
     loss: Tensor = _HeadLoss.apply(hidden, table, targets, ignore)  # type: ignore[no-untyped-call]
     return loss
@@ -53,6 +54,10 @@ def available() -> bool:
     return True
 
 
+_PIECE = 2**20
+"""Logits that a CPU works on at a time: 4 MB of float32."""
+
+
 class _HeadLoss(torch.autograd.Function):
     """Autograd's view of it: the forward pass leaves the logits' gradient for the backward pass."""
 
@@ -60,7 +65,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Tensor:
         narrow = table.to(hidden.dtype)
         logits = hidden @ narrow.t()  # (N, V)
-        losses = cross_entropy_in_place(logits, targets, ignore)
+        in_place = cross_entropy_in_place if logits.is_cuda else cross_entropy_in_place_on_cpu
+        losses = in_place(logits, targets, ignore)
         ctx.save_for_backward(hidden, narrow, logits)
         return losses.sum()
 
@@ -70,9 +76,32 @@ class _HeadLoss(torch.autograd.Function):
         # A kernel first: a product as the first thing that torch's backward thread does warns.
         scale = upstream[0].clone()
         # In float32 until it is scaled: the scale itself, rounded, would bend every gradient.
-        to_hidden = torch.mm(gradient, narrow, out_dtype=torch.float32).mul_(scale)
-        to_table = torch.mm(gradient.t(), hidden, out_dtype=torch.float32).mul_(scale)
+        to_hidden = _wide_product(gradient, narrow).mul_(scale)
+        to_table = _wide_product(gradient.t(), hidden).mul_(scale)
         return to_hidden.to(hidden.dtype), to_table, None, None
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """A product in float32 of narrow factors."""
+    # Only CUDA's product can be told to give a wider type than its factors have.
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+def cross_entropy_in_place_on_cpu(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
+    """As `cross_entropy_in_place`, a few rows at a time, so that they stay in the cache."""
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    rows = max(1, _PIECE // logits.size(1))
+    pieces = zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True)
+    for piece, target, loss in pieces:
+        counts = (target != ignore)[:, None]
+        chosen = torch.where(counts, target[:, None], 0)
+        x = piece.float()
+        x -= x.logsumexp(1, keepdim=True)
+        loss.copy_(torch.where(counts, -x.gather(1, chosen), 0)[:, 0])
+        x.exp_()
+        x.scatter_add_(1, chosen, x.new_full(chosen.shape, -1.0))
+        piece.copy_(x.mul_(counts))
+    return losses
 
 
 def cross_entropy_in_place(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:

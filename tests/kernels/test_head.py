@@ -5,9 +5,18 @@ import torch
 
 from gptforge.kernels import head
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and head.available()), reason="there is no CUDA GPU with Triton"
-)
+
+@pytest.fixture
+def place(device: torch.device) -> str:
+    if device.type == "cuda" and not head.available():
+        pytest.skip("there is no Triton")
+    return device.type
+
+
+def in_place(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if logits.is_cuda:
+        return head.cross_entropy_in_place(logits, targets, -1)
+    return head.cross_entropy_in_place_on_cpu(logits, targets, -1)
 
 
 def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -15,11 +24,11 @@ def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 64), (64, 4096), (300, 5003), (257, 50304)])
-def test_loss_and_gradients_are_those_of_double_precision(rows, columns) -> None:
+def test_loss_and_gradients_are_those_of_double_precision(place, rows, columns) -> None:
     torch.manual_seed(rows)
-    hidden = torch.randn(rows, 64, device="cuda").bfloat16().requires_grad_()
-    table = (torch.randn(columns, 64, device="cuda") * 0.3).requires_grad_()
-    targets = torch.randint(0, columns, (rows,), device="cuda")
+    hidden = torch.randn(rows, 64, device=place).bfloat16().requires_grad_()
+    table = (torch.randn(columns, 64, device=place) * 0.3).requires_grad_()
+    targets = torch.randint(0, columns, (rows,), device=place)
     targets[::4] = -1
     loss = head.head_loss(hidden, table, targets, -1)
     (loss * 0.25).backward()
@@ -35,12 +44,12 @@ def test_loss_and_gradients_are_those_of_double_precision(rows, columns) -> None
     assert table.grad.dtype == torch.float32
 
 
-def test_every_gradient_is_written_and_rows_without_a_target_have_none() -> None:
-    logits = torch.randn(40, 777, device="cuda").bfloat16()
+def test_every_gradient_is_written_and_rows_without_a_target_have_none(place) -> None:
+    logits = torch.randn(40, 777, device=place).bfloat16()
     before = logits.double().requires_grad_()
-    targets = torch.randint(0, 777, (40,), device="cuda")
+    targets = torch.randint(0, 777, (40,), device=place)
     targets[7] = -1
-    losses = head.cross_entropy_in_place(logits, targets, -1)
+    losses = in_place(logits, targets)
     expected = torch.nn.functional.cross_entropy(before, targets, ignore_index=-1, reduction="none")
     expected.sum().backward()
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-4, atol=1e-4)
@@ -49,8 +58,8 @@ def test_every_gradient_is_written_and_rows_without_a_target_have_none() -> None
     assert losses[7] == 0
 
 
-def test_logits_of_any_size_stay_finite() -> None:
-    logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]], device="cuda").bfloat16()
-    losses = head.cross_entropy_in_place(logits, torch.tensor([0, 1], device="cuda"), -1)
+def test_logits_of_any_size_stay_finite(place) -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]], device=place).bfloat16()
+    losses = in_place(logits, torch.tensor([0, 1], device=place))
     assert losses.isfinite().all()
     assert logits.isfinite().all()
