@@ -111,6 +111,8 @@ class Kernels:
     """The output layer and its loss in one, see kernels/head.py."""
     stream: torch.dtype | None = None
     """Type of the residual stream, float32 where none is given."""
+    trouble: str = ""
+    """Why the fused head is off where it would be faster."""
 
 
 PLAIN = Kernels()
@@ -124,7 +126,8 @@ def choose_kernels(device: torch.device, precision: Precision) -> Kernels:
         return Kernels(fused_head=True, stream=torch.bfloat16)
     if device.type != "cuda" or torch.version.hip:
         return PLAIN
-    return Kernels(fused_head=head.available(), stream=torch.bfloat16)
+    trouble = head.trouble(device)
+    return Kernels(fused_head=not trouble, stream=torch.bfloat16, trouble=trouble)
 
 
 def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from gptforge.errors import UserError
-from gptforge.hardware import attention_kernel, choose_device, choose_precision, try_compile
+from gptforge.hardware import (
+    PLAIN,
+    Precision,
+    attention_kernel,
+    choose_device,
+    choose_kernels,
+    choose_precision,
+    try_compile,
+)
+from gptforge.kernels import head
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
@@ -105,3 +114,22 @@ def test_running_out_of_memory_is_not_the_compilers_fault() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         try_compile("true", CUDA, too_big)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_not_bfloat16_goes_the_plain_way(dtype) -> None:
+    assert choose_kernels(CPU, Precision(dtype, "")) == PLAIN
+    assert choose_kernels(CUDA, Precision(dtype, "")) == PLAIN
+
+
+def test_a_kernel_that_does_not_compile_is_done_without_and_said(monkeypatch) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("no C compiler\nmore lines")
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(head, "cross_entropy_in_place", broken)
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **kind: real(*size, **kind))
+    chosen = choose_kernels(CUDA, Precision(torch.bfloat16, ""))
+    assert not chosen.fused_head
+    assert chosen.trouble == "no C compiler"

@@ -50,6 +50,8 @@ def train_step(
         may_shrink=not by_hand,
         say=say,
     )
+    if step.kernels.trouble:
+        say(f"note: the loss is computed apart from its layer, slower: {step.kernels.trouble}")
     step.micro_batch = _micro_batch(step, config, by_hand=by_hand)
     windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
     say(f"attention: {attention_of(step, config)}; {windows}")

@@ -39,19 +39,25 @@ def head_loss(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Te
         A float32 scalar.
 
     Raises:
-        RunError: on a GPU, if Triton is missing; `available` asks beforehand.
+        RunError: on a GPU, if Triton is missing; `trouble` finds out beforehand.
     """
     loss: Tensor = _HeadLoss.apply(hidden, table, targets, ignore)  # type: ignore[no-untyped-call]
     return loss
 
 
-def available() -> bool:
-    """Whether Triton, which compiles the kernel, is there."""
+def trouble(device: torch.device) -> str:
+    """Why the kernel does not run on a GPU, found out by running it; empty if it does.
+
+    Triton may be missing, or find no compiler or a driver too old; it raises whatever it likes.
+    """
     try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        logits = torch.zeros(2, 64, dtype=torch.bfloat16, device=device)
+        cross_entropy_in_place(logits, torch.zeros(2, dtype=torch.int64, device=device), -1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ""
 
 
 _PIECE = 2**20

@@ -29,9 +29,13 @@ def test_a_run_makes_exactly_max_steps_updates(config) -> None:
     assert events(config, "end")[0]["reason"] == "finished"
 
 
-@pytest.mark.parametrize("val_fraction", [0.1, 0.0])
-def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(config, tmp_path, val_fraction) -> None:
-    config = dataclasses.replace(config, val_fraction=val_fraction)
+@pytest.mark.parametrize(
+    ("val_fraction", "dtype"), [(0.1, "float32"), (0.0, "float32"), (0.1, "bfloat16")]
+)
+def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(
+    config, tmp_path, val_fraction, dtype
+) -> None:
+    config = dataclasses.replace(config, val_fraction=val_fraction, dtype=dtype)
     straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
     build(straight).run()
 
