@@ -79,7 +79,7 @@ def choose_precision(flag: str, device: torch.device) -> Precision:
     if device.type == "cpu":
         if _cpu_has_bf16():
             return Precision(torch.bfloat16, "this CPU has bfloat16 instructions")
-        return Precision(torch.float32, "this CPU has no bfloat16 instructions")
+        return Precision(torch.float32, "this CPU has no AVX512 or AMX bfloat16 instructions")
     return Precision(torch.float32, "mixed precision on Apple GPUs has not been tried yet")
 
 
@@ -100,7 +100,8 @@ def _cuda_precision(device: torch.device) -> Precision:
 def _cpu_has_bf16() -> bool:
     ask = getattr(torch.cpu, "get_capabilities", None)
     able = ask() if ask else {}
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    # Arm's are left out until somebody has measured them.
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def test_bfloat16_only_on_gpus_that_compute_in_it(monkeypatch, capability, dtype
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"amx_bf16": True}, torch.bfloat16),
         ({"avx512_bf16": False, "avx2": True}, torch.float32),
+        ({"bf16": True, "sve": True}, torch.float32),
         ({}, torch.float32),
     ],
 )
