@@ -124,6 +124,10 @@ class Config:
     """Precision of matrix products; weights and optimizer stay float32."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass: less memory, a third slower."""
+    loss_chunk: int = 0
+    """Tokens whose logits are made at a time; fewer take less memory; 0: as many as is fast."""
     deterministic: bool = False
     """Use deterministic GPU kernels: slower, repeatable bit for bit."""
 
@@ -158,6 +162,7 @@ FREE_ON_RESUME = frozenset(
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
+        *("activation_checkpointing", "loss_chunk"),
     }
 )
 
@@ -247,7 +252,7 @@ def check(config: Config) -> None:
     _at_least(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
     _at_least(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
     _at_least(c, 0, "vocab_size warmup_steps eval_tokens keep sample_every time_limit seed")
-    _at_least(c, 0, "weight_decay grad_clip min_lr")
+    _at_least(c, 0, "weight_decay grad_clip min_lr loss_chunk")
     _below_one(c, "val_fraction dropout beta1 beta2")
     if c.tokens_per_step > MOST_TOKENS:
         raise UserError(

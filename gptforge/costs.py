@@ -2,6 +2,9 @@
 
 from gptforge.config import GPTConfig
 
+HEAD_TOKENS = 16384
+"""Tokens whose logits are made at a time where they are made in pieces: more is no faster."""
+
 
 def parameters(config: GPTConfig) -> int:
     """Distinct parameters; the tied output layer counts once."""
@@ -21,19 +24,37 @@ def flops_per_token(config: GPTConfig, context_length: int) -> int:
     return 6 * parameters(config) + attention
 
 
-def training_bytes(config: GPTConfig, context_length: int, windows: int, *, mixed: bool) -> int:
+def training_bytes(
+    config: GPTConfig,
+    context_length: int,
+    windows: int,
+    *,
+    mixed: bool,
+    by_hand: bool = False,
+    recompute: bool = False,
+    loss_chunk: int = 0,
+) -> int:
     """Memory to train with so many windows in a micro-batch: an estimate from above.
 
-    Weights, gradients and AdamW's moments take 16 bytes a parameter, a snapshot for saving 12 more.
-    What the backward pass needs is counted layer by layer for flash attention, in units of C bytes
-    a token: the two normalised inputs (the residual stream is float32), their outputs, q, k and v,
-    the attention's output, and both sides of the GELU.
+    Weights, gradients and AdamW's moments take 16 bytes a parameter, a snapshot for saving 12 more,
+    and narrow copies of the weights 2. What the backward pass needs is counted layer by layer for
+    flash attention, in units of C bytes a token: the two normalised inputs (the residual stream is
+    float32), their outputs, q, k and v, the attention's output, and both sides of the GELU. Written
+    out (`by_hand`), the stream is narrow, and one side of the GELU is enough. With `recompute` only
+    the stream is kept, and one layer's worth of the rest.
     """
     width = 2 if mixed else 4
-    a_layer = 2 * 4 + width * (2 + 3 + 1 + 2 * config.mlp_ratio)
-    logits = config.vocab_size * (4 + width)
-    token = config.n_layer * a_layer * config.n_embd + logits
-    return 28 * parameters(config) + windows * context_length * token
+    tokens = windows * context_length
+    stream = width if by_hand else 4
+    inner = width * (2 + 3 + 1 + (1 if by_hand else 2) * config.mlp_ratio)
+    a_layer = 2 * stream + inner
+    # On the way back a layer needs about as much again for gradients.
+    layers = config.n_layer * stream + 2 * a_layer if recompute else config.n_layer * a_layer
+    if by_hand:
+        layers += width * 2 * config.mlp_ratio
+    chunk = min(tokens, loss_chunk or (HEAD_TOKENS if by_hand else tokens))
+    logits = chunk * config.vocab_size * (width if by_hand else 4 + width)
+    return (28 + 2 * by_hand) * parameters(config) + tokens * layers * config.n_embd + logits
 
 
 def checkpoint_bytes(config: GPTConfig) -> int:

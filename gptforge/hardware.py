@@ -11,7 +11,6 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from gptforge.errors import UserError
-from gptforge.kernels import head
 
 
 @dataclass(frozen=True)
@@ -108,27 +107,29 @@ def _cpu_has_bf16() -> bool:
 class Kernels:
     """How an update is computed where there is a choice; the plain way unless said otherwise."""
 
+    by_hand: bool = False
+    """Forward and backward written out, see train/by_hand.py."""
     fused_head: bool = False
     """The output layer and its loss in one, see kernels/head.py."""
     stream: torch.dtype | None = None
     """Type of the residual stream, float32 where none is given."""
-    trouble: str = ""
-    """Why the fused head is off where it would be faster."""
 
 
 PLAIN = Kernels()
 
 
-def choose_kernels(device: torch.device, precision: Precision) -> Kernels:
+def choose_kernels(
+    device: torch.device, precision: Precision, *, dropout: float = 0.0, compile_flag: str = "auto"
+) -> Kernels:
     """The fastest that were measured on this kind of device."""
-    if precision.dtype != torch.bfloat16:
+    if precision.dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
         return PLAIN
     if device.type == "cpu":
         return Kernels(fused_head=True, stream=torch.bfloat16)
-    if device.type != "cuda" or torch.version.hip:
+    if torch.version.hip:
         return PLAIN
-    trouble = head.trouble(device)
-    return Kernels(fused_head=not trouble, stream=torch.bfloat16, trouble=trouble)
+    by_hand = dropout == 0 and compile_flag != "true"
+    return Kernels(by_hand=by_hand, fused_head=True, stream=torch.bfloat16)
 
 
 def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:
@@ -146,9 +147,13 @@ def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) ->
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return False, f"it failed here: {first_line[:200]}"
+        return False, f"it failed here: {first_line(error)}"
     return True, "as asked" if flag == "true" else "faster after the first step"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the compiler's, which can be pages long, begins with."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def free_memory(device: torch.device) -> int | None:

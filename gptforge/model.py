@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptforge.config import GPTConfig
 from gptforge.kernels.attention import attend
@@ -119,20 +120,28 @@ class GPT(nn.Module):
             (B, T, V) logits; with targets a float32 scalar, cross-entropy in nats summed over the
             tokens, so that batches of any size add up.
         """
-        logits: Tensor = self.lm_head(self.hidden(idx))  # (B, T, V)
-        if targets is None:
-            return logits
+        hidden = self.hidden(idx)
+        if targets is not None:
+            return self.loss(hidden, targets)
+        logits: Tensor = self.lm_head(hidden)  # (B, T, V)
+        return logits
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss from what `hidden` gave and targets of the same shape."""
         return F.cross_entropy(
-            logits.flatten(0, 1).float(),
+            self.lm_head(hidden).flatten(0, -2).float(),
             targets.flatten(),
             ignore_index=IGNORE,
             reduction="sum",
         )
 
-    def hidden(self, idx: Tensor, stream: torch.dtype | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, stream: torch.dtype | None = None, *, recompute: bool = False
+    ) -> Tensor:
         """What the output layer reads: (B, T) ids to (B, T, C).
 
-        The residual stream is kept in `stream`, float32 unless said otherwise.
+        The residual stream is kept in `stream`, float32 unless said otherwise. With `recompute` the
+        backward pass finds only each block's input, and makes the rest again.
         """
         T = idx.size(1)  # noqa: N806
         assert self.config.block_size >= T, f"{T} tokens, {self.config.block_size} positions"
@@ -142,7 +151,7 @@ class GPT(nn.Module):
         if stream is not None:
             x = x.to(stream)
         for block in self.blocks():
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         y: Tensor = self.transformer["ln_f"](x)
         return y
 

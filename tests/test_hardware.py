@@ -13,7 +13,6 @@ from gptforge.hardware import (
     choose_precision,
     try_compile,
 )
-from gptforge.kernels import head
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
@@ -123,14 +122,13 @@ def test_what_is_not_bfloat16_goes_the_plain_way(dtype) -> None:
     assert choose_kernels(CUDA, Precision(dtype, "")) == PLAIN
 
 
-def test_a_kernel_that_does_not_compile_is_done_without_and_said(monkeypatch) -> None:
-    def broken(*_: object) -> torch.Tensor:
-        raise RuntimeError("no C compiler\nmore lines")
-
+def test_an_update_is_written_out_where_that_is_fast_and_covers_the_model(monkeypatch) -> None:
+    bf16 = Precision(torch.bfloat16, "")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(head, "cross_entropy_in_place", broken)
-    real = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *size, device, **kind: real(*size, **kind))
-    chosen = choose_kernels(CUDA, Precision(torch.bfloat16, ""))
-    assert not chosen.fused_head
-    assert chosen.trouble == "no C compiler"
+    assert choose_kernels(CUDA, bf16).by_hand
+    assert not choose_kernels(CUDA, bf16, dropout=0.1).by_hand
+    assert not choose_kernels(CUDA, bf16, compile_flag="true").by_hand
+    assert not choose_kernels(CPU, bf16).by_hand
+    assert choose_kernels(torch.device("mps"), bf16) == PLAIN
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_kernels(CUDA, bf16) == PLAIN

@@ -1,5 +1,6 @@
 """Model, optimizer and precision on their device: compiled if that works, cut to its memory."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 
 import torch
@@ -15,6 +16,7 @@ from gptforge.hardware import (
     attention_kernel,
     cache_folder,
     choose_kernels,
+    first_line,
     free_memory,
     try_compile,
 )
@@ -22,9 +24,13 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.report.duration import in_words
 from gptforge.train.micro_batch import find_micro_batch
+from gptforge.train.savings import Savings
 from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
+
+REPLAY_BELOW = 5e12
+"""FLOPs of a micro-batch below which asking for its kernels takes longer than they do."""
 
 
 def train_step(
@@ -46,30 +52,60 @@ def train_step(
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=choose_kernels(device, precision),
+        kernels=choose_kernels(
+            device, precision, dropout=config.dropout, compile_flag=config.compile
+        ),
+        savings=Savings(config.activation_checkpointing, config.loss_chunk),
         may_shrink=not by_hand,
         say=say,
     )
-    if step.kernels.trouble:
-        say(f"note: the loss is computed apart from its layer, slower: {step.kernels.trouble}")
+    if step.kernels.by_hand and (trouble := _trouble(step, config)):
+        say(f"note: the update that is written out does not run here: {trouble}")
+        step.use(dataclasses.replace(step.kernels, by_hand=False, fused_head=False))
     step.micro_batch = _micro_batch(step, config, by_hand=by_hand)
     windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
     say(f"attention: {attention_of(step, config)}; {windows}")
+    try:
+        compiled, reason = _compile(step, config)
+        if device.type == "cuda" and not compiled:
+            step.rehearse(step.micro_batch, config.context_length)
+    except torch.OutOfMemoryError:
+        raise RunError(what_would_fit(step, config)) from None
+    say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
+    flops = costs.flops_per_token(config.model, config.context_length)
+    if flops * step.micro_batch * config.context_length < REPLAY_BELOW:
+        step.record()
+    return step
+
+
+def _trouble(step: TrainStep, config: Config) -> str:
+    """Why the update does not run as it is written out, found out by trying it; empty if it does.
+
+    Triton may be missing, or find no compiler or a driver too old; it raises whatever it likes.
+    """
+    try:
+        step.rehearse(1, config.context_length)
+    except torch.OutOfMemoryError:
+        # Found out about, with what would help, when the micro-batch is.
+        return ""
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
+    """Compile the update if that is asked for and works; whether it was, and why."""
+    if step.kernels.by_hand:
+        return False, "an update is written out kernel by kernel"
 
     def attempt() -> None:
         step.compile()
         step.rehearse(step.micro_batch, config.context_length)
 
-    try:
-        compiled, reason = try_compile(config.compile, device, attempt)
-        if not compiled:
-            step.drop_compiled()
-            if device.type == "cuda":
-                step.rehearse(step.micro_batch, config.context_length)
-    except torch.OutOfMemoryError:
-        raise RunError(what_would_fit(step, config)) from None
-    say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
-    return step
+    compiled, reason = try_compile(config.compile, step.device, attempt)
+    if not compiled:
+        step.use(step.kernels)
+    return compiled, reason
 
 
 def attention_of(step: TrainStep, config: Config) -> str:
@@ -107,18 +143,27 @@ def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
         name = torch.cuda.get_device_name(device)
     return find_micro_batch(
         most,
-        estimate=lambda n: costs.training_bytes(config.model, length, n, mixed=mixed),
+        estimate=lambda n: costs.training_bytes(
+            config.model,
+            length,
+            n,
+            mixed=mixed,
+            by_hand=step.kernels.by_hand,
+            recompute=config.activation_checkpointing,
+            loss_chunk=config.loss_chunk,
+        ),
         free=free_memory(device),
         # A machine that runs out of memory gives no error: it kills. So a CPU is not tried.
         fits=lambda n: not is_gpu or step.fits(n, length),
         remembered=cache_folder() / "micro_batches.json" if is_gpu else None,
-        key=f"{config.model} {length} {step.precision.dtype} {torch.__version__} {name}",
+        key=f"{config.model} {length} {step.precision.dtype} {step.kernels.by_hand} "
+        f"{config.activation_checkpointing} {config.loss_chunk} {torch.__version__} {name}",
     )
 
 
 def what_would_fit(step: TrainStep, config: Config) -> str:
     """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
-    step.drop_compiled()
+    step.use(step.kernels)
     # Only a divisor keeps the global batch, and with it what is learned.
     smaller = [n for n in range(step.micro_batch - 1, 0, -1) if config.global_batch % n == 0]
     fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)

@@ -10,14 +10,11 @@ chunks, which costs large matrix products their speed.
 Shapes: N tokens, C channels, V rows of the token table.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from gptforge.errors import RunError
 
 
 def head_loss_reference(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Tensor:
@@ -39,25 +36,10 @@ def head_loss(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Te
         A float32 scalar.
 
     Raises:
-        RunError: on a GPU, if Triton is missing; `trouble` finds out beforehand.
+        ImportError: on a GPU, if Triton is missing.
     """
     loss: Tensor = _HeadLoss.apply(hidden, table, targets, ignore)  # type: ignore[no-untyped-call]
     return loss
-
-
-def trouble(device: torch.device) -> str:
-    """Why the kernel does not run on a GPU, found out by running it; empty if it does.
-
-    Triton may be missing, or find no compiler or a driver too old; it raises whatever it likes.
-    """
-    try:
-        logits = torch.zeros(2, 64, dtype=torch.bfloat16, device=device)
-        cross_entropy_in_place(logits, torch.zeros(2, dtype=torch.int64, device=device), -1)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return ""
 
 
 _PIECE = 2**20
@@ -71,8 +53,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Tensor:
         narrow = table.to(hidden.dtype)
         logits = hidden @ narrow.t()  # (N, V)
-        in_place = cross_entropy_in_place if logits.is_cuda else cross_entropy_in_place_on_cpu
-        losses = in_place(logits, targets, ignore)
+        losses = cross_entropy_in_place(logits, targets, ignore)
         ctx.save_for_backward(hidden, narrow, logits)
         return losses.sum()
 
@@ -93,77 +74,40 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-def cross_entropy_in_place_on_cpu(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """As `cross_entropy_in_place`, a few rows at a time, so that they stay in the cache."""
-    losses = torch.empty(len(logits), dtype=torch.float32)
+def cross_entropy_in_place(
+    logits: Tensor, targets: Tensor, ignore: int, scale: float | Tensor = 1.0
+) -> Tensor:
+    """Losses (N,) of logits (N, V), which become `scale` times the gradient of the losses' sum."""
+    if not logits.is_cuda:
+        return _in_place_on_cpu(logits, targets, ignore, scale)
+    rows, columns = logits.shape
+    assert logits.stride(1) == 1, "a row must lie in one piece"
+    from gptforge.kernels import in_triton
+
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, device=logits.device)
+    in_triton.cross_entropy[(rows,)](
+        logits, targets.contiguous(), losses, logits.stride(0), ignore, scale,
+        columns=columns, BLOCK=min(4096, 1 << (columns - 1).bit_length()),
+    )  # fmt: skip
+    return losses
+
+
+def _in_place_on_cpu(logits: Tensor, targets: Tensor, ignore: int, scale: float | Tensor) -> Tensor:
+    """The same a few rows at a time, so that they stay in the cache."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses = torch.empty(len(logits), dtype=wide)
     rows = max(1, _PIECE // logits.size(1))
     pieces = zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True)
     for piece, target, loss in pieces:
         counts = (target != ignore)[:, None]
         chosen = torch.where(counts, target[:, None], 0)
-        x = piece.float()
+        # A copy, whatever the type: the logits are still wanted when their place is written.
+        x = piece.to(wide, copy=True)
         x -= x.logsumexp(1, keepdim=True)
         loss.copy_(torch.where(counts, -x.gather(1, chosen), 0)[:, 0])
         x.exp_()
         x.scatter_add_(1, chosen, x.new_full(chosen.shape, -1.0))
-        piece.copy_(x.mul_(counts))
+        piece.copy_(x.mul_(counts * scale))
     return losses
-
-
-def cross_entropy_in_place(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """Losses (N,) float32 of logits (N, V), which become the gradient of the losses' sum."""
-    rows, columns = logits.shape
-    assert logits.stride(1) == 1, "rows must lie together"
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _kernel()[(rows,)](
-        logits, targets.contiguous(), losses, logits.stride(0), ignore, columns=columns, BLOCK=4096,
-        num_warps=8,
-    )  # fmt: skip
-    return losses
-
-
-@cache
-def _kernel() -> Any:
-    """The kernel, made when it is first wanted: importing Triton takes a second."""
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        raise RunError("the fused loss needs Triton, which is not installed") from None
-
-    # Triton looks names up in the module, not in this function.
-    globals()["tl"] = tl
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def kernel(logits, targets, losses, stride, ignore, columns: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        start = logits + row * stride
-        target = tl.load(targets + row)
-        lanes = tl.arange(0, BLOCK)
-        # Maximum and sum of exponentials for each lane by itself, put together at the end.
-        top = tl.full((BLOCK,), -3.4e38, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for begin in range(0, columns, BLOCK):
-            place = begin + lanes
-            x = tl.load(start + place, mask=place < columns, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(top, x)
-            total = total * tl.exp(top - higher) + tl.exp(x - higher)
-            top = higher
-        highest = tl.max(top, 0)
-        total_sum = tl.sum(total * tl.exp(top - highest), 0)
-        counts = target != ignore
-        chosen = tl.where(counts, target, 0)
-        right = tl.load(start + chosen).to(tl.float32)
-        loss = tl.log(total_sum) + (highest - right)
-        tl.store(losses + row, tl.where(counts, loss, 0.0))
-        weight = tl.where(counts, 1.0, 0.0)
-        share = weight / total_sum
-        # The target's own column is read above before any thread may write it.
-        tl.debug_barrier()
-        for begin in range(0, columns, BLOCK):
-            place = begin + lanes
-            x = tl.load(start + place, mask=place < columns, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - highest) * share - tl.where(place == chosen, weight, 0.0)
-            tl.store(start + place, gradient.to(logits.dtype.element_ty), mask=place < columns)
-
-    return kernel

@@ -46,7 +46,7 @@ def find_micro_batch(
         if windows == 1:
             raise RunError(
                 f"not even one window fits into the {(free or 0) / 1e9:.1f} GB that are free: use "
-                "a smaller --context_length or model"
+                "--activation_checkpointing true, a smaller --context_length or a smaller model"
             )
         windows = -(-windows // 2)
     if remembered and is_lasting and answers.get(digest) != windows:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gptforge.hardware import PLAIN, Kernels, Precision, autocast, synchronize
-from gptforge.kernels.head import head_loss
-from gptforge.model import GPT, IGNORE
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from gptforge.hardware import PLAIN, Kernels, Precision, synchronize
+from gptforge.model import GPT
+from gptforge.train.by_autograd import ByAutograd
+from gptforge.train.by_hand import ByHand
+from gptforge.train.replay import Replay
+from gptforge.train.savings import NO_SAVINGS, Savings
 
 
 class TrainStep:
@@ -24,6 +25,7 @@ class TrainStep:
         micro_batch: windows that go through the model at once.
         grad_clip: longest gradient norm let through; 0 lets all through.
         kernels: how an update is computed where there is a choice.
+        savings: what is made twice, or in pieces, to take less memory.
         may_shrink: whether to halve the micro-batch and try again when memory runs out.
         say: told when that happens.
     """
@@ -37,6 +39,7 @@ class TrainStep:
         micro_batch: int,
         grad_clip: float,
         kernels: Kernels = PLAIN,
+        savings: Savings = NO_SAVINGS,
         may_shrink: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -45,13 +48,36 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.precision = precision
         self.micro_batch = micro_batch
-        self.kernels = kernels
-        self.is_compiled = False
-        self._forward = self._plain()
+        self._savings = savings
         self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
         self._may_shrink = may_shrink
         self._say = say
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
+        self.use(kernels)
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute updates with these kernels from now on, uncompiled."""
+        self.kernels = kernels
+        self.is_compiled = False
+        self.optimizer.zero_grad(set_to_none=True)
+        self._way: ByAutograd | ByHand | Replay
+        if kernels.by_hand:
+            self._way = ByHand(self.model, self.precision.dtype, savings=self._savings)
+        else:
+            self._way = ByAutograd(
+                self.model, self.precision, kernels, scaler=self._scaler, savings=self._savings
+            )
+
+    def record(self) -> None:
+        """Play a micro-batch back from a recording from now on, if it is written out."""
+        if isinstance(self._way, ByHand):
+            self._way = Replay(self._way)
+
+    def compile(self) -> None:
+        """Run the model compiled from now on."""
+        assert isinstance(self._way, ByAutograd), "there is nothing to compile"
+        self._way.compile()
+        self.is_compiled = True
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
         """Learn from one global batch, both (G, T).
@@ -66,7 +92,7 @@ class TrainStep:
         while (loss := self._gradients(inputs, targets)) is None:
             self._shrink()
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
+        norm = self._way.clip(self._grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if not self._scaler.is_enabled():
@@ -81,48 +107,32 @@ class TrainStep:
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
         """Gradients of a global batch in its parameters, and its loss; None if memory ran out."""
         loss = torch.zeros((), device=self.device)
+        share = 1 / targets.numel()
         parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         try:
+            self._way.begin()
             # Each micro-batch counts by its tokens, so the split never changes the sum.
             for x, y in parts:
-                part = self._loss(x, y) / targets.numel()
-                self._scaler.scale(part).backward()
-                loss += part.detach()
+                loss += self._learn(x, y, share) * share
         except torch.OutOfMemoryError:
             if not self._may_shrink or self.micro_batch == 1:
                 raise
             return None
         return loss
 
+    def _learn(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        """Add `scale` times the gradients of a micro-batch's summed loss, which is returned."""
+        return self._way(x, y, scale)
+
     def _shrink(self) -> None:
         """Halve the micro-batch, after memory ran out; what was done of the batch is forgotten."""
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self._way, Replay):
+            self._way.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.micro_batch = -(-self.micro_batch // 2)
         self._say(f"note: memory ran out; going on with micro-batches of {self.micro_batch}")
-
-    def compile(self) -> None:
-        """Run the model compiled from now on. The saved weights' names stay those of the module."""
-        self.is_compiled = True
-        if self.kernels.fused_head:
-            self._forward = self._with_fused_head(torch.compile(self._hidden, dynamic=False))
-        else:
-            self._forward = torch.compile(self.model, dynamic=False)
-
-    def _plain(self) -> Loss:
-        return self._with_fused_head(self._hidden) if self.kernels.fused_head else self.model
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        return self.model.hidden(x, self.kernels.stream).to(self.precision.dtype)
-
-    def _with_fused_head(self, hidden: Callable[[Tensor], Tensor]) -> Loss:
-        table = self.model.lm_head.weight
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return head_loss(hidden(x).flatten(0, 1), table, y.flatten(), IGNORE)
-
-        return loss
 
     def rehearse(self, windows: int, context_length: int) -> float:
         """Seconds for a forward and backward over some tokens, which leave no trace."""
@@ -134,7 +144,8 @@ class TrainStep:
         with _kept_dice(self.device):
             synchronize(self.device)
             start = time.perf_counter()
-            self._loss(x, x).backward()
+            self._way.begin()
+            self._learn(x, x, 1 / count)
             synchronize(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
@@ -160,12 +171,6 @@ class TrainStep:
             torch.cuda.empty_cache()
         return fit
 
-    def drop_compiled(self) -> None:
-        """Go back to the plain model."""
-        self.is_compiled = False
-        self._forward = self._plain()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def scaler_state(self) -> dict[str, float]:
         """The loss scaler's state; empty where there is none."""
         return {name: float(value) for name, value in self._scaler.state_dict().items()}
@@ -177,10 +182,6 @@ class TrainStep:
             self._scaler.load_state_dict(
                 {name: int(value) if name in whole else value for name, value in state.items()}
             )
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
-            return self._forward(x, y)
 
 
 @contextmanager

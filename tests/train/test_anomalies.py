@@ -19,11 +19,11 @@ def poison(trainer: Trainer, positions: set[int], value: float = math.nan) -> No
     update, steps_at = trainer.train_step, trainer.loader
 
     class Poisoned(type(update)):
-        def _loss(self, x, y):
-            loss = super()._loss(x, y)
+        def _learn(self, x, y, scale):
             # The loader has moved on by the batch that is being learned.
             here = steps_at.position - trainer.config.global_batch
-            return loss * value if here in positions else loss
+            factor = value if here in positions else 1.0
+            return super()._learn(x, y, scale * factor) * factor
 
     update.__class__ = Poisoned
 

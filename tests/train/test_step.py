@@ -7,17 +7,24 @@ import torch
 from gptforge.build.step import what_would_fit
 from gptforge.config import Config
 from gptforge.errors import RunError
-from gptforge.hardware import PLAIN, Precision, choose_kernels
+from gptforge.hardware import PLAIN, Kernels, Precision
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.train.micro_batch import find_micro_batch
+from gptforge.train.savings import NO_SAVINGS, Savings
 from gptforge.train.step import TrainStep
 
 FLOAT32 = Precision(torch.float32, "")
 
 
 def make(
-    model: GPT, *, micro_batch: int = 8, precision=FLOAT32, clip: float = 1.0, kernels=PLAIN
+    model: GPT,
+    *,
+    micro_batch: int = 8,
+    precision=FLOAT32,
+    clip: float = 1.0,
+    kernels=PLAIN,
+    savings=NO_SAVINGS,
 ) -> TrainStep:
     optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
     return TrainStep(
@@ -27,6 +34,7 @@ def make(
         micro_batch=micro_batch,
         grad_clip=clip,
         kernels=kernels,
+        savings=savings,
     )
 
 
@@ -110,10 +118,10 @@ def test_float16_scales_its_loss_and_its_state_travels(tiny_model) -> None:
 class SmallMemory(TrainStep):
     """A device on which more than three windows at once do not fit."""
 
-    def _loss(self, x, y):
+    def _learn(self, x, y, scale):
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._loss(x, y)
+        return super()._learn(x, y, scale)
 
 
 def test_when_memory_runs_out_the_same_batch_is_learned_in_smaller_parts(tiny_model) -> None:
@@ -203,19 +211,42 @@ def test_compiled_steps_learn_the_same(tiny_model) -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="compiling takes long on a CPU"))])  # fmt: skip
-def test_the_fast_path_learns_what_the_plain_one_learns(tiny_model, device, compiled) -> None:
-    precision = Precision(torch.bfloat16, "test")
-    kernels = choose_kernels(device, precision)
+@pytest.mark.parametrize("way", ["written out", "recorded", "fused head", "compiled"])
+def test_the_fast_paths_learn_what_the_plain_one_learns(tiny_model, device, way) -> None:
+    if device.type == "cpu" and way in ("recorded", "compiled"):
+        pytest.skip("for GPUs")
+    kernels = Kernels(by_hand=True)
+    if way in ("fused head", "compiled"):
+        kernels = Kernels(fused_head=True, stream=torch.bfloat16)
     plain = make(copy.deepcopy(tiny_model).to(device))
-    fast = make(tiny_model.to(device), precision=precision, kernels=kernels)
-    if compiled:
-        if device.type == "cpu":
-            pytest.skip("compiling takes long on a CPU")
+    precision = Precision(torch.bfloat16, "test")
+    fast = make(tiny_model.to(device), precision=precision, kernels=kernels, micro_batch=4)
+    if way == "recorded":
+        fast.record()
+    if way == "compiled":
         fast.compile()
     for _ in range(20):
         expected, _ = plain(*batch(device), lr=1e-2)
         loss, _ = fast(*batch(device), lr=1e-2)
         torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
     assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("savings", [Savings(recompute=True), Savings(loss_chunk=7)])
+def test_saving_memory_changes_no_loss(tiny_model, savings, by_hand) -> None:
+    kernels = Kernels(by_hand=by_hand)
+    plain = make(copy.deepcopy(tiny_model), kernels=kernels)
+    saving = make(tiny_model, kernels=kernels, savings=savings)
+    for _ in range(3):
+        torch.testing.assert_close(saving(*batch("cpu"), lr=1e-2), plain(*batch("cpu"), lr=1e-2))
+
+
+def test_recomputing_drops_the_same_activations_again(tiny_model) -> None:
+    model = GPT(dataclasses.replace(tiny_model.config, dropout=0.3)).initialize()
+    losses = []
+    for savings in (Savings(), Savings(recompute=True)):
+        torch.manual_seed(5)
+        step = make(copy.deepcopy(model), savings=savings)
+        losses.append([step(*batch("cpu"), lr=1e-2)[0] for _ in range(3)])
+    torch.testing.assert_close(losses[0], losses[1])

@@ -1,0 +1,195 @@
+"""The pieces of a block between its matrix products, each in one pass over memory.
+
+On a CUDA device they are Triton kernels, elsewhere the plain torch that they are tested against.
+torch's compiler fuses as much, but takes half a minute to start, and leaves the sums for the
+biases' gradients as passes of their own.
+
+They write where their input was if it is not needed again, as the docstrings say. Gradients of
+vectors are not returned but added, in float32, to what is in `sums`.
+
+Shapes: N tokens, C channels.
+"""
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-5
+"""LayerNorm's."""
+
+
+class Norm(NamedTuple):
+    """What the way back through a LayerNorm needs."""
+
+    stream: Tensor
+    """(N, C), what was normalised."""
+    mean: Tensor
+    """(N,) float32."""
+    rstd: Tensor
+    """(N,) float32: one over the standard deviation."""
+
+
+def add_norm(
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Norm]:
+    """LayerNorm of stream + branch: all (N, C), the last two (C,) float32.
+
+    The sum, which is the stream from there on, takes the branch's place.
+    """
+    if stream.is_cuda:
+        return _add_norm_on_cuda(stream, branch, weight, bias)
+    if branch is not None:
+        stream = branch.add_(stream)
+    wide = stream.to(weight.dtype)
+    mean = wide.mean(1)
+    rstd = (wide.var(1, correction=0) + EPS).rsqrt()
+    normal = (wide - mean[:, None]) * rstd[:, None]
+    return (normal * weight + bias).to(stream.dtype), Norm(stream, mean, rstd)
+
+
+def norm_backward(
+    upstream: Tensor, norm: Norm, weight: Tensor, beside: Tensor | None, sums: Tensor
+) -> Tensor:
+    """The stream's gradient (N, C), in `upstream`'s place.
+
+    Args:
+        upstream: (N, C) gradient of the LayerNorm's output.
+        norm: from the way forward.
+        weight: (C,) float32.
+        beside: (N, C) gradient that reaches the stream past the LayerNorm, or None.
+        sums: (2 * C,) for the gradients of weight and bias; or (3 * C,), where the last third is
+            for the bias of the branch that was added, whose gradient is the stream's.
+    """
+    if upstream.is_cuda:
+        return _norm_backward_on_cuda(upstream, norm, weight, beside, sums)
+    normal = (norm.stream.to(weight.dtype) - norm.mean[:, None]) * norm.rstd[:, None]
+    wide = upstream.to(weight.dtype)
+    parts = [(wide * normal).sum(0), wide.sum(0)]
+    wide = wide * weight
+    wide = wide - wide.mean(1, keepdim=True) - normal * (wide * normal).mean(1, keepdim=True)
+    wide = wide * norm.rstd[:, None]
+    upstream.copy_(wide if beside is None else wide + beside)
+    parts.append(upstream.sum(0, dtype=weight.dtype))
+    sums += torch.cat(parts)[: len(sums)]
+    return upstream
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, of (N, C)."""
+    if not x.is_cuda:
+        return F.gelu(x, approximate="tanh")
+    out = torch.empty_like(x)
+    block = 2048
+    _triton().gelu[(math.ceil(x.numel() / block),)](x, out, x.numel(), BLOCK=block)
+    return out
+
+
+def gelu_backward(x: Tensor, upstream: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x in `upstream`'s place, and the GELU of x, once more, in that of x.
+
+    Making it again costs a third of this pass, and saves a quarter of all that is kept.
+    `sums` (C,) grows by the gradient's sum over the rows.
+    """
+    if x.is_cuda:
+        return _gelu_backward_on_cuda(x, upstream, sums)
+    again = F.gelu(x, approximate="tanh")
+    upstream.copy_(torch.ops.aten.gelu_backward(upstream, x, approximate="tanh"))
+    sums += upstream.sum(0, dtype=sums.dtype)
+    return upstream, x.copy_(again)
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
+    """(N, 3 * C) from three (N, C); `sums` (3 * C,) grows by its sum over the rows."""
+    if q.is_cuda:
+        return _pack_on_cuda(q, k, v, sums)
+    out = torch.cat([q, k, v], dim=1)
+    sums += out.sum(0, dtype=sums.dtype)
+    return out
+
+
+def _add_norm_on_cuda(
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Norm]:
+    rows, columns = stream.shape
+    assert stream.is_contiguous() and (branch is None or branch.is_contiguous())
+    out = torch.empty_like(stream)
+    mean = torch.empty(rows, dtype=torch.float32, device=stream.device)
+    rstd = torch.empty_like(mean)
+    block, height = _tile(columns)
+    _triton().add_norm[(math.ceil(rows / height),)](
+        stream, stream if branch is None else branch, weight, bias, out, mean, rstd, rows, EPS,
+        columns=columns, BLOCK=block, ROWS=height, HAS_BRANCH=branch is not None,
+    )  # fmt: skip
+    return out, Norm(stream if branch is None else branch, mean, rstd)
+
+
+def _norm_backward_on_cuda(
+    upstream: Tensor, norm: Norm, weight: Tensor, beside: Tensor | None, sums: Tensor
+) -> Tensor:
+    rows, columns = upstream.shape
+    assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
+    block, height = _tile(columns)
+    programs = min(8 * _multiprocessors(upstream.device), math.ceil(rows / 32))
+    parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
+    _triton().norm_backward[(programs,)](
+        upstream, norm.stream, norm.mean, norm.rstd, weight,
+        upstream if beside is None else beside, parts, rows, math.ceil(rows / programs),
+        columns=columns, BLOCK=block, ROWS=height, HAS_BESIDE=beside is not None, num_warps=2,
+    )  # fmt: skip
+    _add_parts(parts, sums)
+    return upstream
+
+
+def _gelu_backward_on_cuda(x: Tensor, upstream: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    assert x.is_contiguous() and upstream.is_contiguous()
+    programs = min(1024, math.ceil(rows / 32))
+    parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    _triton().gelu_backward[(programs, math.ceil(columns / 1024))](
+        x, upstream, parts, rows, math.ceil(rows / programs), columns, BLOCK=1024, ROWS=4,
+    )  # fmt: skip
+    _add_parts(parts, sums)
+    return upstream, x
+
+
+def _pack_on_cuda(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
+    rows, columns = q.shape
+    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    out = torch.empty(rows, 3 * columns, dtype=q.dtype, device=q.device)
+    programs = min(256, math.ceil(rows / 64))
+    parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=q.device)
+    _triton().pack[(programs, math.ceil(columns / 512), 3)](
+        q, k, v, out, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
+    )  # fmt: skip
+    _add_parts(parts, sums)
+    return out
+
+
+def _add_parts(parts: Tensor, sums: Tensor) -> None:
+    count, columns = parts.shape
+    assert sums.is_contiguous() and sums.dtype == torch.float32
+    _triton().add_parts[(math.ceil(len(sums) / 16),)](
+        parts, sums, count, len(sums), columns, BLOCK=16, ROWS=128, num_warps=8
+    )
+
+
+def _tile(columns: int) -> tuple[int, int]:
+    """Columns and rows that a program works on at a time: some 4,096 numbers."""
+    block = 1 << (columns - 1).bit_length()
+    return block, max(1, 4096 // block)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _triton() -> Any:
+    """The kernels; importing Triton takes a second, so it waits until here."""
+    from gptforge.kernels import in_triton
+
+    return in_triton

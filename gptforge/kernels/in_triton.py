@@ -1,0 +1,191 @@
+"""The kernels themselves, in Triton. Imported only where one is about to run.
+
+The modules beside this one say what each computes, and have the plain torch for it. Rows are
+tokens, columns channels. Sums over the rows are made in two steps, so that their order, and with it
+every bit, is the same each time: each program leaves what it saw in a row of `parts`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["ignore"])
+def cross_entropy(
+    logits, targets, losses, stride, ignore, scale, columns: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program a row: its loss, and its gradient, times what is at `scale`, in its place."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * stride
+    target = tl.load(targets + row)
+    lanes = tl.arange(0, BLOCK)
+    # One maximum for all lanes: a rescaling for each would cost as many exponentials again.
+    top = -3.4e38
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, columns, BLOCK):
+        place = begin + lanes
+        x = tl.load(start + place, mask=place < columns, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(top - higher) + tl.exp(x - higher)
+        top = higher
+    total_sum = tl.sum(total, 0)
+    counts = target != ignore
+    chosen = tl.where(counts, target, 0)
+    right = tl.load(start + chosen).to(tl.float32)
+    loss = tl.log(total_sum) + (top - right)
+    tl.store(losses + row, tl.where(counts, loss, 0.0))
+    weight = tl.where(counts, tl.load(scale), 0.0)
+    share = weight / total_sum
+    # The target's own column is read above before any thread may write it.
+    tl.debug_barrier()
+    for begin in range(0, columns, BLOCK):
+        place = begin + lanes
+        x = tl.load(start + place, mask=place < columns, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(x - top) * share - tl.where(place == chosen, weight, 0.0)
+        tl.store(start + place, gradient.to(logits.dtype.element_ty), mask=place < columns)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_norm(
+    stream, branch, weight, bias, out, mean, rstd, rows, eps,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+):  # fmt: skip
+    """`branch` becomes stream + branch, and `out` its LayerNorm."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    x = tl.load(stream + place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        x += tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
+        narrow = x.to(branch.dtype.element_ty)
+        tl.store(branch + place, narrow, mask=mask)
+        # What the backward pass will read, not what was never stored.
+        x = narrow.to(tl.float32)
+    average = tl.sum(x, 1) / columns
+    apart = tl.where(mask, x - average[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / columns + eps)
+    w = tl.load(weight + column, mask=column < columns, other=0.0)
+    b = tl.load(bias + column, mask=column < columns, other=0.0)
+    y = apart * inverse[:, None] * w[None, :] + b[None, :]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(mean + row, average, mask=row < rows)
+    tl.store(rstd + row, inverse, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def norm_backward(
+    upstream, stream, mean, rstd, weight, beside, parts, rows, each,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BESIDE: tl.constexpr,
+):  # fmt: skip
+    """`upstream` becomes the stream's gradient; `parts` (P, 3, columns) sums for the parameters."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    w = tl.load(weight + column, mask=inside, other=0.0)[None, :]
+    of_weight = tl.zeros((BLOCK,), tl.float32)
+    of_bias = tl.zeros((BLOCK,), tl.float32)
+    of_stream = tl.zeros((BLOCK,), tl.float32)
+    last = tl.minimum(program * each + each, rows)
+    for begin in range(0, each, ROWS):
+        row = program * each + begin + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & inside[None, :]
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(stream + place, mask=mask, other=0.0).to(tl.float32)
+        average = tl.load(mean + row, mask=row < last, other=0.0)[:, None]
+        inverse = tl.load(rstd + row, mask=row < last, other=0.0)[:, None]
+        normal = tl.where(mask, (x - average) * inverse, 0.0)
+        of_weight += tl.sum(dy * normal, 0)
+        of_bias += tl.sum(dy, 0)
+        dy *= w
+        along = tl.sum(dy * normal, 1)[:, None] / columns
+        level = tl.sum(dy, 1)[:, None] / columns
+        dx = (dy - level - normal * along) * inverse
+        if HAS_BESIDE:
+            dx += tl.load(beside + place, mask=mask, other=0.0).to(tl.float32)
+        narrow = dx.to(upstream.dtype.element_ty)
+        tl.store(upstream + place, narrow, mask=mask)
+        of_stream += tl.sum(tl.where(mask, narrow.to(tl.float32), 0.0), 0)
+    own = parts + program.to(tl.int64) * 3 * columns + column
+    tl.store(own, of_weight, mask=inside)
+    tl.store(own + columns, of_bias, mask=inside)
+    tl.store(own + 2 * columns, of_stream, mask=inside)
+
+
+@triton.jit
+def gelu(x, out, count, BLOCK: tl.constexpr):
+    """GELU in its tanh form."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+    # (1 + tanh(a)) / 2 is the logistic function of 2 a.
+    share = 1.0 / (1.0 + tl.exp(-2.0 * inner))
+    tl.store(out + place, (value * share).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def gelu_backward(x, upstream, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """`upstream` becomes the gradient of x, and x its GELU; `parts` (P, columns) column sums."""
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    last = tl.minimum(program * each + each, rows)
+    for begin in range(0, each, ROWS):
+        row = program * each + begin + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & inside[None, :]
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
+        square = value * value
+        inner = 0.7978845608028654 * value * (1.0 + 0.044715 * square)
+        share = 1.0 / (1.0 + tl.exp(-2.0 * inner))
+        slope = 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * square)
+        dx = dy * (share + value * share * (1.0 - share) * slope)
+        narrow = dx.to(upstream.dtype.element_ty)
+        tl.store(upstream + place, narrow, mask=mask)
+        tl.store(x + place, (value * share).to(x.dtype.element_ty), mask=mask)
+        total += tl.sum(narrow.to(tl.float32), 0)
+    tl.store(parts + program.to(tl.int64) * columns + column, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def pack(q, k, v, out, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """`out` (rows, 3 * columns) is q, k and v side by side; `parts` (P, 3 * columns) its sums."""
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    third = tl.program_id(2)
+    source = q
+    if third == 1:
+        source = k
+    if third == 2:
+        source = v
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    last = tl.minimum(program * each + each, rows)
+    for begin in range(0, each, ROWS):
+        row = program * each + begin + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & inside[None, :]
+        far = row.to(tl.int64)[:, None]
+        value = tl.load(source + far * columns + column[None, :], mask=mask, other=0.0)
+        place = far * 3 * columns + third * columns + column[None, :]
+        tl.store(out + place, value, mask=mask)
+        total += tl.sum(value.to(tl.float32), 0)
+    own = parts + program.to(tl.int64) * 3 * columns + third * columns + column
+    tl.store(own, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "columns"])
+def add_parts(parts, out, count, columns, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """`out` (columns) grows by the sum of `parts`, `count` rows `stride` apart."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, count, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        mask = (row < count)[:, None] & inside[None, :]
+        total += tl.sum(
+            tl.load(parts + row[:, None] * stride + column[None, :], mask=mask, other=0.0), 0
+        )
+    tl.store(out + column, tl.load(out + column, mask=inside, other=0.0) + total, mask=inside)

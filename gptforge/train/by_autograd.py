@@ -1,0 +1,89 @@
+"""Loss and gradients of a GPT by autograd: on any device, with dropout, compiled or not."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gptforge.hardware import Kernels, Precision, autocast
+from gptforge.kernels.head import head_loss
+from gptforge.model import GPT, IGNORE
+from gptforge.train.savings import NO_SAVINGS, Savings
+
+
+class ByAutograd:
+    """The plain way, but for the kernels that are chosen; the same calls as `ByHand`.
+
+    Args:
+        model: whose parameters get the gradients.
+        precision: type of the matrix products.
+        kernels: which of ours to use in between.
+        scaler: of the loss, for float16.
+        savings: what to make again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        precision: Precision,
+        kernels: Kernels,
+        *,
+        scaler: torch.amp.GradScaler,
+        savings: Savings = NO_SAVINGS,
+    ) -> None:
+        self.model, self._precision, self._kernels = model, precision, kernels
+        self._scaler, self._savings = scaler, savings
+        self._device = next(model.parameters()).device
+        self._is_apart = kernels.fused_head or savings.loss_chunk > 0
+        self._forward: Callable[[Tensor, Tensor], Tensor] = self._whole
+        if self._is_apart:
+            self._forward = self._with_head_apart(self._hidden)
+
+    def compile(self) -> None:
+        """Run the model compiled from now on. The saved weights' names stay those of the module."""
+        if self._is_apart:
+            self._forward = self._with_head_apart(torch.compile(self._hidden, dynamic=False))
+        else:
+            self._forward = torch.compile(self._whole, dynamic=False)
+
+    def begin(self) -> None:
+        """Before the first micro-batch of an update."""
+
+    def __call__(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """As `ByHand.__call__`."""
+        with autocast(self._device, self._precision):
+            loss = self._forward(idx, targets)
+        self._scaler.scale(loss * scale).backward()
+        return loss.detach()
+
+    def clip(self, longest: float) -> Tensor:
+        """Shorten the gradients if their norm is above `longest`; the norm before that."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return self.model.hidden(x, self._kernels.stream, recompute=self._savings.recompute)
+
+    def _whole(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model.loss(self._hidden(x), y)
+
+    def _with_head_apart(
+        self, hidden: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        chunk = self._savings.loss_chunk
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            h, targets = hidden(x).flatten(0, 1), y.flatten()
+            if not chunk:
+                return self._head(h, targets)
+            pieces = zip(h.split(chunk), targets.split(chunk), strict=True)
+            losses = [checkpoint(self._head, *piece, use_reentrant=False) for piece in pieces]
+            return torch.stack(losses).sum()
+
+        return loss
+
+    def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self._kernels.fused_head:
+            table = self.model.lm_head.weight
+            return head_loss(hidden.to(self._precision.dtype), table, targets, IGNORE)
+        return self.model.loss(hidden, targets)

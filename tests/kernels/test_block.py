@@ -1,0 +1,100 @@
+"""The pieces of a block against autograd in double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptforge.kernels.block import add_norm, gelu, gelu_backward, norm_backward, pack
+
+SHAPES = [(5, 32), (64, 48), (1000, 384), (70, 768), (33, 1600)]
+
+
+@pytest.fixture
+def place(device: torch.device) -> str:
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    return device.type
+
+
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+def narrow(*shape: int, place: str) -> torch.Tensor:
+    return torch.randn(*shape, device=place).bfloat16()
+
+
+@pytest.mark.parametrize("has_branch", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_add_norm_is_the_sum_and_its_layer_norm(place, rows, columns, has_branch) -> None:
+    torch.manual_seed(rows)
+    stream = narrow(rows, columns, place=place)
+    branch = narrow(rows, columns, place=place) if has_branch else None
+    weight, bias = (torch.randn(columns, device=place) for _ in range(2))
+    total = stream.double() if branch is None else stream.double() + branch.double()
+    out, norm = add_norm(stream, branch, weight, bias)
+    expected = F.layer_norm(total, (columns,), weight.double(), bias.double())
+    assert distance(out, expected) < 1e-2
+    assert distance(norm.stream, total) < 5e-3
+    assert out.dtype == norm.stream.dtype == torch.bfloat16
+    assert norm.stream is (stream if branch is None else branch)
+
+
+@pytest.mark.parametrize("has_beside", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_norm_backward_is_the_gradient_and_adds_the_vectors(
+    place, rows, columns, has_beside
+) -> None:
+    torch.manual_seed(rows)
+    stream, upstream, beside = (narrow(rows, columns, place=place) for _ in range(3))
+    weight, bias = (torch.randn(columns, device=place) for _ in range(2))
+    _, norm = add_norm(stream, None, weight, bias)
+    exact = [x.double().requires_grad_() for x in (stream, weight, bias)]
+    F.layer_norm(exact[0], (columns,), *exact[1:]).backward(upstream.double())
+    to_stream = exact[0].grad + beside.double() if has_beside else exact[0].grad
+
+    before = torch.randn(3 * columns, device=place)
+    sums = before.clone()
+    out = norm_backward(upstream, norm, weight, beside if has_beside else None, sums)
+    grown = (sums - before).split(columns)
+    assert out is upstream
+    assert distance(out, to_stream) < 1e-2
+    assert distance(grown[0], exact[1].grad) < 1e-3
+    assert distance(grown[1], exact[2].grad) < 1e-3
+    assert distance(grown[2], out.double().sum(0)) < 1e-3
+    # Room for two sums only: there is no bias in front.
+    fewer = torch.zeros(2 * columns, device=place)
+    norm_backward(narrow(rows, columns, place=place), norm, weight, None, fewer)
+    assert fewer.all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_gelu_and_its_way_back(place, rows, columns) -> None:
+    torch.manual_seed(rows)
+    x, upstream = (narrow(rows, columns, place=place) * 2 for _ in range(2))
+    exact = x.double().requires_grad_()
+    expected = F.gelu(exact, approximate="tanh")
+    expected.backward(upstream.double())
+    assert distance(gelu(x), expected.detach()) < 5e-3
+    sums = torch.ones(columns, device=place)
+    gradient, again = gelu_backward(x, upstream, sums)
+    assert gradient is upstream and again is x
+    assert distance(again, expected.detach()) < 5e-3
+    assert distance(gradient, exact.grad) < 1e-2
+    assert distance(sums - 1, gradient.double().sum(0)) < 1e-3
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_pack_puts_three_side_by_side_and_adds_them_up(place, rows, columns) -> None:
+    parts = [narrow(rows, columns, place=place) for _ in range(3)]
+    sums = torch.ones(3 * columns, device=place)
+    out = pack(*parts, sums)
+    assert torch.equal(out, torch.cat(parts, 1))
+    assert distance(sums - 1, out.double().sum(0)) < 1e-3
+
+
+def test_numbers_far_out_stay_finite(place) -> None:
+    x = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=place).bfloat16()
+    torch.testing.assert_close(gelu(x), x.clamp(min=0))
+    gradient, _ = gelu_backward(x, torch.ones_like(x), torch.zeros(5, device=place))
+    torch.testing.assert_close(gradient.float(), torch.tensor([[0, 0, 0.5, 1, 1]], device=place))

@@ -1,0 +1,111 @@
+"""The gradients written out against autograd."""
+
+import copy
+
+import pytest
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.model import GPT, IGNORE
+from gptforge.train.by_hand import ByHand
+from gptforge.train.replay import Replay
+from gptforge.train.savings import Savings
+
+SHAPE = GPTConfig(
+    block_size=24, vocab_size=71, n_layer=3, n_head=4, n_embd=32, mlp_ratio=4, dropout=0.0
+)
+
+
+def model_and_batch(device: torch.device) -> tuple[GPT, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    model = GPT(SHAPE).initialize()
+    for parameter in model.parameters():
+        # Away from the zeros and ones that biases and norms begin with.
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    idx, targets = torch.randint(0, 71, (2, 6, 16))
+    targets[0, :5] = IGNORE
+    return model.to(device), idx.to(device), targets.to(device)
+
+
+def worst(model: GPT, reference: GPT) -> tuple[float, str]:
+    return max(
+        (float((p.grad.double() - q.grad).norm() / q.grad.norm()), name)
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("savings", [Savings(), Savings(recompute=True), Savings(loss_chunk=10)])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_gradients_are_those_of_autograd_and_add_up(dtype, close, savings, device) -> None:
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    model, idx, targets = model_and_batch(device)
+    reference = copy.deepcopy(model).double()
+    expected = reference(idx, targets)
+    (expected * 0.25).backward()
+    if dtype == torch.float64:
+        if device.type == "cuda":
+            pytest.skip("the kernels sum in float32")
+        model = model.double()
+    by_hand = ByHand(model, dtype, savings=savings)
+    by_hand.begin()
+    loss = by_hand(idx[:2], targets[:2], 0.25) + by_hand(idx[2:], targets[2:], 0.25)
+    # The reference takes its logits to float32, as the loss does everywhere.
+    torch.testing.assert_close(loss.double(), expected.detach().double(), rtol=close, atol=0)
+    distance, name = worst(model, reference)
+    # TF32 is let in where float32 meets a GPU's matrix units.
+    limit = 1e-2 if device.type == "cuda" and dtype == torch.float32 else close
+    assert distance < limit, name
+
+
+def test_a_new_update_begins_at_zero_and_with_the_weights_as_they_are(device) -> None:
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    model, idx, targets = model_and_batch(device)
+    by_hand = ByHand(model, torch.bfloat16)
+    by_hand.begin()
+    by_hand(idx, targets, 1.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    by_hand.begin()
+    loss = by_hand(idx, targets, 1.0)
+    got = [p.grad.clone() for p in model.parameters()]
+    fresh = ByHand(model, torch.bfloat16)
+    fresh.begin()
+    torch.testing.assert_close(fresh(idx, targets, 1.0), loss)
+    for gradient, parameter in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("longest", [1e-3, 1e3, float("inf")])
+def test_clipping_is_that_of_torch(longest) -> None:
+    model, idx, targets = model_and_batch(torch.device("cpu"))
+    reference = copy.deepcopy(model)
+    by_hand = ByHand(model, torch.float32)
+    by_hand.begin()
+    by_hand(idx, targets, 1.0)
+    reference(idx, targets).backward()
+    expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), longest)
+    torch.testing.assert_close(by_hand.clip(longest), expected)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_recording_computes_what_it_recorded(device) -> None:
+    if device.type == "cpu":
+        pytest.skip("for GPUs")
+    pytest.importorskip("triton")
+    model, idx, targets = model_and_batch(device)
+    by_hand = ByHand(model, torch.bfloat16)
+    by_hand.begin()
+    expected = [by_hand(idx, targets, 0.5), by_hand(targets.clamp(0), idx, 0.5)]
+    gradients = by_hand.gradients.flat.clone()
+    replay = Replay(by_hand)
+    for _ in range(3):
+        replay.begin()
+        losses = [replay(idx, targets, 0.5), replay(targets.clamp(0), idx, 0.5)]
+        torch.testing.assert_close(losses, expected)
+        torch.testing.assert_close(by_hand.gradients.flat, gradients, rtol=1e-3, atol=1e-4)
