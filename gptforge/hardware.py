@@ -119,7 +119,12 @@ PLAIN = Kernels()
 
 
 def choose_kernels(
-    device: torch.device, precision: Precision, *, dropout: float = 0.0, compile_flag: str = "auto"
+    device: torch.device,
+    precision: Precision,
+    *,
+    compile_flag: str = "auto",
+    dropout: float = 0.0,
+    recompute: bool = False,
 ) -> Kernels:
     """The fastest that were measured on this kind of device."""
     if precision.dtype != torch.bfloat16 or device.type not in ("cpu", "cuda"):
@@ -128,7 +133,7 @@ def choose_kernels(
         return Kernels(fused_head=True, stream=torch.bfloat16)
     if torch.version.hip:
         return PLAIN
-    by_hand = dropout == 0 and compile_flag != "true"
+    by_hand = compile_flag != "true" and not (dropout and recompute)
     return Kernels(by_hand=by_hand, fused_head=True, stream=torch.bfloat16)
 
 

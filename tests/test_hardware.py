@@ -126,7 +126,8 @@ def test_an_update_is_written_out_where_that_is_fast_and_covers_the_model(monkey
     bf16 = Precision(torch.bfloat16, "")
     monkeypatch.setattr(torch.version, "hip", None)
     assert choose_kernels(CUDA, bf16).by_hand
-    assert not choose_kernels(CUDA, bf16, dropout=0.1).by_hand
+    assert choose_kernels(CUDA, bf16, dropout=0.1).by_hand
+    assert not choose_kernels(CUDA, bf16, dropout=0.1, recompute=True).by_hand
     assert not choose_kernels(CUDA, bf16, compile_flag="true").by_hand
     assert not choose_kernels(CPU, bf16).by_hand
     assert choose_kernels(torch.device("mps"), bf16) == PLAIN

@@ -53,7 +53,11 @@ def train_step(
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
         kernels=choose_kernels(
-            device, precision, dropout=config.dropout, compile_flag=config.compile
+            device,
+            precision,
+            compile_flag=config.compile,
+            dropout=config.dropout,
+            recompute=config.activation_checkpointing,
         ),
         savings=Savings(config.activation_checkpointing, config.loss_chunk),
         may_shrink=not by_hand,

@@ -87,30 +87,41 @@ class _Kept(NamedTuple):
     norm_2: Norm
     normal_2: Tensor
     inner: Tensor
+    dropped_1: Tensor | None
+    dropped_2: Tensor | None
 
 
 class _Block:
     """A transformer block. `before` is the bias of what the block in front of it adds last."""
 
+    sums_1: Tensor
+    sums_2: Tensor
+    """Where the gradients of `vectors_1` and `vectors_2` are added up."""
+
     def __init__(self, block: Block, before: Tensor | None, dtype: torch.dtype) -> None:
-        self.n_head = block.attn.n_head
+        self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         self.c_attn = _Linear(block.attn.c_attn, dtype)
         self.mix = _Linear(block.attn.c_proj, dtype)
         self.c_fc = _Linear(block.mlp.c_fc, dtype)
         self.c_proj = _Linear(block.mlp.c_proj, dtype)
         self.linears = (self.c_attn, self.mix, self.c_fc, self.c_proj)
-        # Whatever is added to the stream has the stream's gradient, and so has its bias.
         self.vectors_1: list[Tensor] = [self.ln_1.weight, self.ln_1.bias]
-        if before is not None:
-            self.vectors_1.append(before)
-        self.vectors_2: list[Tensor] = [self.ln_2.weight, self.ln_2.bias, self.mix.bias]
+        self.vectors_2: list[Tensor] = [self.ln_2.weight, self.ln_2.bias]
+        # Whatever is added to the stream has the stream's gradient, and so has its bias: unless
+        # dropout comes in between.
+        self.apart: list[Tensor] = [self.mix.bias, self.c_proj.bias] if self.dropout else []
+        if not self.dropout:
+            self.vectors_2.append(self.mix.bias)
+            if before is not None:
+                self.vectors_1.append(before)
 
     def groups(self) -> list[list[Tensor]]:
         """The parameters in the order in which their gradients are made."""
         return [
             [self.c_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.vectors_2,
             [self.mix.weight], [self.c_attn.bias], [self.c_attn.weight], self.vectors_1,
+            *([bias] for bias in self.apart),
         ]  # fmt: skip
 
     def forward(self, stream: Tensor, branch: Tensor | None, length: int) -> tuple[Tensor, _Kept]:
@@ -120,31 +131,37 @@ class _Block:
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
         # torch picks the kernel, and its autograd knows that kernel's way back.
         with torch.enable_grad():
-            mixed = attend(q, k, v, 0.0)
-        branch = self.mix.forward(_rows(mixed.detach()))
+            mixed = attend(q, k, v, self.dropout)
+        branch, dropped_1 = _drop(self.mix.forward(_rows(mixed.detach())), self.dropout)
         normal_2, norm_2 = add_norm(norm_1.stream, branch, self.ln_2.weight, self.ln_2.bias)
         inner = self.c_fc.forward(normal_2)  # (N, 4 C)
-        branch = self.c_proj.forward(gelu(inner))
-        return branch, _Kept(norm_1, normal_1, q, k, v, mixed, norm_2, normal_2, inner)
-
-    def backward(self, upstream: Tensor, kept: _Kept, gradients: Gradients) -> Tensor:
-        """From the gradient of the stream behind the block (N, C) to that before it."""
-        side_by_side = gradients.side_by_side
-        wide = upstream @ self.c_proj.narrow  # (N, 4 C)
-        wide, activated = gelu_backward(kept.inner, wide, side_by_side(self.c_fc.bias))
-        _add_product(self.c_proj.weight, upstream, activated)
-        narrow = self.c_fc.backward(kept.normal_2, wide)
-        upstream = norm_backward(
-            narrow, kept.norm_2, self.ln_2.weight, upstream, side_by_side(*self.vectors_2)
+        branch, dropped_2 = _drop(self.c_proj.forward(gelu(inner)), self.dropout)
+        return branch, _Kept(
+            norm_1, normal_1, q, k, v, mixed, norm_2, normal_2, inner, dropped_1, dropped_2
         )
-        narrow = self.mix.backward(_rows(kept.mixed.detach()), upstream)
+
+    def backward(self, upstream: Tensor, kept: _Kept) -> Tensor:
+        """From the gradient of the stream behind the block (N, C) to that before it."""
+        to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj.bias)
+        wide = to_branch @ self.c_proj.narrow  # (N, 4 C)
+        wide, activated = gelu_backward(kept.inner, wide, _gradient(self.c_fc.bias))
+        _add_product(self.c_proj.weight, to_branch, activated)
+        narrow = self.c_fc.backward(kept.normal_2, wide)
+        upstream = norm_backward(narrow, kept.norm_2, self.ln_2.weight, upstream, self.sums_2)
+        to_branch = self._undrop(upstream, kept.dropped_1, self.mix.bias)
+        narrow = self.mix.backward(_rows(kept.mixed.detach()), to_branch)
         outs = torch.autograd.grad(kept.mixed, (kept.q, kept.k, kept.v), _heads(narrow, kept.q))
         to_q, to_k, to_v = (_rows(x) for x in outs)
-        wide = pack(to_q, to_k, to_v, side_by_side(self.c_attn.bias))  # (N, 3 C)
+        wide = pack(to_q, to_k, to_v, _gradient(self.c_attn.bias))  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
-        return norm_backward(
-            narrow, kept.norm_1, self.ln_1.weight, upstream, side_by_side(*self.vectors_1)
-        )
+        return norm_backward(narrow, kept.norm_1, self.ln_1.weight, upstream, self.sums_1)
+
+    def _undrop(self, upstream: Tensor, dropped: Tensor | None, bias: Tensor) -> Tensor:
+        if dropped is None:
+            return upstream
+        upstream = _drop_backward(upstream, dropped, self.dropout)
+        _gradient(bias).add_(upstream.sum(0, dtype=bias.dtype))
+        return upstream
 
     @property
     def _head_size(self) -> int:
@@ -155,13 +172,15 @@ class ByHand:
     """A GPT's loss and gradients, computed in `dtype` from its float32 weights.
 
     Args:
-        model: whose parameters get the gradients. It must not use dropout.
+        model: whose parameters get the gradients.
         dtype: of the products and of the residual stream.
         savings: what to make again on the way back.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, *, savings: Savings = NO_SAVINGS) -> None:
-        assert model.config.dropout == 0, "not written out here"
+        self._dropout = model.config.dropout
+        # What is made again would be dropped anew.
+        assert not (self._dropout and savings.recompute), "not written out here"
         self.model, self._dtype = model, dtype
         self._recompute = savings.recompute
         self._head_tokens = savings.loss_chunk or HEAD_TOKENS
@@ -177,10 +196,16 @@ class ByHand:
             self._blocks.append(_Block(block, before, dtype))
             before = block.mlp.c_proj.bias
         assert before is not None
-        self._vectors: list[Tensor] = [ln_f.weight, ln_f.bias, before]
+        self._vectors: list[Tensor] = [ln_f.weight, ln_f.bias]
+        if not self._dropout:
+            self._vectors.append(before)
         self._table = torch.empty_like(self._wte, dtype=dtype, requires_grad=False)  # (V, C)
         groups = [group for block in reversed(self._blocks) for group in block.groups()]
         self.gradients = Gradients([self._vectors, *groups, [self._wpe], [self._wte]])
+        self._sums = self.gradients.side_by_side(*self._vectors)
+        for one in self._blocks:
+            one.sums_1 = self.gradients.side_by_side(*one.vectors_1)
+            one.sums_2 = self.gradients.side_by_side(*one.vectors_2)
         linears = [linear for block in self._blocks for linear in block.linears]
         self._narrow = [self._table, *(x for m in linears for x in (m.narrow, m.narrow_bias))]
         self._wide = [self._wte, *(x for m in linears for x in (m.weight, m.bias))]
@@ -203,7 +228,8 @@ class ByHand:
         """
         count, length = idx.shape
         x = F.embedding(idx, self._wte) + self._wpe[:length]  # (B, T, C)
-        stream, branch = x.to(self._dtype).flatten(0, 1), None  # (N, C)
+        x, dropped = _drop(x.flatten(0, 1), self._dropout)
+        stream, branch = x.to(self._dtype), None  # (N, C)
         kept: list[_Kept | Tensor] = []
         for block in self._blocks:
             branch, everything = block.forward(stream, branch, length)
@@ -212,16 +238,16 @@ class ByHand:
             del everything
         normal, norm = add_norm(stream, branch, self._ln_f.weight, self._ln_f.bias)
         loss, upstream = self._head(normal, targets.flatten(), scale)
-        upstream = norm_backward(
-            upstream, norm, self._ln_f.weight, None, self.gradients.side_by_side(*self._vectors)
-        )
+        upstream = norm_backward(upstream, norm, self._ln_f.weight, None, self._sums)
         for block in reversed(self._blocks):
             one = kept.pop()
             if isinstance(one, Tensor):
                 _, one = block.forward(one, None, length)
-            upstream = block.backward(upstream, one, self.gradients)
+            upstream = block.backward(upstream, one)
             del one
         wide = upstream.to(self._wte.dtype)
+        if dropped is not None:
+            wide = _drop_backward(wide, dropped, self._dropout)
         _gradient(self._wpe)[:length] += wide.view(count, length, -1).sum(0)
         _gradient(self._wte).index_add_(0, idx.flatten(), wide)
         return loss
@@ -247,6 +273,16 @@ class ByHand:
             _add_product(self._wte, logits, normal[piece])
             del logits
         return torch.stack(losses).sum(), upstream
+
+
+def _drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """x with some of it dropped, and what was not."""
+    return torch.native_dropout(x, dropout, True) if dropout else (x, None)
+
+
+def _drop_backward(upstream: Tensor, dropped: Tensor, dropout: float) -> Tensor:
+    result: Tensor = torch.ops.aten.native_dropout_backward(upstream, dropped, 1 / (1 - dropout))
+    return result
 
 
 def _gradient(parameter: Tensor) -> Tensor:

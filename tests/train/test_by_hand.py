@@ -1,9 +1,11 @@
 """The gradients written out against autograd."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gptforge.config import GPTConfig
 from gptforge.model import GPT, IGNORE
@@ -78,6 +80,45 @@ def test_a_new_update_begins_at_zero_and_with_the_weights_as_they_are(device) ->
     torch.testing.assert_close(fresh(idx, targets, 1.0), loss)
     for gradient, parameter in zip(got, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_dropped_on_the_way_there_is_dropped_on_the_way_back(monkeypatch) -> None:
+    """With the same dice for both: the masks follow from how many were thrown before."""
+    model, idx, targets = model_and_batch(torch.device("cpu"))
+    model = GPT(dataclasses.replace(SHAPE, dropout=0.25)).requires_grad_()
+    model.initialize(torch.Generator().manual_seed(0))
+    model.train()
+    thrown = [0]
+
+    def mask(x: torch.Tensor) -> torch.Tensor:
+        thrown[0] += 1
+        dice = torch.Generator().manual_seed(thrown[0])
+        return (torch.rand(x.numel(), generator=dice) < 0.75).view_as(x)
+
+    def dropout(x: torch.Tensor, *_: object) -> torch.Tensor:
+        return x * mask(x) / 0.75
+
+    def native_dropout(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = mask(x)
+        return x * kept / 0.75, kept
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: float) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(torch, "native_dropout", native_dropout)
+    monkeypatch.setattr("gptforge.model.attend", attend)
+    monkeypatch.setattr("gptforge.train.by_hand.attend", attend)
+    reference = copy.deepcopy(model)
+    expected = reference(idx, targets)
+    expected.backward()
+    assert thrown == [1 + 2 * 3]
+    thrown[0] = 0
+    by_hand = ByHand(model, torch.float32)
+    by_hand.begin()
+    torch.testing.assert_close(by_hand(idx, targets, 1.0), expected.detach())
+    distance, name = worst(model, reference)
+    assert distance < 1e-5, name
 
 
 @pytest.mark.parametrize("longest", [1e-3, 1e3, float("inf")])
