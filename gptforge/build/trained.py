@@ -1,8 +1,13 @@
 """From a run on the disk back to a model that writes."""
 
+import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
+from gptforge import costs
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.data.text import find_text, read_text, split_text
@@ -13,13 +18,24 @@ from gptforge.hardware import choose_device, choose_precision
 from gptforge.model import GPT
 from gptforge.tokenizers import byte_lengths
 
+SMALL = 30_000_000
+"""Parameters below which a CPU writes faster in float32: the weights fit its caches anyway."""
 
-def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
+
+def load(
+    run: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> LanguageModel:
     """The model that a run made, ready to write.
 
     Args:
         run: a run folder (its best checkpoint is taken, else its last) or a checkpoint folder.
         device: auto, cpu, cuda, cuda:N or mps.
+        dtype: type to write in: auto, float32, bfloat16 or float16. Logits are always float32.
+        say: told what should be known while writing; None: standard error is.
 
     Raises:
         UserError: if there is no checkpoint there, or it is damaged.
@@ -35,7 +51,26 @@ def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
     model = GPT(config.model)
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
     load_model_tensors(model, tensors, source=path.as_posix())
-    return LanguageModel(model.to(choose_device(device)[0]).eval(), tokenizer)
+    place, _ = choose_device(device)
+    return LanguageModel(
+        model.to(place).eval(),
+        tokenizer,
+        dtype=_writing_dtype(dtype, place, costs.parameters(config.model)),
+        captured=True,
+        say=say or _say,
+    )
+
+
+def _writing_dtype(flag: str, device: torch.device, parameters: int) -> torch.dtype:
+    if flag not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {flag}: give auto, float32, bfloat16 or float16")
+    if flag == "auto" and device.type == "cpu" and parameters < SMALL:
+        return torch.float32
+    return choose_precision(flag, device).dtype
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:
