@@ -17,6 +17,8 @@ from typing import Annotated
 
 import tyro
 
+from gptforge.commands.demo import demo
+from gptforge.commands.export import export, import_
 from gptforge.commands.sample import sample
 from gptforge.config import Config
 from gptforge.errors import RunError, UserError
@@ -147,6 +149,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "export": export,
+    "import": import_,
+    "demo": demo,
 }
 
 

@@ -105,7 +105,7 @@ class Session:
         return self.chosen[:, first:last].cpu(), self.logprobs[:, first:last].cpu()
 
     def _advance(self, visible: int, *, padded: bool) -> None:
-        """One step that looks at the first `visible` slots; `padded` masks what is behind `slot`."""
+        """One step that looks at the first `visible` slots, masked if padded or not all used."""
         mask = None
         if padded:
             slots = self._all_slots[None, :visible]
