@@ -17,37 +17,14 @@ from typing import Annotated
 
 import tyro
 
+from gptforge.commands.demo import demo
+from gptforge.commands.export import export, import_
+from gptforge.commands.sample import sample
 from gptforge.config import Config
 from gptforge.errors import RunError, UserError
 from gptforge.flags import parse, parse_train, spell_out_booleans, with_preset
 
 MISTAKE, FAILURE = 2, 1
-
-
-@dataclass(frozen=True)
-class SampleArgs:
-    """Write with a trained model: the prompt and its continuation go to standard output."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run folder or checkpoint folder."""
-    prompt: str = ""
-    """Text to go on from."""
-    max_new_tokens: int = 300
-    """Tokens to write."""
-    temperature: float = 0.8
-    """Below 1 tamer, above 1 wilder; 0: always the likeliest token."""
-    top_k: int = 200
-    """Draw among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this much probability."""
-    stop: str = ""
-    """End before this text."""
-    seed: int = 1337
-    """The same seed writes the same text."""
-    num_samples: int = 1
-    """Texts to write, with seeds that follow each other."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
 
 
 @dataclass(frozen=True)
@@ -145,34 +122,6 @@ def train(args: list[str]) -> int:
     return EXIT_CODES[reason]
 
 
-def sample(args: list[str]) -> int:
-    """`gptforge sample RUN`: write with a trained model."""
-    asked = parse(SampleArgs, args, "gptforge sample")
-    if asked.num_samples < 1:
-        raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
-    from gptforge.build import load
-
-    writer = load(asked.run, device=asked.device)
-    for number in range(asked.num_samples):
-        if number:
-            print("---")
-        pieces = writer.stream(
-            asked.prompt,
-            asked.max_new_tokens,
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            stop=[asked.stop],
-            seed=asked.seed + number,
-        )
-        # Only now: what is wrong with the settings or the prompt has been said.
-        print(asked.prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-    return 0
-
-
 def evaluate(args: list[str]) -> int:
     """`gptforge eval RUN`: judge a trained model by held-out text."""
     asked = parse(EvalArgs, args, "gptforge eval")
@@ -200,6 +149,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "export": export,
+    "import": import_,
+    "demo": demo,
 }
 
 

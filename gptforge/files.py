@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from gptforge.errors import UserError
+
 SMALL = 16 * 2**20
 """Bytes: ten times the largest text file in a checkpoint, GPT-2's merge list."""
 
@@ -29,6 +31,27 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder beside `path`, which becomes `path` when the block ends well.
+
+    Raises:
+        UserError: if something is there already.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
+    partial = path.with_name(f".{path.name}.partial")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        remove(path)
+        partial.replace(path)
+        sync_folder(path.parent)
+    finally:
+        remove(partial)
 
 
 def sync(path: Path) -> None:

@@ -24,13 +24,27 @@ ROOMS = [
         "tokenizers",
         "data",
     ),
-    *("optim", "checkpoint", "report", "generate", "evaluate", "train", "build", "flags", "cli"),
+    *(
+        "optim",
+        "checkpoint",
+        "report",
+        "generate",
+        "evaluate",
+        "convert",
+        "train",
+        "build",
+        "demo",
+        "flags",
+    ),
+    *("commands", "cli"),
     "__main__",
 ]
 
 # Optional, or slow to load: only inside the function that uses them.
-LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "wandb", "tensorboard"}
-NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "cli", "__main__", "__init__"}
+LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf"}
+LAZY |= {"wandb", "tensorboard"}
+NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "commands", "cli"}
+NO_TORCH |= {"__main__", "__init__"}
 
 
 def modules() -> list[Path]:

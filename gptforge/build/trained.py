@@ -1,41 +1,87 @@
 """From a run on the disk back to a model that writes."""
 
+import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
+from gptforge import costs
 from gptforge.checkpoint import store as checkpoints
-from gptforge.checkpoint.tensors import load_model_tensors
+from gptforge.config import Config
+from gptforge.convert.hf import is_hf, read_hf
+from gptforge.convert.parts import Parts, fitted
 from gptforge.data.text import find_text, read_text, split_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import choose_device, choose_precision
-from gptforge.model import GPT
 from gptforge.tokenizers import byte_lengths
 
+SMALL = 30_000_000
+"""Parameters below which a CPU writes faster in float32: the weights fit its caches anyway."""
 
-def load(run: str | Path, *, device: str = "auto") -> LanguageModel:
+
+def load(
+    run: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> LanguageModel:
     """The model that a run made, ready to write.
 
     Args:
-        run: a run folder (its best checkpoint is taken, else its last) or a checkpoint folder.
+        run: a run folder (its best checkpoint is taken, else its last), a checkpoint folder, or a
+            folder that transformers or `export --to hf` wrote.
         device: auto, cpu, cuda, cuda:N or mps.
+        dtype: type to write in: auto, float32, bfloat16 or float16. Logits are always float32.
+        say: told what should be known while writing; None: standard error is.
 
     Raises:
         UserError: if there is no checkpoint there, or it is damaged.
     """
+    parts = open_parts(run)
+    place, _ = choose_device(device)
+    return LanguageModel(
+        parts.model().to(place),
+        parts.tokenizer,
+        dtype=_writing_dtype(dtype, place, costs.parameters(parts.config)),
+        captured=True,
+        say=say or _say,
+    )
+
+
+def open_parts(run: str | Path) -> Parts:
+    """Shape, weights and tokenizer of a run, a checkpoint or an exported model.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    if is_hf(Path(run)):
+        return read_hf(Path(run))
     path = checkpoints.resolve(str(run))
-    wanted = (checkpoints.MODEL, checkpoints.TOKENIZER, checkpoints.CONFIG)
-    if reason := checkpoints.damage(path, wanted):
+    if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
         raise UserError(f"{path.as_posix()} is damaged: {reason}; give another checkpoint folder")
     config = checkpoints.read_config(path)
     tokenizer = checkpoints.read_tokenizer(path)
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the model has rows")
-    model = GPT(config.model)
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
-    load_model_tensors(model, tensors, source=path.as_posix())
-    return LanguageModel(model.to(choose_device(device)[0]).eval(), tokenizer)
+    return Parts(config.model, fitted(tensors, config.model, source=path.as_posix()), tokenizer)
+
+
+def _writing_dtype(flag: str, device: torch.device, parameters: int) -> torch.dtype:
+    if flag not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {flag}: give auto, float32, bfloat16 or float16")
+    if flag == "auto" and device.type == "cpu" and parameters < SMALL:
+        return torch.float32
+    return choose_precision(flag, device).dtype
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:
@@ -45,7 +91,14 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
         UserError: if there is no model or no such text, or the run held nothing out.
     """
     writer = load(run, device=device)
-    config = checkpoints.read_config(checkpoints.resolve(str(run)))
+    if is_hf(Path(run)):
+        if not data:
+            raise UserError(
+                f"{run} does not say what it was held back from: give a text with --data"
+            )
+        config = Config(context_length=writer.model.config.block_size)
+    else:
+        config = checkpoints.read_config(checkpoints.resolve(str(run)))
     if not data and not Path(config.input).is_file():
         raise UserError(
             f"the text that {run} learned, {config.input}, is not here: give a text with --data"

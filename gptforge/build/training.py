@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from gptforge import __version__, costs, files
+from gptforge.build.exported import imported
 from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
@@ -63,7 +64,7 @@ def build_trainer(
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
-    config = _start_from(config, given)
+    config = _start_from(config, given, say)
     check(config)
     device, device_note = choose_device(config.device)
     precision = choose_precision(config.dtype, device)
@@ -132,14 +133,15 @@ def build_trainer(
     )
 
 
-def _start_from(config: Config, given: Collection[str]) -> Config:
+def _start_from(config: Config, given: Collection[str], say: Say) -> Config:
     """With `--init_from`, shape and tokenizer are the checkpoint's, unless set by hand."""
     if not config.init_from:
         return config
+    config = dataclasses.replace(config, init_from=imported(config.init_from, say=say))
     # A run that was begun this way has a tokenizer and a shape of its own by now.
     own = CheckpointStore(Path(_out_dir(config)) / "checkpoints").pointed("last")
     path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
-    if reason := checkpoints.damage(path):
+    if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
     source = checkpoints.read_config(path)
     taken = {name: getattr(source, name) for name in SHAPE if name not in given}

@@ -32,6 +32,8 @@ STATE = "state.json"
 TOKENIZER = "tokenizer.json"
 CONFIG = "config.toml"
 CONTENTS = (MODEL, OPTIMIZER, GENERATORS, STATE, TOKENIZER, CONFIG)
+TO_WRITE_WITH = (MODEL, TOKENIZER, CONFIG)
+"""What is needed to use a model; the rest is needed to go on training it."""
 
 SPARE_BYTES = 8 * 2**20
 """Room for the logs and the picture beside a checkpoint."""
@@ -171,6 +173,14 @@ class CheckpointStore:
             files.remove(hidden)
 
 
+def write_model(folder: Path, tensors: Tensors, *, tokenizer: Tokenizer, config: str) -> None:
+    """Fill an empty folder with a checkpoint to write with, or to start from."""
+    written = {MODEL: write_tensors(folder / MODEL, tensors)}
+    (folder / CONFIG).write_text(config, "utf-8")
+    save_tokenizer(tokenizer, folder / TOKENIZER)
+    _write_manifest(folder, written, TO_WRITE_WITH)
+
+
 def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
     """What is wrong with a checkpoint folder, as far as `contents` goes; None if it is whole."""
     try:
@@ -270,9 +280,11 @@ def _kept(store: CheckpointStore) -> str:
     return f"{steps[-1].name} is kept" if steps else "nothing had been saved yet"
 
 
-def _write_manifest(folder: Path, written: Mapping[str, tuple[int, str]]) -> None:
+def _write_manifest(
+    folder: Path, written: Mapping[str, tuple[int, str]], contents: Iterable[str] = CONTENTS
+) -> None:
     listed = {}
-    for name in CONTENTS:
+    for name in contents:
         files.sync(folder / name)
         # What was hashed on its way out is not read again: that would hash the disk's mistakes.
         size, digest = written.get(name) or (

@@ -1,25 +1,80 @@
 """A trained model with its tokenizer: text in, text out."""
 
-import codecs
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
-from gptforge.generate.sampling import pick
+from gptforge.generate.decode import Chosen, Decoder
+from gptforge.generate.engine import Engine
+from gptforge.generate.sampling import Sampling, throw_dice
+from gptforge.generate.streaming import Ending, Unfinished, until
 from gptforge.model import GPT
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
 
 
-class LanguageModel:
-    """What `gptforge.load` gives."""
+@dataclass(frozen=True)
+class Token:
+    """One token that was written."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    id: int
+    text: str
+    """The characters that it completes; empty inside a character of several bytes."""
+    logprob: float
+    """Natural logarithm of the probability that the model gave it, before any sampling setting."""
+    likeliest: tuple[tuple[str, float], ...]
+    """The likeliest tokens there, each with its log probability."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A continuation as a whole."""
+
+    text: str
+    """Without the stop text that ended it."""
+    ids: list[int]
+    """All that were chosen, with those of a stop text."""
+    logprobs: list[float]
+    """As in `Token`, one an id."""
+    ended: Literal["length", "stop"]
+
+
+class LanguageModel:
+    """What `gptforge.load` gives.
+
+    Args:
+        model: any weights, in training or not; they are used as they are at each call.
+        tokenizer: the one it was trained with.
+        dtype: type to write in; None: the model's own. Weights are copied if it is another one.
+        captured: replay steps as CUDA graphs, where there is CUDA.
+        say: told when the window slides.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        dtype: torch.dtype | None = None,
+        captured: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
+        self.say = say
+        self._dtype, self._captured = dtype, captured
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """What writes; made when it is first needed, for it may copy the weights."""
+        engine = Engine(self.model, size=self.tokenizer.size, dtype=self._dtype)
+        return Decoder(engine, captured=self._captured)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -56,17 +111,9 @@ class LanguageModel:
         seed: int | None = None,
     ) -> str:
         """The continuation of `prompt`, in one piece; see `stream`."""
-        return "".join(
-            self.stream(
-                prompt,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                stop=stop,
-                seed=seed,
-            )
-        )
+        sampling = Sampling(temperature, top_k, top_p)
+        [writing] = self.write([prompt], max_new_tokens, sampling, stop=stop, seeds=[seed])
+        return writing.text
 
     def stream(
         self,
@@ -83,7 +130,7 @@ class LanguageModel:
 
         Args:
             prompt: text to go on from; empty starts at a line's beginning.
-            max_new_tokens: tokens to write.
+            max_new_tokens: tokens to write; a model that knows an end-of-text mark may end earlier.
             temperature: below 1 is tamer, above 1 wilder; 0 always takes the likeliest.
             top_k: draw among the k likeliest tokens; 0 among all.
             top_p: draw among the likeliest tokens that hold this much probability; 1 among all.
@@ -93,26 +140,106 @@ class LanguageModel:
         Raises:
             UserError: for settings out of range or a prompt the tokenizer cannot write.
         """
-        _check_settings(max_new_tokens, temperature, top_k, top_p)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise UserError(f"--seed must be 0 or more and below 2**63, not {seed}")
-        ids = self.encode(prompt) if prompt else self._opening()
-        generator = torch.Generator(self.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        pieces = self._pieces(ids, max_new_tokens, temperature, top_k, top_p, generator)
-        return _until(pieces, [text for text in stop if text])
+        sampling = Sampling(temperature, top_k, top_p)
+        chosen = self._chosen([prompt], max_new_tokens, sampling, [seed], None)
+        return until(self._pieces(chosen), stop)
 
-    @torch.inference_mode()
-    def _next_logits(self, ids: list[int]) -> Tensor:
-        """Logits behind the last id, (1, V), on the device."""
-        was_training = self.model.training
-        self.model.eval()
-        logits: Tensor = self.model(torch.tensor([ids], device=self.device))[:, -1]
-        self.model.train(was_training)
-        return logits
+    def write(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(),  # noqa: B008  a frozen value
+        *,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        seeds: Sequence[int | None] | None = None,
+        logprobs: bool = False,
+    ) -> list[Writing]:
+        """Continuations of several prompts at once, which is faster than one after the other.
+
+        What a prompt becomes depends on its own seed, not on its neighbours, as far as products of
+        larger batches round alike.
+
+        Args:
+            prompts: of any lengths; an empty one starts at a line's beginning.
+            max_new_tokens: tokens to write for each.
+            sampling: how tokens are chosen.
+            stop: end before any of these texts.
+            stop_ids: end at any of these tokens, besides an end-of-text mark.
+            seeds: one a prompt; None rolls fresh dice.
+            logprobs: note the probability of each token; else `Writing.logprobs` are empty.
+
+        Raises:
+            UserError: for settings out of range or a prompt the tokenizer cannot write.
+        """
+        seeds = seeds or [None] * len(prompts)
+        if len(seeds) != len(prompts) or not prompts:
+            raise UserError(f"give one seed a prompt: {len(prompts)} prompts, {len(seeds)} seeds")
+        rows = [_Row(self.tokenizer, stop, self._stop_ids(stop_ids)) for _ in prompts]
+        alternatives = 0 if logprobs else None
+        for chosen in self._chosen(prompts, max_new_tokens, sampling, seeds, alternatives):
+            for number, row in enumerate(rows):
+                row.add(chosen.ids[number], chosen.logprobs[number, :, 0].tolist())
+            if all(row.is_ended for row in rows):
+                break
+        return [row.writing(logprobs) for row in rows]
+
+    def tokens(
+        self,
+        prompt: str,
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(),  # noqa: B008  a frozen value
+        *,
+        seed: int | None = None,
+        alternatives: int = 5,
+    ) -> Iterator[Token]:
+        """What is written token by token, with how likely each was and what else might have been.
+
+        Raises:
+            UserError: for settings out of range or a prompt the tokenizer cannot write.
+        """
+        alternatives = min(alternatives, self.tokenizer.size)
+        chosen = self._chosen([prompt], max_new_tokens, sampling, [seed], alternatives)
+        return self._tokens(chosen)
+
+    def _chosen(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seeds: Sequence[int | None],
+        alternatives: int | None,
+    ) -> Iterator[Chosen]:
+        """Checks everything now, not when the first token is asked for."""
+        if max_new_tokens < 0:
+            raise UserError(f"--max_new_tokens must be 0 or more, not {max_new_tokens}")
+        sampling.check()
+        ids = [self.encode(prompt) if prompt else self._opening() for prompt in prompts]
+        dice = throw_dice(seeds, max_new_tokens)
+        return self.decoder.decode(
+            ids, dice, sampling, alternatives=alternatives, on_slide=self._tell_of_sliding
+        )
+
+    def _pieces(self, steps: Iterator[Chosen]) -> Iterator[str]:
+        unfinished, stop_ids = Unfinished(self.tokenizer), self._stop_ids(())
+        for chosen in steps:
+            for token in chosen.ids[0]:
+                if token in stop_ids:
+                    yield unfinished.end()
+                    return
+                yield unfinished.add(token)
+        yield unfinished.end()
+
+    def _tokens(self, steps: Iterator[Chosen]) -> Iterator[Token]:
+        unfinished, stop_ids = Unfinished(self.tokenizer), self._stop_ids(())
+        for chosen in steps:
+            logprobs, likeliest = chosen.logprobs[0].tolist(), chosen.likeliest[0].tolist()
+            for token, known, others in zip(chosen.ids[0], logprobs, likeliest, strict=True):
+                if token in stop_ids:
+                    return
+                texts = [self.decode([other]) for other in others]
+                pairs = tuple(zip(texts, known[1:], strict=True))
+                yield Token(token, unfinished.add(token), known[0], pairs)
 
     def _opening(self) -> list[int]:
         try:
@@ -120,54 +247,46 @@ class LanguageModel:
         except UserError:
             return [0]
 
-    def _pieces(
-        self,
-        ids: list[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        generator: torch.Generator,
-    ) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for _ in range(max_new_tokens):
-            ids = ids[-self.model.config.block_size :]
-            # The rows behind the tokenizer's ids pad the table: they mean nothing.
-            logits = self._next_logits(ids)[:, : self.tokenizer.size]
-            choice = pick(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-            ids.append(int(choice))
-            yield decoder.decode(self.tokenizer.decode_bytes(ids[-1:]))
-        yield decoder.decode(b"", final=True)
+    def _stop_ids(self, more: Sequence[int]) -> set[int]:
+        end_of_text = getattr(self.tokenizer, "end_of_text", None)
+        return {*more} if end_of_text is None else {*more, int(end_of_text)}
+
+    def _tell_of_sliding(self) -> None:
+        self.say(
+            f"note: longer than the model's {self.model.config.block_size} tokens of context: the "
+            "window slides, and what it leaves behind is forgotten"
+        )
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    if max_new_tokens < 0:
-        raise UserError(f"--max_new_tokens must be 0 or more, not {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature must be 0 or more, not {temperature}")
-    if top_k < 0:
-        raise UserError(f"--top_k must be 0 or more, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top_p must be above 0 and at most 1, not {top_p}")
+class _Row:
+    """One sequence of a batch: ids to text, until it ends."""
 
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: set[int]) -> None:
+        self._unfinished, self._ending = Unfinished(tokenizer), Ending(stop)
+        self._stop_ids = stop_ids
+        self._text = ""
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self.is_ended = False
 
-def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pieces up to the first stop text; what may be its beginning is held back until settled."""
-    held = ""
-    reach = max((len(text) for text in stop), default=1) - 1
-    for piece in pieces:
-        held += piece
-        ends = [at + len(text) for text in stop if (at := held.find(text)) >= 0]
-        if ends:
-            # The one that is complete first; of several that end there, the longest.
-            written = held[: min(ends)]
-            yield min((written.removesuffix(text) for text in stop), key=len)
-            return
-        settled = len(held) - reach
-        if settled > 0:
-            yield held[:settled]
-            held = held[settled:]
-    if held:
-        yield held
+    def add(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Take more tokens, up to the one that ends the text."""
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if self.is_ended:
+                return
+            self._ids.append(token)
+            self._logprobs.append(logprob)
+            self.is_ended = token in self._stop_ids
+            if not self.is_ended:
+                self._text += self._ending.add(self._unfinished.add(token))
+                self.is_ended = self._ending.is_reached
+
+    def writing(self, with_logprobs: bool) -> Writing:
+        """What has been written."""
+        if not self._ending.is_reached:
+            # The last bytes may complete a stop text as well.
+            self._text += self._ending.add(self._unfinished.end())
+            self._text += "" if self._ending.is_reached else self._ending.end()
+        is_stopped = self.is_ended or self._ending.is_reached
+        logprobs = self._logprobs if with_logprobs else []
+        return Writing(self._text, self._ids, logprobs, "stop" if is_stopped else "length")

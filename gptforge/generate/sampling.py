@@ -1,53 +1,81 @@
-"""Picking the next token from logits: pure functions of tensors."""
+"""Picking the next token from logits: pure functions of tensors.
 
+The dice are numbers thrown beforehand, so that a seed gives the same draws on every device, in any
+batch, streamed or not, and so that a CUDA graph can hold the whole step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from gptforge.errors import UserError
 
-def pick(
-    logits: Tensor,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one id from each row of logits.
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose among the likely tokens."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest."""
+    top_k: int = 200
+    """Draw among the k likeliest; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the fewest that hold this much probability (Holtzman et al., 2020)."""
+
+    def check(self) -> None:
+        """Raise a UserError that names the setting that is out of range."""
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"--top_k must be 0 or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+
+
+def throw_dice(seeds: Sequence[int | None], count: int) -> Tensor:
+    """Numbers in [0, 1), one row a seed: (len(seeds), count) float32; None throws fresh ones.
+
+    A row depends on its seed alone, and more throws only make it longer.
+    """
+    for seed in seeds:
+        if seed is not None and not 0 <= seed < 2**63:
+            raise UserError(f"--seed must be 0 or more and below 2**63, not {seed}")
+    rows = [np.random.default_rng(seed).random(count, np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def pick(logits: Tensor, dice: Tensor, sampling: Sampling) -> Tensor:
+    """One id for each row of logits.
 
     Args:
         logits: (B, V), ids without a token already cut off.
-        temperature: divides the logits; 0 takes the most likely id.
-        top_k: draw among the k most likely; 0 draws among all.
-        top_p: draw among the fewest ids that hold this much probability; 1 draws among all
-            (Holtzman et al., 2020).
-        generator: where the dice come from.
+        dice: (B,) numbers in [0, 1).
+        sampling: its top-k is applied first, top-p to what that leaves.
 
     Returns:
         (B,) ids.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
+    logits = logits.float()
+    if 0 < sampling.top_k < logits.size(-1):
+        logits, ids = logits.topk(sampling.top_k)
+    elif sampling.top_p < 1:
+        logits, ids = logits.sort(-1, descending=True)
+    else:
+        ids = None
     # From the top down: however small the temperature, the largest stays a number.
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row, minus infinity elsewhere; 0 keeps all."""
-    if k <= 0 or k >= logits.size(-1):
-        return logits
-    kept = torch.full_like(logits, float("-inf"))
-    best = logits.topk(k, dim=-1)
-    return kept.scatter(-1, best.indices, best.values)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest largest logits of each row that hold probability p, minus infinity elsewhere."""
-    if p >= 1:
-        return logits
-    ordered, order = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    # The first one always stays: nothing lies before it.
-    ordered = ordered.masked_fill(before >= max(p, 1e-9), float("-inf"))
-    return torch.empty_like(logits).scatter(-1, order, ordered)
+    logits = logits - logits.amax(-1, keepdim=True)
+    shares = (logits / sampling.temperature).softmax(-1)
+    up_to = shares.cumsum(-1)  # (B, K)
+    last = torch.full_like(dice, up_to.size(-1) - 1, dtype=torch.long)
+    if sampling.top_p < 1:
+        # The first one always stays: nothing lies before it.
+        last = ((up_to - shares) < sampling.top_p).sum(-1).clamp(min=1) - 1
+    whole = up_to.gather(-1, last[:, None]).squeeze(-1)
+    # Where the sum of all shares below passes the dice; rounding may not pass the last one.
+    place = (up_to <= (dice * whole)[:, None]).sum(-1).minimum(last)
+    return place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)

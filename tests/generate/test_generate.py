@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge.errors import UserError
-from gptforge.generate.language_model import LanguageModel, _until
-from gptforge.generate.sampling import keep_top_k, keep_top_p, pick
+from gptforge.generate.language_model import LanguageModel
+from gptforge.generate.streaming import until
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz"
@@ -91,29 +91,4 @@ def test_writing_ends_before_the_first_stop_text(pieces, stop) -> None:
         if found := [text for text in stop if expected.endswith(text)]:
             expected = expected.removesuffix(max(found, key=len))
             break
-    assert "".join(_until(iter(pieces), stop)) == expected
-
-
-def test_the_tamest_temperature_is_greedy() -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert pick(logits, temperature=1e-40, top_k=0, top_p=1.0).tolist() == [1]
-
-
-def test_top_k_keeps_the_k_likeliest() -> None:
-    logits = torch.tensor([[1.0, 5.0, 3.0, 2.0]])
-    assert keep_top_k(logits, 2).isfinite().tolist() == [[False, True, True, False]]
-    assert torch.equal(keep_top_k(logits, 0), logits)
-
-
-def test_top_p_keeps_the_fewest_that_hold_the_probability() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    for p, kept in ((0.4, 1), (0.6, 2), (0.79, 2), (0.9, 3), (1.0, 4), (1e-12, 1)):
-        assert keep_top_p(logits, p).isfinite().sum() == kept, p
-
-
-def test_draws_follow_the_probabilities() -> None:
-    logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(20000, 3)
-    dice = torch.Generator().manual_seed(0)
-    ids = pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=dice)
-    shares = torch.bincount(ids, minlength=3) / 20000
-    torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.02, rtol=0)
+    assert "".join(until(iter(pieces), stop)) == expected

@@ -1,0 +1,177 @@
+"""From a run to a model in another program's form, and from there to a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gptforge import __version__, files
+from gptforge.build.trained import open_parts
+from gptforge.checkpoint import store as checkpoints
+from gptforge.config import Config, check, merge, to_toml
+from gptforge.convert.card import CURVES, Origin, model_card
+from gptforge.convert.extras import require
+from gptforge.convert.gguf import write_gguf
+from gptforge.convert.hf import is_hf, read_hf, write_hf
+from gptforge.convert.nanogpt import read_nanogpt
+from gptforge.convert.parts import Parts
+from gptforge.convert.space import fill_space
+from gptforge.data.text import read_text
+from gptforge.errors import RunError, UserError
+from gptforge.report.metrics import read_history
+from gptforge.tokenizers import Tokenizer, named
+
+Say = Callable[[str], None]
+
+
+def export_hf(run: str, out: Path, *, say: Say) -> None:
+    """Write a folder that transformers loads, after comparing logits."""
+    require("transformers", extra="hf")
+    parts, origin = open_parts(run), origin_of(run)
+    usage = (
+        "```python\nfrom transformers import pipeline\n\n"
+        'write = pipeline("text-generation", model="this/folder")\n'
+        'print(write("Once", max_new_tokens=100)[0]["generated_text"])\n```'
+    )
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": "mit"}
+    card = model_card(parts, origin, title=title_of(run), usage=usage, front=front)
+    with files.new_folder(out) as folder:
+        difference = write_hf(folder, parts, card=card)
+        if origin and origin.curves:
+            (folder / CURVES).write_bytes(origin.curves.read_bytes())
+    say(
+        f"{out.as_posix()}: transformers' logits differ from ours by {difference:.1e} at most, "
+        f"float32"
+    )
+
+
+def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
+    """Write a file that llama.cpp loads, after reading it back and comparing logits."""
+    require("gguf", extra="gguf")
+    parts = open_parts(run)
+    path = out if out.suffix == ".gguf" else out / f"model-{kind}.gguf"
+    if path.exists():
+        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    difference = write_gguf(path, parts, kind=kind, name=title_of(run))
+    say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
+
+
+def export_space(run: str, out: Path, *, say: Say) -> None:
+    """Write a folder that is a whole Hugging Face Space: the page, the program and the model."""
+    parts, origin = open_parts(run), origin_of(run)
+    with files.new_folder(out) as folder:
+        fill_space(folder, parts, origin, title=title_of(run), config=_config_text(parts, origin))
+        back = open_parts(folder)
+        if any(not t.equal(parts.tensors[name]) for name, t in back.tensors.items()):
+            raise RunError("the weights in the Space are not those of the run: it was not kept")
+    say(
+        f"{out.as_posix()}: a Space with the same weights, bit for bit; try it: python app.py there"
+    )
+
+
+def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "", say: Say) -> None:
+    """A model of another program's into a checkpoint folder of ours.
+
+    Args:
+        source: a folder of transformers', nanoGPT's ckpt.pt, or a name on the Hugging Face Hub.
+        out: the new checkpoint folder.
+        tokenizer: as `--tokenizer` of a training; empty: what the source brings along.
+        text: file whose characters are the alphabet of `--tokenizer char`.
+        say: told what came in.
+
+    Raises:
+        UserError: if it is no GPT-2, naming the first thing that does not fit.
+    """
+    given = _given_tokenizer(tokenizer, text)
+    parts = _read(source, given, say)
+    with files.new_folder(out) as folder:
+        config = _config_text(parts, None)
+        tensors = dict(parts.tensors)
+        checkpoints.write_model(folder, tensors, tokenizer=parts.tokenizer, config=config)
+    c = parts.config
+    say(
+        f"{out.as_posix()}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
+        f"{c.block_size} positions, {parts.tokenizer.name} tokenizer with {parts.tokenizer.size:,} "
+        "ids; sample, eval, export and --init_from take it"
+    )
+
+
+def imported(source: str, *, say: Say) -> str:
+    """What `--init_from` takes: a run or checkpoint as it is, else an import made for it."""
+    path = Path(source)
+    looks_ours = path.is_dir() and not is_hf(path)
+    if looks_ours or (not path.exists() and source.count("/") != 1):
+        return source
+    if path.is_file() and path.name in ("best", "last"):
+        return source
+    out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
+    if not out.is_dir():
+        import_model(source, out, say=say)
+    return out.as_posix()
+
+
+def origin_of(run: str) -> Origin | None:
+    """What the run folder around a checkpoint tells; None for a model from elsewhere."""
+    if is_hf(Path(run)):
+        return None
+    path = checkpoints.resolve(run).resolve()
+    step = path.name.removeprefix("step-")
+    folder = path.parent.parent
+    if path.parent.name != "checkpoints" or not step.isdecimal():
+        return None
+    picture = folder / CURVES
+    return Origin(
+        config=checkpoints.read_config(path),
+        step=int(step),
+        history=read_history(folder / "metrics.jsonl"),
+        curves=picture if picture.is_file() else None,
+    )
+
+
+def title_of(run: str) -> str:
+    """A name for a model: that of its run folder."""
+    path = Path(run).resolve()
+    inside = path.parent.name == "checkpoints"
+    return (path.parent.parent if inside else path).name
+
+
+def _config_text(parts: Parts, origin: Origin | None) -> str:
+    if origin:
+        return to_toml(origin.config, {"gptforge": __version__})
+    shape = vars(parts.config) | {"dropout": 0.0}
+    own = {"tokenizer": parts.tokenizer.name, "context_length": parts.config.block_size}
+    config = merge(Config(), {**shape, **own}, source="import")
+    check(config)
+    return to_toml(config, {"gptforge": __version__, "command": "import"})
+
+
+def _given_tokenizer(name: str, text: str) -> Tokenizer | None:
+    if name == "char" and not text:
+        raise UserError("--tokenizer char needs --text: the text whose characters it knows")
+    if text and name != "char":
+        raise UserError("--text goes with --tokenizer char")
+    return named(name, read_text(Path(text)).content if text else "") if name else None
+
+
+def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
+    path = Path(source)
+    if path.is_file():
+        return read_nanogpt(path, tokenizer=tokenizer)
+    if path.is_dir():
+        if not is_hf(path):
+            raise UserError(f"{source} has no config.json: give a folder of transformers'")
+        return read_hf(path, tokenizer=tokenizer)
+    if source.count("/") > 1 or source.startswith((".", "/")) or "\\" in source:
+        raise UserError(f"{source} does not exist")
+    require("huggingface_hub", extra="hf")
+    import huggingface_hub
+
+    say(f"fetching {source} from the Hugging Face Hub")
+    wanted = ["config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json"]
+    try:
+        folder = huggingface_hub.snapshot_download(source, allow_patterns=wanted)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{source} is neither here nor to be had from the Hugging Face Hub: {first}"
+        ) from None
+    return read_hf(Path(folder), tokenizer=tokenizer)

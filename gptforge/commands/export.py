@@ -1,0 +1,83 @@
+"""`gptforge export` and `gptforge import`: out to other programs, and in from them."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gptforge.errors import UserError
+from gptforge.flags import parse
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write a model in another program's form, and check that it says the same."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run folder or checkpoint folder."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """Folder to make; for gguf a file that ends in .gguf, or a folder for it."""
+    to: Literal["hf", "gguf", "space"]
+    """hf: for transformers; gguf: for llama.cpp; space: a Hugging Face Space with the web page."""
+    type: Literal["f32", "f16", "q8_0"] = "f16"
+    """What gguf stores matrices in."""
+    push: str = ""
+    """owner/name: send the folder to the Hugging Face Hub as well (hf and space)."""
+    private: bool = False
+    """Make the repository private, if it is new."""
+
+
+@dataclass(frozen=True)
+class ImportArgs:
+    """Make a checkpoint of another program's GPT-2."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH_OR_ID")]
+    """Folder of transformers', nanoGPT's ckpt.pt, or a name on the Hugging Face Hub."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """Checkpoint folder to make."""
+    tokenizer: str = ""
+    """gpt2, char, byte or a tokenizer.json of ours; empty: what the model brings along."""
+    text: str = ""
+    """With --tokenizer char: the text whose characters it knows."""
+
+
+def export(args: list[str]) -> int:
+    """Parse, write, check, perhaps push; returns the exit code."""
+    asked = parse(ExportArgs, args, "gptforge export")
+    if asked.push and asked.to == "gguf":
+        raise UserError("--push sends folders: use it with --to hf or --to space")
+    from gptforge.build import exported
+    from gptforge.convert.hub import check_name, push
+
+    if asked.push:
+        check_name(asked.push)
+    out = Path(asked.out)
+    if asked.to == "gguf":
+        exported.export_gguf(asked.run, out, kind=asked.type, say=_say)
+        return 0
+    if asked.to == "hf":
+        exported.export_hf(asked.run, out, say=_say)
+        kind: Literal["model", "space"] = "model"
+    else:
+        exported.export_space(asked.run, out, say=_say)
+        kind = "space"
+    if asked.push:
+        print(push(out, asked.push, kind=kind, private=asked.private))
+    return 0
+
+
+def import_(args: list[str]) -> int:
+    """Parse, read, check, write; returns the exit code."""
+    asked = parse(ImportArgs, args, "gptforge import")
+    from gptforge.build.exported import import_model
+
+    import_model(
+        asked.source, Path(asked.out), tokenizer=asked.tokenizer, text=asked.text, say=_say
+    )
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

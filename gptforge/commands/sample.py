@@ -1,0 +1,139 @@
+"""`gptforge sample RUN`: write with a trained model.
+
+Text goes to standard output and nothing else does, so that a pipe gets only that; notes and the
+prompt sign of `--interactive` go to standard error.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gptforge.errors import UserError
+from gptforge.flags import parse
+
+if TYPE_CHECKING:
+    from gptforge.generate.language_model import LanguageModel
+    from gptforge.generate.sampling import Sampling
+
+AT_ONCE = 64
+"""Samples written as one batch."""
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Write with a trained model: the prompt and its continuation go to standard output."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run folder, checkpoint folder or exported model."""
+    prompt: str = ""
+    """Text to go on from; -: what standard input says."""
+    max_new_tokens: int = 300
+    """Tokens to write."""
+    temperature: float = 0.8
+    """Below 1 tamer, above 1 wilder; 0: always the likeliest token."""
+    top_k: int = 200
+    """Draw among the k likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this much probability."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End before this text; may be given several times."""
+    seed: int = 1337
+    """The same seed writes the same text."""
+    num_samples: int = 1
+    """Texts to write, with seeds that follow each other."""
+    interactive: bool = False
+    """Go on from one line after another, as you type them."""
+    json: bool = False
+    """Print a JSON object a text: prompt, text, seed, ended, ids and their log probabilities."""
+    dtype: str = "auto"
+    """Type to compute in: auto, float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def sample(args: list[str]) -> int:
+    """Parse, load, write; returns the exit code."""
+    asked = parse(SampleArgs, args, "gptforge sample")
+    if asked.num_samples < 1:
+        raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
+    if asked.interactive and (asked.json or asked.prompt or asked.num_samples > 1):
+        raise UserError("--interactive takes its prompts from you, one at a time, and prints text")
+    from gptforge.build import load
+    from gptforge.generate.sampling import Sampling
+
+    writer = load(asked.run, device=asked.device, dtype=asked.dtype)
+    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p)
+    if asked.interactive:
+        return _interactive(writer, asked)
+    prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+    if asked.num_samples == 1 and not asked.json:
+        _stream(writer, asked, prompt, asked.seed)
+    else:
+        _batches(writer, asked, prompt, sampling)
+    return 0
+
+
+def _stream(writer: "LanguageModel", asked: SampleArgs, prompt: str, seed: int) -> None:
+    pieces = writer.stream(
+        prompt,
+        asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        stop=asked.stop,
+        seed=seed,
+    )
+    # Only now: what is wrong with the settings or the prompt has been said.
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: "Sampling") -> None:
+    seeds = range(asked.seed, asked.seed + asked.num_samples)
+    for first in range(0, len(seeds), AT_ONCE):
+        some = seeds[first : first + AT_ONCE]
+        writings = writer.write(
+            [prompt] * len(some),
+            asked.max_new_tokens,
+            sampling,
+            stop=asked.stop,
+            seeds=some,
+            logprobs=asked.json,
+        )
+        for seed, writing in zip(some, writings, strict=True):
+            if asked.json:
+                record = {"prompt": prompt, "text": writing.text, "seed": seed}
+                record |= {"ended": writing.ended, "ids": writing.ids, "logprobs": writing.logprobs}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                rule = "---\n" if seed != asked.seed else ""
+                print(f"{rule}{prompt}{writing.text}", flush=True)
+
+
+def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
+    """A line in, its continuation out, until the input ends. Ctrl-C ends only the writing."""
+    is_watched = sys.stdin.isatty()
+    if is_watched:
+        print("Type a beginning; Ctrl-C stops the writing, Ctrl-D leaves.", file=sys.stderr)
+    seed = asked.seed
+    while True:
+        if is_watched:
+            print("\n> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        try:
+            _stream(writer, asked, line.rstrip("\r\n"), seed)
+        except UserError as error:
+            # A stray character should not end the conversation.
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            if not is_watched:
+                raise
+            print(flush=True)
+        seed += 1

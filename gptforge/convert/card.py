@@ -1,0 +1,77 @@
+"""A model card: what the model is, what it learned from, what it scored. Only what is known."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptforge import costs
+from gptforge.config import Config
+from gptforge.convert.parts import Parts
+from gptforge.report.metrics import History
+
+CURVES = "training_curves.png"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a model came from, as far as its folder tells."""
+
+    config: Config
+    step: int
+    history: History
+    curves: Path | None
+    """The run's picture, if it has one."""
+
+
+def model_card(
+    parts: Parts, origin: Origin | None, *, title: str, usage: str, front: dict[str, str]
+) -> str:
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        parts: the model.
+        origin: where it comes from; None: not from a run of this program.
+        title: its name.
+        usage: Markdown that says how to use it.
+        front: lines of front matter.
+    """
+    c = parts.config
+    lines = ["---", *(f"{name}: {value}" for name, value in front.items()), "---", ""]
+    lines += [f"# {title}", ""]
+    lines += [
+        f"A GPT-2 with {costs.parameters(c):,} parameters, trained with GPT-Forge.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| Blocks, heads, width | {c.n_layer}, {c.n_head}, {c.n_embd} |",
+        f"| Context | {c.block_size} tokens |",
+        f"| Tokenizer | {parts.tokenizer.name}, {parts.tokenizer.size:,} ids |",
+    ]
+    lines += _learned(origin) if origin else []
+    lines += ["", "## Use", "", usage, ""]
+    if origin and origin.curves:
+        lines += ["## Training", "", f"![Training curves]({CURVES})", ""]
+    lines += [
+        "## Limits",
+        "",
+        "The model goes on from text in the manner of what it read. It knows no facts, follows no "
+        "instructions and has not been made safe; it may repeat what it read, word for word.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _learned(origin: Origin) -> list[str]:
+    config = origin.config
+    tokens = origin.step * config.tokens_per_step
+    lines = [
+        f"| Text | {Path(config.input).name} |",
+        f"| Updates | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
+        f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g} to {config.min_lr:g} |",
+    ]
+    scores = [event for event in origin.history.evals if event.get("step") == origin.step]
+    if scores and scores[-1].get("val_loss") is not None:
+        score = scores[-1]
+        lines.append(f"| Held-out loss | {score['val_loss']:.4f} nats per token |")
+        lines.append(f"| Held-out bits per byte | {score['val_bpb']:.4f} |")
+        lines.append(f"| Held out | {config.val_fraction:.0%} of the text |")
+    return lines

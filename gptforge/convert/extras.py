@@ -1,0 +1,14 @@
+"""Packages that training does without: asked for by name, with the command that brings them."""
+
+import importlib.util
+
+from gptforge.errors import UserError
+
+
+def require(package: str, *, extra: str) -> None:
+    """Raise a UserError unless `package` is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"this needs the package {package}, which is not installed: "
+            f"pip install 'gptforge[{extra}]', or in a clone pip install -e '.[{extra}]'"
+        )

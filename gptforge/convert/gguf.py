@@ -1,0 +1,167 @@
+"""To llama.cpp's GGUF: one file with weights, shape and tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptforge.convert.extras import require
+from gptforge.convert.hf_tokenizer import END_OF_TEXT, hf_tokenizer, printable_bytes
+from gptforge.convert.parts import TABLE, Parts, probe
+from gptforge.errors import RunError, UserError
+from gptforge.files import replacing
+
+TYPES = ("f32", "f16", "q8_0")
+LARGEST_DIFFERENCE = 1e-4
+"""Of logits, as float32 is read back; halves and eighths of a number are told of, not judged."""
+
+# GPT-2's names to llama.cpp's; both are (out, in) here.
+ENDS = {
+    "transformer.wte.weight": "token_embd.weight",
+    "transformer.wpe.weight": "position_embd.weight",
+    "transformer.ln_f.weight": "output_norm.weight",
+    "transformer.ln_f.bias": "output_norm.bias",
+}
+BLOCK = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
+    """Write the file, whole; returns the largest difference of its logits to ours.
+
+    Args:
+        path: the file to write.
+        parts: the model.
+        kind: one of TYPES: what its matrices are stored in. Vectors and positions stay float32.
+        name: what llama.cpp shows.
+
+    Raises:
+        UserError: if the gguf package is missing or the shape does not suit.
+        RunError: if the file read back is another model.
+    """
+    require("gguf", extra="gguf")
+    import gguf
+
+    config = parts.config
+    if kind not in TYPES:
+        raise UserError(f"--type {kind}: give one of {', '.join(TYPES)}")
+    if kind == "q8_0" and config.n_embd % 32:
+        raise UserError(f"q8_0 stores 32 numbers together: n_embd {config.n_embd} does not divide")
+    tokens, merges, end, rows = _vocabulary(parts)
+    tensors = {**parts.tensors, TABLE: parts.tensors[TABLE][:rows]}
+    with replacing(path) as partial:
+        writer = gguf.GGUFWriter(partial, "gpt2")
+        writer.add_name(name)
+        writer.add_context_length(config.block_size)
+        writer.add_embedding_length(config.n_embd)
+        writer.add_feed_forward_length(config.mlp_ratio * config.n_embd)
+        writer.add_block_count(config.n_layer)
+        writer.add_head_count(config.n_head)
+        writer.add_layer_norm_eps(1e-5)
+        types = gguf.LlamaFileType
+        file_type = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "q8_0": types.MOSTLY_Q8_0}
+        writer.add_file_type(file_type[kind])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+        writer.add_token_types([control if i == end else normal for i in range(len(tokens))])
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(end)
+        writer.add_eos_token_id(end)
+        writer.add_add_bos_token(False)
+        stored = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}[kind]
+        for our, tensor in tensors.items():
+            is_matrix = tensor.ndim == 2 and our != "transformer.wpe.weight"
+            as_type = gguf.GGMLQuantizationType[stored if is_matrix else "F32"]
+            values = gguf.quants.quantize(tensor.numpy(), as_type)
+            writer.add_tensor(gguf_name(our), values, raw_dtype=as_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return _check(partial, parts, rows, is_exact=kind == "f32")
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of our tensors."""
+    if name in ENDS:
+        return ENDS[name]
+    number, rest = name.removeprefix("transformer.h.").split(".", 1)
+    module, part = rest.rsplit(".", 1)
+    return f"blk.{number}.{BLOCK[module]}.{part}"
+
+
+def _vocabulary(parts: Parts) -> tuple[list[str], list[str], int, int]:
+    """Tokens, merges, the end-of-text id, and the rows of the table that they need.
+
+    llama.cpp knows byte-level BPE. Characters become that too: one of several bytes is merged from
+    them, and needs no token for the steps between. It also insists on an end-of-text id, for which
+    a spare row of the table serves: nothing was ever trained to follow it.
+    """
+    tokenizer = parts.tokenizer
+    record = tokenizer.to_json()
+    end = getattr(tokenizer, "end_of_text", None)
+    if record["kind"] == "char":
+        spelled = [_spelled(char) for char in str(record["alphabet"])]
+        merges = [f"{word[:i]} {word[i]}" for word in spelled for i in range(1, len(word))]
+        merges = list(dict.fromkeys(merges))
+    else:
+        model: dict[str, Any] = hf_tokenizer(tokenizer)["model"]
+        vocab: dict[str, int] = model["vocab"]
+        spelled = sorted(vocab, key=lambda token: vocab[token])
+        merges = [" ".join(pair) for pair in model["merges"]]
+    # An empty list has no type in GGUF: NUL twice, which no text holds.
+    nul = printable_bytes()[0]
+    merges = merges or [f"{nul} {nul}"]
+    if end is None and record["kind"] == "byte":
+        return spelled, merges, 0, 256
+    if end is None:
+        if parts.config.vocab_size == tokenizer.size:
+            raise UserError(
+                f"llama.cpp needs an end-of-text id, and this model's {tokenizer.size} rows all "
+                f"have a token: train it with --vocab_size {tokenizer.size + 1} or more"
+            )
+        return [*spelled, END_OF_TEXT], merges, tokenizer.size, tokenizer.size + 1
+    return spelled, merges, int(end), tokenizer.size
+
+
+def _spelled(text: str) -> str:
+    characters = printable_bytes()
+    return "".join(characters[byte] for byte in text.encode("utf-8"))
+
+
+@torch.inference_mode()
+def _check(path: Path, parts: Parts, rows: int, *, is_exact: bool) -> float:
+    """Read the file back with the library, and compare logits."""
+    import gguf
+
+    read = {
+        tensor.name: torch.from_numpy(
+            np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        )
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    back = {
+        our: _padded(read[gguf_name(our)], tensor.shape) for our, tensor in parts.tensors.items()
+    }
+    ids = probe(parts.config, parts.tokenizer.size)
+    theirs = Parts(parts.config, back, parts.tokenizer).model()(ids)
+    difference = float((theirs - parts.model()(ids))[:, :, :rows].abs().max())
+    if is_exact and not difference <= LARGEST_DIFFERENCE:
+        raise RunError(f"the file's logits differ by {difference:.2e}: it was not kept")
+    return difference
+
+
+def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    missing = shape[0] - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *shape[1:])]) if missing else tensor

@@ -1,0 +1,207 @@
+"""To and from transformers' GPT2LMHeadModel: a folder of safetensors, JSON and a model card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptforge.config import GPTConfig
+from gptforge.convert.extras import require
+from gptforge.convert.hf_tokenizer import END_OF_TEXT, OURS, hf_tokenizer, read_hf_tokenizer
+from gptforge.convert.parts import Parts, fitted, probe, without_spare_rows
+from gptforge.errors import RunError, UserError
+from gptforge.files import read_small
+from gptforge.tokenizers import Tokenizer
+from gptforge.tokenizers import save as save_tokenizer
+
+LARGEST_DIFFERENCE = 1e-4
+"""Of logits, in float32: what another order of additions explains, and nothing else."""
+
+# Their names are ours: both are GPT-2's own. These are stored (in, out) there, (out, in) here.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")
+"""Causal masks that old checkpoints carry as if they were weights."""
+
+# What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
+FIXED: Mapping[str, tuple[object, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
+    """Fill an empty folder; returns the largest difference of its logits to ours.
+
+    Raises:
+        RunError: if transformers reads another model or tokenizer out of it than was put in.
+    """
+    require("transformers", extra="hf")
+    parts = without_spare_rows(parts)
+    tensors = {name: _turned(name, tensor) for name, tensor in parts.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    end = getattr(parts.tokenizer, "end_of_text", None)
+    _write_json(folder / "config.json", _config(parts.config, end))
+    draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
+    ids = {"bos_token_id": end, "eos_token_id": end}
+    # Something to pad with; where nothing ends a text it is never looked at.
+    _write_json(folder / "generation_config.json", {**draws, **ids, "pad_token_id": end or 0})
+    _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer))
+    special = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": parts.config.block_size,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
+    )
+    save_tokenizer(parts.tokenizer, folder / OURS)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return _check(folder, parts)
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder has the form that transformers saves."""
+    return (folder / "config.json").is_file()
+
+
+def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
+    """A GPT-2 that transformers, or `write_hf`, saved.
+
+    Raises:
+        UserError: if it is no GPT-2, or a tensor is missing or misshapen; the message names it.
+    """
+    where = folder.as_posix()
+    try:
+        facts = json.loads(read_small(folder / "config.json"))
+        for name, allowed in FIXED.items():
+            if facts.get(name, allowed[0]) not in allowed:
+                raise UserError(f"{where}: {name} is {facts[name]!r}, GPT-2's is {allowed[0]!r}")
+        width, inner = int(facts["n_embd"]), facts.get("n_inner")
+        if inner is not None and int(inner) % width:
+            raise UserError(f"{where}: n_inner {inner} is not a multiple of n_embd {width}")
+        config = GPTConfig(
+            block_size=int(facts.get("n_positions", facts.get("n_ctx", 1024))),
+            vocab_size=int(facts["vocab_size"]),
+            n_layer=int(facts["n_layer"]),
+            n_head=int(facts["n_head"]),
+            n_embd=width,
+            mlp_ratio=int(inner) // width if inner else 4,
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}/config.json: not a GPT-2's configuration: {error!r}") from None
+    if (
+        min(vars(config)[n] for n in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"))
+        < 1
+    ):
+        raise UserError(f"{where}/config.json: a size is below 1")
+    _require_size(folder, config)
+    found = {}
+    for name, tensor in _tensors(folder).items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if not name.endswith(MASKS):
+            found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
+    tensors = fitted(found, config, source=where)
+    tokenizer = tokenizer or read_hf_tokenizer(folder)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.size} ids, the model {config.vocab_size} rows"
+        )
+    return Parts(config, tensors, tokenizer)
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    return (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+
+
+def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        **{name: values[0] for name, values in FIXED.items()},
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None if config.mlp_ratio == 4 else config.mlp_ratio * config.n_embd,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, in one file or several."""
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise UserError(
+            f"{folder.as_posix()} has no model.safetensors; other forms of weights are not read"
+        )
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            found |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    return found
+
+
+def _require_size(folder: Path, config: GPTConfig) -> None:
+    """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
+    from gptforge import costs
+
+    present = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    if present and 2 * costs.parameters(config) > present:
+        raise UserError(
+            f"{folder.as_posix()}/config.json describes {costs.parameters(config):,} parameters, "
+            f"but its weights have {present:,} bytes"
+        )
+
+
+@torch.inference_mode()
+def _check(folder: Path, parts: Parts) -> float:
+    """Read the folder as transformers does, and compare."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    text = parts.tokenizer.decode_bytes(range(min(64, parts.tokenizer.size))).decode(
+        "utf-8", "ignore"
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if theirs.encode(text, add_special_tokens=False) != parts.tokenizer.encode(text).tolist():
+        raise RunError("transformers reads another tokenizer out of the export: it was not kept")
+    peer = transformers.GPT2LMHeadModel.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32
+    ).eval()
+    ids = probe(parts.config, parts.config.vocab_size)
+    difference = float((peer(ids).logits - parts.model()(ids)).abs().max())
+    if not difference <= LARGEST_DIFFERENCE:
+        raise RunError(
+            f"the exported model's logits differ by {difference:.2e}, more than "
+            f"{LARGEST_DIFFERENCE:.0e}: the export was not kept"
+        )
+    return difference
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

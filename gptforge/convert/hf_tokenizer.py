@@ -1,0 +1,146 @@
+"""Our tokenizers as Hugging Face's tokenizer.json, and GPT-2's back from one.
+
+Bytes are written as printable characters there, as GPT-2's own files do: space is "Ġ".
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptforge.errors import UserError
+from gptforge.files import read_small
+from gptforge.tokenizers import Tokenizer
+from gptforge.tokenizers import load as load_tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+OURS = "gptforge_tokenizer.json"
+"""Our own form beside Hugging Face's, so that a model comes back exactly."""
+
+
+def printable_bytes() -> list[str]:
+    """The character that stands for each byte, 256 of them."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
+
+
+def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json.
+
+    Raises:
+        UserError: for a kind that has no such form yet.
+    """
+    record = tokenizer.to_json()
+    kind = record["kind"]
+    if kind == "char":
+        return _char(str(record["alphabet"]))
+    if kind == "byte":
+        return _byte_level({char: byte for byte, char in enumerate(printable_bytes())}, [])
+    if kind == "gpt2":
+        merges = record["merges"]
+        assert isinstance(merges, list)
+        return _gpt2([str(merge) for merge in merges])
+    own = record.get("tokenizer")
+    if isinstance(own, dict) and "model" in own:
+        return dict(own)
+    raise UserError(f"a tokenizer of kind '{kind}' cannot be exported yet")
+
+
+def read_hf_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an exported or downloaded folder.
+
+    Raises:
+        UserError: if it is not one that this program knows.
+    """
+    if (folder / OURS).is_file():
+        return load_tokenizer(folder / OURS)
+    merges = _merges(folder)
+    if merges is None:
+        raise UserError(
+            f"{folder.as_posix()}: neither {OURS}, GPT-2's tokenizer.json nor merges.txt is there: "
+            "give --tokenizer"
+        )
+    from gptforge.tokenizers.gpt2 import GPT2Tokenizer
+
+    return GPT2Tokenizer(merges)
+
+
+def _merges(folder: Path) -> list[str] | None:
+    try:
+        if (folder / "tokenizer.json").is_file():
+            found = json.loads(read_small(folder / "tokenizer.json"))["model"]["merges"]
+            return [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in found]
+        if (folder / "merges.txt").is_file():
+            lines = read_small(folder / "merges.txt").split("\n")
+            return [line for line in lines if line and not line.startswith("#version")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder.as_posix()}: unreadable tokenizer: {error!r}") from None
+    return None
+
+
+def _frame(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    blank = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    return {"version": "1.0", **blank, "added_tokens": [], **parts, "model": model}
+
+
+def _char(alphabet: str) -> dict[str, Any]:
+    # A word-level model of one-character words: a stranger is an error, as it is here.
+    return _frame(
+        {
+            "type": "WordLevel",
+            "vocab": {char: i for i, char in enumerate(alphabet)},
+            "unk_token": "[UNK]",
+        },
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        decoder={"type": "Fuse"},
+    )
+
+
+def _byte_level(
+    vocab: dict[str, int], merges: list[str], *, splits: bool = False
+) -> dict[str, Any]:
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return _frame(
+        {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [merge.split(" ") for merge in merges],
+        },
+        pre_tokenizer={**level, "use_regex": splits},
+        decoder={**level, "use_regex": splits},
+    )
+
+
+def _gpt2(merges: list[str]) -> dict[str, Any]:
+    # GPT-2 counts the bytes that print first, then the others, then one token a merge.
+    characters = printable_bytes()
+    first = [char for byte, char in enumerate(characters) if char == chr(byte)]
+    rest = [char for byte, char in enumerate(characters) if char != chr(byte)]
+    tokens = [*first, *rest, *(merge.replace(" ", "", 1) for merge in merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    end = len(tokens)
+    made = _byte_level({**vocab, END_OF_TEXT: end}, merges, splits=True)
+    made["added_tokens"] = [
+        {
+            "id": end,
+            "content": END_OF_TEXT,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    ]
+    return made

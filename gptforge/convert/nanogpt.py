@@ -1,0 +1,52 @@
+"""From nanoGPT's ckpt.pt, read without running any code that may be in it."""
+
+from pathlib import Path
+
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.convert.parts import Parts, fitted
+from gptforge.errors import UserError
+from gptforge.tokenizers import Tokenizer, named
+
+COMPILED = "_orig_mod."
+"""What torch.compile leaves in names."""
+
+
+def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
+    """The model in a ckpt.pt. Where nanoGPT leaves biases out, ours are 0, which is the same.
+
+    Args:
+        path: the file.
+        tokenizer: what it was trained with; None: GPT-2's, if the size fits.
+
+    Raises:
+        UserError: if it is something else, or holds more than tensors and plain values.
+    """
+    try:
+        # weights_only reads tensors and plain containers, and refuses to import anything else.
+        record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:
+        # Its reader raises whatever strange bytes make it stumble over.
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"{path}: not a file of tensors and plain values, and anything else could run code "
+            f"when read: {first}"
+        ) from None
+    try:
+        shape, tensors = record["model_args"], record["model"]
+        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        config = GPTConfig(**{name: int(shape[name]) for name in names})
+        found = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint of nanoGPT: {error!r}") from None
+    found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
+    tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
+    if tokenizer is None and config.vocab_size in (50257, 50304):
+        tokenizer = named("gpt2", "")
+    if tokenizer is None or not tokenizer.size <= config.vocab_size:
+        raise UserError(
+            f"{path}: {config.vocab_size} ids, and the file does not say of what: for characters "
+            "give --tokenizer char --text with the text that it learned, else another --tokenizer"
+        )
+    return Parts(config, tensors, tokenizer)

@@ -1,0 +1,81 @@
+"""A model taken apart: what every form of it is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptforge.config import GPTConfig
+from gptforge.errors import UserError
+from gptforge.model import GPT
+from gptforge.tokenizers import Tokenizer
+
+TIED = "lm_head.weight"
+TABLE = "transformer.wte.weight"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Shape, float32 weights under their GPT-2 names (the tied table once), and tokenizer."""
+
+    config: GPTConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+
+    def model(self) -> GPT:
+        """The parts put together, on the CPU, ready to be asked."""
+        model = GPT(self.config)
+        model.load_state_dict({**self.tensors, TIED: self.tensors[TABLE]})
+        return model.eval()
+
+
+def fitted(
+    tensors: Mapping[str, Tensor], config: GPTConfig, *, source: str, fill_biases: bool = False
+) -> dict[str, Tensor]:
+    """The tensors that a model of this shape has, in float32.
+
+    Args:
+        tensors: under our names, each (out, in).
+        config: the shape that they should fit.
+        source: where they come from, for errors.
+        fill_biases: take 0 for biases that are missing.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown or of another shape.
+    """
+    if config.n_layer > len(tensors):
+        raise UserError(f"{source}: {config.n_layer} layers, but only {len(tensors)} tensors")
+    with torch.device("meta"):
+        wanted = {name: t.shape for name, t in GPT(config).state_dict().items() if name != TIED}
+    strangers = sorted(tensors.keys() - wanted.keys() - {TIED})
+    if strangers:
+        raise UserError(f"{source}: a GPT-2 has no tensor '{strangers[0]}'")
+    found = {}
+    for name, shape in wanted.items():
+        if name not in tensors and fill_biases and name.endswith("bias"):
+            found[name] = torch.zeros(shape)
+        elif name not in tensors:
+            raise UserError(f"{source}: the tensor '{name}' is missing")
+        elif tensors[name].shape != shape:
+            given = tuple(tensors[name].shape)
+            raise UserError(f"{source}: '{name}' has shape {given}, its shape says {tuple(shape)}")
+        else:
+            found[name] = tensors[name].detach().float().contiguous().clone()
+    head = tensors.get(TIED)
+    if head is not None and not torch.equal(head.float(), found[TABLE]):
+        raise UserError(f"{source}: its output layer is not its token table; GPT-2 ties the two")
+    return found
+
+
+def without_spare_rows(parts: Parts) -> Parts:
+    """The token table cut to the ids that have a token, so that nobody samples another."""
+    size = parts.tokenizer.size
+    config = GPTConfig(**{**vars(parts.config), "vocab_size": size})
+    return Parts(config, {**parts.tensors, TABLE: parts.tensors[TABLE][:size]}, parts.tokenizer)
+
+
+def probe(config: GPTConfig, size: int) -> Tensor:
+    """Ids to compare logits on: (2, T), the same every time."""
+    dice = torch.Generator().manual_seed(0)
+    return torch.randint(0, size, (2, min(config.block_size, 128)), generator=dice)

@@ -1,0 +1,96 @@
+"""A folder that is a whole Hugging Face Space.
+
+It is a run folder as well: the page's own program lies beside the model, so that the Space needs
+nothing that is not on the package index.
+"""
+
+import shutil
+from pathlib import Path
+
+import gptforge
+from gptforge.checkpoint import store as checkpoints
+from gptforge.convert.card import CURVES, Origin, model_card
+from gptforge.convert.parts import Parts
+from gptforge.files import point
+
+APP = '''"""The page of this Space; `python app.py` shows it on this machine as well."""
+
+from pathlib import Path
+
+from gptforge.demo.launch import launch
+
+if __name__ == "__main__":
+    launch(str(Path(__file__).parent), host="0.0.0.0", port=7860)
+'''
+
+# The Space's own image has Python; these are the core packages that the page imports, and Gradio.
+REQUIREMENTS = """\
+torch>=2.11,<3
+numpy>=1.26,<3
+tiktoken>=0.8,<1
+tyro>=1.0.16,<2
+rich>=13.7,<17
+safetensors>=0.5,<1
+matplotlib>=3.9,<4
+gradio>=6,<7
+"""
+
+USAGE = """\
+This folder is a Space: a page to write with the model. On your own machine:
+
+```bash
+pip install -r requirements.txt
+python app.py
+```
+
+It is a run folder of GPT-Forge too: `from gptforge import load; load(".").generate("Once")`."""
+
+
+def fill_space(
+    folder: Path, parts: Parts, origin: Origin | None, *, title: str, config: str
+) -> None:
+    """Fill an empty folder.
+
+    Args:
+        folder: where.
+        parts: the model.
+        origin: the run that it comes from, with its metrics and curves.
+        title: the Space's name.
+        config: the run's config.toml.
+    """
+    name = f"step-{origin.step if origin else 0:06d}"
+    checkpoint = folder / "checkpoints" / name
+    checkpoint.mkdir(parents=True)
+    tensors = dict(parts.tensors)
+    checkpoints.write_model(checkpoint, tensors, tokenizer=parts.tokenizer, config=config)
+    for which in ("best", "last"):
+        point(checkpoint.parent / which, name)
+    (folder / "config.toml").write_text(config, encoding="utf-8")
+    if origin:
+        _copy_history(folder, origin)
+    (folder / "app.py").write_text(APP, encoding="utf-8")
+    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    front = {
+        "title": title,
+        "emoji": "🪶",
+        "colorFrom": "indigo",
+        "colorTo": "yellow",
+        "sdk": "gradio",
+        "sdk_version": "6.0.0",
+        "app_file": "app.py",
+        "license": "mit",
+        "pinned": "false",
+    }
+    card = model_card(parts, origin, title=title, usage=USAGE, front=front)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    package = Path(gptforge.__file__).parent
+    leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "input.txt")
+    shutil.copytree(package, folder / "gptforge", ignore=leave_out)
+
+
+def _copy_history(folder: Path, origin: Origin) -> None:
+    if origin.curves:
+        (folder / CURVES).write_bytes(origin.curves.read_bytes())
+        metrics = origin.curves.with_name("metrics.jsonl")
+        if metrics.is_file():
+            (folder / "metrics.jsonl").write_bytes(metrics.read_bytes())

@@ -1,0 +1,73 @@
+"""Starting the page, on this machine alone unless asked otherwise."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from gptforge.build import load
+from gptforge.build.exported import origin_of, title_of
+from gptforge.convert.extras import require
+from gptforge.demo.page import STYLE, build_page
+from gptforge.demo.writing import Writers
+from gptforge.errors import RunError
+from gptforge.generate.language_model import LanguageModel
+
+
+def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "auto") -> None:
+    """Show the page until it is interrupted.
+
+    Args:
+        run: run folder, checkpoint folder or exported model.
+        host: address to listen at; 0.0.0.0 lets others in.
+        port: 0: the first free one from 7860 on.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UserError: if there is no model, or Gradio is not installed.
+        RunError: if the port is taken.
+    """
+    require("gradio", extra="demo")
+    # Before it is imported: no word about us to anybody.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    import gradio as gr
+
+    def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
+        return load(folder, device=device, say=say)
+
+    origin = origin_of(run)
+    page = build_page(
+        Writers(open_model, run),
+        run=run,
+        title=title_of(run),
+        total=origin.config.max_steps if origin else 0,
+    )
+    serif = ["Iowan Old Style", "Palatino Linotype", "Palatino", "Georgia", "serif"]
+    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
+    theme = gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.stone,
+        radius_size=gr.themes.sizes.radius_lg,
+        font=sans,
+        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+    )
+    style = STYLE.read_text(encoding="utf-8").replace("SERIF", ", ".join(f'"{f}"' for f in serif))
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port or None,
+            share=False,
+            inbrowser=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=theme,
+            css=style,
+            favicon_path=Path(__file__).with_name("favicon.svg"),
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise RunError(f"the page cannot be shown at {host}:{port or 7860}: {error}") from None
+    print(f"{title_of(run)}: {address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()

@@ -1,0 +1,1 @@
+from tests.train.conftest import config as config

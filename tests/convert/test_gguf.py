@@ -1,0 +1,90 @@
+"""The GGUF file: read back, and by llama.cpp itself where it is installed."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge import load
+from gptforge.build.exported import export_gguf
+from gptforge.build.trained import open_parts
+from gptforge.config import GPTConfig
+from gptforge.convert.gguf import write_gguf
+from gptforge.convert.parts import Parts
+from gptforge.errors import UserError
+from gptforge.model import GPT
+from gptforge.tokenizers import named
+from tests.train.runs import build
+
+pytest.importorskip("gguf")
+
+TEXT = "naïve café: 日本 — to be, or not to be? 🪶\n"
+
+
+def parts(kind: str, vocab_size: int) -> Parts:
+    config = GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=64)
+    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
+    return Parts(config, tensors, named(kind, TEXT))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("f32", 0.0), ("f16", 2e-3), ("q8_0", 0.05)])
+def test_the_file_holds_the_model(tmp_path, kind, most) -> None:
+    assert write_gguf(tmp_path / "m.gguf", parts("byte", 256), kind=kind, name="m") <= most
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_model_without_a_spare_row_is_refused(tmp_path) -> None:
+    size = named("char", TEXT).size
+    with pytest.raises(UserError, match=f"--vocab_size {size + 1}"):
+        write_gguf(tmp_path / "m.gguf", parts("char", size), kind="f32", name="m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_one_file(config, program, tmp_path) -> None:
+    build(config).run()
+    assert program("export", config.out_dir, "--to", "gguf", "a.gguf", "--type", "f32").code == 0
+    assert program("export", config.out_dir, "--to", "gguf", "folder").code == 0
+    assert Path("a.gguf").stat().st_size > Path("folder/model-f16.gguf").stat().st_size
+    again = program("export", config.out_dir, "--to", "gguf", "a.gguf")
+    assert (again.code, "there already" in again.err) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+def test_llama_cpp_reads_the_same_tokenizer(tmp_path, kind) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    made = parts(kind, {"gpt2": 50304, "char": 128, "byte": 256}[kind])
+    write_gguf(tmp_path / "m.gguf", made, kind="f32", name="m")
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
+    for text in (TEXT, "  be be\n\n"):
+        ids = made.tokenizer.encode(text).tolist()
+        assert theirs.tokenize(text.encode(), add_bos=False) == ids
+        assert theirs.detokenize(ids).decode() == text
+
+
+def test_llama_cpp_writes_the_same_text_with_the_same_perplexity(config, tmp_path, play) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    build(config).run()
+    ours, text = load(config.out_dir, device="cpu"), play.read_text()[:31]
+    ids = ours.encode(text)
+    # Rows without a token are not in the file.
+    known = ours.logits(ids)[:, : ours.tokenizer.size].log_softmax(-1)
+    loss = -float(known[torch.arange(len(ids) - 1), ids[1:]].mean())
+    for kind in ("f32", "f16", "q8_0"):
+        export_gguf(config.out_dir, tmp_path / f"{kind}.gguf", kind=kind, say=lambda _: None)
+        theirs = llama_cpp.Llama(
+            str(tmp_path / f"{kind}.gguf"), n_ctx=32, logits_all=True, verbose=False
+        )
+        theirs.eval(ids)
+        scores = torch.from_numpy(theirs.scores[: len(ids)].copy())[:, : ours.tokenizer.size]
+        rows = scores.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+        assert math.exp(-float(rows.mean())) == pytest.approx(math.exp(loss), rel=0.01), kind
+        if kind == "f32":
+            answer = theirs("ROMEO", max_tokens=12, temperature=0)["choices"][0]["text"]
+            assert answer == ours.generate("ROMEO", 12, temperature=0)
+
+
+def test_what_is_opened_is_what_was_saved(config) -> None:
+    build(config).run()
+    assert open_parts(config.out_dir).tokenizer.name == "char"

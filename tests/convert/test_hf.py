@@ -1,0 +1,169 @@
+"""To transformers and back, with no network."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from gptforge import load
+from gptforge.build.exported import export_hf, import_model, imported
+from gptforge.config import GPTConfig
+from gptforge.convert import hf
+from gptforge.convert.hf import read_hf, write_hf
+from gptforge.convert.hf_tokenizer import hf_tokenizer
+from gptforge.convert.parts import Parts
+from gptforge.errors import RunError, UserError
+from gptforge.model import GPT
+from gptforge.tokenizers import named
+from tests.train.runs import build
+
+TEXTS = ["To be, or not to be", "  two  spaces\n\n\tand it's 3 o'clock", "é日🪶", ""]
+
+
+def parts(tokenizer, vocab_size: int) -> Parts:
+    config = GPTConfig(block_size=24, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
+    return Parts(config, tensors, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for kind, size in (("gpt2", 50304), ("char", 128), ("byte", 256)):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        write_hf(made[kind], parts(named(kind, "".join(TEXTS)), size), card="# A model\n")
+    return made
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+def test_transformers_reads_the_same_tokenizer(exports, kind) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(exports[kind], local_files_only=True)
+    ours = named(kind, "".join(TEXTS))
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.decode(ids) == text
+    assert len(theirs) == ours.size
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+def test_the_pipeline_writes_from_the_folder(exports, kind) -> None:
+    write = transformers.pipeline("text-generation", model=str(exports[kind]), device="cpu")
+    [answer] = write("To be", max_new_tokens=5, do_sample=True)
+    assert answer["generated_text"].startswith("To be")
+    # Rows without a token are gone: nothing could sample one.
+    assert write.model.config.vocab_size == named(kind, "".join(TEXTS)).size
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+def test_what_goes_out_comes_back_bit_for_bit(exports, kind) -> None:
+    before = parts(named(kind, "".join(TEXTS)), {"gpt2": 50304, "char": 128, "byte": 256}[kind])
+    after = read_hf(exports[kind])
+    assert after.tokenizer.to_json() == before.tokenizer.to_json()
+    for name, tensor in after.tensors.items():
+        assert torch.equal(tensor, before.tensors[name][: len(tensor)]), name
+
+
+def test_gpt2s_tokenizer_comes_from_its_own_files_too(exports, tmp_path) -> None:
+    shutil.copytree(exports["gpt2"], tmp_path / "theirs")
+    (tmp_path / "theirs" / hf.OURS).unlink()
+    assert read_hf(tmp_path / "theirs").tokenizer.to_json() == named("gpt2", "").to_json()
+    made = hf_tokenizer(named("gpt2", ""))["model"]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in made["merges"])]
+    (tmp_path / "theirs" / "tokenizer.json").unlink()
+    (tmp_path / "theirs" / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert read_hf(tmp_path / "theirs").tokenizer.to_json() == named("gpt2", "").to_json()
+
+
+def test_a_model_that_transformers_saved_gives_its_logits(tmp_path) -> None:
+    # As old checkpoints on the Hub have it: no prefix, masks among the weights, half precision.
+    config = transformers.GPT2Config(
+        vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=2, n_inner=64
+    )
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    peer.transformer.save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(16)[None]
+    with torch.inference_mode():
+        ours = read_hf(tmp_path, tokenizer=named("byte", "")).model()(ids)
+        torch.testing.assert_close(ours, peer(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("activation_function", "relu", "activation_function is 'relu'"),
+        ("model_type", "llama", "model_type"),
+        ("n_embd", 48, "'transformer.wte.weight' has shape (256, 32)"),
+        ("n_layer", 3, "'transformer.h.2.ln_1.weight' is missing"),
+        ("n_layer", 1, "no tensor 'transformer.h.1"),
+        ("n_positions", 10**9, "describes"),
+        ("n_layer", "two", "not a GPT-2's configuration"),
+    ],
+)
+def test_what_does_not_fit_is_named(exports, tmp_path, setting, value, words) -> None:
+    shutil.copytree(exports["byte"], tmp_path / "odd")
+    facts = json.loads((tmp_path / "odd/config.json").read_text())
+    (tmp_path / "odd/config.json").write_text(json.dumps(facts | {setting: value}))
+    with pytest.raises(UserError) as refused:
+        read_hf(tmp_path / "odd")
+    assert words in str(refused.value)
+
+
+def test_an_export_that_differs_is_refused_and_not_kept(config, tmp_path, monkeypatch) -> None:
+    build(config).run()
+    # Somebody forgets to turn a matrix: square ones load without complaint.
+    monkeypatch.setattr(hf, "TRANSPOSED", hf.TRANSPOSED[:1] + hf.TRANSPOSED[2:])
+    with pytest.raises(RunError, match="logits differ by"):
+        export_hf(config.out_dir, tmp_path / "out", say=lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
+    config, tmp_path, program, play
+) -> None:
+    build(config).run()
+    done = program("export", config.out_dir, "--to", "hf", "out")
+    assert (done.code, done.out) == (0, ""), done.err
+    assert "differ from ours by" in done.err
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    # The best checkpoint's own figures.
+    events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    best = min((e for e in events if e["event"] == "eval"), key=lambda e: e["val_loss"])
+    assert f"{best['val_loss']:.4f} nats" in card
+    assert "play.txt" in card
+    assert Path("out/training_curves.png").is_file()
+
+    again = program("export", config.out_dir, "--to", "hf", "out")
+    assert (again.code, "there already" in again.err) == (2, True)
+
+    ours, theirs = load(config.out_dir, device="cpu"), load("out", device="cpu")
+    assert theirs.generate("ROMEO:", 20, seed=1) == ours.generate("ROMEO:", 20, seed=1)
+    assert program("import", "out", "back").code == 0
+    assert load("back", device="cpu").generate("J", 9, seed=1) == ours.generate("J", 9, seed=1)
+    assert program("eval", "back", "--data", play, "--device", "cpu").code == 0
+
+    small = ("--preset", "debug", "--device", "cpu", "--input", play, "--max_steps", 2)
+    first = []
+    for source in ("out", "back"):
+        done = program(*small, "--init_from", source, "--out_dir", f"from-{source}")
+        assert done.code == 0, done.err
+        first.append(next(line for line in done.out.splitlines() if line.startswith("step 0")))
+    assert len({line.split("dt")[0] for line in first}) == 1
+    # The import made for it is found again.
+    assert imported("out", say=lambda _: pytest.fail("made twice")) == "runs/imported/out"
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in ("empty", "no/such/model", "../nowhere"):
+        with pytest.raises(UserError):
+            import_model(str(tmp_path / source), tmp_path / "o", say=lambda _: None)

@@ -1,0 +1,79 @@
+"""nanoGPT's ckpt.pt, written here as its train.py writes it."""
+
+import pytest
+import torch
+
+from gptforge import load
+from gptforge.convert.nanogpt import read_nanogpt
+from gptforge.errors import UserError
+from gptforge.model import GPT
+from gptforge.tokenizers import named
+
+TEXT = "To be, or not to be"
+
+
+@pytest.fixture
+def record(tiny_model: GPT) -> dict:
+    state = {f"_orig_mod.{name}": tensor for name, tensor in tiny_model.state_dict().items()}
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    return {
+        "model": state,
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3}]},
+        "model_args": {
+            "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": True,
+            "vocab_size": 64, "dropout": 0.0,
+        },
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "shakespeare_char"},
+    }  # fmt: skip
+
+
+def write(record: dict, path) -> None:
+    torch.save(record, path)  # noqa: TID251
+
+
+def test_a_checkpoint_gives_the_same_logits(record, tiny_model, tmp_path) -> None:
+    write(record, tmp_path / "ckpt.pt")
+    model = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT)).model()
+    ids = torch.arange(16)[None]
+    assert torch.equal(model(ids), tiny_model.eval()(ids))
+
+
+def test_biases_that_were_left_out_are_zero(record, tmp_path) -> None:
+    record["model"] = {n: t for n, t in record["model"].items() if not n.endswith(".bias")}
+    record["model_args"]["bias"] = False
+    write(record, tmp_path / "ckpt.pt")
+    parts = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+    assert not any(t.any() for n, t in parts.tensors.items() if n.endswith("bias"))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    write({"model": Trap()}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="could run code"):
+        read_nanogpt(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_what_does_not_fit_is_named(record, tmp_path) -> None:
+    record["model"]["_orig_mod.transformer.wpe.weight"] = torch.zeros(9, 16)
+    write(record, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"'transformer.wpe.weight' has shape \(9, 16\)"):
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+    (tmp_path / "ckpt.pt").write_bytes(b"something else")
+    with pytest.raises(UserError):
+        read_nanogpt(tmp_path / "ckpt.pt")
+
+
+def test_the_command_asks_for_the_alphabet_and_takes_it(record, program, tmp_path) -> None:
+    write(record, tmp_path / "ckpt.pt")
+    (tmp_path / "text.txt").write_text(TEXT)
+    refused = program("import", "ckpt.pt", "out")
+    assert (refused.code, "--tokenizer char --text" in refused.err) == (2, True)
+    done = program("import", "ckpt.pt", "out", "--tokenizer", "char", "--text", "text.txt")
+    assert (done.code, done.out) == (0, ""), done.err
+    assert set(load("out", device="cpu").generate("To", 30, seed=0)) <= set(TEXT)

@@ -1,0 +1,90 @@
+"""The Space: complete, and running where gptforge itself is not installed."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+import venv
+from pathlib import Path
+
+import pytest
+
+from gptforge import load
+from tests.train.runs import build
+
+
+@pytest.fixture
+def space(config, program, tmp_path) -> Path:
+    build(config).run()
+    done = program("export", config.out_dir, "--to", "space", "space")
+    assert (done.code, done.out) == (0, ""), done.err
+    return tmp_path / "space"
+
+
+def test_it_is_complete_and_a_run_folder_too(space, config) -> None:
+    card = (space / "README.md").read_text(encoding="utf-8")
+    front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
+    assert front["sdk"] == "gradio"
+    assert (space / front["app_file"]).is_file()
+    assert "bits per byte" in card
+    assert "input.txt" not in {path.name for path in space.rglob("*")}
+    ours, theirs = load(config.out_dir, device="cpu"), load(space, device="cpu")
+    assert theirs.generate("ROMEO:", 20, seed=1) == ours.generate("ROMEO:", 20, seed=1)
+    # A copy without its symbolic links, as an upload makes it, is still a run.
+    for which in ("best", "last"):
+        (space / "checkpoints" / which).unlink()
+    assert load(space, device="cpu").generate("ROMEO:", 20, seed=1)
+
+
+def test_what_it_requires_is_what_the_package_requires(space) -> None:
+    wanted = set((space / "requirements.txt").read_text().split())
+    core = importlib.metadata.requires("gptforge") or []
+    plain = {re.sub(r"\s", "", line) for line in core if "extra" not in line}
+
+    def normal(line: str) -> tuple[str, frozenset[str]]:
+        name = re.match(r"[\w-]+", line)
+        assert name
+        return name[0], frozenset(line.removeprefix(name[0]).split(","))
+
+    assert {normal(line) for line in plain} <= {normal(line) for line in wanted}
+
+
+def test_it_runs_in_a_fresh_environment(space, tmp_path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    # The packages of this environment, but not gptforge: that has to come from the Space.
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=os.name != "nt")
+    scripts = "Scripts" if os.name == "nt" else "bin"
+    python = tmp_path / "venv" / scripts / "python"
+    found = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    packages = Path(shutil.__file__).parent / "site-packages"
+    for entry in map(Path, sys.path):
+        if entry.name in ("site-packages", "dist-packages"):
+            packages = entry
+            break
+    Path(found.stdout.strip(), "others.pth").write_text(f"{packages}\n")
+    code = (
+        "import gptforge, sys; from pathlib import Path; import app\n"
+        "assert Path(gptforge.__file__).parent.parent == Path.cwd(), gptforge.__file__\n"
+        "app.launch('.', host='127.0.0.1', device='cpu')\n"
+    )
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [python, "-c", code], cwd=space, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=quiet,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+", first)
+        assert address, first + process.stdout.read()
+        with urllib.request.urlopen(address[0], timeout=30) as page:
+            assert "gradio" in page.read().decode()
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)

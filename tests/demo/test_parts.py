@@ -1,0 +1,119 @@
+"""What the page shows, and its bounds, without a browser."""
+
+import re
+from math import log
+
+import pytest
+
+from gptforge.build import load
+from gptforge.demo.curves import training
+from gptforge.demo.paper import STEPS, note, paper
+from gptforge.demo.writing import LONGEST_PROMPT, MOST_TOKENS, Writers, write
+from gptforge.errors import UserError
+from gptforge.files import append_json
+from gptforge.generate.language_model import Token
+from gptforge.generate.sampling import Sampling
+from tests.train.conftest import config as config
+from tests.train.runs import build
+
+
+@pytest.fixture
+def model(config):
+    build(config).run()
+    return load(config.out_dir, device="cpu")
+
+
+def ask(model, prompt="ROMEO:", tokens=20, **more):
+    return list(write(model, prompt, max_new_tokens=tokens, sampling=Sampling(), seed=1, **more))
+
+
+def test_text_from_a_model_is_never_markup() -> None:
+    tricky = Token(0, '<img src=x onerror="alert(1)">', log(0.5), (('"><b>', log(0.5)),))
+    page = paper("<script>alert(2)</script>", [tricky], is_writing=False)
+    assert "<img" not in page
+    assert "<script" not in page
+    assert '"><b>' not in page
+    assert "<script" not in note("<script>")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.2, 0.5, 0.7, 0.9, 1.0])
+def test_the_tint_tells_the_probability(share) -> None:
+    page = paper("", [Token(0, "a", log(share), (("b", log(share)),))], is_writing=False)
+    assert f'class="t s{sum(share >= step for step in STEPS)}"' in page
+    assert f"was given {share:.1%}" in page
+
+
+def test_the_page_holds_the_text_that_was_written(model) -> None:
+    *_, last = ask(model)
+    page = paper("ROMEO:", last.tokens, is_writing=False)
+    plain = re.sub(r"<b class=\"line\">↵</b>|<[^>]+>", "", page)
+    assert plain == "ROMEO:" + model.generate("ROMEO:", 20, seed=1)
+    assert last.is_done
+    assert len(last.tokens) == 20
+
+
+def test_bounds_are_kept_whatever_is_sent(model) -> None:
+    for prompt, tokens in (("R" * (LONGEST_PROMPT + 1), 5), ("R", MOST_TOKENS + 1), ("R", 0)):
+        with pytest.raises(UserError):
+            ask(model, prompt, tokens)
+    for sampling in (Sampling(temperature=-1), Sampling(top_p=0), Sampling(top_k=-3)):
+        with pytest.raises(UserError):
+            list(write(model, "R", max_new_tokens=5, sampling=sampling, seed=1))
+    *_, last = ask(model, tokens=MOST_TOKENS, seconds=0)
+    assert len(last.tokens) == 1
+    assert "the most that one text may take" in last.remark
+
+
+def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(config) -> None:
+    build(config).run()
+    asked = []
+
+    def opened(folder, say):
+        asked.append(folder)
+        return load(folder, device="cpu")
+
+    writers = Writers(opened, config.out_dir)
+    names = writers.names()
+    assert names[:2] == ["best", "last"]
+    assert names[2] == "step-000020"
+    for name in names:
+        writers.get(name)
+    # best and last lead to steps: none of them is read twice in a row.
+    assert len(set(asked)) == len(names) - 2
+    for stranger in ("../../etc", "step-999999", ""):
+        with pytest.raises(UserError, match="choose another"):
+            writers.get(stranger)
+
+
+def test_curves_grow_with_the_run(tmp_path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert "no figures" in training(tmp_path, total=100)
+    for step in range(60):
+        shown = {"loss": 4 - step / 50, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
+        append_json(metrics, {"event": "train", "step": step, **shown})
+    page = training(tmp_path, total=100)
+    assert "<b>60</b>" in page
+    assert "4 seconds" in page
+    assert "best held-out" not in page
+    score = {"val_loss": 3.21, "val_bpb": 2.5}
+    append_json(metrics, {"event": "eval", "step": 60, **score})
+    append_json(metrics, {"event": "eval", "step": 61, "val_loss": None, "val_bpb": None})
+    page = training(tmp_path, total=100)
+    assert "3.210" in page
+    assert "nan" not in page
+
+
+def test_without_gradio_it_says_what_to_install(program, config, monkeypatch) -> None:
+    from gptforge.convert import extras
+
+    build(config).run()
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    done = program("demo", config.out_dir)
+    assert done.code == 2
+    assert "pip install 'gptforge[demo]'" in done.err
+
+
+def test_a_wrong_call_is_one_line(program) -> None:
+    for args in (("demo", "nowhere"), ("demo", "run", "--port", "99999"), ("demo",)):
+        done = program(*args)
+        assert (done.code, done.err.count("\n")) == (2, 1)

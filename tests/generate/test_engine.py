@@ -1,0 +1,108 @@
+"""The engine against a plain loop over the model, which remembers nothing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptforge.config import GPTConfig
+from gptforge.generate.decode import Decoder, window_start
+from gptforge.generate.engine import Engine
+from gptforge.generate.sampling import Sampling, pick, throw_dice
+from gptforge.model import GPT
+
+SIZE = 50
+SHAPE = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+
+
+def model() -> GPT:
+    made = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # Larger than they are drawn, so that what came before matters.
+        for parameter in made.parameters():
+            parameter.mul_(6)
+    return made.eval()
+
+
+@torch.inference_mode()
+def plain(model: GPT, prompt: list[int], dice: torch.Tensor, sampling: Sampling) -> list[int]:
+    """Everything computed anew for each token."""
+    row, start = list(prompt), 0
+    for throw in dice:
+        start = window_start(start, len(row), SHAPE.block_size)
+        logits = model(torch.tensor([row[start:]]))[:, -1, :SIZE]
+        row.append(int(pick(logits, throw[None], sampling)))
+    return row[len(prompt) :]
+
+
+def decoded(decoder: Decoder, prompts, dice, sampling) -> list[list[int]]:
+    steps = list(decoder.decode(prompts, dice, sampling))
+    return [[i for chosen in steps for i in chosen.ids[row]] for row in range(len(prompts))]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=30), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.sampled_from([Sampling(0), Sampling(1.0, 0, 1.0), Sampling(0.9, 10, 0.9)]),
+)
+def test_the_tokens_are_those_of_a_loop_without_a_cache(prompts, steps, sampling) -> None:
+    # Prompts of different lengths at once, some beyond the context, some that grow beyond it.
+    ours = model()
+    dice = throw_dice(range(len(prompts)), steps)
+    expected = [plain(ours, *pair, sampling) for pair in zip(prompts, dice, strict=True)]
+    assert decoded(Decoder(Engine(ours, size=SIZE)), prompts, dice, sampling) == expected
+
+
+def test_a_cache_holds_the_logits_of_the_whole() -> None:
+    ours = model()
+    engine = Engine(ours, size=SIZE)
+    ids = torch.randint(0, SIZE, (3, 16), generator=torch.Generator().manual_seed(1))
+    cache, slots = engine.cache(3, 16), torch.arange(16)
+    with torch.inference_mode():
+        whole = ours(ids)[:, :, :SIZE]
+        position = slots.expand(3, -1)
+        for n in range(16):
+            given = slice(0, 5) if n == 4 else slice(n, n + 1)
+            if n < 4:
+                continue
+            seen = cache[..., : n + 1, :]
+            got = engine.forward(ids[:, given], position[:, given], seen, slots[given], None)
+            torch.testing.assert_close(got, whole[:, n], atol=1e-5, rtol=1e-5)
+
+
+def test_probabilities_are_the_models_own_and_the_likeliest_come_in_order() -> None:
+    ours, prompt = model(), [3, 1, 4]
+    decoder = Decoder(Engine(ours, size=SIZE))
+    steps = list(decoder.decode([prompt], throw_dice([0], 6), Sampling(2.0), alternatives=3))
+    row = list(prompt)
+    for chosen in steps:
+        with torch.inference_mode():
+            known = ours(torch.tensor([row]))[0, -1, :SIZE].log_softmax(-1)
+        [[token]] = chosen.ids
+        assert chosen.likeliest[0, 0].tolist() == known.topk(3).indices.tolist()
+        expected = torch.stack([known[token], *known.topk(3).values])
+        torch.testing.assert_close(chosen.logprobs[0, 0], expected, atol=1e-5, rtol=1e-5)
+        row.append(token)
+
+
+def test_weights_that_change_are_seen_by_the_next_engine_and_shared_in_the_models_own_type() -> (
+    None
+):
+    ours = model()
+    engine = Engine(ours, size=SIZE)
+    assert engine.wte.data_ptr() == ours.lm_head.weight.data_ptr()
+    assert Engine(ours, size=SIZE, dtype=torch.bfloat16).layers[0].c_fc[0].dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0, 0, 1.0), Sampling(0.9, 10, 0.9)])
+def test_a_captured_step_writes_what_single_steps_write(sampling) -> None:
+    ours = model().cuda()
+    prompts, dice = [[1, 2, 3], [5], [7, 8]], throw_dice([1, 2, 3], 60)
+    captured = Decoder(Engine(ours, size=SIZE), captured=True)
+    single = Decoder(Engine(ours, size=SIZE))
+    expected = decoded(single, prompts, dice, sampling)
+    assert decoded(captured, prompts, dice, sampling) == expected
+    assert decoded(captured, prompts, dice, sampling) == expected
+    assert captured.keeps_a_graph

@@ -1,0 +1,62 @@
+"""`gptforge sample`, with pipes in mind."""
+
+import io
+import json
+import math
+
+import pytest
+
+DEBUG = ("--preset", "debug", "--device", "cpu", "--out_dir", "run")
+SAMPLE = ("sample", "run", "--device", "cpu", "--max_new_tokens", 20)
+
+
+@pytest.fixture
+def trained(program, play):
+    assert program(*DEBUG, "--input", play, "--max_steps", 6).code == 0
+    return program
+
+
+def test_json_gives_one_object_a_text(trained) -> None:
+    done = trained(*SAMPLE, "--prompt", "ROMEO:", "--json", "--num_samples", 3)
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [record["seed"] for record in records] == [1337, 1338, 1339]
+    for record in records:
+        assert record["prompt"] == "ROMEO:"
+        assert len(record["text"]) == len(record["ids"]) == len(record["logprobs"]) == 20
+        assert record["ended"] == "length"
+        assert all(math.isfinite(p) and p < 0 for p in record["logprobs"])
+    texts = [trained(*SAMPLE, "--prompt", "ROMEO:", "--seed", seed).out for seed in (1337, 1339)]
+    assert texts == [f"ROMEO:{records[n]['text']}\n" for n in (0, 2)]
+
+
+def test_the_prompt_may_come_from_a_pipe(trained, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("JULIET:\nWhat"))
+    piped = trained(*SAMPLE, "--prompt", "-")
+    assert piped.out == trained(*SAMPLE, "--prompt", "JULIET:\nWhat").out
+
+
+def test_an_interactive_loop_writes_on_from_each_line(trained, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ROMEO\n日\nJULIET\n"))
+    done = trained(*SAMPLE, "--interactive")
+    assert done.code == 0
+    # The stray character is told of, and the next line has its turn.
+    assert "'日'" in done.err
+    first = trained(*SAMPLE, "--prompt", "ROMEO").out
+    third = trained(*SAMPLE, "--prompt", "JULIET", "--seed", 1339).out
+    assert done.out == first + third
+
+
+def test_several_stop_texts_end_it(trained) -> None:
+    whole = trained(*SAMPLE, "--prompt", "ROMEO:").out.removeprefix("ROMEO:")
+    stops = [whole[9], whole[5]]
+    done = trained(*SAMPLE, "--prompt", "ROMEO:", "--stop", stops[0], "--stop", stops[1])
+    ends = min(whole.index(stop) for stop in stops)
+    assert done.out == f"ROMEO:{whole[:ends]}\n"
+    record = json.loads(trained(*SAMPLE, "--json", "--prompt", "ROMEO:", "--stop", stops[0]).out)
+    assert (record["ended"], record["text"]) == ("stop", whole[: whole.index(stops[0])])
+
+
+@pytest.mark.parametrize("args", [("--interactive", "--json"), ("--dtype", "int4")])
+def test_what_cannot_be_had_is_refused(trained, args) -> None:
+    done = trained(*SAMPLE, *args)
+    assert (done.code, done.out) == (2, "")
