@@ -17,6 +17,7 @@ from typing import Annotated
 
 import tyro
 
+from gptforge.commands.bench import bench
 from gptforge.commands.demo import demo
 from gptforge.commands.export import export, import_
 from gptforge.commands.sample import sample
@@ -152,6 +153,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "import": import_,
     "demo": demo,
+    "bench": bench,
 }
 
 

@@ -1,6 +1,7 @@
 """Flags into configurations: precedence, spelling, and mistakes said in one line."""
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ BOOLEANS = {"true": True, "false": False}
 
 
 def parse_train(
-    args: Sequence[str], *, commands: Sequence[str] = ()
+    args: Sequence[str], *, kind: type[Config] = Config, commands: Sequence[str] = ()
 ) -> tuple[Config, frozenset[str]]:
     """Built-in values, preset, file and flags, laid over each other in this order.
 
@@ -31,9 +32,11 @@ def parse_train(
     name = flags.get("preset") or from_file.get("preset")
     base = preset(str(name)) if name else Config()
     base = merge(base, from_file, source=f"--config {flags.get('config')}")
-    names = ", ".join(PRESETS)
-    description = f"Train a GPT-2. Commands: {', '.join(commands)}. Presets: {names}."
-    parsed = parse(Config, args, "gptforge", default=base, description=description)
+    description = f"{(kind.__doc__ or '').strip()} Presets: {', '.join(PRESETS)}."
+    if commands:
+        description += f" Commands: {', '.join(commands)}."
+    default = kind(**vars(base))
+    parsed = parse(kind, args, "gptforge", default=default, description=description)
     return parsed, frozenset(flags) | (frozenset() if is_a_runs else frozenset(from_file))
 
 
@@ -123,17 +126,23 @@ def _boolean_rule(
 
 def spell_out_booleans(kind: type, args: Sequence[str]) -> list[str]:
     """`--overwrite` alone means `--overwrite true`; likewise `--compile`."""
-    hints = kind.__annotations__
+    hints = {name: hint for c in kind.__mro__ for name, hint in _own_hints(c).items()}
     switches = {name for name, hint in hints.items() if hint is bool} | {"compile"} & set(hints)
     spelled = []
     for place, word in enumerate(args):
         spelled.append(word)
         following = args[place + 1] if place + 1 < len(args) else "--"
         # Where a command takes a RUN, the word behind a switch may be that.
-        is_value = following in BOOLEANS or (kind is Config and not following.startswith("--"))
+        is_value = following in BOOLEANS or (
+            issubclass(kind, Config) and not following.startswith("--")
+        )
         if word.removeprefix("--").replace("-", "_") in switches and not is_value:
             spelled.append("true")
     return spelled
+
+
+def _own_hints(kind: type) -> dict[str, Any]:
+    return kind.__annotations__ if dataclasses.is_dataclass(kind) else {}
 
 
 def _unboxed(text: str, prog: str) -> str:

@@ -161,6 +161,36 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+    "V100": 125e12,
+}
+"""Dense half-precision FLOP/s with float32 sums, from NVIDIA's data sheets (SXM where both are)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The most FLOP/s that this device's matrix units could do; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ") + " "
+    if "PCIe" in words and "H100" in words:
+        return 756e12
+    return next((peak for name, peak in PEAKS.items() if f"{name} " in words), None)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a GPU, or this machine, has left; None where there is no way to know."""
     if device.type == "cuda":

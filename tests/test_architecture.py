@@ -33,6 +33,7 @@ ROOMS = [
         "convert",
         "train",
         "build",
+        "bench",
         "demo",
         "flags",
     ),

@@ -68,7 +68,7 @@ def build_trainer(
     check(config)
     device, device_note = choose_device(config.device)
     precision = choose_precision(config.dtype, device)
-    _seed(config)
+    seed_everything(config)
     corpus = build_corpus(
         read_text(find_text(config.input)),
         tokenizer=config.tokenizer,
@@ -169,7 +169,8 @@ def _out_dir(config: Config) -> str:
     return config.out_dir or f"runs/{config.preset or 'custom'}"
 
 
-def _seed(config: Config) -> None:
+def seed_everything(config: Config) -> None:
+    """Dice, and which kinds of products are let in, before anything is built."""
     torch.manual_seed(config.seed)
     # TF32 where weights stay float32: what "mixed precision" leaves behind is fast as well.
     torch.set_float32_matmul_precision("high")

@@ -68,6 +68,13 @@ class TrainStep:
                 self.model, self.precision, kernels, scaler=self._scaler, savings=self._savings
             )
 
+    @property
+    def way(self) -> str:
+        """How an update is made, in words."""
+        if isinstance(self._way, ByAutograd):
+            return "autograd"
+        return "written out, recorded" if isinstance(self._way, Replay) else "written out"
+
     def record(self) -> None:
         """Play a micro-batch back from a recording from now on, if it is written out."""
         if isinstance(self._way, ByHand):

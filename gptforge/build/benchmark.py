@@ -1,0 +1,24 @@
+"""From a Config to what a benchmark times: an update as a run would make it, without the run."""
+
+from collections.abc import Callable, Collection
+
+from gptforge.build.step import train_step
+from gptforge.build.training import seed_everything
+from gptforge.checkpoint.run_folder import Opening
+from gptforge.config import Config, check
+from gptforge.hardware import choose_device, choose_precision
+from gptforge.train.step import TrainStep
+
+
+def build_step(config: Config, given: Collection[str], say: Callable[[str], None]) -> TrainStep:
+    """Model, optimizer and kernels, chosen as for training; writes nothing anywhere.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    check(config)
+    device, note = choose_device(config.device)
+    precision = choose_precision(config.dtype, device)
+    say(f"device: {device} ({note}), {precision.name}: {precision.reason}")
+    seed_everything(config)
+    return train_step(config, Opening("new", config), device, precision, given=given, say=say)
