@@ -1,9 +1,13 @@
 """Parameters, FLOPs and bytes of a configuration: pure functions, each formula only here."""
 
+import math
+
 from gptforge.config import GPTConfig
 
-HEAD_TOKENS = 16384
-"""Tokens whose logits are made at a time where they are made in pieces: more is no faster."""
+HEAD_TOKENS = 8192
+"""Tokens whose logits are made at a time where they are made in pieces: more is hardly faster."""
+KEEPS_GELU_EVERY = 2
+"""Of so many blocks one keeps the GELU's output, where an update is written out."""
 
 
 def parameters(config: GPTConfig) -> int:
@@ -40,13 +44,14 @@ def training_bytes(
     and narrow copies of the weights 2. What the backward pass needs is counted layer by layer for
     flash attention, in units of C bytes a token: the two normalised inputs (the residual stream is
     float32), their outputs, q, k and v, the attention's output, and both sides of the GELU. Written
-    out (`by_hand`), the stream is narrow, and one side of the GELU is enough. With `recompute` only
-    the stream is kept, and one layer's worth of the rest.
+    out (`by_hand`), the stream is narrow, and not every block keeps both sides of the GELU. With
+    `recompute` only the stream is kept, and one layer's worth of the rest.
     """
     width = 2 if mixed else 4
     tokens = windows * context_length
     stream = width if by_hand else 4
-    inner = width * (2 + 3 + 1 + (1 if by_hand else 2) * config.mlp_ratio)
+    gelu_sides = 1 + 1 / KEEPS_GELU_EVERY if by_hand and not recompute else 2
+    inner = width * (2 + 3 + 1 + gelu_sides * config.mlp_ratio)
     a_layer = 2 * stream + inner
     # On the way back a layer needs about as much again for gradients.
     layers = config.n_layer * stream + 2 * a_layer if recompute else config.n_layer * a_layer
@@ -54,7 +59,8 @@ def training_bytes(
         layers += width * 2 * config.mlp_ratio
     chunk = min(tokens, loss_chunk or (HEAD_TOKENS if by_hand else tokens))
     logits = chunk * config.vocab_size * (width if by_hand else 4 + width)
-    return (28 + 2 * by_hand) * parameters(config) + tokens * layers * config.n_embd + logits
+    activations = math.ceil(tokens * layers * config.n_embd)
+    return (28 + 2 * by_hand) * parameters(config) + activations + logits
 
 
 def checkpoint_bytes(config: GPTConfig) -> int:

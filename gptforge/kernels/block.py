@@ -111,6 +111,21 @@ def pack(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
     return out
 
 
+def add_column_sums(x: Tensor, sums: Tensor) -> None:
+    """`sums` (C,) float32 grows by the sum of x (N, C) over its rows."""
+    if not x.is_cuda:
+        sums += x.sum(0, dtype=sums.dtype)
+        return
+    rows, columns = x.shape
+    assert x.is_contiguous()
+    programs = min(256, math.ceil(rows / 32))
+    parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    _triton().column_sums[(programs, math.ceil(columns / 512))](
+        x, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
+    )  # fmt: skip
+    _add_parts(parts, sums)
+
+
 def _add_norm_on_cuda(
     stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Norm]:
@@ -132,13 +147,13 @@ def _norm_backward_on_cuda(
 ) -> Tensor:
     rows, columns = upstream.shape
     assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
-    block, height = _tile(columns)
-    programs = min(8 * _multiprocessors(upstream.device), math.ceil(rows / 32))
+    block, height = _tile(columns, numbers=2048)
+    programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 32))
     parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
     _triton().norm_backward[(programs,)](
         upstream, norm.stream, norm.mean, norm.rstd, weight,
         upstream if beside is None else beside, parts, rows, math.ceil(rows / programs),
-        columns=columns, BLOCK=block, ROWS=height, HAS_BESIDE=beside is not None, num_warps=2,
+        columns=columns, BLOCK=block, ROWS=height, HAS_BESIDE=beside is not None, num_warps=1,
     )  # fmt: skip
     _add_parts(parts, sums)
     return upstream
@@ -177,14 +192,15 @@ def _add_parts(parts: Tensor, sums: Tensor) -> None:
     )
 
 
-def _tile(columns: int) -> tuple[int, int]:
-    """Columns and rows that a program works on at a time: some 4,096 numbers."""
+def _tile(columns: int, *, numbers: int = 4096) -> tuple[int, int]:
+    """Columns and rows that a program works on at a time: so many numbers, or one row."""
     block = 1 << (columns - 1).bit_length()
-    return block, max(1, 4096 // block)
+    return block, max(1, numbers // block)
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device: the parts that programs run on."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptforge.kernels.block import multiprocessors
+
 
 def head_loss_reference(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """What `head_loss` computes, in plain torch."""
@@ -87,9 +89,12 @@ def cross_entropy_in_place(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, device=logits.device)
-    in_triton.cross_entropy[(rows,)](
-        logits, targets.contiguous(), losses, logits.stride(0), ignore, scale,
-        columns=columns, BLOCK=min(4096, 1 << (columns - 1).bit_length()),
+    # As many rows at a time as the cache holds, for a GPU has some 60 KB for each of these.
+    programs = min(rows, 4 * multiprocessors(logits.device) * max(1, 2**16 // columns))
+    block = min(8192, 1 << (columns - 1).bit_length())
+    in_triton.cross_entropy[(programs,)](
+        logits, targets.contiguous(), losses, logits.stride(0), ignore, scale, rows, programs,
+        columns=columns, BLOCK=block, num_warps=max(1, block // 512),
     )  # fmt: skip
     return losses
 

@@ -9,21 +9,37 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["ignore"])
+@triton.jit(do_not_specialize=["ignore", "rows", "programs"])
 def cross_entropy(
-    logits, targets, losses, stride, ignore, scale, columns: tl.constexpr, BLOCK: tl.constexpr
+    logits, targets, losses, stride, ignore, scale, rows, programs,
+    columns: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each row's loss, and its gradient, times what is at `scale`, in its place.
+
+    A program takes one row after the other. There are few programs, so that the rows they are at
+    stay in the cache for the second look.
+    """
+    for row in range(tl.program_id(0), rows, programs):
+        _cross_entropy_of_a_row(
+            logits + row.to(tl.int64) * stride, targets + row, losses + row, ignore, scale,
+            columns, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _cross_entropy_of_a_row(
+    start, target_at, loss_at, ignore, scale, columns: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program a row: its loss, and its gradient, times what is at `scale`, in its place."""
-    row = tl.program_id(0).to(tl.int64)
-    start = logits + row * stride
-    target = tl.load(targets + row)
+    target = tl.load(target_at)
     lanes = tl.arange(0, BLOCK)
     # One maximum for all lanes: a rescaling for each would cost as many exponentials again.
     top = -3.4e38
     total = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, columns, BLOCK):
         place = begin + lanes
-        x = tl.load(start + place, mask=place < columns, other=-float("inf")).to(tl.float32)
+        inside = place < columns
+        x = tl.load(start + place, inside, -float("inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp(top - higher) + tl.exp(x - higher)
         top = higher
@@ -32,16 +48,18 @@ def cross_entropy(
     chosen = tl.where(counts, target, 0)
     right = tl.load(start + chosen).to(tl.float32)
     loss = tl.log(total_sum) + (top - right)
-    tl.store(losses + row, tl.where(counts, loss, 0.0))
+    tl.store(loss_at, tl.where(counts, loss, 0.0))
     weight = tl.where(counts, tl.load(scale), 0.0)
     share = weight / total_sum
     # The target's own column is read above before any thread may write it.
     tl.debug_barrier()
     for begin in range(0, columns, BLOCK):
         place = begin + lanes
-        x = tl.load(start + place, mask=place < columns, other=-float("inf")).to(tl.float32)
-        gradient = tl.exp(x - top) * share - tl.where(place == chosen, weight, 0.0)
-        tl.store(start + place, gradient.to(logits.dtype.element_ty), mask=place < columns)
+        inside = place < columns
+        x = tl.load(start + place, inside, -float("inf"), eviction_policy="evict_first")
+        gradient = tl.exp(x.to(tl.float32) - top) * share - tl.where(place == chosen, weight, 0.0)
+        narrow = gradient.to(start.dtype.element_ty)
+        tl.store(start + place, narrow, mask=inside, cache_modifier=".cs")
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -174,6 +192,22 @@ def pack(q, k, v, out, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl
         total += tl.sum(value.to(tl.float32), 0)
     own = parts + program.to(tl.int64) * 3 * columns + third * columns + column
     tl.store(own, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "each"])
+def column_sums(x, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """`parts` (P, columns): each program's sum over its rows of x (rows, columns)."""
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    last = tl.minimum(program * each + each, rows)
+    for begin in range(0, each, ROWS):
+        row = program * each + begin + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & inside[None, :]
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.sum(tl.load(x + place, mask=mask, other=0.0).to(tl.float32), 0)
+    tl.store(parts + program.to(tl.int64) * columns + column, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "columns"])

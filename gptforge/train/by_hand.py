@@ -15,10 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptforge.costs import HEAD_TOKENS
+from gptforge.costs import HEAD_TOKENS, KEEPS_GELU_EVERY
 from gptforge.kernels.attention import attend
-from gptforge.kernels.block import Norm, add_norm, gelu, gelu_backward, norm_backward, pack
+from gptforge.kernels.block import (
+    Norm,
+    add_column_sums,
+    add_norm,
+    gelu_backward,
+    norm_backward,
+    pack,
+)
 from gptforge.kernels.head import cross_entropy_in_place
+from gptforge.kernels.products import back, back_through_gelu, linear, linear_gelu
 from gptforge.model import GPT, IGNORE, Block
 from gptforge.train.savings import NO_SAVINGS, Savings
 
@@ -67,16 +75,20 @@ class _Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        return torch.addmm(self.narrow_bias, x, self.narrow.t())
+        return linear(x, self.narrow, self.narrow_bias)
+
+    def forward_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and its GELU."""
+        return linear_gelu(x, self.narrow, self.narrow_bias)
 
     def backward(self, x: Tensor, upstream: Tensor) -> Tensor:
         """The gradient of x; that of the weights is added to theirs, that of the bias is not."""
         _add_product(self.weight, upstream, x)
-        return upstream @ self.narrow
+        return back(upstream, self.narrow)
 
 
 class _Kept(NamedTuple):
-    """What a block's way back needs from its way forward: 12 C numbers a token in all."""
+    """What a block's way back needs from its way forward: 12 or 16 C numbers a token in all."""
 
     norm_1: Norm
     normal_1: Tensor
@@ -87,18 +99,26 @@ class _Kept(NamedTuple):
     norm_2: Norm
     normal_2: Tensor
     inner: Tensor
+    activated: Tensor | None
     dropped_1: Tensor | None
     dropped_2: Tensor | None
 
 
 class _Block:
-    """A transformer block. `before` is the bias of what the block in front of it adds last."""
+    """A transformer block. `before` is the bias of what the block in front of it adds last.
+
+    With `keeps_gelu` the GELU's output is kept, and its slope is taken by the product that makes
+    its gradient. Otherwise a pass of its own takes the slope, and makes the output again.
+    """
 
     sums_1: Tensor
     sums_2: Tensor
     """Where the gradients of `vectors_1` and `vectors_2` are added up."""
 
-    def __init__(self, block: Block, before: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, block: Block, before: Tensor | None, dtype: torch.dtype, *, keeps_gelu: bool
+    ) -> None:
+        self._keeps_gelu = keeps_gelu
         self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         self.c_attn = _Linear(block.attn.c_attn, dtype)
@@ -134,18 +154,20 @@ class _Block:
             mixed = attend(q, k, v, self.dropout)
         branch, dropped_1 = _drop(self.mix.forward(_rows(mixed.detach())), self.dropout)
         normal_2, norm_2 = add_norm(norm_1.stream, branch, self.ln_2.weight, self.ln_2.bias)
-        inner = self.c_fc.forward(normal_2)  # (N, 4 C)
-        branch, dropped_2 = _drop(self.c_proj.forward(gelu(inner)), self.dropout)
+        inner, activated = linear_gelu(
+            normal_2, self.c_fc.narrow, self.c_fc.narrow_bias
+        )  # (N, 4 C)
+        branch, dropped_2 = _drop(self.c_proj.forward(activated), self.dropout)
+        kept_gelu = activated if self._keeps_gelu else None
         return branch, _Kept(
-            norm_1, normal_1, q, k, v, mixed, norm_2, normal_2, inner, dropped_1, dropped_2
-        )
+            norm_1, normal_1, q, k, v, mixed, norm_2, normal_2, inner, kept_gelu,
+            dropped_1, dropped_2,
+        )  # fmt: skip
 
     def backward(self, upstream: Tensor, kept: _Kept) -> Tensor:
         """From the gradient of the stream behind the block (N, C) to that before it."""
         to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj.bias)
-        wide = to_branch @ self.c_proj.narrow  # (N, 4 C)
-        wide, activated = gelu_backward(kept.inner, wide, _gradient(self.c_fc.bias))
-        _add_product(self.c_proj.weight, to_branch, activated)
+        wide = self._behind_c_fc(to_branch, kept)  # (N, 4 C)
         narrow = self.c_fc.backward(kept.normal_2, wide)
         upstream = norm_backward(narrow, kept.norm_2, self.ln_2.weight, upstream, self.sums_2)
         to_branch = self._undrop(upstream, kept.dropped_1, self.mix.bias)
@@ -155,6 +177,19 @@ class _Block:
         wide = pack(to_q, to_k, to_v, _gradient(self.c_attn.bias))  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
         return norm_backward(narrow, kept.norm_1, self.ln_1.weight, upstream, self.sums_1)
+
+    def _behind_c_fc(self, to_branch: Tensor, kept: _Kept) -> Tensor:
+        """The gradient of what c_fc gives; adds those of its bias and of c_proj's weights."""
+        to_bias = _gradient(self.c_fc.bias)
+        if kept.activated is None:
+            wide = back(to_branch, self.c_proj.narrow)
+            wide, activated = gelu_backward(kept.inner, wide, to_bias)
+        else:
+            wide = back_through_gelu(to_branch, self.c_proj.narrow, kept.inner)
+            activated = kept.activated
+            add_column_sums(wide, to_bias)
+        _add_product(self.c_proj.weight, to_branch, activated)
+        return wide
 
     def _undrop(self, upstream: Tensor, dropped: Tensor | None, bias: Tensor) -> Tensor:
         if dropped is None:
@@ -191,9 +226,11 @@ class ByHand:
         self._wte, self._wpe, self._ln_f = wte.weight, wpe.weight, ln_f
         self._blocks: list[_Block] = []
         before = None
-        for block in model.blocks():
+        for number, block in enumerate(model.blocks()):
             assert isinstance(block, Block)
-            self._blocks.append(_Block(block, before, dtype))
+            # One block's worth is no matter.
+            keeps_gelu = savings.recompute or number % KEEPS_GELU_EVERY == 0
+            self._blocks.append(_Block(block, before, dtype, keeps_gelu=keeps_gelu))
             before = block.mlp.c_proj.bias
         assert before is not None
         self._vectors: list[Tensor] = [ln_f.weight, ln_f.bias]
@@ -267,7 +304,7 @@ class ByHand:
         losses = []
         for start in range(0, len(normal), self._head_tokens):
             piece = slice(start, start + self._head_tokens)
-            logits = normal[piece] @ self._table.t()  # (n, V)
+            logits = linear(normal[piece], self._table)  # (n, V)
             losses.append(cross_entropy_in_place(logits, targets[piece], IGNORE, scale).sum())
             torch.mm(logits, self._table, out=upstream[piece])
             _add_product(self._wte, logits, normal[piece])

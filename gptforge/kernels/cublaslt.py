@@ -1,0 +1,220 @@
+"""cuBLASLt, called by its C interface: products with an epilogue, by the fastest of its kernels.
+
+torch calls the same library, but always runs the kernel that the library's heuristic puts first,
+and of the epilogues offers the bias alone. At GPT-2's shapes on an H100 the heuristic's second to
+eighth choices are up to 17% faster, so each shape is tried out once. docs/log.md has the figures.
+
+The library is the one that torch has loaded. Its constants are those of cublasLt.h, CUDA 12 and 13.
+
+Everything here is row by row, as torch has it; cuBLAS counts column by column, so it is told that
+it computes the transposes.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_COMPUTE_FLOAT32, _REAL_FLOAT32, _REAL_BFLOAT16 = 68, 0, 14
+_TRANSPOSE_A, _EPILOGUE, _BIAS, _AUX, _AUX_STRIDE = 3, 7, 8, 11, 12
+_WORKSPACE_BYTES = 1
+PLAIN, WITH_BIAS, GELU_AND_INPUT, THROUGH_GELU = 1, 4, 164, 192
+"""Epilogues: none; bias; bias and GELU, the GELU's input kept; times the GELU's slope."""
+
+WORKSPACE = 32 * 2**20
+"""Bytes that kernels may use beside their output; what cuBLAS recommends for Hopper."""
+CANDIDATES = 16
+ROUNDS = 5
+"""Times each candidate is timed."""
+ALIGNMENT = 256
+"""Bytes: what the heuristic takes for granted of an address."""
+
+
+_Value = ctypes.c_int | ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_void_p
+
+
+class _Choice(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t: a kernel with its settings."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+class _Library:
+    """The loaded library, with a handle for one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        version = (torch.version.cuda or "").partition(".")[0]
+        # By its name alone, the loader gives back what is in memory already.
+        self._calls = ctypes.CDLL(f"libcublasLt.so.{version}")
+        with torch.cuda.device(device):
+            # A cuBLAS handle serves as one of cuBLASLt.
+            self.handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+
+    def call(self, name: str, *args: object) -> None:
+        """Call a function by its name behind `cublasLt`.
+
+        Raises:
+            RuntimeError: with cuBLAS's number, if it does not succeed.
+        """
+        status = getattr(self._calls, f"cublasLt{name}")(*args)
+        if status:
+            raise RuntimeError(f"cuBLASLt's {name} gave status {status}")
+
+
+class Plan:
+    """A product of one shape with one epilogue, ready to be run.
+
+    Args:
+        device: of all tensors.
+        rows: of the left factor and the result.
+        weight: shape (out, in) of the right factor.
+        transposed: whether the result is `left @ weight.T`, else `left @ weight`.
+        epilogue: what is done to the result.
+
+    Raises:
+        RuntimeError: if the library has no kernel for it.
+        OSError: if there is no library.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        rows: int,
+        weight: torch.Size,
+        *,
+        transposed: bool,
+        epilogue: int,
+    ) -> None:
+        self._lib = _library(device)
+        out, inner = weight
+        self._left, self._right = (inner, out) if transposed else (out, inner)
+        self._description = ctypes.c_void_p()
+        self._lib.call(
+            "MatmulDescCreate", ctypes.byref(self._description), _COMPUTE_FLOAT32, _REAL_FLOAT32
+        )
+        # The weight is cuBLAS's first factor: (in, out), column by column.
+        self._set(_TRANSPOSE_A, ctypes.c_int(transposed))
+        self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
+        # The library looks at the addresses, or at their alignment, before there are any.
+        somewhere = ctypes.c_void_p(self._lib.workspace.data_ptr())
+        if epilogue in (WITH_BIAS, GELU_AND_INPUT):
+            self._set(_BIAS, somewhere)
+        if epilogue in (GELU_AND_INPUT, THROUGH_GELU):
+            self._set(_AUX, somewhere)
+            self._set(_AUX_STRIDE, ctypes.c_int64(self._right))
+        self._weight = self._layout(inner, out)
+        self._input = self._layout(self._left, rows)
+        self._output = self._layout(self._right, rows)
+        self._choices = self._candidates(rows)
+        self._chosen = self._choices[0]
+        self._is_tried = len(self._choices) == 1
+        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
+
+    def __call__(
+        self,
+        left: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        aux: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the product into `out`; the first time, by all candidates, to find the fastest.
+
+        All are contiguous bfloat16 tensors. `aux` (as `out`) is the GELU's input: written where the
+        epilogue keeps it, read where it takes its slope.
+        """
+        if bias is not None:
+            self._set(_BIAS, ctypes.c_void_p(bias.data_ptr()))
+        if aux is not None:
+            self._set(_AUX, ctypes.c_void_p(aux.data_ptr()))
+        if not self._is_tried and not torch.cuda.is_current_stream_capturing():
+            self._choose(left, weight, out)
+        self._run(self._chosen, left, weight, out)
+        return out
+
+    def _run(self, choice: _Choice, left: Tensor, weight: Tensor, out: Tensor) -> None:
+        pointer, lib = ctypes.c_void_p, self._lib
+        result = pointer(out.data_ptr())
+        lib.call(
+            "Matmul", lib.handle, self._description, ctypes.byref(self._one),
+            pointer(weight.data_ptr()), self._weight, pointer(left.data_ptr()), self._input,
+            ctypes.byref(self._zero), result, self._output, result, self._output,
+            ctypes.byref(choice.algorithm), pointer(lib.workspace.data_ptr()),
+            ctypes.c_size_t(WORKSPACE),
+            pointer(torch.cuda.current_stream(out.device).cuda_stream),
+        )  # fmt: skip
+
+    def _choose(self, left: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Time the candidates, in turns, and keep the fastest."""
+        self._is_tried = True
+        if torch.are_deterministic_algorithms_enabled():
+            # The clock must not decide about bits.
+            return
+        able = []
+        for choice in self._choices:
+            try:
+                self._run(choice, left, weight, out)
+            except RuntimeError:
+                continue
+            able.append(choice)
+        marks = [
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(able) + 1)]
+            for _ in range(ROUNDS)
+        ]
+        for row in marks:
+            row[0].record()
+            for mark, choice in zip(row[1:], able, strict=True):
+                self._run(choice, left, weight, out)
+                mark.record()
+        torch.cuda.synchronize(out.device)
+        times = [
+            sorted(row[i].elapsed_time(row[i + 1]) for row in marks)[ROUNDS // 2]
+            for i in range(len(able))
+        ]
+        self._chosen = able[times.index(min(times))]
+
+    def _candidates(self, rows: int) -> list[_Choice]:
+        preference = ctypes.c_void_p()
+        self._lib.call("MatmulPreferenceCreate", ctypes.byref(preference))
+        size = ctypes.c_uint64(WORKSPACE)
+        self._lib.call(
+            "MatmulPreferenceSetAttribute", preference, _WORKSPACE_BYTES, ctypes.byref(size),
+            ctypes.sizeof(size),
+        )  # fmt: skip
+        found, count = (_Choice * CANDIDATES)(), ctypes.c_int()
+        self._lib.call(
+            "MatmulAlgoGetHeuristic", self._lib.handle, self._description, self._weight,
+            self._input, self._output, self._output, preference, CANDIDATES, found,
+            ctypes.byref(count),
+        )  # fmt: skip
+        if not count.value:
+            raise RuntimeError(f"cuBLASLt has no kernel for {rows} rows of this product")
+        return list(found[: count.value])
+
+    def _set(self, attribute: int, value: _Value) -> None:
+        self._lib.call(
+            "MatmulDescSetAttribute", self._description, attribute, ctypes.byref(value),
+            ctypes.sizeof(value),
+        )  # fmt: skip
+
+    def _layout(self, rows: int, columns: int) -> ctypes.c_void_p:
+        layout = ctypes.c_void_p()
+        self._lib.call(
+            "MatrixLayoutCreate", ctypes.byref(layout), _REAL_BFLOAT16, ctypes.c_uint64(rows),
+            ctypes.c_uint64(columns), ctypes.c_int64(rows),
+        )  # fmt: skip
+        return layout
+
+
+@cache
+def _library(device: torch.device) -> _Library:
+    return _Library(device)

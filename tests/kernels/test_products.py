@@ -1,0 +1,105 @@
+"""Products and what comes right behind them, against double precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gptforge.kernels import cublaslt, products
+from gptforge.kernels.products import back, back_through_gelu, linear, linear_gelu
+
+# Tokens, in, out; the last ones are odd, so that a library may decline them.
+SHAPES = [(256, 64, 192), (1024, 768, 3072), (512, 48, 50304), (100, 37, 91)]
+
+
+@pytest.fixture(autouse=True)
+def triton_where_it_is_used(device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+
+
+def factors(rows: int, inner: int, out: int, device: torch.device) -> list[torch.Tensor]:
+    torch.manual_seed(rows)
+    sizes = [(rows, inner), (out, inner), (out,), (rows, out)]
+    scales = (1.0, inner**-0.5, 1.0, 1.0)
+    return [
+        (torch.randn(size, device=device) * scale).bfloat16()
+        for size, scale in zip(sizes, scales, strict=True)
+    ]
+
+
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
+def test_a_layer_and_its_way_back_are_the_products(rows, inner, out, device) -> None:
+    x, weight, bias, upstream = factors(rows, inner, out, device)
+    exact = x.double() @ weight.double().t()
+    assert distance(linear(x, weight), exact) < 5e-3
+    assert distance(linear(x, weight, bias), exact + bias.double()) < 5e-3
+    assert distance(back(upstream, weight), upstream.double() @ weight.double()) < 5e-3
+
+
+@pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
+def test_the_gelu_comes_with_what_it_was_made_of(rows, inner, out, device) -> None:
+    x, weight, bias, _ = factors(rows, inner, out, device)
+    before, after = linear_gelu(x, weight, bias)
+    exact = x.double() @ weight.double().t() + bias.double()
+    assert distance(before, exact) < 5e-3
+    assert distance(after, F.gelu(exact, approximate="tanh")) < 5e-3
+
+
+@pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
+def test_the_way_back_through_a_gelu_is_autograds(rows, inner, out, device) -> None:
+    _, weight, _, upstream = factors(rows, inner, out, device)
+    before = torch.randn(rows, inner, device=device).bfloat16()
+    exact = before.double().requires_grad_()
+    F.linear(F.gelu(exact, approximate="tanh"), weight.double()).backward(upstream.double())
+    assert distance(back_through_gelu(upstream, weight, before), exact.grad) < 5e-3
+
+
+def test_a_second_call_writes_new_memory(device) -> None:
+    x, weight, bias, _ = factors(256, 64, 192, device)
+    first, kept = linear(x, weight, bias), linear(x, weight, bias).clone()
+    second = linear(2 * x, weight, bias)
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept)
+
+
+def test_on_a_gpu_the_library_is_used_and_tries_its_kernels_out(device) -> None:
+    if device.type != "cuda":
+        pytest.skip("there is no cuBLASLt on a CPU")
+    products._remembered.cache_clear()
+    x, weight, bias, _ = factors(1024, 768, 3072, device)
+    plan = products._plan(x, weight, transposed=True, epilogue=cublaslt.WITH_BIAS)
+    assert plan is not None and not plan._is_tried
+    linear(x, weight, bias)
+    assert plan._is_tried
+
+
+def test_where_results_must_repeat_the_clock_does_not_choose(device) -> None:
+    if device.type != "cuda":
+        pytest.skip("there is no cuBLASLt on a CPU")
+    products._remembered.cache_clear()
+    x, weight, bias, _ = factors(1024, 768, 3072, device)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        linear(x, weight, bias)
+        plan = products._plan(x, weight, transposed=True, epilogue=cublaslt.WITH_BIAS)
+        assert plan is not None and plan._chosen is plan._choices[0]
+    finally:
+        torch.use_deterministic_algorithms(before)
+        products._remembered.cache_clear()
+
+
+def test_without_the_library_torch_computes_it(device, monkeypatch) -> None:
+    def missing(*args: object, **kwargs: object) -> None:
+        raise OSError("no such library")
+
+    products._remembered.cache_clear()
+    monkeypatch.setattr(cublaslt, "Plan", missing)
+    x, weight, bias, _ = factors(256, 64, 192, device)
+    exact = x.double() @ weight.double().t() + bias.double()
+    assert distance(linear(x, weight, bias), exact) < 5e-3
+    products._remembered.cache_clear()
