@@ -124,6 +124,8 @@ class Config:
     """Precision of matrix products; weights and optimizer stay float32."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
+    attention: Literal["auto", "torch", "flash4"] = "auto"
+    """flash4: FlashAttention-4's way back, a package of its own; auto: on long runs where it is."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0
@@ -160,6 +162,7 @@ NOT_IN_FILES = frozenset({"overwrite", "config"})
 FREE_ON_RESUME = frozenset(
     {
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
+        "attention",
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
         *("activation_checkpointing", "loss_chunk"),

@@ -95,6 +95,21 @@ class GPT(nn.Module):
         assert isinstance(table, nn.Parameter)
         self.lm_head.weight = table
 
+    @classmethod
+    def unfilled(cls, config: GPTConfig) -> "GPT":
+        """A model whose weights are still to be set, by `initialize` or from a file.
+
+        torch's layers would fill themselves first: a second and more for GPT-2, for nothing.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        # Each module has been given memory of its own.
+        table = model.transformer["wte"].weight
+        assert isinstance(table, nn.Parameter)
+        model.lm_head.weight = table
+        return model
+
     def initialize(self, generator: torch.Generator | None = None) -> "GPT":
         """Draw weights as GPT-2 does: normal 0.02, residual projections narrower with depth."""
         for name, parameter in self.named_parameters():

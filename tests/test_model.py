@@ -126,3 +126,12 @@ def test_attention_equals_the_textbook_formula(tiny_model) -> None:
         scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
         heads.append(F.softmax(scores, -1) @ v[..., part])
     torch.testing.assert_close(attention(x), attention.c_proj(torch.cat(heads, -1)))
+
+
+def test_an_unfilled_model_initialized_is_the_model_initialized() -> None:
+    shape = GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8)
+    ours = GPT.unfilled(shape).initialize(torch.Generator().manual_seed(4))
+    expected = GPT(shape).initialize(torch.Generator().manual_seed(4))
+    for (name, value), other in zip(ours.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    assert ours.lm_head.weight is ours.transformer["wte"].weight

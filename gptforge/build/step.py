@@ -10,7 +10,7 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import Config
-from gptforge.errors import RunError
+from gptforge.errors import RunError, UserError
 from gptforge.hardware import (
     Precision,
     attention_kernel,
@@ -20,6 +20,7 @@ from gptforge.hardware import (
     free_memory,
     try_compile,
 )
+from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.report.duration import in_words
@@ -29,6 +30,8 @@ from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
 
+LONG_RUN = 2e17
+"""FLOPs of a run from which on the ten seconds that FlashAttention-4 takes to start come back."""
 REPLAY_BELOW = 5e12
 """FLOPs of a micro-batch below which asking for its kernels takes longer than they do."""
 
@@ -66,6 +69,7 @@ def train_step(
     if step.kernels.by_hand and (trouble := _trouble(step, config)):
         say(f"note: the update that is written out does not run here: {trouble}")
         step.use(dataclasses.replace(step.kernels, by_hand=False, fused_head=False))
+    _choose_flash4(step, config, say=say)
     step.micro_batch = _micro_batch(step, config, by_hand=by_hand)
     windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
     say(f"attention: {attention_of(step, config)}; {windows}")
@@ -97,6 +101,32 @@ def _trouble(step: TrainStep, config: Config) -> str:
     return ""
 
 
+def _choose_flash4(step: TrainStep, config: Config, *, say: Say) -> None:
+    """Let FlashAttention-4 take attention's way back where it is wanted, is there and works."""
+    if config.attention == "torch":
+        return
+    flops = costs.flops_per_token(config.model, config.context_length)
+    if config.attention == "auto" and flops * config.tokens_per_step * config.max_steps < LONG_RUN:
+        return
+    reason = "an update is not written out here"
+    if step.kernels.by_hand:
+        head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
+        reason = why_not_flash4(step.device, dtype, head_size=head_size, dropout=config.dropout)
+    plain = step.kernels
+    if not reason:
+        try:
+            prepare_flash4(cache_folder())
+            step.use(dataclasses.replace(plain, flash4=True))
+            reason = _trouble(step, config)
+        except Exception as error:
+            reason = first_line(error)
+        if reason:
+            step.use(plain)
+            say(f"note: FlashAttention-4 does not run here: {reason}")
+    if reason and config.attention == "flash4":
+        raise UserError(f"--attention flash4 cannot be: {reason}")
+
+
 def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
     """Compile the update if that is asked for and works; whether it was, and why."""
     if step.kernels.by_hand:
@@ -114,17 +144,18 @@ def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
 
 def attention_of(step: TrainStep, config: Config) -> str:
     """The attention kernel that torch picks for this model on this device."""
-    return attention_kernel(
+    picked = attention_kernel(
         step.device,
         step.precision.dtype,
         n_head=config.n_head,
         head_size=config.n_embd // config.n_head,
         context_length=config.context_length,
     )
+    return f"{picked}, back by FlashAttention-4" if step.kernels.flash4 else picked
 
 
 def _model(config: Config, opening: Opening) -> GPT:
-    model = GPT(config.model)
+    model = GPT.unfilled(config.model)
     if opening.checkpoint is not None:
         # Restoring the run fills it, with all else that the checkpoint holds.
         return model

@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptforge.costs import HEAD_TOKENS, KEEPS_GELU_EVERY
-from gptforge.kernels.attention import attend
 from gptforge.kernels.block import (
     Norm,
     add_column_sums,
     add_norm,
     gelu_backward,
     norm_backward,
-    pack,
 )
 from gptforge.kernels.head import cross_entropy_in_place
+from gptforge.kernels.packed_attention import ByFlash4, ByTorch, Kept, PackedAttention
 from gptforge.kernels.products import back, back_through_gelu, linear, linear_gelu
 from gptforge.model import GPT, IGNORE, Block
 from gptforge.train.savings import NO_SAVINGS, Savings
@@ -92,10 +91,8 @@ class _Kept(NamedTuple):
 
     norm_1: Norm
     normal_1: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
     mixed: Tensor
+    attention: Kept
     norm_2: Norm
     normal_2: Tensor
     inner: Tensor
@@ -116,9 +113,17 @@ class _Block:
     """Where the gradients of `vectors_1` and `vectors_2` are added up."""
 
     def __init__(
-        self, block: Block, before: Tensor | None, dtype: torch.dtype, *, keeps_gelu: bool
+        self,
+        block: Block,
+        before: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        keeps_gelu: bool,
+        flash4: bool,
     ) -> None:
         self._keeps_gelu = keeps_gelu
+        self._attention: PackedAttention
+        self._attention = ByFlash4() if flash4 else ByTorch(block.attn.dropout)
         self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         self.c_attn = _Linear(block.attn.c_attn, dtype)
@@ -148,11 +153,8 @@ class _Block:
         """The block's last branch (N, C), not yet added to the stream, which is among the kept."""
         normal_1, norm_1 = add_norm(stream, branch, self.ln_1.weight, self.ln_1.bias)
         qkv = self.c_attn.forward(normal_1).view(-1, length, 3, self.n_head, self._head_size)
-        q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
-        # torch picks the kernel, and its autograd knows that kernel's way back.
-        with torch.enable_grad():
-            mixed = attend(q, k, v, self.dropout)
-        branch, dropped_1 = _drop(self.mix.forward(_rows(mixed.detach())), self.dropout)
+        mixed, attention = self._attention.forward(qkv)  # (N, C)
+        branch, dropped_1 = _drop(self.mix.forward(mixed), self.dropout)
         normal_2, norm_2 = add_norm(norm_1.stream, branch, self.ln_2.weight, self.ln_2.bias)
         inner, activated = linear_gelu(
             normal_2, self.c_fc.narrow, self.c_fc.narrow_bias
@@ -160,7 +162,7 @@ class _Block:
         branch, dropped_2 = _drop(self.c_proj.forward(activated), self.dropout)
         kept_gelu = activated if self._keeps_gelu else None
         return branch, _Kept(
-            norm_1, normal_1, q, k, v, mixed, norm_2, normal_2, inner, kept_gelu,
+            norm_1, normal_1, mixed, attention, norm_2, normal_2, inner, kept_gelu,
             dropped_1, dropped_2,
         )  # fmt: skip
 
@@ -171,10 +173,9 @@ class _Block:
         narrow = self.c_fc.backward(kept.normal_2, wide)
         upstream = norm_backward(narrow, kept.norm_2, self.ln_2.weight, upstream, self.sums_2)
         to_branch = self._undrop(upstream, kept.dropped_1, self.mix.bias)
-        narrow = self.mix.backward(_rows(kept.mixed.detach()), to_branch)
-        outs = torch.autograd.grad(kept.mixed, (kept.q, kept.k, kept.v), _heads(narrow, kept.q))
-        to_q, to_k, to_v = (_rows(x) for x in outs)
-        wide = pack(to_q, to_k, to_v, _gradient(self.c_attn.bias))  # (N, 3 C)
+        narrow = self.mix.backward(kept.mixed, to_branch)
+        to_bias = _gradient(self.c_attn.bias)
+        wide = self._attention.backward(narrow, kept.attention, to_bias)  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
         return norm_backward(narrow, kept.norm_1, self.ln_1.weight, upstream, self.sums_1)
 
@@ -210,9 +211,17 @@ class ByHand:
         model: whose parameters get the gradients.
         dtype: of the products and of the residual stream.
         savings: what to make again on the way back.
+        flash4: whether attention's way back is FlashAttention-4's.
     """
 
-    def __init__(self, model: GPT, dtype: torch.dtype, *, savings: Savings = NO_SAVINGS) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        dtype: torch.dtype,
+        *,
+        savings: Savings = NO_SAVINGS,
+        flash4: bool = False,
+    ) -> None:
         self._dropout = model.config.dropout
         # What is made again would be dropped anew.
         assert not (self._dropout and savings.recompute), "not written out here"
@@ -230,7 +239,8 @@ class ByHand:
             assert isinstance(block, Block)
             # One block's worth is no matter.
             keeps_gelu = savings.recompute or number % KEEPS_GELU_EVERY == 0
-            self._blocks.append(_Block(block, before, dtype, keeps_gelu=keeps_gelu))
+            one = _Block(block, before, dtype, keeps_gelu=keeps_gelu, flash4=flash4)
+            self._blocks.append(one)
             before = block.mlp.c_proj.bias
         assert before is not None
         self._vectors: list[Tensor] = [ln_f.weight, ln_f.bias]
@@ -335,14 +345,3 @@ def _add_product(weight: Tensor, upstream: Tensor, x: Tensor) -> None:
         torch.addmm(gradient, upstream.t(), x, out_dtype=gradient.dtype, out=gradient)
     else:
         gradient += upstream.t() @ x
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, H, T, D) to (N, C)."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _heads(x: Tensor, like: Tensor) -> Tensor:
-    """(N, C) to (B, H, T, D)."""
-    count, heads, length, size = like.shape
-    return x.view(count, length, heads, size).transpose(1, 2)

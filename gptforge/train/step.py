@@ -62,7 +62,9 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._way: ByAutograd | ByHand | Replay
         if kernels.by_hand:
-            self._way = ByHand(self.model, self.precision.dtype, savings=self._savings)
+            self._way = ByHand(
+                self.model, self.precision.dtype, savings=self._savings, flash4=kernels.flash4
+            )
         else:
             self._way = ByAutograd(
                 self.model, self.precision, kernels, scaler=self._scaler, savings=self._savings

@@ -108,7 +108,7 @@ def test_what_is_dropped_on_the_way_there_is_dropped_on_the_way_back(monkeypatch
     monkeypatch.setattr(F, "dropout", dropout)
     monkeypatch.setattr(torch, "native_dropout", native_dropout)
     monkeypatch.setattr("gptforge.model.attend", attend)
-    monkeypatch.setattr("gptforge.train.by_hand.attend", attend)
+    monkeypatch.setattr("gptforge.kernels.packed_attention.attend", attend)
     reference = copy.deepcopy(model)
     expected = reference(idx, targets)
     expected.backward()
