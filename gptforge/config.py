@@ -78,8 +78,8 @@ class Config:
     """Micro-batches in an update; times batch_size it is the global batch."""
     max_steps: int = 500
     """Updates to make."""
-    optimizer: Literal["adamw"] = "adamw"
-    """How gradients become updates."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """How gradients become updates; muon: the blocks' matrices by Muon, the rest by AdamW."""
     max_lr: float = 1e-3
     """Learning rate at the end of the warmup."""
     min_lr: float = 1e-4
@@ -87,7 +87,7 @@ class Config:
     warmup_steps: int = 100
     """Updates over which the learning rate rises in a line."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices and embeddings only."""
+    """Decay of matrices and embeddings, a share of the learning rate."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
     beta2: float = 0.95

@@ -22,7 +22,7 @@ from gptforge.hardware import (
 )
 from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.model import GPT
-from gptforge.optim.adamw import build_adamw
+from gptforge.optim.choice import build_optimizer
 from gptforge.report.duration import in_words
 from gptforge.train.micro_batch import find_micro_batch
 from gptforge.train.savings import Savings
@@ -51,7 +51,7 @@ def train_step(
     by_hand = "batch_size" in given
     step = TrainStep(
         model,
-        build_adamw(model, betas=betas, weight_decay=config.weight_decay),
+        build_optimizer(config.optimizer, model, betas=betas, weight_decay=config.weight_decay),
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptforge.errors import UserError
 from gptforge.model import GPT
+from gptforge.optim.choice import slots
 
 Tensors = dict[str, Tensor]
 
@@ -99,18 +100,17 @@ def load_optimizer_tensors(
 
     Only the state travels: rates and decays come from the configuration.
     """
-    slots = ("step", "exp_avg", "exp_avg_sq")
     wanted = {
         f"{name}.{slot}": torch.zeros(()) if slot == "step" else parameter
         for name, parameter in model.named_parameters()
-        for slot in slots
+        for slot in slots(optimizer, parameter)
     }
     _check_shapes(wanted, tensors, source)
     for name, parameter in model.named_parameters():
         # The fused kernel wants its step count beside the parameter.
         optimizer.state[parameter] = {
             slot: tensors[f"{name}.{slot}"].to(parameter.device, torch.float32, copy=True)
-            for slot in slots
+            for slot in slots(optimizer, parameter)
         }
 
 

@@ -1,5 +1,7 @@
 """AdamW (Loshchilov and Hutter, 2019), decaying matrices and embeddings but no biases or norms."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -11,7 +13,14 @@ def build_adamw(
 
     The learning rate is set before each step; eps is 1e-8.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return adamw_over(model.parameters(), betas=betas, weight_decay=weight_decay)
+
+
+def adamw_over(
+    parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """The same over some parameters."""
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -30,12 +30,20 @@ def test_a_run_makes_exactly_max_steps_updates(config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("val_fraction", "dtype"), [(0.1, "float32"), (0.0, "float32"), (0.1, "bfloat16")]
+    ("val_fraction", "dtype", "optimizer"),
+    [
+        (0.1, "float32", "adamw"),
+        (0.0, "float32", "adamw"),
+        (0.1, "bfloat16", "adamw"),
+        (0.1, "float32", "muon"),
+    ],
 )
 def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(
-    config, tmp_path, val_fraction, dtype
+    config, tmp_path, val_fraction, dtype, optimizer
 ) -> None:
-    config = dataclasses.replace(config, val_fraction=val_fraction, dtype=dtype)
+    config = dataclasses.replace(
+        config, val_fraction=val_fraction, dtype=dtype, optimizer=optimizer
+    )
     straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
     build(straight).run()
 

@@ -1,0 +1,34 @@
+"""The optimizer that `--optimizer` names."""
+
+import torch
+from torch import Tensor, nn
+
+from gptforge.model import GPT, Block
+from gptforge.optim.adamw import adamw_over, build_adamw
+from gptforge.optim.muon import Muon
+
+ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(
+    name: str, model: GPT, *, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest."""
+    if name == "adamw":
+        return build_adamw(model, betas=betas, weight_decay=weight_decay)
+    matrices: list[tuple[Tensor, int]] = []
+    for block in model.blocks():
+        assert isinstance(block, Block)
+        # q, k and v are three maps in one matrix.
+        matrices.append((block.attn.c_attn.weight, 3))
+        matrices += [(m.weight, 1) for m in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
+    taken = {id(parameter) for parameter, _ in matrices}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    rest = adamw_over(others, betas=betas, weight_decay=weight_decay)
+    return Muon(matrices, rest, weight_decay=weight_decay)
+
+
+def slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Names of what an optimizer keeps of a parameter, besides the parameter."""
+    own = optimizer.slots(parameter) if isinstance(optimizer, Muon) else None
+    return own or ADAMW_SLOTS

@@ -1,0 +1,116 @@
+"""Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for all the rest.
+
+Muon's update is the momentum of the gradients made orthogonal: all directions in which it moves a
+matrix, it moves as far. Its size is matched to AdamW's (Liu et al., "Muon is scalable for LLM
+training", 2025), so that one learning rate and one decay serve both.
+
+torch.optim.Muon, which the tests compare with, takes one matrix after the other; here those of one
+shape are taken together, and an update that is not finite is left out on the device.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration, from Jordan's post: the steepest at zero that still settles."""
+ITERATIONS = 5
+TINY = 1e-7
+SLOT = "momentum_buffer"
+
+
+class Muon(torch.optim.Optimizer):
+    """One optimizer made of two.
+
+    Args:
+        matrices: parameters to be moved by Muon, each with the number of matrices that lie in it,
+            one below the other: q, k and v are three.
+        rest: AdamW over all other parameters.
+        weight_decay: of the matrices; multiplied by the learning rate, as AdamW's.
+    """
+
+    found_inf: Tensor | None = None
+    """Set before a step: above zero, on the device, if the update is to be left out."""
+    # How torch's gradient scaler knows that the flag above is looked at.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+
+    def __init__(
+        self,
+        matrices: Sequence[tuple[Tensor, int]],
+        rest: torch.optim.AdamW,
+        *,
+        weight_decay: float,
+    ) -> None:
+        group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay}
+        super().__init__([group], {"lr": 0.0})
+        self._rest = rest
+        self._own = self.param_groups[0]
+        # One list of groups and one table of states, as for any other optimizer.
+        self.param_groups.extend(rest.param_groups)
+        rest.state = self.state
+        self._alike: dict[tuple[int, int], list[tuple[Tensor, int]]] = {}
+        for parameter, parts in matrices:
+            rows, columns = parameter.shape
+            assert rows % parts == 0
+            self._alike.setdefault((rows // parts, columns), []).append((parameter, parts))
+
+    def slots(self, parameter: Tensor) -> tuple[str, ...] | None:
+        """What is kept of a matrix; None for a parameter that AdamW moves."""
+        return (SLOT,) if any(p is parameter for p in self._own["params"]) else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move all parameters, each by its own rule."""
+        assert closure is None, "gradients are there already"
+        for shape, members in self._alike.items():
+            self._move(shape, members)
+        self._rest.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._rest.step()
+
+    def _move(self, shape: tuple[int, int], members: list[tuple[Tensor, int]]) -> None:
+        """Move the matrices of one shape."""
+        buffers = []
+        for parameter, _ in members:
+            state = self.state[parameter]
+            if SLOT not in state:
+                state[SLOT] = torch.zeros_like(parameter)
+            buffers.append(state[SLOT])
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in members]
+        if self.found_inf is not None:
+            bad = self.found_inf > 0
+            # As if the gradient were the momentum: neither moves then, nor does a weight below.
+            gradients = [torch.where(bad, b, g) for b, g in zip(buffers, gradients, strict=True)]
+        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+        # Nesterov's: one step ahead along the momentum.
+        ahead = torch._foreach_lerp(gradients, buffers, MOMENTUM)
+        stacked = torch.cat([x.view(-1, *shape) for x in ahead])  # (M, rows, columns)
+        size = 0.2 * math.sqrt(max(shape)) * self._own["lr"]
+        shrink = 1 - self._own["lr"] * self._own["weight_decay"]
+        moves = orthogonal(stacked).mul(-size).split([parts for _, parts in members])
+        for (parameter, _), move in zip(members, moves, strict=True):
+            moved = (parameter * shrink).add_(move.reshape(parameter.shape))
+            if self.found_inf is not None:
+                moved = torch.where(bad, parameter, moved)
+            parameter.copy_(moved)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """The nearest matrices (M, rows, columns) with singular values near 1, in bfloat16.
+
+    Newton-Schulz's iteration in bfloat16: singular values end between 0.7 and 1.2, which serves as
+    well and costs only products.
+    """
+    is_tall = x.size(1) > x.size(2)
+    y = (x.mT if is_tall else x).bfloat16()
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=TINY)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = y @ y.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        y = torch.baddbmm(y, gram, y, beta=a)
+    return y.mT if is_tall else y
