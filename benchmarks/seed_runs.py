@@ -7,14 +7,17 @@ Runs of the preset gpt2, 500 steps each, two to three minutes each on one large 
 1. `seed`: tiny Shakespeare in plain order, nothing held out: the log that the seed published.
 2. `cut`: the same without the text's last windows. A loader that starts over where no whole
    micro-batch of 32 windows is left, as many do, never reaches those; this has its exact order.
-3. `honest`: the same text with a tenth held out: what the same recipe is worth on new text.
-4. `full`: all of Shakespeare (input.txt), a tenth held out: the default.
+3. `weights`: `cut` from weights drawn as the seed's own program drew them. It meant to narrow every
+   projection into the residual stream, but misspelt the mark on the MLP's: those stay at 0.02.
+4. `honest`: the same text with a tenth held out: what the same recipe is worth on new text.
+5. `full`: all of Shakespeare (input.txt), a tenth held out: the default.
 
 Writes each run's log and curves, samples, and `table.md` with the seed's log beside ours. More
 flags for the program may follow `--`, such as `--max_steps 20 --preset debug` to see that it works.
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -23,10 +26,17 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from gptforge.checkpoint.store import write_model
+from gptforge.checkpoint.tensors import model_tensors
+from gptforge.config import to_toml
+from gptforge.model import GPT
+from gptforge.presets import preset
 from gptforge.tokenizers import named
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("seed", "cut", "honest", "full")
+NAMES = ("seed", "cut", "weights", "honest", "full")
 LENGTH, MICRO_BATCH = 1024, 32
 STEP = re.compile(r"step (\d+) \| loss: ([\d.]+) .*norm: ([\d.]+)")
 
@@ -73,6 +83,23 @@ def cut(text: Path, out: Path) -> Path:
     return path
 
 
+def published_weights(out: Path) -> Path:
+    """A checkpoint to start from, with the MLP's projections as wide as all other matrices."""
+    tokenizer = named("gpt2", "")
+    config = dataclasses.replace(preset("gpt2"), vocab_size=50304)
+    model = GPT.unfilled(config.model).initialize(torch.Generator().manual_seed(config.seed))
+    dice = torch.Generator().manual_seed(config.seed + 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.c_proj.weight"):
+            torch.nn.init.normal_(parameter, std=0.02, generator=dice)
+    path = out / "published-weights"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    text = to_toml(config, {})
+    write_model(path, model_tensors(model), tokenizer=tokenizer, config=text)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", type=Path, required=True, help="tiny Shakespeare")
@@ -85,9 +112,13 @@ def main() -> None:
     flags = {
         "seed": ["--input", str(args.tiny), *plain],
         "cut": ["--input", str(cut(args.tiny, args.out)), *plain],
+        "weights": [],
         "honest": ["--input", str(args.tiny)],
         "full": [],
     }
+    if "weights" in args.only:
+        start = published_weights(args.out)
+        flags["weights"] = [*flags["cut"], "--init_from", str(start)]
     # Those of the same names in one order, whatever was asked for.
     done = {
         name: run(name, args.out, *flags[name], *args.flags) for name in NAMES if name in args.only

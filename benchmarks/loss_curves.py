@@ -1,0 +1,165 @@
+"""Do the fast kernels learn as the plain path does? Losses of both, beside the spread of seeds.
+
+    python benchmarks/loss_curves.py input.txt --out results
+
+GPT-2 small on windows of the text, 500 updates. Three seeds of the weights take the plain path in
+float32 (torch's autograd, its cross-entropy, no kernel of ours); from the same weights, over the
+same batches, each seed once more as this machine trains by default. Losses are compared as means
+over ten updates: how far the fast run is from its twin, and how far the three plain runs are from
+each other.
+
+Writes `loss-curves.json` and `loss-curves.png`, and prints a small table last. `--layers`,
+`--width` and `--windows` make it small enough for a CPU.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.data.loader import Loader
+from gptforge.hardware import (
+    PLAIN,
+    Kernels,
+    Precision,
+    choose_device,
+    choose_kernels,
+    choose_precision,
+)
+from gptforge.model import GPT
+from gptforge.optim.adamw import build_adamw
+from gptforge.optim.schedule import warmup_cosine
+from gptforge.tokenizers import named
+from gptforge.train.step import TrainStep
+
+SEEDS = (1, 2, 3)
+MEAN_OVER = 10
+
+
+def train(
+    shape: GPTConfig,
+    tokens: np.ndarray,
+    seed: int,
+    *,
+    steps: int,
+    windows: int,
+    device: torch.device,
+    precision: Precision,
+    kernels: Kernels,
+) -> list[float]:
+    """Losses of a run; weights depend on the seed, batches do not."""
+    model = GPT.unfilled(shape).initialize(torch.Generator().manual_seed(seed)).to(device)
+    step = TrainStep(
+        model,
+        build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1),
+        precision=precision,
+        micro_batch=windows,
+        grad_clip=1.0,
+        kernels=kernels,
+    )
+    loader = Loader(
+        tokens, context_length=shape.block_size, global_batch=windows, seed=0, shuffle=True,
+        device=device,
+    )  # fmt: skip
+    losses = []
+    for number in range(steps):
+        lr = warmup_cosine(number, max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps)
+        losses.append(step(*loader.next(), lr=lr)[0])
+    return [float(loss) for loss in losses]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device, name = choose_device("auto")
+    fast = choose_precision("auto", device)
+    # As a run has it: float32 weights meet TF32 in what stays float32. The plain path does not.
+    text = args.text.read_text(encoding="utf-8")
+    tokens = named("gpt2", text).encode(text)
+    shape = GPTConfig(args.length, 50304, args.layers, args.width // 64, args.width)
+    ways = {
+        "plain": (Precision(torch.float32, "to compare"), PLAIN, "highest"),
+        "fast": (fast, choose_kernels(device, fast), "high"),
+    }
+    curves: dict[str, list[np.ndarray]] = {way: [] for way in ways}
+    for way, (precision, kernels, products) in ways.items():
+        torch.set_float32_matmul_precision(products)
+        for seed in SEEDS:
+            begin = time.perf_counter()
+            losses = train(
+                shape, tokens, seed, steps=args.steps, windows=args.windows, device=device,
+                precision=precision, kernels=kernels,
+            )  # fmt: skip
+            whole = len(losses) // MEAN_OVER * MEAN_OVER
+            curves[way].append(np.array(losses[:whole]).reshape(-1, MEAN_OVER).mean(1))
+            seconds = time.perf_counter() - begin
+            print(f"{way}, seed {seed}: {losses[-1]:.4f} at the end, {seconds:.0f} s", flush=True)
+    plain, quick = np.stack(curves["plain"]), np.stack(curves["fast"])
+    apart = np.abs(quick - plain).mean(0)
+    spread = plain.max(0) - plain.min(0)
+    found = {
+        "device": name,
+        "torch": torch.__version__,
+        "plain": plain.tolist(),
+        "fast": quick.tolist(),
+        "mean_distance_to_twin": float(apart.mean()),
+        "mean_spread_of_seeds": float(spread.mean()),
+        "points_inside": int((apart <= spread).sum()),
+        "points": len(spread),
+    }
+    (args.out / "loss-curves.json").write_text(json.dumps(found), encoding="utf-8")
+    draw(plain, quick, args.out / "loss-curves.png")
+    print(f"\n{name}, torch {torch.__version__}, fast: {fast.name}\n")
+    print("| update | plain, three seeds | fast, the same seeds | spread of seeds | to the twin |")
+    print("| --- | --- | --- | --- | --- |")
+    for i in sorted({0, len(spread) // 8, len(spread) // 4, len(spread) // 2, len(spread) - 1}):
+        one, two = (" ".join(f"{c[i]:.3f}" for c in x) for x in (plain, quick))
+        print(f"| {i * MEAN_OVER} | {one} | {two} | {spread[i]:.4f} | {apart[i]:.4f} |")
+    print(
+        f"\nmean distance to the twin {apart.mean():.4f}, mean spread of seeds "
+        f"{spread.mean():.4f}; no farther than the spread in {found['points_inside']} of {len(spread)} points"
+    )
+
+
+def draw(plain: np.ndarray, fast: np.ndarray, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = np.arange(plain.shape[1]) * MEAN_OVER
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    top.fill_between(
+        steps, plain.min(0), plain.max(0), color="#9bb7d4", label="plain, float32: 3 seeds"
+    )
+    for i, curve in enumerate(fast):
+        name = "fast, the same 3 seeds" if i == 0 else None
+        top.plot(steps, curve, color="#c0392b", linewidth=1, label=name)
+    top.set_ylabel("training loss, nats a token")
+    top.legend(frameon=False)
+    bottom.plot(steps, plain.max(0) - plain.min(0), color="#5b84b1", label="spread of the seeds")
+    bottom.plot(steps, np.abs(fast - plain).mean(0), color="#c0392b", label="fast to its twin")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("update")
+    bottom.legend(frameon=False)
+    for axis in (top, bottom):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
