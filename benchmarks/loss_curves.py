@@ -129,7 +129,8 @@ def main() -> None:
         print(f"| {i * MEAN_OVER} | {one} | {two} | {spread[i]:.4f} | {apart[i]:.4f} |")
     print(
         f"\nmean distance to the twin {apart.mean():.4f}, mean spread of seeds "
-        f"{spread.mean():.4f}; no farther than the spread in {found['points_inside']} of {len(spread)} points"
+        f"{spread.mean():.4f}; no farther than the spread in "
+        f"{found['points_inside']} of {len(spread)} points"
     )
 
 
