@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gptforge.convert.extras import require
-from gptforge.convert.hf_tokenizer import END_OF_TEXT, hf_tokenizer, printable_bytes
+from gptforge.convert.hf_tokenizer import hf_tokenizer, printable_bytes
 from gptforge.convert.parts import TABLE, Parts, probe
 from gptforge.errors import RunError, UserError
 from gptforge.files import replacing
+from gptforge.tokenizers.base import END_OF_TEXT
 
 TYPES = ("f32", "f16", "q8_0")
 LARGEST_DIFFERENCE = 1e-4
@@ -115,6 +116,7 @@ def _vocabulary(parts: Parts) -> tuple[list[str], list[str], int, int]:
         spelled = [_spelled(char) for char in str(record["alphabet"])]
         merges = [f"{word[:i]} {word[i]}" for word in spelled for i in range(1, len(word))]
         merges = list(dict.fromkeys(merges))
+        spelled += [END_OF_TEXT] * (end is not None)
     else:
         model: dict[str, Any] = hf_tokenizer(tokenizer)["model"]
         vocab: dict[str, int] = model["vocab"]

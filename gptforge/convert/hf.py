@@ -12,12 +12,13 @@ from torch import Tensor
 
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
-from gptforge.convert.hf_tokenizer import END_OF_TEXT, OURS, hf_tokenizer, read_hf_tokenizer
+from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
 from gptforge.convert.parts import Parts, fitted, probe, without_spare_rows
 from gptforge.errors import RunError, UserError
 from gptforge.files import read_small
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import save as save_tokenizer
+from gptforge.tokenizers.base import END_OF_TEXT
 
 LARGEST_DIFFERENCE = 1e-4
 """Of logits, in float32: what another order of additions explains, and nothing else."""

@@ -11,8 +11,8 @@ from gptforge.errors import UserError
 from gptforge.files import read_small
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
+from gptforge.tokenizers.base import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 OURS = "gptforge_tokenizer.json"
 """Our own form beside Hugging Face's, so that a model comes back exactly."""
 
@@ -33,9 +33,10 @@ def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     record = tokenizer.to_json()
     kind = record["kind"]
     if kind == "char":
-        return _char(str(record["alphabet"]))
+        return _marked(_char(str(record["alphabet"])), tokenizer.end_of_text)
     if kind == "byte":
-        return _byte_level({char: byte for byte, char in enumerate(printable_bytes())}, [])
+        vocab = {char: byte for byte, char in enumerate(printable_bytes())}
+        return _marked(_byte_level(vocab, []), tokenizer.end_of_text)
     if kind == "gpt2":
         merges = record["merges"]
         assert isinstance(merges, list)
@@ -131,7 +132,14 @@ def _gpt2(merges: list[str]) -> dict[str, Any]:
     tokens = [*first, *rest, *(merge.replace(" ", "", 1) for merge in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
     end = len(tokens)
-    made = _byte_level({**vocab, END_OF_TEXT: end}, merges, splits=True)
+    return _marked(_byte_level(vocab, merges, splits=True), end)
+
+
+def _marked(made: dict[str, Any], end: int | None) -> dict[str, Any]:
+    """With an id for the mark between documents, where there is one."""
+    if end is None:
+        return made
+    made["model"]["vocab"][END_OF_TEXT] = end
     made["added_tokens"] = [
         {
             "id": end,

@@ -1,38 +1,62 @@
-"""Batches for training: windows of one token array, in a resumable order, one batch ahead.
+"""Batches for training: windows of one token stream, in a resumable order, some batches ahead.
 
-Shapes: G windows in a global batch, T tokens in a window.
+Shapes: G windows in a global batch, g of them this rank's, T tokens in a window.
 """
 
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptforge.data.order import window_at
-from gptforge.tokenizers import Tokens
+from gptforge.data.stream import TokenStream
+
+MOST_AHEAD = 4
+"""Batches read beforehand: a disk may be slow for one of them without anybody waiting."""
+BYTES_AHEAD = 2**26
+"""What they may take, of which one is always allowed."""
 
 
 class Loader:
     """An endless stream of global batches; its position is its whole state.
 
     Windows start at 0, T, 2T, ... of the tokens, targets lie one further on, and a last, partial
-    window is dropped. A batch may reach from one epoch into the next.
+    window is dropped. A batch may reach from one epoch into the next. Every rank counts by the
+    same global batches and takes its own rows of each: how many ranks there are never changes
+    which windows a step sees.
+
+    Args:
+        tokens: the stream, long enough for a window.
+        context_length: T.
+        global_batch: G.
+        seed: with the epoch, it picks the order.
+        shuffle: False keeps the order of the text.
+        device: where batches go.
+        rank: this process, from 0.
+        world_size: how many processes share a batch; at most G.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: TokenStream,
         *,
         context_length: int,
         global_batch: int,
         seed: int,
         shuffle: bool,
         device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.windows = count_windows(len(tokens), context_length)
         assert self.windows > 0, "the text's length is checked before a loader is built"
+        assert 0 <= rank < world_size <= global_batch
         self.position = 0
+        self.rows = rows_of(rank, world_size, global_batch)
         self._tokens = tokens
         self._context_length = context_length
         self._global_batch = global_batch
@@ -41,6 +65,10 @@ class Loader:
         self._device = device
         # Copies travel on a stream of their own, beside the computation.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        batch_bytes = max(1, 8 * len(self.rows) * (context_length + 1))
+        self._depth = max(1, min(MOST_AHEAD, BYTES_AHEAD // batch_bytes))
+        self._read: deque[Future[Tensor]] = deque()
         self._ahead: Tensor | None = None
 
     @property
@@ -49,7 +77,7 @@ class Loader:
         return self.position / self.windows
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the next update, each (G, T) int64 on the device.
+        """Inputs and targets of the next update, this rank's (g, T) int64 on the device.
 
         The batch after it sets out at once, to arrive while this one is computed on.
         """
@@ -62,28 +90,53 @@ class Loader:
         return batch[:, :-1], batch[:, 1:]
 
     def windows_at(self, position: int) -> list[int]:
-        """Numbers of the windows in the batch at a position; window w starts at token w * T."""
-        places = np.arange(position, position + self._global_batch, dtype=np.int64)
-        chosen = window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
-        return [int(window) for window in chosen]
+        """Numbers of the windows in the whole global batch at a position; window w starts at
+        token w * T.
+        """
+        return [int(window) for window in self._windows(position, range(self._global_batch))]
 
     def state_dict(self) -> dict[str, int]:
-        """Windows handed out so far."""
+        """Windows handed out so far, to all ranks together."""
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go to a position, in constant time."""
         self.position = state["position"]
         self._ahead = None
+        self._read.clear()
+
+    def _windows(self, position: int, rows: range) -> NDArray[np.int64]:
+        places = np.arange(position + rows.start, position + rows.stop, dtype=np.int64)
+        return window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
+
+    def _gather(self, position: int) -> Tensor:
+        return gather(self._tokens, self._windows(position, self.rows), self._context_length)
 
     def _send(self, position: int) -> Tensor:
-        """The batch at `position`, (G, T + 1), on its way to the device."""
-        chosen = np.array(self.windows_at(position), np.int64)
-        batch = gather(self._tokens, chosen, self._context_length)
+        """This rank's rows of the batch at `position`, (g, T + 1), on their way to the device."""
+        batch = self._wait_for(position)
         if self._stream is None:
             return batch.to(self._device)
+        # Pinned here and not by the reader: nobody else may ask CUDA for memory while this
+        # process records a graph.
         with torch.cuda.stream(self._stream):
             return batch.pin_memory().to(self._device, non_blocking=True)
+
+    def _wait_for(self, position: int) -> Tensor:
+        """The batch at `position`, which the reader began beforehand, if it goes on from there."""
+        if not self._read:
+            self._read.append(self._reader.submit(self._gather, position))
+        batch = self._read.popleft().result()
+        while len(self._read) < self._depth:
+            further = position + self._global_batch * (len(self._read) + 1)
+            self._read.append(self._reader.submit(self._gather, further))
+        return batch
+
+
+def rows_of(rank: int, world_size: int, global_batch: int) -> range:
+    """Rows of a global batch that a rank learns: as even as can be, in order, none left out."""
+    first = global_batch * rank // world_size
+    return range(first, global_batch * (rank + 1) // world_size)
 
 
 def count_windows(tokens: int, context_length: int) -> int:
@@ -91,7 +144,10 @@ def count_windows(tokens: int, context_length: int) -> int:
     return max(0, (tokens - 1) // context_length)
 
 
-def gather(tokens: Tokens, windows: np.ndarray, context_length: int) -> Tensor:
+def gather(tokens: TokenStream, windows: NDArray[np.int64], context_length: int) -> Tensor:
     """The given windows with one token more, for the targets: (len(windows), T + 1) int64."""
-    index = windows[:, None] * context_length + np.arange(context_length + 1)
-    return torch.from_numpy(tokens[index].astype(np.int64))
+    batch = np.empty((len(windows), context_length + 1), np.int64)
+    for row, window in enumerate(windows.tolist()):
+        start = window * context_length
+        batch[row] = tokens[start : start + context_length + 1]
+    return torch.from_numpy(batch)

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptforge.data.stream import TokenStream
 from gptforge.hardware import Precision, autocast
 from gptforge.model import GPT, IGNORE
-from gptforge.tokenizers import Tokens
 
 TOKENS_AT_ONCE = 8192
 """More would fill the memory with logits and be no faster."""
@@ -48,7 +48,7 @@ class HeldOut:
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: TokenStream,
         byte_lengths: NDArray[np.int64],
         *,
         context_length: int,
@@ -56,7 +56,7 @@ class HeldOut:
         limit: int = 0,
     ) -> None:
         assert len(tokens) > 1, "the held-out part's length is checked before"
-        self._tokens = tokens.astype(np.int64)
+        self._tokens = tokens
         self._byte_lengths = byte_lengths
         self._context_length = context_length
         windows = math.ceil((len(tokens) - 1) / context_length)
@@ -87,8 +87,11 @@ class HeldOut:
 
     def _batch(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(windows), T) each; behind the text's end targets are IGNORE."""
-        index = windows[:, None] * self._context_length + np.arange(self._context_length + 1)
-        inside = index < len(self._tokens)
-        padded = np.where(inside, self._tokens[np.minimum(index, len(self._tokens) - 1)], 0)
-        targets = np.where(inside, padded, IGNORE)[:, 1:]
-        return torch.from_numpy(padded[:, :-1].copy()), torch.from_numpy(targets.copy())
+        length = self._context_length
+        inputs = np.zeros((len(windows), length), np.int64)
+        targets = np.full((len(windows), length), IGNORE, np.int64)
+        for row, window in enumerate(windows.tolist()):
+            part = self._tokens[window * length : (window + 1) * length + 1]
+            inputs[row, : len(part)] = part[:length]
+            targets[row, : len(part) - 1] = part[1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -48,11 +48,11 @@ def load(path: Path) -> Tokenizer:
             raise KeyError("format")
         kind = record["kind"]
         if kind == "char":
-            return CharTokenizer(str(record["alphabet"]))
+            return CharTokenizer(str(record["alphabet"]), marks=record.get("marks") is True)
         if kind == "gpt2":
             return _gpt2([str(merge) for merge in record["merges"]])
         if kind == "byte":
-            return ByteTokenizer()
+            return ByteTokenizer(marks=record.get("marks") is True)
         raise KeyError("kind")
     except UserError:
         raise

@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+END_OF_TEXT = "<|endoftext|>"
+
 Tokens = NDArray[np.uint16 | np.uint32]
 
 
@@ -17,6 +19,9 @@ class Tokenizer(Protocol):
 
     size: int
     """Number of ids that mean something: 0 .. size-1."""
+
+    end_of_text: int | None
+    """Id of the mark between documents, which no text becomes; None: there is none."""
 
     def encode(self, text: str) -> Tokens:
         """Ids of `text`, nothing added; a UserError if it cannot be written in this vocabulary."""
@@ -37,8 +42,14 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 
 def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text behind each id, (size,): turns nats per token into bits per byte."""
-    return np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.size)], np.int64)
+    """Bytes of text behind each id, (size,): turns nats per token into bits per byte.
+
+    The mark between documents stands for no text: 0.
+    """
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.size)], np.int64)
+    if tokenizer.end_of_text is not None:
+        lengths[tokenizer.end_of_text] = 0
+    return lengths
 
 
 def smallest_dtype(size: int) -> type[np.uint16 | np.uint32]:

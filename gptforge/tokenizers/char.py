@@ -1,11 +1,14 @@
-"""One id for each distinct character of the training text, or one for each byte."""
+"""One id for each distinct character of the training text, or one for each byte.
+
+Either may have one id more, behind the others, for the mark between documents.
+"""
 
 from collections.abc import Iterable
 
 import numpy as np
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import Tokens, smallest_dtype
+from gptforge.tokenizers.base import END_OF_TEXT, Tokens, smallest_dtype
 
 
 class CharTokenizer:
@@ -13,11 +16,12 @@ class CharTokenizer:
 
     name = "char"
 
-    def __init__(self, alphabet: str) -> None:
+    def __init__(self, alphabet: str, *, marks: bool = False) -> None:
         if sorted(set(alphabet)) != list(alphabet):
             raise UserError("tokenizer: an alphabet is distinct characters in code point order")
         self.alphabet = alphabet
-        self.size = len(alphabet)
+        self.end_of_text = len(alphabet) if marks else None
+        self.size = len(alphabet) + marks
         self._points = _code_points(alphabet)
 
     @classmethod
@@ -30,7 +34,7 @@ class CharTokenizer:
         points = _code_points(text)
         ids = np.searchsorted(self._points, points)
         known = np.zeros(len(points), bool)
-        inside = ids < self.size
+        inside = ids < len(self.alphabet)
         known[inside] = self._points[ids[inside]] == points[inside]
         if not known.all():
             stranger = text[int(np.argmin(known))]
@@ -39,18 +43,23 @@ class CharTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of `ids`."""
-        return "".join(self.alphabet[i] for i in ids).encode("utf-8")
+        return "".join(
+            END_OF_TEXT if i == self.end_of_text else self.alphabet[i] for i in ids
+        ).encode("utf-8")
 
     def to_json(self) -> dict[str, object]:
-        """Kind and alphabet."""
-        return {"kind": "char", "alphabet": self.alphabet}
+        """Kind, alphabet, and whether there is a mark between documents."""
+        return {"kind": "char", "alphabet": self.alphabet, **_marks(self.end_of_text)}
 
 
 class ByteTokenizer:
     """The 256 bytes of UTF-8: any text, no vocabulary."""
 
     name = "byte"
-    size = 256
+
+    def __init__(self, *, marks: bool = False) -> None:
+        self.end_of_text = 256 if marks else None
+        self.size = 256 + marks
 
     def encode(self, text: str) -> Tokens:
         """UTF-8 bytes of `text`."""
@@ -58,11 +67,19 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes themselves."""
-        return bytes(int(i) for i in ids)
+        if self.end_of_text is None:
+            return bytes(int(i) for i in ids)
+        mark = END_OF_TEXT.encode()
+        return b"".join(mark if i == self.end_of_text else bytes([int(i)]) for i in ids)
 
     def to_json(self) -> dict[str, object]:
-        """Kind alone."""
-        return {"kind": "byte"}
+        """Kind, and whether there is a mark between documents."""
+        return {"kind": "byte", **_marks(self.end_of_text)}
+
+
+def _marks(end_of_text: int | None) -> dict[str, object]:
+    # Left out where there is none, as in every file that earlier versions wrote.
+    return {} if end_of_text is None else {"marks": True}
 
 
 def _code_points(text: str) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:

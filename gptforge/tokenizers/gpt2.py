@@ -11,12 +11,11 @@ import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import Tokens
+from gptforge.tokenizers.base import END_OF_TEXT, Tokens
 
 # GPT-2's pattern (same source), in the possessive form that tiktoken gives it: it splits alike and
 # never backtracks.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-END_OF_TEXT = "<|endoftext|>"
 CHUNK = 1 << 20
 
 
@@ -28,13 +27,13 @@ class GPT2Tokenizer:
     def __init__(self, merges: Sequence[str] | None = None) -> None:
         self.merges = list(merges) if merges is not None else bundled_merges()
         ranks = _ranks(self.merges)
-        self.end_of_text = len(ranks)
+        self.end_of_text: int | None = len(ranks)
         self.size = len(ranks) + 1
         self._encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.end_of_text},
+            special_tokens={END_OF_TEXT: len(ranks)},
         )
 
     def encode(self, text: str) -> Tokens:

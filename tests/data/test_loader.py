@@ -68,6 +68,88 @@ def test_how_a_batch_is_cut_does_not_change_what_comes() -> None:
     assert torch.equal(big.next()[0], together)
 
 
+class Recorded:
+    """A stream that remembers which stretches were read."""
+
+    def __init__(self, n: int) -> None:
+        self.tokens = np.arange(n, dtype=np.uint32)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        self.read.append(where.start)
+        return self.tokens[where]
+
+
+def ranks(world_size: int, *, batch: int, shuffle: bool = True) -> list[Loader]:
+    return [
+        Loader(
+            np.arange(1001, dtype=np.uint16),
+            context_length=10,
+            global_batch=batch,
+            seed=3,
+            shuffle=shuffle,
+            device=CPU,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 12), st.integers(0, 8), st.booleans())
+def test_ranks_share_each_global_batch_whatever_their_number(world_size, more, shuffle) -> None:
+    batch = world_size + more
+    alone, *_ = ranks(1, batch=batch, shuffle=shuffle)
+    shared = ranks(world_size, batch=batch, shuffle=shuffle)
+    for _ in range(3):
+        position = alone.position
+        whole = alone.next()
+        parts = [loader.next() for loader in shared]
+        for i in range(2):
+            assert torch.equal(torch.cat([part[i] for part in parts]), whole[i])
+        assert all(len(part[0]) >= batch // world_size for part in parts)
+        assert {loader.position for loader in shared} == {position + batch}
+        assert all(loader.windows_at(position) == alone.windows_at(position) for loader in shared)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches() -> None:
+    two, three = ranks(2, batch=6), ranks(3, batch=6)
+    for _ in range(4):
+        for loader in two:
+            loader.next()
+    for loader in three:
+        loader.load_state_dict(two[1].state_dict())
+    together = torch.cat([loader.next()[0] for loader in three])
+    assert torch.equal(together, torch.cat([loader.next()[0] for loader in two]))
+
+
+def test_a_jump_to_a_far_place_reads_nothing_on_the_way() -> None:
+    tokens = Recorded(100_001)
+    far = Loader(tokens, context_length=10, global_batch=4, seed=1, shuffle=True, device=CPU)
+    far.load_state_dict({"position": 10**12})
+    far.next()
+    far._reader.shutdown(wait=True)
+    # The batch itself, the one that set out, and those read beforehand.
+    assert len(tokens.read) <= 4 * 6
+    assert far.windows_at(10**12) == [start // 10 for start in tokens.read[:4]]
+
+
+def test_an_error_of_the_reader_reaches_the_trainer() -> None:
+    class Broken(Recorded):
+        def __getitem__(self, where: slice) -> np.ndarray:
+            raise UserError("token id 9 is outside the vocabulary of 5")
+
+    broken = Loader(
+        Broken(101), context_length=10, global_batch=4, seed=1, shuffle=True, device=CPU
+    )
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        broken.next()
+
+
 def corpus(content: str, **options):
     settings = {"tokenizer": "char", "val_fraction": 0.1, "context_length": 8, **options}
     return build_corpus(Text(path="play.txt", content=content), **settings)

@@ -128,3 +128,20 @@ def test_the_saved_form_is_plain_json(tmp_path) -> None:
     tokenizers.save(CharTokenizer("ab"), tmp_path / "tokenizer.json")
     record = json.loads((tmp_path / "tokenizer.json").read_text())
     assert (record["kind"], record["alphabet"]) == ("char", "ab")
+
+
+@pytest.mark.parametrize("made", [CharTokenizer("abc", marks=True), ByteTokenizer(marks=True)])
+def test_a_mark_between_documents_is_an_id_that_no_text_becomes(made, tmp_path) -> None:
+    plain = CharTokenizer("abc") if made.name == "char" else ByteTokenizer()
+    assert (made.size, made.end_of_text, plain.end_of_text) == (plain.size + 1, plain.size, None)
+    np.testing.assert_array_equal(made.encode("abba"), plain.encode("abba"))
+    assert decode(made, [*made.encode("ab"), made.end_of_text]) == "ab<|endoftext|>"
+    # It stands for no text, so it takes no part in bits per byte.
+    assert byte_lengths(made)[made.end_of_text] == 0
+    tokenizers.save(made, tmp_path / "t.json")
+    assert tokenizers.load(tmp_path / "t.json").to_json() == made.to_json() != plain.to_json()
+
+
+def test_a_character_is_never_mistaken_for_the_mark() -> None:
+    with pytest.raises(UserError, match="'d' is not in this model's alphabet"):
+        CharTokenizer("abc", marks=True).encode("abcd")
