@@ -20,6 +20,7 @@ import tyro
 from gptforge.commands.bench import bench
 from gptforge.commands.demo import demo
 from gptforge.commands.export import export, import_
+from gptforge.commands.prepare import prepare
 from gptforge.commands.sample import sample
 from gptforge.config import Config
 from gptforge.errors import RunError, UserError
@@ -148,6 +149,7 @@ def evaluate(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "prepare": prepare,
     "sample": sample,
     "eval": evaluate,
     "export": export,

@@ -47,7 +47,12 @@ class Config:
     """TOML file with any of these fields; flags win over it, it wins over the preset."""
 
     input: str = ""
-    """Text file to learn; empty: input.txt in this folder, else Shakespeare's works."""
+    """What to learn: a file of text, a folder of them, or token shards; empty: input.txt in this
+    folder, else Shakespeare's works."""
+    encoding: str = "utf-8"
+    """Of the text, for instance latin-1."""
+    headerless: bool = False
+    """Take .bin files for bare uint16 ids, as nanoGPT writes them."""
     tokenizer: str = "gpt2"
     """gpt2, char, byte, or the path of a tokenizer.json saved by a run."""
     val_fraction: float = 0.1
@@ -163,6 +168,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
         "attention",
+        *("encoding", "headerless"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
         *("activation_checkpointing", "loss_chunk"),

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -12,7 +11,9 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config
 from gptforge.convert.hf import is_hf, read_hf
 from gptforge.convert.parts import Parts, fitted
-from gptforge.data.text import find_text, read_text, split_text
+from gptforge.data.corpus import Wanted, open_corpus
+from gptforge.data.documents import Form
+from gptforge.data.text import find_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
@@ -99,22 +100,38 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
         config = Config(context_length=writer.model.config.block_size)
     else:
         config = checkpoints.read_config(checkpoints.resolve(str(run)))
-    if not data and not Path(config.input).is_file():
+    if not data and not Path(config.input).exists():
         raise UserError(
             f"the text that {run} learned, {config.input}, is not here: give a text with --data"
         )
-    content = read_text(find_text(data or config.input)).content
-    if not data:
+    wanted = Wanted(
+        tokenizer=writer.tokenizer,
+        val_fraction=0.0 if data else config.val_fraction,
+        form=Form(encoding=config.encoding),
+        headerless=config.headerless,
+        insists_on_tokenizer=True,
+    )
+    try:
+        corpus = open_corpus(find_text(data or config.input), wanted, say=_say)
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(
+            f"what {run} learned, {config.input}, cannot be read any more: it has changed or is "
+            f"damaged ({error}); give a text with --data"
+        ) from None
+    if data:
+        tokens = corpus.held_out if len(corpus.held_out) else corpus.train
+    else:
         state = checkpoints.read_state(checkpoints.resolve(str(run)))
-        if state["text_sha256"] != sha256(content.encode("utf-8")).hexdigest():
+        if state["text_sha256"] != corpus.sha256:
             raise UserError(
                 f"{config.input} has changed since {run} learned it, and so has the part that was "
                 "held out: give a text with --data"
             )
-        _, content = split_text(content, config.val_fraction)
-        if not content:
+        tokens = corpus.held_out
+        if not len(tokens):
             raise UserError(f"{run} held nothing out: give a text with --data PATH")
-    tokens = writer.tokenizer.encode(content)
     if len(tokens) < 2:
         raise UserError(f"{data or config.input}: 2 tokens are needed to judge anything")
     held_out = HeldOut(

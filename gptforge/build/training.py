@@ -18,9 +18,10 @@ from gptforge.checkpoint.run_folder import Opening, open_run
 from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
-from gptforge.data.corpus import Corpus, build_corpus
+from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
+from gptforge.data.documents import Form
 from gptforge.data.loader import Loader
-from gptforge.data.text import find_text, read_text
+from gptforge.data.text import find_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
@@ -29,6 +30,7 @@ from gptforge.hardware import (
 )
 from gptforge.presets import PRESETS, preset
 from gptforge.report.console import open_console
+from gptforge.report.meter import open_meter
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.tokenizers import byte_lengths
@@ -69,17 +71,12 @@ def build_trainer(
     device, device_note = choose_device(config.device)
     precision = choose_precision(config.dtype, device)
     seed_everything(config)
-    corpus = build_corpus(
-        read_text(find_text(config.input)),
-        tokenizer=config.tokenizer,
-        val_fraction=config.val_fraction,
-        context_length=config.context_length,
-    )
+    corpus = _corpus(config, given, say)
     config = _settle(config, corpus)
     lock = lock_run(Path(config.out_dir))
     opening = open_run(config, given=given, tokenizer=corpus.tokenizer, text_sha256=corpus.sha256)
     config = opening.config
-    for notice in (*corpus.text.notices, *opening.notices):
+    for notice in (*corpus.notices, *opening.notices):
         say(f"note: {notice}")
     usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
     if opening.status == "new" and "warmup_steps" not in given and config.warmup_steps < usual:
@@ -110,7 +107,7 @@ def build_trainer(
     config_text = to_toml(config, {**_versions(), "command": whole_command})
     report = RunReport(
         Path(config.out_dir),
-        title=f"{config.preset or 'GPT-2'} on {corpus.text.path.name}",
+        title=f"{config.preset or 'GPT-2'} on {corpus.path.name}",
         program=program,
     )
     _open_report(report, config, opening, step, progress, config_text=config_text)
@@ -152,6 +149,22 @@ def _start_from(config: Config, given: Collection[str], say: Say) -> Config:
     return dataclasses.replace(config, **taken)
 
 
+def _corpus(config: Config, given: Collection[str], say: Say) -> Corpus:
+    wanted = Wanted(
+        tokenizer=config.tokenizer,
+        val_fraction=config.val_fraction,
+        form=Form(encoding=config.encoding),
+        headerless=config.headerless,
+        # A model that is begun from another one reads with that one's eyes.
+        insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
+        insists_on_fraction="val_fraction" in given,
+    )
+    with open_meter("preparing the text") as meter:
+        corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
+    check_length(corpus, config.context_length)
+    return corpus
+
+
 def _settle(config: Config, corpus: Corpus) -> Config:
     """Fill in what was left to the program: vocabulary, run folder, text."""
     size = corpus.tokenizer.size
@@ -161,8 +174,14 @@ def _settle(config: Config, corpus: Corpus) -> Config:
             f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
             f"{config.tokenizer}: give {size} or more, or leave it out"
         )
-    path = corpus.text.path.as_posix()
-    return dataclasses.replace(config, vocab_size=vocab_size, out_dir=_out_dir(config), input=path)
+    return dataclasses.replace(
+        config,
+        vocab_size=vocab_size,
+        out_dir=_out_dir(config),
+        input=corpus.path.as_posix(),
+        tokenizer=corpus.tokenizer_name,
+        val_fraction=corpus.val_fraction,
+    )
 
 
 def _out_dir(config: Config) -> str:
@@ -247,8 +266,10 @@ def _describe_corpus(corpus: Corpus, config: Config) -> str:
     held = f"{held_out:,} held out" if held_out else "none held out"
     if 0 < config.eval_tokens < held_out:
         held += f", of which {config.eval_tokens:,}, evenly spread, judge as it goes"
+    many = f" in {corpus.documents:,} documents" if corpus.documents > 2 else ""
+    size = f", {corpus.characters:,} characters{many}" if corpus.characters else ""
     return (
-        f"{corpus.text.path.as_posix()}, {len(corpus.text.content):,} characters; {train:,} "
+        f"{corpus.path.as_posix()}{size}; {train:,} "
         f"{corpus.tokenizer.name} tokens to learn from, {held}; about {epochs:.1f} epochs"
     )
 

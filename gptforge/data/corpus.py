@@ -1,45 +1,189 @@
-"""A text made ready: tokenizer, training tokens, held-out tokens, and the checks that need them."""
+"""What a run learns from: whatever `--input` names, as two streams of tokens."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from gptforge import tokenizers
+from gptforge.data.cached import prepare_once
+from gptforge.data.documents import Form
+from gptforge.data.index import TOKENIZER, Index, read_index
 from gptforge.data.loader import count_windows
-from gptforge.data.text import Text, split_text
+from gptforge.data.prepare import Meter
+from gptforge.data.shards import read_header, read_headerless
+from gptforge.data.stream import ShardFile, ShardStream, TokenStream
 from gptforge.errors import UserError
-from gptforge.tokenizers import Tokenizer, Tokens, named
+from gptforge.tokenizers import Tokenizer
+
+SHARDS = ".bin"
+EDGE = 2**16
+"""Bytes of a stranger's shard, at either end, that it is known by."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run learns from and is judged by."""
+    """Two streams of tokens, and what is known of them."""
 
-    text: Text
+    path: Path
+    """As it was named."""
     sha256: str
+    """Of one text its own; of more, what stands for the whole."""
     tokenizer: Tokenizer
-    train: Tokens
-    held_out: Tokens
+    tokenizer_name: str
+    """What `--tokenizer` would be called with to get it."""
+    train: TokenStream
+    held_out: TokenStream
     """Empty where nothing is held out."""
+    val_fraction: float
+    characters: int = 0
+    """Of the text; 0 where that is not known."""
+    documents: int = 0
+    notices: tuple[str, ...] = ()
 
 
-def build_corpus(text: Text, *, tokenizer: str, val_fraction: float, context_length: int) -> Corpus:
-    """Split and tokenize a text.
+@dataclass(frozen=True)
+class Wanted:
+    """How `--input` is to be read."""
+
+    tokenizer: str | Tokenizer = "gpt2"
+    val_fraction: float = 0.1
+    form: Form = field(default_factory=Form)
+    headerless: bool = False
+    insists_on_tokenizer: bool = False
+    """Whether shards made with another one are refused, or bring their own."""
+    insists_on_fraction: bool = False
+
+
+def open_corpus(
+    path: Path, wanted: Wanted, *, say: Callable[[str], None], meter: Meter | None = None
+) -> Corpus:
+    """Shards as they lie, anything else prepared first, once.
 
     Raises:
-        UserError: if a part is too short, with its length.
+        UserError: if there is nothing, or it cannot be read, or does not fit what is wanted.
     """
-    known = named(tokenizer, text.content)
-    train_text, held_out_text = split_text(text.content, val_fraction)
-    train, held_out = known.encode(train_text), known.encode(held_out_text)
-    if count_windows(len(train), context_length) == 0:
+    if path.is_dir() and (index := read_index(path)) is not None:
+        return _prepared(path, index, wanted)
+    if path.suffix == SHARDS and path.is_file():
+        return _foreign(path, [path], wanted)
+    if path.is_dir() and (shards := sorted(path.glob(f"*{SHARDS}"))):
+        return _foreign(path, shards, wanted)
+    index = prepare_once(
+        path.as_posix(),
+        tokenizer=wanted.tokenizer,
+        val_fraction=wanted.val_fraction,
+        form=wanted.form,
+        say=say,
+        meter=meter,
+    )
+    return _of_index(path, index, index.tokenizer(), wanted.tokenizer)
+
+
+def check_length(corpus: Corpus, context_length: int) -> None:
+    """Raise a UserError if either part is too short to be of use."""
+    train, path = len(corpus.train), corpus.path.as_posix()
+    if count_windows(train, context_length) == 0:
         raise UserError(
-            f"--context_length {context_length} is longer than the training text, {len(train)} "
-            f"tokens of {text.path}: use --context_length {max(1, len(train) - 1)} at most, or "
-            "more text"
+            f"--context_length {context_length} is longer than the training text, {train} tokens "
+            f"of {path}: use --context_length {max(1, train - 1)} at most, or more text"
         )
-    if held_out_text and len(held_out) < 2:
+    if corpus.val_fraction and len(corpus.held_out) < 2:
         raise UserError(
-            f"--val_fraction {val_fraction} holds out {len(held_out)} token of {text.path}: "
-            "2 are needed to judge anything; use a larger one, 0, or more text"
+            f"--val_fraction {corpus.val_fraction} holds out {len(corpus.held_out)} token of "
+            f"{path}: 2 are needed to judge anything; use a larger one, 0, or more text"
         )
-    digest = hashlib.sha256(text.content.encode("utf-8")).hexdigest()
-    return Corpus(text, digest, known, train, held_out)
+
+
+def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
+    """A folder that `prepare` made: it brings its tokenizer and its held-out part."""
+    own = index.tokenizer()
+    if wanted.insists_on_tokenizer and not _is_same(own, wanted.tokenizer):
+        raise UserError(
+            f"{path.as_posix()} was prepared with the tokenizer {own.name} ({own.size} ids), not "
+            "with the one asked for: leave --tokenizer out, or prepare the text again with it"
+        )
+    if wanted.insists_on_fraction and wanted.val_fraction != index.val_fraction:
+        raise UserError(
+            f"{path.as_posix()} was prepared with --val_fraction {index.val_fraction}, not "
+            f"{wanted.val_fraction}: leave it out, or prepare the text again with it"
+        )
+    name = own.name if own.name in ("gpt2", "byte") else (path / TOKENIZER).as_posix()
+    return _of_index(path, index, own, name)
+
+
+def _of_index(path: Path, index: Index, own: Tokenizer, name: str | Tokenizer) -> Corpus:
+    train, held_out = (ShardStream(index.shards(side), size=own.size) for side in ("train", "val"))
+    return Corpus(
+        path=path,
+        sha256=index.digest,
+        tokenizer=own,
+        tokenizer_name=name if isinstance(name, str) else own.name,
+        train=train,
+        held_out=held_out,
+        val_fraction=index.val_fraction,
+        characters=sum(index.total(side, "characters") for side in ("train", "val")),
+        documents=sum(index.total(side, "documents") for side in ("train", "val")),
+        notices=tuple(index.record.get("notices", ())),
+    )
+
+
+def _is_same(own: Tokenizer, wanted: str | Tokenizer) -> bool:
+    if wanted in ("gpt2", "char", "byte"):
+        return own.name == wanted
+    other = tokenizers.named(wanted, "") if isinstance(wanted, str) else wanted
+    return own.to_json() == other.to_json()
+
+
+def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
+    """Shards that another program made: `--tokenizer` says with which vocabulary."""
+    read = read_headerless if wanted.headerless else read_header
+    shards = [read(name) for name in names]
+    notices = []
+    tokenizer = wanted.tokenizer
+    if not wanted.insists_on_tokenizer:
+        if any(shard.dtype.itemsize > 2 for shard in shards):
+            raise UserError(
+                f"{path.as_posix()}: these shards do not say what vocabulary they were made with: "
+                "say it with --tokenizer"
+            )
+        tokenizer = "gpt2"
+        notices.append("the shards are taken for GPT-2's vocabulary: --tokenizer says otherwise")
+    if tokenizer == "char":
+        raise UserError(
+            f"{path.as_posix()}: shards do not say which characters their ids stand for: give "
+            "--tokenizer a tokenizer.json"
+        )
+    known = tokenizers.named(tokenizer, "") if isinstance(tokenizer, str) else tokenizer
+    learned = [shard for shard in shards if "val" not in shard.path.stem]
+    judged = [shard for shard in shards if "val" in shard.path.stem]
+    if not learned:
+        learned, judged = judged, []
+    train = ShardStream(learned, size=known.size)
+    held_out = ShardStream(judged if wanted.val_fraction else [], size=known.size)
+    if not judged and wanted.val_fraction:
+        cut = int(len(train) * (1 - wanted.val_fraction))
+        train, held_out = train.part(0, cut), train.part(cut, len(train))
+        notices.append("no shard has val in its name: the last tokens are held out")
+    return Corpus(
+        path=path,
+        sha256=_known_by(shards),
+        tokenizer=known,
+        tokenizer_name=tokenizer if isinstance(tokenizer, str) else known.name,
+        train=train,
+        held_out=held_out,
+        val_fraction=wanted.val_fraction,
+        notices=tuple(notices),
+    )
+
+
+def _known_by(shards: Sequence[ShardFile]) -> str:
+    """A hash of names, sizes and both ends: enough to tell data sets apart, however large."""
+    known = hashlib.sha256()
+    for shard in shards:
+        known.update(f"{shard.path.name} {shard.tokens}\n".encode())
+        with shard.path.open("rb") as file:
+            known.update(file.read(EDGE))
+            file.seek(max(0, shard.path.stat().st_size - EDGE))
+            known.update(file.read(EDGE))
+    return known.hexdigest()

@@ -3,15 +3,14 @@
 Shapes: G windows in a global batch, g of them this rank's, T tokens in a window.
 """
 
-from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptforge.data.ahead import ReadAhead
 from gptforge.data.order import window_at
 from gptforge.data.stream import TokenStream
 
@@ -65,10 +64,9 @@ class Loader:
         self._device = device
         # Copies travel on a stream of their own, beside the computation.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        batch_bytes = max(1, 8 * len(self.rows) * (context_length + 1))
-        self._depth = max(1, min(MOST_AHEAD, BYTES_AHEAD // batch_bytes))
-        self._read: deque[Future[Tensor]] = deque()
+        batch_bytes = 8 * len(self.rows) * (context_length + 1)
+        depth = max(1, min(MOST_AHEAD, BYTES_AHEAD // batch_bytes))
+        self._read = ReadAhead(self._gather, step=global_batch, depth=depth)
         self._ahead: Tensor | None = None
 
     @property
@@ -103,7 +101,6 @@ class Loader:
         """Go to a position, in constant time."""
         self.position = state["position"]
         self._ahead = None
-        self._read.clear()
 
     def _windows(self, position: int, rows: range) -> NDArray[np.int64]:
         places = np.arange(position + rows.start, position + rows.stop, dtype=np.int64)
@@ -114,23 +111,13 @@ class Loader:
 
     def _send(self, position: int) -> Tensor:
         """This rank's rows of the batch at `position`, (g, T + 1), on their way to the device."""
-        batch = self._wait_for(position)
+        batch = self._read.get(position)
         if self._stream is None:
             return batch.to(self._device)
         # Pinned here and not by the reader: nobody else may ask CUDA for memory while this
         # process records a graph.
         with torch.cuda.stream(self._stream):
             return batch.pin_memory().to(self._device, non_blocking=True)
-
-    def _wait_for(self, position: int) -> Tensor:
-        """The batch at `position`, which the reader began beforehand, if it goes on from there."""
-        if not self._read:
-            self._read.append(self._reader.submit(self._gather, position))
-        batch = self._read.popleft().result()
-        while len(self._read) < self._depth:
-            further = position + self._global_batch * (len(self._read) + 1)
-            self._read.append(self._reader.submit(self._gather, further))
-        return batch
 
 
 def rows_of(rank: int, world_size: int, global_batch: int) -> range:

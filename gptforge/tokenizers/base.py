@@ -1,5 +1,6 @@
 """What a tokenizer is. Each can write itself down whole, to travel with a checkpoint."""
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -7,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 END_OF_TEXT = "<|endoftext|>"
+CLEFT = re.compile(r"[ \n](?=\S)")
+"""Where a text may be cut without changing an id: GPT-2's pattern parts every text in front of the
+last of several blanks, whether a visible character stands before them or not."""
 
 Tokens = NDArray[np.uint16 | np.uint32]
 

@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import END_OF_TEXT, Tokens
+from gptforge.tokenizers.base import CLEFT, END_OF_TEXT, Tokens
 
 # GPT-2's pattern (same source), in the possessive form that tiktoken gives it: it splits alike and
 # never backtracks.
@@ -26,7 +26,7 @@ class GPT2Tokenizer:
 
     def __init__(self, merges: Sequence[str] | None = None) -> None:
         self.merges = list(merges) if merges is not None else bundled_merges()
-        ranks = _ranks(self.merges)
+        self.ranks = ranks = _ranks(self.merges)
         self.end_of_text: int | None = len(ranks)
         self.size = len(ranks) + 1
         self._encoding = tiktoken.Encoding(
@@ -38,10 +38,17 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> Tokens:
         """Ids of `text`; an end-of-text mark in it is ordinary characters."""
-        parts = [
-            np.array(self._encoding.encode_ordinary(part), np.uint16) for part in _chunks(text)
-        ]
+        try:
+            parts = [self._ids(part) for part in _chunks(text)]
+        except UnicodeEncodeError:
+            # Half of a surrogate pair, which UTF-8 cannot spell.
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+    def _ids(self, text: str) -> Tokens:
+        # A buffer of numbers: making a list of Python's takes as long as the encoding.
+        ids: Tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+        return ids.astype(np.uint16)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of `ids`."""
@@ -76,19 +83,10 @@ def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """`text` in pieces of about a megabyte, which keeps memory flat.
-
-    Cut only behind a line feed that stands between two visible characters: GPT-2's pattern gives
-    that line feed a piece of its own, so the ids are those of the whole.
-    """
+    """`text` in pieces of about a megabyte, which keeps memory flat."""
     start = 0
-    while len(text) - start > CHUNK:
-        cut = text.find("\n", start + CHUNK)
-        while 0 <= cut < len(text) - 1 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
-            cut = text.find("\n", cut + 1)
-        if cut < 0:
-            break
-        yield text[start : cut + 1]
-        start = cut + 1
+    while len(text) - start > CHUNK and (cut := CLEFT.search(text, start + CHUNK)):
+        yield text[start : cut.start()]
+        start = cut.start()
     if start < len(text):
         yield text[start:]

@@ -4,9 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.data.corpus import build_corpus
 from gptforge.data.loader import Loader, count_windows
-from gptforge.data.text import Text
 from gptforge.errors import UserError
 
 CPU = torch.device("cpu")
@@ -132,7 +130,9 @@ def test_a_jump_to_a_far_place_reads_nothing_on_the_way() -> None:
     far = Loader(tokens, context_length=10, global_batch=4, seed=1, shuffle=True, device=CPU)
     far.load_state_dict({"position": 10**12})
     far.next()
-    far._reader.shutdown(wait=True)
+    while far._read._begun:
+        # Until all that was begun is there, nothing more is read.
+        far._read._begun.popleft()[1].result()
     # The batch itself, the one that set out, and those read beforehand.
     assert len(tokens.read) <= 4 * 6
     assert far.windows_at(10**12) == [start // 10 for start in tokens.read[:4]]
@@ -148,25 +148,3 @@ def test_an_error_of_the_reader_reaches_the_trainer() -> None:
     )
     with pytest.raises(UserError, match="outside the vocabulary"):
         broken.next()
-
-
-def corpus(content: str, **options):
-    settings = {"tokenizer": "char", "val_fraction": 0.1, "context_length": 8, **options}
-    return build_corpus(Text(path="play.txt", content=content), **settings)
-
-
-def test_the_text_is_cut_before_it_is_tokenized() -> None:
-    made = corpus("abcdefghij" * 10)
-    assert (len(made.train), len(made.held_out), made.tokenizer.size) == (90, 10, 10)
-    assert corpus("abcdefghij" * 10, val_fraction=0.0).held_out.size == 0
-
-
-def test_a_text_shorter_than_a_window_is_refused_with_its_length() -> None:
-    with pytest.raises(UserError, match=r"--context_length 8 .* 8 tokens.*--context_length 7"):
-        corpus("abcdefgh", val_fraction=0.0)
-    assert corpus("abcdefghi", val_fraction=0.0).train.size == 9
-
-
-def test_too_little_held_out_to_judge_is_refused() -> None:
-    with pytest.raises(UserError, match="--val_fraction"):
-        corpus("abcdefghij" * 2, val_fraction=0.05)

@@ -50,7 +50,9 @@ def test_the_end_of_text_mark_in_a_text_is_only_characters() -> None:
 @settings(deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["\n", " ", "\n\n", "word", "?", "  ", "1 2", "é", "\t", "\r\n", "'s"])
+        st.sampled_from(
+            ["\n", " ", "\n\n", "word", "?", "  ", "1 2", "é", "\t", "\r\n", "'s", "\x1c", "\u3000"]
+        )
     )
 )
 def test_cutting_a_long_text_changes_no_id(pieces: list[str]) -> None:

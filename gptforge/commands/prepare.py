@@ -1,0 +1,105 @@
+"""`gptforge prepare`: text of any kind and size into token shards."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gptforge.errors import UserError
+from gptforge.flags import parse
+
+if TYPE_CHECKING:
+    from gptforge.data.index import Index
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Turn texts into token shards, which `--input` takes."""
+
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
+    """Files, folders and patterns; txt, md, jsonl, parquet, and .gz, .zst or .xz of them; - reads
+    standard input."""
+    out: str
+    """Folder of the shards."""
+    tokenizer: str = "gpt2"
+    """gpt2, char, byte, or the path of a tokenizer.json."""
+    val_fraction: float = 0.1
+    """Share held out to judge models by; 0: none."""
+    field: str = "text"
+    """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    kind: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """What the files hold; auto goes by their names."""
+    encoding: str = "utf-8"
+    """Of text files and JSON lines, for instance latin-1."""
+    split_on: str = ""
+    """Cut text files into documents at this mark, for instance '<|endoftext|>'."""
+    skip_bad: bool = False
+    """Leave out what cannot be read, and count it, instead of stopping."""
+    workers: int = 0
+    """Processes; 0: one a core."""
+    shard_mb: int = 64
+    """Megabytes of the files that go into one shard, more or less."""
+    headerless: bool = False
+    """Write train.bin and val.bin without headers, as nanoGPT reads them."""
+    overwrite: bool = False
+    """Move aside what lies in the folder."""
+
+
+def prepare(args: list[str]) -> int:
+    """Parse, prepare, say what was made; returns the exit code."""
+    asked = parse(PrepareArgs, args, "gptforge prepare")
+    if not asked.sources:
+        raise UserError("gptforge prepare: name at least one file, folder or pattern")
+    if asked.workers < 0 or asked.shard_mb < 1:
+        raise UserError("--workers must be 0 or more, --shard_mb 1 or more")
+    from gptforge.data.documents import Form
+    from gptforge.data.prepare import Request
+    from gptforge.data.prepare import prepare as make
+    from gptforge.report.meter import open_meter
+
+    request = Request(
+        asked.sources,
+        tokenizer=asked.tokenizer,
+        val_fraction=asked.val_fraction,
+        form=Form(asked.field, asked.encoding, asked.split_on),
+        kind=asked.kind,
+        shard_bytes=asked.shard_mb * 2**20,
+        skip_bad=asked.skip_bad,
+        headerless=asked.headerless,
+    )
+    with open_meter("preparing") as meter:
+        index = make(
+            Path(asked.out),
+            request,
+            workers=asked.workers,
+            overwrite=asked.overwrite,
+            say=meter.say,
+            meter=meter,
+        )
+    print(describe(index))
+    print(f"Train on it: {_program()} --input {asked.out}")
+    return 0
+
+
+def describe(index: "Index") -> str:
+    """What a prepared folder holds, in a line."""
+    sides = []
+    for side, words in (("train", "to learn from"), ("val", "held out")):
+        if tokens := index.total(side, "tokens"):
+            documents = index.total(side, "documents")
+            sides.append(f"{tokens:,} tokens of {documents:,} documents {words}")
+    bytes_, tokens = (
+        index.total("train", what) + index.total("val", what) for what in ("bytes", "tokens")
+    )
+    name = index.record["tokenizer"]["name"]
+    return (
+        f"{index.folder.as_posix()}: {'; '.join(sides)}; {bytes_:,} bytes of text, "
+        f"{bytes_ / max(1, tokens):.2f} a {name} token"
+    )
+
+
+def _program() -> str:
+    called = Path(sys.argv[0])
+    return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"

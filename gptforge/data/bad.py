@@ -1,0 +1,39 @@
+"""What cannot be read: an error that says where, or, if asked, left out and counted."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from gptforge.errors import UserError
+
+EXAMPLES = 5
+"""Places of each kind that are named at the end."""
+
+
+class BadInput(Exception):  # noqa: N818 (it is not always an error)
+    """Something in the input that is no text; the message says where."""
+
+    def __init__(self, kind: str, where: str, remedy: str = "") -> None:
+        super().__init__(kind, where, remedy)
+        self.kind, self.where, self.remedy = kind, where, remedy
+
+
+@dataclass
+class Skipped:
+    """The judge of bad input, and the count of what was left out."""
+
+    allowed: bool
+    """Whether to go on without it; otherwise the first one is an error."""
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, bad: BadInput) -> None:
+        """Count it, or raise a UserError."""
+        if not self.allowed:
+            remedy = bad.remedy or "mend it"
+            raise UserError(
+                f"{bad.where}: {bad.kind}: {remedy}, or leave such things out with "
+                "`gptforge prepare --skip_bad true`"
+            )
+        self.counts[bad.kind] += 1
+        if self.counts[bad.kind] <= EXAMPLES:
+            self.examples.append(f"{bad.where}: {bad.kind}")

@@ -1,0 +1,147 @@
+"""Bytes on the disk to text in pieces: unpacked, decoded, mended, in constant memory."""
+
+import codecs
+import gzip
+import importlib
+import importlib.util
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+from gptforge.data.bad import BadInput
+from gptforge.data.sources import Source
+from gptforge.errors import UserError
+
+BLOCK = 2**20
+"""Bytes read at a time."""
+BOM = "\ufeff"
+HAS_ZSTD = importlib.util.find_spec("compression") is not None
+"""Python 3.14 brings it along."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a file's text."""
+
+    offset: int
+    """Byte of the unpacked file where it begins."""
+    raw: str
+    """As decoded; it never ends between CR and LF."""
+    text: str
+    """With CRLF turned into LF, and without a byte order mark."""
+    reached: int
+    """Bytes of the file on the disk that were read so far."""
+
+
+def blocks(source: Source, start: int = 0, stop: int | None = None) -> Iterator[tuple[bytes, int]]:
+    """Unpacked bytes from `start` to `stop`, and how many bytes of the file were read for them.
+
+    Raises:
+        BadInput: for a damaged packed file.
+        UserError: if the package that unpacks it is missing.
+    """
+    damage: tuple[type[Exception], ...] = (
+        EOFError,
+        gzip.BadGzipFile,
+        lzma.LZMAError,
+        zlib.error,
+        *_zstd_errors(source),
+    )
+    try:
+        with source.path.open("rb") as disk:
+            file = _unpacked(source, disk)
+            if start:
+                file.seek(start)
+            position = start
+            while block := file.read(BLOCK if stop is None else min(BLOCK, stop - position)):
+                position += len(block)
+                yield block, disk.tell() - start if source.packing else position - start
+    except damage as error:
+        what = f"damaged .{source.packing} ({error})"
+        raise BadInput(what, source.name, "fetch it again") from error
+    except FileNotFoundError:
+        raise UserError(f"{source.name}: there is no such file any more") from None
+
+
+def _unpacked(source: Source, disk: IO[bytes]) -> IO[bytes]:
+    if source.packing == "gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=disk, mode="rb"))
+    if source.packing == "xz":
+        return lzma.LZMAFile(disk, "rb")
+    if source.packing == "zst":
+        module = _zstd(source)
+        if HAS_ZSTD:
+            return cast(IO[bytes], module.ZstdFile(disk, "rb"))
+        reader = module.ZstdDecompressor().stream_reader(disk, read_across_frames=True)
+        return cast(IO[bytes], reader)
+    return disk
+
+
+def _zstd(source: Source) -> Any:
+    name = "compression.zstd" if HAS_ZSTD else "zstandard"
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"{source.name}: .zst needs the package zstandard: pip install zstandard"
+        ) from None
+
+
+def _zstd_errors(source: Source) -> tuple[type[Exception], ...]:
+    return (_zstd(source).ZstdError,) if source.packing == "zst" else ()
+
+
+def chunks(
+    source: Source, *, encoding: str = "utf-8", start: int = 0, stop: int | None = None
+) -> Iterator[Chunk]:
+    """The text of a file, or of the bytes from `start` to `stop` of one, in pieces.
+
+    Raises:
+        BadInput: where it is not text in that encoding, with the byte.
+        UserError: for an encoding that does not exist.
+    """
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except LookupError:
+        raise UserError(f"--encoding {encoding}: there is no such encoding") from None
+    read, held, kept = start, 0, ""
+    for block, reached in _and_end(blocks(source, start, stop)):
+        offset = read - held - len(kept)
+        try:
+            raw = kept + decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            byte, place = error.object[error.start], read - held + error.start
+            what = f"not {encoding}: byte 0x{byte:02x} at offset {place}"
+            raise BadInput(what, source.name, "say what it is with --encoding latin-1") from None
+        read += len(block)
+        held = len(decoder.getstate()[0])
+        # CR waits for the LF that may follow.
+        kept = "\r" if raw.endswith("\r") and block else ""
+        raw = raw[: len(raw) - len(kept)]
+        if "\0" in raw:
+            place = offset + len(raw[: raw.index("\0")].encode(encoding))
+            what = f"NUL byte at offset {place}: this is a binary file or UTF-16"
+            raise BadInput(what, source.name, "save it as text, or say what it is with --encoding")
+        if raw:
+            text = raw.removeprefix(BOM) if offset == 0 else raw
+            yield Chunk(offset, raw, text.replace("\r\n", "\n"), reached)
+
+
+def _and_end(parts: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """And an empty block behind the last: what is unfinished there will stay so."""
+    reached = 0
+    for block, reached in parts:
+        yield block, reached
+    yield b"", reached
+
+
+def mended(chunk: Chunk) -> set[str]:
+    """What was put right in it, in words."""
+    found = set()
+    if chunk.offset == 0 and chunk.raw.startswith(BOM):
+        found.add("dropped the byte order mark")
+    if "\r\n" in chunk.raw:
+        found.add("turned CRLF line ends into LF")
+    return found

@@ -1,0 +1,131 @@
+"""What there is to read: files, folders and patterns, each with its form and packing."""
+
+import glob
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gptforge import files
+from gptforge.errors import UserError
+
+Kind = Literal["text", "jsonl", "parquet"]
+Packing = Literal["", "gz", "zst", "xz"]
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys((".txt", ".md", ".markdown", ".text"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    ".parquet": "parquet",
+}
+"""Endings that are looked for in a folder. A file that is named may have any: it is text then."""
+PACKINGS: dict[str, Packing] = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
+MAGIC: dict[bytes, Packing] = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz"}
+SPOOLED = "stdin"
+"""What standard input is kept as: it must be read twice."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file."""
+
+    path: Path
+    kind: Kind
+    packing: Packing
+    size: int
+    """Bytes on the disk."""
+    stamp: str
+    """Changes when the content does: time of the last change, or a hash."""
+    name: str
+    """As it is written in messages."""
+
+
+def find_sources(
+    names: Sequence[str], *, kind: Kind | Literal["auto"] = "auto", spool: Path | None = None
+) -> list[Source]:
+    """The files behind the names, in the order given; a folder's and a pattern's by name.
+
+    Args:
+        names: files, folders, patterns with * ? or [], and - for standard input.
+        kind: what they hold; auto goes by each one's name.
+        spool: folder to keep standard input in.
+
+    Raises:
+        UserError: for a name with nothing behind it, or a file that is named twice.
+    """
+    found: list[Source] = []
+    for name in names:
+        if name == "-":
+            if spool is None:
+                raise UserError("-: standard input cannot be read here: give a file")
+            found.append(_spooled(spool, kind))
+            continue
+        found += [_source(path, kind) for path in _files(name)]
+    seen: set[Path] = set()
+    for source in found:
+        place = source.path.resolve()
+        if place in seen:
+            raise UserError(f"{source.name} is named twice: leave one out")
+        seen.add(place)
+    return found
+
+
+def _files(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(_texts_in(path), key=lambda file: file.as_posix())
+        if not inside:
+            raise UserError(
+                f"{name}: no text in this folder: nothing in it ends in {', '.join(KINDS)} or one "
+                "of these with .gz, .zst or .xz"
+            )
+        return inside
+    if path.exists():
+        return [path]
+    matching = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+    inside = [Path(match) for match in matching if Path(match).is_file()]
+    if not inside:
+        what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
+        raise UserError(f"{name}: {what}")
+    return inside
+
+
+def _texts_in(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and _form(path)[0] is not None:
+            yield path
+
+
+def _form(path: Path) -> tuple[Kind | None, Packing]:
+    packing = PACKINGS.get(path.suffix.lower(), "")
+    ending = Path(path.stem).suffix if packing else path.suffix
+    return KINDS.get(ending.lower()), packing
+
+
+def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
+    known, packing = _form(path)
+    chosen = (known or "text") if kind == "auto" else kind
+    if chosen == "parquet" and packing:
+        raise UserError(f"{path.as_posix()}: unpack it first: Parquet is read from its end")
+    try:
+        facts = path.stat()
+        name = path.as_posix()
+        return Source(path, chosen, packing, facts.st_size, str(facts.st_mtime_ns), name)
+    except OSError as error:
+        raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None
+
+
+def _spooled(folder: Path, kind: Kind | Literal["auto"]) -> Source:
+    """Standard input as a file; what it is packed with shows in its first bytes."""
+    if kind == "parquet":
+        raise UserError("-: Parquet is read from its end: give a file")
+    path = folder / SPOOLED
+    with files.replacing(path) as partial, partial.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+    with path.open("rb") as file:
+        head = file.read(5)
+    packing: Packing = next((p for magic, p in MAGIC.items() if head.startswith(magic)), "")
+    form: Kind = "text" if kind == "auto" else kind
+    return Source(path, form, packing, path.stat().st_size, files.sha256(path), "standard input")

@@ -1,0 +1,167 @@
+"""A first look at the data: how many documents there are, and what a long text is like inside."""
+
+import hashlib
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+import numpy as np
+
+from gptforge.data.bad import BadInput, Skipped
+from gptforge.data.documents import Document, Form, documents, holds_many
+from gptforge.data.reading import chunks, mended
+from gptforge.data.sources import Source
+from gptforge.data.split import MANY, Seen, Split, digest_from, digest_of, make_split
+from gptforge.errors import UserError
+
+CLEFT = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
+"""Before the last blank of several, GPT-2's pattern parts a text anyway."""
+WINDOW = 2**16
+FARTHEST = 2**26
+"""Bytes behind which the search for such a place is given up."""
+
+
+@dataclass
+class TextFacts:
+    """What one look through a text file tells."""
+
+    characters: int = 0
+    sha256: bytes = b""
+    """Of the text as it is learned, in UTF-8."""
+    mended: set[str] = field(default_factory=set)
+    is_blank: bool = True
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    """Byte of the file where each chunk begins, and characters before it."""
+
+    @property
+    def digest(self) -> int:
+        """As documents are known by."""
+        return digest_from(self.sha256)
+
+
+def measure(source: Source, encoding: str) -> TextFacts:
+    """Look through a text file, in constant memory.
+
+    Raises:
+        BadInput: where it is not text.
+    """
+    facts, running = TextFacts(), hashlib.sha256()
+    for chunk in chunks(source, encoding=encoding):
+        facts.steps.append((chunk.offset, facts.characters))
+        facts.characters += len(chunk.text)
+        facts.mended |= mended(chunk)
+        facts.is_blank = facts.is_blank and not chunk.text.strip()
+        running.update(chunk.text.encode("utf-8"))
+    facts.sha256 = running.digest()
+    return facts
+
+
+@dataclass
+class Survey:
+    """What was seen before the work begins."""
+
+    split: Split
+    sha256: str
+    """Of the text, where there is only one; empty otherwise."""
+    facts: dict[int, TextFacts]
+    """Of text files that were looked through, by the number of the source."""
+
+
+def survey(sources: Sequence[Source], form: Form, fraction: float, *, skip_bad: bool) -> Survey:
+    """Look at the first documents, as many as the rule for holding out needs.
+
+    Raises:
+        UserError: if there is no text, or what there is cannot be read.
+    """
+    facts: dict[int, TextFacts] = {}
+    seen: list[Seen] = []
+    sha256 = ""
+    for number, source in enumerate(sources):
+        # Counted when the work is done; here it is only passed over.
+        skipped = Skipped(skip_bad)
+        if holds_many(source, form):
+            for document in documents(source, form, skipped):
+                seen.append(_seen(number, document))
+                sha256 = hashlib.sha256(document.text.encode("utf-8")).hexdigest()
+                if len(seen) == MANY:
+                    break
+        else:
+            try:
+                found = facts[number] = measure(source, form.encoding)
+            except BadInput as bad:
+                skipped.add(bad)
+                continue
+            if not found.is_blank:
+                seen.append(Seen((number, 0), found.characters, found.digest))
+                sha256 = found.sha256.hex()
+        if len(seen) == MANY:
+            break
+    if not seen:
+        names = ", ".join(source.name for source in sources[:3])
+        raise UserError(f"{names}: empty: there is no text to learn")
+    return Survey(make_split(seen, fraction), sha256 if len(seen) == 1 else "", facts)
+
+
+def _seen(number: int, document: Document) -> Seen:
+    return Seen((number, document.number), len(document.text), digest_of(document.text))
+
+
+def alphabet(sources: Sequence[Source], form: Form, *, skip_bad: bool) -> str:
+    """Every character of the data, in code point order."""
+    known = np.zeros(0x110000, bool)
+    for source in sources:
+        skipped = Skipped(skip_bad)
+        try:
+            for text in _texts(source, form, skipped):
+                known[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
+        except BadInput as bad:
+            skipped.add(bad)
+    return "".join(map(chr, np.flatnonzero(known).tolist()))
+
+
+def _texts(source: Source, form: Form, skipped: Skipped) -> Iterator[str]:
+    if holds_many(source, form):
+        yield from (document.text for document in documents(source, form, skipped))
+    else:
+        yield from (chunk.text for chunk in chunks(source, encoding=form.encoding))
+
+
+def byte_of(source: Source, facts: TextFacts, character: int) -> int:
+    """Byte of a UTF-8 file where a character of its text begins."""
+    before = [characters for _, characters in facts.steps]
+    offset, passed = facts.steps[bisect_right(before, character) - 1]
+    chunk = next(chunks(source, start=offset))
+    wanted = character - passed
+    # The mark and each CR were taken out of the text, and are bytes of the file all the same.
+    skip = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
+    place, position = skip, chunk.raw.find("\r\n")
+    returns = 0
+    while position >= 0 and position - skip - returns < wanted:
+        returns += 1
+        position = chunk.raw.find("\r\n", position + 2)
+    return offset + len(chunk.raw[: place + wanted + returns].encode("utf-8"))
+
+
+def clefts(source: Source, start: int, stop: int, every: int) -> list[int]:
+    """Bytes where a UTF-8 text may be cut so that no token changes, about `every` bytes apart."""
+    found: list[int] = []
+    with source.path.open("rb") as file:
+        wanted = start + every
+        while wanted < stop and (place := _cleft(file, wanted, stop)) is not None:
+            found.append(place)
+            wanted = place + every
+    return found
+
+
+def _cleft(file: IO[bytes], wanted: int, stop: int) -> int | None:
+    for begin in range(wanted, min(stop, wanted + FARTHEST), WINDOW):
+        file.seek(begin - 1)
+        # What stands before it, and all bytes of the character behind it.
+        part = file.read(min(WINDOW + 8, stop - begin + 1))
+        for match in CLEFT.finditer(part, 1, WINDOW):
+            following = part[match.end() : match.end() + 4].decode("utf-8", errors="ignore")
+            if following and not following[0].isspace():
+                return begin - 1 + match.start()
+    return None

@@ -1,0 +1,102 @@
+"""Encoding a great deal of text: by the fastest encoder that is exact.
+
+gigatoken, where it is installed, encodes GPT-2's vocabulary ten times as fast as tiktoken or more.
+It is trusted with characters that are assigned in Unicode, which both split alike, and only as long
+as it agrees with tiktoken on what they are both shown.
+"""
+
+import base64
+import functools
+import importlib.util
+import tempfile
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptforge.tokenizers.base import Tokenizer, Tokens, smallest_dtype
+
+PROBE = (
+    "It's 1,024 o'clock; we'll see.\n\n\tNaïve café — 日本語 한국어 العربية हिन्दी\n"
+    "  <|endoftext|> <|pad|>\r\n x\u00a0y\u3000z  \u200b🙂👩\u200d🚀 \x00\x01\x1c\x7f  !!??  "
+    + " ".join(chr(point) for point in range(0xC0, 0x2000, 7) if chr(point).isprintable())
+)
+Encode = Callable[[str], Tokens]
+
+
+class BulkEncoder:
+    """A tokenizer's ids, fast.
+
+    Args:
+        tokenizer: whose ids they are.
+        fast: whether to look for a faster encoder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, fast: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = smallest_dtype(tokenizer.size)
+        self._fast = _gigatoken(tokenizer) if fast else None
+        if self._fast and not self.agrees(PROBE):
+            self._fast = None
+
+    @property
+    def name(self) -> str:
+        """Who encodes."""
+        if self._fast:
+            return "gigatoken"
+        return "tiktoken" if hasattr(self._tokenizer, "ranks") else self._tokenizer.name
+
+    def agrees(self, text: str) -> bool:
+        """Whether both encoders give the same ids; if not, the fast one is not used again."""
+        if self._fast and not np.array_equal(self.encode(text), self._tokenizer.encode(text)):
+            self._fast = None
+            return False
+        return True
+
+    def encode(self, text: str) -> Tokens:
+        """Ids of a text, nothing added."""
+        if self._fast is None or not is_assigned(text):
+            return self._tokenizer.encode(text)
+        return self._fast(text).astype(self._dtype)
+
+    def encode_documents(self, texts: Sequence[str]) -> Tokens:
+        """Ids of documents, each behind an end-of-text mark."""
+        assert self._tokenizer.end_of_text is not None
+        mark = np.array([self._tokenizer.end_of_text], self._dtype)
+        parts = [part for text in texts for part in (mark, self.encode(text))]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+
+def _gigatoken(tokenizer: Tokenizer) -> Encode | None:
+    ranks = getattr(tokenizer, "ranks", None)
+    if ranks is None or importlib.util.find_spec("gigatoken") is None:
+        return None
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+    try:
+        import gigatoken
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "ranks.tiktoken"
+            path.write_bytes(b"".join(lines))
+            # No special tokens: a mark that stands in a text is ordinary characters.
+            encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+        encode: Encode = encoder.encode
+        return encode
+    except Exception:
+        # Another version, another system: whatever it is, there is another encoder.
+        return None
+
+
+def is_assigned(text: str) -> bool:
+    """Whether all characters have a meaning in this Python's Unicode, and so in any newer one."""
+    if text.isascii():
+        return True
+    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+    return bool(_assigned()[points].all())
+
+
+@functools.cache
+def _assigned() -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    unclear = {"Cn", "Cs"}
+    return np.array([unicodedata.category(chr(i)) not in unclear for i in range(0x110000)])

@@ -1,0 +1,150 @@
+"""What `--input` may name, and that it gives the tokens it should."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
+from gptforge.data.prepare import Request, prepare
+from gptforge.data.shards import ShardWriter
+from gptforge.data.text import split_text
+from gptforge.errors import UserError
+from gptforge.tokenizers import decode, named
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def corpus(path: Path, **wanted) -> Corpus:
+    return open_corpus(path, Wanted(**wanted), say=quiet)
+
+
+def shard(path: Path, ids, dtype="<u2") -> Path:
+    writer = ShardWriter(path, np.dtype(dtype))
+    writer.write(np.array(ids, dtype))
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char", "byte"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37])
+def test_one_text_gives_the_tokens_of_its_two_halves(play, tokenizer, fraction) -> None:
+    # What earlier versions did in memory, and what their checkpoints go on with.
+    text = play.read_text(encoding="utf-8") + "naïve 日本\n"
+    play.write_text(text, encoding="utf-8")
+    made = corpus(play, tokenizer=tokenizer, val_fraction=fraction)
+    known = named(tokenizer, text)
+    assert made.tokenizer.to_json() == known.to_json()
+    for stream, part in zip((made.train, made.held_out), split_text(text, fraction), strict=True):
+        np.testing.assert_array_equal(stream[:], known.encode(part))
+
+
+def test_a_text_is_known_by_its_content_alone(play, tmp_path) -> None:
+    first = corpus(play)
+    copy = tmp_path / "copy.txt"
+    copy.write_text(play.read_text())
+    second = corpus(copy)
+    # The same shards, in the cache.
+    assert first.train.shards == second.train.shards
+    assert first.sha256 == second.sha256
+    copy.write_text(play.read_text() + "more")
+    assert corpus(copy).sha256 != first.sha256
+
+
+def test_a_folder_that_was_prepared_brings_its_tokenizer_and_its_held_out_part(
+    play, tmp_path
+) -> None:
+    prepare(tmp_path / "shards", Request((str(play),), tokenizer="char", val_fraction=0.2))
+    made = corpus(tmp_path / "shards")
+    assert (made.tokenizer.name, made.val_fraction) == ("char", 0.2)
+    assert made.sha256 == corpus(play).sha256
+    with pytest.raises(UserError, match=r"prepared with the tokenizer char .* leave --tokenizer"):
+        corpus(tmp_path / "shards", tokenizer="gpt2", insists_on_tokenizer=True)
+    with pytest.raises(UserError, match=r"--val_fraction 0.2, not 0.1"):
+        corpus(tmp_path / "shards", val_fraction=0.1, insists_on_fraction=True)
+
+
+def test_a_prepared_folder_that_lost_a_shard_is_refused(play, tmp_path) -> None:
+    prepare(tmp_path / "shards", Request((str(play),)))
+    whole = tmp_path / "shards" / "train_000000.bin"
+    shard(whole, [1, 2, 3])
+    with pytest.raises(UserError, match="holds 3 tokens, and index"):
+        corpus(tmp_path / "shards")
+    whole.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        corpus(tmp_path / "shards")
+
+
+def test_shards_of_others_are_read_as_they_lie(tmp_path) -> None:
+    shard(tmp_path / "fineweb_train_000001.bin", range(1000))
+    shard(tmp_path / "fineweb_train_000002.bin", range(1000, 1500))
+    shard(tmp_path / "fineweb_val_000000.bin", range(100))
+    made = corpus(tmp_path)
+    np.testing.assert_array_equal(made.train[:], np.arange(1500))
+    np.testing.assert_array_equal(made.train[990:1010], np.arange(990, 1010))
+    assert len(made.held_out) == 100
+    assert any("GPT-2's vocabulary" in notice for notice in made.notices)
+    alone = corpus(tmp_path / "fineweb_train_000001.bin", val_fraction=0.1)
+    assert (len(alone.train), len(alone.held_out)) == (900, 100)
+
+
+def test_large_vocabularies_must_be_named(tmp_path) -> None:
+    shard(tmp_path / "train.bin", range(70000), "<u4")
+    with pytest.raises(UserError, match="say it with --tokenizer"):
+        corpus(tmp_path)
+
+
+def test_nanogpts_form_is_read_when_it_is_asked_for(tmp_path) -> None:
+    np.arange(500, dtype="<u2").tofile(tmp_path / "train.bin")
+    np.arange(50, dtype="<u2").tofile(tmp_path / "val.bin")
+    with pytest.raises(UserError, match="--headerless"):
+        corpus(tmp_path)
+    made = corpus(tmp_path, headerless=True)
+    assert (len(made.train), len(made.held_out)) == (500, 50)
+    shard(tmp_path / "train.bin", range(5))
+    with pytest.raises(UserError, match="has a header"):
+        corpus(tmp_path, headerless=True)
+
+
+def test_an_id_outside_the_vocabulary_is_found_when_it_is_read(tmp_path) -> None:
+    shard(tmp_path / "train.bin", [1, 2, 300, 4, 5])
+    made = corpus(tmp_path, tokenizer="byte", insists_on_tokenizer=True, val_fraction=0.0)
+    assert made.train[0:2].tolist() == [1, 2]
+    with pytest.raises(UserError, match=r"train.bin: token id 300 is outside .* of 256"):
+        made.train[1:4]
+
+
+def test_documents_are_kept_apart(tmp_path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.md").write_text(f"# Chapter {i}\n" * (1 + i))
+    for tokenizer in ("gpt2", "char", "byte"):
+        made = corpus(tmp_path, tokenizer=tokenizer, val_fraction=0.3)
+        text = decode(made.tokenizer, [*made.train[:], *made.held_out[:]])
+        parts = [f"# Chapter {i}\n" * (1 + i) for i in range(3)]
+        assert text == "".join("<|endoftext|>" + part for part in parts)
+        assert made.train[0:1][0] == made.tokenizer.end_of_text == made.held_out[0:1][0]
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_its_length(tmp_path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("abcdefgh")
+    short = corpus(path, tokenizer="char", val_fraction=0.0)
+    with pytest.raises(UserError, match=r"--context_length 8 .* 8 tokens.*--context_length 7"):
+        check_length(short, 8)
+    check_length(short, 7)
+
+
+def test_too_little_held_out_to_judge_is_refused(tmp_path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("abcdefghij" * 2)
+    with pytest.raises(UserError, match="--val_fraction"):
+        check_length(corpus(path, tokenizer="char", val_fraction=0.05), 8)
+
+
+def test_a_home_that_cannot_be_written_does_not_matter(play, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert len(corpus(play).train) > 0
