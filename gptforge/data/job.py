@@ -3,6 +3,7 @@
 Jobs know nothing of each other, so any number of processes gives the same bytes.
 """
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from gptforge.data.shards import ShardWriter
 from gptforge.data.sources import Source
 from gptforge.data.split import Side, Split, digest_of
 from gptforge.data.survey import measure
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.base import CLEFT, Tokenizer, smallest_dtype
 from gptforge.tokenizers.bulk import BulkEncoder
 
@@ -164,9 +165,16 @@ class Worker:
             for side in self._sides:
                 self._flush(side)
                 self._sides[side].close()
+        except OSError as error:
+            self._abandon()
+            if error.errno != errno.ENOSPC:
+                raise
+            raise RunError(
+                f"the disk is full: make room beside {self._folder.as_posix()}; what is finished "
+                "was kept, and the same command goes on"
+            ) from None
         except BaseException:
-            for shards in self._sides.values():
-                shards.abandon()
+            self._abandon()
             raise
         made = [shard for shards in self._sides.values() for shard in shards.made]
         skipped = self._skipped
@@ -177,6 +185,10 @@ class Worker:
             sorted(self._notices),
             self._encoder.name,
         )
+
+    def _abandon(self) -> None:
+        for shards in self._sides.values():
+            shards.abandon()
 
     def _take(self, piece: Piece) -> None:
         if holds_many(piece.source, self._form):

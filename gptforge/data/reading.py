@@ -74,9 +74,34 @@ def _unpacked(source: Source, disk: IO[bytes]) -> IO[bytes]:
         module = _zstd(source)
         if HAS_ZSTD:
             return cast(IO[bytes], module.ZstdFile(disk, "rb"))
-        reader = module.ZstdDecompressor().stream_reader(disk, read_across_frames=True)
-        return cast(IO[bytes], reader)
+        return cast(IO[bytes], _ZstdReader(module, disk))
     return disk
+
+
+class _ZstdReader:
+    """Reads frame after frame, and tells a file that was cut off from one that ends."""
+
+    def __init__(self, module: Any, disk: IO[bytes]) -> None:
+        self._new_frame = module.ZstdDecompressor().decompressobj
+        self._disk, self._frame = disk, None
+        self._packed = self._ready = b""
+
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes; none at the end."""
+        while len(self._ready) < size:
+            # Little at a time: a few bytes may stand for very many.
+            self._packed = self._packed or self._disk.read(2**14)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle")
+                break
+            frame = self._frame = self._frame or self._new_frame()
+            self._ready += frame.decompress(self._packed)
+            self._packed = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                self._frame = None
+        part, self._ready = self._ready[:size], self._ready[size:]
+        return part
 
 
 def _zstd(source: Source) -> Any:

@@ -51,7 +51,8 @@ class ShardStream:
     def __init__(
         self, shards: Sequence[ShardFile], *, size: int, start: int = 0, stop: int | None = None
     ) -> None:
-        self.shards = tuple(shards)
+        # Nothing can be mapped of an empty one.
+        self.shards = tuple(shard for shard in shards if shard.tokens)
         self._size = size
         self._begins = [0]
         for shard in self.shards:

@@ -1,0 +1,229 @@
+"""Bad input: one line that names the file and the place, or left out and counted. No traceback."""
+
+import errno
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gptforge.data import documents as documents_module
+from gptforge.data import job as job_module
+from gptforge.data.documents import Form
+from gptforge.data.index import Index, read_index
+from gptforge.data.prepare import Request, prepare
+from gptforge.data.shards import ShardWriter
+from gptforge.errors import RunError, UserError
+
+GOOD = json.dumps({"text": "Wherefore art thou Romeo?"})
+
+
+def attempt(tmp_path: Path, *names: str, form: Form | None = None, **options) -> Index:
+    request = Request(tuple(str(tmp_path / name) for name in names), form=form or Form(), **options)
+    return prepare(tmp_path / "out", request, workers=1)
+
+
+def expect_refused(tmp_path: Path, words: str, *names: str, **options) -> None:
+    with pytest.raises(UserError, match=words):
+        attempt(tmp_path, *names, **options)
+    # Nothing that looks whole is left behind.
+    assert read_index(tmp_path / "out") is None
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"", "empty: there is no text"),
+        (b" \n\t\n", "empty: there is no text"),
+        (b"caf\xe9 au lait", r"bad.txt: not utf-8: byte 0xe9 at offset 3: .*--encoding latin-1"),
+        (b"a" * 5000 + b"\xff", "byte 0xff at offset 5000"),
+        (b"\xe6\x97", "byte 0xe6 at offset 0"),
+        (b"PNG\0\0data", "NUL byte at offset 3: this is a binary file"),
+        (b"\xef\xbb\xbfab\0", "NUL byte at offset 5"),
+        ("text".encode("utf-16-le"), "NUL byte at offset 1"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_with_the_place(tmp_path, raw, words) -> None:
+    (tmp_path / "bad.txt").write_bytes(raw)
+    expect_refused(tmp_path, words, "bad.txt")
+
+
+def test_offsets_are_right_behind_the_first_block(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gptforge.data.reading.BLOCK", 7)
+    text = "日本\r\nnaïve ".encode() * 5
+    (tmp_path / "bad.txt").write_bytes(text + b"\xff")
+    expect_refused(tmp_path, f"byte 0xff at offset {len(text)}", "bad.txt")
+    (tmp_path / "bad.txt").write_bytes(text + b"\0")
+    expect_refused(tmp_path, f"NUL byte at offset {len(text)}", "bad.txt")
+
+
+def test_another_encoding_is_read_when_it_is_named(tmp_path) -> None:
+    (tmp_path / "t.txt").write_bytes(("caf\xe9 au lait\r\n" * 9).encode("latin-1"))
+    index = attempt(tmp_path, "t.txt", form=Form(encoding="latin-1"))
+    assert index.total("train", "bytes") > index.total("train", "characters")
+    with pytest.raises(UserError, match="there is no such encoding"):
+        prepare(tmp_path / "o2", Request((str(tmp_path / "t.txt"),), form=Form(encoding="klingon")))
+
+
+def test_what_is_not_there_is_named(tmp_path) -> None:
+    expect_refused(tmp_path, r"nothing.txt: there is no such file", "nothing.txt")
+    expect_refused(tmp_path, r"\*.txt: nothing matches this pattern", "*.txt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "picture.png").write_bytes(b"PNG")
+    expect_refused(tmp_path, "no text in this folder", "empty")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("not json", r"bad.jsonl, line 3: not JSON"),
+        ('{"text": ', r"line 3: not JSON"),
+        ("[1, 2]", r"line 3: no field 'text': it has no fields: choose one with --field"),
+        ('{"body": "x", "id": 3}', r"line 3: no field 'text': it has body, id: choose"),
+        ('{"text": null}', r"line 3: field 'text' is no text: it is of type NoneType"),
+        ('{"text": 7}', r"line 3: field 'text' is no text: it is of type int"),
+        ('{"text": "a\\u0000b"}', r"bad.jsonl, document 3: NUL character"),
+        ("[" * 100_000, r"line 3: not JSON"),
+    ],
+)
+def test_a_line_that_is_no_document_is_refused_or_counted(tmp_path, line, words) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join([GOOD, GOOD, line, GOOD, "", GOOD]))
+    expect_refused(tmp_path, words, "bad.jsonl")
+    index = attempt(tmp_path, "bad.jsonl", skip_bad=True)
+    assert index.total("train", "documents") + index.total("val", "documents") == 4
+    assert sum(index.record["skipped"].values()) == 1
+
+
+def test_a_line_in_another_encoding_is_refused_with_its_number(tmp_path) -> None:
+    raw = GOOD.encode() + b'\n{"text": "caf\xe9"}\n'
+    (tmp_path / "bad.jsonl").write_bytes(raw)
+    expect_refused(tmp_path, "line 2: not utf-8: byte 0xe9 at offset 13", "bad.jsonl")
+
+
+def test_line_numbers_are_right_in_the_middle_of_a_file(tmp_path) -> None:
+    lines = [GOOD] * 300
+    lines[250] = "not json"
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    # With a hundred documents and more, a file is read in stretches.
+    with pytest.raises(UserError, match="line 251: not JSON"):
+        attempt(tmp_path, "bad.jsonl", shard_bytes=500, val_fraction=0.0)
+
+
+def test_a_line_too_long_for_memory_is_refused_or_counted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(documents_module, "MOST_LINE", 3_000_000)
+    long = json.dumps({"text": "x" * 8_000_000})
+    (tmp_path / "bad.jsonl").write_text("\n".join([GOOD, long, GOOD]))
+    expect_refused(tmp_path, "line 2: longer than 2 MB", "bad.jsonl")
+    index = attempt(tmp_path, "bad.jsonl", skip_bad=True)
+    assert index.total("train", "documents") + index.total("val", "documents") == 2
+
+
+def test_a_long_line_of_words_is_a_text(tmp_path) -> None:
+    text = "word and word " * 400_000
+    (tmp_path / "t.txt").write_text(text)
+    index = attempt(tmp_path, "t.txt", shard_bytes=2**20)
+    assert index.total("train", "bytes") + index.total("val", "bytes") == len(text)
+
+
+def test_megabytes_without_a_blank_are_no_text(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job_module, "UNBROKEN", 2_000_000)
+    monkeypatch.setattr(job_module, "WHOLE", 1)
+    (tmp_path / "t.txt").write_text("x" * 5_000_000)
+    expect_refused(tmp_path, "without a blank: this is no text", "t.txt")
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.jsonl.gz", "t.txt.xz", "t.txt.zst"])
+def test_a_damaged_packed_file_is_refused_or_left_out(tmp_path, name) -> None:
+    if name.endswith("zst"):
+        zstandard = pytest.importorskip("zstandard")
+        whole = zstandard.compress(os.urandom(20_000).hex().encode())
+    elif name.endswith("xz"):
+        import lzma
+
+        whole = lzma.compress(os.urandom(20_000).hex().encode())
+    else:
+        whole = gzip.compress("\n".join([GOOD] * 4000).encode())
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    expect_refused(tmp_path, f"{name}: damaged", name)
+    (tmp_path / name).write_bytes(b"this was never packed" * 100)
+    expect_refused(tmp_path, f"{name}: damaged", name)
+    (tmp_path / "good.txt").write_text("Good text, and enough of it to be cut.")
+    index = attempt(tmp_path, name, "good.txt", skip_bad=True)
+    assert sum(index.record["skipped"].values()) == 1
+
+
+def test_parquet_that_cannot_be_read_is_refused_with_the_row_group(tmp_path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    rows = [f"row {i} " + os.urandom(30).hex() for i in range(300)]
+    pq.write_table(
+        pa.table({"text": rows}), path, row_group_size=100, compression="gzip", use_dictionary=False
+    )
+    raw = bytearray(path.read_bytes())
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    raw[at + 200 : at + 3000] = bytes(2800)
+    path.write_bytes(raw)
+    expect_refused(tmp_path, "t.parquet, row group 2 of 3: damaged row group", "t.parquet")
+    index = attempt(tmp_path, "t.parquet", skip_bad=True)
+    total = index.total("train", "documents") + index.total("val", "documents")
+    assert 200 <= total < 300
+    assert index.record["skipped"] == {"damaged row group": 1}
+
+
+def test_parquet_without_the_column_is_refused_with_those_it_has(tmp_path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "t.parquet")
+    expect_refused(tmp_path, "no column 'text': it has body, n: choose one", "t.parquet")
+    expect_refused(tmp_path, "column 'n' is no text", "t.parquet", form=Form(field="n"))
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 but no more")
+    expect_refused(tmp_path, "damaged Parquet file", "t.parquet")
+
+
+def test_half_of_a_surrogate_pair_does_no_harm(tmp_path) -> None:
+    lines = ['{"text": "a\\ud83d b"}', '{"text": "a\\ude00 b"}', GOOD]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    index = attempt(tmp_path, "t.jsonl", val_fraction=0.0)
+    assert index.total("train", "documents") == 3
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_of_a_shard(tmp_path, monkeypatch) -> None:
+    (tmp_path / "t.txt").write_text("Some text, and some more.")
+
+    def full(self, tokens) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    with pytest.raises(RunError, match=r"disk is full.*the same command goes on"):
+        attempt(tmp_path, "t.txt")
+    assert not list((tmp_path / "out").glob("**/*.bin"))
+    monkeypatch.undo()
+    assert attempt(tmp_path, "t.txt").total("train", "tokens") > 0
+
+
+def test_an_error_of_one_process_ends_the_others_with_its_words(tmp_path) -> None:
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(400)]
+    lines[333] = "not json"
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="line 334: not JSON"):
+        prepare(
+            tmp_path / "out",
+            Request((str(tmp_path / "t.jsonl"),), shard_bytes=1000),
+            workers=2,
+        )
+    assert not list((tmp_path / "out").glob("*.partial*"))
+
+
+def test_the_program_says_what_was_left_out(tmp_path, program) -> None:
+    (tmp_path / "t.jsonl").write_text("\n".join([GOOD, "not json", GOOD, "nor this", GOOD]))
+    refused = program("prepare", "t.jsonl", "--out", "out")
+    assert refused.code == 2
+    assert refused.err.startswith("error: t.jsonl, line 2: not JSON")
+    assert len(refused.err.splitlines()) == 1
+    done = program("prepare", "t.jsonl", "--out", "out", "--skip_bad", "true")
+    assert done.code == 0
+    assert "left out: 2 x not JSON" in done.err
+    assert "t.jsonl, line 4: not JSON" in done.err
+    assert "Train on it: " in done.out

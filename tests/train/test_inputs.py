@@ -1,0 +1,88 @@
+"""Training on each kind of input: it learns the same, and goes on where it stopped."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from gptforge.build import build_trainer, evaluate_run
+from gptforge.data.prepare import Request, prepare
+from gptforge.errors import UserError
+from tests.train.runs import StopAfter, build, events
+
+
+def finish(config) -> list[float]:
+    assert build(config).run() == "finished"
+    return [event["loss"] for event in events(config, "train")]
+
+
+def jsonl(path: Path, count: int) -> Path:
+    dice = random.Random(1)
+    words = ["what", "light", "through", "yonder", "window", "breaks", "juliet", "sun", "east"]
+    texts = [" ".join(dice.choice(words) for _ in range(40)) for _ in range(count)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def test_a_text_and_its_shards_teach_the_same(config, tmp_path) -> None:
+    config = dataclasses.replace(config, val_fraction=0.2)
+    from_text = finish(config)
+    prepare(
+        tmp_path / "shards",
+        Request((config.input,), tokenizer="char", val_fraction=0.2),
+    )
+    shards = dataclasses.replace(
+        config, input=str(tmp_path / "shards"), out_dir=str(tmp_path / "b"), tokenizer="gpt2"
+    )
+    # The shards bring their tokenizer, since none was asked for by hand.
+    assert finish(shards) == from_text
+    assert [e["val_loss"] for e in events(shards, "eval")] == [
+        e["val_loss"] for e in events(config, "eval")
+    ]
+
+
+@pytest.mark.parametrize("count", [5, 130])
+def test_a_run_on_documents_goes_on_as_if_it_had_never_stopped(config, tmp_path, count) -> None:
+    config = dataclasses.replace(config, input=str(jsonl(tmp_path / "d.jsonl", count)))
+    straight = finish(dataclasses.replace(config, out_dir=str(tmp_path / "straight")))
+    trainer = build(config)
+    trainer.guard = StopAfter(7)
+    assert trainer.run() == "interrupted"
+    assert finish(config) == straight
+    score = evaluate_run(config.out_dir, device="cpu")
+    last = events(config, "eval")
+    assert score.loss == pytest.approx(min(event["val_loss"] for event in last), rel=1e-5)
+
+
+def test_other_documents_are_not_gone_on_with(config, tmp_path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", 130)
+    config = dataclasses.replace(config, input=str(path))
+    trainer = build(config)
+    trainer.guard = StopAfter(7)
+    trainer.run()
+    path.write_text(path.read_text().replace("juliet", "julia"))
+    with pytest.raises(UserError, match="the text is not the one"):
+        build(config)
+
+
+def test_a_tokenizer_that_is_not_the_shards_own_is_refused(config, tmp_path) -> None:
+    prepare(tmp_path / "shards", Request((config.input,), tokenizer="byte"))
+    config = dataclasses.replace(config, input=str(tmp_path / "shards"))
+    with pytest.raises(UserError, match="prepared with the tokenizer byte"):
+        build_trainer(config, given=["tokenizer"], say=lambda _: None)
+    assert finish(config)
+
+
+def test_a_bad_id_in_a_shard_stops_training_with_its_name(config, tmp_path) -> None:
+    import numpy as np
+
+    np.full(3000, 9999, "<u2").tofile(tmp_path / "train.bin")
+    config = dataclasses.replace(
+        config, input=str(tmp_path / "train.bin"), headerless=True, tokenizer="byte"
+    )
+    trainer = build_trainer(config, given=["tokenizer"], say=lambda _: None)
+    assert trainer is not None
+    with pytest.raises(UserError, match=r"train.bin: token id 9999 is outside"):
+        trainer.run()
