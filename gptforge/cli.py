@@ -22,6 +22,7 @@ from gptforge.commands.demo import demo
 from gptforge.commands.export import export, import_
 from gptforge.commands.prepare import prepare
 from gptforge.commands.sample import sample
+from gptforge.commands.tokenizer import tokenizer
 from gptforge.config import Config
 from gptforge.errors import RunError, UserError
 from gptforge.flags import parse, parse_train, spell_out_booleans, with_preset
@@ -150,6 +151,7 @@ def evaluate(args: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "prepare": prepare,
+    "tokenizer": tokenizer,
     "sample": sample,
     "eval": evaluate,
     "export": export,

@@ -114,14 +114,15 @@ def alphabet(sources: Sequence[Source], form: Form, *, skip_bad: bool) -> str:
     for source in sources:
         skipped = Skipped(skip_bad)
         try:
-            for text in _texts(source, form, skipped):
+            for text in texts(source, form, skipped):
                 known[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
         except BadInput as bad:
             skipped.add(bad)
     return "".join(map(chr, np.flatnonzero(known).tolist()))
 
 
-def _texts(source: Source, form: Form, skipped: Skipped) -> Iterator[str]:
+def texts(source: Source, form: Form, skipped: Skipped) -> Iterator[str]:
+    """All text of a file, in pieces; documents whole."""
     if holds_many(source, form):
         yield from (document.text for document in documents(source, form, skipped))
     else:

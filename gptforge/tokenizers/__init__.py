@@ -1,4 +1,6 @@
-"""Tokenizers: GPT-2's, characters, bytes. One protocol, one JSON form."""
+"""Tokenizers: GPT-2's or a user's own byte-level BPE, characters, bytes. One protocol, one JSON
+form, and Hugging Face's tokenizer.json for a BPE.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +17,7 @@ def named(name: str, text: str) -> Tokenizer:
     """The tokenizer that `--tokenizer` asks for; `text` gives the char tokenizer its alphabet.
 
     Raises:
-        UserError: if `name` is neither a known name nor a file that `save` wrote.
+        UserError: if `name` is neither a known name nor a file that `load` reads.
     """
     if name == "gpt2":
         return _gpt2(None)
@@ -37,13 +39,15 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read what `save` wrote.
+    """Read what `save` wrote, or `gptforge tokenizer train`.
 
     Raises:
         UserError: if the file is something else.
     """
     try:
         record = json.loads(read_small(path))
+        if isinstance(record, dict) and "added_tokens" in record:
+            return _from_hf(record)
         if record["format"] != "gptforge-tokenizer" or record["version"] != 1:
             raise KeyError("format")
         kind = record["kind"]
@@ -57,7 +61,13 @@ def load(path: Path) -> Tokenizer:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a tokenizer that a run saved ({error})") from None
+        raise UserError(f"{path}: not a tokenizer that can be used here ({error})") from None
+
+
+def _from_hf(record: dict[str, object]) -> Tokenizer:
+    from gptforge.tokenizers.hf_json import read_hf_json
+
+    return read_hf_json(record)
 
 
 def _gpt2(merges: list[str] | None) -> Tokenizer:

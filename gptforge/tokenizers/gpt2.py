@@ -1,4 +1,5 @@
-"""GPT-2's byte-level BPE through tiktoken, from the merge list inside the package: no network.
+"""Byte-level BPE as GPT-2 does it, through tiktoken: with the merge list inside the package, and so
+without a network, or with one that a user trained.
 
 tiktoken wants a table of bytes to rank. GPT-2's ranks are the 256 bytes, the printable ones first,
 then one token for each merge, in order (github.com/openai/gpt-2, encoder.py).
@@ -11,7 +12,7 @@ import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import CLEFT, END_OF_TEXT, Tokens
+from gptforge.tokenizers.base import CLEFT, END_OF_TEXT, Tokens, smallest_dtype
 
 # GPT-2's pattern (same source), in the possessive form that tiktoken gives it: it splits alike and
 # never backtracks.
@@ -20,15 +21,18 @@ CHUNK = 1 << 20
 
 
 class GPT2Tokenizer:
-    """50,257 ids: 256 bytes, 50,000 merges and the end-of-text mark, which no text becomes."""
-
-    name = "gpt2"
+    """256 bytes, the merges, and the end-of-text mark, which no text becomes: 50,257 ids with
+    GPT-2's own merges, which are taken where none are given.
+    """
 
     def __init__(self, merges: Sequence[str] | None = None) -> None:
-        self.merges = list(merges) if merges is not None else bundled_merges()
+        own = bundled_merges()
+        self.merges = list(merges) if merges is not None else own
+        self.name = "gpt2" if self.merges == own else "bpe"
         self.ranks = ranks = _ranks(self.merges)
         self.end_of_text: int | None = len(ranks)
         self.size = len(ranks) + 1
+        self._dtype = smallest_dtype(self.size)
         self._encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=PATTERN,
@@ -43,12 +47,12 @@ class GPT2Tokenizer:
         except UnicodeEncodeError:
             # Half of a surrogate pair, which UTF-8 cannot spell.
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
     def _ids(self, text: str) -> Tokens:
         # A buffer of numbers: making a list of Python's takes as long as the encoding.
         ids: Tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
-        return ids.astype(np.uint16)
+        return ids.astype(self._dtype)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of `ids`."""
@@ -65,14 +69,25 @@ def bundled_merges() -> list[str]:
     return text.split("\n")[1:-1]
 
 
-def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Bytes of each token, to its id."""
+def spelled_ids(merges: Sequence[str]) -> dict[str, int]:
+    """Every token as the merge list spells it, a printable character a byte, to its id."""
+    spelled = [*_spelled_bytes(), *(merge.replace(" ", "", 1) for merge in merges)]
+    return {token: number for number, token in enumerate(spelled)}
+
+
+def _spelled_bytes() -> dict[str, int]:
+    """The character that stands for each byte, in the order of their ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    # The file writes each unprintable byte as a character from U+0100 on.
+    # Each unprintable byte is written as a character from U+0100 on.
     spelled = {chr(byte): byte for byte in printable}
-    spelled |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate([*printable, *others])}
+    return spelled | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
+    """Bytes of each token, to its id."""
+    spelled = _spelled_bytes()
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(spelled.values())}
     for merge in merges:
         try:
             token = bytes(spelled[char] for char in merge.replace(" ", "", 1))
