@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gptforge.build import load
 from gptforge.build.exported import origin_of, title_of
+from gptforge.build.trained import load, spare_threads
 from gptforge.convert.extras import require
 from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.writing import Writers
@@ -33,7 +33,9 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
     import gradio as gr
 
     def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
-        return load(folder, device=device, say=say)
+        writer = load(folder, device=device, say=say)
+        spare_threads(writer)
+        return writer
 
     origin = origin_of(run)
     page = build_page(
