@@ -7,6 +7,7 @@ from pathlib import Path
 from gptforge.build.exported import origin_of, title_of
 from gptforge.build.trained import load, spare_threads
 from gptforge.convert.extras import require
+from gptforge.demo.gate import Gate
 from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.writing import Writers
 from gptforge.errors import RunError
@@ -31,6 +32,7 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
+    from starlette.middleware import Middleware
 
     def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
         writer = load(folder, device=device, say=say)
@@ -66,6 +68,7 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
             css=style,
             favicon_path=Path(__file__).with_name("favicon.svg"),
             show_error=True,
+            app_kwargs={"middleware": [Middleware(Gate)]},
             quiet=True,
             prevent_thread_lock=True,
         )
