@@ -46,6 +46,21 @@ def test_an_interactive_loop_writes_on_from_each_line(trained, monkeypatch) -> N
     assert done.out == first + third
 
 
+def test_a_small_model_takes_one_thread_in_a_program_and_none_from_a_library(
+    trained, monkeypatch
+) -> None:
+    import torch
+
+    from gptforge import load
+
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    load("run", device="cpu").generate("R", 1)
+    assert taken == []
+    trained(*SAMPLE)
+    assert taken == [1]
+
+
 def test_several_stop_texts_end_it(trained) -> None:
     whole = trained(*SAMPLE, "--prompt", "ROMEO:").out.removeprefix("ROMEO:")
     stops = [whole[9], whole[5]]

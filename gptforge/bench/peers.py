@@ -6,6 +6,7 @@ the way that is usual for it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +81,21 @@ def build_peer(kind: str, model: GPT, config: Config, precision: Precision) -> P
         own = GPT(model.config).to(next(model.parameters()).device)
         own.load_state_dict(model.state_dict())
         return Peer(own.train(), config, precision)
+    peer = transformers_model(model).train()
+    return Peer(_Logits(peer).to(next(model.parameters()).device), config, precision)
+
+
+def transformers_model(model: GPT) -> Any:
+    """transformers' GPT2LMHeadModel with the weights of `model`, float32, on the CPU.
+
+    Raises:
+        UserError: if transformers is not there.
+    """
     try:
         import transformers
     except ImportError:
         raise UserError("--peer hf needs transformers: pip install 'gptforge[hf]'") from None
+    transformers.utils.logging.set_verbosity_error()
     c = model.config
     peer = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -96,6 +108,9 @@ def build_peer(kind: str, model: GPT, config: Config, precision: Precision) -> P
             resid_pdrop=c.dropout,
             embd_pdrop=c.dropout,
             attn_pdrop=c.dropout,
+            # There is no token to end or begin with among random ones.
+            bos_token_id=None,
+            eos_token_id=None,
         )
     )
     weights = {
@@ -103,5 +118,4 @@ def build_peer(kind: str, model: GPT, config: Config, precision: Precision) -> P
         for name, tensor in model.state_dict().items()
     }
     peer.load_state_dict(weights)
-    peer.train()
-    return Peer(_Logits(peer).to(next(model.parameters()).device), config, precision)
+    return peer

@@ -7,6 +7,7 @@ from gptforge.build.training import seed_everything
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.config import Config, check
 from gptforge.hardware import choose_device, choose_precision
+from gptforge.model import GPT
 from gptforge.train.step import TrainStep
 
 
@@ -22,3 +23,17 @@ def build_step(config: Config, given: Collection[str], say: Callable[[str], None
     say(f"device: {device} ({note}), {precision.name}: {precision.reason}")
     seed_everything(config)
     return train_step(config, Opening("new", config), device, precision, given=given, say=say)
+
+
+def build_model(config: Config, say: Callable[[str], None]) -> GPT:
+    """A model with random weights, on its device, to write with.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    check(config)
+    device, note = choose_device(config.device)
+    say(f"device: {device} ({note})")
+    seed_everything(config)
+    with device:
+        return GPT(config.model).initialize().eval()

@@ -8,7 +8,7 @@ import torch
 
 from gptforge import costs
 from gptforge.checkpoint import store as checkpoints
-from gptforge.config import Config
+from gptforge.config import Config, GPTConfig
 from gptforge.convert.hf import is_hf, read_hf
 from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
@@ -22,6 +22,8 @@ from gptforge.tokenizers import byte_lengths
 
 SMALL = 30_000_000
 """Parameters below which a CPU writes faster in float32: the weights fit its caches anyway."""
+TINY = 4_000_000
+"""Parameters below which one CPU thread writes a text as fast as two."""
 
 
 def load(
@@ -48,10 +50,20 @@ def load(
     return LanguageModel(
         parts.model().to(place),
         parts.tokenizer,
-        dtype=_writing_dtype(dtype, place, costs.parameters(parts.config)),
-        captured=True,
+        dtype=writing_dtype(dtype, place, parts.config),
+        settled=True,
         say=say or _say,
     )
+
+
+def spare_threads(writer: LanguageModel) -> None:
+    """Give this process one CPU thread if its model is small; for programs, not for libraries.
+
+    A text from a small model takes no longer on one: its steps are microseconds. On more, wherever
+    other programs want the cores too, each step waits for the last of them: 10 to 60 times longer.
+    """
+    if writer.device.type == "cpu" and costs.parameters(writer.model.config) < TINY:
+        torch.set_num_threads(1)
 
 
 def open_parts(run: str | Path) -> Parts:
@@ -73,10 +85,11 @@ def open_parts(run: str | Path) -> Parts:
     return Parts(config.model, fitted(tensors, config.model, source=path.as_posix()), tokenizer)
 
 
-def _writing_dtype(flag: str, device: torch.device, parameters: int) -> torch.dtype:
+def writing_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.dtype:
+    """The type to write in that `--dtype` asks for, or the one that is fastest here."""
     if flag not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {flag}: give auto, float32, bfloat16 or float16")
-    if flag == "auto" and device.type == "cpu" and parameters < SMALL:
+    if flag == "auto" and device.type == "cpu" and costs.parameters(config) < SMALL:
         return torch.float32
     return choose_precision(flag, device).dtype
 

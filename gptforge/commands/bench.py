@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 VOCABULARIES = {"gpt2": 50304, "char": 128, "byte": 320}
 """Rows of the token table where none are asked for: there is no text to count them in."""
+TOKENS = {"gpt2": 50257}
+"""Rows of the table that have a token, where it is known beforehand."""
 MFU = "MFU = tokens/s x (6 N + 12 L C T) / peak"
 BEGUN = time.perf_counter()
 
@@ -28,13 +30,13 @@ class BenchConfig(Config):
     """Measure how fast this machine trains: takes all flags of training, and these."""
 
     peer: Literal["", "hf", "plain"] = ""
-    """Train this too, in turns: hf is transformers' GPT-2, plain a plain loop."""
+    """Time this too, in turns: hf is transformers' GPT-2, plain a plain training loop."""
     turns: int = 5
     """Times each is timed, for a second or more; medians are printed."""
     profile: str = ""
     """Folder for a trace of one update; prints where its time goes."""
     generate: bool = False
-    """Measure writing instead of training."""
+    """Measure writing instead of training: prompts of 32 tokens, 128 new ones."""
     json: bool = False
     """Print one JSON object on standard output, and the rest on standard error."""
 
@@ -45,29 +47,29 @@ def bench(args: list[str]) -> int:
     assert isinstance(parsed, BenchConfig)
     if parsed.turns < 1:
         raise UserError(f"--turns must be 1 or more, not {parsed.turns}")
-    if parsed.peer and parsed.generate:
-        raise UserError("--peer trains beside ours: leave --generate out")
+    if parsed.generate and (parsed.peer == "plain" or parsed.profile):
+        raise UserError("--generate writes: it goes with --peer hf, not with plain or --profile")
     say = _quietly if parsed.json else print
     names = [field.name for field in dataclasses.fields(Config)]
     config = with_preset(Config(**{n: getattr(parsed, n) for n in names}), given, say=say)
     if not config.vocab_size:
         rows = VOCABULARIES.get(config.tokenizer, VOCABULARIES["gpt2"])
         config = dataclasses.replace(config, vocab_size=rows)
-    from gptforge.build.benchmark import build_step
-
-    step = build_step(config, given, say)
-    found = _writing(step, say) if parsed.generate else _training(step, config, parsed, say)
+    measure = _writing if parsed.generate else _training
+    found = measure(config, given, parsed, say)
     if parsed.json:
         print(json.dumps(found))
     return 0
 
 
 def _training(
-    step: "TrainStep", config: Config, asked: BenchConfig, say: Callable[[str], None]
+    config: Config, given: Collection[str], asked: BenchConfig, say: Callable[[str], None]
 ) -> dict[str, Any]:
     from gptforge.bench.peers import PEERS, build_peer
     from gptforge.bench.training import Update, facts, profile, random_batch, time_in_turns
+    from gptforge.build.benchmark import build_step
 
+    step = build_step(config, given, say)
     batch = random_batch(config, step.device)
 
     def update(inputs: "torch.Tensor", targets: "torch.Tensor") -> object:
@@ -111,23 +113,67 @@ def _training(
     return found
 
 
-def _writing(step: "TrainStep", say: Callable[[str], None]) -> dict[str, Any]:
+def _writing(
+    config: Config, given: Collection[str], asked: BenchConfig, say: Callable[[str], None]
+) -> dict[str, Any]:
+    import torch
+
+    from gptforge.bench.writing import NEW_TOKENS, PROMPT, ours, theirs, write_in_turns
+    from gptforge.build.benchmark import build_model
+    from gptforge.build.trained import writing_dtype
     from gptforge.generate.decode import Decoder
     from gptforge.generate.engine import Engine
-    from gptforge.generate.speed import measure_writing
 
-    is_gpu = step.device.type == "cuda"
-    size = min(step.model.config.vocab_size, 50257)
-    engine = Engine(step.model.eval(), size=size, dtype=step.precision.dtype)
-    decoder = Decoder(engine, captured=True)
-    say("\n| batch | new tokens/s | ms to the first | CUDA graph |\n| --- | --- | --- | --- |")
+    prompt = min(PROMPT, config.block_size // 2)
+    new_tokens = min(NEW_TOKENS, config.block_size - prompt)
+    if not prompt:
+        raise UserError("--generate needs a --block_size of 2 or more")
+    model = build_model(config, say)
+    device = next(model.parameters()).device
+    size = min(model.config.vocab_size, TOKENS.get(config.tokenizer, model.config.vocab_size))
+    dtype = writing_dtype(config.dtype, device, model.config)
+    decoder = Decoder(Engine(model, size=size, dtype=dtype, settled=True), captured=True)
+    writers = {f"gptforge, {_plain(dtype)}": ours(decoder)}
+    if asked.peer:
+        # As transformers loads a GPT-2, and in the type that ours writes in.
+        for kind in dict.fromkeys((torch.float32, dtype)):
+            writers[f"hf, {_plain(kind)}"] = theirs(model, kind)
+    say(f"\n{prompt} tokens of prompt, {new_tokens} new ones, temperature 0.8, top-k 200\n")
+    say("| who | batch | new tokens/s (from, to) | ms to the first | ours to it |")
+    say("| --- | --- | --- | --- | --- |")
     figures = []
-    for batch in (1, 256) if is_gpu else (1, 8):
-        speed = measure_writing(decoder, batch=batch)
-        figures.append(dataclasses.asdict(speed))
-        graph = "yes" if speed.is_captured else "no"
-        say(f"| {batch} | {speed.tokens_per_second:,.0f} | {speed.ms_to_first:.1f} | {graph} |")
-    return {"machine": {"device": str(step.device)}, "results": figures}
+    for batch in (1, 256) if device.type == "cuda" else (1, 8):
+        speeds = write_in_turns(
+            writers,
+            batch=batch,
+            size=size,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            turns=asked.turns,
+            device=device,
+        )
+        for speed in speeds:
+            f = speed.facts(speeds[0])
+            figures.append(f)
+            first = f"{f['ms_to_first']:.1f}" if f["ms_to_first"] else ""
+            say(
+                f"| {f['who']} | {batch} | {f['tokens_per_second']:,.0f} "
+                f"({f['tokens_per_second_from']:,.0f}, {f['tokens_per_second_to']:,.0f}) | {first} "
+                f"| {f['ours_is_faster_by']:.2f} x |"
+            )
+    graph = "CUDA graph" if decoder.keeps_a_graph else "no CUDA graph"
+    say(f"\nsteps of ours: {graph}")
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda_graph": decoder.keeps_a_graph,
+    }
+    return {"machine": machine, "results": figures}
+
+
+def _plain(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:

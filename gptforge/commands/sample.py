@@ -61,10 +61,11 @@ def sample(args: list[str]) -> int:
         raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
     if asked.interactive and (asked.json or asked.prompt or asked.num_samples > 1):
         raise UserError("--interactive takes its prompts from you, one at a time, and prints text")
-    from gptforge.build import load
+    from gptforge.build.trained import load, spare_threads
     from gptforge.generate.sampling import Sampling
 
     writer = load(asked.run, device=asked.device, dtype=asked.dtype)
+    spare_threads(writer)
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p)
     if asked.interactive:
         return _interactive(writer, asked)

@@ -1,23 +1,38 @@
-"""The training curves of a run as HTML and SVG: no script, sharp on any screen."""
+"""The training curves of a run as HTML and SVG: no script, sharp on any screen.
+
+Lines are SVG, stretched to whatever room there is; what is written stays HTML, so that it can be
+read on a phone too. Places are shares of the drawing, in percent, from its upper left corner.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from gptforge.report.duration import in_words
 from gptforge.report.metrics import History, numbers, read_history
 
-WIDTH, HEIGHT = 960, 380
-LEFT, RIGHT, TOP, BOTTOM = 46, 26, 16, 30
 MOST_POINTS = 400
 """More than a screen shows; a long run's page stays small."""
+ROUND = (1, 1.5, 2, 3, 4, 5, 7)
+"""What a logarithmic axis is marked at, times powers of ten."""
 
 Points = list[tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class Line:
+    """One curve."""
+
+    name: str
+    kind: str
+    """Its class in the style sheet."""
+    points: Points
+
+
 def training(folder: Path, *, total: int) -> str:
-    """Figures and losses of the run in `folder`, as they stand.
+    """Figures and curves of the run in `folder`, as they stand.
 
     Args:
         folder: the run folder.
@@ -26,7 +41,20 @@ def training(folder: Path, *, total: int) -> str:
     history = read_history(folder / "metrics.jsonl")
     if not history.train:
         return '<div class="training"><p class="empty">This run has left no figures.</p></div>'
-    return f'<div class="training">{_tiles(history, total)}{_chart(history)}</div>'
+    steps = numbers(history.train, "step")
+
+    def line(name: str, kind: str, field: str) -> Line:
+        return Line(name, kind, _points(steps, numbers(history.train, field)))
+
+    scores = _points(numbers(history.evals, "step"), numbers(history.evals, "val_loss"))
+    loss = [line("training", "learned", "loss"), Line("held out", "held", scores)]
+    charts = [
+        _chart("Loss, nats per token", loss, kind="tall", is_log=True),
+        _chart("Learning rate", [line("", "plain", "lr")]),
+        _chart("Gradient norm", [line("", "plain", "norm")]),
+        _chart("Tokens a second", [line("", "plain", "tok_per_sec")]),
+    ]
+    return f'<div class="training">{_tiles(history, total)}{"".join(charts)}</div>'
 
 
 def _tiles(history: History, total: int) -> str:
@@ -53,32 +81,39 @@ def _tiles(history: History, total: int) -> str:
     )
 
 
-def _chart(history: History) -> str:
-    learned = _points(numbers(history.train, "step"), numbers(history.train, "loss"))
-    held_out = _points(numbers(history.evals, "step"), numbers(history.evals, "val_loss"))
-    both = learned + held_out
-    if not both:
+def _chart(title: str, lines: Sequence[Line], *, kind: str = "", is_log: bool = False) -> str:
+    lines = [line for line in lines if line.points]
+    if not lines:
         return ""
-    right = max(x for x, _ in both) or 1.0
-    low, high = min(y for _, y in both), max(y for _, y in both)
-    low, high = low - 0.06 * (high - low or 1), high + 0.04 * (high - low or 1)
+    right = max(x for line in lines for x, _ in line.points) or 1.0
+    values = [y for line in lines for _, y in line.points]
+    # A loss falls fast and then slowly: on a logarithmic axis both can be seen.
+    bend: Callable[[float], float] = math.log if is_log and min(values) > 0 else float
+    low, high = bend(min(values)), bend(max(values))
+    margin = 0.05 * (high - low or abs(high) or 1)
+    low, high = low - margin, high + margin
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + point[0] / right * (WIDTH - LEFT - RIGHT)
-        y = TOP + (high - point[1]) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return x, y
+        return 100 * point[0] / right, 100 * (high - bend(point[1])) / (high - low)
 
-    parts = [_grid(low, high, right, place)]
-    parts.append(_line([place(point) for point in learned], "learned"))
-    parts.append(_line([place(point) for point in held_out], "held"))
-    if held_out:
-        x, y = place(min(held_out, key=lambda point: point[1]))
-        parts.append(f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-    labels = '<div class="keys"><i class="learned"></i>training <i class="held"></i>held out</div>'
+    marks = _log_marks(low, high) if bend is math.log else _marks(low, high)
+    rows = [(place((0, value))[1], _short(value)) for value in marks]
+    columns = [(place((value, values[0]))[0], _short(value)) for value in _marks(0, right)]
+    grid = "".join(f'<line x1="0" x2="100" y1="{y:.2f}" y2="{y:.2f}"/>' for y, _ in rows)
+    drawn = "".join(_polyline([place(p) for p in line.points], line.kind) for line in lines)
+    labels = "".join(f'<span class="y" style="top:{y:.2f}%">{text}</span>' for y, text in rows)
+    labels += "".join(f'<span class="x" style="left:{x:.2f}%">{text}</span>' for x, text in columns)
+    for line in lines:
+        if line.kind == "held":
+            x, y = place(min(line.points, key=lambda point: point[1]))
+            labels += f'<i class="best" style="left:{x:.2f}%;top:{y:.2f}%"></i>'
+    keys = "".join(
+        f'<span><i class="{line.kind}"></i>{line.name}</span>' for line in lines if line.name
+    )
     return (
-        f'<figure><figcaption>Loss, nats per token {labels}</figcaption><svg viewBox="0 0 {WIDTH} '
-        f'{HEIGHT}" role="img" aria-label="Training and held-out loss">{"".join(parts)}</svg>'
-        "</figure>"
+        f'<figure class="{kind}"><figcaption>{title}<span class="keys">{keys}</span></figcaption>'
+        f'<div class="plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{title}">{grid}{drawn}</svg>{labels}</div></figure>'
     )
 
 
@@ -89,28 +124,26 @@ def _points(xs: Sequence[float], ys: Sequence[float]) -> Points:
     return known[::-every][::-1]
 
 
-def _line(points: Points, kind: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def _polyline(points: Points, kind: str) -> str:
+    path = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
     return f'<polyline class="{kind}" points="{path}"/>'
 
 
-def _grid(low: float, high: float, right: float, place: object) -> str:
-    assert callable(place)
-    lines = []
-    for value in _round_values(low, high):
-        _, y = place((0.0, value))
-        lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in _round_values(0, right):
-        x, _ = place((value, low))
-        lines.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:,.0f}</text>')
-    return "".join(lines)
-
-
-def _round_values(low: float, high: float) -> list[float]:
-    """Four to eight round numbers from `low` to `high`."""
-    rough = (high - low or 1) / 5
+def _marks(low: float, high: float) -> list[float]:
+    """Three to five round numbers from `low` to `high`."""
+    rough = (high - low or 1) / 4
     size: float = 10.0 ** math.floor(math.log10(rough))
     step = next(size * by for by in (1, 2, 5, 10) if size * by >= rough)
     first = math.ceil(low / step)
     return [round(n * step, 10) for n in range(first, math.floor(high / step) + 1)]
+
+
+def _log_marks(low: float, high: float) -> list[float]:
+    """Round numbers whose logarithms lie between `low` and `high`; even ones if there are few."""
+    powers = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    found = [m * 10.0**p for p in powers for m in ROUND if low <= math.log(m * 10.0**p) <= high]
+    return found if len(found) > 1 else _marks(math.exp(low), math.exp(high))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

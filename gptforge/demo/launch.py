@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gptforge.build import load
 from gptforge.build.exported import origin_of, title_of
+from gptforge.build.trained import load, spare_threads
 from gptforge.convert.extras import require
+from gptforge.demo.gate import Gate
 from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.writing import Writers
 from gptforge.errors import RunError
@@ -31,9 +32,12 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
+    from starlette.middleware import Middleware
 
     def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
-        return load(folder, device=device, say=say)
+        writer = load(folder, device=device, say=say)
+        spare_threads(writer)
+        return writer
 
     origin = origin_of(run)
     page = build_page(
@@ -64,6 +68,7 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
             css=style,
             favicon_path=Path(__file__).with_name("favicon.svg"),
             show_error=True,
+            app_kwargs={"middleware": [Middleware(Gate)]},
             quiet=True,
             prevent_thread_lock=True,
         )

@@ -1,7 +1,9 @@
 """The layout of the page, and what its buttons do. Gradio draws it, wholly from this machine."""
 
+import functools
 import random
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,12 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
         temperature: float,
         top_k: float,
         top_p: float,
-        seed: float | None,
+        seed: str,
     ) -> Iterator[tuple[str, str]]:
-        # A text that a visitor can have again: the seed is told with it.
-        chosen = random.randrange(10**6) if seed is None else int(seed)
         yield paper(prompt, [], is_writing=True), note("reading the prompt …")
         try:
+            # A text that a visitor can have again: the seed is told with it.
+            chosen = _seed(seed)
             steps = write(
                 writers.get(name),
                 prompt,
@@ -60,7 +62,7 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
                 page = paper(prompt, progress.tokens, is_writing=not progress.is_done)
                 yield page, note(_told(progress, chosen))
         except UserError as error:
-            yield blank_paper(), note(str(error), is_error=True)
+            yield blank_paper(), note(str(error), kind="error")
 
     model = writers.get(writers.names()[0])
     c, names = model.model.config, writers.names()
@@ -70,7 +72,8 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
     )
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gr.HTML(
-            f'<header><div class="mark">g</div><div><h1>{title}</h1><p>{about}</p></div></header>',
+            f'<header><div class="mark">g</div><div><h1>{escape(title)}</h1>'
+            f"<p>{about}</p></div></header>",
             elem_id="head",
         )
         with gr.Tabs():
@@ -107,30 +110,28 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
                             0, 200, min(200, model.tokenizer.size), step=1, label="Top-k (0: all)"
                         )
                         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                        seed = gr.Number(
-                            None,
-                            label="Seed (empty: another text each time)",
-                            precision=0,
-                            minimum=0,
+                        seed = gr.Textbox(
+                            "", label="Seed", placeholder="another text each time", max_length=19
                         )
                 with gr.Column(scale=6, min_width=300, elem_id="sheet"):
                     out = gr.HTML(blank_paper(), elem_id="out")
                     told = gr.HTML("", elem_id="told")
                     with gr.Row(elem_id="below"):
+                        tint = gr.Checkbox(True, label="Tint", elem_id="tint", min_width=0)
                         gr.HTML(legend(), elem_id="legend")
-                        tint = gr.Checkbox(True, label="show", elem_id="tint", min_width=0)
             with gr.Tab("Training"):
-                curves = gr.HTML(training(Path(run), total=total), elem_id="curves")
+                drawn = functools.partial(_curves, Path(run), total)
+                curves = gr.HTML(drawn(), elem_id="curves")
                 clock = gr.Timer(3)
                 clock.tick(
-                    lambda: training(Path(run), total=total),
+                    drawn,
                     None,
                     curves,
                     queue=False,
                     show_progress="hidden",
                     api_name=False,
                 )
-        gr.HTML("<footer>Made with GPT-Forge. Nothing you type leaves this machine.</footer>")
+        gr.HTML("<footer>Made with GPT-Forge. Nothing you type is kept or passed on.</footer>")
         settings = [prompt, which, length, heat, top_k, top_p, seed]
         event = gr.on(
             [start.click, prompt.submit],
@@ -138,19 +139,45 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
             settings,
             [out, told],
             concurrency_limit=bounds.AT_ONCE,
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=told,
             trigger_mode="once",
             api_name="write",
         )
-        stop.click(_stopped, None, told, cancels=[event], queue=False, api_name=False)
+        # Told of only when it has stopped, or a last frame would come after and say otherwise.
+        stopping = stop.click(None, None, None, cancels=[event], queue=False, api_name=False)
+        stopping.then(_stopped, None, told, queue=False, show_progress="hidden", api_name=False)
         tint.change(None, tint, None, js=TOGGLE_TINT)
         page.load(lambda: gr.Dropdown(choices=writers.names()), None, which, api_name=False)
     page.queue(max_size=bounds.WAITING, default_concurrency_limit=bounds.AT_ONCE)
     return page
 
 
+def _curves(run: Path, total: int) -> str:
+    """The curves, drawn anew only where the run went on: each open page asks every 3 seconds."""
+    try:
+        seen = (run / "metrics.jsonl").stat()
+    except OSError:
+        return training(run, total=total)
+    return _drawn(run, total, seen.st_mtime_ns, seen.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(run: Path, total: int, when: int, size: int) -> str:
+    return training(run, total=total)
+
+
 def _stopped() -> str:
-    return note("stopped")
+    return note("stopped", kind="stopped")
+
+
+def _seed(text: str) -> int:
+    if not text.strip():
+        return random.randrange(10**6)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the seed is a whole number, not {text.strip()}") from None
 
 
 def _told(progress: Progress, seed: int) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from math import exp
+from typing import Literal
 
 from gptforge.generate.language_model import Token
 
@@ -33,11 +34,10 @@ def legend() -> str:
     return f'<div class="legend"><span>guessing</span>{boxes}<span>certain</span></div>'
 
 
-def note(text: str, *, is_error: bool = False) -> str:
+def note(text: str, *, kind: Literal["", "error", "stopped"] = "") -> str:
     """A line below the page."""
-    kind = "note error" if is_error else "note"
-    role = ' role="alert"' if is_error else ""
-    return f'<div class="{kind}"{role}>{escape(text)}</div>'
+    role = ' role="alert"' if kind == "error" else ""
+    return f'<div class="note {kind}"{role}>{escape(text)}</div>'
 
 
 def _span(token: Token) -> str:

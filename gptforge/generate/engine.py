@@ -12,20 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptforge.hardware import free_memory
 from gptforge.kernels.attention import attend
+from gptforge.kernels.product import Product
 from gptforge.model import GPT, Block
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one block, each (out, in), with its bias."""
+    """One block: its norms' weights and biases, its products."""
 
     ln_1: tuple[Tensor, Tensor]
-    c_attn: tuple[Tensor, Tensor]
-    attn_c_proj: tuple[Tensor, Tensor]
+    c_attn: Product
+    attn_c_proj: Product
     ln_2: tuple[Tensor, Tensor]
-    c_fc: tuple[Tensor, Tensor]
-    mlp_c_proj: tuple[Tensor, Tensor]
+    c_fc: Product
+    mlp_c_proj: Product
 
 
 class Engine:
@@ -34,34 +36,59 @@ class Engine:
     Args:
         model: its weights are used as they are, or copied if `dtype` is another one.
         size: ids that have a token, V; the rows behind them are cut off and never computed.
-        dtype: type of weights, products and cache; None: the model's own.
+        dtype: type of weights and products; None: the model's own.
+        settled: the weights will not change: on a CPU, a copy of the large ones is laid out for
+            speed, if there is memory for it.
     """
 
-    def __init__(self, model: GPT, *, size: int, dtype: torch.dtype | None = None) -> None:
-        def cast(module: object) -> tuple[Tensor, Tensor]:
-            assert isinstance(module, torch.nn.Linear | torch.nn.LayerNorm)
-            return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
-
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        size: int,
+        dtype: torch.dtype | None = None,
+        settled: bool = False,
+    ) -> None:
         self.config = model.config
         self.size = size
         table = model.lm_head.weight.detach()
         self.dtype = dtype = dtype or table.dtype
         self.device = table.device
+        # torch's attention for CPUs takes five times as long with bfloat16 keys as with float32.
+        self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
+        packed = settled and self._has_room(model)
+
+        def cast(module: object) -> tuple[Tensor, Tensor]:
+            assert isinstance(module, torch.nn.Linear | torch.nn.LayerNorm)
+            return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+
+        def product(module: object) -> Product:
+            return Product(*cast(module), packed=packed)
+
         self.wte = table.to(dtype)[:size]  # (V, C)
         self.wpe = model.get_parameter("transformer.wpe.weight").detach().to(dtype)
         self.ln_f = cast(model.transformer["ln_f"])
+        self.head = Product(self.wte, packed=packed)
         self.layers = []
         for block in model.blocks():
             assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
-            parts = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
-            self.layers.append(Layer(*(cast(part) for part in parts)))
+            self.layers.append(
+                Layer(
+                    cast(block.ln_1),
+                    product(attn.c_attn),
+                    product(attn.c_proj),
+                    cast(block.ln_2),
+                    product(mlp.c_fc),
+                    product(mlp.c_proj),
+                )
+            )
 
     def cache(self, batch: int, slots: int) -> Tensor:
         """Empty keys and values: (layers, 2, B, H, S, D)."""
         c = self.config
         shape = (c.n_layer, 2, batch, c.n_head, slots, c.n_embd // c.n_head)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
 
     def forward(
         self, ids: Tensor, positions: Tensor, cache: Tensor, slots: Tensor, mask: Tensor | None
@@ -83,23 +110,29 @@ class Engine:
         x = F.embedding(ids, self.wte) + F.embedding(positions, self.wpe)  # (B, T, C)
         for layer, memory in zip(self.layers, cache, strict=True):
             q, k, v = self._projected(_normed(x, layer.ln_1), layer)  # (B, H, T, D)
-            memory[0].index_copy_(2, slots, k)
-            memory[1].index_copy_(2, slots, v)
+            memory[0].index_copy_(2, slots, k.to(self.cache_dtype))
+            memory[1].index_copy_(2, slots, v.to(self.cache_dtype))
             if mask is None and T > 1:
                 y = attend(q, k, v, 0.0)
             else:
+                q = q.to(self.cache_dtype)
                 y = F.scaled_dot_product_attention(q, memory[0], memory[1], attn_mask=mask)
-            y = y.transpose(1, 2).reshape(B, T, -1)
-            x = x + F.linear(y, *layer.attn_c_proj)
-            h = F.gelu(F.linear(_normed(x, layer.ln_2), *layer.c_fc), approximate="tanh")
-            x = x + F.linear(h, *layer.mlp_c_proj)
-        return F.linear(_normed(x[:, -1], self.ln_f), self.wte)
+            y = y.transpose(1, 2).reshape(B, T, -1).to(self.dtype)
+            x = layer.attn_c_proj.onto(y, x)
+            x = layer.mlp_c_proj.onto(layer.c_fc.gelu(_normed(x, layer.ln_2)), x)
+        return self.head(_normed(x[:, -1], self.ln_f))
 
     def _projected(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x.shape  # noqa: N806
-        qkv = F.linear(x, *layer.c_attn).view(B, T, 3, self.config.n_head, -1)
+        qkv = layer.c_attn(x).view(B, T, 3, self.config.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
+
+    def _has_room(self, model: GPT) -> bool:
+        """Whether twice the weights, for the copy and as much again, fit into what is left."""
+        free = free_memory(self.device)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return free is None or 2 * count * self.dtype.itemsize < free
 
 
 def _normed(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:

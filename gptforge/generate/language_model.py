@@ -48,10 +48,11 @@ class LanguageModel:
     """What `gptforge.load` gives.
 
     Args:
-        model: any weights, in training or not; they are used as they are at each call.
+        model: any weights, in training or not.
         tokenizer: the one it was trained with.
         dtype: type to write in; None: the model's own. Weights are copied if it is another one.
-        captured: replay steps as CUDA graphs, where there is CUDA.
+        settled: the weights no longer change, and much will be written: they may be laid out anew
+            on a CPU, and steps are replayed as CUDA graphs on a GPU.
         say: told when the window slides.
     """
 
@@ -61,20 +62,22 @@ class LanguageModel:
         tokenizer: Tokenizer,
         *,
         dtype: torch.dtype | None = None,
-        captured: bool = False,
+        settled: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         self.say = say
-        self._dtype, self._captured = dtype, captured
+        self._dtype, self._settled = dtype, settled
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         """What writes; made when it is first needed, for it may copy the weights."""
-        engine = Engine(self.model, size=self.tokenizer.size, dtype=self._dtype)
-        return Decoder(engine, captured=self._captured)
+        engine = Engine(
+            self.model, size=self.tokenizer.size, dtype=self._dtype, settled=self._settled
+        )
+        return Decoder(engine, captured=self._settled)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

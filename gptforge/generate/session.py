@@ -130,7 +130,7 @@ class Session:
 
     def _additive(self, seen: Tensor) -> Tensor:
         """(B, T, S) booleans as a mask for all heads, (B, 1, T, S)."""
-        mask = torch.zeros(seen.shape, dtype=self.engine.dtype, device=seen.device)
+        mask = torch.zeros(seen.shape, dtype=self.engine.cache_dtype, device=seen.device)
         return mask.masked_fill(~seen, float("-inf"))[:, None]
 
     def _capture(self) -> "torch.cuda.CUDAGraph | None":

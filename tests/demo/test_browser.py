@@ -10,7 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,27 +40,62 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(folder) -> Iterator[str]:
+SLOW = """
+import sys, time
+import gptforge.demo.writing as bounds
+from gptforge.demo.launch import launch
+from gptforge.generate.language_model import LanguageModel
+
+# One visitor at a time, one more waits, and each token takes its time.
+bounds.AT_ONCE, bounds.WAITING = 1, 1
+tokens = LanguageModel.tokens
+
+
+def slowly(*args, **more):
+    for token in tokens(*args, **more):
+        time.sleep(0.03)
+        yield token
+
+
+LanguageModel.tokens = slowly
+launch("run", port=int(sys.argv[1]), device="cpu")
+"""
+
+
+@contextmanager
+def server(folder: Path, *command: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "gpt.py"), "demo", "run", "--port", str(port)]
     process = subprocess.Popen(
-        [*command, "--device", "cpu"],
+        [sys.executable, *(word.replace("PORT", str(port)) for word in command)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | QUIET,
+        env=os.environ | QUIET | {"PYTHONPATH": str(ROOT)},
     )
     assert process.stdout is not None
     first = process.stdout.readline()
-    assert f"http://127.0.0.1:{port}" in first, first + process.stdout.read()
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(timeout=30)
-    process.stdout.close()
+    try:
+        assert f"http://127.0.0.1:{port}" in first, first + process.stdout.read()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def address(folder) -> Iterator[str]:
+    demo = ("demo", "run", "--port", "PORT", "--device", "cpu")
+    with server(folder, str(ROOT / "gpt.py"), *demo) as address:
+        yield address
+
+
+@pytest.fixture
+def slow_address(folder) -> Iterator[str]:
+    with server(folder, "-c", SLOW, "PORT") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +107,12 @@ def browser():
 
 
 @pytest.fixture
-def visitor(browser, address):
+def visit(browser):
     """Opens pages that fail the test for a request to anywhere else, or an error in the page."""
     troubles, contexts = [], []
 
-    def visit(**how):
-        context = browser.new_context(**how)
+    def visiting(address, **how):
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | how))
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20000)
@@ -88,28 +127,40 @@ def visitor(browser, address):
         page.wait_for_selector("#write")
         return page
 
-    yield visit
+    yield visiting
     for context in contexts:
         context.close()
     assert troubles == []
 
 
-def ask_for(page, tokens: int, heat: float | None = None) -> None:
+@pytest.fixture
+def visitor(visit, address):
+    return partial(visit, address)
+
+
+def ask_for(page, tokens: int) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("number input for Length, tokens").fill(str(tokens))
     page.get_by_label("number input for Length, tokens").press("Tab")
 
 
+def write(page) -> None:
+    """Press the button, and wait until all is written."""
+    page.evaluate("document.querySelector('.paper').dataset.old = 1")
+    page.click("#write")
+    wait_until_done(page)
+
+
 def wait_until_done(page) -> None:
+    page.wait_for_selector(".paper:not([data-old])")
     page.wait_for_function("document.querySelector('#told').innerText.includes(' · seed ')")
     page.wait_for_function("!document.querySelector('.caret')")
 
 
 def test_typing_and_writing(visitor) -> None:
-    page = visitor(viewport={"width": 1280, "height": 860})
+    page = visitor()
     page.fill("#prompt textarea", "But soft, what")
-    page.click("#write")
-    wait_until_done(page)
+    write(page)
     assert page.inner_text(".paper .prompt") == "But soft, what"
     assert page.locator(".paper .t").count() == 300
     assert "300 tokens" in page.inner_text("#told")
@@ -126,46 +177,128 @@ def test_typing_and_writing(visitor) -> None:
     page.wait_for_function(f"{colour} === 'rgba(0, 0, 0, 0)'")
 
 
-def test_text_streams_and_stops(visitor) -> None:
-    page = visitor(viewport={"width": 1280, "height": 860})
-    ask_for(page, 1000)
+def count(page) -> int:
+    return page.locator(".paper .t").count()
+
+
+def wait_for_tokens(page, least: int) -> None:
+    page.wait_for_function(f"document.querySelectorAll('.paper .t').length >= {least}")
+
+
+def test_text_streams_and_stops(visit, slow_address) -> None:
+    page = visit(slow_address)
     page.click("#write")
-    page.wait_for_function("document.querySelectorAll('.paper .t').length > 5")
+    for least in (3, 10, 20):
+        wait_for_tokens(page, least)
+    assert count(page) < 300
+    assert page.locator(".caret").is_visible()
     page.click("#stop")
     page.wait_for_function("document.querySelector('#told').innerText.includes('stopped')")
     time.sleep(0.5)
-    count = page.locator(".paper .t").count()
+    before = count(page)
     time.sleep(0.7)
-    assert page.locator(".paper .t").count() == count
-    assert 5 < count <= 1000
-    # And it writes again.
+    assert count(page) == before
+    assert page.locator(".caret:visible").count() == 0
+    # And it writes again, from the beginning.
+    page.fill("#prompt textarea", "light")
     page.click("#write")
-    page.wait_for_function("document.querySelector('.caret')")
+    page.wait_for_function("document.querySelector('.paper .prompt').innerText === 'light'")
+    wait_for_tokens(page, 3)
+
+
+def test_a_page_reloaded_in_the_middle_holds_nobody_up(visit, slow_address) -> None:
+    page, other = visit(slow_address), visit(slow_address)
+    ask_for(page, 1000)
+    page.click("#write")
+    wait_for_tokens(page, 5)
+    page.reload()
+    page.wait_for_selector(".paper.blank")
+    # Half a minute of writing was asked for; whoever comes next does not wait for its end.
+    begin = time.monotonic()
+    other.click("#write")
+    wait_for_tokens(other, 3)
+    assert time.monotonic() - begin < 15
+
+
+def test_a_full_queue_says_so(visit, slow_address) -> None:
+    pages = [visit(slow_address) for _ in range(3)]
+    pages[0].click("#write")
+    wait_for_tokens(pages[0], 3)
+    pages[1].click("#write")
+    # Who waits sees that, and how many are before them.
+    waiting = pages[1].locator("#told >> text=/queue: 1/").first
+    waiting.wait_for()
+    assert waiting.bounding_box()["y"] > pages[1].locator(".paper").bounding_box()["y"]
+    assert waiting.evaluate("e => e.parentElement.clientHeight") > 10
+    pages[2].click("#write")
+    pages[2].wait_for_selector("text=/busy/")
+    pages[0].click("#stop")
+    wait_for_tokens(pages[1], 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "status"),
+    [("call/write", 70_000, 413), ("queue/join", 70_000, 413), ("upload", 10, 403)],
+)
+def test_requests_that_no_visitor_sends_are_turned_away(address, path, size, status) -> None:
+    request = urllib.request.Request(f"{address}/gradio_api/{path}", data=b"x" * size)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code == status
+    refused.value.close()
+
+
+def test_settings_reach_the_model(visitor, folder) -> None:
+    page = visitor()
+    ask_for(page, 40)
+    page.get_by_label("Seed").fill("7")
+    texts = []
+    for name in ("last", "step-000010", "last"):
+        page.get_by_label("Checkpoint").click()
+        page.get_by_role("option", name=name).click()
+        write(page)
+        page.wait_for_function("document.querySelector('#told').innerText.includes('seed 7')")
+        assert count(page) == 40
+        texts.append(page.inner_text(".paper"))
+        page.get_by_label("number input for Length, tokens").fill("40")
+    assert texts[0] == texts[2] != texts[1]
+    page.get_by_label("Seed").fill("seven")
+    page.click("#write")
+    page.wait_for_selector(".note.error")
+    assert "whole number, not seven" in page.inner_text(".note.error")
 
 
 def test_examples_errors_and_reloading(visitor) -> None:
-    page = visitor(viewport={"width": 1280, "height": 860})
+    page = visitor()
     page.fill("#prompt textarea", "日本")
     page.click("#write")
     page.wait_for_selector(".note.error")
     assert "'日'" in page.inner_text(".note.error")
     page.locator(".chip").first.click()
     page.wait_for_function("document.querySelector('#prompt textarea').value.includes('ROMEO')")
-    page.click("#write")
-    wait_until_done(page)
+    write(page)
     assert page.locator(".note.error").count() == 0
     page.reload()
     page.wait_for_selector(".paper.blank")
-    page.click("#write")
-    wait_until_done(page)
+    write(page)
 
 
 def test_a_phone_shows_all_of_it(visitor) -> None:
     page = visitor(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     page.tap("#write")
     wait_until_done(page)
+    # Not even what overflow hides is wider than the screen.
+    right = "Math.max(...[...document.querySelectorAll('#sheet *')]" + (
+        ".map(e => e.getBoundingClientRect().right))"
+    )
+    assert page.evaluate(right) <= 390
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.locator(".paper .t").nth(10).tap()
+    token = page.locator(".paper .t").nth(10)
+    token.tap()
+    assert token.evaluate("e => e.matches(':focus')")
+    # What it says fits the screen.
+    wide = "e => parseFloat(getComputedStyle(e, '::after').width)"
+    assert 80 < token.evaluate(wide) <= 358
     box = page.locator("#write").bounding_box()
     assert box["height"] >= 44
     page.get_by_role("tab", name="Training").tap()
@@ -187,7 +320,7 @@ def test_two_visitors_at_once(visitor) -> None:
 
 
 def test_the_curves_are_live(visitor, folder) -> None:
-    page = visitor(viewport={"width": 1280, "height": 860})
+    page = visitor()
     page.get_by_role("tab", name="Training").click()
     page.wait_for_selector(".training .tile")
     assert "20" in page.inner_text(".tile >> nth=0")

@@ -92,7 +92,40 @@ def test_weights_that_change_are_seen_by_the_next_engine_and_shared_in_the_model
     ours = model()
     engine = Engine(ours, size=SIZE)
     assert engine.wte.data_ptr() == ours.lm_head.weight.data_ptr()
-    assert Engine(ours, size=SIZE, dtype=torch.bfloat16).layers[0].c_fc[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        next(ours.blocks()).mlp.c_fc.weight.zero_()
+    assert not engine.layers[0].c_fc.weight.any()
+    narrow = Engine(ours, size=SIZE, dtype=torch.bfloat16)
+    assert narrow.layers[0].c_fc.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_laid_out_for_speed_give_the_same_logits(dtype) -> None:
+    shape = GPTConfig(block_size=16, vocab_size=SIZE, n_layer=2, n_head=4, n_embd=512)
+    ours = GPT(shape).initialize(torch.Generator().manual_seed(0)).eval()
+    plain, settled = (Engine(ours, size=SIZE, dtype=dtype, settled=on) for on in (False, True))
+    if not settled.layers[0].c_fc.is_packed:
+        pytest.skip("this torch, or this CPU, has no packed products")
+    ids = torch.randint(0, SIZE, (2, 9), generator=torch.Generator().manual_seed(1))
+    slots = torch.arange(9)
+    logits = []
+    with torch.inference_mode():
+        for engine in (plain, settled):
+            cache, places = engine.cache(2, 9), slots.expand(2, -1)
+            engine.forward(ids[:, :8], places[:, :8], cache[..., :8, :], slots[:8], None)
+            logits.append(engine.forward(ids[:, 8:], places[:, 8:], cache, slots[8:], None))
+        exact = ours(ids)[:, -1]
+    most = 1e-5 if dtype == torch.float32 else 3e-2
+    for got in logits:
+        assert (got.float() - exact).norm() <= most * exact.norm()
+
+
+def test_a_machine_short_of_memory_keeps_one_copy_of_the_weights(monkeypatch) -> None:
+    shape = GPTConfig(block_size=16, vocab_size=SIZE, n_layer=1, n_head=4, n_embd=512)
+    ours = GPT(shape).initialize(torch.Generator().manual_seed(0)).eval()
+    monkeypatch.setattr("gptforge.generate.engine.free_memory", lambda device: 10**6)
+    engine = Engine(ours, size=SIZE, settled=True)
+    assert engine.layers[0].c_fc.weight.data_ptr() == next(ours.blocks()).mlp.c_fc.weight.data_ptr()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
