@@ -59,6 +59,8 @@ class Config:
     """Share of the text held out to judge the model by; 0: none."""
     shuffle: bool = True
     """Permute the windows in each epoch; false: the order of the text."""
+    stagger: bool = False
+    """Cut the text into windows at other places in each epoch: more to learn from a small one."""
     context_length: int = 1024
     """Tokens in a training window; at most block_size."""
 

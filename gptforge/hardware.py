@@ -1,7 +1,10 @@
 """What this machine can do, each choice with its reason in a few words."""
 
+import contextlib
+import importlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -191,6 +194,38 @@ def peak_flops(device: torch.device) -> float | None:
     if "PCIe" in words and "H100" in words:
         return 756e12
     return next((peak for name, peak in PEAKS.items() if f"{name} " in words), None)
+
+
+def begin_warm_up(device: torch.device) -> None:
+    """Start, beside all else, what a first step would wait for: seconds on a GPU.
+
+    A GPU makes itself ready; and torch's optimizers import torch's compiler when they are built,
+    whether it will be used or not.
+    """
+
+    def warm_up() -> None:
+        if device.type == "cuda":
+            torch.zeros(64, 64, device=device).mm(torch.zeros(64, 64, device=device))
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch._dynamo")
+        if device.type == "cuda":
+            with contextlib.suppress(ImportError):
+                importlib.import_module("triton")
+
+    # No daemon: a process that ended under it would take the driver down in the middle of starting.
+    threading.Thread(target=warm_up, name="warming up").start()
+
+
+def usable_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU, or this machine, has for us, with those that we hold; None if unknown."""
+    free = free_memory(device)
+    if free is None or device.type != "cuda":
+        return free
+    held = torch.cuda.memory_reserved(device)
+    whole = torch.cuda.get_device_properties(device).total_memory
+    # What `set_per_process_memory_fraction` grants.
+    most = int(whole * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + held, most)
 
 
 def free_memory(device: torch.device) -> int | None:

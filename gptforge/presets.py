@@ -15,8 +15,8 @@ class Preset:
     values: Mapping[str, Value]
 
 
-# Larger models take smaller micro-batches, so that an 80 GB GPU holds them; the global batch of
-# 128 windows stays the same.
+# Larger models take smaller micro-batches, which shrink further where memory is short; the global
+# batch of 128 windows stays the same.
 PRESETS: dict[str, Preset] = {
     "gpt2": Preset("GPT-2 small, 124M parameters", {}),
     "gpt2-medium": Preset(
@@ -25,8 +25,8 @@ PRESETS: dict[str, Preset] = {
             "n_layer": 24,
             "n_head": 16,
             "n_embd": 1024,
-            "batch_size": 16,
-            "gradient_accumulation_steps": 8,
+            "batch_size": 32,
+            "gradient_accumulation_steps": 4,
         },
     ),
     "gpt2-large": Preset(
@@ -35,8 +35,8 @@ PRESETS: dict[str, Preset] = {
             "n_layer": 36,
             "n_head": 20,
             "n_embd": 1280,
-            "batch_size": 8,
-            "gradient_accumulation_steps": 16,
+            "batch_size": 16,
+            "gradient_accumulation_steps": 8,
         },
     ),
     "gpt2-xl": Preset(
@@ -45,8 +45,30 @@ PRESETS: dict[str, Preset] = {
             "n_layer": 48,
             "n_head": 25,
             "n_embd": 1600,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 32,
+            "batch_size": 8,
+            "gradient_accumulation_steps": 16,
+        },
+    ),
+    "shakespeare": Preset(
+        "characters, 25M parameters: the best there is on text of Shakespeare's size, on one GPU",
+        {
+            "tokenizer": "char",
+            "n_layer": 8,
+            "n_head": 8,
+            "n_embd": 512,
+            "dropout": 0.25,
+            "block_size": 256,
+            "context_length": 256,
+            "stagger": True,
+            "batch_size": 64,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 5000,
+            "min_lr": 1e-5,
+            "beta2": 0.99,
+            "log_every": 50,
+            "eval_every": 250,
+            "save_every": 1000,
+            "sample_every": 1000,
         },
     ),
     "shakespeare-cpu": Preset(

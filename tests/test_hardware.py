@@ -12,6 +12,7 @@ from gptforge.hardware import (
     choose_kernels,
     choose_precision,
     try_compile,
+    usable_memory,
 )
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
@@ -133,3 +134,16 @@ def test_an_update_is_written_out_where_that_is_fast_and_covers_the_model(monkey
     assert choose_kernels(torch.device("mps"), bf16) == PLAIN
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert choose_kernels(CUDA, bf16) == PLAIN
+
+
+def test_usable_memory_is_what_is_free_and_what_we_hold_up_to_our_share(monkeypatch) -> None:
+    class Properties:
+        total_memory = 1000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 250)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert usable_memory(CUDA) == 550
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.4)
+    assert usable_memory(CUDA) == 400

@@ -6,7 +6,7 @@ from gptforge.build.step import train_step
 from gptforge.build.training import seed_everything
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.config import Config, check
-from gptforge.hardware import choose_device, choose_precision
+from gptforge.hardware import begin_warm_up, choose_device, choose_precision
 from gptforge.model import GPT
 from gptforge.train.step import TrainStep
 
@@ -19,6 +19,7 @@ def build_step(config: Config, given: Collection[str], say: Callable[[str], None
     """
     check(config)
     device, note = choose_device(config.device)
+    begin_warm_up(device)
     precision = choose_precision(config.dtype, device)
     say(f"device: {device} ({note}), {precision.name}: {precision.reason}")
     seed_everything(config)

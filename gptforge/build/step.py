@@ -17,8 +17,8 @@ from gptforge.hardware import (
     cache_folder,
     choose_kernels,
     first_line,
-    free_memory,
     try_compile,
+    usable_memory,
 )
 from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.model import GPT
@@ -91,13 +91,16 @@ def _trouble(step: TrainStep, config: Config) -> str:
 
     Triton may be missing, or find no compiler or a driver too old; it raises whatever it likes.
     """
-    try:
-        step.rehearse(1, config.context_length)
-    except torch.OutOfMemoryError:
-        # Found out about, with what would help, when the micro-batch is.
+    # With as many windows as will be wanted: cuDNN makes its plans for each number anew.
+    for windows in (config.batch_size, 1):
+        try:
+            step.rehearse(windows, config.context_length)
+        except torch.OutOfMemoryError:
+            # Found out about, with what would help, when the micro-batch is.
+            continue
+        except Exception as error:
+            return first_line(error)
         return ""
-    except Exception as error:
-        return first_line(error)
     return ""
 
 
@@ -187,7 +190,7 @@ def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
             recompute=config.activation_checkpointing,
             loss_chunk=config.loss_chunk,
         ),
-        free=free_memory(device),
+        free=usable_memory(device),
         # A machine that runs out of memory gives no error: it kills. So a CPU is not tried.
         fits=lambda n: not is_gpu or step.fits(n, length),
         remembered=cache_folder() / "micro_batches.json" if is_gpu else None,

@@ -25,6 +25,7 @@ from gptforge.data.text import find_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
+    begin_warm_up,
     choose_device,
     choose_precision,
 )
@@ -69,6 +70,7 @@ def build_trainer(
     config = _start_from(config, given, say)
     check(config)
     device, device_note = choose_device(config.device)
+    begin_warm_up(device)
     precision = choose_precision(config.dtype, device)
     seed_everything(config)
     corpus = _corpus(config, given, say)
@@ -96,6 +98,7 @@ def build_trainer(
         global_batch=config.global_batch,
         seed=config.seed,
         shuffle=config.shuffle,
+        stagger=config.stagger,
         device=device,
     )
     progress = Progress()
@@ -161,7 +164,7 @@ def _corpus(config: Config, given: Collection[str], say: Say) -> Corpus:
     )
     with open_meter("preparing the text") as meter:
         corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
-    check_length(corpus, config.context_length)
+    check_length(corpus, config.context_length, stagger=config.stagger)
     return corpus
 
 

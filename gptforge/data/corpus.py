@@ -80,9 +80,14 @@ def open_corpus(
     return _of_index(path, index, index.tokenizer(), wanted.tokenizer)
 
 
-def check_length(corpus: Corpus, context_length: int) -> None:
+def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) -> None:
     """Raise a UserError if either part is too short to be of use."""
     train, path = len(corpus.train), corpus.path.as_posix()
+    if stagger and context_length < train < 2 * context_length:
+        raise UserError(
+            f"--stagger true needs two windows of --context_length {context_length}; the training "
+            f"text has {train} tokens of {path}: leave it out, or use more text"
+        )
     if count_windows(train, context_length) == 0:
         raise UserError(
             f"--context_length {context_length} is longer than the training text, {train} tokens "

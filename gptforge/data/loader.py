@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptforge.data.ahead import ReadAhead
-from gptforge.data.order import window_at
+from gptforge.data.order import delay_of, window_at
 from gptforge.data.stream import TokenStream
 
 MOST_AHEAD = 4
@@ -24,9 +24,10 @@ class Loader:
     """An endless stream of global batches; its position is its whole state.
 
     Windows start at 0, T, 2T, ... of the tokens, targets lie one further on, and a last, partial
-    window is dropped. A batch may reach from one epoch into the next. Every rank counts by the
-    same global batches and takes its own rows of each: how many ranks there are never changes
-    which windows a step sees.
+    window is dropped. Staggered, all windows of an epoch start later by as much as chance says for
+    that epoch, less than T: a text is cut anew each time. A batch may reach from one epoch into the
+    next. Every rank counts by the same global batches and takes its own rows of each: how many
+    ranks there are never changes which windows a step sees.
 
     Args:
         tokens: the stream, long enough for a window.
@@ -34,6 +35,7 @@ class Loader:
         global_batch: G.
         seed: with the epoch, it picks the order.
         shuffle: False keeps the order of the text.
+        stagger: whether each epoch cuts the text at other places.
         device: where batches go.
         rank: this process, from 0.
         world_size: how many processes share a batch; at most G.
@@ -48,10 +50,13 @@ class Loader:
         seed: int,
         shuffle: bool,
         device: torch.device,
+        stagger: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.windows = count_windows(len(tokens), context_length)
+        # As many in each epoch, however late its windows start.
+        latest = context_length - 1 if stagger else 0
+        self.windows = count_windows(len(tokens) - latest, context_length)
         assert self.windows > 0, "the text's length is checked before a loader is built"
         assert 0 <= rank < world_size <= global_batch
         self.position = 0
@@ -61,6 +66,7 @@ class Loader:
         self._global_batch = global_batch
         self._seed = seed
         self._shuffle = shuffle
+        self._stagger = stagger
         self._device = device
         # Copies travel on a stream of their own, beside the computation.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -103,11 +109,15 @@ class Loader:
         self._ahead = None
 
     def _windows(self, position: int, rows: range) -> NDArray[np.int64]:
-        places = np.arange(position + rows.start, position + rows.stop, dtype=np.int64)
+        places = _places(position, rows)
         return window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
 
     def _gather(self, position: int) -> Tensor:
-        return gather(self._tokens, self._windows(position, self.rows), self._context_length)
+        starts = self._windows(position, self.rows) * self._context_length
+        if self._stagger:
+            epochs = _places(position, self.rows) // self.windows
+            starts = starts + delay_of(epochs, self._context_length, seed=self._seed)
+        return gather(self._tokens, starts, self._context_length)
 
     def _send(self, position: int) -> Tensor:
         """This rank's rows of the batch at `position`, (g, T + 1), on their way to the device."""
@@ -131,10 +141,13 @@ def count_windows(tokens: int, context_length: int) -> int:
     return max(0, (tokens - 1) // context_length)
 
 
-def gather(tokens: TokenStream, windows: NDArray[np.int64], context_length: int) -> Tensor:
-    """The given windows with one token more, for the targets: (len(windows), T + 1) int64."""
-    batch = np.empty((len(windows), context_length + 1), np.int64)
-    for row, window in enumerate(windows.tolist()):
-        start = window * context_length
+def _places(position: int, rows: range) -> NDArray[np.int64]:
+    return np.arange(position + rows.start, position + rows.stop, dtype=np.int64)
+
+
+def gather(tokens: TokenStream, starts: NDArray[np.int64], context_length: int) -> Tensor:
+    """Windows with one token more, for the targets: (len(starts), T + 1) int64."""
+    batch = np.empty((len(starts), context_length + 1), np.int64)
+    for row, start in enumerate(starts.tolist()):
         batch[row] = tokens[start : start + context_length + 1]
     return torch.from_numpy(batch)

@@ -33,6 +33,12 @@ def window_at(
     return permute(places, n, keys=epochs.astype(np.uint64) + _mix(np.uint64(seed)))
 
 
+def delay_of(epochs: NDArray[np.int64], length: int, *, seed: int) -> NDArray[np.int64]:
+    """By how many tokens, from 0 to below `length`, the windows of each epoch start later."""
+    keys = _mix(epochs.astype(np.uint64) + _mix(np.uint64(seed) + np.uint64(1)))
+    return (keys % np.uint64(length)).astype(np.int64)
+
+
 def permute(
     places: NDArray[np.int64], n: int, *, keys: NDArray[np.uint64] | np.uint64
 ) -> NDArray[np.int64]:
