@@ -19,6 +19,7 @@ import tyro
 
 from gptforge.commands.bench import bench
 from gptforge.commands.demo import demo
+from gptforge.commands.doctor import doctor
 from gptforge.commands.export import export, import_
 from gptforge.commands.prepare import prepare
 from gptforge.commands.sample import sample
@@ -158,6 +159,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "import": import_,
     "demo": demo,
     "bench": bench,
+    "doctor": doctor,
 }
 
 

@@ -34,6 +34,7 @@ ROOMS = [
         "train",
         "build",
         "bench",
+        "doctor",
         "demo",
         "flags",
     ),
@@ -43,6 +44,7 @@ ROOMS = [
 
 # Optional, or slow to load: only inside the function that uses them.
 LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf"}
+LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
 LAZY |= {"wandb", "tensorboard"}
 NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "commands", "cli"}
 NO_TORCH |= {"__main__", "__init__"}

@@ -14,7 +14,9 @@ from gptforge.convert.hf import is_hf, read_hf, write_hf
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts
 from gptforge.convert.space import fill_space
-from gptforge.data.text import read_text
+from gptforge.data.documents import Form
+from gptforge.data.sources import find_sources
+from gptforge.data.survey import alphabet
 from gptforge.errors import RunError, UserError
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, named
@@ -149,7 +151,8 @@ def _given_tokenizer(name: str, text: str) -> Tokenizer | None:
         raise UserError("--tokenizer char needs --text: the text whose characters it knows")
     if text and name != "char":
         raise UserError("--text goes with --tokenizer char")
-    return named(name, read_text(Path(text)).content if text else "") if name else None
+    letters = alphabet(find_sources([text]), Form(), skip_bad=False) if text else ""
+    return named(name, letters) if name else None
 
 
 def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:

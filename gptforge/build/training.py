@@ -18,6 +18,7 @@ from gptforge.checkpoint.run_folder import Opening, open_run
 from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
+from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.documents import Form
 from gptforge.data.loader import Loader
@@ -165,6 +166,12 @@ def _corpus(config: Config, given: Collection[str], say: Say) -> Corpus:
     with open_meter("preparing the text") as meter:
         corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
     check_length(corpus, config.context_length, stagger=config.stagger)
+    batch = config.global_batch
+    for finding in glance(corpus, context_length=config.context_length, global_batch=batch):
+        if finding.level == "error":
+            raise UserError(str(finding))
+        if finding.level == "warning":
+            say(f"warning: {finding}")
     return corpus
 
 

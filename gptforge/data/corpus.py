@@ -38,6 +38,7 @@ class Corpus:
     val_fraction: float
     characters: int = 0
     """Of the text; 0 where that is not known."""
+    bytes: int = 0
     documents: int = 0
     notices: tuple[str, ...] = ()
 
@@ -128,6 +129,7 @@ def _of_index(path: Path, index: Index, own: Tokenizer, name: str | Tokenizer) -
         held_out=held_out,
         val_fraction=index.val_fraction,
         characters=sum(index.total(side, "characters") for side in ("train", "val")),
+        bytes=sum(index.total(side, "bytes") for side in ("train", "val")),
         documents=sum(index.total(side, "documents") for side in ("train", "val")),
         notices=tuple(index.record.get("notices", ())),
     )

@@ -179,10 +179,10 @@ class _Preparation:
             return asked.identity
         tokenizer = asked.tokenizer
         if not isinstance(tokenizer, str):
-            tokenizer = _hash(tokenizer.to_json())
+            tokenizer = hash_of(tokenizer.to_json())
         elif Path(tokenizer).is_file():
             tokenizer = files.sha256(Path(tokenizer))
-        return _hash(
+        return hash_of(
             {
                 "version": VERSION,
                 "sources": [[s.name, s.kind, s.packing, s.size, s.stamp] for s in sources],
@@ -285,7 +285,7 @@ class _Preparation:
     ) -> Index:
         shards = [shard for result in results for shard in result.shards]
         splits = {side: _sums(shards, side) for side in SIDES}
-        digest = seen.sha256 or _hash([tokenizer.to_json(), [s["sha256"] for s in shards]])
+        digest = seen.sha256 or hash_of([tokenizer.to_json(), [s["sha256"] for s in shards]])
         counts: Counter[str] = Counter(skipped.counts)
         for result in results:
             counts.update(result.skipped)
@@ -301,7 +301,7 @@ class _Preparation:
                     "name": tokenizer.name,
                     "size": tokenizer.size,
                     "end_of_text": tokenizer.end_of_text,
-                    "sha256": _hash(tokenizer.to_json()),
+                    "sha256": hash_of(tokenizer.to_json()),
                 },
                 "dtype": np.dtype(smallest_dtype(tokenizer.size)).name,
                 "layout": "headerless" if self.request.headerless else "llm.c",
@@ -374,7 +374,8 @@ def _headerless(
     return made
 
 
-def _hash(value: object) -> str:
+def hash_of(value: object) -> str:
+    """SHA-256 of what can be written as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

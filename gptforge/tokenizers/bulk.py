@@ -98,5 +98,8 @@ def is_assigned(text: str) -> bool:
 
 @functools.cache
 def _assigned() -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    unclear = {"Cn", "Cs"}
-    return np.array([unicodedata.category(chr(i)) not in unclear for i in range(0x110000)])
+    # What lies above the third plane is rare, and left to tiktoken.
+    known = np.zeros(0x110000, bool)
+    kinds = [unicodedata.category(chr(point)) for point in range(0x30000)]
+    known[: len(kinds)] = [kind not in ("Cn", "Cs") for kind in kinds]
+    return known

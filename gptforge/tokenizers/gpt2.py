@@ -33,7 +33,7 @@ class GPT2Tokenizer:
         self.end_of_text: int | None = len(ranks)
         self.size = len(ranks) + 1
         self._dtype = smallest_dtype(self.size)
-        self._encoding = tiktoken.Encoding(
+        self.encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=PATTERN,
             mergeable_ranks=ranks,
@@ -51,12 +51,12 @@ class GPT2Tokenizer:
 
     def _ids(self, text: str) -> Tokens:
         # A buffer of numbers: making a list of Python's takes as long as the encoding.
-        ids: Tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+        ids: Tokens = self.encoding.encode_to_numpy(text, disallowed_special=())
         return ids.astype(self._dtype)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of `ids`."""
-        return self._encoding.decode_bytes(list(ids))
+        return self.encoding.decode_bytes(list(ids))
 
     def to_json(self) -> dict[str, object]:
         """Kind and merge list."""

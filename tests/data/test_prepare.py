@@ -5,7 +5,9 @@ import io
 import json
 import lzma
 import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +311,42 @@ def test_a_strange_index_is_refused(tmp_path, broken) -> None:
     (tmp_path / "index.json").write_text(broken)
     with pytest.raises(UserError, match="not a readable index"):
         read_index(tmp_path)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_preparation_that_was_killed_leaves_nobody_behind_and_goes_on(tmp_path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [some_text(i, words=2000) for i in range(400)])
+    command = [sys.executable, "-m", "gptforge", "prepare", str(source), "--out"]
+    options = ["--workers", "2", "--tokenizer", "byte"]
+    killed = subprocess.Popen(
+        [*command, str(tmp_path / "cut"), *options, "--shard_mb", "1"], stderr=subprocess.DEVNULL
+    )
+    notes = tmp_path / "cut" / NOTES
+    while not list(notes.glob("job-*.json")) and killed.poll() is None:
+        time.sleep(0.01)
+    crew = children(killed.pid)
+    killed.kill()
+    killed.wait()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, crew)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, crew))
+    for folder in ("cut", "whole"):
+        done = subprocess.run(
+            [*command, str(tmp_path / folder), *options, "--shard_mb", "1"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")

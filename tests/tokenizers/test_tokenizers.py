@@ -19,7 +19,7 @@ GPT2 = GPT2Tokenizer()
 
 
 def test_the_ranks_are_those_that_tiktoken_publishes() -> None:
-    ranks = GPT2._encoding._mergeable_ranks
+    ranks = GPT2.encoding._mergeable_ranks
     lines = [
         base64.b64encode(token) + b" " + str(rank).encode() + b"\n"
         for token, rank in sorted(ranks.items(), key=lambda item: item[1])
@@ -57,7 +57,7 @@ def test_the_end_of_text_mark_in_a_text_is_only_characters() -> None:
 )
 def test_cutting_a_long_text_changes_no_id(pieces: list[str]) -> None:
     text = "".join(pieces)
-    whole = GPT2._encoding.encode_ordinary(text)
+    whole = GPT2.encoding.encode_ordinary(text)
     saved, gpt2_module.CHUNK = gpt2_module.CHUNK, 3
     try:
         assert list(GPT2.encode(text)) == whole

@@ -1,0 +1,89 @@
+"""`gptforge doctor [PATH]`: what this machine can do, what is wrong with this data."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gptforge.errors import UserError
+from gptforge.flags import parse
+
+if TYPE_CHECKING:
+    from gptforge.data.finding import Finding
+
+SIGNS = {"good": "ok     ", "warning": "warning", "error": "error  "}
+
+
+@dataclass(frozen=True)
+class DoctorArgs:
+    """Look at this machine, or at data: texts, or token shards, to their end."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = ""
+    """File or folder; empty: the machine."""
+    tokenizer: str = ""
+    """gpt2, char, byte, or a tokenizer.json; empty: gpt2, or what prepared shards bring along."""
+    val_fraction: float = 0.1
+    """Share that a run would hold out."""
+    context_length: int = 1024
+    """Tokens in a window."""
+    field: str = "text"
+    """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    encoding: str = "utf-8"
+    """Of text files and JSON lines."""
+    split_on: str = ""
+    """What stands between the documents of a text file."""
+    headerless: bool = False
+    """Take .bin files for bare uint16 ids, as nanoGPT writes them."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def doctor(args: list[str]) -> int:
+    """Parse, look, print; 1 if there is an error among what was found."""
+    asked = parse(DoctorArgs, args, "gptforge doctor")
+    if asked.context_length < 1 or not 0 <= asked.val_fraction < 1:
+        raise UserError("--context_length must be 1 or more, --val_fraction from 0 to below 1")
+    found = _data(asked) if asked.path else _machine()
+    is_well = all(finding.level != "error" for finding in found)
+    if asked.json:
+        print(json.dumps({"ok": is_well, "findings": [dataclasses.asdict(f) for f in found]}))
+    else:
+        for finding in found:
+            print(f"{SIGNS[finding.level]} {finding}")
+    return 0 if is_well else 1
+
+
+def _machine() -> "list[Finding]":
+    from gptforge.doctor.machine import examine
+
+    return examine()
+
+
+def _data(asked: DoctorArgs) -> "list[Finding]":
+    from gptforge.data.corpus import SHARDS, Wanted
+    from gptforge.data.documents import Form
+    from gptforge.data.index import INDEX
+    from gptforge.doctor.shards import examine_shards
+    from gptforge.doctor.texts import examine_texts
+
+    path = Path(asked.path)
+    is_shards = path.suffix == SHARDS or (path / INDEX).is_file() or any(path.glob(f"*{SHARDS}"))
+    form = Form(asked.field, asked.encoding, asked.split_on)
+    if is_shards:
+        wanted = Wanted(
+            tokenizer=asked.tokenizer or "gpt2",
+            val_fraction=asked.val_fraction,
+            headerless=asked.headerless,
+            insists_on_tokenizer=bool(asked.tokenizer),
+        )
+        return examine_shards(path, wanted, context_length=asked.context_length)
+    return examine_texts(
+        path,
+        tokenizer=asked.tokenizer or "gpt2",
+        val_fraction=asked.val_fraction,
+        context_length=asked.context_length,
+        form=form,
+    )

@@ -1,0 +1,106 @@
+"""What is wrong with token shards: every one is read to its end."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gptforge import files
+from gptforge.data.checks import glance
+from gptforge.data.corpus import Corpus, Wanted, open_corpus
+from gptforge.data.finding import Finding, error, good, warning
+from gptforge.data.index import INDEX, SIDES, TOKENIZER, Index, read_index
+from gptforge.data.prepare import hash_of
+from gptforge.data.stream import ShardStream, TokenStream
+from gptforge.doctor.duplicates import Duplicates
+from gptforge.errors import UserError
+from gptforge.tokenizers.base import END_OF_TEXT
+
+BLOCK = 2**20
+"""Tokens that are read at a time."""
+
+
+def examine_shards(path: Path, wanted: Wanted, *, context_length: int) -> list[Finding]:
+    """Findings about a folder that `prepare` made, or shards of others."""
+    try:
+        corpus = open_corpus(path, wanted, say=lambda _: None)
+        index = read_index(path) if path.is_dir() else None
+    except UserError as mistake:
+        return [error(str(mistake))]
+    found = [warning(notice) for notice in corpus.notices if index is None]
+    found += _checksums(index) if index else []
+    found += glance(corpus, context_length=context_length)
+    if any(finding.level == "error" for finding in found):
+        return found
+    try:
+        found += _documents(corpus)
+    except UserError as mistake:
+        found.append(error(str(mistake)))
+    return found
+
+
+def _checksums(index: Index) -> list[Finding]:
+    found = []
+    if hash_of(index.tokenizer().to_json()) != index.record["tokenizer"]["sha256"]:
+        found.append(
+            error(
+                f"{TOKENIZER} is not the one that the shards were made with",
+                "put the right one back, or prepare the data again",
+            )
+        )
+    for shard in index.record["shards"]:
+        if files.sha256(index.folder / shard["file"]) != shard["sha256"]:
+            what = f"{shard['file']}: its content is not what {INDEX} says"
+            found.append(error(what, "it was damaged: prepare the data again"))
+    if not found:
+        found.append(good(f"{len(index.record['shards'])} shards, all as {INDEX} has them"))
+    return found
+
+
+def _documents(corpus: Corpus) -> list[Finding]:
+    mark = corpus.tokenizer.end_of_text
+    doubles, counts = Duplicates(), dict.fromkeys(SIDES, 0)
+    for side, stream in zip(SIDES, (corpus.train, corpus.held_out), strict=True):
+        assert isinstance(stream, ShardStream)
+        for number, digest in enumerate(_digests(stream, mark)):
+            counts[side] += 1
+            doubles.add(digest, side, f"document {number + 1:,} of {side}")
+    total = sum(counts.values())
+    found = [good(f"all {len(corpus.train) + len(corpus.held_out):,} ids are in the vocabulary")]
+    if mark is not None and total <= len(SIDES) and corpus.documents > len(SIDES):
+        found.append(error(f"no {END_OF_TEXT} between {corpus.documents:,} documents"))
+    elif total > len(SIDES):
+        found.append(good(f"{total:,} documents, each behind {END_OF_TEXT}"))
+    if doubles.both_sides:
+        found.append(
+            warning(
+                f"{doubles.both_sides:,} documents stand on both sides, first {doubles.first}",
+                "the held-out loss will look better than it is; leave the doubles out",
+            )
+        )
+    if doubles.twice > doubles.both_sides:
+        what = f"{doubles.twice - doubles.both_sides:,} documents stand there a second time"
+        found.append(warning(what, "the model will learn them by heart; leave them out"))
+    if doubles.is_full:
+        found.append(warning("not all documents could be remembered to look for doubles"))
+    return found
+
+
+def _digests(stream: TokenStream, mark: int | None) -> Iterator[int]:
+    """64 bits for each document, however long."""
+    running, length = hashlib.sha256(), 0
+    for start in range(0, len(stream), BLOCK):
+        block = stream[start : start + BLOCK].astype(np.uint32)
+        borders = np.flatnonzero(block == mark).tolist() if mark is not None else []
+        begin = 0
+        for border in [*borders, len(block)]:
+            running.update(block[begin:border].tobytes())
+            length += border - begin
+            if border < len(block):
+                if length:
+                    yield int.from_bytes(running.digest()[:8], "big")
+                running, length = hashlib.sha256(), 0
+            begin = border + 1
+    if length:
+        yield int.from_bytes(running.digest()[:8], "big")

@@ -1,0 +1,160 @@
+"""What is wrong with texts: every file is read to its end."""
+
+from pathlib import Path
+
+from gptforge.data.bad import EXAMPLES, BadInput, Skipped
+from gptforge.data.checks import LARGE, bytes_a_token
+from gptforge.data.documents import Form, documents, holds_many
+from gptforge.data.finding import Finding, error, good, warning
+from gptforge.data.loader import count_windows
+from gptforge.data.reading import chunks, mended
+from gptforge.data.sources import Source, find_sources
+from gptforge.data.split import MANY, digest_of
+from gptforge.data.survey import alphabet, measure, survey
+from gptforge.doctor.duplicates import Duplicates
+from gptforge.errors import UserError
+from gptforge.tokenizers import Tokenizer, named
+from gptforge.tokenizers.base import END_OF_TEXT
+from gptforge.tokenizers.bulk import BulkEncoder
+
+SAMPLE = 2**22
+"""Characters that are encoded to tell how many tokens there are."""
+
+
+def examine_texts(
+    path: Path, *, tokenizer: str, val_fraction: float, context_length: int, form: Form
+) -> list[Finding]:
+    """Findings about a file or a folder of texts."""
+    try:
+        sources = find_sources([path.as_posix()])
+    except UserError as mistake:
+        return [error(str(mistake))]
+    look = _Look(form)
+    for number, source in enumerate(sources):
+        look.at(number, source)
+    found = look.findings()
+    if not look.documents:
+        return [*found, error(f"{path.as_posix()}: there is no text to learn")]
+    found += _tokens(look, sources, tokenizer, context_length, form)
+    if val_fraction:
+        found += _sides(look, sources, val_fraction, form)
+    return found
+
+
+class _Look:
+    """Counts, and what stood out."""
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.skipped = Skipped(allowed=True)
+        self.mended: set[str] = set()
+        self.sample: list[str] = []
+        self.sampled = self.documents = self.characters = self.bytes = self.marks = 0
+        self.places: list[tuple[tuple[int, int], int]] = []
+        self.duplicates = Duplicates()
+
+    def at(self, number: int, source: Source) -> None:
+        if holds_many(source, self.form):
+            for document in documents(source, self.form, self.skipped):
+                self._count(document.text)
+                self._document((number, document.number), digest_of(document.text), source.name)
+            return
+        try:
+            facts = measure(source, self.form.encoding)
+        except BadInput as bad:
+            self.skipped.add(bad)
+            return
+        if facts.is_blank:
+            return
+        for chunk in chunks(source, encoding=self.form.encoding):
+            self.mended |= {f"{source.name}: {words}" for words in mended(chunk)}
+            self._count(chunk.text)
+        self._document((number, 0), facts.digest, source.name)
+
+    def findings(self) -> list[Finding]:
+        documents, characters, n_bytes = self.documents, self.characters, self.bytes
+        found = [good(f"{documents:,} documents, {characters:,} characters, {n_bytes:,} bytes")]
+        found += [warning(f"{words} when it is read") for words in sorted(self.mended)[:EXAMPLES]]
+        for example in self.skipped.examples:
+            found.append(error(example, "mend it, or leave it out with `prepare --skip_bad true`"))
+        more = sum(self.skipped.counts.values()) - len(self.skipped.examples)
+        if more > 0:
+            found.append(error(f"and {more:,} more of these"))
+        if self.marks:
+            found.append(
+                warning(
+                    f"{END_OF_TEXT} stands in the text {self.marks:,} times, as plain characters",
+                    f"`prepare --split_on '{END_OF_TEXT}'` makes documents of what lies between",
+                )
+            )
+        if self.duplicates.twice:
+            what = f"{self.duplicates.twice:,} documents stand there a second time"
+            found.append(warning(what, "the model will learn them by heart; leave them out"))
+        if self.duplicates.is_full:
+            found.append(warning("not all documents could be remembered to look for doubles"))
+        return found
+
+    def _document(self, place: tuple[int, int], digest: int, where: str) -> None:
+        self.documents += 1
+        self.duplicates.add(digest, "", where)
+        if len(self.places) < MANY:
+            self.places.append((place, digest))
+
+    def _count(self, text: str) -> None:
+        self.characters += len(text)
+        self.bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
+        self.marks += text.count(END_OF_TEXT) if not self.form.split_on else 0
+        if self.sampled < SAMPLE:
+            self.sample.append(text[: SAMPLE - self.sampled])
+            self.sampled += len(self.sample[-1])
+
+
+def _tokens(
+    look: _Look, sources: list[Source], name: str, context_length: int, form: Form
+) -> list[Finding]:
+    known: Tokenizer = named(name, alphabet(sources, form, skip_bad=True) if name == "char" else "")
+    encoder = BulkEncoder(known)
+    try:
+        tokens = sum(len(encoder.encode(text)) for text in look.sample)
+    except UserError as mistake:
+        return [error(f"the tokenizer {name} cannot write it", str(mistake))]
+    ratio = look.sampled / max(1, tokens)
+    total = round(look.characters / ratio) if ratio else 0
+    about = "about " if look.sampled < look.characters else ""
+    windows = count_windows(total, context_length)
+    what = f"{about}{total:,} tokens, {windows:,} windows of {context_length}"
+    found = [good(what)]
+    if windows == 0:
+        remedy = f"use --context_length {max(1, total - 1)} at most, or more text"
+        found = [error(what, remedy)]
+    elif windows < 100:
+        remedy = "a model of any size will soon know it by heart; more text helps most"
+        found = [warning(what, remedy)]
+    sample_bytes = sum(len(text.encode("utf-8")) for text in look.sample)
+    if known.size >= LARGE and tokens:
+        found += bytes_a_token(sample_bytes / tokens, known.name)
+    return found
+
+
+def _sides(look: _Look, sources: list[Source], val_fraction: float, form: Form) -> list[Finding]:
+    try:
+        split = survey(sources, form, val_fraction, skip_bad=True).split
+    except UserError as mistake:
+        return [error(str(mistake))]
+    both = Duplicates()
+    if split.rule == "boundary":
+        for place, digest in look.places:
+            both.add(digest, split.side(place, digest), sources[place[0]].name)
+    if both.both_sides:
+        return [
+            warning(
+                f"{both.both_sides} documents stand on both sides of the split, first {both.first}",
+                "the held-out loss will look better than it is; leave the doubles out",
+            )
+        ]
+    words = {
+        "character": f"the last {val_fraction:.0%} of the text, cut at character {split.cut:,}",
+        "boundary": "the last documents",
+        "hash": "documents chosen by their hash, so that none is on both sides",
+    }
+    return [good(f"held out: {words[split.rule]}")]
