@@ -28,6 +28,10 @@ def test_it_is_complete_and_a_run_folder_too(space, config) -> None:
     card = (space / "README.md").read_text(encoding="utf-8")
     front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
     assert front["sdk"] == "gradio"
+    assert front["title"] == '"run"'
+    assert "license" not in front
+    # The page is called as the run was, wherever the folder lies.
+    assert "title='run'" in (space / "app.py").read_text(encoding="utf-8")
     assert (space / front["app_file"]).is_file()
     assert "bits per byte" in card
     assert "input.txt" not in {path.name for path in space.rglob("*")}
