@@ -3,6 +3,11 @@
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +38,50 @@ def test_the_prompt_may_come_from_a_pipe(trained, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("JULIET:\nWhat"))
     piped = trained(*SAMPLE, "--prompt", "-")
     assert piped.out == trained(*SAMPLE, "--prompt", "JULIET:\nWhat").out
+
+
+def test_bytes_that_are_no_text_are_refused(trained, monkeypatch) -> None:
+    # As Python hands on a byte that is not UTF-8, from a pipe or the command line.
+    done = trained(*SAMPLE, "--prompt", "ROMEO\udcff")
+    assert (done.code, done.out) == (2, "")
+    assert "not UTF-8 text, at character 5" in done.err
+
+
+def test_too_many_tokens_are_refused_before_memory_is_asked_for(trained) -> None:
+    done = trained(*SAMPLE[:-1], 10**11)
+    assert (done.code, done.out) == (2, "")
+    assert "10,000,000 tokens at most" in done.err
+
+
+def start(*args: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gptforge", *map(str, (*SAMPLE[:-1], 10**6, *args))]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
+def test_ctrl_c_ends_it_without_a_traceback(trained) -> None:
+    process = start("--prompt", "ROMEO:")
+    assert process.stdout is not None
+    assert process.stdout.read(20).startswith("ROMEO:")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.endswith("interrupted\n")
+
+
+def test_a_reader_that_has_seen_enough_ends_it(trained) -> None:
+    process = start("--prompt", "ROMEO:")
+    assert process.stdout is not None
+    assert process.stdout.read(6) == "ROMEO:"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
 
 
 def test_an_interactive_loop_writes_on_from_each_line(trained, monkeypatch) -> None:

@@ -33,7 +33,7 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
         'write = pipeline("text-generation", model="this/folder")\n'
         'print(write("Once", max_new_tokens=100)[0]["generated_text"])\n```'
     )
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": "mit"}
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     card = model_card(parts, origin, title=title_of(run), usage=usage, front=front)
     with files.new_folder(out) as folder:
         difference = write_hf(folder, parts, card=card)

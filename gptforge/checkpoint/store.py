@@ -213,10 +213,17 @@ def resolve(run: str) -> Path:
         path = CheckpointStore(path.parent).pointed(path.name) or path
     if (path / MANIFEST).is_file():
         return path
-    store = CheckpointStore(path / "checkpoints")
+    inside = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
+    store = CheckpointStore(path if inside else path / "checkpoints")
     found = store.pointed("best") or store.pointed("last") or next(reversed(store.steps()), None)
     if found is None:
-        what = "has no checkpoint yet" if path.is_dir() else "does not exist"
+        what = "does not exist"
+        if path.is_dir():
+            what = "has no checkpoint yet"
+        elif path.exists():
+            what = "is a file"
+        elif CheckpointStore(path.parent).steps():
+            what = "is not there; the newest is " + CheckpointStore(path.parent).steps()[-1].name
         raise UserError(f"{run} {what}: give a run folder or a checkpoint folder")
     return found
 

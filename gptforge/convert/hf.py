@@ -53,9 +53,10 @@ def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
     end = getattr(parts.tokenizer, "end_of_text", None)
     _write_json(folder / "config.json", _config(parts.config, end))
     draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
-    ids = {"bos_token_id": end, "eos_token_id": end}
-    # Something to pad with; where nothing ends a text it is never looked at.
-    _write_json(folder / "generation_config.json", {**draws, **ids, "pad_token_id": end or 0})
+    # Nothing to pad with where nothing ends a text: transformers takes a prompt's tokens of that id
+    # for padding, and looks past them.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    _write_json(folder / "generation_config.json", {**draws, **ids})
     _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer))
     special = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     _write_json(

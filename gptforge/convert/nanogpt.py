@@ -1,5 +1,6 @@
 """From nanoGPT's ckpt.pt, read without running any code that may be in it."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -27,11 +28,12 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
         record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:
-        # Its reader raises whatever strange bytes make it stumble over.
-        first = (str(error).strip() or repr(error)).splitlines()[0]
+        # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
+        stranger = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" (it names {stranger[1]})" if stranger else ""
         raise UserError(
-            f"{path}: not a file of tensors and plain values, and anything else could run code "
-            f"when read: {first}"
+            f"{path}: not a file of tensors and plain values{what}, and anything else could run "
+            "code when read"
         ) from None
     try:
         shape, tensors = record["model_args"], record["model"]

@@ -4,6 +4,8 @@ It is a run folder as well: the page's own program lies beside the model, so tha
 nothing that is not on the package index.
 """
 
+import importlib.metadata
+import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from pathlib import Path
 from gptforge.demo.launch import launch
 
 if __name__ == "__main__":
-    launch(str(Path(__file__).parent), host="0.0.0.0", port=7860)
+    launch(str(Path(__file__).parent), host="0.0.0.0", port=7860, title=TITLE)
 '''
 
 # The Space's own image has Python; these are the core packages that the page imports, and Gradio.
@@ -34,6 +36,8 @@ safetensors>=0.5,<1
 matplotlib>=3.9,<4
 gradio>=6,<7
 """
+
+GRADIO = "6.31.0"
 
 USAGE = """\
 This folder is a Space: a page to write with the model. On your own machine:
@@ -68,17 +72,17 @@ def fill_space(
     (folder / "config.toml").write_text(config, encoding="utf-8")
     if origin:
         _copy_history(folder, origin)
-    (folder / "app.py").write_text(APP, encoding="utf-8")
+    (folder / "app.py").write_text(APP.replace("TITLE", repr(title)), encoding="utf-8")
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     front = {
-        "title": title,
+        # A JSON string is one in YAML too, whatever is in it.
+        "title": json.dumps(title, ensure_ascii=False),
         "emoji": "🪶",
         "colorFrom": "indigo",
         "colorTo": "yellow",
         "sdk": "gradio",
-        "sdk_version": "6.0.0",
+        "sdk_version": _gradio_version(),
         "app_file": "app.py",
-        "license": "mit",
         "pinned": "false",
     }
     card = model_card(parts, origin, title=title, usage=USAGE, front=front)
@@ -86,6 +90,14 @@ def fill_space(
     package = Path(gptforge.__file__).parent
     leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "input.txt")
     shutil.copytree(package, folder / "gptforge", ignore=leave_out)
+
+
+def _gradio_version() -> str:
+    """The Gradio that the page was seen with: this machine's, else the one it is tested with."""
+    try:
+        return importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        return GRADIO
 
 
 def _copy_history(folder: Path, origin: Origin) -> None:

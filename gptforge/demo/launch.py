@@ -14,7 +14,9 @@ from gptforge.errors import RunError
 from gptforge.generate.language_model import LanguageModel
 
 
-def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "auto") -> None:
+def launch(
+    run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "auto", title: str = ""
+) -> None:
     """Show the page until it is interrupted.
 
     Args:
@@ -22,6 +24,7 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
         host: address to listen at; 0.0.0.0 lets others in.
         port: 0: the first free one from 7860 on.
         device: auto, cpu, cuda, cuda:N or mps.
+        title: what the page is called; empty: as the run folder is.
 
     Raises:
         UserError: if there is no model, or Gradio is not installed.
@@ -39,11 +42,11 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
         spare_threads(writer)
         return writer
 
-    origin = origin_of(run)
+    origin, title = origin_of(run), title or title_of(run)
     page = build_page(
         Writers(open_model, run),
         run=run,
-        title=title_of(run),
+        title=title,
         total=origin.config.max_steps if origin else 0,
     )
     serif = ["Iowan Old Style", "Palatino Linotype", "Palatino", "Georgia", "serif"]
@@ -73,6 +76,11 @@ def launch(run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "a
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise RunError(f"the page cannot be shown at {host}:{port or 7860}: {error}") from None
-    print(f"{title_of(run)}: {address} (Ctrl-C ends it)", flush=True)
+        if port:
+            raise RunError(
+                f"the page cannot be shown at {host}:{port}, which is taken or not this machine's: "
+                "choose another --port, or leave it out"
+            ) from None
+        raise RunError(f"the page cannot be shown at {host}: {error}") from None
+    print(f"{title}: {address} (Ctrl-C ends it)", flush=True)
     page.block_thread()

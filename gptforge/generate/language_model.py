@@ -17,6 +17,9 @@ from gptforge.model import GPT
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
 
+MOST_TOKENS = 10_000_000
+"""Of a call: their dice and ids are laid out beforehand."""
+
 
 @dataclass(frozen=True)
 class Token:
@@ -80,7 +83,16 @@ class LanguageModel:
         return Decoder(engine, captured=self._settled)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Ids of a text.
+
+        Raises:
+            UserError: for a character that the tokenizer cannot write, or half of one.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # Bytes that were no text, from a pipe or a terminal, come as halves of characters.
+            raise UserError(f"not UTF-8 text, at character {error.start}") from None
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -216,6 +228,10 @@ class LanguageModel:
         """Checks everything now, not when the first token is asked for."""
         if max_new_tokens < 0:
             raise UserError(f"--max_new_tokens must be 0 or more, not {max_new_tokens}")
+        if max_new_tokens * len(prompts) > MOST_TOKENS:
+            raise UserError(
+                f"--max_new_tokens {max_new_tokens}: a call writes {MOST_TOKENS:,} tokens at most"
+            )
         sampling.check()
         ids = [self.encode(prompt) if prompt else self._opening() for prompt in prompts]
         dice = throw_dice(seeds, max_new_tokens)

@@ -136,3 +136,13 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path) -> None:
         resolve(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         resolve(str(tmp_path / "missing"))
+
+
+def test_a_path_that_is_nearly_right_gets_a_hint(store, tmp_path) -> None:
+    newest = save(store, 3)
+    assert resolve(str(store.folder)) == newest
+    with pytest.raises(UserError, match="is not there; the newest is step-000003"):
+        resolve(str(store.folder / "step-000002"))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="is a file"):
+        resolve(str(tmp_path / "model.gguf"))

@@ -59,6 +59,14 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+def test_what_is_refused_is_not_recommended_by_the_way(tmp_path) -> None:
+    # torch's own message advises to read such a file with all checks off.
+    (tmp_path / "ckpt.pt").write_text("# A note\n")
+    with pytest.raises(UserError) as refused:
+        read_nanogpt(tmp_path / "ckpt.pt")
+    assert "weights_only" not in str(refused.value)
+
+
 def test_what_does_not_fit_is_named(record, tmp_path) -> None:
     record["model"]["_orig_mod.transformer.wpe.weight"] = torch.zeros(9, 16)
     write(record, tmp_path / "ckpt.pt")

@@ -30,6 +30,51 @@ def test_a_prompt_longer_than_the_context_slides(writer) -> None:
     assert len(writer.generate("word " * 30, 20, seed=0)) == 20
 
 
+def test_the_window_slides_aloud_and_says_so_once(tiny_model) -> None:
+    said = []
+    writer = LanguageModel(tiny_model, CharTokenizer(ALPHABET), say=said.append)
+    writer.generate("to be", 11, seed=0)
+    assert said == []
+    writer.generate("to be", 60, seed=0)
+    assert len(said) == 1
+    assert "16 tokens of context" in said[0]
+
+
+def test_a_batch_of_prompts_of_any_lengths_writes_what_each_alone_would(writer) -> None:
+    prompts, seeds = ["", "a", "to be or not to be that is the question", "be"], [4, 3, 2, 1]
+    together = writer.write(prompts, 30, seeds=seeds, stop=["q"], logprobs=True)
+    for prompt, seed, writing in zip(prompts, seeds, together, strict=True):
+        assert writing.text == writer.generate(prompt, 30, seed=seed, stop=["q"])
+        assert writing.ended == ("stop" if len(writing.ids) < 30 else "length")
+        tokens = list(writer.tokens(prompt, len(writing.ids), seed=seed))
+        assert [token.id for token in tokens] == writing.ids
+        expected = [token.logprob for token in tokens]
+        assert writing.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_stop_token_ends_it_and_stays_out_of_the_text(writer) -> None:
+    [whole] = writer.write(["a"], 40, seeds=[5])
+    stop = whole.ids[7]
+    [ended] = writer.write(["a"], 40, seeds=[5], stop_ids=[stop])
+    end = whole.ids.index(stop)
+    assert ended.ids == whole.ids[: end + 1]
+    assert ended.text == whole.text[:end]
+    assert ended.ended == "stop"
+
+
+def test_an_end_of_text_mark_ends_every_way_of_writing(tiny_model) -> None:
+    class Marked(CharTokenizer):
+        end_of_text = 3
+
+    writer = LanguageModel(tiny_model, Marked(ALPHABET))
+    plain = LanguageModel(tiny_model, CharTokenizer(ALPHABET))
+    seed = next(n for n in range(99) if ALPHABET[3] in plain.generate("a", 40, seed=n)[1:])
+    expected = plain.generate("a", 40, seed=seed).split(ALPHABET[3])[0]
+    assert writer.generate("a", 40, seed=seed) == expected
+    assert "".join(writer.stream("a", 40, seed=seed)) == expected
+    assert "".join(token.text for token in writer.tokens("a", 40, seed=seed)) == expected
+
+
 def test_an_empty_prompt_starts_a_line(writer) -> None:
     assert writer.generate("", 9, seed=0) == writer.generate("\n", 9, seed=0)
 
