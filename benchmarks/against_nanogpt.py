@@ -174,12 +174,13 @@ def main() -> None:
     parser.add_argument("nanogpt", type=Path, help="folder of a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=RECIPES)
+    parser.add_argument("--only", default="", help="recipes whose names hold this")
     args = parser.parse_args()
     device, name = choose_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     text = args.text.read_text(encoding="utf-8")
     lines, matches = [], []
-    for recipe in RECIPES[args.device]:
+    for recipe in [r for r in RECIPES[args.device] if args.only in r.name]:
         tokens = named(recipe.tokenizer, text).encode(text)
         torch.manual_seed(1337)
         model = GPT(recipe.shape).initialize()

@@ -1,0 +1,142 @@
+"""What the pieces of an update take at GPT-2 small's shapes: our choice beside torch's.
+
+    python benchmarks/kernel_choices.py
+
+One micro-batch of 32 windows of 1024 on a CUDA GPU. Products by torch and by cuBLASLt with its
+kernels tried out, alone and with what comes behind them; the passes between them; attention's way
+back. Medians of events on the GPU, in microseconds. The GPU is warm: all are timed twice, in turns.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gptforge.hardware import cache_folder
+from gptforge.kernels import block, products
+from gptforge.kernels.head import cross_entropy_in_place
+from gptforge.kernels.packed_attention import (
+    ByFlash4,
+    ByTorch,
+    PackedAttention,
+    prepare_flash4,
+    why_not_flash4,
+)
+
+N, C, V = 32768, 768, 50304
+ROUNDS, WARM_UP = 15, 3
+Work = Callable[[], object]
+
+
+def microseconds(work: Work) -> float:
+    for _ in range(WARM_UP):
+        work()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
+    for begin, end in marks:
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(1e3 * begin.elapsed_time(end) for begin, end in marks)[ROUNDS // 2]
+
+
+def in_turns(*works: Work) -> list[float]:
+    """The better of two medians of each."""
+    turns = [[microseconds(work) for work in works] for _ in range(2)]
+    return [min(times) for times in zip(*turns, strict=True)]
+
+
+def row(what: str, one: float, two: float, flops: float = 0.0) -> None:
+    rate = f"{flops / two / 1e6:.0f}" if flops else ""
+    print(f"| {what} | {one:.0f} | {two:.0f} | {one - two:+.0f} | {rate} |", flush=True)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda").bfloat16() * shape[-1] ** -0.5
+
+
+def linear_layers() -> None:
+    for name, out, inner in (("c_attn", 3 * C, C), ("attn.c_proj", C, C), ("c_fc", 4 * C, C),
+                             ("mlp.c_proj", C, 4 * C)):  # fmt: skip
+        x, weight, bias, upstream = draw(N, inner), draw(out, inner), draw(out), draw(N, out)
+        flops = 2.0 * N * out * inner
+        forth = in_turns(
+            lambda x=x, w=weight, b=bias: torch.addmm(b, x, w.t()),
+            lambda x=x, w=weight, b=bias: products.linear(x, w, b),
+        )
+        row(f"{name}, forward with bias", *forth, flops)
+        back = in_turns(
+            lambda u=upstream, w=weight: u @ w, lambda u=upstream, w=weight: products.back(u, w)
+        )
+        row(f"{name}, gradient of its input", *back, flops)
+
+
+def around_the_gelu() -> None:
+    x, weight, bias = draw(N, C), draw(4 * C, C), draw(4 * C)
+    row(
+        "c_fc with bias, then the GELU; the two in one",
+        *in_turns(
+            lambda: block.gelu(products.linear(x, weight, bias)),
+            lambda: products.linear_gelu(x, weight, bias),
+        ),
+    )
+    upstream, down, inner = draw(N, C), draw(C, 4 * C), draw(N, 4 * C)
+    sums = torch.zeros(4 * C, device="cuda")
+
+    def apart() -> None:
+        block.gelu_backward(inner, products.back(upstream, down), sums)
+
+    def in_one() -> None:
+        block.add_column_sums(products.back_through_gelu(upstream, down, inner), sums)
+
+    row("back through mlp.c_proj and the GELU; the slope in the product", *in_turns(apart, in_one))
+
+
+def the_head() -> None:
+    hidden, table = draw(8192, C), draw(V, C)
+    flops = 2.0 * 8192 * V * C
+    torchs, ours = in_turns(lambda: hidden @ table.t(), lambda: products.linear(hidden, table))
+    row("logits of 8,192 tokens", torchs, ours, flops)
+    logits = products.linear(hidden, table)
+    targets = torch.randint(0, V, (8192,), device="cuda")
+    (loss,) = in_turns(lambda: cross_entropy_in_place(logits, targets, -1, 1e-5))
+    print(f"| their loss and gradient in place | | {loss:.0f} | | |", flush=True)
+
+
+def attention() -> None:
+    qkv, upstream = draw(32, 1024, 3, 12, 64), draw(N, C)
+    sums = torch.zeros(3 * C, device="cuda")
+    ways: list[PackedAttention] = [ByTorch()]
+    reason = why_not_flash4(qkv.device, qkv.dtype, head_size=64, dropout=0.0)
+    if reason:
+        print(f"| FlashAttention-4: {reason} | | | | |")
+    else:
+        prepare_flash4(cache_folder())
+        ways.append(ByFlash4())
+
+    def there(way: PackedAttention) -> Work:
+        return lambda: way.forward(qkv)
+
+    def and_back(way: PackedAttention) -> Work:
+        return lambda: way.backward(upstream, way.forward(qkv)[1], sums)
+
+    forth = in_turns(*(there(way) for way in ways))
+    both = in_turns(*(and_back(way) for way in ways))
+    row("attention forward; cuDNN's alone", forth[0], forth[-1])
+    row("there and back, gradients packed; by FlashAttention-4", both[0], both[-1])
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA GPU")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| what | before, us | chosen, us | difference | TFLOP/s |")
+    print("| --- | --- | --- | --- | --- |")
+    linear_layers()
+    around_the_gelu()
+    the_head()
+    attention()
+
+
+if __name__ == "__main__":
+    main()
