@@ -83,12 +83,12 @@ def cut(text: Path, out: Path) -> Path:
     return path
 
 
-def published_weights(out: Path) -> Path:
+def published_weights(out: Path, seed: int) -> Path:
     """A checkpoint to start from, with the MLP's projections as wide as all other matrices."""
     tokenizer = named("gpt2", "")
     config = dataclasses.replace(preset("gpt2"), vocab_size=50304)
-    model = GPT.unfilled(config.model).initialize(torch.Generator().manual_seed(config.seed))
-    dice = torch.Generator().manual_seed(config.seed + 1)
+    model = GPT.unfilled(config.model).initialize(torch.Generator().manual_seed(seed))
+    dice = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.c_proj.weight"):
             torch.nn.init.normal_(parameter, std=0.02, generator=dice)
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--tiny", type=Path, required=True, help="tiny Shakespeare")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--weights_seed", type=int, default=1337, help="of the run `weights`")
     parser.add_argument("flags", nargs="*", help="more flags for the program, behind --")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def main() -> None:
         "full": [],
     }
     if "weights" in args.only:
-        start = published_weights(args.out)
+        start = published_weights(args.out, args.weights_seed)
         flags["weights"] = [*flags["cut"], "--init_from", str(start)]
     # Those of the same names in one order, whatever was asked for.
     done = {
