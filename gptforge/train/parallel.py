@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gptforge.distributed import Ranks
 from gptforge.distributed.ranks import ranges
-from gptforge.train.by_hand import Gradients
+from gptforge.train.gradients import Gradients
 
 PIECE = 25 * 2**20
 """Bytes: smaller messages leave the wires idle, larger ones wait long to set out."""

@@ -1,0 +1,168 @@
+"""A transformer block written out, forward and backward; see by_hand.py.
+
+Shapes: N tokens, in windows of T, C channels, H heads of D = C / H.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gptforge.kernels.block import Norm, add_column_sums, add_norm, gelu_backward, norm_backward
+from gptforge.kernels.packed_attention import ByFlash4, ByTorch, Kept, PackedAttention
+from gptforge.kernels.products import back, back_through_gelu, linear, linear_gelu
+from gptforge.model import Block
+from gptforge.train.gradients import add_product, gradient_of
+
+
+class Linear:
+    """A linear layer: a narrow copy of its weights to compute with, and where gradients go."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        self.weight, self.bias = layer.weight, layer.bias
+        self.narrow = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)  # (out, in)
+        self.narrow_bias = torch.empty_like(layer.bias, dtype=dtype, requires_grad=False)  # (out,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+        return linear(x, self.narrow, self.narrow_bias)
+
+    def forward_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and its GELU."""
+        return linear_gelu(x, self.narrow, self.narrow_bias)
+
+    def backward(self, x: Tensor, upstream: Tensor) -> Tensor:
+        """The gradient of x; that of the weights is added to theirs, that of the bias is not."""
+        add_product(self.weight, upstream, x)
+        return back(upstream, self.narrow)
+
+
+class KeptOfBlock(NamedTuple):
+    """What a block's way back needs from its way forward: 12 or 16 C numbers a token in all."""
+
+    norm_1: Norm
+    normal_1: Tensor
+    mixed: Tensor
+    attention: Kept
+    norm_2: Norm
+    normal_2: Tensor
+    inner: Tensor
+    activated: Tensor | None
+    dropped_1: Tensor | None
+    dropped_2: Tensor | None
+
+
+class BlockByHand:
+    """A transformer block. `before` is the bias of what the block in front of it adds last.
+
+    With `keeps_gelu` the GELU's output is kept, and its slope is taken by the product that makes
+    its gradient. Otherwise a pass of its own takes the slope, and makes the output again.
+    """
+
+    sums_1: Tensor
+    sums_2: Tensor
+    """Where the gradients of `vectors_1` and `vectors_2` are added up."""
+
+    def __init__(
+        self,
+        block: Block,
+        before: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        keeps_gelu: bool,
+        flash4: bool,
+    ) -> None:
+        self._keeps_gelu = keeps_gelu
+        self._attention: PackedAttention
+        self._attention = ByFlash4() if flash4 else ByTorch(block.attn.dropout)
+        self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        self.c_attn = Linear(block.attn.c_attn, dtype)
+        self.mix = Linear(block.attn.c_proj, dtype)
+        self.c_fc = Linear(block.mlp.c_fc, dtype)
+        self.c_proj = Linear(block.mlp.c_proj, dtype)
+        self.linears = (self.c_attn, self.mix, self.c_fc, self.c_proj)
+        self.vectors_1: list[Tensor] = [self.ln_1.weight, self.ln_1.bias]
+        self.vectors_2: list[Tensor] = [self.ln_2.weight, self.ln_2.bias]
+        # Whatever is added to the stream has the stream's gradient, and so has its bias: unless
+        # dropout comes in between.
+        self.apart: list[Tensor] = [self.mix.bias, self.c_proj.bias] if self.dropout else []
+        if not self.dropout:
+            self.vectors_2.append(self.mix.bias)
+            if before is not None:
+                self.vectors_1.append(before)
+
+    def groups(self) -> list[list[Tensor]]:
+        """The parameters in the order in which their gradients are made."""
+        return [
+            [self.c_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.vectors_2,
+            [self.mix.weight], [self.c_attn.bias], [self.c_attn.weight], self.vectors_1,
+            *([bias] for bias in self.apart),
+        ]  # fmt: skip
+
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, length: int
+    ) -> tuple[Tensor, KeptOfBlock]:
+        """The block's last branch (N, C), not yet added to the stream, which is among the kept."""
+        normal_1, norm_1 = add_norm(stream, branch, self.ln_1.weight, self.ln_1.bias)
+        qkv = self.c_attn.forward(normal_1).view(-1, length, 3, self.n_head, self._head_size)
+        mixed, attention = self._attention.forward(qkv)  # (N, C)
+        branch, dropped_1 = drop(self.mix.forward(mixed), self.dropout)
+        normal_2, norm_2 = add_norm(norm_1.stream, branch, self.ln_2.weight, self.ln_2.bias)
+        inner, activated = linear_gelu(
+            normal_2, self.c_fc.narrow, self.c_fc.narrow_bias
+        )  # (N, 4 C)
+        branch, dropped_2 = drop(self.c_proj.forward(activated), self.dropout)
+        kept_gelu = activated if self._keeps_gelu else None
+        return branch, KeptOfBlock(
+            norm_1, normal_1, mixed, attention, norm_2, normal_2, inner, kept_gelu,
+            dropped_1, dropped_2,
+        )  # fmt: skip
+
+    def backward(self, upstream: Tensor, kept: KeptOfBlock) -> Tensor:
+        """From the gradient of the stream behind the block (N, C) to that before it."""
+        to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj.bias)
+        wide = self._behind_c_fc(to_branch, kept)  # (N, 4 C)
+        narrow = self.c_fc.backward(kept.normal_2, wide)
+        upstream = norm_backward(narrow, kept.norm_2, self.ln_2.weight, upstream, self.sums_2)
+        to_branch = self._undrop(upstream, kept.dropped_1, self.mix.bias)
+        narrow = self.mix.backward(kept.mixed, to_branch)
+        to_bias = gradient_of(self.c_attn.bias)
+        wide = self._attention.backward(narrow, kept.attention, to_bias)  # (N, 3 C)
+        narrow = self.c_attn.backward(kept.normal_1, wide)
+        return norm_backward(narrow, kept.norm_1, self.ln_1.weight, upstream, self.sums_1)
+
+    def _behind_c_fc(self, to_branch: Tensor, kept: KeptOfBlock) -> Tensor:
+        """The gradient of what c_fc gives; adds those of its bias and of c_proj's weights."""
+        to_bias = gradient_of(self.c_fc.bias)
+        if kept.activated is None:
+            wide = back(to_branch, self.c_proj.narrow)
+            wide, activated = gelu_backward(kept.inner, wide, to_bias)
+        else:
+            wide = back_through_gelu(to_branch, self.c_proj.narrow, kept.inner)
+            activated = kept.activated
+            add_column_sums(wide, to_bias)
+        add_product(self.c_proj.weight, to_branch, activated)
+        return wide
+
+    def _undrop(self, upstream: Tensor, dropped: Tensor | None, bias: Tensor) -> Tensor:
+        if dropped is None:
+            return upstream
+        upstream = drop_backward(upstream, dropped, self.dropout)
+        gradient_of(bias).add_(upstream.sum(0, dtype=bias.dtype))
+        return upstream
+
+    @property
+    def _head_size(self) -> int:
+        return self.c_attn.weight.size(1) // self.n_head
+
+
+def drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """x with some of it dropped, and what was not."""
+    return torch.native_dropout(x, dropout, True) if dropout else (x, None)
+
+
+def drop_backward(upstream: Tensor, dropped: Tensor, dropout: float) -> Tensor:
+    """The gradient of what was dropped from."""
+    result: Tensor = torch.ops.aten.native_dropout_backward(upstream, dropped, 1 / (1 - dropout))
+    return result
