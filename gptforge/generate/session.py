@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptforge.generate.engine import Engine
+from gptforge.generate.quick import QuickStep, quick_step
 from gptforge.generate.sampling import Sampling, pick
 
 WARM_UP = 3
@@ -116,6 +117,14 @@ class Session:
         self._choose(self.engine.forward(self.ids, positions, cache, self.slot, mask))
         self.slot += 1
 
+    def _captured_step(self, quick: QuickStep | None) -> None:
+        """One step over all slots, which a graph can hold."""
+        if quick is None:
+            self._advance(self.cache.size(-2), padded=True)
+            return
+        self._choose(quick(self.ids, self.starts, self.cache, self.slot))
+        self.slot += 1
+
     def _choose(self, logits: Tensor) -> None:
         dice = self.dice.index_select(1, self.step).squeeze(1)
         ids = pick(logits, dice, self.sampling)[:, None]  # (B, 1)
@@ -135,7 +144,7 @@ class Session:
 
     def _capture(self) -> "torch.cuda.CUDAGraph | None":
         """One step over all slots as a graph, or None where the system will not have it."""
-        slots = self.cache.size(-2)
+        quick = quick_step(self.engine, self.cache)
         try:
             side = torch.cuda.Stream(self.engine.device)
             side.wait_stream(torch.cuda.current_stream(self.engine.device))
@@ -143,14 +152,14 @@ class Session:
                 for _ in range(WARM_UP):
                     self.slot.zero_()
                     self.step.zero_()
-                    self._advance(slots, padded=True)
+                    self._captured_step(quick)
             torch.cuda.current_stream(self.engine.device).wait_stream(side)
             self.slot.zero_()
             self.step.zero_()
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile: only this one's mistakes count.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._advance(slots, padded=True)
+                self._captured_step(quick)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:

@@ -1,0 +1,74 @@
+"""A step of writing for a captured graph, by kernels made for it, where they can be had.
+
+Captured or not makes the difference: launched one by one, these kernels cost the host more time
+than torch's own.
+"""
+
+import torch
+from torch import Tensor
+
+from gptforge.generate.engine import Engine
+from gptforge.kernels.decode import ByTriton, Way, Written, fits
+
+NEAR = 0.1
+"""Distance of logits, relative to their length, that bfloat16 explains; other numbers are at 1."""
+
+
+class QuickStep:
+    """An engine's `forward` for one token a sequence.
+
+    Args:
+        engine: its weights are used as they are.
+        way: how the pieces are computed.
+    """
+
+    def __init__(self, engine: Engine, way: Way) -> None:
+        self.engine, self.way = engine, way
+
+    def __call__(self, ids: Tensor, starts: Tensor, cache: Tensor, slot: Tensor) -> Tensor:
+        """Logits behind `ids`, which the cache then holds.
+
+        Args:
+            ids: (B, 1).
+            starts: (B, 1) the first slot of each sequence.
+            cache: (layers, 2, B, H, S, D).
+            slot: (1,) where in the cache the ids go; they look from their start up to here.
+
+        Returns:
+            (B, V) float32 logits.
+        """
+        way, at = self.way, Written(ids, starts, slot)
+        x = way.embed(at, self.engine.wte, self.engine.wpe)
+        for layer, memory in zip(self.engine.layers, cache, strict=True):
+            q = way.norm_qkv(x, layer.ln_1, layer.c_attn, memory, at)
+            way.attended_onto(way.attend(q, memory, at), layer.attn_c_proj, x)
+            y = way.norm_product(x, layer.ln_2, layer.c_fc, gelu=True)
+            way.product_onto(y, layer.mlp_c_proj, x)
+        return way.norm_product(x, self.engine.ln_f, self.engine.head, gelu=False)
+
+    def agrees(self, cache: Tensor) -> bool:
+        """Whether the engine itself comes to these logits from random memories; empties `cache`."""
+        dice = torch.Generator(cache.device).manual_seed(0)
+        cache.normal_(generator=dice)
+        ids = torch.zeros(cache.size(2), 1, dtype=torch.long, device=cache.device)
+        last = torch.full((1,), cache.size(-2) - 1, dtype=torch.long, device=cache.device)
+        starts = torch.zeros_like(ids)
+        ours = self(ids, starts, cache, last)
+        theirs = self.engine.forward(ids, last - starts, cache, last, None).float()
+        cache.zero_()
+        return bool((ours - theirs).norm() <= NEAR * theirs.norm())
+
+
+def quick_step(engine: Engine, cache: Tensor) -> QuickStep | None:
+    """The step by Triton's kernels, tried out with an empty cache; None where it does not work.
+
+    It is a matter of speed alone, so whatever stands in its way (no Triton, no C compiler for it, a
+    GPU that it does not know) is no error.
+    """
+    if not fits(cache):
+        return None
+    try:
+        step = QuickStep(engine, ByTriton())
+        return step if step.agrees(cache) else None
+    except Exception:
+        return None

@@ -1,0 +1,196 @@
+"""The kernels of a step of writing, in Triton. Imported only where one is about to run.
+
+`decode.py` says what each computes, and has the plain torch for it. A step reads every weight once
+for a handful of numbers, so what counts is that all of memory's lanes are busy from a kernel's
+first moment, and that there are few kernels. A program therefore takes a few rows of a weight, asks
+for them before anything else, and meanwhile makes by itself what all programs need: the LayerNorm
+of the stream, or the sum of attention's parts. Between kernels everything is float32.
+
+Shapes: B sequences (program_id(0) is one of them), C `columns` that come in, H `heads` of D `size`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def embed(ids, starts, slot, wte, wpe, x, columns: tl.constexpr, BLOCK: tl.constexpr):
+    """`x` (B, C) is the embedding of a token and of its place in its own sequence."""
+    sequence = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    token = tl.load(ids + sequence)
+    place = tl.load(slot) - tl.load(starts + sequence)
+    what = tl.load(wte + token * columns + column, mask=inside, other=0.0).to(tl.float32)
+    where = tl.load(wpe + place * columns + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + sequence * columns + column, what + where, mask=inside)
+
+
+@triton.jit
+def norm_qkv(
+    x, norm_weight, norm_bias, weight, bias, q, memory, slot, eps, apart, far, between,
+    columns: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`q` (B, C) from the normalised stream; k and v go to `memory`, into their slot.
+
+    There, values lie `apart` behind the keys, sequences `far` and heads `between` from each other.
+    """
+    sequence = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    w = _rows_of(weight, row, 3 * columns, columns, 0, BLOCK)
+    b = tl.load(bias + row, mask=row < 3 * columns, other=0.0).to(tl.float32)
+    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK)
+    y = tl.sum(w * value[None, :], 1) + b
+    third = row // columns
+    channel = row % columns
+    tl.store(q + sequence * columns + channel, y, mask=third == 0)
+    own = memory + sequence * far + (channel // size) * between
+    own += tl.load(slot) * size + channel % size
+    narrow = y.to(memory.dtype.element_ty)
+    tl.store(own, narrow, mask=third == 1)
+    tl.store(own + apart, narrow, mask=third == 2)
+
+
+@triton.jit
+def attend(
+    q, memory, starts, slot, mixes, tops, totals, scale, apart, far, between, heads,
+    size: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One head's look at its share of the slots that its sequence has filled.
+
+    `mixes` (B, SPLITS, H, D) are sums of values, weighted by the exponentials of the scores less
+    what is in `tops` (B, SPLITS, H); the weights' sums are `totals`, 0 where there was no slot.
+    """
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    start = tl.load(starts + sequence).to(tl.int32)
+    end = tl.load(slot).to(tl.int32) + 1
+    each = tl.cdiv(end - start, SPLITS)
+    first = start + split * each
+    last = tl.minimum(first + each, end)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size
+    asked = tl.load(q + (sequence * heads + head) * size + lane, mask=inside, other=0.0) * scale
+    keys = memory + sequence * far + head * between
+    top = -1e30
+    total = 0.0
+    mix = tl.zeros((BLOCK,), tl.float32)
+    begin = first
+    while begin < last:
+        place = begin + tl.arange(0, TILE)
+        seen = place < last
+        mask = seen[:, None] & inside[None, :]
+        at = keys + place[:, None] * size + lane[None, :]
+        k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(at + apart, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(k * asked[None, :], 1), -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        shrink = tl.exp(top - higher)
+        share = tl.exp(score - higher)
+        total = total * shrink + tl.sum(share, 0)
+        mix = mix * shrink + tl.sum(share[:, None] * v, 0)
+        top = higher
+        begin += TILE
+    part = (sequence * SPLITS + split) * heads + head
+    tl.store(mixes + part * size + lane, mix, mask=inside)
+    tl.store(tops + part, top)
+    tl.store(totals + part, total)
+
+
+@triton.jit
+def attended_onto(
+    mixes, tops, totals, weight, bias, x, heads,
+    columns: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """`x` (B, C) grows by attention's output, whose parts `attend` left, through the layer."""
+    sequence = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    w = _rows_of(weight, row, columns, columns, 0, BLOCK)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    mix = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = (sequence * SPLITS + split) * heads
+        own_top = tl.load(tops + part + column // size, mask=inside, other=0.0)
+        own_total = tl.load(totals + part + column // size, mask=inside, other=1.0)
+        own_mix = tl.load(mixes + part * size + column, mask=inside, other=0.0)
+        higher = tl.maximum(top, own_top)
+        shrink = tl.exp(top - higher)
+        own_shrink = tl.exp(own_top - higher)
+        total = total * shrink + own_total * own_shrink
+        mix = mix * shrink + own_mix * own_shrink
+        top = higher
+    y = tl.sum(w * (mix / total)[None, :], 1)
+    _add(x + sequence * columns, y, bias, row, columns)
+
+
+@triton.jit
+def norm_product(
+    x, norm_weight, norm_bias, weight, bias, out, outputs, eps,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+):  # fmt: skip
+    """`out` (B, outputs) is the normalised stream through the layer, and through GELU if asked."""
+    sequence = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    w = _rows_of(weight, row, outputs, columns, 0, BLOCK)
+    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK)
+    y = tl.sum(w * value[None, :], 1)
+    if HAS_BIAS:
+        y += tl.load(bias + row, mask=row < outputs, other=0.0).to(tl.float32)
+    if GELU:
+        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        # (1 + tanh(a)) / 2 is the logistic function of 2 a.
+        y = y / (1.0 + tl.exp(-2.0 * inner))
+    tl.store(out + sequence * outputs + row, y, mask=row < outputs)
+
+
+@triton.jit
+def product_onto(
+    y, weight, bias, x, outputs,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`x` (B, outputs) grows by y (B, C) through the layer."""
+    sequence = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in tl.static_range(0, columns, BLOCK):
+        w = _rows_of(weight, row, outputs, columns, begin, BLOCK)
+        column = begin + tl.arange(0, BLOCK)
+        value = tl.load(y + sequence * columns + column, mask=column < columns, other=0.0)
+        total += w * value[None, :]
+    _add(x + sequence * outputs, tl.sum(total, 1), bias, row, outputs)
+
+
+@triton.jit
+def _rows_of(weight, row, rows, columns: tl.constexpr, begin: tl.constexpr, BLOCK: tl.constexpr):
+    """Some rows of a weight, (ROWS, BLOCK), from column `begin` on."""
+    column = begin + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    place = row[:, None] * columns + column[None, :]
+    return tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normed(x, weight, bias, eps, columns: tl.constexpr, BLOCK: tl.constexpr):
+    """The LayerNorm of a row, 0 behind its end."""
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    value = tl.load(x + column, mask=inside, other=0.0)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    apart = tl.where(inside, value - tl.sum(value, 0) / columns, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 0) / columns + eps)
+    return apart * inverse * w + b
+
+
+@triton.jit
+def _add(x, y, bias, row, rows):
+    """The stream grows by a layer's output and its bias: each row is one program's alone."""
+    inside = row < rows
+    y += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + row, tl.load(x + row, mask=inside, other=0.0) + y, mask=inside)

@@ -1,0 +1,154 @@
+"""The step for a captured graph against the engine's own."""
+
+import pytest
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.generate import quick
+from gptforge.generate.decode import Decoder
+from gptforge.generate.engine import Engine
+from gptforge.generate.quick import QuickStep, quick_step
+from gptforge.generate.sampling import Sampling, throw_dice
+from gptforge.generate.session import Session
+from gptforge.kernels.decode import ByTorch, Way
+from gptforge.model import GPT
+
+SIZE = 50
+SHAPE = GPTConfig(block_size=96, vocab_size=64, n_layer=3, n_head=2, n_embd=32)
+WIDE = GPTConfig(block_size=256, vocab_size=64, n_layer=12, n_head=12, n_embd=768)
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+def model(shape: GPTConfig = SHAPE, *, scale: float = 3) -> GPT:
+    made = GPT(shape).initialize(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # Larger than they are drawn, so that what came before matters.
+        for parameter in made.parameters():
+            parameter.mul_(scale)
+    return made.eval()
+
+
+def random_ids(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(0, SIZE, (rows, columns), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def of_the_engine(engine: Engine, ids: torch.Tensor, starts: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of each step, one token a step, by `Engine.forward` with a mask."""
+    cache, everything = engine.cache(*ids.shape), torch.arange(ids.size(1), device=engine.device)
+    logits = []
+    for n in range(int(starts.max()), ids.size(1)):
+        slot = torch.tensor([n], device=engine.device)
+        seen = (everything <= n) & (everything >= starts)
+        mask = torch.zeros(seen.shape, dtype=engine.cache_dtype, device=engine.device)
+        mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]
+        one = engine.forward(ids[:, n : n + 1], slot - starts, cache, slot, mask)
+        logits.append(one.float())
+    return logits
+
+
+@torch.inference_mode()
+def of_the_quick(
+    engine: Engine, way: Way, ids: torch.Tensor, starts: torch.Tensor
+) -> list[torch.Tensor]:
+    cache, step = engine.cache(*ids.shape), QuickStep(engine, way)
+    places = torch.arange(ids.size(1), device=engine.device)
+    return [
+        step(ids[:, n : n + 1], starts, cache, places[n : n + 1])
+        for n in range(int(starts.max()), ids.size(1))
+    ]
+
+
+def test_step_by_step_the_logits_are_the_engines_whatever_the_starts() -> None:
+    engine = Engine(model(), size=SIZE)
+    ids, starts = random_ids(3, 96), torch.tensor([[0], [5], [9]])
+    theirs = of_the_engine(engine, ids, starts)
+    ours = of_the_quick(engine, ByTorch(), ids, starts)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_agrees_with_the_engine_is_taken(monkeypatch) -> None:
+    engine = Engine(model(), size=SIZE)
+
+    class Wrong(ByTorch):
+        def product_onto(self, y, product, x) -> None:
+            pass
+
+    class Failing(ByTorch):
+        def embed(self, at, wte, wpe):
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(quick, "fits", lambda cache: True)
+    for way, works in [(ByTorch, True), (Wrong, False), (Failing, False)]:
+        monkeypatch.setattr(quick, "ByTriton", way)
+        cache = engine.cache(2, 64)
+        with torch.inference_mode():
+            assert (quick_step(engine, cache) is not None) == works
+    monkeypatch.setattr(quick, "fits", lambda cache: False)
+    monkeypatch.setattr(quick, "ByTriton", ByTorch)
+    assert quick_step(engine, engine.cache(2, 64)) is None
+
+
+def sampled(session: Session, quick: QuickStep | None) -> list[list[int]]:
+    with torch.inference_mode():
+        session.begin(throw_dice([1, 2], 20))
+        session.read([[1, 2, 3], [4]])
+        for _ in range(19):
+            session._captured_step(quick)
+    return session.taken(0, 20)[0][:, :, 0].tolist()
+
+
+def test_a_captured_step_is_the_same_either_way() -> None:
+    engine = Engine(model(), size=SIZE)
+    how = {"batch": 2, "slots": 64, "steps": 20, "sampling": Sampling(0.9, 10)}
+    plain = sampled(Session(engine, **how), None)
+    assert sampled(Session(engine, **how), QuickStep(engine, ByTorch())) == plain
+    dice = throw_dice([1, 2], 20)
+    steps = list(Decoder(engine).decode([[1, 2, 3], [4]], dice, how["sampling"]))
+    assert [[i for step in steps for i in step.ids[row]] for row in (0, 1)] == plain
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["small", "gpt2"])
+def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(shape, rows) -> None:
+    decode = pytest.importorskip("triton") and __import__("gptforge.kernels.decode", fromlist=["x"])
+    # Weights that bfloat16 holds exactly: what is left is the rounding on the way.
+    ours = model(shape, scale=2).bfloat16().cuda()
+    narrow = Engine(ours, size=SIZE)
+    exact = Engine(ours, size=SIZE, dtype=torch.float32)
+    ids = random_ids(rows, 96).cuda()
+    starts = torch.tensor([[0], [7], [3], [12]])[:rows].cuda()
+    assert quick_step(narrow, narrow.cache(rows, 96)) is not None
+    quick_ones = torch.stack(of_the_quick(narrow, decode.ByTriton(), ids, starts))
+    plain_ones = torch.stack(of_the_engine(narrow, ids, starts))
+    reference = torch.stack(of_the_engine(exact, ids, starts))
+
+    def far(logits: torch.Tensor) -> float:
+        return float((logits - reference).norm() / reference.norm())
+
+    assert far(quick_ones) < 0.02
+    assert far(quick_ones) <= far(plain_ones)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_on_a_gpu_a_replayed_graph_takes_what_is_likeliest_by_exact_logits(rows) -> None:
+    pytest.importorskip("triton")
+    ours = model(WIDE, scale=2).bfloat16().cuda()
+    engine = Engine(ours, size=SIZE)
+    exact = Engine(ours, size=SIZE, dtype=torch.float32)
+    prompts = [random_ids(1, 30)[0, 3 * row :].tolist() for row in range(rows)]
+    decoder = Decoder(engine, captured=True)
+    dice = throw_dice(range(rows), 150)
+    steps = list(decoder.decode(prompts, dice, Sampling(0)))
+    assert decoder.keeps_a_graph
+    with torch.inference_mode():
+        for row, prompt in enumerate(prompts):
+            chosen = [i for step in steps for i in step.ids[row]]
+            everything = torch.tensor([prompt + chosen], device="cuda")
+            starts = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+            logits = torch.cat(of_the_engine(exact, everything, starts))[len(prompt) - 1 : -1]
+            taken = logits.gather(1, torch.tensor(chosen, device="cuda")[:, None])[:, 0]
+            # Near ties may fall either way: none is further from the best than rounding explains.
+            assert bool((logits.amax(1) - taken <= 0.05 * logits.std(1)).all())
