@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptforge.generate.engine import Engine
-from gptforge.kernels.decode import ByTriton, Way, Written, fits
+from gptforge.kernels.decode import ByTriton, Way, Written, comes_early, fits
 
 NEAR = 0.1
 """Distance of logits, relative to their length, that bfloat16 explains; other numbers are at 1."""
@@ -68,7 +68,7 @@ def quick_step(engine: Engine, cache: Tensor) -> QuickStep | None:
     if not fits(cache):
         return None
     try:
-        step = QuickStep(engine, ByTriton())
+        step = QuickStep(engine, ByTriton(early=comes_early(cache.device)))
         return step if step.agrees(cache) else None
     except Exception:
         return None

@@ -145,6 +145,10 @@ class Session:
     def _capture(self) -> "torch.cuda.CUDAGraph | None":
         """One step over all slots as a graph, or None where the system will not have it."""
         quick = quick_step(self.engine, self.cache)
+        graph = None if quick is None else self._captured(quick)
+        return graph or self._captured(None)
+
+    def _captured(self, quick: QuickStep | None) -> "torch.cuda.CUDAGraph | None":
         try:
             side = torch.cuda.Stream(self.engine.device)
             side.wait_stream(torch.cuda.current_stream(self.engine.device))

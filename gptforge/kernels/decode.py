@@ -46,14 +46,12 @@ class Written:
 
 
 class Parts(NamedTuple):
-    """What attention saw in each share of the slots: sums of values, not yet divided."""
+    """What attention saw in each share of the slots."""
 
     mixes: Tensor
-    """(B, P, C)."""
-    tops: Tensor
-    """(B, P, H): the weights are exponentials of the scores less this."""
-    totals: Tensor
-    """(B, P, H): the weights' sums."""
+    """(B, P, C): means of the values, weighted by the exponentials of the scores."""
+    logs: Tensor
+    """(B, P, H): logarithms of the weights' sums; minus infinity where there was no slot."""
 
 
 class Way(Protocol):
@@ -106,18 +104,14 @@ class ByTorch:
         slots = torch.arange(S, device=q.device)
         seen = (slots >= at.starts) & (slots <= at.slot)  # (B, S)
         scores = scores.masked_fill(~seen[:, None], -math.inf)  # (B, H, S)
-        tops = scores.amax(-1, keepdim=True)
-        weights = (scores - tops).exp()
-        mixes = (weights[:, :, None] @ values).view(B, 1, H * D)
-        return Parts(mixes, tops.transpose(1, 2), weights.sum(-1)[:, None])
+        mixes = scores.softmax(-1)[:, :, None] @ values  # (B, H, 1, D)
+        return Parts(mixes.view(B, 1, H * D), scores.logsumexp(-1)[:, None])
 
     def attended_onto(self, parts: Parts, product: Product, x: Tensor) -> None:
         """See Way."""
-        mixes, tops, totals = parts
-        B, P, H = tops.shape  # noqa: N806
-        weights = (tops - tops.amax(1, keepdim=True)).exp()  # (B, P, H)
-        mix = (mixes.view(B, P, H, -1) * weights[..., None]).sum(1)  # (B, H, D)
-        y = mix / (totals * weights).sum(1)[..., None]
+        B, P, H = parts.logs.shape  # noqa: N806
+        shares = parts.logs.softmax(1)[..., None]  # (B, P, H, 1)
+        y = (parts.mixes.view(B, P, H, -1) * shares).sum(1)  # (B, H, D)
         self.product_onto(y.view(B, -1), product, x)
 
     def norm_product(self, x: Tensor, norm: Norm, product: Product, *, gelu: bool) -> Tensor:
@@ -133,21 +127,27 @@ class ByTorch:
 
 
 class ByTriton:
-    """On a CUDA device, for what `fits`."""
+    """On a CUDA device, for what `fits`.
 
-    def __init__(self) -> None:
+    Args:
+        early: kernels come in while the one before is at work; GPUs from Hopper on can do that.
+    """
+
+    def __init__(self, *, early: bool = False) -> None:
         # Importing Triton takes a second, so it waits until here.
         from gptforge.kernels import in_triton_decode
 
         self.kernels: Any = in_triton_decode
+        self.early = {"EARLY": early, "launch_pdl": early}
 
     def embed(self, at: Written, wte: Tensor, wpe: Tensor) -> Tensor:
         """See Way."""
         columns = wte.size(1)
         x = torch.empty(len(at.ids), columns, device=wte.device)
         self.kernels.embed[(len(x),)](
-            at.ids, at.starts, at.slot, wte, wpe, x, columns=columns, BLOCK=_up(columns)
-        )
+            at.ids, at.starts, at.slot, wte, wpe, x, columns=columns, BLOCK=_up(columns),
+            **self.early,
+        )  # fmt: skip
         return x
 
     def norm_qkv(
@@ -159,7 +159,7 @@ class ByTriton:
         tile = _tile(columns, len(weight))
         self.kernels.norm_qkv[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
             x, *norm, weight, product.bias, q, memory, at.slot, EPS, *memory.stride()[:3],
-            columns=columns, size=memory.size(-1), **tile,
+            columns=columns, size=memory.size(-1), **tile, **self.early,
         )  # fmt: skip
         return q
 
@@ -167,20 +167,20 @@ class ByTriton:
         """See Way."""
         _, B, H, _, D = memory.shape  # noqa: N806
         mixes = torch.empty(B, SPLITS, H * D, device=q.device)
-        tops, totals = torch.empty(2, B, SPLITS, H, device=q.device)
+        logs = torch.empty(B, SPLITS, H, device=q.device)
         self.kernels.attend[(B, H, SPLITS)](
-            q, memory, at.starts, at.slot, mixes, tops, totals, D**-0.5, *memory.stride()[:3], H,
-            size=D, BLOCK=_up(D), TILE=64, SPLITS=SPLITS,
+            q, memory, at.starts, at.slot, mixes, logs, D**-0.5, *memory.stride()[:3], H,
+            size=D, BLOCK=_up(D), TILE=64, SPLITS=SPLITS, **self.early,
         )  # fmt: skip
-        return Parts(mixes, tops, totals)
+        return Parts(mixes, logs)
 
     def attended_onto(self, parts: Parts, product: Product, x: Tensor) -> None:
         """See Way."""
-        columns, heads = x.size(1), parts.tops.size(2)
+        columns, heads = x.size(1), parts.logs.size(2)
         tile = _tile(columns, columns)
         self.kernels.attended_onto[(len(x), math.ceil(columns / tile["ROWS"]))](
             *parts, product.weight, product.bias, x, heads,
-            columns=columns, size=columns // heads, SPLITS=SPLITS, **tile,
+            columns=columns, size=columns // heads, SPLITS=SPLITS, **tile, **self.early,
         )  # fmt: skip
 
     def norm_product(self, x: Tensor, norm: Norm, product: Product, *, gelu: bool) -> Tensor:
@@ -190,17 +190,23 @@ class ByTriton:
         tile = _tile(columns, len(weight))
         self.kernels.norm_product[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
             x, *norm, weight, weight if product.bias is None else product.bias, out, len(weight),
-            EPS, columns=columns, HAS_BIAS=product.bias is not None, GELU=gelu, **tile,
+            EPS, columns=columns, HAS_BIAS=product.bias is not None, GELU=gelu,
+            **tile, **self.early,
         )  # fmt: skip
         return out
 
     def product_onto(self, y: Tensor, product: Product, x: Tensor) -> None:
         """See Way."""
         columns, outputs = y.size(1), x.size(1)
-        tile = _tile(min(columns, 1024), outputs)
+        tile = _tile(min(columns, WIDEST), outputs)
         self.kernels.product_onto[(len(x), math.ceil(outputs / tile["ROWS"]))](
-            y, product.weight, product.bias, x, outputs, columns=columns, **tile
+            y, product.weight, product.bias, x, outputs, columns=columns, **tile, **self.early
         )
+
+
+def comes_early(device: torch.device) -> bool:
+    """Whether the GPU lets a kernel in while the one before is at work."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def fits(memory: Tensor) -> bool:

@@ -6,6 +6,10 @@ first moment, and that there are few kernels. A program therefore takes a few ro
 for them before anything else, and meanwhile makes by itself what all programs need: the LayerNorm
 of the stream, or the sum of attention's parts. Between kernels everything is float32.
 
+With EARLY, a kernel may come in while the one before is at work, as far as `_wait`: so far it has
+asked for what never changes. CUDA calls this programmatic dependent launch; Hopper was the first to
+have it.
+
 Shapes: B sequences (program_id(0) is one of them), C `columns` that come in, H `heads` of D `size`.
 """
 
@@ -14,11 +18,15 @@ import triton.language as tl
 
 
 @triton.jit
-def embed(ids, starts, slot, wte, wpe, x, columns: tl.constexpr, BLOCK: tl.constexpr):
+def embed(
+    ids, starts, slot, wte, wpe, x,
+    columns: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """`x` (B, C) is the embedding of a token and of its place in its own sequence."""
     sequence = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < columns
+    _wait(EARLY)
     token = tl.load(ids + sequence)
     place = tl.load(slot) - tl.load(starts + sequence)
     what = tl.load(wte + token * columns + column, mask=inside, other=0.0).to(tl.float32)
@@ -30,6 +38,7 @@ def embed(ids, starts, slot, wte, wpe, x, columns: tl.constexpr, BLOCK: tl.const
 def norm_qkv(
     x, norm_weight, norm_bias, weight, bias, q, memory, slot, eps, apart, far, between,
     columns: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`q` (B, C) from the normalised stream; k and v go to `memory`, into their slot.
 
@@ -38,9 +47,9 @@ def norm_qkv(
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, 3 * columns, columns, 0, BLOCK)
-    b = tl.load(bias + row, mask=row < 3 * columns, other=0.0).to(tl.float32)
-    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK)
-    y = tl.sum(w * value[None, :], 1) + b
+    b = tl.load(bias + row, mask=row < 3 * columns, other=0.0)
+    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK, EARLY)
+    y = tl.sum(w.to(tl.float32) * value[None, :], 1) + b.to(tl.float32)
     third = row // columns
     channel = row % columns
     tl.store(q + sequence * columns + channel, y, mask=third == 0)
@@ -53,17 +62,19 @@ def norm_qkv(
 
 @triton.jit
 def attend(
-    q, memory, starts, slot, mixes, tops, totals, scale, apart, far, between, heads,
+    q, memory, starts, slot, mixes, logs, scale, apart, far, between, heads,
     size: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head's look at its share of the slots that its sequence has filled.
 
-    `mixes` (B, SPLITS, H, D) are sums of values, weighted by the exponentials of the scores less
-    what is in `tops` (B, SPLITS, H); the weights' sums are `totals`, 0 where there was no slot.
+    `mixes` (B, SPLITS, H, D) are means of values, weighted by the exponentials of the scores, and
+    `logs` (B, SPLITS, H) the logarithms of these weights' sums: minus infinity without a slot.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
+    _wait(EARLY)
     start = tl.load(starts + sequence).to(tl.int32)
     end = tl.load(slot).to(tl.int32) + 1
     each = tl.cdiv(end - start, SPLITS)
@@ -93,21 +104,21 @@ def attend(
         top = higher
         begin += TILE
     part = (sequence * SPLITS + split) * heads + head
-    tl.store(mixes + part * size + lane, mix, mask=inside)
-    tl.store(tops + part, top)
-    tl.store(totals + part, total)
+    tl.store(mixes + part * size + lane, mix / tl.maximum(total, 1e-30), mask=inside)
+    tl.store(logs + part, top + tl.log(total))
 
 
 @triton.jit
 def attended_onto(
-    mixes, tops, totals, weight, bias, x, heads,
+    mixes, logs, weight, bias, x, heads,
     columns: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` (B, C) grows by attention's output, whose parts `attend` left, through the layer."""
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, columns, columns, 0, BLOCK)
+    _wait(EARLY)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     top = tl.full((BLOCK,), -1e30, tl.float32)
@@ -115,16 +126,15 @@ def attended_onto(
     mix = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
         part = (sequence * SPLITS + split) * heads
-        own_top = tl.load(tops + part + column // size, mask=inside, other=0.0)
-        own_total = tl.load(totals + part + column // size, mask=inside, other=1.0)
+        own = tl.load(logs + part + column // size, mask=inside, other=0.0)
         own_mix = tl.load(mixes + part * size + column, mask=inside, other=0.0)
-        higher = tl.maximum(top, own_top)
+        higher = tl.maximum(top, own)
         shrink = tl.exp(top - higher)
-        own_shrink = tl.exp(own_top - higher)
-        total = total * shrink + own_total * own_shrink
-        mix = mix * shrink + own_mix * own_shrink
+        own_weight = tl.exp(own - higher)
+        total = total * shrink + own_weight
+        mix = mix * shrink + own_mix * own_weight
         top = higher
-    y = tl.sum(w * (mix / total)[None, :], 1)
+    y = tl.sum(w.to(tl.float32) * (mix / total)[None, :], 1)
     _add(x + sequence * columns, y, bias, row, columns)
 
 
@@ -132,14 +142,14 @@ def attended_onto(
 def norm_product(
     x, norm_weight, norm_bias, weight, bias, out, outputs, eps,
     columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
+    GELU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`out` (B, outputs) is the normalised stream through the layer, and through GELU if asked."""
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, outputs, columns, 0, BLOCK)
-    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK)
-    y = tl.sum(w * value[None, :], 1)
+    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK, EARLY)
+    y = tl.sum(w.to(tl.float32) * value[None, :], 1)
     if HAS_BIAS:
         y += tl.load(bias + row, mask=row < outputs, other=0.0).to(tl.float32)
     if GELU:
@@ -152,18 +162,21 @@ def norm_product(
 @triton.jit
 def product_onto(
     y, weight, bias, x, outputs,
-    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`x` (B, outputs) grows by y (B, C) through the layer."""
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    w = _rows_of(weight, row, outputs, columns, 0, BLOCK)
+    _wait(EARLY)
+    total = tl.zeros((ROWS,), tl.float32)
     for begin in tl.static_range(0, columns, BLOCK):
-        w = _rows_of(weight, row, outputs, columns, begin, BLOCK)
+        if begin:
+            w = _rows_of(weight, row, outputs, columns, begin, BLOCK)
         column = begin + tl.arange(0, BLOCK)
         value = tl.load(y + sequence * columns + column, mask=column < columns, other=0.0)
-        total += w * value[None, :]
-    _add(x + sequence * outputs, tl.sum(total, 1), bias, row, outputs)
+        total += tl.sum(w.to(tl.float32) * value[None, :], 1)
+    _add(x + sequence * outputs, total, bias, row, outputs)
 
 
 @triton.jit
@@ -172,20 +185,22 @@ def _rows_of(weight, row, rows, columns: tl.constexpr, begin: tl.constexpr, BLOC
     column = begin + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     place = row[:, None] * columns + column[None, :]
-    return tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
+    # Widened by the caller behind `_wait`: doing so waits for the memory.
+    return tl.load(weight + place, mask=mask, other=0.0)
 
 
 @triton.jit
-def _normed(x, weight, bias, eps, columns: tl.constexpr, BLOCK: tl.constexpr):
-    """The LayerNorm of a row, 0 behind its end."""
+def _normed(x, weight, bias, eps, columns: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """The LayerNorm of a row, 0 behind its end; what is at `x` is waited for."""
     column = tl.arange(0, BLOCK)
     inside = column < columns
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    b = tl.load(bias + column, mask=inside, other=0.0)
+    _wait(EARLY)
     value = tl.load(x + column, mask=inside, other=0.0)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     apart = tl.where(inside, value - tl.sum(value, 0) / columns, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 0) / columns + eps)
-    return apart * inverse * w + b
+    return apart * inverse * w.to(tl.float32) + b.to(tl.float32)
 
 
 @triton.jit
@@ -194,3 +209,15 @@ def _add(x, y, bias, row, rows):
     inside = row < rows
     y += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(x + row, tl.load(x + row, mask=inside, other=0.0) + y, mask=inside)
+
+
+@triton.jit
+def _wait(EARLY: tl.constexpr):
+    """Let the next kernel come in; go on when the one before has left, and its writes are seen.
+
+    Every kernel waits before it reads or writes what another one touches. Since each leaves only
+    after those before it, that holds for all of them, not only for neighbours.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

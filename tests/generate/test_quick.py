@@ -10,7 +10,7 @@ from gptforge.generate.engine import Engine
 from gptforge.generate.quick import QuickStep, quick_step
 from gptforge.generate.sampling import Sampling, throw_dice
 from gptforge.generate.session import Session
-from gptforge.kernels.decode import ByTorch, Way
+from gptforge.kernels.decode import ByTorch, ByTriton, Way, comes_early
 from gptforge.model import GPT
 
 SIZE = 50
@@ -70,22 +70,27 @@ def test_step_by_step_the_logits_are_the_engines_whatever_the_starts() -> None:
 def test_only_what_agrees_with_the_engine_is_taken(monkeypatch) -> None:
     engine = Engine(model(), size=SIZE)
 
-    class Wrong(ByTorch):
+    class Right(ByTorch):
+        def __init__(self, *, early: bool = False) -> None:
+            pass
+
+    class Wrong(Right):
         def product_onto(self, y, product, x) -> None:
             pass
 
-    class Failing(ByTorch):
+    class Failing(Right):
         def embed(self, at, wte, wpe):
             raise RuntimeError("no compiler")
 
     monkeypatch.setattr(quick, "fits", lambda cache: True)
-    for way, works in [(ByTorch, True), (Wrong, False), (Failing, False)]:
+    monkeypatch.setattr(quick, "comes_early", lambda device: False)
+    for way, works in [(Right, True), (Wrong, False), (Failing, False)]:
         monkeypatch.setattr(quick, "ByTriton", way)
         cache = engine.cache(2, 64)
         with torch.inference_mode():
             assert (quick_step(engine, cache) is not None) == works
     monkeypatch.setattr(quick, "fits", lambda cache: False)
-    monkeypatch.setattr(quick, "ByTriton", ByTorch)
+    monkeypatch.setattr(quick, "ByTriton", Right)
     assert quick_step(engine, engine.cache(2, 64)) is None
 
 
@@ -109,18 +114,24 @@ def test_a_captured_step_is_the_same_either_way() -> None:
 
 
 @on_a_gpu
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["small", "gpt2"])
-def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(shape, rows) -> None:
-    decode = pytest.importorskip("triton") and __import__("gptforge.kernels.decode", fromlist=["x"])
+def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(
+    shape, rows, early
+) -> None:
+    pytest.importorskip("triton")
     # Weights that bfloat16 holds exactly: what is left is the rounding on the way.
     ours = model(shape, scale=2).bfloat16().cuda()
     narrow = Engine(ours, size=SIZE)
     exact = Engine(ours, size=SIZE, dtype=torch.float32)
+    if early and not comes_early(narrow.device):
+        pytest.skip("this GPU starts kernels one after the other")
+    way = ByTriton(early=early)
     ids = random_ids(rows, 96).cuda()
     starts = torch.tensor([[0], [7], [3], [12]])[:rows].cuda()
     assert quick_step(narrow, narrow.cache(rows, 96)) is not None
-    quick_ones = torch.stack(of_the_quick(narrow, decode.ByTriton(), ids, starts))
+    quick_ones = torch.stack(of_the_quick(narrow, way, ids, starts))
     plain_ones = torch.stack(of_the_engine(narrow, ids, starts))
     reference = torch.stack(of_the_engine(exact, ids, starts))
 
