@@ -48,13 +48,18 @@ def norm_qkv(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, 3 * columns, columns, 0, BLOCK)
     b = tl.load(bias + row, mask=row < 3 * columns, other=0.0)
-    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK, EARLY)
+    norm_w = _channels(norm_weight, columns, BLOCK)
+    norm_b = _channels(norm_bias, columns, BLOCK)
+    _wait(EARLY)
+    place = tl.load(slot)
+    value = _channels(x + sequence * columns, columns, BLOCK)
+    value = _normed(value, norm_w, norm_b, eps, columns, BLOCK)
     y = tl.sum(w.to(tl.float32) * value[None, :], 1) + b.to(tl.float32)
     third = row // columns
     channel = row % columns
     tl.store(q + sequence * columns + channel, y, mask=third == 0)
     own = memory + sequence * far + (channel // size) * between
-    own += tl.load(slot) * size + channel % size
+    own += place * size + channel % size
     narrow = y.to(memory.dtype.element_ty)
     tl.store(own, narrow, mask=third == 1)
     tl.store(own + apart, narrow, mask=third == 2)
@@ -118,7 +123,10 @@ def attended_onto(
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, columns, columns, 0, BLOCK)
+    b = tl.load(bias + row, mask=row < columns, other=0.0)
     _wait(EARLY)
+    own_x = x + sequence * columns + row
+    before = tl.load(own_x, mask=row < columns, other=0.0)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     top = tl.full((BLOCK,), -1e30, tl.float32)
@@ -135,7 +143,7 @@ def attended_onto(
         mix = mix * shrink + own_mix * own_weight
         top = higher
     y = tl.sum(w.to(tl.float32) * (mix / total)[None, :], 1)
-    _add(x + sequence * columns, y, bias, row, columns)
+    tl.store(own_x, before + y + b.to(tl.float32), mask=row < columns)
 
 
 @triton.jit
@@ -148,10 +156,16 @@ def norm_product(
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, outputs, columns, 0, BLOCK)
-    value = _normed(x + sequence * columns, norm_weight, norm_bias, eps, columns, BLOCK, EARLY)
+    norm_w = _channels(norm_weight, columns, BLOCK)
+    norm_b = _channels(norm_bias, columns, BLOCK)
+    if HAS_BIAS:
+        b = tl.load(bias + row, mask=row < outputs, other=0.0)
+    _wait(EARLY)
+    value = _channels(x + sequence * columns, columns, BLOCK)
+    value = _normed(value, norm_w, norm_b, eps, columns, BLOCK)
     y = tl.sum(w.to(tl.float32) * value[None, :], 1)
     if HAS_BIAS:
-        y += tl.load(bias + row, mask=row < outputs, other=0.0).to(tl.float32)
+        y += b.to(tl.float32)
     if GELU:
         inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
         # (1 + tanh(a)) / 2 is the logistic function of 2 a.
@@ -168,7 +182,10 @@ def product_onto(
     sequence = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w = _rows_of(weight, row, outputs, columns, 0, BLOCK)
+    b = tl.load(bias + row, mask=row < outputs, other=0.0)
     _wait(EARLY)
+    own_x = x + sequence * outputs + row
+    before = tl.load(own_x, mask=row < outputs, other=0.0)
     total = tl.zeros((ROWS,), tl.float32)
     for begin in tl.static_range(0, columns, BLOCK):
         if begin:
@@ -176,7 +193,7 @@ def product_onto(
         column = begin + tl.arange(0, BLOCK)
         value = tl.load(y + sequence * columns + column, mask=column < columns, other=0.0)
         total += tl.sum(w.to(tl.float32) * value[None, :], 1)
-    _add(x + sequence * outputs, total, bias, row, outputs)
+    tl.store(own_x, before + total + b.to(tl.float32), mask=row < outputs)
 
 
 @triton.jit
@@ -190,25 +207,19 @@ def _rows_of(weight, row, rows, columns: tl.constexpr, begin: tl.constexpr, BLOC
 
 
 @triton.jit
-def _normed(x, weight, bias, eps, columns: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """The LayerNorm of a row, 0 behind its end; what is at `x` is waited for."""
+def _channels(at, columns: tl.constexpr, BLOCK: tl.constexpr):
+    """All channels of a row, 0 behind its end."""
     column = tl.arange(0, BLOCK)
-    inside = column < columns
-    w = tl.load(weight + column, mask=inside, other=0.0)
-    b = tl.load(bias + column, mask=inside, other=0.0)
-    _wait(EARLY)
-    value = tl.load(x + column, mask=inside, other=0.0)
-    apart = tl.where(inside, value - tl.sum(value, 0) / columns, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 0) / columns + eps)
-    return apart * inverse * w.to(tl.float32) + b.to(tl.float32)
+    return tl.load(at + column, mask=column < columns, other=0.0)
 
 
 @triton.jit
-def _add(x, y, bias, row, rows):
-    """The stream grows by a layer's output and its bias: each row is one program's alone."""
-    inside = row < rows
-    y += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x + row, tl.load(x + row, mask=inside, other=0.0) + y, mask=inside)
+def _normed(value, weight, bias, eps, columns: tl.constexpr, BLOCK: tl.constexpr):
+    """The LayerNorm of a row, 0 behind its end."""
+    inside = tl.arange(0, BLOCK) < columns
+    apart = tl.where(inside, value - tl.sum(value, 0) / columns, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 0) / columns + eps)
+    return apart * inverse * weight.to(tl.float32) + bias.to(tl.float32)
 
 
 @triton.jit

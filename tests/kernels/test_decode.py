@@ -145,6 +145,14 @@ def test_piece_product_onto(place, shape) -> None:
     same(x, copy)
 
 
+def test_piece_product_onto_from_more_than_a_program_holds(place) -> None:
+    y, x = stream(2, 4616, place), stream(2, 24, place)
+    layer, copy = product(24, 4616, place), x.clone()
+    ByTriton().product_onto(y, layer, x)
+    ByTorch().product_onto(y, layer, copy)
+    same(x, copy)
+
+
 def test_attention_in_parts_is_that_of_the_whole() -> None:
     B, H, D, S = 2, 3, 16, 20  # noqa: N806
     way: Way = ByTorch()
