@@ -10,7 +10,7 @@ from gptforge.data.finding import Finding, error, good, warning
 from gptforge.data.loader import count_windows
 from gptforge.data.stream import TokenStream
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import END_OF_TEXT
+from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths
 
 GLANCE = 2**18
 """Tokens that are looked at, at either end of a stream."""
@@ -85,11 +85,17 @@ def _marks(corpus: Corpus) -> list[Finding]:
 
 
 def _fit(corpus: Corpus) -> list[Finding]:
-    """Whether the vocabulary was made for such text."""
-    tokens = len(corpus.train) + len(corpus.held_out)
-    if not corpus.bytes or not tokens or corpus.tokenizer.size < LARGE:
+    """Whether the vocabulary was made for such text, or the shards with this vocabulary."""
+    known = corpus.tokenizer
+    if known.size < LARGE:
         return []
-    return bytes_a_token(corpus.bytes / tokens, corpus.tokenizer.name)
+    if corpus.bytes:
+        tokens = len(corpus.train) + len(corpus.held_out)
+        return bytes_a_token(corpus.bytes / max(1, tokens), known.name)
+    # Shards of others do not say how much text they stand for.
+    lengths = byte_lengths(known)
+    seen = np.concatenate([lengths[part] for part in _ends(corpus.train)])
+    return bytes_a_token(float(seen.mean()), known.name)
 
 
 def bytes_a_token(ratio: float, name: str) -> list[Finding]:
@@ -98,7 +104,8 @@ def bytes_a_token(ratio: float, name: str) -> list[Finding]:
     if FEW_BYTES <= ratio <= MANY_BYTES:
         return [good(what)]
     remedy = (
-        "this vocabulary was made for other text: `gptforge tokenizer train` makes one for this"
+        "these shards were made with another vocabulary, or this one was made for other text: "
+        "`gptforge tokenizer train` makes one for yours"
     )
     if ratio > MANY_BYTES:
         remedy = "that is too good for text: is it all the same, or not text at all?"

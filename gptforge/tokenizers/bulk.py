@@ -23,6 +23,9 @@ PROBE = (
     + " ".join(chr(point) for point in range(0xC0, 0x2000, 7) if chr(point).isprintable())
 )
 Encode = Callable[[str], Tokens]
+FORGETS = 2**25
+"""Characters after which gigatoken is made anew: it remembers every word that it has met, about a
+byte for each byte of text, and would grow with the data."""
 
 
 class BulkEncoder:
@@ -37,6 +40,7 @@ class BulkEncoder:
         self._tokenizer = tokenizer
         self._dtype = smallest_dtype(tokenizer.size)
         self._fast = _gigatoken(tokenizer) if fast else None
+        self._met = 0
         if self._fast and not self.agrees(PROBE):
             self._fast = None
 
@@ -58,6 +62,11 @@ class BulkEncoder:
         """Ids of a text, nothing added."""
         if self._fast is None or not is_assigned(text):
             return self._tokenizer.encode(text)
+        self._met += len(text)
+        if self._met > FORGETS:
+            self._fast, self._met = _gigatoken(self._tokenizer), len(text)
+            if self._fast is None:
+                return self._tokenizer.encode(text)
         return self._fast(text).astype(self._dtype)
 
     def encode_documents(self, texts: Sequence[str]) -> Tokens:

@@ -179,6 +179,14 @@ def test_ids_outside_the_vocabulary_are_found_wherever_they_stand(tmp_path, doct
     assert "token id 50300 is outside the vocabulary of 50257" in said
 
 
+def test_shards_made_with_another_vocabulary_show_in_bytes_a_token(tmp_path, doctor) -> None:
+    ids = named("byte", "").encode(some_text(1, 9000))
+    shard(tmp_path / "train.bin", ids)
+    said = doctor("train.bin", "--val_fraction", 0)
+    assert "warning 1.00 bytes a token with the tokenizer gpt2: these shards were made with" in said
+    assert "bytes a token" not in doctor("train.bin", "--val_fraction", 0, "--tokenizer", "byte")
+
+
 def test_shards_without_any_mark_are_pointed_out(tmp_path, doctor) -> None:
     shard(tmp_path / "train.bin", np.arange(300_000) % 50000)
     said = doctor("train.bin", "--val_fraction", 0)

@@ -1,0 +1,35 @@
+"""The mark between documents in other programs' forms."""
+
+import json
+
+import pytest
+
+from gptforge.convert.gguf import _vocabulary
+from gptforge.convert.hf_tokenizer import hf_tokenizer
+from gptforge.convert.parts import Parts
+from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+from tests.conftest import TINY
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer(" abc", marks=True), ByteTokenizer(marks=True)]
+)
+def test_transformers_takes_the_mark_for_one_id_and_writes_it(tokenizer, tmp_path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf_tokenizer(tokenizer)))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = [tokenizer.end_of_text, *tokenizer.encode("a cab").tolist()]
+    assert theirs("<|endoftext|>a cab")["input_ids"] == ids
+    assert theirs.decode(ids, clean_up_tokenization_spaces=False) == "<|endoftext|>a cab"
+    assert theirs.decode(ids, skip_special_tokens=True) == "a cab"
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer(" abc", marks=True), ByteTokenizer(marks=True)]
+)
+def test_llama_cpp_gets_the_mark_as_the_end_of_text(tokenizer) -> None:
+    spelled, _, end, rows = _vocabulary(Parts(TINY, {}, tokenizer))
+    assert (end, rows) == (tokenizer.end_of_text, tokenizer.size)
+    assert len(spelled) == tokenizer.size
+    assert spelled[end] == "<|endoftext|>"
