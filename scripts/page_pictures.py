@@ -3,7 +3,7 @@
     gptforge demo runs/shakespeare-cpu --port 7860 &
     python scripts/page_pictures.py http://127.0.0.1:7860 docs/images
 
-Needs playwright and a Chromium on the path. The seed is fixed: the same run gives the same pictures.
+Needs playwright and a Chromium on the path. The seed is fixed: a run gives the same pictures again.
 """
 
 import argparse
@@ -17,6 +17,7 @@ SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 
 
 def main() -> None:
+    """Take all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address")
     parser.add_argument("folder", type=Path)
