@@ -41,9 +41,6 @@ def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         merges = record["merges"]
         assert isinstance(merges, list)
         return _gpt2([str(merge) for merge in merges])
-    own = record.get("tokenizer")
-    if isinstance(own, dict) and "model" in own:
-        return dict(own)
     raise UserError(f"a tokenizer of kind '{kind}' cannot be exported yet")
 
 
@@ -55,28 +52,23 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     """
     if (folder / OURS).is_file():
         return load_tokenizer(folder / OURS)
-    merges = _merges(folder)
-    if merges is None:
-        raise UserError(
-            f"{folder.as_posix()}: neither {OURS}, GPT-2's tokenizer.json nor merges.txt is there: "
-            "give --tokenizer"
-        )
     from gptforge.tokenizers.gpt2 import GPT2Tokenizer
+    from gptforge.tokenizers.hf_json import read_hf_json
 
-    return GPT2Tokenizer(merges)
-
-
-def _merges(folder: Path) -> list[str] | None:
+    where = folder.as_posix()
     try:
         if (folder / "tokenizer.json").is_file():
-            found = json.loads(read_small(folder / "tokenizer.json"))["model"]["merges"]
-            return [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in found]
+            return read_hf_json(json.loads(read_small(folder / "tokenizer.json")))
         if (folder / "merges.txt").is_file():
             lines = read_small(folder / "merges.txt").split("\n")
-            return [line for line in lines if line and not line.startswith("#version")]
+            return GPT2Tokenizer([x for x in lines if x and not x.startswith("#version")])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder.as_posix()}: unreadable tokenizer: {error!r}") from None
-    return None
+        raise UserError(
+            f"{where}: its tokenizer cannot be used here ({error}): give another with --tokenizer"
+        ) from None
+    raise UserError(
+        f"{where}: neither {OURS}, tokenizer.json nor merges.txt is there: give --tokenizer"
+    )
 
 
 def _frame(model: dict[str, Any], **parts: Any) -> dict[str, Any]:

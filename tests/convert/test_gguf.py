@@ -14,19 +14,17 @@ from gptforge.convert.gguf import write_gguf
 from gptforge.convert.parts import Parts
 from gptforge.errors import UserError
 from gptforge.model import GPT
-from gptforge.tokenizers import named
+from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
 from tests.train.runs import build
 
 pytest.importorskip("gguf")
 
-TEXT = "naïve café: 日本 — to be, or not to be? 🪶\n"
 
-
-def parts(kind: str, vocab_size: int) -> Parts:
-    config = GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=64)
+def parts(kind: str, rows: int) -> Parts:
+    config = GPTConfig(block_size=64, vocab_size=rows, n_layer=2, n_head=2, n_embd=64)
     model = GPT(config).initialize(torch.Generator().manual_seed(0))
     tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
-    return Parts(config, tensors, named(kind, TEXT))
+    return Parts(config, tensors, TOKENIZERS[kind])
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f32", 0.0), ("f16", 2e-3), ("q8_0", 0.05)])
@@ -36,7 +34,7 @@ def test_the_file_holds_the_model(tmp_path, kind, most) -> None:
 
 
 def test_a_model_without_a_spare_row_is_refused(tmp_path) -> None:
-    size = named("char", TEXT).size
+    size = TOKENIZERS["char"].size
     with pytest.raises(UserError, match=f"--vocab_size {size + 1}"):
         write_gguf(tmp_path / "m.gguf", parts("char", size), kind="f32", name="m")
     assert list(tmp_path.iterdir()) == []
@@ -51,13 +49,13 @@ def test_the_command_writes_one_file(config, program, tmp_path) -> None:
     assert (again.code, "there already" in again.err) == (2, True)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_llama_cpp_reads_the_same_tokenizer(tmp_path, kind) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    made = parts(kind, {"gpt2": 50304, "char": 128, "byte": 256}[kind])
+    made = parts(kind, ROWS[kind])
     write_gguf(tmp_path / "m.gguf", made, kind="f32", name="m")
     theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
-    for text in (TEXT, "  be be\n\n"):
+    for text in TEXTS:
         ids = made.tokenizer.encode(text).tolist()
         assert theirs.tokenize(text.encode(), add_bos=False) == ids
         assert theirs.detokenize(ids).decode() == text

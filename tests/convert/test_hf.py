@@ -18,9 +18,10 @@ from gptforge.convert.parts import Parts
 from gptforge.errors import RunError, UserError
 from gptforge.model import GPT
 from gptforge.tokenizers import named
+from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
 from tests.train.runs import build
 
-TEXTS = ["To be, or not to be", "  two  spaces\n\n\tand it's 3 o'clock", "é日🪶", ""]
+EVERY_KIND = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
 def parts(tokenizer, vocab_size: int) -> Parts:
@@ -33,16 +34,16 @@ def parts(tokenizer, vocab_size: int) -> Parts:
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, Path]:
     made = {}
-    for kind, size in (("gpt2", 50304), ("char", 128), ("byte", 256)):
-        made[kind] = tmp_path_factory.mktemp(kind)
-        write_hf(made[kind], parts(named(kind, "".join(TEXTS)), size), card="# A model\n")
+    for kind, tokenizer in TOKENIZERS.items():
+        made[kind] = tmp_path_factory.mktemp(kind.split()[0])
+        write_hf(made[kind], parts(tokenizer, ROWS[kind]), card="# A model\n")
     return made
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+@EVERY_KIND
 def test_transformers_reads_the_same_tokenizer(exports, kind) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(exports[kind], local_files_only=True)
-    ours = named(kind, "".join(TEXTS))
+    ours = TOKENIZERS[kind]
     for text in TEXTS:
         ids = ours.encode(text).tolist()
         assert theirs.encode(text, add_special_tokens=False) == ids
@@ -50,16 +51,16 @@ def test_transformers_reads_the_same_tokenizer(exports, kind) -> None:
     assert len(theirs) == ours.size
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+@EVERY_KIND
 def test_the_pipeline_writes_from_the_folder(exports, kind) -> None:
     write = transformers.pipeline("text-generation", model=str(exports[kind]), device="cpu")
     [answer] = write("To be", max_new_tokens=5, do_sample=True)
     assert answer["generated_text"].startswith("To be")
     # Rows without a token are gone: nothing could sample one.
-    assert write.model.config.vocab_size == named(kind, "".join(TEXTS)).size
+    assert write.model.config.vocab_size == TOKENIZERS[kind].size
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+@EVERY_KIND
 def test_a_prompt_of_any_ids_is_read_whole(exports, kind) -> None:
     # The first character of an alphabet, often the line end, once stood in for padding, so that
     # transformers looked past every one of them in a prompt.
@@ -73,24 +74,41 @@ def test_a_prompt_of_any_ids_is_read_whole(exports, kind) -> None:
     assert written == ids
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+@EVERY_KIND
 def test_what_goes_out_comes_back_bit_for_bit(exports, kind) -> None:
-    before = parts(named(kind, "".join(TEXTS)), {"gpt2": 50304, "char": 128, "byte": 256}[kind])
+    before = parts(TOKENIZERS[kind], ROWS[kind])
     after = read_hf(exports[kind])
     assert after.tokenizer.to_json() == before.tokenizer.to_json()
     for name, tensor in after.tensors.items():
         assert torch.equal(tensor, before.tensors[name][: len(tensor)]), name
 
 
-def test_gpt2s_tokenizer_comes_from_its_own_files_too(exports, tmp_path) -> None:
-    shutil.copytree(exports["gpt2"], tmp_path / "theirs")
+@pytest.mark.parametrize("kind", ["gpt2", "bpe"])
+def test_a_bpe_comes_from_its_own_files_too(exports, tmp_path, kind) -> None:
+    shutil.copytree(exports[kind], tmp_path / "theirs")
     (tmp_path / "theirs" / hf.OURS).unlink()
-    assert read_hf(tmp_path / "theirs").tokenizer.to_json() == named("gpt2", "").to_json()
-    made = hf_tokenizer(named("gpt2", ""))["model"]
+    wanted = TOKENIZERS[kind].to_json()
+    assert read_hf(tmp_path / "theirs").tokenizer.to_json() == wanted
+    made = hf_tokenizer(TOKENIZERS[kind])["model"]
     lines = ["#version: 0.2", *(" ".join(pair) for pair in made["merges"])]
     (tmp_path / "theirs" / "tokenizer.json").unlink()
     (tmp_path / "theirs" / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert read_hf(tmp_path / "theirs").tokenizer.to_json() == named("gpt2", "").to_json()
+    assert read_hf(tmp_path / "theirs").tokenizer.to_json() == wanted
+    (tmp_path / "theirs" / "merges.txt").unlink()
+    with pytest.raises(UserError, match="give --tokenizer"):
+        read_hf(tmp_path / "theirs")
+
+
+def test_a_tokenizer_that_splits_otherwise_is_not_taken_for_ours(exports, tmp_path) -> None:
+    # Its merges alone would give other ids for the same text, and nobody would notice.
+    shutil.copytree(exports["bpe"], tmp_path / "theirs")
+    (tmp_path / "theirs" / hf.OURS).unlink()
+    path = tmp_path / "theirs" / "tokenizer.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UserError, match="give another with --tokenizer"):
+        read_hf(tmp_path / "theirs")
 
 
 def test_a_model_that_transformers_saved_gives_its_logits(tmp_path) -> None:

@@ -1,0 +1,24 @@
+"""One tokenizer of each kind, and rows of a table that has some to spare."""
+
+from gptforge.tokenizers import Tokenizer, named
+from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+from gptforge.tokenizers.train_bpe import train_bpe
+
+TEXTS = [
+    "To be, or not to be",
+    "  two  spaces\n\n\tand it's 3 o'clock",
+    "naïve café: é日本🪶 — be be\n",
+    "",
+]
+ALPHABET = "".join(sorted(set("".join(TEXTS))))
+
+TOKENIZERS: dict[str, Tokenizer] = {
+    "gpt2": named("gpt2", ""),
+    "bpe": train_bpe([" ".join(TEXTS)] * 20, 300),
+    "char": CharTokenizer(ALPHABET),
+    "byte": ByteTokenizer(),
+    "char with marks": CharTokenizer(ALPHABET, marks=True),
+    "byte with marks": ByteTokenizer(marks=True),
+}
+# A byte model may have no row to spare.
+ROWS = {"byte": 256} | {n: -(-t.size // 64) * 64 for n, t in TOKENIZERS.items() if n != "byte"}
