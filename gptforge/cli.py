@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         if is_traced:
             raise
+        if not _is_first():
+            # All ranks were started alike: the first one says it, if the launcher lets it live.
+            time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE if isinstance(error, UserError) else FAILURE
     except KeyboardInterrupt:
@@ -99,29 +103,37 @@ def _dispatch(args: list[str]) -> int:
 def train(args: list[str]) -> int:
     """`gptforge [train]`: train a model, or go on with one."""
     config, given = parse_train(args, commands=list(COMMANDS))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "training on several processes is not built yet: start one, without torchrun"
-        )
-    config = with_preset(config, given, say=_say)
+    say = _say if _is_first() else lambda text: None
+    config = with_preset(config, given, say=say)
     import torch
 
     from gptforge.build import build_trainer
+    from gptforge.distributed import join
     from gptforge.train.guards import EXIT_CODES
 
+    ranks = join(config.device)
     try:
         trainer = build_trainer(
-            config, given=given, program=_program(), command=shlex.join(args), say=_say
+            config,
+            given=given,
+            program=_program(),
+            command=shlex.join(args),
+            say=say,
+            ranks=ranks,
         )
-        if trainer is None:
-            return 0
-        reason = trainer.run()
+        reason = trainer.run() if trainer else "finished"
+        ranks.leave()
     except torch.OutOfMemoryError:
-        raise RunError(
+        error = RunError(
             f"the device ran out of memory with --batch_size {config.batch_size}: leave it out, "
             "and the program finds one that fits and learns the same"
-        ) from None
-    if reason != "finished":
+        )
+        ranks.fail(error)
+        raise error from None
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    if reason != "finished" and ranks.is_first:
         print(f"To go on: {_program()} {_quote(args)}".rstrip())
     return EXIT_CODES[reason]
 
@@ -167,6 +179,11 @@ def _program() -> str:
     """How this program was called, for the commands that it prints."""
     called = Path(sys.argv[0])
     return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(text: str) -> None:

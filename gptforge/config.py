@@ -137,6 +137,8 @@ class Config:
     """Keep only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0
     """Tokens whose logits are made at a time; fewer take less memory; 0: as many as is fast."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun: ddp has the whole model on each rank, fsdp a piece; auto: ddp if it fits."""
     deterministic: bool = False
     """Use deterministic GPU kernels: slower, repeatable bit for bit."""
 
@@ -173,7 +175,7 @@ FREE_ON_RESUME = frozenset(
         *("encoding", "headerless"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
-        *("activation_checkpointing", "loss_chunk"),
+        *("activation_checkpointing", "loss_chunk", "parallel"),
     }
 )
 

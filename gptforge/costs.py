@@ -63,6 +63,37 @@ def training_bytes(
     return (28 + 2 * by_hand) * parameters(config) + activations + logits
 
 
+def sharded_bytes(
+    config: GPTConfig,
+    context_length: int,
+    windows: int,
+    *,
+    ranks: int,
+    mixed: bool,
+    recompute: bool = False,
+    loss_chunk: int = 0,
+) -> int:
+    """Memory on each of several ranks that share a model (FSDP2): an estimate from above.
+
+    Weights, gradients and moments are cut to pieces. Whole at a time are the tables and three
+    blocks, in the narrow type, with gradients in it and once more in float32. Activations are those
+    of one process; a save puts one tensor together at a time.
+    """
+    width = 2 if mixed else 4
+    tables = (config.vocab_size + config.block_size) * config.n_embd
+    block = (parameters(config) - tables) // config.n_layer
+    whole = (2 * width + 4) * (tables + 3 * block)
+    lone = training_bytes(
+        config, context_length, windows, mixed=mixed, recompute=recompute, loss_chunk=loss_chunk
+    )
+    activations = lone - 28 * parameters(config)
+    if mixed:
+        # The residual stream is as narrow as the weights.
+        layers = config.n_layer + (4 if recompute else config.n_layer)
+        activations -= 2 * layers * windows * context_length * config.n_embd
+    return 16 * parameters(config) // ranks + whole + activations
+
+
 def checkpoint_bytes(config: GPTConfig) -> int:
     """Size of a checkpoint: weights and AdamW's two moments, float32 each, and a little more."""
     return 3 * 4 * parameters(config) + 4 * 2**20

@@ -19,6 +19,7 @@ ROOMS = [
         "presets",
         "kernels",
         "hardware",
+        "distributed",
         "costs",
         "model",
         "tokenizers",

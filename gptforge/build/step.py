@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,8 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import Config
+from gptforge.distributed import ALONE, Ranks
+from gptforge.distributed.shards import fill
 from gptforge.errors import RunError, UserError
 from gptforge.hardware import (
     Precision,
@@ -24,8 +27,9 @@ from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.model import GPT
 from gptforge.optim.choice import build_optimizer
 from gptforge.report.duration import in_words
-from gptforge.train.micro_batch import find_micro_batch
+from gptforge.train.micro_batch import HEADROOM, find_micro_batch
 from gptforge.train.savings import Savings
+from gptforge.train.sharded import shard
 from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
@@ -44,9 +48,26 @@ def train_step(
     *,
     given: Collection[str],
     say: Say,
+    ranks: Ranks = ALONE,
 ) -> TrainStep:
     """Model and optimizer on their device, compiled if that works; says what was chosen."""
-    model = _model(config, opening).to(device)
+    model = _model(config, opening, ranks)
+    root = None
+    if shards := wants_shards(config, device, precision, ranks, say):
+        root = shard(model, precision, ranks)
+    else:
+        model.to(device)
+    if ranks.size > 1 and not shards and opening.checkpoint is None:
+        # Drawn from the same seed on all; another processor may round another way.
+        for parameter in model.parameters():
+            fill(parameter, parameter if ranks.is_first else None, ranks)
+    kernels = choose_kernels(
+        device,
+        precision,
+        compile_flag=config.compile,
+        dropout=config.dropout,
+        recompute=config.activation_checkpointing,
+    )
     betas = (config.beta1, config.beta2)
     by_hand = "batch_size" in given
     step = TrainStep(
@@ -55,23 +76,22 @@ def train_step(
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=choose_kernels(
-            device,
-            precision,
-            compile_flag=config.compile,
-            dropout=config.dropout,
-            recompute=config.activation_checkpointing,
-        ),
+        kernels=dataclasses.replace(kernels, by_hand=kernels.by_hand and not shards),
         savings=Savings(config.activation_checkpointing, config.loss_chunk),
-        may_shrink=not by_hand,
-        say=say,
+        may_shrink=not by_hand and not shards,
+        say=say if ranks.is_first else lambda text: print(f"{ranks.where}: {text}", flush=True),
+        ranks=ranks,
+        root=root,
     )
-    if step.kernels.by_hand and (trouble := _trouble(step, config)):
-        say(f"note: the update that is written out does not run here: {trouble}")
+    trouble = _trouble(step, config) if step.kernels.by_hand else ""
+    if not ranks.all_of(not trouble):
+        say(f"note: the update that is written out does not run here: {trouble or 'on all ranks'}")
         step.use(dataclasses.replace(step.kernels, by_hand=False, fused_head=False))
     _choose_flash4(step, config, say=say)
-    step.micro_batch = _micro_batch(step, config, by_hand=by_hand)
+    step.micro_batch = ranks.least(_micro_batch(step, config, ranks, by_hand=by_hand))
     windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
+    if ranks.size > 1:
+        windows += f" on each of {ranks.size} ranks"
     say(f"attention: {attention_of(step, config)}; {windows}")
     try:
         compiled, reason = _compile(step, config)
@@ -157,26 +177,89 @@ def attention_of(step: TrainStep, config: Config) -> str:
     return f"{picked}, back by FlashAttention-4" if step.kernels.flash4 else picked
 
 
-def _model(config: Config, opening: Opening) -> GPT:
+def _model(config: Config, opening: Opening, ranks: Ranks) -> GPT:
     model = GPT.unfilled(config.model)
     if opening.checkpoint is not None:
         # Restoring the run fills it, with all else that the checkpoint holds.
         return model
     if not config.init_from:
         return model.initialize(torch.Generator().manual_seed(config.seed))
-    path = checkpoints.resolve(config.init_from)
-    tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
-    load_model_tensors(model, tensors, source=path.as_posix())
+    path = checkpoints.resolve(config.init_from) if ranks.is_first else Path()
+    tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if ranks.is_first else {}
+    load_model_tensors(model, tensors, source=path.as_posix(), ranks=ranks)
     return model
 
 
-def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
+def wants_shards(
+    config: Config, device: torch.device, precision: Precision, ranks: Ranks, say: Say
+) -> bool:
+    """Whether the model is to lie in pieces on the ranks; says why.
+
+    Raises:
+        UserError: if that is asked for and does not work.
+    """
+    if ranks.size == 1:
+        if config.parallel == "fsdp":
+            raise UserError(
+                "--parallel fsdp shares a model among several ranks: start them with torchrun "
+                "--nproc_per_node=N, or leave it out"
+            )
+        return False
+    c, mixed = config, precision.is_mixed
+    why = "as asked"
+    shards = c.parallel == "fsdp"
+    if c.parallel == "auto":
+        recompute = c.activation_checkpointing
+        needed = costs.training_bytes(
+            c.model, c.context_length, 1, mixed=mixed, recompute=recompute, loss_chunk=c.loss_chunk
+        )
+        free = free_memory(device) if device.type == "cuda" else None
+        shards = not ranks.all_of(free is None or needed <= HEADROOM * free)
+        why = f"a whole one takes {needed / 1e9:.1f} GB" if shards else "the model fits on each"
+    if shards and precision.needs_scaler:
+        raise UserError(
+            "--dtype float16 does not go with --parallel fsdp, whose shards know no loss scale: "
+            "use --dtype bfloat16 or float32"
+        )
+    if shards and c.optimizer == "muon":
+        raise UserError(
+            f"--optimizer muon needs whole matrices, and the model would lie in shards "
+            f"({why}): use --optimizer adamw"
+        )
+    kind = "fsdp, a piece of the model on each" if shards else "ddp, the whole model on each"
+    say(f"parallel: {kind} of {ranks.size} ranks; {why}")
+    return shards
+
+
+def _micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool) -> int:
     """Windows that go through the model at once: those asked for, fewer where memory is short."""
-    device, length, most = step.device, config.context_length, config.batch_size
+    device, length = step.device, config.context_length
+    own = config.global_batch // ranks.size
+    most = min(config.batch_size, own)
     is_gpu = device.type == "cuda"
     if by_hand:
         return most
     mixed, name = step.precision.is_mixed, str(device)
+    if step.is_sharded:
+        # A trial that failed on one rank would leave the others waiting: the estimate decides. With
+        # the memory that sharding frees, more windows go through at a time, and weights are fetched
+        # less often.
+        return find_micro_batch(
+            own if is_gpu else most,
+            estimate=lambda n: costs.sharded_bytes(
+                config.model,
+                length,
+                n,
+                ranks=ranks.size,
+                mixed=mixed,
+                recompute=config.activation_checkpointing,
+                loss_chunk=config.loss_chunk,
+            ),
+            free=free_memory(device),
+            fits=lambda n: True,
+            remembered=None,
+            key="",
+        )
     if is_gpu:
         name = torch.cuda.get_device_name(device)
     return find_micro_batch(
@@ -202,6 +285,12 @@ def _micro_batch(step: TrainStep, config: Config, *, by_hand: bool) -> int:
 def what_would_fit(step: TrainStep, config: Config) -> str:
     """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
     step.use(step.kernels)
+    if step.is_sharded:
+        return (
+            f"micro-batches of {step.micro_batch} do not fit into the memory of {step.device}: "
+            "give a smaller --batch_size with more --gradient_accumulation_steps, or "
+            "--activation_checkpointing true"
+        )
     # Only a divisor keeps the global batch, and with it what is learned.
     smaller = [n for n in range(step.micro_batch - 1, 0, -1) if config.global_batch % n == 0]
     fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)
@@ -214,7 +303,7 @@ def what_would_fit(step: TrainStep, config: Config) -> str:
     )
 
 
-def estimate(step: TrainStep, config: Config, *, steps: int) -> str:
+def estimate(step: TrainStep, config: Config, *, steps: int, ranks: Ranks = ALONE) -> str:
     """How long training will take, from a rehearsal on this machine."""
     # A few windows tell enough where a whole micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
@@ -224,7 +313,7 @@ def estimate(step: TrainStep, config: Config, *, steps: int) -> str:
     if seconds < 1:
         # The first pass over a shape pays for warming up.
         seconds = min(step.rehearse(windows, config.context_length) for _ in range(3))
-    total = seconds / windows * config.global_batch * steps
+    total = seconds / windows * config.global_batch / ranks.size * steps
     return (
         f"this will take about {in_words(total)}: {steps:,} steps of {config.tokens_per_step:,} "
         f"tokens, {costs.parameters(config.model):,} parameters"

@@ -1,11 +1,16 @@
 """From a Config to a Trainer: everything a run needs, checked, chosen and said."""
 
 import dataclasses
+import io
+import json
+import math
 import os
 import platform
 import tomllib
 from collections.abc import Callable, Collection
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +20,7 @@ from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening, open_run
-from gptforge.checkpoint.saver import BackgroundSaver
+from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
 from gptforge.data.checks import glance
@@ -23,6 +28,7 @@ from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.documents import Form
 from gptforge.data.loader import Loader
 from gptforge.data.text import find_text
+from gptforge.distributed import ALONE, Ranks
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
@@ -30,11 +36,13 @@ from gptforge.hardware import (
     choose_device,
     choose_precision,
 )
+from gptforge.model import GPT
 from gptforge.presets import PRESETS, preset
 from gptforge.report.console import open_console
 from gptforge.report.meter import open_meter
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
+from gptforge.report.unwritten import Silence, Unwritten
 from gptforge.tokenizers import byte_lengths
 from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
@@ -54,6 +62,7 @@ def build_trainer(
     say: Say,
     program: str = "python gpt.py",
     command: str = "",
+    ranks: Ranks = ALONE,
 ) -> Trainer | None:
     """Everything a run needs, checked and ready; None if the run in that folder is finished.
 
@@ -63,22 +72,35 @@ def build_trainer(
         say: told each choice, with its reason, as it is made.
         program: how the program is called, for the commands that it prints.
         command: its arguments, for the log.
+        ranks: who trains together; all of them build, rank 0 alone looks into the run folder.
 
     Raises:
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
-    config = _start_from(config, given, say)
+    config = Config(**ranks.on_first(lambda: vars(_start_from(config, given, say))))
     check(config)
-    device, device_note = choose_device(config.device)
+    _check_shares(config, ranks)
+    device, device_note = choose_device(ranks.local_device or config.device)
     begin_warm_up(device)
     precision = choose_precision(config.dtype, device)
-    seed_everything(config)
-    corpus = _corpus(config, given, say)
+    seed_everything(config, rank=ranks.rank)
+    with ranks.local_first():
+        # What one has prepared, the others of its machine find.
+        corpus = _corpus(config, given, say)
     config = _settle(config, corpus)
-    lock = lock_run(Path(config.out_dir))
-    opening = open_run(config, given=given, tokenizer=corpus.tokenizer, text_sha256=corpus.sha256)
+    lock = lock_run(Path(config.out_dir)) if ranks.is_first else io.StringIO()
+    opening = _open_run(config, corpus, given, ranks)
     config = opening.config
+    ranks.require_same(
+        {
+            "configuration": str(config),
+            "text (SHA-256)": corpus.sha256,
+            "tokenizer": sha256(json.dumps(corpus.tokenizer.to_json()).encode()).hexdigest(),
+            "version of gptforge": __version__,
+            "version of torch": torch.__version__,
+        }
+    )
     for notice in (*corpus.notices, *opening.notices):
         say(f"note: {notice}")
     usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
@@ -91,8 +113,9 @@ def build_trainer(
     say(f"text: {_describe_corpus(corpus, config)}")
     say(f"device: {device} ({device_note}), {precision.name}: {precision.reason}")
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
-    store.require_space(costs.checkpoint_bytes(config.model))
-    step = train_step(config, opening, device, precision, given=given, say=say)
+    if ranks.is_first:
+        store.require_space(costs.checkpoint_bytes(config.model))
+    step = train_step(config, opening, device, precision, given=given, say=say, ranks=ranks)
     loader = Loader(
         corpus.train,
         context_length=config.context_length,
@@ -101,37 +124,73 @@ def build_trainer(
         shuffle=config.shuffle,
         stagger=config.stagger,
         device=device,
+        rank=ranks.rank,
+        world_size=ranks.size,
     )
     progress = Progress()
     if opening.checkpoint is not None:
-        progress = restore(opening.checkpoint, step, loader)
-    say(estimate(step, config, steps=config.max_steps - progress.step))
+        progress = restore(opening.checkpoint, step, loader, ranks)
+    say(estimate(step, config, steps=config.max_steps - progress.step, ranks=ranks))
 
     whole_command = f"{program} {command}".strip()
     config_text = to_toml(config, {**_versions(), "command": whole_command})
-    report = RunReport(
+    report = (RunReport if ranks.is_first else Unwritten)(
         Path(config.out_dir),
         title=f"{config.preset or 'GPT-2'} on {corpus.path.name}",
         program=program,
     )
-    _open_report(report, config, opening, step, progress, config_text=config_text)
+    if ranks.is_first:
+        _open_report(report, config, opening, step, progress, ranks, config_text=config_text)
+    else:
+        report.console = Silence()
+    lag = 2 if device.type == "cuda" else 0
     return Trainer(
         config=config,
         train_step=step,
         loader=loader,
         held_out=_held_out(corpus, config, batch_size=step.micro_batch),
         tokenizer=corpus.tokenizer,
-        saver=BackgroundSaver(
+        saver=(BackgroundSaver if ranks.is_first else NoSaver)(
             store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
         ),
         report=report,
         guard=StopGuard(config.time_limit, say=lambda text: report.console.say(text)),
         # A GPU works behind our backs: two steps later its numbers are ready to be read.
-        watch=Watch(lag=2 if device.type == "cuda" else 0, scaled=precision.needs_scaler),
+        watch=Watch(lag=lag, scaled=precision.needs_scaler),
         text_sha256=corpus.sha256,
         progress=progress,
         lock=lock,
+        ranks=ranks,
+        wishes=ranks.agreement(lag),
     )
+
+
+def _check_shares(config: Config, ranks: Ranks) -> None:
+    """Raise a UserError unless every rank gets as many windows of a global batch."""
+    if config.global_batch % ranks.size == 0:
+        return
+    size, batch = ranks.size, config.batch_size
+    step = size // math.gcd(size, batch)
+    steps = max(step, round(config.gradient_accumulation_steps / step) * step)
+    raise UserError(
+        f"--batch_size {batch} x --gradient_accumulation_steps "
+        f"{config.gradient_accumulation_steps} is a global batch of {config.global_batch} windows, "
+        f"which {size} ranks cannot share equally: use --gradient_accumulation_steps {steps}, or "
+        "another number of ranks"
+    )
+
+
+def _open_run(config: Config, corpus: Corpus, given: Collection[str], ranks: Ranks) -> Opening:
+    """What rank 0 finds in the run folder, told to all."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        # A restart goes on with what the first start began.
+        config = dataclasses.replace(config, overwrite=False)
+
+    def look() -> dict[str, Any]:
+        tokenizer, text = corpus.tokenizer, corpus.sha256
+        return open_run(config, given=given, tokenizer=tokenizer, text_sha256=text).to_json()
+
+    return Opening.from_json(ranks.on_first(look))
 
 
 def _start_from(config: Config, given: Collection[str], say: Say) -> Config:
@@ -198,9 +257,10 @@ def _out_dir(config: Config) -> str:
     return config.out_dir or f"runs/{config.preset or 'custom'}"
 
 
-def seed_everything(config: Config) -> None:
+def seed_everything(config: Config, *, rank: int = 0) -> None:
     """Dice, and which kinds of products are let in, before anything is built."""
-    torch.manual_seed(config.seed)
+    # Ranks that dropped the same activations would learn less from their parts.
+    torch.manual_seed((config.seed + rank * 0x9E3779B97F4A7C15) % 2**63)
     # TF32 where weights stay float32: what "mixed precision" leaves behind is fast as well.
     torch.set_float32_matmul_precision("high")
     if config.deterministic:
@@ -215,6 +275,7 @@ def _open_report(
     opening: Opening,
     step: TrainStep,
     progress: Progress,
+    ranks: Ranks,
     *,
     config_text: str,
 ) -> None:
@@ -239,9 +300,13 @@ def _open_report(
             "compiled": step.is_compiled,
             "attention": attention_of(step, config),
             "micro_batch": step.micro_batch,
+            "ranks": ranks.size,
             **_versions(),
         }
-        report.begin(model_summary(step.model), command=command, facts=facts)
+        with torch.device("meta"):
+            # As it is before anything is wrapped around it.
+            summary = model_summary(GPT(config.model))
+        report.begin(summary, command=command, facts=facts)
     else:
         sizes, name = opening.state["file_sizes"], opening.checkpoint.name
         is_best = progress.best_step == progress.step

@@ -1,7 +1,7 @@
 """Opening a run folder: a new run, one to go on with, or one that is finished."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,18 @@ class Opening:
     notices: tuple[str, ...] = ()
     replaces: bool = False
     """Whether an old run is to be moved aside before this one begins."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the ranks that cannot look for themselves: the folder may be on another machine."""
+        path = None if self.checkpoint is None else self.checkpoint.as_posix()
+        return vars(self) | {"config": vars(self.config), "checkpoint": path}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Opening":
+        """Read what `to_json` wrote."""
+        path = record["checkpoint"]
+        own = {"config": Config(**record["config"]), "checkpoint": path and Path(path)}
+        return cls(**{**record, **own, "notices": tuple(record["notices"])})
 
 
 def open_run(

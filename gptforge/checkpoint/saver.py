@@ -95,6 +95,13 @@ class BackgroundSaver:
             self._error = error
 
 
+class NoSaver(BackgroundSaver):
+    """What the ranks behind the first save with: rank 0 writes."""
+
+    def submit(self, step: int, snapshot: Snapshot, *, is_best: bool) -> None:
+        """Rank 0 has the whole of it."""
+
+
 def _event(snapshot: Snapshot) -> torch.cuda.Event | None:
     """A mark in the GPU's queue behind the copies that the snapshot is made of."""
     tensors = list(snapshot.model.values())

@@ -5,12 +5,14 @@ Names are those of the model's parameters, so that no file depends on an order.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gptforge.distributed import ALONE, Ranks
+from gptforge.distributed.shards import fill, whole
 from gptforge.errors import UserError
 from gptforge.model import GPT
 from gptforge.optim.choice import slots
@@ -70,31 +72,52 @@ def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | me
             yield piece.cpu().numpy().data
 
 
-def model_tensors(model: GPT) -> Tensors:
-    """Copies of the weights, on their device, float32."""
-    return {name: _copy(tensor) for name, tensor in model.state_dict().items() if name != TIED}
+def model_tensors(model: GPT, ranks: Ranks = ALONE) -> Tensors:
+    """Copies of the weights, float32, on their device or where they were put together: on rank 0.
+
+    Copies, for training goes on and would change the originals under the saver's hands.
+    """
+    return _on_first(((n, t) for n, t in model.state_dict().items() if n != TIED), ranks)
 
 
-def load_model_tensors(model: GPT, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Fill a model; a UserError names the first tensor that is missing, strange or misshapen."""
+def load_model_tensors(
+    model: GPT, tensors: Mapping[str, Tensor], *, source: str, ranks: Ranks = ALONE
+) -> None:
+    """Fill a model; a UserError names the first tensor that is missing, strange or misshapen.
+
+    With several ranks, `tensors` are rank 0's; the others give none.
+    """
     own = {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
-    _check_shapes(own, tensors, source)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    if ranks.is_first:
+        _check_shapes(own, tensors, source)
+    for name, tensor in own.items():
+        fill(tensor, tensors.get(name), ranks)
 
 
-def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> Tensors:
+def optimizer_tensors(
+    model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> Tensors:
     """The optimizer's state as '<parameter>.<slot>', such as 'transformer.wte.weight.exp_avg'."""
-    return {
-        f"{name}.{slot}": _copy(value)
+    state = (
+        (f"{name}.{slot}", value)
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()
-    }
+    )
+    return _on_first(state, ranks)
+
+
+def _on_first(named: Iterable[tuple[str, Tensor]], ranks: Ranks) -> Tensors:
+    copies = ((name, whole(tensor, ranks)) for name, tensor in named)
+    return {name: copy for name, copy in copies if copy is not None}
 
 
 def load_optimizer_tensors(
-    model: GPT, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], *, source: str
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Restore what `optimizer_tensors` took down.
 
@@ -105,17 +128,48 @@ def load_optimizer_tensors(
         for name, parameter in model.named_parameters()
         for slot in slots(optimizer, parameter)
     }
-    _check_shapes(wanted, tensors, source)
+    if ranks.is_first:
+        _check_shapes(wanted, tensors, source)
     for name, parameter in model.named_parameters():
-        # The fused kernel wants its step count beside the parameter.
-        optimizer.state[parameter] = {
-            slot: tensors[f"{name}.{slot}"].to(parameter.device, torch.float32, copy=True)
+        state = {
+            slot: torch.zeros((), device=parameter.device)
+            if slot == "step"  # the fused kernel wants it beside the parameter
+            else torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             for slot in slots(optimizer, parameter)
         }
+        for slot, tensor in state.items():
+            fill(tensor, tensors.get(f"{name}.{slot}"), ranks)
+        optimizer.state[parameter] = state
 
 
-def generator_tensors(device: torch.device) -> Tensors:
-    """State of the random number generators that training draws from."""
+def generator_tensors(device: torch.device, ranks: Ranks = ALONE) -> Tensors:
+    """State of the random number generators that training draws from.
+
+    Rank 0's are called after their device, those of rank 3 'cpu.3' and 'cuda.3'.
+    """
+    return {
+        f"{kind}.{rank}" if rank else kind: state
+        for kind, own in _generators(device).items()
+        for rank, state in enumerate(ranks.gather(own))
+    }
+
+
+def load_generator_tensors(
+    tensors: Mapping[str, Tensor], device: torch.device, ranks: Ranks = ALONE
+) -> None:
+    """Restore the generators. A device or a rank that the run did not have before keeps its own."""
+    names = ranks.on_first(lambda: sorted(tensors))
+    for kind, own in _generators(device).items():
+        for rank in range(ranks.size):
+            name = f"{kind}.{rank}" if rank else kind
+            if name in names:
+                state = own.clone()
+                fill(state, tensors.get(name), ranks)
+                if rank == ranks.rank:
+                    _set_generator(kind, state, device)
+
+
+def _generators(device: torch.device) -> Tensors:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -124,18 +178,13 @@ def generator_tensors(device: torch.device) -> Tensors:
     return states
 
 
-def load_generator_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restore the generators. A device that the run did not have before keeps its own."""
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
-    elif device.type == "mps" and "mps" in tensors:
-        torch.mps.set_rng_state(tensors["mps"])
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # Training goes on and would change the original under the saver's hands.
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+def _set_generator(kind: str, state: Tensor, device: torch.device) -> None:
+    if kind == "cpu":
+        torch.set_rng_state(state)
+    elif kind == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.mps.set_rng_state(state)
 
 
 def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

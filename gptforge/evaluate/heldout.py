@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptforge.data.stream import TokenStream
+from gptforge.distributed import ALONE, Ranks
 from gptforge.hardware import Precision, autocast
-from gptforge.model import GPT, IGNORE
+from gptforge.model import IGNORE
 
 TOKENS_AT_ONCE = 8192
 """More would fill the memory with logits and be no faster."""
@@ -66,28 +67,45 @@ class HeldOut:
         self._batch_size = min(batch_size, at_once, len(self._starts))
         self.share = len(self._starts) / windows
 
-    @torch.inference_mode()
-    def evaluate(self, model: GPT, precision: Precision) -> HeldOutLoss:
-        """Score the model; its training mode is put back afterwards."""
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, precision: Precision, ranks: Ranks = ALONE) -> HeldOutLoss:
+        """Score the model; its training mode is put back afterwards.
+
+        Args:
+            model: gives the summed loss of inputs and targets.
+            precision: of its products.
+            ranks: who judge together, each a part of the windows; all get the same score.
+        """
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         tokens = n_bytes = 0
-        for first in range(0, len(self._starts), self._batch_size):
-            inputs, targets = self._batch(self._starts[first : first + self._batch_size])
+        each = self._batch_size
+        for first in range(0, len(self._starts), each * ranks.size):
+            begin = first + ranks.rank * each
+            inputs, targets = self._batch(self._starts[begin : begin + each])
             with autocast(device, precision):
                 total += model(inputs.to(device), targets.to(device)).double().cpu()
             real = targets[targets != IGNORE].numpy()
             tokens += len(real)
             n_bytes += int(self._byte_lengths[real].sum())
+            ranks.tick()
         model.train(was_training)
-        nats = float(total)
+        nats, *counts = ranks.totals([float(total), tokens, n_bytes])
+        tokens, n_bytes = (round(count) for count in counts)
         return HeldOutLoss(nats / tokens, nats / math.log(2) / max(1, n_bytes), tokens, n_bytes)
 
     def _batch(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (len(windows), T) each; behind the text's end targets are IGNORE."""
+        """Inputs and targets, (len(windows), T) each; behind the text's end targets are IGNORE.
+
+        No windows give one that counts for nothing: a rank with no part in a round still takes part
+        in what all ranks do there.
+        """
         length = self._context_length
+        if len(windows) == 0:
+            nothing = torch.zeros((1, length), dtype=torch.long)
+            return nothing, torch.full_like(nothing, IGNORE)
         inputs = np.zeros((len(windows), length), np.int64)
         targets = np.full((len(windows), length), IGNORE, np.int64)
         for row, window in enumerate(windows.tolist()):

@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from gptforge.hardware import Kernels, Precision, autocast
 from gptforge.kernels.head import head_loss
 from gptforge.model import GPT, IGNORE
+from gptforge.train.parallel import LooseGradients
 from gptforge.train.savings import NO_SAVINGS, Savings
+from gptforge.train.sharded import Root, clip
 
 
 class ByAutograd:
@@ -21,6 +23,11 @@ class ByAutograd:
         kernels: which of ours to use in between.
         scaler: of the loss, for float16.
         savings: what to make again in the backward pass.
+        gradients: where they go.
+        root: what a sharded model is called through; it has narrow weights of its own, and averages
+            gradients over `size` ranks.
+        by_block: compile each block by itself: gradients of the last are there while those of the
+            first are made, and shards are fetched block by block.
     """
 
     def __init__(
@@ -31,34 +38,54 @@ class ByAutograd:
         *,
         scaler: torch.amp.GradScaler,
         savings: Savings = NO_SAVINGS,
+        gradients: LooseGradients | None = None,
+        root: Root | None = None,
+        size: int = 1,
+        by_block: bool = False,
     ) -> None:
         self.model, self._precision, self._kernels = model, precision, kernels
         self._scaler, self._savings = scaler, savings
+        self._gradients = gradients or LooseGradients()
+        self._by_block = by_block
+        self._root, self._factor = root, size if root else 1
         self._device = next(model.parameters()).device
         self._is_apart = kernels.fused_head or savings.loss_chunk > 0
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._whole
         if self._is_apart:
             self._forward = self._with_head_apart(self._hidden)
+        for block in model.blocks():
+            block.__dict__.pop("forward", None)
 
     def compile(self) -> None:
         """Run the model compiled from now on. The saved weights' names stay those of the module."""
-        if self._is_apart:
+        if self._by_block:
+            for block in self.model.blocks():
+                block.forward = torch.compile(block.forward, dynamic=False)
+        elif self._is_apart:
             self._forward = self._with_head_apart(torch.compile(self._hidden, dynamic=False))
         else:
             self._forward = torch.compile(self._whole, dynamic=False)
 
     def begin(self) -> None:
         """Before the first micro-batch of an update."""
+        self._gradients.clear()
 
     def __call__(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
         """As `ByHand.__call__`."""
-        with autocast(self._device, self._precision):
-            loss = self._forward(idx, targets)
-        self._scaler.scale(loss * scale).backward()
+        self._gradients.begin()
+        if self._root is not None:
+            self._root.compute = self._forward
+            loss: Tensor = self._root(idx, targets)
+        else:
+            with autocast(self._device, self._precision):
+                loss = self._forward(idx, targets)
+        self._scaler.scale(loss * (scale * self._factor)).backward()
         return loss.detach()
 
     def clip(self, longest: float) -> Tensor:
         """Shorten the gradients if their norm is above `longest`; the norm before that."""
+        if self._root is not None:
+            return clip(self.model, longest)
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
 
     def _hidden(self, x: Tensor) -> Tensor:

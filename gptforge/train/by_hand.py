@@ -8,7 +8,7 @@ torch's, the rest is in `kernels`; `GPT.forward` is the reference that the tests
 Shapes: B windows, T tokens each, N = B * T, C channels, H heads of D = C / H, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ class Gradients:
         for group in groups:
             starts.append(end)
             end += -(-sum(p.numel() for p in group) // ALIGNMENT) * ALIGNMENT
+        self.ends = [*starts[1:], end]
+        """Where each group ends."""
         first = groups[0][0]
         self.flat = torch.zeros(end, dtype=first.dtype, device=first.device)
         self._views: list[tuple[Tensor, Tensor]] = []
@@ -249,6 +251,8 @@ class ByHand:
         self._table = torch.empty_like(self._wte, dtype=dtype, requires_grad=False)  # (V, C)
         groups = [group for block in reversed(self._blocks) for group in block.groups()]
         self.gradients = Gradients([self._vectors, *groups, [self._wpe], [self._wte]])
+        self.made: Callable[[int], None] = lambda groups: None
+        """Told how many groups of gradients have nothing more to come in this micro-batch."""
         self._sums = self.gradients.side_by_side(*self._vectors)
         for one in self._blocks:
             one.sums_1 = self.gradients.side_by_side(*one.vectors_1)
@@ -286,12 +290,15 @@ class ByHand:
         normal, norm = add_norm(stream, branch, self._ln_f.weight, self._ln_f.bias)
         loss, upstream = self._head(normal, targets.flatten(), scale)
         upstream = norm_backward(upstream, norm, self._ln_f.weight, None, self._sums)
+        made = 1
         for block in reversed(self._blocks):
             one = kept.pop()
             if isinstance(one, Tensor):
                 _, one = block.forward(one, None, length)
             upstream = block.backward(upstream, one)
             del one
+            made += len(block.groups())
+            self.made(made)
         wide = upstream.to(self._wte.dtype)
         if dropped is not None:
             wide = _drop_backward(wide, dropped, self._dropout)

@@ -11,6 +11,9 @@ from typing import Literal, Self
 
 Reason = Literal["finished", "interrupted", "terminated", "time_limit"]
 
+WISHES: tuple[Reason | None, ...] = (None, "time_limit", "interrupted", "terminated")
+"""What a rank may wish, numbered for the others; the largest number wins."""
+
 EXIT_CODES: dict[Reason, int] = {
     "finished": 0,
     "time_limit": 0,

@@ -7,11 +7,13 @@ from typing import Any
 
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.tensors import (
+    Tensors,
     load_generator_tensors,
     load_model_tensors,
     load_optimizer_tensors,
 )
 from gptforge.data.loader import Loader
+from gptforge.distributed import ALONE, Ranks
 from gptforge.train.step import TrainStep
 
 
@@ -48,15 +50,21 @@ class Progress:
         return cls(**{name: value for name, value in record.items() if value is not None})
 
 
-def restore(path: Path, step: TrainStep, loader: Loader) -> Progress:
-    """Put weights, optimizer, scaler, loader and dice back to a checkpoint; gives its counters."""
+def restore(path: Path, step: TrainStep, loader: Loader, ranks: Ranks = ALONE) -> Progress:
+    """Put weights, optimizer, scaler, loader and dice back to a checkpoint; gives its counters.
+
+    Rank 0 reads, and tells the others: they may have no such folder.
+    """
     source = path.as_posix()
-    weights = checkpoints.read_tensors(path, checkpoints.MODEL)
-    load_model_tensors(step.model, weights, source=source)
-    moments = checkpoints.read_tensors(path, checkpoints.OPTIMIZER)
-    load_optimizer_tensors(step.model, step.optimizer, moments, source=source)
-    state = checkpoints.read_state(path)
+
+    def read(name: str) -> Tensors:
+        return checkpoints.read_tensors(path, name) if ranks.is_first else {}
+
+    load_model_tensors(step.model, read(checkpoints.MODEL), source=source, ranks=ranks)
+    moments = read(checkpoints.OPTIMIZER)
+    load_optimizer_tensors(step.model, step.optimizer, moments, source=source, ranks=ranks)
+    state = ranks.on_first(lambda: checkpoints.read_state(path))
     loader.load_state_dict(state["loader"])
     step.load_scaler_state(state["scaler"])
-    load_generator_tensors(checkpoints.read_tensors(path, checkpoints.GENERATORS), step.device)
+    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks)
     return Progress.from_json(state["progress"])

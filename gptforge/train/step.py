@@ -1,18 +1,28 @@
 """One update: a global batch in micro-batches, gradients clipped, weights moved."""
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gptforge.distributed import ALONE, Ranks
 from gptforge.hardware import PLAIN, Kernels, Precision, synchronize
 from gptforge.model import GPT
 from gptforge.train.by_autograd import ByAutograd
 from gptforge.train.by_hand import ByHand
+from gptforge.train.parallel import (
+    AutogradGradients,
+    GradientSync,
+    LooseGradients,
+    OverRanks,
+)
 from gptforge.train.replay import Replay
 from gptforge.train.savings import NO_SAVINGS, Savings
+from gptforge.train.sharded import InShards, Root, put_together
 
 
 class TrainStep:
@@ -28,6 +38,8 @@ class TrainStep:
         savings: what is made twice, or in pieces, to take less memory.
         may_shrink: whether to halve the micro-batch and try again when memory runs out.
         say: told when that happens.
+        ranks: who learns from a global batch together, each from its part.
+        root: what the model is called through, if it lies in shards.
     """
 
     def __init__(
@@ -42,6 +54,8 @@ class TrainStep:
         savings: Savings = NO_SAVINGS,
         may_shrink: bool = False,
         say: Callable[[str], None] = print,
+        ranks: Ranks = ALONE,
+        root: Root | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -52,6 +66,9 @@ class TrainStep:
         self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
         self._may_shrink = may_shrink
         self._say = say
+        self._ranks, self._root = ranks, root
+        self._is_short = False
+        """Whether memory ran out too late to begin the batch anew."""
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         self.use(kernels)
 
@@ -61,25 +78,67 @@ class TrainStep:
         self.is_compiled = False
         self.optimizer.zero_grad(set_to_none=True)
         self._way: ByAutograd | ByHand | Replay
+        self._sync = GradientSync()
         if kernels.by_hand:
             self._way = ByHand(
                 self.model, self.precision.dtype, savings=self._savings, flash4=kernels.flash4
             )
-        else:
-            self._way = ByAutograd(
-                self.model, self.precision, kernels, scaler=self._scaler, savings=self._savings
-            )
+            if self._ranks.size > 1:
+                self._sync = OverRanks(self._ranks, self._way.gradients)
+                self._way.made = self._sync.made
+            return
+        gradients = LooseGradients()
+        if self._root is not None:
+            self._sync = InShards(self._ranks)
+        elif self._ranks.size > 1:
+            gradients = self._gradients_in_a_row
+            self._sync = OverRanks(self._ranks, self._gradients_in_a_row)
+            self._gradients_in_a_row.made = self._sync.made
+        self._way = ByAutograd(
+            self.model,
+            self.precision,
+            kernels,
+            scaler=self._scaler,
+            savings=self._savings,
+            gradients=gradients,
+            root=self._root,
+            size=self._ranks.size,
+            by_block=self._ranks.size > 1,
+        )
+
+    @functools.cached_property
+    def _gradients_in_a_row(self) -> AutogradGradients:
+        """Made once: what it hangs on the parameters stays there."""
+        return AutogradGradients(self.model)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a piece of the model only."""
+        return self._root is not None
+
+    @property
+    def judged(self) -> nn.Module:
+        """What gives the summed loss of inputs and targets in an evaluation."""
+        return self.model if self._root is None else self._root
+
+    def whole_model(self) -> GPT | None:
+        """The model as one process can use it, on rank 0 only; all have to ask."""
+        if self._root is not None:
+            return put_together(self.model, self.precision.dtype, self.device, self._ranks)
+        return self.model if self._ranks.is_first else None
 
     @property
     def way(self) -> str:
         """How an update is made, in words."""
         if isinstance(self._way, ByAutograd):
-            return "autograd"
+            return "autograd" if self._root is None else "autograd, in shards"
         return "written out, recorded" if isinstance(self._way, Replay) else "written out"
 
     def record(self) -> None:
         """Play a micro-batch back from a recording from now on, if it is written out."""
         if isinstance(self._way, ByHand):
+            # What is played back calls nobody: its gradients are sent when all are there.
+            self._way.made = GradientSync().made
             self._way = Replay(self._way)
 
     def compile(self) -> None:
@@ -89,16 +148,19 @@ class TrainStep:
         self.is_compiled = True
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Learn from one global batch, both (G, T).
+        """Learn from one global batch, or this rank's part of it, both (G, T).
 
-        An update whose gradient is not finite is left out: weights and moments stay as they are.
+        An update whose gradient or loss is not finite is left out: weights and moments stay as they
+        are.
 
         Returns:
-            Mean loss over the batch's tokens, and gradient norm before clipping: scalars that stay
-            on the device, so that nothing waits for them.
+            Mean loss over the tokens of all ranks, and gradient norm before clipping: scalars that
+            stay on the device, so that nothing waits for them, and are the same on every rank.
         """
-        self.model.train()
+        self.judged.train()
         while (loss := self._gradients(inputs, targets)) is None:
+            self._shrink()
+        if self._is_short:
             self._shrink()
         self._scaler.unscale_(self.optimizer)
         norm = self._way.clip(self._grad_clip)
@@ -107,7 +169,9 @@ class TrainStep:
         if not self._scaler.is_enabled():
             # torch's fused optimizers look for this flag, on the device, before they move a
             # weight; the scaler sets it by itself.
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            # A loss that is no number is the word of a rank whose gradients are not whole.
+            is_good = (norm + loss).isfinite()
+            self.optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -116,26 +180,38 @@ class TrainStep:
     def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
         """Gradients of a global batch in its parameters, and its loss; None if memory ran out."""
         loss = torch.zeros((), device=self.device)
-        share = 1 / targets.numel()
-        parts = zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
+        share = 1 / (targets.numel() * self._ranks.size)
+        parts = list(
+            zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
+        )
         try:
+            self._sync.begin()
             self._way.begin()
             # Each micro-batch counts by its tokens, so the split never changes the sum.
-            for x, y in parts:
+            for left, (x, y) in zip(reversed(range(len(parts))), parts, strict=True):
+                if not left:
+                    self._sync.arm()
                 loss += self._learn(x, y, share) * share
+                self._ranks.tick()
         except torch.OutOfMemoryError:
             if not self._may_shrink or self.micro_batch == 1:
                 raise
-            return None
-        return loss
+            if not self._sync.has_begun():
+                # Other ranks wait a little longer, and never hear of it.
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            self._sync.give_up()
+            loss.fill_(math.nan)
+            self._is_short = True
+        return self._sync.finish(loss)
 
     def _learn(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         """Add `scale` times the gradients of a micro-batch's summed loss, which is returned."""
         return self._way(x, y, scale)
 
     def _shrink(self) -> None:
-        """Halve the micro-batch, after memory ran out; what was done of the batch is forgotten."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Halve the micro-batch, after memory ran out."""
+        self._is_short = False
         if isinstance(self._way, Replay):
             self._way.forget()
         if self.device.type == "cuda":
@@ -149,7 +225,7 @@ class TrainStep:
         # Not all alike: adding up many gradients of one token takes far longer than of many.
         tokens = torch.arange(count, device=self.device) % self.model.config.vocab_size
         x = tokens.view(windows, context_length)
-        self.model.train()
+        self.judged.train()
         with _kept_dice(self.device):
             synchronize(self.device)
             start = time.perf_counter()

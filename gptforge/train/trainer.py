@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 import torch
@@ -15,6 +16,7 @@ from gptforge.checkpoint.store import Snapshot, read_state
 from gptforge.checkpoint.tensors import generator_tensors, model_tensors, optimizer_tensors
 from gptforge.config import Config
 from gptforge.data.loader import Loader
+from gptforge.distributed import Agreement, Ranks
 from gptforge.errors import RunError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.generate.language_model import LanguageModel
@@ -23,7 +25,7 @@ from gptforge.optim.schedule import warmup_cosine
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.anomalies import Anomaly, Watch
-from gptforge.train.guards import Reason, StopGuard
+from gptforge.train.guards import WISHES, Reason, StopGuard
 from gptforge.train.progress import Progress, restore
 from gptforge.train.step import TrainStep
 
@@ -76,6 +78,10 @@ class Trainer:
     progress: Progress
     lock: IO[str]
     """Open as long as no other process may train into the same folder."""
+    ranks: Ranks
+    """Who trains together; report, saver and lock of all but the first do nothing."""
+    wishes: Agreement
+    """Makes one rank's wish to stop everybody's."""
 
     _clock: Stopwatch = field(init=False)
     _begun: float = field(init=False)
@@ -100,7 +106,7 @@ class Trainer:
                 is_best = self.is_due(self.config.eval_every) and self.judge()
                 if self.is_due(self.config.sample_every):
                     self.sample()
-                reason = self.guard.wish() if self.steps_left else "finished"
+                reason = self.wish() if self.steps_left else "finished"
                 if reason or is_best or self.is_due(self.config.save_every):
                     self.save(is_best=is_best)
                 self.report.saved(self.saver.collect())
@@ -164,13 +170,18 @@ class Trainer:
             )
         return any(found.in_a_row >= PATIENCE for found in anomalies)
 
+    def wish(self) -> Reason | None:
+        """Why to stop now, as all ranks agree, or None."""
+        agreed = self.wishes.say(WISHES.index(self.guard.wish()))
+        return WISHES[agreed]
+
     def go_back(self) -> None:
         """Return to the newest whole checkpoint, and do without the data since then."""
-        with self._clock.paused():
+        with self._aside():
             self.saver.wait()
             reached, behind = self.progress.step, self.loader.position
             returns = self.progress.returns + 1
-            path, warnings = self.saver.store.newest()
+            path, warnings = self._newest()
             for warning in warnings:
                 self.report.console.say(f"note: {warning}")
             if path is None or returns > MOST_RETURNS:
@@ -180,12 +191,12 @@ class Trainer:
                     f"at step {reached - 1}. A lower --max_lr, a longer --warmup_steps or a look "
                     "at the text may help"
                 )
-            self.progress = restore(path, self.train_step, self.loader)
+            self.progress = restore(path, self.train_step, self.loader, self.ranks)
             self.progress.returns = returns
             bad_steps = list(range(reached - PATIENCE, reached))
             self.report.returned(
                 self.progress.step,
-                read_state(path)["file_sizes"],
+                self.ranks.on_first(lambda: read_state(path)["file_sizes"]),
                 checkpoint=path.name,
                 is_best=self.progress.best_step == self.progress.step,
                 bad_steps=bad_steps,
@@ -198,13 +209,13 @@ class Trainer:
 
     def judge(self) -> bool:
         """Score the model, by held-out text where there is some; whether it is the best so far."""
-        p = self.progress
-        with self._clock.paused():
+        p, step = self.progress, self.train_step
+        with self._aside():
             if self.held_out is None:
                 seen = float(self._loss_count)
                 loss = float(self._loss_sum) / seen if seen else math.nan
             else:
-                score = self.held_out.evaluate(self.train_step.model, self.train_step.precision)
+                score = self.held_out.evaluate(step.judged, step.precision, self.ranks)
                 loss = score.loss
             is_best = loss < p.best_loss
             if is_best:
@@ -224,14 +235,17 @@ class Trainer:
 
     def sample(self) -> None:
         """Have the model write a little, with dice of its own, so that training does not notice."""
-        with self._clock.paused():
-            writer = LanguageModel(self.train_step.model, self.tokenizer)
+        with self._aside():
+            model = self.train_step.whole_model()
+            if model is None:
+                return
+            writer = LanguageModel(model, self.tokenizer)
             text = writer.generate("", SAMPLE_TOKENS, seed=self.config.seed + self.progress.step)
             self.report.sampled(self.progress.step, text, is_last=not self.steps_left)
 
     def save(self, *, is_best: bool) -> None:
         """Begin to write a checkpoint, beside the training."""
-        with self._clock.paused():
+        with self._aside():
             self.saver.submit(self.progress.step, self.snapshot(), is_best=is_best)
 
     def snapshot(self) -> Snapshot:
@@ -249,11 +263,27 @@ class Trainer:
             "file_sizes": self.report.sizes(),
         }
         return Snapshot(
-            model=model_tensors(step.model),
-            optimizer=optimizer_tensors(step.model, step.optimizer),
-            generators=generator_tensors(step.device),
+            model=model_tensors(step.model, self.ranks),
+            optimizer=optimizer_tensors(step.model, step.optimizer, self.ranks),
+            generators=generator_tensors(step.device, self.ranks),
             state=state,
         )
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is no training: its time does not count, and other ranks may have to wait for it."""
+        with self._clock.paused(), self.ranks.busy():
+            yield
+
+    def _newest(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and what to say about damaged ones."""
+
+        def look() -> tuple[str | None, list[str]]:
+            path, warnings = self.saver.store.newest()
+            return None if path is None else path.as_posix(), warnings
+
+        path, warnings = self.ranks.on_first(look)
+        return path and Path(path), warnings
 
     def _start_counting(self) -> None:
         """Set the running sums to what `progress` says."""

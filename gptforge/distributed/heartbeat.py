@@ -1,0 +1,255 @@
+"""Who is missing: each rank says every second that it lives, and all hear it when one does not.
+
+A rank that dies, stands still or is cut off leaves the others waiting for it, on a GPU without an
+error. So each process has a thread that writes to the store of the launcher; rank 0 reads what all
+have written, the others what rank 0 has. The first to find out, or to fail itself, leaves word, and
+every rank ends on it. A network that is cut shows as a store that does not answer, which a second
+thread notices.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from gptforge.errors import RunError, UserError
+
+EVERY = 1.0
+"""Seconds between signs of life."""
+SILENCE = 30.0
+"""Seconds without one, after which a rank counts as lost."""
+FAILURE = 1
+WORD = "word"
+
+
+class Heartbeat:
+    """The thread, and what it tells.
+
+    Args:
+        rank: of this process.
+        size: of all.
+        host: this machine's name.
+        store: a connection of the thread's own: others' long waits must not hold it up.
+        is_loudest: whether this rank prints what others have found, for its host.
+        silence: seconds after which a rank counts as lost.
+        leave: ends the process; a test's own does not.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        size: int,
+        host: str,
+        store: Store,
+        is_loudest: bool,
+        silence: float = SILENCE,
+        leave: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self.progress = 0
+        """Grows while this rank is getting on."""
+        self.busy = 0
+        """Above 0 while it does what the others have to wait for."""
+        self._rank, self._size, self._host = rank, size, host
+        self._where = f"rank {rank} on {host}"
+        self._store, self._is_loudest, self._silence = store, is_loudest, silence
+        self._leave = leave
+        self._quiet = threading.Event()
+        self._others = _Others(silence)
+        self._heard = time.monotonic()
+
+    def start(self) -> None:
+        """Begin to tell and to listen."""
+        self._tell()
+        self._heard = time.monotonic()
+        for do in (self._talk, self._watch):
+            threading.Thread(target=do, name="heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        """No more: the run is over."""
+        self._quiet.set()
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process for an error, and with it all the others."""
+        if threading.current_thread() is threading.main_thread():
+            # The launcher ends everybody at once; who is to blame has to be said first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_lost_contact(error):
+            # Somebody else is to blame: the thread finds out who, and ends this process.
+            time.sleep(self._silence + 10 * EVERY)
+        code = getattr(error, "code", None)
+        if isinstance(error, UserError):
+            code = 2
+        text = " ".join(f"{error or type(error).__name__}".split())
+        if isinstance(error, KeyboardInterrupt):
+            code, text = 130, "interrupted"
+        elif not isinstance(error, (UserError, RunError)):
+            text = f"{type(error).__name__}: {text}"
+        self._end(text, code if isinstance(code, int) and code else FAILURE)
+        raise AssertionError("a process that has ended")
+
+    def _talk(self) -> None:
+        """Tell and listen, until something is wrong or the run is over."""
+        while not self._quiet.wait(EVERY):
+            try:
+                found = self._look()
+            except (RuntimeError, ValueError) as error:
+                if _is_refused(error):
+                    # There is nobody left: no need to wait.
+                    self._heard -= self._silence
+                continue
+            self._heard = time.monotonic()
+            if found and not self._quiet.is_set():
+                self._end(found, FAILURE, about_self=False)
+                return
+
+    def _watch(self) -> None:
+        """End this rank when the store is silent: a question to it may then wait for ever."""
+        while not self._quiet.wait(EVERY):
+            silent = time.monotonic() - self._heard
+            if silent > self._silence:
+                where = os.environ.get("MASTER_ADDR")
+                self._print(
+                    f"{self._where} cannot reach the other ranks, at {where}, for "
+                    f"{self._silence:.0f} seconds"
+                )
+                self._part(FAILURE)
+
+    def _look(self) -> str | None:
+        """Tell, and look around; gives what is wrong, in words."""
+        if self._store.check([WORD]):
+            self._obey(json.loads(self._store.get(WORD)))
+        own = self._tell()
+        watched = range(1, self._size) if self._rank == 0 else [0]
+        keys = [f"life/{other}" for other in watched]
+        if not self._store.check(keys):
+            # Some have only just met the others.
+            return None
+        lives = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
+        return self._others.wrong(lives, own if self._rank == 0 else None, self._host)
+
+    def _tell(self) -> dict[str, Any]:
+        """Say that this rank lives."""
+        own = {"pid": os.getpid(), "host": self._host, "busy": self.busy}
+        own |= {"progress": self.progress, "beat": time.time()}
+        self._store.set(f"life/{self._rank}", json.dumps(own))
+        return own
+
+    def _end(self, text: str, code: int, *, about_self: bool = True) -> None:
+        """Leave word, unless somebody has, and end."""
+        if about_self:
+            text = f"{self._where}: {text}"
+        word = {"text": text, "code": code, "host": self._host}
+        try:
+            left = json.loads(self._store.compare_set(WORD, "", json.dumps(word)))
+        except (RuntimeError, ValueError):
+            left = word
+        if left == word:
+            self._print(text)
+            self._part(code)
+        else:
+            self._obey(left)
+
+    def _obey(self, word: Mapping[str, Any]) -> None:
+        """End as another rank has said."""
+        # Whoever left word has printed it, for its own machine.
+        if self._is_loudest and word["host"] != self._host:
+            self._print(word["text"])
+        self._part(word["code"])
+
+    def _print(self, text: str) -> None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+
+    def _part(self, code: int) -> None:
+        """End the process; a save that is under way is finished first."""
+        self._quiet.set()
+        for thread in threading.enumerate():
+            if thread.name == "saver":
+                thread.join(20)
+        sys.stdout.flush()
+        self._leave(code)
+
+
+class _Others:
+    """What is known of the other ranks, and since when nothing has changed."""
+
+    def __init__(self, silence: float) -> None:
+        self._silence = silence
+        self._beats: dict[int, tuple[float, float]] = {}
+        self._getting_on = time.monotonic()
+        self._last: dict[int, int] = {}
+        self._longest = 0.0
+
+    def wrong(
+        self, lives: Mapping[int, Mapping[str, Any]], own: Mapping[str, Any] | None, host: str
+    ) -> str | None:
+        """Who has died or gone silent; with the `own` life of rank 0 also who stands still."""
+        now = time.monotonic()
+        for rank, life in lives.items():
+            who = f"rank {rank} on {life['host']}"
+            if life["host"] == host and not _is_alive(life["pid"]):
+                return f"{who} has died (process {life['pid']})"
+            beat, since = self._beats.get(rank, (None, now))
+            if beat != life["beat"]:
+                self._beats[rank] = (life["beat"], now)
+            elif now - since > self._silence:
+                return f"{who} has given no sign of life for {now - since:.0f} seconds"
+        return self._standing_still({0: own, **lives}, now) if own else None
+
+    def _standing_still(self, lives: Mapping[int, Mapping[str, Any]], now: float) -> str | None:
+        progress = {rank: int(life["progress"]) for rank, life in lives.items()}
+        begun = min(progress.values()) > 0
+        if progress != self._last or any(life["busy"] for life in lives.values()) or not begun:
+            was_one_step = progress != self._last and self._last and min(self._last.values()) > 0
+            if begun and was_one_step:
+                self._longest = max(self._longest, now - self._getting_on)
+            self._last, self._getting_on = progress, now
+            return None
+        still = now - self._getting_on
+        # A slow machine is not one that hangs.
+        if still < max(self._silence, 5 * self._longest):
+            return None
+        least = min(progress.values())
+        behind = [r for r, p in progress.items() if p == least]
+        if len(behind) == len(lives):
+            return f"all ranks have stood still for {still:.0f} seconds"
+        names = ", ".join(f"rank {r} on {lives[r]['host']}" for r in behind)
+        return f"{names} stood still for {still:.0f} seconds while the others waited"
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error only says that another rank did not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo")
+    is_plain = type(error) is RuntimeError or isinstance(error, torch.AcceleratorError)
+    return is_plain and any(word in str(error) for word in words)
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether there is nobody left where the store was."""
+    return any(word in str(error) for word in ("refused", "Broken pipe", "reset by peer"))
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; a dead one that nobody has fetched does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2]
+        return not after_name.split()[0].startswith(("Z", "X"))
+    except (OSError, IndexError):
+        return True

@@ -1,0 +1,143 @@
+"""Joining the other processes that torchrun has started, from what it says in the environment."""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from gptforge.distributed.heartbeat import SILENCE, Heartbeat
+from gptforge.distributed.ranks import ALONE, ManyRanks, Ranks
+from gptforge.errors import RunError, UserError
+from gptforge.hardware import has_mps
+
+WANTED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LONGEST = timedelta(minutes=30)
+"""That a rank waits for others. Lost ones are found by the heartbeat long before."""
+
+
+def is_launched(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is one of several processes."""
+    return int(env.get("WORLD_SIZE", "1")) > 1
+
+
+def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
+    """Meet the other processes; `ALONE` if there are none.
+
+    NCCL carries what GPUs say to each other, gloo what CPUs do.
+
+    Args:
+        device: as `--device` has it.
+        env: where torchrun has left its facts.
+
+    Raises:
+        UserError: if the launch does not fit together.
+    """
+    if not is_launched(env):
+        return ALONE
+    if missing := [name for name in WANTED if name not in env]:
+        raise UserError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} but {missing[0]} is not set: start several "
+            "processes with torchrun --nproc_per_node=N gpt.py ..."
+        )
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    local_rank = int(env["LOCAL_RANK"])
+    place = _local_device(device, local_rank, local_size=int(env["LOCAL_WORLD_SIZE"]))
+    host = socket.gethostname()
+    silence = float(env.get("GPTFORGE_SILENCE", SILENCE))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    is_server = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        server = _store(env, is_server=is_server, timeout=LONGEST)
+        attempt = meet(server, rank, size)
+        store = PrefixStore(attempt, server)
+        own = _store(env, is_server=False, timeout=timedelta(seconds=silence))
+        heartbeat = Heartbeat(
+            rank,
+            size=size,
+            host=host,
+            store=PrefixStore(attempt, own),
+            is_loudest=local_rank == 0,
+            silence=silence,
+        )
+        heartbeat.start()
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            store=PrefixStore("torch", store),
+            rank=rank,
+            world_size=size,
+            timeout=LONGEST,
+            device_id=place if place.type == "cuda" else None,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise RunError(f"rank {rank} on {host} cannot join the other ranks: {first}") from None
+    return ManyRanks(
+        rank,
+        size=size,
+        local_rank=local_rank,
+        host=host,
+        device=place,
+        store=store,
+        heartbeat=heartbeat,
+    )
+
+
+def _store(env: Mapping[str, str], *, is_server: bool, timeout: timedelta) -> Store:
+    """A connection of its own to the launcher's store."""
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    return TCPStore(address, port, is_master=is_server, timeout=timeout)
+
+
+def meet(store: Store, rank: int, size: int, *, patience: float = LONGEST.total_seconds()) -> str:
+    """Find the other ranks; gives a name for this meeting that no earlier one had.
+
+    The launcher's store outlives a restart, with all that was said before, and launchers count
+    restarts each for itself. So every rank says hello with a word of its own, and waits until rank
+    0 answers that very word.
+    """
+    word, deadline = secrets.token_hex(8), time.monotonic() + patience
+    store.set(f"gptforge/hello/{rank}", word)
+    answered: dict[int, str] = {}
+    while time.monotonic() < deadline:
+        if rank == 0:
+            for other in range(1, size):
+                key = f"gptforge/hello/{other}"
+                hello = store.get(key).decode() if store.check([key]) else ""
+                if hello and answered.get(other) != hello:
+                    store.set(f"gptforge/welcome/{other}", f"{hello} {word}")
+                    answered[other] = hello
+            if size == 1 or store.check([f"gptforge/{word}/{other}" for other in range(1, size)]):
+                return f"gptforge/{word}"
+        elif store.check([key := f"gptforge/welcome/{rank}"]):
+            said, _, name = store.get(key).decode().partition(" ")
+            if said == word:
+                store.set(f"gptforge/{name}/{rank}", "here")
+                return f"gptforge/{name}"
+        time.sleep(0.05)
+    raise RunError(f"the {size} ranks did not all come")
+
+
+def _local_device(flag: str, local_rank: int, *, local_size: int) -> torch.device:
+    kind, _, index = flag.partition(":")
+    if index or kind == "mps":
+        raise UserError(f"--device {flag}: torchrun gives each rank its own; leave it out")
+    if flag == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        if flag == "auto" and has_mps():
+            raise UserError("several processes train on CUDA GPUs or on CPUs: add --device cpu")
+        return torch.device("cpu")
+    there = torch.cuda.device_count()
+    if local_size > there:
+        raise UserError(
+            f"{local_size} ranks were started here and torch finds {there} CUDA GPUs: use "
+            f"--nproc_per_node={there}" + ("" if there else ", or --device cpu")
+        )
+    return torch.device("cuda", local_rank)

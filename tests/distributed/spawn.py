@@ -1,0 +1,102 @@
+"""Running a function on several gloo ranks, each a process of its own, forked from a warm one."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from gptforge.distributed import join
+
+# A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
+_context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    _context.set_forkserver_preload(["gptforge.build", "torch.distributed.fsdp", "matplotlib"])
+
+
+def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `do(ranks, *args)` gives on each of `count` ranks, something for JSON."""
+    with TemporaryDirectory() as folder:
+        codes = _run(count, do, args, folder, {})
+        for rank, code in enumerate(codes):
+            if code != 0:
+                pytest.fail(f"rank {rank}, exit code {code}: {_said(folder, rank)}")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@dataclass
+class End:
+    """How a rank ended."""
+
+    code: int | None
+    said: str
+    seconds: float
+
+
+def ends_of(count: int, do: Callable[..., Any], *args: Any, silence: float) -> list[End]:
+    """How each rank ends, where something goes wrong on one of them."""
+    with TemporaryDirectory() as folder:
+        begin = time.monotonic()
+        codes = _run(count, do, args, folder, {"GPTFORGE_SILENCE": silence})
+        seconds = time.monotonic() - begin
+        return [End(code, _said(folder, rank), seconds) for rank, code in enumerate(codes)]
+
+
+def _said(folder: str, rank: int) -> str:
+    return (Path(folder) / f"{rank}.said").read_text()
+
+
+def _run(
+    count: int, do: Callable[..., Any], args: Any, folder: str, env: dict[str, Any]
+) -> list[int | None]:
+    """Exit codes. When the first rank has ended, those that do not follow are killed."""
+    port = free_port()
+    children = [
+        _context.Process(target=_child, args=(rank, count, port, folder, do, args, env))
+        for rank in range(count)
+    ]
+    for child in children:
+        child.start()
+    children[0].join(120)
+    for child in children:
+        child.join(8)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _child(
+    rank: int, count: int, port: int, folder: str, do: Callable[..., Any], args: Any, env: Any
+) -> None:
+    said = os.open(Path(folder) / f"{rank}.said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in (facts | env).items()})
+    import torch
+
+    torch.set_num_threads(1)
+    ranks = join("cpu")
+    try:
+        result = do(ranks, *args)
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+        ranks.leave()
+    except BaseException as error:
+        traceback.print_exc()
+        ranks.fail(error)
