@@ -1,3 +1,5 @@
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from gptforge import costs
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
+from gptforge.presets import preset
 
 shapes = st.builds(
     lambda heads, width, **rest: GPTConfig(n_head=heads, n_embd=heads * width, **rest),
@@ -48,3 +51,18 @@ def test_memory_for_the_backward_pass_is_what_autograd_keeps() -> None:
 def test_flops_of_gpt2_small_by_the_published_convention() -> None:
     small = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
     assert costs.flops_per_token(small, 1024) == 6 * 124_475_904 + 12 * 12 * 768 * 1024
+
+
+def test_shards_take_less_memory_the_more_ranks_share_them() -> None:
+    config = dataclasses.replace(preset("gpt2-xl"), vocab_size=50304).model
+    state = 16 * costs.parameters(config)
+    one, two, four = (
+        costs.sharded_bytes(config, 1024, 4, ranks=ranks, mixed=True) for ranks in (1, 2, 4)
+    )
+    assert one - two == state // 2
+    assert two - four == state // 4
+    eight = costs.sharded_bytes(config, 1024, 8, ranks=4, mixed=True)
+    recomputed = costs.sharded_bytes(config, 1024, 8, ranks=4, mixed=True, recompute=True)
+    assert four < recomputed < eight or recomputed < four < eight
+    whole = costs.training_bytes(config, 1024, 4, mixed=True)
+    assert four < 0.6 * whole

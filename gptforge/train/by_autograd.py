@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptforge.hardware import Kernels, Precision, autocast
@@ -60,7 +60,7 @@ class ByAutograd:
         """Run the model compiled from now on. The saved weights' names stay those of the module."""
         if self._by_block:
             for block in self.model.blocks():
-                block.forward = torch.compile(block.forward, dynamic=False)
+                block.forward = _compiled(block)
         elif self._is_apart:
             self._forward = self._with_head_apart(torch.compile(self._hidden, dynamic=False))
         else:
@@ -114,3 +114,18 @@ class ByAutograd:
             table = self.model.lm_head.weight
             return head_loss(hidden.to(self._precision.dtype), table, targets, IGNORE)
         return self.model.loss(hidden, targets)
+
+
+def _compiled(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A block's way forward, compiled for training: an evaluation has batches of other shapes.
+
+    All blocks are alike to the compiler, so that it compiles one of them.
+    """
+    plain = block.forward
+    fast = torch.compile(plain, dynamic=False)
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = (fast if block.training else plain)(x)
+        return y
+
+    return forward

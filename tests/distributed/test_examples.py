@@ -1,0 +1,51 @@
+"""The recipes under examples/ start what they say they start."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptforge.config import Config
+from tests.distributed.spawn import free_port
+from tests.train.runs import events, last
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_recipe_has_no_mistake_that_shellcheck_finds(script) -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert os.access(script, os.X_OK)
+
+
+def start(script: str, *flags: object, **env: object) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    words = ["bash", str(EXAMPLES / script), "--preset", "debug", "--device", "cpu"]
+    own = {"PATH": path, "OMP_NUM_THREADS": 1, "RESTARTS": 0, **env}
+    return subprocess.Popen(
+        [*words, *map(str, flags)],
+        env=os.environ | {name: str(value) for name, value in own.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_two_machines_meet_and_train_as_one(play, tmp_path) -> None:
+    """Two launchers on one machine, as two machines have one each."""
+    meeting = {"FIRST": "localhost", "PORT": free_port(), "GPUS": 1, "RUN": tmp_path.name}
+    flags = ("--input", play, "--out_dir", tmp_path / "run", "--sample_every", 0)
+    launchers = [start("two_nodes.sh", *flags, **meeting) for _ in range(2)]
+    said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
+    config = Config(out_dir=str(tmp_path / "run"))
+    assert last(config).name == "step-000020"
+    assert events(config, "start")[0]["ranks"] == 2
+    # One of the two machines speaks.
+    assert sorted("step 19 |" in text for text in said) == [False, True]
