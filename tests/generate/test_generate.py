@@ -63,10 +63,9 @@ def test_a_stop_token_ends_it_and_stays_out_of_the_text(writer) -> None:
 
 
 def test_an_end_of_text_mark_ends_every_way_of_writing(tiny_model) -> None:
-    class Marked(CharTokenizer):
-        end_of_text = 3
-
-    writer = LanguageModel(tiny_model, Marked(ALPHABET))
+    marked = CharTokenizer(ALPHABET)
+    marked.end_of_text = 3
+    writer = LanguageModel(tiny_model, marked)
     plain = LanguageModel(tiny_model, CharTokenizer(ALPHABET))
     seed = next(n for n in range(99) if ALPHABET[3] in plain.generate("a", 40, seed=n)[1:])
     expected = plain.generate("a", 40, seed=seed).split(ALPHABET[3])[0]
