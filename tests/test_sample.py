@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.environment import python_path
 
 DEBUG = ("--preset", "debug", "--device", "cpu", "--out_dir", "run")
 SAMPLE = ("sample", "run", "--device", "cpu", "--max_new_tokens", 20)
@@ -55,7 +56,7 @@ def test_too_many_tokens_are_refused_before_memory_is_asked_for(trained) -> None
 
 def start(*args: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "gptforge", *map(str, (*SAMPLE[:-1], 10**6, *args))]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )

@@ -142,6 +142,7 @@ class ByTriton:
 
     def embed(self, at: Written, wte: Tensor, wpe: Tensor) -> Tensor:
         """See Way."""
+        assert at.ids.is_contiguous() and at.starts.is_contiguous()
         columns = wte.size(1)
         x = torch.empty(len(at.ids), columns, device=wte.device)
         self.kernels.embed[(len(x),)](

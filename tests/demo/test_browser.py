@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import python_path
+
 pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -73,7 +75,7 @@ def server(folder: Path, *command: str) -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | QUIET | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | QUIET | {"PYTHONPATH": python_path()},
     )
     assert process.stdout is not None
     first = process.stdout.readline()

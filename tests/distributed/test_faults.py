@@ -19,6 +19,7 @@ from gptforge.distributed import Ranks, heartbeat
 from gptforge.distributed.heartbeat import _Others, is_lost_contact
 from gptforge.errors import RunError, UserError
 from tests.distributed.spawn import End, ends_of, free_port
+from tests.environment import python_path
 from tests.train.runs import events, last
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +156,7 @@ def test_only_a_lost_connection_is_blamed_on_others() -> None:
 def start(folder: Path, *flags: str, env: dict[str, str], before: tuple[str, ...] = ()):
     """gpt.py on a tiny model, with its words in `folder`/said."""
     words = [sys.executable, str(ROOT / "gpt.py"), *FLAGS, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **env}
     with (folder / "said").open("w") as said:
         return subprocess.Popen(
             [*before, *words], env=environment, stdout=said, stderr=said, cwd=folder
@@ -201,7 +202,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_goes_on(play, tmp_path)
     folder = tmp_path / "launch"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SLOWLY)
-    env = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    env = {"PYTHONPATH": python_path(folder), "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
     with (folder / "said").open("w") as said:
         run = subprocess.Popen(

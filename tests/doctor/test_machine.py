@@ -31,12 +31,11 @@ def test_this_machine_is_described(program) -> None:
 
 
 def test_what_is_not_installed_is_named_with_the_command_that_brings_it(monkeypatch) -> None:
-    real = machine.importlib.util.find_spec
-
-    def find(name: str):
-        return None if name in ("pyarrow", "gradio") else real(name)
+    def find(name: str) -> object | None:
+        return None if name in ("pyarrow", "gradio") else object()
 
     monkeypatch.setattr(machine.importlib.util, "find_spec", find)
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "1.0")
     said = "\n".join(lines())
     assert "not here: pyarrow, for Parquet" in said
     assert "pip install 'gptforge[data]'" in said

@@ -54,7 +54,7 @@ def of_the_quick(
     cache, step = engine.cache(*ids.shape), QuickStep(engine, way)
     places = torch.arange(ids.size(1), device=engine.device)
     return [
-        step(ids[:, n : n + 1], starts, cache, places[n : n + 1])
+        step(ids[:, n : n + 1].contiguous(), starts, cache, places[n : n + 1])
         for n in range(int(starts.max()), ids.size(1))
     ]
 

@@ -63,7 +63,7 @@ def stream(rows: int, columns: int, place: str) -> torch.Tensor:
 
 
 def written(rows: int, slot: int, place: str) -> Written:
-    starts = torch.tensor([[0], [slot], [slot // 2], [1]])[:rows]
+    starts = torch.tensor([[0], [slot], [slot // 2], [min(1, slot)]])[:rows]
     ids = torch.tensor([[1], [2], [0], [39]])[:rows]
     return Written(ids.to(place), starts.to(place), torch.tensor([slot], device=place))
 
