@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from gptforge import costs
+from gptforge.build.parallel import wants_shards
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.tensors import load_model_tensors
@@ -27,7 +28,7 @@ from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.model import GPT
 from gptforge.optim.choice import build_optimizer
 from gptforge.report.duration import in_words
-from gptforge.train.micro_batch import HEADROOM, find_micro_batch
+from gptforge.train.micro_batch import find_micro_batch
 from gptforge.train.savings import Savings
 from gptforge.train.sharded import shard
 from gptforge.train.step import TrainStep
@@ -189,47 +190,6 @@ def _model(config: Config, opening: Opening, ranks: Ranks) -> GPT:
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if ranks.is_first else {}
     load_model_tensors(model, tensors, source=path.as_posix(), ranks=ranks)
     return model
-
-
-def wants_shards(
-    config: Config, device: torch.device, precision: Precision, ranks: Ranks, say: Say
-) -> bool:
-    """Whether the model is to lie in pieces on the ranks; says why.
-
-    Raises:
-        UserError: if that is asked for and does not work.
-    """
-    if ranks.size == 1:
-        if config.parallel == "fsdp":
-            raise UserError(
-                "--parallel fsdp shares a model among several ranks: start them with torchrun "
-                "--nproc_per_node=N, or leave it out"
-            )
-        return False
-    c, mixed = config, precision.is_mixed
-    why = "as asked"
-    shards = c.parallel == "fsdp"
-    if c.parallel == "auto":
-        recompute = c.activation_checkpointing
-        needed = costs.training_bytes(
-            c.model, c.context_length, 1, mixed=mixed, recompute=recompute, loss_chunk=c.loss_chunk
-        )
-        free = usable_memory(device) if device.type == "cuda" else None
-        shards = not ranks.all_of(free is None or needed <= HEADROOM * free)
-        why = f"a whole one takes {needed / 1e9:.1f} GB" if shards else "the model fits on each"
-    if shards and precision.needs_scaler:
-        raise UserError(
-            "--dtype float16 does not go with --parallel fsdp, whose shards know no loss scale: "
-            "use --dtype bfloat16 or float32"
-        )
-    if shards and c.optimizer == "muon":
-        raise UserError(
-            f"--optimizer muon needs whole matrices, and the model would lie in shards "
-            f"({why}): use --optimizer adamw"
-        )
-    kind = "fsdp, a piece of the model on each" if shards else "ddp, the whole model on each"
-    say(f"parallel: {kind} of {ranks.size} ranks; {why}")
-    return shards
 
 
 def _micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool) -> int:

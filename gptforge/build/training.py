@@ -2,24 +2,21 @@
 
 import dataclasses
 import io
-import json
-import math
 import os
 import platform
 import tomllib
 from collections.abc import Callable, Collection
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gptforge import __version__, costs, files
 from gptforge.build.exported import imported
+from gptforge.build.parallel import check_shares, open_together
 from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
-from gptforge.checkpoint.run_folder import Opening, open_run
+from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
@@ -80,7 +77,7 @@ def build_trainer(
     """
     config = Config(**ranks.on_first(lambda: vars(_start_from(config, given, say))))
     check(config)
-    _check_shares(config, ranks)
+    check_shares(config, ranks)
     device, device_note = choose_device(ranks.local_device or config.device)
     begin_warm_up(device)
     precision = choose_precision(config.dtype, device)
@@ -90,17 +87,8 @@ def build_trainer(
         corpus = _corpus(config, given, say)
     config = _settle(config, corpus)
     lock = lock_run(Path(config.out_dir)) if ranks.is_first else io.StringIO()
-    opening = _open_run(config, corpus, given, ranks)
+    opening = open_together(config, corpus, given, ranks)
     config = opening.config
-    ranks.require_same(
-        {
-            "configuration": str(config),
-            "text (SHA-256)": corpus.sha256,
-            "tokenizer": sha256(json.dumps(corpus.tokenizer.to_json()).encode()).hexdigest(),
-            "version of gptforge": __version__,
-            "version of torch": torch.__version__,
-        }
-    )
     for notice in (*corpus.notices, *opening.notices):
         say(f"note: {notice}")
     usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
@@ -163,34 +151,6 @@ def build_trainer(
         ranks=ranks,
         wishes=ranks.agreement(lag),
     )
-
-
-def _check_shares(config: Config, ranks: Ranks) -> None:
-    """Raise a UserError unless every rank gets as many windows of a global batch."""
-    if config.global_batch % ranks.size == 0:
-        return
-    size, batch = ranks.size, config.batch_size
-    step = size // math.gcd(size, batch)
-    steps = max(step, round(config.gradient_accumulation_steps / step) * step)
-    raise UserError(
-        f"--batch_size {batch} x --gradient_accumulation_steps "
-        f"{config.gradient_accumulation_steps} is a global batch of {config.global_batch} windows, "
-        f"which {size} ranks cannot share equally: use --gradient_accumulation_steps {steps}, or "
-        "another number of ranks"
-    )
-
-
-def _open_run(config: Config, corpus: Corpus, given: Collection[str], ranks: Ranks) -> Opening:
-    """What rank 0 finds in the run folder, told to all."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        # A restart goes on with what the first start began.
-        config = dataclasses.replace(config, overwrite=False)
-
-    def look() -> dict[str, Any]:
-        tokenizer, text = corpus.tokenizer, corpus.sha256
-        return open_run(config, given=given, tokenizer=tokenizer, text_sha256=text).to_json()
-
-    return Opening.from_json(ranks.on_first(look))
 
 
 def _start_from(config: Config, given: Collection[str], say: Say) -> Config:

@@ -66,17 +66,26 @@ class Heartbeat:
         self._quiet = threading.Event()
         self._others = _Others(silence)
         self._heard = time.monotonic()
+        self._threads = [
+            threading.Thread(target=do, name="heartbeat", daemon=True)
+            for do in (self._talk, self._watch)
+        ]
 
     def start(self) -> None:
         """Begin to tell and to listen."""
         self._tell()
         self._heard = time.monotonic()
-        for do in (self._talk, self._watch):
-            threading.Thread(target=do, name="heartbeat", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """No more: the run is over."""
+        """No more: the run is over.
+
+        A thread that Python's end met in the middle of a question to the store would abort it.
+        """
         self._quiet.set()
+        for thread in self._threads:
+            thread.join(self._silence)
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process for an error, and with it all the others."""

@@ -295,18 +295,3 @@ def _nothing() -> None:
 
 
 ALONE = Ranks()
-
-
-def ranges(ends: Sequence[int], least: int) -> list[tuple[int, int]]:
-    """Neighbouring pieces of one row, put together until each is at least so long, but the last.
-
-    Args:
-        ends: where the pieces end, in order.
-        least: shortest that is worth a message of its own.
-    """
-    found, start = [], 0
-    for end in ends:
-        if end - start >= least or (end == ends[-1] and end > start):
-            found.append((start, end))
-            start = end
-    return found

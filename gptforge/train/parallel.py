@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from gptforge.distributed import Ranks
-from gptforge.distributed.ranks import ranges
 from gptforge.train.gradients import Gradients
 
 PIECE = 25 * 2**20
@@ -149,3 +148,18 @@ def _in_order(named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
     """Parameters in the order in which a backward pass is done with them."""
     tables = [p for name, p in named if ".wte." in name or ".wpe." in name]
     return [p for _, p in reversed(named) if not any(p is t for t in tables)] + tables[::-1]
+
+
+def ranges(ends: Sequence[int], least: int) -> list[tuple[int, int]]:
+    """Neighbouring pieces of one row, put together until each is at least so long, but the last.
+
+    Args:
+        ends: where the pieces end, in order.
+        least: shortest that is worth a message of its own.
+    """
+    found, start = [], 0
+    for end in ends:
+        if end - start >= least or (end == ends[-1] and end > start):
+            found.append((start, end))
+            start = end
+    return found

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.build.training import _check_shares
+from gptforge.build.parallel import check_shares
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.data.loader import Loader
@@ -257,9 +257,9 @@ class Three(Ranks):
 def test_a_global_batch_that_cannot_be_shared_says_what_could_be() -> None:
     config = dataclasses.replace(Config(), batch_size=8, gradient_accumulation_steps=5)
     with pytest.raises(UserError, match="40 windows, which 3 ranks") as caught:
-        _check_shares(config, Three())
+        check_shares(config, Three())
     assert "--gradient_accumulation_steps 6" in str(caught.value)
-    _check_shares(dataclasses.replace(config, gradient_accumulation_steps=6), Three())
+    check_shares(dataclasses.replace(config, gradient_accumulation_steps=6), Three())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +39,30 @@ def start(script: str, *flags: object, **env: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def wait_until_open(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with socket.create_connection(("localhost", port), 1):
+                return
+        except OSError:
+            assert time.monotonic() < deadline, "nobody listens"
+            time.sleep(0.1)
+
+
 def test_two_machines_meet_and_train_as_one(play, tmp_path) -> None:
     """Two launchers on one machine, as two machines have one each."""
     meeting = {"FIRST": "localhost", "PORT": free_port(), "GPUS": 1, "RUN": tmp_path.name}
     flags = ("--input", play, "--out_dir", tmp_path / "run", "--sample_every", 0)
-    launchers = [start("two_nodes.sh", *flags, **meeting) for _ in range(2)]
-    said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    launchers = [start("two_nodes.sh", *flags, **meeting)]
+    try:
+        # On one machine both take FIRST for themselves, and the later one has to find it taken.
+        wait_until_open(meeting["PORT"])
+        launchers.append(start("two_nodes.sh", *flags, **meeting))
+        said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
     assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
     config = Config(out_dir=str(tmp_path / "run"))
     assert last(config).name == "step-000020"

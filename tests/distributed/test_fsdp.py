@@ -7,8 +7,8 @@ import torch
 
 from gptforge import load
 from gptforge.build import build_trainer
-from gptforge.build import step as building
-from gptforge.build.step import wants_shards
+from gptforge.build import parallel as building
+from gptforge.build.parallel import wants_shards
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.distributed import ALONE, Ranks
