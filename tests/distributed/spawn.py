@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import socket
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,16 +37,13 @@ class End:
 
     code: int | None
     said: str
-    seconds: float
 
 
 def ends_of(count: int, do: Callable[..., Any], *args: Any, silence: float) -> list[End]:
     """How each rank ends, where something goes wrong on one of them."""
     with TemporaryDirectory() as folder:
-        begin = time.monotonic()
         codes = _run(count, do, args, folder, {"GPTFORGE_SILENCE": silence})
-        seconds = time.monotonic() - begin
-        return [End(code, _said(folder, rank), seconds) for rank, code in enumerate(codes)]
+        return [End(code, _said(folder, rank)) for rank, code in enumerate(codes)]
 
 
 def _said(folder: str, rank: int) -> str:
