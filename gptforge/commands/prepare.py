@@ -55,8 +55,8 @@ def prepare(args: list[str]) -> int:
     if asked.workers < 0 or asked.shard_mb < 1:
         raise UserError("--workers must be 0 or more, --shard_mb 1 or more")
     from gptforge.data.documents import Form
-    from gptforge.data.prepare import Request
     from gptforge.data.prepare import prepare as make
+    from gptforge.data.request import Request
     from gptforge.report.meter import open_meter
 
     request = Request(

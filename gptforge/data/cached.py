@@ -12,7 +12,8 @@ from pathlib import Path
 from gptforge import files
 from gptforge.data.documents import Form
 from gptforge.data.index import Index
-from gptforge.data.prepare import REQUEST, VERSION, Meter, Request, prepare
+from gptforge.data.prepare import REQUEST, VERSION, prepare
+from gptforge.data.request import Meter, Request
 from gptforge.data.sources import find_sources
 from gptforge.hardware import cache_folder
 from gptforge.tokenizers import Tokenizer

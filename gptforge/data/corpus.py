@@ -10,7 +10,7 @@ from gptforge.data.cached import prepare_once
 from gptforge.data.documents import Form
 from gptforge.data.index import TOKENIZER, Index, read_index
 from gptforge.data.loader import count_windows
-from gptforge.data.prepare import Meter
+from gptforge.data.request import Meter
 from gptforge.data.shards import read_header, read_headerless
 from gptforge.data.stream import ShardFile, ShardStream, TokenStream
 from gptforge.errors import UserError

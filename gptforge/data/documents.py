@@ -26,6 +26,12 @@ class Form:
     split_on: str = ""
     """What stands between the documents of a text file; empty: each file is one."""
 
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            raise UserError(f"--encoding {self.encoding}: there is no such encoding") from None
+
 
 @dataclass(frozen=True)
 class Document:

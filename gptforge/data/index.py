@@ -1,5 +1,6 @@
 """The index of a prepared data set: written last, it says that all the rest is there."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gptforge.tokenizers import Tokenizer
 INDEX = "index.json"
 TOKENIZER = "tokenizer.json"
 FORMAT, VERSION = "gptforge-shards", 1
+SIDES = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -108,4 +110,6 @@ def _check_shards(shards: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{tokens!r} tokens")
 
 
-SIDES = ("train", "val")
+def hash_of(value: object) -> str:
+    """SHA-256 of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 from gptforge.data.bad import BadInput, Skipped
 from gptforge.data.documents import Form, documents, holds_many
 from gptforge.data.reading import Chunk, chunks, mended
-from gptforge.data.shards import ShardWriter
+from gptforge.data.side import SideShards
 from gptforge.data.sources import Source
 from gptforge.data.split import Side, Split, digest_of
 from gptforge.data.survey import measure
@@ -26,8 +26,6 @@ AT_ONCE = 2**20
 """Characters that are encoded at a time."""
 WHOLE = 2**23
 """Bytes of a text file that is read whole."""
-MOST_SHARD = 2**27
-"""Tokens behind which a new shard is begun."""
 UNBROKEN = 2**26
 """Characters without a blank that are still taken for text."""
 CHECKED = 2**16
@@ -61,16 +59,6 @@ class Job:
 
 
 @dataclass
-class SideCount:
-    """What went to one side."""
-
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0
-    tokens: int = 0
-
-
-@dataclass
 class Done:
     """What a job made: all that the index needs."""
 
@@ -83,42 +71,6 @@ class Done:
     def to_json(self) -> dict[str, Any]:
         """As it is kept until all jobs are done."""
         return asdict(self)
-
-
-class _Shards:
-    """The shards of one side of a job, opened when there is something to write."""
-
-    def __init__(self, folder: Path, side: Side, job: int, dtype: Any) -> None:
-        self._folder, self._side, self._job, self._dtype = folder, side, job, dtype
-        self._writer: ShardWriter | None = None
-        self._count = SideCount()
-        self.made: list[dict[str, Any]] = []
-
-    def write(self, ids: Any, *, documents: int, characters: int, n_bytes: int) -> None:
-        if self._writer is None:
-            more = f"_{len(self.made)}" if self.made else ""
-            name = f"{self._side}_{self._job:06d}{more}.bin"
-            self._writer = ShardWriter(self._folder / name, np.dtype(self._dtype))
-        self._writer.write(ids)
-        count = self._count
-        count.documents += documents
-        count.characters += characters
-        count.bytes += n_bytes
-        count.tokens += len(ids)
-        if count.tokens >= MOST_SHARD:
-            self.close()
-
-    def close(self) -> None:
-        if self._writer is None:
-            return
-        written, self._writer = self._writer.close(), None
-        record = {"file": written.file, "split": self._side, "sha256": written.sha256}
-        self.made.append({**record, **asdict(self._count)})
-        self._count = SideCount()
-
-    def abandon(self) -> None:
-        if self._writer is not None:
-            self._writer.abandon()
 
 
 class Worker:
@@ -153,9 +105,9 @@ class Worker:
     def run(self, job: Job) -> Done:
         """Make the shards of a job; all of them are whole when this returns."""
         self._skipped, self._notices = Skipped(self._skip_bad), set[str]()
-        self._sides: dict[Side, _Shards] = {
-            "train": _Shards(self._folder, "train", job.number, self._dtype),
-            "val": _Shards(self._folder, "val", job.number, self._dtype),
+        self._sides: dict[Side, SideShards] = {
+            "train": SideShards(self._folder, "train", job.number, self._dtype),
+            "val": SideShards(self._folder, "val", job.number, self._dtype),
         }
         self._waiting: dict[Side, list[str]] = {"train": [], "val": []}
         self._is_checked = False

@@ -4,28 +4,26 @@ What is asked for, how far it has come and what it made all lie in the folder: s
 each job leaves a note behind them, and the index comes last.
 """
 
-import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from gptforge import files, tokenizers
 from gptforge.data.bad import Skipped
 from gptforge.data.crew import do_here, do_together
-from gptforge.data.documents import Form
-from gptforge.data.index import SIDES, TOKENIZER, Index, read_index, write_index
+from gptforge.data.finishing import Made, finish, tell
+from gptforge.data.index import TOKENIZER, Index, hash_of, read_index
 from gptforge.data.job import Done, Job
 from gptforge.data.jobs import divide
-from gptforge.data.shards import HEADER_BYTES, read_header
-from gptforge.data.sources import Kind, Source, find_sources
+from gptforge.data.request import Meter, Request, Say, Silent
+from gptforge.data.shards import read_header
+from gptforge.data.sources import Source, find_sources
 from gptforge.data.split import Split
-from gptforge.data.survey import Survey, alphabet, survey
+from gptforge.data.survey import alphabet, survey
 from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
@@ -37,53 +35,8 @@ REQUEST = ".request"
 """What was asked for, as a hash."""
 LITTLE = 2**24
 """Bytes that are done sooner than other processes are started."""
-MOST_SOURCES = 1000
-"""Files that the index names."""
 VERSION = 1
 """Raised when the same request would give other tokens than before."""
-
-Say = Callable[[str], None]
-
-
-class Meter(Protocol):
-    """Shows how far the work is."""
-
-    def start(self, total: int, done: int) -> None:
-        """So many bytes there are, and so many were done before."""
-        ...
-
-    def add(self, read: int, text: int) -> None:
-        """So many more bytes of the files are done, and so many bytes of text."""
-        ...
-
-
-class Silent:
-    """No meter."""
-
-    def start(self, total: int, done: int) -> None:
-        """Show nothing."""
-
-    def add(self, read: int, text: int) -> None:
-        """Show nothing."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be made of what."""
-
-    names: tuple[str, ...]
-    """Files, folders, patterns, - for standard input."""
-    tokenizer: str | Tokenizer = "gpt2"
-    val_fraction: float = 0.1
-    form: Form = field(default_factory=Form)
-    kind: Kind | Literal["auto"] = "auto"
-    shard_bytes: int = 2**26
-    """Bytes of the files that go into a shard, more or less."""
-    skip_bad: bool = False
-    headerless: bool = False
-    """One file for each side, without a header, as nanoGPT reads them."""
-    identity: str = ""
-    """What tells this request from others; empty: names and dates of the files, and the rest."""
 
 
 def prepare(
@@ -152,6 +105,8 @@ class _Preparation:
                 f"note: {tokenizer.name} has no end-of-text mark: documents are not kept apart"
             )
             split = replace(split, marks=False)
+        if self.request.headerless and smallest_dtype(tokenizer.size) is not np.uint16:
+            raise UserError(f"--headerless holds uint16 ids, and {tokenizer.size} do not fit")
         tokenizers.save(tokenizer, self.out / TOKENIZER)
         skipped = Skipped(self.request.skip_bad)
         jobs = divide(
@@ -159,7 +114,11 @@ class _Preparation:
         )
         done = self._work(jobs, split)
         results = [done[job.number] for job in jobs]
-        return self._finish(sources, seen, split, tokenizer, results, skipped)
+        made = Made(sources, split, tokenizer, results, skipped, seen.sha256)
+        tell(made, self.say)
+        index = finish(self.out, made, headerless=self.request.headerless)
+        files.remove(self.notes)
+        return index
 
     def _refuse_strangers(self) -> None:
         """Whatever is there and not ours stays."""
@@ -208,7 +167,8 @@ class _Preparation:
     def _begin(self, key: str) -> None:
         """Keep what an unfinished preparation of the same made; of anything else, nothing."""
         if (before := _read(self.out / REQUEST)) and before != key:
-            self.say("note: the data or the options have changed since: starting anew")
+            if any(self.notes.glob("job-*")):
+                self.say("note: the data or the options have changed since: starting anew")
             for path in [*self.out.glob("*.bin"), *self.notes.glob("job-*")]:
                 path.unlink()
         for path in self.out.glob(".*.partial.bin"):
@@ -274,109 +234,12 @@ class _Preparation:
             return None
         return note
 
-    def _finish(
-        self,
-        sources: Sequence[Source],
-        seen: Survey,
-        split: Split,
-        tokenizer: Tokenizer,
-        results: Sequence[Done],
-        skipped: Skipped,
-    ) -> Index:
-        shards = [shard for result in results for shard in result.shards]
-        splits = {side: _sums(shards, side) for side in SIDES}
-        digest = seen.sha256 or hash_of([tokenizer.to_json(), [s["sha256"] for s in shards]])
-        counts: Counter[str] = Counter(skipped.counts)
-        for result in results:
-            counts.update(result.skipped)
-        self._tell(results, skipped, counts)
-        if not splits["train"]["tokens"]:
-            raise UserError("no text was left to learn")
-        if self.request.headerless:
-            shards = _headerless(self.out, shards, tokenizer)
-        index = write_index(
-            self.out,
-            {
-                "tokenizer": {
-                    "name": tokenizer.name,
-                    "size": tokenizer.size,
-                    "end_of_text": tokenizer.end_of_text,
-                    "sha256": hash_of(tokenizer.to_json()),
-                },
-                "dtype": np.dtype(smallest_dtype(tokenizer.size)).name,
-                "layout": "headerless" if self.request.headerless else "llm.c",
-                "split": split.to_json(),
-                "digest": digest,
-                "splits": splits,
-                "shards": shards,
-                "sources": [
-                    {"path": source.name, "bytes": source.size} for source in sources[:MOST_SOURCES]
-                ],
-                "files": len(sources),
-                "skipped": dict(sorted(counts.items())),
-                "notices": sorted({n for result in results for n in result.notices})[:20],
-            },
-        )
-        if self.request.headerless:
-            for result in results:
-                for shard in result.shards:
-                    (self.out / shard["file"]).unlink(missing_ok=True)
-        files.remove(self.notes)
-        return index
-
-    def _tell(self, results: Sequence[Done], skipped: Skipped, counts: Counter[str]) -> None:
-        notices = sorted({notice for result in results for notice in result.notices})
-        for notice in notices[:5]:
-            self.say(f"note: {notice}")
-        if len(notices) > 5:
-            self.say(f"note: and so in {len(notices) - 5} more cases")
-        if counts:
-            listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
-            self.say(f"note: left out: {listed}")
-            examples = [*skipped.examples, *(e for result in results for e in result.examples)]
-            for example in examples[:5]:
-                self.say(f"note: left out {example}")
-
 
 def cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _sums(shards: Sequence[dict[str, Any]], side: str) -> dict[str, int]:
-    mine = [shard for shard in shards if shard["split"] == side]
-    names = ("documents", "characters", "bytes", "tokens")
-    return {name: sum(shard[name] for shard in mine) for name in names}
-
-
-def _headerless(
-    out: Path, shards: Sequence[dict[str, Any]], tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
-    """All shards of a side as one file without a header: train.bin and val.bin."""
-    if smallest_dtype(tokenizer.size) is not np.uint16:
-        raise UserError(f"--headerless holds uint16 ids, and {tokenizer.size} do not fit")
-    made = []
-    for side in SIDES:
-        mine = [shard for shard in shards if shard["split"] == side]
-        if not mine:
-            continue
-        path = out / f"{side}.bin"
-        with files.replacing(path) as partial, partial.open("wb") as whole:
-            for shard in mine:
-                with (out / shard["file"]).open("rb") as part:
-                    part.seek(HEADER_BYTES)
-                    while block := part.read(2**20):
-                        whole.write(block)
-        facts = {"file": path.name, "split": side, "sha256": files.sha256(path)}
-        made.append({**facts, **_sums(mine, side)})
-    return made
-
-
-def hash_of(value: object) -> str:
-    """SHA-256 of what can be written as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> str:

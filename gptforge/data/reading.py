@@ -125,12 +125,8 @@ def chunks(
 
     Raises:
         BadInput: where it is not text in that encoding, with the byte.
-        UserError: for an encoding that does not exist.
     """
-    try:
-        decoder = codecs.getincrementaldecoder(encoding)()
-    except LookupError:
-        raise UserError(f"--encoding {encoding}: there is no such encoding") from None
+    decoder = codecs.getincrementaldecoder(encoding)()
     read, held, kept = start, 0, ""
     for block, reached in _and_end(blocks(source, start, stop)):
         offset = read - held - len(kept)
@@ -139,7 +135,11 @@ def chunks(
         except UnicodeDecodeError as error:
             byte, place = error.object[error.start], read - held + error.start
             what = f"not {encoding}: byte 0x{byte:02x} at offset {place}"
-            raise BadInput(what, source.name, "say what it is with --encoding latin-1") from None
+            remedy = "say what it is with --encoding latin-1"
+            if b"\0" in block:
+                what += ", and NUL bytes as well: this is a binary file or UTF-16"
+                remedy = "give its text"
+            raise BadInput(what, source.name, remedy) from None
         read += len(block)
         held = len(decoder.getstate()[0])
         # CR waits for the LF that may follow.

@@ -10,8 +10,7 @@ from gptforge import files
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, open_corpus
 from gptforge.data.finding import Finding, error, good, warning
-from gptforge.data.index import INDEX, SIDES, TOKENIZER, Index, read_index
-from gptforge.data.prepare import hash_of
+from gptforge.data.index import INDEX, SIDES, TOKENIZER, Index, hash_of, read_index
 from gptforge.data.stream import ShardStream, TokenStream
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError

@@ -6,8 +6,10 @@ as it agrees with tiktoken on what they are both shown.
 """
 
 import base64
+import ctypes
 import functools
 import importlib.util
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ PROBE = (
     + " ".join(chr(point) for point in range(0xC0, 0x2000, 7) if chr(point).isprintable())
 )
 Encode = Callable[[str], Tokens]
-FORGETS = 2**25
+FORGETS = 2**24
 """Characters after which gigatoken is made anew: it remembers every word that it has met, about a
 byte for each byte of text, and would grow with the data."""
 
@@ -64,7 +66,9 @@ class BulkEncoder:
             return self._tokenizer.encode(text)
         self._met += len(text)
         if self._met > FORGETS:
-            self._fast, self._met = _gigatoken(self._tokenizer), len(text)
+            self._fast, self._met = None, len(text)
+            _give_back()
+            self._fast = _gigatoken(self._tokenizer)
             if self._fast is None:
                 return self._tokenizer.encode(text)
         return self._fast(text).astype(self._dtype)
@@ -95,6 +99,13 @@ def _gigatoken(tokenizer: Tokenizer) -> Encode | None:
     except Exception:
         # Another version, another system: whatever it is, there is another encoder.
         return None
+
+
+def _give_back() -> None:
+    """Have the C library return what was freed: glibc's keeps it, and asks for more beside it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def is_assigned(text: str) -> bool:

@@ -12,7 +12,8 @@ from gptforge.data import documents as documents_module
 from gptforge.data import job as job_module
 from gptforge.data.documents import Form
 from gptforge.data.index import Index, read_index
-from gptforge.data.prepare import Request, prepare
+from gptforge.data.prepare import prepare
+from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
 from gptforge.errors import RunError, UserError
 
@@ -39,6 +40,7 @@ def expect_refused(tmp_path: Path, words: str, *names: str, **options) -> None:
         (b" \n\t\n", "empty: there is no text"),
         (b"caf\xe9 au lait", r"bad.txt: not utf-8: byte 0xe9 at offset 3: .*--encoding latin-1"),
         (b"a" * 5000 + b"\xff", "byte 0xff at offset 5000"),
+        (b"\xff\xfeb\0", "NUL bytes as well: this is a binary file"),
         (b"\xe6\x97", "byte 0xe6 at offset 0"),
         (b"PNG\0\0data", "NUL byte at offset 3: this is a binary file"),
         (b"\xef\xbb\xbfab\0", "NUL byte at offset 5"),
@@ -63,8 +65,9 @@ def test_another_encoding_is_read_when_it_is_named(tmp_path) -> None:
     (tmp_path / "t.txt").write_bytes(("caf\xe9 au lait\r\n" * 9).encode("latin-1"))
     index = attempt(tmp_path, "t.txt", form=Form(encoding="latin-1"))
     assert index.total("train", "bytes") > index.total("train", "characters")
-    with pytest.raises(UserError, match="there is no such encoding"):
-        prepare(tmp_path / "o2", Request((str(tmp_path / "t.txt"),), form=Form(encoding="klingon")))
+    for nonsense in ("klingon", "hex"):
+        with pytest.raises(UserError, match=f"{nonsense}: there is no such encoding"):
+            Form(encoding=nonsense)
 
 
 def test_what_is_not_there_is_named(tmp_path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
-from gptforge.data.prepare import Request, prepare
+from gptforge.data.prepare import prepare
+from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
 from gptforge.errors import UserError
 from gptforge.tokenizers import decode, named

@@ -16,7 +16,8 @@ import pytest
 from gptforge.data import job as jobs_module
 from gptforge.data.documents import Form
 from gptforge.data.index import Index, read_index
-from gptforge.data.prepare import NOTES, Request, prepare
+from gptforge.data.prepare import NOTES, prepare
+from gptforge.data.request import Request
 from gptforge.data.stream import ShardStream
 from gptforge.errors import UserError
 from gptforge.tokenizers import decode, named
@@ -194,7 +195,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch) -> None:
 def test_a_shard_that_was_lost_meanwhile_is_made_again(tmp_path, monkeypatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", MANY)
     whole = made(tmp_path / "whole", source, shard_bytes=3000)
-    monkeypatch.setattr("gptforge.data.prepare.write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr("gptforge.data.finishing.write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made(tmp_path / "cut", source, shard_bytes=3000, workers=1)
     monkeypatch.undo()
@@ -231,7 +232,7 @@ def test_another_request_never_takes_what_lies_in_a_folder(tmp_path) -> None:
 
 def test_an_unfinished_folder_starts_anew_when_the_data_changed(tmp_path, monkeypatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", MANY)
-    monkeypatch.setattr("gptforge.data.prepare.write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr("gptforge.data.finishing.write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made(tmp_path / "out", source, shard_bytes=3000)
     monkeypatch.undo()

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptforge.data.prepare import Request, prepare
+from gptforge.data.prepare import prepare
+from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
 from gptforge.data.stream import ShardStream
 from gptforge.tokenizers import named, save

@@ -145,6 +145,22 @@ def test_a_fast_encoder_that_errs_is_found_out_and_not_used_again(monkeypatch) -
     assert encoder.encode("hello").tolist() == reference("hello")
 
 
+def test_the_fast_encoder_is_made_anew_now_and_then(monkeypatch) -> None:
+    made = []
+
+    def fast(tokenizer):
+        made.append(1)
+        return lambda text: np.array(reference(text), np.uint32)
+
+    monkeypatch.setattr(bulk_module, "_gigatoken", fast)
+    monkeypatch.setattr(bulk_module, "FORGETS", 2000)
+    encoder = BulkEncoder(GPT2)
+    for _ in range(100):
+        assert encoder.encode("word " * 20).tolist() == reference("word " * 20)
+    # It would remember every word that it met, and grow with the data.
+    assert len(made) in (5, 6, 7)
+
+
 def test_characters_that_unicode_has_not_assigned_are_left_to_tiktoken() -> None:
     assert is_assigned("plain") and is_assigned("naïve 日本 🙂")
     assert not is_assigned("x\u0378")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gptforge.build import build_trainer, evaluate_run
-from gptforge.data.prepare import Request, prepare
+from gptforge.data.prepare import prepare
+from gptforge.data.request import Request
 from gptforge.errors import UserError
 from tests.train.runs import StopAfter, build, events
 
