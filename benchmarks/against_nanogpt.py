@@ -34,11 +34,13 @@ from gptforge.data.loader import Loader
 from gptforge.hardware import (
     PLAIN,
     Precision,
+    cache_folder,
     choose_device,
     choose_kernels,
     choose_precision,
     synchronize,
 )
+from gptforge.kernels.packed_attention import prepare_flash4
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.tokenizers import named
@@ -141,9 +143,13 @@ class Ours:
         device: torch.device,
         *,
         plain: bool = False,
+        flash4: bool = False,
     ) -> None:
         precision = FLOAT32 if plain else choose_precision("auto", device)
         kernels = choose_kernels(device, precision, dropout=recipe.shape.dropout)
+        if flash4 and not recipe.shape.dropout:
+            prepare_flash4(cache_folder())
+            kernels = replace(kernels, flash4=True)
         model = model.to(device)
         self.step = TrainStep(
             model,
@@ -175,6 +181,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=RECIPES)
     parser.add_argument("--only", default="", help="recipes whose names hold this")
+    parser.add_argument(
+        "--flash4", action="store_true", help="ours with FlashAttention-4's way back"
+    )
     args = parser.parse_args()
     device, name = choose_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -185,7 +194,7 @@ def main() -> None:
         torch.manual_seed(1337)
         model = GPT(recipe.shape).initialize()
         theirs = NanoGPT(args.nanogpt, recipe, tokens, device)
-        ours = Ours(copy.deepcopy(model), recipe, tokens, device)
+        ours = Ours(copy.deepcopy(model), recipe, tokens, device, flash4=args.flash4)
         seconds: dict[str, list[float]] = {"nanoGPT": [], "gptforge": []}
         for turn in range(recipe.turns + 1):
             for who, update in (("nanoGPT", theirs), ("gptforge", ours)):
