@@ -135,7 +135,7 @@ def train(args: list[str]) -> int:
         raise
     if reason != "finished" and ranks.is_first:
         print(f"To go on: {_program()} {_quote(args)}".rstrip())
-    return EXIT_CODES[reason]
+    return ranks.end(EXIT_CODES[reason])
 
 
 def evaluate(args: list[str]) -> int:

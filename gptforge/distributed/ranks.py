@@ -5,6 +5,8 @@ to be called by all ranks, in the same order; nothing of it waits for a GPU unle
 """
 
 import json
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +101,10 @@ class Ranks:
 
     def leave(self) -> None:
         """The run is over: wait for the others, then part."""
+
+    def end(self, code: int) -> int:
+        """The exit code of a run that is over; comes back only on a process of its own."""
+        return code
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this rank ends; comes back only on a process of its own."""
@@ -255,6 +261,16 @@ class ManyRanks(Ranks):
             # Nobody is gone before all have stopped to look for those who are.
             self.all_of(True)
             dist.destroy_process_group()
+
+    def end(self, code: int) -> NoReturn:
+        """As `Ranks.end`; ends the process without Python's own farewell.
+
+        Everything is written and all have parted by now. torch keeps threads, and one of those that
+        comes back to a Python that is going away aborts it now and then.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def fail(self, error: BaseException) -> NoReturn:
         """As `Ranks.fail`; ends the process: without all ranks a group never parts in peace."""
