@@ -19,10 +19,11 @@ def build_step(config: Config, given: Collection[str], say: Callable[[str], None
     """
     check(config)
     device, note = choose_device(config.device)
-    begin_warm_up(device)
     precision = choose_precision(config.dtype, device)
     say(f"device: {device} ({note}), {precision.name}: {precision.reason}")
     seed_everything(config)
+    # Behind what cuBLAS reads when it starts.
+    begin_warm_up(device)
     return train_step(config, Opening("new", config), device, precision, given=given, say=say)
 
 

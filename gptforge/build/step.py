@@ -132,24 +132,29 @@ def _choose_flash4(step: TrainStep, config: Config, ranks: Ranks, *, say: Say) -
     flops = costs.flops_per_token(config.model, config.context_length)
     if config.attention == "auto" and flops * config.tokens_per_step * config.max_steps < LONG_RUN:
         return
-    reason = "an update is not written out here"
-    if step.kernels.by_hand:
-        head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
-        reason = why_not_flash4(step.device, dtype, head_size=head_size, dropout=config.dropout)
-    plain = step.kernels
-    if not reason:
+    plain, reason = step.kernels, _against_flash4(step, config)
+    # Asked of all: a machine may lack the package that another one has.
+    if ranks.all_of(not reason):
         try:
             prepare_flash4(cache_folder())
             step.use(dataclasses.replace(plain, flash4=True))
             reason = _trouble(step, config)
         except Exception as error:
             reason = first_line(error)
-        if not ranks.all_of(not reason):
-            reason = reason or "not on all ranks"
-            step.use(plain)
-            say(f"note: FlashAttention-4 does not run here: {reason}")
-    if reason and config.attention == "flash4":
-        raise UserError(f"--attention flash4 cannot be: {reason}")
+        if ranks.all_of(not reason):
+            return
+        step.use(plain)
+        say(f"note: FlashAttention-4 does not run here: {reason or 'not on all ranks'}")
+    if config.attention == "flash4":
+        raise UserError(f"--attention flash4 cannot be: {reason or 'not on all ranks'}")
+
+
+def _against_flash4(step: TrainStep, config: Config) -> str:
+    """What speaks against FlashAttention-4 before it is tried; empty if nothing does."""
+    if not step.kernels.by_hand:
+        return "an update is not written out here"
+    head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
+    return why_not_flash4(step.device, dtype, head_size=head_size, dropout=config.dropout)
 
 
 def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:

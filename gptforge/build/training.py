@@ -79,9 +79,10 @@ def build_trainer(
     check(config)
     check_shares(config, ranks)
     device, device_note = choose_device(ranks.local_device or config.device)
-    begin_warm_up(device)
     precision = choose_precision(config.dtype, device)
     seed_everything(config, rank=ranks.rank)
+    # Behind what cuBLAS reads when it starts.
+    begin_warm_up(device)
     with ranks.local_first():
         # What one has prepared, the others of its machine find.
         corpus = _corpus(config, given, say)
