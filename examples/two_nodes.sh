@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on the GPUs of two machines or more: the same line on each of them.
 #
-#   FIRST=10.0.0.1 examples/two_nodes.sh --preset gpt2 --out_dir /shared/runs/sixteen
+#   FIRST=10.0.0.1 examples/two_nodes.sh --preset gpt2 --out_dir /nfs/runs/sixteen
 #
 # FIRST is the name or address of one of them, where they meet, on port PORT. Which machine becomes
 # rank 0, and so writes the run folder, is not known beforehand: --out_dir has to be a folder that both

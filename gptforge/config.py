@@ -171,11 +171,10 @@ NOT_IN_FILES = frozenset({"overwrite", "config"})
 FREE_ON_RESUME = frozenset(
     {
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
-        "attention",
         *("encoding", "headerless"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
-        *("activation_checkpointing", "loss_chunk", "parallel"),
+        *("attention", "activation_checkpointing", "loss_chunk", "parallel"),
     }
 )
 

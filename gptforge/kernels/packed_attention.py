@@ -2,7 +2,8 @@
 
 Two ways: torch's attention and its autograd; or cuDNN's way forward and FlashAttention-4's way back
 (Dao et al., the package flash-attn-4), which writes the three gradients side by side, where they
-are wanted. On an H100 that is 0.50 ms instead of 0.69 for 32 windows of 1024 with 12 heads of 64.
+are wanted. On an H100 the way back, with the sums for the bias, takes 0.58 ms instead of 0.72, for
+32 windows of 1024 with 12 heads of 64.
 
 Shapes: B windows, T tokens each, N = B * T, H heads of D channels, C = H * D.
 """
