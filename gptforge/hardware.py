@@ -197,20 +197,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def begin_warm_up(device: torch.device) -> None:
-    """Start, beside all else, what a first step would wait for: seconds on a GPU.
-
-    A GPU makes itself ready; and torch's optimizers import torch's compiler when they are built,
-    whether it will be used or not.
-    """
+    """Start, beside all else, what a first step on a GPU would wait for: seconds."""
+    if device.type != "cuda":
+        return
 
     def warm_up() -> None:
-        if device.type == "cuda":
-            torch.zeros(64, 64, device=device).mm(torch.zeros(64, 64, device=device))
+        torch.zeros(64, 64, device=device).mm(torch.zeros(64, 64, device=device))
         with contextlib.suppress(ImportError):
-            importlib.import_module("torch._dynamo")
-        if device.type == "cuda":
-            with contextlib.suppress(ImportError):
-                importlib.import_module("triton")
+            importlib.import_module("triton")
 
     # No daemon: a process that ended under it would take the driver down in the middle of starting.
     threading.Thread(target=warm_up, name="warming up").start()

@@ -7,11 +7,13 @@ Shapes: B sequences, T tokens each, C channels (n_embd), H heads of D = C / H, V
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gptforge.config import GPTConfig
@@ -76,6 +78,25 @@ class Block(nn.Module):
         return x
 
 
+class _Unfilled(TorchFunctionMode):
+    """Has torch's layers not fill themselves.
+
+    On the meta device there is nothing to fill, but drawing there imports torch's compiler.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class GPT(nn.Module):
     """The language model: ids in, logits or a loss out."""
 
@@ -96,19 +117,19 @@ class GPT(nn.Module):
         self.lm_head.weight = table
 
     @classmethod
+    def outlined(cls, config: GPTConfig) -> "GPT":
+        """A model of names and shapes, on the meta device, which has no memory."""
+        with torch.device("meta"), _Unfilled():
+            return cls(config)
+
+    @classmethod
     def unfilled(cls, config: GPTConfig) -> "GPT":
         """A model whose weights are still to be set, by `initialize` or from a file.
 
         torch's layers would fill themselves first: a second and more for GPT-2, for nothing.
         """
-        with torch.device("meta"):
-            model = cls(config)
-        model.to_empty(device="cpu")
-        # Each module has been given memory of its own.
-        table = model.transformer["wte"].weight
-        assert isinstance(table, nn.Parameter)
-        model.lm_head.weight = table
-        return model
+        with _Unfilled():
+            return cls(config)
 
     def initialize(self, generator: torch.Generator | None = None) -> "GPT":
         """Draw weights as GPT-2 does: normal 0.02, residual projections narrower with depth."""

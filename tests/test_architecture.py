@@ -114,6 +114,21 @@ def test_help_and_mistakes_answer_without_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_training_that_is_not_compiled_does_not_wait_for_torchs_compiler(tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("To be, or not to be. " * 200, "utf-8")
+    flags = ["--preset", "debug", "--input", "text.txt", "--max_steps", "1",
+             "--compile", "false"]  # fmt: skip
+    code = (
+        "import sys; from gptforge.cli import main\n"
+        f"assert main({flags}) == 0\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_clone_holds_the_whole_package() -> None:
     # A pattern in .gitignore once left out the folder gptforge/build: everything worked here, and
     # nothing in a fresh clone.

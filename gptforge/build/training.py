@@ -264,9 +264,8 @@ def _open_report(
             "ranks": ranks.size,
             **_versions(),
         }
-        with torch.device("meta"):
-            # As it is before anything is wrapped around it.
-            summary = model_summary(GPT(config.model))
+        # As it is before anything is wrapped around it.
+        summary = model_summary(GPT.outlined(config.model))
         report.begin(summary, command=command, facts=facts)
     else:
         sizes, name = opening.state["file_sizes"], opening.checkpoint.name

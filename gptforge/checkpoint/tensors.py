@@ -15,7 +15,7 @@ from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.shards import fill, whole
 from gptforge.errors import UserError
 from gptforge.model import GPT
-from gptforge.optim.choice import slots
+from gptforge.optim.optimizer import Optimizer
 
 Tensors = dict[str, Tensor]
 
@@ -94,9 +94,7 @@ def load_model_tensors(
         fill(tensor, tensors.get(name), ranks)
 
 
-def optimizer_tensors(
-    model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
-) -> Tensors:
+def optimizer_tensors(model: GPT, optimizer: Optimizer, ranks: Ranks = ALONE) -> Tensors:
     """The optimizer's state as '<parameter>.<slot>', such as 'transformer.wte.weight.exp_avg'."""
     state = (
         (f"{name}.{slot}", value)
@@ -113,7 +111,7 @@ def _on_first(named: Iterable[tuple[str, Tensor]], ranks: Ranks) -> Tensors:
 
 def load_optimizer_tensors(
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     tensors: Mapping[str, Tensor],
     *,
     source: str,
@@ -126,7 +124,7 @@ def load_optimizer_tensors(
     wanted = {
         f"{name}.{slot}": torch.zeros(()) if slot == "step" else parameter
         for name, parameter in model.named_parameters()
-        for slot in slots(optimizer, parameter)
+        for slot in optimizer.slots(parameter)
     }
     if ranks.is_first:
         _check_shapes(wanted, tensors, source)
@@ -135,7 +133,7 @@ def load_optimizer_tensors(
             slot: torch.zeros((), device=parameter.device)
             if slot == "step"  # the fused kernel wants it beside the parameter
             else torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-            for slot in slots(optimizer, parameter)
+            for slot in optimizer.slots(parameter)
         }
         for slot, tensor in state.items():
             fill(tensor, tensors.get(f"{name}.{slot}"), ranks)

@@ -46,8 +46,8 @@ def fitted(
     """
     if config.n_layer > len(tensors):
         raise UserError(f"{source}: {config.n_layer} layers, but only {len(tensors)} tensors")
-    with torch.device("meta"):
-        wanted = {name: t.shape for name, t in GPT(config).state_dict().items() if name != TIED}
+    outline = GPT.outlined(config).state_dict()
+    wanted = {name: tensor.shape for name, tensor in outline.items() if name != TIED}
     strangers = sorted(tensors.keys() - wanted.keys() - {TIED})
     if strangers:
         raise UserError(f"{source}: a GPT-2 has no tensor '{strangers[0]}'")

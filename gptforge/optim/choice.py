@@ -1,18 +1,16 @@
 """The optimizer that `--optimizer` names."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptforge.model import GPT, Block
 from gptforge.optim.adamw import adamw_over, build_adamw
 from gptforge.optim.muon import Muon
-
-ADAMW_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+from gptforge.optim.optimizer import Optimizer
 
 
 def build_optimizer(
     name: str, model: GPT, *, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest."""
     if name == "adamw":
         return build_adamw(model, betas=betas, weight_decay=weight_decay)
@@ -26,9 +24,3 @@ def build_optimizer(
     others = [p for p in model.parameters() if id(p) not in taken]
     rest = adamw_over(others, betas=betas, weight_decay=weight_decay)
     return Muon(matrices, rest, weight_decay=weight_decay)
-
-
-def slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
-    """Names of what an optimizer keeps of a parameter, besides the parameter."""
-    own = optimizer.slots(parameter) if isinstance(optimizer, Muon) else None
-    return own or ADAMW_SLOTS

@@ -10,10 +10,12 @@ shape are taken together, and an update that is not finite is left out on the de
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptforge.optim.adamw import AdamW
+from gptforge.optim.optimizer import Optimizer
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -23,7 +25,7 @@ TINY = 1e-7
 SLOT = "momentum_buffer"
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """One optimizer made of two.
 
     Args:
@@ -33,21 +35,15 @@ class Muon(torch.optim.Optimizer):
         weight_decay: of the matrices; multiplied by the learning rate, as AdamW's.
     """
 
-    found_inf: Tensor | None = None
-    """Set before a step: above zero, on the device, if the update is to be left out."""
-    # How torch's gradient scaler knows that the flag above is looked at.
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-
     def __init__(
         self,
         matrices: Sequence[tuple[Tensor, int]],
-        rest: torch.optim.AdamW,
+        rest: AdamW,
         *,
         weight_decay: float,
     ) -> None:
         group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay}
-        super().__init__([group], {"lr": 0.0})
+        super().__init__([group])
         self._rest = rest
         self._own = self.param_groups[0]
         # One list of groups and one table of states, as for any other optimizer.
@@ -59,27 +55,31 @@ class Muon(torch.optim.Optimizer):
             assert rows % parts == 0
             self._alike.setdefault((rows // parts, columns), []).append((parameter, parts))
 
-    def slots(self, parameter: Tensor) -> tuple[str, ...] | None:
-        """What is kept of a matrix; None for a parameter that AdamW moves."""
-        return (SLOT,) if any(p is parameter for p in self._own["params"]) else None
+    def slots(self, parameter: Tensor) -> tuple[str, ...]:
+        """See Optimizer."""
+        is_own = any(p is parameter for p in self._own["params"])
+        return (SLOT,) if is_own else self._rest.slots(parameter)
+
+    def prepare(self) -> None:
+        """See Optimizer."""
+        for parameter in self._own["params"]:
+            if parameter not in self.state:
+                self.state[parameter] = {SLOT: torch.zeros_like(parameter, requires_grad=False)}
+        self._rest.prepare()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Move all parameters, each by its own rule."""
-        assert closure is None, "gradients are there already"
+        assert self.grad_scale is None, "gradients are unscaled before they are clipped"
+        self.prepare()
         for shape, members in self._alike.items():
             self._move(shape, members)
-        self._rest.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._rest.found_inf = self.found_inf
         self._rest.step()
 
     def _move(self, shape: tuple[int, int], members: list[tuple[Tensor, int]]) -> None:
         """Move the matrices of one shape."""
-        buffers = []
-        for parameter, _ in members:
-            state = self.state[parameter]
-            if SLOT not in state:
-                state[SLOT] = torch.zeros_like(parameter)
-            buffers.append(state[SLOT])
+        buffers = [self.state[parameter][SLOT] for parameter, _ in members]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in members]
         if self.found_inf is not None:
             bad = self.found_inf > 0

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from gptforge.distributed import ALONE, Ranks
 from gptforge.hardware import PLAIN, Kernels, Precision, synchronize
 from gptforge.model import GPT
+from gptforge.optim.optimizer import Optimizer
 from gptforge.train.by_autograd import ByAutograd
 from gptforge.train.by_hand import ByHand
 from gptforge.train.parallel import (
@@ -45,7 +47,7 @@ class TrainStep:
     def __init__(
         self,
         model: GPT,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         *,
         precision: Precision,
         micro_batch: int,
@@ -162,17 +164,19 @@ class TrainStep:
             self._shrink()
         if self._is_short:
             self._shrink()
-        self._scaler.unscale_(self.optimizer)
+        # The scaler wants an optimizer of torch's, and uses no more than ours has.
+        optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        self._scaler.unscale_(optimizer)
         norm = self._way.clip(self._grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if not self._scaler.is_enabled():
-            # torch's fused optimizers look for this flag, on the device, before they move a
-            # weight; the scaler sets it by itself.
+            # The optimizer looks for this flag, on the device, before it moves a weight; the scaler
+            # sets it by itself.
             # A loss that is no number is the word of a rank whose gradients are not whole.
             is_good = (norm + loss).isfinite()
-            self.optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]
-        self._scaler.step(self.optimizer)
+            self.optimizer.found_inf = (~is_good).float()
+        self._scaler.step(optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -185,6 +189,8 @@ class TrainStep:
             zip(inputs.split(self.micro_batch), targets.split(self.micro_batch), strict=True)
         )
         try:
+            # Once it is there it stays. What it takes, a trial of micro-batches did not see.
+            self.optimizer.prepare()
             self._sync.begin()
             self._way.begin()
             # Each micro-batch counts by its tokens, so the split never changes the sum.

@@ -17,17 +17,18 @@ from gptforge.checkpoint.tensors import (
 )
 from gptforge.errors import UserError
 from gptforge.model import GPT
-from gptforge.optim.adamw import build_adamw
+from gptforge.optim.adamw import AdamW, build_adamw
+from gptforge.optim.optimizer import Optimizer
 from tests.conftest import TINY
 
 
-def trained(model: GPT) -> torch.optim.AdamW:
+def trained(model: GPT) -> AdamW:
     optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
     update(model, optimizer)
     return optimizer
 
 
-def update(model: GPT, optimizer: torch.optim.Optimizer) -> None:
+def update(model: GPT, optimizer: Optimizer) -> None:
     device = next(model.parameters()).device
     idx = torch.arange(16, device=device)[None]
     model(idx, idx.roll(1)).backward()

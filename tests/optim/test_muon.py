@@ -7,11 +7,12 @@ import torch
 
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.optim.choice import build_optimizer, slots
+from gptforge.optim.choice import build_optimizer
 from gptforge.optim.muon import orthogonal
+from gptforge.optim.optimizer import Optimizer
 
 
-def build(model: GPT) -> torch.optim.Optimizer:
+def build(model: GPT) -> Optimizer:
     optimizer = build_optimizer("muon", model, betas=(0.9, 0.95), weight_decay=0.1)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
@@ -23,7 +24,7 @@ def matrices(model: GPT) -> dict[str, torch.nn.Parameter]:
             and p.dim() == 2}  # fmt: skip
 
 
-def learn(model: GPT, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def learn(model: GPT, optimizer: Optimizer, steps: int) -> None:
     for step in range(steps):
         dice = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
@@ -96,6 +97,6 @@ def test_an_update_that_is_not_finite_leaves_weights_and_momentum(tiny_model, de
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for parameter, state in kept.items():
-        assert set(state) == set(slots(optimizer, parameter))
+        assert set(state) == set(optimizer.slots(parameter))
         for slot, value in state.items():
             assert torch.equal(optimizer.state[parameter][slot], value), slot

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -67,3 +68,50 @@ def test_updates_are_those_of_the_papers_formula(tiny_model, device) -> None:
         bias_corrected = m / (1 - 0.9**step) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
         expected = expected - 0.01 * bias_corrected
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_updates_are_bit_for_bit_those_of_torchs_fused_adamw(tiny_model, device, found_inf) -> None:
+    ours = tiny_model.to(device)
+    theirs = copy.deepcopy(ours)
+    optimizer = build_adamw(ours, betas=(0.9, 0.95), weight_decay=0.1)
+    names = {parameter: name for name, parameter in ours.named_parameters()}
+    reference = torch.optim.AdamW(
+        [
+            {
+                "params": [theirs.get_parameter(names[p]) for p in group["params"]],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in optimizer.param_groups
+        ],
+        lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )  # fmt: skip
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+        if found_inf is not None and step:
+            optimizer.found_inf = torch.tensor(found_inf, device=device)
+            reference.found_inf = torch.tensor(found_inf, device=device)
+        optimizer.step()
+        reference.step()
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(left, right)
+        for slot in optimizer.slots(left):
+            assert torch.equal(optimizer.state[left][slot], reference.state[right][slot]), slot
+
+
+def test_parameters_without_a_gradient_stay(tiny_model) -> None:
+    optimizer = build_adamw(tiny_model, betas=(0.9, 0.95), weight_decay=0.1)
+    before = copy.deepcopy(tiny_model.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    weight = tiny_model.transformer["wpe"].weight
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moved = {
+        name for name, t in tiny_model.state_dict().items() if not torch.equal(t, before[name])
+    }
+    assert moved == {"transformer.wpe.weight"}

@@ -139,6 +139,24 @@ def test_when_memory_runs_out_the_same_batch_is_learned_in_smaller_parts(tiny_mo
     assert small.fits(3, 16)
 
 
+def test_when_memory_runs_out_for_the_optimizer_micro_batches_shrink_too(
+    tiny_model, monkeypatch
+) -> None:
+    roomy, small = make(copy.deepcopy(tiny_model)), make(copy.deepcopy(tiny_model))
+    small._may_shrink = True
+    prepare = small.optimizer.prepare
+
+    def short_of_memory() -> None:
+        if small.micro_batch > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        prepare()
+
+    monkeypatch.setattr(small.optimizer, "prepare", short_of_memory)
+    expected = roomy(*batch("cpu"), lr=1e-2)
+    torch.testing.assert_close(small(*batch("cpu"), lr=1e-2), expected)
+    assert small.micro_batch == 4
+
+
 def test_a_batch_size_given_by_hand_is_not_changed_behind_ones_back(tiny_model) -> None:
     small = make(tiny_model)
     small.__class__ = SmallMemory
