@@ -114,6 +114,53 @@ def attend(
 
 
 @triton.jit
+def attend_next(
+    qkv, memory, starts, slot, out, scale, apart, far, between, heads,
+    size: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One head's whole look, for many sequences: `out` (B, C) from `qkv` (B, 3 * C).
+
+    The new token's key and value go into their slot, but are looked at here, first of all.
+    """
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    start = tl.load(starts + sequence).to(tl.int32)
+    end = tl.load(slot).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size
+    columns = heads * size
+    own = qkv + sequence * 3 * columns + head * size + lane
+    asked = tl.load(own, mask=inside, other=0.0).to(tl.float32) * scale
+    own_key = tl.load(own + columns, mask=inside, other=0.0)
+    own_value = tl.load(own + 2 * columns, mask=inside, other=0.0)
+    keys = memory + sequence.to(tl.int64) * far + head * between
+    here = keys + end * size + lane
+    tl.store(here, own_key.to(memory.dtype.element_ty), mask=inside)
+    tl.store(here + apart, own_value.to(memory.dtype.element_ty), mask=inside)
+    top = tl.sum(own_key.to(tl.float32) * asked, 0)
+    total = 1.0
+    mix = own_value.to(tl.float32)
+    begin = start
+    while begin < end:
+        place = begin + tl.arange(0, TILE)
+        seen = place < end
+        mask = seen[:, None] & inside[None, :]
+        at = keys + place[:, None] * size + lane[None, :]
+        k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(at + apart, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(k * asked[None, :], 1), -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        shrink = tl.exp(top - higher)
+        share = tl.exp(score - higher)
+        total = total * shrink + tl.sum(share, 0)
+        mix = mix * shrink + tl.sum(share[:, None] * v, 0)
+        top = higher
+        begin += TILE
+    result = (mix / total).to(out.dtype.element_ty)
+    tl.store(out + sequence * columns + head * size + lane, result, mask=inside)
+
+
+@triton.jit
 def attended_onto(
     mixes, logs, weight, bias, x, heads,
     columns: tl.constexpr, size: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

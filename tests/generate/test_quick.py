@@ -7,10 +7,10 @@ from gptforge.config import GPTConfig
 from gptforge.generate import quick
 from gptforge.generate.decode import Decoder
 from gptforge.generate.engine import Engine
-from gptforge.generate.quick import QuickStep, quick_step
+from gptforge.generate.quick import FewSequences, ManySequences, QuickStep, quick_step
 from gptforge.generate.sampling import Sampling, throw_dice
 from gptforge.generate.session import Session
-from gptforge.kernels.decode import ByTorch, ByTriton, Way, comes_early
+from gptforge.kernels.decode import ByTorch, ByTriton, comes_early
 from gptforge.model import GPT
 
 SIZE = 50
@@ -49,9 +49,9 @@ def of_the_engine(engine: Engine, ids: torch.Tensor, starts: torch.Tensor) -> li
 
 @torch.inference_mode()
 def of_the_quick(
-    engine: Engine, way: Way, ids: torch.Tensor, starts: torch.Tensor
+    engine: Engine, step: QuickStep, ids: torch.Tensor, starts: torch.Tensor
 ) -> list[torch.Tensor]:
-    cache, step = engine.cache(*ids.shape), QuickStep(engine, way)
+    cache = engine.cache(*ids.shape)
     places = torch.arange(ids.size(1), device=engine.device)
     return [
         step(ids[:, n : n + 1].contiguous(), starts, cache, places[n : n + 1])
@@ -59,11 +59,13 @@ def of_the_quick(
     ]
 
 
-def test_step_by_step_the_logits_are_the_engines_whatever_the_starts() -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_step_by_step_the_logits_are_the_engines_whatever_the_starts(few) -> None:
     engine = Engine(model(), size=SIZE)
+    step = FewSequences(engine, ByTorch()) if few else ManySequences(engine)
     ids, starts = random_ids(3, 96), torch.tensor([[0], [5], [9]])
     theirs = of_the_engine(engine, ids, starts)
-    ours = of_the_quick(engine, ByTorch(), ids, starts)
+    ours = of_the_quick(engine, step, ids, starts)
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
 
 
@@ -107,7 +109,8 @@ def test_a_captured_step_is_the_same_either_way() -> None:
     engine = Engine(model(), size=SIZE)
     how = {"batch": 2, "slots": 64, "steps": 20, "sampling": Sampling(0.9, 10)}
     plain = sampled(Session(engine, **how), None)
-    assert sampled(Session(engine, **how), QuickStep(engine, ByTorch())) == plain
+    assert sampled(Session(engine, **how), FewSequences(engine, ByTorch())) == plain
+    assert sampled(Session(engine, **how), ManySequences(engine)) == plain
     dice = throw_dice([1, 2], 20)
     steps = list(Decoder(engine).decode([[1, 2, 3], [4]], dice, how["sampling"]))
     assert [[i for step in steps for i in step.ids[row]] for row in (0, 1)] == plain
@@ -131,7 +134,7 @@ def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(
     ids = random_ids(rows, 96).cuda()
     starts = torch.tensor([[0], [7], [3], [12]])[:rows].cuda()
     assert quick_step(narrow, narrow.cache(rows, 96)) is not None
-    quick_ones = torch.stack(of_the_quick(narrow, way, ids, starts))
+    quick_ones = torch.stack(of_the_quick(narrow, FewSequences(narrow, way), ids, starts))
     plain_ones = torch.stack(of_the_engine(narrow, ids, starts))
     reference = torch.stack(of_the_engine(exact, ids, starts))
 
@@ -143,7 +146,24 @@ def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(
 
 
 @on_a_gpu
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["small", "gpt2"])
+def test_on_a_gpu_many_sequences_come_as_near_to_the_exact_logits_as_the_engine(shape) -> None:
+    pytest.importorskip("triton")
+    ours = model(shape, scale=2).bfloat16().cuda()
+    narrow = Engine(ours, size=SIZE)
+    exact = Engine(ours, size=SIZE, dtype=torch.float32)
+    ids, starts = random_ids(9, 96).cuda(), torch.arange(9, device="cuda")[:, None]
+    assert isinstance(quick_step(narrow, narrow.cache(9, 96)), ManySequences)
+    quick_ones = torch.stack(of_the_quick(narrow, ManySequences(narrow), ids, starts)).float()
+    plain_ones = torch.stack(of_the_engine(narrow, ids, starts))
+    reference = torch.stack(of_the_engine(exact, ids, starts))
+    plain = (plain_ones - reference).norm()
+    assert (quick_ones - reference).norm() <= 1.2 * plain
+    assert plain < 0.05 * reference.norm()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", [1, 3, 7])
 def test_on_a_gpu_a_replayed_graph_takes_what_is_likeliest_by_exact_logits(rows) -> None:
     pytest.importorskip("triton")
     ours = model(WIDE, scale=2).bfloat16().cuda()

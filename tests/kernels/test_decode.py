@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptforge.kernels import decode_attention
 from gptforge.kernels.decode import ByTorch, ByTriton, Parts, Way, Written, fits
 from gptforge.kernels.product import Product
 
@@ -116,6 +117,25 @@ def test_piece_attend_looks_from_the_start_to_the_slot(place, shape, filled) -> 
     assert not torch.equal(for_parts, x)
 
 
+@pytest.mark.parametrize("filled", [1, 3, 65, 2000])
+def test_piece_attend_next_looks_from_the_start_to_itself(place, shape, filled) -> None:
+    B, H, D, S = shape  # noqa: N806
+    filled = min(filled, S)
+    at = written(B, filled - 1, place)
+    qkv = narrow(B, 3 * H * D, place=place)
+    memory = narrow(2, B, H, S, D, place=place)
+    # What is behind the slot, and in it, is not to be looked at.
+    memory[..., filled - 1 :, :] = torch.nan
+    wide = memory.nan_to_num().float()
+    ours = decode_attention.by_triton(qkv, memory, at.starts, at.slot)
+    theirs = decode_attention.by_torch(qkv.float(), wide, at.starts, at.slot)
+    # Rounded once, on the way out.
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-2, atol=1e-3)
+    filled_slots = memory[..., :filled, :]
+    assert torch.equal(filled_slots.float(), wide[..., :filled, :])
+    assert bool(memory[..., filled:, :].isnan().all())
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_piece_norm_product(place, shape, gelu) -> None:
     B, H, D, _ = shape  # noqa: N806
@@ -183,6 +203,26 @@ def test_a_gpu_takes_small_batches_in_bfloat16() -> None:
     assert not fits(cache(5, 64))
     assert not fits(cache(1, 8)) and not fits(cache(1, 256))
     assert not fits(cache(1, 64, torch.float32))
+
+
+def test_attention_of_a_next_token_is_that_of_the_whole_sequence() -> None:
+    B, H, D, S = 2, 3, 16, 20  # noqa: N806
+    memory = torch.zeros(2, B, H, S, D)
+    qkv = torch.randn(S, B, 3 * H * D)
+    starts = torch.tensor([[0], [4]])
+    steps = [
+        decode_attention.by_torch(qkv[n], memory, starts, torch.tensor([n])) for n in range(4, S)
+    ]
+    q, k, v = qkv.view(S, B, 3, H, D).permute(2, 1, 3, 0, 4)
+    # What was never put there is zeros.
+    k, v = k.clone(), v.clone()
+    k[0, :, :4] = v[0, :, :4] = 0
+    for row, start in enumerate([0, 4]):
+        whole = torch.nn.functional.scaled_dot_product_attention(
+            q[row, :, start:], k[row, :, start:], v[row, :, start:], is_causal=True
+        )  # (H, S - start, D)
+        ours = torch.stack([step[row] for step in steps])  # (S - 4, C)
+        same(ours.view(-1, H, D), whole[:, 4 - start :].transpose(0, 1))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the child process")
