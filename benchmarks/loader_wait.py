@@ -36,6 +36,7 @@ def main() -> None:
             preset(args.preset),
             input=str(args.input),
             device=args.device,
+            val_fraction=0.0,
             out_dir=str(Path(folder) / "run"),
         )
         trainer = build_trainer(config, given=(), say=print)

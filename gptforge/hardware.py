@@ -1,10 +1,7 @@
 """What this machine can do, each choice with its reason in a few words."""
 
-import contextlib
-import importlib
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -194,20 +191,6 @@ def peak_flops(device: torch.device) -> float | None:
     if "PCIe" in words and "H100" in words:
         return 756e12
     return next((peak for name, peak in PEAKS.items() if f"{name} " in words), None)
-
-
-def begin_warm_up(device: torch.device) -> None:
-    """Start, beside all else, what a first step on a GPU would wait for: seconds."""
-    if device.type != "cuda":
-        return
-
-    def warm_up() -> None:
-        torch.zeros(64, 64, device=device).mm(torch.zeros(64, 64, device=device))
-        with contextlib.suppress(ImportError):
-            importlib.import_module("triton")
-
-    # No daemon: a process that ended under it would take the driver down in the middle of starting.
-    threading.Thread(target=warm_up, name="warming up").start()
 
 
 def usable_memory(device: torch.device) -> int | None:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection
 
 from gptforge.build.step import train_step
 from gptforge.build.training import seed_everything
+from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.config import Config, check
-from gptforge.hardware import begin_warm_up, choose_device, choose_precision
+from gptforge.hardware import choose_device, choose_precision
 from gptforge.model import GPT
 from gptforge.train.step import TrainStep
 
@@ -23,8 +24,9 @@ def build_step(config: Config, given: Collection[str], say: Callable[[str], None
     say(f"device: {device} ({note}), {precision.name}: {precision.reason}")
     seed_everything(config)
     # Behind what cuBLAS reads when it starts.
-    begin_warm_up(device)
-    return train_step(config, Opening("new", config), device, precision, given=given, say=say)
+    warm_up = WarmUp(device, config, precision)
+    opening = Opening("new", config)
+    return train_step(config, opening, device, precision, given=given, say=say, ready=warm_up.wait)
 
 
 def build_model(config: Config, say: Callable[[str], None]) -> GPT:

@@ -50,9 +50,14 @@ def train_step(
     given: Collection[str],
     say: Say,
     ranks: Ranks = ALONE,
+    ready: Callable[[], None] = lambda: None,
 ) -> TrainStep:
-    """Model and optimizer on their device, compiled if that works; says what was chosen."""
+    """Model and optimizer on their device, compiled if that works; says what was chosen.
+
+    `ready` is called once the weights are there, and waits for what else is being made ready.
+    """
     model = _model(config, opening, ranks)
+    ready()
     root = None
     if shards := wants_shards(config, device, precision, ranks, say):
         root = shard(model, precision, ranks)

@@ -14,6 +14,7 @@ from gptforge import __version__, costs, files
 from gptforge.build.exported import imported
 from gptforge.build.parallel import check_shares, open_together
 from gptforge.build.step import attention_of, estimate, train_step
+from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening
@@ -29,7 +30,6 @@ from gptforge.distributed import ALONE, Ranks
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
-    begin_warm_up,
     choose_device,
     choose_precision,
 )
@@ -82,7 +82,7 @@ def build_trainer(
     precision = choose_precision(config.dtype, device)
     seed_everything(config, rank=ranks.rank)
     # Behind what cuBLAS reads when it starts.
-    begin_warm_up(device)
+    warm_up = WarmUp(device, config, precision)
     with ranks.local_first():
         # What one has prepared, the others of its machine find.
         corpus = _corpus(config, given, say)
@@ -104,7 +104,9 @@ def build_trainer(
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
     if ranks.is_first:
         store.require_space(costs.checkpoint_bytes(config.model))
-    step = train_step(config, opening, device, precision, given=given, say=say, ranks=ranks)
+    step = train_step(
+        config, opening, device, precision, given=given, say=say, ranks=ranks, ready=warm_up.wait
+    )
     loader = Loader(
         corpus.train,
         context_length=config.context_length,

@@ -1,0 +1,51 @@
+"""What a first step on a GPU would wait for, begun beside all else: seconds."""
+
+import contextlib
+import importlib
+import threading
+
+import torch
+
+from gptforge.config import Config
+from gptforge.hardware import Precision
+from gptforge.kernels.attention import attend
+
+
+class WarmUp:
+    """A GPU makes itself ready, and cuDNN its plans, while texts are read and weights are drawn.
+
+    Args:
+        device: nothing happens on a CPU.
+        config: says what attention will look like.
+        precision: of the products.
+    """
+
+    def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
+        self._device, self._config, self._precision = device, config, precision
+        self._thread: threading.Thread | None = None
+        if device.type == "cuda":
+            # No daemon: a process that ended under it would take the driver down as it starts.
+            self._thread = threading.Thread(target=self._run, name="warming up")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until all is ready: nobody else may ask CUDA for memory while a graph is recorded."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        # Whatever fails here fails again where it is wanted, and is told there.
+        with contextlib.suppress(Exception):
+            torch.zeros(64, 64, device=self._device).mm(torch.zeros(64, 64, device=self._device))
+            importlib.import_module("triton")
+            self._attend()
+
+    def _attend(self) -> None:
+        """Both ways through attention: cuDNN's plans are for one shape, and so is this."""
+        c = self._config
+        shape = (c.batch_size, c.context_length, 3, c.n_head, c.n_embd // c.n_head)
+        qkv = torch.zeros(shape, device=self._device, dtype=self._precision.dtype)
+        # As training has them: q, k and v side by side.
+        q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
+        out = attend(q, k, v, 0.0)
+        torch.autograd.grad(out, (q, k, v), out.detach())

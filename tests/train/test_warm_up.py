@@ -1,0 +1,37 @@
+"""What is made ready beside all else."""
+
+import threading
+
+import pytest
+import torch
+
+from gptforge.build.warm_up import WarmUp
+from gptforge.hardware import Precision
+from gptforge.presets import preset
+
+
+def test_on_a_cpu_there_is_nothing_to_wait_for() -> None:
+    before = threading.active_count()
+    warm_up = WarmUp(torch.device("cpu"), preset("debug"), Precision(torch.float32, "test"))
+    assert threading.active_count() == before
+    warm_up.wait()
+
+
+def test_what_fails_in_it_is_left_to_those_who_want_it(monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    warm_up = WarmUp(torch.device("cuda"), preset("debug"), Precision(torch.bfloat16, "test"))
+    warm_up.wait()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+def test_it_takes_no_numbers_from_the_dice_and_keeps_no_memory() -> None:
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(3)
+    before = torch.cuda.memory_allocated()
+    WarmUp(torch.device("cuda"), preset("debug"), Precision(torch.bfloat16, "test")).wait()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
