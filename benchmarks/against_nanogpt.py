@@ -40,6 +40,7 @@ from gptforge.hardware import (
     choose_precision,
     synchronize,
 )
+from gptforge.kernels.gelu_products import prepare_quack
 from gptforge.kernels.packed_attention import prepare_flash4
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
@@ -149,7 +150,8 @@ class Ours:
         kernels = choose_kernels(device, precision, dropout=recipe.shape.dropout)
         if flash4 and not recipe.shape.dropout:
             prepare_flash4(cache_folder())
-            kernels = replace(kernels, flash4=True)
+            prepare_quack(cache_folder())
+            kernels = replace(kernels, flash4=True, quack=True)
         model = model.to(device)
         self.step = TrainStep(
             model,
@@ -182,7 +184,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=RECIPES)
     parser.add_argument("--only", default="", help="recipes whose names hold this")
     parser.add_argument(
-        "--flash4", action="store_true", help="ours with FlashAttention-4's way back"
+        "--flash4",
+        action="store_true",
+        help="ours with FlashAttention-4's way back and quack's products",
     )
     args = parser.parse_args()
     device, name = choose_device(args.device)

@@ -132,7 +132,7 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
     attention: Literal["auto", "torch", "flash4"] = "auto"
-    """flash4: FlashAttention-4's way back, a package of its own; auto: on long runs where it is."""
+    """flash4: FlashAttention-4's way back, a package, with quack's products; auto: on long runs."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0

@@ -113,6 +113,8 @@ class Kernels:
     """The output layer and its loss in one, see kernels/head.py."""
     flash4: bool = False
     """Attention's way back by FlashAttention-4, where an update is written out."""
+    quack: bool = False
+    """The MLP's products by quack, likewise."""
     stream: torch.dtype | None = None
     """Type of the residual stream, float32 where none is given."""
 

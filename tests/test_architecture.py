@@ -46,7 +46,7 @@ ROOMS = [
 # Optional, or slow to load: only inside the function that uses them.
 LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf"}
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
-LAZY |= {"wandb", "tensorboard"}
+LAZY |= {"wandb", "tensorboard", "flash_attn", "quack"}
 NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "commands", "cli"}
 NO_TORCH |= {"__main__", "__init__"}
 

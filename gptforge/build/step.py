@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from gptforge import costs
+from gptforge.build.packages import choose_packages, trouble_of
 from gptforge.build.parallel import wants_shards
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
@@ -14,17 +15,15 @@ from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import Config
 from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.shards import fill
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError
 from gptforge.hardware import (
     Precision,
     attention_kernel,
     cache_folder,
     choose_kernels,
-    first_line,
     try_compile,
     usable_memory,
 )
-from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.model import GPT
 from gptforge.optim.choice import build_optimizer
 from gptforge.report.duration import in_words
@@ -35,8 +34,6 @@ from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
 
-LONG_RUN = 2e17
-"""FLOPs of a run from which on the ten seconds that FlashAttention-4 takes to start come back."""
 REPLAY_BELOW = 5e12
 """FLOPs of a micro-batch below which asking for its kernels takes longer than they do."""
 
@@ -89,11 +86,11 @@ def train_step(
         ranks=ranks,
         root=root,
     )
-    trouble = _trouble(step, config) if step.kernels.by_hand else ""
+    trouble = trouble_of(step, config) if step.kernels.by_hand else ""
     if not ranks.all_of(not trouble):
         say(f"note: the update that is written out does not run here: {trouble or 'on all ranks'}")
         step.use(dataclasses.replace(step.kernels, by_hand=False, fused_head=False))
-    _choose_flash4(step, config, ranks, say=say)
+    choose_packages(step, config, ranks, say=say)
     step.micro_batch = ranks.least(_micro_batch(step, config, ranks, by_hand=by_hand))
     windows = f"{config.global_batch} windows a step in micro-batches of {step.micro_batch}"
     if ranks.size > 1:
@@ -110,56 +107,6 @@ def train_step(
     if flops * step.micro_batch * config.context_length < REPLAY_BELOW:
         step.record()
     return step
-
-
-def _trouble(step: TrainStep, config: Config) -> str:
-    """Why the update does not run as it is written out, found out by trying it; empty if it does.
-
-    Triton may be missing, or find no compiler or a driver too old; it raises whatever it likes.
-    """
-    # With as many windows as will be wanted: cuDNN makes its plans for each number anew.
-    for windows in (config.batch_size, 1):
-        try:
-            step.rehearse(windows, config.context_length)
-        except torch.OutOfMemoryError:
-            # Found out about, with what would help, when the micro-batch is.
-            continue
-        except Exception as error:
-            return first_line(error)
-        return ""
-    return ""
-
-
-def _choose_flash4(step: TrainStep, config: Config, ranks: Ranks, *, say: Say) -> None:
-    """Let FlashAttention-4 take attention's way back where it is wanted, is there and works."""
-    if config.attention == "torch":
-        return
-    flops = costs.flops_per_token(config.model, config.context_length)
-    if config.attention == "auto" and flops * config.tokens_per_step * config.max_steps < LONG_RUN:
-        return
-    plain, reason = step.kernels, _against_flash4(step, config)
-    # Asked of all: a machine may lack the package that another one has.
-    if ranks.all_of(not reason):
-        try:
-            prepare_flash4(cache_folder())
-            step.use(dataclasses.replace(plain, flash4=True))
-            reason = _trouble(step, config)
-        except Exception as error:
-            reason = first_line(error)
-        if ranks.all_of(not reason):
-            return
-        step.use(plain)
-        say(f"note: FlashAttention-4 does not run here: {reason or 'not on all ranks'}")
-    if config.attention == "flash4":
-        raise UserError(f"--attention flash4 cannot be: {reason or 'not on all ranks'}")
-
-
-def _against_flash4(step: TrainStep, config: Config) -> str:
-    """What speaks against FlashAttention-4 before it is tried; empty if nothing does."""
-    if not step.kernels.by_hand:
-        return "an update is not written out here"
-    head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
-    return why_not_flash4(step.device, dtype, head_size=head_size, dropout=config.dropout)
 
 
 def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
@@ -283,7 +230,7 @@ def estimate(step: TrainStep, config: Config, *, steps: int, ranks: Ranks = ALON
     seconds = step.rehearse(windows, config.context_length)
     if seconds < 1:
         # The first pass over a shape pays for warming up.
-        seconds = min(step.rehearse(windows, config.context_length) for _ in range(3))
+        seconds = min(step.rehearse(windows, config.context_length) for _ in range(2))
     total = seconds / windows * config.global_batch / ranks.size * steps
     return (
         f"this will take about {in_words(total)}: {steps:,} steps of {config.tokens_per_step:,} "

@@ -1,7 +1,6 @@
 """What a first step on a GPU would wait for, begun beside all else: seconds."""
 
 import contextlib
-import importlib
 import threading
 
 import torch
@@ -9,10 +8,11 @@ import torch
 from gptforge.config import Config
 from gptforge.hardware import Precision
 from gptforge.kernels.attention import attend
+from gptforge.kernels.block import add_norm
 
 
 class WarmUp:
-    """A GPU makes itself ready, and cuDNN its plans, while texts are read and weights are drawn.
+    """A GPU makes itself ready, with Triton and cuDNN, while texts are read and weights are drawn.
 
     Args:
         device: nothing happens on a CPU.
@@ -36,9 +36,17 @@ class WarmUp:
     def _run(self) -> None:
         # Whatever fails here fails again where it is wanted, and is told there.
         with contextlib.suppress(Exception):
-            torch.zeros(64, 64, device=self._device).mm(torch.zeros(64, 64, device=self._device))
-            importlib.import_module("triton")
+            square = torch.zeros(64, 64, device=self._device)
+            square.mm(square)
+            self._norm()
             self._attend()
+
+    def _norm(self) -> None:
+        """A first kernel of Triton's, which hashes all of Triton to know its cached ones."""
+        width = self._config.n_embd
+        stream = torch.zeros(1, width, device=self._device, dtype=self._precision.dtype)
+        weight = torch.ones(width, device=self._device)
+        add_norm(stream, None, weight, weight)
 
     def _attend(self) -> None:
         """Both ways through attention: cuDNN's plans are for one shape, and so is this."""

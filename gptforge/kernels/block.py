@@ -123,7 +123,16 @@ def add_column_sums(x: Tensor, sums: Tensor) -> None:
     _triton().column_sums[(programs, math.ceil(columns / 512))](
         x, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
     )  # fmt: skip
-    _add_parts(parts, sums)
+    add_parts(parts, sums)
+
+
+def add_parts(parts: Tensor, sums: Tensor) -> None:
+    """`sums` (C,) float32 grows by the sum of the rows of `parts` (P, C), on a CUDA device."""
+    count, columns = parts.shape
+    assert sums.is_contiguous() and sums.dtype == torch.float32
+    _triton().add_parts[(math.ceil(len(sums) / 16),)](
+        parts, sums, count, len(sums), columns, BLOCK=16, ROWS=128, num_warps=8
+    )
 
 
 def _add_norm_on_cuda(
@@ -155,7 +164,7 @@ def _norm_backward_on_cuda(
         upstream if beside is None else beside, parts, rows, math.ceil(rows / programs),
         columns=columns, BLOCK=block, ROWS=height, HAS_BESIDE=beside is not None, num_warps=1,
     )  # fmt: skip
-    _add_parts(parts, sums)
+    add_parts(parts, sums)
     return upstream
 
 
@@ -167,7 +176,7 @@ def _gelu_backward_on_cuda(x: Tensor, upstream: Tensor, sums: Tensor) -> tuple[T
     _triton().gelu_backward[(programs, math.ceil(columns / 1024))](
         x, upstream, parts, rows, math.ceil(rows / programs), columns, BLOCK=1024, ROWS=4,
     )  # fmt: skip
-    _add_parts(parts, sums)
+    add_parts(parts, sums)
     return upstream, x
 
 
@@ -180,16 +189,8 @@ def _pack_on_cuda(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
     _triton().pack[(programs, math.ceil(columns / 512), 3)](
         q, k, v, out, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
     )  # fmt: skip
-    _add_parts(parts, sums)
+    add_parts(parts, sums)
     return out
-
-
-def _add_parts(parts: Tensor, sums: Tensor) -> None:
-    count, columns = parts.shape
-    assert sums.is_contiguous() and sums.dtype == torch.float32
-    _triton().add_parts[(math.ceil(len(sums) / 16),)](
-        parts, sums, count, len(sums), columns, BLOCK=16, ROWS=128, num_warps=8
-    )
 
 
 def _tile(columns: int, *, numbers: int = 4096) -> tuple[int, int]:

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptforge.kernels.block import Norm, add_column_sums, add_norm, gelu_backward, norm_backward
+from gptforge.hardware import Kernels
+from gptforge.kernels.block import Norm, add_norm, norm_backward
+from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
 from gptforge.kernels.packed_attention import ByFlash4, ByTorch, Kept, PackedAttention
-from gptforge.kernels.products import back, back_through_gelu, linear, linear_gelu
+from gptforge.kernels.products import back, linear
 from gptforge.model import Block
 from gptforge.train.gradients import add_product, gradient_of
 
@@ -26,10 +28,6 @@ class Linear:
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
         return linear(x, self.narrow, self.narrow_bias)
-
-    def forward_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and its GELU."""
-        return linear_gelu(x, self.narrow, self.narrow_bias)
 
     def backward(self, x: Tensor, upstream: Tensor) -> Tensor:
         """The gradient of x; that of the weights is added to theirs, that of the bias is not."""
@@ -70,11 +68,12 @@ class BlockByHand:
         dtype: torch.dtype,
         *,
         keeps_gelu: bool,
-        flash4: bool,
+        kernels: Kernels,
     ) -> None:
         self._keeps_gelu = keeps_gelu
         self._attention: PackedAttention
-        self._attention = ByFlash4() if flash4 else ByTorch(block.attn.dropout)
+        self._attention = ByFlash4() if kernels.flash4 else ByTorch(block.attn.dropout)
+        self._gelu: GeluProducts = ByQuack() if kernels.quack else ByCublas()
         self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         self.c_attn = Linear(block.attn.c_attn, dtype)
@@ -109,7 +108,7 @@ class BlockByHand:
         mixed, attention = self._attention.forward(qkv)  # (N, C)
         branch, dropped_1 = drop(self.mix.forward(mixed), self.dropout)
         normal_2, norm_2 = add_norm(norm_1.stream, branch, self.ln_2.weight, self.ln_2.bias)
-        inner, activated = linear_gelu(
+        inner, activated = self._gelu.forward(
             normal_2, self.c_fc.narrow, self.c_fc.narrow_bias
         )  # (N, 4 C)
         branch, dropped_2 = drop(self.c_proj.forward(activated), self.dropout)
@@ -122,7 +121,11 @@ class BlockByHand:
     def backward(self, upstream: Tensor, kept: KeptOfBlock) -> Tensor:
         """From the gradient of the stream behind the block (N, C) to that before it."""
         to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj.bias)
-        wide = self._behind_c_fc(to_branch, kept)  # (N, 4 C)
+        to_bias = gradient_of(self.c_fc.bias)
+        wide, activated = self._gelu.backward(
+            to_branch, self.c_proj.narrow, kept.inner, kept.activated, to_bias
+        )  # (N, 4 C)
+        add_product(self.c_proj.weight, to_branch, activated)
         narrow = self.c_fc.backward(kept.normal_2, wide)
         upstream = norm_backward(narrow, kept.norm_2, self.ln_2.weight, upstream, self.sums_2)
         to_branch = self._undrop(upstream, kept.dropped_1, self.mix.bias)
@@ -131,19 +134,6 @@ class BlockByHand:
         wide = self._attention.backward(narrow, kept.attention, to_bias)  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
         return norm_backward(narrow, kept.norm_1, self.ln_1.weight, upstream, self.sums_1)
-
-    def _behind_c_fc(self, to_branch: Tensor, kept: KeptOfBlock) -> Tensor:
-        """The gradient of what c_fc gives; adds those of its bias and of c_proj's weights."""
-        to_bias = gradient_of(self.c_fc.bias)
-        if kept.activated is None:
-            wide = back(to_branch, self.c_proj.narrow)
-            wide, activated = gelu_backward(kept.inner, wide, to_bias)
-        else:
-            wide = back_through_gelu(to_branch, self.c_proj.narrow, kept.inner)
-            activated = kept.activated
-            add_column_sums(wide, to_bias)
-        add_product(self.c_proj.weight, to_branch, activated)
-        return wide
 
     def _undrop(self, upstream: Tensor, dropped: Tensor | None, bias: Tensor) -> Tensor:
         if dropped is None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptforge.costs import HEAD_TOKENS, KEEPS_GELU_EVERY
+from gptforge.hardware import PLAIN, Kernels
 from gptforge.kernels.block import add_norm, norm_backward
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.products import linear
@@ -31,7 +32,7 @@ class ByHand:
         model: whose parameters get the gradients.
         dtype: of the products and of the residual stream.
         savings: what to make again on the way back.
-        flash4: whether attention's way back is FlashAttention-4's.
+        kernels: which of those there is a choice between.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ByHand:
         dtype: torch.dtype,
         *,
         savings: Savings = NO_SAVINGS,
-        flash4: bool = False,
+        kernels: Kernels = PLAIN,
     ) -> None:
         self._dropout = model.config.dropout
         # What is made again would be dropped anew.
@@ -59,7 +60,7 @@ class ByHand:
             assert isinstance(block, Block)
             # One block's worth is no matter.
             keeps_gelu = savings.recompute or number % KEEPS_GELU_EVERY == 0
-            one = BlockByHand(block, before, dtype, keeps_gelu=keeps_gelu, flash4=flash4)
+            one = BlockByHand(block, before, dtype, keeps_gelu=keeps_gelu, kernels=kernels)
             self._blocks.append(one)
             before = block.mlp.c_proj.bias
         assert before is not None

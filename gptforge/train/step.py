@@ -83,7 +83,7 @@ class TrainStep:
         self._sync = GradientSync()
         if kernels.by_hand:
             self._way = ByHand(
-                self.model, self.precision.dtype, savings=self._savings, flash4=kernels.flash4
+                self.model, self.precision.dtype, savings=self._savings, kernels=kernels
             )
             if self._ranks.size > 1:
                 self._sync = OverRanks(self._ranks, self._way.gradients)
