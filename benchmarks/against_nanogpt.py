@@ -163,7 +163,7 @@ class Ours:
         )
         length = recipe.shape.block_size
         if costs.flops_per_token(recipe.shape, length) * recipe.windows * length < REPLAY_BELOW:
-            self.step.record()
+            self.step.record(length)
         self.loader = Loader(
             tokens, context_length=length, global_batch=recipe.windows * recipe.parts, seed=1,
             shuffle=True, device=device,

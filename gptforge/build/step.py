@@ -104,8 +104,9 @@ def train_step(
         raise RunError(what_would_fit(step, config)) from None
     say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
     flops = costs.flops_per_token(config.model, config.context_length)
-    if flops * step.micro_batch * config.context_length < REPLAY_BELOW:
-        step.record()
+    is_small = flops * step.micro_batch * config.context_length < REPLAY_BELOW
+    if is_small and not ranks.all_of(step.record(config.context_length)):
+        step.use(step.kernels)
     return step
 
 

@@ -21,8 +21,12 @@ from torch import Tensor
 from gptforge.kernels.block import add_column_sums, add_parts, gelu_backward
 from gptforge.kernels.products import back, back_through_gelu, linear_gelu
 
-TILE = {"tile_m": 128, "tile_n": 192, "pingpong": True, "cluster_m": 2, "cluster_n": 1}
-"""quack's setting that was fastest, or next to it, in all of its products here."""
+TILES = {
+    "forward": (128, 192, 2, 1),
+    "back": (128, 192, 2, 1),
+    "back, GELU again": (128, 128, 1, 2),
+}
+"""Rows and columns of a tile, and tiles of a cluster: quack's fastest settings on an H100."""
 
 
 class GeluProducts(Protocol):
@@ -122,10 +126,14 @@ class _Quack:
             "back": library.dgelu_dbias_epi,
             "back, GELU again": library.dgelu_dbias_mod,
         }
-        # Its own search for a setting takes minutes.
-        self._config = GemmConfig(
-            **TILE, swap_ab=False, device_capacity=9, is_dynamic_persistent=False
-        )
+        # Its own search for settings takes minutes.
+        self._configs = {
+            name: GemmConfig(
+                tile_m=rows, tile_n=columns, cluster_m=high, cluster_n=wide, pingpong=True,
+                swap_ab=False, device_capacity=9, is_dynamic_persistent=False,
+            )
+            for name, (rows, columns, high, wide) in TILES.items()
+        }  # fmt: skip
         self._plans: dict[tuple[object, ...], Any] = {}
 
     def run(
@@ -153,7 +161,7 @@ class _Quack:
         key = (name, left.device, left.shape, right.shape, right.stride())
         product, plan = self._products[name], self._plans.get(key)
         if plan is None:
-            plan = product.plan(left, right, beside, out=out, config=self._config, **more)
+            plan = product.plan(left, right, beside, out=out, config=self._configs[name], **more)
             self._plans[key] = plan
         plan.run(left, right, beside, out=out, **more)
         scratch: dict[str, Tensor] = plan.scratch

@@ -136,12 +136,18 @@ class TrainStep:
             return "autograd" if self._root is None else "autograd, in shards"
         return "written out, recorded" if isinstance(self._way, Replay) else "written out"
 
-    def record(self) -> None:
-        """Play a micro-batch back from a recording from now on, if it is written out."""
-        if isinstance(self._way, ByHand):
-            # What is played back calls nobody: its gradients are sent when all are there.
-            self._way.made = GradientSync().made
-            self._way = Replay(self._way)
+    def record(self, context_length: int) -> bool:
+        """Play micro-batches back from a recording from now on; whether there is memory for one.
+
+        A recording has memory of its own, beside what an update takes that is not played back.
+        """
+        if not isinstance(self._way, ByHand):
+            return False
+        # What is played back calls nobody: its gradients are sent when all are there.
+        self._way.made = GradientSync().made
+        self._way = Replay(self._way)
+        # The first one warms up, the second one is recorded.
+        return all([self.fits(self.micro_batch, context_length) for _ in range(2)])
 
     def compile(self) -> None:
         """Run the model compiled from now on."""

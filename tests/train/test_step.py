@@ -240,7 +240,7 @@ def test_the_fast_paths_learn_what_the_plain_one_learns(tiny_model, device, way)
     precision = Precision(torch.bfloat16, "test")
     fast = make(tiny_model.to(device), precision=precision, kernels=kernels, micro_batch=4)
     if way == "recorded":
-        fast.record()
+        assert fast.record(16)
     if way == "compiled":
         fast.compile()
     for _ in range(20):
