@@ -17,6 +17,10 @@ class BadInput(Exception):  # noqa: N818 (it is not always an error)
         self.kind, self.where, self.remedy = kind, where, remedy
 
 
+class RefusedError(UserError):
+    """Bad input that nobody asked to leave out; the message names flags of `gptforge prepare`."""
+
+
 @dataclass
 class Skipped:
     """The judge of bad input, and the count of what was left out."""
@@ -27,12 +31,11 @@ class Skipped:
     examples: list[str] = field(default_factory=list)
 
     def add(self, bad: BadInput) -> None:
-        """Count it, or raise a UserError."""
+        """Count it, or raise RefusedError."""
         if not self.allowed:
             remedy = bad.remedy or "mend it"
-            raise UserError(
-                f"{bad.where}: {bad.kind}: {remedy}, or leave such things out with "
-                "`gptforge prepare --skip_bad true`"
+            raise RefusedError(
+                f"{bad.where}: {bad.kind}: {remedy}, or leave such things out with --skip_bad true"
             )
         self.counts[bad.kind] += 1
         if self.counts[bad.kind] <= EXAMPLES:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,11 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gptforge import files
+from gptforge.data.bad import RefusedError
 from gptforge.data.documents import Form
 from gptforge.data.index import Index
 from gptforge.data.prepare import REQUEST, VERSION, prepare
 from gptforge.data.request import Meter, Request
 from gptforge.data.sources import find_sources
+from gptforge.errors import UserError
 from gptforge.hardware import cache_folder
 from gptforge.tokenizers import Tokenizer
 
@@ -33,6 +36,9 @@ def prepare_once(
 ) -> Index:
     """Shards of a file, a folder or a pattern, made now or before; the same content, the same
     shards, wherever it lies and whatever it is called.
+
+    Raises:
+        UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
     """
     sources = find_sources([name])
     contents = [[s.kind, s.packing, files.sha256(s.path)] for s in sources]
@@ -46,7 +52,11 @@ def prepare_once(
     )
     cache = _writable_cache()
     folder = cache / identity[:24]
-    index = prepare(folder, request, wait=True, meter=meter, say=say)
+    try:
+        index = prepare(folder, request, wait=True, meter=meter, say=say)
+    except RefusedError as bad:
+        command = f"gptforge prepare {shlex.quote(name)} --out DIR"
+        raise UserError(f"{bad}; `{command}` has these flags: name DIR instead then") from None
     (folder / REQUEST).touch()
     _forget_unused(cache)
     return index

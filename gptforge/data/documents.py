@@ -83,7 +83,12 @@ def _marked(
     kept, reached = "", 0
     try:
         for chunk in chunks(source, encoding=form.encoding, start=start, stop=stop):
-            *whole, kept = (kept + chunk.text).split(form.split_on)
+            # No mark ends in what was kept: it was looked for there.
+            since = max(0, len(kept) - len(form.split_on) + 1)
+            kept += chunk.text
+            whole = []
+            if kept.find(form.split_on, since) >= 0:
+                *whole, kept = kept.split(form.split_on)
             reached = chunk.reached
             for text in whole:
                 yield text.strip("\n"), reached

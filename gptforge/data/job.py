@@ -220,8 +220,9 @@ class Worker:
                 if head:
                     yield head, chunk.reached, begins
                 kept, text, begins = "", text[cut - passed_before :], True
+            since = max(1, len(kept) - 1)
             kept += text
-            place = last_cleft(kept)
+            place = last_cleft(kept, since)
             if place is not None:
                 yield kept[:place], chunk.reached, begins
                 kept, begins = kept[place:], False
@@ -282,11 +283,11 @@ class Worker:
         )
 
 
-def last_cleft(text: str) -> int | None:
-    """The last place where a text may be cut so that no id changes, if there is one."""
+def last_cleft(text: str, since: int = 1) -> int | None:
+    """The last place, from `since` on, where a text may be cut so that no id changes, if any."""
     end = len(text)
-    while end > 1:
-        begin = max(1, end - 4096)
+    while end > since:
+        begin = max(since, end - 4096)
         places = [match.start() for match in CLEFT.finditer(text, begin, end + 1)]
         if places:
             return places[-1]

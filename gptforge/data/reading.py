@@ -14,8 +14,9 @@ from gptforge.data.bad import BadInput
 from gptforge.data.sources import Source
 from gptforge.errors import UserError
 
-BLOCK = 2**20
-"""Bytes read at a time."""
+BLOCK = 2**15
+"""Bytes read at a time. Strings of megabytes, of one, two and four bytes a character in turn, leave
+holes in the C library's heap, which then grows with the text; those of small ones hardly matter."""
 BOM = "\ufeff"
 HAS_ZSTD = importlib.util.find_spec("compression") is not None
 """Python 3.14 brings it along."""
@@ -85,10 +86,11 @@ class _ZstdReader:
         self._new_frame = module.ZstdDecompressor().decompressobj
         self._disk, self._frame = disk, None
         self._packed = self._ready = b""
+        self._given = 0
 
     def read(self, size: int) -> bytes:
         """Up to so many bytes; none at the end."""
-        while len(self._ready) < size:
+        while len(self._ready) - self._given < size:
             # Little at a time: a few bytes may stand for very many.
             self._packed = self._packed or self._disk.read(2**14)
             if not self._packed:
@@ -96,11 +98,13 @@ class _ZstdReader:
                     raise EOFError("it ends in the middle")
                 break
             frame = self._frame = self._frame or self._new_frame()
-            self._ready += frame.decompress(self._packed)
+            self._ready = self._ready[self._given :] + frame.decompress(self._packed)
+            self._given = 0
             self._packed = frame.unused_data if frame.eof else b""
             if frame.eof:
                 self._frame = None
-        part, self._ready = self._ready[:size], self._ready[size:]
+        part = self._ready[self._given : self._given + size]
+        self._given += len(part)
         return part
 
 

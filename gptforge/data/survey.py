@@ -21,6 +21,8 @@ CLEFT = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
 WINDOW = 2**16
 FARTHEST = 2**26
 """Bytes behind which the search for such a place is given up."""
+STEP = 2**20
+"""Bytes between places that are remembered: every block of a long text would be too many."""
 
 
 @dataclass
@@ -33,7 +35,7 @@ class TextFacts:
     mended: set[str] = field(default_factory=set)
     is_blank: bool = True
     steps: list[tuple[int, int]] = field(default_factory=list)
-    """Byte of the file where each chunk begins, and characters before it."""
+    """Bytes of the file where a chunk begins, and characters before it."""
 
     @property
     def digest(self) -> int:
@@ -49,7 +51,8 @@ def measure(source: Source, encoding: str) -> TextFacts:
     """
     facts, running = TextFacts(), hashlib.sha256()
     for chunk in chunks(source, encoding=encoding):
-        facts.steps.append((chunk.offset, facts.characters))
+        if not facts.steps or chunk.offset - facts.steps[-1][0] >= STEP:
+            facts.steps.append((chunk.offset, facts.characters))
         facts.characters += len(chunk.text)
         facts.mended |= mended(chunk)
         facts.is_blank = facts.is_blank and not chunk.text.strip()
@@ -132,8 +135,11 @@ def texts(source: Source, form: Form, skipped: Skipped) -> Iterator[str]:
 def byte_of(source: Source, facts: TextFacts, character: int) -> int:
     """Byte of a UTF-8 file where a character of its text begins."""
     before = [characters for _, characters in facts.steps]
-    offset, passed = facts.steps[bisect_right(before, character) - 1]
-    chunk = next(chunks(source, start=offset))
+    start, passed = facts.steps[bisect_right(before, character) - 1]
+    for chunk in chunks(source, start=start):
+        if character <= passed + len(chunk.text):
+            break
+        passed += len(chunk.text)
     wanted = character - passed
     # The mark and each CR were taken out of the text, and are bytes of the file all the same.
     skip = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
@@ -142,7 +148,7 @@ def byte_of(source: Source, facts: TextFacts, character: int) -> int:
     while position >= 0 and position - skip - returns < wanted:
         returns += 1
         position = chunk.raw.find("\r\n", position + 2)
-    return offset + len(chunk.raw[: place + wanted + returns].encode("utf-8"))
+    return chunk.offset + len(chunk.raw[: place + wanted + returns].encode("utf-8"))
 
 
 def clefts(source: Source, start: int, stop: int, every: int) -> list[int]:

@@ -26,8 +26,8 @@ PROBE = (
 )
 Encode = Callable[[str], Tokens]
 FORGETS = 2**24
-"""Characters after which gigatoken is made anew: it remembers every word that it has met, about a
-byte for each byte of text, and would grow with the data."""
+"""Characters after which gigatoken is made anew: it remembers every word that it has met, 4 MB of
+them in so much source code and 165 MB in random words, and would grow with the data."""
 
 
 class BulkEncoder:

@@ -148,7 +148,8 @@ def test_a_damaged_packed_file_is_refused_or_left_out(tmp_path, name) -> None:
 
         whole = lzma.compress(os.urandom(20_000).hex().encode())
     else:
-        whole = gzip.compress("\n".join([GOOD] * 4000).encode())
+        lines = [json.dumps({"text": f"Wherefore, {i} times over"}) for i in range(4000)]
+        whole = gzip.compress("\n".join(lines).encode())
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     expect_refused(tmp_path, f"{name}: damaged", name)
     (tmp_path / name).write_bytes(b"this was never packed" * 100)

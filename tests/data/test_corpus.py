@@ -54,6 +54,23 @@ def test_a_text_is_known_by_its_content_alone(play, tmp_path) -> None:
     assert corpus(copy).sha256 != first.sha256
 
 
+@pytest.mark.parametrize(
+    ("name", "raw", "flag"),
+    [
+        ("d.jsonl", b'{"body": "x"}\n', "it has body: choose one with --field"),
+        ("d.txt", b"caf\xe9 au lait", "--encoding latin-1"),
+        ("d.jsonl", b"{broken\n", "--skip_bad true"),
+    ],
+)
+def test_what_only_prepare_can_read_is_refused_with_its_command(tmp_path, name, raw, flag) -> None:
+    # Training has none of these flags.
+    path = tmp_path / name
+    path.write_bytes(raw)
+    command = rf"`gptforge prepare {path.as_posix()} --out DIR` has these flags"
+    with pytest.raises(UserError, match=f"{flag}.*{command}"):
+        corpus(path)
+
+
 def test_a_folder_that_was_prepared_brings_its_tokenizer_and_its_held_out_part(
     play, tmp_path
 ) -> None:

@@ -123,8 +123,13 @@ def test_the_size_of_a_shard_changes_no_token(tmp_path) -> None:
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("size", [100, 1000, 2**26])
-def test_one_long_text_in_pieces_is_tokenized_as_a_whole(tmp_path, ending, size) -> None:
-    text = "\n\n".join(some_text(i) + "  \n\n  x" for i in range(40))
+@pytest.mark.parametrize("block", [50, 2**15])
+def test_one_long_text_in_pieces_is_tokenized_as_a_whole(
+    tmp_path, monkeypatch, ending, size, block
+) -> None:
+    monkeypatch.setattr("gptforge.data.reading.BLOCK", block)
+    monkeypatch.setattr("gptforge.data.survey.STEP", 10 * block)
+    text = "\n\n".join(some_text(i) + "  \n\n  x" + "-" * i * i for i in range(40))
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", ending).encode())
     index = made(tmp_path / "out", tmp_path / "t.txt", shard_bytes=size, val_fraction=0.13)
     cut = int(len(text) * (1 - 0.13))
