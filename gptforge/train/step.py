@@ -147,7 +147,7 @@ class TrainStep:
         self._way.made = GradientSync().made
         self._way = Replay(self._way)
         # The first one warms up, the second one is recorded.
-        return all([self.fits(self.micro_batch, context_length) for _ in range(2)])
+        return all(self.fits(self.micro_batch, context_length) for _ in range(2))
 
     def compile(self) -> None:
         """Run the model compiled from now on."""

@@ -163,8 +163,12 @@ def test_on_a_gpu_many_sequences_come_as_near_to_the_exact_logits_as_the_engine(
 
 
 @on_a_gpu
-@pytest.mark.parametrize("rows", [1, 3, 7])
-def test_on_a_gpu_a_replayed_graph_takes_what_is_likeliest_by_exact_logits(rows) -> None:
+@pytest.mark.parametrize(
+    ("rows", "near"),
+    # The stream of few sequences is float32; that of many is bfloat16, as the engine's.
+    [(1, 0.05), (3, 0.05), (7, 0.3)],
+)
+def test_on_a_gpu_a_replayed_graph_takes_what_is_likeliest_by_exact_logits(rows, near) -> None:
     pytest.importorskip("triton")
     ours = model(WIDE, scale=2).bfloat16().cuda()
     engine = Engine(ours, size=SIZE)
@@ -182,4 +186,4 @@ def test_on_a_gpu_a_replayed_graph_takes_what_is_likeliest_by_exact_logits(rows)
             logits = torch.cat(of_the_engine(exact, everything, starts))[len(prompt) - 1 : -1]
             taken = logits.gather(1, torch.tensor(chosen, device="cuda")[:, None])[:, 0]
             # Near ties may fall either way: none is further from the best than rounding explains.
-            assert bool((logits.amax(1) - taken <= 0.05 * logits.std(1)).all())
+            assert bool((logits.amax(1) - taken <= near * logits.std(1)).all())
