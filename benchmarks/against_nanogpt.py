@@ -162,8 +162,10 @@ class Ours:
             kernels=PLAIN if plain else kernels,
         )
         length = recipe.shape.block_size
-        if costs.flops_per_token(recipe.shape, length) * recipe.windows * length < REPLAY_BELOW:
-            self.step.record(length)
+        flops = costs.flops_per_token(recipe.shape, length) * recipe.windows * length
+        is_small = flops < REPLAY_BELOW and self.step.kernels.by_hand
+        if is_small and not self.step.record(length):
+            self.step.use(self.step.kernels)
         self.loader = Loader(
             tokens, context_length=length, global_batch=recipe.windows * recipe.parts, seed=1,
             shuffle=True, device=device,

@@ -1,7 +1,7 @@
 """What to expect as GPUs are added: time to compute against time to talk, from bytes and bandwidth.
 
     python benchmarks/scaling_model.py                               the tables of docs/scaling.md
-    python benchmarks/scaling_model.py --step_ms 225 --host_gb 180   with what was measured here
+    python benchmarks/scaling_model.py --step_ms 225 --host_gb 180   with what your machine gave
 
 Nothing is measured. Gradients are summed within a host first, then between hosts by all its GPUs at
 once, as NCCL does; a ring sends each byte 2 (n - 1) / n times. Every hop costs some microseconds.
@@ -23,13 +23,13 @@ TABLE = 50304 * 768 / 124_475_904
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step_ms", type=float, default=233.0, help="131,072 tokens, one GPU")
-    parser.add_argument("--host_gb", type=float, default=200.0, help="GB/s a GPU, within a host")
+    parser.add_argument("--step_ms", type=float, default=241.4, help="131,072 tokens, one GPU")
+    parser.add_argument("--host_gb", type=float, default=300.0, help="GB/s a GPU, within a host")
     parser.add_argument("--net_gb", type=float, default=50.0, help="GB/s a GPU, between hosts")
     parser.add_argument("--in_host", type=int, default=8, help="GPUs of a host")
     parser.add_argument("--hop_us", type=float, default=10.0, help="of a message from host to host")
     parser.add_argument("--global_tokens", type=int, default=2**19, help="of the strong table")
-    parser.add_argument("--mfu", type=float, default=0.48, help="of gpt2-xl")
+    parser.add_argument("--mfu", type=float, default=0.46, help="of gpt2-xl")
     args = parser.parse_args()
 
     small = sized("gpt2")

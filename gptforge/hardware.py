@@ -61,6 +61,10 @@ def _cuda(flag: str, index: int) -> tuple[torch.device, str]:
         raise UserError(f"--device {flag}: torch finds no CUDA GPU here; use --device auto")
     if index >= torch.cuda.device_count():
         raise UserError(f"--device {flag}: the GPUs here are 0 to {torch.cuda.device_count() - 1}")
+    # Triton's kernels start on the current device. Making 0 the current one, as it is from the
+    # beginning, would wait for the driver.
+    if index or torch.cuda.is_initialized():
+        torch.cuda.set_device(index)
     return torch.device("cuda", index), torch.cuda.get_device_name(index)
 
 

@@ -69,8 +69,13 @@ def test_the_best_device_is_found(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Fake GPU")
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device("auto") == (CUDA, "Fake GPU")
+    assert current == [], "0 is the current one from the beginning"
     assert choose_device("cuda:1")[0].index == 1
+    assert current == [1], "where kernels start"
     with pytest.raises(UserError, match="0 to 1"):
         choose_device("cuda:2")
 

@@ -18,8 +18,9 @@ from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
 
-LONG_RUN = 2e17
-"""FLOPs of a run from which on it pays that these packages and their compilers start slowly."""
+LONG_RUN = 4e17
+"""FLOPs of a run from which on it pays that these packages and their compilers start slowly: half a
+minute the first time, of which they save a few percent of what follows."""
 
 
 def trouble_of(step: TrainStep, config: Config) -> str:

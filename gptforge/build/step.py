@@ -105,7 +105,7 @@ def train_step(
     say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
     flops = costs.flops_per_token(config.model, config.context_length)
     is_small = flops * step.micro_batch * config.context_length < REPLAY_BELOW
-    if is_small and not ranks.all_of(step.record(config.context_length)):
+    if is_small and step.kernels.by_hand and not ranks.all_of(step.record(config.context_length)):
         step.use(step.kernels)
     return step
 

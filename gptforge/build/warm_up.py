@@ -34,8 +34,9 @@ class WarmUp:
             self._thread.join()
 
     def _run(self) -> None:
-        # Whatever fails here fails again where it is wanted, and is told there.
-        with contextlib.suppress(Exception):
+        # Whatever fails here fails again where it is wanted, and is told there. The current device,
+        # on which Triton starts its kernels, is each thread's own.
+        with contextlib.suppress(Exception), torch.cuda.device(self._device):
             square = torch.zeros(64, 64, device=self._device)
             square.mm(square)
             self._norm()

@@ -38,7 +38,7 @@ class Engine:
 
     Args:
         model: its weights are used as they are, or copied if `dtype` is another one.
-        size: ids that have a token, V; the rows behind them are cut off and never computed.
+        size: ids that have a token, V; logits of the rows behind them are cut off.
         dtype: type of weights and products; None: the model's own.
         settled: the weights will not change: on a CPU, a copy of the large ones is laid out for
             speed, if there is memory for it.

@@ -64,7 +64,7 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """See Optimizer."""
-        assert self.grad_scale is None, "gradients are unscaled before they are clipped"
+        assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before that"
         self.prepare()
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]

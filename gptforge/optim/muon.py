@@ -70,7 +70,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Move all parameters, each by its own rule."""
-        assert self.grad_scale is None, "gradients are unscaled before they are clipped"
+        assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before that"
         self.prepare()
         for shape, members in self._alike.items():
             self._move(shape, members)

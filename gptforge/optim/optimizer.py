@@ -20,10 +20,9 @@ class Optimizer:
 
     found_inf: Tensor | None = None
     """Set before a step: above zero, on the device, if the update is to be left out."""
-    # How torch's gradient scaler knows that the flag above is looked at. It sets a scale beside
-    # it, which is None for gradients that were brought to their size before.
+    # How torch's gradient scaler knows that the flag above is looked at. It sets `grad_scale`
+    # beside it, which is None for gradients that were brought to their size before.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
         self.param_groups = [{"lr": 0.0, **group} for group in param_groups]

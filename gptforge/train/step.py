@@ -141,8 +141,7 @@ class TrainStep:
 
         A recording has memory of its own, beside what an update takes that is not played back.
         """
-        if not isinstance(self._way, ByHand):
-            return False
+        assert isinstance(self._way, ByHand), "only what is written out can be recorded"
         # What is played back calls nobody: its gradients are sent when all are there.
         self._way.made = GradientSync().made
         self._way = Replay(self._way)

@@ -250,6 +250,18 @@ def test_the_fast_paths_learn_what_the_plain_one_learns(tiny_model, device, way)
     assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
 
 
+def test_an_update_that_no_recording_fits_beside_goes_on_without(tiny_model, monkeypatch) -> None:
+    kernels = Kernels(by_hand=True)
+    plain = make(copy.deepcopy(tiny_model), kernels=kernels)
+    full = make(tiny_model, kernels=kernels)
+    monkeypatch.setattr(full, "fits", lambda windows, length: False)
+    assert not full.record(16)
+    full.use(full.kernels)
+    assert full.way == "written out"
+    for _ in range(2):
+        assert torch.equal(full(*batch("cpu"), lr=1e-2)[0], plain(*batch("cpu"), lr=1e-2)[0])
+
+
 @pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize("savings", [Savings(recompute=True), Savings(loss_chunk=7)])
 def test_saving_memory_changes_no_loss(tiny_model, savings, by_hand) -> None:

@@ -29,6 +29,16 @@ def test_a_run_makes_exactly_max_steps_updates(config) -> None:
     assert events(config, "end")[0]["reason"] == "finished"
 
 
+def test_what_is_said_to_be_compiled_stays_compiled(config, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    said: list[str] = []
+    config = dataclasses.replace(config, compile="true", dropout=0.0)
+    trainer = build_trainer(config, given=(), say=said.append)
+    assert trainer is not None
+    assert "torch.compile: on, as asked" in said
+    assert trainer.train_step.is_compiled
+
+
 @pytest.mark.parametrize(
     ("val_fraction", "dtype", "optimizer"),
     [

@@ -1,5 +1,6 @@
 """What is made ready beside all else."""
 
+import contextlib
 import threading
 
 import pytest
@@ -18,12 +19,18 @@ def test_on_a_cpu_there_is_nothing_to_wait_for() -> None:
 
 
 def test_what_fails_in_it_is_left_to_those_who_want_it(monkeypatch) -> None:
+    calls, complaints = [], []
+
     def fail(*_: object, **__: object) -> None:
+        calls.append(1)
         raise RuntimeError("no driver")
 
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
     monkeypatch.setattr(torch, "zeros", fail)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     warm_up = WarmUp(torch.device("cuda"), preset("debug"), Precision(torch.bfloat16, "test"))
     warm_up.wait()
+    assert calls and not complaints
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

@@ -1,0 +1,122 @@
+"""Kernels of other packages: taken where they run on all ranks, dropped elsewhere."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from gptforge.build import packages
+from gptforge.build.packages import choose_packages
+from gptforge.config import Config
+from gptforge.distributed.ranks import Ranks
+from gptforge.errors import UserError
+from gptforge.hardware import Kernels, Precision
+from gptforge.optim.adamw import build_adamw
+from gptforge.presets import preset
+from gptforge.train.step import TrainStep
+
+BY_HAND = Kernels(by_hand=True)
+
+
+class Doubters(Ranks):
+    """Ranks of which another one may have something against it."""
+
+    def __init__(self, others: bool) -> None:
+        self.others, self.asked = others, 0
+
+    def all_of(self, fact: bool) -> bool:
+        self.asked += 1
+        return fact and self.others
+
+
+@pytest.fixture
+def config() -> Config:
+    return dataclasses.replace(preset("debug"), max_steps=10**9, context_length=16)
+
+
+@pytest.fixture
+def step(tiny_model) -> TrainStep:
+    return TrainStep(
+        copy.deepcopy(tiny_model),
+        build_adamw(tiny_model, betas=(0.9, 0.95), weight_decay=0.1),
+        precision=Precision(torch.float32, "test"),
+        micro_batch=2,
+        grad_clip=1.0,
+        kernels=BY_HAND,
+    )
+
+
+@pytest.fixture
+def installed(monkeypatch) -> list[str]:
+    """Both packages are there; those that were imported are noted."""
+    imported: list[str] = []
+    monkeypatch.setattr(packages, "LONG_RUN", 1.0)
+    monkeypatch.setattr(packages, "why_not_flash4", lambda *_, **__: "")
+    monkeypatch.setattr(packages, "why_not_quack", lambda *_: "")
+    monkeypatch.setattr(packages, "prepare_flash4", lambda _: imported.append("flash4"))
+    monkeypatch.setattr(packages, "prepare_quack", lambda _: imported.append("quack"))
+    monkeypatch.setattr(packages, "trouble_of", lambda step, config: "")
+    monkeypatch.setattr(TrainStep, "use", lambda self, kernels: setattr(self, "kernels", kernels))
+    return imported
+
+
+def chosen(step: TrainStep, config: Config, ranks: Ranks) -> list[str]:
+    said: list[str] = []
+    choose_packages(step, config, ranks, say=said.append)
+    return said
+
+
+def test_on_a_long_run_both_are_taken(step, config, installed) -> None:
+    said = chosen(step, config, Ranks())
+    assert installed == ["flash4", "quack"]
+    assert step.kernels == dataclasses.replace(BY_HAND, flash4=True, quack=True)
+    assert said == ["the MLP's products: with its GELU inside, by quack"]
+
+
+@pytest.mark.parametrize("attention", ["auto", "torch"])
+def test_a_short_run_and_one_that_wants_torch_import_nothing(
+    step, config, installed, monkeypatch, attention
+) -> None:
+    if attention == "auto":
+        monkeypatch.setattr(packages, "LONG_RUN", 1e99)
+    chosen(step, dataclasses.replace(config, attention=attention), Ranks())
+    assert installed == [] and step.kernels == BY_HAND
+
+
+def test_what_does_not_run_is_named_and_dropped(step, config, installed, monkeypatch) -> None:
+    def trouble(step: TrainStep, config: Config) -> str:
+        return "no kernel" if step.kernels.flash4 else ""
+
+    monkeypatch.setattr(packages, "trouble_of", trouble)
+    said = chosen(step, config, Ranks())
+    assert step.kernels == dataclasses.replace(BY_HAND, quack=True)
+    assert "flash4 do not run here: no kernel" in said[0]
+
+
+def test_a_package_that_fails_to_load_is_no_error_unless_it_was_asked_for(
+    step, config, installed, monkeypatch
+) -> None:
+    def fail(_: object) -> None:
+        raise TypeError("another compiler")
+
+    monkeypatch.setattr(packages, "prepare_flash4", fail)
+    monkeypatch.setattr(packages, "prepare_quack", fail)
+    chosen(step, config, Ranks())
+    assert step.kernels == BY_HAND
+    with pytest.raises(UserError, match=r"--attention flash4 cannot be: .*another compiler"):
+        chosen(step, dataclasses.replace(config, attention="flash4"), Ranks())
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_all_ranks_do_the_same_and_ask_as_often(
+    step, config, installed, monkeypatch, is_here
+) -> None:
+    if not is_here:
+        monkeypatch.setattr(packages, "why_not_flash4", lambda *_, **__: "not installed")
+        monkeypatch.setattr(packages, "why_not_quack", lambda *_: "not installed")
+    ranks = Doubters(others=False)
+    chosen(step, config, ranks)
+    assert step.kernels == BY_HAND
+    assert installed == []
+    assert ranks.asked == 2, "a rank that asked more often would wait for ever"
