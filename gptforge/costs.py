@@ -16,7 +16,12 @@ def parameters(config: GPTConfig) -> int:
     attention = (c * 3 * c + 3 * c) + (c * c + c)
     mlp = (c * wide + wide) + (wide * c + c)
     block = attention + mlp + 2 * 2 * c
-    return (config.vocab_size + config.block_size) * c + config.n_layer * block + 2 * c
+    return tables(config) + config.n_layer * block + 2 * c
+
+
+def tables(config: GPTConfig) -> int:
+    """Parameters of the token table, which is the output layer as well, and the position table."""
+    return (config.vocab_size + config.block_size) * config.n_embd
 
 
 def flops_per_token(config: GPTConfig, context_length: int) -> int:
@@ -38,7 +43,30 @@ def training_bytes(
     recompute: bool = False,
     loss_chunk: int = 0,
 ) -> int:
-    """Memory to train with so many windows in a micro-batch: an estimate from above.
+    """Memory to train with so many windows in a micro-batch: an estimate from above."""
+    parts = training_parts(
+        config,
+        context_length,
+        windows,
+        mixed=mixed,
+        by_hand=by_hand,
+        recompute=recompute,
+        loss_chunk=loss_chunk,
+    )
+    return sum(parts.values())
+
+
+def training_parts(
+    config: GPTConfig,
+    context_length: int,
+    windows: int,
+    *,
+    mixed: bool,
+    by_hand: bool = False,
+    recompute: bool = False,
+    loss_chunk: int = 0,
+) -> dict[str, int]:
+    """The same by what the bytes hold.
 
     Weights, gradients and AdamW's moments take 16 bytes a parameter, a snapshot for saving 12 more,
     and narrow copies of the weights 2. What the backward pass needs is counted layer by layer for
@@ -59,8 +87,14 @@ def training_bytes(
         layers += width * 2 * config.mlp_ratio
     chunk = min(tokens, loss_chunk or (HEAD_TOKENS if by_hand else tokens))
     logits = chunk * config.vocab_size * (width if by_hand else 4 + width)
-    activations = math.ceil(tokens * layers * config.n_embd)
-    return (28 + 2 * by_hand) * parameters(config) + activations + logits
+    count = parameters(config)
+    return {
+        "weights": (4 + 2 * by_hand) * count,
+        "gradients": 4 * count,
+        "optimizer": 8 * count,
+        "snapshot": 12 * count,
+        "activations": math.ceil(tokens * layers * config.n_embd) + logits,
+    }
 
 
 def sharded_bytes(
@@ -80,9 +114,8 @@ def sharded_bytes(
     of one process; a save puts one tensor together at a time.
     """
     width = 2 if mixed else 4
-    tables = (config.vocab_size + config.block_size) * config.n_embd
-    block = (parameters(config) - tables) // config.n_layer
-    whole = (2 * width + 4) * (tables + 3 * block)
+    block = (parameters(config) - tables(config)) // config.n_layer
+    whole = (2 * width + 4) * (tables(config) + 3 * block)
     lone = training_bytes(
         config, context_length, windows, mixed=mixed, recompute=recompute, loss_chunk=loss_chunk
     )

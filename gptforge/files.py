@@ -56,6 +56,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         remove(partial)
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk where something is or will be; asking makes no folder."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
 def sync(path: Path) -> None:
     """Have the operating system put a file's bytes on the disk."""
     with path.open("rb+") as file:

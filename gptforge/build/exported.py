@@ -97,8 +97,11 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "",
     )
 
 
-def imported(source: str, *, say: Say) -> str:
-    """What `--init_from` takes: a run or checkpoint as it is, else an import made for it."""
+def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
+    """What `--init_from` takes: a run or checkpoint as it is, else an import made for it.
+
+    With `scratch` an import that is not there yet is made in that folder, and not kept.
+    """
     path = Path(source)
     looks_ours = path.is_dir() and not is_hf(path)
     if looks_ours or (not path.exists() and source.count("/") != 1):
@@ -107,6 +110,7 @@ def imported(source: str, *, say: Say) -> str:
         return source
     out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
     if not out.is_dir():
+        out = scratch / out.name if scratch else out
         import_model(source, out, say=say)
     return out.as_posix()
 

@@ -17,6 +17,7 @@ from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.shards import fill
 from gptforge.errors import RunError
 from gptforge.hardware import (
+    Kernels,
     Precision,
     attention_kernel,
     cache_folder,
@@ -158,7 +159,7 @@ def _micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool
     is_gpu = device.type == "cuda"
     if by_hand:
         return most
-    mixed, name = step.precision.is_mixed, str(device)
+    name = str(device)
     if step.is_sharded:
         # A trial that failed on one rank would leave the others waiting: the estimate decides. With
         # the memory that sharding frees, more windows go through at a time, and weights are fetched
@@ -170,7 +171,7 @@ def _micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool
                 length,
                 n,
                 ranks=ranks.size,
-                mixed=mixed,
+                mixed=step.precision.is_mixed,
                 recompute=config.activation_checkpointing,
                 loss_chunk=config.loss_chunk,
             ),
@@ -183,21 +184,28 @@ def _micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool
         name = torch.cuda.get_device_name(device)
     return find_micro_batch(
         most,
-        estimate=lambda n: costs.training_bytes(
-            config.model,
-            length,
-            n,
-            mixed=mixed,
-            by_hand=step.kernels.by_hand,
-            recompute=config.activation_checkpointing,
-            loss_chunk=config.loss_chunk,
-        ),
+        estimate=lambda n: sum(memory_of(config, n, step.precision, step.kernels).values()),
         free=usable_memory(device),
         # A machine that runs out of memory gives no error: it kills. So a CPU is not tried.
         fits=lambda n: not is_gpu or step.fits(n, length),
         remembered=cache_folder() / "micro_batches.json" if is_gpu else None,
         key=f"{config.model} {length} {step.precision.dtype} {step.kernels.by_hand} "
         f"{config.activation_checkpointing} {config.loss_chunk} {torch.__version__} {name}",
+    )
+
+
+def memory_of(
+    config: Config, windows: int, precision: Precision, kernels: Kernels
+) -> dict[str, int]:
+    """Bytes to train with so many windows at a time, by what they hold: an estimate from above."""
+    return costs.training_parts(
+        config.model,
+        config.context_length,
+        windows,
+        mixed=precision.is_mixed,
+        by_hand=kernels.by_hand,
+        recompute=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
     )
 
 

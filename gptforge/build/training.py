@@ -1,6 +1,5 @@
 """From a Config to a Trainer: everything a run needs, checked, chosen and said."""
 
-import dataclasses
 import io
 import os
 import platform
@@ -11,8 +10,8 @@ from pathlib import Path
 import torch
 
 from gptforge import __version__, costs, files
-from gptforge.build.exported import imported
 from gptforge.build.parallel import check_shares, open_together
+from gptforge.build.settled import describe_corpus, open_text, settle, start_from
 from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
@@ -20,14 +19,10 @@ from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import NOTES, Config, GPTConfig, check, to_toml
-from gptforge.data.checks import glance
-from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
-from gptforge.data.documents import Form
+from gptforge.config import NOTES, Config, check, to_toml
+from gptforge.data.corpus import Corpus
 from gptforge.data.loader import Loader
-from gptforge.data.text import find_text
 from gptforge.distributed import ALONE, Ranks
-from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import (
     choose_device,
@@ -48,8 +43,6 @@ from gptforge.train.step import TrainStep
 from gptforge.train.trainer import Trainer
 
 Say = Callable[[str], None]
-
-SHAPE = frozenset(field.name for field in dataclasses.fields(GPTConfig)) - {"dropout"}
 
 
 def build_trainer(
@@ -75,7 +68,7 @@ def build_trainer(
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
-    config = Config(**ranks.on_first(lambda: vars(_start_from(config, given, say))))
+    config = Config(**ranks.on_first(lambda: vars(start_from(config, given, say))))
     check(config)
     check_shares(config, ranks)
     device, device_note = choose_device(ranks.local_device or config.device)
@@ -83,10 +76,10 @@ def build_trainer(
     seed_everything(config, rank=ranks.rank)
     # Behind what cuBLAS reads when it starts.
     warm_up = WarmUp(device, config, precision)
-    with ranks.local_first():
-        # What one has prepared, the others of its machine find.
-        corpus = _corpus(config, given, say)
-    config = _settle(config, corpus)
+    # What one has prepared, the others of its machine find.
+    with ranks.local_first(), open_meter("preparing the text") as meter:
+        corpus = open_text(config, given, say, meter)
+    config = settle(config, corpus)
     lock = lock_run(Path(config.out_dir)) if ranks.is_first else io.StringIO()
     opening = open_together(config, corpus, given, ranks)
     config = opening.config
@@ -99,7 +92,7 @@ def build_trainer(
         say(_finished(config, program))
         return None
 
-    say(f"text: {_describe_corpus(corpus, config)}")
+    say(f"text: {describe_corpus(corpus, config)}")
     say(f"device: {device} ({device_note}), {precision.name}: {precision.reason}")
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
     if ranks.is_first:
@@ -154,70 +147,6 @@ def build_trainer(
         ranks=ranks,
         wishes=ranks.agreement(lag),
     )
-
-
-def _start_from(config: Config, given: Collection[str], say: Say) -> Config:
-    """With `--init_from`, shape and tokenizer are the checkpoint's, unless set by hand."""
-    if not config.init_from:
-        return config
-    config = dataclasses.replace(config, init_from=imported(config.init_from, say=say))
-    # A run that was begun this way has a tokenizer and a shape of its own by now.
-    own = CheckpointStore(Path(_out_dir(config)) / "checkpoints").pointed("last")
-    path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
-    if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
-        raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
-    source = checkpoints.read_config(path)
-    taken = {name: getattr(source, name) for name in SHAPE if name not in given}
-    if "tokenizer" not in given:
-        taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
-    if "context_length" not in given:
-        taken["context_length"] = min(config.context_length, source.block_size)
-    return dataclasses.replace(config, **taken)
-
-
-def _corpus(config: Config, given: Collection[str], say: Say) -> Corpus:
-    wanted = Wanted(
-        tokenizer=config.tokenizer,
-        val_fraction=config.val_fraction,
-        form=Form(encoding=config.encoding),
-        headerless=config.headerless,
-        # A model that is begun from another one reads with that one's eyes.
-        insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
-        insists_on_fraction="val_fraction" in given,
-    )
-    with open_meter("preparing the text") as meter:
-        corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
-    check_length(corpus, config.context_length, stagger=config.stagger)
-    batch = config.global_batch
-    for finding in glance(corpus, context_length=config.context_length, global_batch=batch):
-        if finding.level == "error":
-            raise UserError(str(finding))
-        if finding.level == "warning":
-            say(f"warning: {finding}")
-    return corpus
-
-
-def _settle(config: Config, corpus: Corpus) -> Config:
-    """Fill in what was left to the program: vocabulary, run folder, text."""
-    size = corpus.tokenizer.size
-    vocab_size = config.vocab_size or -(-size // 64) * 64
-    if vocab_size < size:
-        raise UserError(
-            f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
-            f"{config.tokenizer}: give {size} or more, or leave it out"
-        )
-    return dataclasses.replace(
-        config,
-        vocab_size=vocab_size,
-        out_dir=_out_dir(config),
-        input=corpus.path.as_posix(),
-        tokenizer=corpus.tokenizer_name,
-        val_fraction=corpus.val_fraction,
-    )
-
-
-def _out_dir(config: Config) -> str:
-    return config.out_dir or f"runs/{config.preset or 'custom'}"
 
 
 def seed_everything(config: Config, *, rank: int = 0) -> None:
@@ -294,20 +223,6 @@ def _held_out(corpus: Corpus, config: Config, *, batch_size: int) -> HeldOut | N
         context_length=config.context_length,
         batch_size=batch_size,
         limit=config.eval_tokens,
-    )
-
-
-def _describe_corpus(corpus: Corpus, config: Config) -> str:
-    train, held_out = len(corpus.train), len(corpus.held_out)
-    epochs = config.max_steps * config.tokens_per_step / train
-    held = f"{held_out:,} held out" if held_out else "none held out"
-    if 0 < config.eval_tokens < held_out:
-        held += f", of which {config.eval_tokens:,}, evenly spread, judge as it goes"
-    many = f" in {corpus.documents:,} documents" if corpus.documents > 2 else ""
-    size = f", {corpus.characters:,} characters{many}" if corpus.characters else ""
-    return (
-        f"{corpus.path.as_posix()}{size}; {train:,} "
-        f"{corpus.tokenizer.name} tokens to learn from, {held}; about {epochs:.1f} epochs"
     )
 
 

@@ -61,18 +61,10 @@ def open_run(
     Raises:
         UserError: if the folder holds something else, or a run with another configuration.
     """
+    check_folder(config)
     folder = Path(config.out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out_dir {folder} is a file: choose another")
     if config.overwrite and _holds_something(folder):
-        if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")
         return Opening("new", config, replaces=True)
-    if not (folder / CONFIG).is_file() and _holds_something(folder, besides=OURS):
-        raise UserError(
-            f"--out_dir {folder} holds other files and no run: choose another, or give --overwrite "
-            "to move it aside"
-        )
     store = CheckpointStore(folder / "checkpoints")
     newest, warnings = store.newest()
     if newest is None:
@@ -109,6 +101,22 @@ def open_run(
     is_finished &= _tells_of("end", folder / "metrics.jsonl")
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
     return Opening(status, config, newest, state, tuple(warnings))
+
+
+def check_folder(config: Config) -> None:
+    """Raise a UserError if `config.out_dir` is or holds something that is no run; only looks."""
+    folder = Path(config.out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out_dir {folder} is a file: choose another")
+    if config.overwrite and _holds_something(folder):
+        if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")
+        return
+    if not (folder / CONFIG).is_file() and _holds_something(folder, besides=OURS):
+        raise UserError(
+            f"--out_dir {folder} holds other files and no run: choose another, or give --overwrite "
+            "to move it aside"
+        )
 
 
 def _tells_of(event: str, metrics: Path) -> bool:

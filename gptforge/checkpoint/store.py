@@ -7,7 +7,6 @@ damaged, and nothing else decides that.
 import errno
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +101,7 @@ class CheckpointStore:
 
     def require_space(self, needed: int) -> None:
         """Raise a RunError unless so many bytes, and a little more, are free."""
-        # The folder may not be there yet, and asking must not make it.
-        there = next(
-            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
-        )
-        free = shutil.disk_usage(there).free
+        free = files.free_bytes(self.folder)
         if free < needed + SPARE_BYTES:
             raise RunError(
                 f"{self.folder}: a checkpoint and the logs take "

@@ -54,9 +54,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        # As many in each epoch, however late its windows start.
-        latest = context_length - 1 if stagger else 0
-        self.windows = count_windows(len(tokens) - latest, context_length)
+        self.windows = windows_of_epoch(len(tokens), context_length, stagger=stagger)
         assert self.windows > 0, "the text's length is checked before a loader is built"
         assert 0 <= rank < world_size <= global_batch
         self.position = 0
@@ -139,6 +137,12 @@ def rows_of(rank: int, world_size: int, global_batch: int) -> range:
 def count_windows(tokens: int, context_length: int) -> int:
     """Whole windows in so many tokens, each with a target for its last token."""
     return max(0, (tokens - 1) // context_length)
+
+
+def windows_of_epoch(tokens: int, context_length: int, *, stagger: bool) -> int:
+    """Windows that an epoch has: as many in each, however late they start."""
+    latest = context_length - 1 if stagger else 0
+    return count_windows(tokens - latest, context_length)
 
 
 def _places(position: int, rows: range) -> NDArray[np.int64]:

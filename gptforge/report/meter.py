@@ -16,6 +16,9 @@ EVERY = 10.0
 class ShownMeter(Protocol):
     """Hears how far the work is, and says lines; a context, so that a bar is always cleared."""
 
+    total: int
+    """Bytes there are to be done; 0 as long as no work has begun."""
+
     def start(self, total: int, done: int) -> None:
         """So many bytes there are, and so many were done before."""
         ...

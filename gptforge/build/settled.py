@@ -1,0 +1,109 @@
+"""What a configuration leaves open, filled in: by the checkpoint to start from, and by the text."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from gptforge.build.exported import imported
+from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint.store import CheckpointStore
+from gptforge.config import Config, GPTConfig
+from gptforge.data.checks import glance
+from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
+from gptforge.data.documents import Form
+from gptforge.data.text import find_text
+from gptforge.errors import UserError
+from gptforge.report.meter import ShownMeter
+
+Say = Callable[[str], None]
+
+SHAPE = frozenset(field.name for field in dataclasses.fields(GPTConfig)) - {"dropout"}
+
+
+def start_from(
+    config: Config, given: Collection[str], say: Say, *, scratch: Path | None = None
+) -> Config:
+    """With `--init_from`, shape and tokenizer are the checkpoint's, unless set by hand.
+
+    With `scratch` another program's model is read by way of that folder, and not kept.
+    """
+    if not config.init_from:
+        return config
+    source = imported(config.init_from, say=say, scratch=scratch)
+    config = dataclasses.replace(config, init_from=source)
+    # A run that was begun this way has a tokenizer and a shape of its own by now.
+    own = CheckpointStore(Path(_out_dir(config)) / "checkpoints").pointed("last")
+    path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
+    if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
+        raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
+    shape = checkpoints.read_config(path)
+    taken = {name: getattr(shape, name) for name in SHAPE if name not in given}
+    if "tokenizer" not in given:
+        taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
+    if "context_length" not in given:
+        taken["context_length"] = min(config.context_length, shape.block_size)
+    return dataclasses.replace(config, **taken)
+
+
+def open_text(config: Config, given: Collection[str], say: Say, meter: ShownMeter) -> Corpus:
+    """What `--input` names, ready to be read, and fit to learn from; says what is doubtful.
+
+    Raises:
+        UserError: if it cannot be read, or is no good.
+    """
+    wanted = Wanted(
+        tokenizer=config.tokenizer,
+        val_fraction=config.val_fraction,
+        form=Form(encoding=config.encoding),
+        headerless=config.headerless,
+        # A model that is begun from another one reads with that one's eyes.
+        insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
+        insists_on_fraction="val_fraction" in given,
+    )
+    corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
+    check_length(corpus, config.context_length, stagger=config.stagger)
+    batch = config.global_batch
+    for finding in glance(corpus, context_length=config.context_length, global_batch=batch):
+        if finding.level == "error":
+            raise UserError(str(finding))
+        if finding.level == "warning":
+            say(f"warning: {finding}")
+    return corpus
+
+
+def settle(config: Config, corpus: Corpus) -> Config:
+    """Fill in what was left to the program: vocabulary, run folder, text."""
+    size = corpus.tokenizer.size
+    vocab_size = config.vocab_size or -(-size // 64) * 64
+    if vocab_size < size:
+        raise UserError(
+            f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
+            f"{config.tokenizer}: give {size} or more, or leave it out"
+        )
+    return dataclasses.replace(
+        config,
+        vocab_size=vocab_size,
+        out_dir=_out_dir(config),
+        input=corpus.path.as_posix(),
+        tokenizer=corpus.tokenizer_name,
+        val_fraction=corpus.val_fraction,
+    )
+
+
+def _out_dir(config: Config) -> str:
+    return config.out_dir or f"runs/{config.preset or 'custom'}"
+
+
+def describe_corpus(corpus: Corpus, config: Config) -> str:
+    """A line on the text: its size, what is held out, and how often it will be read."""
+    train, held_out = len(corpus.train), len(corpus.held_out)
+    epochs = config.max_steps * config.tokens_per_step / train
+    held = f"{held_out:,} held out" if held_out else "none held out"
+    if 0 < config.eval_tokens < held_out:
+        held += f", of which {config.eval_tokens:,}, evenly spread, judge as it goes"
+    many = f" in {corpus.documents:,} documents" if corpus.documents > 2 else ""
+    size = f", {corpus.characters:,} characters{many}" if corpus.characters else ""
+    return (
+        f"{corpus.path.as_posix()}{size}; {train:,} "
+        f"{corpus.tokenizer.name} tokens to learn from, {held}; about {epochs:.1f} epochs"
+    )
