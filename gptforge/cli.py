@@ -22,6 +22,7 @@ from gptforge.commands.bench import bench
 from gptforge.commands.demo import demo
 from gptforge.commands.doctor import doctor
 from gptforge.commands.export import export, import_
+from gptforge.commands.plan import plan
 from gptforge.commands.prepare import prepare
 from gptforge.commands.sample import sample
 from gptforge.commands.tokenizer import tokenizer
@@ -170,6 +171,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "import": import_,
     "demo": demo,
+    "plan": plan,
     "bench": bench,
     "doctor": doctor,
 }

@@ -34,6 +34,7 @@ ROOMS = [
         "convert",
         "train",
         "build",
+        "plan",
         "bench",
         "doctor",
         "demo",

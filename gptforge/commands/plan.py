@@ -1,0 +1,149 @@
+"""`gptforge plan`: what a run will be and cost, and whether it fits, before anything is trained."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+
+from gptforge.config import Config
+from gptforge.flags import parse_train, with_preset
+from gptforge.plan.figures import (
+    AS_GOOD_AS_NEW,
+    TOKENS_A_PARAMETER,
+    Disk,
+    Memory,
+    Plan,
+    Run,
+    Step,
+    Text,
+)
+from gptforge.report.duration import in_words
+
+
+@dataclass(frozen=True)
+class PlanConfig(Config):
+    """Say what a run will be and cost, and train nothing: takes all flags of training, and this."""
+
+    json: bool = False
+    """Print one JSON object on standard output, and the rest on standard error."""
+
+
+def plan(args: list[str]) -> int:
+    """Work it out and print it; 1 if it does not fit into memory or onto the disk."""
+    parsed, given = parse_train(args, kind=PlanConfig)
+    assert isinstance(parsed, PlanConfig)
+    say = _quietly if parsed.json else print
+    names = [field.name for field in dataclasses.fields(Config)]
+    config = with_preset(Config(**{n: getattr(parsed, n) for n in names}), given, say=say)
+    from gptforge.plan.planning import make_plan
+
+    made = make_plan(config, given, say)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(made)))
+    else:
+        for name, words in _rows(made):
+            print(f"{name:<12}{words}")
+        for warning in made.warnings:
+            print(f"warning: {warning}")
+    return 0 if made.ok else 1
+
+
+def _rows(made: Plan) -> list[tuple[str, str]]:
+    model, flops, time = made.model, made.flops, made.time
+    how_long = time.how
+    if time.seconds is not None and time.tokens_per_second is not None:
+        how_long = (
+            f"about {in_words(time.seconds)}, {time.tokens_per_second:,.0f} tokens a second, for "
+            f"updates alone; {time.how}"
+        )
+    return [
+        (
+            "model",
+            f"{model.preset or 'custom'}: {model.n_layer} layers x {model.n_embd}, {model.n_head} "
+            f"heads, {model.block_size:,} positions, {model.vocab_size:,} rows of tokens",
+        ),
+        (
+            "parameters",
+            f"{model.parameters:,}; {model.parameters_without_tables:,} without the tables of "
+            "tokens and positions",
+        ),
+        ("text", _text(made.text)),
+        ("a step", _step(made.step, made.memory)),
+        *_run(made.run),
+        (
+            "FLOPs",
+            f"{_short(flops.per_token)} a token ({flops.formula}), {_short(flops.per_step)} a "
+            f"step, {_short(flops.run)} in all",
+        ),
+        *_memory(made.memory),
+        ("disk", _disk(made.disk)),
+        ("time", how_long),
+    ]
+
+
+def _text(text: Text) -> str:
+    size = f"{text.characters:,} characters; " if text.characters else ""
+    held_out = f"{text.held_out_tokens:,}" if text.held_out_tokens else "none"
+    now = "; prepared now, and kept for the training" if text.prepared_now else ""
+    return (
+        f"{text.path}: {size}{text.tokens:,} {text.tokenizer} tokens to learn from, "
+        f"{held_out} held out{now}"
+    )
+
+
+def _step(step: Step, memory: Memory) -> str:
+    fewer = memory.fits and step.micro_batch < step.micro_batch_asked
+    why = f", for {step.micro_batch_asked} there is no memory" if fewer else ""
+    return (
+        f"{step.windows:,} windows of {step.context_length:,}, {step.tokens:,} tokens, in "
+        f"micro-batches of {step.micro_batch}{why}"
+    )
+
+
+def _run(run: Run) -> list[tuple[str, str]]:
+    return [
+        (
+            "the run",
+            f"{run.steps:,} steps, {run.tokens:,} tokens: {run.epochs:.1f} epochs over this text, "
+            f"{run.tokens_per_parameter:.2g} tokens a parameter",
+        ),
+        (
+            "",
+            f"(up to about {AS_GOOD_AS_NEW} epochs are as good as new text, Muennighoff et al. "
+            f"2023; about {TOKENS_A_PARAMETER} tokens a parameter make the most of the FLOPs, "
+            "Hoffmann et al. 2022)",
+        ),
+    ]
+
+
+def _memory(memory: Memory) -> list[tuple[str, str]]:
+    free = "how much is free is not known"
+    if memory.free_bytes is not None:
+        verdict = "it fits" if memory.fits else "it does not fit"
+        free = f"{memory.free_bytes / 1e9:.1f} GB are free, {verdict}"
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items())
+    return [
+        ("memory", f"{memory.needed_bytes / 1e9:.2f} GB at most, on {memory.device}; {free}"),
+        ("", f"{parts} (a snapshot is taken to be saved)"),
+    ]
+
+
+def _disk(disk: Disk) -> str:
+    there = f"; a run at step {disk.steps_saved:,} is there" if disk.steps_saved else ""
+    return (
+        f"{disk.checkpoints} checkpoints of {disk.checkpoint_bytes / 1e6:,.0f} MB at most, in "
+        f"{disk.out_dir}; {disk.free_bytes / 1e9:,.1f} GB are free{there}"
+    )
+
+
+def _short(flops: int) -> str:
+    """861 M, 113 T: three digits and a prefix."""
+    value, prefixes = float(flops), iter(("", " K", " M", " G", " T", " P", " E", " Z"))
+    prefix = next(prefixes)
+    while value >= 999.5:
+        value, prefix = value / 1000, next(prefixes)
+    return f"{value:.3g}{prefix}"
+
+
+def _quietly(text: str) -> None:
+    print(text, file=sys.stderr)
