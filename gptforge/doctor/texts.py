@@ -20,6 +20,9 @@ from gptforge.tokenizers.bulk import BulkEncoder
 SAMPLE = 2**22
 """Characters that are encoded to tell how many tokens there are."""
 
+TAIL = len(END_OF_TEXT) - 1
+"""Characters on either side of a border in which there is room for a mark that lies across."""
+
 
 def examine_texts(
     path: Path, *, tokenizer: str, val_fraction: float, context_length: int, form: Form
@@ -66,9 +69,11 @@ class _Look:
             return
         if facts.is_blank:
             return
+        before = ""
         for chunk in chunks(source, encoding=self.form.encoding):
             self.mended |= {f"{source.name}: {words}" for words in mended(chunk)}
-            self._count(chunk.text)
+            self._count(chunk.text, before)
+            before = (before + chunk.text[-TAIL:])[-TAIL:]
         self._document((number, 0), facts.digest, source.name)
 
     def findings(self) -> list[Finding]:
@@ -100,10 +105,13 @@ class _Look:
         if len(self.places) < MANY:
             self.places.append((place, digest))
 
-    def _count(self, text: str) -> None:
+    def _count(self, text: str, before: str = "") -> None:
+        """Count a piece of a document; `before` is the end of what stands in front of it."""
         self.characters += len(text)
         self.bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
-        self.marks += text.count(END_OF_TEXT) if not self.form.split_on else 0
+        if not self.form.split_on:
+            # A mark may lie across the border of two pieces.
+            self.marks += text.count(END_OF_TEXT) + (before + text[:TAIL]).count(END_OF_TEXT)
         if self.sampled < SAMPLE:
             self.sample.append(text[: SAMPLE - self.sampled])
             self.sampled += len(self.sample[-1])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptforge.data import reading
 from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
@@ -93,6 +94,29 @@ def test_mended_text_and_plain_marks_are_pointed_out(tmp_path, doctor) -> None:
     assert "turned CRLF line ends into LF" in said
     assert f"{mark} stands in the text 1 times" in said
     assert "stands in the text" not in doctor("t.txt", "--context_length", 4, "--split_on", mark)
+
+
+@pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 29, 64])
+def test_marks_that_lie_across_the_border_of_two_pieces_are_counted(
+    tmp_path, doctor, monkeypatch, block
+) -> None:
+    # Texts are read in pieces, and each was once searched by itself.
+    mark = "<|endoftext|>"
+    parts = [
+        "One",
+        "Two twos",
+        "",
+        "Three",
+        "Four \u00e9 and <|endof",
+        "text|>",
+        "Six" * 9,
+        "Seven",
+    ]
+    text = mark.join(parts)
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(reading, "BLOCK", block)
+    said = doctor("t.txt", "--context_length", 4, "--tokenizer", "byte")
+    assert f"{mark} stands in the text {text.count(mark)} times" in said
 
 
 def test_documents_that_stand_twice_are_counted(tmp_path, doctor) -> None:
