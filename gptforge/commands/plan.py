@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 
 from gptforge.config import Config
@@ -18,6 +19,9 @@ from gptforge.plan.figures import (
     Text,
 )
 from gptforge.report.duration import in_words
+
+INDENT = 12
+"""Columns in front of what a row says."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,22 @@ def plan(args: list[str]) -> int:
         print(json.dumps(dataclasses.asdict(made)))
     else:
         for name, words in _rows(made):
-            print(f"{name:<12}{words}")
+            print(_row(name, words))
         for warning in made.warnings:
             print(f"warning: {warning}")
     return 0 if made.ok else 1
+
+
+def _row(name: str, words: str) -> str:
+    lines = textwrap.wrap(
+        words,
+        100,
+        initial_indent=f"{name:<{INDENT}}",
+        subsequent_indent=" " * INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def _rows(made: Plan) -> list[tuple[str, str]]:
@@ -120,20 +136,24 @@ def _memory(memory: Memory) -> list[tuple[str, str]]:
     free = "how much is free is not known"
     if memory.free_bytes is not None:
         verdict = "it fits" if memory.fits else "it does not fit"
-        free = f"{memory.free_bytes / 1e9:.1f} GB are free, {verdict}"
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items())
+        free = f"{_size(memory.free_bytes)} are free, {verdict}"
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.parts.items())
     return [
-        ("memory", f"{memory.needed_bytes / 1e9:.2f} GB at most, on {memory.device}; {free}"),
-        ("", f"{parts} (a snapshot is taken to be saved)"),
+        ("memory", f"{_size(memory.needed_bytes)} at most, on {memory.device}; {free}"),
+        ("", f"{parts} (a snapshot is what a save copies first)"),
     ]
 
 
 def _disk(disk: Disk) -> str:
     there = f"; a run at step {disk.steps_saved:,} is there" if disk.steps_saved else ""
     return (
-        f"{disk.checkpoints} checkpoints of {disk.checkpoint_bytes / 1e6:,.0f} MB at most, in "
-        f"{disk.out_dir}; {disk.free_bytes / 1e9:,.1f} GB are free{there}"
+        f"{disk.checkpoints} x {_size(disk.checkpoint_bytes)} of checkpoints at most, in "
+        f"{disk.out_dir}; {_size(disk.free_bytes)} are free{there}"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
 
 
 def _short(flops: int) -> str:

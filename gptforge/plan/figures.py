@@ -69,7 +69,8 @@ class Flops:
     per_token: int
     per_step: int
     run: int
-    formula: str = "6 N + 12 L C T a token"
+    formula: str = "6 N + 12 L C T"
+    """A token; N parameters, L layers, C wide, windows of T."""
 
 
 @dataclass(frozen=True)
