@@ -1,7 +1,7 @@
 """How long an update takes here: measured in a few seconds, however large the model is."""
 
 import dataclasses
-import os
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -10,7 +10,6 @@ import torch
 from gptforge import costs
 from gptforge.build.benchmark import build_step
 from gptforge.config import Config
-from gptforge.data.prepare import cores
 from gptforge.train.step import TrainStep
 
 A_PASS = {"cuda": 1e14}
@@ -23,6 +22,9 @@ PATIENCE = 4.0
 """Seconds after which no pass is made again; the first over a shape pays for warming up."""
 ENOUGH = 1.0
 """Seconds after which three passes are enough."""
+ALONE = 0.8
+"""Share of the cores' time below which others must have wanted them: 0.97 to 1 was seen with nobody
+else there, and 0.5 beside one busy program, which made a pass three to five times as slow."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,12 @@ def rehearse(
     )
     total = config.n_layer
     windows, depths = _few(config, micro_batch, A_PASS.get(device.type, A_PASS_ELSEWHERE))
-    seconds, is_plain = [], False
+    seconds, share, is_plain = [], 1.0, False
     for depth in depths:
         part = dataclasses.replace(config, n_layer=depth)
         step = build_step(part, {*given, "batch_size"}, lambda _: None)
-        seconds.append(_passes(step, windows, config.context_length) / windows)
+        fastest, share = _passes(step, windows, config.context_length)
+        seconds.append(fastest / windows)
         is_plain = not step.kernels.by_hand
         del step
     whole = seconds[-1]
@@ -77,15 +80,9 @@ def rehearse(
         how += f" through {depths[0]} and {depths[1]} of {total} layers, continued to all"
     if may_be_compiled and is_plain:
         how += ", not compiled: that would have taken longer than all of this"
-    if device.type == "cpu" and _others_are_at_work():
-        how += "; other programs keep this machine busy, so it may be much faster"
+    if device.type == "cpu" and share < ALONE:
+        how += f"; other programs took {1 - share:.0%} of the cores meanwhile: alone it is faster"
     return Rehearsal(whole, how)
-
-
-def _others_are_at_work() -> bool:
-    """Whether as many processes as there are cores wanted to run in the last minute."""
-    load: float = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return load >= cores()
 
 
 def _few(config: Config, micro_batch: int, flops: float) -> tuple[int, list[int]]:
@@ -101,8 +98,11 @@ def _few(config: Config, micro_batch: int, flops: float) -> tuple[int, list[int]
     return 1, [1, most]
 
 
-def _passes(step: TrainStep, windows: int, context_length: int) -> float:
+def _passes(step: TrainStep, windows: int, context_length: int) -> tuple[float, float]:
+    """Seconds of the fastest pass, and the share of the cores' time that all of them had."""
     taken: list[float] = []
+    begun = time.process_time()
     while sum(taken) < PATIENCE and (len(taken) < 3 or sum(taken) < ENOUGH):
         taken.append(step.rehearse(windows, context_length))
-    return min(taken)
+    share = (time.process_time() - begun) / (sum(taken) * torch.get_num_threads())
+    return min(taken), share

@@ -300,6 +300,8 @@ def test_a_large_model_is_timed_by_a_line_through_two_small_ones(monkeypatch) ->
     built = []
 
     class Step:
+        kernels = PLAIN
+
         def __init__(self, layers: int) -> None:
             self.layers = layers
 
@@ -322,6 +324,23 @@ def test_a_large_model_is_timed_by_a_line_through_two_small_ones(monkeypatch) ->
     built.clear()
     found = rehearsal.rehearse(small, (), device=torch.device("cpu"), micro_batch=8)
     assert (built, found.seconds_a_window) == ([12], pytest.approx(3.0 + 2.0 * 12))
+
+
+@pytest.mark.parametrize(("share", "is_said"), [(0.5, True), (1.0, False)])
+def test_a_figure_taken_beside_other_programs_says_so(monkeypatch, share, is_said) -> None:
+    class Step:
+        kernels = PLAIN
+
+        def rehearse(self, windows: int, context_length: int) -> float:
+            clock[0] += 10.0 * share * torch.get_num_threads()
+            return 10.0
+
+    clock = [0.0]
+    monkeypatch.setattr(rehearsal, "build_step", lambda *_: Step())
+    monkeypatch.setattr(rehearsal.time, "process_time", lambda: clock[0])
+    config = dataclasses.replace(preset("debug"), vocab_size=64)
+    found = rehearsal.rehearse(config, (), device=torch.device("cpu"), micro_batch=4)
+    assert ("other programs took 50% of the cores" in found.how) == is_said
 
 
 def test_the_way_of_the_update_decides_what_it_keeps() -> None:
