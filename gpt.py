@@ -11,7 +11,10 @@ Start reading at gptforge/train/trainer.py: that is the training loop.
 
 import sys
 
-from gptforge.cli import main
+try:
+    from gptforge.cli import main
+except KeyboardInterrupt:
+    sys.exit("interrupted")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,10 @@
 
 import sys
 
-from gptforge.cli import main
+try:
+    from gptforge.cli import main
+except KeyboardInterrupt:
+    sys.exit("interrupted")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -50,6 +50,10 @@ class EvalArgs:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None or sys.stderr is None:
+        # Closed before we came: what is said goes nowhere, and what is done is done all the same.
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         # A Windows pipe may not know the summary's lines or a text's letters.
         if isinstance(stream, io.TextIOWrapper):
@@ -90,6 +94,12 @@ def _dispatch(args: list[str]) -> int:
     if args and not args[0].startswith("-"):
         if args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if Path(args[0]).exists():
+                raise UserError(
+                    f"there is no command '{args[0]}'; to learn from that file: --input {args[0]}"
+                )
+            if args[0] == "help":
+                near = ["--help"]
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
             raise UserError(f"there is no command '{args[0]}'; {hint}")
         return COMMANDS[args[0]](args[1:])
@@ -134,6 +144,8 @@ def train(args: list[str]) -> int:
     except BaseException as error:
         ranks.fail(error)
         raise
+    if reason == "time_limit" and ranks.is_first:
+        print(f"The time limit of {config.time_limit:g} minutes is reached, and all is saved.")
     if reason != "finished" and ranks.is_first:
         print(f"To go on: {_program()} {_quote(args)}".rstrip())
     return ranks.end(EXIT_CODES[reason])
@@ -144,6 +156,7 @@ def evaluate(args: list[str]) -> int:
     asked = parse(EvalArgs, args, "gptforge eval")
     from gptforge.build import evaluate_run
 
+    what = f"loss on {asked.data}" if asked.data else "held-out loss"
     score = evaluate_run(asked.run, data=asked.data, device=asked.device)
     facts = {
         "loss": score.loss,
@@ -156,7 +169,7 @@ def evaluate(args: list[str]) -> int:
         print(json.dumps(facts))
     else:
         print(
-            f"held-out loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
+            f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
             f"{score.bits_per_byte:.4f} bits per byte, over {score.tokens:,} tokens"
         )
     return 0

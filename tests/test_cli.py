@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.build import step as build_step
 from gptforge.errors import UserError
 from gptforge.flags import flag_values, parse_train
 
@@ -213,7 +215,10 @@ def test_judging_a_run_gives_one_json_object(program, play) -> None:
     assert score["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-5)
     held_out = play.read_text()[int(len(play.read_text()) * 0.9) :]
     assert score["tokens"] == len(held_out) - 1
-    assert program("eval", "--json", "run", "--data", play, "--device", "cpu").code == 0
+    own = program("eval", "run", "--data", play, "--device", "cpu")
+    assert own.code == 0
+    assert own.out.startswith(f"loss on {play}")
+    assert "is what run learned from" in own.err
     play.write_text(play.read_text() + "More.")
     changed = program("eval", "run", "--device", "cpu")
     assert changed.code == 2
@@ -262,7 +267,7 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path, play, program) -> 
     ("args", "words"),
     [
         (("--out_dir", ".", "--overwrite"), "--out_dir ."),
-        (("--out_dir", "file/run"), "file/run"),
+        (("--out_dir", "file/run"), "--out_dir file/run cannot be: file is a file"),
         (("--batch_size", 10**12), "--batch_size 1000000000000"),
         (("--out_dir", "caf\udce9"), "UTF-8"),
     ],
@@ -284,6 +289,56 @@ def test_a_wrong_sample_prints_nothing_but_the_mistake(program, play, args) -> N
 
 def test_values_of_flags_are_not_taken_for_flags() -> None:
     assert flag_values(["--out_dir", "x", "--max-lr=1e-3"]) == {"out_dir": "x", "max_lr": "1e-3"}
+
+
+def test_a_run_on_the_text_that_comes_along_is_judged_from_any_folder(
+    program, monkeypatch, tmp_path
+) -> None:
+    Path("input.txt").write_bytes((Path(__file__).parents[1] / "input.txt").read_bytes())
+    few = ("--eval_tokens", 300, "--max_steps", 2)
+    assert program(*DEBUG, *few, "--out_dir", "run").code == 0
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert program("eval", "../run", "--device", "cpu").code == 0
+
+
+def test_a_model_without_a_run_says_that_it_held_nothing_back(program, play) -> None:
+    program(*DEBUG, "--input", play, "--out_dir", "run")
+    (Path("run/checkpoints/last").resolve() / "state.json").unlink()
+    done = program("eval", "run/checkpoints/last", "--device", "cpu")
+    assert done.code == 2
+    assert "give a text with --data" in done.err
+
+
+def test_memory_that_a_cpu_has_not_is_missed_before_anything_is_built(
+    program, play, monkeypatch
+) -> None:
+    monkeypatch.setattr(build_step, "usable_memory", lambda device: 10**9)
+    command = (*DEBUG, "--input", play, "--out_dir", "run", "--batch_size")
+    done = program(*command, 10**6)
+    assert done.code == 2
+    assert re.search(r"--batch_size 1000000 takes at least [\d.]+ GB of memory, and 1.0", done.err)
+    assert not Path("run/log.md").exists()
+    assert program(*command, 8).code == 0
+    monkeypatch.setattr(build_step, "usable_memory", lambda device: 10**4)
+    done = program(*DEBUG, "--input", play, "--out_dir", "two")
+    assert done.code == 2
+    assert "even with one window at a time" in done.err
+
+
+def test_a_text_given_as_a_command_is_pointed_to_its_flag(program, play) -> None:
+    done = program(play)
+    assert done.code == 2
+    assert f"--input {play}" in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows closes streams in another way")
+def test_without_any_output_it_trains_all_the_same(tmp_path, play) -> None:
+    words = [sys.executable, "-m", "gptforge", *DEBUG, "--input", play, "--out_dir", "run"]
+    command = " ".join(shlex.quote(str(word)) for word in words)
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert events(tmp_path / "run")[-1]["reason"] == "finished"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
@@ -339,6 +394,7 @@ def test_a_time_limit_saves_and_is_no_failure(program, play) -> None:
         *DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 10**6, "--time_limit", 0.01
     )
     assert done.code == 0
+    assert "The time limit of 0.01 minutes is reached" in done.out
     assert "To go on:" in done.out
     end = events()[-1]
     assert (end["event"], end["reason"]) == ("end", "time_limit")

@@ -32,11 +32,18 @@ def start_from(
     source = imported(config.init_from, say=say, scratch=scratch)
     config = dataclasses.replace(config, init_from=source)
     # A run that was begun this way has a tokenizer and a shape of its own by now.
-    own = CheckpointStore(Path(_out_dir(config)) / "checkpoints").pointed("last")
+    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
     path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
     if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
     shape = checkpoints.read_config(path)
+    for name in sorted(SHAPE.intersection(given)):
+        wanted, there = getattr(config, name), getattr(shape, name)
+        if wanted != there and (name, wanted) != ("vocab_size", 0):
+            raise UserError(
+                f"--{name} {wanted}, but the model of --init_from {config.init_from} has {there}: "
+                f"leave --{name} out"
+            )
     taken = {name: getattr(shape, name) for name in SHAPE if name not in given}
     if "tokenizer" not in given:
         taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
@@ -83,14 +90,15 @@ def settle(config: Config, corpus: Corpus) -> Config:
     return dataclasses.replace(
         config,
         vocab_size=vocab_size,
-        out_dir=_out_dir(config),
+        out_dir=out_dir_of(config),
         input=corpus.path.as_posix(),
         tokenizer=corpus.tokenizer_name,
         val_fraction=corpus.val_fraction,
     )
 
 
-def _out_dir(config: Config) -> str:
+def out_dir_of(config: Config) -> str:
+    """The run folder, named or not."""
     return config.out_dir or f"runs/{config.preset or 'custom'}"
 
 

@@ -15,7 +15,7 @@ from gptforge.checkpoint.tensors import load_model_tensors
 from gptforge.config import Config
 from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.shards import fill
-from gptforge.errors import RunError
+from gptforge.errors import RunError, UserError
 from gptforge.hardware import (
     Kernels,
     Precision,
@@ -35,6 +35,8 @@ from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
 
+LONG = 6 * 3600
+"""Seconds of a run on a CPU from which on something smaller is advised."""
 REPLAY_BELOW = 5e12
 """FLOPs of a micro-batch below which asking for its kernels takes longer than they do."""
 
@@ -209,6 +211,35 @@ def memory_of(
     )
 
 
+def refuse_too_large(
+    config: Config, device: torch.device, precision: Precision, *, by_hand: bool
+) -> None:
+    """Raise a UserError if a CPU's memory cannot hold a run, which would be killed without a word.
+
+    The estimate is from above, so that only what is far too large is refused. A GPU says by itself
+    when its memory is full.
+    """
+    free = usable_memory(device)
+    if device.type == "cuda" or free is None:
+        return
+    windows = config.batch_size if by_hand else 1
+    kernels = choose_kernels(device, precision, recompute=config.activation_checkpointing)
+    parts = memory_of(config, windows, precision, kernels)
+    needed = sum(parts.values()) - parts["snapshot"] - parts["activations"] // 2
+    if needed <= free:
+        return
+    figures = f"at least {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    if windows > 1:
+        raise UserError(
+            f"--batch_size {windows} takes {figures}: leave it out, and the program finds one that "
+            "fits and learns the same"
+        )
+    raise UserError(
+        f"this model takes {figures}, even with one window at a time: use a smaller one, or a "
+        "shorter --context_length; gptforge plan says what would fit"
+    )
+
+
 def what_would_fit(step: TrainStep, config: Config) -> str:
     """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
     step.use(step.kernels)
@@ -241,7 +272,10 @@ def estimate(step: TrainStep, config: Config, *, steps: int, ranks: Ranks = ALON
         # The first pass over a shape pays for warming up.
         seconds = min(step.rehearse(windows, config.context_length) for _ in range(2))
     total = seconds / windows * config.global_batch / ranks.size * steps
+    advice = ""
+    if step.device.type == "cpu" and total > LONG:
+        advice = "; a CPU is slow for that: fewer --max_steps, or --preset shakespeare-cpu"
     return (
         f"this will take about {in_words(total)}: {steps:,} steps of {config.tokens_per_step:,} "
-        f"tokens, {costs.parameters(config.model):,} parameters"
+        f"tokens, {costs.parameters(config.model):,} parameters{advice}"
     )

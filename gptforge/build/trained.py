@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,18 +106,21 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
         UserError: if there is no model or no such text, or the run held nothing out.
     """
     writer = load(run, device=device)
+    state: dict[str, Any] | None = None
     if is_hf(Path(run)):
-        if not data:
-            raise UserError(
-                f"{run} does not say what it was held back from: give a text with --data"
-            )
         config = Config(context_length=writer.model.config.block_size)
     else:
-        config = checkpoints.read_config(checkpoints.resolve(str(run)))
-    if not data and not Path(config.input).exists():
-        raise UserError(
-            f"the text that {run} learned, {config.input}, is not here: give a text with --data"
-        )
+        path = checkpoints.resolve(str(run))
+        config = checkpoints.read_config(path)
+        state = checkpoints.read_state(path) if (path / checkpoints.STATE).exists() else None
+    if not data and state is None:
+        raise UserError(f"{run} does not say what it was held back from: give a text with --data")
+    missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
+    # Seen from another folder, the text that comes along is elsewhere; its content tells.
+    is_gone = not data and not Path(config.input).exists()
+    if is_gone and Path(config.input).name != "input.txt":
+        raise UserError(missing)
+    text = "" if is_gone else data or config.input
     wanted = Wanted(
         tokenizer=writer.tokenizer,
         val_fraction=0.0 if data else config.val_fraction,
@@ -125,7 +129,7 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
         insists_on_tokenizer=True,
     )
     try:
-        corpus = open_corpus(find_text(data or config.input), wanted, say=_say)
+        corpus = open_corpus(find_text(text), wanted, say=_say)
     except UserError as error:
         if data:
             raise
@@ -133,11 +137,18 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
             f"what {run} learned, {config.input}, cannot be read any more: it has changed or is "
             f"damaged ({error}); give a text with --data"
         ) from None
+    is_its_own = state is not None and state["text_sha256"] == corpus.sha256
     if data:
         tokens = corpus.held_out if len(corpus.held_out) else corpus.train
+        if is_its_own:
+            _say(
+                f"warning: {data} is what {run} learned from: this says how well it is remembered; "
+                "without --data the part that was held out is judged"
+            )
     else:
-        state = checkpoints.read_state(checkpoints.resolve(str(run)))
-        if state["text_sha256"] != corpus.sha256:
+        if is_gone and not is_its_own:
+            raise UserError(missing)
+        if not is_its_own:
             raise UserError(
                 f"{config.input} has changed since {run} learned it, and so has the part that was "
                 "held out: give a text with --data"

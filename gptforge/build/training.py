@@ -11,12 +11,12 @@ import torch
 
 from gptforge import __version__, costs, files
 from gptforge.build.parallel import check_shares, open_together
-from gptforge.build.settled import describe_corpus, open_text, settle, start_from
-from gptforge.build.step import attention_of, estimate, train_step
+from gptforge.build.settled import describe_corpus, open_text, out_dir_of, settle, start_from
+from gptforge.build.step import attention_of, estimate, refuse_too_large, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
-from gptforge.checkpoint.run_folder import Opening
+from gptforge.checkpoint.run_folder import Opening, check_writable
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, check, to_toml
@@ -70,6 +70,8 @@ def build_trainer(
     """
     config = Config(**ranks.on_first(lambda: vars(start_from(config, given, say))))
     check(config)
+    if ranks.is_first:
+        check_writable(Path(out_dir_of(config)))
     check_shares(config, ranks)
     device, device_note = choose_device(ranks.local_device or config.device)
     precision = choose_precision(config.dtype, device)
@@ -97,6 +99,8 @@ def build_trainer(
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
     if ranks.is_first:
         store.require_space(costs.checkpoint_bytes(config.model))
+    if ranks.size == 1:
+        refuse_too_large(config, device, precision, by_hand="batch_size" in given)
     step = train_step(
         config, opening, device, precision, given=given, say=say, ranks=ranks, ready=warm_up.wait
     )

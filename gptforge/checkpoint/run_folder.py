@@ -1,6 +1,7 @@
 """Opening a run folder: a new run, one to go on with, or one that is finished."""
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,18 @@ def open_run(
     is_finished &= _tells_of("end", folder / "metrics.jsonl")
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
     return Opening(status, config, newest, state, tuple(warnings))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a UserError if no folder can be made there; only looks."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        where = f"{folder} is" if place == folder else f"{folder} cannot be: {place} is"
+        raise UserError(f"--out_dir {where} a file: choose another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--out_dir {folder}: {place} cannot be written to: choose another")
 
 
 def check_folder(config: Config) -> None:

@@ -18,7 +18,20 @@ class BadInput(Exception):  # noqa: N818 (it is not always an error)
 
 
 class RefusedError(UserError):
-    """Bad input that nobody asked to leave out; the message names flags of `gptforge prepare`."""
+    """Bad input that nobody asked to leave out; the message names flags of `gptforge prepare`.
+
+    Args:
+        what: where something is wrong, and what it is.
+        remedy: what can be done about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        # Its arguments are what another process makes it from.
+        super().__init__(what, remedy)
+        self.what, self.remedy = what, remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.remedy}, or leave such things out with --skip_bad true"
 
 
 @dataclass
@@ -29,14 +42,14 @@ class Skipped:
     """Whether to go on without it; otherwise the first one is an error."""
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    remedies: list[str] = field(default_factory=list)
+    """What can be done about each example."""
 
     def add(self, bad: BadInput) -> None:
         """Count it, or raise RefusedError."""
         if not self.allowed:
-            remedy = bad.remedy or "mend it"
-            raise RefusedError(
-                f"{bad.where}: {bad.kind}: {remedy}, or leave such things out with --skip_bad true"
-            )
+            raise RefusedError(f"{bad.where}: {bad.kind}", bad.remedy or "mend it")
         self.counts[bad.kind] += 1
         if self.counts[bad.kind] <= EXAMPLES:
             self.examples.append(f"{bad.where}: {bad.kind}")
+            self.remedies.append(bad.remedy or "mend it")

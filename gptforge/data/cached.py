@@ -55,6 +55,9 @@ def prepare_once(
     try:
         index = prepare(folder, request, wait=True, meter=meter, say=say)
     except RefusedError as bad:
+        if "--encoding" in bad.remedy:
+            # Training has that flag itself.
+            raise UserError(f"{bad.what}: {bad.remedy}") from None
         command = f"gptforge prepare {shlex.quote(name)} --out DIR"
         raise UserError(f"{bad}; `{command}` has these flags: name DIR instead then") from None
     (folder / REQUEST).touch()

@@ -142,7 +142,7 @@ def chunks(
             remedy = "say what it is with --encoding latin-1"
             if b"\0" in block:
                 what += ", and NUL bytes as well: this is a binary file or UTF-16"
-                remedy = "give its text"
+                remedy = "give its text, or try --encoding utf-16"
             raise BadInput(what, source.name, remedy) from None
         read += len(block)
         held = len(decoder.getstate()[0])

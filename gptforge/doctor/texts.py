@@ -78,10 +78,12 @@ class _Look:
 
     def findings(self) -> list[Finding]:
         documents, characters, n_bytes = self.documents, self.characters, self.bytes
-        found = [good(f"{documents:,} documents, {characters:,} characters, {n_bytes:,} bytes")]
+        counts = f"{documents:,} documents, {characters:,} characters, {n_bytes:,} bytes"
+        found = [good(counts)] if documents or not self.skipped.examples else []
         found += [warning(f"{words} when it is read") for words in sorted(self.mended)[:EXAMPLES]]
-        for example in self.skipped.examples:
-            found.append(error(example, "mend it, or leave it out with `prepare --skip_bad true`"))
+        for example, remedy in zip(self.skipped.examples, self.skipped.remedies, strict=True):
+            remedy += ", or leave it out with `prepare --skip_bad true`"
+            found.append(error(example, remedy))
         more = sum(self.skipped.counts.values()) - len(self.skipped.examples)
         if more > 0:
             found.append(error(f"and {more:,} more of these"))
@@ -133,7 +135,10 @@ def _tokens(
     what = f"{about}{total:,} tokens, {windows:,} windows of {context_length}"
     found = [good(what)]
     if windows == 0:
-        remedy = f"use --context_length {max(1, total - 1)} at most, or more text"
+        remedy = (
+            f"use --context_length {max(1, total - 1)} at most, or more text (this is by the "
+            f"tokenizer {known.name}; --tokenizer and --context_length take those of your preset)"
+        )
         found = [error(what, remedy)]
     elif windows < 100:
         remedy = "a model of any size will soon know it by heart; more text helps most"

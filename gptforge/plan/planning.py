@@ -11,8 +11,8 @@ import torch
 from gptforge import costs, files
 from gptforge.build.parallel import wants_shards
 from gptforge.build.rehearsal import rehearse
-from gptforge.build.settled import open_text, settle, start_from
-from gptforge.checkpoint.run_folder import check_folder
+from gptforge.build.settled import open_text, out_dir_of, settle, start_from
+from gptforge.checkpoint.run_folder import check_folder, check_writable
 from gptforge.checkpoint.store import SPARE_BYTES, CheckpointStore
 from gptforge.config import Config, check
 from gptforge.data.corpus import Corpus
@@ -46,6 +46,7 @@ def make_plan(config: Config, given: Collection[str], say: Say) -> Plan:
     with tempfile.TemporaryDirectory() as scratch:
         config = start_from(config, given, say, scratch=Path(scratch))
         check(config)
+        check_writable(Path(out_dir_of(config)))
         device, device_note = choose_device(config.device)
         precision = choose_precision(config.dtype, device)
         with open_meter("preparing the text") as meter:

@@ -43,11 +43,12 @@ class PlainConsole:
     def say(self, text: str) -> None:
         """Print at once: somebody may be following the pipe.
 
-        A reader that has gone, such as `head`, must not end a training: it goes on in its files.
+        A reader that has gone, such as `head`, or a full disk behind the pipe must not end a
+        training: it goes on in its files.
         """
         try:
             print(text, flush=True)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def advance(self, done: int, note: str) -> None:

@@ -61,6 +61,11 @@ def _held_out(history: History, total_steps: int) -> list[str]:
             f"After that it got worse, {last['val_loss']:.4f} at the end with a training loss of "
             f"{learned:.4f}: the model had begun to learn the text by heart. The best one was kept."
         )
+    elif last is scored[scored.index(best) + 1]:
+        lines.append(
+            "It was judged once more after that, and stood level: whether more steps would help is "
+            "not known."
+        )
     else:
         lines.append("After that it stayed level: more steps alone would not help.")
     return lines

@@ -38,7 +38,10 @@ class CharTokenizer:
         known[inside] = self._points[ids[inside]] == points[inside]
         if not known.all():
             stranger = text[int(np.argmin(known))]
-            raise UserError(f"the character {stranger!r} is not in this model's alphabet")
+            raise UserError(
+                f"the character {stranger!r} is not in this model's alphabet, which is the "
+                f"{len(self.alphabet)} characters of the text it learned: leave it out"
+            )
         return ids.astype(smallest_dtype(self.size))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -14,6 +14,10 @@ Reason = Literal["finished", "interrupted", "terminated", "time_limit"]
 WISHES: tuple[Reason | None, ...] = (None, "time_limit", "interrupted", "terminated")
 """What a rank may wish, numbered for the others; the largest number wins."""
 
+HANG_UP = getattr(signal, "SIGHUP", None)
+"""A terminal that was closed; Windows has none."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANG_UP] if HANG_UP else []))
+
 EXIT_CODES: dict[Reason, int] = {
     "finished": 0,
     "time_limit": 0,
@@ -23,10 +27,10 @@ EXIT_CODES: dict[Reason, int] = {
 
 
 class StopGuard:
-    """Turns Ctrl-C, SIGTERM and a time limit into a wish that the loop asks about after each step.
+    """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a wish, which the loop asks about.
 
-    A second signal ends the process at once: what was saved is whole, since saves are renamed into
-    place.
+    It asks after each step. A second signal ends the process at once: what was saved is whole,
+    since saves are renamed into place.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -56,8 +60,10 @@ class StopGuard:
     def __enter__(self) -> Self:
         # Python lets only the main thread listen to signals.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._heard)
+            for number in SIGNALS:
+                # nohup has a hang-up ignored, and is to be heeded.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._heard)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,4 +78,10 @@ class StopGuard:
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
             os._exit(128 + number)
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
-        self._say("Stopping after this step; once more stops at once.")
+        if number == HANG_UP:
+            # The terminal is gone: whoever wrote to it would fail.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                if stream.isatty():
+                    os.dup2(nowhere, stream.fileno())
+        self._say("Stopping after this step, then saving; once more stops at once, without.")

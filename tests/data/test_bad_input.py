@@ -1,5 +1,6 @@
 """Bad input: one line that names the file and the place, or left out and counted. No traceback."""
 
+import copy
 import errno
 import gzip
 import json
@@ -10,6 +11,7 @@ import pytest
 
 from gptforge.data import documents as documents_module
 from gptforge.data import job as job_module
+from gptforge.data.bad import RefusedError
 from gptforge.data.documents import Form
 from gptforge.data.index import Index, read_index
 from gptforge.data.prepare import prepare
@@ -231,3 +233,11 @@ def test_the_program_says_what_was_left_out(tmp_path, program) -> None:
     assert "left out: 2 x not JSON" in done.err
     assert "t.jsonl, line 4: not JSON" in done.err
     assert "Train on it: " in done.out
+
+
+def test_a_refusal_travels_between_processes() -> None:
+    error = RefusedError("a.jsonl, line 3: not JSON", "mend it")
+    # A copy is made in the way in which one is made in another process.
+    other = copy.copy(error)
+    assert str(other) == str(error)
+    assert (other.what, other.remedy) == (error.what, error.remedy)

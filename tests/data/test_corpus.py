@@ -58,7 +58,6 @@ def test_a_text_is_known_by_its_content_alone(play, tmp_path) -> None:
     ("name", "raw", "flag"),
     [
         ("d.jsonl", b'{"body": "x"}\n', "it has body: choose one with --field"),
-        ("d.txt", b"caf\xe9 au lait", "--encoding latin-1"),
         ("d.jsonl", b"{broken\n", "--skip_bad true"),
     ],
 )
@@ -68,6 +67,13 @@ def test_what_only_prepare_can_read_is_refused_with_its_command(tmp_path, name, 
     path.write_bytes(raw)
     command = rf"`gptforge prepare {path.as_posix()} --out DIR` has these flags"
     with pytest.raises(UserError, match=f"{flag}.*{command}"):
+        corpus(path)
+
+
+def test_what_an_encoding_would_mend_is_refused_with_trainings_own_flag(tmp_path) -> None:
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(UserError, match=r"offset 3: say what it is with --encoding latin-1$"):
         corpus(path)
 
 

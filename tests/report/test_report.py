@@ -53,7 +53,8 @@ def test_a_step_line_is_the_seeds() -> None:
         (judged((50, 5.0), (100, 4.0), (150, 3.0)), "still getting better"),
         (judged((50, 5.0), (100, 4.0), (150, 3.999)), "all but stopped"),
         (judged((50, 5.0), (100, 4.0), (150, 7.0)), "learn the text by heart"),
-        (judged((50, 5.0), (100, 4.0), (150, 4.01)), "stayed level"),
+        (judged((50, 5.0), (100, 4.0), (150, 4.01), (200, 4.0)), "stayed level"),
+        (judged((50, 5.0), (100, 4.0), (150, 4.01)), "whether more steps would help is not known"),
         (judged((50, 5.0)), "judged only once"),
         # Each step is small at the end of a cosine; together they are not.
         (judged(*((i, 3 - i / 200 + (i / 200) ** 2 / 4) for i in range(50, 400, 50))), "getting"),
