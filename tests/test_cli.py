@@ -310,6 +310,16 @@ def test_a_model_without_a_run_says_that_it_held_nothing_back(program, play) -> 
     assert "give a text with --data" in done.err
 
 
+def test_a_damaged_checkpoint_points_to_one_that_is_whole(program, play) -> None:
+    program(*DEBUG, "--input", play, "--out_dir", "run")
+    best = Path("run/checkpoints/best").resolve()
+    whole = next(path for path in sorted(best.parent.glob("step-*")) if path != best)
+    (best / "model.safetensors").write_bytes(b"")
+    done = program("sample", "run", "--device", "cpu")
+    assert done.code == 2
+    assert done.err.rstrip().endswith(f"{whole.name} is whole")
+
+
 def test_memory_that_a_cpu_has_not_is_missed_before_anything_is_built(
     program, play, monkeypatch
 ) -> None:

@@ -77,7 +77,13 @@ def open_parts(run: str | Path) -> Parts:
         return read_hf(Path(run))
     path = checkpoints.resolve(str(run))
     if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
-        raise UserError(f"{path.as_posix()} is damaged: {reason}; give another checkpoint folder")
+        others = [
+            other.as_posix()
+            for other in sorted(path.parent.glob("step-*"), reverse=True)
+            if other != path and not checkpoints.damage(other, checkpoints.TO_WRITE_WITH)
+        ]
+        which = f"{others[0]} is whole" if others else "give another checkpoint folder"
+        raise UserError(f"{path.as_posix()} is damaged: {reason}; {which}")
     config = checkpoints.read_config(path)
     tokenizer = checkpoints.read_tokenizer(path)
     if tokenizer.size > config.vocab_size:
