@@ -5,7 +5,7 @@ import sys
 try:
     from gptforge.cli import main
 except KeyboardInterrupt:
-    sys.exit("interrupted")
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())
