@@ -16,6 +16,10 @@ from gptforge.build import step as build_step
 from gptforge.errors import UserError
 from gptforge.flags import flag_values, parse_train
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 ROOT = Path(__file__).parents[1]
 DEBUG = ("--preset", "debug", "--device", "cpu")
 
@@ -384,6 +388,28 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, play, number, cod
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     process.stdout.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' terminals hang up otherwise")
+def test_a_terminal_that_is_closed_saves_first(tmp_path, play) -> None:
+    terminal, its_end = os.openpty()
+    words = [*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "gpt.py"), *map(str, words)],
+        cwd=tmp_path, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True,
+        # It becomes the session's own, so that the system tells of its end.
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(its_end)
+    said = b""
+    while b"step 30 " not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 143
+    end = events(tmp_path / "run")[-1]
+    assert (end["event"], end["reason"]) == ("end", "terminated")
+    last = (tmp_path / "run/checkpoints/last").resolve()
+    assert last.name == f"step-{end['step']:06d}"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -46,10 +48,8 @@ class PlainConsole:
         A reader that has gone, such as `head`, or a full disk behind the pipe must not end a
         training: it goes on in its files.
         """
-        try:
+        with _going_on_unseen():
             print(text, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def advance(self, done: int, note: str) -> None:
         """A pipe has no bar."""
@@ -81,20 +81,33 @@ class TerminalConsole:
 
     def say(self, text: str) -> None:
         """Print as it is: no colours, no wrapping, so that lines can be copied."""
-        self._progress.console.print(
-            text, markup=False, highlight=False, emoji=False, soft_wrap=True
-        )
+        with _going_on_unseen():
+            self._progress.console.print(
+                text, markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
 
     def advance(self, done: int, note: str) -> None:
         """Move the bar."""
-        self._progress.update(self._task, completed=done, note=note)
+        with _going_on_unseen():
+            self._progress.update(self._task, completed=done, note=note)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        with _going_on_unseen():
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        with _going_on_unseen():
+            self._progress.stop()
+
+
+@contextmanager
+def _going_on_unseen() -> Iterator[None]:
+    """Where nobody takes what is written any more, the rest of it goes nowhere."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_console(*, total: int, done: int) -> Console:
