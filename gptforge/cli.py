@@ -18,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+from gptforge import files
 from gptforge.commands.bench import bench
 from gptforge.commands.demo import demo
 from gptforge.commands.doctor import doctor
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        files.to_nowhere(sys.stdout)
         return 0
     except MemoryError:
         print("error: this machine has too little memory for that", file=sys.stderr)

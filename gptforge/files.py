@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from gptforge.errors import UserError
 
@@ -181,3 +181,10 @@ def hold(path: Path, *, wait: bool = False) -> IO[str] | None:
         file.close()
         return None
     return file
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Have what is written to an open stream, by whomever, go nowhere from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

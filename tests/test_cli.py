@@ -3,11 +3,6 @@
 import json
 import os
 import re
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,31 +10,7 @@ import pytest
 from gptforge.build import step as build_step
 from gptforge.errors import UserError
 from gptforge.flags import flag_values, parse_train
-
-if sys.platform == "linux":
-    import fcntl
-    import termios
-
-ROOT = Path(__file__).parents[1]
-DEBUG = ("--preset", "debug", "--device", "cpu")
-
-
-def start(*args: object, cwd: Path) -> "subprocess.Popen[str]":
-    flags = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "gpt.py"), *map(str, args)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        creationflags=flags,
-    )
-
-
-def events(run: Path = Path("run")) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.programs import DEBUG, events, start
 
 
 @pytest.mark.parametrize(
@@ -344,96 +315,6 @@ def test_a_text_given_as_a_command_is_pointed_to_its_flag(program, play) -> None
     done = program(play)
     assert done.code == 2
     assert f"--input {play}" in done.err
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows closes streams in another way")
-def test_without_any_output_it_trains_all_the_same(tmp_path, play) -> None:
-    words = [sys.executable, "-m", "gptforge", *DEBUG, "--input", play, "--out_dir", "run"]
-    command = " ".join(shlex.quote(str(word)) for word in words)
-    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=tmp_path, check=False)
-    assert done.returncode == 0
-    assert events(tmp_path / "run")[-1]["reason"] == "finished"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, play, number, code) -> None:
-    command = (*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000)
-    process = start(*command, cwd=tmp_path)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 30 "):
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "Stopping after this step" in out
-    assert re.search(r"To go on: python \S*gpt\.py --preset debug", out)
-    assert "Traceback" not in err
-    end = events(tmp_path / "run")[-1]
-    assert end["event"] == "end"
-    assert end["reason"] == ("interrupted" if number == signal.SIGINT else "terminated")
-
-    process = start(*command, cwd=tmp_path)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("going on from"):
-            assert int(line.split()[5]) == end["step"]
-            break
-    else:
-        raise AssertionError("it did not go on")
-    # Twice: at once.
-    time.sleep(0.2)
-    process.send_signal(number)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == code
-    process.stdout.close()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems' terminals hang up otherwise")
-def test_a_terminal_that_is_closed_saves_first(tmp_path, play) -> None:
-    terminal, its_end = os.openpty()
-    words = [*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "gpt.py"), *map(str, words)],
-        cwd=tmp_path, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True,
-        # It becomes the session's own, so that the system tells of its end.
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
-    os.close(its_end)
-    said = b""
-    while b"step 30 " not in said:
-        said += os.read(terminal, 4096)
-    os.close(terminal)
-    assert process.wait(timeout=60) == 143
-    end = events(tmp_path / "run")[-1]
-    assert (end["event"], end["reason"]) == ("end", "terminated")
-    last = (tmp_path / "run/checkpoints/last").resolve()
-    assert last.name == f"step-{end['step']:06d}"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
-def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path, play) -> None:
-    process = start(*DEBUG, "--input", play, "--out_dir", "run", cwd=tmp_path)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 0
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert events(tmp_path / "run")[-1]["event"] == "end"
-
-
-def test_a_time_limit_saves_and_is_no_failure(program, play) -> None:
-    done = program(
-        *DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 10**6, "--time_limit", 0.01
-    )
-    assert done.code == 0
-    assert "The time limit of 0.01 minutes is reached" in done.out
-    assert "To go on:" in done.out
-    end = events()[-1]
-    assert (end["event"], end["reason"]) == ("end", "time_limit")
 
 
 def test_several_processes_are_refused_for_now(program, monkeypatch) -> None:

@@ -17,6 +17,7 @@ from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.shards import fill
 from gptforge.errors import RunError, UserError
 from gptforge.hardware import (
+    PLAIN,
     Kernels,
     Precision,
     attention_kernel,
@@ -223,8 +224,7 @@ def refuse_too_large(
     if device.type == "cuda" or free is None:
         return
     windows = config.batch_size if by_hand else 1
-    kernels = choose_kernels(device, precision, recompute=config.activation_checkpointing)
-    parts = memory_of(config, windows, precision, kernels)
+    parts = memory_of(config, windows, precision, PLAIN)
     needed = sum(parts.values()) - parts["snapshot"] - parts["activations"] // 2
     if needed <= free:
         return

@@ -117,10 +117,9 @@ def check_writable(folder: Path) -> None:
 
 
 def check_folder(config: Config) -> None:
-    """Raise a UserError if `config.out_dir` is or holds something that is no run; only looks."""
+    """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out_dir {folder} is a file: choose another")
+    check_writable(folder)
     if config.overwrite and _holds_something(folder):
         if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")

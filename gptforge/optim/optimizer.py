@@ -4,13 +4,14 @@ torch's own base class imports torch's compiler when one is built, used or not: 
 seconds. Its fused kernels need no more than lists of tensors.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Groups of parameters and what is remembered of each, named as torch names them.
 
     Args:
@@ -35,14 +36,14 @@ class Optimizer:
             for parameter in group["params"]:
                 parameter.grad = None
 
+    @abstractmethod
     def slots(self, parameter: Tensor) -> tuple[str, ...]:
         """Names of what is remembered of a parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self) -> None:
         """Take the memory of all that will be remembered, which the first step does otherwise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> None:
         """Move the parameters by their gradients; those without one stay."""
-        raise NotImplementedError

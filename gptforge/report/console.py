@@ -1,6 +1,5 @@
 """What people watch: plain lines, and a progress bar that exists only on a terminal."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from gptforge import files
 
 
 class Console(Protocol):
@@ -107,7 +108,7 @@ def _going_on_unseen() -> Iterator[None]:
     try:
         yield
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        files.to_nowhere(sys.stdout)
 
 
 def open_console(*, total: int, done: int) -> Console:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Literal, Self
 
+from gptforge import files
+
 Reason = Literal["finished", "interrupted", "terminated", "time_limit"]
 
 WISHES: tuple[Reason | None, ...] = (None, "time_limit", "interrupted", "terminated")
@@ -80,8 +82,7 @@ class StopGuard:
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
         if number == HANG_UP:
             # The terminal is gone: whoever wrote to it would fail.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
-                    os.dup2(nowhere, stream.fileno())
+                    files.to_nowhere(stream)
         self._say("Stopping after this step, then saving; once more stops at once, without.")
