@@ -127,6 +127,32 @@ def sharded_bytes(
     return 16 * parameters(config) // ranks + whole + activations
 
 
+def gathered_bytes(
+    config: GPTConfig,
+    context_length: int,
+    windows: int,
+    *,
+    ranks: int,
+    recompute: bool = False,
+    loss_chunk: int = 0,
+) -> int:
+    """Memory on each of several ranks that share a model whose updates are written out.
+
+    Weights and moments are cut to pieces; narrow weights, gradients and the tables are whole.
+    """
+    parts = training_parts(
+        config,
+        context_length,
+        windows,
+        mixed=True,
+        by_hand=True,
+        recompute=recompute,
+        loss_chunk=loss_chunk,
+    )
+    count = parameters(config)
+    return 12 * count // ranks + 6 * count + 4 * tables(config) + parts["activations"]
+
+
 def checkpoint_bytes(config: GPTConfig) -> int:
     """Size of a checkpoint: weights and AdamW's two moments, float32 each, and a little more."""
     return 3 * 4 * parameters(config) + 4 * 2**20

@@ -28,8 +28,9 @@ def trouble_of(step: TrainStep, config: Config) -> str:
 
     Triton may be missing, or find no compiler or a driver too old; it raises whatever it likes.
     """
-    # With as many windows as will be wanted: cuDNN makes its plans for each number anew.
-    for windows in (config.batch_size, 1):
+    # With as many windows as will be wanted: cuDNN makes its plans for each number anew. In shards
+    # all ranks have to rehearse the same, whether or not one of them runs out of memory.
+    for windows in (1,) if step.is_sharded else (config.batch_size, 1):
         try:
             step.rehearse(windows, config.context_length)
         except torch.OutOfMemoryError:
@@ -87,15 +88,22 @@ def _choose_package(
         return against or "not on all ranks"
     plain = step.kernels
     added: dict[str, Any] = {name: True}
-    try:
-        prepare(cache_folder())
+    reason = _trouble_with(lambda: prepare(cache_folder()))
+    # Rehearsed by all or none: in shards it takes all.
+    if ranks.all_of(not reason):
         step.use(dataclasses.replace(plain, **added))
         reason = trouble_of(step, config)
-    except Exception as error:
-        reason = first_line(error)
-    if ranks.all_of(not reason):
-        return ""
-    step.use(plain)
+        if ranks.all_of(not reason):
+            return ""
+        step.use(plain)
     reason = reason or "not on all ranks"
     say(f"note: the kernels of {name} do not run here: {reason}")
     return reason
+
+
+def _trouble_with(attempt: Callable[[], None]) -> str:
+    try:
+        attempt()
+    except Exception as error:
+        return first_line(error)
+    return ""

@@ -21,6 +21,9 @@ from gptforge.train.micro_batch import HEADROOM
 
 Say = Callable[[str], None]
 
+BUSY = 4096
+"""Tokens at a time that keep a large GPU busy with a model that needs several of them."""
+
 
 def check_shares(config: Config, ranks: Ranks) -> None:
     """Raise a UserError unless every rank gets as many windows of a global batch."""
@@ -103,3 +106,23 @@ def wants_shards(
     kind = "fsdp, a piece of the model on each" if shards else "ddp, the whole model on each"
     say(f"parallel: {kind} of {ranks.size} ranks; {why}")
     return shards
+
+
+def may_gather(config: Config, device: torch.device, given: Collection[str], ranks: Ranks) -> bool:
+    """Whether shards leave every rank room for whole narrow weights and gradients: it is faster.
+
+    Room for fewer tokens at a time than keep a GPU's products busy is none.
+    """
+    own = config.global_batch // ranks.size
+    enough = -(-BUSY // config.context_length)
+    windows = min(own, config.batch_size if "batch_size" in given else enough)
+    needed = costs.gathered_bytes(
+        config.model,
+        config.context_length,
+        windows,
+        ranks=ranks.size,
+        recompute=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
+    )
+    free = usable_memory(device)
+    return ranks.all_of(free is None or needed <= HEADROOM * free)

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gptforge import costs
 from gptforge.build.packages import choose_packages, trouble_of
-from gptforge.build.parallel import wants_shards
+from gptforge.build.parallel import may_gather, wants_shards
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.tensors import load_model_tensors
@@ -75,6 +76,8 @@ def train_step(
         dropout=config.dropout,
         recompute=config.activation_checkpointing,
     )
+    if shards and kernels.by_hand and not may_gather(config, device, given, ranks):
+        kernels = dataclasses.replace(kernels, by_hand=False)
     betas = (config.beta1, config.beta2)
     by_hand = "batch_size" in given
     step = TrainStep(
@@ -83,7 +86,7 @@ def train_step(
         precision=precision,
         micro_batch=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=dataclasses.replace(kernels, by_hand=kernels.by_hand and not shards),
+        kernels=kernels,
         savings=Savings(config.activation_checkpointing, config.loss_chunk),
         may_shrink=not by_hand and not shards,
         say=say if ranks.is_first else lambda text: print(f"{ranks.where}: {text}", flush=True),
@@ -109,7 +112,8 @@ def train_step(
     say(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
     flops = costs.flops_per_token(config.model, config.context_length)
     is_small = flops * step.micro_batch * config.context_length < REPLAY_BELOW
-    if is_small and step.kernels.by_hand and not ranks.all_of(step.record(config.context_length)):
+    can_record = step.kernels.by_hand and not shards
+    if is_small and can_record and not ranks.all_of(step.record(config.context_length)):
         step.use(step.kernels)
     return step
 
@@ -169,15 +173,7 @@ def _micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool
         # less often.
         return find_micro_batch(
             own if is_gpu else most,
-            estimate=lambda n: costs.sharded_bytes(
-                config.model,
-                length,
-                n,
-                ranks=ranks.size,
-                mixed=step.precision.is_mixed,
-                recompute=config.activation_checkpointing,
-                loss_chunk=config.loss_chunk,
-            ),
+            estimate=lambda windows: _sharded_memory_of(step, config, windows, ranks),
             free=usable_memory(device),
             fits=lambda n: True,
             remembered=None,
@@ -210,6 +206,18 @@ def memory_of(
         recompute=config.activation_checkpointing,
         loss_chunk=config.loss_chunk,
     )
+
+
+def _sharded_memory_of(step: TrainStep, config: Config, windows: int, ranks: Ranks) -> int:
+    """The same, in all, for a model that several ranks share."""
+    savings: dict[str, Any] = {
+        "recompute": config.activation_checkpointing, "loss_chunk": config.loss_chunk,
+    }  # fmt: skip
+    where = (config.model, config.context_length, windows)
+    if step.kernels.by_hand:
+        return costs.gathered_bytes(*where, ranks=ranks.size, **savings)
+    mixed = step.precision.is_mixed
+    return costs.sharded_bytes(*where, ranks=ranks.size, mixed=mixed, **savings)
 
 
 def refuse_too_large(
@@ -268,7 +276,8 @@ def estimate(step: TrainStep, config: Config, *, steps: int, ranks: Ranks = ALON
     fast = step.is_compiled or step.device.type == "cuda"
     windows = step.micro_batch if fast else min(step.micro_batch, few)
     seconds = step.rehearse(windows, config.context_length)
-    if seconds < 1:
+    # Asked of all: in shards a rehearsal takes all of them.
+    if ranks.all_of(seconds < 1):
         # The first pass over a shape pays for warming up.
         seconds = min(step.rehearse(windows, config.context_length) for _ in range(2))
     total = seconds / windows * config.global_batch / ranks.size * steps

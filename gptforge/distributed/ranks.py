@@ -51,6 +51,25 @@ class Ranks:
         """Begin such a sum beside the computation; the tensor is whole behind the call returned."""
         return _nothing
 
+    def own(self, tensor: Tensor) -> Tensor:
+        """This rank's rows of a tensor, of which every rank has as many."""
+        each = len(tensor) // self.size
+        return tensor[self.rank * each : (self.rank + 1) * each]
+
+    def begin_sum_to_own(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin a sum of which each rank gets its own rows, in their place.
+
+        They are there behind the call returned; the other rows are then worth nothing.
+        """
+        return _nothing
+
+    def begin_gather(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to fill a tensor with the rows that each rank has in it as its own.
+
+        It is whole behind the call returned.
+        """
+        return _nothing
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by that of rank 0; returns it."""
         return tensor
@@ -159,13 +178,15 @@ class ManyRanks(Ranks):
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
         """As `Ranks.begin_sum`."""
-        work = dist.all_reduce(tensor, async_op=True)
-        assert work is not None
+        return _waiting(dist.all_reduce(tensor, async_op=True))
 
-        def wait() -> None:
-            work.wait()
+    def begin_sum_to_own(self, tensor: Tensor) -> Callable[[], None]:
+        """As `Ranks.begin_sum_to_own`."""
+        return _waiting(dist.reduce_scatter_tensor(self.own(tensor), tensor, async_op=True))
 
-        return wait
+    def begin_gather(self, tensor: Tensor) -> Callable[[], None]:
+        """As `Ranks.begin_gather`."""
+        return _waiting(dist.all_gather_into_tensor(tensor, self.own(tensor), async_op=True))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """As `Ranks.broadcast`."""
@@ -308,6 +329,15 @@ def _send_largest(number: Tensor) -> Callable[[], int]:
 
 def _nothing() -> None:
     return None
+
+
+def _waiting(work: dist.Work | None) -> Callable[[], None]:
+    assert work is not None, "it was begun beside the computation"
+
+    def wait() -> None:
+        work.wait()
+
+    return wait
 
 
 ALONE = Ranks()

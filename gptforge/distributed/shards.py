@@ -44,6 +44,25 @@ def fill(tensor: Tensor, source: Tensor | None, ranks: Ranks = ALONE) -> None:
     ranks.broadcast(tensor)
 
 
+def own_rows(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that lie here."""
+    assert is_sharded(tensor), "it is on every rank as a whole"
+    rows: Tensor = tensor.to_local().detach()
+    return rows
+
+
+def as_shard(rows: Tensor, like: Tensor) -> Tensor:
+    """A sharded tensor, cut as another one, of which this rank has these rows."""
+    from torch.distributed.tensor import DTensor
+
+    assert is_sharded(like), "there is nothing to be like"
+    shard: Tensor = DTensor.from_local(
+        rows, like.device_mesh, like.placements,
+        run_check=False, shape=like.shape, stride=like.stride(),
+    )  # fmt: skip
+    return shard
+
+
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor lies in pieces."""
     return hasattr(tensor, "full_tensor")

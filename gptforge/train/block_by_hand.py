@@ -14,16 +14,20 @@ from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
 from gptforge.kernels.packed_attention import ByFlash4, ByTorch, Kept, PackedAttention
 from gptforge.kernels.products import back, linear
 from gptforge.model import Block
-from gptforge.train.gradients import add_product, gradient_of
+from gptforge.train.gradients import Gradients, add_product
+from gptforge.train.weights import Weights
 
 
 class Linear:
     """A linear layer: a narrow copy of its weights to compute with, and where gradients go."""
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    gradient: Tensor
+    bias_gradient: Tensor
+
+    def __init__(self, layer: nn.Linear, weights: Weights) -> None:
         self.weight, self.bias = layer.weight, layer.bias
-        self.narrow = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)  # (out, in)
-        self.narrow_bias = torch.empty_like(layer.bias, dtype=dtype, requires_grad=False)  # (out,)
+        self.narrow = weights.narrow(layer.weight)  # (out, in)
+        self.narrow_bias = weights.narrow(layer.bias)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
@@ -31,8 +35,31 @@ class Linear:
 
     def backward(self, x: Tensor, upstream: Tensor) -> Tensor:
         """The gradient of x; that of the weights is added to theirs, that of the bias is not."""
-        add_product(self.weight, upstream, x)
+        add_product(self.gradient, upstream, x)
         return back(upstream, self.narrow)
+
+
+class LayerNorm:
+    """A LayerNorm with the addition in front of it."""
+
+    _sums: Tensor
+
+    def __init__(self, layer: nn.LayerNorm, weights: Weights) -> None:
+        self.vectors: list[Tensor] = [layer.weight, layer.bias]
+        """Parameters whose gradients are made here, side by side."""
+        self._weight, self._bias = weights.wide(layer.weight), weights.wide(layer.bias)
+
+    def add_to(self, gradients: Gradients) -> None:
+        """From now on gradients are added up there."""
+        self._sums = gradients.side_by_side(*self.vectors)
+
+    def forward(self, stream: Tensor, branch: Tensor | None) -> tuple[Tensor, Norm]:
+        """As `add_norm`."""
+        return add_norm(stream, branch, self._weight, self._bias)
+
+    def backward(self, upstream: Tensor, norm: Norm, beside: Tensor | None) -> Tensor:
+        """As `norm_backward`."""
+        return norm_backward(upstream, norm, self._weight, beside, self._sums)
 
 
 class KeptOfBlock(NamedTuple):
@@ -57,15 +84,11 @@ class BlockByHand:
     its gradient. Otherwise a pass of its own takes the slope, and makes the output again.
     """
 
-    sums_1: Tensor
-    sums_2: Tensor
-    """Where the gradients of `vectors_1` and `vectors_2` are added up."""
-
     def __init__(
         self,
         block: Block,
         before: Tensor | None,
-        dtype: torch.dtype,
+        weights: Weights,
         *,
         keeps_gelu: bool,
         kernels: Kernels,
@@ -75,39 +98,48 @@ class BlockByHand:
         self._attention = ByFlash4() if kernels.flash4 else ByTorch(block.attn.dropout)
         self._gelu: GeluProducts = ByQuack() if kernels.quack else ByCublas()
         self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        self.c_attn = Linear(block.attn.c_attn, dtype)
-        self.mix = Linear(block.attn.c_proj, dtype)
-        self.c_fc = Linear(block.mlp.c_fc, dtype)
-        self.c_proj = Linear(block.mlp.c_proj, dtype)
+        self.norm_1 = LayerNorm(block.ln_1, weights)
+        self.norm_2 = LayerNorm(block.ln_2, weights)
+        self._weights = weights
+        self.c_attn = Linear(block.attn.c_attn, weights)
+        self.mix = Linear(block.attn.c_proj, weights)
+        self.c_fc = Linear(block.mlp.c_fc, weights)
+        self.c_proj = Linear(block.mlp.c_proj, weights)
         self.linears = (self.c_attn, self.mix, self.c_fc, self.c_proj)
-        self.vectors_1: list[Tensor] = [self.ln_1.weight, self.ln_1.bias]
-        self.vectors_2: list[Tensor] = [self.ln_2.weight, self.ln_2.bias]
         # Whatever is added to the stream has the stream's gradient, and so has its bias: unless
         # dropout comes in between.
         self.apart: list[Tensor] = [self.mix.bias, self.c_proj.bias] if self.dropout else []
         if not self.dropout:
-            self.vectors_2.append(self.mix.bias)
+            self.norm_2.vectors.append(self.mix.bias)
             if before is not None:
-                self.vectors_1.append(before)
+                self.norm_1.vectors.append(before)
 
     def groups(self) -> list[list[Tensor]]:
         """The parameters in the order in which their gradients are made."""
         return [
-            [self.c_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.vectors_2,
-            [self.mix.weight], [self.c_attn.bias], [self.c_attn.weight], self.vectors_1,
+            [self.c_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.norm_2.vectors,
+            [self.mix.weight], [self.c_attn.bias], [self.c_attn.weight], self.norm_1.vectors,
             *([bias] for bias in self.apart),
         ]  # fmt: skip
+
+    def add_to(self, gradients: Gradients) -> None:
+        """From now on gradients are added up there."""
+        for layer in self.linears:
+            layer.gradient = gradients.of(layer.weight)
+            layer.bias_gradient = gradients.of(layer.bias)
+        self.norm_1.add_to(gradients)
+        self.norm_2.add_to(gradients)
 
     def forward(
         self, stream: Tensor, branch: Tensor | None, length: int
     ) -> tuple[Tensor, KeptOfBlock]:
         """The block's last branch (N, C), not yet added to the stream, which is among the kept."""
-        normal_1, norm_1 = add_norm(stream, branch, self.ln_1.weight, self.ln_1.bias)
+        self._weights.wait_for(*(layer.narrow for layer in self.linears))
+        normal_1, norm_1 = self.norm_1.forward(stream, branch)
         qkv = self.c_attn.forward(normal_1).view(-1, length, 3, self.n_head, self._head_size)
         mixed, attention = self._attention.forward(qkv)  # (N, C)
         branch, dropped_1 = drop(self.mix.forward(mixed), self.dropout)
-        normal_2, norm_2 = add_norm(norm_1.stream, branch, self.ln_2.weight, self.ln_2.bias)
+        normal_2, norm_2 = self.norm_2.forward(norm_1.stream, branch)
         inner, activated = self._gelu.forward(
             normal_2, self.c_fc.narrow, self.c_fc.narrow_bias
         )  # (N, 4 C)
@@ -120,26 +152,25 @@ class BlockByHand:
 
     def backward(self, upstream: Tensor, kept: KeptOfBlock) -> Tensor:
         """From the gradient of the stream behind the block (N, C) to that before it."""
-        to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj.bias)
-        to_bias = gradient_of(self.c_fc.bias)
+        to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj)
         wide, activated = self._gelu.backward(
-            to_branch, self.c_proj.narrow, kept.inner, kept.activated, to_bias
+            to_branch, self.c_proj.narrow, kept.inner, kept.activated, self.c_fc.bias_gradient
         )  # (N, 4 C)
-        add_product(self.c_proj.weight, to_branch, activated)
+        add_product(self.c_proj.gradient, to_branch, activated)
         narrow = self.c_fc.backward(kept.normal_2, wide)
-        upstream = norm_backward(narrow, kept.norm_2, self.ln_2.weight, upstream, self.sums_2)
-        to_branch = self._undrop(upstream, kept.dropped_1, self.mix.bias)
+        upstream = self.norm_2.backward(narrow, kept.norm_2, upstream)
+        to_branch = self._undrop(upstream, kept.dropped_1, self.mix)
         narrow = self.mix.backward(kept.mixed, to_branch)
-        to_bias = gradient_of(self.c_attn.bias)
+        to_bias = self.c_attn.bias_gradient
         wide = self._attention.backward(narrow, kept.attention, to_bias)  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
-        return norm_backward(narrow, kept.norm_1, self.ln_1.weight, upstream, self.sums_1)
+        return self.norm_1.backward(narrow, kept.norm_1, upstream)
 
-    def _undrop(self, upstream: Tensor, dropped: Tensor | None, bias: Tensor) -> Tensor:
+    def _undrop(self, upstream: Tensor, dropped: Tensor | None, layer: Linear) -> Tensor:
         if dropped is None:
             return upstream
         upstream = drop_backward(upstream, dropped, self.dropout)
-        gradient_of(bias).add_(upstream.sum(0, dtype=bias.dtype))
+        layer.bias_gradient.add_(upstream.sum(0, dtype=layer.bias_gradient.dtype))
         return upstream
 
     @property

@@ -16,13 +16,19 @@ from torch import Tensor, nn
 
 from gptforge.costs import HEAD_TOKENS, KEEPS_GELU_EVERY
 from gptforge.hardware import PLAIN, Kernels
-from gptforge.kernels.block import add_norm, norm_backward
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.products import linear
 from gptforge.model import GPT, IGNORE, Block
-from gptforge.train.block_by_hand import BlockByHand, KeptOfBlock, drop, drop_backward
-from gptforge.train.gradients import Gradients, add_product, gradient_of
+from gptforge.train.block_by_hand import (
+    BlockByHand,
+    KeptOfBlock,
+    LayerNorm,
+    drop,
+    drop_backward,
+)
+from gptforge.train.gradients import Gradients, add_product
 from gptforge.train.savings import NO_SAVINGS, Savings
+from gptforge.train.weights import Weights
 
 
 class ByHand:
@@ -33,6 +39,8 @@ class ByHand:
         dtype: of the products and of the residual stream.
         savings: what to make again on the way back.
         kernels: which of those there is a choice between.
+        weights: to compute with; by default the model's own, which lie whole on this device.
+        gradients: where they go, made of the groups of parameters that they are made in.
     """
 
     def __init__(
@@ -42,6 +50,8 @@ class ByHand:
         *,
         savings: Savings = NO_SAVINGS,
         kernels: Kernels = PLAIN,
+        weights: Weights | None = None,
+        gradients: Callable[[list[list[Tensor]]], Gradients] = Gradients,
     ) -> None:
         self._dropout = model.config.dropout
         # What is made again would be dropped anew.
@@ -49,42 +59,40 @@ class ByHand:
         self.model, self._dtype = model, dtype
         self._recompute = savings.recompute
         self._head_tokens = savings.loss_chunk or HEAD_TOKENS
+        self._weights = weights = weights or Weights(dtype)
         parts = model.transformer
         wte, wpe, ln_f = parts["wte"], parts["wpe"], parts["ln_f"]
         assert isinstance(wte, nn.Embedding) and isinstance(wpe, nn.Embedding)
         assert isinstance(ln_f, nn.LayerNorm)
-        self._wte, self._wpe, self._ln_f = wte.weight, wpe.weight, ln_f
+        self._wte, self._wpe = weights.wide(wte.weight), weights.wide(wpe.weight)
+        self._table = weights.narrow(wte.weight)  # (V, C)
         self._blocks: list[BlockByHand] = []
         before = None
         for number, block in enumerate(model.blocks()):
             assert isinstance(block, Block)
             # One block's worth is no matter.
             keeps_gelu = savings.recompute or number % KEEPS_GELU_EVERY == 0
-            one = BlockByHand(block, before, dtype, keeps_gelu=keeps_gelu, kernels=kernels)
+            one = BlockByHand(block, before, weights, keeps_gelu=keeps_gelu, kernels=kernels)
             self._blocks.append(one)
             before = block.mlp.c_proj.bias
         assert before is not None
-        self._vectors: list[Tensor] = [ln_f.weight, ln_f.bias]
+        self._norm = LayerNorm(ln_f, weights)
         if not self._dropout:
-            self._vectors.append(before)
-        self._table = torch.empty_like(self._wte, dtype=dtype, requires_grad=False)  # (V, C)
+            self._norm.vectors.append(before)
         groups = [group for block in reversed(self._blocks) for group in block.groups()]
-        self.gradients = Gradients([self._vectors, *groups, [self._wpe], [self._wte]])
+        self.gradients = gradients([self._norm.vectors, *groups, [wpe.weight], [wte.weight]])
         self.made: Callable[[int], None] = lambda groups: None
         """Told how many groups of gradients have nothing more to come in this micro-batch."""
-        self._sums = self.gradients.side_by_side(*self._vectors)
+        self._norm.add_to(self.gradients)
         for one in self._blocks:
-            one.sums_1 = self.gradients.side_by_side(*one.vectors_1)
-            one.sums_2 = self.gradients.side_by_side(*one.vectors_2)
-        linears = [linear for block in self._blocks for linear in block.linears]
-        self._narrow = [self._table, *(x for m in linears for x in (m.narrow, m.narrow_bias))]
-        self._wide = [self._wte, *(x for m in linears for x in (m.weight, m.bias))]
+            one.add_to(self.gradients)
+        self._to_wte, self._to_wpe = (self.gradients.of(x.weight) for x in (wte, wpe))
 
     @torch.no_grad()
     def begin(self) -> None:
         """Before the first micro-batch of an update: no gradients, and the weights as they are."""
         self.gradients.clear()
-        torch._foreach_copy_(self._narrow, self._wide)
+        self._weights.begin()
 
     @torch.no_grad()
     def __call__(self, idx: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
@@ -106,9 +114,9 @@ class ByHand:
             stream = everything.norm_2.stream
             kept.append(everything.norm_1.stream if self._recompute else everything)
             del everything
-        normal, norm = add_norm(stream, branch, self._ln_f.weight, self._ln_f.bias)
+        normal, norm = self._norm.forward(stream, branch)
         loss, upstream = self._head(normal, targets.flatten(), scale)
-        upstream = norm_backward(upstream, norm, self._ln_f.weight, None, self._sums)
+        upstream = self._norm.backward(upstream, norm, None)
         made = 1
         for block in reversed(self._blocks):
             one = kept.pop()
@@ -121,16 +129,13 @@ class ByHand:
         wide = upstream.to(self._wte.dtype)
         if dropped is not None:
             wide = drop_backward(wide, dropped, self._dropout)
-        gradient_of(self._wpe)[:length] += wide.view(count, length, -1).sum(0)
-        gradient_of(self._wte).index_add_(0, idx.flatten(), wide)
+        self._to_wpe[:length] += wide.view(count, length, -1).sum(0)
+        self._to_wte.index_add_(0, idx.flatten(), wide)
         return loss
 
     def clip(self, longest: float) -> Tensor:
         """Shorten the gradients if their norm is above `longest`; the norm before that."""
-        norm: Tensor = torch.linalg.vector_norm(self.gradients.flat)
-        # As torch's clip_grad_norm_ does it: nothing waits for the norm.
-        self.gradients.flat.mul_((longest / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return self.gradients.clip(longest)
 
     def _head(
         self, normal: Tensor, targets: Tensor, scale: float | Tensor
@@ -143,6 +148,6 @@ class ByHand:
             logits = linear(normal[piece], self._table)  # (n, V)
             losses.append(cross_entropy_in_place(logits, targets[piece], IGNORE, scale).sum())
             torch.mm(logits, self._table, out=upstream[piece])
-            add_product(self._wte, logits, normal[piece])
+            add_product(self._to_wte, logits, normal[piece])
             del logits
         return torch.stack(losses).sum(), upstream

@@ -1,5 +1,6 @@
 """Gradients that are added up where products make them, all in one piece of memory."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,41 +17,59 @@ class Gradients:
         starts, end = [], 0
         for group in groups:
             starts.append(end)
-            end += -(-sum(p.numel() for p in group) // ALIGNMENT) * ALIGNMENT
+            end += -(-sum(self._room(p) for p in group) // ALIGNMENT) * ALIGNMENT
         self.ends = [*starts[1:], end]
         """Where each group ends."""
         first = groups[0][0]
         self.flat = torch.zeros(end, dtype=first.dtype, device=first.device)
-        self._views: list[tuple[Tensor, Tensor]] = []
+        self._views: dict[Tensor, Tensor] = {}
         for place, group in zip(starts, groups, strict=True):
             for parameter in group:
-                view = self.flat[place : place + parameter.numel()].view_as(parameter)
-                self._views.append((parameter, view))
-                place += parameter.numel()
+                view = self.flat[place : place + parameter.numel()]
+                self._views[parameter] = view.view(parameter.shape)
+                place += self._room(parameter)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Where the gradient of a parameter is added up."""
+        return self._views[parameter]
 
     def clear(self) -> None:
         """Set all to zero, and make them their parameters' gradients."""
         self.flat.zero_()
-        for parameter, view in self._views:
-            parameter.grad = view
+        for parameter, gradient in self._given.items():
+            parameter.grad = gradient
+
+    def clip(self, longest: float) -> Tensor:
+        """Shorten the gradients if their norm is above `longest`; the norm before that."""
+        norm: Tensor = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_(shortening(norm, longest))
+        return norm
 
     def side_by_side(self, *vectors: Tensor) -> Tensor:
         """One tensor over the gradients of parameters that follow each other in a group."""
-        places = [view for p in vectors for parameter, view in self._views if parameter is p]
+        places = [self._views[p] for p in vectors]
         start, size = places[0].storage_offset(), sum(p.numel() for p in places)
         assert places[-1].storage_offset() + places[-1].numel() == start + size
         return self.flat[start : start + size]
 
+    def _room(self, parameter: Tensor) -> int:
+        """Numbers that a parameter's gradient takes."""
+        return parameter.numel()
 
-def gradient_of(parameter: Tensor) -> Tensor:
-    """Where the gradient of a parameter is added up."""
-    assert parameter.grad is not None, "begin() comes first"
-    return parameter.grad
+    @functools.cached_property
+    def _given(self) -> dict[Tensor, Tensor]:
+        """What each parameter gets as its gradient."""
+        return self._views
 
 
-def add_product(weight: Tensor, upstream: Tensor, x: Tensor) -> None:
+def shortening(norm: Tensor, longest: float) -> Tensor:
+    """What gradients of this norm are to be multiplied by; nothing waits for the norm."""
+    # As torch's clip_grad_norm_ does it.
+    return (longest / (norm + 1e-6)).clamp(max=1.0)
+
+
+def add_product(gradient: Tensor, upstream: Tensor, x: Tensor) -> None:
     """Add upstream.T (out, N) @ x (N, in) to the gradient of a weight (out, in), in its type."""
-    gradient = gradient_of(weight)
     if x.is_cuda and x.dtype != gradient.dtype:
         # Summed in float32 inside the product, and never rounded to the factors' type.
         torch.addmm(gradient, upstream.t(), x, out_dtype=gradient.dtype, out=gradient)

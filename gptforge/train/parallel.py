@@ -94,9 +94,11 @@ class OverRanks(GradientSync):
 
     def _send(self, end: int) -> None:
         while self._sent < len(self._pieces) and self._pieces[self._sent][1] <= end:
-            start, stop = self._pieces[self._sent]
-            self._waits.append(self._ranks.begin_sum(self._gradients.flat[start:stop]))
+            self._waits.append(self._begin(*self._pieces[self._sent]))
             self._sent += 1
+
+    def _begin(self, start: int, stop: int) -> Callable[[], None]:
+        return self._ranks.begin_sum(self._gradients.flat[start:stop])
 
 
 class LooseGradients:

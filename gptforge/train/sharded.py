@@ -2,7 +2,7 @@
 
 A block's weights are put together when it is their turn, in the narrow type of the products, and
 dropped behind it; its gradients are added up, in float32, and cut to pieces as soon as they are
-made.
+made. `gathered.py` has a faster way, for models that need not lie in pieces all the time.
 After Zhao et al., "PyTorch FSDP" (2023), and Rajbhandari et al., "ZeRO" (2020). Weights and moments
 stay float32.
 """
@@ -36,6 +36,13 @@ class Root(nn.Module):
         """The summed loss of (B, T) ids and targets."""
         loss: Tensor = (self.compute if self.training else self.model)(idx, targets)
         return loss
+
+    def forget(self) -> None:
+        """Drop what an evaluation put together of this layer's own weights, and left so."""
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(self, FSDPModule), "shard() has seen it"
+        self.reshard()
 
 
 def shard(model: GPT, precision: Precision, ranks: Ranks) -> Root:

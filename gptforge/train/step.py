@@ -16,6 +16,7 @@ from gptforge.model import GPT
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.by_autograd import ByAutograd
 from gptforge.train.by_hand import ByHand
+from gptforge.train.gathered import GatheredWeights, GradientsToShards, ToShards
 from gptforge.train.parallel import (
     AutogradGradients,
     GradientSync,
@@ -82,12 +83,7 @@ class TrainStep:
         self._way: ByAutograd | ByHand | Replay
         self._sync = GradientSync()
         if kernels.by_hand:
-            self._way = ByHand(
-                self.model, self.precision.dtype, savings=self._savings, kernels=kernels
-            )
-            if self._ranks.size > 1:
-                self._sync = OverRanks(self._ranks, self._way.gradients)
-                self._way.made = self._sync.made
+            self._way = self._written_out(kernels)
             return
         gradients = LooseGradients()
         if self._root is not None:
@@ -107,6 +103,23 @@ class TrainStep:
             size=self._ranks.size,
             by_block=self._ranks.size > 1,
         )
+
+    def _written_out(self, kernels: Kernels) -> ByHand:
+        dtype, ranks = self.precision.dtype, self._ranks
+        make = functools.partial(ByHand, self.model, dtype, savings=self._savings, kernels=kernels)
+        if self._root is not None:
+            way = make(
+                weights=GatheredWeights(dtype, self._root, ranks),
+                gradients=functools.partial(GradientsToShards, ranks=ranks),
+            )
+            assert isinstance(way.gradients, GradientsToShards)
+            self._sync = ToShards(ranks, way.gradients)
+        else:
+            way = make()
+            if ranks.size > 1:
+                self._sync = OverRanks(ranks, way.gradients)
+        way.made = self._sync.made
+        return way
 
     @functools.cached_property
     def _gradients_in_a_row(self) -> AutogradGradients:
@@ -132,9 +145,8 @@ class TrainStep:
     @property
     def way(self) -> str:
         """How an update is made, in words."""
-        if isinstance(self._way, ByAutograd):
-            return "autograd" if self._root is None else "autograd, in shards"
-        return "written out, recorded" if isinstance(self._way, Replay) else "written out"
+        ways = {ByAutograd: "autograd", ByHand: "written out", Replay: "written out, recorded"}
+        return ways[type(self._way)] + (", in shards" if self.is_sharded else "")
 
     def record(self, context_length: int) -> bool:
         """Play micro-batches back from a recording from now on; whether there is memory for one.

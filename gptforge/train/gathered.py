@@ -1,0 +1,183 @@
+"""A model in shards whose updates are written out: what lasts lies in pieces, what computes whole.
+
+Of the wide weights and the optimizer's state every rank has its rows. Once an update the narrow
+weights are put together, while the first blocks compute; gradients are added up as wholes over its
+micro-batches, and sent to those who keep their rows while the last one is on its way back. That is
+the second stage of ZeRO (Rajbhandari et al., 2020). It takes 6 bytes a parameter on every rank;
+`sharded.py` takes less, and sends weights and gradients in every micro-batch.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gptforge.distributed import Ranks
+from gptforge.distributed.shards import as_shard, own_rows
+from gptforge.train.gradients import ALIGNMENT, Gradients, shortening
+from gptforge.train.parallel import OverRanks, ranges
+from gptforge.train.sharded import Root
+from gptforge.train.weights import Weights
+
+
+class GatheredWeights(Weights):
+    """Weights put together from all ranks' rows, once an update.
+
+    Args:
+        dtype: of the narrow copies.
+        root: whose parameters lie in shards.
+        ranks: who have them.
+    """
+
+    def __init__(self, dtype: torch.dtype, root: Root, ranks: Ranks) -> None:
+        super().__init__(dtype)
+        self._root, self._ranks = root, ranks
+        vectors = [p for p in root.parameters() if p.dim() == 1]
+        self._vectors = _Vectors(vectors, ranks)
+        self._wide: dict[Tensor, Tensor] = {}
+        self._narrow: dict[Tensor, Tensor] = {}
+        self._waits: dict[int, Callable[[], None]] = {}
+
+    def wide(self, parameter: Tensor) -> Tensor:
+        """As `Weights.wide`; matrices take memory for it."""
+        if parameter.dim() == 1:
+            return self._vectors.of(parameter)
+        if parameter not in self._wide:
+            self._wide[parameter] = self._padded(parameter, parameter.dtype)
+        return self._wide[parameter][: len(parameter)]
+
+    def narrow(self, parameter: Tensor) -> Tensor:
+        """As `Weights.narrow`."""
+        if parameter.dim() == 1 or parameter in self._wide:
+            return super().narrow(parameter)
+        self._narrow[parameter] = self._padded(parameter, self._dtype)
+        return self._narrow[parameter][: len(parameter)]
+
+    def begin(self) -> None:
+        """As `Weights.begin`; all ranks have to."""
+        self._root.forget()
+        self._vectors.gather()
+        for wait in self._gather(self._wide).values():
+            wait()
+        super().begin()
+        self._waits = self._gather(self._narrow)
+
+    def wait_for(self, *copies: Tensor) -> None:
+        """As `Weights.wait_for`."""
+        for copy in copies:
+            wait = self._waits.pop(copy.data_ptr(), None)
+            if wait is not None:
+                wait()
+
+    def _gather(self, wholes: dict[Tensor, Tensor]) -> dict[int, Callable[[], None]]:
+        """Begin to put matrices together; how to wait for each, by its address."""
+        pieces = [own_rows(parameter) for parameter in wholes]
+        own = [self._ranks.own(whole) for whole in wholes.values()]
+        torch._foreach_copy_([o[: len(p)] for o, p in zip(own, pieces, strict=True)], pieces)
+        return {whole.data_ptr(): self._ranks.begin_gather(whole) for whole in wholes.values()}
+
+    def _padded(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = padded(len(parameter), self._ranks)
+        return torch.zeros(rows, parameter.size(1), dtype=dtype, device=parameter.device)
+
+
+class _Vectors:
+    """All vectors of a model, which take one message together.
+
+    Args:
+        vectors: that lie in shards.
+        ranks: who have them.
+    """
+
+    def __init__(self, vectors: Sequence[Tensor], ranks: Ranks) -> None:
+        self._vectors, self._ranks = vectors, ranks
+        each = [padded(len(v), ranks) // ranks.size for v in vectors]
+        self._starts = [sum(each[:n]) for n in range(len(each))]
+        first = vectors[0]
+        self._pieces = torch.zeros(ranks.size * sum(each), dtype=first.dtype, device=first.device)
+        places, self._found, end = [], {}, 0
+        for vector, start, count in zip(vectors, self._starts, each, strict=True):
+            number = torch.arange(padded_to(len(vector), ALIGNMENT)).clamp(max=len(vector) - 1)
+            places.append(number // count * sum(each) + start + number % count)
+            self._found[vector] = slice(end, end + len(vector))
+            end += len(number)
+        self._places = torch.cat(places).to(first.device)
+        self._whole = torch.zeros(end, dtype=first.dtype, device=first.device)
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The whole of a vector, as it was last put together."""
+        return self._whole[self._found[vector]]
+
+    def gather(self) -> None:
+        """Put all together, as they are now."""
+        pieces, own = [own_rows(v) for v in self._vectors], self._ranks.own(self._pieces)
+        places = zip(self._starts, pieces, strict=True)
+        torch._foreach_copy_([own[start : start + len(p)] for start, p in places], pieces)
+        self._ranks.begin_gather(self._pieces)()
+        torch.index_select(self._pieces, 0, self._places, out=self._whole)
+
+
+class GradientsToShards(Gradients):
+    """Gradients of a model in shards: made as wholes, of which each rank keeps its rows."""
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> None:
+        self._ranks = ranks
+        super().__init__(groups)
+        self.matrices = {
+            start: self.flat[start : start + self._room(group[0])].view(-1, group[0].size(1))
+            for start, group in zip([0, *self.ends], groups, strict=False)
+            if group[0].dim() > 1
+        }
+        """Those that are a group of their own, by where they begin; with rows that pad them."""
+
+    def clip(self, longest: float) -> Tensor:
+        """As `Gradients.clip`, over the rows on all ranks."""
+        own = [own_rows(gradient) for gradient in self._given.values()]
+        squares = torch.stack(torch._foreach_norm(own)).square().sum()
+        norm = self._ranks.sum(squares).sqrt()
+        torch._foreach_mul_(own, shortening(norm, longest))
+        return norm
+
+    def _room(self, parameter: Tensor) -> int:
+        if parameter.dim() == 1:
+            return parameter.numel()
+        return padded(len(parameter), self._ranks) * parameter.size(1)
+
+    @functools.cached_property
+    def _given(self) -> dict[Tensor, Tensor]:
+        given = {}
+        for parameter, gradient in self._views.items():
+            each = padded(len(parameter), self._ranks) // self._ranks.size
+            own = gradient[self._ranks.rank * each : (self._ranks.rank + 1) * each]
+            given[parameter] = as_shard(own, parameter)
+        return given
+
+
+class ToShards(OverRanks):
+    """Sums of gradients over the ranks, each matrix's rows only where they are kept.
+
+    Args:
+        ranks: who add up.
+        gradients: where they lie.
+    """
+
+    def __init__(self, ranks: Ranks, gradients: GradientsToShards) -> None:
+        super().__init__(ranks, gradients)
+        self._matrices = gradients.matrices
+        self._pieces = ranges(gradients.ends, 0)
+
+    def _begin(self, start: int, stop: int) -> Callable[[], None]:
+        if start in self._matrices:
+            return self._ranks.begin_sum_to_own(self._matrices[start])
+        return super()._begin(start, stop)
+
+
+def padded(rows: int, ranks: Ranks) -> int:
+    """Rows with which all ranks have as many of them; the last ones lie empty."""
+    return padded_to(rows, ranks.size)
+
+
+def padded_to(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple

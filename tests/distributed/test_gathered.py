@@ -1,0 +1,172 @@
+"""Updates of a model in shards, written out: put together once, learned from as one learns."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from gptforge.build import build_trainer, step
+from gptforge.build import parallel as building
+from gptforge.build.parallel import may_gather
+from gptforge.config import Config
+from gptforge.distributed import ALONE, Ranks
+from gptforge.distributed.ranks import ManyRanks
+from gptforge.distributed.shards import own_rows, whole
+from gptforge.hardware import Kernels, Precision
+from gptforge.model import GPT
+from gptforge.optim.adamw import build_adamw
+from gptforge.train.savings import NO_SAVINGS, Savings
+from gptforge.train.sharded import shard
+from gptforge.train.step import TrainStep
+from tests.conftest import TINY
+from tests.distributed.runs import assert_same_run, on
+from tests.distributed.spawn import on_ranks
+from tests.distributed.test_ddp import batch
+from tests.train.runs import StopAfter, last
+
+FLOAT32 = Precision(torch.float32, "")
+ROWS = 12
+"""Of a batch that 1, 2, 3 and 4 ranks share."""
+
+
+def make(ranks: Ranks, width: int = 16, savings: Savings = NO_SAVINGS) -> TrainStep:
+    model = GPT(dataclasses.replace(TINY, n_embd=width))
+    model.initialize(torch.Generator().manual_seed(0))
+    root = shard(model, FLOAT32, ranks) if ranks.size > 1 else None
+    optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
+    return TrainStep(
+        model, optimizer, precision=FLOAT32, micro_batch=1, grad_clip=1.0,
+        kernels=Kernels(by_hand=True), savings=savings, ranks=ranks, root=root,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def judge(update: TrainStep, ranks: Ranks) -> float:
+    update.judged.eval()
+    return float(ranks.sum(update.judged(*batch(ranks, ROWS)).detach().clone()))
+
+
+def steps(ranks: Ranks, width: int, savings: Savings) -> list:
+    """Losses and norms, an evaluation behind each update, and the weights that came of it."""
+    update, seen = make(ranks, width, savings), []
+    parameters = list(update.model.parameters())
+    for _ in range(5):
+        loss, norm = update(*batch(ranks, ROWS), lr=1e-2)
+        seen.append([float(loss), float(norm), judge(update, ranks)])
+    wholes = [whole(p, ranks) for p in parameters]
+    final = [x for w in wholes if w is not None for x in w.flatten().tolist()]
+    return [update.way, seen, final]
+
+
+@pytest.mark.parametrize("savings", [NO_SAVINGS, Savings(recompute=True)], ids=["", "recompute"])
+@pytest.mark.parametrize("width", [16, 14], ids=["cut evenly", "with rows left over"])
+def test_shards_that_are_put_together_learn_what_one_process_learns(width, savings) -> None:
+    _, seen, final = steps(ALONE, width, savings)
+    for count in (2, 3):
+        for rank, (way, theirs, end) in enumerate(on_ranks(count, steps, width, savings)):
+            assert way == "written out, in shards"
+            torch.testing.assert_close(torch.tensor(theirs), torch.tensor(seen))
+            if not rank:
+                torch.testing.assert_close(
+                    torch.tensor(end), torch.tensor(final), rtol=1e-5, atol=1e-4
+                )
+
+
+def run(ranks: Ranks, values: dict, stop_after: int = 0) -> str:
+    """A whole run as a GPU would do it, on a CPU."""
+    with mock.patch.object(step, "choose_kernels", lambda *_, **__: Kernels(by_hand=True)):
+        trainer = build_trainer(Config(**values), given=(), say=lambda _: None, ranks=ranks)
+    assert trainer.train_step.way == "written out, in shards"
+    if stop_after and ranks.is_first:
+        trainer.guard = StopAfter(stop_after)
+    return trainer.run()
+
+
+def test_a_run_is_judged_sampled_saved_and_gone_on_with_in_any_form(config, tmp_path) -> None:
+    config = dataclasses.replace(config, max_steps=9, eval_every=3, save_every=9, sample_every=4)
+    on(1, config)
+    other = dataclasses.replace(config, out_dir=str(tmp_path / "shards"), parallel="fsdp")
+    assert set(on_ranks(2, run, vars(other), 4)) == {"interrupted"}
+    assert last(other).name == "step-000004"
+    on(1, dataclasses.replace(other, parallel="auto"), 2)
+    assert set(on_ranks(4, run, vars(other))) == {"finished"}
+    assert_same_run(config, other)
+
+
+def test_a_cut_changes_no_bit_of_what_they_learn(config, tmp_path) -> None:
+    config = dataclasses.replace(config, max_steps=7, dropout=0.1, parallel="fsdp")
+    on_ranks(2, run, vars(config))
+    cut = dataclasses.replace(config, out_dir=str(tmp_path / "cut"))
+    on_ranks(2, run, vars(cut), 3)
+    on_ranks(2, run, vars(cut))
+    assert_same_run(config, cut, bits=True)
+
+
+def messages(ranks: Ranks) -> list:
+    """What is sent in which micro-batch of an update; 0 is before the first one."""
+    update, sent, now = make(ranks), [], [0]
+    learn = update._learn
+
+    def counted(*args: object) -> torch.Tensor:
+        now[0] += 1
+        return learn(*args)
+
+    update._learn = counted
+    for name in ("begin_gather", "begin_sum_to_own", "begin_sum"):
+        real = getattr(ManyRanks, name)
+
+        def noted(tensor: torch.Tensor, name: str = name, real=real):
+            sent.append((name, now[0]))
+            return real(ranks, tensor)
+
+        setattr(ranks, name, noted)
+    update(*batch(ranks, ROWS), lr=1e-2)
+    return sent
+
+
+def test_weights_are_sent_once_an_update_and_gradients_in_its_last_micro_batch() -> None:
+    matrices = 2 + 4 * TINY.n_layer
+    for sent in on_ranks(2, messages):
+        kinds = {kind: [when for name, when in sent if name == kind] for kind, _ in sent}
+        # The vectors take one message together.
+        assert kinds["begin_gather"] == [0] * (1 + matrices)
+        last_one = ROWS // 2
+        assert kinds["begin_sum_to_own"] == [last_one] * matrices
+        assert set(kinds["begin_sum"]) == {last_one}
+
+
+def broken(ranks: Ranks) -> list:
+    update = make(ranks)
+    update(*batch(ranks, ROWS), lr=1e-2)
+    every = [p for group in update.optimizer.param_groups for p in group["params"]]
+    moments = [update.optimizer.state[p]["exp_avg"] for p in every]
+    whole_size = sum(p.numel() for p in every)
+    shares = [sum(own_rows(t).numel() for t in group) / whole_size for group in (every, moments)]
+    before = [own_rows(p).clone() for p in every]
+    learn = update._learn
+    update._learn = lambda x, y, scale: learn(x, y, float("nan") if ranks.rank == 1 else scale)
+    _, norm = update(*batch(ranks, ROWS), lr=1e-2)
+    same = all(torch.equal(own_rows(p), b) for p, b in zip(every, before, strict=True))
+    return [*shares, same, str(float(norm))]
+
+
+def test_each_rank_keeps_its_piece_and_no_number_on_one_stops_all() -> None:
+    for weights, moments, same, norm in on_ranks(2, broken):
+        assert weights == moments == 0.5
+        assert (same, norm) == (True, "nan")
+
+
+class Two(Ranks):
+    size = 2
+
+
+def test_what_computes_is_whole_only_where_there_is_room_for_it(monkeypatch) -> None:
+    config = dataclasses.replace(Config(), vocab_size=50304, n_layer=48, n_embd=1600, n_head=25)
+    gpu = torch.device("cuda", 0)
+    for free, expected in ((80e9, True), (40e9, True), (24e9, False)):
+        monkeypatch.setattr(building, "usable_memory", lambda device, free=free: int(free))
+        assert may_gather(config, gpu, (), Two()) is expected
+    monkeypatch.setattr(building, "usable_memory", lambda device: int(40e9))
+    large = dataclasses.replace(config, batch_size=32)
+    assert not may_gather(large, gpu, ("batch_size",), Two())
