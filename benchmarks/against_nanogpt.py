@@ -41,7 +41,6 @@ from gptforge.hardware import (
     synchronize,
 )
 from gptforge.kernels.gelu_products import prepare_quack
-from gptforge.kernels.packed_attention import prepare_flash4
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.tokenizers import named
@@ -144,14 +143,13 @@ class Ours:
         device: torch.device,
         *,
         plain: bool = False,
-        flash4: bool = False,
+        quack: bool = False,
     ) -> None:
         precision = FLOAT32 if plain else choose_precision("auto", device)
         kernels = choose_kernels(device, precision, dropout=recipe.shape.dropout)
-        if flash4 and not recipe.shape.dropout:
-            prepare_flash4(cache_folder())
+        if quack:
             prepare_quack(cache_folder())
-            kernels = replace(kernels, flash4=True, quack=True)
+            kernels = replace(kernels, quack=True)
         model = model.to(device)
         self.step = TrainStep(
             model,
@@ -186,9 +184,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=RECIPES)
     parser.add_argument("--only", default="", help="recipes whose names hold this")
     parser.add_argument(
-        "--flash4",
-        action="store_true",
-        help="ours with FlashAttention-4's way back and quack's products",
+        "--quack", action="store_true", help="ours with quack's products in the MLP"
     )
     args = parser.parse_args()
     device, name = choose_device(args.device)
@@ -198,9 +194,11 @@ def main() -> None:
     for recipe in [r for r in RECIPES[args.device] if args.only in r.name]:
         tokens = named(recipe.tokenizer, text).encode(text)
         torch.manual_seed(1337)
-        model = GPT(recipe.shape).initialize()
+        # As the program sizes its table: round numbers.
+        rows = -(-recipe.shape.vocab_size // 64) * 64
+        model = GPT(replace(recipe.shape, vocab_size=rows)).initialize()
         theirs = NanoGPT(args.nanogpt, recipe, tokens, device)
-        ours = Ours(copy.deepcopy(model), recipe, tokens, device, flash4=args.flash4)
+        ours = Ours(copy.deepcopy(model), recipe, tokens, device, quack=args.quack)
         seconds: dict[str, list[float]] = {"nanoGPT": [], "gptforge": []}
         for turn in range(recipe.turns + 1):
             for who, update in (("nanoGPT", theirs), ("gptforge", ours)):

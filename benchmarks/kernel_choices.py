@@ -12,16 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptforge.hardware import cache_folder
 from gptforge.kernels import block, products
 from gptforge.kernels.head import cross_entropy_in_place
-from gptforge.kernels.packed_attention import (
-    ByFlash4,
-    ByTorch,
-    PackedAttention,
-    prepare_flash4,
-    why_not_flash4,
-)
+from gptforge.kernels.packed_attention import ByTorch, ByTriton
 
 N, C, V = 32768, 768, 50304
 ROUNDS, WARM_UP = 15, 3
@@ -103,27 +96,21 @@ def the_head() -> None:
     print(f"| their loss and gradient in place | | {loss:.0f} | | |", flush=True)
 
 
-def attention() -> None:
-    qkv, upstream = draw(32, 1024, 3, 12, 64), draw(N, C)
-    sums = torch.zeros(3 * C, device="cuda")
-    ways: list[PackedAttention] = [ByTorch()]
-    reason = why_not_flash4(qkv.device, qkv.dtype, head_size=64, dropout=0.0)
-    if reason:
-        print(f"| FlashAttention-4: {reason} | | | | |")
-    else:
-        prepare_flash4(cache_folder())
-        ways.append(ByFlash4())
+def attention(windows: int, length: int, heads: int, size: int) -> None:
+    """The way back, its gradients side by side and added up for the bias."""
+    qkv, upstream = draw(windows, length, 3, heads, size), draw(windows * length, heads * size)
+    sums = torch.zeros(3 * heads * size, device="cuda")
+    torchs, ours = ByTorch(), ByTriton()
+    _, kept = ours.forward(qkv)
 
-    def there(way: PackedAttention) -> Work:
-        return lambda: way.forward(qkv)
+    def there_and_back() -> None:
+        torchs.backward(upstream, torchs.forward(qkv)[1], sums)
 
-    def and_back(way: PackedAttention) -> Work:
-        return lambda: way.backward(upstream, way.forward(qkv)[1], sums)
-
-    forth = in_turns(*(there(way) for way in ways))
-    both = in_turns(*(and_back(way) for way in ways))
-    row("attention forward; cuDNN's alone", forth[0], forth[-1])
-    row("there and back, gradients packed; by FlashAttention-4", both[0], both[-1])
+    (forth,) = in_turns(lambda: torchs.forward(qkv))
+    both, back = in_turns(there_and_back, lambda: ours.backward(upstream, kept, sums))
+    flops = 5 * windows * heads * size * length * (length + 1)
+    shape = f"{windows} windows of {length}, {heads} heads of {size}"
+    row(f"attention's way back, {shape}", both - forth, back, flops)
 
 
 def main() -> None:
@@ -135,7 +122,8 @@ def main() -> None:
     linear_layers()
     around_the_gelu()
     the_head()
-    attention()
+    for shape in ((32, 1024, 12, 64), (64, 256, 6, 64), (32, 1024, 24, 32), (32, 1024, 6, 128)):
+        attention(*shape)
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ class Config:
     """Precision of matrix products; weights and optimizer stay float32."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
-    attention: Literal["auto", "torch", "flash4"] = "auto"
-    """flash4: FlashAttention-4's way back, a package, with quack's products; auto: on long runs."""
+    products: Literal["auto", "cublas", "quack"] = "auto"
+    """Of the MLP: quack is a package, faster and slow to start; auto: on long runs."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0
@@ -163,6 +163,8 @@ FIELDS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(C
 
 NOTES = "made_by"
 """The table of a run's config.toml that says how it was made; reading passes over it."""
+RETIRED = frozenset({"attention"})
+"""Fields of earlier versions, which changed nothing of what is learned; their runs can go on."""
 NOT_IN_FILES = frozenset({"overwrite", "config"})
 """What is meant for one start, not for every start from that file."""
 
@@ -174,7 +176,7 @@ FREE_ON_RESUME = frozenset(
         *("encoding", "headerless"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
-        *("attention", "activation_checkpointing", "loss_chunk", "parallel"),
+        *("products", "activation_checkpointing", "loss_chunk", "parallel"),
     }
 )
 
@@ -212,6 +214,8 @@ def read_toml(path: Path) -> tuple[dict[str, object], bool]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
     is_a_runs = isinstance(values.pop(NOTES, None), dict)
+    if is_a_runs:
+        values = {name: value for name, value in values.items() if name not in RETIRED}
     for name in sorted(NOT_IN_FILES & values.keys()):
         if values.pop(name):
             raise UserError(f"--config {path}: {name} can only be given as a flag")

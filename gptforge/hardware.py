@@ -115,10 +115,8 @@ class Kernels:
     """Forward and backward written out, see train/by_hand.py."""
     fused_head: bool = False
     """The output layer and its loss in one, see kernels/head.py."""
-    flash4: bool = False
-    """Attention's way back by FlashAttention-4, where an update is written out."""
     quack: bool = False
-    """The MLP's products by quack, likewise."""
+    """The MLP's products by quack, where an update is written out."""
     stream: torch.dtype | None = None
     """Type of the residual stream, float32 where none is given."""
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PACKAGE = Path(__file__).parents[1] / "gptforge"
 
@@ -47,7 +48,7 @@ ROOMS = [
 # Optional, or slow to load: only inside the function that uses them.
 LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf"}
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
-LAZY |= {"wandb", "tensorboard", "flash_attn", "quack"}
+LAZY |= {"wandb", "tensorboard", "quack"}
 NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "commands", "cli"}
 NO_TORCH |= {"__main__", "__init__"}
 
@@ -119,10 +120,13 @@ def test_training_that_is_not_compiled_does_not_wait_for_torchs_compiler(tmp_pat
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 200, "utf-8")
     flags = ["--preset", "debug", "--input", "text.txt", "--max_steps", "1",
              "--compile", "false"]  # fmt: skip
+    # torch 2.11's autograd itself loads sympy where it is given a gradient to begin with, as
+    # attention's way back on a GPU does.
+    unwanted = {"torch._dynamo"} if torch.cuda.is_available() else {"torch._dynamo", "sympy"}
     code = (
         "import sys; from gptforge.cli import main\n"
         f"assert main({flags}) == 0\n"
-        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+        f"assert not {unwanted} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -60,7 +60,14 @@ def test_what_a_runs_own_file_says_was_not_set_by_hand(tmp_path) -> None:
     assert given == {"config", "n_layer"}
 
 
-@pytest.mark.parametrize("text", ["[model]\nn_layer = 3", "overwrite = true", "n_layers = 3"])
+def test_a_field_that_is_gone_does_not_keep_an_earlier_run_from_going_on(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text('attention = "auto"\nmax_steps = 11\n[made_by]\nx = "y"\n')
+    assert parse_train(["--config", str(tmp_path / "c.toml")])[0].max_steps == 11
+
+
+@pytest.mark.parametrize(
+    "text", ["[model]\nn_layer = 3", "overwrite = true", "n_layers = 3", "attention = 1"]
+)
 def test_nothing_in_a_file_is_passed_over_in_silence(tmp_path, text) -> None:
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(UserError, match=r"c\.toml"):

@@ -1,9 +1,7 @@
-"""Kernels of other packages, which are used where they are installed, wanted and found to run."""
+"""Kernels of another package, which are used where it is installed, wanted and found to run."""
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,14 +11,13 @@ from gptforge.distributed import Ranks
 from gptforge.errors import UserError
 from gptforge.hardware import cache_folder, first_line
 from gptforge.kernels.gelu_products import prepare_quack, why_not_quack
-from gptforge.kernels.packed_attention import prepare_flash4, why_not_flash4
 from gptforge.train.step import TrainStep
 
 Say = Callable[[str], None]
 
 LONG_RUN = 4e17
-"""FLOPs of a run from which on it pays that these packages and their compilers start slowly: half a
-minute the first time, of which they save a few percent of what follows."""
+"""FLOPs of a run from which on it pays that quack and its compiler start slowly: many seconds the
+first time, of which it saves a few percent of what follows."""
 
 
 def trouble_of(step: TrainStep, config: Config) -> str:
@@ -43,67 +40,41 @@ def trouble_of(step: TrainStep, config: Config) -> str:
 
 
 def choose_packages(step: TrainStep, config: Config, ranks: Ranks, *, say: Say) -> None:
-    """Let FlashAttention-4 and quack take their parts where they are wanted and work."""
-    if config.attention == "torch":
+    """Let quack make the MLP's products where it is wanted and works.
+
+    Raises:
+        UserError: if it was asked for and cannot.
+    """
+    if config.products == "cublas":
         return
     flops = costs.flops_per_token(config.model, config.context_length)
-    if config.attention == "auto" and flops * config.tokens_per_step * config.max_steps < LONG_RUN:
+    if config.products == "auto" and flops * config.tokens_per_step * config.max_steps < LONG_RUN:
         return
-    head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
-    against = "" if step.kernels.by_hand else "an update is not written out here"
-    reason = _choose_package(
-        "flash4",
-        against or why_not_flash4(step.device, dtype, head_size=head_size, dropout=config.dropout),
-        prepare_flash4,
-        (step, config, ranks),
-        say=say,
-    )
-    if reason and config.attention == "flash4":
-        raise UserError(f"--attention flash4 cannot be: {reason}")
-    against = against or why_not_quack(step.device, dtype)
-    if not _choose_package("quack", against, prepare_quack, (step, config, ranks), say=say):
-        say("the MLP's products: with its GELU inside, by quack")
-
-
-def _choose_package(
-    name: str,
-    against: str,
-    prepare: Callable[[Path], None],
-    where: tuple[TrainStep, Config, Ranks],
-    *,
-    say: Say,
-) -> str:
-    """Use the kernels of a package from now on, if they run; why not, if they are not used.
-
-    Args:
-        name: the field of `Kernels`.
-        against: what speaks against it before it is tried.
-        prepare: imports it.
-        where: the update, its configuration and all who make it.
-        say: told if it was tried and does not run.
-    """
-    step, config, ranks = where
+    reason = "an update is not written out here"
+    if step.kernels.by_hand:
+        reason = why_not_quack(step.device, step.precision.dtype)
     # Asked of all: a machine may lack the package that another one has.
-    if not ranks.all_of(not against):
-        return against or "not on all ranks"
-    plain = step.kernels
-    added: dict[str, Any] = {name: True}
-    reason = _trouble_with(lambda: prepare(cache_folder()))
-    # Rehearsed by all or none: in shards it takes all.
     if ranks.all_of(not reason):
-        step.use(dataclasses.replace(plain, **added))
-        reason = trouble_of(step, config)
+        reason = _use_quack(step, config, ranks)
         if ranks.all_of(not reason):
-            return ""
-        step.use(plain)
-    reason = reason or "not on all ranks"
-    say(f"note: the kernels of {name} do not run here: {reason}")
-    return reason
+            say("the MLP's products: with its GELU inside, by quack")
+            return
+        step.use(dataclasses.replace(step.kernels, quack=False))
+        reason = reason or "not on all ranks"
+        say(f"note: the kernels of quack do not run here: {reason}")
+    if config.products == "quack":
+        raise UserError(f"--products quack cannot be: {reason or 'not on all ranks'}")
 
 
-def _trouble_with(attempt: Callable[[], None]) -> str:
+def _use_quack(step: TrainStep, config: Config, ranks: Ranks) -> str:
+    """Use it from now on; why that does not work, if it does not."""
+    reason = ""
     try:
-        attempt()
+        prepare_quack(cache_folder())
     except Exception as error:
-        return first_line(error)
-    return ""
+        reason = first_line(error)
+    # Rehearsed by all or none: in shards it takes all.
+    if not ranks.all_of(not reason):
+        return reason or "not on all ranks"
+    step.use(dataclasses.replace(step.kernels, quack=True))
+    return trouble_of(step, config)

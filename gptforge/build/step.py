@@ -27,6 +27,7 @@ from gptforge.hardware import (
     try_compile,
     usable_memory,
 )
+from gptforge.kernels.packed_attention import ByTriton, fastest
 from gptforge.model import GPT
 from gptforge.optim.choice import build_optimizer
 from gptforge.report.duration import in_words
@@ -134,15 +135,15 @@ def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
 
 
 def attention_of(step: TrainStep, config: Config) -> str:
-    """The attention kernel that torch picks for this model on this device."""
+    """Which kernels make this model's attention on this device."""
+    head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
     picked = attention_kernel(
-        step.device,
-        step.precision.dtype,
-        n_head=config.n_head,
-        head_size=config.n_embd // config.n_head,
+        step.device, dtype, n_head=config.n_head, head_size=head_size,
         context_length=config.context_length,
-    )
-    return f"{picked}, back by FlashAttention-4" if step.kernels.flash4 else picked
+    )  # fmt: skip
+    way = fastest(step.device, dtype, head_size=head_size, dropout=config.dropout)
+    is_ours = step.kernels.by_hand and isinstance(way, ByTriton)
+    return f"{picked}, its way back in Triton" if is_ours else picked
 
 
 def _model(config: Config, opening: Opening, ranks: Ranks) -> GPT:

@@ -33,6 +33,24 @@ class Norm(NamedTuple):
     """(N,) float32: one over the standard deviation."""
 
 
+def embed(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the token table and of the position table, added up: (B, T) ids to (B * T, C).
+
+    The tables are (V, C) and (T or more, C), the sum is rounded once, to `dtype`.
+    """
+    length = idx.size(1)
+    if not idx.is_cuda:
+        return (F.embedding(idx, wte) + wpe[:length]).flatten(0, 1).to(dtype)
+    assert wte.is_contiguous() and wpe.is_contiguous()
+    rows, columns = idx.numel(), wte.size(1)
+    out = torch.empty(rows, columns, dtype=dtype, device=idx.device)
+    block, height = _tile(columns)
+    _triton().embed[(math.ceil(rows / height),)](
+        idx.contiguous(), wte, wpe, out, rows, length, columns=columns, BLOCK=block, ROWS=height,
+    )  # fmt: skip
+    return out
+
+
 def add_norm(
     stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Norm]:
@@ -174,7 +192,7 @@ def _gelu_backward_on_cuda(x: Tensor, upstream: Tensor, sums: Tensor) -> tuple[T
     programs = min(1024, math.ceil(rows / 32))
     parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     _triton().gelu_backward[(programs, math.ceil(columns / 1024))](
-        x, upstream, parts, rows, math.ceil(rows / programs), columns, BLOCK=1024, ROWS=4,
+        x, upstream, parts, rows, math.ceil(rows / programs), columns, BLOCK=1024, ROWS=2,
     )  # fmt: skip
     add_parts(parts, sums)
     return upstream, x

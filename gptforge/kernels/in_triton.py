@@ -62,6 +62,22 @@ def _cross_entropy_of_a_row(
         tl.store(start + place, narrow, mask=inside, cache_modifier=".cs")
 
 
+@triton.jit(do_not_specialize=["rows", "length"])
+def embed(
+    idx, wte, wpe, out, rows, length,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`out` (rows, columns): each token's row of `wte` and its place's row of `wpe`, added up."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    token = tl.load(idx + row, mask=row < rows, other=0)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    x = tl.load(wte + token[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    x += tl.load(wpe + (row % length)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(out + place, x.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def add_norm(
     stream, branch, weight, bias, out, mean, rstd, rows, eps,

@@ -1,40 +1,35 @@
 """Causal attention over q, k and v side by side, with its way back called by hand.
 
-Two ways: torch's attention and its autograd; or cuDNN's way forward and FlashAttention-4's way back
-(Dao et al., the package flash-attn-4), which writes the three gradients side by side, where they
-are wanted. On an H100 the way back, with the sums for the bias, takes 0.58 ms instead of 0.72, for
-32 windows of 1024 with 12 heads of 64.
+Two ways: torch's attention and its autograd; or cuDNN's way forward and a way back of our own in
+Triton (in_triton_attention.py), which writes the three gradients side by side, where they are
+wanted, with their sums for the bias. docs/results/gpu-speed.md has what it gains.
 
 Shapes: B windows, T tokens each, N = B * T, H heads of D channels, C = H * D.
 """
 
-import importlib.util
-import os
-import warnings
-from functools import cache
-from pathlib import Path
+import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gptforge.kernels.attention import attend
-from gptforge.kernels.block import add_column_sums, pack
+from gptforge.kernels.block import add_parts, pack
 
-HEAD_SIZES = (64, 128)
-"""Channels of a head for which FlashAttention-4 was tried."""
+HEAD_SIZES = (64,)
+"""Channels of a head for which the way back of our own was found to be faster."""
+BLOCK = 64
+"""Tokens that it works on at a time."""
 
 
 class Kept(NamedTuple):
-    """What the way back needs besides what went in and came out."""
+    """What the way back needs besides what went in."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    """(B, H, T, D) each."""
+    qkv: tuple[Tensor, ...]
+    """q, k and v, (B, H, T, D) each, or all of them in one (B, T, 3, H, D)."""
     out: Tensor
     """(B, H, T, D)"""
-    lse: Tensor | None
+    lse: Tensor | None = None
     """(B, H, T) float32, logarithms of the softmax's sums, where autograd does not keep them."""
 
 
@@ -59,17 +54,17 @@ class ByTorch:
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
         with torch.enable_grad():
             out = attend(q, k, v, self._dropout)
-        return _rows(out.detach()), Kept(q, k, v, out, None)
+        return _rows(out.detach()), Kept((q, k, v), out)
 
     def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
         """As `PackedAttention.backward`."""
-        outs = torch.autograd.grad(kept.out, (kept.q, kept.k, kept.v), _heads(upstream, kept.q))
+        outs = torch.autograd.grad(kept.out, kept.qkv, _heads(upstream, kept.out))
         to_q, to_k, to_v = (_rows(x) for x in outs)
         return pack(to_q, to_k, to_v, sums)
 
 
-class ByFlash4:
-    """cuDNN forward, FlashAttention-4 back; bfloat16, without dropout."""
+class ByTriton:
+    """cuDNN forward, Triton back; without dropout."""
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Kept]:
         """As `PackedAttention.forward`."""
@@ -77,61 +72,62 @@ class ByFlash4:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, compute_log_sumexp=True, is_causal=True
         )
-        return _rows(out), Kept(q, k, v, out, lse.view(out.shape[:3]))
+        return _rows(out), Kept((qkv,), out, lse.view(out.shape[:3]))
 
     def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
         """As `PackedAttention.backward`."""
-        q, k, v, out = (x.transpose(1, 2) for x in (kept.q, kept.k, kept.v, kept.out))
-        count, length, heads, size = q.shape
-        wide = upstream.new_empty(count, length, 3, heads, size)
-        to_q, to_k, to_v = wide.unbind(2)
-        _interface()._flash_attn_bwd(
-            q, k, v, out, upstream.view(count, length, heads, size), kept.lse, causal=True,
-            dq=to_q, dk=to_k, dv=to_v,
-        )  # fmt: skip
-        rows = wide.view(count * length, -1)
-        add_column_sums(rows, sums)
-        return rows
+        assert kept.lse is not None, "the way forward was another one"
+        gradient, parts = attention_backward(kept.qkv[0], _rows(kept.out), kept.lse, upstream)
+        add_parts(parts, sums)
+        return gradient.view(len(upstream), -1)
 
 
-def why_not_flash4(
-    device: torch.device, dtype: torch.dtype, *, head_size: int, dropout: float
-) -> str:
-    """What speaks against FlashAttention-4's way back here; empty if nothing does."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it was tried on Hopper GPUs only"
-    if dtype != torch.bfloat16 or dropout or head_size not in HEAD_SIZES:
-        sizes = " or ".join(map(str, HEAD_SIZES))
-        return f"it wants bfloat16, no dropout and heads of {sizes} channels"
-    if torch.are_deterministic_algorithms_enabled():
-        return "its sums are not repeatable"
-    try:
-        is_here = importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        is_here = False
-    return "" if is_here else "the package flash-attn-4 is not installed"
+def attention_backward(
+    qkv: Tensor, out: Tensor, lse: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of q, k and v (B, T, 3, H, D), and sums over its tokens, in parts (P, 3 * C).
 
-
-def prepare_flash4(cache_folder: Path) -> None:
-    """Import FlashAttention-4, which compiles its kernels when they are first called: seconds.
-
-    Raises:
-        Exception: whatever the package and its compiler raise where they do not fit each other.
+    Args:
+        qkv: (B, T, 3, H, D).
+        out: (N, C), of the way forward.
+        lse: (B, H, T) float32, logarithms of the softmax's sums.
+        upstream: (N, C), the gradient of `out`.
     """
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    folder = cache_folder / "flash_attention_4"
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
-    _interface()
+    count, length, _, heads, size = qkv.shape
+    assert all(x.is_contiguous() for x in (qkv, out, lse, upstream))
+    blocks = math.ceil(length / BLOCK)
+    gradient, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    parts = lse.new_empty(count * blocks, 3 * heads * size)
+    shape = {"H": heads, "D": size, "BLOCK": BLOCK, "IS_EVEN": length % BLOCK == 0}
+    grid, scale = (blocks, heads, count), size**-0.5
+    kernels = _triton()
+    # Held to so many registers, more of its programs run beside each other.
+    kernels.to_queries[grid](
+        qkv, out, upstream, lse, delta, gradient, parts, length, scale, **shape,
+        num_warps=4, num_stages=2, maxnreg=128,
+    )  # fmt: skip
+    kernels.to_keys[grid](
+        qkv, upstream, lse, delta, gradient, parts, length, scale, **shape,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return gradient, parts
 
 
-@cache
-def _interface() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from flash_attn.cute import interface
-    # It warns about its own compiler whenever that runs.
-    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
-    return interface
+def fastest(
+    device: torch.device, dtype: torch.dtype, *, head_size: int, dropout: float
+) -> PackedAttention:
+    """The fastest way that was measured for this."""
+    is_ours = (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and not dropout
+        and head_size in HEAD_SIZES
+        and not torch.version.hip
+        # Tried on Hopper GPUs only.
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    )
+    return ByTriton() if is_ours else ByTorch(dropout)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -143,3 +139,10 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
     """(N, C) to (B, H, T, D)."""
     count, heads, length, size = like.shape
     return x.view(count, length, heads, size).transpose(1, 2)
+
+
+def _triton() -> Any:
+    """The kernels; importing Triton takes a second, so it waits until here."""
+    from gptforge.kernels import in_triton_attention
+
+    return in_triton_attention

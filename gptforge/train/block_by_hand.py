@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gptforge.hardware import Kernels
 from gptforge.kernels.block import Norm, add_norm, norm_backward
 from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
-from gptforge.kernels.packed_attention import ByFlash4, ByTorch, Kept, PackedAttention
+from gptforge.kernels.packed_attention import Kept, fastest
 from gptforge.kernels.products import back, linear
 from gptforge.model import Block
 from gptforge.train.gradients import Gradients, add_product
@@ -94,10 +94,13 @@ class BlockByHand:
         kernels: Kernels,
     ) -> None:
         self._keeps_gelu = keeps_gelu
-        self._attention: PackedAttention
-        self._attention = ByFlash4() if kernels.flash4 else ByTorch(block.attn.dropout)
         self._gelu: GeluProducts = ByQuack() if kernels.quack else ByCublas()
         self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
+        device, width = block.ln_1.weight.device, len(block.ln_1.weight)
+        self._head_size = width // self.n_head
+        self._attention = fastest(
+            device, weights.dtype, head_size=self._head_size, dropout=self.dropout
+        )
         self.norm_1 = LayerNorm(block.ln_1, weights)
         self.norm_2 = LayerNorm(block.ln_2, weights)
         self._weights = weights
@@ -172,10 +175,6 @@ class BlockByHand:
         upstream = drop_backward(upstream, dropped, self.dropout)
         layer.bias_gradient.add_(upstream.sum(0, dtype=layer.bias_gradient.dtype))
         return upstream
-
-    @property
-    def _head_size(self) -> int:
-        return self.c_attn.weight.size(1) // self.n_head
 
 
 def drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:

@@ -11,11 +11,11 @@ Shapes: B windows, T tokens each, N = B * T, C channels, H heads of D = C / H, V
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptforge.costs import HEAD_TOKENS, KEEPS_GELU_EVERY
 from gptforge.hardware import PLAIN, Kernels
+from gptforge.kernels.block import embed
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.products import linear
 from gptforge.model import GPT, IGNORE, Block
@@ -29,6 +29,9 @@ from gptforge.train.block_by_hand import (
 from gptforge.train.gradients import Gradients, add_product
 from gptforge.train.savings import NO_SAVINGS, Savings
 from gptforge.train.weights import Weights
+
+FEW_IDS = 1024
+"""Rows of a token table up to which its gradient as a first layer is made by a product."""
 
 
 class ByHand:
@@ -56,7 +59,7 @@ class ByHand:
         self._dropout = model.config.dropout
         # What is made again would be dropped anew.
         assert not (self._dropout and savings.recompute), "not written out here"
-        self.model, self._dtype = model, dtype
+        self.model = model
         self._recompute = savings.recompute
         self._head_tokens = savings.loss_chunk or HEAD_TOKENS
         self._weights = weights = weights or Weights(dtype)
@@ -104,10 +107,10 @@ class ByHand:
             scale: factor of the gradients, such as one over the tokens of an update; as a float32
                 scalar on the device it may change when a recording is played back.
         """
-        count, length = idx.shape
-        x = F.embedding(idx, self._wte) + self._wpe[:length]  # (B, T, C)
-        x, dropped = drop(x.flatten(0, 1), self._dropout)
-        stream, branch = x.to(self._dtype), None  # (N, C)
+        length = idx.size(1)
+        x = embed(idx, self._wte, self._wpe, self._weights.dtype)
+        stream, dropped = drop(x, self._dropout)  # (N, C)
+        branch = None
         kept: list[KeptOfBlock | Tensor] = []
         for block in self._blocks:
             branch, everything = block.forward(stream, branch, length)
@@ -126,16 +129,26 @@ class ByHand:
             del one
             made += len(block.groups())
             self.made(made)
-        wide = upstream.to(self._wte.dtype)
         if dropped is not None:
-            wide = drop_backward(wide, dropped, self._dropout)
-        self._to_wpe[:length] += wide.view(count, length, -1).sum(0)
-        self._to_wte.index_add_(0, idx.flatten(), wide)
+            upstream = drop_backward(upstream, dropped, self._dropout)
+        self._embed_backward(upstream, idx)
         return loss
 
     def clip(self, longest: float) -> Tensor:
         """Shorten the gradients if their norm is above `longest`; the norm before that."""
         return self.gradients.clip(longest)
+
+    def _embed_backward(self, upstream: Tensor, idx: Tensor) -> None:
+        """Add the gradient of the first layer's output (N, C) to those of the tables."""
+        wide, tokens = self._to_wte.dtype, idx.flatten()
+        self._to_wpe[: idx.size(1)] += upstream.view(*idx.shape, -1).sum(0, dtype=wide)
+        size = len(self._to_wte)
+        if size <= FEW_IDS:
+            # Rows that many tokens share are slow to add to one by one. Ones and noughts are exact.
+            marks = tokens[:, None] == torch.arange(size, device=idx.device)
+            add_product(self._to_wte, marks.to(upstream.dtype), upstream)
+        else:
+            self._to_wte.index_add_(0, tokens, upstream.to(wide))
 
     def _head(
         self, normal: Tensor, targets: Tensor, scale: float | Tensor

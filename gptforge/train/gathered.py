@@ -51,7 +51,7 @@ class GatheredWeights(Weights):
         """As `Weights.narrow`."""
         if parameter.dim() == 1 or parameter in self._wide:
             return super().narrow(parameter)
-        self._narrow[parameter] = self._padded(parameter, self._dtype)
+        self._narrow[parameter] = self._padded(parameter, self.dtype)
         return self._narrow[parameter][: len(parameter)]
 
     def begin(self) -> None:

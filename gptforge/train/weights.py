@@ -12,7 +12,8 @@ class Weights:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
+        """Of the products, as well."""
         self._copies: list[Tensor] = []
         self._sources: list[Tensor] = []
 
@@ -35,4 +36,4 @@ class Weights:
         """Before the first use of narrow copies in an update."""
 
     def _room(self, parameter: Tensor) -> Tensor:
-        return torch.empty(parameter.shape, dtype=self._dtype, device=parameter.device)
+        return torch.empty(parameter.shape, dtype=self.dtype, device=parameter.device)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from gptforge.kernels.block import (
     add_column_sums,
     add_norm,
+    embed,
     gelu,
     gelu_backward,
     norm_backward,
@@ -29,6 +30,16 @@ def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def narrow(*shape: int, place: str) -> torch.Tensor:
     return torch.randn(*shape, device=place).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("count", "length", "columns"), [(3, 7, 48), (2, 256, 384), (1, 33, 1600)])
+def test_embed_adds_up_rows_of_both_tables(place, count, length, columns, dtype) -> None:
+    torch.manual_seed(length)
+    wte, wpe = torch.randn(50, columns, device=place), torch.randn(300, columns, device=place)
+    idx = torch.randint(0, 50, (count, length + 1), device=place)[:, 1:]
+    exact = wte.double()[idx] + wpe.double()[:length]
+    torch.testing.assert_close(embed(idx, wte, wpe, dtype), exact.flatten(0, 1).to(dtype))
 
 
 @pytest.mark.parametrize("has_branch", [True, False])

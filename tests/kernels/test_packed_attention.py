@@ -1,29 +1,28 @@
 """Attention over packed q, k and v, both ways, against autograd in double precision."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels.packed_attention import (
-    ByFlash4,
-    ByTorch,
-    PackedAttention,
-    prepare_flash4,
-    why_not_flash4,
-)
+from gptforge.kernels import packed_attention
+from gptforge.kernels.packed_attention import ByTorch, ByTriton, PackedAttention, fastest
 
 
-def ways(device: torch.device, size: int, folder) -> list[PackedAttention]:
+def ways(device: torch.device, size: int) -> list[PackedAttention]:
     found: list[PackedAttention] = [ByTorch()]
-    if not why_not_flash4(device, torch.bfloat16, head_size=size, dropout=0.0):
-        prepare_flash4(folder)
-        found.append(ByFlash4())
+    if isinstance(fastest(device, torch.bfloat16, head_size=size, dropout=0.0), ByTriton):
+        found.append(ByTriton())
     return found
 
 
-@pytest.mark.parametrize(("count", "length", "heads", "size"), [(3, 24, 4, 8), (2, 256, 3, 64)])
+@pytest.mark.parametrize(
+    ("count", "length", "heads", "size"),
+    [(3, 24, 4, 8), (2, 256, 3, 64), (3, 1, 1, 64), (2, 65, 2, 64), (1, 1000, 2, 64)],
+)
 def test_values_gradients_and_column_sums_are_those_of_double_precision(
-    count, length, heads, size, device, tmp_path
+    count, length, heads, size, device
 ) -> None:
     if device.type == "cuda":
         pytest.importorskip("triton")
@@ -36,7 +35,7 @@ def test_values_gradients_and_column_sums_are_those_of_double_precision(
     rows = y.transpose(1, 2).reshape(count * length, -1)
     rows.backward(upstream.double())
     gradient = exact.grad.view(count * length, -1)
-    for way in ways(device, size, tmp_path):
+    for way in ways(device, size):
         sums = torch.ones(3 * heads * size, device=device)
         out, kept = way.forward(qkv)
         assert (out.double() - rows).norm() < 1e-2 * rows.norm()
@@ -45,21 +44,49 @@ def test_values_gradients_and_column_sums_are_those_of_double_precision(
         torch.testing.assert_close(sums - 1, wide.float().sum(0), rtol=1e-4, atol=1e-3)
 
 
-def test_flash4_says_what_speaks_against_it(monkeypatch) -> None:
-    cuda = torch.device("cuda", 0)
-    assert "Hopper" in why_not_flash4(torch.device("cpu"), torch.bfloat16, head_size=64, dropout=0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "Hopper" in why_not_flash4(cuda, torch.bfloat16, head_size=64, dropout=0)
+def test_a_way_back_of_our_own_gives_the_same_bits_each_time(device) -> None:
+    if len(ways(device, 64)) == 1:
+        pytest.skip("there is none for this device")
+    qkv = torch.randn(2, 300, 3, 4, 64, device=device).bfloat16()
+    upstream = torch.randn(600, 256, device=device).bfloat16()
+    _, kept = ByTriton().forward(qkv)
+    found = []
+    for _ in range(2):
+        sums = torch.zeros(768, device=device)
+        found.append((ByTriton().backward(upstream, kept, sums), sums))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_way_back_of_our_own_is_taken_where_it_was_measured(monkeypatch) -> None:
+    hopper = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for dtype, size, dropout in [
-        (torch.float16, 64, 0.0),
-        (torch.bfloat16, 32, 0.0),
-        (torch.bfloat16, 64, 0.1),
-    ]:
-        reason = why_not_flash4(cuda, dtype, head_size=size, dropout=dropout)
-        assert "bfloat16, no dropout" in reason
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    reason = why_not_flash4(cuda, torch.bfloat16, head_size=64, dropout=0)
-    assert reason == "the package flash-attn-4 is not installed"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert why_not_flash4(cuda, torch.bfloat16, head_size=64, dropout=0) == ""
+    what = {"head_size": 64, "dropout": 0.0}
+    assert isinstance(fastest(hopper, torch.bfloat16, **what), ByTriton)
+    assert isinstance(fastest(torch.device("cpu"), torch.bfloat16, **what), ByTorch)
+    assert isinstance(fastest(hopper, torch.float16, **what), ByTorch)
+    for other in ({"dropout": 0.1}, {"head_size": 80}):
+        assert isinstance(fastest(hopper, torch.bfloat16, **{**what, **other}), ByTorch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert isinstance(fastest(hopper, torch.bfloat16, **what), ByTorch)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs where Triton interprets")
+@pytest.mark.parametrize("length", [64, 130])
+def test_without_a_gpu_the_kernels_compute_the_same(length, monkeypatch) -> None:
+    count, heads, size = 2, 2, 32
+    qkv = torch.randn(count, length, 3, heads, size)
+    exact = qkv.double().requires_grad_()
+    q, k, v = exact.permute(2, 0, 3, 1, 4)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * size**-0.5).masked_fill(future, -torch.inf)
+    out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(count * length, -1)
+    upstream = torch.randn(count * length, heads * size)
+    out.backward(upstream.double())
+    lse = scores.logsumexp(-1).float()
+    gradient, parts = packed_attention.attention_backward(qkv, out.float(), lse, upstream)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    expected = exact.grad.sum((0, 1)).flatten()
+    torch.testing.assert_close(parts.double().sum(0), expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Kernels of other packages: taken where they run on all ranks, dropped elsewhere."""
+"""Kernels of another package: taken where they run on all ranks, dropped elsewhere."""
 
 import copy
 import dataclasses
@@ -49,12 +49,10 @@ def step(tiny_model) -> TrainStep:
 
 @pytest.fixture
 def installed(monkeypatch) -> list[str]:
-    """Both packages are there; those that were imported are noted."""
+    """quack is there; when it is imported, that is noted."""
     imported: list[str] = []
     monkeypatch.setattr(packages, "LONG_RUN", 1.0)
-    monkeypatch.setattr(packages, "why_not_flash4", lambda *_, **__: "")
     monkeypatch.setattr(packages, "why_not_quack", lambda *_: "")
-    monkeypatch.setattr(packages, "prepare_flash4", lambda _: imported.append("flash4"))
     monkeypatch.setattr(packages, "prepare_quack", lambda _: imported.append("quack"))
     monkeypatch.setattr(packages, "trouble_of", lambda step, config: "")
     monkeypatch.setattr(TrainStep, "use", lambda self, kernels: setattr(self, "kernels", kernels))
@@ -67,31 +65,28 @@ def chosen(step: TrainStep, config: Config, ranks: Ranks) -> list[str]:
     return said
 
 
-def test_on_a_long_run_both_are_taken(step, config, installed) -> None:
+def test_on_a_long_run_it_is_taken(step, config, installed) -> None:
     said = chosen(step, config, Ranks())
-    assert installed == ["flash4", "quack"]
-    assert step.kernels == dataclasses.replace(BY_HAND, flash4=True, quack=True)
+    assert installed == ["quack"]
+    assert step.kernels == dataclasses.replace(BY_HAND, quack=True)
     assert said == ["the MLP's products: with its GELU inside, by quack"]
 
 
-@pytest.mark.parametrize("attention", ["auto", "torch"])
-def test_a_short_run_and_one_that_wants_torch_import_nothing(
-    step, config, installed, monkeypatch, attention
+@pytest.mark.parametrize("products", ["auto", "cublas"])
+def test_a_short_run_and_one_that_wants_none_import_nothing(
+    step, config, installed, monkeypatch, products
 ) -> None:
-    if attention == "auto":
+    if products == "auto":
         monkeypatch.setattr(packages, "LONG_RUN", 1e99)
-    chosen(step, dataclasses.replace(config, attention=attention), Ranks())
+    chosen(step, dataclasses.replace(config, products=products), Ranks())
     assert installed == [] and step.kernels == BY_HAND
 
 
 def test_what_does_not_run_is_named_and_dropped(step, config, installed, monkeypatch) -> None:
-    def trouble(step: TrainStep, config: Config) -> str:
-        return "no kernel" if step.kernels.flash4 else ""
-
-    monkeypatch.setattr(packages, "trouble_of", trouble)
+    monkeypatch.setattr(packages, "trouble_of", lambda step, config: "no kernel")
     said = chosen(step, config, Ranks())
-    assert step.kernels == dataclasses.replace(BY_HAND, quack=True)
-    assert "flash4 do not run here: no kernel" in said[0]
+    assert step.kernels == BY_HAND
+    assert "quack do not run here: no kernel" in said[0]
 
 
 def test_a_package_that_fails_to_load_is_no_error_unless_it_was_asked_for(
@@ -100,12 +95,20 @@ def test_a_package_that_fails_to_load_is_no_error_unless_it_was_asked_for(
     def fail(_: object) -> None:
         raise TypeError("another compiler")
 
-    monkeypatch.setattr(packages, "prepare_flash4", fail)
     monkeypatch.setattr(packages, "prepare_quack", fail)
     chosen(step, config, Ranks())
     assert step.kernels == BY_HAND
-    with pytest.raises(UserError, match=r"--attention flash4 cannot be: .*another compiler"):
-        chosen(step, dataclasses.replace(config, attention="flash4"), Ranks())
+    with pytest.raises(UserError, match=r"--products quack cannot be: .*another compiler"):
+        chosen(step, dataclasses.replace(config, products="quack"), Ranks())
+
+
+def test_what_is_not_installed_is_an_error_only_where_it_was_asked_for(
+    step, config, installed, monkeypatch
+) -> None:
+    monkeypatch.setattr(packages, "why_not_quack", lambda *_: "not installed")
+    assert chosen(step, config, Ranks()) == []
+    with pytest.raises(UserError, match="--products quack cannot be: not installed"):
+        chosen(step, dataclasses.replace(config, products="quack"), Ranks())
 
 
 @pytest.mark.parametrize("is_here", [True, False])
@@ -113,10 +116,9 @@ def test_all_ranks_do_the_same_and_ask_as_often(
     step, config, installed, monkeypatch, is_here
 ) -> None:
     if not is_here:
-        monkeypatch.setattr(packages, "why_not_flash4", lambda *_, **__: "not installed")
         monkeypatch.setattr(packages, "why_not_quack", lambda *_: "not installed")
     ranks = Doubters(others=False)
     chosen(step, config, ranks)
     assert step.kernels == BY_HAND
     assert installed == []
-    assert ranks.asked == 2, "a rank that asked more often would wait for ever"
+    assert ranks.asked == 1, "a rank that asked more often would wait for ever"
