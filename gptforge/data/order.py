@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 6
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: steps that spread evenly
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: steps that spread evenly
+SALTS = np.arange(ROUNDS, dtype=np.uint64) * GOLDEN
 
 
 def window_at(
@@ -30,12 +31,12 @@ def window_at(
     epochs, places = np.divmod(positions, n)
     if not shuffle:
         return places
-    return permute(places, n, keys=epochs.astype(np.uint64) + _mix(np.uint64(seed)))
+    return permute(places, n, keys=epochs.astype(np.uint64) + _key_of(seed))
 
 
 def delay_of(epochs: NDArray[np.int64], length: int, *, seed: int) -> NDArray[np.int64]:
     """By how many tokens, from 0 to below `length`, the windows of each epoch start later."""
-    keys = _mix(epochs.astype(np.uint64) + _mix(np.uint64(seed) + np.uint64(1)))
+    keys = _mix(epochs.astype(np.uint64) + _key_of((seed + 1) % 2**64))
     return (keys % np.uint64(length)).astype(np.int64)
 
 
@@ -58,16 +59,24 @@ def _feistel(
 ) -> NDArray[np.uint64]:
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & mask
-    for number in range(ROUNDS):
-        salted = _mix(keys + np.uint64(number * GOLDEN % 2**64))
+    for salted in _mix(np.add.outer(SALTS, keys)):
         left, right = right, left ^ (_mix(right ^ salted) & mask)
     return (left << half_bits) | right
 
 
-def _mix(value: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+def _key_of(seed: int) -> NDArray[np.uint64]:
+    return _mix(np.array([seed], np.uint64))
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scramble 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        value = np.asarray(value, np.uint64) + np.uint64(GOLDEN)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
+    # Arrays go round silently where numbers of numpy's would warn.
+    value = value + GOLDEN
+    value = (value ^ (value >> _30)) * _FIRST
+    value = (value ^ (value >> _27)) * _SECOND
+    return value ^ (value >> _31)
+
+
+# Made once: making them takes as long as using them.
+_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

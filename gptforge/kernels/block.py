@@ -175,7 +175,7 @@ def _norm_backward_on_cuda(
     rows, columns = upstream.shape
     assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
     block, height = _tile(columns, numbers=2048)
-    programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 32))
+    programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 16))
     parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
     _triton().norm_backward[(programs,)](
         upstream, norm.stream, norm.mean, norm.rstd, weight,

@@ -176,7 +176,9 @@ class TrainStep:
             Mean loss over the tokens of all ranks, and gradient norm before clipping: scalars that
             stay on the device, so that nothing waits for them, and are the same on every rank.
         """
-        self.judged.train()
+        if not self.judged.training:
+            # It asks every module by itself: as long as a hundred kernels take to launch.
+            self.judged.train()
         while (loss := self._gradients(inputs, targets)) is None:
             self._shrink()
         if self._is_short:
