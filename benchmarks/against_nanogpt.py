@@ -217,6 +217,8 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
         if recipe.matched:
+            torch.manual_seed(1337)
+            model = GPT(recipe.shape).initialize()
             plain = Ours(copy.deepcopy(model), recipe, tokens, device, plain=True)
             quick = Ours(copy.deepcopy(model), recipe, tokens, device)
             for step in range(recipe.matched):

@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--in_host", type=int, default=8, help="GPUs of a host")
     parser.add_argument("--hop_us", type=float, default=10.0, help="of a message from host to host")
     parser.add_argument("--global_tokens", type=int, default=2**19, help="of the strong table")
-    parser.add_argument("--mfu", type=float, default=0.46, help="of gpt2-xl")
+    parser.add_argument("--mfu", type=float, default=0.46, help="of gpt2-xl, block by block")
+    parser.add_argument("--whole_mfu", type=float, default=0.524, help="of it put together")
     args = parser.parse_args()
 
     small = sized("gpt2")
@@ -59,10 +60,20 @@ def main() -> None:
     big = sized("gpt2-xl")
     weights = costs.parameters(big.model)
     flops = costs.flops_per_token(big.model, big.context_length)
-    moved = (2 + 2 + 4) * weights
+    moved = (2 + 4) * weights
+    print(f"\ngpt2-xl in shards, put together: {moved / GB:.1f} GB an update and GPU\n")
     print(
-        f"\ngpt2-xl in shards: {moved / GB:.1f} GB a micro-batch and GPU, for any number of GPUs\n"
+        "| windows a GPU | compute, ms | within a host, ms | between hosts, ms | at most in sight |"
     )
+    print("| --- | --- | --- | --- | --- |")
+    for windows in (16, 32, 64, 128, 512):
+        compute = 1e3 * windows * big.context_length * flops / (PEAK * args.whole_mfu)
+        host, net = (1e3 * moved / GB / rate for rate in (args.host_gb, args.net_gb))
+        shares = f"{host / (compute + host):.1%}, {net / (compute + net):.1%}"
+        print(f"| {windows} | {compute:,.0f} | {host:.0f} | {net:.0f} | {shares} |")
+
+    moved = (2 + 2 + 4) * weights
+    print(f"\nBlock by block: {moved / GB:.1f} GB a micro-batch and GPU\n")
     print("| windows at a time | compute, ms | within a host, ms | between hosts, ms | hidden |")
     print("| --- | --- | --- | --- | --- |")
     for windows in (1, 2, 4, 8, 16, 32):
