@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed, so that `--help` and a mistyped flag answer at once.
 """
 
+import contextlib
 import difflib
 import io
 import json
@@ -10,11 +11,12 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -32,6 +34,10 @@ from gptforge.errors import RunError, UserError
 from gptforge.flags import parse, parse_train, spell_out_booleans, with_preset
 
 MISTAKE, FAILURE = 2, 1
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, or a closed terminal: a command ends as by Ctrl-C, and cleans up as well."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     is_traced = os.environ.get("GPTFORGE_DEBUG") == "1"
     try:
-        return _dispatch(args)
+        with _heeding_signals():
+            return _dispatch(args)
     except (UserError, RunError) as error:
         if is_traced:
             raise
@@ -70,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(3)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return MISTAKE if isinstance(error, UserError) else FAILURE
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         if is_traced:
             raise
@@ -89,6 +99,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return FAILURE
+
+
+@contextlib.contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raised, where they would end the process on the spot.
+
+    Not under torchrun: a rank may wait for others where Python is not asked.
+    """
+    here = threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ
+    names = [name for name in ("SIGTERM", "SIGHUP") if here and hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    heeded = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heeded:
+        signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    # A second one ends it at once.
+    signal.signal(number, signal.SIG_DFL)
+    raise Terminated
 
 
 def _dispatch(args: list[str]) -> int:

@@ -105,3 +105,33 @@ def test_a_time_limit_saves_and_is_no_failure(program, play) -> None:
     assert "To go on:" in done.out
     end = events()[-1]
     assert (end["event"], end["reason"]) == ("end", "time_limit")
+
+
+WAITS = """
+import sys, time
+from gptforge import cli
+def wait(args):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+cli.COMMANDS["plan"] = wait
+sys.exit(cli.main(["plan"]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("name", "code", "word"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated"), ("SIGHUP", 143, "terminated")],
+)
+def test_any_command_that_is_told_to_end_cleans_up_and_says_so(name, code, word) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "cleaned up\n", f"{word}\n")
