@@ -149,7 +149,7 @@ def _dispatch(args: list[str]) -> int:
 
 def train(args: list[str]) -> int:
     """`gptforge [train]`: train a model, or go on with one."""
-    config, given = parse_train(args, commands=list(COMMANDS))
+    config, given = parse_train(args, more=_about_commands())
     say = _say if _is_first() else lambda text: None
     config = with_preset(config, given, say=say)
     import torch
@@ -224,6 +224,26 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench,
     "doctor": doctor,
 }
+
+
+ABOUT = {
+    "train": "train a model, or go on with one; also without a word",
+    "prepare": "turn texts of any kind and size into token shards",
+    "tokenizer": "learn a vocabulary from your own text",
+    "sample": "write with a trained model",
+    "eval": "judge a trained model by text it has not learned",
+    "export": "for transformers, llama.cpp, or a Hugging Face Space",
+    "import": "take a GPT-2 of other programs in",
+    "demo": "show a model on a web page",
+    "plan": "what a run will be and cost, and whether it fits",
+    "bench": "how fast this machine trains and writes",
+    "doctor": "what this machine can do, and what is wrong with a text",
+}
+
+
+def _about_commands() -> str:
+    lines = [f"  {name:<11}{about}" for name, about in ABOUT.items()]
+    return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines])
 
 
 def _program() -> str:

@@ -19,9 +19,19 @@ BOOLEANS = {"true": True, "false": False}
 
 
 def parse_train(
-    args: Sequence[str], *, kind: type[Config] = Config, commands: Sequence[str] = ()
+    args: Sequence[str],
+    *,
+    kind: type[Config] = Config,
+    prog: str = "gptforge",
+    more: str = "",
 ) -> tuple[Config, frozenset[str]]:
     """Built-in values, preset, file and flags, laid over each other in this order.
+
+    Args:
+        args: the words behind the command.
+        kind: the configuration, perhaps with fields that a command adds.
+        prog: how the command is called, for its help and its errors.
+        more: said in its help, below what there is to say of the presets.
 
     Returns:
         The configuration, with an empty `preset` where none was named, and the names of the fields
@@ -32,11 +42,9 @@ def parse_train(
     name = flags.get("preset") or from_file.get("preset")
     base = preset(str(name)) if name else Config()
     base = merge(base, from_file, source=f"--config {flags.get('config')}")
-    description = f"{(kind.__doc__ or '').strip()} Presets: {', '.join(PRESETS)}."
-    if commands:
-        description += f" Commands: {', '.join(commands)}."
+    description = f"{(kind.__doc__ or '').strip()} Presets: {', '.join(PRESETS)}.{more}"
     default = kind(**vars(base))
-    parsed = parse(kind, args, "gptforge", default=default, description=description)
+    parsed = parse(kind, args, prog, default=default, description=description)
     return parsed, frozenset(flags) | (frozenset() if is_a_runs else frozenset(from_file))
 
 
@@ -81,6 +89,7 @@ def parse(
     """Flags into a dataclass, by tyro; its boxed errors become one UserError."""
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_boolean_rule)
+    registry.primitive_rule(_number_rule)
     boxed = io.StringIO()
     extra: dict[str, Any] = {} if default is None else {"default": default}
     if description:
@@ -121,6 +130,30 @@ def _boolean_rule(
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, bool),
         str_from_instance=lambda value: ["true" if value else "false"],
+    )
+
+
+def _number_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    """Numbers, with a mistake said in our words."""
+    kinds: dict[object, str] = {int: "a whole number", float: "a number"}
+    if info.type not in kinds:
+        return None
+
+    def parse(words: list[str]) -> float:
+        try:
+            number: float = info.type(words[0])
+        except ValueError:
+            raise ValueError(f"give {kinds[info.type]}, not {words[0]}") from None
+        return number
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT" if info.type is int else "FLOAT",
+        instance_from_str=parse,
+        is_instance=lambda value: type(value) in (int, info.type),
+        str_from_instance=lambda value: [str(value)],
     )
 
 

@@ -83,7 +83,9 @@ def test_a_file_may_name_the_preset(tmp_path) -> None:
     ("args", "words"),
     [
         (("--max_stps", "3"), "did you mean --max_steps?"),
-        (("--max_steps", "many"), "--max_steps"),
+        (("--max_steps", "many"), "--max_steps: give a whole number, not many"),
+        (("--max_lr", "high"), "--max_lr: give a number, not high"),
+        (("bench", "--turns", "1.5"), "give a whole number, not 1.5 (see gptforge bench --help)"),
         (("--max_steps",), "--max_steps"),
         (("--shuffle", "maybe"), "give true or false"),
         (("--dtype", "int8"), "--dtype"),
@@ -117,8 +119,8 @@ def test_debugging_shows_the_traceback(program, monkeypatch) -> None:
         program("--max_stps", "3")
 
 
-def test_help_shows_every_field_and_only_what_is_built(capsys) -> None:
-    from gptforge.cli import main
+def test_help_shows_every_field_and_every_command(capsys) -> None:
+    from gptforge.cli import ABOUT, COMMANDS, main
     from gptforge.config import FIELDS
 
     with pytest.raises(SystemExit) as leaving:
@@ -127,6 +129,9 @@ def test_help_shows_every_field_and_only_what_is_built(capsys) -> None:
     shown = capsys.readouterr().out
     for name in FIELDS:
         assert f"--{name}" in shown
+    assert ABOUT.keys() == COMMANDS.keys()
+    for name, about in ABOUT.items():
+        assert re.search(rf"{name} +{re.escape(about)}", shown)
 
 
 def test_without_a_preset_it_says_which_and_why(program, play) -> None:

@@ -43,7 +43,7 @@ class BenchConfig(Config):
 
 def bench(args: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parsed, given = parse_train(args, kind=BenchConfig)
+    parsed, given = parse_train(args, kind=BenchConfig, prog="gptforge bench")
     assert isinstance(parsed, BenchConfig)
     if parsed.turns < 1:
         raise UserError(f"--turns must be 1 or more, not {parsed.turns}")

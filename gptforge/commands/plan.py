@@ -34,7 +34,7 @@ class PlanConfig(Config):
 
 def plan(args: list[str]) -> int:
     """Work it out and print it; 1 if it does not fit into memory or onto the disk."""
-    parsed, given = parse_train(args, kind=PlanConfig)
+    parsed, given = parse_train(args, kind=PlanConfig, prog="gptforge plan")
     assert isinstance(parsed, PlanConfig)
     say = _quietly if parsed.json else print
     names = [field.name for field in dataclasses.fields(Config)]
