@@ -2,13 +2,32 @@
 
 import contextlib
 import threading
+from collections.abc import Callable
 
 import torch
 
 from gptforge.config import Config
-from gptforge.hardware import Precision
-from gptforge.kernels.block import add_norm
-from gptforge.kernels.packed_attention import fastest
+from gptforge.hardware import Precision, choose_kernels
+from gptforge.kernels.attention import attend
+from gptforge.kernels.block import (
+    add_column_sums,
+    add_norm,
+    embed,
+    gelu_backward,
+    norm_backward,
+    pack,
+)
+from gptforge.kernels.head import cross_entropy_in_place
+from gptforge.kernels.packed_attention import (
+    ByTriton,
+    PackedAttention,
+    attention_backward,
+    fastest,
+)
+from gptforge.model import IGNORE
+
+ROWS = 64
+"""Tokens of a trial: Triton's kernels are the same for any number of them."""
 
 
 class WarmUp:
@@ -16,44 +35,85 @@ class WarmUp:
 
     Args:
         device: nothing happens on a CPU.
-        config: says what attention will look like.
+        config: says what attention and the layers will look like.
         precision: of the products.
     """
 
     def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
         self._device, self._config, self._precision = device, config, precision
-        self._thread: threading.Thread | None = None
-        if device.type == "cuda":
+        self._threads: list[threading.Thread] = []
+        if device.type != "cuda":
+            return
+        kernels = choose_kernels(
+            device,
+            precision,
+            compile_flag=config.compile,
+            dropout=config.dropout,
+            recompute=config.activation_checkpointing,
+        )
+        # Triton in one of them only: its compiler was not made for several at once.
+        for work in [self.attend, *([self.passes] if kernels.by_hand else [])]:
             # No daemon: a process that ended under it would take the driver down as it starts.
-            self._thread = threading.Thread(target=self._run, name="warming up")
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=(work,), name="warming up")
+            self._threads.append(thread)
+            thread.start()
 
     def wait(self) -> None:
         """Until all is ready: nobody else may ask CUDA for memory while a graph is recorded."""
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def attend(self) -> None:
+        """Products and attention, as torch does it: cuDNN's plans are for one shape."""
+        square = torch.zeros(64, 64, device=self._device)
+        square.mm(square)
+        c = self._config
+        # As training has them: q, k and v side by side.
+        qkv = self._zeros(c.batch_size, c.context_length, 3, c.n_head, c.n_embd // c.n_head)
+        if isinstance(self._way, ByTriton):
+            self._way.forward(qkv)
+            return
+        q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
+        # Without dropout, which would throw dice.
+        out = attend(q, k, v, 0.0)
+        torch.autograd.grad(out, (q, k, v), out.detach())
+
+    def passes(self) -> None:
+        """Every kernel of Triton's that an update takes, in shapes that are compiled the same."""
+        c, device = self._config, self._device
+        width, inner = c.n_embd, c.mlp_ratio * c.n_embd
+        vector, to_qkv = torch.ones(width, device=device), torch.zeros(3 * width, device=device)
+        rows = self._zeros(ROWS, width)
+        if isinstance(self._way, ByTriton):
+            qkv = self._zeros(1, c.context_length, 3, c.n_head, width // c.n_head)
+            flat = self._zeros(c.context_length, width)
+            lse = torch.zeros(1, c.n_head, c.context_length, device=device)
+            attention_backward(qkv, flat, lse, flat)
+        else:
+            pack(rows, rows, rows, to_qkv)
+        ids = torch.zeros(1, ROWS, dtype=torch.long, device=device)
+        embed(ids, vector[None], torch.zeros(ROWS, width, device=device), rows.dtype)
+        for branch in (None, rows.clone()):
+            _, norm = add_norm(rows, branch, vector, vector)
+            norm_backward(rows.clone(), norm, vector, branch, to_qkv)
+        wide, sums = self._zeros(ROWS, inner), torch.zeros(inner, device=device)
+        gelu_backward(wide, wide.clone(), sums)
+        add_column_sums(wide, sums)
+        if c.vocab_size:
+            # Otherwise it follows from the text.
+            cross_entropy_in_place(self._zeros(ROWS, c.vocab_size), ids[0], IGNORE)
+
+    def _run(self, work: Callable[[], None]) -> None:
         # Whatever fails here fails again where it is wanted, and is told there. The current device,
         # on which Triton starts its kernels, is each thread's own.
         with contextlib.suppress(Exception), torch.cuda.device(self._device):
-            square = torch.zeros(64, 64, device=self._device)
-            square.mm(square)
-            self._norm()
-            self._attend()
+            work()
 
-    def _norm(self) -> None:
-        """A first kernel of Triton's, which hashes all of Triton to know its cached ones."""
-        width = self._config.n_embd
-        stream = torch.zeros(1, width, device=self._device, dtype=self._precision.dtype)
-        weight = torch.ones(width, device=self._device)
-        add_norm(stream, None, weight, weight)
-
-    def _attend(self) -> None:
-        """Both ways through attention: cuDNN's plans are for one shape, and so is this."""
+    @property
+    def _way(self) -> PackedAttention:
         c = self._config
-        shape = (c.batch_size, c.context_length, 3, c.n_head, c.n_embd // c.n_head)
-        qkv = torch.zeros(shape, device=self._device, dtype=self._precision.dtype)
-        way = fastest(self._device, qkv.dtype, head_size=shape[-1], dropout=self._config.dropout)
-        rows, kept = way.forward(qkv)
-        way.backward(rows, kept, torch.zeros(3 * c.n_embd, device=self._device))
+        size = c.n_embd // c.n_head
+        return fastest(self._device, self._precision.dtype, head_size=size, dropout=c.dropout)
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=self._device, dtype=self._precision.dtype)

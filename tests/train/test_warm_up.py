@@ -1,11 +1,13 @@
 """What is made ready beside all else."""
 
 import contextlib
+import dataclasses
 import threading
 
 import pytest
 import torch
 
+from gptforge.build import warm_up
 from gptforge.build.warm_up import WarmUp
 from gptforge.hardware import Precision
 from gptforge.presets import preset
@@ -13,9 +15,9 @@ from gptforge.presets import preset
 
 def test_on_a_cpu_there_is_nothing_to_wait_for() -> None:
     before = threading.active_count()
-    warm_up = WarmUp(torch.device("cpu"), preset("debug"), Precision(torch.float32, "test"))
+    nothing = WarmUp(torch.device("cpu"), preset("debug"), Precision(torch.float32, "test"))
     assert threading.active_count() == before
-    warm_up.wait()
+    nothing.wait()
 
 
 def test_what_fails_in_it_is_left_to_those_who_want_it(monkeypatch) -> None:
@@ -28,22 +30,33 @@ def test_what_fails_in_it_is_left_to_those_who_want_it(monkeypatch) -> None:
     monkeypatch.setattr(threading, "excepthook", complaints.append)
     monkeypatch.setattr(torch, "zeros", fail)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    warm_up = WarmUp(torch.device("cuda"), preset("debug"), Precision(torch.bfloat16, "test"))
-    warm_up.wait()
+    failing = WarmUp(torch.device("cuda"), preset("debug"), Precision(torch.bfloat16, "test"))
+    failing.wait()
     assert calls and not complaints
+
+
+@pytest.mark.parametrize("vocab_size", [0, 64])
+def test_all_that_is_tried_out_can_be_computed(vocab_size, monkeypatch) -> None:
+    config = dataclasses.replace(preset("debug"), vocab_size=vocab_size)
+    tried = WarmUp(torch.device("cpu"), config, Precision(torch.bfloat16, "test"))
+    called = []
+    monkeypatch.setattr(warm_up, "cross_entropy_in_place", lambda *_: called.append(1))
+    tried.attend()
+    tried.passes()
+    assert len(called) == bool(vocab_size)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 def test_it_takes_no_numbers_from_the_dice_and_keeps_no_memory() -> None:
-    def warm_up() -> None:
+    def do() -> None:
         WarmUp(torch.device("cuda"), preset("debug"), Precision(torch.bfloat16, "test")).wait()
 
     # Libraries take room to work in once.
-    warm_up()
+    do()
     torch.cuda.manual_seed(3)
     expected = torch.rand(4, device="cuda")
     torch.cuda.manual_seed(3)
     before = torch.cuda.memory_allocated()
-    warm_up()
+    do()
     assert torch.cuda.memory_allocated() == before
     assert torch.equal(torch.rand(4, device="cuda"), expected)
