@@ -132,7 +132,7 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
     products: Literal["auto", "cublas", "quack"] = "auto"
-    """Of the MLP: quack is a package, faster and slow to start; auto: on long runs."""
+    """Who makes the MLP's; quack: a package, faster, slow to start; auto: on long runs."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0

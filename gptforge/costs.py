@@ -149,8 +149,10 @@ def gathered_bytes(
         recompute=recompute,
         loss_chunk=loss_chunk,
     )
-    count = parameters(config)
-    return 12 * count // ranks + 6 * count + 4 * tables(config) + parts["activations"]
+    count, tokens = parameters(config), windows * context_length
+    # What LayerNorms and attention keep of each token, and libraries take to work in.
+    small = 4 * config.n_layer * (config.n_head + 4) * tokens + 2**28
+    return 12 * count // ranks + 6 * count + 4 * tables(config) + parts["activations"] + small
 
 
 def checkpoint_bytes(config: GPTConfig) -> int:

@@ -59,7 +59,8 @@ def choose_packages(step: TrainStep, config: Config, ranks: Ranks, *, say: Say) 
         if ranks.all_of(not reason):
             say("the MLP's products: with its GELU inside, by quack")
             return
-        step.use(dataclasses.replace(step.kernels, quack=False))
+        if step.kernels.quack:
+            step.use(dataclasses.replace(step.kernels, quack=False))
         reason = reason or "not on all ranks"
         say(f"note: the kernels of quack do not run here: {reason}")
     if config.products == "quack":
@@ -76,5 +77,8 @@ def _use_quack(step: TrainStep, config: Config, ranks: Ranks) -> str:
     # Rehearsed by all or none: in shards it takes all.
     if not ranks.all_of(not reason):
         return reason or "not on all ranks"
-    step.use(dataclasses.replace(step.kernels, quack=True))
+    try:
+        step.use(dataclasses.replace(step.kernels, quack=True))
+    except Exception as error:
+        return first_line(error)
     return trouble_of(step, config)

@@ -21,7 +21,7 @@ from gptforge.train.micro_batch import HEADROOM
 
 Say = Callable[[str], None]
 
-BUSY = 4096
+BUSY_TOKENS = 4096
 """Tokens at a time that keep a large GPU busy with a model that needs several of them."""
 
 
@@ -108,13 +108,15 @@ def wants_shards(
     return shards
 
 
-def may_gather(config: Config, device: torch.device, given: Collection[str], ranks: Ranks) -> bool:
+def has_room_to_gather(
+    config: Config, device: torch.device, given: Collection[str], ranks: Ranks
+) -> bool:
     """Whether shards leave every rank room for whole narrow weights and gradients: it is faster.
 
     Room for fewer tokens at a time than keep a GPU's products busy is none.
     """
     own = config.global_batch // ranks.size
-    enough = -(-BUSY // config.context_length)
+    enough = -(-BUSY_TOKENS // config.context_length)
     windows = min(own, config.batch_size if "batch_size" in given else enough)
     needed = costs.gathered_bytes(
         config.model,

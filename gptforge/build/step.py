@@ -9,7 +9,7 @@ import torch
 
 from gptforge import costs
 from gptforge.build.packages import choose_packages, trouble_of
-from gptforge.build.parallel import may_gather, wants_shards
+from gptforge.build.parallel import has_room_to_gather, wants_shards
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.tensors import load_model_tensors
@@ -77,7 +77,7 @@ def train_step(
         dropout=config.dropout,
         recompute=config.activation_checkpointing,
     )
-    if shards and kernels.by_hand and not may_gather(config, device, given, ranks):
+    if shards and kernels.by_hand and not has_room_to_gather(config, device, given, ranks):
         kernels = dataclasses.replace(kernels, by_hand=False)
     betas = (config.beta1, config.beta2)
     by_hand = "batch_size" in given
@@ -143,7 +143,7 @@ def attention_of(step: TrainStep, config: Config) -> str:
     )  # fmt: skip
     way = fastest(step.device, dtype, head_size=head_size, dropout=config.dropout)
     is_ours = step.kernels.by_hand and isinstance(way, ByTriton)
-    return f"{picked}, its way back in Triton" if is_ours else picked
+    return "cudnn, its way back in Triton" if is_ours else picked
 
 
 def _model(config: Config, opening: Opening, ranks: Ranks) -> GPT:
@@ -251,13 +251,13 @@ def refuse_too_large(
 
 def what_would_fit(step: TrainStep, config: Config) -> str:
     """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
-    step.use(step.kernels)
     if step.is_sharded:
         return (
             f"micro-batches of {step.micro_batch} do not fit into the memory of {step.device}: "
             "give a smaller --batch_size with more --gradient_accumulation_steps, or "
             "--activation_checkpointing true"
         )
+    step.use(step.kernels)
     # Only a divisor keeps the global batch, and with it what is learned.
     smaller = [n for n in range(step.micro_batch - 1, 0, -1) if config.global_batch % n == 0]
     fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)

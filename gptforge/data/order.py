@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 ROUNDS = 6
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: steps that spread evenly
+# SplitMix64's. Made once: making them takes as long as using them.
+SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 SALTS = np.arange(ROUNDS, dtype=np.uint64) * GOLDEN
 
 
@@ -20,7 +23,7 @@ def window_at(
     """Which window stands at each position of the endless stream of epochs.
 
     Args:
-        positions: places in the stream, any shape; position p lies in epoch p // n.
+        positions: places in the stream, one or more; position p lies in epoch p // n.
         n: number of windows in an epoch.
         seed: with the epoch, it picks the permutation.
         shuffle: False keeps the order of the text.
@@ -72,11 +75,6 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scramble 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     # Arrays go round silently where numbers of numpy's would warn.
     value = value + GOLDEN
-    value = (value ^ (value >> _30)) * _FIRST
-    value = (value ^ (value >> _27)) * _SECOND
-    return value ^ (value >> _31)
-
-
-# Made once: making them takes as long as using them.
-_27, _30, _31 = np.uint64(27), np.uint64(30), np.uint64(31)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+    value = (value ^ (value >> SHIFTS[0])) * FACTORS[0]
+    value = (value ^ (value >> SHIFTS[1])) * FACTORS[1]
+    return value ^ (value >> SHIFTS[2])

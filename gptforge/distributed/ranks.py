@@ -182,11 +182,11 @@ class ManyRanks(Ranks):
 
     def begin_sum_to_own(self, tensor: Tensor) -> Callable[[], None]:
         """As `Ranks.begin_sum_to_own`."""
-        return _waiting(dist.reduce_scatter_tensor(self.own(tensor), tensor, async_op=True))
+        return _waiting(_sum_to_own(self.own(tensor), tensor, async_op=True))
 
     def begin_gather(self, tensor: Tensor) -> Callable[[], None]:
         """As `Ranks.begin_gather`."""
-        return _waiting(dist.all_gather_into_tensor(tensor, self.own(tensor), async_op=True))
+        return _waiting(_gather(tensor, self.own(tensor), async_op=True))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """As `Ranks.broadcast`."""
@@ -325,6 +325,11 @@ def _send_largest(number: Tensor) -> Callable[[], int]:
         return int(host)
 
     return read
+
+
+# By their names since torch 2.13, which warns about those before.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_sum_to_own = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _nothing() -> None:

@@ -1,10 +1,9 @@
 """The products on both sides of the MLP's GELU, with their way back called by hand.
 
 Two ways: cuBLASLt's, which has the GELU and its slope in some products, with passes of our own for
-the rest; or those of quack (Dao et al., the package quack-kernels),
-which also add up the gradient of the bias, and make the GELU again, while they multiply. On an H100
-these take 242 us instead of 288 forward, and 331 or 404 instead of 386 or 513 back, for 32,768
-tokens of GPT-2 small.
+the rest; or those of quack (Dao et al., the package quack-kernels), which also add up the gradient
+of the bias, and make the GELU again, while they multiply. On an H100 these take 242 us instead of
+288 forward, and 331 or 388 instead of 386 or 513 back, for 32,768 tokens of GPT-2 small.
 
 Shapes: N tokens, C channels, F channels of the MLP inside.
 """

@@ -3,8 +3,9 @@
 Of the wide weights and the optimizer's state every rank has its rows. Once an update the narrow
 weights are put together, while the first blocks compute; gradients are added up as wholes over its
 micro-batches, and sent to those who keep their rows while the last one is on its way back. That is
-the second stage of ZeRO (Rajbhandari et al., 2020). It takes 6 bytes a parameter on every rank;
-`sharded.py` takes less, and sends weights and gradients in every micro-batch.
+the first stage of ZeRO (Rajbhandari et al., 2020), with the wide weights in pieces as well, and
+takes 6 bytes a parameter on every rank; `sharded.py` takes less, and sends weights and gradients in
+every micro-batch.
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gptforge.distributed import Ranks
 from gptforge.distributed.shards import as_shard, own_rows
-from gptforge.train.gradients import ALIGNMENT, Gradients, shortening
+from gptforge.train.gradients import ALIGNMENT, Gradients, round_up, shortening
 from gptforge.train.parallel import OverRanks, ranges
 from gptforge.train.sharded import Root
 from gptforge.train.weights import Weights
@@ -33,6 +34,7 @@ class GatheredWeights(Weights):
     def __init__(self, dtype: torch.dtype, root: Root, ranks: Ranks) -> None:
         super().__init__(dtype)
         self._root, self._ranks = root, ranks
+        root.cut_again()
         vectors = [p for p in root.parameters() if p.dim() == 1]
         self._vectors = _Vectors(vectors, ranks)
         self._wide: dict[Tensor, Tensor] = {}
@@ -51,12 +53,13 @@ class GatheredWeights(Weights):
         """As `Weights.narrow`."""
         if parameter.dim() == 1 or parameter in self._wide:
             return super().narrow(parameter)
+        assert parameter not in self._narrow, "it has its place"
         self._narrow[parameter] = self._padded(parameter, self.dtype)
         return self._narrow[parameter][: len(parameter)]
 
     def begin(self) -> None:
         """As `Weights.begin`; all ranks have to."""
-        self._root.forget()
+        self._root.cut_again()
         self._vectors.gather()
         for wait in self._gather(self._wide).values():
             wait()
@@ -85,6 +88,9 @@ class GatheredWeights(Weights):
 class _Vectors:
     """All vectors of a model, which take one message together.
 
+    `_pieces` holds, rank after rank, each one's numbers of every vector; `_places` says where each
+    number of `_whole`, in which vector lies behind vector, is among them.
+
     Args:
         vectors: that lie in shards.
         ranks: who have them.
@@ -98,7 +104,7 @@ class _Vectors:
         self._pieces = torch.zeros(ranks.size * sum(each), dtype=first.dtype, device=first.device)
         places, self._found, end = [], {}, 0
         for vector, start, count in zip(vectors, self._starts, each, strict=True):
-            number = torch.arange(padded_to(len(vector), ALIGNMENT)).clamp(max=len(vector) - 1)
+            number = torch.arange(round_up(len(vector), ALIGNMENT)).clamp(max=len(vector) - 1)
             places.append(number // count * sum(each) + start + number % count)
             self._found[vector] = slice(end, end + len(vector))
             end += len(number)
@@ -118,14 +124,14 @@ class _Vectors:
         torch.index_select(self._pieces, 0, self._places, out=self._whole)
 
 
-class GradientsToShards(Gradients):
+class ShardedGradients(Gradients):
     """Gradients of a model in shards: made as wholes, of which each rank keeps its rows."""
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], ranks: Ranks) -> None:
         self._ranks = ranks
         super().__init__(groups)
         self.matrices = {
-            start: self.flat[start : start + self._room(group[0])].view(-1, group[0].size(1))
+            start: self.flat[start : start + self._size_of(group[0])].view(-1, group[0].size(1))
             for start, group in zip([0, *self.ends], groups, strict=False)
             if group[0].dim() > 1
         }
@@ -133,28 +139,28 @@ class GradientsToShards(Gradients):
 
     def clip(self, longest: float) -> Tensor:
         """As `Gradients.clip`, over the rows on all ranks."""
-        own = [own_rows(gradient) for gradient in self._given.values()]
+        own = [own_rows(gradient) for gradient in self._for_optimizer.values()]
         squares = torch.stack(torch._foreach_norm(own)).square().sum()
         norm = self._ranks.sum(squares).sqrt()
         torch._foreach_mul_(own, shortening(norm, longest))
         return norm
 
-    def _room(self, parameter: Tensor) -> int:
+    def _size_of(self, parameter: Tensor) -> int:
         if parameter.dim() == 1:
             return parameter.numel()
         return padded(len(parameter), self._ranks) * parameter.size(1)
 
     @functools.cached_property
-    def _given(self) -> dict[Tensor, Tensor]:
-        given = {}
+    def _for_optimizer(self) -> dict[Tensor, Tensor]:
+        found = {}
         for parameter, gradient in self._views.items():
             each = padded(len(parameter), self._ranks) // self._ranks.size
             own = gradient[self._ranks.rank * each : (self._ranks.rank + 1) * each]
-            given[parameter] = as_shard(own, parameter)
-        return given
+            found[parameter] = as_shard(own, parameter)
+        return found
 
 
-class ToShards(OverRanks):
+class SumsToShards(OverRanks):
     """Sums of gradients over the ranks, each matrix's rows only where they are kept.
 
     Args:
@@ -162,7 +168,7 @@ class ToShards(OverRanks):
         gradients: where they lie.
     """
 
-    def __init__(self, ranks: Ranks, gradients: GradientsToShards) -> None:
+    def __init__(self, ranks: Ranks, gradients: ShardedGradients) -> None:
         super().__init__(ranks, gradients)
         self._matrices = gradients.matrices
         self._pieces = ranges(gradients.ends, 0)
@@ -175,9 +181,4 @@ class ToShards(OverRanks):
 
 def padded(rows: int, ranks: Ranks) -> int:
     """Rows with which all ranks have as many of them; the last ones lie empty."""
-    return padded_to(rows, ranks.size)
-
-
-def padded_to(count: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-count // multiple) * multiple
+    return round_up(rows, ranks.size)

@@ -17,7 +17,7 @@ class Gradients:
         starts, end = [], 0
         for group in groups:
             starts.append(end)
-            end += -(-sum(self._room(p) for p in group) // ALIGNMENT) * ALIGNMENT
+            end += round_up(sum(self._size_of(p) for p in group), ALIGNMENT)
         self.ends = [*starts[1:], end]
         """Where each group ends."""
         first = groups[0][0]
@@ -27,7 +27,7 @@ class Gradients:
             for parameter in group:
                 view = self.flat[place : place + parameter.numel()]
                 self._views[parameter] = view.view(parameter.shape)
-                place += self._room(parameter)
+                place += self._size_of(parameter)
 
     def of(self, parameter: Tensor) -> Tensor:
         """Where the gradient of a parameter is added up."""
@@ -36,7 +36,7 @@ class Gradients:
     def clear(self) -> None:
         """Set all to zero, and make them their parameters' gradients."""
         self.flat.zero_()
-        for parameter, gradient in self._given.items():
+        for parameter, gradient in self._for_optimizer.items():
             parameter.grad = gradient
 
     def clip(self, longest: float) -> Tensor:
@@ -52,14 +52,19 @@ class Gradients:
         assert places[-1].storage_offset() + places[-1].numel() == start + size
         return self.flat[start : start + size]
 
-    def _room(self, parameter: Tensor) -> int:
+    def _size_of(self, parameter: Tensor) -> int:
         """Numbers that a parameter's gradient takes."""
         return parameter.numel()
 
     @functools.cached_property
-    def _given(self) -> dict[Tensor, Tensor]:
-        """What each parameter gets as its gradient."""
+    def _for_optimizer(self) -> dict[Tensor, Tensor]:
+        """What each parameter gets as its `grad`."""
         return self._views
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
 
 
 def shortening(norm: Tensor, longest: float) -> Tensor:

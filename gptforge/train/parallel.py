@@ -90,6 +90,8 @@ class OverRanks(GradientSync):
             wait()
         self._waits.clear()
         self._sent = 0
+        # A rehearsal between updates sends nothing.
+        self._is_armed = False
         return loss
 
     def _send(self, end: int) -> None:

@@ -37,7 +37,7 @@ class Root(nn.Module):
         loss: Tensor = (self.compute if self.training else self.model)(idx, targets)
         return loss
 
-    def forget(self) -> None:
+    def cut_again(self) -> None:
         """Drop what an evaluation put together of this layer's own weights, and left so."""
         from torch.distributed.fsdp import FSDPModule
 

@@ -16,7 +16,7 @@ from gptforge.model import GPT
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.by_autograd import ByAutograd
 from gptforge.train.by_hand import ByHand
-from gptforge.train.gathered import GatheredWeights, GradientsToShards, ToShards
+from gptforge.train.gathered import GatheredWeights, ShardedGradients, SumsToShards
 from gptforge.train.parallel import (
     AutogradGradients,
     GradientSync,
@@ -67,6 +67,7 @@ class TrainStep:
         self.micro_batch = micro_batch
         self._savings = savings
         self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
+        assert root is None or not may_shrink, "the others would wait for a rank that tries again"
         self._may_shrink = may_shrink
         self._say = say
         self._ranks, self._root = ranks, root
@@ -79,6 +80,8 @@ class TrainStep:
         """Compute updates with these kernels from now on, uncompiled."""
         self.kernels = kernels
         self.is_compiled = False
+        # Its gradients and weights first: there may be no room for those of two.
+        self.__dict__.pop("_way", None)
         self.optimizer.zero_grad(set_to_none=True)
         self._way: ByAutograd | ByHand | Replay
         self._sync = GradientSync()
@@ -110,10 +113,10 @@ class TrainStep:
         if self._root is not None:
             way = make(
                 weights=GatheredWeights(dtype, self._root, ranks),
-                gradients=functools.partial(GradientsToShards, ranks=ranks),
+                gradients=functools.partial(ShardedGradients, ranks=ranks),
             )
-            assert isinstance(way.gradients, GradientsToShards)
-            self._sync = ToShards(ranks, way.gradients)
+            assert isinstance(way.gradients, ShardedGradients)
+            self._sync = SumsToShards(ranks, way.gradients)
         else:
             way = make()
             if ranks.size > 1:
@@ -154,6 +157,7 @@ class TrainStep:
         A recording has memory of its own, beside what an update takes that is not played back.
         """
         assert isinstance(self._way, ByHand), "only what is written out can be recorded"
+        assert self._root is None, "others would have to be waited for in a recording"
         # What is played back calls nobody: its gradients are sent when all are there.
         self._way.made = GradientSync().made
         self._way = Replay(self._way)

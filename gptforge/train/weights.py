@@ -22,8 +22,8 @@ class Weights:
         return parameter
 
     def narrow(self, parameter: Tensor) -> Tensor:
-        """Where its narrow copy will be."""
-        copy = self._room(parameter)
+        """Make room for its narrow copy, which each update fills; asked for once a parameter."""
+        copy = torch.empty(parameter.shape, dtype=self.dtype, device=parameter.device)
         self._copies.append(copy)
         self._sources.append(self.wide(parameter))
         return copy
@@ -34,6 +34,3 @@ class Weights:
 
     def wait_for(self, *copies: Tensor) -> None:
         """Before the first use of narrow copies in an update."""
-
-    def _room(self, parameter: Tensor) -> Tensor:
-        return torch.empty(parameter.shape, dtype=self.dtype, device=parameter.device)
