@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -138,6 +138,9 @@ def _dispatch(args: list[str]) -> int:
                 near = ["--help"]
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
             raise UserError(f"there is no command '{args[0]}'; {hint}")
+        if args[0] != "train" and not _is_first():
+            # One process is enough for it, and two would write the same files.
+            return 0
         return COMMANDS[args[0]](args[1:])
     if args == ["--version"]:
         from gptforge import __version__
@@ -183,8 +186,10 @@ def train(args: list[str]) -> int:
     if reason == "time_limit" and ranks.is_first:
         print(f"The time limit of {config.time_limit:g} minutes is reached, and all is saved.")
     if reason != "finished" and ranks.is_first:
-        print(f"To go on: {_program()} {_quote(args)}".rstrip())
-    return ranks.end(EXIT_CODES[reason])
+        print(f"To go on: {_launcher(os.environ)} {_quote(args)}".rstrip())
+    # torchrun would start again what was told to stop.
+    is_restarted = ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return ranks.end(0 if is_restarted else EXIT_CODES[reason])
 
 
 def evaluate(args: list[str]) -> int:
@@ -250,6 +255,17 @@ def _program() -> str:
     """How this program was called, for the commands that it prints."""
     called = Path(sys.argv[0])
     return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"
+
+
+def _launcher(env: Mapping[str, str]) -> str:
+    """The same, with the launcher that started several processes, as far as it can be known."""
+    if int(env.get("WORLD_SIZE", "1")) < 2:
+        return _program()
+    called, each = Path(sys.argv[0]), env.get("LOCAL_WORLD_SIZE", "N")
+    script = called.as_posix() if called.suffix == ".py" else "-m gptforge"
+    if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE"):
+        return f"torchrun --nproc_per_node={each} {script}"
+    return f"torchrun ... --nproc_per_node={each} {script}"
 
 
 def _is_first() -> bool:

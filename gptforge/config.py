@@ -161,6 +161,7 @@ class Config:
 
 FIELDS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 NOTES = "made_by"
 """The table of a run's config.toml that says how it was made; reading passes over it."""
 RETIRED = frozenset({"attention"})
@@ -200,7 +201,7 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
             value = float(value)
         if type(value) is not kind:
             given = f"{value!r} ({type(value).__name__})"
-            raise UserError(f"{source}: {name} takes a {kind.__name__}, not {given}")
+            raise UserError(f"{source}: {name} takes {KINDS[kind]}, not {given}")
         checked[name] = value
     return dataclasses.replace(base, **checked)
 

@@ -53,7 +53,8 @@ def choose_device(flag: str) -> tuple[torch.device, str]:
         if not has_mps():
             raise UserError(f"--device {flag}: torch finds no Apple GPU here; use --device auto")
         return torch.device("mps"), "Apple GPU"
-    return torch.device("cpu"), f"{torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.device("cpu"), f"{threads} threads" if threads > 1 else "1 thread"
 
 
 def _cuda(flag: str, index: int) -> tuple[torch.device, str]:

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from gptforge import cli
 from gptforge.build import step as build_step
 from gptforge.errors import UserError
 from gptforge.flags import flag_values, parse_train
@@ -132,6 +134,25 @@ def test_help_shows_every_field_and_every_command(capsys) -> None:
     assert ABOUT.keys() == COMMANDS.keys()
     for name, about in ABOUT.items():
         assert re.search(rf"{name} +{re.escape(about)}", shown)
+
+
+@pytest.mark.parametrize(
+    ("env", "command"),
+    [
+        ({}, "python gpt.py"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node=2 gpt.py"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "torchrun ... --nproc_per_node=2 gpt.py"),
+    ],
+)
+def test_to_go_on_it_names_the_launcher_it_was_started_by(monkeypatch, env, command) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpt.py"])
+    assert cli._launcher(env) == command
+
+
+def test_other_commands_take_one_process_of_several(program, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    done = program("plan", "--preset", "debug", "--device", "cpu")
+    assert (done.code, done.out) == (0, "")
 
 
 def test_without_a_preset_it_says_which_and_why(program, play) -> None:

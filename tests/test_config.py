@@ -58,7 +58,7 @@ def test_an_unknown_field_gets_a_suggestion() -> None:
 
 @pytest.mark.parametrize("value", ["3", 3.5, True, None, [3]])
 def test_a_value_of_the_wrong_type_is_refused(value: object) -> None:
-    with pytest.raises(UserError, match="max_steps takes a int"):
+    with pytest.raises(UserError, match="max_steps takes a whole number"):
         merge(Config(), {"max_steps": value}, source="x.toml")
 
 

@@ -32,16 +32,27 @@ def check_shares(config: Config, ranks: Ranks) -> None:
     size, batch = ranks.size, config.batch_size
     step = size // math.gcd(size, batch)
     steps = max(step, round(config.gradient_accumulation_steps / step) * step)
+    fitting = [str(n) for n in range(2, config.global_batch + 1) if config.global_batch % n == 0]
+    ranks_that_fit = ", ".join(fitting[:8]) + (", ..." if len(fitting) > 8 else "")
     raise UserError(
         f"--batch_size {batch} x --gradient_accumulation_steps "
         f"{config.gradient_accumulation_steps} is a global batch of {config.global_batch} windows, "
-        f"which {size} ranks cannot share equally: use --gradient_accumulation_steps {steps}, or "
-        "another number of ranks"
+        f"which {size} ranks cannot share equally: use {ranks_that_fit or '1'} ranks, or, unless "
+        f"a run is to be gone on with, --gradient_accumulation_steps {steps}"
     )
 
 
-def open_together(config: Config, corpus: Corpus, given: Collection[str], ranks: Ranks) -> Opening:
+def open_together(
+    config: Config, corpus: Corpus, given: Collection[str], ranks: Ranks, *, asked: Config
+) -> Opening:
     """What rank 0 finds in the run folder, told to all, who have to have started alike.
+
+    Args:
+        config: settled, the same on all.
+        corpus: what this rank reads.
+        given: fields that were set by hand.
+        ranks: who train together.
+        asked: what this rank was started with.
 
     Raises:
         RunError: naming a rank with another text, tokenizer, configuration or version.
@@ -57,7 +68,7 @@ def open_together(config: Config, corpus: Corpus, given: Collection[str], ranks:
     opening = Opening.from_json(ranks.on_first(look))
     ranks.require_same(
         {
-            "configuration": str(opening.config),
+            "configuration": str(asked),
             "text (SHA-256)": corpus.sha256,
             "tokenizer": sha256(json.dumps(corpus.tokenizer.to_json()).encode()).hexdigest(),
             "version of gptforge": __version__,
@@ -96,12 +107,12 @@ def wants_shards(
     if shards and precision.needs_scaler:
         raise UserError(
             "--dtype float16 does not go with --parallel fsdp, whose shards know no loss scale: "
-            "use --dtype bfloat16 or float32"
+            "use --dtype bfloat16 or float32, or --parallel ddp"
         )
     if shards and c.optimizer == "muon":
         raise UserError(
             f"--optimizer muon needs whole matrices, and the model would lie in shards "
-            f"({why}): use --optimizer adamw"
+            f"({why}): use --optimizer adamw, or --parallel ddp if it fits on each"
         )
     kind = "fsdp, a piece of the model on each" if shards else "ddp, the whole model on each"
     say(f"parallel: {kind} of {ranks.size} ranks; {why}")

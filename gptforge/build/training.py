@@ -68,7 +68,8 @@ def build_trainer(
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
-    config = Config(**ranks.on_first(lambda: vars(start_from(config, given, say))))
+    asked = config
+    config = Config(**ranks.on_first(lambda: vars(start_from(asked, given, say))))
     check(config)
     if ranks.is_first:
         check_writable(Path(out_dir_of(config)))
@@ -83,7 +84,7 @@ def build_trainer(
         corpus = open_text(config, given, say, meter)
     config = settle(config, corpus)
     lock = lock_run(Path(config.out_dir)) if ranks.is_first else io.StringIO()
-    opening = open_together(config, corpus, given, ranks)
+    opening = open_together(config, corpus, given, ranks, asked=asked)
     config = opening.config
     for notice in (*corpus.notices, *opening.notices):
         say(f"note: {notice}")

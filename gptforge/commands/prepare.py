@@ -69,15 +69,20 @@ def prepare(args: list[str]) -> int:
         skip_bad=asked.skip_bad,
         headerless=asked.headerless,
     )
-    with open_meter("preparing") as meter:
-        index = make(
-            Path(asked.out),
-            request,
-            workers=asked.workers,
-            overwrite=asked.overwrite,
-            say=meter.say,
-            meter=meter,
-        )
+    try:
+        with open_meter("preparing") as meter:
+            index = make(
+                Path(asked.out),
+                request,
+                workers=asked.workers,
+                overwrite=asked.overwrite,
+                say=meter.say,
+                meter=meter,
+            )
+    except KeyboardInterrupt:
+        again = ", without --overwrite," if asked.overwrite else ""
+        print(f"note: the same command{again} goes on with what is finished", file=sys.stderr)
+        raise
     print(describe(index))
     print(f"Train on it: {_program()} --input {asked.out}")
     return 0

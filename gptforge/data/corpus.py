@@ -10,6 +10,7 @@ from gptforge.data.cached import prepare_once
 from gptforge.data.documents import Form
 from gptforge.data.index import TOKENIZER, Index, read_index
 from gptforge.data.loader import count_windows
+from gptforge.data.prepare import NOTES
 from gptforge.data.request import Meter
 from gptforge.data.shards import read_header, read_headerless
 from gptforge.data.stream import ShardFile, ShardStream, TokenStream
@@ -68,7 +69,12 @@ def open_corpus(
         return _prepared(path, index, wanted)
     if path.suffix == SHARDS and path.is_file():
         return _foreign(path, [path], wanted)
-    if path.is_dir() and (shards := sorted(path.glob(f"*{SHARDS}"))):
+    if (path / NOTES).is_dir():
+        raise UserError(
+            f"{path.as_posix()} is not finished: the command that prepared it, given again, goes "
+            "on where it stopped"
+        )
+    if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARDS}"))):
         return _foreign(path, shards, wanted)
     index = prepare_once(
         path.as_posix(),

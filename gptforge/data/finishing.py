@@ -22,6 +22,8 @@ from gptforge.tokenizers.base import smallest_dtype
 MOST_SOURCES = 1000
 """Files that the index names."""
 MOST_NOTICES = 20
+FAR = 2
+"""Times what was asked for that is held out, or part of it, from which on it is said."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,14 @@ def finish(out: Path, made: Made, *, headerless: bool) -> Index:
 
 
 def tell(made: Made, say: Callable[[str], None]) -> None:
-    """Say what was mended and what was left out."""
+    """Say what was mended, what was left out, and if another share than asked is held out."""
+    counts_of = {side: _sums(made.shards, side)["bytes"] for side in SIDES}
+    asked, share = made.split.fraction, counts_of["val"] / max(1, sum(counts_of.values()))
+    if asked and not asked / FAR <= share <= asked * FAR:
+        say(
+            f"note: {share:.0%} of the text are held out, not {asked:.0%}: documents and files go "
+            "to one side as a whole, and there are few of them"
+        )
     for notice in made.notices[:EXAMPLES]:
         say(f"note: {notice}")
     if (more := len(made.notices) - EXAMPLES) > 0:

@@ -128,8 +128,8 @@ class Heartbeat:
             if silent > self._silence:
                 where = os.environ.get("MASTER_ADDR")
                 self._print(
-                    f"{self._where} cannot reach the other ranks, at {where}, for "
-                    f"{self._silence:.0f} seconds"
+                    f"{self._where} cannot reach the other ranks, at {where}, any more: that "
+                    "machine or its launcher is gone, or the network"
                 )
                 self._part(FAILURE)
 

@@ -1,5 +1,6 @@
 """Joining the other processes that torchrun has started, from what it says in the environment."""
 
+import math
 import os
 import secrets
 import socket
@@ -49,7 +50,7 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
     local_rank = int(env["LOCAL_RANK"])
     place = _local_device(device, local_rank, local_size=int(env["LOCAL_WORLD_SIZE"]))
     host = socket.gethostname()
-    silence = float(env.get("GPTFORGE_SILENCE", SILENCE))
+    silence = _seconds(env.get("GPTFORGE_SILENCE", str(SILENCE)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     is_server = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -87,6 +88,16 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
         store=store,
         heartbeat=heartbeat,
     )
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(f"GPTFORGE_SILENCE={word}: give seconds, such as 120")
+    return seconds
 
 
 def _store(env: Mapping[str, str], *, is_server: bool, timeout: timedelta) -> Store:
@@ -136,8 +147,8 @@ def _local_device(flag: str, local_rank: int, *, local_size: int) -> torch.devic
         return torch.device("cpu")
     there = torch.cuda.device_count()
     if local_size > there:
+        remedy = f"use --nproc_per_node={there}" if there else "add --device cpu"
         raise UserError(
-            f"{local_size} ranks were started here and torch finds {there} CUDA GPUs: use "
-            f"--nproc_per_node={there}" + ("" if there else ", or --device cpu")
+            f"{local_size} ranks were started here and torch finds {there} CUDA GPUs: {remedy}"
         )
     return torch.device("cuda", local_rank)

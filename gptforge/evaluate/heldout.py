@@ -1,6 +1,7 @@
 """Loss on held-out text: nats per token, and bits per byte, which compares across vocabularies."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from gptforge.model import IGNORE
 
 TOKENS_AT_ONCE = 8192
 """More would fill the memory with logits and be no faster."""
+LAG = 2
+"""Batches until all have heard that one gives up: nobody waits for the answer."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,6 @@ class HeldOut:
         self._batch_size = min(batch_size, at_once, len(self._starts))
         self.share = len(self._starts) / windows
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, precision: Precision, ranks: Ranks = ALONE) -> HeldOutLoss:
         """Score the model; its training mode is put back afterwards.
 
@@ -76,12 +78,26 @@ class HeldOut:
             precision: of its products.
             ranks: who judge together, each a part of the windows; all get the same score.
         """
+        score = self.evaluate_unless(lambda: False, model, precision, ranks)
+        assert score is not None, "nobody gave up"
+        return score
+
+    @torch.no_grad()
+    def evaluate_unless(
+        self,
+        gives_up: Callable[[], bool],
+        model: nn.Module,
+        precision: Precision,
+        ranks: Ranks = ALONE,
+    ) -> HeldOutLoss | None:
+        """The same, unless a rank gives up on the way, which all hear of: then None."""
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         tokens = n_bytes = 0
-        each = self._batch_size
+        each, wishes = self._batch_size, ranks.agreement(LAG)
+        is_given_up = False
         for first in range(0, len(self._starts), each * ranks.size):
             begin = first + ranks.rank * each
             inputs, targets = self._batch(self._starts[begin : begin + each])
@@ -91,7 +107,11 @@ class HeldOut:
             tokens += len(real)
             n_bytes += int(self._byte_lengths[real].sum())
             ranks.tick()
+            if is_given_up := bool(wishes.say(int(gives_up()))):
+                break
         model.train(was_training)
+        if is_given_up:
+            return None
         nats, *counts = ranks.totals([float(total), tokens, n_bytes])
         tokens, n_bytes = (round(count) for count in counts)
         return HeldOutLoss(nats / tokens, nats / math.log(2) / max(1, n_bytes), tokens, n_bytes)

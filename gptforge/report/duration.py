@@ -2,9 +2,11 @@
 
 
 def in_words(seconds: float) -> str:
-    """'40 seconds', '4 minutes', '3.2 hours', '12 days'."""
+    """'1 second', '40 seconds', '4 minutes', '3.2 hours', '12 days'."""
+    if seconds < 1.5:
+        return "1 second"
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        return f"{round(seconds)} seconds"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} minutes"
     if seconds < 48 * 3600:

@@ -59,6 +59,10 @@ class StopGuard:
             return self._signal
         return "time_limit" if self._clock() >= self._deadline else None
 
+    def is_told(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
     def __enter__(self) -> Self:
         # Python lets only the main thread listen to signals.
         if threading.current_thread() is threading.main_thread():

@@ -104,11 +104,13 @@ class Trainer:
                     self.go_back()
                     continue
                 is_best = self.is_due(self.config.eval_every) and self.judge()
-                if self.is_due(self.config.sample_every):
+                if is_best is not None and self.is_due(self.config.sample_every):
                     self.sample()
                 reason = self.wish() if self.steps_left else "finished"
+                if reason in ("interrupted", "terminated") and not self.guard.is_told():
+                    self.report.console.say("Stopping: another rank was told to.")
                 if reason or is_best or self.is_due(self.config.save_every):
-                    self.save(is_best=is_best)
+                    self.save(is_best=bool(is_best))
                 self.report.saved(self.saver.collect())
             self.saver.wait()
         self.report.saved(self.saver.collect())
@@ -207,20 +209,28 @@ class Trainer:
             self._start_counting()
         self._clock.lap()
 
-    def judge(self) -> bool:
-        """Score the model, by held-out text where there is some; whether it is the best so far."""
+    def judge(self) -> bool | None:
+        """Score the model, by held-out text where there is some; whether it is the best so far.
+
+        None if somebody would rather stop than wait for the score.
+        """
         p, step = self.progress, self.train_step
         with self._aside():
+            score = None
             if self.held_out is None:
                 seen = float(self._loss_count)
                 loss = float(self._loss_sum) / seen if seen else math.nan
             else:
-                score = self.held_out.evaluate(step.judged, step.precision, self.ranks)
+                score = self.held_out.evaluate_unless(
+                    self.guard.is_told, step.judged, step.precision, self.ranks
+                )
+                if score is None:
+                    return None
                 loss = score.loss
             is_best = loss < p.best_loss
             if is_best:
                 p.best_loss, p.best_step = loss, p.step
-            if self.held_out is not None:
+            if score is not None:
                 self.report.evaluated(
                     p.step,
                     loss=loss,

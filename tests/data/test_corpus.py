@@ -101,6 +101,21 @@ def test_a_prepared_folder_that_lost_a_shard_is_refused(play, tmp_path) -> None:
         corpus(tmp_path / "shards")
 
 
+def test_a_folder_whose_preparation_was_interrupted_is_refused(play, tmp_path) -> None:
+    out = tmp_path / "out"
+    prepare(out, Request((str(play),), tokenizer="char"))
+    (out / "index.json").unlink()
+    (out / ".preparing").mkdir()
+    with pytest.raises(UserError, match="out is not finished: the command that prepared it"):
+        corpus(out)
+
+
+def test_half_written_shards_of_others_are_passed_over(tmp_path) -> None:
+    shard(tmp_path / "a_train.bin", [1, 2, 3])
+    (tmp_path / ".b_train.partial.bin").write_bytes(b"not yet")
+    assert len(corpus(tmp_path, val_fraction=0.0).train) == 3
+
+
 def test_shards_of_others_are_read_as_they_lie(tmp_path) -> None:
     shard(tmp_path / "fineweb_train_000001.bin", range(1000))
     shard(tmp_path / "fineweb_train_000002.bin", range(1000, 1500))

@@ -158,6 +158,19 @@ def test_few_documents_are_cut_at_a_boundary(tmp_path) -> None:
     assert len(texts_of(index, "val")) == 3
 
 
+def test_a_share_held_out_that_is_far_from_what_was_asked_is_said(tmp_path) -> None:
+    said: list[str] = []
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(some_text(1), "utf-8")
+    sources = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
+    prepare(tmp_path / "out", Request(sources, tokenizer="byte"), say=said.append)
+    assert any("note: 50% of the text are held out, not 10%" in text for text in said)
+    said.clear()
+    one = jsonl(tmp_path / "many.jsonl", MANY)
+    prepare(tmp_path / "many", Request((str(one),), tokenizer="byte"), say=said.append)
+    assert not any("held out" in text for text in said)
+
+
 def test_more_data_moves_no_document_across(tmp_path) -> None:
     first = made(tmp_path / "1", jsonl(tmp_path / "a.jsonl", MANY), val_fraction=0.1)
     more = jsonl(tmp_path / "b.jsonl", [some_text(i) for i in range(1000, 1100)])

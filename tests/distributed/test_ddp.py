@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from gptforge.build import build_trainer
 from gptforge.build.parallel import check_shares
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
-from gptforge.errors import RunError, UserError
+from gptforge.distributed.ranks import _difference
+from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.hardware import PLAIN, Kernels, Precision
 from gptforge.model import GPT
@@ -224,7 +226,7 @@ def test_an_evaluation_is_spread_over_the_ranks_and_scores_the_same() -> None:
 def different(ranks: Ranks) -> str:
     try:
         ranks.require_same({"text": "this" if ranks.rank != 2 else "that"})
-    except RunError as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -234,6 +236,47 @@ def test_a_rank_with_another_text_is_named() -> None:
     assert "rank 2 on " in said[0]
     assert "has another text than rank 0: that, not this" in said[0]
     assert said[1:] == ["", ""]
+
+
+def test_what_a_rank_was_started_with_is_compared_not_what_rank_0_made_of_it(config) -> None:
+    noted: dict[str, str] = {}
+
+    class Second(Ranks):
+        def on_first(self, do):
+            said = do()
+            is_config = isinstance(said, dict) and "max_lr" in said
+            return said | {"max_lr": 1e-3} if is_config else said
+
+        def require_same(self, facts):
+            noted.update(facts)
+
+    config = dataclasses.replace(config, max_lr=0.5)
+    trainer = build_trainer(config, given=(), say=lambda _: None, ranks=Second())
+    assert trainer is not None and trainer.config.max_lr == 1e-3
+    trainer.lock.close()
+    assert "max_lr=0.5," in noted["configuration"]
+    assert _difference("Config(a=1, b=2)", "Config(a=1, b=3)") == "b=2, not b=3"
+
+
+def give_up(ranks: Ranks) -> list:
+    """Rank 1 gives up in its third round; in which round each hears of it."""
+    model = GPT(TINY).initialize(torch.Generator().manual_seed(0))
+    held_out = HeldOut(
+        torch.zeros(16 * 40).numpy().astype("uint16"), torch.ones(64).numpy().astype("int64"),
+        context_length=16, batch_size=1,
+    )  # fmt: skip
+    rounds: list[int] = []
+
+    def gives_up() -> bool:
+        rounds.append(1)
+        return ranks.rank == 1 and len(rounds) >= 3
+
+    score = held_out.evaluate_unless(gives_up, model, FLOAT32, ranks)
+    return [score is None, len(rounds)]
+
+
+def test_one_rank_that_gives_up_ends_an_evaluation_on_all_in_the_same_round() -> None:
+    assert on_ranks(2, give_up) == [[True, 5], [True, 5]]
 
 
 def test_ranks_see_the_rows_that_one_process_would_see() -> None:
@@ -258,6 +301,7 @@ def test_a_global_batch_that_cannot_be_shared_says_what_could_be() -> None:
     config = dataclasses.replace(Config(), batch_size=8, gradient_accumulation_steps=5)
     with pytest.raises(UserError, match="40 windows, which 3 ranks") as caught:
         check_shares(config, Three())
+    assert "use 2, 4, 5, 8, 10, 20, 40 ranks, or, unless a run" in str(caught.value)
     assert "--gradient_accumulation_steps 6" in str(caught.value)
     check_shares(dataclasses.replace(config, gradient_accumulation_steps=6), Three())
 
@@ -268,6 +312,7 @@ def test_a_global_batch_that_cannot_be_shared_says_what_could_be() -> None:
         ("cuda:1", {}, "--device cuda:1: torchrun gives each rank its own"),
         ("mps", {}, "--device mps: torchrun gives each rank its own"),
         ("cpu", {"MASTER_PORT": None}, "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        ("cpu", {"GPTFORGE_SILENCE": "long"}, "GPTFORGE_SILENCE=long: give seconds, such as 120"),
     ],
 )
 def test_a_launch_that_does_not_fit_together_is_refused(device, env, says) -> None:

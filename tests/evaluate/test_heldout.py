@@ -55,6 +55,20 @@ def test_a_limit_reads_windows_spread_over_the_text(tiny_model) -> None:
     assert np.diff(held_out._starts).tolist() == [10] * 9
 
 
+def test_who_gives_up_on_the_way_gets_no_score(tiny_model) -> None:
+    tiny_model.train()
+    ids = np.zeros(16 * 10, np.uint16)
+    held_out = HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=1)
+    asked = []
+
+    def gives_up() -> bool:
+        asked.append(1)
+        return len(asked) == 3
+
+    assert held_out.evaluate_unless(gives_up, tiny_model, FLOAT32) is None
+    assert len(asked) == 3 and tiny_model.training
+
+
 def test_judging_leaves_no_trace(tiny_model) -> None:
     tiny_model.train()
     dice = torch.get_rng_state()

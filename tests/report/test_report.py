@@ -149,7 +149,7 @@ def test_a_broken_line_in_the_metrics_is_passed_over(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "1 seconds"), (40, "40 seconds"), (240, "4 minutes"), (3 * 3600, "3.0 hours"),
+    [(0.2, "1 second"), (40, "40 seconds"), (240, "4 minutes"), (3 * 3600, "3.0 hours"),
      (12 * 86400, "12 days")],
 )  # fmt: skip
 def test_durations_are_said_as_people_say_them(seconds, words) -> None:

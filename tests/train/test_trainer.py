@@ -306,6 +306,33 @@ def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
         )  # fmt: skip
 
 
+def test_a_signal_in_an_evaluation_ends_it_and_saves_what_was_learned(config, tmp_path) -> None:
+    assert build(config).run() == "finished"
+    other = dataclasses.replace(config, out_dir=str(tmp_path / "told"))
+    trainer = build(other)
+    assert trainer.held_out is not None
+    score, rounds = trainer.held_out.evaluate_unless, []
+
+    def told(gives_up, *args):
+        def ask() -> bool:
+            rounds.append(1)
+            if len(rounds) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return gives_up()
+
+        return score(ask, *args)
+
+    trainer.held_out.evaluate_unless = told
+    assert trainer.run() == "terminated"
+    assert len(rounds) == 2
+    assert events(other, "eval") == []
+    assert last(other).name == f"step-{config.eval_every:06d}"
+    assert build(other).run() == "finished"
+    for file in ("model", "optimizer"):
+        left, right = (read_tensors(last(c), f"{file}.safetensors") for c in (config, other))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_time_runs_out_only_on_its_own_clock() -> None:
     now = [100.0]
     guard = StopGuard(2, say=lambda _: None, clock=lambda: now[0])
