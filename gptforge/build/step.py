@@ -270,8 +270,18 @@ def what_would_fit(step: TrainStep, config: Config) -> str:
     )
 
 
-def estimate(step: TrainStep, config: Config, *, steps: int, ranks: Ranks = ALONE) -> str:
-    """How long training will take, from a rehearsal on this machine."""
+def estimate(
+    step: TrainStep, config: Config, *, steps: int, judged: int = 0, ranks: Ranks = ALONE
+) -> str:
+    """How long training will take, from a rehearsal on this machine.
+
+    Args:
+        step: is rehearsed.
+        config: of the run.
+        steps: updates that are left.
+        judged: held-out tokens that an evaluation reads.
+        ranks: who share both.
+    """
     # A few windows tell enough where a whole micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
     fast = step.is_compiled or step.device.type == "cuda"
@@ -285,6 +295,15 @@ def estimate(step: TrainStep, config: Config, *, steps: int, ranks: Ranks = ALON
     advice = ""
     if step.device.type == "cpu" and total > LONG:
         advice = "; a CPU is slow for that: fewer --max_steps, or --preset shakespeare-cpu"
+    evaluations = 1 + (steps - 1) // config.eval_every if config.eval_every else 1
+    # The way forward is a third of an update's work.
+    reading = seconds / windows / config.context_length * judged / ranks.size / 3 * evaluations
+    if reading > max(total / 4, 10):
+        times = f"{evaluations:,} times" if evaluations > 1 else "once"
+        advice += (
+            f"; judging it {times} by {judged:,} held-out tokens about {in_words(reading)} more, "
+            "which --eval_every and --eval_tokens change"
+        )
     return (
         f"this will take about {in_words(total)}: {steps:,} steps of {config.tokens_per_step:,} "
         f"tokens, {costs.parameters(config.model):,} parameters{advice}"

@@ -119,7 +119,9 @@ def build_trainer(
     progress = Progress()
     if opening.checkpoint is not None:
         progress = restore(opening.checkpoint, step, loader, ranks)
-    say(estimate(step, config, steps=config.max_steps - progress.step, ranks=ranks))
+    held_out = _held_out(corpus, config, batch_size=step.micro_batch)
+    left, judged = config.max_steps - progress.step, held_out.tokens if held_out else 0
+    say(estimate(step, config, steps=left, judged=judged, ranks=ranks))
 
     whole_command = f"{program} {command}".strip()
     config_text = to_toml(config, {**_versions(), "command": whole_command})
@@ -137,7 +139,7 @@ def build_trainer(
         config=config,
         train_step=step,
         loader=loader,
-        held_out=_held_out(corpus, config, batch_size=step.micro_batch),
+        held_out=held_out,
         tokenizer=corpus.tokenizer,
         saver=(BackgroundSaver if ranks.is_first else NoSaver)(
             store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep

@@ -69,6 +69,8 @@ class HeldOut:
         at_once = max(1, TOKENS_AT_ONCE // context_length)
         self._batch_size = min(batch_size, at_once, len(self._starts))
         self.share = len(self._starts) / windows
+        self.tokens = len(self._starts) * context_length
+        """About as many are read."""
 
     def evaluate(self, model: nn.Module, precision: Precision, ranks: Ranks = ALONE) -> HeldOutLoss:
         """Score the model; its training mode is put back afterwards.

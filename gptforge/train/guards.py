@@ -59,9 +59,9 @@ class StopGuard:
             return self._signal
         return "time_limit" if self._clock() >= self._deadline else None
 
-    def is_told(self) -> bool:
-        """Whether a signal has come."""
-        return self._signal is not None
+    def has_to_end(self) -> bool:
+        """Whether a signal has come, or the time is over."""
+        return StopGuard.wish(self) is not None
 
     def __enter__(self) -> Self:
         # Python lets only the main thread listen to signals.

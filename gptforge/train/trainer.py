@@ -107,7 +107,7 @@ class Trainer:
                 if is_best is not None and self.is_due(self.config.sample_every):
                     self.sample()
                 reason = self.wish() if self.steps_left else "finished"
-                if reason in ("interrupted", "terminated") and not self.guard.is_told():
+                if reason in ("interrupted", "terminated") and not self.guard.has_to_end():
                     self.report.console.say("Stopping: another rank was told to.")
                 if reason or is_best or self.is_due(self.config.save_every):
                     self.save(is_best=bool(is_best))
@@ -222,7 +222,7 @@ class Trainer:
                 loss = float(self._loss_sum) / seen if seen else math.nan
             else:
                 score = self.held_out.evaluate_unless(
-                    self.guard.is_told, step.judged, step.precision, self.ranks
+                    self.guard.has_to_end, step.judged, step.precision, self.ranks
                 )
                 if score is None:
                     return None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gptforge.build import build_trainer
+from gptforge.build.step import estimate
 from gptforge.checkpoint.store import CheckpointStore, read_state, read_tensors, read_tokenizer
 from gptforge.config import Config
 from gptforge.errors import UserError
@@ -331,6 +332,32 @@ def test_a_signal_in_an_evaluation_ends_it_and_saves_what_was_learned(config, tm
     for file in ("model", "optimizer"):
         left, right = (read_tensors(last(c), f"{file}.safetensors") for c in (config, other))
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_time_that_is_over_ends_an_evaluation(config) -> None:
+    now = [0.0]
+    trainer = build(config)
+    trainer.guard = StopGuard(1, say=lambda _: None, clock=lambda: now[0])
+    score = trainer.held_out.evaluate_unless
+
+    def late(*args):
+        now[0] = 61.0
+        return score(*args)
+
+    trainer.held_out.evaluate_unless = late
+    assert trainer.run() == "time_limit"
+    assert events(config, "eval") == []
+    assert last(config).name == f"step-{config.eval_every:06d}"
+
+
+def test_what_long_evaluations_take_is_told_beforehand(config, monkeypatch) -> None:
+    monkeypatch.setattr(TrainStep, "rehearse", lambda *_: 8.0)
+    config = dataclasses.replace(config, eval_every=5, max_steps=20)
+    trainer = build(config)
+    trainer.lock.close()
+    told = estimate(trainer.train_step, config, steps=20, judged=10**6)
+    assert "judging it 4 times by 1,000,000 held-out tokens about" in told
+    assert "judging" not in estimate(trainer.train_step, config, steps=20, judged=10)
 
 
 def test_time_runs_out_only_on_its_own_clock() -> None:
