@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptforge import cli
-from gptforge.build import step as build_step
+from gptforge.build import fitting
 from gptforge.errors import UserError
 from gptforge.flags import flag_values, parse_train
 from tests.programs import DEBUG, events, start
@@ -331,14 +331,14 @@ def test_a_damaged_checkpoint_points_to_one_that_is_whole(program, play) -> None
 def test_memory_that_a_cpu_has_not_is_missed_before_anything_is_built(
     program, play, monkeypatch
 ) -> None:
-    monkeypatch.setattr(build_step, "usable_memory", lambda device: 10**9)
+    monkeypatch.setattr(fitting, "usable_memory", lambda device: 10**9)
     command = (*DEBUG, "--input", play, "--out_dir", "run", "--batch_size")
     done = program(*command, 10**6)
     assert done.code == 2
     assert re.search(r"--batch_size 1000000 takes at least [\d.]+ GB of memory, and 1.0", done.err)
     assert not Path("run/log.md").exists()
     assert program(*command, 8).code == 0
-    monkeypatch.setattr(build_step, "usable_memory", lambda device: 10**4)
+    monkeypatch.setattr(fitting, "usable_memory", lambda device: 10**4)
     done = program(*DEBUG, "--input", play, "--out_dir", "two")
     assert done.code == 2
     assert "even with one window at a time" in done.err

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from gptforge import __version__, costs, files
+from gptforge.build.fitting import refuse_too_large
 from gptforge.build.parallel import check_shares, open_together
 from gptforge.build.settled import describe_corpus, open_text, out_dir_of, settle, start_from
-from gptforge.build.step import attention_of, estimate, refuse_too_large, train_step
+from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run

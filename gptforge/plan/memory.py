@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from gptforge import costs
-from gptforge.build.step import memory_of
+from gptforge.build.fitting import memory_of
 from gptforge.config import Config
 from gptforge.hardware import Precision, choose_kernels, usable_memory
 from gptforge.plan.figures import Memory

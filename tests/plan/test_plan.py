@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptforge.build import rehearsal
-from gptforge.build.step import memory_of
+from gptforge.build.fitting import memory_of
 from gptforge.config import Config
 from gptforge.data.shards import ShardWriter
 from gptforge.hardware import PLAIN, Precision

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.build.step import what_would_fit
+from gptforge.build.fitting import what_would_fit
 from gptforge.config import Config
 from gptforge.errors import RunError
 from gptforge.hardware import PLAIN, Kernels, Precision
