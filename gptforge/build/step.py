@@ -179,7 +179,7 @@ def estimate(
     advice = ""
     if step.device.type == "cpu" and total > LONG:
         advice = "; a CPU is slow for that: fewer --max_steps, or --preset shakespeare-cpu"
-    evaluations = 1 + (steps - 1) // config.eval_every if config.eval_every else 1
+    evaluations = 1 + (steps - 1) // config.eval_every
     # The way forward is a third of an update's work.
     reading = seconds / windows / config.context_length * judged / ranks.size / 3 * evaluations
     if reading > max(total / 4, 10):
