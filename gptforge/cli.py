@@ -30,14 +30,10 @@ from gptforge.commands.prepare import prepare
 from gptforge.commands.sample import sample
 from gptforge.commands.tokenizer import tokenizer
 from gptforge.config import Config
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, Terminated, UserError
 from gptforge.flags import parse, parse_train, spell_out_booleans, with_preset
 
 MISTAKE, FAILURE = 2, 1
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, or a closed terminal: a command ends as by Ctrl-C, and cleans up as well."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +119,11 @@ def _heeding_signals() -> Iterator[None]:
 def _terminate(number: int, frame: object) -> NoReturn:
     # A second one ends it at once.
     signal.signal(number, signal.SIG_DFL)
+    if number != signal.SIGTERM:
+        # The terminal is gone: whoever wrote to it would fail.
+        for stream in (sys.stdout, sys.stderr):
+            if stream.isatty():
+                files.to_nowhere(stream)
     raise Terminated
 
 
@@ -138,8 +139,8 @@ def _dispatch(args: list[str]) -> int:
                 near = ["--help"]
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
             raise UserError(f"there is no command '{args[0]}'; {hint}")
-        if args[0] != "train" and not _is_first():
-            # One process is enough for it, and two would write the same files.
+        if args[0] != "train" and "LOCAL_RANK" in os.environ and not _is_first():
+            # torchrun has started several; one is enough, and two would write the same files.
             return 0
         return COMMANDS[args[0]](args[1:])
     if args == ["--version"]:
@@ -188,7 +189,7 @@ def train(args: list[str]) -> int:
     if reason != "finished" and ranks.is_first:
         print(f"To go on: {_launcher(os.environ)} {_quote(args)}".rstrip())
     # torchrun would start again what was told to stop.
-    is_restarted = ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     return ranks.end(0 if is_restarted else EXIT_CODES[reason])
 
 
@@ -254,18 +255,24 @@ def _about_commands() -> str:
 def _program() -> str:
     """How this program was called, for the commands that it prints."""
     called = Path(sys.argv[0])
-    return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"
+    is_script = called.suffix == ".py"
+    return f"python {_script()}" if is_script else "gptforge"
+
+
+def _script() -> str:
+    """The same, as another program may start it in Python's place."""
+    called = Path(sys.argv[0])
+    is_script = called.suffix == ".py" and called.name != "__main__.py"
+    return shlex.quote(called.as_posix()) if is_script else "-m gptforge"
 
 
 def _launcher(env: Mapping[str, str]) -> str:
     """The same, with the launcher that started several processes, as far as it can be known."""
-    if int(env.get("WORLD_SIZE", "1")) < 2:
+    each, size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
+    if int(size) < 2:
         return _program()
-    called, each = Path(sys.argv[0]), env.get("LOCAL_WORLD_SIZE", "N")
-    script = called.as_posix() if called.suffix == ".py" else "-m gptforge"
-    if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE"):
-        return f"torchrun --nproc_per_node={each} {script}"
-    return f"torchrun ... --nproc_per_node={each} {script}"
+    nodes = "" if each == size else "... "
+    return f"torchrun {nodes}--nproc_per_node={each} {_script()}"
 
 
 def _is_first() -> bool:

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """The run cannot go on, through no mistake in its flags: no disk, no memory, no finite loss."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, or a closed terminal: a command ends as by Ctrl-C, and cleans up as well."""

@@ -151,7 +151,11 @@ def test_to_go_on_it_names_the_launcher_it_was_started_by(monkeypatch, env, comm
 
 def test_other_commands_take_one_process_of_several(program, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    done = program("plan", "--preset", "debug", "--device", "cpu")
+    words = ("plan", "--preset", "debug", "--device", "cpu")
+    # Others than torchrun name ranks as well.
+    assert program(*words).out != ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = program(*words)
     assert (done.code, done.out) == (0, "")
 
 

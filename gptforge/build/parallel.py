@@ -68,7 +68,8 @@ def open_together(
     opening = Opening.from_json(ranks.on_first(look))
     ranks.require_same(
         {
-            "configuration": str(asked),
+            **{f"--{name}": str(value) for name, value in vars(asked).items()},
+            "choice of flags": " ".join(sorted(given)) or "none",
             "text (SHA-256)": corpus.sha256,
             "tokenizer": sha256(json.dumps(corpus.tokenizer.to_json()).encode()).hexdigest(),
             "version of gptforge": __version__,

@@ -98,7 +98,8 @@ def open_run(
             f"--max_steps raised from {old.max_steps} to {config.max_steps}: "
             "the learning rate follows the new schedule from here"
         )
-    is_finished = state["progress"]["step"] >= config.max_steps
+    progress = state["progress"]
+    is_finished = progress["step"] >= config.max_steps and not progress.get("unjudged")
     is_finished &= _tells_of("end", folder / "metrics.jsonl")
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
     return Opening(status, config, newest, state, tuple(warnings))

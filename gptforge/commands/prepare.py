@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptforge.errors import UserError
+from gptforge.errors import Terminated, UserError
 from gptforge.flags import parse
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def prepare(args: list[str]) -> int:
                 say=meter.say,
                 meter=meter,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         again = ", without --overwrite," if asked.overwrite else ""
         print(f"note: the same command{again} goes on with what is finished", file=sys.stderr)
         raise

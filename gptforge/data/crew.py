@@ -62,7 +62,8 @@ def do_together(
     """
     context = multiprocessing.get_context("spawn")
     counts = context.Value("q", 0), context.Value("q", 0)
-    stop = context.Event()
+    # No lock: one who was ended while holding it would never give it back.
+    stop = context.RawValue("b", 0)
     crew = ProcessPoolExecutor(
         workers,
         mp_context=context,
@@ -85,7 +86,7 @@ def do_together(
             "the same command goes on, with fewer at a time by --workers"
         ) from None
     finally:
-        stop.set()
+        stop.value = 1
         crew.shutdown(wait=True, cancel_futures=True)
 
 
@@ -107,7 +108,7 @@ def _begin(
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def told(read: int, text: int) -> None:
-        if stop.is_set():
+        if stop.value:
             raise Stopped
         for count, more in zip(counts, (read, text), strict=True):
             with count.get_lock():

@@ -100,8 +100,8 @@ def tell(made: Made, say: Callable[[str], None]) -> None:
     asked, share = made.split.fraction, counts_of["val"] / max(1, sum(counts_of.values()))
     if asked and not asked / FAR <= share <= asked * FAR:
         say(
-            f"note: {share:.0%} of the text are held out, not {asked:.0%}: documents and files go "
-            "to one side as a whole, and there are few of them"
+            f"note: {100 * share:.3g}% of the text are held out, not {100 * asked:.3g}%: documents "
+            "and files go to one side as a whole, and there are few of them"
         )
     for notice in made.notices[:EXAMPLES]:
         say(f"note: {notice}")

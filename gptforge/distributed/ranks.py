@@ -246,8 +246,8 @@ class ManyRanks(Ranks):
             for name, value in facts.items():
                 if theirs[name] != value:
                     raise UserError(
-                        f"{theirs['where']} has another {name} than rank 0: "
-                        f"{_difference(theirs[name], value)}; all ranks need the same"
+                        f"{theirs['where']} has another {name} than rank 0: {theirs[name]}, not "
+                        f"{value}; all ranks need the same"
                     )
 
     def agreement(self, lag: int) -> Agreement:
@@ -330,16 +330,6 @@ def _send_largest(number: Tensor) -> Callable[[], int]:
 # By their names since torch 2.13, which warns about those before.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _sum_to_own = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def _difference(theirs: str, ours: str) -> str:
-    """Both, from the first word that is not the same; configurations are long."""
-    pairs = zip(theirs.split(), ours.split(), strict=False)
-    place = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
-    left, right = (
-        " ".join(text.split()[place : place + 1]).rstrip(",)") for text in (theirs, ours)
-    )
-    return f"{left}, not {right}"
 
 
 def _nothing() -> None:

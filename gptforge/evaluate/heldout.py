@@ -100,7 +100,8 @@ class HeldOut:
         tokens = n_bytes = 0
         each, wishes = self._batch_size, ranks.agreement(LAG)
         is_given_up = False
-        for first in range(0, len(self._starts), each * ranks.size):
+        rounds = range(0, len(self._starts), each * ranks.size)
+        for first in rounds:
             begin = first + ranks.rank * each
             inputs, targets = self._batch(self._starts[begin : begin + each])
             with autocast(device, precision):
@@ -109,7 +110,8 @@ class HeldOut:
             tokens += len(real)
             n_bytes += int(self._byte_lengths[real].sum())
             ranks.tick()
-            if is_given_up := bool(wishes.say(int(gives_up()))):
+            is_given_up = bool(wishes.say(int(gives_up()))) and first != rounds[-1]
+            if is_given_up:
                 break
         model.train(was_training)
         if is_given_up:

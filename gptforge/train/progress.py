@@ -35,6 +35,8 @@ class Progress:
     """How many they are; those that were no number do not count."""
     returns: int = 0
     """Times that training went back to a checkpoint because the loss broke down."""
+    unjudged: int = 0
+    """1: it was told to stop in the closing evaluation, which is still to be made."""
     seconds: float = 0.0
     """Wall time of training, over all sessions."""
 

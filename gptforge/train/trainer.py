@@ -97,19 +97,24 @@ class Trainer:
         self._clock = Stopwatch(lambda: synchronize(device))
         self._start_counting()
         # Nothing may be left to do but the end, where a crash came between the last save and that.
-        reason: Reason | None = None if self.steps_left else "finished"
+        reason: Reason | None = "finished"
+        if self.steps_left or self.progress.unjudged:
+            reason = None
         with self.guard, self.report.console:
             while reason is None:
-                if self.has_broken_down(self.learn()):
+                if self.steps_left and self.has_broken_down(self.learn()):
                     self.go_back()
                     continue
                 is_best = self.is_due(self.config.eval_every) and self.judge()
+                self.progress.unjudged = int(is_best is None and not self.steps_left)
                 if is_best is not None and self.is_due(self.config.sample_every):
                     self.sample()
-                reason = self.wish() if self.steps_left else "finished"
+                is_done = not self.steps_left and not self.progress.unjudged
+                reason = "finished" if is_done else self.wish()
                 if reason in ("interrupted", "terminated") and not self.guard.has_to_end():
                     self.report.console.say("Stopping: another rank was told to.")
-                if reason or is_best or self.is_due(self.config.save_every):
+                is_owed = self.is_due(self.config.save_every) and not self.progress.unjudged
+                if reason or is_best or is_owed:
                     self.save(is_best=bool(is_best))
                 self.report.saved(self.saver.collect())
             self.saver.wait()
@@ -300,6 +305,7 @@ class Trainer:
         p, device = self.progress, self.train_step.device
         self._loss_sum = torch.tensor(p.loss_sum, device=device)
         self._loss_count = torch.tensor(p.loss_count, device=device)
+        self._loss = torch.tensor(p.loss, device=device)
         self._logged = p.step
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:

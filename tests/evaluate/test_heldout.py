@@ -67,6 +67,13 @@ def test_who_gives_up_on_the_way_gets_no_score(tiny_model) -> None:
 
     assert held_out.evaluate_unless(gives_up, tiny_model, FLOAT32) is None
     assert len(asked) == 3 and tiny_model.training
+    # Behind the last batch there is nothing to give up.
+    asked.extend([1] * (3 - len(held_out._starts)))
+    last = len(asked) + len(held_out._starts)
+    score = held_out.evaluate_unless(
+        lambda: asked.append(1) or len(asked) == last, tiny_model, FLOAT32
+    )
+    assert score == held_out.evaluate(tiny_model, FLOAT32)
 
 
 def test_judging_leaves_no_trace(tiny_model) -> None:

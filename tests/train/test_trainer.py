@@ -334,6 +334,27 @@ def test_a_signal_in_an_evaluation_ends_it_and_saves_what_was_learned(config, tm
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_signal_in_the_closing_evaluation_leaves_it_to_be_made_up_for(config, tmp_path) -> None:
+    config = dataclasses.replace(config, eval_every=1000)
+    assert build(config).run() == "finished"
+    other = dataclasses.replace(config, out_dir=str(tmp_path / "told"))
+    trainer = build(other)
+    score = trainer.held_out.evaluate_unless
+
+    def told(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return score(*args)
+
+    trainer.held_out.evaluate_unless = told
+    assert trainer.run() == "terminated"
+    assert last(other).name == f"step-{config.max_steps:06d}"
+    assert events(other, "eval") == []
+    assert build(other).run() == "finished"
+    for key in ("val_loss", "step"):
+        assert [e[key] for e in events(other, "eval")] == [e[key] for e in events(config, "eval")]
+    assert build_trainer(other, given=(), say=lambda _: None) is None
+
+
 def test_time_that_is_over_ends_an_evaluation(config) -> None:
     now = [0.0]
     trainer = build(config)
