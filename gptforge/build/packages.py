@@ -69,16 +69,19 @@ def choose_packages(step: TrainStep, config: Config, ranks: Ranks, *, say: Say) 
 
 def _use_quack(step: TrainStep, config: Config, ranks: Ranks) -> str:
     """Use it from now on; why that does not work, if it does not."""
-    reason = ""
+    kernels = dataclasses.replace(step.kernels, quack=True)
+    attempts = (lambda: prepare_quack(cache_folder()), lambda: step.use(kernels))
+    for attempt in attempts:
+        reason = _trouble_with(attempt)
+        # Gone on with by all or none: in shards a rehearsal takes all.
+        if not ranks.all_of(not reason):
+            return reason or "not on all ranks"
+    return trouble_of(step, config)
+
+
+def _trouble_with(attempt: Callable[[], None]) -> str:
     try:
-        prepare_quack(cache_folder())
-    except Exception as error:
-        reason = first_line(error)
-    # Rehearsed by all or none: in shards it takes all.
-    if not ranks.all_of(not reason):
-        return reason or "not on all ranks"
-    try:
-        step.use(dataclasses.replace(step.kernels, quack=True))
+        attempt()
     except Exception as error:
         return first_line(error)
-    return trouble_of(step, config)
+    return ""
