@@ -33,29 +33,6 @@ def flops_per_token(config: GPTConfig, context_length: int) -> int:
     return 6 * parameters(config) + attention
 
 
-def training_bytes(
-    config: GPTConfig,
-    context_length: int,
-    windows: int,
-    *,
-    mixed: bool,
-    by_hand: bool = False,
-    recompute: bool = False,
-    loss_chunk: int = 0,
-) -> int:
-    """Memory to train with so many windows in a micro-batch: an estimate from above."""
-    parts = training_parts(
-        config,
-        context_length,
-        windows,
-        mixed=mixed,
-        by_hand=by_hand,
-        recompute=recompute,
-        loss_chunk=loss_chunk,
-    )
-    return sum(parts.values())
-
-
 def training_parts(
     config: GPTConfig,
     context_length: int,
@@ -66,7 +43,7 @@ def training_parts(
     recompute: bool = False,
     loss_chunk: int = 0,
 ) -> dict[str, int]:
-    """The same by what the bytes hold.
+    """Memory to train with so many windows at a time, by what it holds: an estimate from above.
 
     Weights, gradients and AdamW's moments take 16 bytes a parameter, a snapshot for saving 12 more,
     and narrow copies of the weights 2. What the backward pass needs is counted layer by layer for
@@ -116,10 +93,10 @@ def sharded_bytes(
     width = 2 if mixed else 4
     block = (parameters(config) - tables(config)) // config.n_layer
     whole = (2 * width + 4) * (tables(config) + 3 * block)
-    lone = training_bytes(
+    lone = training_parts(
         config, context_length, windows, mixed=mixed, recompute=recompute, loss_chunk=loss_chunk
     )
-    activations = lone - 28 * parameters(config)
+    activations = lone["activations"]
     if mixed:
         # The residual stream is as narrow as the weights.
         layers = config.n_layer + (4 if recompute else config.n_layer)

@@ -1,6 +1,6 @@
 """What fits into a device's memory: how many windows at a time, and what would where none do."""
 
-from typing import Any
+from collections.abc import Collection
 
 import torch
 
@@ -8,9 +8,23 @@ from gptforge import costs
 from gptforge.config import Config
 from gptforge.distributed import Ranks
 from gptforge.errors import UserError
-from gptforge.hardware import PLAIN, Kernels, Precision, cache_folder, usable_memory
-from gptforge.train.micro_batch import find_micro_batch
+from gptforge.hardware import PLAIN, Kernels, Precision, cache_folder, choose_kernels, usable_memory
+from gptforge.train.micro_batch import HEADROOM, find_micro_batch
 from gptforge.train.step import TrainStep
+
+BUSY_TOKENS = 4096
+"""Tokens at a time that keep a large GPU busy with a model that needs several of them."""
+
+
+def kernels_of(config: Config, device: torch.device, precision: Precision) -> Kernels:
+    """How updates of a configuration are computed, before anything is tried."""
+    return choose_kernels(
+        device,
+        precision,
+        compile_flag=config.compile,
+        dropout=config.dropout,
+        recompute=config.activation_checkpointing,
+    )
 
 
 def micro_batch(step: TrainStep, config: Config, ranks: Ranks, *, by_hand: bool) -> int:
@@ -65,14 +79,43 @@ def memory_of(
 
 def _sharded_memory_of(step: TrainStep, config: Config, windows: int, ranks: Ranks) -> int:
     """The same, in all, for a model that several ranks share."""
-    savings: dict[str, Any] = {
-        "recompute": config.activation_checkpointing, "loss_chunk": config.loss_chunk,
-    }  # fmt: skip
-    where = (config.model, config.context_length, windows)
     if step.kernels.by_hand:
-        return costs.gathered_bytes(*where, ranks=ranks.size, **savings)
-    mixed = step.precision.is_mixed
-    return costs.sharded_bytes(*where, ranks=ranks.size, mixed=mixed, **savings)
+        return _gathered_memory_of(config, windows, ranks)
+    return costs.sharded_bytes(
+        config.model,
+        config.context_length,
+        windows,
+        ranks=ranks.size,
+        mixed=step.precision.is_mixed,
+        recompute=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
+    )
+
+
+def _gathered_memory_of(config: Config, windows: int, ranks: Ranks) -> int:
+    return costs.gathered_bytes(
+        config.model,
+        config.context_length,
+        windows,
+        ranks=ranks.size,
+        recompute=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
+    )
+
+
+def has_room_to_gather(
+    config: Config, device: torch.device, given: Collection[str], ranks: Ranks
+) -> bool:
+    """Whether shards leave every rank room for whole narrow weights and gradients: it is faster.
+
+    Room for fewer tokens at a time than keep a GPU's products busy is none.
+    """
+    own = config.global_batch // ranks.size
+    enough = -(-BUSY_TOKENS // config.context_length)
+    windows = min(own, config.batch_size if "batch_size" in given else enough)
+    needed = _gathered_memory_of(config, windows, ranks)
+    free = usable_memory(device)
+    return ranks.all_of(free is None or needed <= HEADROOM * free)
 
 
 def refuse_too_large(

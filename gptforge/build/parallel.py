@@ -10,19 +10,17 @@ from typing import Any
 
 import torch
 
-from gptforge import __version__, costs
+from gptforge import __version__
+from gptforge.build.fitting import memory_of
 from gptforge.checkpoint.run_folder import Opening, open_run
 from gptforge.config import Config
 from gptforge.data.corpus import Corpus
 from gptforge.distributed import Ranks
 from gptforge.errors import UserError
-from gptforge.hardware import Precision, usable_memory
+from gptforge.hardware import PLAIN, Precision, usable_memory
 from gptforge.train.micro_batch import HEADROOM
 
 Say = Callable[[str], None]
-
-BUSY_TOKENS = 4096
-"""Tokens at a time that keep a large GPU busy with a model that needs several of them."""
 
 
 def check_shares(config: Config, ranks: Ranks) -> None:
@@ -94,14 +92,11 @@ def wants_shards(
                 "--nproc_per_node=N, or leave it out"
             )
         return False
-    c, mixed = config, precision.is_mixed
+    c = config
     why = "as asked"
     shards = c.parallel == "fsdp"
     if c.parallel == "auto":
-        recompute = c.activation_checkpointing
-        needed = costs.training_bytes(
-            c.model, c.context_length, 1, mixed=mixed, recompute=recompute, loss_chunk=c.loss_chunk
-        )
+        needed = sum(memory_of(c, 1, precision, PLAIN).values())
         free = usable_memory(device) if device.type == "cuda" else None
         shards = not ranks.all_of(free is None or needed <= HEADROOM * free)
         why = f"a whole one takes {needed / 1e9:.1f} GB" if shards else "the model fits on each"
@@ -118,25 +113,3 @@ def wants_shards(
     kind = "fsdp, a piece of the model on each" if shards else "ddp, the whole model on each"
     say(f"parallel: {kind} of {ranks.size} ranks; {why}")
     return shards
-
-
-def has_room_to_gather(
-    config: Config, device: torch.device, given: Collection[str], ranks: Ranks
-) -> bool:
-    """Whether shards leave every rank room for whole narrow weights and gradients: it is faster.
-
-    Room for fewer tokens at a time than keep a GPU's products busy is none.
-    """
-    own = config.global_batch // ranks.size
-    enough = -(-BUSY_TOKENS // config.context_length)
-    windows = min(own, config.batch_size if "batch_size" in given else enough)
-    needed = costs.gathered_bytes(
-        config.model,
-        config.context_length,
-        windows,
-        ranks=ranks.size,
-        recompute=config.activation_checkpointing,
-        loss_chunk=config.loss_chunk,
-    )
-    free = usable_memory(device)
-    return ranks.all_of(free is None or needed <= HEADROOM * free)

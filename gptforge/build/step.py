@@ -7,9 +7,14 @@ from pathlib import Path
 import torch
 
 from gptforge import costs
-from gptforge.build.fitting import micro_batch, what_would_fit
+from gptforge.build.fitting import (
+    has_room_to_gather,
+    kernels_of,
+    micro_batch,
+    what_would_fit,
+)
 from gptforge.build.packages import choose_packages, trouble_of
-from gptforge.build.parallel import has_room_to_gather, wants_shards
+from gptforge.build.parallel import wants_shards
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.run_folder import Opening
 from gptforge.checkpoint.tensors import load_model_tensors
@@ -20,7 +25,6 @@ from gptforge.errors import RunError
 from gptforge.hardware import (
     Precision,
     attention_kernel,
-    choose_kernels,
     try_compile,
 )
 from gptforge.kernels.packed_attention import ByTriton, fastest
@@ -65,13 +69,7 @@ def train_step(
         # Drawn from the same seed on all; another processor may round another way.
         for parameter in model.parameters():
             fill(parameter, parameter if ranks.is_first else None, ranks)
-    kernels = choose_kernels(
-        device,
-        precision,
-        compile_flag=config.compile,
-        dropout=config.dropout,
-        recompute=config.activation_checkpointing,
-    )
+    kernels = kernels_of(config, device, precision)
     if shards and kernels.by_hand and not has_room_to_gather(config, device, given, ranks):
         kernels = dataclasses.replace(kernels, by_hand=False)
     betas = (config.beta1, config.beta2)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from gptforge.build.fitting import kernels_of
 from gptforge.config import Config
-from gptforge.hardware import Precision, choose_kernels
+from gptforge.hardware import Precision
 from gptforge.kernels.attention import attend
 from gptforge.kernels.block import (
     add_column_sums,
@@ -44,13 +45,7 @@ class WarmUp:
         self._threads: list[threading.Thread] = []
         if device.type != "cuda":
             return
-        kernels = choose_kernels(
-            device,
-            precision,
-            compile_flag=config.compile,
-            dropout=config.dropout,
-            recompute=config.activation_checkpointing,
-        )
+        kernels = kernels_of(config, device, precision)
         # Triton in one of them only: its compiler was not made for several at once.
         for work in [self.attend, *([self.passes] if kernels.by_hand else [])]:
             # No daemon: a process that ended under it would take the driver down as it starts.

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 
 from gptforge import costs
-from gptforge.build.fitting import memory_of
+from gptforge.build.fitting import kernels_of, memory_of
 from gptforge.config import Config
-from gptforge.hardware import Precision, choose_kernels, usable_memory
+from gptforge.hardware import Precision, usable_memory
 from gptforge.plan.figures import Memory
 from gptforge.presets import PRESETS, preset
 from gptforge.train.micro_batch import HEADROOM, find_micro_batch
@@ -81,11 +81,5 @@ class Need:
         return self._free is None or needed <= HEADROOM * self._free
 
     def _parts(self, config: Config, windows: int) -> dict[str, int]:
-        kernels = choose_kernels(
-            self._device,
-            self._precision,
-            compile_flag=config.compile,
-            dropout=config.dropout,
-            recompute=config.activation_checkpointing,
-        )
+        kernels = kernels_of(config, self._device, self._precision)
         return memory_of(config, windows, self._precision, kernels)

@@ -6,9 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from gptforge.build import build_trainer, step
-from gptforge.build import parallel as building
-from gptforge.build.parallel import has_room_to_gather
+from gptforge.build import build_trainer, fitting, step
+from gptforge.build.fitting import has_room_to_gather
 from gptforge.config import Config
 from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.ranks import ManyRanks
@@ -88,7 +87,7 @@ def test_shards_that_are_put_together_learn_what_one_process_learns(width, savin
 
 def run(ranks: Ranks, values: dict, stop_after: int = 0) -> str:
     """A whole run as a GPU would do it, on a CPU."""
-    with mock.patch.object(step, "choose_kernels", lambda *_, **__: Kernels(by_hand=True)):
+    with mock.patch.object(step, "kernels_of", lambda *_, **__: Kernels(by_hand=True)):
         trainer = build_trainer(Config(**values), given=(), say=lambda _: None, ranks=ranks)
     assert trainer.train_step.way == "written out, in shards"
     if stop_after and ranks.is_first:
@@ -178,9 +177,9 @@ def test_what_computes_is_whole_only_where_there_is_room_for_it(monkeypatch) -> 
     config = dataclasses.replace(Config(), vocab_size=50304, n_layer=48, n_embd=1600, n_head=25)
     gpu = torch.device("cuda", 0)
     for free, expected in ((80e9, True), (40e9, True), (24e9, False)):
-        monkeypatch.setattr(building, "usable_memory", lambda device, free=free: int(free))
+        monkeypatch.setattr(fitting, "usable_memory", lambda device, free=free: int(free))
         assert has_room_to_gather(config, gpu, (), Two()) is expected
-    monkeypatch.setattr(building, "usable_memory", lambda device: int(40e9))
+    monkeypatch.setattr(fitting, "usable_memory", lambda device: int(40e9))
     large = dataclasses.replace(config, batch_size=32)
     assert not has_room_to_gather(large, gpu, ("batch_size",), Two())
 
