@@ -142,8 +142,13 @@ def visitor(visit, address):
 
 def ask_for(page, tokens: int) -> None:
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Length, tokens").fill(str(tokens))
-    page.get_by_label("number input for Length, tokens").press("Tab")
+    length = page.get_by_label("number input for Length, tokens")
+    length.wait_for()
+    # Gradio draws a slider when it is first shown, and gives it its value once more a moment
+    # after: faster than any hand, not faster than a test.
+    page.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+    length.fill(str(tokens))
+    length.press("Tab")
 
 
 def write(page) -> None:
