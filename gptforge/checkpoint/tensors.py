@@ -128,16 +128,11 @@ def load_optimizer_tensors(
     }
     if ranks.is_first:
         _check_shapes(wanted, tensors, source)
+    # In place: whoever holds on to the state, such as a recording, sees what was restored.
+    optimizer.prepare()
     for name, parameter in model.named_parameters():
-        state = {
-            slot: torch.zeros((), device=parameter.device)
-            if slot == "step"  # the fused kernel wants it beside the parameter
-            else torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-            for slot in optimizer.slots(parameter)
-        }
-        for slot, tensor in state.items():
-            fill(tensor, tensors.get(f"{name}.{slot}"), ranks)
-        optimizer.state[parameter] = state
+        for slot in optimizer.slots(parameter):
+            fill(optimizer.state[parameter][slot], tensors.get(f"{name}.{slot}"), ranks)
 
 
 def generator_tensors(device: torch.device, ranks: Ranks = ALONE) -> Tensors:

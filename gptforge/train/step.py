@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from gptforge.model import GPT
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.by_autograd import ByAutograd
 from gptforge.train.by_hand import ByHand
+from gptforge.train.descent import Descent
 from gptforge.train.gathered import GatheredWeights, ShardedGradients, SumsToShards
 from gptforge.train.parallel import (
     AutogradGradients,
@@ -66,7 +66,6 @@ class TrainStep:
         self.precision = precision
         self.micro_batch = micro_batch
         self._savings = savings
-        self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
         assert root is None or not may_shrink, "the others would wait for a rank that tries again"
         self._may_shrink = may_shrink
         self._say = say
@@ -74,6 +73,7 @@ class TrainStep:
         self._is_short = False
         """Whether memory ran out too late to begin the batch anew."""
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
+        self._descend = Descent(optimizer, grad_clip=grad_clip, scaler=self._scaler)
         self.use(kernels)
 
     def use(self, kernels: Kernels) -> None:
@@ -187,20 +187,7 @@ class TrainStep:
             self._shrink()
         if self._is_short:
             self._shrink()
-        # The scaler wants an optimizer of torch's, and uses no more than ours has.
-        optimizer = cast(torch.optim.Optimizer, self.optimizer)
-        self._scaler.unscale_(optimizer)
-        norm = self._way.clip(self._grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if not self._scaler.is_enabled():
-            # The optimizer looks for this flag, on the device, before it moves a weight; the scaler
-            # sets it by itself.
-            # A loss that is no number is the word of a rank whose gradients are not whole.
-            is_good = (norm + loss).isfinite()
-            self.optimizer.found_inf = (~is_good).float()
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        norm = self._descend(self._way.clip, loss, lr)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
@@ -287,15 +274,11 @@ class TrainStep:
 
     def scaler_state(self) -> dict[str, float]:
         """The loss scaler's state; empty where there is none."""
-        return {name: float(value) for name, value in self._scaler.state_dict().items()}
+        return self._descend.scaler_state()
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         """Go on with a saved scale."""
-        if state and self._scaler.is_enabled():
-            whole = {"growth_interval", "_growth_tracker"}
-            self._scaler.load_state_dict(
-                {name: int(value) if name in whole else value for name, value in state.items()}
-            )
+        self._descend.load_scaler_state(state)
 
 
 @contextmanager

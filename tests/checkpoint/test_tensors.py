@@ -51,6 +51,20 @@ def test_model_and_optimizer_go_on_from_their_tensors_bit_for_bit(tiny_model, de
         assert torch.equal(left, right), name
 
 
+def test_what_an_optimizer_remembers_is_restored_in_its_place(tiny_model) -> None:
+    optimizer = trained(tiny_model)
+    saved = {k: v.clone() for k, v in optimizer_tensors(tiny_model, optimizer).items()}
+    update(tiny_model, optimizer)
+    held = {
+        f"{name}.{slot}": tensor
+        for name, parameter in tiny_model.named_parameters()
+        for slot, tensor in optimizer.state[parameter].items()
+    }
+    load_optimizer_tensors(tiny_model, optimizer, saved, source="x")
+    assert held.keys() == saved.keys()
+    assert all(torch.equal(held[name], saved[name]) for name in saved)
+
+
 def test_the_tied_table_is_stored_once(tiny_model) -> None:
     names = model_tensors(tiny_model).keys()
     assert "transformer.wte.weight" in names
