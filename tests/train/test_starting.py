@@ -1,0 +1,186 @@
+"""What a run folder holds when a run starts, and what becomes of it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.build import build_trainer
+from gptforge.checkpoint.store import CheckpointStore, read_tensors, read_tokenizer
+from gptforge.config import Config
+from gptforge.errors import UserError
+from gptforge.train.step import TrainStep
+from tests.train.runs import StopAfter, build, events, last
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
+    build(config).run()
+    said: list[str] = []
+    assert build_trainer(config, given=(), say=said.append) is None
+    assert "is finished" in said[-1]
+    longer = dataclasses.replace(config, max_steps=30)
+    trainer = build_trainer(longer, given=(), say=said.append)
+    assert any("follows the new schedule" in line for line in said)
+    trainer.run()
+    assert [event["step"] for event in events(config, "train")] == list(range(30))
+
+
+def test_another_configuration_is_refused_by_name(config) -> None:
+    build(config).run()
+    for change in ({"n_layer": 3}, {"max_lr": 0.5}, {"batch_size": 5}, {"seed": 3}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            build(dataclasses.replace(config, **change))
+
+
+def test_another_text_is_refused(config, play) -> None:
+    build(config).run()
+    play.write_text(play.read_text().replace("light", "night"))
+    with pytest.raises(UserError, match="the text is not the one"):
+        build(dataclasses.replace(config, max_steps=30))
+
+
+def test_overwriting_moves_the_old_run_aside(config) -> None:
+    build(config).run()
+    build(dataclasses.replace(config, overwrite=True, n_layer=1)).run()
+    aside = Path(config.out_dir + ".old-1")
+    assert (aside / "checkpoints" / "last" / "manifest.json").exists() or (
+        aside / "checkpoints" / "last"
+    ).is_file()
+    assert (Path(config.out_dir) / "log.md").is_file()
+
+
+def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
+    Path(config.out_dir).mkdir()
+    (Path(config.out_dir) / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        build(config)
+    assert (Path(config.out_dir) / "thesis.txt").read_text() == "years of work"
+
+
+def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monkeypatch) -> None:
+    def interrupt(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "rehearse", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(config)
+    assert not Path(config.out_dir).exists()
+    assert build(config).run() == "finished"
+
+
+def test_what_a_failed_start_left_is_not_taken_for_somebody_elses(config) -> None:
+    # A disk that was full from the first byte on once left a folder that no start would touch.
+    for name in ("checkpoints", "log.md", ".config.partial.toml"):
+        path = Path(config.out_dir) / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name == "checkpoints" else path.write_text("half")
+    assert build(config).run() == "finished"
+    assert "half" not in (Path(config.out_dir) / "log.md").read_text()
+
+
+def test_a_run_that_never_saved_starts_over(config) -> None:
+    build(config)
+    assert not (Path(config.out_dir) / "checkpoints" / "last").exists()
+    trainer = build(dataclasses.replace(config, max_lr=0.02))
+    trainer.run()
+    assert len(events(config, "start")) == 1
+
+
+def test_a_damaged_last_checkpoint_costs_only_the_steps_behind_it(config) -> None:
+    build(config).run()
+    (last(config) / "optimizer.safetensors").write_bytes(b"broken")
+    said: list[str] = []
+    trainer = build_trainer(config, given=(), say=said.append)
+    assert any("step-000020 is damaged" in line for line in said)
+    assert trainer.progress.step == 18
+    assert trainer.run() == "finished"
+
+
+def test_pointers_that_a_crash_left_behind_are_mended(config) -> None:
+    build(config).run()
+    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+    right = store.pointed("best"), store.pointed("last")
+    store.point("best", "step-000006")
+    store.point("last", "step-000006")
+    assert build_trainer(config, given=(), say=lambda _: None) is None
+    assert (store.pointed("best"), store.pointed("last")) == right
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over_in_silence(config) -> None:
+    build(config).run()
+    log = (Path(config.out_dir) / "log.md").read_bytes()
+    for path in CheckpointStore(Path(config.out_dir) / "checkpoints").steps():
+        (path / "model.safetensors").write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.raises(UserError, match="--overwrite"):
+            build(config)
+    shutil.rmtree(Path(config.out_dir) / "checkpoints")
+    with pytest.raises(UserError, match="--overwrite"):
+        build(config)
+    assert (Path(config.out_dir) / "log.md").read_bytes() == log
+
+
+def test_a_start_that_fails_has_not_moved_the_old_run(config, tmp_path) -> None:
+    build(config).run()
+    wrong = dataclasses.replace(config, overwrite=True, init_from=config.out_dir, n_embd=64)
+    with pytest.raises(UserError):
+        build_trainer(wrong, given={"n_embd"}, say=lambda _: None)
+    assert (Path(config.out_dir) / "log.md").is_file()
+    assert not Path(f"{config.out_dir}.old-1").exists()
+    # Starting from the very run that is moved aside works: its weights are read first.
+    again = dataclasses.replace(config, overwrite=True, init_from=config.out_dir)
+    assert build(again).run() == "finished"
+
+
+def test_a_run_begun_from_another_goes_on_when_that_one_has_moved(config, tmp_path) -> None:
+    build(config).run()
+    other = dataclasses.replace(config, init_from=config.out_dir, out_dir=str(tmp_path / "two"))
+    first = build(other)
+    first.guard = StopAfter(8)
+    first.run()
+    Path(config.out_dir).rename(tmp_path / "elsewhere")
+    assert build(other).run() == "finished"
+
+
+def test_an_end_that_a_crash_prevented_is_made_up_for(config) -> None:
+    build(config).run()
+    metrics = Path(config.out_dir) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"end"' not in line))
+    assert build(config).run() == "finished"
+    assert len(events(config, "end")) == 1
+    assert build_trainer(config, given=(), say=lambda _: None) is None
+
+
+def test_saves_stay_in_the_events_when_a_run_goes_on(config) -> None:
+    first = build(config)
+    first.guard = StopAfter(8)
+    first.run()
+    build(config).run()
+    steps = [event["step"] for event in events(config, "save")]
+    assert 8 in steps
+    assert steps == sorted(set(steps))
+
+
+def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
+    build(config).run()
+    other = Config(
+        init_from=config.out_dir, input=config.input, out_dir=str(tmp_path / "two"), device="cpu",
+        dtype="float32", context_length=32, batch_size=4, warmup_steps=1, max_steps=2,
+    )  # fmt: skip
+    trainer = build(other)
+    assert trainer.config.n_embd == config.n_embd
+    assert trainer.tokenizer.to_json() == read_tokenizer(last(config)).to_json()
+    best = CheckpointStore(Path(config.out_dir) / "checkpoints").pointed("best")
+    source = read_tensors(best, "model.safetensors")
+    weight = trainer.train_step.model.transformer["wpe"].weight
+    assert torch.equal(weight, source["transformer.wpe.weight"])
+    assert trainer.progress.step == 0
+    with pytest.raises(UserError, match=r"--n_embd 64, but .* has 32: leave --n_embd out"):
+        build_trainer(
+            dataclasses.replace(other, n_embd=64, out_dir=str(tmp_path / "three")),
+            given={"n_embd"},  say=lambda _: None,
+        )  # fmt: skip
