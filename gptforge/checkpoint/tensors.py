@@ -128,7 +128,6 @@ def load_optimizer_tensors(
     }
     if ranks.is_first:
         _check_shapes(wanted, tensors, source)
-    # In place: whoever holds on to the state, such as a recording, sees what was restored.
     optimizer.prepare()
     for name, parameter in model.named_parameters():
         for slot in optimizer.slots(parameter):

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from gptforge.build import build_trainer
-from gptforge.build.step import estimate
 from gptforge.checkpoint.store import read_tensors
 from gptforge.train.guards import StopGuard
-from gptforge.train.step import TrainStep
 from tests.train.runs import build, events, last
 
 
@@ -76,16 +74,6 @@ def test_time_that_is_over_ends_an_evaluation(config) -> None:
     assert trainer.run() == "time_limit"
     assert events(config, "eval") == []
     assert last(config).name == f"step-{config.eval_every:06d}"
-
-
-def test_what_long_evaluations_take_is_told_beforehand(config, monkeypatch) -> None:
-    monkeypatch.setattr(TrainStep, "rehearse", lambda *_: 8.0)
-    config = dataclasses.replace(config, eval_every=5, max_steps=20)
-    trainer = build(config)
-    trainer.lock.close()
-    told = estimate(trainer.train_step, config, steps=20, judged=10**6)
-    assert "judging it 4 times by 1,000,000 held-out tokens about" in told
-    assert "judging" not in estimate(trainer.train_step, config, steps=20, judged=10)
 
 
 def test_time_runs_out_only_on_its_own_clock() -> None:

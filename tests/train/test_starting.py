@@ -1,4 +1,4 @@
-"""What a run folder holds when a run starts, and what becomes of it."""
+"""How runs start: what their folder holds, what becomes of it, what is told beforehand."""
 
 import dataclasses
 import shutil
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptforge.build import build_trainer
+from gptforge.build.step import estimate
 from gptforge.checkpoint.store import CheckpointStore, read_tensors, read_tokenizer
 from gptforge.config import Config
 from gptforge.errors import UserError
@@ -184,3 +185,13 @@ def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
             dataclasses.replace(other, n_embd=64, out_dir=str(tmp_path / "three")),
             given={"n_embd"},  say=lambda _: None,
         )  # fmt: skip
+
+
+def test_what_long_evaluations_take_is_told_beforehand(config, monkeypatch) -> None:
+    monkeypatch.setattr(TrainStep, "rehearse", lambda *_: 8.0)
+    config = dataclasses.replace(config, eval_every=5, max_steps=20)
+    trainer = build(config)
+    trainer.lock.close()
+    told = estimate(trainer.train_step, config, steps=20, judged=10**6)
+    assert "judging it 4 times by 1,000,000 held-out tokens about" in told
+    assert "judging" not in estimate(trainer.train_step, config, steps=20, judged=10)
