@@ -6,8 +6,13 @@ from gptforge.config import GPTConfig
 
 HEAD_TOKENS = 8192
 """Tokens whose logits are made at a time where they are made in pieces: more is hardly faster."""
-KEEPS_GELU_EVERY = 2
-"""Of so many blocks one keeps the GELU's output, where an update is written out."""
+FEW_CHANNELS = 512
+"""Width up to which a model is small: its passes take long beside its products."""
+
+
+def keeps_gelu_every(channels: int) -> int:
+    """Of so many blocks one keeps the GELU's output, where an update is written out."""
+    return 1 if channels <= FEW_CHANNELS else 2
 
 
 def parameters(config: GPTConfig) -> int:
@@ -55,7 +60,7 @@ def training_parts(
     width = 2 if mixed else 4
     tokens = windows * context_length
     stream = width if by_hand else 4
-    gelu_sides = 1 + 1 / KEEPS_GELU_EVERY if by_hand and not recompute else 2
+    gelu_sides = 1 + 1 / keeps_gelu_every(config.n_embd) if by_hand and not recompute else 2
     inner = width * (2 + 3 + 1 + gelu_sides * config.mlp_ratio)
     a_layer = 2 * stream + inner
     # On the way back a layer needs about as much again for gradients.

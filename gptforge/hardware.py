@@ -198,6 +198,15 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for name, peak in PEAKS.items() if f"{name} " in words), None)
 
 
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes a second between a CUDA device and its memory, by its clock and width; 0 if unknown."""
+    if device.type != "cuda":
+        return 0.0
+    its = torch.cuda.get_device_properties(device)
+    # In kHz, twice in a cycle; and in bits.
+    return getattr(its, "memory_clock_rate", 0) * 2e3 * getattr(its, "memory_bus_width", 0) / 8
+
+
 def usable_memory(device: torch.device) -> int | None:
     """Bytes that a GPU, or this machine, has for us, with those that we hold; None if unknown."""
     free = free_memory(device)

@@ -8,6 +8,7 @@ import torch
 
 from gptforge.build.fitting import kernels_of
 from gptforge.config import Config
+from gptforge.costs import keeps_gelu_every
 from gptforge.hardware import Precision
 from gptforge.kernels.attention import attend
 from gptforge.kernels.block import (
@@ -18,14 +19,17 @@ from gptforge.kernels.block import (
     norm_backward,
     pack,
 )
+from gptforge.kernels.dropout import Drop, dropped_of
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.packed_attention import (
     ByTriton,
     PackedAttention,
     attention_backward,
+    attention_forward,
     fastest,
 )
 from gptforge.model import IGNORE
+from gptforge.train.block_by_hand import is_slope_faster_apart
 
 ROWS = 64
 """Tokens of a trial: Triton's kernels are the same for any number of them."""
@@ -66,7 +70,8 @@ class WarmUp:
         # As training has them: q, k and v side by side.
         qkv = self._zeros(c.batch_size, c.context_length, 3, c.n_head, c.n_embd // c.n_head)
         if isinstance(self._way, ByTriton):
-            self._way.forward(qkv)
+            if self._drop is None:
+                self._way.forward(qkv, None)
             return
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
         # Without dropout, which would throw dice.
@@ -78,22 +83,28 @@ class WarmUp:
         c, device = self._config, self._device
         width, inner = c.n_embd, c.mlp_ratio * c.n_embd
         vector, to_qkv = torch.ones(width, device=device), torch.zeros(3 * width, device=device)
-        rows = self._zeros(ROWS, width)
+        rows, drop = self._zeros(ROWS, width), self._drop
         if isinstance(self._way, ByTriton):
             qkv = self._zeros(1, c.context_length, 3, c.n_head, width // c.n_head)
             flat = self._zeros(c.context_length, width)
             lse = torch.zeros(1, c.n_head, c.context_length, device=device)
-            attention_backward(qkv, flat, lse, flat)
+            if drop is not None:
+                attention_forward(qkv, drop)
+            attention_backward(qkv, flat, lse, flat, drop)
         else:
             pack(rows, rows, rows, to_qkv)
         ids = torch.zeros(1, ROWS, dtype=torch.long, device=device)
-        embed(ids, vector[None], torch.zeros(ROWS, width, device=device), rows.dtype)
+        embed(ids, vector[None], torch.zeros(ROWS, width, device=device), rows.dtype, drop)
         for branch in (None, rows.clone()):
-            _, norm = add_norm(rows, branch, vector, vector)
+            _, norm = add_norm(rows, branch, vector, vector, drop)
             norm_backward(rows.clone(), norm, vector, branch, to_qkv)
         wide, sums = self._zeros(ROWS, inner), torch.zeros(inner, device=device)
-        gelu_backward(wide, wide.clone(), sums)
-        add_column_sums(wide, sums)
+        if keeps_gelu_every(width) > 1:
+            gelu_backward(wide, wide.clone(), sums, again=True)
+        if is_slope_faster_apart(device, width):
+            gelu_backward(wide, wide.clone(), sums, again=False)
+        else:
+            add_column_sums(wide, sums)
         if c.vocab_size:
             # Otherwise it follows from the text.
             cross_entropy_in_place(self._zeros(ROWS, c.vocab_size), ids[0], IGNORE)
@@ -103,6 +114,13 @@ class WarmUp:
         # on which Triton starts its kernels, is each thread's own.
         with contextlib.suppress(Exception), torch.cuda.device(self._device):
             work()
+
+    @property
+    def _drop(self) -> Drop | None:
+        """Something to drop with. Dice are for the model: any keys will do."""
+        dropped = dropped_of(self._config.dropout)
+        keys = torch.zeros(2, dtype=torch.int32, device=self._device)
+        return Drop(keys, dropped) if dropped else None
 
     @property
     def _way(self) -> PackedAttention:

@@ -57,7 +57,15 @@ class GeluProducts(Protocol):
 
 
 class ByCublas:
-    """cuBLASLt on a CUDA device, torch elsewhere; see products.py."""
+    """cuBLASLt on a CUDA device, torch elsewhere; see products.py.
+
+    Args:
+        slope_apart: whether a pass of its own takes the slope, with the sums for the bias, where
+            the GELU was kept; otherwise the product takes it, and a pass makes the sums.
+    """
+
+    def __init__(self, *, slope_apart: bool) -> None:
+        self._slope_apart = slope_apart
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """As `GeluProducts.forward`."""
@@ -73,7 +81,10 @@ class ByCublas:
     ) -> tuple[Tensor, Tensor]:
         """As `GeluProducts.backward`."""
         if activated is None:
-            return gelu_backward(inner, back(upstream, weight), sums)
+            return gelu_backward(inner, back(upstream, weight), sums, again=True)
+        if self._slope_apart:
+            wide, _ = gelu_backward(inner, back(upstream, weight), sums, again=False)
+            return wide, activated
         wide = back_through_gelu(upstream, weight, inner)
         add_column_sums(wide, sums)
         return wide, activated

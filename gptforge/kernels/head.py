@@ -89,12 +89,12 @@ def cross_entropy_in_place(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, device=logits.device)
-    # As many rows at a time as the cache holds, for a GPU has some 60 KB for each of these.
-    programs = min(rows, 4 * multiprocessors(logits.device) * max(1, 2**16 // columns))
-    block = min(8192, 1 << (columns - 1).bit_length())
+    # No more rows at a time than the cache holds, by far.
+    programs = min(rows, 2 * multiprocessors(logits.device) * max(1, 2**16 // columns))
+    block = min(4096, max(8, 1 << (columns - 1).bit_length()))
     in_triton.cross_entropy[(programs,)](
         logits, targets.contiguous(), losses, logits.stride(0), ignore, scale, rows, programs,
-        columns=columns, BLOCK=block, num_warps=max(1, block // 512),
+        columns=columns, BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip
     return losses
 

@@ -8,6 +8,11 @@ every bit, is the same each time: each program leaves what it saw in a row of `p
 import triton
 import triton.language as tl
 
+from gptforge.kernels.in_triton_dropout import column_words, factor_of, is_kept, row_words
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""A GPU has an instruction for powers of two."""
+
 
 @triton.jit(do_not_specialize=["ignore", "rows", "programs"])
 def cross_entropy(
@@ -20,10 +25,8 @@ def cross_entropy(
     stay in the cache for the second look.
     """
     for row in range(tl.program_id(0), rows, programs):
-        _cross_entropy_of_a_row(
-            logits + row.to(tl.int64) * stride, targets + row, losses + row, ignore, scale,
-            columns, BLOCK,
-        )  # fmt: skip
+        start = logits + row * stride.to(tl.int64)
+        _cross_entropy_of_a_row(start, targets + row, losses + row, ignore, scale, columns, BLOCK)
 
 
 @triton.jit
@@ -31,41 +34,67 @@ def _cross_entropy_of_a_row(
     start, target_at, loss_at, ignore, scale, columns: tl.constexpr, BLOCK: tl.constexpr
 ):
     target = tl.load(target_at)
-    lanes = tl.arange(0, BLOCK)
-    # One maximum for all lanes: a rescaling for each would cost as many exponentials again.
-    top = -3.4e38
-    total = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, columns, BLOCK):
-        place = begin + lanes
-        inside = place < columns
-        x = tl.load(start + place, inside, -float("inf"), eviction_policy="evict_last")
-        x = x.to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.exp(x - higher)
-        top = higher
-    total_sum = tl.sum(total, 0)
+    # Each thread goes over its own eighths of the row, with a maximum and a sum of its own: threads
+    # that waited for each other in every block would take half as long again.
+    top = tl.full((BLOCK // 8,), -3.4e38, tl.float32)
+    total = tl.zeros((BLOCK // 8,), tl.float32)
+    WHOLE: tl.constexpr = columns // BLOCK * BLOCK
+    for begin in range(0, WHOLE, BLOCK):
+        top, total = _more_of_a_row(start, begin, top, total, columns, BLOCK, False)
+    if columns > WHOLE:
+        top, total = _more_of_a_row(start, WHOLE, top, total, columns, BLOCK, True)
+    highest = tl.max(top, 0)
+    sum_of_all = tl.sum(total * tl.exp2((top - highest) * LOG2_E), 0)
     counts = target != ignore
     chosen = tl.where(counts, target, 0)
     right = tl.load(start + chosen).to(tl.float32)
-    loss = tl.log(total_sum) + (top - right)
-    tl.store(loss_at, tl.where(counts, loss, 0.0))
+    tl.store(loss_at, tl.where(counts, tl.log(sum_of_all) + (highest - right), 0.0))
     weight = tl.where(counts, tl.load(scale), 0.0)
-    share = weight / total_sum
+    # The gradient's size as a power of two; none at all where the row does not count.
+    level = tl.log2(sum_of_all) - tl.log2(weight)
     # The target's own column is read above before any thread may write it.
     tl.debug_barrier()
-    for begin in range(0, columns, BLOCK):
-        place = begin + lanes
+    for begin in range(0, WHOLE, BLOCK):
+        _gradient_of_a_row(start, begin, highest, level, columns, BLOCK, False)
+    if columns > WHOLE:
+        _gradient_of_a_row(start, WHOLE, highest, level, columns, BLOCK, True)
+    tl.debug_barrier()
+    own = tl.exp2((right - highest) * LOG2_E - level) - weight
+    tl.store(start + chosen, own.to(start.dtype.element_ty))
+
+
+@triton.jit
+def _more_of_a_row(
+    start, begin, top, total, columns: tl.constexpr, BLOCK: tl.constexpr, IS_LAST: tl.constexpr
+):
+    place = begin + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if IS_LAST:
         inside = place < columns
-        x = tl.load(start + place, inside, -float("inf"), eviction_policy="evict_first")
-        gradient = tl.exp(x.to(tl.float32) - top) * share - tl.where(place == chosen, weight, 0.0)
-        narrow = gradient.to(start.dtype.element_ty)
-        tl.store(start + place, narrow, mask=inside, cache_modifier=".cs")
+        x = tl.load(start + place, inside, -float("inf"), eviction_policy="evict_last")
+    else:
+        x = tl.load(start + place, eviction_policy="evict_last")
+    x = x.to(tl.float32)
+    higher = tl.maximum(top, tl.max(x, 1))
+    more = tl.sum(tl.exp2((x - higher[:, None]) * LOG2_E), 1)
+    return higher, total * tl.exp2((top - higher) * LOG2_E) + more
+
+
+@triton.jit
+def _gradient_of_a_row(
+    start, begin, highest, level,
+    columns: tl.constexpr, BLOCK: tl.constexpr, IS_LAST: tl.constexpr,
+):  # fmt: skip
+    place = begin + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = place < columns if IS_LAST else None
+    x = tl.load(start + place, inside, eviction_policy="evict_first").to(tl.float32)
+    gradient = tl.exp2((x - highest) * LOG2_E - level).to(start.dtype.element_ty)
+    tl.store(start + place, gradient, inside, cache_modifier=".cs")
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def embed(
-    idx, wte, wpe, out, rows, length,
-    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    idx, wte, wpe, out, keys, rows, length,
+    columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROPPED: tl.constexpr,
 ):  # fmt: skip
     """`out` (rows, columns): each token's row of `wte` and its place's row of `wpe`, added up."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -75,13 +104,18 @@ def embed(
     x = tl.load(wte + token[:, None] * columns + column[None, :], mask=mask, other=0.0)
     x += tl.load(wpe + (row % length)[:, None] * columns + column[None, :], mask=mask, other=0.0)
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    if DROPPED:
+        words = column_words(column, keys)
+        stays = is_kept(row_words(row, keys)[:, None], words[None, :], DROPPED)
+        x = tl.where(stays, x * factor_of(DROPPED), 0.0)
     tl.store(out + place, x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def add_norm(
-    stream, branch, weight, bias, out, mean, rstd, rows, eps,
+    stream, branch, weight, bias, out, mean, rstd, keys, rows, eps,
     columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):  # fmt: skip
     """`branch` becomes stream + branch, and `out` its LayerNorm."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -90,7 +124,12 @@ def add_norm(
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
     x = tl.load(stream + place, mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        x += tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
+        more = tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
+        if DROPPED:
+            words = column_words(column, keys)
+            stays = is_kept(row_words(row, keys)[:, None], words[None, :], DROPPED)
+            more = tl.where(stays, more * factor_of(DROPPED), 0.0)
+        x += more
         narrow = x.to(branch.dtype.element_ty)
         tl.store(branch + place, narrow, mask=mask)
         # What the backward pass will read, not what was never stored.
@@ -108,17 +147,22 @@ def add_norm(
 
 @triton.jit(do_not_specialize=["rows", "each"])
 def norm_backward(
-    upstream, stream, mean, rstd, weight, beside, parts, rows, each,
+    upstream, stream, mean, rstd, weight, beside, to_branch, parts, keys, rows, each,
     columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BESIDE: tl.constexpr,
+    DROPPED: tl.constexpr,
 ):  # fmt: skip
-    """`upstream` becomes the stream's gradient; `parts` (P, 3, columns) sums for the parameters."""
+    """`upstream` becomes the stream's gradient; `parts` (P, 3, columns) sums for the parameters.
+
+    If anything was dropped, `to_branch` becomes the branch's gradient.
+    """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     w = tl.load(weight + column, mask=inside, other=0.0)[None, :]
     of_weight = tl.zeros((BLOCK,), tl.float32)
     of_bias = tl.zeros((BLOCK,), tl.float32)
-    of_stream = tl.zeros((BLOCK,), tl.float32)
+    of_branch = tl.zeros((BLOCK,), tl.float32)
+    words = column_words(column, keys) if DROPPED else column
     last = tl.minimum(program * each + each, rows)
     for begin in range(0, each, ROWS):
         row = program * each + begin + tl.arange(0, ROWS)
@@ -139,11 +183,16 @@ def norm_backward(
             dx += tl.load(beside + place, mask=mask, other=0.0).to(tl.float32)
         narrow = dx.to(upstream.dtype.element_ty)
         tl.store(upstream + place, narrow, mask=mask)
-        of_stream += tl.sum(tl.where(mask, narrow.to(tl.float32), 0.0), 0)
+        if DROPPED:
+            stays = is_kept(row_words(row, keys)[:, None], words[None, :], DROPPED)
+            more = tl.where(stays, narrow.to(tl.float32) * factor_of(DROPPED), 0.0)
+            narrow = more.to(upstream.dtype.element_ty)
+            tl.store(to_branch + place, narrow, mask=mask)
+        of_branch += tl.sum(tl.where(mask, narrow.to(tl.float32), 0.0), 0)
     own = parts + program.to(tl.int64) * 3 * columns + column
     tl.store(own, of_weight, mask=inside)
     tl.store(own + columns, of_bias, mask=inside)
-    tl.store(own + 2 * columns, of_stream, mask=inside)
+    tl.store(own + 2 * columns, of_branch, mask=inside)
 
 
 @triton.jit
@@ -159,8 +208,11 @@ def gelu(x, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "each"])
-def gelu_backward(x, upstream, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """`upstream` becomes the gradient of x, and x its GELU; `parts` (P, columns) column sums."""
+def gelu_backward(
+    x, upstream, parts, rows, each, columns,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """`upstream` becomes the gradient of x, if AGAIN x its GELU; `parts` (P, columns) the sums."""
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -179,7 +231,8 @@ def gelu_backward(x, upstream, parts, rows, each, columns, BLOCK: tl.constexpr, 
         dx = dy * (share + value * share * (1.0 - share) * slope)
         narrow = dx.to(upstream.dtype.element_ty)
         tl.store(upstream + place, narrow, mask=mask)
-        tl.store(x + place, (value * share).to(x.dtype.element_ty), mask=mask)
+        if AGAIN:
+            tl.store(x + place, (value * share).to(x.dtype.element_ty), mask=mask)
         total += tl.sum(narrow.to(tl.float32), 0)
     tl.store(parts + program.to(tl.int64) * columns + column, total, mask=inside)
 

@@ -2,7 +2,8 @@
 
 Two ways: torch's attention and its autograd; or cuDNN's way forward and a way back of our own in
 Triton (in_triton_attention.py), which writes the three gradients side by side, where they are
-wanted, with their sums for the bias. docs/results/gpu-speed.md has what it gains.
+wanted, with their sums for the bias. With dropout both ways are ours: then the mask is made again
+on the way back. docs/results/gpu-speed.md has what it gains.
 
 Shapes: B windows, T tokens each, N = B * T, H heads of D channels, C = H * D.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gptforge.kernels.attention import attend
 from gptforge.kernels.block import add_parts, pack
+from gptforge.kernels.dropout import Drop
 
 HEAD_SIZES = (32, 64)
 """Channels of a head for which the way back of our own was found to be faster."""
@@ -31,25 +33,30 @@ class Kept(NamedTuple):
     """(B, H, T, D)"""
     lse: Tensor | None = None
     """(B, H, T) float32, logarithms of the softmax's sums, where autograd does not keep them."""
+    drop: Drop | None = None
+    """What was dropped from the shares (B, H, T, T), where autograd does not keep it."""
 
 
 class PackedAttention(Protocol):
     """Both ways through attention."""
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Kept]:
-        """(B, T, 3, H, D) to (N, C)."""
+    def forward(self, qkv: Tensor, drop: Drop | None) -> tuple[Tensor, Kept]:
+        """(B, T, 3, H, D) to (N, C), with some of the shares dropped."""
 
     def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
         """(N, C) to the gradient of qkv (N, 3 * C), whose column sums are added to `sums`."""
 
 
 class ByTorch:
-    """torch picks the kernel, and its autograd knows that kernel's way back."""
+    """torch picks the kernel, and its autograd knows that kernel's way back.
+
+    It drops by dice of its own, whatever `drop` says.
+    """
 
     def __init__(self, dropout: float = 0.0) -> None:
         self._dropout = dropout
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Kept]:
+    def forward(self, qkv: Tensor, drop: Drop | None) -> tuple[Tensor, Kept]:
         """As `PackedAttention.forward`."""
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
         with torch.enable_grad():
@@ -58,16 +65,19 @@ class ByTorch:
 
     def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
         """As `PackedAttention.backward`."""
-        outs = torch.autograd.grad(kept.out, kept.qkv, _heads(upstream, kept.out))
+        outs = torch.autograd.grad(kept.out, kept.qkv, _heads(upstream, *kept.out.shape[:2]))
         to_q, to_k, to_v = (_rows(x) for x in outs)
         return pack(to_q, to_k, to_v, sums)
 
 
 class ByTriton:
-    """cuDNN forward, Triton back; without dropout."""
+    """Triton back; forward too where anything is dropped, otherwise cuDNN."""
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Kept]:
+    def forward(self, qkv: Tensor, drop: Drop | None) -> tuple[Tensor, Kept]:
         """As `PackedAttention.forward`."""
+        if drop is not None:
+            rows, lse = attention_forward(qkv, drop)
+            return rows, Kept((qkv,), _heads(rows, qkv.size(0), qkv.size(3)), lse, drop)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, compute_log_sumexp=True, is_causal=True
@@ -77,13 +87,29 @@ class ByTriton:
     def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
         """As `PackedAttention.backward`."""
         assert kept.lse is not None, "the way forward was another one"
-        gradient, parts = attention_backward(kept.qkv[0], _rows(kept.out), kept.lse, upstream)
+        gradient, parts = attention_backward(
+            kept.qkv[0], _rows(kept.out), kept.lse, upstream, kept.drop
+        )
         add_parts(parts, sums)
         return gradient.view(len(upstream), -1)
 
 
+def attention_forward(qkv: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor]:
+    """Attention (N, C) over q, k and v (B, T, 3, H, D), and logarithms of its sums (B, H, T)."""
+    count, length, _, heads, size = qkv.shape
+    assert qkv.is_contiguous()
+    out = qkv.new_empty(count * length, heads * size)
+    lse = torch.empty(count, heads, length, dtype=torch.float32, device=qkv.device)
+    grid, shape = _grid_and_shape(qkv, drop)
+    keys = lse if drop is None else drop.keys
+    _triton().forward[grid](
+        qkv, out, lse, keys, length, size**-0.5, **shape, num_warps=4, num_stages=3
+    )
+    return out, lse
+
+
 def attention_backward(
-    qkv: Tensor, out: Tensor, lse: Tensor, upstream: Tensor
+    qkv: Tensor, out: Tensor, lse: Tensor, upstream: Tensor, drop: Drop | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradient of q, k and v (B, T, 3, H, D), and sums over its tokens, in parts (P, 3 * C).
 
@@ -92,25 +118,34 @@ def attention_backward(
         out: (N, C), of the way forward.
         lse: (B, H, T) float32, logarithms of the softmax's sums.
         upstream: (N, C), the gradient of `out`.
+        drop: what the way forward dropped.
     """
-    count, length, _, heads, size = qkv.shape
+    count, _, _, heads, size = qkv.shape
     assert all(x.is_contiguous() for x in (qkv, out, lse, upstream))
-    blocks = math.ceil(length / BLOCK)
+    grid, shape = _grid_and_shape(qkv, drop)
     gradient, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    parts = lse.new_empty(count * blocks, 3 * heads * size)
-    shape = {"H": heads, "D": size, "BLOCK": BLOCK, "IS_EVEN": length % BLOCK == 0}
-    grid, scale = (blocks, heads, count), size**-0.5
-    kernels = _triton()
+    parts = lse.new_empty(count * grid[0], 3 * heads * size)
+    keys = lse if drop is None else drop.keys
     # Held to so many registers, more of its programs run beside each other.
+    kernels = _triton()
     kernels.to_queries[grid](
-        qkv, out, upstream, lse, delta, gradient, parts, length, scale, **shape,
+        qkv, out, upstream, lse, delta, gradient, parts, keys, qkv.size(1), size**-0.5, **shape,
         num_warps=4, num_stages=2, maxnreg=128,
     )  # fmt: skip
     kernels.to_keys[grid](
-        qkv, upstream, lse, delta, gradient, parts, length, scale, **shape,
-        num_warps=4, num_stages=1,
+        qkv, upstream, lse, delta, gradient, parts, keys, qkv.size(1), size**-0.5, **shape,
+        num_warps=4, num_stages=1, maxnreg=168,
     )  # fmt: skip
     return gradient, parts
+
+
+def _grid_and_shape(
+    qkv: Tensor, drop: Drop | None
+) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
+    count, length, _, heads, size = qkv.shape
+    shape = {"H": heads, "D": size, "BLOCK": BLOCK, "IS_EVEN": length % BLOCK == 0}
+    dropped = 0 if drop is None else drop.dropped
+    return (math.ceil(length / BLOCK), heads, count), {**shape, "DROPPED": dropped}
 
 
 def fastest(
@@ -120,7 +155,6 @@ def fastest(
     is_ours = (
         device.type == "cuda"
         and dtype == torch.bfloat16
-        and not dropout
         and head_size in HEAD_SIZES
         and not torch.version.hip
         # Tried on Hopper GPUs only.
@@ -135,10 +169,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _heads(x: Tensor, like: Tensor) -> Tensor:
+def _heads(x: Tensor, count: int, heads: int) -> Tensor:
     """(N, C) to (B, H, T, D)."""
-    count, heads, length, size = like.shape
-    return x.view(count, length, heads, size).transpose(1, 2)
+    return x.view(count, len(x) // count, heads, -1).transpose(1, 2)
 
 
 def _triton() -> Any:

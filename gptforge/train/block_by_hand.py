@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptforge.hardware import Kernels
+from gptforge.costs import FEW_CHANNELS
+from gptforge.hardware import Kernels, memory_bandwidth
 from gptforge.kernels.block import Norm, add_norm, norm_backward
+from gptforge.kernels.dropout import Drop
 from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
 from gptforge.kernels.packed_attention import Kept, fastest
 from gptforge.kernels.products import back, linear
@@ -53,13 +55,28 @@ class LayerNorm:
         """From now on gradients are added up there."""
         self._sums = gradients.side_by_side(*self.vectors)
 
-    def forward(self, stream: Tensor, branch: Tensor | None) -> tuple[Tensor, Norm]:
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, drop: Drop | None
+    ) -> tuple[Tensor, Norm]:
         """As `add_norm`."""
-        return add_norm(stream, branch, self._weight, self._bias)
+        return add_norm(stream, branch, self._weight, self._bias, drop)
 
-    def backward(self, upstream: Tensor, norm: Norm, beside: Tensor | None) -> Tensor:
+    def backward(
+        self, upstream: Tensor, norm: Norm, beside: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """As `norm_backward`."""
         return norm_backward(upstream, norm, self._weight, beside, self._sums)
+
+
+class Drops(NamedTuple):
+    """What is dropped where, if anything is."""
+
+    before: Drop | None = None
+    """From the branch that the block is given, or from the embedding."""
+    shares: Drop | None = None
+    """In its attention."""
+    mixed: Drop | None = None
+    """From the attention's branch."""
 
 
 class KeptOfBlock(NamedTuple):
@@ -73,15 +90,12 @@ class KeptOfBlock(NamedTuple):
     normal_2: Tensor
     inner: Tensor
     activated: Tensor | None
-    dropped_1: Tensor | None
-    dropped_2: Tensor | None
 
 
 class BlockByHand:
     """A transformer block. `before` is the bias of what the block in front of it adds last.
 
-    With `keeps_gelu` the GELU's output is kept, and its slope is taken by the product that makes
-    its gradient. Otherwise a pass of its own takes the slope, and makes the output again.
+    With `keeps_gelu` the GELU's output is kept. Otherwise it is made again on the way back.
     """
 
     def __init__(
@@ -94,12 +108,13 @@ class BlockByHand:
         kernels: Kernels,
     ) -> None:
         self._keeps_gelu = keeps_gelu
-        self._gelu: GeluProducts = ByQuack() if kernels.quack else ByCublas()
-        self.n_head, self.dropout = block.attn.n_head, block.attn.dropout
         device, width = block.ln_1.weight.device, len(block.ln_1.weight)
+        apart = is_slope_faster_apart(device, width)
+        self._gelu: GeluProducts = ByQuack() if kernels.quack else ByCublas(slope_apart=apart)
+        self.n_head = block.attn.n_head
         self._head_size = width // self.n_head
         self._attention = fastest(
-            device, weights.dtype, head_size=self._head_size, dropout=self.dropout
+            device, weights.dtype, head_size=self._head_size, dropout=block.attn.dropout
         )
         self.norm_1 = LayerNorm(block.ln_1, weights)
         self.norm_2 = LayerNorm(block.ln_2, weights)
@@ -109,20 +124,17 @@ class BlockByHand:
         self.c_fc = Linear(block.mlp.c_fc, weights)
         self.c_proj = Linear(block.mlp.c_proj, weights)
         self.linears = (self.c_attn, self.mix, self.c_fc, self.c_proj)
-        # Whatever is added to the stream has the stream's gradient, and so has its bias: unless
-        # dropout comes in between.
-        self.apart: list[Tensor] = [self.mix.bias, self.c_proj.bias] if self.dropout else []
-        if not self.dropout:
-            self.norm_2.vectors.append(self.mix.bias)
-            if before is not None:
-                self.norm_1.vectors.append(before)
+        # Whatever is added to the stream has its gradient from the LayerNorm behind the addition,
+        # and so has its bias.
+        self.norm_2.vectors.append(self.mix.bias)
+        if before is not None:
+            self.norm_1.vectors.append(before)
 
     def groups(self) -> list[list[Tensor]]:
         """The parameters in the order in which their gradients are made."""
         return [
             [self.c_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.norm_2.vectors,
             [self.mix.weight], [self.c_attn.bias], [self.c_attn.weight], self.norm_1.vectors,
-            *([bias] for bias in self.apart),
         ]  # fmt: skip
 
     def add_to(self, gradients: Gradients) -> None:
@@ -134,55 +146,48 @@ class BlockByHand:
         self.norm_2.add_to(gradients)
 
     def forward(
-        self, stream: Tensor, branch: Tensor | None, length: int
+        self, stream: Tensor, branch: Tensor | None, length: int, drops: Drops
     ) -> tuple[Tensor, KeptOfBlock]:
         """The block's last branch (N, C), not yet added to the stream, which is among the kept."""
         self._weights.wait_for(*(layer.narrow for layer in self.linears))
-        normal_1, norm_1 = self.norm_1.forward(stream, branch)
+        normal_1, norm_1 = self.norm_1.forward(stream, branch, drops.before)
         qkv = self.c_attn.forward(normal_1).view(-1, length, 3, self.n_head, self._head_size)
-        mixed, attention = self._attention.forward(qkv)  # (N, C)
-        branch, dropped_1 = drop(self.mix.forward(mixed), self.dropout)
-        normal_2, norm_2 = self.norm_2.forward(norm_1.stream, branch)
+        mixed, attention = self._attention.forward(qkv, drops.shares)  # (N, C)
+        branch = self.mix.forward(mixed)
+        normal_2, norm_2 = self.norm_2.forward(norm_1.stream, branch, drops.mixed)
         inner, activated = self._gelu.forward(
             normal_2, self.c_fc.narrow, self.c_fc.narrow_bias
         )  # (N, 4 C)
-        branch, dropped_2 = drop(self.c_proj.forward(activated), self.dropout)
+        branch = self.c_proj.forward(activated)
         kept_gelu = activated if self._keeps_gelu else None
         return branch, KeptOfBlock(
-            norm_1, normal_1, mixed, attention, norm_2, normal_2, inner, kept_gelu,
-            dropped_1, dropped_2,
-        )  # fmt: skip
+            norm_1, normal_1, mixed, attention, norm_2, normal_2, inner, kept_gelu
+        )
 
-    def backward(self, upstream: Tensor, kept: KeptOfBlock) -> Tensor:
-        """From the gradient of the stream behind the block (N, C) to that before it."""
-        to_branch = self._undrop(upstream, kept.dropped_2, self.c_proj)
+    def backward(
+        self, upstream: Tensor, to_branch: Tensor, kept: KeptOfBlock
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the stream and the branch behind the block to those before it: all (N, C).
+
+        The two may be one and the same.
+        """
         wide, activated = self._gelu.backward(
             to_branch, self.c_proj.narrow, kept.inner, kept.activated, self.c_fc.bias_gradient
         )  # (N, 4 C)
         add_product(self.c_proj.gradient, to_branch, activated)
         narrow = self.c_fc.backward(kept.normal_2, wide)
-        upstream = self.norm_2.backward(narrow, kept.norm_2, upstream)
-        to_branch = self._undrop(upstream, kept.dropped_1, self.mix)
+        upstream, to_branch = self.norm_2.backward(narrow, kept.norm_2, upstream)
         narrow = self.mix.backward(kept.mixed, to_branch)
         to_bias = self.c_attn.bias_gradient
         wide = self._attention.backward(narrow, kept.attention, to_bias)  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
         return self.norm_1.backward(narrow, kept.norm_1, upstream)
 
-    def _undrop(self, upstream: Tensor, dropped: Tensor | None, layer: Linear) -> Tensor:
-        if dropped is None:
-            return upstream
-        upstream = drop_backward(upstream, dropped, self.dropout)
-        layer.bias_gradient.add_(upstream.sum(0, dtype=layer.bias_gradient.dtype))
-        return upstream
 
+def is_slope_faster_apart(device: torch.device, channels: int) -> bool:
+    """Whether a pass takes the GELU's slope faster than a product does on its way, by `ByCublas`.
 
-def drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """x with some of it dropped, and what was not."""
-    return torch.native_dropout(x, dropout, True) if dropout else (x, None)
-
-
-def drop_backward(upstream: Tensor, dropped: Tensor, dropout: float) -> Tensor:
-    """The gradient of what was dropped from."""
-    result: Tensor = torch.ops.aten.native_dropout_backward(upstream, dropped, 1 / (1 - dropout))
-    return result
+    On an H200 it does. An H100 has the same products and less bandwidth, and is the other way
+    round. Small products are slower for it everywhere.
+    """
+    return channels <= FEW_CHANNELS or memory_bandwidth(device) > 4e12

@@ -13,19 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gptforge.costs import HEAD_TOKENS, KEEPS_GELU_EVERY
+from gptforge.costs import HEAD_TOKENS, keeps_gelu_every
 from gptforge.hardware import PLAIN, Kernels
 from gptforge.kernels.block import embed
+from gptforge.kernels.dropout import Drop, throw
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.products import linear
 from gptforge.model import GPT, IGNORE, Block
-from gptforge.train.block_by_hand import (
-    BlockByHand,
-    KeptOfBlock,
-    LayerNorm,
-    drop,
-    drop_backward,
-)
+from gptforge.train.block_by_hand import BlockByHand, Drops, KeptOfBlock, LayerNorm
 from gptforge.train.gradients import Gradients, add_product
 from gptforge.train.savings import NO_SAVINGS, Savings
 from gptforge.train.weights import Weights
@@ -57,7 +52,7 @@ class ByHand:
         gradients: Callable[[list[list[Tensor]]], Gradients] = Gradients,
     ) -> None:
         self._dropout = model.config.dropout
-        # What is made again would be dropped anew.
+        # What attention makes again it would drop anew.
         assert not (self._dropout and savings.recompute), "not written out here"
         self.model = model
         self._recompute = savings.recompute
@@ -70,18 +65,17 @@ class ByHand:
         self._wte, self._wpe = weights.wide(wte.weight), weights.wide(wpe.weight)
         self._table = weights.narrow(wte.weight)  # (V, C)
         self._blocks: list[BlockByHand] = []
-        before = None
+        before, every = None, keeps_gelu_every(model.config.n_embd)
         for number, block in enumerate(model.blocks()):
             assert isinstance(block, Block)
             # One block's worth is no matter.
-            keeps_gelu = savings.recompute or number % KEEPS_GELU_EVERY == 0
+            keeps_gelu = savings.recompute or number % every == 0
             one = BlockByHand(block, before, weights, keeps_gelu=keeps_gelu, kernels=kernels)
             self._blocks.append(one)
             before = block.mlp.c_proj.bias
         assert before is not None
         self._norm = LayerNorm(ln_f, weights)
-        if not self._dropout:
-            self._norm.vectors.append(before)
+        self._norm.vectors.append(before)
         groups = [group for block in reversed(self._blocks) for group in block.groups()]
         self.gradients = gradients([self._norm.vectors, *groups, [wpe.weight], [wte.weight]])
         self.made: Callable[[int], None] = lambda groups: None
@@ -108,30 +102,32 @@ class ByHand:
                 scalar on the device it may change when a recording is played back.
         """
         length = idx.size(1)
-        x = embed(idx, self._wte, self._wpe, self._weights.dtype)
-        stream, dropped = drop(x, self._dropout)  # (N, C)
+        # Behind the embedding; in the attention, and behind both branches, of each block.
+        drops: list[Drop | None] = [None] * (1 + 3 * len(self._blocks))
+        drops = [*throw(len(drops), self._dropout, idx.device)] or drops
+        stream = embed(idx, self._wte, self._wpe, self._weights.dtype, drops[0])  # (N, C)
         branch = None
         kept: list[KeptOfBlock | Tensor] = []
-        for block in self._blocks:
-            branch, everything = block.forward(stream, branch, length)
+        for number, block in enumerate(self._blocks):
+            its = Drops(*drops[3 * number : 3 * number + 3])
+            branch, everything = block.forward(stream, branch, length, its)
             stream = everything.norm_2.stream
             kept.append(everything.norm_1.stream if self._recompute else everything)
             del everything
-        normal, norm = self._norm.forward(stream, branch)
+        normal, norm = self._norm.forward(stream, branch, drops[-1])
         loss, upstream = self._head(normal, targets.flatten(), scale)
-        upstream = self._norm.backward(upstream, norm, None)
+        upstream, to_branch = self._norm.backward(upstream, norm, None)
         made = 1
         for block in reversed(self._blocks):
             one = kept.pop()
             if isinstance(one, Tensor):
-                _, one = block.forward(one, None, length)
-            upstream = block.backward(upstream, one)
+                _, one = block.forward(one, None, length, Drops())
+            upstream, to_branch = block.backward(upstream, to_branch, one)
             del one
             made += len(block.groups())
             self.made(made)
-        if dropped is not None:
-            upstream = drop_backward(upstream, dropped, self._dropout)
-        self._embed_backward(upstream, idx)
+        # In front of the first block there is no branch: this is what the embedding was dropped to.
+        self._embed_backward(to_branch, idx)
         return loss
 
     def clip(self, longest: float) -> Tensor:

@@ -43,8 +43,8 @@ class Descent:
             # The optimizer looks for this flag, on the device, before it moves a weight; the scaler
             # sets it by itself.
             # A loss that is no number is the word of a rank whose gradients are not whole.
-            is_good = (norm + loss).isfinite()
-            self._optimizer.found_inf = (~is_good).float()
+            # Nought times it is no number then, and not nought: few kernels, for small models.
+            self._optimizer.found_inf = (norm + loss).mul_(0).ne_(0)
         self._scaler.step(optimizer)
         self._scaler.update()
         return norm

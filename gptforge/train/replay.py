@@ -48,7 +48,8 @@ class Replay:
     def _record(self, idx: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         fixed_idx, fixed_targets = idx.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be writing a checkpoint, and ask for memory.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss = self._by_hand(fixed_idx, fixed_targets, self._scale)
 
         def play(idx: Tensor, targets: Tensor) -> Tensor:

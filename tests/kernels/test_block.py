@@ -13,6 +13,7 @@ from gptforge.kernels.block import (
     norm_backward,
     pack,
 )
+from gptforge.kernels.dropout import kept, throw
 
 SHAPES = [(5, 32), (64, 48), (1000, 384), (70, 768), (33, 1600)]
 
@@ -73,9 +74,9 @@ def test_norm_backward_is_the_gradient_and_adds_the_vectors(
 
     before = torch.randn(3 * columns, device=place)
     sums = before.clone()
-    out = norm_backward(upstream, norm, weight, beside if has_beside else None, sums)
+    out, to_branch = norm_backward(upstream, norm, weight, beside if has_beside else None, sums)
     grown = (sums - before).split(columns)
-    assert out is upstream
+    assert out is upstream and to_branch is upstream
     assert distance(out, to_stream) < 1e-2
     assert distance(grown[0], exact[1].grad) < 1e-3
     assert distance(grown[1], exact[2].grad) < 1e-3
@@ -84,6 +85,40 @@ def test_norm_backward_is_the_gradient_and_adds_the_vectors(
     fewer = torch.zeros(2 * columns, device=place)
     norm_backward(narrow(rows, columns, place=place), norm, weight, None, fewer)
     assert fewer.all()
+
+
+@pytest.mark.parametrize("has_branch", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_what_is_dropped_from_a_branch_is_dropped_from_its_gradient(
+    place, rows, columns, has_branch
+) -> None:
+    torch.manual_seed(rows)
+    stream, upstream, beside = (narrow(rows, columns, place=place) for _ in range(3))
+    branch = narrow(rows, columns, place=place) if has_branch else None
+    weight, bias = (torch.randn(columns, device=place) for _ in range(2))
+    [drop] = throw(1, 0.25, torch.device(place))
+    mask = kept(drop, rows, columns)
+    total = stream.double()
+    if branch is not None:
+        total += branch.double() * mask / 0.75
+    _, norm = add_norm(stream, branch, weight, bias, drop)
+    assert distance(norm.stream, total) < 5e-3
+
+    sums = torch.zeros(3 * columns, device=place)
+    undropped = norm_backward(upstream.clone(), norm._replace(drop=None), weight, beside, sums)[0]
+    sums.zero_()
+    out, to_branch = norm_backward(upstream, norm, weight, beside, sums)
+    torch.testing.assert_close(out, undropped)
+    torch.testing.assert_close(to_branch, (out.float() * mask / 0.75).bfloat16())
+    assert distance(sums[2 * columns :], to_branch.double().sum(0)) < 1e-3
+
+
+def test_an_embedding_is_dropped_from(place) -> None:
+    wte, wpe = torch.rand(50, 48, device=place) + 1, torch.zeros(16, 48, device=place)
+    idx = torch.randint(0, 50, (3, 16), device=place)
+    [drop] = throw(1, 0.5, torch.device(place))
+    exact = wte[idx].flatten(0, 1) * kept(drop, 48, 48) * 2
+    torch.testing.assert_close(embed(idx, wte, wpe, torch.float32, drop), exact)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -95,10 +130,13 @@ def test_gelu_and_its_way_back(place, rows, columns) -> None:
     expected.backward(upstream.double())
     assert distance(gelu(x), expected.detach()) < 5e-3
     sums = torch.ones(columns, device=place)
-    gradient, again = gelu_backward(x, upstream, sums)
+    slope, same = gelu_backward(x, upstream.clone(), sums.clone(), again=False)
+    assert same is x and torch.equal(x.double(), exact)
+    gradient, again = gelu_backward(x, upstream, sums, again=True)
     assert gradient is upstream and again is x
     assert distance(again, expected.detach()) < 5e-3
     assert distance(gradient, exact.grad) < 1e-2
+    assert torch.equal(slope, gradient)
     assert distance(sums - 1, gradient.double().sum(0)) < 1e-3
 
 
@@ -114,7 +152,7 @@ def test_pack_puts_three_side_by_side_and_adds_them_up(place, rows, columns) -> 
 def test_numbers_far_out_stay_finite(place) -> None:
     x = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=place).bfloat16()
     torch.testing.assert_close(gelu(x), x.clamp(min=0))
-    gradient, _ = gelu_backward(x, torch.ones_like(x), torch.zeros(5, device=place))
+    gradient, _ = gelu_backward(x, torch.ones_like(x), torch.zeros(5, device=place), again=False)
     torch.testing.assert_close(gradient.float(), torch.tensor([[0, 0, 0.5, 1, 1]], device=place))
 
 

@@ -21,7 +21,15 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[ByCublas, ByQuack])
+def apart() -> ByCublas:
+    return ByCublas(slope_apart=True)
+
+
+def in_the_product() -> ByCublas:
+    return ByCublas(slope_apart=False)
+
+
+@pytest.fixture(params=[apart, in_the_product, ByQuack])
 def ways(request, device, tmp_path_factory) -> GeluProducts:
     if request.param is ByQuack:
         if reason := why_not_quack(torch.device(device), torch.bfloat16):

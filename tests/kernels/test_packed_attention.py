@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels import packed_attention
+from gptforge.kernels import dropout, packed_attention
+from gptforge.kernels.dropout import throw
 from gptforge.kernels.packed_attention import ByTorch, ByTriton, PackedAttention, fastest
 
 
@@ -37,11 +38,44 @@ def test_values_gradients_and_column_sums_are_those_of_double_precision(
     gradient = exact.grad.view(count * length, -1)
     for way in ways(device, size):
         sums = torch.ones(3 * heads * size, device=device)
-        out, kept = way.forward(qkv)
+        out, kept = way.forward(qkv, None)
         assert (out.double() - rows).norm() < 1e-2 * rows.norm()
         wide = way.backward(upstream, kept, sums)
         assert (wide.double() - gradient).norm() < 2e-2 * gradient.norm()
         torch.testing.assert_close(sums - 1, wide.float().sum(0), rtol=1e-4, atol=1e-3)
+
+
+def dropped_attention(exact: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rows (N, C) of attention over (B, T, 3, H, D) with shares (B, H, T, T) times a mask."""
+    q, k, v = exact.permute(2, 0, 3, 1, 4)
+    future = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    shares = (q @ k.mT * q.size(-1) ** -0.5).masked_fill(future, -torch.inf).softmax(-1)
+    return (shares * mask @ v).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "heads", "size"), [(2, 256, 3, 64), (2, 65, 2, 64), (1, 1000, 2, 32)]
+)
+def test_what_is_dropped_from_the_shares_follows_from_the_keys(
+    count, length, heads, size, device
+) -> None:
+    if len(ways(device, size)) == 1:
+        pytest.skip("there is none of our own for this device")
+    torch.manual_seed(length)
+    qkv = torch.randn(count, length, 3, heads, size, device=device).bfloat16()
+    upstream = torch.randn(count * length, heads * size, device=device).bfloat16()
+    [drop] = throw(1, 0.25, device)
+    mask = dropout.kept(drop, count * heads * length, length) * drop.factor
+    exact = qkv.double().requires_grad_()
+    rows = dropped_attention(exact, mask.view(count, heads, length, length).double())
+    rows.backward(upstream.double())
+    gradient = exact.grad.view(count * length, -1)
+    sums = torch.zeros(3 * heads * size, device=device)
+    out, kept = ByTriton().forward(qkv, drop)
+    assert (out.double() - rows).norm() < 1e-2 * rows.norm()
+    wide = ByTriton().backward(upstream, kept, sums)
+    assert (wide.double() - gradient).norm() < 2e-2 * gradient.norm()
+    torch.testing.assert_close(sums, wide.float().sum(0), rtol=1e-4, atol=1e-3)
 
 
 def test_a_way_back_of_our_own_gives_the_same_bits_each_time(device) -> None:
@@ -49,7 +83,7 @@ def test_a_way_back_of_our_own_gives_the_same_bits_each_time(device) -> None:
         pytest.skip("there is none for this device")
     qkv = torch.randn(2, 300, 3, 4, 64, device=device).bfloat16()
     upstream = torch.randn(600, 256, device=device).bfloat16()
-    _, kept = ByTriton().forward(qkv)
+    _, kept = ByTriton().forward(qkv, None)
     found = []
     for _ in range(2):
         sums = torch.zeros(768, device=device)
@@ -64,8 +98,7 @@ def test_the_way_back_of_our_own_is_taken_where_it_was_measured(monkeypatch) -> 
     assert isinstance(fastest(hopper, torch.bfloat16, **what), ByTriton)
     assert isinstance(fastest(torch.device("cpu"), torch.bfloat16, **what), ByTorch)
     assert isinstance(fastest(hopper, torch.float16, **what), ByTorch)
-    for other in ({"dropout": 0.1}, {"head_size": 80}):
-        assert isinstance(fastest(hopper, torch.bfloat16, **{**what, **other}), ByTorch)
+    assert isinstance(fastest(hopper, torch.bfloat16, **{**what, "head_size": 80}), ByTorch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert isinstance(fastest(hopper, torch.bfloat16, **what), ByTorch)
 
@@ -74,19 +107,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs where Triton interprets")
+@pytest.mark.parametrize("share", [0.0, 0.25])
 @pytest.mark.parametrize("length", [64, 130])
-def test_without_a_gpu_the_kernels_compute_the_same(length, monkeypatch) -> None:
+def test_without_a_gpu_the_kernels_compute_the_same(length, share) -> None:
     count, heads, size = 2, 2, 32
     qkv = torch.randn(count, length, 3, heads, size)
     exact = qkv.double().requires_grad_()
-    q, k, v = exact.permute(2, 0, 3, 1, 4)
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    scores = (q @ k.mT * size**-0.5).masked_fill(future, -torch.inf)
-    out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(count * length, -1)
+    drop = next(iter(throw(1, share, torch.device("cpu"))), None)
+    mask = torch.ones(count, heads, length, length, dtype=torch.float64)
+    if drop is not None:
+        mask *= dropout.kept(drop, count * heads * length, length).view(mask.shape) * drop.factor
+    rows = dropped_attention(exact, mask)
     upstream = torch.randn(count * length, heads * size)
-    out.backward(upstream.double())
-    lse = scores.logsumexp(-1).float()
-    gradient, parts = packed_attention.attention_backward(qkv, out.float(), lse, upstream)
+    rows.backward(upstream.double())
+    out, lse = packed_attention.attention_forward(qkv, drop)
+    torch.testing.assert_close(out.double(), rows, rtol=1e-4, atol=1e-5)
+    gradient, parts = packed_attention.attention_backward(qkv, out, lse, upstream, drop)
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-5)
     expected = exact.grad.sum((0, 1)).flatten()
     torch.testing.assert_close(parts.double().sum(0), expected, rtol=1e-4, atol=1e-4)
