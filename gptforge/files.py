@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
 from gptforge.errors import UserError
 
@@ -154,33 +153,6 @@ def set_aside(path: Path, suffix: str) -> Path:
         number += 1
     path.rename(aside)
     return aside
-
-
-def hold(path: Path, *, wait: bool = False) -> IO[str] | None:
-    """Keep other processes on this machine away from `path` until the returned file is closed.
-
-    The lock lies in the temporary folder, for `path` may not exist yet. The operating system lets
-    go of it however the process ends.
-
-    Returns:
-        None where another process holds it and `wait` is False.
-    """
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
-    file = (Path(tempfile.gettempdir()) / f"gptforge-{name}.lock").open("a", encoding="utf-8")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined]
-            msvcrt.locking(file.fileno(), mode, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        file.close()
-        return None
-    return file
 
 
 def to_nowhere(stream: TextIO) -> None:

@@ -16,6 +16,7 @@ ROOMS = [
     *(
         "errors",
         "files",
+        "holding",
         "config",
         "presets",
         "kernels",
@@ -49,7 +50,7 @@ ROOMS = [
 LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf"}
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
 LAZY |= {"wandb", "tensorboard", "quack"}
-NO_TORCH = {"errors", "config", "presets", "files", "costs", "flags", "commands", "cli"}
+NO_TORCH = {"errors", "config", "presets", "files", "holding", "costs", "flags", "commands", "cli"}
 NO_TORCH |= {"__main__", "__init__"}
 
 

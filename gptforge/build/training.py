@@ -1,6 +1,7 @@
 """From a Config to a Trainer: everything a run needs, checked, chosen and said."""
 
-import io
+import contextlib
+import dataclasses
 import os
 import platform
 import tomllib
@@ -17,7 +18,7 @@ from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
-from gptforge.checkpoint.run_folder import Opening, check_writable
+from gptforge.checkpoint.run_folder import Opening, check_folder
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, check, to_toml
@@ -29,6 +30,7 @@ from gptforge.hardware import (
     choose_device,
     choose_precision,
 )
+from gptforge.holding import Hold, NoHold
 from gptforge.model import GPT
 from gptforge.presets import PRESETS, preset
 from gptforge.report.console import open_console
@@ -73,7 +75,7 @@ def build_trainer(
     config = Config(**ranks.on_first(lambda: vars(start_from(asked, given, say))))
     check(config)
     if ranks.is_first:
-        check_writable(Path(out_dir_of(config)))
+        check_folder(dataclasses.replace(config, out_dir=out_dir_of(config)))
     check_shares(config, ranks)
     device, device_note = choose_device(ranks.local_device or config.device)
     precision = choose_precision(config.dtype, device)
@@ -84,77 +86,90 @@ def build_trainer(
     with ranks.local_first(), open_meter("preparing the text") as meter:
         corpus = open_text(config, given, say, meter)
     config = settle(config, corpus)
-    lock = lock_run(Path(config.out_dir)) if ranks.is_first else io.StringIO()
-    opening = open_together(config, corpus, given, ranks, asked=asked)
-    config = opening.config
-    for notice in (*corpus.notices, *opening.notices):
-        say(f"note: {notice}")
-    usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
-    if opening.status == "new" and "warmup_steps" not in given and config.warmup_steps < usual:
-        say(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
-    if opening.status == "finished":
-        say(_finished(config, program))
-        return None
+    lock = lock_run(Path(config.out_dir)) if ranks.is_first else NoHold()
+    with contextlib.ExitStack() as unless_built:
+        unless_built.callback(lock.close)
+        opening = open_together(config, corpus, given, ranks, asked=asked)
+        config = opening.config
+        for notice in (*corpus.notices, *opening.notices):
+            say(f"note: {notice}")
+        usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
+        if opening.status == "new" and "warmup_steps" not in given and config.warmup_steps < usual:
+            say(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
+        if opening.status == "finished":
+            say(_finished(config, program))
+            return None
 
-    say(f"text: {describe_corpus(corpus, config)}")
-    say(f"device: {device} ({device_note}), {precision.name}: {precision.reason}")
-    store = CheckpointStore(Path(config.out_dir) / "checkpoints")
-    if ranks.is_first:
-        store.require_space(costs.checkpoint_bytes(config.model))
-    if ranks.size == 1:
-        refuse_too_large(config, device, precision, by_hand="batch_size" in given)
-    step = train_step(
-        config, opening, device, precision, given=given, say=say, ranks=ranks, ready=warm_up.wait
-    )
-    loader = Loader(
-        corpus.train,
-        context_length=config.context_length,
-        global_batch=config.global_batch,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        stagger=config.stagger,
-        device=device,
-        rank=ranks.rank,
-        world_size=ranks.size,
-    )
-    progress = Progress()
-    if opening.checkpoint is not None:
-        progress = restore(opening.checkpoint, step, loader, ranks)
-    held_out = _held_out(corpus, config, batch_size=step.micro_batch)
-    left, judged = config.max_steps - progress.step, held_out.tokens if held_out else 0
-    say(estimate(step, config, steps=left, judged=judged, ranks=ranks))
+        say(f"text: {describe_corpus(corpus, config)}")
+        say(f"device: {device} ({device_note}), {precision.name}: {precision.reason}")
+        store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+        if ranks.is_first:
+            store.require_space(costs.checkpoint_bytes(config.model))
+        if ranks.size == 1:
+            refuse_too_large(config, device, precision, by_hand="batch_size" in given)
+        step = train_step(
+            config,
+            opening,
+            device,
+            precision,
+            given=given,
+            say=say,
+            ranks=ranks,
+            ready=warm_up.wait,
+        )
+        loader = Loader(
+            corpus.train,
+            context_length=config.context_length,
+            global_batch=config.global_batch,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            stagger=config.stagger,
+            device=device,
+            rank=ranks.rank,
+            world_size=ranks.size,
+        )
+        progress = Progress()
+        if opening.checkpoint is not None:
+            progress = restore(opening.checkpoint, step, loader, ranks)
+        held_out = _held_out(corpus, config, batch_size=step.micro_batch)
+        left, judged = config.max_steps - progress.step, held_out.tokens if held_out else 0
+        say(estimate(step, config, steps=left, judged=judged, ranks=ranks))
 
-    whole_command = f"{program} {command}".strip()
-    config_text = to_toml(config, {**_versions(), "command": whole_command})
-    report = (RunReport if ranks.is_first else Unwritten)(
-        Path(config.out_dir),
-        title=f"{config.preset or 'GPT-2'} on {corpus.path.name}",
-        program=program,
-    )
-    if ranks.is_first:
-        _open_report(report, config, opening, step, progress, ranks, config_text=config_text)
-    else:
-        report.console = Silence()
-    lag = 2 if device.type == "cuda" else 0
-    return Trainer(
-        config=config,
-        train_step=step,
-        loader=loader,
-        held_out=held_out,
-        tokenizer=corpus.tokenizer,
-        saver=(BackgroundSaver if ranks.is_first else NoSaver)(
-            store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
-        ),
-        report=report,
-        guard=StopGuard(config.time_limit, say=lambda text: report.console.say(text)),
-        # A GPU works behind our backs: two steps later its numbers are ready to be read.
-        watch=Watch(lag=lag, scaled=precision.needs_scaler),
-        text_sha256=corpus.sha256,
-        progress=progress,
-        lock=lock,
-        ranks=ranks,
-        wishes=ranks.agreement(lag),
-    )
+        whole_command = f"{program} {command}".strip()
+        config_text = to_toml(config, {**_versions(), "command": whole_command})
+        report = (RunReport if ranks.is_first else Unwritten)(
+            Path(config.out_dir),
+            title=f"{config.preset or 'GPT-2'} on {corpus.path.name}",
+            program=program,
+        )
+        if ranks.is_first:
+            _open_report(
+                report, lock, config, opening, step, progress, ranks, config_text=config_text
+            )
+        else:
+            report.console = Silence()
+        lag = 2 if device.type == "cuda" else 0
+        trainer = Trainer(
+            config=config,
+            train_step=step,
+            loader=loader,
+            held_out=held_out,
+            tokenizer=corpus.tokenizer,
+            saver=(BackgroundSaver if ranks.is_first else NoSaver)(
+                store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
+            ),
+            report=report,
+            guard=StopGuard(config.time_limit, say=lambda text: report.console.say(text)),
+            # A GPU works behind our backs: two steps later its numbers are ready to be read.
+            watch=Watch(lag=lag, scaled=precision.needs_scaler),
+            text_sha256=corpus.sha256,
+            progress=progress,
+            lock=lock,
+            ranks=ranks,
+            wishes=ranks.agreement(lag),
+        )
+        unless_built.pop_all()
+        return trainer
 
 
 def seed_everything(config: Config, *, rank: int = 0) -> None:
@@ -171,6 +186,7 @@ def seed_everything(config: Config, *, rank: int = 0) -> None:
 
 def _open_report(
     report: RunReport,
+    lock: Hold,
     config: Config,
     opening: Opening,
     step: TrainStep,
@@ -185,7 +201,7 @@ def _open_report(
     """
     folder = report.folder
     if opening.replaces:
-        aside = files.set_aside(folder, "old")
+        aside = lock.set_aside("old")
         report.console.say(f"note: moved the old {folder.as_posix()} to {aside.as_posix()}")
     folder.mkdir(parents=True, exist_ok=True)
     if opening.status == "new":

@@ -1,19 +1,18 @@
 """One process a run folder: two would write over each other's logs and checkpoints."""
 
 from pathlib import Path
-from typing import IO
 
-from gptforge import files
 from gptforge.errors import UserError
+from gptforge.holding import Hold, hold
 
 
-def lock_run(folder: Path) -> IO[str]:
-    """Hold a run folder until the file that this returns is closed or the process ends.
+def lock_run(folder: Path) -> Hold:
+    """Hold a run folder until what this returns is closed or the process ends.
 
     Raises:
-        UserError: if another process on this machine holds it.
+        UserError: if another process holds it.
     """
-    held = files.hold(folder)
+    held = hold(folder)
     if held is None:
         raise UserError(
             f"{folder.as_posix()} is being trained by another process: wait for it, or choose "

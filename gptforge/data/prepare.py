@@ -25,6 +25,7 @@ from gptforge.data.sources import Source, find_sources
 from gptforge.data.split import Split
 from gptforge.data.survey import alphabet, survey
 from gptforge.errors import UserError
+from gptforge.holding import LOCK, hold
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
@@ -66,24 +67,24 @@ def prepare(
     """
     if not 0 <= request.val_fraction < 1:
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")
-    lock = files.hold(out, wait=wait)
-    if lock is None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose another")
+    held = hold(out, wait=wait)
+    if held is None:
         raise UserError(f"{out.as_posix()} is being prepared by another process: wait for it")
-    with lock:
-        return _Preparation(out, request, workers, overwrite, say, meter or Silent()).run()
+    with held:
+        if overwrite and _holds_something(out):
+            say(f"note: moved the old {out} to {held.set_aside('old')}")
+        return _Preparation(out, request, workers, say, meter or Silent()).run()
 
 
 class _Preparation:
-    def __init__(
-        self, out: Path, request: Request, workers: int, overwrite: bool, say: Say, meter: Meter
-    ) -> None:
+    def __init__(self, out: Path, request: Request, workers: int, say: Say, meter: Meter) -> None:
         self.out, self.request, self.workers = out, request, workers
-        self.overwrite, self.say, self.meter = overwrite, say, meter
+        self.say, self.meter = say, meter
         self.notes = out / NOTES
 
     def run(self) -> Index:
-        if self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
-            self.say(f"note: moved the old {self.out} to {files.set_aside(self.out, 'old')}")
         self._refuse_strangers()
         self.notes.mkdir(parents=True, exist_ok=True)
         sources = find_sources(self.request.names, kind=self.request.kind, spool=self.notes)
@@ -122,11 +123,9 @@ class _Preparation:
 
     def _refuse_strangers(self) -> None:
         """Whatever is there and not ours stays."""
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"--out {self.out} is a file: choose another")
-        if not self.out.is_dir() or (self.out / REQUEST).is_file() or self.notes.is_dir():
+        if (self.out / REQUEST).is_file() or self.notes.is_dir():
             return
-        if any(self.out.iterdir()):
+        if _holds_something(self.out):
             raise UserError(
                 f"--out {self.out} holds other files: choose another, or give --overwrite to move "
                 "it aside"
@@ -240,6 +239,10 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(path.name != LOCK for path in folder.iterdir())
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from gptforge.errors import RunError
 from gptforge.evaluate.heldout import HeldOut
 from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import synchronize
+from gptforge.holding import Hold
 from gptforge.optim.schedule import warmup_cosine
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
@@ -76,8 +76,8 @@ class Trainer:
     text_sha256: str
     """Of the training text: a run goes on with the same one only."""
     progress: Progress
-    lock: IO[str]
-    """Open as long as no other process may train into the same folder."""
+    lock: Hold
+    """Not closed as long as no other process may train into the same folder."""
     ranks: Ranks
     """Who trains together; report, saver and lock of all but the first do nothing."""
     wishes: Agreement

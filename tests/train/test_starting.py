@@ -1,6 +1,7 @@
 """How runs start: what their folder holds, what becomes of it, what is told beforehand."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,25 @@ def test_overwriting_moves_the_old_run_aside(config) -> None:
         aside / "checkpoints" / "last"
     ).is_file()
     assert (Path(config.out_dir) / "log.md").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
+def test_a_run_folder_is_trained_by_one_process_whatever_path_leads_to_it(config, tmp_path) -> None:
+    first = build(config)
+    (tmp_path / "link").symlink_to(config.out_dir)
+    for same in (config.out_dir, str(tmp_path / "link")):
+        with pytest.raises(UserError, match="is being trained by another process"):
+            build(dataclasses.replace(config, out_dir=same))
+    assert first.run() == "finished"
+
+
+def test_a_run_that_was_begun_anew_is_held_as_well(config) -> None:
+    build(config).run()
+    anew = build(dataclasses.replace(config, overwrite=True))
+    with pytest.raises(UserError, match="is being trained by another process"):
+        build(config)
+    assert anew.run() == "finished"
+    assert not list(Path(config.out_dir).parent.rglob(".lock"))
 
 
 def test_a_folder_with_other_things_is_not_trained_into(config) -> None:

@@ -1,0 +1,155 @@
+"""One process a folder: two would write over each other's files."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from gptforge import files
+from gptforge.errors import UserError
+
+LOCK = ".lock"
+"""The file inside a folder that is locked, there as long as somebody holds the folder."""
+
+_TAKEN = (errno.EAGAIN, errno.EACCES, getattr(errno, "EDEADLOCK", errno.EAGAIN))
+"""What the systems say when another process has the lock."""
+
+
+class Hold:
+    """A folder that other processes keep away from until this is closed or the process ends."""
+
+    def __init__(self, folder: Path, file: IO[str], made: Sequence[Path] = ()) -> None:
+        self.folder = folder
+        self._file = file
+        self._made = made
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go; folders that were made for the lock go too, if nothing was put there."""
+        if self._file.closed:
+            return
+        _release(self._file, self.folder)
+        for place in self._made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+    def set_aside(self, suffix: str) -> Path:
+        """Rename the folder as `files.set_aside` does, and hold a new, empty one in its place.
+
+        Raises:
+            UserError: if another process was quicker to take that.
+        """
+        if os.name == "nt":
+            # A folder with an open file in it cannot be renamed there.
+            _release(self._file, self.folder)
+        aside = files.set_aside(self.folder, suffix)
+        new = hold(self.folder)
+        if os.name != "nt":
+            _release(self._file, aside)
+        if new is None:
+            raise UserError(
+                f"another process took {self.folder.as_posix()} while the old one was moved to "
+                f"{aside.as_posix()}: wait for it, or choose another folder"
+            )
+        self._file, self._made = new._file, ()
+        return aside
+
+
+class NoHold(Hold):
+    """What the ranks behind the first have: rank 0 holds the folder."""
+
+    def __init__(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def hold(folder: Path, *, wait: bool = False) -> Hold | None:
+    """Keep other processes away from a folder; where there is none, it is made.
+
+    The lock lies in the folder: it is the same one whatever path leads there, and on a network's
+    disk it holds between machines, as far as that knows locks. The operating system lets go of it
+    however the process ends.
+
+    Returns:
+        None where another process holds it and `wait` is False.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / LOCK).open("a", encoding="utf-8")
+        except FileNotFoundError:
+            # Whoever held it has just cleaned up behind himself.
+            continue
+        try:
+            is_ours = _lock(file, wait=wait)
+        except OSError:
+            # A disk without locks: those on this machine can be kept away all the same.
+            file.close()
+            file = _elsewhere(folder).open("a", encoding="utf-8")
+            is_ours = _lock(file, wait=wait)
+        if is_ours and _is_in_place(file):
+            return Hold(folder, file, made)
+        file.close()
+        if not is_ours:
+            return None
+
+
+def _lock(file: IO[str], *, wait: bool) -> bool:
+    """Whether the lock is ours now; an OSError where there can be none."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK  # type: ignore[attr-defined]
+            msvcrt.locking(file.fileno(), mode, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        return False
+    return True
+
+
+def _is_in_place(file: IO[str]) -> bool:
+    """Whether a file that is locked by now was not deleted, or moved with its folder, before."""
+    if os.name == "nt":
+        # Neither can be done to an open file there.
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _release(file: IO[str], folder: Path) -> None:
+    """Delete the lock's file while it is still ours, or on Windows just after."""
+    if os.name == "nt":
+        file.close()
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+    file.close()
+
+
+def _elsewhere(folder: Path) -> Path:
+    there = folder.stat()
+    return Path(tempfile.gettempdir()) / f"gptforge-{there.st_dev}-{there.st_ino}.lock"
