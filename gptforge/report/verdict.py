@@ -1,5 +1,7 @@
 """What a run came to, in plain words: the truth about what was learned."""
 
+from typing import Any
+
 from gptforge.report.metrics import History
 
 CLOSE = 0.005
@@ -45,30 +47,53 @@ def _held_out(history: History, total_steps: int) -> list[str]:
         f"Best held-out loss {best['val_loss']:.4f} ({best['val_bpb']:.3f} bits per byte) "
         f"at step {best['step']} of {total_steps}, epoch {best['epoch']:.1f}."
     ]
+    end = int(last["step"])
     if len(scored) < 2:
         lines.append("It was judged only once, so whether it would get better is not known.")
     elif best is last:
-        # Against two thirds of the way: at the very end the small learning rate hides the trend.
-        early = scored[: -max(1, len(scored) // 3)]
-        before = min(float(event["val_loss"]) for event in early)
-        if best["val_loss"] < before * (1 - CLOSE):
-            lines.append("It was still getting better when training ended: more steps would help.")
-        else:
-            lines.append("It had all but stopped getting better when training ended.")
+        lines.append(_trend(scored))
     elif last["val_loss"] > best["val_loss"] * (1 + CLOSE):
-        learned = _train_loss(history, int(last["step"]))
+        learned = _train_loss(history, end)
         lines.append(
             f"After that it got worse, {last['val_loss']:.4f} at the end with a training loss of "
             f"{learned:.4f}: the model had begun to learn the text by heart. The best one was kept."
         )
-    elif last is scored[scored.index(best) + 1]:
-        lines.append(
-            "It was judged once more after that, and stood level: whether more steps would help is "
-            "not known."
-        )
-    else:
+    elif _is_early(int(best["step"]), end):
         lines.append("After that it stayed level: more steps alone would not help.")
+    else:
+        lines.append(
+            f"In the {end - best['step']} steps after that it stood level: whether more steps "
+            "would help is not known."
+        )
     return lines
+
+
+def _trend(scored: list[dict[str, Any]]) -> str:
+    """Whether a held-out loss that was best at the end was still falling there."""
+    best, end = float(scored[-1]["val_loss"]), int(scored[-1]["step"])
+    early = [event for event in scored if _is_early(int(event["step"]), end)]
+    if not early:
+        return (
+            f"It was first judged at step {scored[0]['step']}, too late to tell whether it was "
+            "still getting better when training ended."
+        )
+    if best >= min(float(event["val_loss"]) for event in early) * (1 - CLOSE):
+        return "It had all but stopped getting better when training ended."
+    since = int(early[-1]["step"])
+    if 3 * since < end:
+        return (
+            f"It got better after step {since}, and was judged too seldom since then to tell "
+            "whether it still did when training ended."
+        )
+    return "It was still getting better when training ended: more steps would help."
+
+
+def _is_early(step: int, end: int) -> bool:
+    """Whether a loss has had time to change by the end.
+
+    Two thirds of the way, not less: at the very end the small learning rate hides the trend.
+    """
+    return 3 * step <= 2 * end
 
 
 def _training_only(history: History, epochs: float) -> list[str]:

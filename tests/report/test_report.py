@@ -54,7 +54,8 @@ def test_a_step_line_is_the_seeds() -> None:
         (judged((50, 5.0), (100, 4.0), (150, 3.999)), "all but stopped"),
         (judged((50, 5.0), (100, 4.0), (150, 7.0)), "learn the text by heart"),
         (judged((50, 5.0), (100, 4.0), (150, 4.01), (200, 4.0)), "stayed level"),
-        (judged((50, 5.0), (100, 4.0), (150, 4.01)), "whether more steps would help is not known"),
+        (judged((50, 5.0), (120, 4.0), (150, 4.01)), "In the 30 steps after that it stood level"),
+        (judged((50, 5.0), (100, 4.0), (150, 4.01)), "stayed level"),
         (judged((50, 5.0)), "judged only once"),
         # Each step is small at the end of a cosine; together they are not.
         (judged(*((i, 3 - i / 200 + (i / 200) ** 2 / 4) for i in range(50, 400, 50))), "getting"),
@@ -67,6 +68,26 @@ def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
     best = min(e["val_loss"] for e in evals)
     assert f"{best:.4f}" in text
     assert "python gpt.py sample runs/x" in text
+
+
+@pytest.mark.parametrize(
+    ("evals", "words"),
+    [
+        # Stopped by hand ten steps behind a judgement: in ten steps nothing gets much better.
+        (judged((250, 5.0), (260, 4.99)), "too late to tell"),
+        (judged((250, 5.0), (260, 4.0)), "too late to tell"),
+        (judged((500, 4.0), (800, 3.0), (1000, 2.9)), "still getting better"),
+        (judged((100, 4.0), (900, 2.0), (1000, 1.999)), "judged too seldom"),
+        (judged((100, 2.0), (900, 2.0), (1000, 1.999)), "all but stopped"),
+        (judged((250, 4.0), (255, 4.001), (260, 4.002)), "is not known"),
+        # Judged ever more densely: what counts is how long ago, not how many judgements.
+        (judged((10, 5.0), (20, 3.0), (28, 2.01), (29, 2.005), (30, 2.0)), "still getting better"),
+    ],
+)
+def test_the_verdict_goes_by_steps_however_they_were_judged(evals, words) -> None:
+    end = int(evals[-1]["step"])
+    history = History(train=[event(end - 1)], evals=evals)
+    assert words in verdict(history, total_steps=end, epochs=1, out_dir="r", is_judged=True)
 
 
 def test_the_verdict_does_not_praise_what_was_never_judged() -> None:
