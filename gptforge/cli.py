@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # A disk that fails, fills up or turns read-only under us; what was saved is whole.
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        what = error.strerror or str(error)
+        if error.errno in files.FULL:
+            what = "the disk is full: make room, then give the same command again"
+        print(f"error: {where}{what}", file=sys.stderr)
         return FAILURE
 
 

@@ -1,5 +1,6 @@
 """Writing files so that a crash leaves the old one or the new one, never half of either."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,10 @@ SMALL = 16 * 2**20
 """Bytes: ten times the largest text file in a checkpoint, GPT-2's merge list."""
 
 
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""What the system says when a disk, or the user's share of it, is full."""
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` in one step: written beside it, synced to disk, renamed over it."""
     with replacing(path) as partial:
@@ -26,12 +31,27 @@ def replacing(path: Path) -> Iterator[Path]:
     """A scratch name beside `path`; what is written there takes its place when the block ends."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-        sync_folder(path.parent)
+        with naming(path):
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the disk the name of the file: a write that fails does not know it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and "requested and" in str(error):
+            # numpy counts the numbers that found room, and nothing else.
+            error.errno, error.strerror = errno.ENOSPC, os.strerror(errno.ENOSPC)
+        if error.filename is None:
+            error.filename = path.as_posix()
+        raise
 
 
 @contextmanager
@@ -47,10 +67,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     remove(partial)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        remove(path)
-        partial.replace(path)
-        sync_folder(path.parent)
+        with naming(path):
+            yield partial
+            remove(path)
+            partial.replace(path)
+            sync_folder(path.parent)
     finally:
         remove(partial)
 
@@ -95,11 +116,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def append_json(path: Path, record: Mapping[str, object]) -> None:
-    """Add one JSON object as a line. NaN and infinity, which JSON lacks, become null."""
-    line = json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(line + "\n")
+def json_line(record: Mapping[str, object]) -> str:
+    """One JSON object as a line. NaN and infinity, which JSON lacks, become null."""
+    finite = {name: _finite(value) for name, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def _finite(value: object) -> object:

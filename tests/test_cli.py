@@ -1,5 +1,6 @@
 """The program as a person meets it: flags, errors, exits, and the files it leaves."""
 
+import errno
 import json
 import os
 import re
@@ -119,6 +120,18 @@ def test_debugging_shows_the_traceback(program, monkeypatch) -> None:
     monkeypatch.setenv("GPTFORGE_DEBUG", "1")
     with pytest.raises(UserError):
         program("--max_stps", "3")
+
+
+def test_a_full_disk_is_one_line_with_the_file_and_what_to_do(program, monkeypatch) -> None:
+    def full(args) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/index.json")
+
+    monkeypatch.setitem(cli.COMMANDS, "prepare", full)
+    done = program("prepare")
+    assert done.code == 1
+    assert done.err == (
+        "error: out/index.json: the disk is full: make room, then give the same command again\n"
+    )
 
 
 def test_help_shows_every_field_and_every_command(capsys) -> None:

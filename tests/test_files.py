@@ -1,6 +1,8 @@
 import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gptforge import files
@@ -14,6 +16,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
         raise RuntimeError("crash")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.toml"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to try")
+def test_an_error_of_a_full_disk_names_the_file(tmp_path) -> None:
+    def by_python(file) -> None:
+        file.write(b"x" * 10**6)
+
+    def by_numpy(file) -> None:
+        np.zeros(10**6).tofile(file)
+
+    for write in (by_python, by_numpy):
+        with (
+            pytest.raises(OSError) as caught,
+            files.replacing(tmp_path / "model.gguf"),
+            Path("/dev/full").open("wb", buffering=0) as full,
+        ):
+            write(full)
+        assert caught.value.filename == (tmp_path / "model.gguf").as_posix()
+        assert caught.value.errno in files.FULL
+        assert not any(tmp_path.iterdir())
 
 
 def test_a_pointer_moves_from_one_folder_to_the_next(tmp_path) -> None:
@@ -43,10 +65,9 @@ def test_a_folder_where_a_pointer_should_be_is_set_aside(tmp_path) -> None:
     assert (tmp_path / "best.old-1" / "mine.txt").read_text() == "kept"
 
 
-def test_json_lines_stay_json_when_numbers_break_down(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    files.append_json(path, {"loss": float("nan"), "norm": float("inf"), "step": 3})
-    assert json.loads(path.read_text()) == {"loss": None, "norm": None, "step": 3}
+def test_json_lines_stay_json_when_numbers_break_down() -> None:
+    line = files.json_line({"loss": float("nan"), "norm": float("inf"), "step": 3})
+    assert json.loads(line) == {"loss": None, "norm": None, "step": 3}
 
 
 def test_setting_aside_never_overwrites(tmp_path) -> None:

@@ -102,7 +102,12 @@ def build_trainer(
 
         say(f"text: {describe_corpus(corpus, config)}")
         say(f"device: {device} ({device_note}), {precision.name}: {precision.reason}")
-        store = CheckpointStore(Path(config.out_dir) / "checkpoints")
+        store = CheckpointStore(
+            Path(config.out_dir) / "checkpoints",
+            again="the same command without --overwrite"
+            if config.overwrite
+            else "the same command",
+        )
         if ranks.is_first:
             store.require_space(costs.checkpoint_bytes(config.model))
         if ranks.size == 1:

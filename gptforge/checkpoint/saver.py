@@ -87,9 +87,10 @@ class BackgroundSaver:
                 name = self.store.save(
                     step, snapshot, tokenizer=self._tokenizer, config=self._config
                 )
-            if is_best:
-                self.store.point("best", name)
-            self.store.prune(self._keep)
+            with self.store.saving(name):
+                if is_best:
+                    self.store.point("best", name)
+                self.store.prune(self._keep)
             self._saved.append(Saved(step, name, is_best))
         except BaseException as error:
             self._error = error

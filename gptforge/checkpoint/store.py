@@ -4,10 +4,10 @@ A manifest with sizes and SHA-256 is written last. A folder without one, or that
 damaged, and nothing else decides that.
 """
 
-import errno
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,6 @@ TO_WRITE_WITH = (MODEL, TOKENIZER, CONFIG)
 SPARE_BYTES = 8 * 2**20
 """Room for the logs and the picture beside a checkpoint."""
 
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-"""What the system says when a disk, or the user's share of it, is full."""
-
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -60,10 +57,16 @@ class Snapshot:
 
 
 class CheckpointStore:
-    """The folder `checkpoints/` of one run."""
+    """The folder `checkpoints/` of one run.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where they lie.
+        again: what goes on from the last one, for those who have to be told.
+    """
+
+    def __init__(self, folder: Path, *, again: str = "the same command") -> None:
         self.folder = folder
+        self._again = again
 
     def save(self, step: int, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> str:
         """Write checkpoint `step-N`, whole or not at all, and point `last` at it; returns its name.
@@ -73,31 +76,34 @@ class CheckpointStore:
         """
         name = f"step-{step:06d}"
         partial = self.folder / f".{name}.partial"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.remove(partial)
-        self.require_space(snapshot.bytes)
-        partial.mkdir()
-        try:
-            written = {
-                MODEL: write_tensors(partial / MODEL, snapshot.model),
-                OPTIMIZER: write_tensors(partial / OPTIMIZER, snapshot.optimizer),
-                GENERATORS: write_tensors(partial / GENERATORS, snapshot.generators),
-            }
-            (partial / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", "utf-8")
-            (partial / CONFIG).write_text(config, "utf-8")
-            save_tokenizer(tokenizer, partial / TOKENIZER)
-            _write_manifest(partial, written)
-            if (self.folder / name).exists():
-                files.set_aside(self.folder / name, "old")
-            partial.replace(self.folder / name)
-            files.sync_folder(self.folder)
-        except BaseException as error:
+        with self.saving(name):
+            self.folder.mkdir(parents=True, exist_ok=True)
             files.remove(partial)
-            if _is_disk_full(error):
-                raise RunError(f"the disk filled up while saving {name}: {_kept(self)}") from error
-            raise
-        self.point("last", name)
+            self.require_space(snapshot.bytes)
+            partial.mkdir()
+            try:
+                self._fill(partial, snapshot, tokenizer=tokenizer, config=config)
+                if (self.folder / name).exists():
+                    files.set_aside(self.folder / name, "old")
+                partial.replace(self.folder / name)
+                files.sync_folder(self.folder)
+            except BaseException:
+                files.remove(partial)
+                raise
+            self.point("last", name)
         return name
+
+    @contextmanager
+    def saving(self, name: str) -> Iterator[None]:
+        """Turn an error of the disk into a RunError: which file, what is kept, how to go on."""
+        try:
+            yield
+        except OSError as error:
+            is_full = error.errno in files.FULL
+            what = "the disk filled up" if is_full else error.strerror or str(error)
+            where = Path(error.filename or self.folder).as_posix()
+            kept = self._kept("make room" if is_full else "mend the disk")
+            raise RunError(f"{where}: {what} while saving {name}: {kept}") from error
 
     def require_space(self, needed: int) -> None:
         """Raise a RunError unless so many bytes, and a little more, are free."""
@@ -105,8 +111,8 @@ class CheckpointStore:
         if free < needed + SPARE_BYTES:
             raise RunError(
                 f"{self.folder}: a checkpoint and the logs take "
-                f"{(needed + SPARE_BYTES) / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free: make "
-                f"room or give another --out_dir; {_kept(self)}"
+                f"{(needed + SPARE_BYTES) / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free: "
+                f"{self._kept('make room')}"
             )
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -166,6 +172,27 @@ class CheckpointStore:
             if hidden != path:
                 path.rename(hidden)
             files.remove(hidden)
+
+    def _fill(self, folder: Path, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> None:
+        written = {}
+        for name, tensors in (
+            (MODEL, snapshot.model),
+            (OPTIMIZER, snapshot.optimizer),
+            (GENERATORS, snapshot.generators),
+        ):
+            with files.naming(folder / name):
+                written[name] = write_tensors(folder / name, tensors)
+        (folder / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", "utf-8")
+        (folder / CONFIG).write_text(config, "utf-8")
+        save_tokenizer(tokenizer, folder / TOKENIZER)
+        _write_manifest(folder, written)
+
+    def _kept(self, remedy: str) -> str:
+        # Whole ones only: they are put in their place by one rename.
+        steps = self.steps()
+        if not steps:
+            return f"nothing had been saved yet: {remedy}, or give another --out_dir"
+        return f"{steps[-1].name} is kept: {remedy}, and {self._again} goes on from there"
 
 
 def write_model(folder: Path, tensors: Tensors, *, tokenizer: Tokenizer, config: str) -> None:
@@ -271,15 +298,6 @@ def read_config(path: Path) -> Config:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer inside a checkpoint."""
     return load_tokenizer(path / TOKENIZER)
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in FULL
-
-
-def _kept(store: CheckpointStore) -> str:
-    steps = store.steps()
-    return f"{steps[-1].name} is kept" if steps else "nothing had been saved yet"
 
 
 def _write_manifest(

@@ -3,7 +3,6 @@
 Jobs know nothing of each other, so any number of processes gives the same bytes.
 """
 
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gptforge import files
 from gptforge.data.bad import BadInput, Skipped
 from gptforge.data.documents import Form, documents, holds_many
 from gptforge.data.reading import Chunk, chunks, mended
@@ -119,11 +119,12 @@ class Worker:
                 self._sides[side].close()
         except OSError as error:
             self._abandon()
-            if error.errno != errno.ENOSPC:
+            if error.errno not in files.FULL:
                 raise
+            where = Path(error.filename or self._folder).as_posix()
             raise RunError(
-                f"the disk is full: make room beside {self._folder.as_posix()}; what is finished "
-                "was kept, and the same command goes on"
+                f"{where}: the disk is full: make room; what is finished was kept, and the same "
+                "command goes on"
             ) from None
         except BaseException:
             self._abandon()

@@ -5,6 +5,7 @@ A header of 256 int32 (magic, version, number of tokens, zeros), then the ids: u
 See github.com/karpathy/llm.c, dev/data.
 """
 
+import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,21 +104,25 @@ class ShardWriter:
 
     def write(self, tokens: Tokens) -> None:
         """Add ids behind those that are there."""
-        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        with files.naming(self.path):
+            self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
         self.tokens += len(tokens)
 
     def close(self) -> Written:
         """Write the header, sync, rename."""
         header = np.zeros(HEADER, "<i4")
         header[:3] = (*self._form, self.tokens)
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self._file.close()
+        with files.naming(self.path):
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+            self._file.close()
         digest = files.sha256(self._partial)
         self._place.__exit__(None, None, None)
         return Written(self.path.name, self.tokens, digest)
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            # What a full disk refused is tried once more here, in vain.
+            self._file.close()
         self._partial.unlink(missing_ok=True)

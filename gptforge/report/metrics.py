@@ -15,12 +15,16 @@ class History:
     evals: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_history(path: Path) -> History:
-    """Events from a metrics file. A line that is not JSON, as a crash may leave, is passed over."""
+def read_history(path: Path, *, unwritten: str = "") -> History:
+    """Events from a metrics file. A line that is not JSON, as a crash may leave, is passed over.
+
+    Args:
+        path: the file, if there is one.
+        unwritten: lines that are to be added to it.
+    """
     history = History()
-    if not path.is_file():
-        return history
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in [*written.splitlines(), *unwritten.splitlines()]:
         try:
             event = json.loads(line)
         except ValueError:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from gptforge.checkpoint.saver import Saved
-from gptforge.files import append_json
+from gptforge.files import json_line
 from gptforge.report.console import Console, PlainConsole
 from gptforge.report.curves import draw_curves
-from gptforge.report.metrics import read_history, step_line
+from gptforge.report.log_file import LogFile
+from gptforge.report.metrics import History, read_history, step_line
 from gptforge.report.verdict import verdict
 
 LOG = "log.md"
@@ -30,11 +31,13 @@ class RunReport:
         self.console: Console = PlainConsole()
         self._title = title
         self._drawn = 0.0
+        self._logs = {name: LogFile(folder / name, self._refused) for name in CUT_ON_RESUME}
+        self._is_log_refused = self._is_picture_refused = False
 
     def clear(self) -> None:
         """Delete the logs of a start that came to nothing."""
-        for name in CUT_ON_RESUME:
-            (self.folder / name).unlink(missing_ok=True)
+        for log in self._logs.values():
+            log.clear()
 
     def begin(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
         """Open the log with the model summary."""
@@ -115,15 +118,8 @@ class RunReport:
         self._event("anomaly", kind=kind, step=step, **facts)
 
     def _cut(self, sizes: Mapping[str, int]) -> None:
-        for name in CUT_ON_RESUME:
-            path = self.folder / name
-            if not path.is_file():
-                continue
-            kept = path.read_bytes()[: sizes.get(name, 0)]
-            # A crash may have left half a line; what comes next would be glued to it.
-            whole = kept[: kept.rfind(b"\n") + 1]
-            with path.open("rb+") as file:
-                file.truncate(len(whole))
+        for name, log in self._logs.items():
+            log.cut(sizes.get(name, 0))
 
     def step(self, event: dict[str, Any]) -> None:
         """Log one update, in the seed's format."""
@@ -162,12 +158,14 @@ class RunReport:
         """Draw the curves, unless that was just done."""
         if not force and time.monotonic() - self._drawn < REDRAW_SECONDS:
             return
-        history = read_history(self.folder / METRICS)
         try:
-            draw_curves(history, self.folder / CURVES, title=self._title)
+            draw_curves(self._history(), self.folder / CURVES, title=self._title)
+            self._is_picture_refused = False
         except Exception as error:
             # A picture is no reason to lose a training, whatever the drawing library raises.
-            self.console.say(f"note: the curves could not be drawn: {error}")
+            if not self._is_picture_refused:
+                self.console.say(f"note: the curves could not be drawn: {error}")
+            self._is_picture_refused = True
         self._drawn = time.monotonic()
 
     def end(
@@ -175,7 +173,7 @@ class RunReport:
     ) -> None:
         """Close the log with the verdict. The event comes last: behind it nothing is missing."""
         words = verdict(
-            read_history(self.folder / METRICS),
+            self._history(),
             total_steps=step,
             epochs=epochs,
             out_dir=self.folder.as_posix(),
@@ -183,19 +181,31 @@ class RunReport:
             program=self._program,
         )
         self._write(LOG, f"{FENCE}\n\n{words}\n")
-        pictures = f"Curves: {(self.folder / CURVES).as_posix()}"
-        self.console.say(f"\n{words}\n{pictures}")
+        pictures = f"\nCurves: {(self.folder / CURVES).as_posix()}"
+        self.console.say(f"\n{words}{'' if self._is_picture_refused else pictures}")
         self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
+        if lacking := [log.path.as_posix() for log in self._logs.values() if log.waiting]:
+            self.console.say(f"warning: the end of {', '.join(lacking)} could not be written")
 
     def sizes(self) -> dict[str, int]:
         """How long each file is now: where to cut it when going on from here."""
-        paths = ((name, self.folder / name) for name in CUT_ON_RESUME)
-        return {name: path.stat().st_size for name, path in paths if path.is_file()}
+        return {name: log.size for name, log in self._logs.items()}
 
     def _event(self, event: str, **fields: object) -> None:
         record = {"event": event, **fields, "time": round(time.time(), 3)}
-        append_json(self.folder / METRICS, record)
+        self._write(METRICS, json_line(record))
 
     def _write(self, name: str, text: str) -> None:
-        with (self.folder / name).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        self._logs[name].add(text)
+
+    def _history(self) -> History:
+        return read_history(self.folder / METRICS, unwritten=self._logs[METRICS].waiting)
+
+    def _refused(self, path: Path, error: OSError) -> None:
+        if not self._is_log_refused:
+            self.console.say(
+                f"warning: {path.as_posix()} cannot be written ({error.strerror or error}): "
+                "training goes on as long as checkpoints can be saved, and what the logs lack is "
+                "added as soon as there is room"
+            )
+        self._is_log_refused = True

@@ -33,8 +33,5 @@ class Unwritten(RunReport):
     def _cut(self, sizes: Mapping[str, int]) -> None:
         pass
 
-    def _event(self, event: str, **fields: object) -> None:
-        pass
-
     def _write(self, name: str, text: str) -> None:
         pass

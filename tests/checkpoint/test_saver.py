@@ -1,3 +1,4 @@
+import os
 import threading
 from pathlib import Path
 
@@ -73,6 +74,30 @@ def test_a_save_that_fails_is_heard_of_and_what_was_there_stays(tmp_path, monkey
         saver.wait()
     assert store.pointed("best") == store.pointed("last") == tmp_path / "step-000001"
     assert [path.name for path in store.steps()] == ["step-000001"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (28, "last: the disk filled up while saving step-000002: step-000002 is kept: make room, "
+         "and the same command goes on from there"),
+        (5, "last: Input/output error while saving step-000002: step-000002 is kept: mend the "),
+    ],
+)  # fmt: skip
+def test_an_error_behind_a_save_says_what_is_kept_and_how_to_go_on(
+    tmp_path, monkeypatch, number, words
+) -> None:
+    saver = make(CheckpointStore(tmp_path))
+    saver.submit(1, snapshot(1.0), is_best=False)
+    saver.wait()
+
+    def refused(link, target) -> None:
+        raise OSError(number, os.strerror(number), str(link))
+
+    monkeypatch.setattr("gptforge.files.point", refused)
+    saver.submit(2, snapshot(2.0), is_best=False)
+    with pytest.raises(RunError, match=words):
+        saver.wait()
 
 
 def test_a_full_disk_is_said_before_the_save_begins(tmp_path, monkeypatch) -> None:

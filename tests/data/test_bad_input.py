@@ -209,6 +209,20 @@ def test_a_full_disk_is_said_and_leaves_no_half_of_a_shard(tmp_path, monkeypatch
     assert attempt(tmp_path, "t.txt").total("train", "tokens") > 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to try")
+def test_a_disk_that_takes_no_byte_of_a_shard_is_named_with_the_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "t.txt").write_text("Some text, and some more.")
+    real = Path.open
+
+    def full(path, *args, **how):
+        is_shard = path.name.endswith(".partial.bin") and args == ("wb",)
+        return real(Path("/dev/full") if is_shard else path, *args, **how)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunError, match=r"out/train_000000.bin: the disk is full: make room"):
+        attempt(tmp_path, "t.txt")
+
+
 def test_an_error_of_one_process_ends_the_others_with_its_words(tmp_path) -> None:
     lines = [json.dumps({"text": f"document {i}"}) for i in range(400)]
     lines[333] = "not json"

@@ -10,7 +10,7 @@ from gptforge.demo.curves import training
 from gptforge.demo.paper import STEPS, note, paper
 from gptforge.demo.writing import LONGEST_PROMPT, MOST_TOKENS, Writers, write
 from gptforge.errors import UserError
-from gptforge.files import append_json
+from gptforge.files import json_line
 from gptforge.generate.language_model import Token
 from gptforge.generate.sampling import Sampling
 from tests.train.conftest import config as config
@@ -86,18 +86,20 @@ def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(config) -> Non
 
 
 def test_curves_grow_with_the_run(tmp_path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
+    metrics, lines = tmp_path / "metrics.jsonl", []
     assert "no figures" in training(tmp_path, total=100)
     for step in range(60):
         shown = {"loss": 4 - step / 50, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
-        append_json(metrics, {"event": "train", "step": step, **shown})
+        lines.append(json_line({"event": "train", "step": step, **shown}))
+    metrics.write_text("".join(lines))
     page = training(tmp_path, total=100)
     assert "<b>60</b>" in page
     assert "4 seconds" in page
     assert "best held-out" not in page
     score = {"val_loss": 3.21, "val_bpb": 2.5}
-    append_json(metrics, {"event": "eval", "step": 60, **score})
-    append_json(metrics, {"event": "eval", "step": 61, "val_loss": None, "val_bpb": None})
+    lines.append(json_line({"event": "eval", "step": 60, **score}))
+    lines.append(json_line({"event": "eval", "step": 61, "val_loss": None, "val_bpb": None}))
+    metrics.write_text("".join(lines))
     page = training(tmp_path, total=100)
     assert "3.210" in page
     assert "nan" not in page

@@ -113,8 +113,16 @@ def test_a_picture_that_cannot_be_drawn_is_no_reason_to_stop(tmp_path, monkeypat
         raise RuntimeError("no fonts here")
 
     monkeypatch.setattr("gptforge.report.run_report.draw_curves", fail)
+    for _ in range(2):
+        report.redraw(force=True)
+    report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
+    said = capsys.readouterr().out
+    assert said.count("no fonts here") == 1
+    assert "Curves:" not in said
+    monkeypatch.undo()
     report.redraw(force=True)
-    assert "no fonts here" in capsys.readouterr().out
+    report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
+    assert "Curves: " in capsys.readouterr().out
 
 
 def test_curves_are_drawn_from_whatever_there_is(tmp_path) -> None:
