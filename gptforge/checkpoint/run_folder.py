@@ -121,15 +121,38 @@ def check_folder(config: Config) -> None:
     """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
     check_writable(folder)
+    needed = _needed_inside(config, folder)
     if config.overwrite and _holds_something(folder):
         if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")
+        if needed:
+            raise UserError(
+                f"--overwrite would move {folder} aside with {needed} in it: choose another "
+                "--out_dir, or put that elsewhere first"
+            )
         return
     if not (folder / CONFIG).is_file() and _holds_something(folder, besides=OURS):
-        raise UserError(
-            f"--out_dir {folder} holds other files and no run: choose another, or give --overwrite "
-            "to move it aside"
-        )
+        remedy = "choose another, or give --overwrite to move it aside"
+        if needed:
+            remedy = f"choose another, for {needed} lies there"
+        raise UserError(f"--out_dir {folder} holds other files and no run: {remedy}")
+
+
+def _needed_inside(config: Config, folder: Path) -> str:
+    """The flag, with its value, that names something in a run folder; empty if none does.
+
+    A run to start from may lie there: its weights and tokenizer are read before it is moved, and
+    saved with the new run.
+    """
+    named = {"input": config.input}
+    if Path(config.tokenizer).is_file() and not _is_inside(config.init_from, folder):
+        named["tokenizer"] = config.tokenizer
+    inside = [f"--{flag} {value}" for flag, value in named.items() if _is_inside(value, folder)]
+    return " and ".join(inside)
+
+
+def _is_inside(path: str, folder: Path) -> bool:
+    return bool(path) and Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def _tells_of(event: str, metrics: Path) -> bool:

@@ -74,6 +74,7 @@ def prepare(
         raise UserError(f"{out.as_posix()} is being prepared by another process: wait for it")
     with held:
         if overwrite and _holds_something(out):
+            _refuse_to_move_sources(out, request)
             say(f"note: moved the old {out} to {held.set_aside('old')}")
         return _Preparation(out, request, workers, say, meter or Silent()).run()
 
@@ -239,6 +240,18 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _refuse_to_move_sources(out: Path, request: Request) -> None:
+    named = [Path(name) for name in request.names if name != "-"]
+    if isinstance(request.tokenizer, str) and Path(request.tokenizer).is_file():
+        named.append(Path(request.tokenizer))
+    for path in named:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"--overwrite would move {out} aside with {path.as_posix()} in it: choose another "
+                "--out, or put that elsewhere first"
+            )
 
 
 def _holds_something(folder: Path) -> bool:

@@ -248,6 +248,16 @@ def test_another_request_never_takes_what_lies_in_a_folder(tmp_path) -> None:
     assert old is not None and old.tokenizer().name == "gpt2"
 
 
+def test_overwriting_does_not_move_the_sources_away(tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    source = jsonl(out / "d.jsonl", [some_text(i) for i in range(5)])
+    for name in (source, out / "*.jsonl", out):
+        with pytest.raises(UserError, match=r"would move .*out aside with"):
+            made(out, name, tokenizer="byte", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "d.jsonl"]
+
+
 def test_an_unfinished_folder_starts_anew_when_the_data_changed(tmp_path, monkeypatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", MANY)
     monkeypatch.setattr("gptforge.data.finishing.write_index", lambda *_: 1 / 0)

@@ -80,6 +80,36 @@ def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
     assert (Path(config.out_dir) / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("flag", ["input", "tokenizer"])
+def test_a_folder_is_not_moved_aside_with_what_the_run_needs(config, play, flag) -> None:
+    folder = Path(config.out_dir)
+    first = build(config)
+    first.run()
+    if flag == "input":
+        needed = folder / "play.txt"
+        shutil.copy(play, needed)
+    else:
+        needed = folder / "own.json"
+        shutil.copy(last(config) / "tokenizer.json", needed)
+    anew = dataclasses.replace(config, overwrite=True, **{flag: str(needed)})
+    with pytest.raises(UserError, match=rf"would move .*run aside with --{flag} .* in it"):
+        build(anew)
+    assert needed.is_file()
+    assert (folder / "log.md").is_file()
+
+
+def test_a_folder_of_texts_is_not_offered_to_be_moved_aside(config, play) -> None:
+    texts = Path(config.out_dir)
+    texts.mkdir()
+    shutil.copy(play, texts)
+    with pytest.raises(UserError, match="choose another, for --input") as refused:
+        build(dataclasses.replace(config, input=str(texts)))
+    assert "--overwrite" not in str(refused.value)
+    # As a shell or a pattern would name it.
+    with pytest.raises(UserError, match=r"aside with --input .*\*\.txt in it"):
+        build(dataclasses.replace(config, input=f"{texts}/*.txt", overwrite=True))
+
+
 def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monkeypatch) -> None:
     def interrupt(*_: object) -> float:
         raise KeyboardInterrupt
