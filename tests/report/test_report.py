@@ -1,12 +1,10 @@
 import json
-import struct
 from pathlib import Path
 
 import pytest
 
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
-from gptforge.report.curves import draw_curves
 from gptforge.report.duration import in_words
 from gptforge.report.metrics import History, read_history, step_line
 from gptforge.report.run_report import RunReport
@@ -123,25 +121,6 @@ def test_a_picture_that_cannot_be_drawn_is_no_reason_to_stop(tmp_path, monkeypat
     report.redraw(force=True)
     report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
     assert "Curves: " in capsys.readouterr().out
-
-
-def test_curves_are_drawn_from_whatever_there_is(tmp_path) -> None:
-    histories = [
-        History(),
-        History(train=[event(0)]),
-        History(train=[event(i, 10.0 / (i + 1)) for i in range(40)],
-                evals=judged((20, 3.0), (40, 2.0))),
-        History(train=[{**event(0), "loss": None}], evals=[{**judged((1, 2.0))[0],
-                                                            "val_loss": None}]),
-    ]  # fmt: skip
-    for history in histories:
-        draw_curves(history, tmp_path / "curves.png", title="test")
-        raw = (tmp_path / "curves.png").read_bytes()
-        assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-        width, height = struct.unpack(">II", raw[16:24])
-        assert width > 1000
-        assert height > 500
-        (tmp_path / "curves.png").unlink()
 
 
 def test_going_on_cuts_the_files_back_to_the_checkpoint(tmp_path, capsys) -> None:
