@@ -43,7 +43,10 @@ class EvalArgs:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder or checkpoint folder."""
     data: str = ""
-    """Text file to judge by, all of it; empty: the part that the run held out."""
+    """Text to judge by, all of it, or token shards, by what they hold out; empty: the part that the
+    run held out."""
+    encoding: str = ""
+    """Of the text of --data, for instance latin-1; empty: utf-8."""
     json: bool = False
     """Print one JSON object."""
     device: str = "auto"
@@ -202,7 +205,7 @@ def evaluate(args: list[str]) -> int:
     from gptforge.build import evaluate_run
 
     what = f"loss on {asked.data}" if asked.data else "held-out loss"
-    score = evaluate_run(asked.run, data=asked.data, device=asked.device)
+    score = evaluate_run(asked.run, data=asked.data, encoding=asked.encoding, device=asked.device)
     facts = {
         "loss": score.loss,
         "perplexity": score.perplexity,

@@ -332,7 +332,7 @@ def test_a_model_without_a_run_says_that_it_held_nothing_back(program, play) -> 
     (Path("run/checkpoints/last").resolve() / "state.json").unlink()
     done = program("eval", "run/checkpoints/last", "--device", "cpu")
     assert done.code == 2
-    assert "give a text with --data" in done.err
+    assert "give one with --data" in done.err
 
 
 def test_a_damaged_checkpoint_points_to_one_that_is_whole(program, play) -> None:

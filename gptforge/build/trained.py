@@ -14,6 +14,7 @@ from gptforge.convert.hf import is_hf, read_hf
 from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
 from gptforge.data.documents import Form
+from gptforge.data.stream import TokenStream
 from gptforge.data.text import find_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
@@ -105,12 +106,23 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> HeldOutLoss:
-    """Judge a run's model by a text file, or by the part of its text that it held out.
+def evaluate_run(
+    run: str | Path, *, data: str = "", encoding: str = "", device: str = "auto"
+) -> HeldOutLoss:
+    """Judge a run's model by another text, or by the part of its own that it held out.
+
+    Args:
+        run: as `load` takes it.
+        data: a text, judged as a whole, or shards, by what they hold out, else as a whole; empty:
+            what the run held out.
+        encoding: of `data`; empty: utf-8, whatever the run's own text is written in.
+        device: as `load` takes it.
 
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
     """
+    if encoding and not data:
+        raise UserError("--encoding is that of the text of --data: give both, or neither")
     writer = load(run, device=device)
     state: dict[str, Any] | None = None
     if is_hf(Path(run)):
@@ -119,49 +131,19 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
         path = checkpoints.resolve(str(run))
         config = checkpoints.read_config(path)
         state = checkpoints.read_state(path) if (path / checkpoints.STATE).exists() else None
-    if not data and state is None:
-        raise UserError(f"{run} does not say what it was held back from: give a text with --data")
-    missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
-    # Seen from another folder, the text that comes along is elsewhere; its content tells.
-    is_gone = not data and not Path(config.input).exists()
-    if is_gone and Path(config.input).name != "input.txt":
-        raise UserError(missing)
-    text = "" if is_gone else data or config.input
+    sha256 = None if state is None else str(state["text_sha256"])
     wanted = Wanted(
         tokenizer=writer.tokenizer,
         val_fraction=0.0 if data else config.val_fraction,
-        form=Form(encoding=config.encoding),
+        form=Form(encoding=(encoding or Form.encoding) if data else config.encoding),
         headerless=config.headerless,
         insists_on_tokenizer=True,
+        is_to_judge=bool(data),
     )
-    try:
-        corpus = open_corpus(find_text(text), wanted, say=_say)
-    except UserError as error:
-        if data:
-            raise
-        raise UserError(
-            f"what {run} learned, {config.input}, cannot be read any more: it has changed or is "
-            f"damaged ({error}); give a text with --data"
-        ) from None
-    is_its_own = state is not None and state["text_sha256"] == corpus.sha256
     if data:
-        tokens = corpus.held_out if len(corpus.held_out) else corpus.train
-        if is_its_own:
-            _say(
-                f"warning: {data} is what {run} learned from: this says how well it is remembered; "
-                "without --data the part that was held out is judged"
-            )
+        tokens = _given(data, wanted, run, sha256, config)
     else:
-        if is_gone and not is_its_own:
-            raise UserError(missing)
-        if not is_its_own:
-            raise UserError(
-                f"{config.input} has changed since {run} learned it, and so has the part that was "
-                "held out: give a text with --data"
-            )
-        tokens = corpus.held_out
-        if not len(tokens):
-            raise UserError(f"{run} held nothing out: give a text with --data PATH")
+        tokens = _held_back(run, wanted, sha256, config)
     if len(tokens) < 2:
         raise UserError(f"{data or config.input}: 2 tokens are needed to judge anything")
     held_out = HeldOut(
@@ -171,3 +153,53 @@ def evaluate_run(run: str | Path, *, data: str = "", device: str = "auto") -> He
         batch_size=config.batch_size,
     )
     return held_out.evaluate(writer.model, choose_precision(config.dtype, writer.device))
+
+
+def _given(
+    data: str, wanted: Wanted, run: str | Path, sha256: str | None, config: Config
+) -> TokenStream:
+    """What to judge by in `--data`; says which part that is, and if it was learned."""
+    corpus = open_corpus(Path(data), wanted, say=_say)
+    holds_out = len(corpus.held_out) > 0
+    if holds_out:
+        _say(f"note: judged by the part that {data} holds out, not by the rest")
+    # A smaller share of the same text lies within a larger one.
+    was_held_out = holds_out and corpus.val_fraction <= config.val_fraction
+    if sha256 == corpus.sha256 and not was_held_out:
+        instead = "; without --data the part that was held out is judged"
+        _say(
+            f"warning: {data} is what {run} learned from: this says how well it is remembered"
+            f"{instead if config.val_fraction else ''}"
+        )
+    return corpus.held_out if holds_out else corpus.train
+
+
+def _held_back(run: str | Path, wanted: Wanted, sha256: str | None, config: Config) -> TokenStream:
+    """The part of its own text that a run did not learn."""
+    if sha256 is None:
+        raise UserError(
+            f"{run} is a model without its run, and does not say which text it has not learned: "
+            "give one with --data PATH"
+        )
+    missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
+    # Seen from another folder, the text that comes along is elsewhere; its content tells.
+    is_gone = not Path(config.input).exists()
+    if is_gone and Path(config.input).name != "input.txt":
+        raise UserError(missing)
+    try:
+        corpus = open_corpus(find_text("" if is_gone else config.input), wanted, say=_say)
+    except UserError as error:
+        raise UserError(
+            f"what {run} learned, {config.input}, cannot be read any more: it has changed or is "
+            f"damaged ({error}); give a text with --data"
+        ) from None
+    if sha256 != corpus.sha256:
+        raise UserError(
+            missing
+            if is_gone
+            else f"{config.input} has changed since {run} learned it, and so has the part that was "
+            "held out: give a text with --data"
+        )
+    if not len(corpus.held_out):
+        raise UserError(f"{run} held nothing out: give a text with --data PATH")
+    return corpus.held_out

@@ -55,6 +55,8 @@ class Wanted:
     insists_on_tokenizer: bool = False
     """Whether shards made with another one are refused, or bring their own."""
     insists_on_fraction: bool = False
+    is_to_judge: bool = False
+    """Whether shards of others with val in their name stay apart, though no share is asked for."""
 
 
 def open_corpus(
@@ -173,7 +175,8 @@ def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
     if not learned:
         learned, judged = judged, []
     train = ShardStream(learned, size=known.size)
-    held_out = ShardStream(judged if wanted.val_fraction else [], size=known.size)
+    is_parted = wanted.val_fraction > 0 or wanted.is_to_judge
+    held_out = ShardStream(judged if is_parted else [], size=known.size)
     if not judged and wanted.val_fraction:
         cut = int(len(train) * (1 - wanted.val_fraction))
         train, held_out = train.part(0, cut), train.part(cut, len(train))

@@ -1,0 +1,73 @@
+"""`gptforge eval`: which text is judged, how it is read, and what is said of it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.programs import DEBUG
+
+FEW = (*DEBUG, "--max_steps", 2)
+EVAL = ("eval", "run", "--device", "cpu")
+
+
+@pytest.fixture
+def accented(play) -> Path:
+    """A text that utf-8 and latin-1 write in different bytes, with each letter early on."""
+    play.write_text(play.read_text().replace("e", "é"), encoding="utf-8")
+    return play
+
+
+def test_a_text_to_judge_by_is_read_in_its_own_encoding_not_in_the_runs(program, accented) -> None:
+    text = accented.read_text(encoding="utf-8")
+    Path("old.txt").write_bytes(text.encode("latin-1"))
+    trained = program(
+        *FEW, "--input", "old.txt", "--encoding", "latin-1", "--tokenizer", "byte", "--out_dir=run"
+    )
+    assert trained.code == 0
+    score = json.loads(program(*EVAL, "--json", "--data", accented).out)
+    assert score["bytes"] == len(text.encode()) - 1
+    refused = program(*EVAL, "--data", "old.txt")
+    assert refused.code == 2
+    assert "old.txt: not utf-8" in refused.err
+    named = json.loads(program(*EVAL, "--json", "--data", "old.txt", "--encoding", "latin-1").out)
+    assert named == score
+    # What it held out is still read as the run read it.
+    assert program(*EVAL).code == 0
+
+
+def test_an_encoding_without_a_text_is_refused(program, play) -> None:
+    program(*FEW, "--input", play, "--out_dir", "run")
+    done = program(*EVAL, "--encoding", "latin-1")
+    assert done.code == 2
+    assert "--encoding is that of the text of --data" in done.err
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_shards_are_judged_by_what_they_hold_out_without_a_word_of_having_learned_it(
+    program, play, is_prepared
+) -> None:
+    assert program("prepare", play, "--out", "shards", "--tokenizer", "byte").code == 0
+    if not is_prepared:
+        # As another program leaves them: by their names alone.
+        Path("shards/index.json").unlink()
+        shutil.rmtree("shards/.preparing", ignore_errors=True)
+    assert program(*FEW, "--input", "shards", "--tokenizer=byte", "--out_dir=run").code == 0
+    done = program(*EVAL, "--data", "shards")
+    assert done.code == 0
+    assert "note: judged by the part that shards holds out" in done.err
+    assert "warning" not in done.err
+    numbers = re.compile(r"[\d.,]+")
+    assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
+
+
+def test_a_part_that_the_run_learned_is_called_learned(program, play) -> None:
+    assert program("prepare", play, "--out", "shards", "--tokenizer", "byte").code == 0
+    learns_all = ("--val_fraction", 0, "--tokenizer", "byte", "--out_dir", "run")
+    assert program(*FEW, "--input", play, *learns_all).code == 0
+    done = program(*EVAL, "--data", "shards")
+    assert "warning: shards is what run learned from" in done.err
+    # Nothing was held out, so there is nothing better to judge by.
+    assert "without --data" not in done.err
