@@ -31,7 +31,7 @@ TINY = 4_000_000
 def load(
     run: str | Path,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     say: Callable[[str], None] | None = None,
 ) -> LanguageModel:
@@ -48,7 +48,7 @@ def load(
         UserError: if there is no checkpoint there, or it is damaged.
     """
     parts = open_parts(run)
-    place, _ = choose_device(device)
+    place, _ = choose_device(str(device))
     return LanguageModel(
         parts.model().to(place),
         parts.tokenizer,

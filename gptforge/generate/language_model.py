@@ -3,16 +3,17 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
+from gptforge.generate.asked import one_text, seeds_of, texts, whole, wholes
 from gptforge.generate.decode import Chosen, Decoder
 from gptforge.generate.engine import Engine
 from gptforge.generate.sampling import Sampling, throw_dice
-from gptforge.generate.streaming import Ending, Unfinished, until
+from gptforge.generate.streaming import Unfinished, until
+from gptforge.generate.writing import Row, Writing
 from gptforge.model import GPT
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
@@ -32,19 +33,6 @@ class Token:
     """Natural logarithm of the probability that the model gave it, before any sampling setting."""
     likeliest: tuple[tuple[str, float], ...]
     """The likeliest tokens there, each with its log probability."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """A continuation as a whole."""
-
-    text: str
-    """Without the stop text that ended it."""
-    ids: list[int]
-    """All that were chosen, with those of a stop text."""
-    logprobs: list[float]
-    """As in `Token`, one an id."""
-    ended: Literal["length", "stop"]
 
 
 class LanguageModel:
@@ -88,6 +76,7 @@ class LanguageModel:
         Raises:
             UserError: for a character that the tokenizer cannot write, or half of one.
         """
+        text = one_text(text, "the text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -96,16 +85,21 @@ class LanguageModel:
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return decode_ids(self.tokenizer, ids)
+        """Text of ids.
+
+        Raises:
+            UserError: for an id that the tokenizer does not have.
+        """
+        return decode_ids(self.tokenizer, wholes(ids, "the ids", below=self.tokenizer.size))
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Float32 logits behind each id: (T, vocab) on the CPU.
 
         Raises:
-            UserError: for no ids, or more than the model's positions.
+            UserError: for no ids, more than the model's positions, or one that the model lacks.
         """
+        ids = wholes(ids, "the ids", below=self.model.config.vocab_size)
         if not 1 <= len(ids) <= self.model.config.block_size:
             raise UserError(f"give 1 to {self.model.config.block_size} ids, not {len(ids)}")
         was_training = self.model.training
@@ -122,11 +116,12 @@ class LanguageModel:
         temperature: float = 0.8,
         top_k: int = 200,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> str:
         """The continuation of `prompt`, in one piece; see `stream`."""
         sampling = Sampling(temperature, top_k, top_p)
+        prompt = one_text(prompt, "the prompt")
         [writing] = self.write([prompt], max_new_tokens, sampling, stop=stop, seeds=[seed])
         return writing.text
 
@@ -138,7 +133,7 @@ class LanguageModel:
         temperature: float = 0.8,
         top_k: int = 200,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> Iterator[str]:
         """The continuation of `prompt`, piece by piece, no piece ending inside a character.
@@ -149,7 +144,7 @@ class LanguageModel:
             temperature: below 1 is tamer, above 1 wilder; 0 always takes the likeliest.
             top_k: draw among the k likeliest tokens; 0 among all.
             top_p: draw among the likeliest tokens that hold this much probability; 1 among all.
-            stop: end before any of these texts.
+            stop: end before this text, or any of these.
             seed: the same seed writes the same text; None rolls fresh dice.
 
         Raises:
@@ -157,17 +152,17 @@ class LanguageModel:
         """
         sampling = Sampling(temperature, top_k, top_p)
         chosen = self._chosen([prompt], max_new_tokens, sampling, [seed], None)
-        return until(self._pieces(chosen), stop)
+        return until(self._pieces(chosen), texts(stop, "stop"))
 
     def write(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         max_new_tokens: int = 200,
         sampling: Sampling = Sampling(),  # noqa: B008  a frozen value
         *,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        seeds: Sequence[int | None] | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: int | Sequence[int] = (),
+        seeds: int | Sequence[int | None] | None = None,
         logprobs: bool = False,
     ) -> list[Writing]:
         """Continuations of several prompts at once, which is faster than one after the other.
@@ -176,10 +171,10 @@ class LanguageModel:
         larger batches round alike.
 
         Args:
-            prompts: of any lengths; an empty one starts at a line's beginning.
+            prompts: of any lengths; an empty one starts at a line's beginning; a text alone is one.
             max_new_tokens: tokens to write for each.
             sampling: how tokens are chosen.
-            stop: end before any of these texts.
+            stop: end before this text, or any of these.
             stop_ids: end at any of these tokens, besides an end-of-text mark.
             seeds: one a prompt; None rolls fresh dice.
             logprobs: note the probability of each token; else `Writing.logprobs` are empty.
@@ -187,10 +182,12 @@ class LanguageModel:
         Raises:
             UserError: for settings out of range or a prompt the tokenizer cannot write.
         """
-        seeds = seeds or [None] * len(prompts)
-        if len(seeds) != len(prompts) or not prompts:
-            raise UserError(f"give one seed a prompt: {len(prompts)} prompts, {len(seeds)} seeds")
-        rows = [_Row(self.tokenizer, stop, self._stop_ids(stop_ids)) for _ in prompts]
+        prompts = texts(prompts, "the prompts")
+        if not prompts:
+            raise UserError("give one prompt at least; an empty text starts at a line's beginning")
+        seeds = seeds_of(seeds, len(prompts))
+        stop, stop_ids = texts(stop, "stop"), wholes(stop_ids, "stop_ids")
+        rows = [Row(self.tokenizer, stop, self._stop_ids(stop_ids)) for _ in prompts]
         alternatives = 0 if logprobs else None
         for chosen in self._chosen(prompts, max_new_tokens, sampling, seeds, alternatives):
             for number, row in enumerate(rows):
@@ -213,7 +210,7 @@ class LanguageModel:
         Raises:
             UserError: for settings out of range or a prompt the tokenizer cannot write.
         """
-        alternatives = min(alternatives, self.tokenizer.size)
+        alternatives = min(whole(alternatives, "alternatives"), self.tokenizer.size)
         chosen = self._chosen([prompt], max_new_tokens, sampling, [seed], alternatives)
         return self._tokens(chosen)
 
@@ -226,14 +223,15 @@ class LanguageModel:
         alternatives: int | None,
     ) -> Iterator[Chosen]:
         """Checks everything now, not when the first token is asked for."""
-        if max_new_tokens < 0:
-            raise UserError(f"--max_new_tokens must be 0 or more, not {max_new_tokens}")
+        max_new_tokens = whole(max_new_tokens, "--max_new_tokens")
         if max_new_tokens * len(prompts) > MOST_TOKENS:
             raise UserError(
                 f"--max_new_tokens {max_new_tokens}: a call writes {MOST_TOKENS:,} tokens at most"
             )
+        if not isinstance(sampling, Sampling):
+            raise UserError(f"sampling must be Sampling(temperature, top_k, top_p), not {sampling}")
         sampling.check()
-        ids = [self.encode(prompt) if prompt else self._opening() for prompt in prompts]
+        ids = [self._opening() if prompt == "" else self.encode(prompt) for prompt in prompts]
         dice = throw_dice(seeds, max_new_tokens)
         return self.decoder.decode(
             ids, dice, sampling, alternatives=alternatives, on_slide=self._tell_of_sliding
@@ -256,8 +254,8 @@ class LanguageModel:
             for token, known, others in zip(chosen.ids[0], logprobs, likeliest, strict=True):
                 if token in stop_ids:
                     return
-                texts = [self.decode([other]) for other in others]
-                pairs = tuple(zip(texts, known[1:], strict=True))
+                spelled = [decode_ids(self.tokenizer, [other]) for other in others]
+                pairs = tuple(zip(spelled, known[1:], strict=True))
                 yield Token(token, unfinished.add(token), known[0], pairs)
 
     def _opening(self) -> list[int]:
@@ -275,37 +273,3 @@ class LanguageModel:
             f"note: longer than the model's {self.model.config.block_size} tokens of context: the "
             "window slides, and what it leaves behind is forgotten"
         )
-
-
-class _Row:
-    """One sequence of a batch: ids to text, until it ends."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: set[int]) -> None:
-        self._unfinished, self._ending = Unfinished(tokenizer), Ending(stop)
-        self._stop_ids = stop_ids
-        self._text = ""
-        self._ids: list[int] = []
-        self._logprobs: list[float] = []
-        self.is_ended = False
-
-    def add(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Take more tokens, up to the one that ends the text."""
-        for token, logprob in zip(ids, logprobs, strict=True):
-            if self.is_ended:
-                return
-            self._ids.append(token)
-            self._logprobs.append(logprob)
-            self.is_ended = token in self._stop_ids
-            if not self.is_ended:
-                self._text += self._ending.add(self._unfinished.add(token))
-                self.is_ended = self._ending.is_reached
-
-    def writing(self, with_logprobs: bool) -> Writing:
-        """What has been written."""
-        if not self._ending.is_reached:
-            # The last bytes may complete a stop text as well.
-            self._text += self._ending.add(self._unfinished.end())
-            self._text += "" if self._ending.is_reached else self._ending.end()
-        is_stopped = self.is_ended or self._ending.is_reached
-        logprobs = self._logprobs if with_logprobs else []
-        return Writing(self._text, self._ids, logprobs, "stop" if is_stopped else "length")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
+from gptforge.generate.asked import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,16 @@ class Sampling:
 
     def check(self) -> None:
         """Raise a UserError that names the setting that is out of range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"--top_k must be 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
+        if not is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature must be a number, 0 or more, not {self.temperature}")
+        if not is_whole(self.top_k) or self.top_k < 0:
+            raise UserError(
+                f"--top_k must be a whole number, 0 or more (0: draw among all), not {self.top_k}"
+            )
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"--top_p must be a number above 0 and at most 1 (1: all), not {self.top_p}"
+            )
 
 
 def throw_dice(seeds: Sequence[int | None], count: int) -> Tensor:
@@ -41,8 +46,10 @@ def throw_dice(seeds: Sequence[int | None], count: int) -> Tensor:
     A row depends on its seed alone, and more throws only make it longer.
     """
     for seed in seeds:
-        if seed is not None and not 0 <= seed < 2**63:
-            raise UserError(f"--seed must be 0 or more and below 2**63, not {seed}")
+        if seed is not None and not (is_whole(seed) and 0 <= seed < 2**63):
+            raise UserError(
+                f"--seed must be a whole number, 0 or more and below 2**63, not {seed!r}"
+            )
     rows = [np.random.default_rng(seed).random(count, np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(rows))
 

@@ -1,0 +1,74 @@
+"""What a caller gives, in the form that is worked with, or a UserError that says what is wanted.
+
+One text where several may stand is that text, not its characters; likewise one number.
+"""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from gptforge.errors import UserError
+
+
+def one_text(given: Any, name: str) -> str:
+    """A text."""
+    if not isinstance(given, str):
+        raise UserError(f"{name} must be a string, not {_shown(given)}")
+    return given
+
+
+def texts(given: str | Iterable[str] | None, name: str) -> list[str]:
+    """Texts, of one or of several; None is none."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise UserError(f"{name} must be a string or several, not {_shown(given)}")
+    return [one_text(text, f"each of {name}") for text in given]
+
+
+def whole(given: Any, name: str) -> int:
+    """A whole number that is not negative."""
+    if not is_whole(given) or given < 0:
+        raise UserError(f"{name} must be a whole number, 0 or more, not {_shown(given)}")
+    return int(given)
+
+
+def wholes(given: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
+    """Whole numbers from 0, of one or of several."""
+    several = given if isinstance(given, Iterable) else [given]
+    numbers = [whole(_plain(number), f"each of {name}") for number in several]
+    if below is not None and (high := max(numbers, default=0)) >= below:
+        raise UserError(f"each of {name} must be below {below}, not {high}")
+    return numbers
+
+
+def seeds_of(given: int | Sequence[int | None] | None, count: int) -> list[int | None]:
+    """One seed a prompt; None throws fresh dice."""
+    if given is None:
+        return [None] * count
+    seeds: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if len(seeds) != count:
+        raise UserError(f"give one seed a prompt: {count} prompts, {len(seeds)} seeds")
+    return seeds
+
+
+def is_whole(given: Any) -> bool:
+    """Whether it is a whole number, numpy's among them; True and False are none."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def is_number(given: Any) -> bool:
+    """Whether it is a number, numpy's among them; True and False are none."""
+    return isinstance(given, Real) and not isinstance(given, bool)
+
+
+def _plain(number: Any) -> Any:
+    """A number of torch's in Python's form."""
+    return number.item() if hasattr(number, "item") else number
+
+
+def _shown(given: Any) -> str:
+    shown = repr(given)
+    return shown if len(shown) < 50 else f"{shown[:50]}…"
