@@ -146,6 +146,7 @@ def build_trainer(
             Path(config.out_dir),
             title=f"{config.preset or 'GPT-2'} on {corpus.path.name}",
             program=program,
+            how_to_part=corpus.how_to_part,
         )
         if ranks.is_first:
             _open_report(

@@ -45,12 +45,14 @@ def _size(corpus: Corpus, context_length: int, global_batch: int) -> list[Findin
             )
         ]
     if corpus.val_fraction and held_out < 2:
-        found.append(error(f"{held_out} tokens held out", "use a larger --val_fraction, or 0"))
+        remedy = f"{corpus.how_to_part} a larger --val_fraction, or 0"
+        found.append(error(f"{held_out} tokens held out", remedy))
     elif 0 < held_out <= context_length:
         found.append(
             warning(
                 f"only {held_out:,} tokens are held out, not one window",
-                "the judgement will be rough; use a larger --val_fraction or more text",
+                "the judgement will be rough; "
+                f"{corpus.how_to_part} a larger --val_fraction or more text",
             )
         )
     elif held_out:

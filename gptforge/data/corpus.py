@@ -42,6 +42,13 @@ class Corpus:
     bytes: int = 0
     documents: int = 0
     notices: tuple[str, ...] = ()
+    is_prepared: bool = False
+    """Whether `prepare` parted it by itself: no flag of training parts it otherwise."""
+
+    @property
+    def how_to_part(self) -> str:
+        """What is to be done to hold out another share of it: behind this comes --val_fraction."""
+        return "prepare the text anew with" if self.is_prepared else "use"
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) 
     if corpus.val_fraction and len(corpus.held_out) < 2:
         raise UserError(
             f"--val_fraction {corpus.val_fraction} holds out {len(corpus.held_out)} token of "
-            f"{path}: 2 are needed to judge anything; use a larger one, 0, or more text"
+            f"{path}: 2 are needed to judge anything; "
+            f"{corpus.how_to_part} a larger one, 0, or more text"
         )
 
 
@@ -123,10 +131,12 @@ def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
             f"{wanted.val_fraction}: leave it out, or prepare the text again with it"
         )
     name = own.name if own.name in ("gpt2", "byte") else (path / TOKENIZER).as_posix()
-    return _of_index(path, index, own, name)
+    return _of_index(path, index, own, name, is_prepared=True)
 
 
-def _of_index(path: Path, index: Index, own: Tokenizer, name: str | Tokenizer) -> Corpus:
+def _of_index(
+    path: Path, index: Index, own: Tokenizer, name: str | Tokenizer, *, is_prepared: bool = False
+) -> Corpus:
     train, held_out = (ShardStream(index.shards(side), size=own.size) for side in ("train", "val"))
     return Corpus(
         path=path,
@@ -140,6 +150,7 @@ def _of_index(path: Path, index: Index, own: Tokenizer, name: str | Tokenizer) -
         bytes=sum(index.total(side, "bytes") for side in ("train", "val")),
         documents=sum(index.total(side, "documents") for side in ("train", "val")),
         notices=tuple(index.record.get("notices", ())),
+        is_prepared=is_prepared,
     )
 
 

@@ -25,9 +25,16 @@ FENCE = "```"
 class RunReport:
     """Tells people and files what happens, in the order it happens."""
 
-    def __init__(self, folder: Path, *, title: str, program: str = "python gpt.py") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        title: str,
+        program: str = "python gpt.py",
+        how_to_part: str = "use",
+    ) -> None:
         self.folder = folder
-        self._program = program
+        self._program, self._how_to_part = program, how_to_part
         self.console: Console = PlainConsole()
         self._title = title
         self._drawn = 0.0
@@ -178,6 +185,7 @@ class RunReport:
             epochs=epochs,
             out_dir=self.folder.as_posix(),
             is_judged=is_judged,
+            how_to_part=self._how_to_part,
             program=self._program,
         )
         self._write(LOG, f"{FENCE}\n\n{words}\n")

@@ -15,6 +15,7 @@ def verdict(
     epochs: float,
     out_dir: str,
     is_judged: bool,
+    how_to_part: str = "use",
     program: str = "python gpt.py",
 ) -> str:
     """A few sentences on a finished or stopped run.
@@ -25,6 +26,7 @@ def verdict(
         epochs: times the text was seen.
         out_dir: the run folder, for the command at the end.
         is_judged: whether a part of the text is held out.
+        how_to_part: what to do with --val_fraction, where nothing is held out.
         program: how this program is called.
     """
     if is_judged and not history.evals:
@@ -32,7 +34,7 @@ def verdict(
     elif is_judged:
         lines = _held_out(history, total_steps)
     else:
-        lines = _training_only(history, epochs)
+        lines = _training_only(history, epochs, how_to_part)
     lines.append(f"Try it: {program} sample {_quoted(out_dir)}")
     return "\n".join(lines)
 
@@ -96,14 +98,14 @@ def _is_early(step: int, end: int) -> bool:
     return 3 * step <= 2 * end
 
 
-def _training_only(history: History, epochs: float) -> list[str]:
+def _training_only(history: History, epochs: float, how_to_part: str) -> list[str]:
     if not history.train:
         return ["No step was logged."]
     loss = float(history.train[-1]["loss"] or float("nan"))
     lines = [f"Training loss {loss:.4f} after {epochs:.1f} times through the text."]
     lines.append(
         "Nothing was held out, so this says how well the text is remembered, not how well the "
-        "model writes. Use --val_fraction 0.1 to know."
+        f"model writes. To know, {how_to_part} --val_fraction 0.1."
     )
     return lines
 

@@ -85,3 +85,23 @@ def test_a_bad_id_in_a_shard_stops_training_with_its_name(config, tmp_path) -> N
     )
     with pytest.raises(UserError, match=r"train.bin: token id 9999 is outside"):
         build_trainer(config, given=["tokenizer"], say=lambda _: None)
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_advice_to_hold_out_a_part_says_what_helps_with_such_an_input(
+    config, tmp_path, capsys, is_prepared
+) -> None:
+    config = dataclasses.replace(config, val_fraction=0.0)
+    if is_prepared:
+        prepare(tmp_path / "shards", Request((config.input,), tokenizer="char", val_fraction=0.0))
+        config = dataclasses.replace(config, input=str(tmp_path / "shards"))
+    assert finish(config)
+    advice = "prepare the text anew with" if is_prepared else "use"
+    assert f"To know, {advice} --val_fraction 0.1." in capsys.readouterr().out
+
+
+def test_shards_that_hold_out_too_little_are_to_be_prepared_anew(config, tmp_path) -> None:
+    prepare(tmp_path / "shards", Request((config.input,), tokenizer="char", val_fraction=0.0001))
+    config = dataclasses.replace(config, input=str(tmp_path / "shards"))
+    with pytest.raises(UserError, match="prepare the text anew with a larger one"):
+        build(config)
