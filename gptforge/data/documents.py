@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptforge.data.bad import BadInput, Skipped
-from gptforge.data.reading import blocks, chunks
+from gptforge.data.reading import blocks, chunks, not_in
 from gptforge.data.sources import Source
 from gptforge.errors import UserError
 
@@ -29,7 +29,7 @@ class Form:
     def __post_init__(self) -> None:
         try:
             "".encode(self.encoding)
-        except LookupError:
+        except (LookupError, UnicodeError):
             raise UserError(f"--encoding {self.encoding}: there is no such encoding") from None
 
 
@@ -105,6 +105,10 @@ def _json_lines(
     source: Source, form: Form, skipped: Skipped, start: int, stop: int | None
 ) -> Iterator[tuple[str, int]]:
     at = start
+    if not _parts_lines(form.encoding):
+        what = f"JSON lines cannot be told apart in {form.encoding}"
+        skipped.add(BadInput(what, source.name, "save it as UTF-8"))
+        return
     try:
         for line, reached in _lines(source, start, stop):
             begin, at = at, at + len(line)
@@ -119,14 +123,22 @@ def _json_lines(
         skipped.add(bad)
 
 
+def _parts_lines(encoding: str) -> bool:
+    """Whether the byte of a line feed is one in this encoding, and stands alone."""
+    try:
+        return b"\n".decode(encoding) == "\n"
+    except UnicodeError:
+        return False
+
+
 def _field_of(line: bytes, form: Form) -> str:
     if len(line) > MOST_LINE:
         raise BadInput(f"longer than {MOST_LINE // 2**20} MB", "")
     try:
         record: Any = json.loads(line.decode(form.encoding).removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        what = f"not {form.encoding}: byte 0x{line[error.start]:02x} at offset {error.start}"
-        raise BadInput(what, "", "say what it is with --encoding latin-1") from None
+    except UnicodeError as error:
+        what, remedy = not_in(form.encoding, error, line)
+        raise BadInput(what, "", "save it as UTF-8" if b"\0" in line else remedy) from None
     except (ValueError, RecursionError) as error:
         raise BadInput("not JSON", "", f"mend it ({error})") from None
     if not isinstance(record, dict) or form.field not in record:

@@ -136,13 +136,8 @@ def chunks(
         offset = read - held - len(kept)
         try:
             raw = kept + decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            byte, place = error.object[error.start], read - held + error.start
-            what = f"not {encoding}: byte 0x{byte:02x} at offset {place}"
-            remedy = "say what it is with --encoding latin-1"
-            if b"\0" in block:
-                what += ", and NUL bytes as well: this is a binary file or UTF-16"
-                remedy = "give its text, or try --encoding utf-16"
+        except UnicodeError as error:
+            what, remedy = not_in(encoding, error, block, before=read - held)
             raise BadInput(what, source.name, remedy) from None
         read += len(block)
         held = len(decoder.getstate()[0])
@@ -156,6 +151,29 @@ def chunks(
         if raw:
             text = raw.removeprefix(BOM) if offset == 0 else raw
             yield Chunk(offset, raw, text.replace("\r\n", "\n"), reached)
+
+
+def not_in(encoding: str, error: UnicodeError, part: bytes, *, before: int = 0) -> tuple[str, str]:
+    """What is wrong with bytes that are not in an encoding, and what can be done.
+
+    Args:
+        encoding: the one that they were taken for.
+        error: what decoding them met.
+        part: the bytes.
+        before: bytes in front of those that the error counts from.
+    """
+    what = f"not {encoding}: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        byte, place = error.object[error.start], before + error.start
+        what = f"not {encoding}: byte 0x{byte:02x} at offset {place}"
+    name = codecs.lookup(encoding).name
+    if b"\0" in part and not name.startswith(("utf-16", "utf-32")):
+        what += ", and NUL bytes as well: this is a binary file or UTF-16"
+        return what, "give its text, or try --encoding utf-16"
+    if name == "utf-8":
+        return what, "say what it is with --encoding latin-1"
+    other = "say --encoding utf-16-le or utf-16-be" if name == "utf-16" else "name the right one"
+    return what, f"leave --encoding out if it is UTF-8, or {other}"
 
 
 def _and_end(parts: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:

@@ -67,9 +67,50 @@ def test_another_encoding_is_read_when_it_is_named(tmp_path) -> None:
     (tmp_path / "t.txt").write_bytes(("caf\xe9 au lait\r\n" * 9).encode("latin-1"))
     index = attempt(tmp_path, "t.txt", form=Form(encoding="latin-1"))
     assert index.total("train", "bytes") > index.total("train", "characters")
-    for nonsense in ("klingon", "hex"):
+    for nonsense in ("klingon", "hex", "undefined"):
         with pytest.raises(UserError, match=f"{nonsense}: there is no such encoding"):
             Form(encoding=nonsense)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "raw", "words"),
+    [
+        (
+            "utf-16",
+            b"plain words",
+            "not utf-16: .*BOM: leave --encoding out if it is UTF-8, or say ",
+        ),
+        (
+            "utf-16",
+            "words".encode("utf-16-le"),
+            "not utf-16: .*BOM: .* or say --encoding utf-16-le",
+        ),
+        ("utf-16-le", b"odd", "not utf-16-le: byte 0x64 at offset 2: leave --encoding out"),
+        ("punycode", b"plain words - and a dash ~\n", "not punycode: .*name the right one"),
+        ("ascii", b"caf\xc3\xa9", "not ascii: byte 0xc3 at offset 3: leave --encoding out"),
+    ],
+)
+def test_a_text_that_is_not_in_the_encoding_named_for_it_is_refused_in_one_line(
+    tmp_path, encoding, raw, words
+) -> None:
+    (tmp_path / "bad.txt").write_bytes(raw)
+    expect_refused(tmp_path, f"bad.txt: {words}", "bad.txt", form=Form(encoding=encoding))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_json_lines_in_an_encoding_that_hides_the_line_ends_are_to_be_saved_anew(
+    tmp_path, encoding
+) -> None:
+    (tmp_path / "t.jsonl").write_bytes(f"{GOOD}\n{GOOD}".encode(encoding))
+    words = f"JSON lines cannot be told apart in {encoding}: save it as UTF-8"
+    expect_refused(tmp_path, words, "t.jsonl", form=Form(encoding=encoding))
+    expect_refused(tmp_path, "line 1: .*: (save it as UTF-8|mend it)", "t.jsonl")
+
+
+def test_json_lines_in_a_wrong_encoding_are_refused_with_their_number(tmp_path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "caf\xc3\xa9"}\n')
+    words = "t.jsonl, line 2: not ascii: byte 0xc3 at offset 13: leave --encoding out"
+    expect_refused(tmp_path, words, "t.jsonl", form=Form(encoding="ascii"))
 
 
 def test_what_is_not_there_is_named(tmp_path) -> None:
