@@ -81,9 +81,9 @@ def survey(sources: Sequence[Source], form: Form, fraction: float, *, skip_bad: 
     facts: dict[int, TextFacts] = {}
     seen: list[Seen] = []
     sha256 = ""
+    # Counted anew when the work is done; here it is passed over.
+    skipped = Skipped(skip_bad)
     for number, source in enumerate(sources):
-        # Counted when the work is done; here it is only passed over.
-        skipped = Skipped(skip_bad)
         if holds_many(source, form):
             for document in documents(source, form, skipped):
                 seen.append(_seen(number, document))
@@ -102,9 +102,22 @@ def survey(sources: Sequence[Source], form: Form, fraction: float, *, skip_bad: 
         if len(seen) == MANY:
             break
     if not seen:
-        names = ", ".join(source.name for source in sources[:3])
-        raise UserError(f"{names}: empty: there is no text to learn")
+        raise UserError(_nothing(sources, skipped))
     return Survey(make_split(seen, fraction), sha256 if len(seen) == 1 else "", facts)
+
+
+def _nothing(sources: Sequence[Source], skipped: Skipped) -> str:
+    """Why there is no text."""
+    names = ", ".join(source.name for source in sources[:3])
+    if more := len(sources[3:]):
+        names += f" and {more:,} more"
+    if not skipped.counts:
+        return f"{names}: empty: there is no text to learn"
+    kinds = ", ".join(f"{count:,} x {kind}" for kind, count in skipped.counts.items())
+    return (
+        f"{names}: all that is in there was left out ({kinds}), and there is no text to learn; "
+        f"first {skipped.examples[0]}: {skipped.remedies[0]}"
+    )
 
 
 def _seen(number: int, document: Document) -> Seen:

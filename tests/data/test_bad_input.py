@@ -290,6 +290,18 @@ def test_the_program_says_what_was_left_out(tmp_path, program) -> None:
     assert "Train on it: " in done.out
 
 
+def test_where_all_was_left_out_it_is_said_why_not_that_there_was_nothing(
+    tmp_path, program
+) -> None:
+    (tmp_path / "t.jsonl").write_text("not json\n\n[1, 2]\nnor this\n")
+    (tmp_path / "t.txt").write_bytes(b"caf\xe9")
+    done = program("prepare", "t.jsonl", "t.txt", "--out", "out", "--skip_bad", "true")
+    assert done.code == 2
+    assert "empty" not in done.err
+    assert "all that is in there was left out (2 x not JSON, 1 x no field 'text'" in done.err
+    assert "first t.jsonl, line 1: not JSON: mend it" in done.err
+
+
 def test_a_refusal_travels_between_processes() -> None:
     error = RefusedError("a.jsonl, line 3: not JSON", "mend it")
     # A copy is made in the way in which one is made in another process.
