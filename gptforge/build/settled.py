@@ -14,6 +14,7 @@ from gptforge.data.documents import Form
 from gptforge.data.text import find_text
 from gptforge.errors import UserError
 from gptforge.report.meter import ShownMeter
+from gptforge.tokenizers import NAMES
 
 Say = Callable[[str], None]
 
@@ -27,6 +28,7 @@ def start_from(
 
     With `scratch` another program's model is read by way of that folder, and not kept.
     """
+    config = _with_its_tokenizer(config, say)
     if not config.init_from:
         return config
     source = imported(config.init_from, say=say, scratch=scratch)
@@ -50,6 +52,20 @@ def start_from(
     if "context_length" not in given:
         taken["context_length"] = min(config.context_length, shape.block_size)
     return dataclasses.replace(config, **taken)
+
+
+def _with_its_tokenizer(config: Config, say: Say) -> Config:
+    """Where the file of a run's tokenizer is gone, the copy in its checkpoint."""
+    is_there = config.tokenizer in NAMES or Path(config.tokenizer).exists()
+    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
+    if is_there or own is None or config.overwrite:
+        return config
+    is_whole = not checkpoints.damage(own, (checkpoints.TOKENIZER, checkpoints.CONFIG))
+    if not is_whole or checkpoints.read_config(own).tokenizer != config.tokenizer:
+        return config
+    copy = (own / checkpoints.TOKENIZER).as_posix()
+    say(f"note: {config.tokenizer} is not there any more: the run's own copy is used, {copy}")
+    return dataclasses.replace(config, tokenizer=copy)
 
 
 def open_text(config: Config, given: Collection[str], say: Say, meter: ShownMeter) -> Corpus:

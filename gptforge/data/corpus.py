@@ -155,7 +155,7 @@ def _of_index(
 
 
 def _is_same(own: Tokenizer, wanted: str | Tokenizer) -> bool:
-    if wanted in ("gpt2", "char", "byte"):
+    if wanted in tokenizers.NAMES:
         return own.name == wanted
     other = tokenizers.named(wanted, "") if isinstance(wanted, str) else wanted
     return own.to_json() == other.to_json()

@@ -10,7 +10,10 @@ from gptforge.files import read_small, write_atomic
 from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
-__all__ = ["Tokenizer", "Tokens", "byte_lengths", "decode", "load", "named", "save"]
+__all__ = ["NAMES", "Tokenizer", "Tokens", "byte_lengths", "decode", "load", "named", "save"]
+
+NAMES = ("gpt2", "char", "byte")
+"""What `--tokenizer` knows without a file."""
 
 
 def named(name: str, text: str) -> Tokenizer:

@@ -10,9 +10,11 @@ import torch
 
 from gptforge.build import build_trainer
 from gptforge.build.step import estimate
-from gptforge.checkpoint.store import CheckpointStore, read_tensors, read_tokenizer
+from gptforge.checkpoint.store import CheckpointStore, read_config, read_tensors, read_tokenizer
 from gptforge.config import Config
 from gptforge.errors import UserError
+from gptforge.tokenizers import save
+from gptforge.tokenizers.char import CharTokenizer
 from gptforge.train.step import TrainStep
 from tests.train.runs import StopAfter, build, events, last
 
@@ -41,6 +43,25 @@ def test_another_text_is_refused(config, play) -> None:
     play.write_text(play.read_text().replace("light", "night"))
     with pytest.raises(UserError, match="the text is not the one"):
         build(dataclasses.replace(config, max_steps=30))
+
+
+def test_a_run_whose_tokenizer_file_is_gone_goes_on_with_its_own_copy(config, tmp_path) -> None:
+    path = tmp_path / "own.json"
+    save(CharTokenizer.of(Path(config.input).read_text()), path)
+    config = dataclasses.replace(config, tokenizer=str(path))
+    trainer = build(config)
+    trainer.guard = StopAfter(7)
+    trainer.run()
+    path.unlink()
+    said: list[str] = []
+    trainer = build_trainer(config, given=["tokenizer"], say=said.append)
+    assert trainer.run() == "finished"
+    assert f"note: {path} is not there any more: the run's own copy is used" in "\n".join(said)
+    # The run is still the one that was begun with that file.
+    assert read_config(last(config)).tokenizer == str(path)
+    for other in ({"tokenizer": str(tmp_path / "other.json")}, {"out_dir": str(tmp_path / "b")}):
+        with pytest.raises(UserError, match="nor the path of a tokenizer"):
+            build(dataclasses.replace(config, **other))
 
 
 def test_overwriting_moves_the_old_run_aside(config) -> None:
