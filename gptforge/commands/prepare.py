@@ -19,7 +19,7 @@ class PrepareArgs:
     """Turn texts into token shards, which `--input` takes."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
-    """Files, folders and patterns; txt, md, jsonl, parquet, and .gz, .zst or .xz of them; - reads
+    """Files, folders and patterns: text, JSON lines, Parquet, and .gz, .zst or .xz of them; - reads
     standard input."""
     out: str
     """Folder of the shards."""

@@ -140,7 +140,7 @@ def _field_of(line: bytes, form: Form) -> str:
         what, remedy = not_in(form.encoding, error, line)
         raise BadInput(what, "", "save it as UTF-8" if b"\0" in line else remedy) from None
     except (ValueError, RecursionError) as error:
-        raise BadInput("not JSON", "", f"mend it ({error})") from None
+        raise BadInput("not JSON", "", f"mend it, one object a line ({error})") from None
     if not isinstance(record, dict) or form.field not in record:
         has = ", ".join(list(record)[:8]) if isinstance(record, dict) else "no fields"
         raise BadInput(f"no field '{form.field}'", "", f"it has {has}: choose one with --field")

@@ -74,7 +74,7 @@ def write_index(folder: Path, record: Mapping[str, Any]) -> Index:
 
 
 def read_index(folder: Path) -> Index | None:
-    """The index of a folder; None where there is none.
+    """The index of a folder; None where there is none, or another program's beside no shards.
 
     Raises:
         UserError: for one that is damaged, or from a version to come.
@@ -82,8 +82,11 @@ def read_index(folder: Path) -> Index | None:
     path = folder / INDEX
     if not path.is_file():
         return None
+    is_ours = any(folder.glob("*.bin"))
     try:
-        record = json.loads(read_small(path))
+        text = read_small(path)
+        is_ours |= FORMAT in text
+        record = json.loads(text)
         if (record["format"], record["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {record['format']}, version {record['version']}")
         float(record["split"]["fraction"])
@@ -94,6 +97,8 @@ def read_index(folder: Path) -> Index | None:
             if not all(isinstance(number, int) for number in side.values()):
                 raise TypeError("counts are whole numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not is_ours:
+            return None
         raise UserError(
             f"{path.as_posix()}: not a readable index ({error!r}): prepare the data again"
         ) from None

@@ -87,6 +87,7 @@ class _Preparation:
 
     def run(self) -> Index:
         self._refuse_strangers()
+        self._refuse_shards()
         self.notes.mkdir(parents=True, exist_ok=True)
         sources = find_sources(self.request.names, kind=self.request.kind, spool=self.notes)
         key = self._key(sources)
@@ -131,6 +132,15 @@ class _Preparation:
                 f"--out {self.out} holds other files: choose another, or give --overwrite to move "
                 "it aside"
             )
+
+    def _refuse_shards(self) -> None:
+        """They are what comes out, and not what goes in."""
+        for name in self.request.names:
+            if read_index(Path(name)) is not None:
+                raise UserError(
+                    f"{name} holds shards, prepared already: train on them with --input {name}, or "
+                    "name the texts that they were made of to prepare them in another way"
+                )
 
     def _key(self, sources: Sequence[Source]) -> str:
         asked = self.request

@@ -1,6 +1,7 @@
 """What there is to read: files, folders and patterns, each with its form and packing."""
 
 import glob
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     ".parquet": "parquet",
 }
-"""Endings that are looked for in a folder. A file that is named may have any: it is text then."""
+"""What endings say. A file that is named may have any other: it is text then."""
+FOUND = tuple(ending for ending in KINDS if ending != ".json")
+"""Endings that are looked for in a folder. Many a .json there is a program's, and no text."""
 PACKINGS: dict[str, Packing] = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 MAGIC: dict[bytes, Packing] = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz"}
 SPOOLED = "stdin"
@@ -77,8 +80,8 @@ def _files(name: str) -> list[Path]:
         inside = sorted(_texts_in(path), key=lambda file: file.as_posix())
         if not inside:
             raise UserError(
-                f"{name}: no text in this folder: nothing in it ends in {', '.join(KINDS)} or one "
-                "of these with .gz, .zst or .xz"
+                f"{name}: no text in this folder: nothing in it ends in {', '.join(FOUND)} or one "
+                f"of these with .gz, .zst or .xz; other files are read where they are named"
             )
         return inside
     if path.exists():
@@ -92,21 +95,28 @@ def _files(name: str) -> list[Path]:
 
 
 def _texts_in(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and _form(path)[0] is not None:
-            yield path
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        folders[:] = [n for n in folders if not n.startswith(".") and not _is_a_runs(here / n)]
+        for path in (here / name for name in names if not name.startswith(".")):
+            if _endings(path)[0] in FOUND and path.is_file():
+                yield path
 
 
-def _form(path: Path) -> tuple[Kind | None, Packing]:
+def _is_a_runs(folder: Path) -> bool:
+    """Whether a run writes there: its log and its samples are no text to learn, and they grow."""
+    return (folder / "checkpoints").is_dir() and (folder / "config.toml").is_file()
+
+
+def _endings(path: Path) -> tuple[str, Packing]:
     packing = PACKINGS.get(path.suffix.lower(), "")
     ending = Path(path.stem).suffix if packing else path.suffix
-    return KINDS.get(ending.lower()), packing
+    return ending.lower(), packing
 
 
 def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
-    known, packing = _form(path)
-    chosen = (known or "text") if kind == "auto" else kind
+    ending, packing = _endings(path)
+    chosen = KINDS.get(ending, "text") if kind == "auto" else kind
     if chosen == "parquet" and packing:
         raise UserError(f"{path.as_posix()}: unpack it first: Parquet is read from its end")
     try:

@@ -306,6 +306,17 @@ def test_files_are_found_by_name_folder_and_pattern_in_order(tmp_path, monkeypat
         made(Path("out3"), "b", "b/1.txt")
 
 
+def test_shards_are_not_prepared_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("to be or not to be")
+    made(Path("shards"), "t.txt")
+    with pytest.raises(UserError, match="shards holds shards, prepared already: train on them"):
+        made(Path("again"), "shards")
+    # Where they lie among texts, the texts alone are read.
+    index = made(Path("again"), ".", val_fraction=0.0)
+    assert [source["path"] for source in index.record["sources"]] == ["t.txt"]
+
+
 def test_the_index_says_what_there_is(tmp_path) -> None:
     index = made(tmp_path / "out", jsonl(tmp_path / "a.jsonl", MANY, field="body"), field="body")
     record = index.record
@@ -338,6 +349,7 @@ def test_the_index_says_what_there_is(tmp_path) -> None:
 )
 def test_a_strange_index_is_refused(tmp_path, broken) -> None:
     (tmp_path / "index.json").write_text(broken)
+    (tmp_path / "train.bin").write_bytes(b"")
     with pytest.raises(UserError, match="not a readable index"):
         read_index(tmp_path)
 
@@ -379,3 +391,11 @@ def test_a_preparation_that_was_killed_leaves_nobody_behind_and_goes_on(tmp_path
         )
         assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_an_index_of_another_program_does_not_make_shards_of_texts(tmp_path) -> None:
+    (tmp_path / "index.json").write_text('{"pages": []}')
+    assert read_index(tmp_path) is None
+    (tmp_path / "train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="not a readable index"):
+        read_index(tmp_path)
