@@ -41,7 +41,7 @@ class EvalArgs:
     """Judge a trained model: loss, perplexity and bits per byte on text it has not learned."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run folder or checkpoint folder."""
+    """Run folder, checkpoint folder, or a model that `export --to hf` or transformers wrote."""
     data: str = ""
     """Text to judge by, all of it, or token shards, by what they hold out; empty: the part that the
     run held out."""

@@ -102,12 +102,13 @@ def sync_folder(path: Path) -> None:
 def read_small(path: Path) -> str:
     """A text file of our own; an OSError if it is larger than any that we write.
 
-    A stranger's file must not be able to take the memory.
+    A stranger's file must not be able to take the memory. A byte order mark, which editors leave,
+    is passed over.
     """
     size = path.stat().st_size
     if size > SMALL:
         raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def sha256(path: Path) -> str:

@@ -56,6 +56,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path) -> None:
     assert {"n_layer", "max_steps", "preset", "config", "compile"} == given
 
 
+def test_the_help_of_doctor_shows_that_it_needs_no_path(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    assert "[OPTIONS] [PATH]" in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_in_front_of_the_file_does_no_harm(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text("max_steps = 11\n", encoding="utf-8-sig")
+    config, _ = parse_train(["--config", str(tmp_path / "c.toml")])
+    assert config.max_steps == 11
+
+
 def test_what_a_runs_own_file_says_was_not_set_by_hand(tmp_path) -> None:
     (tmp_path / "c.toml").write_text('max_steps = 11\n[made_by]\ncommand = "x"\n')
     config, given = parse_train(["--config", str(tmp_path / "c.toml"), "--n_layer", "1"])

@@ -159,11 +159,24 @@ def _given_tokenizer(name: str, text: str) -> Tokenizer | None:
     return named(name, letters) if name else None
 
 
+def _is_ours(source: str) -> bool:
+    try:
+        checkpoints.resolve(source)
+    except UserError:
+        return False
+    return True
+
+
 def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
     path = Path(source)
     if path.is_file():
         return read_nanogpt(path, tokenizer=tokenizer)
     if path.is_dir():
+        if _is_ours(source):
+            raise UserError(
+                f"{source} is a model of this program already: sample, eval, export and "
+                "--init_from take it as it is"
+            )
         if not is_hf(path):
             raise UserError(f"{source} has no config.json: give a folder of transformers'")
         return read_hf(path, tokenizer=tokenizer)

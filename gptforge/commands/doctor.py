@@ -21,7 +21,7 @@ SIGNS = {"good": "ok     ", "warning": "warning", "error": "error  "}
 class DoctorArgs:
     """Look at this machine, or at data: texts, or token shards, to their end."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")] = ""
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PATH]")] = ""
     """File or folder; empty: the machine."""
     tokenizer: str = ""
     """gpt2, char, byte, or a tokenizer.json; empty: gpt2, or what prepared shards bring along."""

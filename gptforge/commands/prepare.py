@@ -90,11 +90,14 @@ def prepare(args: list[str]) -> int:
 
 def describe(index: "Index") -> str:
     """What a prepared folder holds, in a line."""
+    from gptforge.data.finding import counted
+
     sides = []
     for side, words in (("train", "to learn from"), ("val", "held out")):
         if tokens := index.total(side, "tokens"):
             documents = index.total(side, "documents")
-            sides.append(f"{tokens:,} tokens of {documents:,} documents {words}")
+            of = counted(documents, "document", "documents")
+            sides.append(f"{tokens:,} tokens of {of} {words}")
     bytes_, tokens = (
         index.total("train", what) + index.total("val", what) for what in ("bytes", "tokens")
     )

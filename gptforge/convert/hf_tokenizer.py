@@ -63,8 +63,9 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
             lines = read_small(folder / "merges.txt").split("\n")
             return GPT2Tokenizer([x for x in lines if x and not x.startswith("#version")])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{where}: its tokenizer cannot be used here ({error}): give another with --tokenizer"
+            f"{where}: its tokenizer cannot be used here ({why}): give another with --tokenizer"
         ) from None
     raise UserError(
         f"{where}: neither {OURS}, tokenizer.json nor merges.txt is there: give --tokenizer"

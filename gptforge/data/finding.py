@@ -16,6 +16,11 @@ class Finding:
         return f"{self.what}: {self.remedy}" if self.remedy else self.what
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """A number of things in words: '1 document', '2 documents'."""
+    return f"{number:,} {one if number == 1 else several}"
+
+
 def good(what: str) -> Finding:
     """As it should be."""
     return Finding("good", what)

@@ -3,6 +3,7 @@
 Jobs know nothing of each other, so any number of processes gives the same bytes.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,6 +111,7 @@ class Worker:
             "val": SideShards(self._folder, "val", job.number, self._dtype),
         }
         self._waiting: dict[Side, list[str]] = {"train": [], "val": []}
+        self._names: dict[Side, list[str]] = {"train": [], "val": []}
         self._is_checked = False
         try:
             for piece in job.pieces:
@@ -157,7 +159,7 @@ class Worker:
         )
         told = text_bytes = 0
         for document in found:
-            self._add((piece.number, document.number), document.text)
+            self._add(piece.source, (piece.number, document.number), document.text)
             text_bytes += len(document.text)
             if text_bytes >= AT_ONCE:
                 self._progress(document.reached - told, text_bytes)
@@ -174,7 +176,7 @@ class Worker:
         for chunk in parts:
             self._notice(piece.source, chunk)
         if text.strip():
-            self._add((piece.number, 0), text)
+            self._add(piece.source, (piece.number, 0), text)
         self._progress(piece.weight, len(text))
 
     def _take_long(self, piece: Piece) -> None:
@@ -196,7 +198,8 @@ class Worker:
         for text, reached, is_held_out in self._long_parts(piece, cut):
             if is_held_out:
                 side, is_first = "val", True
-            ids = self._encode(text)
+            with _told_of(source.name):
+                ids = self._encode(text)
             if is_first and self._split.marks:
                 assert self._tokenizer.end_of_text is not None
                 mark = np.array([self._tokenizer.end_of_text], self._dtype)
@@ -238,7 +241,7 @@ class Worker:
     def _notice(self, source: Source, chunk: Chunk) -> None:
         self._notices |= {f"{source.name}: {words}" for words in mended(chunk)}
 
-    def _add(self, place: tuple[int, int], text: str) -> None:
+    def _add(self, source: Source, place: tuple[int, int], text: str) -> None:
         if self._split.rule == "character":
             parts: list[tuple[Side, str]] = [
                 ("train", text[: self._split.cut]),
@@ -250,18 +253,26 @@ class Worker:
         for side, part in parts:
             waiting = self._waiting[side]
             waiting.append(part)
+            self._names[side].append(source.name)
             if len(part) >= AT_ONCE or sum(map(len, waiting)) >= AT_ONCE:
                 self._flush(side)
 
     def _flush(self, side: Side) -> None:
         texts, self._waiting[side] = self._waiting[side], []
+        names, self._names[side] = self._names[side], []
         if not texts:
             return
-        if self._split.marks:
-            self._check(texts[0])
-            ids = self._encoder.encode_documents(texts)
-        else:
-            ids = np.concatenate([self._encode(text) for text in texts])
+        try:
+            if self._split.marks:
+                self._check(texts[0])
+                ids = self._encoder.encode_documents(texts)
+            else:
+                ids = np.concatenate([self._encode(text) for text in texts])
+        except UserError:
+            for name, text in zip(names, texts, strict=True):
+                with _told_of(name):
+                    self._encoder.encode(text)
+            raise
         self._write(side, ids, texts, documents=len(texts))
 
     def _encode(self, text: str) -> Any:
@@ -282,6 +293,15 @@ class Worker:
                 len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts
             ),
         )
+
+
+@contextlib.contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """Put the name of a file in front of what is wrong with its text."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def last_cleft(text: str, since: int = 1) -> int | None:

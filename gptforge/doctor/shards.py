@@ -9,7 +9,7 @@ import numpy as np
 from gptforge import files
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, open_corpus
-from gptforge.data.finding import Finding, error, good, warning
+from gptforge.data.finding import Finding, counted, error, good, warning
 from gptforge.data.index import INDEX, SIDES, TOKENIZER, Index, hash_of, read_index
 from gptforge.data.stream import ShardStream, TokenStream
 from gptforge.doctor.duplicates import Duplicates
@@ -72,15 +72,21 @@ def _documents(corpus: Corpus) -> list[Finding]:
     elif total > len(SIDES):
         found.append(good(f"{total:,} documents, each behind {END_OF_TEXT}"))
     if doubles.both_sides:
+        what = counted(doubles.both_sides, "document stands", "documents stand")
         found.append(
             warning(
-                f"{doubles.both_sides:,} documents stand on both sides, first {doubles.first}",
+                f"{what} on both sides, first {doubles.first}",
                 "the held-out loss will look better than it is; leave the doubles out",
             )
         )
     if doubles.twice > doubles.both_sides:
-        what = f"{doubles.twice - doubles.both_sides:,} documents stand there a second time"
-        found.append(warning(what, "the model will learn them by heart; leave them out"))
+        alike = doubles.twice - doubles.both_sides
+        what = counted(alike, "document stands", "documents stand")
+        found.append(
+            warning(
+                f"{what} there a second time", "the model will learn them by heart; leave them out"
+            )
+        )
     if doubles.is_full:
         found.append(warning("not all documents could be remembered to look for doubles"))
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 from gptforge.data.bad import EXAMPLES, BadInput, Skipped
 from gptforge.data.checks import LARGE, bytes_a_token
 from gptforge.data.documents import Form, documents, holds_many
-from gptforge.data.finding import Finding, error, good, warning
+from gptforge.data.finding import Finding, counted, error, good, warning
 from gptforge.data.loader import count_windows
 from gptforge.data.reading import chunks, mended
 from gptforge.data.sources import Source, find_sources
@@ -78,7 +78,8 @@ class _Look:
 
     def findings(self) -> list[Finding]:
         documents, characters, n_bytes = self.documents, self.characters, self.bytes
-        counts = f"{documents:,} documents, {characters:,} characters, {n_bytes:,} bytes"
+        of = counted(documents, "document", "documents")
+        counts = f"{of}, {characters:,} characters, {n_bytes:,} bytes"
         found = [good(counts)] if documents or not self.skipped.examples else []
         found += [warning(f"{words} when it is read") for words in sorted(self.mended)[:EXAMPLES]]
         for example, remedy in zip(self.skipped.examples, self.skipped.remedies, strict=True):
@@ -95,8 +96,13 @@ class _Look:
                 )
             )
         if self.duplicates.twice:
-            what = f"{self.duplicates.twice:,} documents stand there a second time"
-            found.append(warning(what, "the model will learn them by heart; leave them out"))
+            what = counted(self.duplicates.twice, "document stands", "documents stand")
+            found.append(
+                warning(
+                    f"{what} there a second time",
+                    "the model will learn them by heart; leave them out",
+                )
+            )
         if self.duplicates.is_full:
             found.append(warning("not all documents could be remembered to look for doubles"))
         return found
@@ -159,9 +165,10 @@ def _sides(look: _Look, sources: list[Source], val_fraction: float, form: Form) 
         for place, digest in look.places:
             both.add(digest, split.side(place, digest), sources[place[0]].name)
     if both.both_sides:
+        what = counted(both.both_sides, "document stands", "documents stand")
         return [
             warning(
-                f"{both.both_sides} documents stand on both sides of the split, first {both.first}",
+                f"{what} on both sides of the split, first {both.first}",
                 "the held-out loss will look better than it is; leave the doubles out",
             )
         ]

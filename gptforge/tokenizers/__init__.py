@@ -12,6 +12,7 @@ from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 __all__ = ["NAMES", "Tokenizer", "Tokens", "byte_lengths", "decode", "load", "named", "save"]
 
+FORMAT, VERSION = "gptforge-tokenizer", 1
 NAMES = ("gpt2", "char", "byte")
 """What `--tokenizer` knows without a file."""
 
@@ -37,7 +38,7 @@ def named(name: str, text: str) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer down, whole."""
-    record = {"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}
+    record = {"format": FORMAT, "version": VERSION, **tokenizer.to_json()}
     write_atomic(path, json.dumps(record, ensure_ascii=True) + "\n")
 
 
@@ -49,10 +50,14 @@ def load(path: Path) -> Tokenizer:
     """
     try:
         record = json.loads(read_small(path))
-        if isinstance(record, dict) and "added_tokens" in record:
+        if isinstance(record, dict) and "model" in record:
             return _from_hf(record)
-        if record["format"] != "gptforge-tokenizer" or record["version"] != 1:
-            raise KeyError("format")
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError("neither ours nor Hugging Face's form")
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"version {record.get('version')} of our form: {VERSION} is known here"
+            )
         kind = record["kind"]
         if kind == "char":
             return CharTokenizer(str(record["alphabet"]), marks=record.get("marks") is True)
@@ -60,11 +65,10 @@ def load(path: Path) -> Tokenizer:
             return _gpt2([str(merge) for merge in record["merges"]])
         if kind == "byte":
             return ByteTokenizer(marks=record.get("marks") is True)
-        raise KeyError("kind")
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a tokenizer that can be used here ({error})") from None
+        raise ValueError(f"its kind is {kind!r}, which is not known here")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not a tokenizer that can be used here ({why})") from None
 
 
 def _from_hf(record: dict[str, object]) -> Tokenizer:

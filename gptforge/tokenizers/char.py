@@ -18,7 +18,7 @@ class CharTokenizer:
 
     def __init__(self, alphabet: str, *, marks: bool = False) -> None:
         if sorted(set(alphabet)) != list(alphabet):
-            raise UserError("tokenizer: an alphabet is distinct characters in code point order")
+            raise UserError("an alphabet is distinct characters in code point order")
         self.alphabet = alphabet
         self.end_of_text = len(alphabet) if marks else None
         self.size = len(alphabet) + marks

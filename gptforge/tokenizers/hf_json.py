@@ -22,7 +22,7 @@ def read_hf_json(record: dict[str, Any]) -> GPT2Tokenizer:
         raise ValueError("it changes the text or skips merges, which is not known here")
     pairs = spelled_merges(model["merges"])
     wanted = {**spelled_ids(pairs), END_OF_TEXT: 256 + len(pairs)}
-    vocab = {**model["vocab"], **{t["content"]: t["id"] for t in record["added_tokens"]}}
+    vocab = {**model["vocab"], **{t["content"]: t["id"] for t in record.get("added_tokens") or ()}}
     if vocab != wanted:
         raise ValueError(f"its ids are not bytes, merges and {END_OF_TEXT}, in this order")
     made = GPT2Tokenizer(pairs)

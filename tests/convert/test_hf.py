@@ -206,3 +206,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:
     for source in ("empty", "no/such/model", "../nowhere"):
         with pytest.raises(UserError):
             import_model(str(tmp_path / source), tmp_path / "o", say=lambda _: None)
+
+
+def test_a_model_of_ours_is_not_imported_but_said_to_be_ready(program, play) -> None:
+    small = ("--preset", "debug", "--device", "cpu", "--max_steps", 2, "--out_dir", "run")
+    assert program(*small, "--input", play).code == 0
+    for source in ("run", "run/checkpoints/last"):
+        done = program("import", source, "again")
+        assert done.code == 2
+        assert f"{source} is a model of this program already: sample, eval, export" in done.err

@@ -18,6 +18,7 @@ from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
 from gptforge.errors import RunError, UserError
+from gptforge.tokenizers.char import CharTokenizer
 
 GOOD = json.dumps({"text": "Wherefore art thou Romeo?"})
 
@@ -300,6 +301,19 @@ def test_where_all_was_left_out_it_is_said_why_not_that_there_was_nothing(
     assert "empty" not in done.err
     assert "all that is in there was left out (2 x not JSON, 1 x no field 'text'" in done.err
     assert "first t.jsonl, line 1: not JSON: mend it" in done.err
+
+
+@pytest.mark.parametrize("whole", [0, 10**6])
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_character_that_the_tokenizer_lacks_is_named_with_its_file(
+    tmp_path, monkeypatch, marks, whole
+) -> None:
+    monkeypatch.setattr(job_module, "WHOLE", whole)
+    (tmp_path / "a.txt").write_text("abc abc abc")
+    (tmp_path / "b.txt").write_text("abd")
+    known = CharTokenizer(" abc", marks=marks)
+    with pytest.raises(UserError, match=r"/b\.txt: the character 'd' is not in"):
+        attempt(tmp_path, "a.txt", "b.txt", tokenizer=known)
 
 
 def test_a_refusal_travels_between_processes() -> None:

@@ -47,7 +47,7 @@ def test_a_good_text_gets_no_complaint(tmp_path, doctor) -> None:
     (tmp_path / "t.txt").write_text(some_text(1, 9000))
     said = doctor("t.txt", "--context_length", 64)
     assert "warning" not in said and "error" not in said
-    assert "1 documents" in said
+    assert "1 document, " in said
     assert "bytes a token with the tokenizer gpt2" in said
     assert "held out: the last 10% of the text" in said
 
@@ -130,7 +130,7 @@ def test_documents_that_stand_twice_are_counted(tmp_path, doctor) -> None:
 def test_few_documents_on_both_sides_of_the_split_are_counted(tmp_path, doctor) -> None:
     texts = [some_text(i) for i in range(10)]
     jsonl(tmp_path / "d.jsonl", [*texts, texts[0]])
-    assert "1 documents stand on both sides of the split" in doctor(
+    assert "1 document stands on both sides of the split" in doctor(
         "d.jsonl", "--context_length", 16
     )
 

@@ -102,23 +102,38 @@ def test_byte_lengths_add_up_to_the_text(name) -> None:
     assert byte_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
 
 
+OURS = '"format": "gptforge-tokenizer", "version": 1'
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "words"),
     [
-        "",
-        "[]",
-        "{}",
-        '{"format": "gptforge-tokenizer", "version": 2, "kind": "byte"}',
-        '{"format": "gptforge-tokenizer", "version": 1, "kind": "wordpiece"}',
-        '{"format": "gptforge-tokenizer", "version": 1, "kind": "char"}',
-        '{"format": "gptforge-tokenizer", "version": 1, "kind": "char", "alphabet": "ba"}',
-        '{"format": "gptforge-tokenizer", "version": 1, "kind": "gpt2", "merges": ["\\u0001 x"]}',
+        ("", "Expecting value"),
+        ("[]", "neither ours nor Hugging Face's form"),
+        ("{}", "neither ours nor Hugging Face's form"),
+        ('{"added_tokens": []}', "neither ours nor Hugging Face's form"),
+        ('{"model": {"type": "BPE"}}', "only byte-level BPE"),
+        ('{"format": "gptforge-tokenizer", "version": 2, "kind": "byte"}', "version 2 of our form"),
+        (f'{{{OURS}, "kind": "wordpiece"}}', "its kind is 'wordpiece'"),
+        (f'{{{OURS}, "kind": "char"}}', "'alphabet' is missing"),
+        (
+            f'{{{OURS}, "kind": "char", "alphabet": "ba"}}',
+            "distinct characters in code point order",
+        ),
+        (f'{{{OURS}, "kind": "gpt2", "merges": ["\\u0001 x"]}}', ""),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content) -> None:
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError):
-        tokenizers.load(tmp_path / "tokenizer.json")
+def test_a_file_that_is_no_tokenizer_is_refused_in_words(tmp_path, content, words) -> None:
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(UserError, match=rf"own\.json: not a tokenizer .*{words}"):
+        tokenizers.load(tmp_path / "own.json")
+
+
+def test_a_byte_order_mark_in_front_of_a_tokenizer_does_no_harm(tmp_path) -> None:
+    tokenizers.save(CharTokenizer("ab"), tmp_path / "t.json")
+    marked = tmp_path / "marked.json"
+    marked.write_text((tmp_path / "t.json").read_text(), encoding="utf-8-sig")
+    assert tokenizers.load(marked).to_json() == CharTokenizer("ab").to_json()
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_names() -> None:
