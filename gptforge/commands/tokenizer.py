@@ -62,7 +62,7 @@ def _texts(asked: TrainArgs) -> Iterator[str]:
     from gptforge.data.bad import BadInput, Skipped
     from gptforge.data.documents import Form
     from gptforge.data.sources import find_sources
-    from gptforge.data.survey import texts
+    from gptforge.data.survey import no_text, texts
 
     skipped = Skipped(asked.skip_bad)
     is_empty = True
@@ -74,4 +74,4 @@ def _texts(asked: TrainArgs) -> Iterator[str]:
         except BadInput as bad:
             skipped.add(bad)
     if is_empty:
-        raise UserError(f"{', '.join(asked.sources[:3])}: empty: there is nothing to learn from")
+        raise UserError(no_text(asked.sources, skipped))

@@ -81,7 +81,7 @@ def _files(name: str) -> list[Path]:
         if not inside:
             raise UserError(
                 f"{name}: no text in this folder: nothing in it ends in {', '.join(FOUND)} or one "
-                f"of these with .gz, .zst or .xz; other files are read where they are named"
+                "of these with .gz, .zst or .xz; name a .json or any other file to have it read"
             )
         return inside
     if path.exists():

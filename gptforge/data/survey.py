@@ -102,20 +102,19 @@ def survey(sources: Sequence[Source], form: Form, fraction: float, *, skip_bad: 
         if len(seen) == MANY:
             break
     if not seen:
-        raise UserError(_nothing(sources, skipped))
+        raise UserError(no_text([source.name for source in sources], skipped))
     return Survey(make_split(seen, fraction), sha256 if len(seen) == 1 else "", facts)
 
 
-def _nothing(sources: Sequence[Source], skipped: Skipped) -> str:
-    """Why there is no text."""
-    names = ", ".join(source.name for source in sources[:3])
-    if more := len(sources[3:]):
-        names += f" and {more:,} more"
+def no_text(names: Sequence[str], skipped: Skipped) -> str:
+    """Why there is no text in files, in words."""
+    more = f" and {len(names[3:]):,} more" if len(names) > 3 else ""
+    where = ", ".join(names[:3]) + more
     if not skipped.counts:
-        return f"{names}: empty: there is no text to learn"
+        return f"{where}: empty: there is no text to learn"
     kinds = ", ".join(f"{count:,} x {kind}" for kind, count in skipped.counts.items())
     return (
-        f"{names}: all that is in there was left out ({kinds}), and there is no text to learn; "
+        f"{where}: all that is in there was left out ({kinds}), and there is no text to learn; "
         f"first {skipped.examples[0]}: {skipped.remedies[0]}"
     )
 

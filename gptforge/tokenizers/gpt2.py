@@ -92,7 +92,9 @@ def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
         try:
             token = bytes(spelled[char] for char in merge.replace(" ", "", 1))
         except KeyError as error:
-            raise UserError(f"tokenizer: {merge!r} is not a BPE merge ({error})") from None
+            raise UserError(f"{merge!r} is not a BPE merge ({error})") from None
+        if " " not in merge[1:-1]:
+            raise UserError(f"{merge!r} is not a BPE merge: it merges nothing")
         ranks[token] = len(ranks)
     return ranks
 

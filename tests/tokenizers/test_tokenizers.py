@@ -120,7 +120,8 @@ OURS = '"format": "gptforge-tokenizer", "version": 1'
             f'{{{OURS}, "kind": "char", "alphabet": "ba"}}',
             "distinct characters in code point order",
         ),
-        (f'{{{OURS}, "kind": "gpt2", "merges": ["\\u0001 x"]}}', ""),
+        (f'{{{OURS}, "kind": "gpt2", "merges": ["\\u0001 x"]}}', "is not a BPE merge"),
+        (f'{{{OURS}, "kind": "gpt2", "merges": ["a b", "a"]}}', "'a' is not a BPE merge"),
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_refused_in_words(tmp_path, content, words) -> None:

@@ -130,11 +130,13 @@ def test_the_command_trains_on_files_and_training_takes_what_it_made(tmp_path, p
         (("encode", "x"), "tokenizer train SRC"),
         (("train", "--out", "t.json"), "name at least one file"),
         (("train", "nothing.txt", "--out", "t.json"), "no such file"),
-        (("train", "empty.txt", "--out", "t.json"), "nothing to learn from"),
+        (("train", "empty.txt", "--out", "t.json"), "empty.txt: empty: there is no text to learn"),
+        (("train", "bad.jsonl", "--out", "t.json", "--skip_bad"), "left out (1 x not JSON)"),
     ],
 )
 def test_mistakes_are_said_in_a_line(program, tmp_path, args, words) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bad.jsonl").write_text("not json")
     done = program("tokenizer", *args)
     assert done.code == 2
     assert words in done.err
