@@ -12,6 +12,8 @@ from gptforge.tokenizers import Tokenizer, named
 
 COMPILED = "_orig_mod."
 """What torch.compile leaves in names."""
+UNTOLD = 50304
+"""Rows of the token table where a nanoGPT data set does not say its size: GPT-2's, rounded up."""
 
 
 def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
@@ -22,7 +24,8 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         tokenizer: what it was trained with; None: GPT-2's, if the size fits.
 
     Raises:
-        UserError: if it is something else, or holds more than tensors and plain values.
+        UserError: if it is something else, or holds more than tensors and plain values, or the
+            tokenizer has another number of ids.
     """
     try:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
@@ -44,11 +47,26 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         raise UserError(f"{path}: not a checkpoint of nanoGPT: {error!r}") from None
     found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
     tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
-    if tokenizer is None and config.vocab_size in (50257, 50304):
+    if tokenizer is None and config.vocab_size in (50257, UNTOLD):
         tokenizer = named("gpt2", "")
-    if tokenizer is None or not tokenizer.size <= config.vocab_size:
+    if tokenizer is None:
         raise UserError(
             f"{path}: {config.vocab_size} ids, and the file does not say of what: for characters "
             "give --tokenizer char --text with the text that it learned, else another --tokenizer"
         )
+    if not _is_of(tokenizer, config.vocab_size):
+        own, remedy = f"the {tokenizer.name} tokenizer has {tokenizer.size:,}", "--tokenizer"
+        if tokenizer.name == "char":
+            own, remedy = f"the text given has {tokenizer.size:,} characters", "whole --text"
+        raise UserError(
+            f"{path}: the model has {config.vocab_size:,} ids, but {own}: give the {remedy} that "
+            "it learned with"
+        )
     return Parts(config, tensors, tokenizer)
+
+
+def _is_of(tokenizer: Tokenizer, rows: int) -> bool:
+    """Whether a table of so many rows may be this tokenizer's; another one would write nonsense."""
+    if rows == UNTOLD and tokenizer.name not in ("char", "byte"):
+        return tokenizer.size <= rows
+    return rows in (tokenizer.size, -(-tokenizer.size // 64) * 64)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gptforge import load
+from gptforge.config import GPTConfig
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.errors import UserError
 from gptforge.model import GPT
@@ -46,6 +47,23 @@ def test_biases_that_were_left_out_are_zero(record, tmp_path) -> None:
     write(record, tmp_path / "ckpt.pt")
     parts = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
     assert not any(t.any() for n, t in parts.tensors.items() if n.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "letters", "fits"), [(65, 65, True), (65, 62, False), (64, 62, True), (128, 62, False)]
+)
+def test_the_text_of_another_model_is_refused(tmp_path, rows, letters, fits) -> None:
+    # Its letters would stand for other ids, and the model write nonsense.
+    model = GPT(GPTConfig(block_size=8, vocab_size=rows, n_layer=1, n_head=1, n_embd=8))
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    shape = {name: getattr(model.config, name) for name in names}
+    write({"model": model.state_dict(), "model_args": shape}, tmp_path / "ckpt.pt")
+    alphabet = named("char", "".join(chr(ord("0") + i) for i in range(letters)))
+    if fits:
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=alphabet)
+        return
+    with pytest.raises(UserError, match=f"{rows} ids, but the text given has {letters} characters"):
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=alphabet)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path) -> None:
