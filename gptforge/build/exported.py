@@ -1,7 +1,10 @@
 """From a run to a model in another program's form, and from there to a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from gptforge import __version__, files
 from gptforge.build.trained import open_parts
@@ -35,7 +38,7 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
     )
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     card = model_card(parts, origin, title=title_of(run), usage=usage, front=front)
-    with files.new_folder(out) as folder:
+    with _writing(out), files.new_folder(out) as folder:
         difference = write_hf(folder, parts, card=card)
         if origin and origin.curves:
             (folder / CURVES).write_bytes(origin.curves.read_bytes())
@@ -52,15 +55,17 @@ def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
     path = out if out.suffix == ".gguf" else out / f"model-{kind}.gguf"
     if path.exists():
         raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    difference = write_gguf(path, parts, kind=kind, name=title_of(run))
+    title = title_of(run)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        difference = write_gguf(path, parts, kind=kind, name=title)
     say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
 
 
 def export_space(run: str, out: Path, *, say: Say) -> None:
     """Write a folder that is a whole Hugging Face Space: the page, the program and the model."""
     parts, origin = open_parts(run), origin_of(run)
-    with files.new_folder(out) as folder:
+    with _writing(out), files.new_folder(out) as folder:
         fill_space(folder, parts, origin, title=title_of(run), config=_config_text(parts, origin))
         back = open_parts(folder)
         if any(not t.equal(parts.tensors[name]) for name, t in back.tensors.items()):
@@ -85,7 +90,7 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "",
     """
     given = _given_tokenizer(tokenizer, text)
     parts = _read(source, given, say)
-    with files.new_folder(out) as folder:
+    with _writing(out), files.new_folder(out) as folder:
         config = _config_text(parts, None)
         tensors = dict(parts.tensors)
         checkpoints.write_model(folder, tensors, tokenizer=parts.tokenizer, config=config)
@@ -138,6 +143,23 @@ def title_of(run: str) -> str:
     path = Path(run).resolve()
     inside = path.parent.name == "checkpoints"
     return (path.parent.parent if inside else path).name
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say in one line why `out` could not be written; whoever writes it removes what is half done.
+
+    Raises:
+        RunError: for a disk that is full, failing or not ours to write to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise RunError(
+            f"{out.as_posix()} could not be written ({why}): give a place with room where you may "
+            "write; nothing of it is kept, and what it was made from is untouched"
+        ) from error
 
 
 def _config_text(parts: Parts, origin: Origin | None) -> str:

@@ -1,5 +1,6 @@
 """Sending an exported folder to the Hugging Face Hub."""
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -8,11 +9,19 @@ from gptforge.errors import RunError, UserError
 
 
 def check_name(name: str) -> None:
-    """Raise a UserError unless it is owner/name."""
+    """Raise a UserError unless it is owner/name, in letters that the Hub takes."""
     owner, _, rest = name.partition("/")
     if not owner or not rest or "/" in rest:
         raise UserError(f"--push {name}: give owner/name")
     require("huggingface_hub", extra="hf")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        # Asks nobody, but checks the name.
+        huggingface_hub.hf_hub_url(name, "README.md")
+    except HFValidationError as error:
+        raise UserError(f"--push {name}: not a name that the Hub takes: {error}") from None
 
 
 def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: bool) -> str:
@@ -28,8 +37,15 @@ def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: b
         RunError: if it cannot be reached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
+    again = f"hf upload {name} {shlex.quote(folder.as_posix())}"
+    again += " --repo-type space" * (kind == "space") + " --private" * private
+    kept = f"{folder.as_posix()} is whole and kept; to send it: {again}"
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(
@@ -46,15 +62,21 @@ def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: b
             commit_message="Upload from GPT-Forge",
         )
     except LocalTokenNotFoundError:
-        raise UserError("--push needs an account: hf auth login, or set HF_TOKEN") from None
+        raise UserError(
+            f"--push needs an account: hf auth login, or set HF_TOKEN; {kept}"
+        ) from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"--push {name}: HF_HUB_OFFLINE forbids it: unset it; {kept}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             raise UserError(
                 f"--push {name}: the Hub refuses this account ({status}): hf auth login with a "
-                "token that may write there"
+                f"token that may write there; {kept}"
             ) from None
-        raise RunError(f"--push {name}: the Hub answered {error}; the folder is kept") from None
-    except OSError as error:
-        raise RunError(f"--push {name}: no connection ({error}); the folder is kept") from None
+        raise RunError(f"--push {name}: the Hub answered {error}; {kept}") from None
+    except Exception as error:
+        # What a lost connection raises depends on the client that huggingface_hub sends through,
+        # and that has changed from one version to the next.
+        raise RunError(f"--push {name}: it did not get to the Hub ({error}); {kept}") from error
     return str(url)

@@ -74,11 +74,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    constants = pytest.importorskip("huggingface_hub.constants")
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setenv("HF_ENDPOINT", server.address)
     monkeypatch.setenv("HF_TOKEN", server.token)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
@@ -111,11 +111,29 @@ def test_a_refused_account_is_a_plain_mistake_and_the_folder_is_kept(
     done = program("export", config.out_dir, "--to", "space", "out", "--push", "me/model")
     assert done.code == 2
     assert "hf auth login" in done.err
+    assert "hf upload me/model out --repo-type space" in done.err
     assert (tmp_path / "out/app.py").is_file()
 
 
-@pytest.mark.parametrize("name", ["model", "a/b/c", "/x"])
+def test_without_a_network_it_says_what_is_kept_and_how_to_send_it(
+    config, program, hub, monkeypatch, tmp_path
+) -> None:
+    # The Hub's client once raised an error of its own, which came out as a traceback.
+    build(config).run()
+    hub.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    done = program("export", config.out_dir, "--to", "space", "out", "--push", "me/model")
+    told, error = done.err.splitlines()
+    assert done.code == 1
+    assert told.startswith("out: ")
+    assert error.startswith("error: --push me/model: it did not get to the Hub (")
+    assert "out is whole and kept; to send it: hf upload me/model out" in error
+    assert (tmp_path / "out/app.py").is_file()
+
+
+@pytest.mark.parametrize("name", ["model", "a/b/c", "/x", "me/my model"])
 def test_a_name_is_checked_before_anything_is_written(program, tmp_path, name) -> None:
+    pytest.importorskip("huggingface_hub")
     done = program("export", "run", "--to", "hf", "out", "--push", name)
-    assert (done.code, "owner/name" in done.err) == (2, True)
+    assert (done.code, f"--push {name}: " in done.err) == (2, True)
     assert not (tmp_path / "out").exists()
