@@ -7,6 +7,7 @@ from pathlib import Path
 from gptforge.build.exported import origin_of, title_of
 from gptforge.build.trained import load, spare_threads
 from gptforge.convert.extras import require
+from gptforge.demo.address import free_port
 from gptforge.demo.gate import Gate
 from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.writing import Writers
@@ -27,10 +28,12 @@ def launch(
         title: what the page is called; empty: as the run folder is.
 
     Raises:
-        UserError: if there is no model, or Gradio is not installed.
+        UserError: if there is no model, the host is none of this machine, or Gradio is not
+            installed.
         RunError: if the port is taken.
     """
     require("gradio", extra="demo")
+    port = free_port(host, port)
     # Before it is imported: no word about us to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -61,8 +64,9 @@ def launch(
     style = STYLE.read_text(encoding="utf-8").replace("SERIF", ", ".join(f'"{f}"' for f in serif))
     try:
         _, address, _ = page.launch(
-            server_name=host,
-            server_port=port or None,
+            # An address with colons can stand before a port only in brackets.
+            server_name=f"[{host.strip('[]')}]" if ":" in host else host,
+            server_port=port,
             share=False,
             inbrowser=False,
             ssr_mode=False,
@@ -76,11 +80,10 @@ def launch(
             prevent_thread_lock=True,
         )
     except OSError as error:
-        if port:
-            raise RunError(
-                f"the page cannot be shown at {host}:{port}, which is taken or not this machine's: "
-                "choose another --port, or leave it out"
-            ) from None
-        raise RunError(f"the page cannot be shown at {host}: {error}") from None
+        # Somebody was faster.
+        raise RunError(
+            f"the page cannot be shown at {host}:{port}: try again, or choose another --port "
+            f"({error})"
+        ) from None
     print(f"{title}: {address} (Ctrl-C ends it)", flush=True)
     page.block_thread()
