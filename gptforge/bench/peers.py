@@ -20,10 +20,20 @@ from gptforge.optim.adamw import build_adamw
 
 PEERS = {
     "hf": "transformers' GPT2LMHeadModel",
-    "plain": "a plain loop: the model compiled, autocast, cross-entropy over all logits",
+    "plain": "a plain loop with cross-entropy over all logits",
 }
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """Kept as (in, out) by transformers, after the first GPT-2's code."""
+
+
+def _is_compiled(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def about_peer(kind: str, device: torch.device, precision: Precision) -> str:
+    """What a peer is on this device, in words."""
+    how = "compiled" if _is_compiled(device) else "not compiled"
+    return f"{PEERS[kind]}; {how}, {precision.name}"
 
 
 class Peer:
@@ -36,7 +46,7 @@ class Peer:
             model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self._forward: Callable[[Tensor], Tensor] = model
-        if self._device.type == "cuda":
+        if _is_compiled(self._device):
             self._forward = torch.compile(model)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> Tensor:

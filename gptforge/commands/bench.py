@@ -65,9 +65,10 @@ def bench(args: list[str]) -> int:
 def _training(
     config: Config, given: Collection[str], asked: BenchConfig, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    from gptforge.bench.peers import PEERS, build_peer
+    from gptforge.bench.peers import about_peer, build_peer
     from gptforge.bench.training import Update, facts, profile, random_batch, time_in_turns
     from gptforge.build.benchmark import build_step
+    from gptforge.report.digits import in_short
 
     step = build_step(config, given, say)
     batch = random_batch(config, step.device)
@@ -84,7 +85,7 @@ def _training(
             peer = build_peer(asked.peer, step.model, config, step.precision)
             return lambda inputs, targets: peer(inputs, targets, lr=config.max_lr)
 
-        say(f"beside it: {PEERS[asked.peer]}")
+        say(f"beside it: {about_peer(asked.peer, step.device, step.precision)}")
         makers[asked.peer] = make_peer
     speeds = time_in_turns(makers, batch, turns=asked.turns, device=step.device)
     figures = [facts(speed, speeds[0], config, step.device) for speed in speeds]
@@ -101,7 +102,7 @@ def _training(
     per_token = figures[0]["flops_per_token"]
     peak = figures[0]["peak_tflops_per_second"]
     of = f"peak {peak:,.0f} TFLOP/s" if peak else "peak not known here, so none is given"
-    say(f"\n{MFU}, here {per_token / 1e6:,.0f} MFLOP a token; {of}")
+    say(f"\n{MFU}, here {in_short(per_token)}FLOP a token; {of}")
     if asked.profile:
         seen = profile(update, batch, Path(asked.profile))
         found["profile"] = seen

@@ -18,6 +18,7 @@ from gptforge.plan.figures import (
     Step,
     Text,
 )
+from gptforge.report.digits import in_short
 from gptforge.report.duration import in_words
 
 INDENT = 12
@@ -88,8 +89,8 @@ def _rows(made: Plan) -> list[tuple[str, str]]:
         *_run(made.run),
         (
             "FLOPs",
-            f"{_short(flops.per_token)} a token ({flops.formula}), {_short(flops.per_step)} a "
-            f"step, {_short(flops.run)} in all",
+            f"{in_short(flops.per_token)} a token ({flops.formula}), {in_short(flops.per_step)} a "
+            f"step, {in_short(flops.run)} in all",
         ),
         *_memory(made.memory),
         ("disk", _disk(made.disk)),
@@ -154,15 +155,6 @@ def _disk(disk: Disk) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
-
-
-def _short(flops: int) -> str:
-    """861 M, 113 T: three digits and a prefix."""
-    value, prefixes = float(flops), iter(("", " K", " M", " G", " T", " P", " E", " Z"))
-    prefix = next(prefixes)
-    while value >= 999.5:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g}{prefix}"
 
 
 def _quietly(text: str) -> None:

@@ -130,8 +130,10 @@ def _vocabulary(parts: Parts) -> tuple[list[str], list[str], int, int]:
     if end is None:
         if parts.config.vocab_size == tokenizer.size:
             raise UserError(
-                f"llama.cpp needs an end-of-text id, and this model's {tokenizer.size} rows all "
-                f"have a token: train it with --vocab_size {tokenizer.size + 1} or more"
+                f"llama.cpp needs an end-of-text id, and all {tokenizer.size} rows of this model's "
+                "table have a token: if it came from a run, export the run, whose table may have "
+                "rows to spare; --to hf and --to space need none, and a training with "
+                f"--vocab_size {tokenizer.size + 1} or more leaves one"
             )
         return [*spelled, END_OF_TEXT], merges, tokenizer.size, tokenizer.size + 1
     return spelled, merges, int(end), tokenizer.size

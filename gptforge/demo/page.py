@@ -14,6 +14,7 @@ from gptforge.demo.paper import blank_paper, legend, note, paper
 from gptforge.demo.writing import Progress, Writers, write
 from gptforge.errors import UserError
 from gptforge.generate.sampling import Sampling
+from gptforge.report.digits import in_short
 
 EXAMPLES = (
     "ROMEO:\nBut soft, what light",
@@ -67,7 +68,7 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
     model = writers.get(writers.names()[0])
     c, names = model.model.config, writers.names()
     about = (
-        f"GPT-2 · {_parameters(costs.parameters(c))} parameters · {c.n_layer} layers · "
+        f"GPT-2 · {in_short(costs.parameters(c))} parameters · {c.n_layer} layers · "
         f"{model.tokenizer.name} tokens · {c.block_size} of context"
     )
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
@@ -197,7 +198,3 @@ def _fitting(model: Any, texts: tuple[str, ...]) -> list[str]:
             continue
         fitting.append(text)
     return fitting or [""]
-
-
-def _parameters(count: int) -> str:
-    return f"{count / 1e6:.1f}M" if count < 1e8 else f"{count / 1e6:,.0f}M"

@@ -1,0 +1,33 @@
+"""`bench`: what is told of an update, and of those beside it."""
+
+import pytest
+import torch
+
+from gptforge.bench.peers import about_peer
+from gptforge.hardware import choose_precision
+from gptforge.report.digits import in_short
+
+TINY = ("--preset", "debug", "--device", "cpu", "--turns", 1, "--n_layer", 1, "--n_embd", 8)
+
+
+def test_a_peer_is_called_compiled_only_where_it_is() -> None:
+    precision = choose_precision("float32", torch.device("cpu"))
+    for kind in ("hf", "plain"):
+        on_cpu = about_peer(kind, torch.device("cpu"), precision)
+        assert on_cpu.endswith("; not compiled, float32")
+        on_gpu = about_peer(kind, torch.device("cuda"), precision)
+        assert on_gpu.endswith("; compiled, float32")
+
+
+def test_the_flops_of_a_tiny_model_are_not_rounded_to_nothing(program) -> None:
+    done = program("bench", *TINY, "--n_head", 2, "--peer", "plain")
+    assert done.code == 0, done.err
+    assert "beside it: a plain loop" in done.out
+    assert " KFLOP a token" in done.out
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(7, "7"), (999, "999"), (28_640, "28.6 K"), (123.6e6, "124 M")]
+)
+def test_large_numbers_have_three_digits(count, words) -> None:
+    assert in_short(count) == words
