@@ -10,7 +10,7 @@ from gptforge import __version__, files
 from gptforge.build.trained import open_parts
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config, check, merge, to_toml
-from gptforge.convert.card import CURVES, Origin, model_card
+from gptforge.convert.card import CURVES, Origin, beginning, model_card
 from gptforge.convert.extras import require
 from gptforge.convert.gguf import write_gguf
 from gptforge.convert.hf import is_hf, read_hf, write_hf
@@ -25,6 +25,8 @@ from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, named
 
 Say = Callable[[str], None]
+WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
+"""How files are named, and no model on the Hub."""
 
 
 def export_hf(run: str, out: Path, *, say: Say) -> None:
@@ -34,7 +36,8 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
     usage = (
         "```python\nfrom transformers import pipeline\n\n"
         'write = pipeline("text-generation", model="this/folder")\n'
-        'print(write("Once", max_new_tokens=100)[0]["generated_text"])\n```'
+        f"print(write({beginning(parts.tokenizer)}, max_new_tokens=100)"
+        '[0]["generated_text"])\n```'
     )
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     card = model_card(parts, origin, title=title_of(run), usage=usage, front=front)
@@ -189,6 +192,13 @@ def _is_ours(source: str) -> bool:
     return True
 
 
+def _is_missing(path: Path, source: str) -> bool:
+    """Whether what is not here was meant as a path, not as a name on the Hub."""
+    is_written_so = source.startswith((".", "/", "~")) or source.endswith("/") or "\\" in source
+    is_inside = len(path.parts) > 1 and path.parent.is_dir()
+    return is_written_so or is_inside or len(path.parts) > 2 or path.suffix in WEIGHTS
+
+
 def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
     path = Path(source)
     if path.is_file():
@@ -202,8 +212,11 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
         if not is_hf(path):
             raise UserError(f"{source} has no config.json: give a folder of transformers'")
         return read_hf(path, tokenizer=tokenizer)
-    if source.count("/") > 1 or source.startswith((".", "/")) or "\\" in source:
-        raise UserError(f"{source} does not exist")
+    if _is_missing(path, source):
+        raise UserError(
+            f"{source} does not exist: give a folder of transformers', nanoGPT's ckpt.pt, or a "
+            "name on the Hugging Face Hub"
+        )
     require("huggingface_hub", extra="hf")
     import huggingface_hub
 

@@ -1,12 +1,15 @@
 """A model card: what the model is, what it learned from, what it scored. Only what is known."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptforge import costs
 from gptforge.config import Config
 from gptforge.convert.parts import Parts
+from gptforge.errors import UserError
 from gptforge.report.metrics import History
+from gptforge.tokenizers import Tokenizer
 
 CURVES = "training_curves.png"
 
@@ -58,6 +61,18 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def beginning(tokenizer: Tokenizer) -> str:
+    """Something to begin with that this vocabulary can write, as a literal of Python's."""
+    text = "Once"
+    try:
+        tokenizer.encode(text)
+    except UserError:
+        # Only an alphabet lacks letters, and each of its ids is one.
+        letters = [tokenizer.decode_bytes([i]).decode("utf-8") for i in range(tokenizer.size)]
+        text = next((letter for letter in letters if letter.isalpha()), letters[0])
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _learned(origin: Origin) -> list[str]:

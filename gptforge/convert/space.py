@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gptforge
 from gptforge.checkpoint import store as checkpoints
-from gptforge.convert.card import CURVES, Origin, model_card
+from gptforge.convert.card import CURVES, Origin, beginning, model_card
 from gptforge.convert.parts import Parts
 from gptforge.files import point
 
@@ -47,7 +47,7 @@ pip install -r requirements.txt
 python app.py
 ```
 
-It is a run folder of GPT-Forge too: `from gptforge import load; load(".").generate("Once")`."""
+It is a run folder of GPT-Forge too: `from gptforge import load; load(".").generate(BEGINNING)`."""
 
 
 def fill_space(
@@ -85,7 +85,8 @@ def fill_space(
         "app_file": "app.py",
         "pinned": "false",
     }
-    card = model_card(parts, origin, title=title, usage=USAGE, front=front)
+    usage = USAGE.replace("BEGINNING", beginning(parts.tokenizer))
+    card = model_card(parts, origin, title=title, usage=usage, front=front)
     (folder / "README.md").write_text(card, encoding="utf-8")
     package = Path(gptforge.__file__).parent
     leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "input.txt")

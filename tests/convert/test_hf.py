@@ -13,6 +13,7 @@ from gptforge import load
 from gptforge.build.exported import export_hf, import_model, imported
 from gptforge.config import GPTConfig
 from gptforge.convert import hf
+from gptforge.convert.card import beginning
 from gptforge.convert.hf import read_hf, write_hf
 from gptforge.convert.hf_tokenizer import hf_tokenizer
 from gptforge.convert.parts import Parts
@@ -200,6 +201,8 @@ def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
     best = min((e for e in events if e["event"] == "eval"), key=lambda e: e["val_loss"])
     assert f"{best['val_loss']:.4f} nats" in card
     assert "play.txt" in card
+    # There is no c in the play.
+    assert "Once" not in card
     assert Path("out/training_curves.png").is_file()
 
     again = program("export", config.out_dir, "--to", "hf", "out")
@@ -220,6 +223,23 @@ def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
     assert len({line.split("dt")[0] for line in first}) == 1
     # The import made for it is found again.
     assert imported("out", say=lambda _: pytest.fail("made twice")) == "runs/imported/out"
+
+
+@pytest.mark.parametrize("source", ["runs/nao", "model/ckpt.pt", "ckpt.pth", "out/", "~/model"])
+def test_a_mistyped_path_is_called_missing_and_not_looked_for_elsewhere(program, source) -> None:
+    # It was once asked for on the Hub, and the answer was about the network.
+    Path("runs").mkdir()
+    for command in (("import", source, "o"), ("--init_from", source, "--preset", "debug")):
+        done = program(*command)
+        assert (done.code, f"{source} does not exist" in done.err) == (2, True), done.err
+        assert "fetching" not in done.err + done.out
+
+
+def test_a_card_begins_with_letters_that_the_model_knows() -> None:
+    assert beginning(named("char", "Once")) == '"Once"'
+    assert beginning(named("char", "\n 日本")) == '"日"'
+    assert beginning(named("char", '"')) == r'"\""'
+    assert beginning(named("gpt2", "")) == '"Once"'
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:

@@ -34,6 +34,8 @@ def test_it_is_complete_and_a_run_folder_too(space, config) -> None:
     assert "title='run'" in (space / "app.py").read_text(encoding="utf-8")
     assert (space / front["app_file"]).is_file()
     assert "bits per byte" in card
+    # There is no c in the text.
+    assert "Once" not in card
     assert "input.txt" not in {path.name for path in space.rglob("*")}
     ours, theirs = load(config.out_dir, device="cpu"), load(space, device="cpu")
     assert theirs.generate("ROMEO:", 20, seed=1) == ours.generate("ROMEO:", 20, seed=1)
