@@ -33,7 +33,7 @@ def _is_compiled(device: torch.device) -> bool:
 def about_peer(kind: str, device: torch.device, precision: Precision) -> str:
     """What a peer is on this device, in words."""
     how = "compiled" if _is_compiled(device) else "not compiled"
-    return f"{PEERS[kind]}; {how}, {precision.name}"
+    return f"{PEERS[kind]}; {how}, {precision.name}, AdamW"
 
 
 class Peer:

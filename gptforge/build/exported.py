@@ -201,6 +201,10 @@ def _is_missing(path: Path, source: str) -> bool:
 
 def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
     path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{source}: GGUF is not read: import the model that it was made from")
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        raise UserError(f"{source}: a part of a model: give the folder that it lies in")
     if path.is_file():
         return read_nanogpt(path, tokenizer=tokenizer)
     if path.is_dir():
@@ -210,6 +214,11 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
                 "--init_from take it as it is"
             )
         if not is_hf(path):
+            if _is_ours(source):
+                raise UserError(
+                    f"{source} is this program's own: sample, eval, export and --init_from take "
+                    "it as it is"
+                )
             raise UserError(f"{source} has no config.json: give a folder of transformers'")
         return read_hf(path, tokenizer=tokenizer)
     if _is_missing(path, source):

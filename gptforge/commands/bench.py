@@ -49,6 +49,14 @@ def bench(args: list[str]) -> int:
         raise UserError(f"--turns must be 1 or more, not {parsed.turns}")
     if parsed.generate and (parsed.peer == "plain" or parsed.profile):
         raise UserError("--generate writes: it goes with --peer hf, not with plain or --profile")
+    if parsed.profile:
+        # Before minutes of measuring, not after.
+        try:
+            Path(parsed.profile).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--profile {parsed.profile}: no folder can be made there ({error.strerror})"
+            ) from None
     say = _quietly if parsed.json else print
     names = [field.name for field in dataclasses.fields(Config)]
     config = with_preset(Config(**{n: getattr(parsed, n) for n in names}), given, say=say)

@@ -21,8 +21,8 @@ class ExportArgs:
     """Folder to make; for gguf a file that ends in .gguf, or a folder for it."""
     to: Literal["hf", "gguf", "space"]
     """hf: for transformers; gguf: for llama.cpp; space: a Hugging Face Space with the web page."""
-    type: Literal["f32", "f16", "q8_0"] = "f16"
-    """What gguf stores matrices in."""
+    type: Literal["", "f32", "f16", "q8_0"] = ""
+    """What gguf stores matrices in; empty: f16."""
     push: str = ""
     """owner/name: send the folder to the Hugging Face Hub as well (hf and space)."""
     private: bool = False
@@ -48,6 +48,10 @@ def export(args: list[str]) -> int:
     asked = parse(ExportArgs, args, "gptforge export")
     if asked.push and asked.to == "gguf":
         raise UserError("--push sends folders: use it with --to hf or --to space")
+    if asked.private and not asked.push:
+        raise UserError("--private goes with --push owner/name")
+    if asked.type and asked.to != "gguf":
+        raise UserError(f"--type {asked.type} goes with --to gguf; hf and space keep float32")
     from gptforge.build import exported
     from gptforge.convert.hub import check_name, push
 
@@ -55,7 +59,7 @@ def export(args: list[str]) -> int:
         check_name(asked.push)
     out = Path(asked.out)
     if asked.to == "gguf":
-        exported.export_gguf(asked.run, out, kind=asked.type, say=_say)
+        exported.export_gguf(asked.run, out, kind=asked.type or "f16", say=_say)
         return 0
     if asked.to == "hf":
         exported.export_hf(asked.run, out, say=_say)

@@ -118,10 +118,12 @@ def _step(step: Step, memory: Memory) -> str:
 
 
 def _run(run: Run) -> list[tuple[str, str]]:
+    # One that reads but a little of its text reads more than nothing.
+    epochs = f"{run.epochs:.1f}" if run.epochs >= 0.1 else f"{run.epochs:.2g}"
     return [
         (
             "the run",
-            f"{run.steps:,} steps, {run.tokens:,} tokens: {run.epochs:.1f} epochs over this text, "
+            f"{run.steps:,} steps, {run.tokens:,} tokens: {epochs} epochs over this text, "
             f"{run.tokens_per_parameter:.2g} tokens a parameter",
         ),
         (

@@ -35,8 +35,8 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         stranger = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it names {stranger[1]})" if stranger else ""
         raise UserError(
-            f"{path}: not a file of tensors and plain values{what}, and anything else could run "
-            "code when read"
+            f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
+            "anything else could run code when read"
         ) from None
     try:
         shape, tensors = record["model_args"], record["model"]

@@ -90,7 +90,7 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
                         elem_id="prompt",
                     )
                     with gr.Row(elem_id="examples"):
-                        for text in _fitting(model, EXAMPLES):
+                        for text in filter(None, _fitting(model, EXAMPLES)):
                             label = text.replace("\n", " ")
                             chip = gr.Button(label, size="sm", elem_classes="chip", min_width=0)
                             chip.click(

@@ -14,9 +14,9 @@ def test_a_peer_is_called_compiled_only_where_it_is() -> None:
     precision = choose_precision("float32", torch.device("cpu"))
     for kind in ("hf", "plain"):
         on_cpu = about_peer(kind, torch.device("cpu"), precision)
-        assert on_cpu.endswith("; not compiled, float32")
+        assert on_cpu.endswith("; not compiled, float32, AdamW")
         on_gpu = about_peer(kind, torch.device("cuda"), precision)
-        assert on_gpu.endswith("; compiled, float32")
+        assert on_gpu.endswith("; compiled, float32, AdamW")
 
 
 def test_the_flops_of_a_tiny_model_are_not_rounded_to_nothing(program) -> None:
@@ -31,3 +31,10 @@ def test_the_flops_of_a_tiny_model_are_not_rounded_to_nothing(program) -> None:
 )
 def test_large_numbers_have_three_digits(count, words) -> None:
     assert in_short(count) == words
+
+
+def test_a_profile_that_has_no_place_is_refused_before_anything_is_timed(program, tmp_path) -> None:
+    (tmp_path / "file").write_text("taken")
+    done = program("bench", *TINY, "--n_head", 2, "--profile", "file")
+    assert (done.code, done.out) == (2, "")
+    assert "--profile file: no folder can be made there" in done.err

@@ -235,6 +235,28 @@ def test_a_mistyped_path_is_called_missing_and_not_looked_for_elsewhere(program,
         assert "fetching" not in done.err + done.out
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("m.gguf", "GGUF is not read"),
+        ("model.safetensors", "give the folder that it lies in"),
+        ("run", "--init_from take it as it is"),
+    ],
+)
+def test_what_is_imported_some_other_way_is_told_apart(config, program, source, words) -> None:
+    build(config).run()
+    for name in ("m.gguf", "model.safetensors"):
+        Path(name).write_bytes(b"something")
+    done = program("import", source, "o")
+    assert (done.code, words in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("option", [("--type", "q8_0"), ("--private", "true")])
+def test_an_option_of_another_form_is_not_ignored(program, option) -> None:
+    done = program("export", "run", "out", "--to", "hf", *option)
+    assert (done.code, f"{option[0]} " in done.err, "goes with" in done.err) == (2, True, True)
+
+
 def test_a_card_begins_with_letters_that_the_model_knows() -> None:
     assert beginning(named("char", "Once")) == '"Once"'
     assert beginning(named("char", "\n 日本")) == '"日"'

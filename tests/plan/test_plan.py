@@ -13,6 +13,7 @@ import torch
 
 from gptforge.build import rehearsal
 from gptforge.build.fitting import memory_of
+from gptforge.commands.plan import _run
 from gptforge.config import Config
 from gptforge.data.shards import ShardWriter
 from gptforge.hardware import PLAIN, Precision
@@ -113,6 +114,12 @@ def test_the_table_has_a_row_for_each_thing(program, play) -> None:
     names = [line[:12].strip() for line in done.out.splitlines()[1:]]
     wanted = ["model", "parameters", "text", "a step", "the run", "FLOPs", "memory", "disk", "time"]
     assert [name for name in names if name] == wanted
+
+
+def test_a_run_that_reads_little_of_its_text_reads_more_than_nothing() -> None:
+    told = [dict(_run(Run(20, 5120, epochs, 0.17)))["the run"] for epochs in (0.00119, 51.12)]
+    assert "0.0012 epochs" in told[0]
+    assert "51.1 epochs" in told[1]
 
 
 def test_nothing_is_written_where_it_is_called(program, play, tmp_path) -> None:
