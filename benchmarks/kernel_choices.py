@@ -3,8 +3,9 @@
     python benchmarks/kernel_choices.py
 
 One micro-batch of 32 windows of 1024 on a CUDA GPU. Products by torch and by cuBLASLt with its
-kernels tried out, alone and with what comes behind them; the passes between them; attention's way
-back. Medians of events on the GPU, in microseconds. The GPU is warm: all are timed twice, in turns.
+kernels tried out, alone and with what comes behind them; the passes between them, with and without
+dropout; attention. Medians of events on the GPU, in microseconds, of work that was asked for before
+it begins: Python's own time does not count. The GPU is warm: all are timed twice, in turns.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,16 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels import block, products
+from gptforge.kernels.dropout import throw
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.packed_attention import ByTorch, ByTriton
 
 N, C, V = 32768, 768, 50304
 ROUNDS, WARM_UP = 15, 3
+ASKING = 20_000_000
+"""Cycles that the GPU waits for Python to ask for all rounds."""
+SHARE = 0.2
+"""That dropout drops."""
 Work = Callable[[], object]
 
 
@@ -25,6 +31,7 @@ def microseconds(work: Work) -> float:
     for _ in range(WARM_UP):
         work()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
+    torch.cuda._sleep(ASKING)
     for begin, end in marks:
         begin.record()
         work()
@@ -76,13 +83,51 @@ def around_the_gelu() -> None:
     upstream, down, inner = draw(N, C), draw(C, 4 * C), draw(N, 4 * C)
     sums = torch.zeros(4 * C, device="cuda")
 
+    def again() -> None:
+        block.gelu_backward(inner, products.back(upstream, down), sums, again=True)
+
     def apart() -> None:
-        block.gelu_backward(inner, products.back(upstream, down), sums)
+        block.gelu_backward(inner, products.back(upstream, down), sums, again=False)
 
     def in_one() -> None:
         block.add_column_sums(products.back_through_gelu(upstream, down, inner), sums)
 
-    row("back through mlp.c_proj and the GELU; the slope in the product", *in_turns(apart, in_one))
+    first, second, third = in_turns(again, in_one, apart)
+    row(
+        "back through mlp.c_proj, the GELU made again; kept, its slope in the product",
+        first,
+        second,
+    )
+    row("the slope in the product; in a pass", second, third)
+
+
+def dropping() -> None:
+    """From a branch in front of a LayerNorm, there and back, and from attention's shares."""
+    stream, branch, upstream = draw(N, C), draw(N, C), draw(N, C)
+    vector, sums = torch.ones(C, device="cuda"), torch.zeros(3 * C, device="cuda")
+    to_bias = torch.zeros(C, device="cuda")
+    [drop] = throw(1, SHARE, stream.device)
+
+    def by_torch() -> None:
+        left, kept = torch.native_dropout(branch, SHARE, True)
+        _, norm = block.add_norm(stream, left, vector, vector)
+        to_stream, _ = block.norm_backward(upstream, norm, vector, stream, sums[: 2 * C])
+        to_branch = torch.ops.aten.native_dropout_backward(to_stream, kept, 1 / (1 - SHARE))
+        to_bias.add_(to_branch.sum(0, dtype=to_bias.dtype))
+
+    def inside() -> None:
+        _, norm = block.add_norm(stream, branch, vector, vector, drop)
+        block.norm_backward(upstream, norm, vector, stream, sums)
+
+    row("dropout and LayerNorm, there and back; in its passes", *in_turns(by_torch, inside))
+    rows, table = draw(N, C), torch.zeros(V, C, device="cuda")
+    idx = torch.randint(0, V, (N,), device="cuda")
+    row(
+        "the token table's gradient",
+        *in_turns(
+            lambda: table.index_add_(0, idx, rows.float()), lambda: block.add_rows(rows, idx, table)
+        ),
+    )
 
 
 def the_head() -> None:
@@ -101,16 +146,27 @@ def attention(windows: int, length: int, heads: int, size: int) -> None:
     qkv, upstream = draw(windows, length, 3, heads, size), draw(windows * length, heads * size)
     sums = torch.zeros(3 * heads * size, device="cuda")
     torchs, ours = ByTorch(), ByTriton()
-    _, kept = ours.forward(qkv)
+    _, kept = ours.forward(qkv, None)
 
     def there_and_back() -> None:
-        torchs.backward(upstream, torchs.forward(qkv)[1], sums)
+        torchs.backward(upstream, torchs.forward(qkv, None)[1], sums)
 
-    (forth,) = in_turns(lambda: torchs.forward(qkv))
+    (forth,) = in_turns(lambda: torchs.forward(qkv, None))
     both, back = in_turns(there_and_back, lambda: ours.backward(upstream, kept, sums))
     flops = 5 * windows * heads * size * length * (length + 1)
     shape = f"{windows} windows of {length}, {heads} heads of {size}"
     row(f"attention's way back, {shape}", both - forth, back, flops)
+    [drop] = throw(1, SHARE, qkv.device)
+    dropping = ByTorch(SHARE)
+
+    def by_torch() -> None:
+        dropping.backward(upstream, dropping.forward(qkv, drop)[1], sums)
+
+    def by_us() -> None:
+        ours.backward(upstream, ours.forward(qkv, drop)[1], sums)
+
+    both, back = in_turns(by_torch, by_us)
+    row(f"the same with dropout, there and back, {shape}", both, back, 7 / 5 * flops)
 
 
 def main() -> None:
@@ -122,6 +178,7 @@ def main() -> None:
     linear_layers()
     around_the_gelu()
     the_head()
+    dropping()
     for shape in ((32, 1024, 12, 64), (64, 256, 6, 64), (32, 1024, 24, 32), (32, 1024, 6, 128)):
         attention(*shape)
 

@@ -14,6 +14,7 @@ from gptforge.kernels.attention import attend
 from gptforge.kernels.block import (
     add_column_sums,
     add_norm,
+    add_rows,
     embed,
     gelu_backward,
     norm_backward,
@@ -95,6 +96,7 @@ class WarmUp:
             pack(rows, rows, rows, to_qkv)
         ids = torch.zeros(1, ROWS, dtype=torch.long, device=device)
         embed(ids, vector[None], torch.zeros(ROWS, width, device=device), rows.dtype, drop)
+        add_rows(rows, ids[0], torch.zeros(1, width, device=device))
         for branch in (None, rows.clone()):
             _, norm = add_norm(rows, branch, vector, vector, drop)
             norm_backward(rows.clone(), norm, vector, branch, to_qkv)

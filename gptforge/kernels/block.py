@@ -59,6 +59,22 @@ def embed(
     return out
 
 
+def add_rows(x: Tensor, idx: Tensor, table: Tensor) -> None:
+    """Each row of x (N, C) is added to the row of `table` (V, C) that `idx` (N,) names.
+
+    On a CUDA device the order of additions, and so the last bits, may differ from time to time.
+    """
+    if not x.is_cuda or torch.are_deterministic_algorithms_enabled():
+        table.index_add_(0, idx, x.to(table.dtype))
+        return
+    assert x.is_contiguous() and idx.is_contiguous() and table.is_contiguous()
+    rows, columns = x.shape
+    block, height = _tile(columns, numbers=2048)
+    _triton().add_rows[(math.ceil(rows / height),)](
+        x, idx, table, rows, columns=columns, BLOCK=block, ROWS=height
+    )
+
+
 def add_norm(
     stream: Tensor,
     branch: Tensor | None,

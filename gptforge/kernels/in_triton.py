@@ -112,6 +112,18 @@ def embed(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def add_rows(x, idx, table, rows, columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Each row of x (rows, columns) is added to the row of `table` that `idx` names."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    token = tl.load(idx + row, mask=row < rows, other=0)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    more = tl.load(x + row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    place = table + token[:, None] * columns + column[None, :]
+    tl.atomic_add(place, more.to(table.dtype.element_ty), mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rows"])
 def add_norm(
     stream, branch, weight, bias, out, mean, rstd, keys, rows, eps,
     columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BRANCH: tl.constexpr,

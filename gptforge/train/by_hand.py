@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gptforge.costs import HEAD_TOKENS, keeps_gelu_every
 from gptforge.hardware import PLAIN, Kernels
-from gptforge.kernels.block import embed
+from gptforge.kernels.block import add_rows, embed
 from gptforge.kernels.dropout import Drop, throw
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.products import linear
@@ -144,7 +144,7 @@ class ByHand:
             marks = tokens[:, None] == torch.arange(size, device=idx.device)
             add_product(self._to_wte, marks.to(upstream.dtype), upstream)
         else:
-            self._to_wte.index_add_(0, tokens, upstream.to(wide))
+            add_rows(upstream, tokens, self._to_wte)
 
     def _head(
         self, normal: Tensor, targets: Tensor, scale: float | Tensor

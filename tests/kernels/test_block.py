@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from gptforge.kernels.block import (
     add_column_sums,
     add_norm,
+    add_rows,
     embed,
     gelu,
     gelu_backward,
@@ -41,6 +42,19 @@ def test_embed_adds_up_rows_of_both_tables(place, count, length, columns, dtype)
     idx = torch.randint(0, 50, (count, length + 1), device=place)[:, 1:]
     exact = wte.double()[idx] + wpe.double()[:length]
     torch.testing.assert_close(embed(idx, wte, wpe, dtype), exact.flatten(0, 1).to(dtype))
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_rows_are_added_where_their_ids_say(place, rows, columns) -> None:
+    torch.manual_seed(rows)
+    x, table = narrow(rows, columns, place=place), torch.randn(40, columns, device=place)
+    # Few ids, so that many rows meet, and one that stays as it is.
+    idx = torch.randint(0, 39, (rows,), device=place)
+    exact = table.double().index_add(0, idx, x.double())
+    last = table[39].clone()
+    add_rows(x, idx, table)
+    assert distance(table, exact) < 1e-6
+    assert torch.equal(table[39], last)
 
 
 @pytest.mark.parametrize("has_branch", [True, False])
