@@ -84,7 +84,7 @@ def cross_entropy_in_place(
         return _in_place_on_cpu(logits, targets, ignore, scale)
     rows, columns = logits.shape
     assert logits.stride(1) == 1, "a row must lie in one piece"
-    from gptforge.kernels import in_triton
+    from gptforge.kernels import in_triton_head
 
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if not isinstance(scale, Tensor):
@@ -92,7 +92,7 @@ def cross_entropy_in_place(
     # No more rows at a time than the cache holds, by far.
     programs = min(rows, 2 * multiprocessors(logits.device) * max(1, 2**16 // columns))
     block = min(4096, max(8, 1 << (columns - 1).bit_length()))
-    in_triton.cross_entropy[(programs,)](
+    in_triton_head.cross_entropy[(programs,)](
         logits, targets.contiguous(), losses, logits.stride(0), ignore, scale, rows, programs,
         columns=columns, BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip

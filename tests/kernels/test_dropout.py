@@ -1,5 +1,6 @@
 """Masks that follow from keys and places."""
 
+import pytest
 import torch
 
 from gptforge.kernels.dropout import ALL, Drop, apply, kept, throw
@@ -16,14 +17,33 @@ def test_as_many_are_dropped_as_asked_and_all_tensors_differ() -> None:
     assert others.abs().max() < 5 / 200_000**0.5
 
 
-def test_neighbours_in_a_mask_know_nothing_of_each_other() -> None:
+def signs(rows: int, columns: int, share: float) -> torch.Tensor:
+    """A mask's numbers, centred and of variance one."""
+    [drop] = throw(1, share, CPU)
+    return (kept(drop, rows, columns).double() - (1 - share)) / (share * (1 - share)) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 384), (512, 512)])
+def test_a_mask_has_no_pattern(rows, columns, share) -> None:
+    """Bounds are five standard deviations of what fair dice do, six for the worst of many."""
     torch.manual_seed(2)
-    [drop] = throw(1, 0.5, CPU)
-    mask = kept(drop, 512, 512).double() * 2 - 1
-    for right, down in ((1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (64, 0), (0, 64)):
-        together = (mask * mask.roll((down, right), (0, 1))).mean()
-        assert abs(together) < 5 / 512, (right, down)
-    assert (mask.mean(0).abs().max() < 6 / 512**0.5) and (mask.mean(1).abs().max() < 6 / 512**0.5)
+    mask = signs(rows, columns, share)
+    for down, right in ((0, 1), (1, 0), (1, 1), (2, 0), (0, 2), (64, 0), (0, 64), (8, 8)):
+        there = mask.roll((-down, -right), (0, 1))
+        assert abs((mask * there).mean()) < 5 / mask.numel() ** 0.5, (down, right)
+        # Four that lie in a rectangle share the words of two rows and two columns.
+        corners = mask * mask.roll(-down - 1, 0) * mask.roll(-right - 1, 1)
+        corners *= mask.roll((-down - 1, -right - 1), (0, 1))
+        assert abs(corners.mean()) < 5 / mask.numel() ** 0.5, (down, right)
+    assert mask.sum(1).abs().max() < 6 * columns**0.5
+    assert mask.sum(0).abs().max() < 6 * rows**0.5
+    for lines in (mask, mask.T):
+        alike = lines @ lines.T / lines.size(1) ** 0.5
+        alike.fill_diagonal_(0)
+        # As random as it should be on the whole, and nowhere two lines that are one.
+        assert abs(alike.var() * lines.size(0) / (lines.size(0) - 1) - 1) < 0.05
+        assert alike.abs().max() < 12
 
 
 def test_the_dice_are_torchs_so_that_a_seed_repeats_them() -> None:
