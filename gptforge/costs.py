@@ -54,7 +54,7 @@ def training_parts(
     and narrow copies of the weights 2. What the backward pass needs is counted layer by layer for
     flash attention, in units of C bytes a token: the two normalised inputs (the residual stream is
     float32), their outputs, q, k and v, the attention's output, and both sides of the GELU. Written
-    out (`by_hand`), the stream is narrow, and not every block keeps both sides of the GELU. With
+    out (`by_hand`), the stream is narrow, and wide models keep both sides of some GELUs only. With
     `recompute` only the stream is kept, and one layer's worth of the rest.
     """
     width = 2 if mixed else 4

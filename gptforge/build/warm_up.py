@@ -48,18 +48,18 @@ class WarmUp:
     def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
         self._device, self._config, self._precision = device, config, precision
         self._threads: list[threading.Thread] = []
+        self._is_by_hand = kernels_of(config, device, precision).by_hand
         if device.type != "cuda":
             return
-        kernels = kernels_of(config, device, precision)
         # Triton in one of them only: its compiler was not made for several at once.
-        for work in [self.attend, *([self.passes] if kernels.by_hand else [])]:
+        for work in [self.attend, *([self.passes] if self._is_by_hand else [])]:
             # No daemon: a process that ended under it would take the driver down as it starts.
             thread = threading.Thread(target=self._run, args=(work,), name="warming up")
             self._threads.append(thread)
             thread.start()
 
     def wait(self) -> None:
-        """Until all is ready: nobody else may ask CUDA for memory while a graph is recorded."""
+        """Until all is ready."""
         for thread in self._threads:
             thread.join()
 
@@ -70,7 +70,7 @@ class WarmUp:
         c = self._config
         # As training has them: q, k and v side by side.
         qkv = self._zeros(c.batch_size, c.context_length, 3, c.n_head, c.n_embd // c.n_head)
-        if isinstance(self._way, ByTriton):
+        if self._is_by_hand and isinstance(self._way, ByTriton):
             if self._drop is None:
                 self._way.forward(qkv, None)
             return

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.kernels.dropout import Drop, apply
+from gptforge.kernels.dropout import Drop, apply, for_kernel
 
 EPS = 1e-5
 """LayerNorm's."""
@@ -52,9 +52,10 @@ def embed(
     rows, columns = idx.numel(), wte.size(1)
     out = torch.empty(rows, columns, dtype=dtype, device=idx.device)
     block, height = _tile(columns)
+    keys, dropped = for_kernel(drop, idx)
     _triton().embed[(math.ceil(rows / height),)](
-        idx.contiguous(), wte, wpe, out, _keys(drop, idx), rows, length,
-        columns=columns, BLOCK=block, ROWS=height, DROPPED=_dropped(drop),
+        idx.contiguous(), wte, wpe, out, keys, rows, length,
+        columns=columns, BLOCK=block, ROWS=height, DROPPED=dropped,
     )  # fmt: skip
     return out
 
@@ -196,10 +197,11 @@ def _add_norm_on_cuda(
     mean = torch.empty(rows, dtype=torch.float32, device=stream.device)
     rstd = torch.empty_like(mean)
     block, height = _tile(columns)
+    keys, dropped = for_kernel(drop, mean)
     _triton().add_norm[(math.ceil(rows / height),)](
         stream, stream if branch is None else branch, weight, bias, out, mean, rstd,
-        _keys(drop, mean), rows, EPS, columns=columns, BLOCK=block, ROWS=height,
-        HAS_BRANCH=branch is not None, DROPPED=_dropped(drop),
+        keys, rows, EPS, columns=columns, BLOCK=block, ROWS=height,
+        HAS_BRANCH=branch is not None, DROPPED=dropped,
     )  # fmt: skip
     return out, Norm(stream if branch is None else branch, mean, rstd, drop)
 
@@ -213,11 +215,12 @@ def _norm_backward_on_cuda(
     programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 16))
     parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
     to_branch = upstream if norm.drop is None else torch.empty_like(upstream)
+    keys, dropped = for_kernel(norm.drop, parts)
     _triton().norm_backward[(programs,)](
         upstream, norm.stream, norm.mean, norm.rstd, weight,
-        upstream if beside is None else beside, to_branch, parts, _keys(norm.drop, parts), rows,
+        upstream if beside is None else beside, to_branch, parts, keys, rows,
         math.ceil(rows / programs), columns=columns, BLOCK=block, ROWS=height,
-        HAS_BESIDE=beside is not None, DROPPED=_dropped(norm.drop), num_warps=warps,
+        HAS_BESIDE=beside is not None, DROPPED=dropped, num_warps=warps,
     )  # fmt: skip
     add_parts(parts, sums)
     return upstream, to_branch
@@ -251,14 +254,6 @@ def _pack_on_cuda(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
     return out
 
 
-def _keys(drop: Drop | None, anything: Tensor) -> Tensor:
-    return anything if drop is None else drop.keys
-
-
-def _dropped(drop: Drop | None) -> int:
-    return 0 if drop is None else drop.dropped
-
-
 def _tile(columns: int, *, numbers: int = 4096) -> tuple[int, int]:
     """Columns and rows that a program works on at a time: so many numbers, or one row."""
     block = 1 << (columns - 1).bit_length()
@@ -271,7 +266,7 @@ def _tile_of_sums(columns: int, *, is_dropping: bool) -> tuple[int, int, int]:
     The fastest of those tried on an H200 at 384, 768, 1024 and 1600 columns.
     """
     block, _ = _tile(columns)
-    warps = 1 if columns <= 1024 else 2
+    warps = block // 1024 or 1
     rows = max(1, 1600 * warps // columns)
     height = 1 << (rows.bit_length() - 1)
     if is_dropping and height > 2:

@@ -43,8 +43,14 @@ def throw(count: int, share: float, device: torch.device) -> list[Drop]:
     dropped = dropped_of(share)
     if not dropped:
         return []
-    keys = torch.empty(count, 2, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
-    return [Drop(pair, dropped) for pair in keys]
+    # Every 16 bytes: Triton compiles a kernel once more for an address that is no multiple of that.
+    keys = torch.empty(count, 4, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
+    return [Drop(four[:2], dropped) for four in keys]
+
+
+def for_kernel(drop: Drop | None, anything: Tensor) -> tuple[Tensor, int]:
+    """Keys and `dropped` as the kernels in Triton take them, where there may be nothing to drop."""
+    return (anything, 0) if drop is None else drop
 
 
 def kept(drop: Drop, rows: int, columns: int) -> Tensor:

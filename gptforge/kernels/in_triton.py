@@ -2,7 +2,8 @@
 
 The modules beside this one say what each computes, and have the plain torch for it. Rows are
 tokens, columns channels. Sums over the rows are made in two steps, so that their order, and with it
-every bit, is the same each time: each program leaves what it saw in a row of `parts`.
+every bit, is the same each time: each program leaves what it saw in a row of `parts`. Only
+`add_rows` adds in any order.
 """
 
 import triton

@@ -30,8 +30,8 @@ def _cross_entropy_of_a_row(
     start, target_at, loss_at, ignore, scale, columns: tl.constexpr, BLOCK: tl.constexpr
 ):
     target = tl.load(target_at)
-    # Each thread goes over its own eighths of the row, with a maximum and a sum of its own: threads
-    # that waited for each other in every block would take half as long again.
+    # Each thread has eight columns of a block, and a maximum and a sum of its own: threads that
+    # waited for each other in every block would take half as long again.
     top = tl.full((BLOCK // 8,), -3.4e38, tl.float32)
     total = tl.zeros((BLOCK // 8,), tl.float32)
     WHOLE: tl.constexpr = columns // BLOCK * BLOCK
@@ -60,10 +60,20 @@ def _cross_entropy_of_a_row(
 
 
 @triton.jit
+def _eights(columns: tl.constexpr, BLOCK: tl.constexpr):
+    """Eight columns for each thread: side by side where a load can take them at once."""
+    thread, its = tl.arange(0, BLOCK // 8)[:, None], tl.arange(0, 8)[None, :]
+    if columns % 8 == 0:
+        return thread * 8 + its
+    else:
+        return thread + its * (BLOCK // 8)
+
+
+@triton.jit
 def _more_of_a_row(
     start, begin, top, total, columns: tl.constexpr, BLOCK: tl.constexpr, IS_LAST: tl.constexpr
 ):
-    place = begin + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    place = begin + _eights(columns, BLOCK)
     if IS_LAST:
         inside = place < columns
         x = tl.load(start + place, inside, -float("inf"), eviction_policy="evict_last")
@@ -80,7 +90,7 @@ def _gradient_of_a_row(
     start, begin, highest, level,
     columns: tl.constexpr, BLOCK: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
-    place = begin + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    place = begin + _eights(columns, BLOCK)
     inside = place < columns if IS_LAST else None
     x = tl.load(start + place, inside, eviction_policy="evict_first").to(tl.float32)
     gradient = tl.exp2((x - highest) * LOG2_E - level).to(start.dtype.element_ty)

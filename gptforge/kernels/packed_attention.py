@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptforge.kernels.attention import attend
 from gptforge.kernels.block import add_parts, pack
-from gptforge.kernels.dropout import Drop
+from gptforge.kernels.dropout import Drop, for_kernel
 
 HEAD_SIZES = (32, 64)
 """Channels of a head for which the way back of our own was found to be faster."""
@@ -100,8 +100,8 @@ def attention_forward(qkv: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor]:
     assert qkv.is_contiguous()
     out = qkv.new_empty(count * length, heads * size)
     lse = torch.empty(count, heads, length, dtype=torch.float32, device=qkv.device)
-    grid, shape = _grid_and_shape(qkv, drop)
-    keys = lse if drop is None else drop.keys
+    keys, dropped = for_kernel(drop, lse)
+    grid, shape = _grid_and_shape(qkv, dropped)
     _triton().forward[grid](
         qkv, out, lse, keys, length, size**-0.5, **shape, num_warps=4, num_stages=3
     )
@@ -122,10 +122,10 @@ def attention_backward(
     """
     count, _, _, heads, size = qkv.shape
     assert all(x.is_contiguous() for x in (qkv, out, lse, upstream))
-    grid, shape = _grid_and_shape(qkv, drop)
+    keys, dropped = for_kernel(drop, lse)
+    grid, shape = _grid_and_shape(qkv, dropped)
     gradient, delta = torch.empty_like(qkv), torch.empty_like(lse)
     parts = lse.new_empty(count * grid[0], 3 * heads * size)
-    keys = lse if drop is None else drop.keys
     # Held to so many registers, more of its programs run beside each other.
     kernels = _triton()
     kernels.to_queries[grid](
@@ -140,11 +140,10 @@ def attention_backward(
 
 
 def _grid_and_shape(
-    qkv: Tensor, drop: Drop | None
+    qkv: Tensor, dropped: int
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     count, length, _, heads, size = qkv.shape
     shape = {"H": heads, "D": size, "BLOCK": BLOCK, "IS_EVEN": length % BLOCK == 0}
-    dropped = 0 if drop is None else drop.dropped
     return (math.ceil(length / BLOCK), heads, count), {**shape, "DROPPED": dropped}
 
 

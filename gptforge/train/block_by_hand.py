@@ -190,4 +190,4 @@ def is_slope_faster_apart(device: torch.device, channels: int) -> bool:
     On an H200 it does. An H100 has the same products and less bandwidth, and is the other way
     round. Small products are slower for it everywhere.
     """
-    return channels <= FEW_CHANNELS or memory_bandwidth(device) > 4e12
+    return channels <= FEW_CHANNELS or memory_bandwidth(device) > 4.5e12

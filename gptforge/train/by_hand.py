@@ -52,7 +52,7 @@ class ByHand:
         gradients: Callable[[list[list[Tensor]]], Gradients] = Gradients,
     ) -> None:
         self._dropout = model.config.dropout
-        # What attention makes again it would drop anew.
+        # What torch's attention makes again it would drop anew.
         assert not (self._dropout and savings.recompute), "not written out here"
         self.model = model
         self._recompute = savings.recompute

@@ -35,9 +35,10 @@ def test_what_fails_in_it_is_left_to_those_who_want_it(monkeypatch) -> None:
     assert calls and not complaints
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("vocab_size", [0, 64])
-def test_all_that_is_tried_out_can_be_computed(vocab_size, monkeypatch) -> None:
-    config = dataclasses.replace(preset("debug"), vocab_size=vocab_size)
+def test_all_that_is_tried_out_can_be_computed(vocab_size, dropout, monkeypatch) -> None:
+    config = dataclasses.replace(preset("debug"), vocab_size=vocab_size, dropout=dropout)
     tried = WarmUp(torch.device("cpu"), config, Precision(torch.bfloat16, "test"))
     called = []
     monkeypatch.setattr(warm_up, "cross_entropy_in_place", lambda *_: called.append(1))
