@@ -1,5 +1,7 @@
 """Devices are faked: what is asked of torch is what the choice depends on."""
 
+import types
+
 import pytest
 import torch
 
@@ -11,9 +13,11 @@ from gptforge.hardware import (
     choose_device,
     choose_kernels,
     choose_precision,
+    memory_bandwidth,
     try_compile,
     usable_memory,
 )
+from gptforge.train.block_by_hand import is_slope_faster_apart
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
@@ -152,3 +156,18 @@ def test_usable_memory_is_what_is_free_and_what_we_hold_up_to_our_share(monkeypa
     assert usable_memory(CUDA) == 550
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.4)
     assert usable_memory(CUDA) == 400
+
+
+def test_bandwidth_follows_from_clock_and_width(monkeypatch) -> None:
+    # An H200's: 4.9 TB/s by its data sheet.
+    its = types.SimpleNamespace(memory_clock_rate=3_201_000, memory_bus_width=6144)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: its)
+    assert memory_bandwidth(CUDA) == pytest.approx(4.9e12, rel=0.01)
+    assert is_slope_faster_apart(CUDA, 768)
+    # An H100's, 3.35 TB/s.
+    its.memory_clock_rate, its.memory_bus_width = 2_619_000, 5120
+    assert memory_bandwidth(CUDA) == pytest.approx(3.35e12, rel=0.01)
+    assert not is_slope_faster_apart(CUDA, 768) and is_slope_faster_apart(CUDA, 384)
+    # torch did not always say.
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    assert memory_bandwidth(CUDA) == memory_bandwidth(CPU) == 0
