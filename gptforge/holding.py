@@ -111,6 +111,19 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
             return None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether some process, this one or another, holds a folder by the lock that lies in it."""
+    try:
+        file = (folder / LOCK).open("r+", encoding="utf-8")
+    except OSError:
+        return False
+    with file:
+        try:
+            return not _lock(file, wait=False)
+        except OSError:
+            return False
+
+
 def _lock(file: IO[str], *, wait: bool) -> bool:
     """Whether the lock is ours now; an OSError where there can be none."""
     try:

@@ -74,9 +74,21 @@ def open_parts(run: str | Path) -> Parts:
     Raises:
         UserError: if there is none, or it is damaged.
     """
+    if not isinstance(run, str | Path) or not str(run):
+        raise UserError(f"{run!r} is no run: give the path of a run folder or a checkpoint folder")
     if is_hf(Path(run)):
         return read_hf(Path(run))
-    path = checkpoints.resolve(str(run))
+    while True:
+        path = checkpoints.resolve(str(run))
+        try:
+            return _parts_of(path)
+        except (UserError, OSError):
+            # A training beside us may have deleted it since: then there is a newer one.
+            if path == Path(run) or path.is_dir():
+                raise
+
+
+def _parts_of(path: Path) -> Parts:
     if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
         others = [
             other.as_posix()

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from gptforge.checkpoint.store import (
 )
 from gptforge.config import Config, differences
 from gptforge.errors import UserError
+from gptforge.holding import LOCK, is_held
 from gptforge.tokenizers import Tokenizer
 
 OURS = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
@@ -109,6 +112,8 @@ def check_writable(folder: Path) -> None:
     """Raise a UserError if no folder can be made there; only looks."""
     place = folder
     while not place.exists() and place != place.parent:
+        if place.is_symlink():
+            raise UserError(f"--out_dir {folder}: {place} is a link that leads nowhere")
         place = place.parent
     if not place.is_dir():
         where = f"{folder} is" if place == folder else f"{folder} cannot be: {place} is"
@@ -121,10 +126,16 @@ def check_folder(config: Config) -> None:
     """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
     check_writable(folder)
+    if (folder / "checkpoints").is_dir():
+        check_writable(folder / "checkpoints")
+    if outer := next(filter(is_held, folder.resolve().parents), None):
+        raise UserError(
+            f"--out_dir {folder} lies in {outer}, which another process trains into: choose another"
+        )
     needed = _needed_inside(config, folder)
     if config.overwrite and _holds_something(folder):
-        if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise UserError(f"--out_dir {folder} is the folder we are in: it cannot be moved aside")
+        if reason := _why_not_aside(folder):
+            raise UserError(f"--out_dir {folder} cannot be moved aside: {reason}")
         if needed:
             raise UserError(
                 f"--overwrite would move {folder} aside with {needed} in it: choose another "
@@ -136,6 +147,24 @@ def check_folder(config: Config) -> None:
         if needed:
             remedy = f"choose another, for {needed} lies there"
         raise UserError(f"--out_dir {folder} holds other files and no run: {remedy}")
+
+
+def _why_not_aside(folder: Path) -> str:
+    """What speaks against renaming a folder; empty if nothing does."""
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        return "it is the folder we are in"
+    if os.path.ismount(folder):
+        return "something is mounted there; choose a folder inside it"
+    parent = folder.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"{parent.resolve()} cannot be written to"
+    # A run of its own in it may be somebody else's, or training at this moment.
+    for depth in ("*", "*/*"):
+        held = (lock.parent for lock in folder.glob(f"{depth}/{LOCK}") if is_held(lock.parent))
+        saved = (path.parents[1] for path in folder.glob(f"{depth}/checkpoints/step-*"))
+        if inner := next(chain(held, saved), None):
+            return f"it holds the run {inner.name}; choose that, or another"
+    return ""
 
 
 def _needed_inside(config: Config, folder: Path) -> str:
@@ -152,7 +181,12 @@ def _needed_inside(config: Config, folder: Path) -> str:
 
 
 def _is_inside(path: str, folder: Path) -> bool:
-    return bool(path) and Path(path).resolve().is_relative_to(folder.resolve())
+    """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
+    if not path:
+        return False
+    matching = glob(path, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
+    there = folder.resolve()
+    return any(Path(one).resolve().is_relative_to(there) for one in [path, *matching])
 
 
 def _tells_of(event: str, metrics: Path) -> bool:

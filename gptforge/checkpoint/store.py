@@ -204,7 +204,11 @@ def write_model(folder: Path, tensors: Tensors, *, tokenizer: Tokenizer, config:
 
 
 def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
-    """What is wrong with a checkpoint folder, as far as `contents` goes; None if it is whole."""
+    """What is wrong with a checkpoint folder, as far as `contents` goes; None if it is whole.
+
+    Raises:
+        RunError: if the system does not let it be read, so that nobody knows.
+    """
     try:
         manifest = json.loads(files.read_small(path / MANIFEST))
         listed = dict(manifest["files"])
@@ -218,7 +222,16 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
                 return f"{name} does not have the bytes that were saved"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (NotADirectoryError, IsADirectoryError) as error:
+        return f"{Path(str(error.filename)).name} is no file: {error.strerror}"
+    except OSError as error:
+        # Its bytes may be whole: to set it aside could cost what was learned.
+        raise RunError(
+            f"{Path(error.filename or path).as_posix()}: {error.strerror or error}: a checkpoint "
+            "that cannot be read is left as it is; mend the disk or the file's rights, or move "
+            "the checkpoint elsewhere to go on from another"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error!r}"
     return None
 

@@ -25,7 +25,7 @@ ROUND = (1, 2, 2.5, 5, 10)
 """What an axis counts by, times powers of ten."""
 MANY = 300
 """Points from which on a noisy line is drawn faintly, with its running mean over it."""
-LOG_FROM = 20
+LOG_FROM = 3
 """Times the smallest loss that the largest is, from which on the axis is logarithmic."""
 FASTEST = 3.0
 """Times the usual speed that are shown: a clock that was set back must not squash the rest."""

@@ -139,7 +139,8 @@ class RunReport:
     ) -> None:
         """Log a judgement on the held-out text after `step` updates."""
         line = (
-            f"after {step} steps | held-out loss: {loss:.4f} | bits per byte: {bits_per_byte:.4f}"
+            f"after {step} step{'s' * (step != 1)} | held-out loss: {loss:.4f} | "
+            f"bits per byte: {bits_per_byte:.4f}"
             f"{' | best so far' if is_best else ''}"
         )
         self.console.say(line)

@@ -5,7 +5,9 @@ from typing import Any
 from gptforge.report.metrics import History
 
 CLOSE = 0.005
-"""Held-out losses within half a percent of each other count as level."""
+"""Losses within half a percent of each other count as level."""
+FEW = 10
+"""Logged training losses that are taken together: one by one they waver."""
 
 
 def verdict(
@@ -55,11 +57,7 @@ def _held_out(history: History, total_steps: int) -> list[str]:
     elif best is last:
         lines.append(_trend(scored))
     elif last["val_loss"] > best["val_loss"] * (1 + CLOSE):
-        learned = _train_loss(history, end)
-        lines.append(
-            f"After that it got worse, {last['val_loss']:.4f} at the end with a training loss of "
-            f"{learned:.4f}: the model had begun to learn the text by heart. The best one was kept."
-        )
+        lines.append(_why_worse(history, best, last))
     elif _is_early(int(best["step"]), end):
         lines.append("After that it stayed level: more steps alone would not help.")
     else:
@@ -68,6 +66,23 @@ def _held_out(history: History, total_steps: int) -> list[str]:
             "would help is not known."
         )
     return lines
+
+
+def _why_worse(history: History, best: dict[str, Any], last: dict[str, Any]) -> str:
+    """What a held-out loss that rose behind its best has to say, beside the training loss."""
+    then, now = (_train_loss(history, int(event["step"])) for event in (best, last))
+    rose = (
+        f"After that it got worse, {last['val_loss']:.4f} at the end with a training loss of "
+        f"{now:.4f}"
+    )
+    if last["epoch"] > 1 and now < last["val_loss"] and now < then:
+        return f"{rose}: the model had begun to learn the text by heart. The best one was kept."
+    if now > then * (1 + CLOSE):
+        return (
+            f"{rose}, which had been {then:.4f}: it learned no more, and a smaller --max_lr may "
+            "help. The best one was kept."
+        )
+    return f"{rose}: not by learning the text by heart, so it may come and go. The best was kept."
 
 
 def _trend(scored: list[dict[str, Any]]) -> str:
@@ -111,11 +126,13 @@ def _training_only(history: History, epochs: float, how_to_part: str) -> list[st
 
 
 def _train_loss(history: History, step: int) -> float:
-    """The last training loss logged before `step` updates were made."""
+    """The mean of the last few training losses logged before `step` updates were made."""
     before = [
-        event for event in history.train if event["step"] < step and event["loss"] is not None
-    ]
-    return float(before[-1]["loss"]) if before else float("nan")
+        float(event["loss"])
+        for event in history.train
+        if event["step"] < step and event["loss"] is not None
+    ][-FEW:]
+    return sum(before) / len(before) if before else float("nan")
 
 
 def _quoted(path: str) -> str:

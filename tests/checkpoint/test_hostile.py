@@ -1,5 +1,6 @@
 """A checkpoint from a stranger: whatever its bytes say, it is refused in words or it works."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 import gptforge
 from gptforge import files
+from gptforge.checkpoint import store
 from gptforge.checkpoint.store import (
     CONTENTS,
+    CheckpointStore,
     damage,
     read_config,
     read_state,
@@ -22,7 +25,7 @@ from gptforge.checkpoint.store import (
 )
 from gptforge.cli import main
 from gptforge.config import read_toml
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,38 @@ def test_text_that_nests_for_ever_or_fills_the_memory_is_refused(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs symbolic links")
+def test_a_checkpoint_that_the_system_does_not_let_be_read_is_left_where_it_is(
+    good, tmp_path, monkeypatch
+) -> None:
+    shutil.copytree(good.parent, tmp_path / "checkpoints", symlinks=True)
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", refuse)
+        with pytest.raises(RunError, match=r"model\.safetensors: Permission denied: .* left as it"):
+            CheckpointStore(tmp_path / "checkpoints").newest()
+    newest, warnings = CheckpointStore(tmp_path / "checkpoints").newest()
+    assert newest is not None and newest.name == good.name and not warnings
+
+
+def test_a_model_is_found_though_a_training_beside_deletes_checkpoints(
+    good, tmp_path, monkeypatch
+) -> None:
+    """The best one of a run may be gone when it is about to be read: there is a newer one then."""
+    shutil.copytree(good, tmp_path / "run" / "checkpoints" / "step-000003")
+    found = [tmp_path / "run" / "checkpoints" / "step-000002"]
+    resolve = store.resolve
+    monkeypatch.setattr(store, "resolve", lambda run: found.pop() if found else resolve(run))
+    assert gptforge.load(tmp_path / "run").write("To", 3)
+    assert not found
+    # One that is there and damaged is not looked for again.
+    (tmp_path / "run" / "checkpoints" / "step-000003" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"damaged: tokenizer\.json is missing"):
+        gptforge.load(tmp_path / "run")
+
+
 def test_links_out_of_the_folder_are_refused(good, tmp_path) -> None:
     path = tmp_path / "linked"
     shutil.copytree(good, path)

@@ -50,7 +50,7 @@ def test_a_step_line_is_the_seeds() -> None:
     [
         (judged((50, 5.0), (100, 4.0), (150, 3.0)), "still getting better"),
         (judged((50, 5.0), (100, 4.0), (150, 3.999)), "all but stopped"),
-        (judged((50, 5.0), (100, 4.0), (150, 7.0)), "learn the text by heart"),
+        (judged((50, 5.0), (100, 4.0), (150, 7.0)), "it may come and go"),
         (judged((50, 5.0), (100, 4.0), (150, 4.01), (200, 4.0)), "stayed level"),
         (judged((50, 5.0), (120, 4.0), (150, 4.01)), "In the 30 steps after that it stood level"),
         (judged((50, 5.0), (100, 4.0), (150, 4.01)), "stayed level"),
@@ -86,6 +86,32 @@ def test_the_verdict_goes_by_steps_however_they_were_judged(evals, words) -> Non
     end = int(evals[-1]["step"])
     history = History(train=[event(end - 1)], evals=evals)
     assert words in verdict(history, total_steps=end, epochs=1, out_dir="r", is_judged=True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "epochs", "words"),
+    [
+        ((5.0, 3.9, 0.5), 14, "by heart"),
+        # What was never read twice is not known by heart.
+        ((5.0, 3.9, 3.5), 0.4, "it may come and go"),
+        ((5.0, 3.9, 6.5), 14, "a smaller --max_lr may help"),
+        ((5.0, 3.9, 7.5), 0.4, "a smaller --max_lr may help"),
+        # Known no better than before, however often it was read.
+        ((5.0, 3.9, 3.9), 14, "it may come and go"),
+    ],
+)
+def test_the_verdict_says_by_heart_only_where_the_text_was_learned_better(
+    losses, epochs, words
+) -> None:
+    evals = judged((50, 5.0), (100, 4.0), (150, 7.0))
+    evals[-1]["epoch"] = epochs
+    train = [event(50 * i + j, loss) for i, loss in enumerate(losses) for j in range(30, 50)]
+    text = verdict(
+        History(train=train, evals=evals), total_steps=150, epochs=epochs, out_dir="r",
+        is_judged=True,
+    )  # fmt: skip
+    assert "After that it got worse, 7.0000" in text and words in text
+    assert "The best" in text
 
 
 def test_the_verdict_does_not_praise_what_was_never_judged() -> None:

@@ -127,8 +127,48 @@ def test_a_folder_of_texts_is_not_offered_to_be_moved_aside(config, play) -> Non
         build(dataclasses.replace(config, input=str(texts)))
     assert "--overwrite" not in str(refused.value)
     # As a shell or a pattern would name it.
-    with pytest.raises(UserError, match=r"aside with --input .*\*\.txt in it"):
-        build(dataclasses.replace(config, input=f"{texts}/*.txt", overwrite=True))
+    for pattern in (f"{texts}/*.txt", f"{str(texts)[:-1]}?/*.txt", f"{texts.parent}/**/*.txt"):
+        with pytest.raises(UserError, match=r"aside with --input .*\*\.txt in it"):
+            build(dataclasses.replace(config, input=pattern, overwrite=True))
+
+
+def test_a_folder_is_not_moved_aside_with_other_runs_in_it(config) -> None:
+    inner = dataclasses.replace(config, out_dir=f"{config.out_dir}/deep/inner")
+    running = build(inner)
+    for folder in (config.out_dir, f"{config.out_dir}/deep"):
+        with pytest.raises(UserError, match="holds the run inner"):
+            build(dataclasses.replace(config, out_dir=folder, overwrite=True))
+    assert running.run() == "finished"
+    # Nor when nobody trains into it: it may be all that somebody has.
+    with pytest.raises(UserError, match="holds the run inner"):
+        build(dataclasses.replace(config, overwrite=True))
+
+
+def test_no_run_begins_inside_one_that_is_being_trained(config) -> None:
+    running = build(config)
+    with pytest.raises(UserError, match="which another process trains into"):
+        build(dataclasses.replace(config, out_dir=f"{config.out_dir}/more"))
+    assert running.run() == "finished"
+
+
+def test_what_cannot_be_moved_aside_is_told_before_anything_is_made(config, monkeypatch) -> None:
+    build(config).run()
+    anew = dataclasses.replace(config, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == Path(config.out_dir))
+        with pytest.raises(UserError, match="something is mounted there"):
+            build(anew)
+    parent, able = Path(config.out_dir).parent, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != parent and able(path, mode))
+    with pytest.raises(UserError, match="cannot be written to"):
+        build(anew)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
+def test_a_link_that_leads_nowhere_is_named(config, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="link is a link that leads nowhere"):
+        build(dataclasses.replace(config, out_dir=str(tmp_path / "link" / "run")))
 
 
 def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monkeypatch) -> None:
