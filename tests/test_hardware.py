@@ -1,6 +1,8 @@
 """Devices are faked: what is asked of torch is what the choice depends on."""
 
+import platform
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ import torch
 from gptforge.errors import UserError
 from gptforge.hardware import (
     PLAIN,
+    Kernels,
     Precision,
+    _cpu_vendor,
     attention_kernel,
     choose_device,
     choose_kernels,
@@ -45,18 +49,31 @@ def test_bfloat16_only_on_gpus_that_compute_in_it(monkeypatch, capability, dtype
 
 
 @pytest.mark.parametrize(
-    ("able", "dtype"),
+    ("vendor", "able", "dtype"),
     [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "avx2": True}, torch.float32),
-        ({"bf16": True, "sve": True}, torch.float32),
-        ({}, torch.float32),
+        ("AuthenticAMD", {"avx512_bf16": True}, torch.bfloat16),
+        ("GenuineIntel", {"avx512_bf16": True}, torch.float32),
+        ("GenuineIntel", {"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ("AuthenticAMD", {"avx512_bf16": False, "avx2": True}, torch.float32),
+        ("", {"bf16": True, "sve": True}, torch.float32),
+        ("", {}, torch.float32),
     ],
 )
-def test_bfloat16_only_on_cpus_with_its_instructions(monkeypatch, able, dtype) -> None:
+def test_bfloat16_only_on_cpus_that_are_faster_with_it(monkeypatch, vendor, able, dtype) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr("gptforge.hardware._cpu_vendor", lambda: vendor)
     assert choose_precision("auto", CPU).dtype == dtype
+
+
+def test_a_cpus_vendor_is_asked_of_the_system(monkeypatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "processor: 0\nvendor_id: GenuineIntel")
+    assert "Intel" in _cpu_vendor()
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6")
+    assert "Intel" in _cpu_vendor()
 
 
 def test_a_precision_given_by_hand_is_taken() -> None:
@@ -128,8 +145,10 @@ def test_running_out_of_memory_is_not_the_compilers_fault() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_not_bfloat16_goes_the_plain_way(dtype) -> None:
-    assert choose_kernels(CPU, Precision(dtype, "")) == PLAIN
     assert choose_kernels(CUDA, Precision(dtype, "")) == PLAIN
+    # On a CPU the head's loss is fused in float32 too.
+    expected = Kernels(fused_head=True) if dtype == torch.float32 else PLAIN
+    assert choose_kernels(CPU, Precision(dtype, "")) == expected
 
 
 def test_an_update_is_written_out_where_that_is_fast_and_covers_the_model(monkeypatch) -> None:

@@ -29,7 +29,7 @@ def head_loss(hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Te
     """Cross-entropy of `hidden @ table.T` against `targets`, in nats, summed over the tokens.
 
     Args:
-        hidden: (N, C) bfloat16, on a CUDA device or a CPU.
+        hidden: (N, C) bfloat16, or float32 on a CPU.
         table: (V, C) float32; its gradient is summed in float32 too.
         targets: (N,) ids; those equal to `ignore` count for nothing.
         ignore: the id that is no target.

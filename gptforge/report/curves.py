@@ -189,7 +189,9 @@ def _dress(axes: "Axes", title: str, *, most: int = 4, is_log: bool = False) -> 
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(_steps))
     if is_log:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 4, 5, 7)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(most, steps=ROUND))
