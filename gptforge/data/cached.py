@@ -17,7 +17,7 @@ from gptforge.data.index import Index
 from gptforge.data.prepare import REQUEST, VERSION, prepare
 from gptforge.data.request import Meter, Request
 from gptforge.data.sources import find_sources
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 from gptforge.hardware import cache_folder
 from gptforge.tokenizers import Tokenizer
 
@@ -39,6 +39,7 @@ def prepare_once(
 
     Raises:
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
+        RunError: if the disk of the cache is full.
     """
     sources = find_sources([name])
     contents = [[s.kind, s.packing, files.sha256(s.path)] for s in sources]
@@ -60,6 +61,10 @@ def prepare_once(
             raise UserError(f"{bad.what}: {bad.remedy}") from None
         command = f"gptforge prepare {shlex.quote(name)} --out DIR"
         raise UserError(f"{bad}; `{command}` has these flags: name DIR instead then") from None
+    except RunError as error:
+        raise RunError(
+            f"{error}; it is the cache of prepared data, which XDG_CACHE_HOME puts elsewhere"
+        ) from None
     (folder / REQUEST).touch()
     _forget_unused(cache)
     return index

@@ -9,7 +9,7 @@ from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 from gptforge.tokenizers import decode, named
 
 
@@ -187,3 +187,12 @@ def test_a_home_that_cannot_be_written_does_not_matter(play, tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert len(corpus(play).train) > 0
+
+
+def test_a_full_disk_of_the_cache_is_told_as_that(play, monkeypatch) -> None:
+    def fill_up(*_: object, **__: object) -> None:
+        raise RunError("data/train_000000.bin: the disk is full: make room")
+
+    monkeypatch.setattr("gptforge.data.cached.prepare", fill_up)
+    with pytest.raises(RunError, match="disk is full: make room; it is the cache of prepared data"):
+        corpus(play)
