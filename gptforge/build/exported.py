@@ -214,11 +214,6 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
                 "--init_from take it as it is"
             )
         if not is_hf(path):
-            if _is_ours(source):
-                raise UserError(
-                    f"{source} is this program's own: sample, eval, export and --init_from take "
-                    "it as it is"
-                )
             raise UserError(f"{source} has no config.json: give a folder of transformers'")
         return read_hf(path, tokenizer=tokenizer)
     if _is_missing(path, source):
