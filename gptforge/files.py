@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import TextIO
 
@@ -174,6 +175,13 @@ def set_aside(path: Path, suffix: str) -> Path:
         number += 1
     path.rename(aside)
     return aside
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
+    matching = glob(name, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
+    there = folder.resolve()
+    return any(Path(one).resolve().is_relative_to(there) for one in [name, *matching])
 
 
 def to_nowhere(stream: TextIO) -> None:

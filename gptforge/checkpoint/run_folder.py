@@ -4,11 +4,11 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from gptforge import files
 from gptforge.checkpoint.store import (
     CONFIG,
     CheckpointStore,
@@ -174,19 +174,14 @@ def _needed_inside(config: Config, folder: Path) -> str:
     saved with the new run.
     """
     named = {"input": config.input}
-    if Path(config.tokenizer).is_file() and not _is_inside(config.init_from, folder):
+    starts_inside = config.init_from and files.lies_in(folder, config.init_from)
+    if Path(config.tokenizer).is_file() and not starts_inside:
         named["tokenizer"] = config.tokenizer
-    inside = [f"--{flag} {value}" for flag, value in named.items() if _is_inside(value, folder)]
-    return " and ".join(inside)
-
-
-def _is_inside(path: str, folder: Path) -> bool:
-    """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
-    if not path:
-        return False
-    matching = glob(path, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
-    there = folder.resolve()
-    return any(Path(one).resolve().is_relative_to(there) for one in [path, *matching])
+    return " and ".join(
+        f"--{flag} {value}"
+        for flag, value in named.items()
+        if value and files.lies_in(folder, value)
+    )
 
 
 def _tells_of(event: str, metrics: Path) -> bool:

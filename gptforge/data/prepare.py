@@ -253,14 +253,14 @@ def cores() -> int:
 
 
 def _refuse_to_move_sources(out: Path, request: Request) -> None:
-    named = [Path(name) for name in request.names if name != "-"]
+    named = [name for name in request.names if name != "-"]
     if isinstance(request.tokenizer, str) and Path(request.tokenizer).is_file():
-        named.append(Path(request.tokenizer))
-    for path in named:
-        if path.resolve().is_relative_to(out.resolve()):
+        named.append(request.tokenizer)
+    for name in named:
+        if files.lies_in(out, name):
             raise UserError(
-                f"--overwrite would move {out} aside with {path.as_posix()} in it: choose another "
-                "--out, or put that elsewhere first"
+                f"--overwrite would move {out} aside with {name} in it: choose another --out, or "
+                "put that elsewhere first"
             )
 
 

@@ -252,7 +252,7 @@ def test_overwriting_does_not_move_the_sources_away(tmp_path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     source = jsonl(out / "d.jsonl", [some_text(i) for i in range(5)])
-    for name in (source, out / "*.jsonl", out):
+    for name in (source, out / "*.jsonl", tmp_path / "ou?" / "*.jsonl", out):
         with pytest.raises(UserError, match=r"would move .*out aside with"):
             made(out, name, tokenizer="byte", overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "d.jsonl"]
