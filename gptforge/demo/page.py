@@ -77,8 +77,9 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
             f"<p>{about}</p></div></header>",
             elem_id="head",
         )
-        with gr.Tabs():
-            with gr.Tab("Write"), gr.Row(elem_id="desk"):
+        # Named and chosen: Gradio otherwise shows the first tab that its page happens to hear of.
+        with gr.Tabs(selected="write"):
+            with gr.Tab("Write", id="write"), gr.Row(elem_id="desk"):
                 with gr.Column(scale=4, min_width=300, elem_id="ask"):
                     prompt = gr.Textbox(
                         value=_fitting(model, EXAMPLES)[0],
@@ -120,7 +121,7 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
                     with gr.Row(elem_id="below"):
                         tint = gr.Checkbox(True, label="Tint", elem_id="tint", min_width=0)
                         gr.HTML(legend(), elem_id="legend")
-            with gr.Tab("Training"):
+            with gr.Tab("Training", id="training"):
                 drawn = functools.partial(_curves, Path(run), total)
                 curves = gr.HTML(drawn(), elem_id="curves")
                 clock = gr.Timer(3)

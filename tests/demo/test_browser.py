@@ -164,6 +164,23 @@ def wait_until_done(page) -> None:
     page.wait_for_function("!document.querySelector('.caret')")
 
 
+def point_at(locator) -> None:
+    """Hover, and say what hides it where it cannot be pointed at."""
+    try:
+        locator.hover()
+    except playwright.TimeoutError as error:
+        around = """e => {
+            const told = [];
+            for (; e; e = e.parentElement) {
+                const style = getComputedStyle(e), box = e.getBoundingClientRect();
+                const size = `${box.width}x${box.height}`;
+                told.push([e.tagName, e.id, e.className, style.display, style.visibility, size]);
+            }
+            return told.join("\\n");
+        }"""
+        raise AssertionError(f"{error}\n{locator.evaluate(around)}") from None
+
+
 def test_typing_and_writing(visitor) -> None:
     page = visitor()
     page.fill("#prompt textarea", "But soft, what")
@@ -172,7 +189,7 @@ def test_typing_and_writing(visitor) -> None:
     assert page.locator(".paper .t").count() == 300
     assert "300 tokens" in page.inner_text("#told")
     # How sure it was, by pointing at a token.
-    page.locator(".paper .t").nth(3).hover()
+    point_at(page.locator(".paper .t").nth(3))
     tip = page.locator(".paper .t").nth(3).get_attribute("data-tip")
     assert re.search(r"was given \d+\.\d%", tip)
     assert len(tip.splitlines()) == 7
