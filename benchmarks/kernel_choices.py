@@ -69,6 +69,14 @@ def linear_layers() -> None:
             lambda u=upstream, w=weight: u @ w, lambda u=upstream, w=weight: products.back(u, w)
         )
         row(f"{name}, gradient of its input", *back, flops)
+        sums = torch.zeros(out, inner, device="cuda")
+        to_weight = in_turns(
+            lambda g=sums, u=upstream, x=x: torch.addmm(
+                g, u.t(), x, out_dtype=torch.float32, out=g
+            ),
+            lambda g=sums, u=upstream, x=x: products.add_product(g, u, x),
+        )
+        row(f"{name}, gradient of its weight, added up", *to_weight, flops)
 
 
 def around_the_gelu() -> None:
@@ -135,6 +143,12 @@ def the_head() -> None:
     flops = 2.0 * 8192 * V * C
     torchs, ours = in_turns(lambda: hidden @ table.t(), lambda: products.linear(hidden, table))
     row("logits of 8,192 tokens", torchs, ours, flops)
+    sums, upstream = torch.zeros(V, C, device="cuda"), draw(8192, V)
+    added = in_turns(
+        lambda: torch.addmm(sums, upstream.t(), hidden, out_dtype=torch.float32, out=sums),
+        lambda: products.add_product(sums, upstream, hidden),
+    )
+    row("the table's gradient by them, added up", *added, flops)
     logits = products.linear(hidden, table)
     targets = torch.randint(0, V, (8192,), device="cuda")
     (loss,) = in_turns(lambda: cross_entropy_in_place(logits, targets, -1, 1e-5))

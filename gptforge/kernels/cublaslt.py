@@ -6,18 +6,19 @@ eighth choices are up to 17% faster, so each shape is tried out once. docs/log.m
 
 The library is the one that torch has loaded. Its constants are those of cublasLt.h, CUDA 12 and 13.
 
-Everything here is row by row, as torch has it; cuBLAS counts column by column, so it is told that
-it computes the transposes.
+All tensors are row by row, as torch has them; cuBLAS counts column by column, so it sees each of
+them transposed, and computes the transposed product of the factors in the other order.
 """
 
 import ctypes
+import statistics
 from functools import cache
 
 import torch
 from torch import Tensor
 
 _COMPUTE_FLOAT32, _REAL_FLOAT32, _REAL_BFLOAT16 = 68, 0, 14
-_TRANSPOSE_A, _EPILOGUE, _BIAS, _AUX, _AUX_STRIDE = 3, 7, 8, 11, 12
+_TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS, _AUX, _AUX_STRIDE = 3, 4, 7, 8, 11, 12
 _WORKSPACE_BYTES = 1
 PLAIN, WITH_BIAS, GELU_AND_INPUT, THROUGH_GELU = 1, 4, 164, 192
 """Epilogues: none; bias; bias and GELU, the GELU's input kept; times the GELU's slope."""
@@ -25,8 +26,8 @@ PLAIN, WITH_BIAS, GELU_AND_INPUT, THROUGH_GELU = 1, 4, 164, 192
 WORKSPACE = 32 * 2**20
 """Bytes that kernels may use beside their output; what cuBLAS recommends for Hopper."""
 CANDIDATES = 16
-ROUNDS = 5
-"""Times each candidate is timed."""
+FINALISTS, ROUNDS = 4, 4
+"""Candidates that are timed again, those that were fastest once, and how often."""
 SHORT, CLEARING = 0.05, 0.003
 """Milliseconds: products that take less are a small model's, which plays a recording back; and what
 a kernel with a workspace takes longer there: it is cleared beforehand, and a recording waits before
@@ -74,14 +75,15 @@ class _Library:
 
 
 class Plan:
-    """A product of one shape with one epilogue, ready to be run.
+    """A product of two bfloat16 tensors of fixed shapes, ready to be run.
 
     Args:
         device: of all tensors.
-        rows: of the left factor and the result.
-        weight: shape (out, in) of the right factor.
-        transposed: whether the result is `left @ weight.T`, else `left @ weight`.
+        left: shape of the first factor.
+        right: shape of the second factor.
+        turned: whether each of the two is transposed before it is multiplied.
         epilogue: what is done to the result.
+        adds: whether the product is added to what is there, in float32; otherwise it is bfloat16.
 
     Raises:
         RuntimeError: if the library has no kernel for it.
@@ -91,21 +93,22 @@ class Plan:
     def __init__(
         self,
         device: torch.device,
-        rows: int,
-        weight: torch.Size,
+        left: torch.Size,
+        right: torch.Size,
         *,
-        transposed: bool,
-        epilogue: int,
+        turned: tuple[bool, bool] = (False, False),
+        epilogue: int = PLAIN,
+        adds: bool = False,
     ) -> None:
         self._lib = _library(device)
-        out, inner = weight
-        self._left, self._right = (inner, out) if transposed else (out, inner)
+        rows, columns = left[turned[0]], right[not turned[1]]
         self._description = ctypes.c_void_p()
         self._lib.call(
             "MatmulDescCreate", ctypes.byref(self._description), _COMPUTE_FLOAT32, _REAL_FLOAT32
         )
-        # The weight is cuBLAS's first factor: (in, out), column by column.
-        self._set(_TRANSPOSE_A, ctypes.c_int(transposed))
+        # The second factor is cuBLAS's first.
+        self._set(_TRANSPOSE_A, ctypes.c_int(turned[1]))
+        self._set(_TRANSPOSE_B, ctypes.c_int(turned[0]))
         self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
         # The library looks at the addresses, or at their alignment, before there are any.
         somewhere = ctypes.c_void_p(self._lib.workspace.data_ptr())
@@ -113,19 +116,21 @@ class Plan:
             self._set(_BIAS, somewhere)
         if epilogue in (GELU_AND_INPUT, THROUGH_GELU):
             self._set(_AUX, somewhere)
-            self._set(_AUX_STRIDE, ctypes.c_int64(self._right))
-        self._weight = self._layout(inner, out)
-        self._input = self._layout(self._left, rows)
-        self._output = self._layout(self._right, rows)
-        self._choices = self._candidates(rows)
+            self._set(_AUX_STRIDE, ctypes.c_int64(columns))
+        self._left, self._right = (self._layout(x, _REAL_BFLOAT16) for x in (left, right))
+        self._output = self._layout(
+            torch.Size((rows, columns)), _REAL_FLOAT32 if adds else _REAL_BFLOAT16
+        )
+        self._choices = self._candidates()
         self._chosen = self._choices[0]
         self._is_tried = len(self._choices) == 1
-        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
+        self._adds = adds
+        self._one, self._kept = ctypes.c_float(1), ctypes.c_float(adds)
 
     def __call__(
         self,
         left: Tensor,
-        weight: Tensor,
+        right: Tensor,
         out: Tensor,
         *,
         bias: Tensor | None = None,
@@ -133,31 +138,31 @@ class Plan:
     ) -> Tensor:
         """Compute the product into `out`; the first time, by all candidates, to find the fastest.
 
-        All are contiguous bfloat16 tensors. `aux` (as `out`) is the GELU's input: written where the
-        epilogue keeps it, read where it takes its slope.
+        All are contiguous. `aux` (as `out`) is the GELU's input: written where the epilogue keeps
+        it, read where it takes its slope.
         """
         if bias is not None:
             self._set(_BIAS, ctypes.c_void_p(bias.data_ptr()))
         if aux is not None:
             self._set(_AUX, ctypes.c_void_p(aux.data_ptr()))
         if not self._is_tried and not torch.cuda.is_current_stream_capturing():
-            self._choose(left, weight, out)
-        self._run(self._chosen, left, weight, out)
+            self._choose(left, right, torch.zeros_like(out) if self._adds else out)
+        self._run(self._chosen, left, right, out)
         return out
 
-    def _run(self, choice: _Choice, left: Tensor, weight: Tensor, out: Tensor) -> None:
+    def _run(self, choice: _Choice, left: Tensor, right: Tensor, out: Tensor) -> None:
         pointer, lib = ctypes.c_void_p, self._lib
         result = pointer(out.data_ptr())
         lib.call(
             "Matmul", lib.handle, self._description, ctypes.byref(self._one),
-            pointer(weight.data_ptr()), self._weight, pointer(left.data_ptr()), self._input,
-            ctypes.byref(self._zero), result, self._output, result, self._output,
+            pointer(right.data_ptr()), self._right, pointer(left.data_ptr()), self._left,
+            ctypes.byref(self._kept), result, self._output, result, self._output,
             ctypes.byref(choice.algorithm), pointer(lib.workspace.data_ptr()),
             ctypes.c_size_t(WORKSPACE),
             pointer(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip
 
-    def _choose(self, left: Tensor, weight: Tensor, out: Tensor) -> None:
+    def _choose(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Time the candidates, in turns, and keep the fastest."""
         self._is_tried = True
         if torch.are_deterministic_algorithms_enabled():
@@ -166,32 +171,40 @@ class Plan:
         able = []
         for choice in self._choices:
             try:
-                self._run(choice, left, weight, out)
+                self._run(choice, left, right, out)
             except RuntimeError:
                 continue
             able.append(choice)
+        able = [able[i] for i in self._by_time(able, 1, left, right, out)]
+        fastest, *_ = self._by_time(able[:FINALISTS], ROUNDS, left, right, out)
+        self._chosen = able[fastest]
+
+    def _by_time(
+        self, choices: list[_Choice], rounds: int, left: Tensor, right: Tensor, out: Tensor
+    ) -> list[int]:
+        """Numbers of kernels, the fastest first."""
         marks = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(len(able) + 1)]
-            for _ in range(ROUNDS)
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(choices) + 1)]
+            for _ in range(rounds)
         ]
         for row in marks:
             row[0].record()
-            for mark, choice in zip(row[1:], able, strict=True):
-                self._run(choice, left, weight, out)
+            for mark, choice in zip(row[1:], choices, strict=True):
+                self._run(choice, left, right, out)
                 mark.record()
         torch.cuda.synchronize(out.device)
         times = [
-            sorted(row[i].elapsed_time(row[i + 1]) for row in marks)[ROUNDS // 2]
-            for i in range(len(able))
+            statistics.median(row[i].elapsed_time(row[i + 1]) for row in marks)
+            for i in range(len(choices))
         ]
         if min(times) < SHORT:
             times = [
                 time + CLEARING * bool(choice.workspace)
-                for time, choice in zip(times, able, strict=True)
+                for time, choice in zip(times, choices, strict=True)
             ]
-        self._chosen = able[times.index(min(times))]
+        return sorted(range(len(choices)), key=times.__getitem__)
 
-    def _candidates(self, rows: int) -> list[_Choice]:
+    def _candidates(self) -> list[_Choice]:
         preference = ctypes.c_void_p()
         self._lib.call("MatmulPreferenceCreate", ctypes.byref(preference))
         size = ctypes.c_uint64(WORKSPACE)
@@ -201,12 +214,12 @@ class Plan:
         )  # fmt: skip
         found, count = (_Choice * CANDIDATES)(), ctypes.c_int()
         self._lib.call(
-            "MatmulAlgoGetHeuristic", self._lib.handle, self._description, self._weight,
-            self._input, self._output, self._output, preference, CANDIDATES, found,
+            "MatmulAlgoGetHeuristic", self._lib.handle, self._description, self._right,
+            self._left, self._output, self._output, preference, CANDIDATES, found,
             ctypes.byref(count),
         )  # fmt: skip
         if not count.value:
-            raise RuntimeError(f"cuBLASLt has no kernel for {rows} rows of this product")
+            raise RuntimeError("cuBLASLt has no kernel for this product")
         return list(found[: count.value])
 
     def _set(self, attribute: int, value: _Value) -> None:
@@ -215,11 +228,13 @@ class Plan:
             ctypes.sizeof(value),
         )  # fmt: skip
 
-    def _layout(self, rows: int, columns: int) -> ctypes.c_void_p:
+    def _layout(self, shape: torch.Size, kind: int) -> ctypes.c_void_p:
+        """Of a tensor row by row; cuBLAS calls its rows columns."""
+        rows, columns = shape
         layout = ctypes.c_void_p()
         self._lib.call(
-            "MatrixLayoutCreate", ctypes.byref(layout), _REAL_BFLOAT16, ctypes.c_uint64(rows),
-            ctypes.c_uint64(columns), ctypes.c_int64(rows),
+            "MatrixLayoutCreate", ctypes.byref(layout), kind, ctypes.c_uint64(columns),
+            ctypes.c_uint64(rows), ctypes.c_int64(columns),
         )  # fmt: skip
         return layout
 

@@ -14,9 +14,9 @@ from gptforge.kernels.block import Norm, add_norm, norm_backward
 from gptforge.kernels.dropout import Drop
 from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
 from gptforge.kernels.packed_attention import Kept, fastest
-from gptforge.kernels.products import back, linear
+from gptforge.kernels.products import add_product, back, linear
 from gptforge.model import Block
-from gptforge.train.gradients import Gradients, add_product
+from gptforge.train.gradients import Gradients
 from gptforge.train.weights import Weights
 
 

@@ -18,10 +18,10 @@ from gptforge.hardware import PLAIN, Kernels
 from gptforge.kernels.block import add_rows, embed
 from gptforge.kernels.dropout import Drop, throw
 from gptforge.kernels.head import cross_entropy_in_place
-from gptforge.kernels.products import linear
+from gptforge.kernels.products import add_product, linear
 from gptforge.model import GPT, IGNORE, Block
 from gptforge.train.block_by_hand import BlockByHand, Drops, KeptOfBlock, LayerNorm
-from gptforge.train.gradients import Gradients, add_product
+from gptforge.train.gradients import Gradients
 from gptforge.train.savings import NO_SAVINGS, Savings
 from gptforge.train.weights import Weights
 

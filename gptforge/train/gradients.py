@@ -42,7 +42,8 @@ class Gradients:
     def clip(self, longest: float) -> Tensor:
         """Shorten the gradients if their norm is above `longest`; the norm before that."""
         norm: Tensor = torch.linalg.vector_norm(self.flat)
-        self.flat.mul_(shortening(norm, longest))
+        # A plain product with a number on the device takes one that torch does not vectorize.
+        torch._foreach_mul_([self.flat], shortening(norm, longest))
         return norm
 
     def side_by_side(self, *vectors: Tensor) -> Tensor:
@@ -71,12 +72,3 @@ def shortening(norm: Tensor, longest: float) -> Tensor:
     """What gradients of this norm are to be multiplied by; nothing waits for the norm."""
     # As torch's clip_grad_norm_ does it.
     return (longest / (norm + 1e-6)).clamp(max=1.0)
-
-
-def add_product(gradient: Tensor, upstream: Tensor, x: Tensor) -> None:
-    """Add upstream.T (out, N) @ x (N, in) to the gradient of a weight (out, in), in its type."""
-    if x.is_cuda and x.dtype != gradient.dtype:
-        # Summed in float32 inside the product, and never rounded to the factors' type.
-        torch.addmm(gradient, upstream.t(), x, out_dtype=gradient.dtype, out=gradient)
-    else:
-        gradient += upstream.t() @ x

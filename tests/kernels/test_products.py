@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gptforge.kernels import cublaslt, products
-from gptforge.kernels.products import back, back_through_gelu, linear, linear_gelu
+from gptforge.kernels.products import add_product, back, back_through_gelu, linear, linear_gelu
 
 # Tokens, in, out; the last ones are odd, so that a library may decline them.
 SHAPES = [(256, 64, 192), (1024, 768, 3072), (512, 48, 50304), (100, 37, 91)]
@@ -58,6 +58,26 @@ def test_the_way_back_through_a_gelu_is_autograds(rows, inner, out, device) -> N
     assert distance(back_through_gelu(upstream, weight, before), exact.grad) < 5e-3
 
 
+@pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
+def test_a_weights_gradient_is_added_to_what_is_there(rows, inner, out, device) -> None:
+    x, _, _, upstream = factors(rows, inner, out, device)
+    gradient = torch.randn(out, inner, device=device)
+    exact = gradient.double() + 2 * upstream.double().t() @ x.double()
+    # The first of two tries kernels out, and leaves no trace of that.
+    for _ in range(2):
+        add_product(gradient, upstream, x)
+    # A GPU never rounds the sums to the factors' type, torch's product on a CPU does.
+    assert distance(gradient, exact) < (1e-4 if device.type == "cuda" else 5e-3)
+
+
+def test_a_gradient_in_the_factors_own_type_is_added_up_in_it(device) -> None:
+    x, _, _, upstream = (tensor.double() for tensor in factors(64, 48, 32, device))
+    gradient = torch.randn(32, 48, device=device, dtype=torch.float64)
+    exact = gradient + upstream.t() @ x
+    add_product(gradient, upstream, x)
+    assert torch.allclose(gradient, exact)
+
+
 def test_a_second_call_writes_new_memory(device) -> None:
     x, weight, bias, _ = factors(256, 64, 192, device)
     first, kept = linear(x, weight, bias), linear(x, weight, bias).clone()
@@ -71,7 +91,7 @@ def test_on_a_gpu_the_library_is_used_and_tries_its_kernels_out(device) -> None:
         pytest.skip("there is no cuBLASLt on a CPU")
     products._remembered.cache_clear()
     x, weight, bias, _ = factors(1024, 768, 3072, device)
-    plan = products._plan(x, weight, transposed=True, epilogue=cublaslt.WITH_BIAS)
+    plan = products._plan(x, weight, turned=(False, True), epilogue=cublaslt.WITH_BIAS)
     assert plan is not None and not plan._is_tried
     linear(x, weight, bias)
     assert plan._is_tried
@@ -86,7 +106,7 @@ def test_where_results_must_repeat_the_clock_does_not_choose(device) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         linear(x, weight, bias)
-        plan = products._plan(x, weight, transposed=True, epilogue=cublaslt.WITH_BIAS)
+        plan = products._plan(x, weight, turned=(False, True), epilogue=cublaslt.WITH_BIAS)
         assert plan is not None and plan._chosen is plan._choices[0]
     finally:
         torch.use_deterministic_algorithms(before)
