@@ -32,6 +32,7 @@ from gptforge.commands.tokenizer import tokenizer
 from gptforge.config import Config
 from gptforge.errors import RunError, Terminated, UserError
 from gptforge.flags import parse, parse_train, spell_out_booleans, with_preset
+from gptforge.waking import wake_gpu
 
 MISTAKE, FAILURE = 2, 1
 
@@ -160,6 +161,7 @@ def _dispatch(args: list[str]) -> int:
 def train(args: list[str]) -> int:
     """`gptforge [train]`: train a model, or go on with one."""
     config, given = parse_train(args, more=_about_commands())
+    wake_gpu(config.device)
     say = _say if _is_first() else lambda text: None
     config = with_preset(config, given, say=say)
     import torch
@@ -202,6 +204,7 @@ def train(args: list[str]) -> int:
 def evaluate(args: list[str]) -> int:
     """`gptforge eval RUN`: judge a trained model by held-out text."""
     asked = parse(EvalArgs, args, "gptforge eval")
+    wake_gpu(asked.device)
     from gptforge.build import evaluate_run
 
     what = f"loss on {asked.data}" if asked.data else "held-out loss"

@@ -17,6 +17,7 @@ ROOMS = [
         "errors",
         "files",
         "holding",
+        "waking",
         "config",
         "presets",
         "kernels",
@@ -51,7 +52,7 @@ LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gg
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
 LAZY |= {"wandb", "tensorboard", "quack"}
 NO_TORCH = {"errors", "config", "presets", "files", "holding", "costs", "flags", "commands", "cli"}
-NO_TORCH |= {"__main__", "__init__"}
+NO_TORCH |= {"waking", "__main__", "__init__"}
 
 
 def modules() -> list[Path]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.flags import parse_train, with_preset
+from gptforge.waking import wake_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ def bench(args: list[str]) -> int:
             raise UserError(
                 f"--profile {parsed.profile}: no folder can be made there ({error.strerror})"
             ) from None
+    wake_gpu(parsed.device)
     say = _quietly if parsed.json else print
     names = [field.name for field in dataclasses.fields(Config)]
     config = with_preset(Config(**{n: getattr(parsed, n) for n in names}), given, say=say)

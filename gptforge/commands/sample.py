@@ -13,6 +13,7 @@ import tyro
 
 from gptforge.errors import UserError
 from gptforge.flags import parse
+from gptforge.waking import wake_gpu
 
 if TYPE_CHECKING:
     from gptforge.generate.language_model import LanguageModel
@@ -61,6 +62,7 @@ def sample(args: list[str]) -> int:
         raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
     if asked.interactive and (asked.json or asked.prompt or asked.num_samples > 1):
         raise UserError("--interactive takes its prompts from you, one at a time, and prints text")
+    wake_gpu(asked.device)
     from gptforge.build.trained import load, spare_threads
     from gptforge.generate.sampling import Sampling
 

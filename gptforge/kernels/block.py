@@ -183,8 +183,8 @@ def add_parts(parts: Tensor, sums: Tensor) -> None:
     """`sums` (C,) float32 grows by the sum of the rows of `parts` (P, C), on a CUDA device."""
     count, columns = parts.shape
     assert sums.is_contiguous() and sums.dtype == torch.float32
-    _triton().add_parts[(math.ceil(len(sums) / 16),)](
-        parts, sums, count, len(sums), columns, BLOCK=16, ROWS=256, num_warps=8
+    _triton().add_parts[(math.ceil(len(sums) / 32),)](
+        parts, sums, count, len(sums), columns, BLOCK=32, ROWS=512, num_warps=16
     )
 
 

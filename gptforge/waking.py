@@ -1,0 +1,50 @@
+"""A GPU's driver wakes up while Python is busy with importing torch: both take seconds.
+
+CUDA has one primary context on each device, and torch uses the one that it finds. To make it takes
+as long here as it would there, but here nobody waits for it.
+"""
+
+import ctypes
+import importlib.util
+import os
+import sys
+import threading
+from pathlib import Path
+
+
+def wake_gpu(device: str) -> threading.Thread | None:
+    """Begin to make the context that torch will look for; None where there is nothing to wake.
+
+    Args:
+        device: as `--device` has it. With torchrun, each process wakes its own.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cuda") or not _has_cuda():
+        return None
+    index = os.environ.get("LOCAL_RANK") or number or "0"
+    if not index.isdigit():
+        # Refused in words further on.
+        return None
+    # No daemon: a process that ended under it would take the driver down as it starts.
+    thread = threading.Thread(target=_retain, args=(int(index),), name="waking the GPU")
+    thread.start()
+    return thread
+
+
+def _has_cuda() -> bool:
+    """Whether the torch that is installed is made for CUDA, on Linux; without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None or sys.platform != "linux":
+        return False
+    return (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
+
+
+def _retain(index: int) -> None:
+    # Whatever fails here fails again where torch does it, and is told there.
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), index) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
