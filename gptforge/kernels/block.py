@@ -211,7 +211,9 @@ def _norm_backward_on_cuda(
 ) -> tuple[Tensor, Tensor]:
     rows, columns = upstream.shape
     assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
-    block, height, warps = _tile_of_sums(columns, is_dropping=norm.drop is not None)
+    block, _ = _tile(columns)
+    # Each thread keeps three sums of each of its columns: a row at a time, and others on their way.
+    ahead = 3 + (norm.drop is not None) if block <= 2048 else 1
     programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 16))
     parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
     to_branch = upstream if norm.drop is None else torch.empty_like(upstream)
@@ -219,8 +221,8 @@ def _norm_backward_on_cuda(
     _triton().norm_backward[(programs,)](
         upstream, norm.stream, norm.mean, norm.rstd, weight,
         upstream if beside is None else beside, to_branch, parts, keys, rows,
-        math.ceil(rows / programs), columns=columns, BLOCK=block, ROWS=height,
-        HAS_BESIDE=beside is not None, DROPPED=dropped, num_warps=warps,
+        math.ceil(rows / programs), columns=columns, BLOCK=block, ROWS=1,
+        HAS_BESIDE=beside is not None, DROPPED=dropped, STAGES=ahead, num_warps=block // 1024 or 1,
     )  # fmt: skip
     add_parts(parts, sums)
     return upstream, to_branch
@@ -235,7 +237,7 @@ def _gelu_backward_on_cuda(
     parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     _triton().gelu_backward[(programs, math.ceil(columns / 512))](
         x, upstream, parts, rows, math.ceil(rows / programs), columns,
-        BLOCK=512, ROWS=4, AGAIN=again, num_warps=2,
+        BLOCK=512, ROWS=4, AGAIN=again, STAGES=3, num_warps=2,
     )  # fmt: skip
     add_parts(parts, sums)
     return upstream, x
@@ -258,20 +260,6 @@ def _tile(columns: int, *, numbers: int = 4096) -> tuple[int, int]:
     """Columns and rows that a program works on at a time: so many numbers, or one row."""
     block = 1 << (columns - 1).bit_length()
     return block, max(1, numbers // block)
-
-
-def _tile_of_sums(columns: int, *, is_dropping: bool) -> tuple[int, int, int]:
-    """Columns and rows at a time, and warps, where each thread keeps three sums of each column.
-
-    The fastest of those tried on an H200 at 384, 768, 1024 and 1600 columns.
-    """
-    block, _ = _tile(columns)
-    warps = block // 1024 or 1
-    rows = max(1, 1600 * warps // columns)
-    height = 1 << (rows.bit_length() - 1)
-    if is_dropping and height > 2:
-        return block, 2, 2
-    return block, height, warps
 
 
 @cache

@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 
 from gptforge.kernels.in_triton_dropout import column_words, factor_of, is_kept, row_words
+from gptforge.kernels.in_triton_head import LOG2_E
+
+TWICE = tl.constexpr(1.5957691216057308)
+"""2 * sqrt(2 / pi): the GELU's tanh of a is twice the logistic function of 2 a, less one."""
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -82,7 +86,7 @@ def add_norm(
 def norm_backward(
     upstream, stream, mean, rstd, weight, beside, to_branch, parts, keys, rows, each,
     columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BESIDE: tl.constexpr,
-    DROPPED: tl.constexpr,
+    DROPPED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`upstream` becomes the stream's gradient; `parts` (P, 3, columns) sums for the parameters.
 
@@ -97,7 +101,7 @@ def norm_backward(
     of_branch = tl.zeros((BLOCK,), tl.float32)
     words = column_words(column, keys) if DROPPED else column
     last = tl.minimum(program * each + each, rows)
-    for begin in range(0, each, ROWS):
+    for begin in tl.range(0, each, ROWS, num_stages=STAGES):
         row = program * each + begin + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & inside[None, :]
         place = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -143,7 +147,7 @@ def gelu(x, out, count, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "each"])
 def gelu_backward(
     x, upstream, parts, rows, each, columns,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`upstream` becomes the gradient of x, if AGAIN x its GELU; `parts` (P, columns) the sums."""
     program = tl.program_id(0)
@@ -151,17 +155,17 @@ def gelu_backward(
     inside = column < columns
     total = tl.zeros((BLOCK,), tl.float32)
     last = tl.minimum(program * each + each, rows)
-    for begin in range(0, each, ROWS):
+    for begin in tl.range(0, each, ROWS, num_stages=STAGES):
         row = program * each + begin + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & inside[None, :]
         place = row.to(tl.int64)[:, None] * columns + column[None, :]
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
         square = value * value
-        inner = 0.7978845608028654 * value * (1.0 + 0.044715 * square)
-        share = 1.0 / (1.0 + tl.exp(-2.0 * inner))
-        slope = 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * square)
-        dx = dy * (share + value * share * (1.0 - share) * slope)
+        # The GELU is value * share, and share the logistic function of a third power of value.
+        share = 1.0 / (1.0 + tl.exp2(value * (TWICE + TWICE * 0.044715 * square) * -LOG2_E))
+        slope = TWICE + 3.0 * TWICE * 0.044715 * square
+        dx = dy * (share + (share - share * share) * value * slope)
         narrow = dx.to(upstream.dtype.element_ty)
         tl.store(upstream + place, narrow, mask=mask)
         if AGAIN:
