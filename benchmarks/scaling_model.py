@@ -23,7 +23,7 @@ TABLE = 50304 * 768 / 124_475_904
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--step_ms", type=float, default=241.4, help="131,072 tokens, one GPU")
+    parser.add_argument("--step_ms", type=float, default=223.2, help="131,072 tokens, one GPU")
     parser.add_argument("--host_gb", type=float, default=300.0, help="GB/s a GPU, within a host")
     parser.add_argument("--net_gb", type=float, default=50.0, help="GB/s a GPU, between hosts")
     parser.add_argument("--in_host", type=int, default=8, help="GPUs of a host")
