@@ -1,15 +1,21 @@
 """A GPU's driver wakes up while Python is busy with importing torch: both take seconds.
 
 CUDA has one primary context on each device, and torch uses the one that it finds. To make it takes
-as long here as it would there, but here nobody waits for it.
+as long here as it would there, but meanwhile torch is imported.
 """
 
+import atexit
+import contextlib
 import ctypes
 import importlib.util
 import os
 import sys
 import threading
 from pathlib import Path
+
+LONGEST = 2.0
+"""Seconds that a program which is over waits for its driver: an end in the middle of its start
+could take the program down, and some drivers need half a minute."""
 
 
 def wake_gpu(device: str) -> threading.Thread | None:
@@ -19,16 +25,24 @@ def wake_gpu(device: str) -> threading.Thread | None:
         device: as `--device` has it. With torchrun, each process wakes its own.
     """
     kind, _, number = device.partition(":")
-    if kind not in ("auto", "cuda") or not _has_cuda():
+    if (device != "auto" and kind != "cuda") or not _has_cuda():
         return None
-    index = os.environ.get("LOCAL_RANK") or number or "0"
-    if not index.isdigit():
+    if not number and os.environ.get("WORLD_SIZE", "1") != "1":
+        number = os.environ.get("LOCAL_RANK", "")
+    if number and not number.isdecimal():
         # Refused in words further on.
         return None
-    # No daemon: a process that ended under it would take the driver down as it starts.
-    thread = threading.Thread(target=_retain, args=(int(index),), name="waking the GPU")
+    thread = threading.Thread(
+        target=_retain, args=(int(number or 0),), name="waking the GPU", daemon=True
+    )
     thread.start()
+    atexit.register(_wait_a_moment, thread)
     return thread
+
+
+def _wait_a_moment(thread: threading.Thread) -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        thread.join(LONGEST)
 
 
 def _has_cuda() -> bool:

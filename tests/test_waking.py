@@ -1,14 +1,17 @@
 """The driver's context, made before torch looks for it; by a driver of the test's own."""
 
+import atexit
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from gptforge import waking
+from gptforge import cli, commands, waking
 
 
 class Driver:
@@ -36,7 +39,8 @@ def driver(monkeypatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     monkeypatch.setattr(waking, "_has_cuda", lambda: True)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     return driver
 
 
@@ -53,11 +57,22 @@ def test_the_context_of_the_device_that_was_asked_for_is_made(driver, device, in
 
 def test_each_process_of_torchrun_wakes_its_own(driver, monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     wake("auto")
     assert ("device", 2) in driver.asked
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps", "cuda:x", "cuda:-1", "gpu", ""])
+def test_a_process_alone_wakes_what_it_asks_for(driver, monkeypatch) -> None:
+    # As torchrun leaves it for one process.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    wake("cuda:1")
+    assert ("device", 1) in driver.asked
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", "mps", "cuda:x", "cuda:-1", "cuda:²", "auto:3", "gpu", ""]
+)
 def test_nothing_is_woken_for_another_device_or_a_misspelt_one(driver, device) -> None:
     wake(device)
     assert driver.asked == []
@@ -78,7 +93,45 @@ def test_a_driver_that_fails_or_is_missing_is_left_to_torch(driver, monkeypatch)
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    wake("cuda")
+    waking._retain(0)
+
+
+def test_a_program_that_is_over_waits_a_moment_for_a_slow_driver(monkeypatch) -> None:
+    ends = []
+    monkeypatch.setattr(atexit, "register", lambda *call: ends.append(call))
+    monkeypatch.setattr(waking, "_has_cuda", lambda: True)
+    monkeypatch.setattr(waking, "LONGEST", 0.01)
+    is_over = threading.Event()
+    monkeypatch.setattr(waking, "_retain", lambda index: is_over.wait(60))
+    thread = waking.wake_gpu("cuda")
+    [(wait, *arguments)] = ends
+    wait(*arguments)
+    assert thread.is_alive() and thread.daemon
+    is_over.set()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "device"),
+    [
+        (["--input", "none.txt", "--device", "cuda:5"], "cuda:5"),
+        (["eval", "none", "--device", "cuda"], "cuda"),
+        (["sample", "none"], "auto"),
+        (["bench", "--preset", "none", "--device", "cuda"], None),
+        (["bench", "--preset", "debug", "--n_head", "5", "--device", "cuda"], "cuda"),
+        (["--help"], None),
+        (["--max_stepz", "3"], None),
+    ],
+)
+def test_a_command_wakes_its_device_once_its_flags_are_understood(
+    command, device, monkeypatch, capsys
+) -> None:
+    woken: list[str] = []
+    for module in (cli, commands.bench, commands.sample):
+        monkeypatch.setattr(module, "wake_gpu", woken.append)
+    with contextlib.suppress(SystemExit):
+        cli.main(command)
+    assert woken == ([] if device is None else [device])
 
 
 def test_whether_torch_has_cuda_is_seen_without_importing_it() -> None:
@@ -91,10 +144,13 @@ def test_whether_torch_has_cuda_is_seen_without_importing_it() -> None:
 def test_torch_finds_the_context_that_was_made() -> None:
     made = (
         "import ctypes; from gptforge.waking import wake_gpu; wake_gpu('cuda').join()\n"
+        "driver, made, used = ctypes.CDLL('libcuda.so.1'), ctypes.c_void_p(), ctypes.c_void_p()\n"
         "flags, active = ctypes.c_uint(), ctypes.c_int()\n"
-        "state = ctypes.CDLL('libcuda.so.1').cuDevicePrimaryCtxGetState\n"
-        "state(0, ctypes.byref(flags), ctypes.byref(active))\n"
+        "driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))\n"
         "assert active.value == 1\n"
+        "driver.cuDevicePrimaryCtxRetain(ctypes.byref(made), 0)\n"
         "import torch; assert torch.ones(2, device='cuda').sum() == 2\n"
+        "driver.cuCtxGetCurrent(ctypes.byref(used))\n"
+        "assert used.value == made.value != None\n"
     )
     subprocess.run([sys.executable, "-c", made], check=True, env=os.environ)

@@ -212,8 +212,8 @@ def _norm_backward_on_cuda(
     rows, columns = upstream.shape
     assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
     block, _ = _tile(columns)
-    # Each thread keeps three sums of each of its columns: a row at a time, and others on their way.
-    ahead = 3 + (norm.drop is not None) if block <= 2048 else 1
+    # Each thread keeps three sums of each of its columns: few rows at a time, others on their way.
+    stages = 1 if block > 2048 else 4 if norm.drop is not None and block <= 512 else 3
     programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 16))
     parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
     to_branch = upstream if norm.drop is None else torch.empty_like(upstream)
@@ -221,8 +221,9 @@ def _norm_backward_on_cuda(
     _triton().norm_backward[(programs,)](
         upstream, norm.stream, norm.mean, norm.rstd, weight,
         upstream if beside is None else beside, to_branch, parts, keys, rows,
-        math.ceil(rows / programs), columns=columns, BLOCK=block, ROWS=1,
-        HAS_BESIDE=beside is not None, DROPPED=dropped, STAGES=ahead, num_warps=block // 1024 or 1,
+        math.ceil(rows / programs), columns=columns, BLOCK=block, ROWS=512 // block or 1,
+        HAS_BESIDE=beside is not None, DROPPED=dropped, STAGES=stages,
+        num_warps=block // 1024 or 1,
     )  # fmt: skip
     add_parts(parts, sums)
     return upstream, to_branch

@@ -136,7 +136,7 @@ class Plan:
         bias: Tensor | None = None,
         aux: Tensor | None = None,
     ) -> Tensor:
-        """Compute the product into `out`; the first time, by all candidates, to find the fastest.
+        """Compute the product into `out`, or onto it; at first by all, to find the fastest.
 
         All are contiguous. `aux` (as `out`) is the GELU's input: written where the epilogue keeps
         it, read where it takes its slope.
@@ -146,7 +146,7 @@ class Plan:
         if aux is not None:
             self._set(_AUX, ctypes.c_void_p(aux.data_ptr()))
         if not self._is_tried and not torch.cuda.is_current_stream_capturing():
-            self._choose(left, right, torch.zeros_like(out) if self._adds else out)
+            self._choose(left, right, out)
         self._run(self._chosen, left, right, out)
         return out
 
@@ -168,6 +168,12 @@ class Plan:
         if torch.are_deterministic_algorithms_enabled():
             # The clock must not decide about bits.
             return
+        if self._adds:
+            try:
+                out = torch.zeros_like(out)
+            except torch.OutOfMemoryError:
+                # There is room for the product, if not for trials beside what it is added to.
+                return
         able = []
         for choice in self._choices:
             try:
@@ -175,6 +181,9 @@ class Plan:
             except RuntimeError:
                 continue
             able.append(choice)
+        if not able:
+            # The product itself says why.
+            return
         able = [able[i] for i in self._by_time(able, 1, left, right, out)]
         fastest, *_ = self._by_time(able[:FINALISTS], ROUNDS, left, right, out)
         self._chosen = able[fastest]

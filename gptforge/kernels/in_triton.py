@@ -138,9 +138,8 @@ def gelu(x, out, count, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < count
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-    # (1 + tanh(a)) / 2 is the logistic function of 2 a.
-    share = 1.0 / (1.0 + tl.exp(-2.0 * inner))
+    cubic = value * (TWICE + TWICE * 0.044715 * value * value)
+    share = 1.0 / (1.0 + tl.exp2(cubic * -LOG2_E))
     tl.store(out + place, (value * share).to(out.dtype.element_ty), mask=mask)
 
 
@@ -162,7 +161,7 @@ def gelu_backward(
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
         square = value * value
-        # The GELU is value * share, and share the logistic function of a third power of value.
+        # The GELU is value * share, and share the logistic function of a cubic of value.
         share = 1.0 / (1.0 + tl.exp2(value * (TWICE + TWICE * 0.044715 * square) * -LOG2_E))
         slope = TWICE + 3.0 * TWICE * 0.044715 * square
         dx = dy * (share + (share - share * share) * value * slope)

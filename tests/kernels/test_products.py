@@ -95,6 +95,10 @@ def test_on_a_gpu_the_library_is_used_and_tries_its_kernels_out(device) -> None:
     assert plan is not None and not plan._is_tried
     linear(x, weight, bias)
     assert plan._is_tried
+    upstream, gradient = torch.ones(1024, 3072, device=device).bfloat16(), torch.zeros_like(weight)
+    add_product(gradient.float(), upstream, x)
+    plan = products._plan(upstream, x, turned=(True, False), adds=True)
+    assert plan is not None and plan._is_tried
 
 
 def test_where_results_must_repeat_the_clock_does_not_choose(device) -> None:
