@@ -104,7 +104,8 @@ class Config:
     seed: int = 1337
     """Seed of the weights, the order of the windows, dropout and samples."""
     init_from: str = ""
-    """Run or checkpoint folder whose weights to start from; empty: random weights."""
+    """Run or checkpoint whose weights to start from, or another program's model, which is imported
+    into runs/imported; empty: random weights."""
 
     out_dir: str = ""
     """Run folder; empty: runs/<preset>."""

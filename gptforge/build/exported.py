@@ -1,5 +1,7 @@
 """From a run to a model in another program's form, and from there to a checkpoint."""
 
+import hashlib
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 from gptforge import __version__, files
 from gptforge.build.trained import open_parts
 from gptforge.checkpoint import store as checkpoints
-from gptforge.config import Config, check, merge, to_toml
+from gptforge.config import NOTES, Config, check, merge, to_toml
 from gptforge.convert.card import CURVES, Origin, beginning, model_card
 from gptforge.convert.extras import require
 from gptforge.convert.gguf import write_gguf
@@ -27,6 +29,8 @@ from gptforge.tokenizers import Tokenizer, named
 Say = Callable[[str], None]
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 """How files are named, and no model on the Hub."""
+OF_A_MODEL = ("config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json")
+"""What is read of a folder of transformers', or fetched from the Hub."""
 
 
 def export_hf(run: str, out: Path, *, say: Say) -> None:
@@ -94,7 +98,7 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "",
     given = _given_tokenizer(tokenizer, text)
     parts = _read(source, given, say)
     with _writing(out), files.new_folder(out) as folder:
-        config = _config_text(parts, None)
+        config = _config_text(parts, None, source=_digest(Path(source)))
         tensors = dict(parts.tensors)
         checkpoints.write_model(folder, tensors, tokenizer=parts.tokenizer, config=config)
     c = parts.config
@@ -108,7 +112,8 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "",
 def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     """What `--init_from` takes: a run or checkpoint as it is, else an import made for it.
 
-    With `scratch` an import that is not there yet is made in that folder, and not kept.
+    An import of something else by that name is moved aside. With `scratch` an import that is not
+    there yet is made in that folder, and not kept.
     """
     path = Path(source)
     looks_ours = path.is_dir() and not is_hf(path)
@@ -117,10 +122,36 @@ def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     if path.is_file() and path.name in ("best", "last"):
         return source
     out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
-    if not out.is_dir():
-        out = scratch / out.name if scratch else out
-        import_model(source, out, say=say)
+    is_there = out.is_dir()
+    if is_there and path.exists() and _imported_from(out) != _digest(path):
+        is_there = False
+        if not scratch:
+            aside = files.set_aside(out, "old")
+            say(f"note: {out.as_posix()} came from another {source}: moved to {aside.as_posix()}")
+    if is_there:
+        say(f"--init_from {source}: as it was imported before, {out.as_posix()}")
+        return out.as_posix()
+    out = scratch / out.name if scratch else out
+    import_model(source, out, say=say)
     return out.as_posix()
+
+
+def _digest(source: Path) -> str:
+    """SHA-256 over what is read of a model, whatever it is called; empty for one on the Hub."""
+    found = [source] if source.is_file() else []
+    if source.is_dir():
+        found = sorted(path for name in OF_A_MODEL for path in source.glob(name))
+    whole = "".join(f"{path.suffix} {files.sha256(path)} " for path in found)
+    return hashlib.sha256(whole.encode()).hexdigest() if found else ""
+
+
+def _imported_from(folder: Path) -> str:
+    """The digest that an import noted; empty if there is none."""
+    try:
+        notes = tomllib.loads(files.read_small(folder / checkpoints.CONFIG))[NOTES]
+        return str(notes.get("source", ""))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return ""
 
 
 def origin_of(run: str) -> Origin | None:
@@ -165,14 +196,14 @@ def _writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _config_text(parts: Parts, origin: Origin | None) -> str:
+def _config_text(parts: Parts, origin: Origin | None, *, source: str = "") -> str:
     if origin:
         return to_toml(origin.config, {"gptforge": __version__})
     shape = vars(parts.config) | {"dropout": 0.0}
     own = {"tokenizer": parts.tokenizer.name, "context_length": parts.config.block_size}
     config = merge(Config(), {**shape, **own}, source="import")
     check(config)
-    return to_toml(config, {"gptforge": __version__, "command": "import"})
+    return to_toml(config, {"gptforge": __version__, "command": "import", "source": source})
 
 
 def _given_tokenizer(name: str, text: str) -> Tokenizer | None:
@@ -225,9 +256,8 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
     import huggingface_hub
 
     say(f"fetching {source} from the Hugging Face Hub")
-    wanted = ["config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json"]
     try:
-        folder = huggingface_hub.snapshot_download(source, allow_patterns=wanted)
+        folder = huggingface_hub.snapshot_download(source, allow_patterns=list(OF_A_MODEL))
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

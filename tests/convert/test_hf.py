@@ -215,7 +215,29 @@ def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
         first.append(next(line for line in done.out.splitlines() if line.startswith("step 0")))
     assert len({line.split("dt")[0] for line in first}) == 1
     # The import made for it is found again.
-    assert imported("out", say=lambda _: pytest.fail("made twice")) == "runs/imported/out"
+    said: list[str] = []
+    assert imported("out", say=said.append) == "runs/imported/out"
+    assert ["as it was imported before" in text for text in said] == [True]
+
+
+def test_a_model_that_was_replaced_is_imported_anew(exports, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other, *_ = exports.values()
+    said: list[str] = []
+    shutil.copytree(one, "mine")
+    first = imported("mine", say=said.append)
+    # The same, copied anew, is the same still.
+    shutil.rmtree("mine")
+    shutil.copytree(one, "mine")
+    assert imported("mine", say=said.append) == first
+    assert "as it was imported before" in said[-1]
+    shutil.rmtree("mine")
+    shutil.copytree(other, "mine")
+    assert imported("mine", say=said.append) == first
+    assert "came from another mine: moved to" in said[-2]
+    assert {path.name for path in Path("runs/imported").iterdir()} == {"mine", "mine.old-1"}
+    sizes = [load(path, device="cpu").tokenizer.size for path in (first, f"{first}.old-1")]
+    assert sizes == [read_hf(path).tokenizer.size for path in (other, one)]
 
 
 @pytest.mark.parametrize("source", ["runs/nao", "model/ckpt.pt", "ckpt.pth", "out/", "~/model"])
