@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -209,6 +210,11 @@ def evaluate(args: list[str]) -> int:
 
     what = f"loss on {asked.data}" if asked.data else "held-out loss"
     score = evaluate_run(asked.run, data=asked.data, encoding=asked.encoding, device=asked.device)
+    if not math.isfinite(score.loss):
+        raise RunError(
+            f"{asked.run}: its loss is no number: the training of this model broke down, or its "
+            "weights are too large for this device"
+        )
     facts = {
         "loss": score.loss,
         "perplexity": score.perplexity,

@@ -135,3 +135,15 @@ def test_any_command_that_is_told_to_end_cleans_up_and_says_so(name, code, word)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (code, "cleaned up\n", f"{word}\n")
+
+
+def test_a_training_that_broke_down_is_no_success_and_its_model_no_use(program, play) -> None:
+    # Too few steps to give up in the middle.
+    broken = (*DEBUG, "--input", play, "--max_steps", 3, "--max_lr", 1e9, "--out_dir", "run")
+    done = program(*broken, "--val_fraction", 0.1)
+    assert (done.code, "nothing was learned: a lower --max_lr" in done.err) == (1, True)
+    assert "Try it" not in done.out
+    done = program("sample", "run", "--device", "cpu")
+    assert (done.code, "training broke down" in done.err, done.out) == (1, True, "")
+    done = program("eval", "run", "--data", play, "--json", "--device", "cpu")
+    assert (done.code, "its loss is no number" in done.err, done.out) == (1, True, "")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 from gptforge.flags import parse
 from gptforge.waking import wake_gpu
 
@@ -68,6 +68,10 @@ def sample(args: list[str]) -> int:
 
     writer = load(asked.run, device=asked.device, dtype=asked.dtype)
     spare_threads(writer)
+    if not writer.logits([0]).isfinite().all():
+        raise RunError(
+            f"{asked.run} writes nothing: its weights are no use, for training broke down"
+        )
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p)
     if asked.interactive:
         return _interactive(writer, asked)

@@ -37,8 +37,15 @@ def verdict(
         lines = _held_out(history, total_steps)
     else:
         lines = _training_only(history, epochs, how_to_part)
-    lines.append(f"Try it: {program} sample {_quoted(out_dir)}")
+    if not _broke_down(history):
+        lines.append(f"Try it: {program} sample {_quoted(out_dir)}")
     return "\n".join(lines)
+
+
+def _broke_down(history: History) -> bool:
+    """Whether the losses ended in what is no number, and none that was judged ever was one."""
+    scored = [event for event in history.evals if event["val_loss"] is not None]
+    return bool(history.train) and history.train[-1]["loss"] is None and not scored
 
 
 def _held_out(history: History, total_steps: int) -> list[str]:

@@ -34,6 +34,7 @@ PATIENCE = 5
 """Steps in a row without a finite loss and gradient before training goes back."""
 MOST_RETURNS = 3
 """Times it goes back before it gives up."""
+REMEDY = "a lower --max_lr, a longer --warmup_steps or a look at the text may help"
 
 
 class Stopwatch:
@@ -128,6 +129,12 @@ class Trainer:
             is_judged=self.held_out is not None,
         )
         self.lock.close()
+        p = self.progress
+        if reason == "finished" and not (math.isfinite(p.loss) or math.isfinite(p.best_loss)):
+            raise RunError(
+                f"training broke down before step {p.step}, and nothing was learned: {REMEDY}; "
+                "--overwrite starts anew"
+            )
         return reason
 
     @property
@@ -195,8 +202,7 @@ class Trainer:
                 why = f"{returns - 1} returns did not help" if path else "nothing was saved yet"
                 raise RunError(
                     f"no finite loss for {PATIENCE} steps in a row, and {why}: training broke down "
-                    f"at step {reached - 1}. A lower --max_lr, a longer --warmup_steps or a look "
-                    "at the text may help"
+                    f"at step {reached - 1}: {REMEDY}"
                 )
             self.progress = restore(path, self.train_step, self.loader, self.ranks)
             self.progress.returns = returns
