@@ -18,7 +18,7 @@ from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.lock import lock_run
-from gptforge.checkpoint.run_folder import Opening, check_folder
+from gptforge.checkpoint.run_folder import Opening, check_folder, is_put_away
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import NOTES, Config, check, to_toml
@@ -38,6 +38,7 @@ from gptforge.report.meter import open_meter
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.report.unwritten import Silence, Unwritten
+from gptforge.report.verdict import quoted
 from gptforge.tokenizers import byte_lengths
 from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
@@ -86,7 +87,8 @@ def build_trainer(
     with ranks.local_first(), open_meter("preparing the text") as meter:
         corpus = open_text(config, given, say, meter)
     config = settle(config, corpus)
-    lock = lock_run(Path(config.out_dir)) if ranks.is_first else NoHold()
+    is_read_only = is_put_away(Path(config.out_dir))
+    lock = lock_run(Path(config.out_dir)) if ranks.is_first and not is_read_only else NoHold()
     with contextlib.ExitStack() as unless_built:
         unless_built.callback(lock.close)
         opening = open_together(config, corpus, given, ranks, asked=asked)
@@ -259,5 +261,5 @@ def _held_out(corpus: Corpus, config: Config, *, batch_size: int) -> HeldOut | N
 def _finished(config: Config, program: str) -> str:
     return (
         f"{config.out_dir} is finished: {config.max_steps} steps are made. Raise --max_steps to go "
-        f"on, --overwrite to start anew, or try it: {program} sample {config.out_dir}"
+        f"on, --overwrite to start anew, or try it: {program} sample {quoted(config.out_dir)}"
     )

@@ -82,20 +82,7 @@ def open_run(
         return Opening("new", config)
     old, state = read_config(newest), read_state(newest)
     store.mend_pointers(newest)
-    if "warmup_steps" not in given:
-        config = dataclasses.replace(config, warmup_steps=old.warmup_steps)
-    # Where a tokenizer lies is of no matter; what it says is.
-    config = dataclasses.replace(config, tokenizer=old.tokenizer)
-    found = differences(old, config)
-    if read_tokenizer(newest).to_json() != tokenizer.to_json():
-        found.append("tokenizer: not the one that the run was begun with")
-    if state["text_sha256"] != text_sha256:
-        found.append(f"input: the text is not the one that {folder.as_posix()} learned")
-    if found:
-        raise UserError(
-            f"{folder.as_posix()} holds a run with another configuration ({'; '.join(found)}): "
-            "choose another --out_dir, or --overwrite to move it aside"
-        )
+    config = as_begun(newest, config, given=given, tokenizer=tokenizer, text_sha256=text_sha256)
     if config.max_steps > old.max_steps:
         warnings.append(
             f"--max_steps raised from {old.max_steps} to {config.max_steps}: "
@@ -105,7 +92,42 @@ def open_run(
     is_finished = progress["step"] >= config.max_steps and not progress.get("unjudged")
     is_finished &= _tells_of("end", folder / "metrics.jsonl")
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
+    if status == "resume":
+        check_writable(folder)
     return Opening(status, config, newest, state, tuple(warnings))
+
+
+def as_begun(
+    checkpoint: Path,
+    config: Config,
+    *,
+    given: Collection[str],
+    tokenizer: Tokenizer,
+    text_sha256: str,
+) -> Config:
+    """`config` as it goes on with the run that a checkpoint is of; only looks.
+
+    Raises:
+        UserError: if the run was begun with another configuration, tokenizer or text.
+    """
+    old, folder = read_config(checkpoint), Path(config.out_dir)
+    if "warmup_steps" not in given:
+        config = dataclasses.replace(config, warmup_steps=old.warmup_steps)
+    # Where a tokenizer lies is of no matter; what it says is.
+    config = dataclasses.replace(config, tokenizer=old.tokenizer)
+    found = differences(old, config)
+    if read_tokenizer(checkpoint).to_json() != tokenizer.to_json():
+        found.append("tokenizer: not the one that the run was begun with")
+    if read_state(checkpoint)["text_sha256"] != text_sha256:
+        found.append(f"input: the text is not the one that {folder.as_posix()} learned")
+    if found:
+        is_longer = len(found) == 1 and config.max_steps < old.max_steps
+        go_on = f"go on with --max_steps {old.max_steps}, " if is_longer else ""
+        raise UserError(
+            f"{folder.as_posix()} holds a run with another configuration ({'; '.join(found)}): "
+            f"{go_on}choose another --out_dir, or --overwrite to move it aside"
+        )
+    return config
 
 
 def check_writable(folder: Path) -> None:
@@ -125,6 +147,8 @@ def check_writable(folder: Path) -> None:
 def check_folder(config: Config) -> None:
     """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
+    if is_put_away(folder) and not config.overwrite:
+        return
     check_writable(folder)
     if (folder / "checkpoints").is_dir():
         check_writable(folder / "checkpoints")
@@ -147,6 +171,15 @@ def check_folder(config: Config) -> None:
         if needed:
             remedy = f"choose another, for {needed} lies there"
         raise UserError(f"--out_dir {folder} holds other files and no run: {remedy}")
+
+
+def is_put_away(folder: Path) -> bool:
+    """Whether a run that came to its end lies where nothing can be written any more."""
+    return (
+        (folder / CONFIG).is_file()
+        and not os.access(folder, os.W_OK)
+        and _tells_of("end", folder / "metrics.jsonl")
+    )
 
 
 def _why_not_aside(folder: Path) -> str:

@@ -12,8 +12,8 @@ from gptforge import costs, files
 from gptforge.build.parallel import wants_shards
 from gptforge.build.rehearsal import rehearse
 from gptforge.build.settled import open_text, out_dir_of, settle, start_from
-from gptforge.checkpoint.run_folder import check_folder, check_writable
-from gptforge.checkpoint.store import SPARE_BYTES, CheckpointStore
+from gptforge.checkpoint.run_folder import as_begun, check_folder
+from gptforge.checkpoint.store import SPARE_BYTES, CheckpointStore, damage
 from gptforge.config import Config, check
 from gptforge.data.corpus import Corpus
 from gptforge.data.loader import windows_of_epoch
@@ -46,13 +46,22 @@ def make_plan(config: Config, given: Collection[str], say: Say) -> Plan:
     with tempfile.TemporaryDirectory() as scratch:
         config = start_from(config, given, say, scratch=Path(scratch))
         check(config)
-        check_writable(Path(out_dir_of(config)))
+        check_folder(dataclasses.replace(config, out_dir=out_dir_of(config)))
         device, device_note = choose_device(config.device)
         precision = choose_precision(config.dtype, device)
         with open_meter("preparing the text") as meter:
             corpus = open_text(config, given, say, meter)
     config = settle(config, corpus)
-    check_folder(config)
+    steps = CheckpointStore(Path(config.out_dir) / "checkpoints").steps()
+    begun = next((path for path in reversed(steps) if damage(path) is None), None)
+    if begun and not config.overwrite:
+        config = as_begun(
+            begun,
+            config,
+            given=given,
+            tokenizer=corpus.tokenizer,
+            text_sha256=corpus.sha256,
+        )
     wants_shards(config, device, precision, ALONE, say)
     for notice in corpus.notices:
         say(f"note: {notice}")

@@ -38,7 +38,7 @@ def verdict(
     else:
         lines = _training_only(history, epochs, how_to_part)
     if not _broke_down(history):
-        lines.append(f"Try it: {program} sample {_quoted(out_dir)}")
+        lines.append(f"Try it: {program} sample {quoted(out_dir)}")
     return "\n".join(lines)
 
 
@@ -142,5 +142,6 @@ def _train_loss(history: History, step: int) -> float:
     return sum(before) / len(before) if before else float("nan")
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
+    """A path as a shell takes it."""
     return f'"{path}"' if " " in path else path

@@ -140,6 +140,16 @@ def test_a_run_that_is_there_is_mentioned_and_left_alone(program, plan, play, tm
     assert all_files(tmp_path) == before
 
 
+def test_a_run_of_another_configuration_is_refused_as_by_training(program, play) -> None:
+    begun = (*DEBUG, "--input", play, "--out_dir", "run")
+    assert program(*begun).code == 0
+    assert program("plan", *begun).code == 0
+    refused = [program(*command, *begun, "--seed", 3) for command in (("plan",), ())]
+    assert [done.code for done in refused] == [2, 2]
+    words = [done.err.splitlines()[-1] for done in refused]
+    assert words[0] == words[1] and "seed: 1337 -> 3" in words[0]
+
+
 def test_a_model_of_another_program_is_read_and_not_kept(program, plan, play, tmp_path) -> None:
     pytest.importorskip("transformers")
     assert program(*DEBUG, "--input", play, "--out_dir", "run").code == 0

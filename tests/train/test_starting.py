@@ -31,6 +31,15 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
     assert [event["step"] for event in events(config, "train")] == list(range(30))
 
 
+def test_a_run_begun_for_more_steps_is_told_how_it_goes_on(config) -> None:
+    build(config).run()
+    steps = config.max_steps
+    with pytest.raises(UserError, match=f"go on with --max_steps {steps}, choose another"):
+        build(dataclasses.replace(config, max_steps=steps - 1))
+    with pytest.raises(UserError, match="it may only be raised\\)\\): choose another"):
+        build(dataclasses.replace(config, max_steps=steps - 1, seed=3))
+
+
 def test_another_configuration_is_refused_by_name(config) -> None:
     build(config).run()
     for change in ({"n_layer": 3}, {"max_lr": 0.5}, {"batch_size": 5}, {"seed": 3}):
@@ -162,6 +171,20 @@ def test_what_cannot_be_moved_aside_is_told_before_anything_is_made(config, monk
     monkeypatch.setattr(os, "access", lambda path, mode: path != parent and able(path, mode))
     with pytest.raises(UserError, match="cannot be written to"):
         build(anew)
+
+
+def test_a_finished_run_that_can_only_be_read_is_finished_all_the_same(config, monkeypatch) -> None:
+    build(config).run()
+    folder, able = Path(config.out_dir), os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not Path(path).is_relative_to(folder) and able(path, mode)
+    )
+    said: list[str] = []
+    assert build_trainer(config, given=frozenset(), say=said.append) is None
+    assert "is finished" in said[-1]
+    longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
+    with pytest.raises(UserError, match="cannot be written to"):
+        build(longer)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
