@@ -194,6 +194,8 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
+            if isinstance(value, dict):
+                hint = "; fields stand by themselves, in no table"
             raise UserError(f"{source}: there is no field '{name}'{hint}")
         kind = FIELDS[name]
         if name == "compile" and isinstance(value, bool):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.build import trained
 from tests.programs import DEBUG
 
 FEW = (*DEBUG, "--max_steps", 2)
@@ -71,3 +72,18 @@ def test_a_part_that_the_run_learned_is_called_learned(program, play) -> None:
     assert "warning: shards is what run learned from" in done.err
     # Nothing was held out, so there is nothing better to judge by.
     assert "without --data" not in done.err
+
+
+def test_an_evaluation_that_takes_long_says_so(program, play, monkeypatch) -> None:
+    assert program(*FEW, "--input", play, "--out_dir", "run", "--batch_size", 2).code == 0
+    words = r"judging by [\d,]+ tokens takes about .* more"
+    assert not re.search(words, program(*EVAL, "--data", play).err)
+    monkeypatch.setattr(trained, "LONG_TO_WAIT", 0.0)
+    assert len(re.findall(words, program(*EVAL, "--data", play).err)) == 1
+
+
+def test_what_was_put_right_in_a_text_is_told_once(program) -> None:
+    Path("dos.txt").write_bytes(b"ROMEO:\r\nBut soft\r\n" * 300)
+    for folder in ("fresh", "again"):
+        said = program(*FEW, "--input", "dos.txt", "--out_dir", folder).out
+        assert said.count("turned CRLF line ends into LF") == 1

@@ -98,7 +98,7 @@ def train_step(
         windows += f" on each of {ranks.size} ranks"
     say(f"attention: {attention_of(step, config)}; {windows}")
     try:
-        compiled, reason = _compile(step, config)
+        compiled, reason = _compile(step, config, say)
         if device.type == "cuda" and not compiled:
             step.rehearse(step.micro_batch, config.context_length)
     except torch.OutOfMemoryError:
@@ -112,12 +112,13 @@ def train_step(
     return step
 
 
-def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
+def _compile(step: TrainStep, config: Config, say: Say) -> tuple[bool, str]:
     """Compile the update if that is asked for and works; whether it was, and why."""
     if step.kernels.by_hand:
         return False, "an update is written out kernel by kernel"
 
     def attempt() -> None:
+        say("torch.compile: at work, which can take a minute")
         step.compile()
         step.rehearse(step.micro_batch, config.context_length)
 

@@ -84,8 +84,14 @@ def build_trainer(
     # Behind what cuBLAS reads when it starts.
     warm_up = WarmUp(device, config, precision)
     # What one has prepared, the others of its machine find.
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        say(text)
+
     with ranks.local_first(), open_meter("preparing the text") as meter:
-        corpus = open_text(config, given, say, meter)
+        corpus = open_text(config, given, tell, meter)
     config = settle(config, corpus)
     is_read_only = is_put_away(Path(config.out_dir))
     lock = lock_run(Path(config.out_dir)) if ranks.is_first and not is_read_only else NoHold()
@@ -94,7 +100,9 @@ def build_trainer(
         opening = open_together(config, corpus, given, ranks, asked=asked)
         config = opening.config
         for notice in (*corpus.notices, *opening.notices):
-            say(f"note: {notice}")
+            # What was prepared just now has been told of.
+            if (text := f"note: {notice}") not in told:
+                say(text)
         usual = preset(config.preset).warmup_steps if config.preset in PRESETS else 0
         if opening.status == "new" and "warmup_steps" not in given and config.warmup_steps < usual:
             say(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")

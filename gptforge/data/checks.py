@@ -7,7 +7,7 @@ import numpy as np
 
 from gptforge.data.corpus import Corpus
 from gptforge.data.finding import Finding, error, good, warning
-from gptforge.data.loader import count_windows
+from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.stream import TokenStream
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths
@@ -33,7 +33,7 @@ def _size(corpus: Corpus, context_length: int, global_batch: int) -> list[Findin
     what = f"{train:,} tokens to learn from, {windows:,} windows of {context_length}"
     if windows == 0:
         return [
-            error(what, f"use --context_length {max(1, train - 1)} at most, or more text"),
+            error(what, remedy_for_few(train)),
         ]
     found = [good(what)]
     if windows < global_batch:
@@ -106,7 +106,7 @@ def bytes_a_token(ratio: float, name: str) -> list[Finding]:
     if FEW_BYTES <= ratio <= MANY_BYTES:
         return [good(what)]
     remedy = (
-        "these shards were made with another vocabulary, or this one was made for other text: "
+        "this vocabulary was made for other text, or shards for another vocabulary: "
         "`gptforge tokenizer train` makes one for yours"
     )
     if ratio > MANY_BYTES:

@@ -9,7 +9,7 @@ from gptforge import tokenizers
 from gptforge.data.cached import prepare_once
 from gptforge.data.documents import Form
 from gptforge.data.index import TOKENIZER, Index, read_index
-from gptforge.data.loader import count_windows
+from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.prepare import NOTES
 from gptforge.data.request import Meter
 from gptforge.data.shards import read_header, read_headerless
@@ -107,7 +107,7 @@ def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) 
     if count_windows(train, context_length) == 0:
         raise UserError(
             f"--context_length {context_length} is longer than the training text, {train} tokens "
-            f"of {path}: use --context_length {max(1, train - 1)} at most, or more text"
+            f"of {path}: {remedy_for_few(train)}"
         )
     if corpus.val_fraction and len(corpus.held_out) < 2:
         raise UserError(

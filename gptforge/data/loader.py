@@ -139,6 +139,11 @@ def count_windows(tokens: int, context_length: int) -> int:
     return max(0, (tokens - 1) // context_length)
 
 
+def remedy_for_few(tokens: int) -> str:
+    """What to do about a text shorter than a window: a window has a token more to be foretold."""
+    return f"use {f'--context_length {tokens - 1} at most, or ' if tokens > 1 else ''}more text"
+
+
 def windows_of_epoch(tokens: int, context_length: int, *, stagger: bool) -> int:
     """Windows that an epoch has: as many in each, however late they start."""
     latest = context_length - 1 if stagger else 0

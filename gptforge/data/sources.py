@@ -76,6 +76,13 @@ def find_sources(
 
 def _files(name: str) -> list[Path]:
     path = Path(name)
+    if name.startswith(("http:/", "https:/")):
+        raise UserError(f"{name}: addresses are not read: download it, and name the file")
+    if path.is_dir() and (_is_a_runs(path) or _is_a_models(path)):
+        raise UserError(
+            f"{name}: the folder of a run or a model, whose files are no text to learn from: "
+            f"--init_from {name} begins with its weights"
+        )
     if path.is_dir():
         inside = sorted(_texts_in(path), key=lambda file: file.as_posix())
         if not inside:
@@ -106,6 +113,11 @@ def _texts_in(folder: Path) -> Iterator[Path]:
 def _is_a_runs(folder: Path) -> bool:
     """Whether a run writes there: its log and its samples are no text to learn, and they grow."""
     return (folder / "checkpoints").is_dir() and (folder / "config.toml").is_file()
+
+
+def _is_a_models(folder: Path) -> bool:
+    """Whether a model lies there: its card is no text to learn either."""
+    return any(folder.glob("*.safetensors")) and any(folder.glob("config.*"))
 
 
 def _endings(path: Path) -> tuple[str, Packing]:

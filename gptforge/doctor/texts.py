@@ -6,7 +6,7 @@ from gptforge.data.bad import EXAMPLES, BadInput, Skipped
 from gptforge.data.checks import LARGE, bytes_a_token
 from gptforge.data.documents import Form, documents, holds_many
 from gptforge.data.finding import Finding, counted, error, good, warning
-from gptforge.data.loader import count_windows
+from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.reading import chunks, mended
 from gptforge.data.sources import Source, find_sources
 from gptforge.data.split import MANY, digest_of
@@ -138,12 +138,12 @@ def _tokens(
     total = round(look.characters / ratio) if ratio else 0
     about = "about " if look.sampled < look.characters else ""
     windows = count_windows(total, context_length)
-    what = f"{about}{total:,} tokens, {windows:,} windows of {context_length}"
+    what = f"{about}{counted(total, 'token', 'tokens')}, {windows:,} windows of {context_length}"
     found = [good(what)]
     if windows == 0:
         remedy = (
-            f"use --context_length {max(1, total - 1)} at most, or more text (this is by the "
-            f"tokenizer {known.name}; --tokenizer and --context_length take those of your preset)"
+            f"{remedy_for_few(total)} (this is by the tokenizer {known.name}; --tokenizer and "
+            "--context_length take those of your preset)"
         )
         found = [error(what, remedy)]
     elif windows < 100:

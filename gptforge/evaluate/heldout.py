@@ -71,6 +71,8 @@ class HeldOut:
         self.share = len(self._starts) / windows
         self.tokens = len(self._starts) * context_length
         """About as many are read."""
+        self.batches = math.ceil(len(self._starts) / self._batch_size)
+        """In so many batches, by one process."""
 
     def evaluate(self, model: nn.Module, precision: Precision, ranks: Ranks = ALONE) -> HeldOutLoss:
         """Score the model; its training mode is put back afterwards.
