@@ -86,7 +86,19 @@ class _Preparation:
         self.notes = out / NOTES
 
     def run(self) -> Index:
+        is_fresh = not (self.out / REQUEST).is_file() and not self.notes.is_dir()
         self._refuse_strangers()
+        try:
+            return self._run()
+        except UserError:
+            if is_fresh and not any(self.notes.glob("job-*")):
+                # Refused before anything was made: no trace of it either.
+                files.remove(self.notes)
+                for name in (REQUEST, TOKENIZER):
+                    (self.out / name).unlink(missing_ok=True)
+            raise
+
+    def _run(self) -> Index:
         self._refuse_shards()
         self.notes.mkdir(parents=True, exist_ok=True)
         sources = find_sources(self.request.names, kind=self.request.kind, spool=self.notes)
