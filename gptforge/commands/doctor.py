@@ -10,6 +10,7 @@ import tyro
 
 from gptforge.errors import UserError
 from gptforge.flags import parse
+from gptforge.presets import preset
 
 if TYPE_CHECKING:
     from gptforge.data.finding import Finding
@@ -23,12 +24,14 @@ class DoctorArgs:
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PATH]")] = ""
     """File or folder; empty: the machine."""
+    preset: str = "gpt2"
+    """Whose tokenizer and windows to judge a text by."""
     tokenizer: str = ""
-    """gpt2, char, byte, or a tokenizer.json; empty: gpt2, or what prepared shards bring along."""
+    """gpt2, char, byte, or a tokenizer.json; empty: the preset's, or what shards bring along."""
     val_fraction: float = 0.1
     """Share that a run would hold out."""
-    context_length: int = 1024
-    """Tokens in a window."""
+    context_length: int = 0
+    """Tokens in a window; 0: as many as the preset's."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     encoding: str = "utf-8"
@@ -44,8 +47,10 @@ class DoctorArgs:
 def doctor(args: list[str]) -> int:
     """Parse, look, print; 1 if there is an error among what was found."""
     asked = parse(DoctorArgs, args, "gptforge doctor")
-    if asked.context_length < 1 or not 0 <= asked.val_fraction < 1:
-        raise UserError("--context_length must be 1 or more, --val_fraction from 0 to below 1")
+    if asked.context_length < 0 or not 0 <= asked.val_fraction < 1:
+        raise UserError("--context_length must be 0 or more, --val_fraction from 0 to below 1")
+    usual = preset(asked.preset)
+    asked = dataclasses.replace(asked, context_length=asked.context_length or usual.context_length)
     found = _data(asked) if asked.path else _machine()
     is_well = all(finding.level != "error" for finding in found)
     if asked.json:
@@ -82,7 +87,7 @@ def _data(asked: DoctorArgs) -> "list[Finding]":
         return examine_shards(path, wanted, context_length=asked.context_length)
     return examine_texts(
         path,
-        tokenizer=asked.tokenizer or "gpt2",
+        tokenizer=asked.tokenizer or preset(asked.preset).tokenizer,
         val_fraction=asked.val_fraction,
         context_length=asked.context_length,
         form=form,

@@ -142,8 +142,8 @@ def _tokens(
     found = [good(what)]
     if windows == 0:
         remedy = (
-            f"{remedy_for_few(total)} (this is by the tokenizer {known.name}; --tokenizer and "
-            "--context_length take those of your preset)"
+            f"{remedy_for_few(total)} (this is by the tokenizer {known.name}; --preset judges by "
+            "another preset's)"
         )
         found = [error(what, remedy)]
     elif windows < 100:

@@ -43,6 +43,19 @@ def doctor(program):
     return examine
 
 
+def test_a_text_is_judged_by_the_preset_that_is_named(tmp_path, doctor) -> None:
+    text = some_text(1, 9000)
+    (tmp_path / "t.txt").write_text(text)
+    assert "windows of 1024" in doctor("t.txt")
+    small = doctor("t.txt", "--preset", "shakespeare-cpu")
+    assert f"{len(text):,} tokens, {(len(text) - 1) // 128} windows of 128" in small
+    assert "windows of 64" in doctor("t.txt", "--preset", "shakespeare-cpu", "--context_length", 64)
+    (tmp_path / "one.txt").write_text("x")
+    assert "1 token, 0 windows of 128: use more text (" in doctor(
+        "one.txt", "--preset", "shakespeare-cpu", code=1
+    )
+
+
 def test_a_good_text_gets_no_complaint(tmp_path, doctor) -> None:
     (tmp_path / "t.txt").write_text(some_text(1, 9000))
     said = doctor("t.txt", "--context_length", 64)

@@ -82,7 +82,7 @@ def test_little_room_on_the_disk_is_a_warning(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [("--context_length", 0), ("--val_fraction", 1), ("--nonsense", 1)]
+    "args", [("--context_length", -1), ("--val_fraction", 1), ("--nonsense", 1)]
 )
 def test_mistakes_are_said_in_a_line(program, args) -> None:
     done = program("doctor", *args)
