@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS reads this once; deterministic runs need it from the process's first product on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from gptforge.config import GPTConfig
 from gptforge.model import GPT
 
 torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"):
+    # nohup has it ignored, by every program that is started from here as well.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
