@@ -6,8 +6,6 @@ Nothing heavy is imported before it is needed, so that `--help` and a mistyped f
 import contextlib
 import difflib
 import io
-import json
-import math
 import os
 import shlex
 import signal
@@ -15,16 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
-
-import tyro
+from typing import NoReturn
 
 from gptforge import files
 from gptforge.commands.bench import bench
 from gptforge.commands.demo import demo
 from gptforge.commands.doctor import doctor
+from gptforge.commands.evaluate import evaluate
 from gptforge.commands.export import export, import_
 from gptforge.commands.plan import plan
 from gptforge.commands.prepare import prepare
@@ -32,27 +28,10 @@ from gptforge.commands.sample import sample
 from gptforge.commands.tokenizer import tokenizer
 from gptforge.config import Config
 from gptforge.errors import RunError, Terminated, UserError
-from gptforge.flags import parse, parse_train, spell_out_booleans, with_preset
+from gptforge.flags import parse_train, spell_out_booleans, with_preset
 from gptforge.waking import wake_gpu
 
 MISTAKE, FAILURE = 2, 1
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Judge a trained model: loss, perplexity and bits per byte on text it has not learned."""
-
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run folder, checkpoint folder, or a model that `export --to hf` or transformers wrote."""
-    data: str = ""
-    """Text to judge by, all of it, or token shards, by what they hold out; empty: the part that the
-    run held out."""
-    encoding: str = ""
-    """Of the text of --data, for instance latin-1; empty: utf-8."""
-    json: bool = False
-    """Print one JSON object."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,36 +179,6 @@ def train(args: list[str]) -> int:
     # torchrun would start again what was told to stop.
     is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     return ranks.end(0 if is_restarted else EXIT_CODES[reason])
-
-
-def evaluate(args: list[str]) -> int:
-    """`gptforge eval RUN`: judge a trained model by held-out text."""
-    asked = parse(EvalArgs, args, "gptforge eval")
-    wake_gpu(asked.device)
-    from gptforge.build import evaluate_run
-
-    what = f"loss on {asked.data}" if asked.data else "held-out loss"
-    score = evaluate_run(asked.run, data=asked.data, encoding=asked.encoding, device=asked.device)
-    if not math.isfinite(score.loss):
-        raise RunError(
-            f"{asked.run}: its loss is no number: the training of this model broke down, or its "
-            "weights are too large for this device"
-        )
-    facts = {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens,
-        "bytes": score.bytes,
-    }
-    if asked.json:
-        print(json.dumps(facts))
-    else:
-        print(
-            f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
-            f"{score.bits_per_byte:.4f} bits per byte, over {score.tokens:,} tokens"
-        )
-    return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

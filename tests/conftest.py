@@ -20,8 +20,9 @@ from gptforge.config import GPTConfig
 from gptforge.model import GPT
 
 torch.set_num_threads(1)
+# nohup, and shells behind an &, have these ignored, by every program that is started as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
-    # nohup has it ignored, by every program that is started from here as well.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

@@ -127,7 +127,7 @@ def test_a_command_wakes_its_device_once_its_flags_are_understood(
     command, device, monkeypatch, capsys
 ) -> None:
     woken: list[str] = []
-    for module in (cli, commands.bench, commands.sample):
+    for module in (cli, commands.bench, commands.evaluate, commands.sample):
         monkeypatch.setattr(module, "wake_gpu", woken.append)
     with contextlib.suppress(SystemExit):
         cli.main(command)

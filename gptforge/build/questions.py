@@ -1,0 +1,131 @@
+"""What `eval --tasks` asks a model, and where the questions come from."""
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gptforge.build.trained import load
+from gptforge.checkpoint import store as checkpoints
+from gptforge.convert.hf import is_hf
+from gptforge.errors import RunError, UserError
+from gptforge.evaluate.tasks import TASKS, Question, answer
+from gptforge.hardware import choose_precision
+from gptforge.report.duration import in_words
+
+ON_THE_HUB = {
+    "hellaswag": ("Rowan/hellaswag", "validation"),
+    "lambada": ("EleutherAI/lambada_openai", "test"),
+}
+"""Where the Hugging Face Hub has a task, and which part of it is asked."""
+LONG_TO_WAIT = 5.0
+"""Seconds from which on it is said how long a task takes."""
+Scores = dict[str, dict[str, float]]
+
+
+def ask(run: str, tasks: str, *, limit: int = 0, device: str = "auto") -> Scores:
+    """Put questions to a model; each task's scores by their names in the harness.
+
+    Args:
+        run: as `load` takes it.
+        tasks: names with commas between; `NAME=FILE` reads JSON lines instead of the Hub.
+        limit: ask the first so many of each task; 0: all.
+        device: as `load` takes it.
+
+    Raises:
+        UserError: for an unknown task, or questions that cannot be had or read.
+    """
+    if limit < 0:
+        raise UserError(f"--limit must be 0 or more, not {limit}")
+    named = [task.strip().partition("=") for task in tasks.split(",")]
+    for name, _, _ in named:
+        if name not in TASKS:
+            raise UserError(f"--tasks {name}: there are {', '.join(TASKS)}")
+    asked = {name: _questions(name, file, limit) for name, _, file in named}
+    writer = load(run, device=device)
+    dtype = "auto" if is_hf(Path(run)) else _dtype_of(run)
+    precision = choose_precision(dtype, writer.device)
+    scores = {}
+    for name, questions in asked.items():
+        answers = answer(writer, questions, precision, asked=_Patience(name))
+        if any(math.isnan(one.logprob) for given in answers for one in given):
+            raise RunError(f"{run}: its answers are no numbers: the training of it broke down")
+        scores[name] = TASKS[name].score(questions, answers) | {"questions": len(questions)}
+    return scores
+
+
+class _Patience:
+    """Says once how long a task takes, if that is long."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._begun, self._is_told = name, time.perf_counter(), False
+
+    def __call__(self, done: int, total: int) -> None:
+        seconds = (time.perf_counter() - self._begun) / done * (total - done)
+        if seconds > LONG_TO_WAIT and not self._is_told:
+            self._is_told = True
+            text = f"{self._name}: {total:,} endings take at most {in_words(seconds)} more"
+            print(text, file=sys.stderr, flush=True)
+
+
+def _dtype_of(run: str) -> str:
+    return checkpoints.read_config(checkpoints.resolve(run)).dtype
+
+
+def _questions(name: str, file: str, limit: int) -> list[Question]:
+    rows = _of_a_file(Path(file)) if file else _of_the_hub(name)
+    found = []
+    where = file or ON_THE_HUB[name][0]
+    for number, row in enumerate(islice(rows, limit or None), 1):
+        try:
+            found.append(TASKS[name].read(row))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{where}, line {number}: no question of {name}: {type(error).__name__} {error}"
+            ) from None
+    if not found:
+        raise UserError(f"{where}: there are no questions")
+    return found
+
+
+def _of_a_file(path: Path) -> Iterable[Mapping[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not a JSON object")
+                yield row
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON lines: {error}") from None
+
+
+def _of_the_hub(name: str) -> Iterable[Mapping[str, Any]]:
+    instead = f"or give the file: --tasks {name}=FILE.jsonl"
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(
+            f"--tasks {name} is fetched by the package datasets: pip install 'gptforge[tasks]', "
+            f"or in a clone pip install -e '.[tasks]', {instead}"
+        )
+    import datasets
+
+    source, part = ON_THE_HUB[name]
+    try:
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(source, split=part)
+    except Exception as error:
+        # It raises whatever its network library does.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--tasks {name}: {source} is not to be had: {first}: try again with a network, "
+            f"{instead}"
+        ) from None
+    return rows

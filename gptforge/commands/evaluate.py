@@ -1,0 +1,91 @@
+"""`gptforge eval RUN`: judge a trained model, by held-out text or by questions."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from gptforge.errors import RunError
+from gptforge.flags import parse
+from gptforge.waking import wake_gpu
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Judge a trained model: loss, perplexity and bits per byte on text it has not learned."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run folder, checkpoint folder, or a model that `export --to hf` or transformers wrote."""
+    data: str = ""
+    """Text to judge by, all of it, or token shards, by what they hold out; empty: the part that the
+    run held out."""
+    encoding: str = ""
+    """Of the text of --data, for instance latin-1; empty: utf-8."""
+    tasks: str = ""
+    """hellaswag, lambada or both: questions to be answered instead, or as well as --data. They come
+    from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file."""
+    limit: int = 0
+    """Ask the first so many questions of each task; 0: all."""
+    json: bool = False
+    """Print one JSON object."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def evaluate(args: list[str]) -> int:
+    """`gptforge eval RUN`: judge a trained model by held-out text."""
+    asked = parse(EvalArgs, args, "gptforge eval")
+    wake_gpu(asked.device)
+    facts: dict[str, object] = {}
+    if not asked.tasks or asked.data:
+        facts |= _judge_by_text(asked)
+    if asked.tasks:
+        from gptforge.build.questions import ask
+
+        scores = ask(asked.run, asked.tasks, limit=asked.limit, device=asked.device)
+        facts["tasks"] = scores
+        if not asked.json:
+            for name, score in scores.items():
+                print(f"{name}: {_in_words(score)}")
+    if asked.json:
+        print(json.dumps(facts))
+    return 0
+
+
+def _judge_by_text(asked: EvalArgs) -> dict[str, object]:
+    from gptforge.build import evaluate_run
+
+    what = f"loss on {asked.data}" if asked.data else "held-out loss"
+    score = evaluate_run(asked.run, data=asked.data, encoding=asked.encoding, device=asked.device)
+    if not math.isfinite(score.loss):
+        raise RunError(
+            f"{asked.run}: its loss is no number: the training of this model broke down, or its "
+            "weights are too large for this device"
+        )
+    if not asked.json:
+        print(
+            f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
+            f"{score.bits_per_byte:.4f} bits per byte, over {score.tokens:,} tokens"
+        )
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+    }
+
+
+def _in_words(score: Mapping[str, float]) -> str:
+    """A task's scores in a line, as the harness names them."""
+    words = [
+        f"{name} {score[name]:.2%} ± {score[name + '_stderr']:.2%}"
+        for name in ("acc", "acc_norm")
+        if name in score
+    ]
+    if "perplexity" in score:
+        words.append(f"perplexity {score['perplexity']:.2f}")
+    return f"{', '.join(words)}, of {score['questions']:,} questions"

@@ -1,0 +1,176 @@
+"""Questions to a model: how rows read, and answers against a plain loop over its logits."""
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.evaluate import tasks
+from gptforge.evaluate.tasks import Answer, Question, answer, read_hellaswag, read_lambada
+from gptforge.generate.language_model import LanguageModel
+from gptforge.hardware import Precision
+from gptforge.model import GPT
+from gptforge.tokenizers import named
+from tests.programs import DEBUG
+
+FLOAT32 = Precision(torch.float32, "to compare")
+ROW = {
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "endings": ["is using wrap. [step] Then  rest", " [title] rips level tiles off.", "a", "bb"],
+    "label": "3",
+}
+
+
+@pytest.fixture
+def writer(device) -> LanguageModel:
+    model = GPT(GPTConfig(block_size=24, vocab_size=256, n_layer=2, n_head=2, n_embd=16))
+    model.initialize(torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # As drawn, it finds all letters about equally likely.
+            parameter.mul_(4)
+    return LanguageModel(model.to(device), named("byte", ""))
+
+
+def by_a_plain_loop(writer: LanguageModel, beginning: str, ending: str) -> Answer:
+    ids = writer.encode(beginning + ending)
+    count = len(writer.encode(ending))
+    ids = ids[-(writer.model.config.block_size + 1) :]
+    logprobs = writer.logits(ids[:-1]).double().log_softmax(-1)
+    its = range(len(ids) - 1 - count, len(ids) - 1)
+    total = sum(float(logprobs[i, ids[i + 1]]) for i in its)
+    return Answer(total, all(int(logprobs[i].argmax()) == ids[i + 1] for i in its))
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 8192])
+def test_answers_are_those_of_a_plain_loop(writer, monkeypatch, at_once) -> None:
+    monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", at_once)
+    dice = torch.Generator().manual_seed(at_once)
+
+    def words(least: int, most: int) -> str:
+        count = int(torch.randint(least, most, (1,), generator=dice))
+        return bytes(torch.randint(97, 123, (count,), generator=dice).tolist()).decode()
+
+    # Some are longer than the model has places for.
+    questions = [
+        Question(words(1, 40), tuple(f" {words(1, 12)}" for _ in range(n))) for n in (1, 4, 2, 4)
+    ]
+    # And one ending is what the model itself would write, if that is a letter to be written.
+    for start in (f"{letter}b" for letter in "abcdefghijklmnopqrstuvwxyz"):
+        next_id = int(writer.logits(writer.encode(start))[-1].argmax())
+        if 32 < next_id < 127:
+            questions.append(Question(start, (chr(next_id),)))
+            break
+    told: list[tuple[int, int]] = []
+    found = answer(writer, questions, FLOAT32, asked=lambda *told_of: told.append(told_of))
+    assert told[-1] == (12, 12)
+    for question, given in zip(questions, found, strict=True):
+        for ending, one in zip(question.endings, given, strict=True):
+            plain = by_a_plain_loop(writer, question.beginning, ending)
+            assert one.logprob == pytest.approx(plain.logprob, abs=1e-3)
+            assert one.is_likeliest == plain.is_likeliest
+    assert found[-1][0].is_likeliest
+
+
+def test_hellaswags_rows_are_cleaned_as_the_harness_does() -> None:
+    question = read_hellaswag(ROW)
+    assert question.beginning == "Roof shingle removal: A man is sitting on a roof. He"
+    # A mark at the beginning leaves its blank there.
+    kept = (" is using wrap. Then rest", "  rips level tiles off.", " a", " bb")
+    assert question.endings == kept
+    assert question.right == 3
+    with pytest.raises(ValueError, match="label 4"):
+        read_hellaswag(ROW | {"label": 4})
+
+
+def test_lambadas_last_word_is_the_ending() -> None:
+    assert read_lambada({"text": "he said to  her"}) == Question("he said to ", (" her",))
+    with pytest.raises(ValueError, match="no last word"):
+        read_lambada({"text": "word"})
+
+
+def test_scores_by_likelihood_and_by_likelihood_a_character() -> None:
+    questions = [Question("a", (" b", " cccc"), 1), Question("a", (" b", " cccc"), 0)]
+    answers = [[Answer(-2.0, False), Answer(-4.0, True)]] * 2
+    score = tasks.score_hellaswag(questions, answers)
+    assert (score["acc"], score["acc_norm"]) == (0.5, 0.5)
+    assert tasks.score_hellaswag(questions[:1], answers[:1])["acc_norm"] == 1.0
+    assert score["acc_stderr"] == 0.5
+    last = tasks.score_lambada([questions[0]] * 2, [[Answer(-1.0, True)], [Answer(-3.0, False)]])
+    assert (last["acc"], last["perplexity"]) == (0.5, math.exp(2))
+
+
+@pytest.fixture
+def run(program, play) -> None:
+    more = ("--tokenizer", "byte", "--max_steps", 2, "--input", play, "--out_dir", "run")
+    assert program(*DEBUG, *more).code == 0
+
+
+EVAL = ("eval", "run", "--device", "cpu", "--tasks")
+
+
+def test_questions_of_files_are_put_to_a_run(program, run, play) -> None:
+    rows = [ROW, ROW | {"label": 0}]
+    Path("h.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    Path("l.jsonl").write_text(json.dumps({"text": "to be or not to be"}) + "\n")
+    both = "hellaswag=h.jsonl, lambada=l.jsonl"
+    done = program(*EVAL, both, "--json")
+    assert (done.code, done.err) == (0, "")
+    scores = json.loads(done.out)["tasks"]
+    assert [score["questions"] for score in scores.values()] == [2, 1]
+    # Of two questions that differ in what is right, at most one can be answered rightly.
+    assert scores["hellaswag"]["acc"] in (0.0, 0.5)
+    assert scores["lambada"]["perplexity"] > 1
+    said = program(*EVAL, both, "--data", play, "--limit", 1).out.splitlines()
+    assert [line.split()[0] for line in said] == ["loss", "hellaswag:", "lambada:"]
+    assert said[1].endswith("of 1 questions")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ("winogrande", "there are hellaswag, lambada"),
+        ("lambada=none.jsonl", "none.jsonl: No such file"),
+        ("lambada=bad.jsonl", "bad.jsonl, line 1: no question of lambada: KeyError 'text'"),
+        ("lambada=list.jsonl", "line 1: not a JSON object"),
+        ("lambada=broken.jsonl", "not JSON lines"),
+        ("lambada=empty.jsonl", "there are no questions"),
+    ],
+)
+def test_questions_that_cannot_be_read_are_refused_with_the_place(program, tasks, words) -> None:
+    texts = {"bad": '{"txt": 1}', "list": "[1]", "broken": "{", "empty": ""}
+    for name, text in texts.items():
+        Path(f"{name}.jsonl").write_text(text)
+    done = program(*EVAL, tasks)
+    assert (done.code, words in done.err, len(done.err.splitlines())) == (2, True, 1), done.err
+
+
+def test_without_a_file_they_come_from_the_hub(program, run, monkeypatch) -> None:
+    asked = []
+
+    def load_dataset(source: str, *, split: str) -> list[dict]:
+        asked.append((source, split))
+        if source.startswith("Rowan"):
+            raise ConnectionError("no route\nto host")
+        return [{"text": "to be or not to be"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    done = program(*EVAL, "lambada")
+    assert (done.code, "pip install 'gptforge[tasks]'" in done.err) == (2, True), done.err
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset
+    fake.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert program(*EVAL, "lambada").out.endswith("of 1 questions\n")
+    done = program(*EVAL, "hellaswag")
+    assert done.code == 2
+    assert "not to be had: no route: try again" in done.err
+    assert "--tasks hellaswag=FILE.jsonl" in done.err
+    assert asked == [("EleutherAI/lambada_openai", "test"), ("Rowan/hellaswag", "validation")]
