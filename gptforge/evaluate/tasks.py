@@ -154,6 +154,8 @@ def _batch(
     with autocast(device, precision):
         hidden = writer.model.hidden(inputs.to(device))
         logits: Tensor = writer.model.lm_head(hidden[asked.to(device)]).float()
+    # The table may have more rows than there are ids.
+    logits = logits[:, : writer.tokenizer.size]
     wanted = targets[asked].to(device)
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double().cpu()
     likeliest = (logits.argmax(-1) == wanted).cpu()

@@ -1,0 +1,88 @@
+"""The same questions, answers and scores as lm-evaluation-harness's own code; needs lm_eval."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.convert.hf import write_hf
+from gptforge.convert.parts import Parts
+from gptforge.evaluate import tasks
+from gptforge.generate.language_model import LanguageModel
+from gptforge.hardware import Precision
+from gptforge.model import GPT
+from gptforge.tokenizers import named
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+SCENES, PAGES = 20, 20
+PLAY = Path(__file__).parents[2] / "input.txt"
+
+
+class Rows(list):
+    """As much of a dataset as the harness asks for."""
+
+    def map(self, work) -> list:
+        return [work(row) for row in self]
+
+
+def test_questions_answers_and_scores_are_the_harness_s(tmp_path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    dice, words = random.Random(1), PLAY.read_text(encoding="utf-8")[20_000:90_000].split()
+
+    def some(least: int, most: int) -> str:
+        return " ".join(dice.choices(words, k=dice.randint(least, most)))
+
+    marks = ("", " [title] Next", "  [step]")
+    rows = [
+        {
+            "ind": number,
+            "activity_label": some(1, 3),
+            "ctx_a": f"{some(3, 20)}. ",
+            "ctx_b": some(0, 4),
+            "endings": [f"{some(2, 20)}{dice.choice(marks)} {some(0, 2)}" for _ in range(4)],
+            "label": str(dice.randrange(4)),
+        }
+        for number in range(SCENES)
+    ]
+    questions = [tasks.read_hellaswag(row) for row in rows]
+    theirs = process_docs(Rows(rows))
+    asked = []
+    for question, doc in zip(questions, theirs, strict=True):
+        assert (question.beginning, question.right) == (doc["query"], doc["gold"])
+        assert [ending[1:] for ending in question.endings] == doc["choices"]
+        asked += [(doc["query"], f" {choice}") for choice in doc["choices"]]
+    # Longer than the model has places for, some of them.
+    for text in (some(5, 70) for _ in range(PAGES)):
+        questions.append(tasks.read_lambada({"text": text}))
+        *before, last = text.split(" ")
+        asked.append((" ".join(before), f" {last}"))
+
+    tokenizer = named("gpt2", "")
+    model = GPT(GPTConfig(64, 50304, 2, 4, 64)).initialize(torch.Generator().manual_seed(0))
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
+    write_hf(tmp_path, Parts(model.config, tensors, tokenizer), card="# A model\n")
+    harness = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", max_length=64)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)]
+    right = harness.loglikelihood(requests, disable_tqdm=True)
+
+    writer = LanguageModel(model, tokenizer)
+    answers = tasks.answer(writer, questions, Precision(torch.float32, "to compare"))
+    flat = [one for given in answers for one in given]
+    for one, (logprob, is_greedy) in zip(flat, right, strict=True):
+        assert one.logprob == pytest.approx(logprob, abs=1e-3)
+        assert one.is_likeliest == is_greedy
+    score = tasks.score_hellaswag(questions[:SCENES], answers[:SCENES])
+    sums = np.array([logprob for logprob, _ in right[: 4 * SCENES]]).reshape(SCENES, 4)
+    lengths = np.array([[len(choice) for choice in doc["choices"]] for doc in theirs])
+    gold = np.array([doc["gold"] for doc in theirs])
+    assert score["acc"] == (sums.argmax(1) == gold).mean()
+    assert score["acc_norm"] == ((sums / lengths).argmax(1) == gold).mean()
+    last = tasks.score_lambada(questions[SCENES:], answers[SCENES:])
+    mean = np.mean([logprob for logprob, _ in right[4 * SCENES :]])
+    assert last["perplexity"] == pytest.approx(np.exp(-mean), rel=1e-3)
