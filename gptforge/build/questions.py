@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,15 +14,13 @@ from gptforge.convert.hf import is_hf
 from gptforge.errors import RunError, UserError
 from gptforge.evaluate.tasks import TASKS, Question, answer
 from gptforge.hardware import choose_precision
-from gptforge.report.duration import in_words
+from gptforge.report.patience import Patience
 
 ON_THE_HUB = {
     "hellaswag": ("Rowan/hellaswag", "validation"),
     "lambada": ("EleutherAI/lambada_openai", "test"),
 }
 """Where the Hugging Face Hub has a task, and which part of it is asked."""
-LONG_TO_WAIT = 5.0
-"""Seconds from which on it is said how long a task takes."""
 Scores = dict[str, dict[str, float]]
 
 
@@ -48,33 +44,17 @@ def ask(run: str, tasks: str, *, limit: int = 0, device: str = "auto") -> Scores
             raise UserError(f"--tasks {name}: there are {', '.join(TASKS)}")
     asked = {name: _questions(name, file, limit) for name, _, file in named}
     writer = load(run, device=device)
-    dtype = "auto" if is_hf(Path(run)) else _dtype_of(run)
+    dtype = "auto"
+    if not is_hf(Path(run)):
+        dtype = checkpoints.read_config(checkpoints.resolve(run)).dtype
     precision = choose_precision(dtype, writer.device)
     scores = {}
     for name, questions in asked.items():
-        answers = answer(writer, questions, precision, asked=_Patience(name))
+        answers = answer(writer, questions, precision, asked=Patience(name))
         if any(math.isnan(one.logprob) for given in answers for one in given):
             raise RunError(f"{run}: its answers are no numbers: the training of it broke down")
         scores[name] = TASKS[name].score(questions, answers) | {"questions": len(questions)}
     return scores
-
-
-class _Patience:
-    """Says once how long a task takes, if that is long."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._begun, self._is_told = name, time.perf_counter(), False
-
-    def __call__(self, done: int, total: int) -> None:
-        seconds = (time.perf_counter() - self._begun) / done * (total - done)
-        if seconds > LONG_TO_WAIT and not self._is_told:
-            self._is_told = True
-            text = f"{self._name}: {total:,} endings take at most {in_words(seconds)} more"
-            print(text, file=sys.stderr, flush=True)
-
-
-def _dtype_of(run: str) -> str:
-    return checkpoints.read_config(checkpoints.resolve(run)).dtype
 
 
 def _questions(name: str, file: str, limit: int) -> list[Question]:

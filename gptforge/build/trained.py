@@ -1,7 +1,7 @@
 """From a run on the disk back to a model that writes."""
 
+import itertools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import choose_device, choose_precision
-from gptforge.report.duration import in_words
+from gptforge.report.patience import Patience
 from gptforge.tokenizers import byte_lengths
 
-FEW_BATCHES, LONG_TO_WAIT = 3, 5.0
-"""Batches that tell how long an evaluation takes, and seconds from which on that is said."""
 SMALL = 30_000_000
 """Parameters below which a CPU writes faster in float32: the weights fit its caches anyway."""
 TINY = 4_000_000
@@ -169,26 +167,15 @@ def evaluate_run(
         batch_size=config.batch_size,
     )
     precision = choose_precision(config.dtype, writer.device)
-    score = held_out.evaluate_unless(_patience(held_out), writer.model, precision)
-    assert score is not None, "nobody gave up"
-    return score
-
-
-def _patience(held_out: HeldOut) -> Callable[[], bool]:
-    """Never gives up, but says once how long an evaluation takes, if that is long."""
-    done, begun = 0, time.perf_counter()
+    waits, batches = Patience(f"judging by {held_out.tokens:,} tokens"), itertools.count(1)
 
     def gives_up() -> bool:
-        nonlocal done
-        done += 1
-        # The first batch pays for warming up.
-        if done == FEW_BATCHES:
-            seconds = (time.perf_counter() - begun) / done * (held_out.batches - done)
-            if seconds > LONG_TO_WAIT:
-                _say(f"judging by {held_out.tokens:,} tokens takes about {in_words(seconds)} more")
+        waits(next(batches), held_out.batches)
         return False
 
-    return gives_up
+    score = held_out.evaluate_unless(gives_up, writer.model, precision)
+    assert score is not None, "nobody gave up"
+    return score
 
 
 def _given(
