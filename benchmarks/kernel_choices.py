@@ -17,6 +17,7 @@ from gptforge.kernels import block, products
 from gptforge.kernels.dropout import throw
 from gptforge.kernels.head import cross_entropy_in_place
 from gptforge.kernels.packed_attention import ByTorch, ByTriton
+from gptforge.kernels.sums import add_column_sums
 
 N, C, V = 32768, 768, 50304
 ROUNDS, WARM_UP = 15, 3
@@ -98,7 +99,7 @@ def around_the_gelu() -> None:
         block.gelu_backward(inner, products.back(upstream, down), sums, again=False)
 
     def in_one() -> None:
-        block.add_column_sums(products.back_through_gelu(upstream, down, inner), sums)
+        add_column_sums(products.back_through_gelu(upstream, down, inner), sums)
 
     first, second, third = in_turns(again, in_one, apart)
     row(

@@ -4,8 +4,9 @@ import math
 
 from gptforge.config import GPTConfig
 
-HEAD_TOKENS = 8192
-"""Tokens whose logits are made at a time where they are made in pieces: more is hardly faster."""
+HEAD_TOKENS, HEAD_VOCABULARY = 8192, 50304
+"""Tokens whose logits of so many ids are made at a time where they are made in pieces: more is hardly
+faster."""
 FEW_CHANNELS = 512
 """Width up to which a model is small: its passes take long beside its products."""
 
@@ -13,6 +14,11 @@ FEW_CHANNELS = 512
 def keeps_gelu_every(channels: int) -> int:
     """Of so many blocks one keeps the GELU's output, where an update is written out."""
     return 1 if channels <= FEW_CHANNELS else 2
+
+
+def head_tokens(vocab_size: int) -> int:
+    """Tokens whose logits are made at a time, where an update is written out."""
+    return HEAD_TOKENS * max(1, HEAD_VOCABULARY // max(1, vocab_size))
 
 
 def parameters(config: GPTConfig) -> int:
@@ -67,7 +73,7 @@ def training_parts(
     layers = config.n_layer * stream + 2 * a_layer if recompute else config.n_layer * a_layer
     if by_hand:
         layers += width * 2 * config.mlp_ratio
-    chunk = min(tokens, loss_chunk or (HEAD_TOKENS if by_hand else tokens))
+    chunk = min(tokens, loss_chunk or (head_tokens(config.vocab_size) if by_hand else tokens))
     logits = chunk * config.vocab_size * (width if by_hand else 4 + width)
     count = parameters(config)
     return {

@@ -12,7 +12,6 @@ from gptforge.costs import keeps_gelu_every
 from gptforge.hardware import Precision
 from gptforge.kernels.attention import attend
 from gptforge.kernels.block import (
-    add_column_sums,
     add_norm,
     add_rows,
     embed,
@@ -29,6 +28,7 @@ from gptforge.kernels.packed_attention import (
     attention_forward,
     fastest,
 )
+from gptforge.kernels.sums import add_column_sums
 from gptforge.model import IGNORE
 from gptforge.train.block_by_hand import is_slope_faster_apart
 

@@ -18,6 +18,9 @@ MOST_AHEAD = 4
 """Batches read beforehand: a disk may be slow for one of them without anybody waiting."""
 BYTES_AHEAD = 2**26
 """What they may take, of which one is always allowed."""
+PLACED_AT_ONCE = 2048
+"""Windows that are looked up in the order at a time: for a few of them alone numpy's calls would take
+longer than their work, and hold Python, which a small model's updates want as well."""
 
 
 class Loader:
@@ -72,6 +75,8 @@ class Loader:
         depth = max(1, min(MOST_AHEAD, BYTES_AHEAD // batch_bytes))
         self._read = ReadAhead(self._gather, step=global_batch, depth=depth)
         self._ahead: Tensor | None = None
+        self._starts: dict[int, NDArray[np.int64]] = {}
+        """First tokens of windows by the batch's position; the reading thread's own."""
 
     @property
     def epoch(self) -> float:
@@ -95,7 +100,9 @@ class Loader:
         """Numbers of the windows in the whole global batch at a position; window w starts at
         token w * T.
         """
-        return [int(window) for window in self._windows(position, range(self._global_batch))]
+        places = _numbers(range(position, position + self._global_batch))
+        windows = window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
+        return [int(window) for window in windows]
 
     def state_dict(self) -> dict[str, int]:
         """Windows handed out so far, to all ranks together."""
@@ -106,16 +113,22 @@ class Loader:
         self.position = state["position"]
         self._ahead = None
 
-    def _windows(self, position: int, rows: range) -> NDArray[np.int64]:
-        places = _places(position, rows)
-        return window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
-
     def _gather(self, position: int) -> Tensor:
-        starts = self._windows(position, self.rows) * self._context_length
+        if position not in self._starts:
+            self._starts = self._look_up(position)
+        return gather(self._tokens, self._starts.pop(position), self._context_length)
+
+    def _look_up(self, position: int) -> dict[int, NDArray[np.int64]]:
+        """Where this rank's windows begin, in the batch at a position and in some after it."""
+        count = -(-PLACED_AT_ONCE // len(self.rows))
+        positions = range(position, position + count * self._global_batch, self._global_batch)
+        places = np.add.outer(_numbers(positions), _numbers(self.rows))
+        windows = window_at(places, self.windows, seed=self._seed, shuffle=self._shuffle)
+        starts = windows * self._context_length
         if self._stagger:
-            epochs = _places(position, self.rows) // self.windows
-            starts = starts + delay_of(epochs, self._context_length, seed=self._seed)
-        return gather(self._tokens, starts, self._context_length)
+            epochs = places // self.windows
+            starts += delay_of(epochs, self._context_length, seed=self._seed)
+        return dict(zip(positions, starts, strict=True))
 
     def _send(self, position: int) -> Tensor:
         """This rank's rows of the batch at `position`, (g, T + 1), on their way to the device."""
@@ -150,8 +163,8 @@ def windows_of_epoch(tokens: int, context_length: int, *, stagger: bool) -> int:
     return count_windows(tokens - latest, context_length)
 
 
-def _places(position: int, rows: range) -> NDArray[np.int64]:
-    return np.arange(position + rows.start, position + rows.stop, dtype=np.int64)
+def _numbers(span: range) -> NDArray[np.int64]:
+    return np.arange(span.start, span.stop, span.step, dtype=np.int64)
 
 
 def gather(tokens: TokenStream, starts: NDArray[np.int64], context_length: int) -> Tensor:

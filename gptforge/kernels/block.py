@@ -5,8 +5,8 @@ torch's compiler fuses as much, but takes half a minute to start, and leaves the
 biases' gradients as passes of their own.
 
 They write where their input was if it is not needed again, as the docstrings say. Gradients of
-vectors are not returned but added, in float32, to what is in `sums`. Where numbers are dropped, it
-happens on the way (dropout.py).
+vectors are not returned but added, in float32, to what is in `sums`: at once, or with others, if
+they may stay `unfinished` (sums.py). Where numbers are dropped, it happens on the way (dropout.py).
 
 Shapes: N tokens, C channels.
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptforge.kernels.dropout import Drop, apply, for_kernel
+from gptforge.kernels.sums import Unfinished, add_parts
 
 EPS = 1e-5
 """LayerNorm's."""
@@ -100,7 +101,12 @@ def add_norm(
 
 
 def norm_backward(
-    upstream: Tensor, norm: Norm, weight: Tensor, beside: Tensor | None, sums: Tensor
+    upstream: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    beside: Tensor | None,
+    sums: Tensor,
+    unfinished: Unfinished | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of stream and branch, (N, C) each; one and the same if nothing was dropped.
 
@@ -113,9 +119,10 @@ def norm_backward(
         beside: (N, C) gradient that reaches the stream past the LayerNorm, or None.
         sums: (2 * C,) for the gradients of weight and bias; or (3 * C,), where the last third is
             for the bias of the branch that was added, whose gradient is the branch's.
+        unfinished: where the sums may wait for others, if they may.
     """
     if upstream.is_cuda:
-        return _norm_backward_on_cuda(upstream, norm, weight, beside, sums)
+        return _norm_backward_on_cuda(upstream, norm, weight, beside, sums, unfinished)
     normal = (norm.stream.to(weight.dtype) - norm.mean[:, None]) * norm.rstd[:, None]
     wide = upstream.to(weight.dtype)
     parts = [(wide * normal).sum(0), wide.sum(0)]
@@ -140,7 +147,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_backward(
-    x: Tensor, upstream: Tensor, sums: Tensor, *, again: bool
+    x: Tensor,
+    upstream: Tensor,
+    sums: Tensor,
+    unfinished: Unfinished | None = None,
+    *,
+    again: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x in `upstream`'s place, and x; if `again`, the GELU of x in that of x.
 
@@ -148,44 +160,22 @@ def gelu_backward(
     `sums` (C,) grows by the gradient's sum over the rows.
     """
     if x.is_cuda:
-        return _gelu_backward_on_cuda(x, upstream, sums, again)
+        return _gelu_backward_on_cuda(x, upstream, sums, unfinished, again)
     activated = F.gelu(x, approximate="tanh") if again else x
     upstream.copy_(torch.ops.aten.gelu_backward(upstream, x, approximate="tanh"))
     sums += upstream.sum(0, dtype=sums.dtype)
     return upstream, x.copy_(activated)
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
+def pack(
+    q: Tensor, k: Tensor, v: Tensor, sums: Tensor, unfinished: Unfinished | None = None
+) -> Tensor:
     """(N, 3 * C) from three (N, C); `sums` (3 * C,) grows by its sum over the rows."""
     if q.is_cuda:
-        return _pack_on_cuda(q, k, v, sums)
+        return _pack_on_cuda(q, k, v, sums, unfinished)
     out = torch.cat([q, k, v], dim=1)
     sums += out.sum(0, dtype=sums.dtype)
     return out
-
-
-def add_column_sums(x: Tensor, sums: Tensor) -> None:
-    """`sums` (C,) float32 grows by the sum of x (N, C) over its rows."""
-    if not x.is_cuda:
-        sums += x.sum(0, dtype=sums.dtype)
-        return
-    rows, columns = x.shape
-    assert x.is_contiguous()
-    programs = min(256, math.ceil(rows / 32))
-    parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    _triton().column_sums[(programs, math.ceil(columns / 512))](
-        x, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
-    )  # fmt: skip
-    add_parts(parts, sums)
-
-
-def add_parts(parts: Tensor, sums: Tensor) -> None:
-    """`sums` (C,) float32 grows by the sum of the rows of `parts` (P, C), on a CUDA device."""
-    count, columns = parts.shape
-    assert sums.is_contiguous() and sums.dtype == torch.float32
-    _triton().add_parts[(math.ceil(len(sums) / 32),)](
-        parts, sums, count, len(sums), columns, BLOCK=32, ROWS=512, num_warps=16
-    )
 
 
 def _add_norm_on_cuda(
@@ -207,7 +197,12 @@ def _add_norm_on_cuda(
 
 
 def _norm_backward_on_cuda(
-    upstream: Tensor, norm: Norm, weight: Tensor, beside: Tensor | None, sums: Tensor
+    upstream: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    beside: Tensor | None,
+    sums: Tensor,
+    unfinished: Unfinished | None,
 ) -> tuple[Tensor, Tensor]:
     rows, columns = upstream.shape
     assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
@@ -225,12 +220,12 @@ def _norm_backward_on_cuda(
         HAS_BESIDE=beside is not None, DROPPED=dropped, STAGES=stages,
         num_warps=block // 1024 or 1,
     )  # fmt: skip
-    add_parts(parts, sums)
+    add_parts(parts, sums, unfinished)
     return upstream, to_branch
 
 
 def _gelu_backward_on_cuda(
-    x: Tensor, upstream: Tensor, sums: Tensor, again: bool
+    x: Tensor, upstream: Tensor, sums: Tensor, unfinished: Unfinished | None, again: bool
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     assert x.is_contiguous() and upstream.is_contiguous()
@@ -240,11 +235,13 @@ def _gelu_backward_on_cuda(
         x, upstream, parts, rows, math.ceil(rows / programs), columns,
         BLOCK=512, ROWS=4, AGAIN=again, STAGES=3, num_warps=2,
     )  # fmt: skip
-    add_parts(parts, sums)
+    add_parts(parts, sums, unfinished)
     return upstream, x
 
 
-def _pack_on_cuda(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
+def _pack_on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, sums: Tensor, unfinished: Unfinished | None
+) -> Tensor:
     rows, columns = q.shape
     assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     out = torch.empty(rows, 3 * columns, dtype=q.dtype, device=q.device)
@@ -253,7 +250,7 @@ def _pack_on_cuda(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
     _triton().pack[(programs, math.ceil(columns / 512), 3)](
         q, k, v, out, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
     )  # fmt: skip
-    add_parts(parts, sums)
+    add_parts(parts, sums, unfinished)
     return out
 
 

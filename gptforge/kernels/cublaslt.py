@@ -13,6 +13,7 @@ them transposed, and computes the transposed product of the factors in the other
 import ctypes
 import statistics
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +29,13 @@ WORKSPACE = 32 * 2**20
 CANDIDATES = 16
 FINALISTS, ROUNDS = 4, 4
 """Candidates that are timed again, those that were fastest once, and how often."""
-SHORT, CLEARING = 0.05, 0.003
-"""Milliseconds: products that take less are a small model's, which plays a recording back; and what
-a kernel with a workspace takes longer there: it is cleared beforehand, and a recording waits before
-that and behind it."""
+COUNTERS = 4096
+"""Bytes: a workspace no larger holds counters only, by which a kernel hands its tiles out. They are
+cleared beforehand, which costs a small product a tenth of its time; without a workspace most of
+these kernels hand out by a rule."""
+HEAD_START = 2_000_000
+"""Cycles, about a millisecond, that the device waits before a trial: kernels stand in line then, and
+the clock does not measure how fast they are asked for."""
 ALIGNMENT = 256
 """Bytes: what the heuristic takes for granted of an address."""
 
@@ -49,6 +53,13 @@ class _Choice(ctypes.Structure):
         ("waves", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
+
+
+class _Kernel(NamedTuple):
+    """A choice, and bytes of workspace that it is given."""
+
+    choice: _Choice
+    room: int
 
 
 class _Library:
@@ -121,9 +132,9 @@ class Plan:
         self._output = self._layout(
             torch.Size((rows, columns)), _REAL_FLOAT32 if adds else _REAL_BFLOAT16
         )
-        self._choices = self._candidates()
-        self._chosen = self._choices[0]
-        self._is_tried = len(self._choices) == 1
+        self._kernels = self._candidates()
+        self._chosen = self._kernels[0]
+        self._is_tried = len(self._kernels) == 1
         self._adds = adds
         self._one, self._kept = ctypes.c_float(1), ctypes.c_float(adds)
 
@@ -150,15 +161,16 @@ class Plan:
         self._run(self._chosen, left, right, out)
         return out
 
-    def _run(self, choice: _Choice, left: Tensor, right: Tensor, out: Tensor) -> None:
+    def _run(self, kernel: _Kernel, left: Tensor, right: Tensor, out: Tensor) -> None:
         pointer, lib = ctypes.c_void_p, self._lib
         result = pointer(out.data_ptr())
+        workspace = lib.workspace.data_ptr() if kernel.room else None
         lib.call(
             "Matmul", lib.handle, self._description, ctypes.byref(self._one),
             pointer(right.data_ptr()), self._right, pointer(left.data_ptr()), self._left,
             ctypes.byref(self._kept), result, self._output, result, self._output,
-            ctypes.byref(choice.algorithm), pointer(lib.workspace.data_ptr()),
-            ctypes.c_size_t(WORKSPACE),
+            ctypes.byref(kernel.choice.algorithm), pointer(workspace),
+            ctypes.c_size_t(kernel.room),
             pointer(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip
 
@@ -175,45 +187,40 @@ class Plan:
                 # There is room for the product, if not for trials beside what it is added to.
                 return
         able = []
-        for choice in self._choices:
+        for kernel in self._kernels:
             try:
-                self._run(choice, left, right, out)
+                self._run(kernel, left, right, out)
             except RuntimeError:
                 continue
-            able.append(choice)
+            able.append(kernel)
         if not able:
             # The product itself says why.
             return
-        able = [able[i] for i in self._by_time(able, 1, left, right, out)]
-        fastest, *_ = self._by_time(able[:FINALISTS], ROUNDS, left, right, out)
-        self._chosen = able[fastest]
+        able = self._by_time(able, 1, left, right, out)
+        self._chosen = self._by_time(able[:FINALISTS], ROUNDS, left, right, out)[0]
 
     def _by_time(
-        self, choices: list[_Choice], rounds: int, left: Tensor, right: Tensor, out: Tensor
-    ) -> list[int]:
-        """Numbers of kernels, the fastest first."""
+        self, kernels: list[_Kernel], rounds: int, left: Tensor, right: Tensor, out: Tensor
+    ) -> list[_Kernel]:
+        """The same, the fastest first."""
         marks = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(len(choices) + 1)]
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(kernels) + 1)]
             for _ in range(rounds)
         ]
+        torch.cuda._sleep(HEAD_START)
         for row in marks:
             row[0].record()
-            for mark, choice in zip(row[1:], choices, strict=True):
-                self._run(choice, left, right, out)
+            for mark, kernel in zip(row[1:], kernels, strict=True):
+                self._run(kernel, left, right, out)
                 mark.record()
         torch.cuda.synchronize(out.device)
         times = [
             statistics.median(row[i].elapsed_time(row[i + 1]) for row in marks)
-            for i in range(len(choices))
+            for i in range(len(kernels))
         ]
-        if min(times) < SHORT:
-            times = [
-                time + CLEARING * bool(choice.workspace)
-                for time, choice in zip(times, choices, strict=True)
-            ]
-        return sorted(range(len(choices)), key=times.__getitem__)
+        return [kernels[i] for i in sorted(range(len(kernels)), key=times.__getitem__)]
 
-    def _candidates(self) -> list[_Choice]:
+    def _candidates(self) -> list[_Kernel]:
         preference = ctypes.c_void_p()
         self._lib.call("MatmulPreferenceCreate", ctypes.byref(preference))
         size = ctypes.c_uint64(WORKSPACE)
@@ -229,7 +236,9 @@ class Plan:
         )  # fmt: skip
         if not count.value:
             raise RuntimeError("cuBLASLt has no kernel for this product")
-        return list(found[: count.value])
+        choices = found[: count.value]
+        frugal = [choice for choice in choices if 0 < choice.workspace <= COUNTERS]
+        return [_Kernel(x, WORKSPACE) for x in choices] + [_Kernel(x, 0) for x in frugal]
 
     def _set(self, attribute: int, value: _Value) -> None:
         self._lib.call(

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gptforge.kernels.block import add_column_sums, add_parts, gelu_backward
+from gptforge.kernels.block import gelu_backward
 from gptforge.kernels.products import back, back_through_gelu, linear_gelu
+from gptforge.kernels.sums import Unfinished, add_column_sums, add_parts
 
 TILES = {
     "forward": (128, 192, 2, 1),
@@ -41,6 +42,7 @@ class GeluProducts(Protocol):
         inner: Tensor,
         activated: Tensor | None,
         sums: Tensor,
+        unfinished: Unfinished | None = None,
     ) -> tuple[Tensor, Tensor]:
         """From behind the layer that follows the GELU to before the GELU.
 
@@ -50,6 +52,7 @@ class GeluProducts(Protocol):
             inner: (N, F) what went into the GELU; it may be written over.
             activated: (N, F) what came out; None has it made again.
             sums: (F,) float32, grows by the gradient's sum over the tokens.
+            unfinished: where that may wait, until the next way back, if it may.
 
         Returns:
             The gradient of `inner`, and what came out of the GELU: two (N, F).
@@ -78,15 +81,16 @@ class ByCublas:
         inner: Tensor,
         activated: Tensor | None,
         sums: Tensor,
+        unfinished: Unfinished | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `GeluProducts.backward`."""
         if activated is None:
-            return gelu_backward(inner, back(upstream, weight), sums, again=True)
+            return gelu_backward(inner, back(upstream, weight), sums, unfinished, again=True)
         if self._slope_apart:
-            wide, _ = gelu_backward(inner, back(upstream, weight), sums, again=False)
+            wide, _ = gelu_backward(inner, back(upstream, weight), sums, unfinished, again=False)
             return wide, activated
         wide = back_through_gelu(upstream, weight, inner)
-        add_column_sums(wide, sums)
+        add_column_sums(wide, sums, unfinished)
         return wide, activated
 
 
@@ -108,6 +112,7 @@ class ByQuack:
         inner: Tensor,
         activated: Tensor | None,
         sums: Tensor,
+        unfinished: Unfinished | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `GeluProducts.backward`."""
         wide = torch.empty_like(inner)
@@ -118,7 +123,7 @@ class ByQuack:
             activated = inner
         else:
             parts = _quack().run("back", upstream, weight, inner, {"D": wide})
-        add_parts(parts, sums)
+        add_parts(parts, sums, unfinished)
         return wide, activated
 
 

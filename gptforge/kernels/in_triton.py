@@ -215,14 +215,36 @@ def column_sums(x, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl.con
     tl.store(parts + program.to(tl.int64) * columns + column, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "columns"])
-def add_parts(parts, out, count, columns, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """`out` (columns) grows by the sum of `parts`, `count` rows `stride` apart."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["count_a", "count_b", "count_c", "count_d", "end_a", "end_b", "end_c"])
+def add_parts(
+    parts_a, out_a, count_a, columns_a, stride_a,
+    parts_b, out_b, count_b, columns_b, stride_b,
+    parts_c, out_c, count_c, columns_c, stride_c,
+    parts_d, out_d, count_d, columns_d, stride_d,
+    end_a, end_b, end_c,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Each `out` (columns) grows by the sum of its `parts`, `count` rows `stride` apart.
+
+    The programs before `end_a` serve the first of them, those before `end_b` the second, and so on.
+    """
+    program = tl.program_id(0)
+    parts, out, count, columns, stride = parts_a, out_a, count_a, columns_a, stride_a
+    own = program
+    if program >= end_a:
+        parts, out, count, columns, stride = parts_b, out_b, count_b, columns_b, stride_b
+        own = program - end_a
+    if program >= end_b:
+        parts, out, count, columns, stride = parts_c, out_c, count_c, columns_c, stride_c
+        own = program - end_b
+    if program >= end_c:
+        parts, out, count, columns, stride = parts_d, out_d, count_d, columns_d, stride_d
+        own = program - end_c
+    column = own * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, count, ROWS):
-        row = begin + tl.arange(0, ROWS)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
         mask = (row < count)[:, None] & inside[None, :]
         total += tl.sum(
             tl.load(parts + row[:, None] * stride + column[None, :], mask=mask, other=0.0), 0

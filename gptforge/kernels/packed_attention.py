@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels.attention import attend
-from gptforge.kernels.block import add_parts, pack
+from gptforge.kernels.block import pack
 from gptforge.kernels.dropout import Drop, for_kernel
+from gptforge.kernels.sums import Unfinished, add_parts
 
 HEAD_SIZES = (32, 64)
 """Channels of a head for which the way back of our own was found to be faster."""
@@ -43,7 +44,9 @@ class PackedAttention(Protocol):
     def forward(self, qkv: Tensor, drop: Drop | None) -> tuple[Tensor, Kept]:
         """(B, T, 3, H, D) to (N, C), with some of the shares dropped."""
 
-    def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
+    def backward(
+        self, upstream: Tensor, kept: Kept, sums: Tensor, unfinished: Unfinished | None = None
+    ) -> Tensor:
         """(N, C) to the gradient of qkv (N, 3 * C), whose column sums are added to `sums`."""
 
 
@@ -63,11 +66,13 @@ class ByTorch:
             out = attend(q, k, v, self._dropout)
         return _rows(out.detach()), Kept((q, k, v), out)
 
-    def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
+    def backward(
+        self, upstream: Tensor, kept: Kept, sums: Tensor, unfinished: Unfinished | None = None
+    ) -> Tensor:
         """As `PackedAttention.backward`."""
         outs = torch.autograd.grad(kept.out, kept.qkv, _heads(upstream, *kept.out.shape[:2]))
         to_q, to_k, to_v = (_rows(x) for x in outs)
-        return pack(to_q, to_k, to_v, sums)
+        return pack(to_q, to_k, to_v, sums, unfinished)
 
 
 class ByTriton:
@@ -84,13 +89,15 @@ class ByTriton:
         )
         return _rows(out), Kept((qkv,), out, lse.view(out.shape[:3]))
 
-    def backward(self, upstream: Tensor, kept: Kept, sums: Tensor) -> Tensor:
+    def backward(
+        self, upstream: Tensor, kept: Kept, sums: Tensor, unfinished: Unfinished | None = None
+    ) -> Tensor:
         """As `PackedAttention.backward`."""
         assert kept.lse is not None, "the way forward was another one"
         gradient, parts = attention_backward(
             kept.qkv[0], _rows(kept.out), kept.lse, upstream, kept.drop
         )
-        add_parts(parts, sums)
+        add_parts(parts, sums, unfinished)
         return gradient.view(len(upstream), -1)
 
 

@@ -43,6 +43,7 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(param_groups)
         self._betas = betas
+        self._is_prepared = False
 
     def slots(self, parameter: Tensor) -> tuple[str, ...]:
         """See Optimizer."""
@@ -51,6 +52,9 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def prepare(self) -> None:
         """See Optimizer."""
+        if self._is_prepared:
+            # To look for each of them again takes Python as long as to start a kernel.
+            return
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter not in self.state:
@@ -60,6 +64,7 @@ class AdamW(Optimizer):
                         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
                     }
+        self._is_prepared = True
 
     @torch.no_grad()
     def step(self) -> None:
@@ -70,7 +75,8 @@ class AdamW(Optimizer):
             moved = [p for p in group["params"] if p.grad is not None]
             if not moved:
                 continue
-            steps, means, squares = ([self.state[p][slot] for p in moved] for slot in SLOTS)
+            states = [self.state[p] for p in moved]
+            steps, means, squares = ([state[slot] for state in states] for slot in SLOTS)
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 moved, [p.grad for p in moved], means, squares, [], steps,

@@ -15,6 +15,7 @@ from gptforge.kernels.dropout import Drop
 from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
 from gptforge.kernels.packed_attention import Kept, fastest
 from gptforge.kernels.products import add_product, back, linear
+from gptforge.kernels.sums import Unfinished
 from gptforge.model import Block
 from gptforge.train.gradients import Gradients
 from gptforge.train.weights import Weights
@@ -62,10 +63,14 @@ class LayerNorm:
         return add_norm(stream, branch, self._weight, self._bias, drop)
 
     def backward(
-        self, upstream: Tensor, norm: Norm, beside: Tensor | None
+        self,
+        upstream: Tensor,
+        norm: Norm,
+        beside: Tensor | None,
+        unfinished: Unfinished | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `norm_backward`."""
-        return norm_backward(upstream, norm, self._weight, beside, self._sums)
+        return norm_backward(upstream, norm, self._weight, beside, self._sums, unfinished)
 
 
 class Drops(NamedTuple):
@@ -171,17 +176,20 @@ class BlockByHand:
 
         The two may be one and the same.
         """
+        sums, to_bias = Unfinished(), self.c_fc.bias_gradient
         wide, activated = self._gelu.backward(
-            to_branch, self.c_proj.narrow, kept.inner, kept.activated, self.c_fc.bias_gradient
+            to_branch, self.c_proj.narrow, kept.inner, kept.activated, to_bias, sums
         )  # (N, 4 C)
         add_product(self.c_proj.gradient, to_branch, activated)
         narrow = self.c_fc.backward(kept.normal_2, wide)
-        upstream, to_branch = self.norm_2.backward(narrow, kept.norm_2, upstream)
+        upstream, to_branch = self.norm_2.backward(narrow, kept.norm_2, upstream, sums)
         narrow = self.mix.backward(kept.mixed, to_branch)
         to_bias = self.c_attn.bias_gradient
-        wide = self._attention.backward(narrow, kept.attention, to_bias)  # (N, 3 C)
+        wide = self._attention.backward(narrow, kept.attention, to_bias, sums)  # (N, 3 C)
         narrow = self.c_attn.backward(kept.normal_1, wide)
-        return self.norm_1.backward(narrow, kept.norm_1, upstream)
+        before = self.norm_1.backward(narrow, kept.norm_1, upstream, sums)
+        sums.finish()
+        return before
 
 
 def is_slope_faster_apart(device: torch.device, channels: int) -> bool:

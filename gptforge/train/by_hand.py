@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gptforge.costs import HEAD_TOKENS, keeps_gelu_every
+from gptforge.costs import head_tokens, keeps_gelu_every
 from gptforge.hardware import PLAIN, Kernels
 from gptforge.kernels.block import add_rows, embed
 from gptforge.kernels.dropout import Drop, throw
@@ -56,7 +56,7 @@ class ByHand:
         assert not (self._dropout and savings.recompute), "not written out here"
         self.model = model
         self._recompute = savings.recompute
-        self._head_tokens = savings.loss_chunk or HEAD_TOKENS
+        self._head_tokens = savings.loss_chunk or head_tokens(model.config.vocab_size)
         self._weights = weights = weights or Weights(dtype)
         parts = model.transformer
         wte, wpe, ln_f = parts["wte"], parts["wpe"], parts["ln_f"]
@@ -141,8 +141,8 @@ class ByHand:
         size = len(self._to_wte)
         if size <= FEW_IDS:
             # Rows that many tokens share are slow to add to one by one. Ones and noughts are exact.
-            marks = tokens[:, None] == torch.arange(size, device=idx.device)
-            add_product(self._to_wte, marks.to(upstream.dtype), upstream)
+            marks = upstream.new_zeros(len(tokens), size).scatter_(1, tokens[:, None], 1)
+            add_product(self._to_wte, marks, upstream)
         else:
             add_rows(upstream, tokens, self._to_wte)
 

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from gptforge.kernels.block import (
-    add_column_sums,
     add_norm,
     add_rows,
     embed,
@@ -168,13 +167,3 @@ def test_numbers_far_out_stay_finite(place) -> None:
     torch.testing.assert_close(gelu(x), x.clamp(min=0))
     gradient, _ = gelu_backward(x, torch.ones_like(x), torch.zeros(5, device=place), again=False)
     torch.testing.assert_close(gradient.float(), torch.tensor([[0, 0, 0.5, 1, 1]], device=place))
-
-
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_column_sums_are_added_to_what_is_there(place, rows, columns) -> None:
-    torch.manual_seed(rows)
-    x = narrow(rows, columns, place=place)
-    before = torch.randn(columns, device=place)
-    sums = before.clone()
-    add_column_sums(x, sums)
-    assert distance(sums - before, x.double().sum(0)) < 1e-5

@@ -44,7 +44,9 @@ def test_layer_norm_both_ways(rows, columns, has_branch) -> None:
         for more in (beside, None):
             sums, our_sums = torch.zeros(2, 3 * columns)
             both = block.norm_backward(upstream.clone(), norm, weight, more, sums)
-            ours = block._norm_backward_on_cuda(upstream.clone(), our_norm, weight, more, our_sums)
+            ours = block._norm_backward_on_cuda(
+                upstream.clone(), our_norm, weight, more, our_sums, None
+            )
             torch.testing.assert_close((*ours, our_sums), (*both, sums), rtol=1e-4, atol=1e-4)
 
 
@@ -55,7 +57,7 @@ def test_the_way_back_through_a_gelu(rows, columns, again) -> None:
     x, upstream = torch.randn(rows, columns), torch.randn(rows, columns)
     sums, our_sums = torch.zeros(2, columns)
     both = block.gelu_backward(x.clone(), upstream.clone(), sums, again=again)
-    ours = block._gelu_backward_on_cuda(x.clone(), upstream.clone(), our_sums, again)
+    ours = block._gelu_backward_on_cuda(x.clone(), upstream.clone(), our_sums, None, again)
     torch.testing.assert_close((*ours, our_sums), (*both, sums), rtol=1e-4, atol=1e-4)
 
 

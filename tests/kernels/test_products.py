@@ -101,6 +101,22 @@ def test_on_a_gpu_the_library_is_used_and_tries_its_kernels_out(device) -> None:
     assert plan is not None and plan._is_tried
 
 
+def test_a_kernel_without_its_workspace_computes_the_same(device) -> None:
+    if device.type != "cuda":
+        pytest.skip("there is no cuBLASLt on a CPU")
+    x, weight, _, _ = factors(4096, 384, 1152, device)
+    exact = x.double() @ weight.double().t()
+    plan = cublaslt.Plan(device, x.shape, weight.shape, turned=(False, True))
+    for kernel in plan._kernels:
+        out = torch.full((4096, 1152), torch.nan, device=device, dtype=torch.bfloat16)
+        try:
+            plan._run(kernel, x, weight, out)
+        except RuntimeError:
+            assert not kernel.room, "it was found for the workspace that it was given"
+            continue
+        assert distance(out, exact) < 5e-3
+
+
 def test_where_results_must_repeat_the_clock_does_not_choose(device) -> None:
     if device.type != "cuda":
         pytest.skip("there is no cuBLASLt on a CPU")
@@ -111,7 +127,7 @@ def test_where_results_must_repeat_the_clock_does_not_choose(device) -> None:
     try:
         linear(x, weight, bias)
         plan = products._plan(x, weight, turned=(False, True), epilogue=cublaslt.WITH_BIAS)
-        assert plan is not None and plan._chosen is plan._choices[0]
+        assert plan is not None and plan._chosen is plan._kernels[0]
     finally:
         torch.use_deterministic_algorithms(before)
         products._remembered.cache_clear()

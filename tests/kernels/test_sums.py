@@ -1,0 +1,54 @@
+"""Sums over rows, made from parts: those of torch in double precision."""
+
+import os
+
+import pytest
+import torch
+
+from gptforge.kernels.sums import Unfinished, add_column_sums, add_parts
+
+SHAPES = [(5, 32), (64, 48), (1000, 384), (70, 768), (33, 1600)]
+
+
+@pytest.fixture
+def place(device: torch.device) -> str:
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    return device.type
+
+
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_column_sums_are_added_to_what_is_there(place, rows, columns) -> None:
+    torch.manual_seed(rows)
+    x = torch.randn(rows, columns, device=place).bfloat16()
+    before = torch.randn(columns, device=place)
+    sums = before.clone()
+    add_column_sums(x, sums)
+    assert distance(sums - before, x.double().sum(0)) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_sums_that_waited_are_those_made_at_once(place, count) -> None:
+    """Of different sizes, some with more columns in their parts than are wanted."""
+    if place == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("there are no parts on a CPU, but where Triton interprets")
+    torch.manual_seed(count)
+    sizes = [(1, 8, 8), (700, 96, 64), (33, 1600, 1600), (513, 40, 7), (2, 33, 33)]
+    unfinished, expected, waited, at_once = Unfinished(), [], [], []
+    for rows, columns, wanted in (sizes * 2)[:count]:
+        parts, before = torch.randn(rows, columns, device=place), torch.randn(wanted, device=place)
+        expected.append(before.double() + parts.double().sum(0)[:wanted])
+        waited.append(before.clone())
+        add_parts(parts, waited[-1], unfinished)
+        assert torch.equal(waited[-1], before)
+        at_once.append(before)
+        add_parts(parts, before)
+    unfinished.finish()
+    unfinished.finish()
+    for one, other, exact in zip(waited, at_once, expected, strict=True):
+        assert torch.equal(one, other)
+        assert distance(one, exact) < 1e-5
