@@ -5,8 +5,8 @@ import math
 from gptforge.config import GPTConfig
 
 HEAD_TOKENS, HEAD_VOCABULARY = 8192, 50304
-"""Tokens whose logits of so many ids are made at a time where they are made in pieces: more is hardly
-faster."""
+"""Tokens whose logits of so many ids are made at a time where they are made in pieces: more is
+hardly faster."""
 FEW_CHANNELS = 512
 """Width up to which a model is small: its passes take long beside its products."""
 

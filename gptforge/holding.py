@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,9 @@ from gptforge.errors import UserError
 
 LOCK = ".lock"
 """The file inside a folder that is locked, there as long as somebody holds the folder."""
+
+GLANCES, PAUSE = 6, 0.02
+"""How often a lock is tried that others have, and seconds in between: they may only be looking."""
 
 _TAKEN = (errno.EAGAIN, errno.EACCES, getattr(errno, "EDEADLOCK", errno.EAGAIN))
 """What the systems say when another process has the lock."""
@@ -98,12 +102,12 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
             # Whoever held it has just cleaned up behind himself.
             continue
         try:
-            is_ours = _lock(file, wait=wait)
+            is_ours = _take(file, wait=wait)
         except OSError:
             # A disk without locks: those on this machine can be kept away all the same.
             file.close()
             file = _elsewhere(folder).open("a", encoding="utf-8")
-            is_ours = _lock(file, wait=wait)
+            is_ours = _take(file, wait=wait)
         if is_ours and _is_in_place(file):
             return Hold(folder, file, made)
         file.close()
@@ -119,13 +123,26 @@ def is_held(folder: Path) -> bool:
         return False
     with file:
         try:
-            return not _lock(file, wait=False)
+            # Two that look at the same time must not take each other for its holder.
+            return not _lock(file, wait=False, shared=True)
         except OSError:
             return False
 
 
-def _lock(file: IO[str], *, wait: bool) -> bool:
-    """Whether the lock is ours now; an OSError where there can be none."""
+def _take(file: IO[str], *, wait: bool) -> bool:
+    """As `_lock`, but not put off by somebody who only looks whether it is held."""
+    for _ in range(GLANCES - 1):
+        if _lock(file, wait=wait):
+            return True
+        time.sleep(PAUSE)
+    return _lock(file, wait=wait)
+
+
+def _lock(file: IO[str], *, wait: bool, shared: bool = False) -> bool:
+    """Whether the lock is ours now; an OSError where there can be none.
+
+    `shared` ones do not keep each other out, except on Windows, which has none.
+    """
     try:
         if os.name == "nt":
             import msvcrt
@@ -135,7 +152,8 @@ def _lock(file: IO[str], *, wait: bool) -> bool:
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in _TAKEN:
             raise

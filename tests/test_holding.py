@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gptforge import holding
 from gptforge.holding import LOCK, hold
 
 links = pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
@@ -82,3 +83,19 @@ def test_on_a_disk_without_locks_this_machine_is_kept_away(tmp_path, monkeypatch
     with hold(tmp_path / "run"):
         assert hold(tmp_path / "run") is None
     hold(tmp_path / "run").close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no shared locks")
+def test_who_looks_whether_a_folder_is_held_keeps_nobody_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(holding, "PAUSE", 0.2)
+    (tmp_path / LOCK).touch()
+    looker = (tmp_path / LOCK).open("r+")
+    assert holding._lock(looker, wait=False, shared=True)
+    assert not holding.is_held(tmp_path), "by another one who looks"
+    leaving = threading.Timer(0.02, looker.close)
+    leaving.start()
+    held = hold(tmp_path)
+    leaving.join()
+    assert held is not None
+    assert holding.is_held(tmp_path)
+    held.close()

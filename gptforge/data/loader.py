@@ -19,8 +19,8 @@ MOST_AHEAD = 4
 BYTES_AHEAD = 2**26
 """What they may take, of which one is always allowed."""
 PLACED_AT_ONCE = 2048
-"""Windows that are looked up in the order at a time: for a few of them alone numpy's calls would take
-longer than their work, and hold Python, which a small model's updates want as well."""
+"""Windows that are looked up in the order at a time: for a few of them alone numpy's calls would
+take longer than their work, and hold Python, which a small model's updates want as well."""
 
 
 class Loader:

@@ -208,15 +208,18 @@ def _norm_backward_on_cuda(
     assert upstream.is_contiguous() and (beside is None or beside.is_contiguous())
     block, _ = _tile(columns)
     # Each thread keeps three sums of each of its columns: few rows at a time, others on their way.
-    stages = 1 if block > 2048 else 4 if norm.drop is not None and block <= 512 else 3
-    programs = min(8 * multiprocessors(upstream.device), math.ceil(rows / 16))
+    is_small, drops = block <= 512, norm.drop is not None
+    stages = 1 if block > 2048 else 4 if is_small else 3
+    height = (512 if drops or not is_small else 1024) // block or 1
+    each = 8 if is_small or not drops else 6
+    programs = min(each * multiprocessors(upstream.device), math.ceil(rows / 16))
     parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=upstream.device)
     to_branch = upstream if norm.drop is None else torch.empty_like(upstream)
     keys, dropped = for_kernel(norm.drop, parts)
     _triton().norm_backward[(programs,)](
         upstream, norm.stream, norm.mean, norm.rstd, weight,
         upstream if beside is None else beside, to_branch, parts, keys, rows,
-        math.ceil(rows / programs), columns=columns, BLOCK=block, ROWS=512 // block or 1,
+        math.ceil(rows / (programs * height)), columns=columns, BLOCK=block, ROWS=height,
         HAS_BESIDE=beside is not None, DROPPED=dropped, STAGES=stages,
         num_warps=block // 1024 or 1,
     )  # fmt: skip
@@ -229,11 +232,13 @@ def _gelu_backward_on_cuda(
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     assert x.is_contiguous() and upstream.is_contiguous()
-    programs = min(1024, math.ceil(rows / 32))
+    chunks = math.ceil(columns / 512)
+    stages, each = (2, 16) if columns <= 2048 else (3, 6)
+    programs = min(max(1, each * multiprocessors(x.device) // chunks), math.ceil(rows / 16))
     parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    _triton().gelu_backward[(programs, math.ceil(columns / 512))](
-        x, upstream, parts, rows, math.ceil(rows / programs), columns,
-        BLOCK=512, ROWS=4, AGAIN=again, STAGES=3, num_warps=2,
+    _triton().gelu_backward[(chunks, programs)](
+        x, upstream, parts, rows, math.ceil(rows / (programs * 4)), columns,
+        BLOCK=512, ROWS=4, AGAIN=again, STAGES=stages, num_warps=2,
     )  # fmt: skip
     add_parts(parts, sums, unfinished)
     return upstream, x

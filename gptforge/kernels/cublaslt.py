@@ -34,8 +34,8 @@ COUNTERS = 4096
 cleared beforehand, which costs a small product a tenth of its time; without a workspace most of
 these kernels hand out by a rule."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, that the device waits before a trial: kernels stand in line then, and
-the clock does not measure how fast they are asked for."""
+"""Cycles, about a millisecond, that the device waits before a trial: kernels stand in line then,
+and the clock does not measure how fast they are asked for."""
 ALIGNMENT = 256
 """Bytes: what the heuristic takes for granted of an address."""
 

@@ -4,6 +4,9 @@ The modules beside this one say what each computes, and have the plain torch for
 tokens, columns channels. Sums over the rows are made in two steps, so that their order, and with it
 every bit, is the same each time: each program leaves what it saw in a row of `parts`. Only
 `add_rows` adds in any order.
+
+On the way back a pass follows the product that made what it reads, and all of its programs go from
+the last rows to the first: the last that were written are those that the cache still holds.
 """
 
 import triton
@@ -82,9 +85,9 @@ def add_norm(
     tl.store(rstd + row, inverse, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "each"])
+@triton.jit(do_not_specialize=["rows", "turns"])
 def norm_backward(
-    upstream, stream, mean, rstd, weight, beside, to_branch, parts, keys, rows, each,
+    upstream, stream, mean, rstd, weight, beside, to_branch, parts, keys, rows, turns,
     columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BESIDE: tl.constexpr,
     DROPPED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -100,15 +103,14 @@ def norm_backward(
     of_bias = tl.zeros((BLOCK,), tl.float32)
     of_branch = tl.zeros((BLOCK,), tl.float32)
     words = column_words(column, keys) if DROPPED else column
-    last = tl.minimum(program * each + each, rows)
-    for begin in tl.range(0, each, ROWS, num_stages=STAGES):
-        row = program * each + begin + tl.arange(0, ROWS)
-        mask = (row < last)[:, None] & inside[None, :]
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        row = ((turns - 1 - turn) * tl.num_programs(0) + program) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
         place = row.to(tl.int64)[:, None] * columns + column[None, :]
         dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(stream + place, mask=mask, other=0.0).to(tl.float32)
-        average = tl.load(mean + row, mask=row < last, other=0.0)[:, None]
-        inverse = tl.load(rstd + row, mask=row < last, other=0.0)[:, None]
+        average = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         normal = tl.where(mask, (x - average) * inverse, 0.0)
         of_weight += tl.sum(dy * normal, 0)
         of_bias += tl.sum(dy, 0)
@@ -143,20 +145,19 @@ def gelu(x, out, count, BLOCK: tl.constexpr):
     tl.store(out + place, (value * share).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "each"])
+@triton.jit(do_not_specialize=["rows", "turns"])
 def gelu_backward(
-    x, upstream, parts, rows, each, columns,
+    x, upstream, parts, rows, turns, columns,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`upstream` becomes the gradient of x, if AGAIN x its GELU; `parts` (P, columns) the sums."""
-    program = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros((BLOCK,), tl.float32)
-    last = tl.minimum(program * each + each, rows)
-    for begin in tl.range(0, each, ROWS, num_stages=STAGES):
-        row = program * each + begin + tl.arange(0, ROWS)
-        mask = (row < last)[:, None] & inside[None, :]
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        row = ((turns - 1 - turn) * tl.num_programs(1) + program) * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
         place = row.to(tl.int64)[:, None] * columns + column[None, :]
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(upstream + place, mask=mask, other=0.0).to(tl.float32)
@@ -215,7 +216,9 @@ def column_sums(x, parts, rows, each, columns, BLOCK: tl.constexpr, ROWS: tl.con
     tl.store(parts + program.to(tl.int64) * columns + column, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count_a", "count_b", "count_c", "count_d", "end_a", "end_b", "end_c"])
+@triton.jit(
+    do_not_specialize=["count_a", "count_b", "count_c", "count_d", "end_a", "end_b", "end_c"]
+)
 def add_parts(
     parts_a, out_a, count_a, columns_a, stride_a,
     parts_b, out_b, count_b, columns_b, stride_b,

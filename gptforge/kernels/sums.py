@@ -64,18 +64,18 @@ def add_column_sums(x: Tensor, sums: Tensor, unfinished: Unfinished | None = Non
 
 
 def _add_up(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    programs, ends, operands = 0, [], []
-    for parts, sums in [*pairs, *pairs[:1] * (AT_ONCE - len(pairs))]:
+    programs = 0
+    ends: list[int] = []
+    operands: list[Tensor | int] = []
+    # What only fills the places up begins where no program is any more.
+    for parts, sums in [*pairs, *[pairs[0]] * (AT_ONCE - len(pairs))]:
         assert sums.is_contiguous() and sums.dtype == parts.dtype == torch.float32
         assert parts.is_contiguous() and parts.size(1) >= len(sums)
         operands += [parts, sums, len(parts), len(sums), parts.size(1)]
         if len(ends) < len(pairs):
             programs += math.ceil(len(sums) / COLUMNS)
-        # What only fills the places up begins where no program is any more.
         ends.append(programs)
-    _triton().add_parts[(programs,)](
-        *operands, *ends[:-1], BLOCK=COLUMNS, ROWS=ROWS, num_warps=16
-    )
+    _triton().add_parts[(programs,)](*operands, *ends[:-1], BLOCK=COLUMNS, ROWS=ROWS, num_warps=16)
 
 
 def _triton() -> Any:

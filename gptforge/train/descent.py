@@ -28,9 +28,10 @@ class Descent:
         self._grad_clip = grad_clip if grad_clip > 0 else float("inf")
         self._scaler = scaler
 
-    def __call__(self, clip: Clip, loss: Tensor, lr: float) -> Tensor:
+    def __call__(self, clip: Clip, loss: Tensor, lr: float | Tensor) -> Tensor:
         """Move the weights by their gradients; the gradients' norm before clipping.
 
+        A rate that is a float32 scalar on the device may change when a recording is played back.
         If norm or loss is not finite, weights and moments stay as they are.
         """
         # The scaler wants an optimizer of torch's, and uses no more than ours has.

@@ -34,8 +34,12 @@ class Gradients:
         return self._views[parameter]
 
     def clear(self) -> None:
-        """Set all to zero, and make them their parameters' gradients."""
+        """Set all to zero, and hand them over."""
         self.flat.zero_()
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Make them their parameters' gradients, where an optimizer looks for them."""
         for parameter, gradient in self._for_optimizer.items():
             parameter.grad = gradient
 

@@ -1,16 +1,23 @@
-"""A micro-batch's kernels recorded once and played back: a CUDA graph.
+"""An update's kernels recorded once and played back: CUDA graphs.
 
 In a small model a kernel takes less time than it takes Python to ask for it. A recording is asked
 for as a whole. It plays back at the same addresses: so the batch is copied to where that one was,
 and gradients go where those went.
+
+There are three, for an update may have many micro-batches, and other ranks to wait for in between:
+of what begins it, of a micro-batch, and of what ends it.
 """
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gptforge.train.by_hand import ByHand
+from gptforge.train.descent import Descent
+
+T = TypeVar("T")
 
 
 class Replay:
@@ -21,10 +28,19 @@ class Replay:
         self._scale = torch.zeros((), device=by_hand.gradients.flat.device)
         self._recorded: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
         self._seen: set[torch.Size] = set()
+        self._begin = _Recording(by_hand.begin)
+        self._hands_over = True
 
     def begin(self) -> None:
         """As `ByHand.begin`."""
-        self._by_hand.begin()
+        self._begin()
+        if self._hands_over:
+            self._by_hand.gradients.hand_over()
+
+    def ending(self, descend: Descent) -> "ReplayedDescent":
+        """The same for what ends an update; gradients are handed over there from now on."""
+        self._hands_over = False
+        return ReplayedDescent(descend, self._by_hand)
 
     def clip(self, longest: float) -> Tensor:
         """As `ByHand.clip`."""
@@ -47,10 +63,7 @@ class Replay:
 
     def _record(self, idx: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         fixed_idx, fixed_targets = idx.clone(), targets.clone()
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may be writing a checkpoint, and ask for memory.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            loss = self._by_hand(fixed_idx, fixed_targets, self._scale)
+        graph, loss = _record(lambda: self._by_hand(fixed_idx, fixed_targets, self._scale))
 
         def play(idx: Tensor, targets: Tensor) -> Tensor:
             fixed_idx.copy_(idx)
@@ -59,3 +72,52 @@ class Replay:
             return loss.clone()
 
         return play
+
+
+class ReplayedDescent:
+    """A descent, recorded at its second call; for an optimizer that takes a rate on the device."""
+
+    def __init__(self, descend: Descent, by_hand: ByHand) -> None:
+        device = by_hand.gradients.flat.device
+        self._loss, self._lr = (torch.zeros((), device=device) for _ in range(2))
+
+        def end() -> Tensor:
+            by_hand.gradients.hand_over()
+            return descend(by_hand.clip, self._loss, self._lr)
+
+        self._end = _Recording(end)
+
+    def __call__(self, loss: Tensor, lr: float) -> Tensor:
+        """As `Descent.__call__`."""
+        self._loss.copy_(loss)
+        # From the first call on, not only in a recording: as float32 it is a little another number.
+        self._lr.fill_(lr)
+        return self._end().clone()
+
+
+class _Recording(Generic[T]):
+    """Work at fixed addresses, recorded when it is done for the second time."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._is_warm = False
+        self._recorded: tuple[torch.cuda.CUDAGraph, T] | None = None
+
+    def __call__(self) -> T:
+        if not self._is_warm:
+            self._is_warm = True
+            return self._work()
+        if self._recorded is None:
+            self._recorded = _record(self._work)
+        graph, result = self._recorded
+        graph.replay()
+        return result
+
+
+def _record(work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A recording of some work, which is not done yet, and where it leaves its result."""
+    graph = torch.cuda.CUDAGraph()
+    # Another thread may be writing a checkpoint, and ask for memory.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = work()
+    return graph, result

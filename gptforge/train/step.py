@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptforge.distributed import ALONE, Ranks
 from gptforge.hardware import PLAIN, Kernels, Precision, synchronize
 from gptforge.model import GPT
+from gptforge.optim.adamw import AdamW
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.by_autograd import ByAutograd
 from gptforge.train.by_hand import ByHand
@@ -23,7 +24,7 @@ from gptforge.train.parallel import (
     LooseGradients,
     OverRanks,
 )
-from gptforge.train.replay import Replay
+from gptforge.train.replay import Replay, ReplayedDescent
 from gptforge.train.savings import NO_SAVINGS, Savings
 from gptforge.train.sharded import InShards, Root, put_together
 
@@ -82,6 +83,7 @@ class TrainStep:
         self.is_compiled = False
         # Its gradients and weights first: there may be no room for those of two.
         self.__dict__.pop("_way", None)
+        self._ending: ReplayedDescent | None = None
         self.optimizer.zero_grad(set_to_none=True)
         self._way: ByAutograd | ByHand | Replay
         self._sync = GradientSync()
@@ -152,7 +154,7 @@ class TrainStep:
         return ways[type(self._way)] + (", in shards" if self.is_sharded else "")
 
     def record(self, context_length: int) -> bool:
-        """Play micro-batches back from a recording from now on; whether there is memory for one.
+        """Play updates back from recordings from now on; whether there is memory for them.
 
         A recording has memory of its own, beside what an update takes that is not played back.
         """
@@ -161,6 +163,8 @@ class TrainStep:
         # What is played back calls nobody: its gradients are sent when all are there.
         self._way.made = GradientSync().made
         self._way = Replay(self._way)
+        if type(self.optimizer) is AdamW and not self.precision.needs_scaler:
+            self._ending = self._way.ending(self._descend)
         # The first one warms up, the second one is recorded.
         return all(self.fits(self.micro_batch, context_length) for _ in range(2))
 
@@ -187,6 +191,8 @@ class TrainStep:
             self._shrink()
         if self._is_short:
             self._shrink()
+        if self._ending is not None:
+            return loss, self._ending(loss, lr)
         norm = self._descend(self._way.clip, loss, lr)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm

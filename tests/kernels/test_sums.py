@@ -38,17 +38,22 @@ def test_sums_that_waited_are_those_made_at_once(place, count) -> None:
         pytest.skip("there are no parts on a CPU, but where Triton interprets")
     torch.manual_seed(count)
     sizes = [(1, 8, 8), (700, 96, 64), (33, 1600, 1600), (513, 40, 7), (2, 33, 33)]
-    unfinished, expected, waited, at_once = Unfinished(), [], [], []
+    unfinished, expected, waited, again, at_once = Unfinished(), [], [], [], []
     for rows, columns, wanted in (sizes * 2)[:count]:
         parts, before = torch.randn(rows, columns, device=place), torch.randn(wanted, device=place)
         expected.append(before.double() + parts.double().sum(0)[:wanted])
-        waited.append(before.clone())
-        add_parts(parts, waited[-1], unfinished)
-        assert torch.equal(waited[-1], before)
+        waited.append((parts, before.clone()))
+        again.append((parts, before.clone()))
+        add_parts(parts, waited[-1][1], unfinished)
+        assert torch.equal(waited[-1][1], before)
         at_once.append(before)
         add_parts(parts, before)
     unfinished.finish()
     unfinished.finish()
-    for one, other, exact in zip(waited, at_once, expected, strict=True):
-        assert torch.equal(one, other)
+    for parts, sums in again:
+        add_parts(parts, sums, unfinished)
+    unfinished.finish()
+    for (_, one), (_, same), alone, exact in zip(waited, again, at_once, expected, strict=True):
         assert distance(one, exact) < 1e-5
+        assert torch.equal(one, same), "each time in the same order"
+        assert distance(alone, exact) < 1e-5
