@@ -48,8 +48,11 @@ def main() -> None:
         def with_loader() -> None:
             begin = time.perf_counter()
             batch = loader.next()
-            waits.append(time.perf_counter() - begin)
+            asked = time.perf_counter() - begin
             step(*batch, lr=1e-4)
+            begin = time.perf_counter()
+            loader.send_next()
+            waits.append(asked + time.perf_counter() - begin)
 
         def without() -> None:
             step(*fixed, lr=1e-4)
@@ -65,7 +68,7 @@ def main() -> None:
                 synchronize(step.device)
                 if turn:  # the first warms up
                     seconds[label].append((time.perf_counter() - begin) / args.steps)
-        asked = waits[args.steps :]
+        waited = waits[args.steps :]
         trainer.lock.close()
     usual, with_it = (statistics.median(seconds[label]) for label in ("without", "with"))
     tokens = config.tokens_per_step
@@ -78,8 +81,8 @@ def main() -> None:
         middle = statistics.median(own)
         print(f"| {name} | {middle:.2f} ({min(own):.2f}, {max(own):.2f}) | {rate:,.0f} |")
     print(
-        f"\nasking for a batch takes {1e3 * statistics.mean(asked):.2f} ms on average, "
-        f"{1e3 * max(asked):.2f} at most: {statistics.mean(asked) / with_it:.2%} of an update's "
+        f"\nasking for a batch takes {1e3 * statistics.mean(waited):.2f} ms on average, "
+        f"{1e3 * max(waited):.2f} at most: {statistics.mean(waited) / with_it:.2%} of an update's "
         f"time; an update takes {with_it / usual - 1:+.2%} longer than without a loader"
     )
 

@@ -84,17 +84,22 @@ class Loader:
         return self.position / self.windows
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the next update, this rank's (g, T) int64 on the device.
-
-        The batch after it sets out at once, to arrive while this one is computed on.
-        """
+        """Inputs and targets of the next update, this rank's (g, T) int64 on the device."""
         batch = self._ahead if self._ahead is not None else self._send(self.position)
+        self._ahead = None
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             batch.record_stream(torch.cuda.current_stream(self._device))
         self.position += self._global_batch
-        self._ahead = self._send(self.position)
         return batch[:, :-1], batch[:, 1:]
+
+    def send_next(self) -> None:
+        """Have the next batch set out already, to arrive while the last one is computed on.
+
+        Best once that has begun: a device that waits for work should not wait for this as well.
+        """
+        if self._ahead is None:
+            self._ahead = self._send(self.position)
 
     def windows_at(self, position: int) -> list[int]:
         """Numbers of the windows in the whole global batch at a position; window w starts at

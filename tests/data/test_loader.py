@@ -61,6 +61,33 @@ def test_the_position_brings_back_the_stream(device) -> None:
     assert straight.epoch == resumed.epoch == 35 * 4 / 10
 
 
+def test_a_batch_that_was_sent_early_is_the_one_that_follows(device) -> None:
+    early, plain = loader(device=device), loader(device=device)
+    for position in (0, 8):
+        for one in (early, plain):
+            one.load_state_dict({"position": position})
+        for _ in range(12):
+            assert torch.equal(early.next()[0], plain.next()[0])
+            early.send_next()
+            early.send_next()
+            assert early.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("at_once", [1, 5, 4000])
+def test_how_many_windows_are_looked_up_at_once_changes_nothing(
+    monkeypatch, at_once, stagger
+) -> None:
+    plain = loader(stagger=stagger)
+    expected = [plain.next()[0] for _ in range(40)]
+    monkeypatch.setattr("gptforge.data.loader.PLACED_AT_ONCE", at_once)
+    other = loader(stagger=stagger)
+    assert torch.equal(torch.stack([other.next()[0] for _ in range(40)]), torch.stack(expected))
+    if not stagger:
+        starts = [window for position in range(0, 160, 4) for window in plain.windows_at(position)]
+        assert torch.stack(expected)[..., 0].flatten().tolist() == [10 * w for w in starts]
+
+
 def test_how_a_batch_is_cut_does_not_change_what_comes() -> None:
     big, small = loader(batch=12), loader(batch=3)
     together = torch.cat([small.next()[0] for _ in range(4)])
