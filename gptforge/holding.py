@@ -131,11 +131,12 @@ def is_held(folder: Path) -> bool:
 
 def _take(file: IO[str], *, wait: bool) -> bool:
     """As `_lock`, but not put off by somebody who only looks whether it is held."""
-    for _ in range(GLANCES - 1):
-        if _lock(file, wait=wait):
-            return True
+    tries = 1
+    while not (is_ours := _lock(file, wait=wait)) and (wait or tries < GLANCES):
+        # Windows waits for ten seconds only.
         time.sleep(PAUSE)
-    return _lock(file, wait=wait)
+        tries += 1
+    return is_ours
 
 
 def _lock(file: IO[str], *, wait: bool, shared: bool = False) -> bool:

@@ -5,8 +5,9 @@ tokens, columns channels. Sums over the rows are made in two steps, so that thei
 every bit, is the same each time: each program leaves what it saw in a row of `parts`. Only
 `add_rows` adds in any order.
 
-On the way back a pass follows the product that made what it reads, and all of its programs go from
-the last rows to the first: the last that were written are those that the cache still holds.
+`norm_backward` and `gelu_backward` follow the products that made what they read: all of their
+programs go from the last rows to the first, for the last that were written are those that the cache
+still holds.
 """
 
 import triton

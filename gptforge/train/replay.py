@@ -57,7 +57,7 @@ class Replay:
         return self._recorded[idx.shape](idx, targets)
 
     def forget(self) -> None:
-        """Give the recordings' memory back."""
+        """Give the memory of the recordings of micro-batches back."""
         self._recorded.clear()
         self._seen.clear()
 
@@ -79,11 +79,12 @@ class ReplayedDescent:
 
     def __init__(self, descend: Descent, by_hand: ByHand) -> None:
         device = by_hand.gradients.flat.device
-        self._loss, self._lr = (torch.zeros((), device=device) for _ in range(2))
+        self._loss, self._lr = loss, lr = [torch.zeros((), device=device) for _ in range(2)]
 
+        # It holds nothing of this object, so that both go when the update does.
         def end() -> Tensor:
             by_hand.gradients.hand_over()
-            return descend(by_hand.clip, self._loss, self._lr)
+            return descend(by_hand.clip, loss, lr)
 
         self._end = _Recording(end)
 

@@ -156,7 +156,8 @@ class TrainStep:
     def record(self, context_length: int) -> bool:
         """Play updates back from recordings from now on; whether there is memory for them.
 
-        A recording has memory of its own, beside what an update takes that is not played back.
+        All are made here, and leave no trace but room for the optimizer's state. A recording has
+        memory of its own, beside what an update takes that is not played back.
         """
         assert isinstance(self._way, ByHand), "only what is written out can be recorded"
         assert self._root is None, "others would have to be waited for in a recording"
@@ -166,7 +167,17 @@ class TrainStep:
         if type(self.optimizer) is AdamW and not self.precision.needs_scaler:
             self._ending = self._way.ending(self._descend)
         # The first one warms up, the second one is recorded.
-        return all(self.fits(self.micro_batch, context_length) for _ in range(2))
+        if not all(self.fits(self.micro_batch, context_length) for _ in range(2)):
+            return False
+        if self._ending is not None:
+            try:
+                for _ in range(2):
+                    # Left out, as any update is whose loss is no number: nothing moves.
+                    self._ending(torch.full((), math.nan, device=self.device), 0.0)
+            except torch.OutOfMemoryError:
+                return False
+            self.optimizer.zero_grad(set_to_none=True)
+        return True
 
     def compile(self) -> None:
         """Run the model compiled from now on."""

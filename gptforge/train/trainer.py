@@ -163,7 +163,8 @@ class Trainer:
         self._loss_sum += torch.where(counts, loss, 0)
         self._loss_count += counts
         self.progress.step += 1
-        self.loader.send_next()
+        if self.steps_left:
+            self.loader.send_next()
         # Reading a number off the device waits for it, so that is left for the steps that log.
         if step % c.log_every == 0 or not self.steps_left:
             self._log(step, loss, norm, lr)

@@ -250,68 +250,6 @@ def test_the_fast_paths_learn_what_the_plain_one_learns(tiny_model, device, way)
     assert {p.dtype for p in fast.model.parameters()} == {torch.float32}
 
 
-def recorded_and_not(
-    model: GPT, device: torch.device, optimizer: str = "adamw"
-) -> tuple[TrainStep, TrainStep]:
-    if device.type == "cpu":
-        pytest.skip("for GPUs")
-    pytest.importorskip("triton")
-    recorded, plain = (
-        make(
-            which.to(device),
-            micro_batch=4,
-            optimizer=optimizer,
-            precision=Precision(torch.bfloat16, "test"),
-            kernels=Kernels(by_hand=True),
-        )
-        for which in (model, copy.deepcopy(model))
-    )
-    assert recorded.record(16)
-    assert recorded.way == "written out, recorded"
-    return recorded, plain
-
-
-def test_a_recorded_update_follows_the_learning_rate_and_clips(tiny_model, device) -> None:
-    recorded, plain = recorded_and_not(tiny_model, device)
-    for step in range(6):
-        inputs, targets = batch(device)
-        norms = [update(inputs, targets, lr=1e-2 / (step + 1))[1] for update in (recorded, plain)]
-        torch.testing.assert_close(*norms, rtol=1e-3, atol=1e-4)
-    for p, q in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-    steps = {float(state["step"]) for state in recorded.optimizer.state.values()}
-    assert steps == {6.0}
-
-
-def test_a_recorded_update_that_is_not_finite_is_left_out(tiny_model, device) -> None:
-    recorded, _ = recorded_and_not(tiny_model, device)
-    for _ in range(3):
-        recorded(*batch(device), lr=1e-2)
-    [bias] = [p for name, p in recorded.model.named_parameters() if name.endswith("ln_f.bias")]
-    before = bias.detach().clone()
-    with torch.no_grad():
-        bias.fill_(torch.nan)
-    kept = [p.detach().clone() for p in recorded.model.parameters() if p is not bias]
-    loss, _ = recorded(*batch(device), lr=1e-2)
-    assert not loss.isfinite()
-    others = [p.detach() for p in recorded.model.parameters() if p is not bias]
-    assert all(torch.equal(p, q) for p, q in zip(others, kept, strict=True))
-    with torch.no_grad():
-        bias.copy_(before)
-    loss, _ = recorded(*batch(device), lr=1e-2)
-    assert loss.isfinite()
-    assert not torch.equal(bias, before)
-    assert {float(state["step"]) for state in recorded.optimizer.state.values()} == {4.0}
-
-
-def test_muon_moves_by_recorded_gradients(tiny_model, device) -> None:
-    recorded, plain = recorded_and_not(tiny_model, device, optimizer="muon")
-    for _ in range(4):
-        inputs, targets = batch(device)
-        losses = [update(inputs, targets, lr=1e-2)[0] for update in (recorded, plain)]
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
-
-
 def test_an_update_that_no_recording_fits_beside_goes_on_without(tiny_model, monkeypatch) -> None:
     kernels = Kernels(by_hand=True)
     plain = make(copy.deepcopy(tiny_model), kernels=kernels)
