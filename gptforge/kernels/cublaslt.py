@@ -33,6 +33,9 @@ COUNTERS = 4096
 """Bytes: a workspace no larger holds counters only, by which a kernel hands its tiles out. They are
 cleared beforehand, which costs a small product a tenth of its time; without a workspace most of
 these kernels hand out by a rule."""
+SMALL = 5e10
+"""FLOPs of a product up to which it is tried without: beside what a larger one takes, the clearing is
+little."""
 LOOKED_AT = 2**16
 """Numbers of an output that are compared."""
 HEAD_START = 2_000_000
@@ -134,7 +137,8 @@ class Plan:
         self._output = self._layout(
             torch.Size((rows, columns)), _REAL_FLOAT32 if adds else _REAL_BFLOAT16
         )
-        self._kernels = self._candidates()
+        flops = 2 * rows * columns * left[not turned[0]]
+        self._kernels = self._candidates(is_small=flops <= SMALL)
         self._chosen = self._kernels[0]
         self._is_tried = len(self._kernels) == 1
         self._adds = adds
@@ -237,7 +241,7 @@ class Plan:
         ]
         return [kernels[i] for i in sorted(range(len(kernels)), key=times.__getitem__)]
 
-    def _candidates(self) -> list[_Kernel]:
+    def _candidates(self, *, is_small: bool) -> list[_Kernel]:
         preference = ctypes.c_void_p()
         self._lib.call("MatmulPreferenceCreate", ctypes.byref(preference))
         size = ctypes.c_uint64(WORKSPACE)
@@ -254,7 +258,7 @@ class Plan:
         if not count.value:
             raise RuntimeError("cuBLASLt has no kernel for this product")
         choices = found[: count.value]
-        frugal = [choice for choice in choices if 0 < choice.workspace <= COUNTERS]
+        frugal = [x for x in choices if is_small and 0 < x.workspace <= COUNTERS]
         return [_Kernel(x, WORKSPACE) for x in choices] + [_Kernel(x, 0) for x in frugal]
 
     def _set(self, attribute: int, value: _Value) -> None:
