@@ -34,6 +34,7 @@ from gptforge.config import Config
 from gptforge.distributed import ALONE, Ranks, join
 from gptforge.hardware import choose_device, choose_precision, peak_flops, synchronize
 from gptforge.presets import PRESETS, preset
+from gptforge.report.curves import FAINT, HELD_OUT, INK, TRAIN
 from gptforge.train.step import TrainStep
 
 VOCABULARY = 50304
@@ -231,16 +232,31 @@ def draw(small: list[dict[str, Any]], path: Path, *, title: str) -> None:
     good = [f for f in small if "medians" in f]
     counts = [f["ranks"] for f in good]
     weak, strong = zip(*(efficiencies(f) for f in good), strict=True)
-    figure, axis = pyplot.subplots(figsize=(6, 4))
-    axis.plot(counts, [100 * x for x in weak], "o-", label="weak: as many tokens a GPU")
-    axis.plot(counts, [100 * x for x in strong], "s-", label="strong: as many tokens in all")
-    axis.axhline(100, color="grey", linewidth=0.8)
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    lines = [
+        ("weak: as many tokens a GPU", weak, TRAIN, (0, 9)),
+        ("strong: as many tokens in all", strong, HELD_OUT, (0, -16)),
+    ]
+    for label, shares, color, beside in lines:
+        percent = [100 * share for share in shares]
+        axis.plot(counts, percent, "o-", color=color, linewidth=2, label=label)
+        for count, share in zip(counts, percent, strict=True):
+            axis.annotate(
+                f"{share:.1f}", (count, share), beside, textcoords="offset points", ha="center",
+                fontsize=9, color=color, bbox={"fc": "white", "ec": "none", "pad": 1},
+            )  # fmt: skip
+    axis.axhline(100, color=FAINT, linewidth=0.8, zorder=0)
     axis.set_xticks(counts)
-    axis.set_xlabel("GPUs of one host" if good[0]["peak_flops"] else "ranks")
-    axis.set_ylabel("% of the slowest one alone")
-    axis.set_ylim(min(80.0, 100 * min(strong) - 5), max(102.0, 100 * max(*weak, *strong) + 2))
-    axis.set_title(f"{title}, {good[0]['tokens']:,} tokens a step")
-    axis.legend()
+    axis.set_xlabel("GPUs of one host" if good[0]["peak_flops"] else "ranks", color=INK)
+    axis.set_ylabel("% of the slowest one alone", color=INK)
+    axis.set_ylim(min(80.0, 100 * min(strong) - 5), max(103.0, 100 * max(*weak, *strong) + 3))
+    axis.set_title(
+        f"{title}, {good[0]['tokens']:,} tokens a step", loc="left", fontsize=11, color=INK
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(FAINT)
+    axis.tick_params(colors=INK, labelsize=9)
+    axis.legend(frameon=False, labelcolor=INK, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -34,8 +34,7 @@ COUNTERS = 4096
 cleared beforehand, which costs a small product a tenth of its time; without a workspace most of
 these kernels hand out by a rule."""
 SMALL = 5e10
-"""FLOPs of a product up to which it is tried without: beside what a larger one takes, the clearing is
-little."""
+"""FLOPs of a product up to which it is tried without: a larger one hardly feels the clearing."""
 LOOKED_AT = 2**16
 """Numbers of an output that are compared."""
 HEAD_START = 2_000_000
