@@ -32,6 +32,18 @@ from gptforge.flags import parse_train, spell_out_booleans, with_preset
 from gptforge.waking import wake_gpu
 
 MISTAKE, FAILURE = 2, 1
+SPINS = "20000"
+"""How often a thread that waits for the others of a sum looks again before it sleeps."""
+
+
+def share_cores() -> None:
+    """Before torch is loaded: threads that wait must not keep a core from another program for long.
+
+    GNU's OpenMP, which torch has on Linux, lets them look for tens of milliseconds otherwise; two
+    trainings at once then take a hundred times as long. docs/results/cpu-speed.md has the figures.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     is_traced = os.environ.get("GPTFORGE_DEBUG") == "1"
+    share_cores()
     try:
         with _heeding_signals():
             return _dispatch(args)

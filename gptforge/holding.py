@@ -92,6 +92,9 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
 
     Returns:
         None where another process holds it and `wait` is False.
+
+    Raises:
+        UserError: if a link that leads nowhere is in the lock's place.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     while True:
@@ -99,6 +102,10 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
         try:
             file = (folder / LOCK).open("a", encoding="utf-8")
         except FileNotFoundError:
+            if (folder / LOCK).is_symlink():
+                raise UserError(
+                    f"{(folder / LOCK).as_posix()} is a link that leads nowhere: delete it"
+                ) from None
             # Whoever held it has just cleaned up behind himself.
             continue
         try:

@@ -384,3 +384,17 @@ def test_several_processes_are_refused_for_now(program, monkeypatch) -> None:
     done = program("--preset", "debug")
     assert done.code == 2
     assert "torchrun" in done.err
+
+
+def test_threads_that_wait_do_not_keep_the_cores_for_long(monkeypatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    cli.share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == cli.SPINS
+    # Whoever chose otherwise knows why.
+    for name, value in (("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")):
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+        monkeypatch.setenv(name, value)
+        cli.share_cores()
+        assert os.environ.get("GOMP_SPINCOUNT") == (value if name == "GOMP_SPINCOUNT" else None)
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")

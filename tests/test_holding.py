@@ -7,6 +7,7 @@ import time
 import pytest
 
 from gptforge import holding
+from gptforge.errors import UserError
 from gptforge.holding import LOCK, hold
 
 links = pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
@@ -99,3 +100,10 @@ def test_who_looks_whether_a_folder_is_held_keeps_nobody_out(tmp_path, monkeypat
     assert held is not None
     assert holding.is_held(tmp_path)
     held.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_to_nowhere_in_the_locks_place_is_told(tmp_path) -> None:
+    (tmp_path / LOCK).symlink_to(tmp_path / "nowhere" / "file")
+    with pytest.raises(UserError, match="leads nowhere"):
+        hold(tmp_path)

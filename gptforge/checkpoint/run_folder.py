@@ -147,6 +147,13 @@ def check_writable(folder: Path) -> None:
 def check_folder(config: Config) -> None:
     """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
+    place = folder.resolve()
+    for above in (place, *place.parents):
+        if above.name == "checkpoints" and (above.parent / CONFIG).is_file():
+            raise UserError(
+                f"--out_dir {folder} lies among the checkpoints of a run: choose another, or go on "
+                f"with that run by --out_dir {above.parent}"
+            )
     if is_put_away(folder) and not config.overwrite:
         return
     check_writable(folder)

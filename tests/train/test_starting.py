@@ -153,6 +153,16 @@ def test_a_folder_is_not_moved_aside_with_other_runs_in_it(config) -> None:
         build(dataclasses.replace(config, overwrite=True))
 
 
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/best", "checkpoints/mine/more"])
+def test_no_run_begins_among_anothers_checkpoints(config, inside) -> None:
+    build(config).run()
+    with pytest.raises(UserError, match="among the checkpoints of a run"):
+        build(dataclasses.replace(config, out_dir=f"{config.out_dir}/{inside}"))
+    again: list[str] = []
+    assert build_trainer(config, given=(), say=again.append) is None
+    assert "is finished" in again[-1]
+
+
 def test_no_run_begins_inside_one_that_is_being_trained(config) -> None:
     running = build(config)
     with pytest.raises(UserError, match="which another process trains into"):
