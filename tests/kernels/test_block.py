@@ -14,19 +14,9 @@ from gptforge.kernels.block import (
     pack,
 )
 from gptforge.kernels.dropout import kept, throw
+from tests.kernels.near import distance
 
 SHAPES = [(5, 32), (64, 48), (1000, 384), (70, 768), (33, 1600)]
-
-
-@pytest.fixture
-def place(device: torch.device) -> str:
-    if device.type == "cuda":
-        pytest.importorskip("triton")
-    return device.type
-
-
-def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
 
 
 def narrow(*shape: int, place: str) -> torch.Tensor:

@@ -4,17 +4,7 @@ import pytest
 import torch
 
 from gptforge.kernels import head
-
-
-@pytest.fixture
-def place(device: torch.device) -> str:
-    if device.type == "cuda":
-        pytest.importorskip("triton")
-    return device.type
-
-
-def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
+from tests.kernels.near import distance
 
 
 @pytest.mark.parametrize(

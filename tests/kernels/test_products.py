@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from gptforge.kernels import cublaslt, products
 from gptforge.kernels.products import add_product, back, back_through_gelu, linear, linear_gelu
+from tests.kernels.near import distance
 
 # Tokens, in, out; the last ones are odd, so that a library may decline them.
 SHAPES = [(256, 64, 192), (1024, 768, 3072), (512, 48, 50304), (100, 37, 91)]
@@ -27,10 +28,6 @@ def factors(rows: int, inner: int, out: int, device: torch.device) -> list[torch
         (torch.randn(size, device=device) * scale).bfloat16()
         for size, scale in zip(sizes, scales, strict=True)
     ]
-
-
-def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)

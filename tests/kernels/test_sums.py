@@ -6,19 +6,9 @@ import pytest
 import torch
 
 from gptforge.kernels.sums import Unfinished, add_column_sums, add_parts
+from tests.kernels.near import distance
 
 SHAPES = [(5, 32), (64, 48), (1000, 384), (70, 768), (33, 1600)]
-
-
-@pytest.fixture
-def place(device: torch.device) -> str:
-    if device.type == "cuda":
-        pytest.importorskip("triton")
-    return device.type
-
-
-def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
