@@ -169,12 +169,12 @@ def evaluate_run(
     precision = choose_precision(config.dtype, writer.device)
     waits, batches = Patience(f"judging by {held_out.tokens:,} tokens"), itertools.count(1)
 
-    def gives_up() -> bool:
+    def show_progress() -> bool:
         waits(next(batches), held_out.batches)
         return False
 
-    score = held_out.evaluate_unless(gives_up, writer.model, precision)
-    assert score is not None, "nobody gave up"
+    score = held_out.evaluate_until(show_progress, writer.model, precision)
+    assert isinstance(score, HeldOutLoss), "nothing stops it"
     return score
 
 

@@ -89,7 +89,8 @@ def open_run(
             "the learning rate follows the new schedule from here"
         )
     progress = state["progress"]
-    is_finished = progress["step"] >= config.max_steps and not progress.get("unjudged")
+    is_pending = progress.get("unjudged") or state.get("pending")
+    is_finished = progress["step"] >= config.max_steps and not is_pending
     is_finished &= _tells_of("end", folder / "metrics.jsonl")
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
     if status == "resume":

@@ -6,7 +6,7 @@ damaged, and nothing else decides that.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,18 @@ TO_WRITE_WITH = (MODEL, TOKENIZER, CONFIG)
 SPARE_BYTES = 8 * 2**20
 """Room for the logs and the picture beside a checkpoint."""
 
+REPLACED = ".replaced"
+"""End of the hidden name of a checkpoint while a newer one of the same step takes its place."""
+
 _NAME = re.compile(r"step-(\d{6,})")
+_LINKED = re.compile(rf"{_NAME.pattern}(\.diverged-\d+)?")
+
+
+def step_of(path: Path) -> int:
+    """The number of updates that a checkpoint folder's name states."""
+    found = _LINKED.fullmatch(path.name)
+    assert found is not None, path
+    return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -83,10 +94,7 @@ class CheckpointStore:
             partial.mkdir()
             try:
                 self._fill(partial, snapshot, tokenizer=tokenizer, config=config)
-                if (self.folder / name).exists():
-                    files.set_aside(self.folder / name, "old")
-                partial.replace(self.folder / name)
-                files.sync_folder(self.folder)
+                self._replace(partial, name)
             except BaseException:
                 files.remove(partial)
                 raise
@@ -115,13 +123,22 @@ class CheckpointStore:
                 f"{self._kept('make room')}"
             )
 
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, and a warning for each damaged one, which is set aside."""
+    def newest(
+        self, accept: Callable[[Path], bool] = lambda path: True
+    ) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and a warning for each damaged one, which is set aside.
+
+        Args:
+            accept: whether a whole one may be taken; those that may not are passed over.
+        """
+        self._undo_replacing()
         warnings: list[str] = []
         for path in reversed(self.steps()):
             reason = damage(path)
-            if reason is None:
+            if reason is None and accept(path):
                 return path, warnings
+            if reason is None:
+                continue
             aside = files.set_aside(path, "damaged")
             warnings.append(f"{path.name} is damaged ({reason}); set aside as {aside.name}")
         return None, warnings
@@ -135,12 +152,12 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(found, key=step_of)
 
     def pointed(self, which: str) -> Path | None:
         """The checkpoint that `best` or `last` leads to, if it is there."""
         name = files.pointed(self.folder / which)
-        path = self.folder / name if name and _NAME.fullmatch(name) else None
+        path = self.folder / name if name and _LINKED.fullmatch(name) else None
         return path if path is not None and path.is_dir() else None
 
     def point(self, which: str, name: str) -> None:
@@ -158,20 +175,59 @@ class CheckpointStore:
         best_step = int(read_state(newest)["progress"]["best_step"] or 0)
         best = self.folder / f"step-{best_step:06d}"
         for which, path in (("last", newest), ("best", best)):
-            if self.pointed(which) != path and path.is_dir():
+            there = self.pointed(which)
+            # By number: the best one may have been abandoned, under a name of its own.
+            if (there is None or step_of(there) != step_of(path)) and path.is_dir():
                 self.point(which, path.name)
+
+    def abandon(self, step: int) -> None:
+        """Training starts again from `step`: checkpoints after it are renamed `step-N.diverged-k`.
+
+        No resume may find them. `best` follows its checkpoint; `prune` deletes the others.
+        """
+        best = self.pointed("best")
+        for path in self.steps():
+            if step_of(path) > step:
+                aside = files.set_aside(path, "diverged")
+                if path == best:
+                    self.point("best", aside.name)
+        if (self.folder / f"step-{step:06d}").is_dir():
+            self.point("last", f"step-{step:06d}")
 
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest besides best and last, and what broken saves left."""
         safe = {self.pointed("best"), self.pointed("last")}
         others = [path for path in self.steps() if path not in safe]
-        leftovers = self.folder.glob(".step-*.partial")
+        leftovers = [*self.folder.glob(".step-*.partial"), *self.folder.glob("step-*.diverged-*")]
+        leftovers = [path for path in leftovers if path not in safe]
         for path in [*others[: max(0, len(others) - keep)], *leftovers]:
             # Renamed first, so that a deletion cut short leaves no half of a checkpoint.
             hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
             if hidden != path:
                 path.rename(hidden)
             files.remove(hidden)
+
+    def _replace(self, partial: Path, name: str) -> None:
+        """Put a complete folder in its place, and delete the one it replaces.
+
+        The step was saved before, by a run that was stopped there: that one is kept under a hidden
+        name until the new one is in place. `_undo_replacing` repairs what a crash in between left.
+        """
+        target, hidden = self.folder / name, self.folder / f".{name}{REPLACED}"
+        if target.exists():
+            files.remove(hidden)
+            target.rename(hidden)
+        partial.replace(target)
+        files.sync_folder(self.folder)
+        files.remove(hidden)
+
+    def _undo_replacing(self) -> None:
+        for hidden in self.folder.glob(f".step-*{REPLACED}"):
+            target = self.folder / hidden.name.removeprefix(".").removesuffix(REPLACED)
+            if target.exists():
+                files.remove(hidden)
+            else:
+                hidden.rename(target)
 
     def _fill(self, folder: Path, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> None:
         written = {}
@@ -279,12 +335,15 @@ def read_state(path: Path) -> dict[str, Any]:
         if state["version"] != 1:
             raise ValueError(f"version {state['version']}, this program knows 1")
         numbers = [*state["progress"].values(), *state["scaler"].values()]
+        numbers += [*state.get("recent_losses", ()), *(state.get("partial") or {}).values()]
         numbers += [state["loader"]["position"], *state["file_sizes"].values()]
         if not all(number is None or type(number) in (int, float) for number in numbers):
             raise TypeError("a number was expected")
         counts = [state["loader"]["position"], state["progress"]["step"]]
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
             raise TypeError("a step was expected")
+        if not set(state.get("pending", ())) <= {"evaluate", "sample", "save"}:
+            raise ValueError(f"pending: {state['pending']}")
         state["text_sha256"].encode()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / STATE}: not a state that a run saved: {error!r}") from None
