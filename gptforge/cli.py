@@ -32,6 +32,8 @@ from gptforge.flags import parse_train, spell_out_booleans, with_preset
 from gptforge.waking import wake_gpu
 
 MISTAKE, FAILURE = 2, 1
+STARTED = time.monotonic()
+"""`--time_limit` counts from here: loading torch and preparing the text take their share."""
 SPINS = "20000"
 """How often a thread that waits for the others of a sum looks again before it sleeps."""
 
@@ -172,6 +174,7 @@ def train(args: list[str]) -> int:
             command=shlex.join(args),
             say=say,
             ranks=ranks,
+            started=STARTED,
         )
         reason = trainer.run() if trainer else "finished"
         ranks.leave()

@@ -328,6 +328,12 @@ def test_values_of_flags_are_not_taken_for_flags() -> None:
     assert flag_values(["--out_dir", "x", "--max-lr=1e-3"]) == {"out_dir": "x", "max_lr": "1e-3"}
 
 
+@pytest.mark.parametrize("name", ["shuffle", "overwrite", "compile", "deterministic", "true"])
+def test_a_value_may_be_called_as_a_switch_is(name) -> None:
+    config, _ = parse_train(["--out_dir", name, "--seed", "3"])
+    assert (config.out_dir, config.seed, config.overwrite) == (name, 3, False)
+
+
 def test_a_run_on_the_text_that_comes_along_is_judged_from_any_folder(
     program, monkeypatch, tmp_path
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import time
 import tomllib
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -57,6 +58,7 @@ def build_trainer(
     program: str = "python gpt.py",
     command: str = "",
     ranks: Ranks = ALONE,
+    started: float | None = None,
 ) -> Trainer | None:
     """Everything a run needs, checked and ready; None if the run in that folder is finished.
 
@@ -67,11 +69,13 @@ def build_trainer(
         program: how the program is called, for the commands that it prints.
         command: its arguments, for the log.
         ranks: who trains together; all of them build, rank 0 alone looks into the run folder.
+        started: `time.monotonic()` when the time limit began to count; by default now.
 
     Raises:
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
+    started = time.monotonic() if started is None else started
     asked = config
     config = Config(**ranks.on_first(lambda: vars(start_from(asked, given, say))))
     check(config)
@@ -175,7 +179,9 @@ def build_trainer(
                 store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
             ),
             report=report,
-            guard=StopGuard(config.time_limit, say=lambda text: report.console.say(text)),
+            guard=StopGuard(
+                config.time_limit, say=lambda text: report.console.say(text), started=started
+            ),
             # A GPU works behind our backs: two steps later its numbers are ready to be read.
             watch=Watch(lag=lag, scaled=precision.needs_scaler),
             text_sha256=corpus.sha256,
