@@ -124,7 +124,7 @@ class Config:
     sample_every: int = 100
     """Updates between samples; 0: only at the end."""
     time_limit: float = 0.0
-    """Minutes after which to save and stop; 0: none."""
+    """Minutes from the start of the process after which to save and stop; 0: none."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
