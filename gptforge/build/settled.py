@@ -11,7 +11,7 @@ from gptforge.config import Config, GPTConfig
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.documents import Form
-from gptforge.data.text import find_text
+from gptforge.data.text import find_text, portable_name
 from gptforge.errors import UserError
 from gptforge.report.meter import ShownMeter
 from gptforge.tokenizers import NAMES
@@ -107,7 +107,7 @@ def settle(config: Config, corpus: Corpus) -> Config:
         config,
         vocab_size=vocab_size,
         out_dir=out_dir_of(config),
-        input=corpus.path.as_posix(),
+        input=portable_name(corpus.path),
         tokenizer=corpus.tokenizer_name,
         val_fraction=corpus.val_fraction,
     )

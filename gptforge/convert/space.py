@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gptforge
 from gptforge.checkpoint import store as checkpoints
-from gptforge.convert.card import CURVES, Origin, beginning, model_card
+from gptforge.convert.card import METRICS, Origin, beginning, copy_own, model_card
 from gptforge.convert.parts import Parts
 from gptforge.files import point
 
@@ -103,7 +103,7 @@ def _gradio_version() -> str:
 
 def _copy_history(folder: Path, origin: Origin) -> None:
     if origin.curves:
-        (folder / CURVES).write_bytes(origin.curves.read_bytes())
-        metrics = origin.curves.with_name("metrics.jsonl")
+        copy_own(origin.curves, folder)
+        metrics = origin.curves.with_name(METRICS)
         if metrics.is_file():
-            (folder / "metrics.jsonl").write_bytes(metrics.read_bytes())
+            copy_own(metrics, folder)
