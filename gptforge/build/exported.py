@@ -60,7 +60,9 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
 def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
     """Write a file that llama.cpp loads, after reading it back and comparing logits."""
     require("gguf", extra="gguf")
-    parts, _ = open_parts(run), origin_of(run)
+    parts = open_parts(run)
+    if not is_hf(Path(run)):
+        _checkpoint_of(run)
     path = out if out.suffix == ".gguf" else out / f"model-{kind}.gguf"
     _refuse_existing(path)
     title = title_of(run)
@@ -182,19 +184,11 @@ def origin_of(run: str) -> Origin | None:
     """
     if is_hf(Path(run)):
         return None
-    path = checkpoints.resolve(run).absolute()
-    if path.is_symlink():
-        # Named by whoever gave the command; a link further up is looked at below.
-        path = path.resolve()
+    path = _checkpoint_of(run)
     step = path.name.removeprefix("step-")
     folder = path.parent.parent
     if path.parent.name != "checkpoints" or not step.isdecimal():
         return None
-    if path.parent.is_symlink():
-        raise UserError(
-            f"{path.parent.as_posix()} is a link, and what it leads to may not be this run's: name "
-            f"the checkpoint that you want, {(path.parent.resolve() / path.name).as_posix()}"
-        )
     picture, metrics = folder / CURVES, folder / METRICS
     for file in (picture, metrics):
         if kind := files.irregular_kind(file, follow_symlinks=False):
@@ -208,6 +202,20 @@ def origin_of(run: str) -> Origin | None:
         history=read_history(metrics),
         curves=picture if picture.is_file() else None,
     )
+
+
+def _checkpoint_of(run: str) -> Path:
+    """The checkpoint folder that is exported; a UserError if only a link in the run leads to it."""
+    path = checkpoints.resolve(run).absolute()
+    if path.is_symlink():
+        # Such as `best`, named by whoever gave the command.
+        path = path.resolve()
+    if path.parent.name == "checkpoints" and path.parent.is_symlink():
+        raise UserError(
+            f"{path.parent.as_posix()} is a link, and what it leads to may not be this run's: name "
+            f"the checkpoint that you want, {path.resolve().as_posix()}"
+        )
+    return path
 
 
 def title_of(run: str) -> str:
@@ -275,6 +283,8 @@ def _is_missing(path: Path, source: str) -> bool:
 
 def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
     path = Path(source)
+    if (kind := files.irregular_kind(path)) and not path.is_dir():
+        raise UserError(f"{source} is {kind}, not a regular file: save the model to a file first")
     if path.suffix == ".gguf" and path.is_file():
         raise UserError(f"{source}: GGUF is not read: import the model that it was made from")
     if path.suffix in (".safetensors", ".json") and path.is_file():

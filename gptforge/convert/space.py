@@ -88,9 +88,17 @@ def fill_space(
     usage = USAGE.replace("BEGINNING", beginning(parts.tokenizer))
     card = model_card(parts, origin, title=title, usage=usage, front=front)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    _copy_package(folder / "gptforge")
+
+
+def _copy_package(folder: Path) -> None:
+    """The program without its text; new files, for an installed package may be read-only."""
     package = Path(gptforge.__file__).parent
-    leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "input.txt")
-    shutil.copytree(package, folder / "gptforge", ignore=leave_out)
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc" and path.name != "input.txt":
+            target = folder / path.relative_to(package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _gradio_version() -> str:

@@ -29,6 +29,9 @@ def portable_name(path: Path) -> str:
 
 
 def is_bundled_elsewhere(name: str) -> bool:
-    """Whether it may be an earlier version's name for the bundled text: its path at that time."""
+    """Whether a name in a run's configuration may be the bundled text, as earlier versions wrote
+    it: its path at that time, or input.txt where the program itself was.
+    """
     path = Path(name)
-    return path.is_absolute() and path.name == "input.txt" and not path.exists()
+    is_named_so = path.name == "input.txt" and (path.is_absolute() or len(path.parts) == 1)
+    return is_named_so and not path.exists()
