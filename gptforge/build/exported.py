@@ -185,7 +185,7 @@ def origin_of(run: str) -> Origin | None:
     if is_hf(Path(run)):
         return None
     path = _checkpoint_of(run)
-    step = path.name.removeprefix("step-")
+    step = path.name.removeprefix("step-").partition(".")[0]
     folder = path.parent.parent
     if path.parent.name != "checkpoints" or not step.isdecimal():
         return None
