@@ -20,6 +20,8 @@ from gptforge.files import read_small
 
 MOST_TOKENS = 2**28
 """Tokens in a step: as many take 2 GB on their way to the device."""
+SEED_LIMIT = 2**63
+"""Seeds are below it; where one is added to, the sum wraps around here."""
 
 Value = bool | int | float | str
 
@@ -48,7 +50,7 @@ class Config:
 
     input: str = ""
     """What to learn: a file of text, a folder of them, or token shards; empty: input.txt in this
-    folder, else Shakespeare's works."""
+    folder, else Shakespeare's works (bundled:input.txt)."""
     encoding: str = "utf-8"
     """Of the text, for instance latin-1."""
     headerless: bool = False
@@ -280,7 +282,7 @@ def check(config: Config) -> None:
             f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
             f"{c.tokens_per_step:,} tokens a step; at most {MOST_TOKENS:,} can be held"
         )
-    if c.seed >= 2**63:
+    if c.seed >= SEED_LIMIT:
         raise UserError(f"--seed must be below 2**63, not {c.seed}")
     if c.n_embd % c.n_head:
         raise UserError(

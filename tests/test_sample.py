@@ -125,3 +125,15 @@ def test_several_stop_texts_end_it(trained) -> None:
 def test_what_cannot_be_had_is_refused(trained, args) -> None:
     done = trained(*SAMPLE, *args)
     assert (done.code, done.out) == (2, "")
+
+
+def test_seeds_behind_the_largest_begin_anew(trained) -> None:
+    largest = 2**63 - 1
+    done = trained(*SAMPLE, "--json", "--num_samples", 3, "--seed", largest)
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [record["seed"] for record in records] == [largest, 0, 1]
+    assert trained(*SAMPLE, "--seed", 0).out == records[1]["text"] + "\n"
+    for seed in (largest + 1, -1):
+        refused = trained(*SAMPLE, "--seed", seed)
+        assert (refused.code, refused.out) == (2, "")
+        assert "below 2**63" in refused.err

@@ -13,6 +13,7 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.convert.hf import is_hf
 from gptforge.errors import RunError, UserError
 from gptforge.evaluate.tasks import TASKS, Question, answer
+from gptforge.files import open_regular
 from gptforge.hardware import choose_precision
 from gptforge.report.patience import Patience
 
@@ -21,6 +22,8 @@ ON_THE_HUB = {
     "lambada": ("EleutherAI/lambada_openai", "test"),
 }
 """Where the Hugging Face Hub has a task, and which part of it is asked."""
+LONGEST_LINE = 2**20
+"""Characters of a line of questions; a hundred times the longest of HellaSwag's and LAMBADA's."""
 Scores = dict[str, dict[str, float]]
 
 
@@ -75,10 +78,12 @@ def _questions(name: str, file: str, limit: int) -> list[Question]:
 
 def _of_a_file(path: Path) -> Iterable[Mapping[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with open_regular(path, "r", encoding="utf-8") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), 1):
                 if not line.strip():
                     continue
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}, line {number}: too long for a question")
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: not a JSON object")

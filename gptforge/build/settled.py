@@ -11,7 +11,7 @@ from gptforge.config import Config, GPTConfig
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.documents import Form
-from gptforge.data.text import find_text
+from gptforge.data.text import BUNDLED, find_text, is_bundled_elsewhere, portable_name
 from gptforge.errors import UserError
 from gptforge.report.meter import ShownMeter
 from gptforge.tokenizers import NAMES
@@ -83,7 +83,11 @@ def open_text(config: Config, given: Collection[str], say: Say, meter: ShownMete
         insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
         insists_on_fraction="val_fraction" in given,
     )
-    corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
+    name = config.input
+    if "input" not in given and is_bundled_elsewhere(name):
+        say(f"note: {name} is not here: the text that comes with the program is used, {BUNDLED}")
+        name = BUNDLED
+    corpus = open_corpus(find_text(name), wanted, say=say, meter=meter)
     check_length(corpus, config.context_length, stagger=config.stagger)
     batch = config.global_batch
     for finding in glance(corpus, context_length=config.context_length, global_batch=batch):
@@ -107,7 +111,7 @@ def settle(config: Config, corpus: Corpus) -> Config:
         config,
         vocab_size=vocab_size,
         out_dir=out_dir_of(config),
-        input=corpus.path.as_posix(),
+        input=portable_name(corpus.path),
         tokenizer=corpus.tokenizer_name,
         val_fraction=corpus.val_fraction,
     )

@@ -16,7 +16,7 @@ from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
 from gptforge.data.documents import Form
 from gptforge.data.stream import TokenStream
-from gptforge.data.text import find_text
+from gptforge.data.text import BUNDLED, find_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
@@ -80,14 +80,16 @@ def open_parts(run: str | Path) -> Parts:
         raise UserError(f"{run!r} is no run: give the path of a run folder or a checkpoint folder")
     if is_hf(Path(run)):
         return read_hf(Path(run))
+    tried: set[Path] = set()
     while True:
         path = checkpoints.resolve(str(run))
         try:
             return _parts_of(path)
         except (UserError, OSError):
             # A training beside us may have deleted it since: then there is a newer one.
-            if path == Path(run) or path.is_dir():
+            if path.is_dir() or path in tried:
                 raise
+            tried.add(path)
 
 
 def _parts_of(path: Path) -> Parts:
@@ -206,7 +208,7 @@ def _held_back(run: str | Path, wanted: Wanted, sha256: str | None, config: Conf
         )
     missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
     # Seen from another folder, the text that comes along is elsewhere; its content tells.
-    is_gone = not Path(config.input).exists()
+    is_gone = config.input != BUNDLED and not Path(config.input).exists()
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:

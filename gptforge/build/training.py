@@ -22,7 +22,7 @@ from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening, check_folder, is_put_away
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import NOTES, Config, check, to_toml
+from gptforge.config import NOTES, SEED_LIMIT, Config, check, to_toml
 from gptforge.data.corpus import Corpus
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
@@ -197,7 +197,7 @@ def build_trainer(
 def seed_everything(config: Config, *, rank: int = 0) -> None:
     """Dice, and which kinds of products are let in, before anything is built."""
     # Ranks that dropped the same activations would learn less from their parts.
-    torch.manual_seed((config.seed + rank * 0x9E3779B97F4A7C15) % 2**63)
+    torch.manual_seed((config.seed + rank * 0x9E3779B97F4A7C15) % SEED_LIMIT)
     # TF32 where weights stay float32: what "mixed precision" leaves behind is fast as well.
     torch.set_float32_matmul_precision("high")
     if config.deterministic:

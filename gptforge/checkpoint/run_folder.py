@@ -23,6 +23,8 @@ from gptforge.tokenizers import Tokenizer
 
 OURS = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
 """What a run leaves in its folder."""
+MOST_BYTES, LONGEST_LINE = 2**28, 2**16
+"""Of metrics that are looked through, from the end, and of one line of them."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def check_folder(config: Config) -> None:
     if is_put_away(folder) and not config.overwrite:
         return
     check_writable(folder)
+    if not config.overwrite:
+        _refuse_links(folder)
     if (folder / "checkpoints").is_dir():
         check_writable(folder / "checkpoints")
     if outer := next(filter(is_held, folder.resolve().parents), None):
@@ -179,6 +183,24 @@ def check_folder(config: Config) -> None:
         if needed:
             remedy = f"choose another, for {needed} lies there"
         raise UserError(f"--out_dir {folder} holds other files and no run: {remedy}")
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise a UserError for a link among a run's files: who unpacks a run did not choose it."""
+    for name in sorted(OURS):
+        path = folder / name
+        kind = files.irregular_kind(path, follow_symlinks=False)
+        if name == "checkpoints" and path.is_symlink():
+            raise UserError(
+                f"--out_dir {folder}: {path} is a link to {path.readlink()}, and a run saves only "
+                "into its own folder: move the whole run there and give --out_dir that folder, or "
+                "a link to it"
+            )
+        if kind and not (name == "checkpoints" and path.is_dir()):
+            raise UserError(
+                f"--out_dir {folder}: {path} is {kind}, which is neither read nor written through: "
+                "remove it, or choose another --out_dir"
+            )
 
 
 def is_put_away(folder: Path) -> bool:
@@ -227,8 +249,13 @@ def _needed_inside(config: Config, folder: Path) -> str:
 
 def _tells_of(event: str, metrics: Path) -> bool:
     """Whether there is such an event in a run's metrics."""
+    wanted = f'"event": "{event}"'.encode()
     try:
-        return f'"event": "{event}"' in metrics.read_text(encoding="utf-8", errors="replace")
+        with files.open_regular(metrics, follow_symlinks=False) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - MOST_BYTES))
+            lines = iter(lambda: file.readline(LONGEST_LINE), b"")
+            return any(wanted in line for line in lines)
     except OSError:
         return False
 

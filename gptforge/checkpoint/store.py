@@ -5,6 +5,7 @@ damaged, and nothing else decides that.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ SPARE_BYTES = 8 * 2**20
 
 REPLACED = ".replaced"
 """End of the hidden name of a checkpoint while a newer one of the same step takes its place."""
+MORE_BYTES = 2**27
+"""What a file of tensors may have besides the model's: names, and the ranks' generators."""
 
 _NAME = re.compile(r"step-(\d{6,})")
 _LINKED = re.compile(rf"{_NAME.pattern}(\.diverged-\d+)?")
@@ -151,14 +154,18 @@ class CheckpointStore:
         """Checkpoint folders, oldest first, whole or not."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        found = [
+            path
+            for path in self.folder.iterdir()
+            if _NAME.fullmatch(path.name) and _is_folder(path)
+        ]
         return sorted(found, key=step_of)
 
     def pointed(self, which: str) -> Path | None:
         """The checkpoint that `best` or `last` leads to, if it is there."""
         name = files.pointed(self.folder / which)
         path = self.folder / name if name and _LINKED.fullmatch(name) else None
-        return path if path is not None and path.is_dir() else None
+        return path if path is not None and _is_folder(path) else None
 
     def point(self, which: str, name: str) -> None:
         """Make `best` or `last` lead to a checkpoint."""
@@ -214,9 +221,11 @@ class CheckpointStore:
         name until the new one is in place. `_undo_replacing` repairs what a crash in between left.
         """
         target, hidden = self.folder / name, self.folder / f".{name}{REPLACED}"
-        if target.exists():
+        if _is_folder(target):
             files.remove(hidden)
             target.rename(hidden)
+        elif os.path.lexists(target):
+            files.set_aside(target, "old")
         partial.replace(target)
         files.sync_folder(self.folder)
         files.remove(hidden)
@@ -251,6 +260,11 @@ class CheckpointStore:
         return f"{steps[-1].name} is kept: {remedy}, and {self._again} goes on from there"
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether a checkpoint may be there: a file by its name is none, and a link leads anywhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def write_model(folder: Path, tensors: Tensors, *, tokenizer: Tokenizer, config: str) -> None:
     """Fill an empty folder with a checkpoint to write with, or to start from."""
     written = {MODEL: write_tensors(folder / MODEL, tensors)}
@@ -266,11 +280,13 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
         RunError: if the system does not let it be read, so that nobody knows.
     """
     try:
-        manifest = json.loads(files.read_small(path / MANIFEST))
+        manifest = json.loads(files.read_small(path / MANIFEST, follow_symlinks=False))
         listed = dict(manifest["files"])
         for name in contents:
             file = path / name
-            if file.is_symlink() or not file.is_file():
+            if kind := files.irregular_kind(file, follow_symlinks=False):
+                return f"{name} is {kind}, not a regular file"
+            if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != listed[name]["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {listed[name]['bytes']}"
@@ -278,6 +294,8 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
                 return f"{name} does not have the bytes that were saved"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
+    except files.IrregularFileError as error:
+        return f"{Path(error.filename).name} is {error.strerror}"
     except (NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(str(error.filename)).name} is no file: {error.strerror}"
     except OSError as error:
@@ -309,7 +327,9 @@ def resolve(run: str) -> Path:
     found = store.pointed("best") or store.pointed("last") or next(reversed(store.steps()), None)
     if found is None:
         what = "does not exist"
-        if path.is_dir():
+        if path.is_dir() and _NAME.fullmatch(path.name):
+            what = f"is damaged, for {MANIFEST} is missing"
+        elif path.is_dir():
             what = "has no checkpoint yet"
         elif path.exists():
             what = "is a file"
@@ -322,6 +342,9 @@ def resolve(run: str) -> Path:
 def read_tensors(path: Path, name: str) -> Tensors:
     """One of a checkpoint's tensor files."""
     try:
+        # An optimizer keeps two numbers a weight; a sparse file can claim any size.
+        most = 3 * (path / MODEL).stat().st_size + MORE_BYTES
+        files.require_bounded(path / name, most, follow_symlinks=False)
         tensors: Tensors = load_file(path / name)
         return tensors
     except (OSError, SafetensorError) as error:
@@ -331,7 +354,7 @@ def read_tensors(path: Path, name: str) -> Tensors:
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's state.json, with the parts that a run needs to go on."""
     try:
-        state = json.loads(files.read_small(path / STATE))
+        state = json.loads(files.read_small(path / STATE, follow_symlinks=False))
         if state["version"] != 1:
             raise ValueError(f"version {state['version']}, this program knows 1")
         numbers = [*state["progress"].values(), *state["scaler"].values()]
@@ -360,7 +383,7 @@ def read_config(path: Path) -> Config:
     config = merge(Config(), values, source=str(path / CONFIG))
     check(config)
     needed, size = 4 * costs.parameters(config.model), (path / MODEL).stat().st_size
-    if needed > size:
+    if not needed <= size <= needed + MORE_BYTES:
         raise UserError(
             f"{path / CONFIG} describes a model of {needed:,} bytes, but {MODEL} has {size:,}"
         )

@@ -27,14 +27,17 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 _PIECE = 16 * 2**20
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Write a safetensors file; gives its bytes and their SHA-256.
 
     The library's own writer keeps Python from running anything else until the last byte is out, a
     second and more for GPT-2; training beside it would stand still. Format: length of the header (8
     bytes, little endian), the header (JSON, padded by spaces to a multiple of 8), the tensors.
     """
-    header, place = {}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
     for name, tensor in tensors.items():
         end = place + tensor.nbytes
         kind, shape = _DTYPES[tensor.dtype], list(tensor.shape)

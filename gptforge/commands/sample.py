@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from gptforge.config import SEED_LIMIT
 from gptforge.errors import RunError, UserError
 from gptforge.flags import parse
 from gptforge.waking import wake_gpu
@@ -62,6 +63,8 @@ def sample(args: list[str]) -> int:
         raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
     if asked.interactive and (asked.json or asked.prompt or asked.num_samples > 1):
         raise UserError("--interactive takes its prompts from you, one at a time, and prints text")
+    if not 0 <= asked.seed < SEED_LIMIT:
+        raise UserError(f"--seed must be 0 or more and below 2**63, not {asked.seed}")
     wake_gpu(asked.device)
     from gptforge.build.trained import load, spare_threads
     from gptforge.generate.sampling import Sampling
@@ -101,9 +104,9 @@ def _stream(writer: "LanguageModel", asked: SampleArgs, prompt: str, seed: int) 
 
 
 def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: "Sampling") -> None:
-    seeds = range(asked.seed, asked.seed + asked.num_samples)
-    for first in range(0, len(seeds), AT_ONCE):
-        some = seeds[first : first + AT_ONCE]
+    for first in range(0, asked.num_samples, AT_ONCE):
+        numbers = range(first, min(first + AT_ONCE, asked.num_samples))
+        some = [(asked.seed + number) % SEED_LIMIT for number in numbers]
         writings = writer.write(
             [prompt] * len(some),
             asked.max_new_tokens,
@@ -112,13 +115,13 @@ def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: 
             seeds=some,
             logprobs=asked.json,
         )
-        for seed, writing in zip(some, writings, strict=True):
+        for number, seed, writing in zip(numbers, some, writings, strict=True):
             if asked.json:
                 record = {"prompt": prompt, "text": writing.text, "seed": seed}
                 record |= {"ended": writing.ended, "ids": writing.ids, "logprobs": writing.logprobs}
                 print(json.dumps(record, ensure_ascii=False), flush=True)
             else:
-                rule = "---\n" if seed != asked.seed else ""
+                rule = "---\n" if number else ""
                 print(f"{rule}{prompt}{writing.text}", flush=True)
 
 
@@ -143,4 +146,4 @@ def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
             if not is_watched:
                 raise
             print(flush=True)
-        seed += 1
+        seed = (seed + 1) % SEED_LIMIT

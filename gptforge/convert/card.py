@@ -8,10 +8,13 @@ from gptforge import costs
 from gptforge.config import Config
 from gptforge.convert.parts import Parts
 from gptforge.errors import UserError
+from gptforge.files import read_bounded
 from gptforge.report.metrics import History
 from gptforge.tokenizers import Tokenizer
 
-CURVES = "training_curves.png"
+CURVES, METRICS = "training_curves.png", "metrics.jsonl"
+MOST_COPIED = 2**30
+"""Bytes of a run's picture or metrics that go into an export."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ def beginning(tokenizer: Tokenizer) -> str:
         letters = [tokenizer.decode_bytes([i]).decode("utf-8") for i in range(tokenizer.size)]
         text = next((letter for letter in letters if letter.isalpha()), letters[0])
     return json.dumps(text, ensure_ascii=False)
+
+
+def copy_own(path: Path, folder: Path) -> None:
+    """Copy a file of a run into an export; a link is not followed."""
+    (folder / path.name).write_bytes(read_bounded(path, MOST_COPIED, follow_symlinks=False))
 
 
 def _learned(origin: Origin) -> list[str]:

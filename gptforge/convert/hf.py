@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from gptforge import costs
+from gptforge.checkpoint.store import MORE_BYTES
+from gptforge.checkpoint.tensors import write_tensors
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
 from gptforge.convert.parts import Parts, fitted, probe, without_spare_rows
 from gptforge.errors import RunError, UserError
-from gptforge.files import read_small
+from gptforge.files import read_small, require_bounded
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import save as save_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -49,7 +52,7 @@ def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
     require("transformers", extra="hf")
     parts = without_spare_rows(parts)
     tensors = {name: _turned(name, tensor) for name, tensor in parts.tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     end = getattr(parts.tokenizer, "end_of_text", None)
     _write_json(folder / "config.json", _config(parts.config, end))
     draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
@@ -112,7 +115,7 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         raise UserError(f"{where}/config.json: a size is below 1")
     _require_size(folder, config)
     found = {}
-    for name, tensor in _tensors(folder).items():
+    for name, tensor in _tensors(folder, config).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not name.endswith(MASKS):
             found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
@@ -151,8 +154,11 @@ def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
     }
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """All tensors of a folder, in one file or several."""
+    # Float64 weights, an output layer of its own, and the causal masks that old ones have.
+    masks = config.n_layer * config.block_size**2
+    most = 8 * (2 * costs.parameters(config) + masks) + MORE_BYTES
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise UserError(
@@ -161,6 +167,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in paths:
         try:
+            require_bounded(path, most)
             found |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file: {error}") from None
@@ -169,8 +176,6 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _require_size(folder: Path, config: GPTConfig) -> None:
     """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
-    from gptforge import costs
-
     present = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     if present and 2 * costs.parameters(config) > present:
         raise UserError(

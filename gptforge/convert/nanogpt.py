@@ -8,10 +8,13 @@ import torch
 from gptforge.config import GPTConfig
 from gptforge.convert.parts import Parts, fitted
 from gptforge.errors import UserError
+from gptforge.files import require_bounded
 from gptforge.tokenizers import Tokenizer, named
 
 COMPILED = "_orig_mod."
 """What torch.compile leaves in names."""
+MOST_BYTES = 2**38
+"""Of a file that is read: a hundred times GPT-2 XL with its optimizer."""
 UNTOLD = 50304
 """Rows of the token table where a nanoGPT data set does not say its size: GPT-2's, rounded up."""
 
@@ -27,6 +30,10 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         UserError: if it is something else, or holds more than tensors and plain values, or the
             tokenizer has another number of ids.
     """
+    try:
+        require_bounded(path, MOST_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     try:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
         record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251

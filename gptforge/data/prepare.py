@@ -137,6 +137,8 @@ class _Preparation:
 
     def _refuse_strangers(self) -> None:
         """Whatever is there and not ours stays."""
+        if self.notes.is_symlink():
+            raise UserError(f"{self.notes.as_posix()} is a symbolic link: delete it")
         if (self.out / REQUEST).is_file() or self.notes.is_dir():
             return
         if _holds_something(self.out):
@@ -281,4 +283,4 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return files.read_small(path, follow_symlinks=False) if path.is_file() else ""

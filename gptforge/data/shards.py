@@ -37,7 +37,7 @@ def read_header(path: Path) -> ShardFile:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             raw = file.read(HEADER_BYTES)
     except OSError as error:
         raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None
@@ -69,7 +69,7 @@ def read_headerless(path: Path) -> ShardFile:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             raw = file.read(8)
     except OSError as error:
         raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None

@@ -3,6 +3,7 @@
 import glob
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,10 @@ def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
     try:
         facts = path.stat()
         name = path.as_posix()
+        # A pipe is somebody's text, and ends; a device may never do so.
+        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)):
+            what = files.irregular_kind(path)
+            raise UserError(f"{name} is {what}, not a regular file: give a file of text")
         return Source(path, chosen, packing, facts.st_size, str(facts.st_mtime_ns), name)
     except OSError as error:
         raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None

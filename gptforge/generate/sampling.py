@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptforge.config import SEED_LIMIT
 from gptforge.errors import UserError
 from gptforge.generate.asked import is_number, is_whole
 
@@ -46,7 +47,7 @@ def throw_dice(seeds: Sequence[int | None], count: int) -> Tensor:
     A row depends on its seed alone, and more throws only make it longer.
     """
     for seed in seeds:
-        if seed is not None and not (is_whole(seed) and 0 <= seed < 2**63):
+        if seed is not None and not (is_whole(seed) and 0 <= seed < SEED_LIMIT):
             raise UserError(
                 f"--seed must be a whole number, 0 or more and below 2**63, not {seed!r}"
             )

@@ -1,10 +1,18 @@
 """metrics.jsonl: one event a line, and reading them back for the curves and the verdict."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from gptforge.files import open_regular
+
+MOST_BYTES = 2**28
+"""Read of a metrics file: its end, which a million lines do not fill."""
+LONGEST_LINE = 2**16
+"""Bytes of a line; one that is longer is none of ours."""
 
 
 @dataclass
@@ -19,12 +27,11 @@ def read_history(path: Path, *, unwritten: str = "") -> History:
     """Events from a metrics file. A line that is not JSON, as a crash may leave, is passed over.
 
     Args:
-        path: the file, if there is one.
+        path: the file, if there is one. A link is not followed.
         unwritten: lines that are to be added to it.
     """
     history = History()
-    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in [*written.splitlines(), *unwritten.splitlines()]:
+    for line in chain(_lines(path), unwritten.splitlines()):
         try:
             event = json.loads(line)
         except ValueError:
@@ -34,6 +41,18 @@ def read_history(path: Path, *, unwritten: str = "") -> History:
         elif isinstance(event, dict) and event.get("event") == "eval":
             history.evals.append(event)
     return history
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        file = open_regular(path, follow_symlinks=False)
+    except OSError:
+        return
+    with file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - MOST_BYTES))
+        while line := file.readline(LONGEST_LINE):
+            yield line.decode("utf-8", "replace")
 
 
 def numbers(events: Iterable[dict[str, Any]], name: str) -> list[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gptforge.checkpoint.saver import BackgroundSaver
 from gptforge.checkpoint.store import Snapshot, read_state, step_of
 from gptforge.checkpoint.tensors import generator_tensors, model_tensors, optimizer_tensors
-from gptforge.config import Config
+from gptforge.config import SEED_LIMIT, Config
 from gptforge.data.loader import Loader
 from gptforge.distributed import Agreement, Ranks
 from gptforge.errors import RunError
@@ -321,7 +321,8 @@ class Trainer:
             if model is None:
                 return
             writer = LanguageModel(model, self.tokenizer)
-            text = writer.generate("", SAMPLE_TOKENS, seed=self.config.seed + self.progress.step)
+            seed = (self.config.seed + self.progress.step) % SEED_LIMIT
+            text = writer.generate("", SAMPLE_TOKENS, seed=seed)
             self.report.sampled(self.progress.step, text, is_last=not self.steps_left)
 
     def save(self, *, is_best: bool) -> None:

@@ -321,3 +321,36 @@ def test_a_refusal_travels_between_processes() -> None:
     other = copy.copy(error)
     assert str(other) == str(error)
     assert (other.what, other.remedy) == (error.what, error.remedy)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs devices")
+@pytest.mark.parametrize("flags", [
+    ("--preset", "debug", "--input", "/dev/zero"),
+    ("prepare", "/dev/zero", "--out", "out"),
+    ("tokenizer", "train", "/dev/zero", "--vocab_size", 300, "--out", "own.json"),
+])  # fmt: skip
+def test_a_text_that_never_ends_is_refused_at_once(program, flags) -> None:
+    done = program(*flags)
+    assert done.code == 2
+    assert "error: /dev/zero is a device, not a regular file" in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+def test_a_pipe_among_shards_or_as_a_configuration_is_refused_at_once(program) -> None:
+    Path("shards").mkdir()
+    os.mkfifo("shards/a.bin")
+    done = program("--preset", "debug", "--input", "shards")
+    assert (done.code, "a.bin: cannot be read: a named pipe" in done.err) == (2, True)
+    os.mkfifo("c.toml")
+    done = program("--config", "c.toml")
+    assert (done.code, "c.toml is a named pipe" in done.err) == (2, True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
+def test_notes_of_a_preparation_are_not_kept_through_a_link(program, play, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out" / ".preparing").symlink_to(tmp_path / "mine")
+    done = program("prepare", play, "--out", "out")
+    assert (done.code, ".preparing is a symbolic link: delete it" in done.err) == (2, True)
+    assert not any((tmp_path / "mine").iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -175,3 +176,13 @@ def test_without_a_file_they_come_from_the_hub(program, run, monkeypatch) -> Non
     assert "not to be had: no route: try again" in done.err
     assert "--tasks hellaswag=FILE.jsonl" in done.err
     assert asked == [("EleutherAI/lambada_openai", "test"), ("Rowan/hellaswag", "validation")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+def test_questions_from_a_pipe_or_without_an_end_are_refused(program, tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_text("[" * 2**21)
+    for name, why in (("pipe", "a named pipe"), ("/dev/zero", "a device"), ("long", "too long")):
+        done = program("eval", "run", "--tasks", f"hellaswag={name}")
+        assert done.code == 2
+        assert why in done.err

@@ -1,10 +1,12 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
+from gptforge.report import metrics
 from gptforge.report.duration import in_words
 from gptforge.report.metrics import History, read_history, step_line
 from gptforge.report.run_report import RunReport
@@ -188,3 +190,17 @@ def test_a_broken_line_in_the_metrics_is_passed_over(tmp_path) -> None:
 )  # fmt: skip
 def test_durations_are_said_as_people_say_them(seconds, words) -> None:
     assert in_words(seconds) == words
+
+
+def test_a_history_is_read_of_a_file_alone_and_of_its_end(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in range(100)]
+    path.write_text("".join(lines) + "x" * 10**6 + "\n" + lines[0])
+    assert len(read_history(path).train) == 101
+    monkeypatch.setattr(metrics, "MOST_BYTES", 10**6 + 2 * len(lines[0]))
+    assert [event["step"] for event in read_history(path).train] == [0]
+    if os.name != "nt":
+        (tmp_path / "link").symlink_to(path)
+        os.mkfifo(tmp_path / "pipe")
+        for odd in ("link", "pipe", "nowhere"):
+            assert not read_history(tmp_path / odd).train

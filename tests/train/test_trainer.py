@@ -139,3 +139,9 @@ def test_the_last_step_is_logged_whatever_the_cadence(config) -> None:
     build(config).run()
     assert [event["step"] for event in events(config, "train")] == [0, 7, 14, 19]
     assert [event["step"] for event in events(config, "eval")] == [20]
+
+
+def test_a_run_with_the_largest_seed_comes_to_its_end(config) -> None:
+    config = dataclasses.replace(config, seed=2**63 - 1, sample_every=2, stagger=True)
+    assert build(config).run() == "finished"
+    assert (Path(config.out_dir) / "samples.md").read_text().count("## After") == 10
