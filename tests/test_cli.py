@@ -270,7 +270,7 @@ def test_the_library_loads_a_run(program, play) -> None:
     text = writer.generate("JULIET", max_new_tokens=12, temperature=0.5, top_k=5, seed=3)
     assert "".join(writer.stream("JULIET", 12, temperature=0.5, top_k=5, seed=3)) == text
     assert writer.decode(writer.encode("JULIET")) == "JULIET"
-    assert writer.logits(writer.encode("JULIET")).shape == (6, 64)
+    assert writer.logits(writer.encode("JULIET")).shape == (6, writer.tokenizer.size)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs symbolic links to begin with")

@@ -61,7 +61,8 @@ class HeldOut:
 
     Args:
         tokens: ids of the text, at least 2.
-        byte_lengths: bytes that each id stands for.
+        byte_lengths: bytes that each id stands for. The loss is over these ids alone, as in
+            sampling: padding rows of the embedding get no probability.
         context_length: tokens in a window, T.
         batch_size: windows that go through the model at once.
         limit: read about so many tokens, in windows spread evenly; 0 reads all.
@@ -95,7 +96,7 @@ class HeldOut:
         """Score the model; its training mode is put back afterwards.
 
         Args:
-            model: gives the summed loss of inputs and targets.
+            model: gives the summed loss of inputs and targets, called as `GPT.forward`.
             precision: of its products.
             ranks: who judge together, each a part of the windows; all get the same score.
         """
@@ -139,7 +140,7 @@ class HeldOut:
             begin = first + ranks.rank * each
             inputs, targets = self._batch(self._starts[begin : begin + each])
             with autocast(device, precision):
-                total += model(inputs.to(device), targets.to(device)).double().cpu()
+                total += self._loss(model, inputs.to(device), targets.to(device))
             real = targets[targets != IGNORE].numpy()
             tokens += len(real)
             n_bytes += int(self._byte_lengths[real].sum())
@@ -152,6 +153,11 @@ class HeldOut:
         if first < len(self._starts):
             return PartialLoss(first, len(self._starts), nats, tokens, n_bytes)
         return HeldOutLoss(nats / tokens, nats / math.log(2) / max(1, n_bytes), tokens, n_bytes)
+
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of a batch, as a float64 scalar on the CPU."""
+        loss: Tensor = model(inputs, targets, len(self._byte_lengths))
+        return loss.double().cpu()
 
     def _batch(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(windows), T) each; behind the text's end targets are IGNORE.

@@ -96,17 +96,21 @@ class LanguageModel:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Float32 logits behind each id: (T, vocab) on the CPU.
 
+        vocab is the tokenizer's size: rows that only pad the embedding are left out, so that a
+        softmax gives the probabilities that sampling and evaluation use.
+
         Raises:
-            UserError: for no ids, more than the model's positions, or one that the model lacks.
+            UserError: for no ids, more than the model's positions, or one that is not a token.
         """
-        ids = wholes(ids, "the ids", below=self.model.config.vocab_size)
+        size = self.tokenizer.size
+        ids = wholes(ids, "the ids", below=size)
         if not 1 <= len(ids) <= self.model.config.block_size:
             raise UserError(f"give 1 to {self.model.config.block_size} ids, not {len(ids)}")
         was_training = self.model.training
         self.model.eval()
-        logits: Tensor = self.model(torch.tensor([ids], device=self.device))[0].float().cpu()
+        logits: Tensor = self.model(torch.tensor([ids], device=self.device))[0, :, :size]
         self.model.train(was_training)
-        return logits
+        return logits.float().cpu()
 
     def generate(
         self,

@@ -45,7 +45,7 @@ def by_a_plain_loop(writer: LanguageModel, beginning: str, ending: str) -> Answe
     ids = writer.encode(beginning + ending)
     count = len(writer.encode(ending))
     ids = ids[-(writer.model.config.block_size + 1) :]
-    logprobs = writer.logits(ids[:-1])[:, : writer.tokenizer.size].double().log_softmax(-1)
+    logprobs = writer.logits(ids[:-1]).double().log_softmax(-1)
     its = range(len(ids) - 1 - count, len(ids) - 1)
     total = sum(float(logprobs[i, ids[i + 1]]) for i in its)
     return Answer(total, all(int(logprobs[i].argmax()) == ids[i + 1] for i in its))
