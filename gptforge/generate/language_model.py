@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
-from gptforge.generate.asked import one_text, seeds_of, texts, whole, wholes
+from gptforge.generate.asked import encodable, one_text, seeds_of, texts, whole, wholes
 from gptforge.generate.decode import Chosen, Decoder
 from gptforge.generate.engine import Engine
 from gptforge.generate.sampling import Sampling, throw_dice
@@ -77,11 +77,7 @@ class LanguageModel:
             UserError: for a character that the tokenizer cannot write, or half of one.
         """
         text = one_text(text, "the text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # Bytes that were no text, from a pipe or a terminal, come as halves of characters.
-            raise UserError(f"not UTF-8 text, at character {error.start}") from None
+        encodable(text, "the text")
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:

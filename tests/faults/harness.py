@@ -191,7 +191,7 @@ class Bench:
                 case.complain("lost", f"{path.name} was left damaged: {reason}")
         left = [
             path.relative_to(case.run).as_posix()
-            for pattern in (".*partial*", "*.replaced", "*.old-*", "*.diverged-*")
+            for pattern in (".*partial*", "*.replaced", "step-*.old-*", "*.diverged-*")
             for path in case.run.rglob(pattern)
         ]
         if left:
