@@ -95,6 +95,8 @@ def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
             raise UserError(f"{merge!r} is not a BPE merge ({error})") from None
         if " " not in merge[1:-1]:
             raise UserError(f"{merge!r} is not a BPE merge: it merges nothing")
+        if token in ranks:
+            raise UserError(f"{merge!r} makes a token that is there already: leave one out")
         ranks[token] = len(ranks)
     return ranks
 

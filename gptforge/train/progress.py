@@ -16,6 +16,7 @@ from gptforge.checkpoint.tensors import (
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
 from gptforge.evaluate.heldout import PartialLoss
+from gptforge.errors import parsing
 from gptforge.train.step import TrainStep
 
 Duty = Literal["evaluate", "sample", "save"]
@@ -100,6 +101,8 @@ def restore(path: Path, step: TrainStep, loader: Loader, ranks: Ranks = ALONE) -
     load_optimizer_tensors(step.model, step.optimizer, moments, source=source, ranks=ranks)
     state = ranks.on_first(lambda: checkpoints.read_state(path))
     loader.load_state_dict(state["loader"])
-    step.load_scaler_state(state["scaler"])
-    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks)
-    return Progress.from_json(state)
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        step.load_scaler_state(state["scaler"])
+    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks, source=source)
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        return Progress.from_json(state)
