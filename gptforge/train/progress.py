@@ -15,8 +15,8 @@ from gptforge.checkpoint.tensors import (
 )
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
-from gptforge.evaluate.heldout import PartialLoss
 from gptforge.errors import parsing
+from gptforge.evaluate.heldout import PartialLoss
 from gptforge.train.step import TrainStep
 
 Duty = Literal["evaluate", "sample", "save"]
@@ -104,5 +104,10 @@ def restore(path: Path, step: TrainStep, loader: Loader, ranks: Ranks = ALONE) -
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step.load_scaler_state(state["scaler"])
     load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks, source=source)
+    return read_progress(path, state)
+
+
+def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
+    """The counters in a checkpoint's state; a UserError if it has others."""
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         return Progress.from_json(state)
