@@ -17,7 +17,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=2000, help="mutations of each format")
-    parser.add_argument("--seed", type=int, default=0, help="of the first round; then one more each")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first round; then one more each"
+    )
     parser.add_argument("--only", choices=FORMATS, action="append", help="may be given repeatedly")
     asked = parser.parse_args()
     total: Counter[str] = Counter()

@@ -131,22 +131,44 @@ def hf_config() -> bytes:
 
 
 def metrics() -> bytes:
-    train = {"event": "train", "loss": 2.5, "dt_ms": 9.1, "tok_per_sec": 1e4, "norm": 1.0, "lr": 0.1}
+    train = {
+        "event": "train",
+        "loss": 2.5,
+        "dt_ms": 9.1,
+        "tok_per_sec": 1e4,
+        "norm": 1.0,
+        "lr": 0.1,
+    }
     lines = [{**train, "step": i, "epoch": i / 4} for i in range(4)]
-    lines += [{"event": "eval", "step": i, "val_loss": 2.0, "val_bpb": 1.5, "epoch": 1.0} for i in (2, 4)]
+    lines += [
+        {"event": "eval", "step": i, "val_loss": 2.0, "val_bpb": 1.5, "epoch": 1.0} for i in (2, 4)
+    ]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def ckpt() -> dict[str, Any]:
     model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
     sizes = {**vars(SHAPE), "bias": True}
-    return {"model": dict(model.state_dict()), "model_args": sizes, "iter_num": 3, "config": {"a": "b"}}
+    return {
+        "model": dict(model.state_dict()),
+        "model_args": sizes,
+        "iter_num": 3,
+        "config": {"a": "b"},
+    }
 
 
 ODD_TENSORS = (
     *(torch.zeros(3), torch.zeros(0), torch.zeros(8, 8), torch.tensor(1), torch.zeros(64, 8).int()),
-    *(torch.zeros(64, 8, dtype=torch.complex64), torch.zeros(8, dtype=torch.bool), torch.ones(8).half()),
-    *(torch.zeros(64, 8).to_sparse(), torch.full((8,), float("nan")), torch.zeros(8, device="meta")),
+    *(
+        torch.zeros(64, 8, dtype=torch.complex64),
+        torch.zeros(8, dtype=torch.bool),
+        torch.ones(8).half(),
+    ),
+    *(
+        torch.zeros(64, 8).to_sparse(),
+        torch.full((8,), float("nan")),
+        torch.zeros(8, device="meta"),
+    ),
     torch.quantize_per_tensor(torch.zeros(8), 0.1, 0, torch.qint8),
 )
 
@@ -170,7 +192,7 @@ def ckpt_file(data: bytes, dice: random.Random) -> bytes:
 
 def parquet() -> bytes:
     made = io.BytesIO()
-    table = pa.table({"text": [TEXT, TEXT * 2, None, "x"] * 3, "n": list(range(12))})
+    table = pa.table({"text": [TEXT, TEXT * 2, "", "x"] * 3, "n": list(range(12))})
     pq.write_table(table, made, row_group_size=4)
     return made.getvalue()
 
@@ -274,48 +296,142 @@ def merges_file() -> bytes:
 
 
 def of(tokenizer: tokenizers.Tokenizer) -> bytes:
-    return json.dumps({"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}).encode()
+    return json.dumps(
+        {"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}
+    ).encode()
 
 
 def hellaswag() -> bytes:
-    row = {"ctx_a": "A man", "ctx_b": "he sits", "activity_label": "Rest", "endings": ["a", "b"], "label": "1"}
+    row = {
+        "ctx_a": "A man",
+        "ctx_b": "he sits",
+        "activity_label": "Rest",
+        "endings": ["a", "b"],
+        "label": "1",
+    }
     return (json.dumps(row) + "\n").encode() * 2
 
 
 def shard_file() -> bytes:
     header = b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 40)) + bytes(1012)
-    return header + bytes(range(0, 80, 1))
+    return header + b"A\0" * 40
 
 
 LINES = (json.dumps({"text": TEXT, "meta": {"n": 1}}) + "\n").encode() * 4
 STEP = "run/checkpoints/step-000002"
 FORMATS: dict[str, Format] = {
-    "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf"), 800),
-    "hf_weights": Format("hf/model.safetensors", None, mutate.safetensors_file, lambda f: read_hf(f / "hf"), 400),
-    "hf_bpe": Format("tokenizer.json", lambda: json.dumps(hf_tokenizer(GPT2Tokenizer(MERGES))).encode(), mutate.json_file, read_tokenizer, 500),
-    "bpe": Format("tokenizer.json", lambda: of(GPT2Tokenizer(MERGES)), mutate.json_file, read_tokenizer, 500),
-    "char": Format("tokenizer.json", lambda: of(CharTokenizer(ALPHABET, marks=True)), mutate.json_file, read_tokenizer, 1000),
-    "byte": Format("tokenizer.json", lambda: of(ByteTokenizer(marks=True)), mutate.json_file, read_tokenizer, 500),
-    "merges": Format("bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe")), 300),
-    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 2000),
-    "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest, 1000),
-    "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint, 500),
-    "run_weights": Format(f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint, 400),
+    "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf"), 400),
+    "hf_weights": Format(
+        "hf/model.safetensors", None, mutate.safetensors_file, lambda f: read_hf(f / "hf"), 400
+    ),
+    "hf_bpe": Format(
+        "tokenizer.json",
+        lambda: json.dumps(hf_tokenizer(GPT2Tokenizer(MERGES))).encode(),
+        mutate.json_file,
+        read_tokenizer,
+        400,
+    ),
+    "bpe": Format(
+        "tokenizer.json", lambda: of(GPT2Tokenizer(MERGES)), mutate.json_file, read_tokenizer, 400
+    ),
+    "char": Format(
+        "tokenizer.json",
+        lambda: of(CharTokenizer(ALPHABET, marks=True)),
+        mutate.json_file,
+        read_tokenizer,
+        1000,
+    ),
+    "byte": Format(
+        "tokenizer.json",
+        lambda: of(ByteTokenizer(marks=True)),
+        mutate.json_file,
+        read_tokenizer,
+        1000,
+    ),
+    "merges": Format(
+        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe")), 400
+    ),
+    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 1000),
+    "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest, 400),
+    "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint, 400),
+    "run_weights": Format(
+        f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint, 400
+    ),
     "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 1000),
-    "flags_file": Format("c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 1000),
-    "index": Format("shards/index.json", None, mutate.json_file, read_shards, 500),
+    "flags_file": Format(
+        "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 400
+    ),
+    "index": Format("shards/index.json", None, mutate.json_file, read_shards, 400),
     "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 1000),
-    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 2000),
-    "nanogpt": Format("ckpt.pt", lambda: b"PK", ckpt_file, lambda f: read_nanogpt(f / "ckpt.pt", tokenizer=CharTokenizer("".join(map(chr, range(64))))), 300),
-    "text": Format("in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 500),
-    "marked": Format("in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt", Form(split_on="\n")), 500),
-    "utf16": Format("in/t.txt", lambda: TEXT.encode("utf-16"), mutate.raw, lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")), 500),
-    "jsonl": Format("in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1000),
-    "gz": Format("in/t.txt.gz", lambda: gzip.compress(TEXT.encode() * 9), mutate.raw, lambda f: read_texts(f, "t.txt.gz"), 500),
-    "xz": Format("in/t.txt.xz", lambda: lzma.compress(TEXT.encode() * 9), mutate.raw, lambda f: read_texts(f, "t.txt.xz"), 500),
-    "zst": Format("in/t.txt.zst", lambda: zstandard.compress(TEXT.encode() * 9), mutate.raw, lambda f: read_texts(f, "t.txt.zst"), 500),
-    "parquet": Format("in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet"), 300),
-    "hellaswag": Format("q.jsonl", hellaswag, mutate.json_lines, lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0), 1000),
-    "lambada": Format("q.jsonl", lambda: LINES, mutate.json_lines, lambda f: _questions("lambada", str(f / "q.jsonl"), 0), 500),
-    "answers": Format("micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 500),
+    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 400),
+    "nanogpt": Format(
+        "ckpt.pt",
+        lambda: b"PK",
+        ckpt_file,
+        lambda f: read_nanogpt(
+            f / "ckpt.pt", tokenizer=CharTokenizer("".join(map(chr, range(64))))
+        ),
+        200,
+    ),
+    "text": Format(
+        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 1000
+    ),
+    "marked": Format(
+        "in/t.txt",
+        lambda: TEXT.encode() * 3,
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt", Form(split_on="\n")),
+        1000,
+    ),
+    "utf16": Format(
+        "in/t.txt",
+        lambda: TEXT.encode("utf-16"),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")),
+        1000,
+    ),
+    "jsonl": Format(
+        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1000
+    ),
+    "gz": Format(
+        "in/t.txt.gz",
+        lambda: gzip.compress(TEXT.encode() * 9),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt.gz"),
+        1000,
+    ),
+    "xz": Format(
+        "in/t.txt.xz",
+        lambda: lzma.compress(TEXT.encode() * 9),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt.xz"),
+        1000,
+    ),
+    "zst": Format(
+        "in/t.txt.zst",
+        lambda: zstandard.compress(TEXT.encode() * 9),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt.zst"),
+        1000,
+    ),
+    "parquet": Format(
+        "in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet"), 400
+    ),
+    "hellaswag": Format(
+        "q.jsonl",
+        hellaswag,
+        mutate.json_lines,
+        lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0),
+        1000,
+    ),
+    "lambada": Format(
+        "q.jsonl",
+        lambda: LINES,
+        mutate.json_lines,
+        lambda f: _questions("lambada", str(f / "q.jsonl"), 0),
+        1000,
+    ),
+    "answers": Format(
+        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 1000
+    ),
 }

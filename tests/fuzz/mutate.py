@@ -105,7 +105,11 @@ def toml_file(data: bytes, dice: random.Random) -> bytes:
     value = tree(tomllib.loads(f"v = {text}")["v"], dice)
     spelled = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
     odd = ("0x" + "f" * 5000, "nan", "-inf", "1979-05-27", "{a = 1}", "[[1], [2]]", '"\\u0000"')
-    text = dice.choice(odd) if dice.random() < 0.15 else spelled or _dump(value).decode("utf-8", "surrogatepass")
+    text = (
+        dice.choice(odd)
+        if dice.random() < 0.15
+        else spelled or _dump(value).decode("utf-8", "surrogatepass")
+    )
     lines[at] = dice.choice((f"{name} = {text}", f"{name} = {text}", f"[{name}]\nx = {text}"))
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
