@@ -362,6 +362,11 @@ def read_state(path: Path) -> dict[str, Any]:
             raise TypeError("a number was expected")
         counts = [state["loader"]["position"], *state["file_sizes"].values()]
         counts += [state["progress"]["step"], state["progress"]["best_step"]]
+        counts += [
+            state["progress"].get(name, 0) for name in ("returns", "diverged_at", "bad_steps")
+        ]
+        partial = state.get("partial") or {}
+        counts += [partial[name] for name in ("windows", "num_windows", "tokens") if partial]
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
             raise TypeError("a step was expected")
         if not set(state.get("pending", ())) <= {"evaluate", "sample", "save"}:

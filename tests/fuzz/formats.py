@@ -56,7 +56,7 @@ ALPHABET = "".join(sorted(set(TEXT)))
 MERGES = ["Ġ t", "h e", "Ġt o", "b e", "o n"]
 STATE = {
     "version": 1,
-    "progress": Progress(step=2, best_step=2, loss=1.5, best_loss=1.4).to_json(),
+    **Progress(step=2, best_step=2, best_loss=1.4, recent_losses=[2.0], pending=["save"]).to_json(),
     "loader": {"position": 16},
     "scaler": {},
     "file_sizes": {"log.md": 10, "metrics.jsonl": 20, "samples.md": 0},
@@ -339,31 +339,31 @@ FORMATS: dict[str, Format] = {
         lambda: of(CharTokenizer(ALPHABET, marks=True)),
         mutate.json_file,
         read_tokenizer,
-        1000,
+        2000,
     ),
     "byte": Format(
         "tokenizer.json",
         lambda: of(ByteTokenizer(marks=True)),
         mutate.json_file,
         read_tokenizer,
-        1000,
+        2000,
     ),
     "merges": Format(
         "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe")), 400
     ),
-    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 1000),
+    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 2000),
     "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest, 400),
     "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint, 400),
     "run_weights": Format(
         f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint, 400
     ),
-    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 1000),
+    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 2000),
     "flags_file": Format(
         "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 400
     ),
     "index": Format("shards/index.json", None, mutate.json_file, read_shards, 400),
-    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 1000),
-    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 400),
+    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 2000),
+    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 2000),
     "nanogpt": Format(
         "ckpt.pt",
         lambda: b"PK",
@@ -374,45 +374,45 @@ FORMATS: dict[str, Format] = {
         200,
     ),
     "text": Format(
-        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 1000
+        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 2000
     ),
     "marked": Format(
         "in/t.txt",
         lambda: TEXT.encode() * 3,
         mutate.raw,
         lambda f: read_texts(f, "t.txt", Form(split_on="\n")),
-        1000,
+        2000,
     ),
     "utf16": Format(
         "in/t.txt",
         lambda: TEXT.encode("utf-16"),
         mutate.raw,
         lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")),
-        1000,
+        2000,
     ),
     "jsonl": Format(
-        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1000
+        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 2000
     ),
     "gz": Format(
         "in/t.txt.gz",
         lambda: gzip.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.gz"),
-        1000,
+        2000,
     ),
     "xz": Format(
         "in/t.txt.xz",
         lambda: lzma.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.xz"),
-        1000,
+        2000,
     ),
     "zst": Format(
         "in/t.txt.zst",
         lambda: zstandard.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.zst"),
-        1000,
+        2000,
     ),
     "parquet": Format(
         "in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet"), 400
@@ -422,16 +422,16 @@ FORMATS: dict[str, Format] = {
         hellaswag,
         mutate.json_lines,
         lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0),
-        1000,
+        2000,
     ),
     "lambada": Format(
         "q.jsonl",
         lambda: LINES,
         mutate.json_lines,
         lambda f: _questions("lambada", str(f / "q.jsonl"), 0),
-        1000,
+        2000,
     ),
     "answers": Format(
-        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 1000
+        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 2000
     ),
 }

@@ -1,4 +1,4 @@
-"""Runs mutations of a format in this process, and reports the first that is not refused in words."""
+"""Runs mutations of a format in this process; reports what is neither refused nor works."""
 
 import contextlib
 import io
