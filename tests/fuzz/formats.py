@@ -169,7 +169,6 @@ ODD_TENSORS = (
         torch.full((8,), float("nan")),
         torch.zeros(8, device="meta"),
     ),
-    torch.quantize_per_tensor(torch.zeros(8), 0.1, 0, torch.qint8),
 )
 
 
@@ -339,31 +338,31 @@ FORMATS: dict[str, Format] = {
         lambda: of(CharTokenizer(ALPHABET, marks=True)),
         mutate.json_file,
         read_tokenizer,
-        2000,
+        1500,
     ),
     "byte": Format(
         "tokenizer.json",
         lambda: of(ByteTokenizer(marks=True)),
         mutate.json_file,
         read_tokenizer,
-        2000,
+        1500,
     ),
     "merges": Format(
         "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe")), 400
     ),
-    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 2000),
+    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 1500),
     "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest, 400),
     "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint, 400),
     "run_weights": Format(
         f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint, 400
     ),
-    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 2000),
+    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 1500),
     "flags_file": Format(
         "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 400
     ),
     "index": Format("shards/index.json", None, mutate.json_file, read_shards, 400),
-    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 2000),
-    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 2000),
+    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 1500),
+    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 1500),
     "nanogpt": Format(
         "ckpt.pt",
         lambda: b"PK",
@@ -381,14 +380,14 @@ FORMATS: dict[str, Format] = {
         lambda: TEXT.encode() * 3,
         mutate.raw,
         lambda f: read_texts(f, "t.txt", Form(split_on="\n")),
-        2000,
+        1500,
     ),
     "utf16": Format(
         "in/t.txt",
         lambda: TEXT.encode("utf-16"),
         mutate.raw,
         lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")),
-        2000,
+        1500,
     ),
     "jsonl": Format(
         "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 2000
@@ -398,21 +397,21 @@ FORMATS: dict[str, Format] = {
         lambda: gzip.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.gz"),
-        2000,
+        1500,
     ),
     "xz": Format(
         "in/t.txt.xz",
         lambda: lzma.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.xz"),
-        2000,
+        1500,
     ),
     "zst": Format(
         "in/t.txt.zst",
         lambda: zstandard.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.zst"),
-        2000,
+        1500,
     ),
     "parquet": Format(
         "in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet"), 400
@@ -422,14 +421,14 @@ FORMATS: dict[str, Format] = {
         hellaswag,
         mutate.json_lines,
         lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0),
-        2000,
+        1500,
     ),
     "lambada": Format(
         "q.jsonl",
         lambda: LINES,
         mutate.json_lines,
         lambda f: _questions("lambada", str(f / "q.jsonl"), 0),
-        2000,
+        1500,
     ),
     "answers": Format(
         "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 2000

@@ -52,7 +52,7 @@ def _once(value: Any, dice: random.Random) -> Any:
     elif what < 0.28:
         copy[key] = copy[dice.choice(keys)]
     elif what < 0.36 and isinstance(copy[key], int | float) and not isinstance(copy[key], bool):
-        copy[key] = copy[key] + dice.choice((-1, 1, 0.5, 10**6))
+        copy[key] = copy[key] + dice.choice((-1, 1, 10**6))
     else:
         copy[key] = _once(copy[key], dice)
     return copy
