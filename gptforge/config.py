@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.files import read_small
+from gptforge.printable import short_repr
 
 MOST_TOKENS = 2**28
 """Tokens in a step: as many take 2 GB on their way to the device."""
@@ -200,12 +201,14 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
                 hint = "; fields stand by themselves, in no table"
             raise UserError(f"{source}: there is no field '{name}'{hint}")
         kind = FIELDS[name]
+        if type(value) is int and value.bit_length() > 63:
+            raise UserError(f"{source}: {name} must be below 2**63")
         if name == "compile" and isinstance(value, bool):
             value = "true" if value else "false"
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind:
-            given = f"{value!r} ({type(value).__name__})"
+            given = f"{short_repr(value)} ({type(value).__name__})"
             raise UserError(f"{source}: {name} takes {KINDS[kind]}, not {given}")
         checked[name] = value
     return dataclasses.replace(base, **checked)
@@ -213,12 +216,8 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
 
 def read_toml(path: Path) -> tuple[dict[str, object], bool]:
     """The fields that a TOML file sets, and whether a run wrote it: then none was set by hand."""
-    try:
+    with parsing(f"--config {path}", "a readable TOML file"):
         values = tomllib.loads(read_small(path))
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
     is_a_runs = isinstance(values.pop(NOTES, None), dict)
     if is_a_runs:
         values = {name: value for name, value in values.items() if name not in RETIRED}
@@ -269,6 +268,8 @@ def check(config: Config) -> None:
         choices = typing.get_args(hint)
         if choices and value not in choices:
             raise UserError(f"--{name} {value}: give one of {', '.join(choices)}")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise UserError(f"--{name} must be below 2**63")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} must be a finite number, not {value}")
     _at_least(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")

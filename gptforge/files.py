@@ -179,6 +179,13 @@ def read_small(path: Path, *, follow_symlinks: bool = True) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def is_number(value: object) -> bool:
+    """Whether a value out of JSON is a number that can be computed with: no NaN, no 10**400."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e100
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open_regular(path) as file:
@@ -248,8 +255,13 @@ def set_aside(path: Path, suffix: str) -> Path:
 def lies_in(folder: Path, name: str) -> bool:
     """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
     matching = glob(name, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
-    there = folder.resolve()
-    return any(Path(one).resolve().is_relative_to(there) for one in [name, *matching])
+    there = real_path(folder)
+    return any(real_path(one).is_relative_to(there) for one in [name, *matching])
+
+
+def real_path(path: str | Path) -> Path:
+    """`Path.resolve`, but for a loop of links, where that raises a RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def to_nowhere(stream: TextIO) -> None:

@@ -25,6 +25,7 @@ from gptforge.data.sources import find_sources
 from gptforge.data.survey import alphabet
 from gptforge.errors import RunError, UserError
 from gptforge.holding import new_folder, new_path
+from gptforge.printable import MAX_NAME, printable
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, named
 
@@ -172,7 +173,8 @@ def _imported_from(folder: Path) -> str:
     try:
         notes = tomllib.loads(files.read_small(folder / checkpoints.CONFIG))[NOTES]
         return str(notes.get("source", ""))
-    except (OSError, ValueError, KeyError, AttributeError):
+    except Exception:
+        # Whatever it is, nobody noted a digest there.
         return ""
 
 
@@ -220,9 +222,9 @@ def _checkpoint_of(run: str) -> Path:
 
 def title_of(run: str) -> str:
     """A name for a model: that of its run folder."""
-    path = Path(run).resolve()
+    path = files.real_path(run)
     inside = path.parent.name == "checkpoints"
-    return (path.parent.parent if inside else path).name
+    return printable((path.parent.parent if inside else path).name, MAX_NAME)
 
 
 def _refuse_existing(path: Path) -> None:

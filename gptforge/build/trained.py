@@ -1,7 +1,6 @@
 """From a run on the disk back to a model that writes."""
 
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import choose_device, choose_precision
+from gptforge.printable import print_note
 from gptforge.report.patience import Patience
 from gptforge.tokenizers import byte_lengths
 
@@ -56,7 +56,7 @@ def load(
         parts.tokenizer,
         dtype=writing_dtype(dtype, place, parts.config),
         settled=True,
-        say=say or _say,
+        say=say or print_note,
     )
 
 
@@ -116,10 +116,6 @@ def writing_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.d
     if flag == "auto" and device.type == "cpu" and costs.parameters(config) < SMALL:
         return torch.float32
     return choose_precision(flag, device).dtype
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def evaluate_run(
@@ -184,15 +180,15 @@ def _given(
     data: str, wanted: Wanted, run: str | Path, sha256: str | None, config: Config
 ) -> TokenStream:
     """What to judge by in `--data`; says which part that is, and if it was learned."""
-    corpus = open_corpus(Path(data), wanted, say=_say)
+    corpus = open_corpus(Path(data), wanted, say=print_note)
     holds_out = len(corpus.held_out) > 0
     if holds_out:
-        _say(f"note: judged by the part that {data} holds out, not by the rest")
+        print_note(f"note: judged by the part that {data} holds out, not by the rest")
     # A smaller share of the same text lies within a larger one.
     was_held_out = holds_out and corpus.val_fraction <= config.val_fraction
     if sha256 == corpus.sha256 and not was_held_out:
         instead = "; without --data the part that was held out is judged"
-        _say(
+        print_note(
             f"warning: {data} is what {run} learned from: this says how well it is remembered"
             f"{instead if config.val_fraction else ''}"
         )
@@ -212,7 +208,7 @@ def _held_back(run: str | Path, wanted: Wanted, sha256: str | None, config: Conf
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:
-        corpus = open_corpus(find_text("" if is_gone else config.input), wanted, say=_say)
+        corpus = open_corpus(find_text("" if is_gone else config.input), wanted, say=print_note)
     except UserError as error:
         raise UserError(
             f"what {run} learned, {config.input}, cannot be read any more: it has changed or is "

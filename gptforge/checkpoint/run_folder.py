@@ -150,7 +150,7 @@ def check_writable(folder: Path) -> None:
 def check_folder(config: Config) -> None:
     """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
-    place = folder.resolve()
+    place = files.real_path(folder)
     for above in (place, *place.parents):
         if above.name == "checkpoints" and (above.parent / CONFIG).is_file():
             raise UserError(
@@ -164,7 +164,7 @@ def check_folder(config: Config) -> None:
         _refuse_links(folder)
     if (folder / "checkpoints").is_dir():
         check_writable(folder / "checkpoints")
-    if outer := next(filter(is_held, folder.resolve().parents), None):
+    if outer := next(filter(is_held, files.real_path(folder).parents), None):
         raise UserError(
             f"--out_dir {folder} lies in {outer}, which another process trains into: choose another"
         )
@@ -214,13 +214,13 @@ def is_put_away(folder: Path) -> bool:
 
 def _why_not_aside(folder: Path) -> str:
     """What speaks against renaming a folder; empty if nothing does."""
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if files.real_path(folder) in (Path.cwd(), *Path.cwd().parents):
         return "it is the folder we are in"
     if os.path.ismount(folder):
         return "something is mounted there; choose a folder inside it"
     parent = folder.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        return f"{parent.resolve()} cannot be written to"
+        return f"{files.real_path(parent)} cannot be written to"
     # A run of its own in it may be somebody else's, or training at this moment.
     for depth in ("*", "*/*"):
         held = (lock.parent for lock in folder.glob(f"{depth}/{LOCK}") if is_held(lock.parent))

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gptforge import costs, files
 from gptforge.checkpoint.tensors import Tensors, write_tensors
 from gptforge.config import Config, check, merge, read_toml
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, parsing, reason
+from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
 from gptforge.tokenizers import save as save_tokenizer
@@ -305,8 +305,8 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
             "that cannot be read is left as it is; mend the disk or the file's rights, or move "
             "the checkpoint elsewhere to go on from another"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read: {error!r}"
+    except Exception as error:
+        return f"{MANIFEST} cannot be read: {reason(error)}"
     return None
 
 
@@ -341,36 +341,38 @@ def resolve(run: str) -> Path:
 
 def read_tensors(path: Path, name: str) -> Tensors:
     """One of a checkpoint's tensor files."""
-    try:
+    with parsing(path / name, "a readable safetensors file"):
         # An optimizer keeps two numbers a weight; a sparse file can claim any size.
         most = 3 * (path / MODEL).stat().st_size + MORE_BYTES
         files.require_bounded(path / name, most, follow_symlinks=False)
         tensors: Tensors = load_file(path / name)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / name}: not a readable safetensors file: {error}") from None
+    return tensors
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's state.json, with the parts that a run needs to go on."""
-    try:
+    with parsing(path / STATE, "a state that a run saved"):
         state = json.loads(files.read_small(path / STATE, follow_symlinks=False))
         if state["version"] != 1:
-            raise ValueError(f"version {state['version']}, this program knows 1")
+            raise ValueError(f"version {short_repr(state['version'])}, this program knows 1")
         numbers = [*state["progress"].values(), *state["scaler"].values()]
         numbers += [*state.get("recent_losses", ()), *(state.get("partial") or {}).values()]
         numbers += [state["loader"]["position"], *state["file_sizes"].values()]
-        if not all(number is None or type(number) in (int, float) for number in numbers):
+        if not all(number is None or files.is_number(number) for number in numbers):
             raise TypeError("a number was expected")
-        counts = [state["loader"]["position"], state["progress"]["step"]]
+        counts = [state["loader"]["position"], *state["file_sizes"].values()]
+        counts += [state["progress"]["step"], state["progress"]["best_step"]]
+        counts += [
+            state["progress"].get(name, 0) for name in ("returns", "diverged_at", "bad_steps")
+        ]
+        partial = state.get("partial") or {}
+        counts += [partial[name] for name in ("windows", "num_windows", "tokens") if partial]
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
             raise TypeError("a step was expected")
         if not set(state.get("pending", ())) <= {"evaluate", "sample", "save"}:
             raise ValueError(f"pending: {state['pending']}")
         state["text_sha256"].encode()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path / STATE}: not a state that a run saved: {error!r}") from None
-    return dict(state)
+        return dict(state)
 
 
 def read_config(path: Path) -> Config:

@@ -11,6 +11,7 @@ import tyro
 from gptforge.errors import UserError
 from gptforge.flags import parse
 from gptforge.presets import preset
+from gptforge.printable import printable
 
 if TYPE_CHECKING:
     from gptforge.data.finding import Finding
@@ -57,7 +58,7 @@ def doctor(args: list[str]) -> int:
         print(json.dumps({"ok": is_well, "findings": [dataclasses.asdict(f) for f in found]}))
     else:
         for finding in found:
-            print(f"{SIGNS[finding.level]} {finding}")
+            print(f"{SIGNS[finding.level]} {printable(finding)}")
     return 0 if is_well else 1
 
 

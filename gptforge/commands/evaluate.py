@@ -10,6 +10,7 @@ import tyro
 
 from gptforge.errors import RunError
 from gptforge.flags import parse
+from gptforge.printable import safe_print
 from gptforge.waking import wake_gpu
 
 
@@ -66,7 +67,7 @@ def _judge_by_text(asked: EvalArgs) -> dict[str, object]:
             "weights are too large for this device"
         )
     if not asked.json:
-        print(
+        safe_print(
             f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
             f"{score.bits_per_byte:.4f} bits per byte, over {score.tokens:,} tokens"
         )

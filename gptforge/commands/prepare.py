@@ -9,6 +9,7 @@ import tyro
 
 from gptforge.errors import Terminated, UserError
 from gptforge.flags import parse
+from gptforge.printable import safe_print
 
 if TYPE_CHECKING:
     from gptforge.data.index import Index
@@ -83,8 +84,8 @@ def prepare(args: list[str]) -> int:
         again = ", without --overwrite," if asked.overwrite else ""
         print(f"note: the same command{again} goes on with what is finished", file=sys.stderr)
         raise
-    print(describe(index))
-    print(f"Train on it: {_program()} --input {asked.out}")
+    safe_print(describe(index))
+    safe_print(f"Train on it: {_program()} --input {asked.out}")
     return 0
 
 

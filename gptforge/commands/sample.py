@@ -14,6 +14,7 @@ import tyro
 from gptforge.config import SEED_LIMIT
 from gptforge.errors import RunError, UserError
 from gptforge.flags import parse
+from gptforge.printable import print_note, terminal_safe
 from gptforge.waking import wake_gpu
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def _stream(writer: "LanguageModel", asked: SampleArgs, prompt: str, seed: int) 
         seed=seed,
     )
     # Only now: what is wrong with the settings or the prompt has been said.
-    print(prompt, end="", flush=True)
+    print(terminal_safe(prompt), end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(terminal_safe(piece), end="", flush=True)
     print(flush=True)
 
 
@@ -119,10 +120,10 @@ def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: 
             if asked.json:
                 record = {"prompt": prompt, "text": writing.text, "seed": seed}
                 record |= {"ended": writing.ended, "ids": writing.ids, "logprobs": writing.logprobs}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+                print(json.dumps(record, ensure_ascii=sys.stdout.isatty()), flush=True)
             else:
                 rule = "---\n" if number else ""
-                print(f"{rule}{prompt}{writing.text}", flush=True)
+                print(terminal_safe(f"{rule}{prompt}{writing.text}"), flush=True)
 
 
 def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
@@ -141,7 +142,7 @@ def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
             _stream(writer, asked, line.rstrip("\r\n"), seed)
         except UserError as error:
             # A stray character should not end the conversation.
-            print(f"error: {error}", file=sys.stderr)
+            print_note(f"error: {error}")
         except KeyboardInterrupt:
             if not is_watched:
                 raise

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,9 +15,10 @@ from gptforge.checkpoint.tensors import write_tensors
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
-from gptforge.convert.parts import Parts, fitted, probe, without_spare_rows
-from gptforge.errors import RunError, UserError
+from gptforge.convert.parts import Parts, fitted, probe, size_in, without_spare_rows
+from gptforge.errors import RunError, UserError, parsing
 from gptforge.files import read_small, require_bounded
+from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import save as save_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -88,31 +88,23 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         UserError: if it is no GPT-2, or a tensor is missing or misshapen; the message names it.
     """
     where = folder.as_posix()
-    try:
+    with parsing(f"{where}/config.json", "a GPT-2's configuration"):
         facts = json.loads(read_small(folder / "config.json"))
         for name, allowed in FIXED.items():
             if facts.get(name, allowed[0]) not in allowed:
-                raise UserError(f"{where}: {name} is {facts[name]!r}, GPT-2's is {allowed[0]!r}")
-        width, inner = int(facts["n_embd"]), facts.get("n_inner")
-        if inner is not None and int(inner) % width:
-            raise UserError(f"{where}: n_inner {inner} is not a multiple of n_embd {width}")
+                given = short_repr(facts[name])
+                raise ValueError(f"{name} is {given}, GPT-2's is {allowed[0]!r}")
+        width, inner = size_in(facts, "n_embd"), 0
+        if facts.get("n_inner") is not None and (inner := size_in(facts, "n_inner")) % width:
+            raise ValueError(f"n_inner {inner} is not a multiple of n_embd {width}")
         config = GPTConfig(
-            block_size=int(facts.get("n_positions", facts.get("n_ctx", 1024))),
-            vocab_size=int(facts["vocab_size"]),
-            n_layer=int(facts["n_layer"]),
-            n_head=int(facts["n_head"]),
+            block_size=size_in({"n_positions": facts.get("n_ctx", 1024), **facts}, "n_positions"),
+            vocab_size=size_in(facts, "vocab_size"),
+            n_layer=size_in(facts, "n_layer"),
+            n_head=size_in(facts, "n_head"),
             n_embd=width,
-            mlp_ratio=int(inner) // width if inner else 4,
+            mlp_ratio=inner // width if inner else 4,
         )
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}/config.json: not a GPT-2's configuration: {error!r}") from None
-    if (
-        min(vars(config)[n] for n in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"))
-        < 1
-    ):
-        raise UserError(f"{where}/config.json: a size is below 1")
     _require_size(folder, config)
     found = {}
     for name, tensor in _tensors(folder, config).items():
@@ -166,11 +158,9 @@ def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for path in paths:
-        try:
+        with parsing(path, "a readable safetensors file"):
             require_bounded(path, most)
             found |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     return found
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.convert.parts import Parts, fitted
-from gptforge.errors import UserError
+from gptforge.convert.parts import Parts, fitted, size_in
+from gptforge.errors import UserError, parsing
 from gptforge.files import require_bounded
 from gptforge.tokenizers import Tokenizer, named
 
@@ -45,15 +45,13 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
             f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
             "anything else could run code when read"
         ) from None
-    try:
+    with parsing(path, "a checkpoint of nanoGPT"):
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        config = GPTConfig(**{name: int(shape[name]) for name in names})
+        config = GPTConfig(**{name: size_in(shape, name) for name in names})
         found = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint of nanoGPT: {error!r}") from None
-    found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
-    tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
+        found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
+        tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
     if tokenizer is None and config.vocab_size in (50257, UNTOLD):
         tokenizer = named("gpt2", "")
     if tokenizer is None:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from gptforge.errors import UserError
+from gptforge.printable import printable
 
 EXAMPLES = 5
 """Places of each kind that are named at the end."""
@@ -31,7 +32,8 @@ class RefusedError(UserError):
         self.what, self.remedy = what, remedy
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.remedy}, or leave such things out with --skip_bad true"
+        way = "or leave such things out with --skip_bad true"
+        return printable(f"{self.what}: {self.remedy}, {way}")
 
 
 @dataclass

@@ -1,14 +1,16 @@
 """Documents out of files that hold many: JSON lines, Parquet rows, texts with a mark between."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from gptforge.data.bad import BadInput, Skipped
+from gptforge.data.bad import BadInput, RefusedError, Skipped
 from gptforge.data.reading import blocks, chunks, not_in
 from gptforge.data.sources import Source
-from gptforge.errors import UserError
+from gptforge.errors import UserError, reason
+from gptforge.printable import printable
 
 MOST_LINE = 64 * 2**20
 """Bytes of a line, characters of a document: one must fit into memory several times."""
@@ -139,10 +141,10 @@ def _field_of(line: bytes, form: Form) -> str:
     except UnicodeError as error:
         what, remedy = not_in(form.encoding, error, line)
         raise BadInput(what, "", "save it as UTF-8" if b"\0" in line else remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput("not JSON", "", f"mend it, one object a line ({error})") from None
+    except Exception as error:
+        raise BadInput("not JSON", "", f"mend it, one object a line ({reason(error)})") from None
     if not isinstance(record, dict) or form.field not in record:
-        has = ", ".join(list(record)[:8]) if isinstance(record, dict) else "no fields"
+        has = _listed(record) if isinstance(record, dict) else "no fields"
         raise BadInput(f"no field '{form.field}'", "", f"it has {has}: choose one with --field")
     if not isinstance(record[form.field], str):
         kind = type(record[form.field]).__name__
@@ -189,11 +191,11 @@ def open_parquet(source: Source, form: Form) -> Any:
         raise UserError(f"{source.name}: Parquet needs pyarrow: pip install pyarrow") from None
     try:
         file = pq.ParquetFile(source.path)
-    except (pa.ArrowException, OSError) as error:
-        what = f"damaged Parquet file ({_first_line(error)})"
+    except Exception as error:
+        what = f"damaged Parquet file ({reason(error)})"
         raise BadInput(what, source.name, "fetch it again") from None
     if form.field not in file.schema_arrow.names:
-        has = ", ".join(file.schema_arrow.names[:8])
+        has = _listed(file.schema_arrow.names)
         what = f"no column '{form.field}'"
         raise BadInput(what, source.name, f"it has {has}: choose one with --field")
     kind = file.schema_arrow.field(form.field).type
@@ -210,8 +212,6 @@ def _rows(
     except BadInput as bad:
         skipped.add(bad)
         return
-    import pyarrow as pa
-
     with file:
         groups = file.metadata.num_row_groups
         for group in range(start, groups if stop is None else stop):
@@ -225,11 +225,13 @@ def _rows(
                             skipped.add(BadInput(f"'{form.field}' is null", where))
                         else:
                             yield text, reached
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except RefusedError:
+                raise
+            except Exception as error:
                 what = "damaged row group"
-                remedy = f"fetch it again ({_first_line(error)})"
+                remedy = f"fetch it again ({reason(error)})"
                 skipped.add(BadInput(what, where, remedy))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(printable(name, 40) for name in islice(names, 8))

@@ -4,7 +4,7 @@ Jobs know nothing of each other, so any number of processes gives the same bytes
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,23 @@ class Done:
     def to_json(self) -> dict[str, Any]:
         """As it is kept until all jobs are done."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Done":
+        """Read what `to_json` wrote; a ValueError or whatever comes first if it is not that."""
+        done = cls(**record)
+        texts = [done.encoder, *done.examples, *done.notices]
+        counts = list(done.skipped.values())
+        for shard in done.shards:
+            texts += [shard["file"], shard["sha256"]]
+            counts += [shard[name] for name in ("documents", "characters", "bytes", "tokens")]
+            if Path(shard["file"]).name != shard["file"] or shard["split"] not in ("train", "val"):
+                raise ValueError("not a shard of this folder")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text was expected")
+        if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+            raise TypeError("a count was expected")
+        return done
 
 
 class Worker:

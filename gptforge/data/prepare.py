@@ -69,6 +69,8 @@ def prepare(
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out} is a link that leads nowhere: choose another")
     held = hold(out, wait=wait)
     if held is None:
         raise UserError(f"{out.as_posix()} is being prepared by another process: wait for it")
@@ -250,13 +252,14 @@ class _Preparation:
         if not text:
             return None
         try:
-            note = Done(**json.loads(text))
+            note = Done.from_json(json.loads(text))
             for shard in note.shards:
                 if read_header(self.out / shard["file"]).tokens != shard["tokens"]:
                     return None
-        except (ValueError, TypeError, KeyError, UserError):
+            return note
+        except Exception:
+            # Not a note that a job left: the job is done again.
             return None
-        return note
 
 
 def cores() -> int:

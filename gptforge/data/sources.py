@@ -68,7 +68,7 @@ def find_sources(
         found += [_source(path, kind) for path in _files(name)]
     seen: set[Path] = set()
     for source in found:
-        place = source.path.resolve()
+        place = files.real_path(source.path)
         if place in seen:
             raise UserError(f"{source.name} is named twice: leave one out")
         seen.add(place)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.tokenizers.base import Tokens
 
 MOST_OPEN = 256
@@ -93,12 +93,10 @@ class ShardStream:
         while len(self._open) >= MOST_OPEN:
             self._open.popitem(last=False)
         shard = self.shards[number]
-        try:
+        with parsing(shard.path.as_posix(), "a shard that can still be read"):
             tokens = np.memmap(
                 shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,)
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{shard.path.as_posix()}: cannot be read any more: {error}") from None
         # A plain view: a memmap's own slices are slow to make.
         view: NDArray[Any] = tokens.view(np.ndarray)
         self._open[number] = view

@@ -13,6 +13,7 @@ from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.writing import Writers
 from gptforge.errors import RunError
 from gptforge.generate.language_model import LanguageModel
+from gptforge.printable import safe_print
 
 
 def launch(
@@ -102,5 +103,5 @@ def launch(
             f"the page cannot be shown at {host}:{port}: try again, or choose another --port "
             f"({error})"
         ) from None
-    print(f"{title}: {address} (Ctrl-C ends it)", flush=True)
+    safe_print(f"{title}: {address} (Ctrl-C ends it)")
     page.block_thread()

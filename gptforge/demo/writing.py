@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.errors import UserError
+from gptforge.files import real_path
 from gptforge.generate.language_model import LanguageModel, Token
 from gptforge.generate.sampling import Sampling
 
@@ -69,7 +70,7 @@ class Writers:
         store = CheckpointStore(Path(self._run) / "checkpoints")
         # What best and last lead to moves on while a run learns.
         path = store.pointed(name) or store.folder / name
-        key = str(path.resolve() if path.is_dir() else Path(self._run))
+        key = str(real_path(path) if path.is_dir() else Path(self._run))
         with self._lock:
             if key not in self._models:
                 self._models[key] = self._load(key, lambda text: None)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from gptforge.errors import RunError, UserError
+from gptforge.printable import print_note, printable
 
 EVERY = 1.0
 """Seconds between signs of life."""
@@ -198,7 +199,7 @@ class Heartbeat:
         self._part(word["code"])
 
     def _print(self, text: str) -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print_note(f"error: {printable(text)}")
 
     def _part(self, code: int) -> None:
         """End the process; a save that is under way is finished first."""

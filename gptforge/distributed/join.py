@@ -16,6 +16,7 @@ from gptforge.distributed.heartbeat import SILENCE, Heartbeat, leave_word
 from gptforge.distributed.ranks import ALONE, ManyRanks, Ranks
 from gptforge.errors import RunError, UserError
 from gptforge.hardware import has_mps
+from gptforge.launch_env import env_int
 
 WANTED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LONGEST = timedelta(minutes=30)
@@ -24,7 +25,7 @@ LONGEST = timedelta(minutes=30)
 
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this is one of several processes."""
-    return int(env.get("WORLD_SIZE", "1")) > 1
+    return env_int("WORLD_SIZE", 1, env) > 1
 
 
 def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
@@ -46,9 +47,11 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
             f"WORLD_SIZE is {env['WORLD_SIZE']} but {missing[0]} is not set: start several "
             "processes with torchrun --nproc_per_node=N gpt.py ..."
         )
-    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    local_rank = int(env["LOCAL_RANK"])
-    place = _local_device(device, local_rank, local_size=int(env["LOCAL_WORLD_SIZE"]))
+    rank, size = _place(env, "RANK", "WORLD_SIZE")
+    local_rank, local_size = _place(env, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not 0 < (port := env_int("MASTER_PORT", 0, env)) < 2**16:
+        raise UserError(f"MASTER_PORT is {port}: give a port from 1 to 65535")
+    place = _local_device(device, local_rank, local_size=local_size)
     host = socket.gethostname()
     silence = _seconds(env.get("GPTFORGE_SILENCE", str(SILENCE)))
     if place.type == "cuda":
@@ -91,6 +94,14 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
         store=store,
         heartbeat=heartbeat,
     )
+
+
+def _place(env: Mapping[str, str], number: str, count: str) -> tuple[int, int]:
+    """Which of how many: a number below its count."""
+    which, of = env_int(number, 0, env), env_int(count, 1, env)
+    if which >= of:
+        raise UserError(f"{number} is {which} and {count} {of}: ranks are counted from 0")
+    return which, of
 
 
 def _seconds(word: str) -> float:

@@ -19,6 +19,8 @@ class CharTokenizer:
     def __init__(self, alphabet: str, *, marks: bool = False) -> None:
         if sorted(set(alphabet)) != list(alphabet):
             raise UserError("an alphabet is distinct characters in code point order")
+        if any("\ud800" <= char <= "\udfff" for char in alphabet):
+            raise UserError("an alphabet has no halves of surrogate pairs: UTF-8 cannot write them")
         self.alphabet = alphabet
         self.end_of_text = len(alphabet) if marks else None
         self.size = len(alphabet) + marks

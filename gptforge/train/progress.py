@@ -15,6 +15,7 @@ from gptforge.checkpoint.tensors import (
 )
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
+from gptforge.errors import parsing
 from gptforge.evaluate.heldout import PartialLoss
 from gptforge.train.step import TrainStep
 
@@ -100,6 +101,13 @@ def restore(path: Path, step: TrainStep, loader: Loader, ranks: Ranks = ALONE) -
     load_optimizer_tensors(step.model, step.optimizer, moments, source=source, ranks=ranks)
     state = ranks.on_first(lambda: checkpoints.read_state(path))
     loader.load_state_dict(state["loader"])
-    step.load_scaler_state(state["scaler"])
-    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks)
-    return Progress.from_json(state)
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        step.load_scaler_state(state["scaler"])
+    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks, source=source)
+    return read_progress(path, state)
+
+
+def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
+    """The counters in a checkpoint's state; a UserError if it has others."""
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        return Progress.from_json(state)

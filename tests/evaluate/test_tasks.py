@@ -139,8 +139,8 @@ def test_questions_of_files_are_put_to_a_run(program, run, play) -> None:
     ("tasks", "words"),
     [
         ("winogrande", "there are hellaswag, lambada"),
-        ("lambada=none.jsonl", "none.jsonl: No such file"),
-        ("lambada=bad.jsonl", "bad.jsonl, line 1: no question of lambada: KeyError 'text'"),
+        ("lambada=none.jsonl", "none.jsonl: there is no such file"),
+        ("lambada=bad.jsonl", "bad.jsonl, line 1: not a question of lambada ('text' is missing)"),
         ("lambada=list.jsonl", "line 1: not a JSON object"),
         ("lambada=broken.jsonl", "not JSON lines"),
         ("lambada=empty.jsonl", "there are no questions"),

@@ -178,7 +178,9 @@ def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
 
 def test_a_broken_line_in_the_metrics_is_passed_over(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "train", "step": 0}\n{"event": "tra\n\n[]\n{"event": "eval"}\n')
+    path.write_text(
+        '{"event": "train", "step": 0}\n{"event": "tra\n\n[]\n{"event": "eval", "step": 1}\n'
+    )
     history = read_history(path)
     assert (len(history.train), len(history.evals)) == (1, 1)
 
