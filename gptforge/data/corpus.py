@@ -50,6 +50,11 @@ class Corpus:
         """What is to be done to hold out another share of it: behind this comes --val_fraction."""
         return "prepare the text anew with" if self.is_prepared else "use"
 
+    @property
+    def prepared_as(self) -> str:
+        """The folder of shards that `prepare` made; empty for anything else."""
+        return self.path.as_posix() if self.is_prepared else ""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -61,6 +66,8 @@ class Wanted:
     headerless: bool = False
     insists_on_tokenizer: bool = False
     """Whether shards made with another one are refused, or bring their own."""
+    model_tokenizer: str = ""
+    """File of the tokenizer, where it is a model's and nobody gave it by a flag."""
     insists_on_fraction: bool = False
     is_to_judge: bool = False
     """Whether shards of others with val in their name stay apart, though no share is asked for."""
@@ -121,9 +128,13 @@ def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
     """A folder that `prepare` made: it brings its tokenizer and its held-out part."""
     own = index.tokenizer()
     if wanted.insists_on_tokenizer and not _is_same(own, wanted.tokenizer):
+        which, fix = "the one asked for", "leave --tokenizer out, or prepare the text again with it"
+        if wanted.model_tokenizer:
+            which = "the model's"
+            fix = f"prepare the text again with --tokenizer {wanted.model_tokenizer}"
         raise UserError(
             f"{path.as_posix()} was prepared with the tokenizer {own.name} ({own.size} ids), not "
-            "with the one asked for: leave --tokenizer out, or prepare the text again with it"
+            f"with {which}: {fix}"
         )
     if wanted.insists_on_fraction and wanted.val_fraction != index.val_fraction:
         raise UserError(
