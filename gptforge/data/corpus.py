@@ -1,5 +1,6 @@
 """What a run learns from: whatever `--input` names, as two streams of tokens."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer
 
 SHARDS = ".bin"
+LOOK = 2**18
+"""Tokens of such a shard, at either end, in which a mark between documents is looked for."""
 EDGE = 2**16
 """Bytes of a stranger's shard, at either end, that it is known by."""
 
@@ -198,6 +201,8 @@ def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
         learned, judged = judged, []
     train = ShardStream(learned, size=known.size)
     is_parted = wanted.val_fraction > 0 or wanted.is_to_judge
+    known = copy.copy(known)
+    known.marks_documents = _has_mark(train, known)
     held_out = ShardStream(judged if is_parted else [], size=known.size)
     if not judged and wanted.val_fraction:
         cut = int(len(train) * (1 - wanted.val_fraction))
@@ -213,6 +218,21 @@ def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
         val_fraction=wanted.val_fraction,
         notices=tuple(notices),
     )
+
+
+def _has_mark(tokens: TokenStream, tokenizer: Tokenizer) -> bool:
+    """Whether an end-of-text mark stands at either end of shards of others."""
+    mark, length = tokenizer.end_of_text, len(tokens)
+    if mark is None:
+        return False
+    try:
+        return any(
+            bool((part == mark).any())
+            for part in (tokens[:LOOK], tokens[max(0, length - LOOK) : length])
+        )
+    except UserError:
+        # Ids that are none of this tokenizer's are told of elsewhere.
+        return False
 
 
 def _known_by(shards: Sequence[ShardFile]) -> str:
