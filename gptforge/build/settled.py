@@ -11,10 +11,11 @@ from gptforge.config import Config, GPTConfig
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.documents import Form
+from gptforge.data.index import INDEX
 from gptforge.data.text import BUNDLED, find_text, is_bundled_elsewhere, portable_name
 from gptforge.errors import UserError
 from gptforge.report.meter import ShownMeter
-from gptforge.tokenizers import NAMES
+from gptforge.tokenizers import NAMES, Tokenizer, named
 
 Say = Callable[[str], None]
 
@@ -33,9 +34,7 @@ def start_from(
         return config
     source = imported(config.init_from, say=say, scratch=scratch)
     config = dataclasses.replace(config, init_from=source)
-    # A run that was begun this way has a tokenizer and a shape of its own by now.
-    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
-    path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
+    path = _initial_checkpoint(config)
     if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
     shape = checkpoints.read_config(path)
@@ -49,9 +48,51 @@ def start_from(
     taken = {name: getattr(shape, name) for name in SHAPE if name not in given}
     if "tokenizer" not in given:
         taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
+    elif config.tokenizer not in ("char", "byte"):
+        # What these two are depends on the text; any other is known before that is prepared.
+        is_prepared = (Path(config.input) / INDEX).is_file()
+        prepared = config.input if is_prepared else ""
+        check_tokenizer(config, named(config.tokenizer, ""), prepared=prepared)
     if "context_length" not in given:
         taken["context_length"] = min(config.context_length, shape.block_size)
     return dataclasses.replace(config, **taken)
+
+
+def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared: str = "") -> None:
+    """Refuse a tokenizer that is not that of `--init_from`, id for id.
+
+    Every id would mean something else to the model, and nothing of what it knows be of use.
+
+    Args:
+        config: with `init_from` as `start_from` left it.
+        tokenizer: that the text is encoded with.
+        prepared: the shards that were made with it, if they were.
+
+    Raises:
+        UserError: if some id means something else, or there are more or fewer of them.
+    """
+    if not config.init_from:
+        return
+    path = _initial_checkpoint(config) / checkpoints.TOKENIZER
+    own = checkpoints.read_tokenizer(path.parent)
+    if own.to_json() == tokenizer.to_json():
+        return
+    what, fix = f"--tokenizer {config.tokenizer}", "leave --tokenizer out"
+    if prepared:
+        what = f"{prepared} was prepared with a tokenizer that"
+        fix = f"prepare the text again with --tokenizer {path.as_posix()}"
+    raise UserError(
+        f"{what} ({tokenizer.name}, {tokenizer.size:,} ids) is not the one of --init_from "
+        f"{config.init_from} ({own.name}, {own.size:,} ids): the same ids would mean something "
+        f"else; {fix}"
+    )
+
+
+def _initial_checkpoint(config: Config) -> Path:
+    """Where the weights of a run with `--init_from` come from."""
+    # A run that was begun this way has a tokenizer and a shape of its own by now.
+    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
+    return own if own and not config.overwrite else checkpoints.resolve(config.init_from)
 
 
 def _with_its_tokenizer(config: Config, say: Say) -> Config:
@@ -81,6 +122,7 @@ def open_text(config: Config, given: Collection[str], say: Say, meter: ShownMete
         headerless=config.headerless,
         # A model that is begun from another one reads with that one's eyes.
         insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
+        model_tokenizer=config.tokenizer if config.init_from and "tokenizer" not in given else "",
         insists_on_fraction="val_fraction" in given,
     )
     name = config.input

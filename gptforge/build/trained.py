@@ -11,6 +11,7 @@ from gptforge import costs
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.hf import is_hf, read_hf
+from gptforge.convert.hf_tokenizer import OURS
 from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
 from gptforge.data.documents import Form
@@ -139,8 +140,11 @@ def evaluate_run(
     state: dict[str, Any] | None = None
     if is_hf(Path(run)):
         config = Config(context_length=writer.model.config.block_size)
+        own = Path(run) / OURS
+        tokenizer_file = own if own.is_file() else Path(run) / checkpoints.TOKENIZER
     else:
         path = checkpoints.resolve(str(run))
+        tokenizer_file = path / checkpoints.TOKENIZER
         config = checkpoints.read_config(path)
         state = checkpoints.read_state(path) if (path / checkpoints.STATE).exists() else None
     sha256 = None if state is None else str(state["text_sha256"])
@@ -150,6 +154,7 @@ def evaluate_run(
         form=Form(encoding=(encoding or Form.encoding) if data else config.encoding),
         headerless=config.headerless,
         insists_on_tokenizer=True,
+        model_tokenizer=tokenizer_file.as_posix(),
         is_to_judge=bool(data),
     )
     if data:

@@ -14,7 +14,14 @@ import torch
 from gptforge import __version__, costs, files
 from gptforge.build.fitting import refuse_too_large
 from gptforge.build.parallel import check_shares, open_together
-from gptforge.build.settled import describe_corpus, open_text, out_dir_of, settle, start_from
+from gptforge.build.settled import (
+    check_tokenizer,
+    describe_corpus,
+    open_text,
+    out_dir_of,
+    settle,
+    start_from,
+)
 from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
@@ -96,6 +103,7 @@ def build_trainer(
 
     with ranks.local_first(), open_meter("preparing the text") as meter:
         corpus = open_text(config, given, tell, meter)
+    ranks.on_first(lambda: check_tokenizer(config, corpus.tokenizer, prepared=corpus.prepared_as))
     config = settle(config, corpus)
     is_read_only = is_put_away(Path(config.out_dir))
     lock = lock_run(Path(config.out_dir)) if ranks.is_first and not is_read_only else NoHold()

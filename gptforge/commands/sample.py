@@ -32,7 +32,8 @@ class SampleArgs:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder, checkpoint folder or exported model."""
     prompt: str = ""
-    """Text to go on from; -: what standard input says."""
+    """Text to go on from, in which <|endoftext|> is the mark between documents; empty: a document's
+    beginning, or a line's if the model was not trained on documents; -: standard input."""
     max_new_tokens: int = 300
     """Tokens to write."""
     temperature: float = 0.8

@@ -1,5 +1,6 @@
 """To and from transformers' GPT2LMHeadModel: a folder of safetensors, JSON and a model card."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,10 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         raise UserError(
             f"{where}: the tokenizer has {tokenizer.size} ids, the model {config.vocab_size} rows"
         )
+    if not (folder / OURS).is_file() and tokenizer.end_of_text is not None:
+        # OpenAI's models were trained on documents with this mark between them.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.marks_documents = facts.get("bos_token_id") == tokenizer.end_of_text
     return Parts(config, tensors, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """What a run learns from: whatever `--input` names, as two streams of tokens."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer
 
 SHARDS = ".bin"
+LOOK = 2**18
+"""Tokens of such a shard, at either end, in which a mark between documents is looked for."""
 EDGE = 2**16
 """Bytes of a stranger's shard, at either end, that it is known by."""
 
@@ -50,6 +53,11 @@ class Corpus:
         """What is to be done to hold out another share of it: behind this comes --val_fraction."""
         return "prepare the text anew with" if self.is_prepared else "use"
 
+    @property
+    def prepared_as(self) -> str:
+        """The folder of shards that `prepare` made; empty for anything else."""
+        return self.path.as_posix() if self.is_prepared else ""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -61,6 +69,8 @@ class Wanted:
     headerless: bool = False
     insists_on_tokenizer: bool = False
     """Whether shards made with another one are refused, or bring their own."""
+    model_tokenizer: str = ""
+    """File of the tokenizer, where it is a model's and nobody gave it by a flag."""
     insists_on_fraction: bool = False
     is_to_judge: bool = False
     """Whether shards of others with val in their name stay apart, though no share is asked for."""
@@ -121,9 +131,13 @@ def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
     """A folder that `prepare` made: it brings its tokenizer and its held-out part."""
     own = index.tokenizer()
     if wanted.insists_on_tokenizer and not _is_same(own, wanted.tokenizer):
+        which, fix = "the one asked for", "leave --tokenizer out, or prepare the text again with it"
+        if wanted.model_tokenizer:
+            which = "the model's"
+            fix = f"prepare the text again with --tokenizer {wanted.model_tokenizer}"
         raise UserError(
             f"{path.as_posix()} was prepared with the tokenizer {own.name} ({own.size} ids), not "
-            "with the one asked for: leave --tokenizer out, or prepare the text again with it"
+            f"with {which}: {fix}"
         )
     if wanted.insists_on_fraction and wanted.val_fraction != index.val_fraction:
         raise UserError(
@@ -187,6 +201,8 @@ def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
         learned, judged = judged, []
     train = ShardStream(learned, size=known.size)
     is_parted = wanted.val_fraction > 0 or wanted.is_to_judge
+    known = copy.copy(known)
+    known.marks_documents = _has_mark(train, known)
     held_out = ShardStream(judged if is_parted else [], size=known.size)
     if not judged and wanted.val_fraction:
         cut = int(len(train) * (1 - wanted.val_fraction))
@@ -202,6 +218,21 @@ def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
         val_fraction=wanted.val_fraction,
         notices=tuple(notices),
     )
+
+
+def _has_mark(tokens: TokenStream, tokenizer: Tokenizer) -> bool:
+    """Whether an end-of-text mark stands at either end of shards of others."""
+    mark, length = tokenizer.end_of_text, len(tokens)
+    if mark is None:
+        return False
+    try:
+        return any(
+            bool((part == mark).any())
+            for part in (tokens[:LOOK], tokens[max(0, length - LOOK) : length])
+        )
+    except UserError:
+        # Ids that are none of this tokenizer's are told of elsewhere.
+        return False
 
 
 def _known_by(shards: Sequence[ShardFile]) -> str:

@@ -63,8 +63,11 @@ class Index:
         return found
 
     def tokenizer(self) -> Tokenizer:
-        """The one that the shards were made with."""
-        return tokenizers.load(self.folder / TOKENIZER)
+        """The one that the shards were made with; it knows whether documents are marked in them."""
+        tokenizer = tokenizers.load(self.folder / TOKENIZER)
+        if tokenizer.end_of_text is not None:
+            tokenizer.marks_documents = self.record["split"].get("marks") is True
+        return tokenizer
 
 
 def write_index(folder: Path, record: Mapping[str, Any]) -> Index:

@@ -99,7 +99,7 @@ def write(
     if not 1 <= max_new_tokens <= MOST_TOKENS:
         raise UserError(f"{max_new_tokens} tokens; 1 to {MOST_TOKENS} can be had")
     context = model.model.config.block_size
-    is_longer = len(model.encode(prompt)) + max_new_tokens > context
+    is_longer = len(model.prompt_ids(prompt)) + max_new_tokens > context
     remark = f"beyond the model's {context} tokens of context the beginning is forgotten"
     remark = remark if is_longer else ""
     begin = shown = time.monotonic()

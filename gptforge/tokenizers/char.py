@@ -23,6 +23,7 @@ class CharTokenizer:
             raise UserError("an alphabet has no halves of surrogate pairs: UTF-8 cannot write them")
         self.alphabet = alphabet
         self.end_of_text = len(alphabet) if marks else None
+        self.marks_documents = marks
         self.size = len(alphabet) + marks
         self._points = _code_points(alphabet)
 
@@ -64,6 +65,7 @@ class ByteTokenizer:
 
     def __init__(self, *, marks: bool = False) -> None:
         self.end_of_text = 256 if marks else None
+        self.marks_documents = marks
         self.size = 256 + marks
 
     def encode(self, text: str) -> Tokens:

@@ -32,6 +32,7 @@ class GPT2Tokenizer:
         self.name = "gpt2" if self.merges == own else "bpe"
         self.ranks = ranks = _ranks(self.merges)
         self.end_of_text: int | None = len(ranks)
+        self.marks_documents = False
         self.size = len(ranks) + 1
         self._dtype = smallest_dtype(self.size)
         self.encoding = tiktoken.Encoding(
