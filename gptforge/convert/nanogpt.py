@@ -41,7 +41,9 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     try:
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        config = GPTConfig(**{name: int(shape[name]) for name in names})
+        sizes = {name: int(shape[name]) for name in names}
+        # nn.GELU() in its model.py, without an approximation; ckpt.pt does not say it.
+        config = GPTConfig(**sizes, activation="gelu")
         found = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint of nanoGPT: {error!r}") from None

@@ -124,8 +124,12 @@ class Engine:
                 y = F.scaled_dot_product_attention(q, memory[0], memory[1], attn_mask=mask)
             y = y.transpose(1, 2).reshape(B, T, -1).to(self.dtype)
             x = layer.attn_c_proj.onto(y, x)
-            x = layer.mlp_c_proj.onto(layer.c_fc.gelu(_normed(x, layer.ln_2)), x)
+            x = layer.mlp_c_proj.onto(self.mlp_hidden(layer, _normed(x, layer.ln_2)), x)
         return self.head(_normed(x[:, -1], self.ln_f))[:, : self.size]
+
+    def mlp_hidden(self, layer: Layer, x: Tensor) -> Tensor:
+        """What the MLP has inside: `x` through its first layer and the model's GELU."""
+        return layer.c_fc.gelu(x, self.config.gelu_approximate)
 
     def _projected(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x.shape  # noqa: N806

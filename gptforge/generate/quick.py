@@ -76,7 +76,7 @@ class ManySequences:
             normal, norm = add_norm(stream, branch, *layer.ln_1)
             mixed = attend_next(layer.c_attn(normal), memory, starts, slot)
             normal, norm = add_norm(norm.stream, layer.attn_c_proj(mixed), *layer.ln_2)
-            stream, branch = norm.stream, layer.mlp_c_proj(layer.c_fc.gelu(normal))
+            stream, branch = norm.stream, layer.mlp_c_proj(engine.mlp_hidden(layer, normal))
         normal, _ = add_norm(stream, branch, *engine.ln_f)
         return engine.head(normal)[:, : engine.size]
 
@@ -89,7 +89,7 @@ def quick_step(engine: Engine, cache: Tensor) -> QuickStep | None:
     """
     try:
         step: QuickStep
-        if fits(cache):
+        if fits(cache) and engine.config.activation == "gelu_tanh":
             step = FewSequences(engine, ByTriton(early=comes_early(cache.device)))
         elif fits_many(cache):
             step = ManySequences(engine)
