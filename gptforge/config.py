@@ -83,8 +83,8 @@ class Config:
     mlp_ratio: int = 4
     """Width of the feed-forward layer, in multiples of n_embd."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """Of the feed-forward layer: gelu_tanh, GPT-2's, or gelu, by the error function, nanoGPT's, which
-    trains more slowly on a GPU."""
+    """Of the feed-forward layer: gelu_tanh, GPT-2's, or gelu, by the error function, nanoGPT's,
+    which trains more slowly on a GPU."""
     dropout: float = 0.0
     """Probability of dropping an activation while training."""
 

@@ -72,7 +72,7 @@ def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
     say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
     if off := activation_difference(parts):
         say(
-            "note: this model's activation is the exact GELU, and llama.cpp computes GPT-2's in the "
+            "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
             f"tanh form: its logits differ by up to {off:.1e} because of that; --to hf keeps it"
         )
 
