@@ -38,6 +38,12 @@ class GPTConfig:
     n_embd: int
     mlp_ratio: int = 4
     dropout: float = 0.0
+    activation: str = "gelu_tanh"
+
+    @property
+    def gelu_approximate(self) -> str:
+        """As torch's `approximate` has it: tanh or none."""
+        return {"gelu_tanh": "tanh", "gelu": "none"}[self.activation]
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class Config:
     """Width of the residual stream."""
     mlp_ratio: int = 4
     """Width of the feed-forward layer, in multiples of n_embd."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """Of the feed-forward layer: gelu_tanh, GPT-2's, or gelu, by the error function, nanoGPT's,
+    which trains more slowly on a GPU."""
     dropout: float = 0.0
     """Probability of dropping an activation while training."""
 

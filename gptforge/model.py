@@ -1,7 +1,8 @@
 """GPT-2, after Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 
-Pre-norm blocks, tanh GELU, biases, learned positions, output layer tied to the token table. Module
-names are GPT-2's own, so that converting weights is a table of names.
+Pre-norm blocks, tanh GELU (nanoGPT's models have the exact one), biases, learned positions, output
+layer tied to the token table. Module names are GPT-2's own, so that converting weights is a table
+of names.
 
 Shapes: B sequences, T tokens each, C channels (n_embd), H heads of D = C / H, V vocabulary.
 """
@@ -52,7 +53,7 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")
+        self.gelu = nn.GELU(config.gelu_approximate)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.config import NOTES, Config, check, merge, to_toml
 from gptforge.convert.card import CURVES, METRICS, Origin, beginning, copy_own, model_card
 from gptforge.convert.extras import require
-from gptforge.convert.gguf import write_gguf
+from gptforge.convert.gguf import activation_difference, write_gguf
 from gptforge.convert.hf import is_hf, read_hf, write_hf
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts
@@ -34,6 +34,9 @@ WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 """How files are named, and no model on the Hub."""
 OF_A_MODEL = ("config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json")
 """What is read of a folder of transformers', or fetched from the Hub."""
+GELU_IS_KEPT = "activation gelu"
+"""Part of the digest of a nanoGPT checkpoint: earlier versions imported its exact GELU as the tanh
+form, and such an import is not used again."""
 
 
 def export_hf(run: str, out: Path, *, say: Say) -> None:
@@ -71,6 +74,11 @@ def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
         difference = write_gguf(scratch, parts, kind=kind, name=title)
         _refuse_existing(path)
     say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
+    if off := activation_difference(parts):
+        say(
+            "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
+            f"tanh form: its logits differ by up to {off:.1e} because of that; --to hf keeps it"
+        )
 
 
 def export_space(run: str, out: Path, *, say: Say) -> None:
@@ -115,8 +123,8 @@ def _say_import(out: Path, parts: Parts, say: Say) -> None:
     c = parts.config
     say(
         f"{out.as_posix()}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
-        f"{c.block_size} positions, {parts.tokenizer.name} tokenizer with {parts.tokenizer.size:,} "
-        "ids; sample, eval, export and --init_from take it"
+        f"{c.block_size} positions, activation {c.activation}, {parts.tokenizer.name} tokenizer "
+        f"with {parts.tokenizer.size:,} ids; sample, eval, export and --init_from take it"
     )
 
 
@@ -165,6 +173,8 @@ def _digest(source: Path) -> str:
     if source.is_dir():
         found = sorted(path for name in OF_A_MODEL for path in source.glob(name))
     whole = "".join(f"{path.suffix} {files.sha256(path)} " for path in found)
+    if source.is_file():
+        whole += GELU_IS_KEPT
     return hashlib.sha256(whole.encode()).hexdigest() if found else ""
 
 

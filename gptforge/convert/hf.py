@@ -35,12 +35,17 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 # What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
 FIXED: Mapping[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+}
+
+# Ours to theirs, the name to write first: the tanh form of GELU, and the exact one.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"),
+    "gelu": ("gelu", "gelu_python"),
 }
 
 
@@ -95,6 +100,12 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
             if facts.get(name, allowed[0]) not in allowed:
                 given = short_repr(facts[name])
                 raise ValueError(f"{name} is {given}, GPT-2's is {allowed[0]!r}")
+        named = facts.get("activation_function", "gelu_new")
+        activation = next((ours for ours, names in ACTIVATIONS.items() if named in names), None)
+        if activation is None:
+            known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
+            given = short_repr(named)
+            raise ValueError(f"activation_function is {given}: GPT-2's is one of {known}")
         width, inner = size_in(facts, "n_embd"), 0
         if facts.get("n_inner") is not None and (inner := size_in(facts, "n_inner")) % width:
             raise ValueError(f"n_inner {inner} is not a multiple of n_embd {width}")
@@ -105,6 +116,7 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
             n_head=size_in(facts, "n_head"),
             n_embd=width,
             mlp_ratio=inner // width if inner else 4,
+            activation=activation,
         )
     _require_size(folder, config)
     found = {}
@@ -133,6 +145,7 @@ def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED.items()},
+        "activation_function": ACTIVATIONS[config.activation][0],
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
         "vocab_size": config.vocab_size,

@@ -48,7 +48,9 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     with parsing(path, "a checkpoint of nanoGPT"):
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        config = GPTConfig(**{name: size_in(shape, name) for name in names})
+        sizes = {name: size_in(shape, name) for name in names}
+        # nn.GELU() in its model.py, without an approximation; ckpt.pt does not say it.
+        config = GPTConfig(**sizes, activation="gelu")
         found = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
         found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
         tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)

@@ -17,6 +17,7 @@ from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import Precision
 from gptforge.model import GPT
 from gptforge.tokenizers import named
+from gptforge.tokenizers.char import CharTokenizer
 from tests.programs import DEBUG
 
 FLOAT32 = Precision(torch.float32, "to compare")
@@ -79,6 +80,50 @@ def test_answers_are_those_of_a_plain_loop(writer, monkeypatch, at_once) -> None
             assert one.logprob == pytest.approx(plain.logprob, abs=1e-3)
             assert one.is_likeliest == plain.is_likeliest
     assert found[-1][0].is_likeliest
+
+
+def harness_pair(writer: LanguageModel, context: str, continuation: str) -> tuple[list, list]:
+    """As `_encode_pair` of lm-evaluation-harness 0.4.13 has it for causal models."""
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces > 0:
+        continuation = context[-n_spaces:] + continuation
+        context = context[:-n_spaces]
+    whole_enc = writer.encode(context + continuation)
+    context_enc = writer.encode(context)
+    return context_enc, whole_enc[len(context_enc) :]
+
+
+@pytest.mark.parametrize("blanks", ["", " ", "  ", "\n", " \n ", "\t"])
+@pytest.mark.parametrize("ending", [" roof", "roof", " 's", "  two"])
+def test_blanks_at_the_end_of_a_beginning_are_the_endings(tiny_model, blanks, ending) -> None:
+    gpt2 = LanguageModel(tiny_model, named("gpt2", ""))
+    beginning = f"A man{blanks}"
+    context, continuation = harness_pair(gpt2, beginning, ending)
+    assert tasks._encoded(gpt2, beginning, ending) == ([*context, *continuation], len(continuation))
+
+
+@pytest.mark.parametrize("beginning", ["", " "])
+def test_an_ending_without_a_beginning_is_asked_behind_an_empty_prompt(
+    tiny_model, beginning
+) -> None:
+    tokenizer = named("gpt2", "")
+    tokenizer.marks_documents = True
+    gpt2 = LanguageModel(tiny_model, tokenizer)
+    ids = gpt2.encode(f"{beginning}a roof")
+    assert tasks._encoded(gpt2, beginning, "a roof") == ([50256, *ids], len(ids))
+
+
+def test_the_likeliest_is_told_apart_where_bfloat16_would_not(tiny_model) -> None:
+    """Two ids whose logits differ by less than bfloat16 can tell."""
+    with torch.no_grad():
+        table = tiny_model.transformer["wte"].weight
+        table.mul_(0)
+        tiny_model.transformer["ln_f"].bias.fill_(1)
+        table[5], table[3] = 1.0005, 1.0
+    writer = LanguageModel(tiny_model, CharTokenizer("abcdefgh"))
+    bf16 = Precision(torch.bfloat16, "")
+    [[f, d]] = answer(writer, [Question("a", ("f", "d"))], bf16)
+    assert (f.is_likeliest, d.is_likeliest) == (True, False)
 
 
 def test_hellaswags_rows_are_cleaned_as_the_harness_does() -> None:
