@@ -1,11 +1,13 @@
 """What `--input` may name, and that it gives the tokens it should."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
+from gptforge.data.documents import Form
 from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
@@ -54,26 +56,28 @@ def test_a_text_is_known_by_its_content_alone(play, tmp_path) -> None:
     assert corpus(copy).sha256 != first.sha256
 
 
-@pytest.mark.parametrize(
-    ("name", "raw", "flag"),
-    [
-        ("d.jsonl", b'{"body": "x"}\n', "it has body: choose one with --field"),
-        ("d.jsonl", b"{broken\n", "--skip_bad true"),
-    ],
-)
-def test_what_only_prepare_can_read_is_refused_with_its_command(tmp_path, name, raw, flag) -> None:
-    # Training has none of these flags.
-    path = tmp_path / name
-    path.write_bytes(raw)
-    command = rf"`gptforge prepare {path.as_posix()} --out DIR` has these flags"
-    with pytest.raises(UserError, match=f"{flag}.*{command}"):
+def test_what_only_prepare_can_leave_out_is_refused_with_its_command(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"{broken\n")
+    command = rf"`gptforge prepare {path.as_posix()} --out DIR --skip_bad true`"
+    with pytest.raises(
+        UserError, match=f"line 1: not JSON: .*, or leave such things out: {command}"
+    ):
         corpus(path)
+
+
+def test_a_field_is_refused_with_trainings_own_flag_which_reads_it(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"body": "some words " * 9, "n": 1}) + "\n")
+    with pytest.raises(UserError, match=r"it has body: choose one with --field$"):
+        corpus(path)
+    assert corpus(path, form=Form(field="body"), tokenizer="byte").characters == 99
 
 
 def test_what_an_encoding_would_mend_is_refused_with_trainings_own_flag(tmp_path) -> None:
     path = tmp_path / "d.txt"
     path.write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(UserError, match=r"offset 3: say what it is with --encoding latin-1$"):
+    with pytest.raises(UserError, match=r"offset 3: say what it is with --encoding latin-1, or"):
         corpus(path)
 
 

@@ -140,12 +140,21 @@ def test_documents_that_stand_twice_are_counted(tmp_path, doctor) -> None:
     assert "chosen by their hash" in said
 
 
-def test_few_documents_on_both_sides_of_the_split_are_counted(tmp_path, doctor) -> None:
+def test_copies_of_a_few_documents_are_told_to_be_on_one_side(tmp_path, doctor) -> None:
     texts = [some_text(i) for i in range(10)]
     jsonl(tmp_path / "d.jsonl", [*texts, texts[0]])
-    assert "1 document stands on both sides of the split" in doctor(
-        "d.jsonl", "--context_length", 16
-    )
+    said = doctor("d.jsonl", "--context_length", 16)
+    assert "1 document stands there a second time" in said
+    assert "held out: the last documents, and all copies of one on one side" in said
+
+
+def test_a_document_learned_and_held_out_by_name_is_pointed_out(tmp_path, doctor) -> None:
+    (tmp_path / "d").mkdir()
+    jsonl(tmp_path / "d" / "train.jsonl", [some_text(i) for i in range(10)])
+    jsonl(tmp_path / "d" / "valid.jsonl", [some_text(i) for i in range(9, 12)])
+    said = doctor("d", "--context_length", 16)
+    assert "held out as named: d/valid.jsonl" in said
+    assert "1 document stands on both sides of the split, first d/valid.jsonl" in said
 
 
 def test_a_vocabulary_for_other_text_shows_in_bytes_a_token(tmp_path, doctor) -> None:
