@@ -159,7 +159,7 @@ def settle(config: Config, corpus: Corpus) -> Config:
     if vocab_size < size:
         raise UserError(
             f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
-            f"{config.tokenizer}: give {size} or more, or leave it out"
+            f"{config.tokenizer}: give {size} or more, or 0 for as many as it needs"
         )
     return dataclasses.replace(
         config,

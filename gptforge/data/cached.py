@@ -76,7 +76,14 @@ def prepare_once(
         has_flag = any(f"--{flag}" in bad.remedy for flag in ("encoding", "field", "kind"))
         if has_flag or not bad.leaves_some:
             raise UserError(f"{bad.what}: {bad.remedy}") from None
-        command = f"gptforge prepare {shlex.quote(name)} --out DIR --skip_bad true"
+        flags = {"field": form.field, "encoding": form.encoding, "kind": kind}
+        usual = {"field": Form.field, "encoding": Form.encoding, "kind": "auto"}
+        named = "".join(
+            f" --{flag} {shlex.quote(value)}"
+            for flag, value in flags.items()
+            if value != usual[flag]
+        )
+        command = f"gptforge prepare {shlex.quote(name)} --out DIR --skip_bad true{named}"
         raise UserError(
             f"{bad.what}: {bad.remedy}, or leave such things out: `{command}`, and name DIR instead"
         ) from None

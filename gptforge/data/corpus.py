@@ -53,6 +53,8 @@ class Corpus:
     notices: tuple[str, ...] = ()
     inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The files that it was made of, by fingerprint, and the sides that their text went to."""
+    is_held_out_by_name: bool = False
+    """Whether the names of the files say what is held out, and no share."""
     is_prepared: bool = False
     """Whether `prepare` parted it by itself: no flag of training parts it otherwise."""
 
@@ -65,6 +67,14 @@ class Corpus:
     def prepared_as(self) -> str:
         """The folder of shards that `prepare` made; empty for anything else."""
         return self.path.as_posix() if self.is_prepared else ""
+
+    @property
+    def how_to_hold_out_more(self) -> str:
+        """What is to be done where too little is held out."""
+        if self.is_held_out_by_name:
+            files = "put more text into the files that are held out by their names"
+            return f"{files}, or {self.how_to_part} --split_by_name false"
+        return f"{self.how_to_part} a larger --val_fraction, 0, or more text"
 
     def inputs_of(self, side: str) -> set[str]:
         """Fingerprints of the files that text of a side, train or val, comes from."""
@@ -140,8 +150,7 @@ def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) 
     if corpus.val_fraction and len(corpus.held_out) < 2:
         raise UserError(
             f"--val_fraction {corpus.val_fraction} holds out {len(corpus.held_out)} token of "
-            f"{path}: 2 are needed to judge anything; "
-            f"{corpus.how_to_part} a larger one, 0, or more text"
+            f"{path}: 2 are needed to judge anything; {corpus.how_to_hold_out_more}"
         )
 
 
@@ -189,6 +198,7 @@ def _of_index(
         documents=sum(index.total(side, "documents") for side in ("train", "val")),
         notices=(*notices, *index.record.get("notices", ())),
         inputs=index.inputs,
+        is_held_out_by_name=index.record["split"].get("rule") == "files",
         is_prepared=is_prepared,
     )
 

@@ -69,7 +69,8 @@ def documents(
         found = _json_array
     for text, reached in found(source, form, skipped, start, stop):
         if "\0" in text:
-            skipped.add(BadInput("NUL character", f"{source.name}, document {number + 1}"))
+            where = f"{source.name}, document {number + 1}"
+            skipped.add(BadInput("NUL character", where, "remove it from the text"))
             continue
         if text.strip():
             yield Document(clean(text), number, reached)
@@ -173,7 +174,7 @@ def _parts_lines(encoding: str) -> bool:
 
 def _record_of(line: bytes, form: Form, source: Source, skipped: Skipped) -> Any:
     if len(line) > MOST_LINE:
-        raise BadInput(f"longer than {MOST_LINE // 2**20} MB", "")
+        raise BadInput(f"longer than {MOST_LINE // 2**20} MB", "", "divide it into documents")
     try:
         text = line.decode(*codec_of(form.encoding)).removeprefix("\ufeff")
         if "\ufffd" in text and form.encoding.endswith(":replace"):
@@ -292,7 +293,7 @@ def _rows(
                 for batch in file.iter_batches(ROWS, row_groups=[group], columns=[column]):
                     for text in batch.column(0).to_pylist():
                         if text is None:
-                            skipped.add(BadInput(f"'{column}' is null", where))
+                            skipped.add(BadInput(f"'{column}' is null", where, "fill it in"))
                         elif is_text(text):
                             text, is_chat = value_of(text, column, "")
                             if is_chat:

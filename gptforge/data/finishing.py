@@ -11,6 +11,7 @@ import numpy as np
 from gptforge import files
 from gptforge.data.bad import EXAMPLES, Skipped
 from gptforge.data.chosen import fingerprint
+from gptforge.data.finding import counted
 from gptforge.data.index import SIDES, Index, hash_of, write_index
 from gptforge.data.job import Done
 from gptforge.data.shards import HEADER_BYTES
@@ -62,12 +63,12 @@ class Made:
         """What was mended, and what stands in the text."""
         found = sorted({notice for result in self.results for notice in result.notices})
         if marks := sum(result.marks for result in self.results):
-            of = "once" if marks == 1 else f"{marks:,} times"
+            of = counted(marks, "time", "times")
+            is_text = any(source.kind == "text" for source in self.sources)
             way = (
                 f": `gptforge prepare` with --split_on '{END_OF_TEXT}' makes documents of what "
                 "lies between"
             )
-            is_text = any(source.kind == "text" for source in self.sources)
             what = f"{END_OF_TEXT} stands in the text {of}, as plain characters"
             found.insert(0, what + (way if is_text else ""))
         return [*self.on_split, *found]
@@ -81,7 +82,9 @@ class Made:
                 sides_of.setdefault(int(name), set()).update(went_to)
         found: dict[str, set[Side]] = {}
         for number, sides in sorted(sides_of.items())[:MAX_INPUTS]:
-            found.setdefault(fingerprint(self.sources[number].path), set()).update(sides)
+            # A pipe cannot be read again.
+            if (path := self.sources[number].path).is_file():
+                found.setdefault(fingerprint(path), set()).update(sides)
         return {known_by: sorted(sides) for known_by, sides in found.items()}
 
 

@@ -163,7 +163,8 @@ def chunks(
             if errors == "replace" and b"\0" in block:
                 place = read - len(block) + block.index(b"\0")
             what = f"NUL byte at offset {place}: this is a binary file or UTF-16"
-            raise BadInput(what, source.name, "save it as text, or say what it is with --encoding")
+            remedy = "save it as text, or, if it is UTF-16, give --encoding utf-16"
+            raise BadInput(what, source.name, remedy)
         if raw:
             text = raw.removeprefix(BOM) if offset == 0 else raw
             is_replaced = errors == "replace" and "\ufffd" in raw

@@ -139,7 +139,7 @@ def _exceptions(seen: Sequence[Seen], fraction: float) -> dict[str, Side]:
     if len(digests) == 1:
         raise UserError(
             f"the first {MANY} documents are all the same: --val_fraction {fraction} would leave "
-            "one side empty; leave them out, or use --val_fraction 0"
+            "one side empty; leave the copies out, or use --val_fraction 0"
         )
     forced: dict[str, Side] = {}
     limit = int(fraction * 2**64)

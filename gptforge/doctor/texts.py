@@ -1,6 +1,5 @@
 """What is wrong with texts: every file is read to its end."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +50,7 @@ def examine_texts(
     except UserError as mistake:
         return [error(str(mistake))]
     sources = chosen.sources
-    look = _Look(form, chosen.held_out)
+    look = _Look(form, chosen)
     for number, source in enumerate(sources):
         look.at(number, source)
     found = [*look.findings(), *(warning(notice) for notice in chosen.notices)]
@@ -66,8 +65,10 @@ def examine_texts(
 class _Look:
     """Counts, and what stood out."""
 
-    def __init__(self, form: Form, held_out: Sequence[int] = ()) -> None:
-        self.form, self.held_out = form, frozenset(held_out)
+    def __init__(self, form: Form, chosen: Chosen) -> None:
+        self.form, self.held_out = form, frozenset(chosen.held_out)
+        self.only_source = chosen.sources[0].name if len(chosen.sources) == 1 else ""
+        self.is_text = any(source.kind == "text" for source in chosen.sources)
         self.skipped = Skipped(allowed=True)
         self.mended: set[str] = set()
         self.sample: list[str] = []
@@ -103,18 +104,18 @@ class _Look:
         notices = sorted(self.mended | self.skipped.notices)
         found += [warning(f"{words} when it is read") for words in notices[:EXAMPLES]]
         for example, remedy in zip(self.skipped.examples, self.skipped.remedies, strict=True):
-            remedy += ", or leave it out with `prepare --skip_bad true`"
+            if not example.startswith(f"{self.only_source}: "):
+                # Without its only file nothing would be left.
+                remedy += ", or leave it out with `prepare --skip_bad true`"
             found.append(error(example, remedy))
         more = sum(self.skipped.counts.values()) - len(self.skipped.examples)
         if more > 0:
             found.append(error(f"and {more:,} more of these"))
         if self.marks:
-            found.append(
-                warning(
-                    f"{END_OF_TEXT} stands in the text {self.marks:,} times, as plain characters",
-                    f"`prepare --split_on '{END_OF_TEXT}'` makes documents of what lies between",
-                )
-            )
+            of = counted(self.marks, "time", "times")
+            what = f"{END_OF_TEXT} stands in the text {of}, as plain characters"
+            way = f"`prepare --split_on '{END_OF_TEXT}'` makes documents of what lies between"
+            found.append(warning(what, way if self.is_text else "remove it from the texts"))
         if self.duplicates.twice:
             what = counted(self.duplicates.twice, "document stands", "documents stand")
             found.append(

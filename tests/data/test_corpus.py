@@ -200,3 +200,22 @@ def test_a_full_disk_of_the_cache_is_told_as_that(play, monkeypatch) -> None:
     monkeypatch.setattr("gptforge.data.cached.prepare", fill_up)
     with pytest.raises(RunError, match="disk is full: make room; it is the cache of prepared data"):
         corpus(play)
+
+
+def test_too_little_held_out_by_name_has_a_remedy_of_its_own(tmp_path) -> None:
+    (tmp_path / "train.txt").write_text("some words " * 50)
+    (tmp_path / "val.txt").write_text("a")
+    made = corpus(tmp_path, tokenizer="char")
+    # The document's mark and a character are two tokens, one too few for a window.
+    assert made.how_to_hold_out_more.endswith("or use --split_by_name false")
+    assert not made.held_out[2:].size
+    mixed = corpus(tmp_path, tokenizer="char", split_by_name=False)
+    assert "--val_fraction" in mixed.how_to_hold_out_more
+
+
+def test_the_command_that_leaves_out_what_is_bad_reads_as_training_does(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"body": "caf\xe9"}\n' * 3 + b"{broken\n")
+    flags = r"--skip_bad true --field body --encoding latin-1`"
+    with pytest.raises(UserError, match=flags):
+        corpus(path, form=Form(field="body", encoding="latin-1"))
