@@ -60,6 +60,13 @@ class Config:
     folder, else Shakespeare's works (bundled:input.txt)."""
     encoding: str = "utf-8"
     """Of the text, for instance latin-1."""
+    field: str = "text"
+    """Field of a JSON line, or column of a Parquet or CSV file, that holds the text."""
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """What the files hold; auto goes by their names."""
+    split_by_name: bool = True
+    """Hold out files whose names say val, valid, validation or dev, and leave out test, if others
+    say train; false: take them like all others."""
     headerless: bool = False
     """Take .bin files for bare uint16 ids, as nanoGPT writes them."""
     tokenizer: str = "gpt2"
@@ -187,7 +194,7 @@ NOT_IN_FILES = frozenset({"overwrite", "config"})
 FREE_ON_RESUME = frozenset(
     {
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
-        *("encoding", "headerless"),
+        *("encoding", "headerless", "field", "kind", "split_by_name"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
         *("products", "activation_checkpointing", "loss_chunk", "parallel"),
@@ -230,6 +237,10 @@ def read_toml(path: Path) -> tuple[dict[str, object], bool]:
     is_a_runs = isinstance(values.pop(NOTES, None), dict)
     if is_a_runs:
         values = {name: value for name, value in values.items() if name not in RETIRED}
+        if "split_by_name" not in values:
+            # Runs of versions before 0.2 read CSV as prose, and mixed all files.
+            is_table = Path(str(values.get("input"))).suffix.lower() in (".csv", ".tsv")
+            values |= {"split_by_name": False, "kind": "text" if is_table else "auto"}
     for name in sorted(NOT_IN_FILES & values.keys()):
         if values.pop(name):
             raise UserError(f"--config {path}: {name} can only be given as a flag")

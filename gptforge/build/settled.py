@@ -29,7 +29,7 @@ def start_from(
 
     With `scratch` another program's model is read by way of that folder, and not kept.
     """
-    config = _with_its_tokenizer(config, say)
+    config = _read_as_before(_with_its_tokenizer(config, say), given)
     if not config.init_from:
         return config
     source = imported(config.init_from, say=say, scratch=scratch)
@@ -95,6 +95,16 @@ def _initial_checkpoint(config: Config) -> Path:
     return own if own and not config.overwrite else checkpoints.resolve(config.init_from)
 
 
+def _read_as_before(config: Config, given: Collection[str]) -> Config:
+    """How the files are read stays as it is in a run that goes on."""
+    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
+    if own is None or config.overwrite or checkpoints.damage(own, (checkpoints.CONFIG,)):
+        return config
+    old = checkpoints.read_config(own)
+    names = {"field", "kind", "split_by_name"}.difference(given)
+    return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
+
+
 def _with_its_tokenizer(config: Config, say: Say) -> Config:
     """Where the file of a run's tokenizer is gone, the copy in its checkpoint."""
     is_there = config.tokenizer in NAMES or Path(config.tokenizer).exists()
@@ -118,7 +128,9 @@ def open_text(config: Config, given: Collection[str], say: Say, meter: ShownMete
     wanted = Wanted(
         tokenizer=config.tokenizer,
         val_fraction=config.val_fraction,
-        form=Form(encoding=config.encoding),
+        form=Form(config.field, config.encoding),
+        kind=config.kind,
+        split_by_name=config.split_by_name,
         headerless=config.headerless,
         # A model that is begun from another one reads with that one's eyes.
         insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
@@ -147,7 +159,7 @@ def settle(config: Config, corpus: Corpus) -> Config:
     if vocab_size < size:
         raise UserError(
             f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
-            f"{config.tokenizer}: give {size} or more, or leave it out"
+            f"{config.tokenizer}: give {size} or more, or 0 for as many as it needs"
         )
     return dataclasses.replace(
         config,

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,8 @@ from gptforge.convert.hf_tokenizer import OURS
 from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
 from gptforge.data.documents import Form
+from gptforge.data.finding import counted
+from gptforge.data.sources import Kind
 from gptforge.data.stream import TokenStream
 from gptforge.data.text import BUNDLED, find_text
 from gptforge.errors import UserError
@@ -120,7 +122,13 @@ def writing_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.d
 
 
 def evaluate_run(
-    run: str | Path, *, data: str = "", encoding: str = "", device: str = "auto"
+    run: str | Path,
+    *,
+    data: str = "",
+    encoding: str = "",
+    field: str = "",
+    kind: Kind | Literal["auto"] = "auto",
+    device: str = "auto",
 ) -> HeldOutLoss:
     """Judge a run's model by another text, or by the part of its own that it held out.
 
@@ -129,13 +137,16 @@ def evaluate_run(
         data: a text, judged as a whole, or shards, by what they hold out, else as a whole; empty:
             what the run held out.
         encoding: of `data`; empty: utf-8, whatever the run's own text is written in.
+        field: of JSON lines or columns in `data` that holds the text; empty: text.
+        kind: what `data` holds; auto goes by its name.
         device: as `load` takes it.
 
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
     """
-    if encoding and not data:
-        raise UserError("--encoding is that of the text of --data: give both, or neither")
+    for flag, value in (("encoding", encoding), ("field", field), ("kind", kind)):
+        if value not in ("", "auto") and not data:
+            raise UserError(f"--{flag} is that of the text of --data: give both, or neither")
     writer = load(run, device=device)
     state: dict[str, Any] | None = None
     if is_hf(Path(run)):
@@ -148,17 +159,24 @@ def evaluate_run(
         config = checkpoints.read_config(path)
         state = checkpoints.read_state(path) if (path / checkpoints.STATE).exists() else None
     sha256 = None if state is None else str(state["text_sha256"])
+    form = Form(config.field, config.encoding)
+    if data:
+        form = Form(field or Form.field, encoding or Form.encoding)
     wanted = Wanted(
         tokenizer=writer.tokenizer,
         val_fraction=0.0 if data else config.val_fraction,
-        form=Form(encoding=(encoding or Form.encoding) if data else config.encoding),
+        form=form,
+        kind=kind if data else config.kind,
+        split_by_name=bool(data) or config.split_by_name,
         headerless=config.headerless,
         insists_on_tokenizer=True,
         model_tokenizer=tokenizer_file.as_posix(),
         is_to_judge=bool(data),
     )
     if data:
-        tokens = _given(data, wanted, run, sha256, config)
+        inputs = state.get("inputs") if state else None
+        learned = frozenset(map(str, inputs) if isinstance(inputs, list) else ())
+        tokens = _given(data, wanted, run, sha256, learned, config)
     else:
         tokens = _held_back(run, wanted, sha256, config)
     if len(tokens) < 2:
@@ -182,7 +200,12 @@ def evaluate_run(
 
 
 def _given(
-    data: str, wanted: Wanted, run: str | Path, sha256: str | None, config: Config
+    data: str,
+    wanted: Wanted,
+    run: str | Path,
+    sha256: str | None,
+    learned: frozenset[str],
+    config: Config,
 ) -> TokenStream:
     """What to judge by in `--data`; says which part that is, and if it was learned."""
     corpus = open_corpus(Path(data), wanted, say=print_note)
@@ -196,6 +219,14 @@ def _given(
         print_note(
             f"warning: {data} is what {run} learned from: this says how well it is remembered"
             f"{instead if config.val_fraction else ''}"
+        )
+    elif sha256 != corpus.sha256 and (
+        known := corpus.inputs_of("val" if holds_out else "train") & learned
+    ):
+        files = f"{counted(len(known), 'file', 'files')} of " if len(corpus.inputs) > 1 else ""
+        print_note(
+            f"warning: {files}{data} went into the training of {run}, whole or in part: this says "
+            "how well it is remembered"
         )
     return corpus.held_out if holds_out else corpus.train
 

@@ -193,6 +193,7 @@ def build_trainer(
             # A GPU works behind our backs: two steps later its numbers are ready to be read.
             watch=Watch(lag=lag, scaled=precision.needs_scaler),
             text_sha256=corpus.sha256,
+            inputs=sorted(corpus.inputs_of("train")),
             progress=progress,
             lock=lock,
             ranks=ranks,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -27,6 +27,8 @@ class TrainArgs:
     """Ids, all told: 256 bytes, merges, and the mark between documents."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """What the files hold; auto goes by their names."""
     encoding: str = "utf-8"
     """Of text files and JSON lines, for instance latin-1."""
     skip_bad: bool = False
@@ -67,7 +69,7 @@ def _texts(asked: TrainArgs) -> Iterator[str]:
 
     skipped = Skipped(asked.skip_bad)
     is_empty = True
-    for source in find_sources(asked.sources):
+    for source in find_sources(asked.sources, kind=asked.kind):
         try:
             for text in texts(source, Form(asked.field, asked.encoding), skipped):
                 is_empty = is_empty and not text.strip()

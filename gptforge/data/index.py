@@ -38,6 +38,13 @@ class Index:
         """Share that was held out."""
         return float(self.record["split"]["fraction"])
 
+    @property
+    def inputs(self) -> dict[str, list[str]]:
+        """The files that it was made of, by fingerprint, and the sides that their text went to."""
+        found = self.record.get("inputs")
+        known = found.items() if isinstance(found, dict) else ()
+        return {name: list(map(str, sides)) for name, sides in known if isinstance(sides, list)}
+
     def total(self, side: str, what: str) -> int:
         """Documents, characters, bytes or tokens of train or val."""
         return int(self.record["splits"].get(side, {}).get(what, 0))

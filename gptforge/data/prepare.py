@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gptforge import files, tokenizers
-from gptforge.data.bad import Skipped
+from gptforge.data.bad import RefusedError, Skipped
+from gptforge.data.chosen import Chosen, choose
 from gptforge.data.crew import do_here, do_together
 from gptforge.data.finishing import Made, finish, tell
 from gptforge.data.index import TOKENIZER, Index, hash_of, read_index
@@ -21,7 +22,7 @@ from gptforge.data.job import Done, Job
 from gptforge.data.jobs import divide
 from gptforge.data.request import Meter, Request, Say, Silent
 from gptforge.data.shards import read_header
-from gptforge.data.sources import Source, find_sources
+from gptforge.data.sources import Source
 from gptforge.data.split import Split
 from gptforge.data.survey import alphabet, survey
 from gptforge.errors import UserError
@@ -86,34 +87,45 @@ class _Preparation:
         self.out, self.request, self.workers = out, request, workers
         self.say, self.meter = say, meter
         self.notes = out / NOTES
+        self.only_source = ""
+        """Its name, where there is only one."""
 
     def run(self) -> Index:
         is_fresh = not (self.out / REQUEST).is_file() and not self.notes.is_dir()
         self._refuse_strangers()
         try:
             return self._run()
-        except UserError:
+        except UserError as error:
             if is_fresh and not any(self.notes.glob("job-*")):
                 # Refused before anything was made: no trace of it either.
                 files.remove(self.notes)
                 for name in (REQUEST, TOKENIZER):
                     (self.out / name).unlink(missing_ok=True)
+            if isinstance(error, RefusedError) and error.what.startswith(f"{self.only_source}: "):
+                # Without its only file nothing would be left.
+                raise RefusedError(error.what, error.remedy, leaves_some=False) from None
             raise
 
     def _run(self) -> Index:
         self._refuse_shards()
         self.notes.mkdir(parents=True, exist_ok=True)
-        sources = find_sources(self.request.names, kind=self.request.kind, spool=self.notes)
-        key = self._key(sources)
+        chosen = choose(self.request, spool=self.notes)
+        sources = chosen.sources
+        self.only_source = sources[0].name if len(sources) == 1 else ""
+        key = self._key(chosen)
         if (index := self._finished(key)) is not None:
             files.remove(self.notes)
             return index
         self._begin(key)
+        for notice in chosen.notices:
+            self.say(f"note: {notice}")
         seen = survey(
             sources,
             self.request.form,
             self.request.val_fraction,
             skip_bad=self.request.skip_bad,
+            held_out=chosen.held_out,
+            part_copies=not self.request.split_by_name,
         )
         tokenizer = self._tokenizer(sources, seen.split)
         split = seen.split
@@ -131,7 +143,7 @@ class _Preparation:
         )
         done = self._work(jobs, split)
         results = [done[job.number] for job in jobs]
-        made = Made(sources, split, tokenizer, results, skipped, seen.sha256)
+        made = Made(sources, split, tokenizer, results, skipped, seen.sha256, seen.notices)
         tell(made, self.say)
         index = finish(self.out, made, headerless=self.request.headerless)
         files.remove(self.notes)
@@ -158,8 +170,8 @@ class _Preparation:
                     "name the texts that they were made of to prepare them in another way"
                 )
 
-    def _key(self, sources: Sequence[Source]) -> str:
-        asked = self.request
+    def _key(self, chosen: Chosen) -> str:
+        asked, sources = self.request, chosen.sources
         if asked.identity:
             return asked.identity
         tokenizer = asked.tokenizer
@@ -174,6 +186,7 @@ class _Preparation:
                 "tokenizer": tokenizer,
                 "form": asdict(asked.form),
                 "how": [asked.val_fraction, asked.shard_bytes, asked.skip_bad, asked.headerless],
+                **({"held_out": chosen.held_out} if chosen.held_out else {}),
             }
         )
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Literal
 from gptforge import files
 from gptforge.errors import UserError
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "jsonl", "parquet", "csv"]
 Packing = Literal["", "gz", "zst", "xz"]
 
 KINDS: dict[str, Kind] = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".text"), "text"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     ".parquet": "parquet",
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
 }
 """What endings say. A file that is named may have any other: it is text then."""
-FOUND = tuple(ending for ending in KINDS if ending != ".json")
-"""Endings that are looked for in a folder. Many a .json there is a program's, and no text."""
+FOUND = tuple(ending for ending in KINDS if ending not in (".json", ".csv", ".tsv"))
+"""Endings that are looked for in a folder. Many a .json there is a program's, and many a .csv is
+full of numbers: neither is text."""
 PACKINGS: dict[str, Packing] = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 MAGIC: dict[bytes, Packing] = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz"}
 SPOOLED = "stdin"
@@ -89,7 +92,7 @@ def _files(name: str) -> list[Path]:
         if not inside:
             raise UserError(
                 f"{name}: no text in this folder: nothing in it ends in {', '.join(FOUND)} or one "
-                "of these with .gz, .zst or .xz; name a .json or any other file to have it read"
+                "of these with .gz, .zst or .xz; name a .json, a .csv or any other file to read it"
             )
         return inside
     if path.exists():
@@ -102,12 +105,25 @@ def _files(name: str) -> list[Path]:
     return inside
 
 
+def left_aside(name: str) -> Counter[str]:
+    """How many files of a folder are not read, by suffix."""
+    folder = Path(name)
+    if name == "-" or not folder.is_dir():
+        return Counter()
+    unread = (path for path in _files_in(folder) if _endings(path)[0] not in FOUND)
+    return Counter(path.suffix.lower() or "without" for path in unread)
+
+
 def _texts_in(folder: Path) -> Iterator[Path]:
+    return (path for path in _files_in(folder) if _endings(path)[0] in FOUND)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         here = Path(place)
         folders[:] = [n for n in folders if not n.startswith(".") and not _is_a_runs(here / n)]
         for path in (here / name for name in names if not name.startswith(".")):
-            if _endings(path)[0] in FOUND and path.is_file():
+            if path.is_file():
                 yield path
 
 

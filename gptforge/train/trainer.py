@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,8 @@ class Trainer:
     watch: Watch
     text_sha256: str
     """Of the training text: a run goes on with the same one only."""
+    inputs: Sequence[str]
+    """Fingerprints of the files that the training text comes from."""
     progress: Progress
     lock: Hold
     """Not closed as long as no other process may train into the same folder."""
@@ -352,6 +354,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "scaler": step.scaler_state(),
             "text_sha256": self.text_sha256,
+            "inputs": list(self.inputs),
             "file_sizes": self.report.sizes(),
         }
         return Snapshot(
