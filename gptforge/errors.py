@@ -68,7 +68,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return f"{short_repr(error.args[0])} is missing"
     says = printable(str(error).strip(), 2 * MAX_NAME)
-    if isinstance(error, ValueError) and says:
+    if isinstance(error, OSError | ValueError) and says:
         return says
     return f"{type(error).__name__}: {says}" if says else type(error).__name__
 

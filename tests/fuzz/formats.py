@@ -373,7 +373,7 @@ FORMATS: dict[str, Format] = {
         200,
     ),
     "text": Format(
-        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 2000
+        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 1500
     ),
     "marked": Format(
         "in/t.txt",
@@ -390,7 +390,7 @@ FORMATS: dict[str, Format] = {
         1500,
     ),
     "jsonl": Format(
-        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 2000
+        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1500
     ),
     "gz": Format(
         "in/t.txt.gz",
@@ -431,6 +431,6 @@ FORMATS: dict[str, Format] = {
         1500,
     ),
     "answers": Format(
-        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 2000
+        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 1500
     ),
 }
