@@ -98,11 +98,13 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = _open(folder / LOCK)
-        except FileNotFoundError:
-            # Whoever held it has just cleaned up behind himself.
+        except (FileNotFoundError, FileExistsError):
+            # Whoever held it has just deleted the folder behind himself.
+            if folder.exists() and not folder.is_dir():
+                raise
             continue
         try:
             is_ours = _take(file, wait=wait)

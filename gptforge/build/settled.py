@@ -100,7 +100,7 @@ def _read_as_before(config: Config, given: Collection[str]) -> Config:
     own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
     if own is None or config.overwrite or checkpoints.damage(own, (checkpoints.CONFIG,)):
         return config
-    old = checkpoints.read_config(own)
+    old = checkpoints.read_config(own, with_model=False)
     names = {"field", "kind", "split_by_name"}.difference(given)
     return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
 
@@ -112,7 +112,9 @@ def _with_its_tokenizer(config: Config, say: Say) -> Config:
     if is_there or own is None or config.overwrite:
         return config
     is_whole = not checkpoints.damage(own, (checkpoints.TOKENIZER, checkpoints.CONFIG))
-    if not is_whole or checkpoints.read_config(own).tokenizer != config.tokenizer:
+    if not is_whole:
+        return config
+    if checkpoints.read_config(own, with_model=False).tokenizer != config.tokenizer:
         return config
     copy = (own / checkpoints.TOKENIZER).as_posix()
     say(f"note: {config.tokenizer} is not there any more: the run's own copy is used, {copy}")

@@ -375,15 +375,21 @@ def read_state(path: Path) -> dict[str, Any]:
         return dict(state)
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, *, with_model: bool = True) -> Config:
     """The configuration that a checkpoint was made with.
 
     It is checked, and the model that it describes must fit into the file of weights: a few bytes of
     text from a stranger must not make anybody build a model of a terabyte.
+
+    Args:
+        path: the checkpoint folder.
+        with_model: whether the model will be built; without, its file may be damaged.
     """
     values, _ = read_toml(path / CONFIG)
     config = merge(Config(), values, source=str(path / CONFIG))
     check(config)
+    if not with_model:
+        return config
     needed, size = 4 * costs.parameters(config.model), (path / MODEL).stat().st_size
     if not needed <= size <= needed + MORE_BYTES:
         raise UserError(

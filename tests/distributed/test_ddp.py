@@ -317,7 +317,8 @@ def test_a_launch_that_does_not_fit_together_is_refused(device, env, says) -> No
     from gptforge.distributed import join
 
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    whole = dict.fromkeys(names, "0") | {"WORLD_SIZE": "2"} | env
+    whole = dict.fromkeys(names, "0") | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    whole |= {"MASTER_PORT": "29500"} | env
     with pytest.raises(UserError, match=says):
         join(device, env={name: value for name, value in whole.items() if value is not None})
 
