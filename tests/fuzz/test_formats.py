@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pytest.importorskip("zstandard", reason="zstandard is not installed")
 
-from tests.fuzz.formats import FORMATS, furnished  # noqa: E402
-from tests.fuzz.harness import Trial  # noqa: E402
+from tests.fuzz.formats import FORMATS, furnished
+from tests.fuzz.harness import Trial
 
 
 @pytest.fixture(scope="module")
