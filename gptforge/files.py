@@ -1,10 +1,16 @@
 """Writing files so that a crash leaves the old one or the new one, never half of either."""
 
+import atexit
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
@@ -81,6 +87,35 @@ def free_bytes(path: Path) -> int:
     """Bytes free on the disk where something is or will be; asking makes no folder."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def private_temporary() -> Path:
+    """A folder in the temporary directory that no other user can write to or read.
+
+    It has the same name for every process of a user. Where something else has that name, for
+    example a folder that another user made, a new one is made for this process and deleted when it
+    ends.
+    """
+    return _private_in(Path(tempfile.gettempdir()))
+
+
+@functools.cache
+def _private_in(folder: Path) -> Path:
+    if sys.platform == "win32":
+        # The temporary directory itself is the user's own there.
+        path = folder / "gptforge"
+        path.mkdir(exist_ok=True)
+        return path
+    path = folder / f"gptforge-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    facts = path.lstat()
+    is_private = stat.S_ISDIR(facts.st_mode) and stat.S_IMODE(facts.st_mode) & 0o077 == 0
+    if is_private and facts.st_uid == os.getuid():
+        return path
+    other = Path(tempfile.mkdtemp(prefix="gptforge-", dir=folder))
+    atexit.register(shutil.rmtree, other, ignore_errors=True)
+    return other
 
 
 def sync(path: Path) -> None:

@@ -122,12 +122,16 @@ def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     if path.is_file() and path.name in ("best", "last"):
         return source
     out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
-    is_there = out.is_dir()
+    is_there, why = out.is_dir(), ""
     if is_there and path.exists() and _imported_from(out) != _digest(path):
+        why = f"came from another {source}"
+    elif is_there and (reason := checkpoints.damage(out, checkpoints.TO_WRITE_WITH)):
+        why = f"is damaged ({reason})"
+    if why:
         is_there = False
         if not scratch:
             aside = files.set_aside(out, "old")
-            say(f"note: {out.as_posix()} came from another {source}: moved to {aside.as_posix()}")
+            say(f"note: {out.as_posix()} {why}: moved to {aside.as_posix()}")
     if is_there:
         say(f"--init_from {source}: as it was imported before, {out.as_posix()}")
         return out.as_posix()

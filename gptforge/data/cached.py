@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shlex
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -79,9 +78,8 @@ def _writable_cache() -> Path:
     except OSError:
         pass
     # A home that is not there, or not ours to write in.
-    user = os.getuid() if hasattr(os, "getuid") else ""
-    other = Path(tempfile.gettempdir()) / f"gptforge-data{user}"
-    other.mkdir(mode=0o700, exist_ok=True)
+    other = files.private_temporary() / "data"
+    other.mkdir(exist_ok=True)
     return other
 
 

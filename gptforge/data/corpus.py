@@ -14,12 +14,16 @@ from gptforge.data.prepare import NOTES
 from gptforge.data.request import Meter
 from gptforge.data.shards import read_header, read_headerless
 from gptforge.data.stream import ShardFile, ShardStream, TokenStream
+from gptforge.data.verify import find_damage
 from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer
 
 SHARDS = ".bin"
 EDGE = 2**16
 """Bytes of a stranger's shard, at either end, that it is known by."""
+HASHED = 2**32
+"""Bytes of changed files in a prepared folder that are hashed before training. What was copied
+here, for example, counts as changed; `gptforge doctor` reads any amount."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Wanted:
     insists_on_fraction: bool = False
     is_to_judge: bool = False
     """Whether shards of others with val in their name stay apart, though no share is asked for."""
+    verify: bool = True
+    """Whether to compare what `prepare` made with its hashes, where it changed since."""
 
 
 def open_corpus(
@@ -119,6 +125,11 @@ def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) 
 
 def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
     """A folder that `prepare` made: it brings its tokenizer and its held-out part."""
+    damage = find_damage(index, max_bytes=HASHED) if wanted.verify else None
+    if damage is not None:
+        raise UserError(
+            f"{path.as_posix()}: {damage}: the command that prepared it, given again, makes it anew"
+        )
     own = index.tokenizer()
     if wanted.insists_on_tokenizer and not _is_same(own, wanted.tokenizer):
         raise UserError(

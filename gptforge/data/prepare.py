@@ -16,7 +16,7 @@ from gptforge import files, tokenizers
 from gptforge.data.bad import Skipped
 from gptforge.data.crew import do_here, do_together
 from gptforge.data.finishing import Made, finish, tell
-from gptforge.data.index import TOKENIZER, Index, hash_of, read_index
+from gptforge.data.index import INDEX, TOKENIZER, Index, hash_of, read_index
 from gptforge.data.job import Done, Job
 from gptforge.data.jobs import divide
 from gptforge.data.request import Meter, Request, Say, Silent
@@ -24,6 +24,7 @@ from gptforge.data.shards import read_header
 from gptforge.data.sources import Source, find_sources
 from gptforge.data.split import Split
 from gptforge.data.survey import alphabet, survey
+from gptforge.data.verify import STAMP, find_damage, write_stamp
 from gptforge.errors import UserError
 from gptforge.holding import LOCK, hold
 from gptforge.tokenizers import Tokenizer
@@ -67,6 +68,9 @@ def prepare(
     """
     if not 0 <= request.val_fraction < 1:
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")
+    if request.identity and out.is_file():
+        # In the cache, nothing but a preparation belongs there.
+        out.unlink()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
     held = hold(out, wait=wait)
@@ -84,10 +88,14 @@ class _Preparation:
         self.out, self.request, self.workers = out, request, workers
         self.say, self.meter = say, meter
         self.notes = out / NOTES
+        self._is_cache = bool(request.identity)
+        self._was_finished = False
 
     def run(self) -> Index:
         is_fresh = not (self.out / REQUEST).is_file() and not self.notes.is_dir()
-        self._refuse_strangers()
+        self._was_finished = not self.notes.is_dir() and any(self.out.glob("*.bin"))
+        if not self._is_cache:
+            self._refuse_strangers()
         try:
             return self._run()
         except UserError:
@@ -132,6 +140,7 @@ class _Preparation:
         made = Made(sources, split, tokenizer, results, skipped, seen.sha256)
         tell(made, self.say)
         index = finish(self.out, made, headerless=self.request.headerless)
+        write_stamp(index)
         files.remove(self.notes)
         return index
 
@@ -174,17 +183,38 @@ class _Preparation:
         )
 
     def _finished(self, key: str) -> Index | None:
-        index = read_index(self.out)
-        if index is None:
-            return None
-        if _read(self.out / REQUEST) != key:
+        """What was made before, if it is this and intact; if it is damaged, it is made again."""
+        is_same, damage = _read(self.out / REQUEST) == key, None
+        try:
+            index = read_index(self.out)
+        except UserError as error:
+            if not is_same and not self._is_cache:
+                raise
+            index, damage = None, str(error)
+        if index is not None and not is_same and not self._is_cache:
             raise UserError(
                 f"--out {self.out} holds data that was prepared from something else, or in another "
                 "way: choose another, or give --overwrite to move it aside"
             )
-        if not self.request.identity:
+        if index is not None:
+            damage = find_damage(index) if is_same else f"{REQUEST} is missing or damaged"
+        elif self._was_finished:
+            damage = damage or f"{INDEX} is missing"
+        if damage is not None:
+            self.say(f"note: {self.out.as_posix()}: {damage}: it is prepared again")
+            self._discard()
+            return None
+        if index is not None and not self._is_cache:
             self.say(f"{self.out.as_posix()} is prepared already")
         return index
+
+    def _discard(self) -> None:
+        """Shards stay until the new ones replace them: a training may be reading them."""
+        for name in (INDEX, STAMP, TOKENIZER):
+            files.remove(self.out / name)
+        for path in self.out.glob("*.bin"):
+            if path.is_dir():
+                files.remove(path)
 
     def _begin(self, key: str) -> None:
         """Keep what an unfinished preparation of the same made; of anything else, nothing."""
@@ -250,9 +280,12 @@ class _Preparation:
         try:
             note = Done(**json.loads(text))
             for shard in note.shards:
-                if read_header(self.out / shard["file"]).tokens != shard["tokens"]:
+                path = self.out / shard["file"]
+                if read_header(path).tokens != shard["tokens"]:
                     return None
-        except (ValueError, TypeError, KeyError, UserError):
+                if files.sha256(path) != shard["sha256"]:
+                    return None
+        except (OSError, ValueError, TypeError, KeyError, UserError):
             return None
         return note
 
@@ -281,4 +314,4 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
