@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import errno
+import fnmatch
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from glob import glob
+from glob import has_magic
 from pathlib import Path
 from typing import TextIO
 
@@ -214,9 +215,61 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 def lies_in(folder: Path, name: str) -> bool:
     """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
-    matching = glob(name, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
     there = folder.resolve()
-    return any(Path(one).resolve().is_relative_to(there) for one in [name, *matching])
+    return any(one.resolve().is_relative_to(there) for one in [Path(name), *expand(name)])
+
+
+def expand(pattern: str) -> list[Path]:
+    """The paths that a pattern with `*`, `?`, `[]` and `**` stands for, sorted.
+
+    A part of it that exists as it is written is no pattern. Hidden names match only where the
+    pattern has the dot, and `**` goes into each folder once, however many links lead there.
+    """
+    path = Path(pattern)
+    parts = path.parts[1:] if path.anchor else path.parts
+    return sorted(set(_expand(Path(path.anchor), parts)), key=str)
+
+
+def _expand(base: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    if not parts:
+        yield base
+        return
+    first, rest = parts[0], parts[1:]
+    if parts[:2] == ("**", "**"):
+        yield from _expand(base, rest)
+    elif first == "**":
+        for folder in _folders_below(base):
+            yield from _expand(folder, rest or ("*",))
+    elif os.path.lexists(base / first):
+        yield from _expand(base / first, rest)
+    elif has_magic(first):
+        for name in fnmatch.filter(_names_in(base), first):
+            is_left_out = name.startswith(".") and not first.startswith(".")
+            if not is_left_out and (not rest or (base / name).is_dir()):
+                yield from _expand(base / name, rest)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _folders_below(base: Path) -> Iterator[Path]:
+    """A folder and all in it, each once: those that links lead to come last."""
+    waiting, seen = [base], set[tuple[int, int]]()
+    for start in waiting:
+        for place, folders, _ in os.walk(start):
+            here = Path(place)
+            facts = here.stat()
+            if (facts.st_dev, facts.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            yield here
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [here / name for name in folders if (here / name).is_symlink()]
 
 
 def to_nowhere(stream: TextIO) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gptforge import costs
+from gptforge import costs, files
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.hf import is_hf, read_hf
@@ -206,7 +206,7 @@ def _held_back(run: str | Path, wanted: Wanted, sha256: str | None, config: Conf
         )
     missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
     # Seen from another folder, the text that comes along is elsewhere; its content tells.
-    is_gone = not Path(config.input).exists()
+    is_gone = not Path(config.input).exists() and not files.expand(config.input)
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:

@@ -109,7 +109,9 @@ class _Preparation:
     def _run(self) -> Index:
         self._refuse_shards()
         self.notes.mkdir(parents=True, exist_ok=True)
-        sources = find_sources(self.request.names, kind=self.request.kind, spool=self.notes)
+        sources = self.request.sources or find_sources(
+            self.request.names, kind=self.request.kind, spool_folder=self.notes
+        )
         key = self._key(sources)
         if (index := self._finished(key)) is not None:
             files.remove(self.notes)

@@ -2,14 +2,14 @@
 
 import glob
 import os
-import shutil
-import sys
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gptforge import files
+from gptforge.data.pipes import is_pipe, spool
 from gptforge.errors import UserError
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -45,24 +45,30 @@ class Source:
 
 
 def find_sources(
-    names: Sequence[str], *, kind: Kind | Literal["auto"] = "auto", spool: Path | None = None
+    names: Sequence[str],
+    *,
+    kind: Kind | Literal["auto"] = "auto",
+    spool_folder: Path | None = None,
 ) -> list[Source]:
     """The files behind the names, in the order given; a folder's and a pattern's by name.
 
     Args:
         names: files, folders, patterns with * ? or [], and - for standard input.
         kind: what they hold; auto goes by each one's name.
-        spool: folder to keep standard input in.
+        spool_folder: where the content of standard input and of pipes is kept.
 
     Raises:
         UserError: for a name with nothing behind it, or a file that is named twice.
     """
     found: list[Source] = []
     for name in names:
-        if name == "-":
-            if spool is None:
-                raise UserError("-: standard input cannot be read here: give a file")
-            found.append(_spooled(spool, kind))
+        if name == "-" or is_pipe(Path(name)):
+            if spool_folder is None:
+                what = "standard input" if name == "-" else "a pipe"
+                raise UserError(f"{name}: {what} cannot be read here: give a file")
+            # A second pipe must not replace the first.
+            path = spool_folder / (SPOOLED if name == "-" else f"{SPOOLED}-{len(found)}")
+            found.append(_spooled(name, path, kind))
             continue
         found += [_source(path, kind) for path in _files(name)]
     seen: set[Path] = set()
@@ -93,8 +99,7 @@ def _files(name: str) -> list[Path]:
         return inside
     if path.exists():
         return [path]
-    matching = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
-    inside = [Path(match) for match in matching if Path(match).is_file()]
+    inside = [path for path in files.expand(name) if path.is_file()]
     if not inside:
         what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
         raise UserError(f"{name}: {what}")
@@ -134,20 +139,21 @@ def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
     try:
         facts = path.stat()
         name = path.as_posix()
+        if not stat.S_ISREG(facts.st_mode):
+            raise UserError(f"{name}: neither a file nor a folder: give one of these")
         return Source(path, chosen, packing, facts.st_size, str(facts.st_mtime_ns), name)
     except OSError as error:
         raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None
 
 
-def _spooled(folder: Path, kind: Kind | Literal["auto"]) -> Source:
-    """Standard input as a file; what it is packed with shows in its first bytes."""
+def _spooled(name: str, path: Path, kind: Kind | Literal["auto"]) -> Source:
+    """Standard input or a pipe as a file; what it is packed with shows in its first bytes."""
     if kind == "parquet":
-        raise UserError("-: Parquet is read from its end: give a file")
-    path = folder / SPOOLED
-    with files.replacing(path) as partial, partial.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        raise UserError(f"{name}: Parquet is read from its end: give a file")
+    spool(None if name == "-" else Path(name), path)
     with path.open("rb") as file:
         head = file.read(5)
     packing: Packing = next((p for magic, p in MAGIC.items() if head.startswith(magic)), "")
     form: Kind = "text" if kind == "auto" else kind
-    return Source(path, form, packing, path.stat().st_size, files.sha256(path), "standard input")
+    shown = "standard input" if name == "-" else name
+    return Source(path, form, packing, path.stat().st_size, files.sha256(path), shown)
