@@ -20,7 +20,7 @@ from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts
 from gptforge.convert.space import fill_space
 from gptforge.data.documents import Form
-from gptforge.data.sources import find_sources
+from gptforge.data.sources import open_sources
 from gptforge.data.survey import alphabet
 from gptforge.errors import RunError, UserError
 from gptforge.report.metrics import read_history
@@ -215,8 +215,10 @@ def _given_tokenizer(name: str, text: str) -> Tokenizer | None:
         raise UserError("--tokenizer char needs --text: the text whose characters it knows")
     if text and name != "char":
         raise UserError("--text goes with --tokenizer char")
-    letters = alphabet(find_sources([text]), Form(), skip_bad=False) if text else ""
-    return named(name, letters) if name else None
+    if not text:
+        return named(name, "") if name else None
+    with open_sources([text]) as sources:
+        return named(name, alphabet(sources, Form(), skip_bad=False))
 
 
 def _is_ours(source: str) -> bool:

@@ -61,17 +61,18 @@ def tokenizer(args: list[str]) -> int:
 def _texts(asked: TrainArgs) -> Iterator[str]:
     from gptforge.data.bad import BadInput, Skipped
     from gptforge.data.documents import Form
-    from gptforge.data.sources import find_sources
+    from gptforge.data.sources import open_sources
     from gptforge.data.survey import no_text, texts
 
     skipped = Skipped(asked.skip_bad)
     is_empty = True
-    for source in find_sources(asked.sources):
-        try:
-            for text in texts(source, Form(asked.field, asked.encoding), skipped):
-                is_empty = is_empty and not text.strip()
-                yield text
-        except BadInput as bad:
-            skipped.add(bad)
+    with open_sources(asked.sources) as sources:
+        for source in sources:
+            try:
+                for text in texts(source, Form(asked.field, asked.encoding), skipped):
+                    is_empty = is_empty and not text.strip()
+                    yield text
+            except BadInput as bad:
+                skipped.add(bad)
     if is_empty:
         raise UserError(no_text(asked.sources, skipped))

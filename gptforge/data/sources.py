@@ -3,7 +3,9 @@
 import glob
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,6 +80,13 @@ def find_sources(
             raise UserError(f"{source.name} is named twice: leave one out")
         seen.add(place)
     return found
+
+
+@contextmanager
+def open_sources(names: Sequence[str]) -> Iterator[list[Source]]:
+    """As `find_sources`; what came out of pipes and standard input is kept for this block."""
+    with tempfile.TemporaryDirectory(prefix="gptforge-") as place:
+        yield find_sources(names, spool_folder=Path(place))
 
 
 def _files(name: str) -> list[Path]:

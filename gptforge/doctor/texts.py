@@ -1,5 +1,6 @@
 """What is wrong with texts: every file is read to its end."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from gptforge.data.bad import EXAMPLES, BadInput, Skipped
@@ -8,7 +9,7 @@ from gptforge.data.documents import Form, documents, holds_many
 from gptforge.data.finding import Finding, counted, error, good, warning
 from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.reading import chunks, mended
-from gptforge.data.sources import Source, find_sources
+from gptforge.data.sources import Source, open_sources
 from gptforge.data.split import MANY, digest_of
 from gptforge.data.survey import alphabet, measure, survey
 from gptforge.doctor.duplicates import Duplicates
@@ -28,10 +29,22 @@ def examine_texts(
     path: Path, *, tokenizer: str, val_fraction: float, context_length: int, form: Form
 ) -> list[Finding]:
     """Findings about a file or a folder of texts."""
-    try:
-        sources = find_sources([path.as_posix()])
-    except UserError as mistake:
-        return [error(str(mistake))]
+    with ExitStack() as stack:
+        try:
+            sources = stack.enter_context(open_sources([path.as_posix()]))
+        except UserError as mistake:
+            return [error(str(mistake))]
+        return _examine(path, sources, tokenizer, val_fraction, context_length, form)
+
+
+def _examine(
+    path: Path,
+    sources: list[Source],
+    tokenizer: str,
+    val_fraction: float,
+    context_length: int,
+    form: Form,
+) -> list[Finding]:
     look = _Look(form)
     for number, source in enumerate(sources):
         look.at(number, source)
