@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.convert.parts import Parts, fitted
+from gptforge.convert.parts import TIED, Parts, fitted
+from gptforge.convert.torch_file import check_archive, check_tensors, refused
 from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer, named
 
@@ -27,17 +28,14 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         UserError: if it is something else, or holds more than tensors and plain values, or the
             tokenizer has another number of ids.
     """
+    check_archive(path)
     try:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
         record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:
         # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" (it names {stranger[1]})" if stranger else ""
-        raise UserError(
-            f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
-            "anything else could run code when read"
-        ) from None
+        raise refused(path, stranger[1] if stranger else "") from None
     try:
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -46,6 +44,7 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint of nanoGPT: {error!r}") from None
     found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
+    check_tensors(path, {name: tensor for name, tensor in found.items() if name != TIED})
     tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
     if tokenizer is None and config.vocab_size in (50257, UNTOLD):
         tokenizer = named("gpt2", "")

@@ -12,8 +12,12 @@ from gptforge.errors import UserError
 
 MOST_LINE = 64 * 2**20
 """Bytes of a line, characters of a document: one must fit into memory several times."""
-ROWS = 256
-"""Parquet rows that are read at a time."""
+ROWS = 16
+"""Parquet rows that are read at a time. Each may be a copy of one long text that is stored once."""
+ROWS_BYTES = 2**28
+"""What so many rows may take if each is as long as all of its row group."""
+MAX_RATIO = 1000
+"""Times its packed size that a large row group may unpack to; text unpacks to ten times at most."""
 
 
 @dataclass(frozen=True)
@@ -218,17 +222,39 @@ def _rows(
             reached = source.size * (group + 1 - start) // max(1, groups)
             where = f"{source.name}, row group {group + 1} of {groups}"
             try:
+                rows = _rows_at_once(file.metadata, group, form.field)
                 # A row group may be gigabytes: it is taken by its pages.
-                for batch in file.iter_batches(ROWS, row_groups=[group], columns=[form.field]):
+                for batch in file.iter_batches(rows, row_groups=[group], columns=[form.field]):
                     for text in batch.column(0).to_pylist():
                         if text is None:
                             skipped.add(BadInput(f"'{form.field}' is null", where))
                         else:
                             yield text, reached
+            except BadInput as bad:
+                skipped.add(BadInput(bad.kind, where, bad.remedy))
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 what = "damaged row group"
                 remedy = f"fetch it again ({_first_line(error)})"
                 skipped.add(BadInput(what, where, remedy))
+
+
+def _rows_at_once(metadata: Any, group: int, field: str) -> int:
+    """How many rows fit into memory, whatever they are.
+
+    A dictionary stores a text once for any number of rows: the size of the row group says how long
+    its longest text may be, not how long all are together.
+
+    Raises:
+        BadInput: for a row group that unpacks to far more than any text does.
+    """
+    row_group = metadata.row_group(group)
+    columns = (row_group.column(i) for i in range(row_group.num_columns))
+    column = next(column for column in columns if column.path_in_schema == field)
+    size, packed = column.total_uncompressed_size, column.total_compressed_size
+    if size > ROWS_BYTES and size > MAX_RATIO * packed:
+        what = f"unpacks from {packed:,} to {size:,} bytes"
+        raise BadInput(what, "", "this is no text: leave the file out")
+    return int(max(1, min(ROWS, ROWS_BYTES // max(1, size))))
 
 
 def _first_line(error: BaseException) -> str:
