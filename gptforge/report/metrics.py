@@ -1,15 +1,19 @@
 """metrics.jsonl: one event a line, and reading them back for the curves and the verdict."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+MAX_TRAIN = 2**14
+"""Train events that are taken of a longer run: half as many at least."""
 
 
 @dataclass
 class History:
-    """The train and eval events of a run, in order."""
+    """The eval events of a run, in order, and its train events or an even selection of them."""
 
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
@@ -23,8 +27,7 @@ def read_history(path: Path, *, unwritten: str = "") -> History:
         unwritten: lines that are to be added to it.
     """
     history = History()
-    written = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in [*written.splitlines(), *unwritten.splitlines()]:
+    for line in thinned(chain(_lines(path), unwritten.splitlines())):
         try:
             event = json.loads(line)
         except ValueError:
@@ -34,6 +37,37 @@ def read_history(path: Path, *, unwritten: str = "") -> History:
         elif isinstance(event, dict) and event.get("event") == "eval":
             history.evals.append(event)
     return history
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def thinned(lines: Iterable[str]) -> list[str]:
+    """The lines that may be evals, all of them, and evenly spaced ones that may be train events.
+
+    A picture shows about a thousand points, and to parse a million lines takes ten seconds. The
+    first and the last train event are always there.
+    """
+    train: list[str] = []
+    evals: list[str] = []
+    stride = 1
+    count = 0
+    for line in lines:
+        if '"eval"' in line:
+            evals.append(line)
+        elif '"train"' in line:
+            if train and (count - 1) % stride:
+                # What was the last is so no more, and lies between two that are kept.
+                train.pop()
+            train.append(line)
+            count += 1
+            if len(train) > MAX_TRAIN:
+                stride *= 2
+                train = train[::2]
+    return [*train, *evals]
 
 
 def numbers(events: Iterable[dict[str, Any]], name: str) -> list[float]:
