@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 ROOMS = [
     *(
         "errors",
+        "shell",
         "files",
         "holding",
         "waking",
@@ -52,7 +53,7 @@ LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gg
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
 LAZY |= {"wandb", "tensorboard", "quack"}
 NO_TORCH = {"errors", "config", "presets", "files", "holding", "costs", "flags", "commands", "cli"}
-NO_TORCH |= {"waking", "__main__", "__init__"}
+NO_TORCH |= {"waking", "shell", "__main__", "__init__"}
 
 
 def modules() -> list[Path]:

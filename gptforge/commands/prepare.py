@@ -9,6 +9,7 @@ import tyro
 
 from gptforge.errors import Terminated, UserError
 from gptforge.flags import parse
+from gptforge.shell import program, quote
 
 if TYPE_CHECKING:
     from gptforge.data.index import Index
@@ -84,7 +85,7 @@ def prepare(args: list[str]) -> int:
         print(f"note: the same command{again} goes on with what is finished", file=sys.stderr)
         raise
     print(describe(index))
-    print(f"Train on it: {_program()} --input {asked.out}")
+    print(f"Train on it: {program()} --input {quote(asked.out)}")
     return 0
 
 
@@ -106,8 +107,3 @@ def describe(index: "Index") -> str:
         f"{index.folder.as_posix()}: {'; '.join(sides)}; {bytes_:,} bytes of text, "
         f"{bytes_ / max(1, tokens):.2f} a {name} token"
     )
-
-
-def _program() -> str:
-    called = Path(sys.argv[0])
-    return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"

@@ -12,6 +12,7 @@ import tyro
 from gptforge.errors import UserError
 from gptforge.files import write_atomic
 from gptforge.flags import parse
+from gptforge.shell import quote
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def tokenizer(args: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(hf_tokenizer(made), ensure_ascii=False, indent=1) + "\n")
     assert load(out).to_json() == made.to_json()
-    print(f"{out.as_posix()}: {made.size} ids. Use it with --tokenizer {out.as_posix()}")
+    print(f"{out.as_posix()}: {made.size} ids. Use it with --tokenizer {quote(out.as_posix())}")
     return 0
 
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from gptforge.data.request import Meter, Request
 from gptforge.data.sources import find_sources
 from gptforge.errors import RunError, UserError
 from gptforge.hardware import cache_folder
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
 DAYS = 90
@@ -78,7 +78,7 @@ def _prepare(
         if "--encoding" in bad.remedy:
             # Training has that flag itself.
             raise UserError(f"{bad.what}: {bad.remedy}") from None
-        command = f"gptforge prepare {shlex.join(request.names)} --out DIR"
+        command = f"gptforge prepare {quote(request.names[0])} --out DIR"
         raise UserError(f"{bad}; `{command}` has these flags: name DIR instead then") from None
     except RunError as error:
         raise RunError(

@@ -27,6 +27,7 @@ from gptforge.data.survey import alphabet, survey
 from gptforge.data.verify import STAMP, find_damage, write_stamp
 from gptforge.errors import UserError
 from gptforge.holding import LOCK, hold
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
@@ -161,8 +162,9 @@ class _Preparation:
         for name in self.request.names:
             if read_index(Path(name)) is not None:
                 raise UserError(
-                    f"{name} holds shards, prepared already: train on them with --input {name}, or "
-                    "name the texts that they were made of to prepare them in another way"
+                    f"{name} holds shards, prepared already: train on them with --input "
+                    f"{quote(name)}, or name the texts that they were made of to prepare them in "
+                    "another way"
                 )
 
     def _key(self, sources: Sequence[Source]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 from gptforge import files
 from gptforge.data.pipes import is_pipe, spool
 from gptforge.errors import UserError
+from gptforge.shell import quote
 
 Kind = Literal["text", "jsonl", "parquet"]
 Packing = Literal["", "gz", "zst", "xz"]
@@ -96,7 +97,7 @@ def _files(name: str) -> list[Path]:
     if path.is_dir() and (_is_a_runs(path) or _is_a_models(path)):
         raise UserError(
             f"{name}: the folder of a run or a model, whose files are no text to learn from: "
-            f"--init_from {name} begins with its weights"
+            f"--init_from {quote(name)} begins with its weights"
         )
     if path.is_dir():
         inside = sorted(_texts_in(path), key=lambda file: file.as_posix())
