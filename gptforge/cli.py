@@ -29,10 +29,14 @@ from gptforge.commands.tokenizer import tokenizer
 from gptforge.config import Config
 from gptforge.errors import RunError, Terminated, UserError
 from gptforge.flags import parse_train, spell_out_booleans, with_preset
+from gptforge.launch_env import env_int
+from gptforge.printable import print_note, printable, safe_print
 from gptforge.shell import program, quote, script
 from gptforge.waking import wake_gpu
 
 MISTAKE, FAILURE = 2, 1
+STARTED = time.monotonic()
+"""`--time_limit` counts from here: loading torch and preparing the text take their share."""
 SPINS = "20000"
 """How often a thread that waits for the others of a sum looks again before it sleeps."""
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_first():
             # All ranks were started alike: the first one says it, if the launcher lets it live.
             time.sleep(3)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_note(f"error: {printable(error)}")
         return MISTAKE if isinstance(error, UserError) else FAILURE
     except Terminated:
         print("terminated", file=sys.stderr)
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = error.strerror or str(error)
         if error.errno in files.FULL:
             what = "the disk is full: make room, then give the same command again"
-        print(f"error: {where}{what}", file=sys.stderr)
+        print_note(f"error: {printable(where + what)}")
         return FAILURE
 
 
@@ -160,6 +164,8 @@ def train(args: list[str]) -> int:
     """`gptforge [train]`: train a model, or go on with one."""
     config, given = parse_train(args, more=_about_commands())
     wake_gpu(config.device)
+    # Read before training: a variable that is no number must not cost the end of a run.
+    restarts = env_int("TORCHELASTIC_MAX_RESTARTS", 0)
     say = _say if _is_first() else lambda text: None
     config = with_preset(config, given, say=say)
     import torch
@@ -177,6 +183,7 @@ def train(args: list[str]) -> int:
             command=shlex.join(args),
             say=say,
             ranks=ranks,
+            started=STARTED,
         )
         reason = trainer.run() if trainer else "finished"
         ranks.leave()
@@ -193,9 +200,9 @@ def train(args: list[str]) -> int:
     if reason == "time_limit" and ranks.is_first:
         print(f"The time limit of {config.time_limit:g} minutes is reached, and all is saved.")
     if reason != "finished" and ranks.is_first:
-        print(f"To go on: {_launcher(os.environ)} {_quote(args)}".rstrip())
+        safe_print(f"To go on: {_launcher(os.environ)} {_quote(args)}".rstrip())
     # torchrun would start again what was told to stop.
-    is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    is_restarted = restarts > 0
     return ranks.end(0 if is_restarted else EXIT_CODES[reason])
 
 
@@ -237,7 +244,7 @@ def _about_commands() -> str:
 def _launcher(env: Mapping[str, str]) -> str:
     """The same, with the launcher that started several processes, as far as it can be known."""
     each, size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
-    if int(size) < 2:
+    if env_int("WORLD_SIZE", 1, env) < 2:
         return program()
     nodes = "" if each == size else "... "
     return f"torchrun {nodes}--nproc_per_node={each} {script()}"

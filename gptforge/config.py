@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.files import read_small
+from gptforge.printable import short_repr
 
 MOST_TOKENS = 2**28
 """Tokens in a step: as many take 2 GB on their way to the device."""
+SEED_LIMIT = 2**63
+"""Seeds are below it; where one is added to, the sum wraps around here."""
 
 Value = bool | int | float | str
 
@@ -35,6 +38,12 @@ class GPTConfig:
     n_embd: int
     mlp_ratio: int = 4
     dropout: float = 0.0
+    activation: str = "gelu_tanh"
+
+    @property
+    def gelu_approximate(self) -> str:
+        """As torch's `approximate` has it: tanh or none."""
+        return {"gelu_tanh": "tanh", "gelu": "none"}[self.activation]
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,16 @@ class Config:
 
     input: str = ""
     """What to learn: a file of text, a folder of them, or token shards; empty: input.txt in this
-    folder, else Shakespeare's works."""
+    folder, else Shakespeare's works (bundled:input.txt)."""
     encoding: str = "utf-8"
     """Of the text, for instance latin-1."""
+    field: str = "text"
+    """Field of a JSON line, or column of a Parquet or CSV file, that holds the text."""
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """What the files hold; auto goes by their names."""
+    split_by_name: bool = True
+    """Hold out files whose names say val, valid, validation or dev, and leave out test, if others
+    say train; false: take them like all others."""
     headerless: bool = False
     """Take .bin files for bare uint16 ids, as nanoGPT writes them."""
     tokenizer: str = "gpt2"
@@ -76,6 +92,9 @@ class Config:
     """Width of the residual stream."""
     mlp_ratio: int = 4
     """Width of the feed-forward layer, in multiples of n_embd."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """Of the feed-forward layer: gelu_tanh, GPT-2's, or gelu, by the error function, nanoGPT's,
+    which trains more slowly on a GPU."""
     dropout: float = 0.0
     """Probability of dropping an activation while training."""
 
@@ -124,7 +143,7 @@ class Config:
     sample_every: int = 100
     """Updates between samples; 0: only at the end."""
     time_limit: float = 0.0
-    """Minutes after which to save and stop; 0: none."""
+    """Minutes from the start of the process after which to save and stop; 0: none."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -175,7 +194,7 @@ NOT_IN_FILES = frozenset({"overwrite", "config"})
 FREE_ON_RESUME = frozenset(
     {
         *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
-        *("encoding", "headerless"),
+        *("encoding", "headerless", "field", "kind", "split_by_name"),
         *("log_every", "eval_every", "save_every", "keep", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
         *("products", "activation_checkpointing", "loss_chunk", "parallel"),
@@ -198,12 +217,14 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
                 hint = "; fields stand by themselves, in no table"
             raise UserError(f"{source}: there is no field '{name}'{hint}")
         kind = FIELDS[name]
+        if type(value) is int and value.bit_length() > 63:
+            raise UserError(f"{source}: {name} must be below 2**63")
         if name == "compile" and isinstance(value, bool):
             value = "true" if value else "false"
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind:
-            given = f"{value!r} ({type(value).__name__})"
+            given = f"{short_repr(value)} ({type(value).__name__})"
             raise UserError(f"{source}: {name} takes {KINDS[kind]}, not {given}")
         checked[name] = value
     return dataclasses.replace(base, **checked)
@@ -211,15 +232,15 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
 
 def read_toml(path: Path) -> tuple[dict[str, object], bool]:
     """The fields that a TOML file sets, and whether a run wrote it: then none was set by hand."""
-    try:
+    with parsing(f"--config {path}", "a readable TOML file"):
         values = tomllib.loads(read_small(path))
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path}: not a readable TOML file: {error}") from None
     is_a_runs = isinstance(values.pop(NOTES, None), dict)
     if is_a_runs:
         values = {name: value for name, value in values.items() if name not in RETIRED}
+        if "split_by_name" not in values:
+            # Runs of versions before 0.2 read CSV as prose, and mixed all files.
+            is_table = Path(str(values.get("input"))).suffix.lower() in (".csv", ".tsv")
+            values |= {"split_by_name": False, "kind": "text" if is_table else "auto"}
     for name in sorted(NOT_IN_FILES & values.keys()):
         if values.pop(name):
             raise UserError(f"--config {path}: {name} can only be given as a flag")
@@ -267,6 +288,8 @@ def check(config: Config) -> None:
         choices = typing.get_args(hint)
         if choices and value not in choices:
             raise UserError(f"--{name} {value}: give one of {', '.join(choices)}")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise UserError(f"--{name} must be below 2**63")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} must be a finite number, not {value}")
     _at_least(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
@@ -280,7 +303,7 @@ def check(config: Config) -> None:
             f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
             f"{c.tokens_per_step:,} tokens a step; at most {MOST_TOKENS:,} can be held"
         )
-    if c.seed >= 2**63:
+    if c.seed >= SEED_LIMIT:
         raise UserError(f"--seed must be below 2**63, not {c.seed}")
     if c.n_embd % c.n_head:
         raise UserError(

@@ -1,4 +1,6 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+"""Writing files so that a crash leaves the old one or the new one, never half of either; and
+opening what others wrote: regular files only, of bounded size, without following links if asked.
+"""
 
 import atexit
 import contextlib
@@ -15,10 +17,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import has_magic
+from io import BufferedReader
 from pathlib import Path
-from typing import TextIO
-
-from gptforge.errors import UserError
+from typing import IO, Any, TextIO, cast
 
 SMALL = 16 * 2**20
 """Bytes: ten times the largest text file in a checkpoint, GPT-2's merge list."""
@@ -26,6 +27,92 @@ SMALL = 16 * 2**20
 
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 """What the system says when a disk, or the user's share of it, is full."""
+
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+_KINDS = (
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISDIR, "a folder"),
+)
+
+
+class IrregularFileError(OSError):
+    """Something other than a regular file: a pipe, a device, a folder or a link."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} is {self.strerror}"
+
+
+def irregular_kind(path: Path, *, follow_symlinks: bool = True) -> str:
+    """What is there instead of a regular file, such as "a named pipe"; empty if nothing is.
+
+    Args:
+        path: where to look.
+        follow_symlinks: whether a link counts as what it leads to.
+    """
+    try:
+        mode = path.stat(follow_symlinks=follow_symlinks).st_mode
+    except OSError:
+        return ""
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "")
+
+
+def open_regular(
+    path: Path, mode: str = "rb", *, follow_symlinks: bool = True, **options: Any
+) -> IO[Any]:
+    """Open a file that others may have written or put there; never waits, as for a pipe's writer.
+
+    Args:
+        path: the file.
+        mode: as for `open`, for instance "ab".
+        follow_symlinks: whether a link may stand for the file. The files inside of a run folder
+            are opened without: a run folder from elsewhere must not lead to files outside of it.
+        options: more arguments for `open`.
+
+    Raises:
+        IrregularFileError: if it is not a regular file.
+    """
+    if kind := irregular_kind(path, follow_symlinks=follow_symlinks):
+        raise IrregularFileError(errno.EINVAL, f"{kind}, not a regular file", path.as_posix())
+
+    def opener(name: str, flags: int) -> int:
+        # What was looked at may be something else by now.
+        handle = os.open(name, flags | _NO_WAITING | (0 if follow_symlinks else _NO_LINKS), 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise IrregularFileError(errno.EINVAL, "not a regular file", path.as_posix())
+        return handle
+
+    return open(path, mode, opener=opener, **options)
+
+
+def read_bounded(path: Path, most: int, *, follow_symlinks: bool = True) -> bytes:
+    """The bytes of a file that others may have written.
+
+    Raises:
+        OSError: if it has more than `most` bytes, or is not a regular file.
+    """
+    with open_regular(path, follow_symlinks=follow_symlinks) as file:
+        _require_size(path, os.fstat(file.fileno()).st_size, most)
+        # Some files of the system say 0, or grow meanwhile.
+        data: bytes = file.read(most + 1)
+    _require_size(path, len(data), most)
+    return data
+
+
+def require_bounded(path: Path, most: int, *, follow_symlinks: bool = True) -> None:
+    """Raise the OSErrors of `read_bounded`, for a file that a library is to read."""
+    with open_regular(path, follow_symlinks=follow_symlinks) as file:
+        _require_size(path, os.fstat(file.fileno()).st_size, most)
+
+
+def _require_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -36,10 +123,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch name beside `path`; what is written there takes its place when the block ends."""
+    """A scratch file beside `path`; what is written there takes its place when the block ends."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         with naming(path):
+            # A link that lies there, in a folder from elsewhere, must not be written through.
+            remove(partial)
+            partial.touch(exist_ok=False)
             yield partial
             sync(partial)
             partial.replace(path)
@@ -60,28 +150,6 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = path.as_posix()
         raise
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder beside `path`, which becomes `path` when the block ends well.
-
-    Raises:
-        UserError: if something is there already.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
-    partial = path.with_name(f".{path.name}.partial")
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        with naming(path):
-            yield partial
-            remove(path)
-            partial.replace(path)
-            sync_folder(path.parent)
-    finally:
-        remove(partial)
 
 
 def free_bytes(path: Path) -> int:
@@ -136,22 +204,27 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def read_small(path: Path) -> str:
+def read_small(path: Path, *, follow_symlinks: bool = True) -> str:
     """A text file of our own; an OSError if it is larger than any that we write.
 
     A stranger's file must not be able to take the memory. A byte order mark, which editors leave,
     is passed over.
     """
-    size = path.stat().st_size
-    if size > SMALL:
-        raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
-    return path.read_text(encoding="utf-8-sig")
+    text = read_bounded(path, SMALL, follow_symlinks=follow_symlinks).decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value out of JSON is a number that can be computed with: no NaN, no 10**400."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e100
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def json_line(record: Mapping[str, object]) -> str:
@@ -192,7 +265,7 @@ def pointed(link: Path) -> str | None:
     if link.is_symlink():
         return link.readlink().name
     if link.is_file() and link.stat().st_size < 256:
-        return link.read_text(encoding="utf-8", errors="replace").strip()
+        return read_bounded(link, 256).decode("utf-8", "replace").strip()
     return None
 
 
@@ -207,7 +280,8 @@ def remove(path: Path) -> None:
 def set_aside(path: Path, suffix: str) -> Path:
     """Rename `path` to the first free of `path.suffix-1`, `-2`, ...; returns the new name."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.{suffix}-{number}")).exists():
+    # A link that leads nowhere is in the way as well.
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{suffix}-{number}")):
         number += 1
     path.rename(aside)
     return aside
@@ -215,8 +289,13 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 def lies_in(folder: Path, name: str) -> bool:
     """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
-    there = folder.resolve()
-    return any(one.resolve().is_relative_to(there) for one in [Path(name), *expand(name)])
+    there = real_path(folder)
+    return any(real_path(one).is_relative_to(there) for one in [Path(name), *expand(name)])
+
+
+def real_path(path: str | Path) -> Path:
+    """`Path.resolve`, but for a loop of links, where that raises a RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def expand(pattern: str) -> list[Path]:

@@ -169,7 +169,9 @@ def spell_out_booleans(kind: type, args: Sequence[str]) -> list[str]:
         is_value = following in BOOLEANS or (
             issubclass(kind, Config) and not following.startswith("--")
         )
-        if word.removeprefix("--").replace("-", "_") in switches and not is_value:
+        name = word.removeprefix("--").replace("-", "_")
+        # A value may be called as a switch is: `--out_dir shuffle`.
+        if word.startswith("--") and name in switches and not is_value:
             spelled.append("true")
     return spelled
 

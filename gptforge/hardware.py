@@ -147,6 +147,7 @@ def choose_kernels(
     compile_flag: str = "auto",
     dropout: float = 0.0,
     recompute: bool = False,
+    activation: str = "gelu_tanh",
 ) -> Kernels:
     """The fastest that were measured on this kind of device."""
     narrow = precision.dtype == torch.bfloat16
@@ -154,7 +155,8 @@ def choose_kernels(
         return Kernels(fused_head=True, stream=torch.bfloat16 if narrow else None)
     if not narrow or device.type != "cuda" or torch.version.hip:
         return PLAIN
-    by_hand = compile_flag != "true" and not (dropout and recompute)
+    # The products with a GELU inside have the tanh form only.
+    by_hand = compile_flag != "true" and not (dropout and recompute) and activation == "gelu_tanh"
     return Kernels(by_hand=by_hand, fused_head=True, stream=torch.bfloat16)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -93,18 +93,14 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
         None where another process holds it and `wait` is False.
 
     Raises:
-        UserError: if a link that leads nowhere is in the lock's place.
+        UserError: if a link or something else that is no file is in the lock's place.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = (folder / LOCK).open("a", encoding="utf-8")
+            file = _open(folder / LOCK)
         except FileNotFoundError:
-            if (folder / LOCK).is_symlink():
-                raise UserError(
-                    f"{(folder / LOCK).as_posix()} is a link that leads nowhere: delete it"
-                ) from None
             # Whoever held it has just cleaned up behind himself.
             continue
         try:
@@ -112,7 +108,7 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
         except OSError:
             # A disk without locks: those on this machine can be kept away all the same.
             file.close()
-            file = _elsewhere(folder).open("a", encoding="utf-8")
+            file = _open(_elsewhere(folder))
             is_ours = _take(file, wait=wait)
         if is_ours and _is_in_place(file):
             return Hold(folder, file, made)
@@ -121,10 +117,81 @@ def hold(folder: Path, *, wait: bool = False) -> Hold | None:
             return None
 
 
+def _open(lock: Path) -> IO[str]:
+    """Open a lock, made if it is not there; never through a link, which could lead anywhere."""
+    try:
+        return files.open_regular(lock, "a", follow_symlinks=False, encoding="utf-8")
+    except files.IrregularFileError as error:
+        raise UserError(f"{error}: delete it") from None
+
+
+@contextlib.contextmanager
+def new_path(path: Path, *, say: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """A scratch path for a file or folder, which becomes `path` when the block ends well.
+
+    It lies in the folder `.NAME.partial` beside `path`. That is locked meanwhile: processes that
+    make the same thing take turns, and the next one deletes what a killed one left.
+
+    Args:
+        path: what to make; if the block makes nothing, it stays as it is.
+        say: told if another process has to be waited for.
+    """
+    place = path.with_name(f".{path.name}.partial")
+    if place.is_symlink():
+        place.unlink()
+    held = hold(place)
+    if held is None:
+        if say is not None:
+            say(f"note: waiting for another process that makes {path.as_posix()}")
+        held = hold(place, wait=True)
+    assert held is not None
+    try:
+        with held:
+            for leftover in place.iterdir():
+                if leftover.name != LOCK:
+                    files.remove(leftover)
+            scratch = place / f"new{path.suffix}"
+            try:
+                with files.naming(path):
+                    yield scratch
+                    if scratch.exists():
+                        scratch.replace(path)
+                        files.sync_folder(path.parent)
+            finally:
+                files.remove(scratch)
+    finally:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """As `new_path`, for a folder that is not there yet, or empty.
+
+    Raises:
+        UserError: if something is there already.
+    """
+    if path.is_symlink() and path.is_dir():
+        path = path.resolve()
+    _refuse_existing(path)
+    with new_path(path) as scratch:
+        # Another process may have made it while this one waited.
+        _refuse_existing(path)
+        scratch.mkdir()
+        yield scratch
+        if path.is_dir():
+            path.rmdir()
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
+
+
 def is_held(folder: Path) -> bool:
     """Whether some process, this one or another, holds a folder by the lock that lies in it."""
     try:
-        file = (folder / LOCK).open("r+", encoding="utf-8")
+        file = files.open_regular(folder / LOCK, "r+", follow_symlinks=False, encoding="utf-8")
     except OSError:
         return False
     with file:

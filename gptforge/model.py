@@ -1,7 +1,8 @@
 """GPT-2, after Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 
-Pre-norm blocks, tanh GELU, biases, learned positions, output layer tied to the token table. Module
-names are GPT-2's own, so that converting weights is a table of names.
+Pre-norm blocks, tanh GELU (nanoGPT's models have the exact one), biases, learned positions, output
+layer tied to the token table. Module names are GPT-2's own, so that converting weights is a table
+of names.
 
 Shapes: B sequences, T tokens each, C channels (n_embd), H heads of D = C / H, V vocabulary.
 """
@@ -52,7 +53,7 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")
+        self.gelu = nn.GELU(config.gelu_approximate)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,12 +146,16 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std, generator=generator)
         return self
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, num_tokens: int | None = None
+    ) -> Tensor:
         """Logits, or with `targets` the summed loss.
 
         Args:
             idx: (B, T) token ids, T at most block_size.
             targets: (B, T) ids one further on; IGNORE where there is none.
+            num_tokens: size of the tokenizer: the loss leaves out the padding rows behind it, which
+                are never sampled. None: all rows, as in training.
 
         Returns:
             (B, T, V) logits; with targets a float32 scalar, cross-entropy in nats summed over the
@@ -158,17 +163,17 @@ class GPT(nn.Module):
         """
         hidden = self.hidden(idx)
         if targets is not None:
-            return self.loss(hidden, targets)
+            return self.loss(hidden, targets, num_tokens)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         return logits
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss from what `hidden` gave and targets of the same shape."""
+    def loss(self, hidden: Tensor, targets: Tensor, num_tokens: int | None = None) -> Tensor:
+        """The summed loss from what `hidden` gave and targets of the same shape; see `forward`."""
+        logits = self.lm_head(hidden).flatten(0, -2)
+        if num_tokens is not None:
+            logits = logits[:, :num_tokens]
         return F.cross_entropy(
-            self.lm_head(hidden).flatten(0, -2).float(),
-            targets.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
+            logits.float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
         )
 
     def hidden(

@@ -14,8 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 # A room may import from those before it in this list, never from those behind it.
 ROOMS = [
     *(
+        "printable",
         "errors",
         "shell",
+        "launch_env",
         "files",
         "holding",
         "waking",
@@ -53,7 +55,7 @@ LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gg
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
 LAZY |= {"wandb", "tensorboard", "quack"}
 NO_TORCH = {"errors", "config", "presets", "files", "holding", "costs", "flags", "commands", "cli"}
-NO_TORCH |= {"waking", "shell", "__main__", "__init__"}
+NO_TORCH |= {"printable", "launch_env", "waking", "shell", "__main__", "__init__"}
 
 
 def modules() -> list[Path]:

@@ -270,7 +270,7 @@ def test_the_library_loads_a_run(program, play) -> None:
     text = writer.generate("JULIET", max_new_tokens=12, temperature=0.5, top_k=5, seed=3)
     assert "".join(writer.stream("JULIET", 12, temperature=0.5, top_k=5, seed=3)) == text
     assert writer.decode(writer.encode("JULIET")) == "JULIET"
-    assert writer.logits(writer.encode("JULIET")).shape == (6, 64)
+    assert writer.logits(writer.encode("JULIET")).shape == (6, writer.tokenizer.size)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs symbolic links to begin with")
@@ -326,6 +326,12 @@ def test_a_wrong_sample_prints_nothing_but_the_mistake(program, play, args) -> N
 
 def test_values_of_flags_are_not_taken_for_flags() -> None:
     assert flag_values(["--out_dir", "x", "--max-lr=1e-3"]) == {"out_dir": "x", "max_lr": "1e-3"}
+
+
+@pytest.mark.parametrize("name", ["shuffle", "overwrite", "compile", "deterministic", "true"])
+def test_a_value_may_be_called_as_a_switch_is(name) -> None:
+    config, _ = parse_train(["--out_dir", name, "--seed", "3"])
+    assert (config.out_dir, config.seed, config.overwrite) == (name, 3, False)
 
 
 def test_a_run_on_the_text_that_comes_along_is_judged_from_any_folder(

@@ -104,3 +104,14 @@ def test_what_does_not_change_learning_may_differ_on_resume() -> None:
     assert "n_layer: 12 -> 6" in differences(old, dataclasses.replace(old, n_layer=6))
     assert differences(old, dataclasses.replace(old, batch_size=16))
     assert differences(old, dataclasses.replace(old, max_steps=100))
+
+
+def test_runs_of_earlier_versions_read_their_files_as_they_did(tmp_path) -> None:
+    (tmp_path / "old.toml").write_text('input = "d/t.CSV"\n[made_by]\ngptforge = "0.1"\n')
+    values, is_a_runs = read_toml(tmp_path / "old.toml")
+    assert (is_a_runs, values["kind"], values["split_by_name"]) == (True, "text", False)
+    (tmp_path / "new.toml").write_text(to_toml(Config(input="t.csv"), {}))
+    values, _ = read_toml(tmp_path / "new.toml")
+    assert (values["kind"], values["split_by_name"]) == ("auto", True)
+    (tmp_path / "own.toml").write_text('input = "t.csv"\n')
+    assert read_toml(tmp_path / "own.toml") == ({"input": "t.csv"}, False)

@@ -87,3 +87,45 @@ def test_what_was_put_right_in_a_text_is_told_once(program) -> None:
     for folder in ("fresh", "again"):
         said = program(*FEW, "--input", "dos.txt", "--out_dir", folder).out
         assert said.count("turned CRLF line ends into LF") == 1
+
+
+def test_any_file_that_training_read_is_called_learned_wherever_it_lies(program, play) -> None:
+    Path("d").mkdir()
+    text = play.read_text()
+    third = len(text) // 3
+    for number, name in enumerate(("train.txt", "valid.txt", "test.txt")):
+        Path("d", name).write_text(text[number * third : (number + 1) * third])
+    assert program(*FEW, "--input", "d", "--tokenizer", "byte", "--out_dir", "run").code == 0
+    shutil.copy("d/train.txt", "copy.txt")
+    for name in ("d/train.txt", "copy.txt"):
+        done = program(*EVAL, "--data", name)
+        assert done.code == 0
+        assert f"warning: {name} went into the training of run, whole or in part" in done.err
+    for name in ("d/valid.txt", "d/test.txt"):
+        done = program(*EVAL, "--data", name)
+        assert done.code == 0
+        assert "warning" not in done.err
+    # Of the folder, what it holds out is judged.
+    done = program(*EVAL, "--data", "d")
+    assert "note: judged by the part that d holds out" in done.err
+    assert "warning" not in done.err
+    numbers = re.compile(r"[\d.,]+")
+    assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
+
+
+def test_a_file_of_mixed_documents_is_called_learned(program) -> None:
+    Path("d").mkdir()
+    for half in (0, 1):
+        lines = [json.dumps({"text": f"words of line {half} {i}"}) for i in range(100)]
+        Path("d", f"{half}.jsonl").write_text("\n".join(lines))
+    options = ("--tokenizer", "byte", "--context_length", 16, "--out_dir", "run")
+    assert program("prepare", "d", "--out", "shards", "--tokenizer", "byte").code == 0
+    assert program(*FEW, "--input", "shards", *options).code == 0
+    done = program(*EVAL, "--data", "d/1.jsonl")
+    assert "warning: d/1.jsonl went into the training of run, whole or in part" in done.err
+    Path("other.jsonl").write_text(json.dumps({"body": "other words", "n": 2}))
+    refused = program(*EVAL, "--data", "other.jsonl")
+    assert "it has body: choose one with --field" in refused.err
+    done = program(*EVAL, "--data", "other.jsonl", "--field", "body")
+    assert done.code == 0
+    assert "warning" not in done.err

@@ -9,6 +9,8 @@ import pytest
 
 from gptforge import files
 
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+
 
 def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     path = tmp_path / "config.toml"
@@ -123,3 +125,68 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, ki
     assert path.parent == tmp_path
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert files.private_temporary() == path
+
+
+def odd(path: Path, kind: str) -> Path:
+    """Something at `path` that is no regular file."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path.with_name("target"))
+        path.with_name("target").write_text("secret")
+    return path
+
+
+@posix
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
+@pytest.mark.parametrize("mode", ["rb", "ab", "r+"])
+def test_only_regular_files_are_opened_and_at_once(tmp_path, kind, mode) -> None:
+    path = odd(tmp_path / "metrics.jsonl", kind)
+    with pytest.raises(files.IrregularFileError, match=r"metrics.jsonl is a .*, not a regular"):
+        files.open_regular(path, mode, follow_symlinks=False)
+    if kind != "link":
+        for read in (files.sha256, files.read_small):
+            with pytest.raises(files.IrregularFileError):
+                read(path)
+    assert not (tmp_path / "target").exists() or (tmp_path / "target").read_text() == "secret"
+
+
+@posix
+def test_a_link_is_followed_where_the_user_named_it(tmp_path) -> None:
+    assert files.read_small(odd(tmp_path / "config.toml", "link")) == "secret"
+
+
+def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path) -> None:
+    path = tmp_path / "manifest.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match=f"{2**40:,} bytes, more than any"):
+        files.read_small(path)
+    path.write_bytes(b"x" * 10)
+    assert files.read_bounded(path, 10) == b"x" * 10
+    with pytest.raises(OSError, match="more than any"):
+        files.read_bounded(path, 9)
+
+
+def test_lines_end_alike_whatever_system_wrote_them(tmp_path) -> None:
+    (tmp_path / "merges.txt").write_bytes("\ufeffa b\r\nc d\re f\n".encode())
+    assert files.read_small(tmp_path / "merges.txt") == "a b\nc d\ne f\n"
+
+
+@posix
+def test_a_link_in_the_place_of_a_scratch_file_is_not_written_through(tmp_path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / ".config.partial.toml").symlink_to(tmp_path / "secret")
+    files.write_atomic(tmp_path / "config.toml", "new")
+    assert (tmp_path / "secret").read_text() == "mine"
+    assert (tmp_path / "config.toml").read_text() == "new"
+    assert not (tmp_path / "config.toml").is_symlink()
+
+
+@posix
+def test_setting_aside_does_not_write_over_a_dangling_link(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run.old-1").symlink_to("nowhere")
+    assert files.set_aside(tmp_path / "run", "old").name == "run.old-2"

@@ -8,7 +8,7 @@ import pytest
 
 from gptforge import holding
 from gptforge.errors import UserError
-from gptforge.holding import LOCK, hold
+from gptforge.holding import LOCK, hold, new_folder, new_path
 
 links = pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
 
@@ -105,5 +105,63 @@ def test_who_looks_whether_a_folder_is_held_keeps_nobody_out(tmp_path, monkeypat
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_a_link_to_nowhere_in_the_locks_place_is_told(tmp_path) -> None:
     (tmp_path / LOCK).symlink_to(tmp_path / "nowhere" / "file")
-    with pytest.raises(UserError, match="leads nowhere"):
+    with pytest.raises(UserError, match="is a symbolic link"):
         hold(tmp_path)
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next_one(tmp_path) -> None:
+    place = tmp_path / ".model.partial"
+    (place / "new").mkdir(parents=True)
+    (place / "new" / "model.safetensors").write_text("half")
+    (place / LOCK).touch()
+    with new_folder(tmp_path / "model") as folder:
+        assert not any(folder.iterdir())
+        (folder / "file").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "file").read_text() == "whole"
+
+
+def test_a_folder_that_fails_leaves_nothing_and_one_that_is_there_stays(tmp_path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "deep" / "model") as folder:
+        (folder / "file").touch()
+        raise RuntimeError
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").touch()
+    with pytest.raises(UserError, match="is there already"), new_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model" / "mine").exists()
+
+
+@links
+def test_a_new_folder_goes_where_a_link_to_an_empty_one_leads(tmp_path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    (tmp_path / ".big.partial").symlink_to(tmp_path)
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big" / "file").exists()
+
+
+def test_those_who_make_the_same_take_turns(tmp_path) -> None:
+    made, said = [], []
+
+    def make() -> None:
+        with new_path(tmp_path / "model", say=said.append) as scratch:
+            if not (tmp_path / "model").exists():
+                scratch.write_text("whole")
+                made.append(1)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    with hold(tmp_path / ".model.partial"):
+        for thread in threads:
+            thread.start()
+        while len(said) < len(threads):
+            time.sleep(0.01)
+        assert not made
+    for thread in threads:
+        thread.join()
+    assert made == [1]
+    assert (tmp_path / "model").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

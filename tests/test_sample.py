@@ -158,3 +158,15 @@ def test_a_flag_is_utf_8_in_any_locale(monkeypatch) -> None:
     assert from_argument("\xc3\xa9") == "é"
     assert from_argument("é") == "é"
     assert from_argument("日") == "日"
+
+
+def test_seeds_behind_the_largest_begin_anew(trained) -> None:
+    largest = 2**63 - 1
+    done = trained(*SAMPLE, "--json", "--num_samples", 3, "--seed", largest)
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [record["seed"] for record in records] == [largest, 0, 1]
+    assert trained(*SAMPLE, "--seed", 0).out == records[1]["text"] + "\n"
+    for seed in (largest + 1, -1):
+        refused = trained(*SAMPLE, "--seed", seed)
+        assert (refused.code, refused.out) == (2, "")
+        assert "below 2**63" in refused.err

@@ -115,6 +115,7 @@ def transformers_model(model: GPT) -> Any:
             n_layer=c.n_layer,
             n_head=c.n_head,
             n_inner=c.mlp_ratio * c.n_embd,
+            activation_function="gelu" if c.activation == "gelu" else "gelu_new",
             resid_pdrop=c.dropout,
             embd_pdrop=c.dropout,
             attn_pdrop=c.dropout,

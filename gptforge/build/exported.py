@@ -1,6 +1,7 @@
 """From a run to a model in another program's form, and from there to a checkpoint."""
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from gptforge import __version__, files
 from gptforge.build.trained import open_parts
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import NOTES, Config, check, merge, to_toml
-from gptforge.convert.card import CURVES, Origin, beginning, model_card
+from gptforge.convert.card import CURVES, METRICS, Origin, beginning, copy_own, model_card
 from gptforge.convert.extras import require
-from gptforge.convert.gguf import write_gguf
+from gptforge.convert.gguf import activation_difference, write_gguf
 from gptforge.convert.hf import is_hf, read_hf, write_hf
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts
@@ -23,6 +24,8 @@ from gptforge.data.documents import Form
 from gptforge.data.sources import open_sources
 from gptforge.data.survey import alphabet
 from gptforge.errors import RunError, UserError
+from gptforge.holding import new_folder, new_path
+from gptforge.printable import MAX_NAME, printable
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, named
 
@@ -31,6 +34,9 @@ WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 """How files are named, and no model on the Hub."""
 OF_A_MODEL = ("config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json")
 """What is read of a folder of transformers', or fetched from the Hub."""
+GELU_IS_KEPT = "activation gelu"
+"""Part of the digest of a nanoGPT checkpoint: earlier versions imported its exact GELU as the tanh
+form, and such an import is not used again."""
 
 
 def export_hf(run: str, out: Path, *, say: Say) -> None:
@@ -45,10 +51,10 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
     )
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     card = model_card(parts, origin, title=title_of(run), usage=usage, front=front)
-    with _writing(out), files.new_folder(out) as folder:
+    with _writing(out), new_folder(out) as folder:
         difference = write_hf(folder, parts, card=card)
         if origin and origin.curves:
-            (folder / CURVES).write_bytes(origin.curves.read_bytes())
+            copy_own(origin.curves, folder)
     say(
         f"{out.as_posix()}: transformers' logits differ from ours by {difference:.1e} at most, "
         f"float32"
@@ -59,20 +65,26 @@ def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
     """Write a file that llama.cpp loads, after reading it back and comparing logits."""
     require("gguf", extra="gguf")
     parts = open_parts(run)
+    if not is_hf(Path(run)):
+        _checkpoint_of(run)
     path = out if out.suffix == ".gguf" else out / f"model-{kind}.gguf"
-    if path.exists():
-        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
+    _refuse_existing(path)
     title = title_of(run)
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        difference = write_gguf(path, parts, kind=kind, name=title)
+    with _writing(path), new_path(path) as scratch:
+        difference = write_gguf(scratch, parts, kind=kind, name=title)
+        _refuse_existing(path)
     say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
+    if off := activation_difference(parts):
+        say(
+            "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
+            f"tanh form: its logits differ by up to {off:.1e} because of that; --to hf keeps it"
+        )
 
 
 def export_space(run: str, out: Path, *, say: Say) -> None:
     """Write a folder that is a whole Hugging Face Space: the page, the program and the model."""
     parts, origin = open_parts(run), origin_of(run)
-    with _writing(out), files.new_folder(out) as folder:
+    with _writing(out), new_folder(out) as folder:
         fill_space(folder, parts, origin, title=title_of(run), config=_config_text(parts, origin))
         back = open_parts(folder)
         if any(not t.equal(parts.tensors[name]) for name, t in back.tensors.items()):
@@ -95,25 +107,33 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "",
     Raises:
         UserError: if it is no GPT-2, naming the first thing that does not fit.
     """
-    given = _given_tokenizer(tokenizer, text)
-    parts = _read(source, given, say)
-    with _writing(out), files.new_folder(out) as folder:
-        config = _config_text(parts, None, source=_digest(Path(source)))
-        tensors = dict(parts.tensors)
-        checkpoints.write_model(folder, tensors, tokenizer=parts.tokenizer, config=config)
+    parts = _read(source, _given_tokenizer(tokenizer, text), say)
+    with _writing(out), new_folder(out) as folder:
+        _write_import(folder, parts, source)
+    _say_import(out, parts, say)
+
+
+def _write_import(folder: Path, parts: Parts, source: str) -> None:
+    config = _config_text(parts, None, source=_digest(Path(source)))
+    tensors = dict(parts.tensors)
+    checkpoints.write_model(folder, tensors, tokenizer=parts.tokenizer, config=config)
+
+
+def _say_import(out: Path, parts: Parts, say: Say) -> None:
     c = parts.config
     say(
         f"{out.as_posix()}: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
-        f"{c.block_size} positions, {parts.tokenizer.name} tokenizer with {parts.tokenizer.size:,} "
-        "ids; sample, eval, export and --init_from take it"
+        f"{c.block_size} positions, activation {c.activation}, {parts.tokenizer.name} tokenizer "
+        f"with {parts.tokenizer.size:,} ids; sample, eval, export and --init_from take it"
     )
 
 
 def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     """What `--init_from` takes: a run or checkpoint as it is, else an import made for it.
 
-    An import of something else by that name is moved aside. With `scratch` an import that is not
-    there yet is made in that folder, and not kept.
+    An import of something else by that name is moved aside. Several starts at once make one import:
+    the others wait for it. With `scratch` an import that is not there yet is made in that folder,
+    and not kept.
     """
     path = Path(source)
     looks_ours = path.is_dir() and not is_hf(path)
@@ -122,22 +142,38 @@ def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     if path.is_file() and path.name in ("best", "last"):
         return source
     out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
-    is_there, why = out.is_dir(), ""
-    if is_there and path.exists() and _imported_from(out) != _digest(path):
-        why = f"came from another {source}"
-    elif is_there and (reason := checkpoints.damage(out, checkpoints.TO_WRITE_WITH)):
-        why = f"is damaged ({reason})"
-    if why:
-        is_there = False
-        if not scratch:
-            aside = files.set_aside(out, "old")
-            say(f"note: {out.as_posix()} {why}: moved to {aside.as_posix()}")
-    if is_there:
+    if _is_import_of(out, path):
         say(f"--init_from {source}: as it was imported before, {out.as_posix()}")
         return out.as_posix()
-    out = scratch / out.name if scratch else out
-    import_model(source, out, say=say)
+    if scratch:
+        import_model(source, scratch / out.name, say=say)
+        return (scratch / out.name).as_posix()
+    with _writing(out), new_path(out, say=say) as folder:
+        if _is_import_of(out, path):
+            say(f"--init_from {source}: as another process imported it, {out.as_posix()}")
+            return out.as_posix()
+        parts = _read(source, None, say)
+        folder.mkdir()
+        _write_import(folder, parts, source)
+        if os.path.lexists(out):
+            why = _why_another(out, path, source)
+            aside = files.set_aside(out, "old")
+            say(f"note: {out.as_posix()} {why}: moved to {aside.as_posix()}")
+    _say_import(out, parts, say)
     return out.as_posix()
+
+
+def _is_import_of(out: Path, source: Path) -> bool:
+    """Whether `out` is an intact import of what `source` holds now, or names on the Hub."""
+    return out.is_dir() and not _why_another(out, source, "")
+
+
+def _why_another(out: Path, source: Path, name: str) -> str:
+    """Why `out` cannot be used as the import of `source`; empty if it can."""
+    if source.exists() and _imported_from(out) != _digest(source):
+        return f"came from another {name}"
+    damage = checkpoints.damage(out, checkpoints.TO_WRITE_WITH)
+    return f"is damaged ({damage})" if damage else ""
 
 
 def _digest(source: Path) -> str:
@@ -146,6 +182,8 @@ def _digest(source: Path) -> str:
     if source.is_dir():
         found = sorted(path for name in OF_A_MODEL for path in source.glob(name))
     whole = "".join(f"{path.suffix} {files.sha256(path)} " for path in found)
+    if source.is_file():
+        whole += GELU_IS_KEPT
     return hashlib.sha256(whole.encode()).hexdigest() if found else ""
 
 
@@ -154,33 +192,63 @@ def _imported_from(folder: Path) -> str:
     try:
         notes = tomllib.loads(files.read_small(folder / checkpoints.CONFIG))[NOTES]
         return str(notes.get("source", ""))
-    except (OSError, ValueError, KeyError, AttributeError):
+    except Exception:
+        # Whatever it is, nobody noted a digest there.
         return ""
 
 
 def origin_of(run: str) -> Origin | None:
-    """What the run folder around a checkpoint tells; None for a model from elsewhere."""
+    """What the run folder around a checkpoint tells; None for a model from elsewhere.
+
+    Raises:
+        UserError: for a link in the run folder: what it leads to would get into the export.
+    """
     if is_hf(Path(run)):
         return None
-    path = checkpoints.resolve(run).resolve()
-    step = path.name.removeprefix("step-")
+    path = _checkpoint_of(run)
+    step = path.name.removeprefix("step-").partition(".")[0]
     folder = path.parent.parent
     if path.parent.name != "checkpoints" or not step.isdecimal():
         return None
-    picture = folder / CURVES
+    picture, metrics = folder / CURVES, folder / METRICS
+    for file in (picture, metrics):
+        if kind := files.irregular_kind(file, follow_symlinks=False):
+            raise UserError(
+                f"{file.as_posix()} is {kind}, and not copied into an export: remove it, or put "
+                "the file itself there"
+            )
     return Origin(
         config=checkpoints.read_config(path),
         step=int(step),
-        history=read_history(folder / "metrics.jsonl"),
+        history=read_history(metrics),
         curves=picture if picture.is_file() else None,
     )
 
 
+def _checkpoint_of(run: str) -> Path:
+    """The checkpoint folder that is exported; a UserError if only a link in the run leads to it."""
+    path = checkpoints.resolve(run).absolute()
+    if path.is_symlink():
+        # Such as `best`, named by whoever gave the command.
+        path = path.resolve()
+    if path.parent.name == "checkpoints" and path.parent.is_symlink():
+        raise UserError(
+            f"{path.parent.as_posix()} is a link, and what it leads to may not be this run's: name "
+            f"the checkpoint that you want, {path.resolve().as_posix()}"
+        )
+    return path
+
+
 def title_of(run: str) -> str:
     """A name for a model: that of its run folder."""
-    path = Path(run).resolve()
+    path = files.real_path(run)
     inside = path.parent.name == "checkpoints"
-    return (path.parent.parent if inside else path).name
+    return printable((path.parent.parent if inside else path).name, MAX_NAME)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
 
 
 @contextmanager
@@ -238,6 +306,8 @@ def _is_missing(path: Path, source: str) -> bool:
 
 def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
     path = Path(source)
+    if (kind := files.irregular_kind(path)) and not path.is_dir():
+        raise UserError(f"{source} is {kind}, not a regular file: save the model to a file first")
     if path.suffix == ".gguf" and path.is_file():
         raise UserError(f"{source}: GGUF is not read: import the model that it was made from")
     if path.suffix in (".safetensors", ".json") and path.is_file():

@@ -24,6 +24,7 @@ def kernels_of(config: Config, device: torch.device, precision: Precision) -> Ke
         compile_flag=config.compile,
         dropout=config.dropout,
         recompute=config.activation_checkpointing,
+        activation=config.activation,
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Collection
 from hashlib import sha256
 from typing import Any
@@ -18,6 +17,7 @@ from gptforge.data.corpus import Corpus
 from gptforge.distributed import Ranks
 from gptforge.errors import UserError
 from gptforge.hardware import PLAIN, Precision, usable_memory
+from gptforge.launch_env import env_int
 from gptforge.train.micro_batch import HEADROOM
 
 Say = Callable[[str], None]
@@ -55,7 +55,7 @@ def open_together(
     Raises:
         RunError: naming a rank with another text, tokenizer, configuration or version.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if env_int("TORCHELASTIC_RESTART_COUNT", 0):
         # A restart goes on with what the first start began.
         config = dataclasses.replace(config, overwrite=False)
 

@@ -11,8 +11,9 @@ from typing import Any
 from gptforge.build.trained import load
 from gptforge.checkpoint import store as checkpoints
 from gptforge.convert.hf import is_hf
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, parsing
 from gptforge.evaluate.tasks import TASKS, Question, answer
+from gptforge.files import open_regular
 from gptforge.hardware import choose_precision
 from gptforge.report.patience import Patience
 
@@ -21,6 +22,8 @@ ON_THE_HUB = {
     "lambada": ("EleutherAI/lambada_openai", "test"),
 }
 """Where the Hugging Face Hub has a task, and which part of it is asked."""
+LONGEST_LINE = 2**20
+"""Characters of a line of questions; a hundred times the longest of HellaSwag's and LAMBADA's."""
 Scores = dict[str, dict[str, float]]
 
 
@@ -62,31 +65,24 @@ def _questions(name: str, file: str, limit: int) -> list[Question]:
     found = []
     where = file or ON_THE_HUB[name][0]
     for number, row in enumerate(islice(rows, limit or None), 1):
-        try:
+        with parsing(f"{where}, line {number}", f"a question of {name}"):
             found.append(TASKS[name].read(row))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}, line {number}: no question of {name}: {type(error).__name__} {error}"
-            ) from None
     if not found:
         raise UserError(f"{where}: there are no questions")
     return found
 
 
 def _of_a_file(path: Path) -> Iterable[Mapping[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not a JSON object")
-                yield row
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines: {error}") from None
+    with parsing(path, "JSON lines"), open_regular(path, "r", encoding="utf-8") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), ""), 1):
+            if not line.strip():
+                continue
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"{path}, line {number}: too long for a question")
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object")
+            yield row
 
 
 def _of_the_hub(name: str) -> Iterable[Mapping[str, Any]]:

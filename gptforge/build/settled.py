@@ -11,10 +11,12 @@ from gptforge.config import Config, GPTConfig
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
 from gptforge.data.documents import Form
-from gptforge.data.text import find_text
+from gptforge.data.index import INDEX
+from gptforge.data.text import BUNDLED, find_text, is_bundled_elsewhere, portable_name
 from gptforge.errors import UserError
 from gptforge.report.meter import ShownMeter
-from gptforge.tokenizers import NAMES
+from gptforge.shell import quote
+from gptforge.tokenizers import NAMES, Tokenizer, named
 
 Say = Callable[[str], None]
 
@@ -28,14 +30,12 @@ def start_from(
 
     With `scratch` another program's model is read by way of that folder, and not kept.
     """
-    config = _with_its_tokenizer(config, say)
+    config = _read_as_before(_with_its_tokenizer(config, say), given)
     if not config.init_from:
         return config
     source = imported(config.init_from, say=say, scratch=scratch)
     config = dataclasses.replace(config, init_from=source)
-    # A run that was begun this way has a tokenizer and a shape of its own by now.
-    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
-    path = own if own and not config.overwrite else checkpoints.resolve(config.init_from)
+    path = _initial_checkpoint(config)
     if reason := checkpoints.damage(path, checkpoints.TO_WRITE_WITH):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
     shape = checkpoints.read_config(path)
@@ -49,9 +49,61 @@ def start_from(
     taken = {name: getattr(shape, name) for name in SHAPE if name not in given}
     if "tokenizer" not in given:
         taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
+    elif config.tokenizer not in ("char", "byte"):
+        # What these two are depends on the text; any other is known before that is prepared.
+        is_prepared = (Path(config.input) / INDEX).is_file()
+        prepared = config.input if is_prepared else ""
+        check_tokenizer(config, named(config.tokenizer, ""), prepared=prepared)
     if "context_length" not in given:
         taken["context_length"] = min(config.context_length, shape.block_size)
     return dataclasses.replace(config, **taken)
+
+
+def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared: str = "") -> None:
+    """Refuse a tokenizer that is not that of `--init_from`, id for id.
+
+    Every id would mean something else to the model, and nothing of what it knows be of use.
+
+    Args:
+        config: with `init_from` as `start_from` left it.
+        tokenizer: that the text is encoded with.
+        prepared: the shards that were made with it, if they were.
+
+    Raises:
+        UserError: if some id means something else, or there are more or fewer of them.
+    """
+    if not config.init_from:
+        return
+    path = _initial_checkpoint(config) / checkpoints.TOKENIZER
+    own = checkpoints.read_tokenizer(path.parent)
+    if own.to_json() == tokenizer.to_json():
+        return
+    what, fix = f"--tokenizer {config.tokenizer}", "leave --tokenizer out"
+    if prepared:
+        what = f"{prepared} was prepared with a tokenizer that"
+        fix = f"prepare the text again with --tokenizer {quote(path.as_posix())}"
+    raise UserError(
+        f"{what} ({tokenizer.name}, {tokenizer.size:,} ids) is not the one of --init_from "
+        f"{config.init_from} ({own.name}, {own.size:,} ids): the same ids would mean something "
+        f"else; {fix}"
+    )
+
+
+def _initial_checkpoint(config: Config) -> Path:
+    """Where the weights of a run with `--init_from` come from."""
+    # A run that was begun this way has a tokenizer and a shape of its own by now.
+    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
+    return own if own and not config.overwrite else checkpoints.resolve(config.init_from)
+
+
+def _read_as_before(config: Config, given: Collection[str]) -> Config:
+    """How the files are read stays as it is in a run that goes on."""
+    own = CheckpointStore(Path(out_dir_of(config)) / "checkpoints").pointed("last")
+    if own is None or config.overwrite or checkpoints.damage(own, (checkpoints.CONFIG,)):
+        return config
+    old = checkpoints.read_config(own)
+    names = {"field", "kind", "split_by_name"}.difference(given)
+    return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
 
 
 def _with_its_tokenizer(config: Config, say: Say) -> Config:
@@ -77,13 +129,20 @@ def open_text(config: Config, given: Collection[str], say: Say, meter: ShownMete
     wanted = Wanted(
         tokenizer=config.tokenizer,
         val_fraction=config.val_fraction,
-        form=Form(encoding=config.encoding),
+        form=Form(config.field, config.encoding),
+        kind=config.kind,
+        split_by_name=config.split_by_name,
         headerless=config.headerless,
         # A model that is begun from another one reads with that one's eyes.
         insists_on_tokenizer="tokenizer" in given or bool(config.init_from),
+        model_tokenizer=config.tokenizer if config.init_from and "tokenizer" not in given else "",
         insists_on_fraction="val_fraction" in given,
     )
-    corpus = open_corpus(find_text(config.input), wanted, say=say, meter=meter)
+    name = config.input
+    if "input" not in given and is_bundled_elsewhere(name):
+        say(f"note: {name} is not here: the text that comes with the program is used, {BUNDLED}")
+        name = BUNDLED
+    corpus = open_corpus(find_text(name), wanted, say=say, meter=meter)
     check_length(corpus, config.context_length, stagger=config.stagger)
     batch = config.global_batch
     for finding in glance(corpus, context_length=config.context_length, global_batch=batch):
@@ -101,13 +160,13 @@ def settle(config: Config, corpus: Corpus) -> Config:
     if vocab_size < size:
         raise UserError(
             f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
-            f"{config.tokenizer}: give {size} or more, or leave it out"
+            f"{config.tokenizer}: give {size} or more, or 0 for as many as it needs"
         )
     return dataclasses.replace(
         config,
         vocab_size=vocab_size,
         out_dir=out_dir_of(config),
-        input=corpus.path.as_posix(),
+        input=portable_name(corpus.path),
         tokenizer=corpus.tokenizer_name,
         val_fraction=corpus.val_fraction,
     )

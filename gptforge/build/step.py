@@ -30,6 +30,7 @@ from gptforge.hardware import (
 from gptforge.kernels.packed_attention import ByTriton, fastest
 from gptforge.model import GPT
 from gptforge.optim.choice import build_optimizer
+from gptforge.printable import safe_print
 from gptforge.report.duration import in_words
 from gptforge.train.savings import Savings
 from gptforge.train.sharded import shard
@@ -83,7 +84,7 @@ def train_step(
         kernels=kernels,
         savings=Savings(config.activation_checkpointing, config.loss_chunk),
         may_shrink=not by_hand and not shards,
-        say=say if ranks.is_first else lambda text: print(f"{ranks.where}: {text}", flush=True),
+        say=say if ranks.is_first else lambda text: safe_print(f"{ranks.where}: {text}"),
         ranks=ranks,
         root=root,
     )

@@ -1,10 +1,9 @@
 """From a run on the disk back to a model that writes."""
 
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,15 +11,19 @@ from gptforge import costs, files
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.hf import is_hf, read_hf
+from gptforge.convert.hf_tokenizer import OURS
 from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
 from gptforge.data.documents import Form
+from gptforge.data.finding import counted
+from gptforge.data.sources import Kind
 from gptforge.data.stream import TokenStream
-from gptforge.data.text import find_text
+from gptforge.data.text import BUNDLED, find_text
 from gptforge.errors import UserError
 from gptforge.evaluate.heldout import HeldOut, HeldOutLoss
 from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import choose_device, choose_precision
+from gptforge.printable import print_note
 from gptforge.report.patience import Patience
 from gptforge.tokenizers import byte_lengths
 
@@ -56,7 +59,7 @@ def load(
         parts.tokenizer,
         dtype=writing_dtype(dtype, place, parts.config),
         settled=True,
-        say=say or _say,
+        say=say or print_note,
     )
 
 
@@ -80,14 +83,16 @@ def open_parts(run: str | Path) -> Parts:
         raise UserError(f"{run!r} is no run: give the path of a run folder or a checkpoint folder")
     if is_hf(Path(run)):
         return read_hf(Path(run))
+    tried: set[Path] = set()
     while True:
         path = checkpoints.resolve(str(run))
         try:
             return _parts_of(path)
         except (UserError, OSError):
             # A training beside us may have deleted it since: then there is a newer one.
-            if path == Path(run) or path.is_dir():
+            if path.is_dir() or path in tried:
                 raise
+            tried.add(path)
 
 
 def _parts_of(path: Path) -> Parts:
@@ -116,12 +121,14 @@ def writing_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.d
     return choose_precision(flag, device).dtype
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def evaluate_run(
-    run: str | Path, *, data: str = "", encoding: str = "", device: str = "auto"
+    run: str | Path,
+    *,
+    data: str = "",
+    encoding: str = "",
+    field: str = "",
+    kind: Kind | Literal["auto"] = "auto",
+    device: str = "auto",
 ) -> HeldOutLoss:
     """Judge a run's model by another text, or by the part of its own that it held out.
 
@@ -130,32 +137,46 @@ def evaluate_run(
         data: a text, judged as a whole, or shards, by what they hold out, else as a whole; empty:
             what the run held out.
         encoding: of `data`; empty: utf-8, whatever the run's own text is written in.
+        field: of JSON lines or columns in `data` that holds the text; empty: text.
+        kind: what `data` holds; auto goes by its name.
         device: as `load` takes it.
 
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
     """
-    if encoding and not data:
-        raise UserError("--encoding is that of the text of --data: give both, or neither")
+    for flag, value in (("encoding", encoding), ("field", field), ("kind", kind)):
+        if value not in ("", "auto") and not data:
+            raise UserError(f"--{flag} is that of the text of --data: give both, or neither")
     writer = load(run, device=device)
     state: dict[str, Any] | None = None
     if is_hf(Path(run)):
         config = Config(context_length=writer.model.config.block_size)
+        own = Path(run) / OURS
+        tokenizer_file = own if own.is_file() else Path(run) / checkpoints.TOKENIZER
     else:
         path = checkpoints.resolve(str(run))
+        tokenizer_file = path / checkpoints.TOKENIZER
         config = checkpoints.read_config(path)
         state = checkpoints.read_state(path) if (path / checkpoints.STATE).exists() else None
     sha256 = None if state is None else str(state["text_sha256"])
+    form = Form(config.field, config.encoding)
+    if data:
+        form = Form(field or Form.field, encoding or Form.encoding)
     wanted = Wanted(
         tokenizer=writer.tokenizer,
         val_fraction=0.0 if data else config.val_fraction,
-        form=Form(encoding=(encoding or Form.encoding) if data else config.encoding),
+        form=form,
+        kind=kind if data else config.kind,
+        split_by_name=bool(data) or config.split_by_name,
         headerless=config.headerless,
         insists_on_tokenizer=True,
+        model_tokenizer=tokenizer_file.as_posix(),
         is_to_judge=bool(data),
     )
     if data:
-        tokens = _given(data, wanted, run, sha256, config)
+        inputs = state.get("inputs") if state else None
+        learned = frozenset(map(str, inputs) if isinstance(inputs, list) else ())
+        tokens = _given(data, wanted, run, sha256, learned, config)
     else:
         tokens = _held_back(run, wanted, sha256, config)
     if len(tokens) < 2:
@@ -169,30 +190,43 @@ def evaluate_run(
     precision = choose_precision(config.dtype, writer.device)
     waits, batches = Patience(f"judging by {held_out.tokens:,} tokens"), itertools.count(1)
 
-    def gives_up() -> bool:
+    def show_progress() -> bool:
         waits(next(batches), held_out.batches)
         return False
 
-    score = held_out.evaluate_unless(gives_up, writer.model, precision)
-    assert score is not None, "nobody gave up"
+    score = held_out.evaluate_until(show_progress, writer.model, precision)
+    assert isinstance(score, HeldOutLoss), "nothing stops it"
     return score
 
 
 def _given(
-    data: str, wanted: Wanted, run: str | Path, sha256: str | None, config: Config
+    data: str,
+    wanted: Wanted,
+    run: str | Path,
+    sha256: str | None,
+    learned: frozenset[str],
+    config: Config,
 ) -> TokenStream:
     """What to judge by in `--data`; says which part that is, and if it was learned."""
-    corpus = open_corpus(Path(data), wanted, say=_say)
+    corpus = open_corpus(Path(data), wanted, say=print_note)
     holds_out = len(corpus.held_out) > 0
     if holds_out:
-        _say(f"note: judged by the part that {data} holds out, not by the rest")
+        print_note(f"note: judged by the part that {data} holds out, not by the rest")
     # A smaller share of the same text lies within a larger one.
     was_held_out = holds_out and corpus.val_fraction <= config.val_fraction
     if sha256 == corpus.sha256 and not was_held_out:
         instead = "; without --data the part that was held out is judged"
-        _say(
+        print_note(
             f"warning: {data} is what {run} learned from: this says how well it is remembered"
             f"{instead if config.val_fraction else ''}"
+        )
+    elif sha256 != corpus.sha256 and (
+        known := corpus.inputs_of("val" if holds_out else "train") & learned
+    ):
+        files = f"{counted(len(known), 'file', 'files')} of " if len(corpus.inputs) > 1 else ""
+        print_note(
+            f"warning: {files}{data} went into the training of {run}, whole or in part: this says "
+            "how well it is remembered"
         )
     return corpus.held_out if holds_out else corpus.train
 
@@ -206,11 +240,12 @@ def _held_back(run: str | Path, wanted: Wanted, sha256: str | None, config: Conf
         )
     missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
     # Seen from another folder, the text that comes along is elsewhere; its content tells.
-    is_gone = not Path(config.input).exists() and not files.expand(config.input)
+    is_there = config.input == BUNDLED or Path(config.input).exists()
+    is_gone = not is_there and not files.expand(config.input)
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:
-        corpus = open_corpus(find_text("" if is_gone else config.input), wanted, say=_say)
+        corpus = open_corpus(find_text("" if is_gone else config.input), wanted, say=print_note)
     except UserError as error:
         raise UserError(
             f"what {run} learned, {config.input}, cannot be read any more: it has changed or is "

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import time
 import tomllib
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 from gptforge import __version__, costs, files
 from gptforge.build.fitting import refuse_too_large
 from gptforge.build.parallel import check_shares, open_together
-from gptforge.build.settled import describe_corpus, open_text, out_dir_of, settle, start_from
+from gptforge.build.settled import (
+    check_tokenizer,
+    describe_corpus,
+    open_text,
+    out_dir_of,
+    settle,
+    start_from,
+)
 from gptforge.build.step import attention_of, estimate, train_step
 from gptforge.build.warm_up import WarmUp
 from gptforge.checkpoint import store as checkpoints
@@ -21,7 +29,7 @@ from gptforge.checkpoint.lock import lock_run
 from gptforge.checkpoint.run_folder import Opening, check_folder, is_put_away
 from gptforge.checkpoint.saver import BackgroundSaver, NoSaver
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import NOTES, Config, check, to_toml
+from gptforge.config import NOTES, SEED_LIMIT, Config, check, to_toml
 from gptforge.data.corpus import Corpus
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
@@ -57,6 +65,7 @@ def build_trainer(
     program: str = "python gpt.py",
     command: str = "",
     ranks: Ranks = ALONE,
+    started: float | None = None,
 ) -> Trainer | None:
     """Everything a run needs, checked and ready; None if the run in that folder is finished.
 
@@ -67,11 +76,13 @@ def build_trainer(
         program: how the program is called, for the commands that it prints.
         command: its arguments, for the log.
         ranks: who trains together; all of them build, rank 0 alone looks into the run folder.
+        started: `time.monotonic()` when the time limit began to count; by default now.
 
     Raises:
         UserError: for anything the user can mend.
         RunError: if the disk has no room for a checkpoint.
     """
+    started = time.monotonic() if started is None else started
     asked = config
     config = Config(**ranks.on_first(lambda: vars(start_from(asked, given, say))))
     check(config)
@@ -92,6 +103,7 @@ def build_trainer(
 
     with ranks.local_first(), open_meter("preparing the text") as meter:
         corpus = open_text(config, given, tell, meter)
+    ranks.on_first(lambda: check_tokenizer(config, corpus.tokenizer, prepared=corpus.prepared_as))
     config = settle(config, corpus)
     is_read_only = is_put_away(Path(config.out_dir))
     lock = lock_run(Path(config.out_dir)) if ranks.is_first and not is_read_only else NoHold()
@@ -175,10 +187,13 @@ def build_trainer(
                 store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep
             ),
             report=report,
-            guard=StopGuard(config.time_limit, say=lambda text: report.console.say(text)),
+            guard=StopGuard(
+                config.time_limit, say=lambda text: report.console.say(text), started=started
+            ),
             # A GPU works behind our backs: two steps later its numbers are ready to be read.
             watch=Watch(lag=lag, scaled=precision.needs_scaler),
             text_sha256=corpus.sha256,
+            inputs=sorted(corpus.inputs_of("train")),
             progress=progress,
             lock=lock,
             ranks=ranks,
@@ -191,7 +206,7 @@ def build_trainer(
 def seed_everything(config: Config, *, rank: int = 0) -> None:
     """Dice, and which kinds of products are let in, before anything is built."""
     # Ranks that dropped the same activations would learn less from their parts.
-    torch.manual_seed((config.seed + rank * 0x9E3779B97F4A7C15) % 2**63)
+    torch.manual_seed((config.seed + rank * 0x9E3779B97F4A7C15) % SEED_LIMIT)
     # TF32 where weights stay float32: what "mixed precision" leaves behind is fast as well.
     torch.set_float32_matmul_precision("high")
     if config.deterministic:

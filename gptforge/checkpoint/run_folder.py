@@ -24,6 +24,8 @@ from gptforge.tokenizers import Tokenizer
 
 OURS = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
 """What a run leaves in its folder."""
+MOST_BYTES, LONGEST_LINE = 2**28, 2**16
+"""Of metrics that are looked through, from the end, and of one line of them."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def open_run(
             "the learning rate follows the new schedule from here"
         )
     progress = state["progress"]
-    is_finished = progress["step"] >= config.max_steps and not progress.get("unjudged")
+    is_pending = progress.get("unjudged") or state.get("pending")
+    is_finished = progress["step"] >= config.max_steps and not is_pending
     is_finished &= _tells_of("end", folder / "metrics.jsonl")
     status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
     if status == "resume":
@@ -148,7 +151,7 @@ def check_writable(folder: Path) -> None:
 def check_folder(config: Config) -> None:
     """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
     folder = Path(config.out_dir)
-    place = folder.resolve()
+    place = files.real_path(folder)
     for above in (place, *place.parents):
         if above.name == "checkpoints" and (above.parent / CONFIG).is_file():
             raise UserError(
@@ -158,9 +161,11 @@ def check_folder(config: Config) -> None:
     if is_put_away(folder) and not config.overwrite:
         return
     check_writable(folder)
+    if not config.overwrite:
+        _refuse_links(folder)
     if (folder / "checkpoints").is_dir():
         check_writable(folder / "checkpoints")
-    if outer := next(filter(is_held, folder.resolve().parents), None):
+    if outer := next(filter(is_held, files.real_path(folder).parents), None):
         raise UserError(
             f"--out_dir {folder} lies in {outer}, which another process trains into: choose another"
         )
@@ -181,6 +186,24 @@ def check_folder(config: Config) -> None:
         raise UserError(f"--out_dir {folder} holds other files and no run: {remedy}")
 
 
+def _refuse_links(folder: Path) -> None:
+    """Raise a UserError for a link among a run's files: who unpacks a run did not choose it."""
+    for name in sorted(OURS):
+        path = folder / name
+        kind = files.irregular_kind(path, follow_symlinks=False)
+        if name == "checkpoints" and path.is_symlink():
+            raise UserError(
+                f"--out_dir {folder}: {path} is a link to {path.readlink()}, and a run saves only "
+                "into its own folder: move the whole run there and give --out_dir that folder, or "
+                "a link to it"
+            )
+        if kind and not (name == "checkpoints" and path.is_dir()):
+            raise UserError(
+                f"--out_dir {folder}: {path} is {kind}, which is neither read nor written through: "
+                "remove it, or choose another --out_dir"
+            )
+
+
 def is_put_away(folder: Path) -> bool:
     """Whether a run that came to its end lies where nothing can be written any more."""
     return (
@@ -192,13 +215,13 @@ def is_put_away(folder: Path) -> bool:
 
 def _why_not_aside(folder: Path) -> str:
     """What speaks against renaming a folder; empty if nothing does."""
-    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if files.real_path(folder) in (Path.cwd(), *Path.cwd().parents):
         return "it is the folder we are in"
     if os.path.ismount(folder):
         return "something is mounted there; choose a folder inside it"
     parent = folder.parent
     if not os.access(parent, os.W_OK | os.X_OK):
-        return f"{parent.resolve()} cannot be written to"
+        return f"{files.real_path(parent)} cannot be written to"
     # A run of its own in it may be somebody else's, or training at this moment.
     for depth in ("*", "*/*"):
         held = (lock.parent for lock in folder.glob(f"{depth}/{LOCK}") if is_held(lock.parent))
@@ -227,8 +250,13 @@ def _needed_inside(config: Config, folder: Path) -> str:
 
 def _tells_of(event: str, metrics: Path) -> bool:
     """Whether there is such an event in a run's metrics."""
+    wanted = f'"event": "{event}"'.encode()
     try:
-        return f'"event": "{event}"' in metrics.read_text(encoding="utf-8", errors="replace")
+        with files.open_regular(metrics, follow_symlinks=False) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - MOST_BYTES))
+            lines = iter(lambda: file.readline(LONGEST_LINE), b"")
+            return any(wanted in line for line in lines)
     except OSError:
         return False
 

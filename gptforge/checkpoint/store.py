@@ -5,20 +5,21 @@ damaged, and nothing else decides that.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gptforge import costs, files
 from gptforge.checkpoint.tensors import Tensors, write_tensors
 from gptforge.config import Config, check, merge, read_toml
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, parsing, reason
+from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
 from gptforge.tokenizers import save as save_tokenizer
@@ -37,7 +38,20 @@ TO_WRITE_WITH = (MODEL, TOKENIZER, CONFIG)
 SPARE_BYTES = 8 * 2**20
 """Room for the logs and the picture beside a checkpoint."""
 
+REPLACED = ".replaced"
+"""End of the hidden name of a checkpoint while a newer one of the same step takes its place."""
+MORE_BYTES = 2**27
+"""What a file of tensors may have besides the model's: names, and the ranks' generators."""
+
 _NAME = re.compile(r"step-(\d{6,})")
+_LINKED = re.compile(rf"{_NAME.pattern}(\.diverged-\d+)?")
+
+
+def step_of(path: Path) -> int:
+    """The number of updates that a checkpoint folder's name states."""
+    found = _LINKED.fullmatch(path.name)
+    assert found is not None, path
+    return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -83,10 +97,7 @@ class CheckpointStore:
             partial.mkdir()
             try:
                 self._fill(partial, snapshot, tokenizer=tokenizer, config=config)
-                if (self.folder / name).exists():
-                    files.set_aside(self.folder / name, "old")
-                partial.replace(self.folder / name)
-                files.sync_folder(self.folder)
+                self._replace(partial, name)
             except BaseException:
                 files.remove(partial)
                 raise
@@ -115,13 +126,22 @@ class CheckpointStore:
                 f"{self._kept('make room')}"
             )
 
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, and a warning for each damaged one, which is set aside."""
+    def newest(
+        self, accept: Callable[[Path], bool] = lambda path: True
+    ) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and a warning for each damaged one, which is set aside.
+
+        Args:
+            accept: whether a whole one may be taken; those that may not are passed over.
+        """
+        self._undo_replacing()
         warnings: list[str] = []
         for path in reversed(self.steps()):
             reason = damage(path)
-            if reason is None:
+            if reason is None and accept(path):
                 return path, warnings
+            if reason is None:
+                continue
             aside = files.set_aside(path, "damaged")
             warnings.append(f"{path.name} is damaged ({reason}); set aside as {aside.name}")
         return None, warnings
@@ -134,14 +154,18 @@ class CheckpointStore:
         """Checkpoint folders, oldest first, whole or not."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        found = [
+            path
+            for path in self.folder.iterdir()
+            if _NAME.fullmatch(path.name) and _is_folder(path)
+        ]
+        return sorted(found, key=step_of)
 
     def pointed(self, which: str) -> Path | None:
         """The checkpoint that `best` or `last` leads to, if it is there."""
         name = files.pointed(self.folder / which)
-        path = self.folder / name if name and _NAME.fullmatch(name) else None
-        return path if path is not None and path.is_dir() else None
+        path = self.folder / name if name and _LINKED.fullmatch(name) else None
+        return path if path is not None and _is_folder(path) else None
 
     def point(self, which: str, name: str) -> None:
         """Make `best` or `last` lead to a checkpoint."""
@@ -158,20 +182,61 @@ class CheckpointStore:
         best_step = int(read_state(newest)["progress"]["best_step"] or 0)
         best = self.folder / f"step-{best_step:06d}"
         for which, path in (("last", newest), ("best", best)):
-            if self.pointed(which) != path and path.is_dir():
+            there = self.pointed(which)
+            # By number: the best one may have been abandoned, under a name of its own.
+            if (there is None or step_of(there) != step_of(path)) and path.is_dir():
                 self.point(which, path.name)
+
+    def abandon(self, step: int) -> None:
+        """Training starts again from `step`: checkpoints after it are renamed `step-N.diverged-k`.
+
+        No resume may find them. `best` follows its checkpoint; `prune` deletes the others.
+        """
+        best = self.pointed("best")
+        for path in self.steps():
+            if step_of(path) > step:
+                aside = files.set_aside(path, "diverged")
+                if path == best:
+                    self.point("best", aside.name)
+        if (self.folder / f"step-{step:06d}").is_dir():
+            self.point("last", f"step-{step:06d}")
 
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest besides best and last, and what broken saves left."""
         safe = {self.pointed("best"), self.pointed("last")}
         others = [path for path in self.steps() if path not in safe]
-        leftovers = self.folder.glob(".step-*.partial")
+        leftovers = [*self.folder.glob(".step-*.partial"), *self.folder.glob("step-*.diverged-*")]
+        leftovers = [path for path in leftovers if path not in safe]
         for path in [*others[: max(0, len(others) - keep)], *leftovers]:
             # Renamed first, so that a deletion cut short leaves no half of a checkpoint.
             hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
             if hidden != path:
                 path.rename(hidden)
             files.remove(hidden)
+
+    def _replace(self, partial: Path, name: str) -> None:
+        """Put a complete folder in its place, and delete the one it replaces.
+
+        The step was saved before, by a run that was stopped there: that one is kept under a hidden
+        name until the new one is in place. `_undo_replacing` repairs what a crash in between left.
+        """
+        target, hidden = self.folder / name, self.folder / f".{name}{REPLACED}"
+        if _is_folder(target):
+            files.remove(hidden)
+            target.rename(hidden)
+        elif os.path.lexists(target):
+            files.set_aside(target, "old")
+        partial.replace(target)
+        files.sync_folder(self.folder)
+        files.remove(hidden)
+
+    def _undo_replacing(self) -> None:
+        for hidden in self.folder.glob(f".step-*{REPLACED}"):
+            target = self.folder / hidden.name.removeprefix(".").removesuffix(REPLACED)
+            if target.exists():
+                files.remove(hidden)
+            else:
+                hidden.rename(target)
 
     def _fill(self, folder: Path, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> None:
         written = {}
@@ -195,6 +260,11 @@ class CheckpointStore:
         return f"{steps[-1].name} is kept: {remedy}, and {self._again} goes on from there"
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether a checkpoint may be there: a file by its name is none, and a link leads anywhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def write_model(folder: Path, tensors: Tensors, *, tokenizer: Tokenizer, config: str) -> None:
     """Fill an empty folder with a checkpoint to write with, or to start from."""
     written = {MODEL: write_tensors(folder / MODEL, tensors)}
@@ -210,11 +280,13 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
         RunError: if the system does not let it be read, so that nobody knows.
     """
     try:
-        manifest = json.loads(files.read_small(path / MANIFEST))
+        manifest = json.loads(files.read_small(path / MANIFEST, follow_symlinks=False))
         listed = dict(manifest["files"])
         for name in contents:
             file = path / name
-            if file.is_symlink() or not file.is_file():
+            if kind := files.irregular_kind(file, follow_symlinks=False):
+                return f"{name} is {kind}, not a regular file"
+            if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != listed[name]["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {listed[name]['bytes']}"
@@ -222,6 +294,8 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
                 return f"{name} does not have the bytes that were saved"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
+    except files.IrregularFileError as error:
+        return f"{Path(error.filename).name} is {error.strerror}"
     except (NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(str(error.filename)).name} is no file: {error.strerror}"
     except OSError as error:
@@ -231,8 +305,8 @@ def damage(path: Path, contents: Iterable[str] = CONTENTS) -> str | None:
             "that cannot be read is left as it is; mend the disk or the file's rights, or move "
             "the checkpoint elsewhere to go on from another"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read: {error!r}"
+    except Exception as error:
+        return f"{MANIFEST} cannot be read: {reason(error)}"
     return None
 
 
@@ -253,7 +327,9 @@ def resolve(run: str) -> Path:
     found = store.pointed("best") or store.pointed("last") or next(reversed(store.steps()), None)
     if found is None:
         what = "does not exist"
-        if path.is_dir():
+        if path.is_dir() and _NAME.fullmatch(path.name):
+            what = f"is damaged, for {MANIFEST} is missing"
+        elif path.is_dir():
             what = "has no checkpoint yet"
         elif path.exists():
             what = "is a file"
@@ -265,30 +341,38 @@ def resolve(run: str) -> Path:
 
 def read_tensors(path: Path, name: str) -> Tensors:
     """One of a checkpoint's tensor files."""
-    try:
+    with parsing(path / name, "a readable safetensors file"):
+        # An optimizer keeps two numbers a weight; a sparse file can claim any size.
+        most = 3 * (path / MODEL).stat().st_size + MORE_BYTES
+        files.require_bounded(path / name, most, follow_symlinks=False)
         tensors: Tensors = load_file(path / name)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / name}: not a readable safetensors file: {error}") from None
+    return tensors
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's state.json, with the parts that a run needs to go on."""
-    try:
-        state = json.loads(files.read_small(path / STATE))
+    with parsing(path / STATE, "a state that a run saved"):
+        state = json.loads(files.read_small(path / STATE, follow_symlinks=False))
         if state["version"] != 1:
-            raise ValueError(f"version {state['version']}, this program knows 1")
+            raise ValueError(f"version {short_repr(state['version'])}, this program knows 1")
         numbers = [*state["progress"].values(), *state["scaler"].values()]
+        numbers += [*state.get("recent_losses", ()), *(state.get("partial") or {}).values()]
         numbers += [state["loader"]["position"], *state["file_sizes"].values()]
-        if not all(number is None or type(number) in (int, float) for number in numbers):
+        if not all(number is None or files.is_number(number) for number in numbers):
             raise TypeError("a number was expected")
-        counts = [state["loader"]["position"], state["progress"]["step"]]
+        counts = [state["loader"]["position"], *state["file_sizes"].values()]
+        counts += [state["progress"]["step"], state["progress"]["best_step"]]
+        counts += [
+            state["progress"].get(name, 0) for name in ("returns", "diverged_at", "bad_steps")
+        ]
+        partial = state.get("partial") or {}
+        counts += [partial[name] for name in ("windows", "num_windows", "tokens") if partial]
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
             raise TypeError("a step was expected")
+        if not set(state.get("pending", ())) <= {"evaluate", "sample", "save"}:
+            raise ValueError(f"pending: {state['pending']}")
         state["text_sha256"].encode()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path / STATE}: not a state that a run saved: {error!r}") from None
-    return dict(state)
+        return dict(state)
 
 
 def read_config(path: Path) -> Config:
@@ -301,7 +385,7 @@ def read_config(path: Path) -> Config:
     config = merge(Config(), values, source=str(path / CONFIG))
     check(config)
     needed, size = 4 * costs.parameters(config.model), (path / MODEL).stat().st_size
-    if needed > size:
+    if not needed <= size <= needed + MORE_BYTES:
         raise UserError(
             f"{path / CONFIG} describes a model of {needed:,} bytes, but {MODEL} has {size:,}"
         )

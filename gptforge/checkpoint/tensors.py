@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gptforge.distributed import ALONE, Ranks
 from gptforge.distributed.shards import fill, whole
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.model import GPT
 from gptforge.optim.optimizer import Optimizer
+from gptforge.printable import MAX_NAME, printable
 
 Tensors = dict[str, Tensor]
 
@@ -27,14 +28,17 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 _PIECE = 16 * 2**20
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     """Write a safetensors file; gives its bytes and their SHA-256.
 
     The library's own writer keeps Python from running anything else until the last byte is out, a
     second and more for GPT-2; training beside it would stand still. Format: length of the header (8
     bytes, little endian), the header (JSON, padded by spaces to a multiple of 8), the tensors.
     """
-    header, place = {}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
     for name, tensor in tensors.items():
         end = place + tensor.nbytes
         kind, shape = _DTYPES[tensor.dtype], list(tensor.shape)
@@ -147,10 +151,16 @@ def generator_tensors(device: torch.device, ranks: Ranks = ALONE) -> Tensors:
 
 
 def load_generator_tensors(
-    tensors: Mapping[str, Tensor], device: torch.device, ranks: Ranks = ALONE
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    *,
+    source: str = "a checkpoint",
 ) -> None:
     """Restore the generators. A device or a rank that the run did not have before keeps its own."""
     names = ranks.on_first(lambda: sorted(tensors))
+    if ranks.is_first:
+        _check_generators(tensors, device, source)
     for kind, own in _generators(device).items():
         for rank in range(ranks.size):
             name = f"{kind}.{rank}" if rank else kind
@@ -159,6 +169,20 @@ def load_generator_tensors(
                 fill(state, tensors.get(name), ranks)
                 if rank == ranks.rank:
                     _set_generator(kind, state, device)
+
+
+def _check_generators(tensors: Mapping[str, Tensor], device: torch.device, source: str) -> None:
+    """Raise a UserError for a state that no generator takes, before any rank is given one."""
+    own = _generators(device)
+    for name, state in tensors.items():
+        kind = name.partition(".")[0]
+        if kind not in own:
+            continue
+        with parsing(f"{source}: '{printable(name, MAX_NAME)}'", "a random generator's state"):
+            if state.dtype != own[kind].dtype or state.shape != own[kind].shape:
+                raise ValueError(f"{state.dtype} of shape {tuple(state.shape)}")
+            if kind == "cpu":
+                torch.Generator().set_state(state)
 
 
 def _generators(device: torch.device) -> Tensors:
@@ -182,7 +206,8 @@ def _set_generator(kind: str, state: Tensor, device: torch.device) -> None:
 def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
     strangers = sorted(given.keys() - own.keys())
     if strangers:
-        raise UserError(f"{source}: this model has no tensor '{strangers[0]}'")
+        name = printable(strangers[0], MAX_NAME)
+        raise UserError(f"{source}: this model has no tensor '{name}'")
     for name, tensor in own.items():
         if name not in given:
             raise UserError(f"{source}: the tensor '{name}' is missing")

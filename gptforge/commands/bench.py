@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.flags import parse_train, with_preset
+from gptforge.printable import print_note, safe_print
 from gptforge.waking import wake_gpu
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def bench(args: list[str]) -> int:
                 f"--profile {parsed.profile}: no folder can be made there ({error.strerror})"
             ) from None
     wake_gpu(parsed.device)
-    say = _quietly if parsed.json else print
+    say = print_note if parsed.json else safe_print
     names = [field.name for field in dataclasses.fields(Config)]
     config = with_preset(Config(**{n: getattr(parsed, n) for n in names}), given, say=say)
     if not config.vocab_size:
@@ -214,9 +215,3 @@ def _row(f: dict[str, Any]) -> str:
         f"{f['ms_to']:.1f}) | {f['tflops_per_second']:.3g} | {mfu} | "
         f"{f['first_step_seconds']:.1f} | {memory} | {f['ours_is_faster_by']:.2f} x |"
     )
-
-
-def _quietly(text: str) -> None:
-    import sys
-
-    print(text, file=sys.stderr)

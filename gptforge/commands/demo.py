@@ -21,6 +21,8 @@ class DemoArgs:
     """Port; 0: the first free one from 7860 on."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    allowed_hosts: str = ""
+    """Names, separated by commas, under which others reach the page; * for any."""
 
 
 def demo(args: list[str]) -> int:
@@ -30,5 +32,6 @@ def demo(args: list[str]) -> int:
         raise UserError(f"--port must be 0 to 65535, not {asked.port}")
     from gptforge.demo.launch import launch
 
-    launch(asked.run, host=asked.host, port=asked.port, device=asked.device)
+    names = [name for word in asked.allowed_hosts.split(",") if (name := word.strip())]
+    launch(asked.run, host=asked.host, port=asked.port, device=asked.device, allowed_hosts=names)
     return 0

@@ -4,13 +4,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from gptforge.errors import UserError
 from gptforge.flags import parse
 from gptforge.presets import preset
+from gptforge.printable import printable
 
 if TYPE_CHECKING:
     from gptforge.data.finding import Finding
@@ -36,6 +37,11 @@ class DoctorArgs:
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     encoding: str = "utf-8"
     """Of text files and JSON lines."""
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """What the files hold; auto goes by their names."""
+    split_by_name: bool = True
+    """Hold out files whose names say val, valid, validation or dev, and leave out test, if others
+    say train."""
     split_on: str = ""
     """What stands between the documents of a text file."""
     headerless: bool = False
@@ -57,7 +63,7 @@ def doctor(args: list[str]) -> int:
         print(json.dumps({"ok": is_well, "findings": [dataclasses.asdict(f) for f in found]}))
     else:
         for finding in found:
-            print(f"{SIGNS[finding.level]} {finding}")
+            print(f"{SIGNS[finding.level]} {printable(finding)}")
     return 0 if is_well else 1
 
 
@@ -91,4 +97,6 @@ def _data(asked: DoctorArgs) -> "list[Finding]":
         val_fraction=asked.val_fraction,
         context_length=asked.context_length,
         form=form,
+        kind=asked.kind,
+        split_by_name=asked.split_by_name,
     )

@@ -4,12 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from gptforge.errors import RunError
 from gptforge.flags import parse
+from gptforge.printable import safe_print
 from gptforge.waking import wake_gpu
 
 
@@ -24,6 +25,10 @@ class EvalArgs:
     run held out."""
     encoding: str = ""
     """Of the text of --data, for instance latin-1; empty: utf-8."""
+    field: str = ""
+    """Field of a JSON line, or column, that holds the text of --data; empty: text."""
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """What --data holds; auto goes by its name."""
     tasks: str = ""
     """hellaswag, lambada or both: questions to be answered instead, or as well as --data. They come
     from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file."""
@@ -59,14 +64,21 @@ def _judge_by_text(asked: EvalArgs) -> dict[str, object]:
     from gptforge.build import evaluate_run
 
     what = f"loss on {asked.data}" if asked.data else "held-out loss"
-    score = evaluate_run(asked.run, data=asked.data, encoding=asked.encoding, device=asked.device)
+    score = evaluate_run(
+        asked.run,
+        data=asked.data,
+        encoding=asked.encoding,
+        field=asked.field,
+        kind=asked.kind,
+        device=asked.device,
+    )
     if not math.isfinite(score.loss):
         raise RunError(
             f"{asked.run}: its loss is no number: the training of this model broke down, or its "
             "weights are too large for this device"
         )
     if not asked.json:
-        print(
+        safe_print(
             f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
             f"{score.bits_per_byte:.4f} bits per byte, over {score.tokens:,} tokens"
         )

@@ -1,6 +1,5 @@
 """`gptforge export` and `gptforge import`: out to other programs, and in from them."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +8,7 @@ import tyro
 
 from gptforge.errors import UserError
 from gptforge.flags import parse
+from gptforge.printable import print_note, safe_print
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ def export(args: list[str]) -> int:
         check_name(asked.push)
     out = Path(asked.out)
     if asked.to == "gguf":
-        exported.export_gguf(asked.run, out, kind=asked.type or "f16", say=_say)
+        exported.export_gguf(asked.run, out, kind=asked.type or "f16", say=print_note)
         return 0
     if asked.to == "hf":
-        exported.export_hf(asked.run, out, say=_say)
+        exported.export_hf(asked.run, out, say=print_note)
         kind: Literal["model", "space"] = "model"
     else:
-        exported.export_space(asked.run, out, say=_say)
+        exported.export_space(asked.run, out, say=print_note)
         kind = "space"
     if asked.push:
-        print(push(out, asked.push, kind=kind, private=asked.private))
+        safe_print(push(out, asked.push, kind=kind, private=asked.private))
     return 0
 
 
@@ -78,10 +78,6 @@ def import_(args: list[str]) -> int:
     from gptforge.build.exported import import_model
 
     import_model(
-        asked.source, Path(asked.out), tokenizer=asked.tokenizer, text=asked.text, say=_say
+        asked.source, Path(asked.out), tokenizer=asked.tokenizer, text=asked.text, say=print_note
     )
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

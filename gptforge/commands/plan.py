@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import textwrap
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from gptforge.plan.figures import (
     Step,
     Text,
 )
+from gptforge.printable import print_note, safe_print
 from gptforge.report.digits import in_short
 from gptforge.report.duration import in_words
 
@@ -37,7 +37,7 @@ def plan(args: list[str]) -> int:
     """Work it out and print it; 1 if it does not fit into memory or onto the disk."""
     parsed, given = parse_train(args, kind=PlanConfig, prog="gptforge plan")
     assert isinstance(parsed, PlanConfig)
-    say = _quietly if parsed.json else print
+    say = print_note if parsed.json else safe_print
     names = [field.name for field in dataclasses.fields(Config)]
     config = with_preset(Config(**{n: getattr(parsed, n) for n in names}), given, say=say)
     from gptforge.plan.planning import make_plan
@@ -47,9 +47,9 @@ def plan(args: list[str]) -> int:
         print(json.dumps(dataclasses.asdict(made)))
     else:
         for name, words in _rows(made):
-            print(_row(name, words))
+            safe_print(_row(name, words))
         for warning in made.warnings:
-            print(f"warning: {warning}")
+            safe_print(f"warning: {warning}")
     return 0 if made.ok else 1
 
 
@@ -157,7 +157,3 @@ def _disk(disk: Disk) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
-
-
-def _quietly(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -9,6 +9,7 @@ import tyro
 
 from gptforge.errors import Terminated, UserError
 from gptforge.flags import parse
+from gptforge.printable import safe_print
 from gptforge.shell import program, quote
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ class PrepareArgs:
     """Share held out to judge models by; 0: none."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
-    kind: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
     """What the files hold; auto goes by their names."""
+    split_by_name: bool = True
+    """Hold out files whose names say val, valid, validation or dev, and leave out test, if others
+    say train; false: take them like all others."""
     encoding: str = "utf-8"
     """Of text files and JSON lines, for instance latin-1."""
     split_on: str = ""
@@ -66,6 +70,7 @@ def prepare(args: list[str]) -> int:
         val_fraction=asked.val_fraction,
         form=Form(asked.field, asked.encoding, asked.split_on),
         kind=asked.kind,
+        split_by_name=asked.split_by_name,
         shard_bytes=asked.shard_mb * 2**20,
         skip_bad=asked.skip_bad,
         headerless=asked.headerless,
@@ -84,8 +89,8 @@ def prepare(args: list[str]) -> int:
         again = ", without --overwrite," if asked.overwrite else ""
         print(f"note: the same command{again} goes on with what is finished", file=sys.stderr)
         raise
-    print(describe(index))
-    print(f"Train on it: {program()} --input {quote(asked.out)}")
+    safe_print(describe(index))
+    safe_print(f"Train on it: {program()} --input {quote(asked.out)}")
     return 0
 
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from gptforge.config import SEED_LIMIT
 from gptforge.errors import RunError, UserError
 from gptforge.flags import parse
+from gptforge.printable import print_note, terminal_safe
 from gptforge.waking import wake_gpu
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ class SampleArgs:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder, checkpoint folder or exported model."""
     prompt: str = ""
-    """Text to go on from; -: what standard input says."""
+    """Text to go on from, in which <|endoftext|> is the mark between documents; empty: a document's
+    beginning, or a line's if the model was not trained on documents; -: standard input."""
     max_new_tokens: int = 300
     """Tokens to write."""
     temperature: float = 0.8
@@ -62,6 +65,8 @@ def sample(args: list[str]) -> int:
         raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
     if asked.interactive and (asked.json or asked.prompt or asked.num_samples > 1):
         raise UserError("--interactive takes its prompts from you, one at a time, and prints text")
+    if not 0 <= asked.seed < SEED_LIMIT:
+        raise UserError(f"--seed must be 0 or more and below 2**63, not {asked.seed}")
     wake_gpu(asked.device)
     from gptforge.build.trained import load, spare_threads
     from gptforge.generate.prompts import as_in_files, from_argument
@@ -97,16 +102,16 @@ def _stream(writer: "LanguageModel", asked: SampleArgs, prompt: str, seed: int) 
         seed=seed,
     )
     # Only now: what is wrong with the settings or the prompt has been said.
-    print(prompt, end="", flush=True)
+    print(terminal_safe(prompt), end="", flush=True)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(terminal_safe(piece), end="", flush=True)
     print(flush=True)
 
 
 def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: "Sampling") -> None:
-    seeds = range(asked.seed, asked.seed + asked.num_samples)
-    for first in range(0, len(seeds), AT_ONCE):
-        some = seeds[first : first + AT_ONCE]
+    for first in range(0, asked.num_samples, AT_ONCE):
+        numbers = range(first, min(first + AT_ONCE, asked.num_samples))
+        some = [(asked.seed + number) % SEED_LIMIT for number in numbers]
         writings = writer.write(
             [prompt] * len(some),
             asked.max_new_tokens,
@@ -115,14 +120,14 @@ def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: 
             seeds=some,
             logprobs=asked.json,
         )
-        for seed, writing in zip(some, writings, strict=True):
+        for number, seed, writing in zip(numbers, some, writings, strict=True):
             if asked.json:
                 record = {"prompt": prompt, "text": writing.text, "seed": seed}
                 record |= {"ended": writing.ended, "ids": writing.ids, "logprobs": writing.logprobs}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+                print(json.dumps(record, ensure_ascii=sys.stdout.isatty()), flush=True)
             else:
-                rule = "---\n" if seed != asked.seed else ""
-                print(f"{rule}{prompt}{writing.text}", flush=True)
+                rule = "---\n" if number else ""
+                print(terminal_safe(f"{rule}{prompt}{writing.text}"), flush=True)
 
 
 def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
@@ -143,9 +148,9 @@ def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
             _stream(writer, asked, as_in_files(line).rstrip("\r\n"), seed)
         except UserError as error:
             # A stray character should not end the conversation.
-            print(f"error: {error}", file=sys.stderr)
+            print_note(f"error: {error}")
         except KeyboardInterrupt:
             if not is_watched:
                 raise
             print(flush=True)
-        seed += 1
+        seed = (seed + 1) % SEED_LIMIT

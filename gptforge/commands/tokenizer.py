@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from gptforge.errors import UserError
 from gptforge.files import write_atomic
 from gptforge.flags import parse
+from gptforge.printable import safe_print
 from gptforge.shell import quote
 
 
@@ -27,6 +28,8 @@ class TrainArgs:
     """Ids, all told: 256 bytes, merges, and the mark between documents."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """What the files hold; auto goes by their names."""
     encoding: str = "utf-8"
     """Of text files and JSON lines, for instance latin-1."""
     skip_bad: bool = False
@@ -55,7 +58,8 @@ def tokenizer(args: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(hf_tokenizer(made), ensure_ascii=False, indent=1) + "\n")
     assert load(out).to_json() == made.to_json()
-    print(f"{out.as_posix()}: {made.size} ids. Use it with --tokenizer {quote(out.as_posix())}")
+    where = out.as_posix()
+    safe_print(f"{where}: {made.size} ids. Use it with --tokenizer {quote(where)}")
     return 0
 
 
@@ -67,7 +71,7 @@ def _texts(asked: TrainArgs) -> Iterator[str]:
 
     skipped = Skipped(asked.skip_bad)
     is_empty = True
-    with open_sources(asked.sources) as sources:
+    with open_sources(asked.sources, kind=asked.kind) as sources:
         for source in sources:
             try:
                 for text in texts(source, Form(asked.field, asked.encoding), skipped):

@@ -8,10 +8,14 @@ from gptforge import costs
 from gptforge.config import Config
 from gptforge.convert.parts import Parts
 from gptforge.errors import UserError
+from gptforge.files import read_bounded
+from gptforge.printable import markdown
 from gptforge.report.metrics import History
 from gptforge.tokenizers import Tokenizer
 
-CURVES = "training_curves.png"
+CURVES, METRICS = "training_curves.png", "metrics.jsonl"
+MOST_COPIED = 2**30
+"""Bytes of a run's picture or metrics that go into an export."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def model_card(
     """
     c = parts.config
     lines = ["---", *(f"{name}: {value}" for name, value in front.items()), "---", ""]
-    lines += [f"# {title}", ""]
+    lines += [f"# {markdown(title)}", ""]
     lines += [
         f"A GPT-2 with {costs.parameters(c):,} parameters, trained with GPT-Forge.",
         "",
@@ -72,14 +76,19 @@ def beginning(tokenizer: Tokenizer) -> str:
         # Only an alphabet lacks letters, and each of its ids is one.
         letters = [tokenizer.decode_bytes([i]).decode("utf-8") for i in range(tokenizer.size)]
         text = next((letter for letter in letters if letter.isalpha()), letters[0])
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
+
+
+def copy_own(path: Path, folder: Path) -> None:
+    """Copy a file of a run into an export; a link is not followed."""
+    (folder / path.name).write_bytes(read_bounded(path, MOST_COPIED, follow_symlinks=False))
 
 
 def _learned(origin: Origin) -> list[str]:
     config = origin.config
     tokens = origin.step * config.tokens_per_step
     lines = [
-        f"| Text | {Path(config.input).name} |",
+        f"| Text | {markdown(Path(config.input).name)} |",
         f"| Updates | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
         f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g} to {config.min_lr:g} |",
     ]

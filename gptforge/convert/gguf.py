@@ -1,5 +1,6 @@
 """To llama.cpp's GGUF: one file with weights, shape and tokenizer."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,18 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
         writer.write_tensors_to_file()
         writer.close()
         return _check(partial, parts, rows, is_exact=kind == "f32")
+
+
+def activation_difference(parts: Parts) -> float:
+    """How far llama.cpp's logits are off for its GELU, which is the tanh form for every GPT-2."""
+    config = dataclasses.replace(parts.config, activation="gelu_tanh")
+    if config == parts.config:
+        return 0.0
+    ids = probe(parts.config, parts.tokenizer.size)
+    with torch.inference_mode():
+        theirs = Parts(config, parts.tensors, parts.tokenizer).model()(ids)
+        difference = (theirs - parts.model()(ids))[:, :, : parts.tokenizer.size]
+    return float(difference.abs().max())
 
 
 def gguf_name(name: str) -> str:

@@ -1,21 +1,25 @@
 """To and from transformers' GPT2LMHeadModel: a folder of safetensors, JSON and a model card."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from gptforge import costs
+from gptforge.checkpoint.store import MORE_BYTES
+from gptforge.checkpoint.tensors import write_tensors
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
-from gptforge.convert.parts import Parts, fitted, probe, without_spare_rows
-from gptforge.errors import RunError, UserError
-from gptforge.files import read_small
+from gptforge.convert.parts import Parts, fitted, probe, size_in, without_spare_rows
+from gptforge.errors import RunError, UserError, parsing
+from gptforge.files import read_small, require_bounded
+from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import save as save_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -31,12 +35,17 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 # What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
 FIXED: Mapping[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+}
+
+# Ours to theirs, the name to write first: the tanh form of GELU, and the exact one.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"),
+    "gelu": ("gelu", "gelu_python"),
 }
 
 
@@ -49,7 +58,7 @@ def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
     require("transformers", extra="hf")
     parts = without_spare_rows(parts)
     tensors = {name: _turned(name, tensor) for name, tensor in parts.tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     end = getattr(parts.tokenizer, "end_of_text", None)
     _write_json(folder / "config.json", _config(parts.config, end))
     draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
@@ -85,34 +94,33 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         UserError: if it is no GPT-2, or a tensor is missing or misshapen; the message names it.
     """
     where = folder.as_posix()
-    try:
+    with parsing(f"{where}/config.json", "a GPT-2's configuration"):
         facts = json.loads(read_small(folder / "config.json"))
         for name, allowed in FIXED.items():
             if facts.get(name, allowed[0]) not in allowed:
-                raise UserError(f"{where}: {name} is {facts[name]!r}, GPT-2's is {allowed[0]!r}")
-        width, inner = int(facts["n_embd"]), facts.get("n_inner")
-        if inner is not None and int(inner) % width:
-            raise UserError(f"{where}: n_inner {inner} is not a multiple of n_embd {width}")
+                given = short_repr(facts[name])
+                raise ValueError(f"{name} is {given}, GPT-2's is {allowed[0]!r}")
+        named = facts.get("activation_function", "gelu_new")
+        activation = next((ours for ours, names in ACTIVATIONS.items() if named in names), None)
+        if activation is None:
+            known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
+            given = short_repr(named)
+            raise ValueError(f"activation_function is {given}: GPT-2's is one of {known}")
+        width, inner = size_in(facts, "n_embd"), 0
+        if facts.get("n_inner") is not None and (inner := size_in(facts, "n_inner")) % width:
+            raise ValueError(f"n_inner {inner} is not a multiple of n_embd {width}")
         config = GPTConfig(
-            block_size=int(facts.get("n_positions", facts.get("n_ctx", 1024))),
-            vocab_size=int(facts["vocab_size"]),
-            n_layer=int(facts["n_layer"]),
-            n_head=int(facts["n_head"]),
+            block_size=size_in({"n_positions": facts.get("n_ctx", 1024), **facts}, "n_positions"),
+            vocab_size=size_in(facts, "vocab_size"),
+            n_layer=size_in(facts, "n_layer"),
+            n_head=size_in(facts, "n_head"),
             n_embd=width,
-            mlp_ratio=int(inner) // width if inner else 4,
+            mlp_ratio=inner // width if inner else 4,
+            activation=activation,
         )
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}/config.json: not a GPT-2's configuration: {error!r}") from None
-    if (
-        min(vars(config)[n] for n in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"))
-        < 1
-    ):
-        raise UserError(f"{where}/config.json: a size is below 1")
     _require_size(folder, config)
     found = {}
-    for name, tensor in _tensors(folder).items():
+    for name, tensor in _tensors(folder, config).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not name.endswith(MASKS):
             found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
@@ -122,6 +130,10 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         raise UserError(
             f"{where}: the tokenizer has {tokenizer.size} ids, the model {config.vocab_size} rows"
         )
+    if not (folder / OURS).is_file() and tokenizer.end_of_text is not None:
+        # OpenAI's models were trained on documents with this mark between them.
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.marks_documents = facts.get("bos_token_id") == tokenizer.end_of_text
     return Parts(config, tensors, tokenizer)
 
 
@@ -133,6 +145,7 @@ def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED.items()},
+        "activation_function": ACTIVATIONS[config.activation][0],
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
         "vocab_size": config.vocab_size,
@@ -151,8 +164,11 @@ def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
     }
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """All tensors of a folder, in one file or several."""
+    # Float64 weights, an output layer of its own, and the causal masks that old ones have.
+    masks = config.n_layer * config.block_size**2
+    most = 8 * (2 * costs.parameters(config) + masks) + MORE_BYTES
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise UserError(
@@ -160,17 +176,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for path in paths:
-        try:
+        with parsing(path, "a readable safetensors file"):
+            require_bounded(path, most)
             found |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     return found
 
 
 def _require_size(folder: Path, config: GPTConfig) -> None:
     """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
-    from gptforge import costs
-
     present = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     if present and 2 * costs.parameters(config) > present:
         raise UserError(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.files import read_small
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
@@ -56,17 +56,12 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     from gptforge.tokenizers.hf_json import read_hf_json
 
     where = folder.as_posix()
-    try:
+    with parsing(where, "a tokenizer that can be used here", "give another with --tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return read_hf_json(json.loads(read_small(folder / "tokenizer.json")))
         if (folder / "merges.txt").is_file():
             lines = read_small(folder / "merges.txt").split("\n")
             return GPT2Tokenizer([x for x in lines if x and not x.startswith("#version")])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{where}: its tokenizer cannot be used here ({why}): give another with --tokenizer"
-        ) from None
     raise UserError(
         f"{where}: neither {OURS}, tokenizer.json nor merges.txt is there: give --tokenizer"
     )

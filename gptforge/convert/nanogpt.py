@@ -6,13 +6,16 @@ from pathlib import Path
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.convert.parts import TIED, Parts, fitted
+from gptforge.convert.parts import TIED, Parts, fitted, size_in
 from gptforge.convert.torch_file import check_archive, check_tensors, refused
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
+from gptforge.files import require_bounded
 from gptforge.tokenizers import Tokenizer, named
 
 COMPILED = "_orig_mod."
 """What torch.compile leaves in names."""
+MOST_BYTES = 2**38
+"""Of a file that is read: a hundred times GPT-2 XL with its optimizer."""
 UNTOLD = 50304
 """Rows of the token table where a nanoGPT data set does not say its size: GPT-2's, rounded up."""
 
@@ -28,6 +31,10 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         UserError: if it is something else, or holds more than tensors and plain values, or the
             tokenizer has another number of ids.
     """
+    try:
+        require_bounded(path, MOST_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     check_archive(path)
     try:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
@@ -36,16 +43,16 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
         stranger = re.search(r"GLOBAL (\S+)", str(error))
         raise refused(path, stranger[1] if stranger else "") from None
-    try:
+    with parsing(path, "a checkpoint of nanoGPT"):
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        config = GPTConfig(**{name: int(shape[name]) for name in names})
+        sizes = {name: size_in(shape, name) for name in names}
+        # nn.GELU() in its model.py, without an approximation; ckpt.pt does not say it.
+        config = GPTConfig(**sizes, activation="gelu")
         found = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a checkpoint of nanoGPT: {error!r}") from None
-    found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
-    check_tensors(path, {name: tensor for name, tensor in found.items() if name != TIED})
-    tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
+        found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
+        check_tensors(path, {name: tensor for name, tensor in found.items() if name != TIED})
+        tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
     if tokenizer is None and config.vocab_size in (50257, UNTOLD):
         tokenizer = named("gpt2", "")
     if tokenizer is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +10,13 @@ from torch import Tensor
 from gptforge.config import GPTConfig
 from gptforge.errors import UserError
 from gptforge.model import GPT
+from gptforge.printable import MAX_NAME, printable, short_repr
 from gptforge.tokenizers import Tokenizer
 
 TIED = "lm_head.weight"
 TABLE = "transformer.wte.weight"
+MAX_SIZE = 2**31 - 1
+"""Largest size that a model may have in any direction."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,20 @@ class Parts:
         return model.eval()
 
 
+def size_in(facts: Mapping[str, Any], name: str) -> int:
+    """A size out of a stranger's configuration: a whole number from 1 to what a tensor may have.
+
+    Raises:
+        KeyError: if it is missing.
+        ValueError: if it is anything else.
+    """
+    size = facts[name]
+    if type(size) is not int or not 1 <= size <= MAX_SIZE:
+        given = short_repr(size)
+        raise ValueError(f"{name} must be a whole number from 1 to {MAX_SIZE:,}, not {given}")
+    return size
+
+
 def fitted(
     tensors: Mapping[str, Tensor], config: GPTConfig, *, source: str, fill_biases: bool = False
 ) -> dict[str, Tensor]:
@@ -44,28 +62,48 @@ def fitted(
     Raises:
         UserError: naming the first tensor that is missing, unknown or of another shape.
     """
+    if config.n_embd % config.n_head:
+        raise UserError(
+            f"{source}: {config.n_embd} channels do not divide into {config.n_head} heads"
+        )
     if config.n_layer > len(tensors):
         raise UserError(f"{source}: {config.n_layer} layers, but only {len(tensors)} tensors")
     outline = GPT.outlined(config).state_dict()
     wanted = {name: tensor.shape for name, tensor in outline.items() if name != TIED}
     strangers = sorted(tensors.keys() - wanted.keys() - {TIED})
     if strangers:
-        raise UserError(f"{source}: a GPT-2 has no tensor '{strangers[0]}'")
+        name = printable(strangers[0], MAX_NAME)
+        raise UserError(f"{source}: a GPT-2 has no tensor '{name}'")
     found = {}
     for name, shape in wanted.items():
         if name not in tensors and fill_biases and name.endswith("bias"):
             found[name] = torch.zeros(shape)
         elif name not in tensors:
             raise UserError(f"{source}: the tensor '{name}' is missing")
+        elif not is_plain(tensors[name]):
+            raise UserError(f"{source}: '{name}' is not a dense tensor of real numbers")
         elif tensors[name].shape != shape:
             given = tuple(tensors[name].shape)
             raise UserError(f"{source}: '{name}' has shape {given}, its shape says {tuple(shape)}")
         else:
             found[name] = tensors[name].detach().float().contiguous().clone()
     head = tensors.get(TIED)
+    if head is not None and not is_plain(head):
+        raise UserError(f"{source}: '{TIED}' is not a dense tensor of real numbers")
     if head is not None and not torch.equal(head.float(), found[TABLE]):
         raise UserError(f"{source}: its output layer is not its token table; GPT-2 ties the two")
     return found
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value out of a stranger's file is a tensor that can be copied into float32."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
 
 
 def without_spare_rows(parts: Parts) -> Parts:

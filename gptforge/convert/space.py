@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gptforge
 from gptforge.checkpoint import store as checkpoints
-from gptforge.convert.card import CURVES, Origin, beginning, model_card
+from gptforge.convert.card import METRICS, Origin, beginning, copy_own, model_card
 from gptforge.convert.parts import Parts
 from gptforge.files import point
 
@@ -88,9 +88,17 @@ def fill_space(
     usage = USAGE.replace("BEGINNING", beginning(parts.tokenizer))
     card = model_card(parts, origin, title=title, usage=usage, front=front)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    _copy_package(folder / "gptforge")
+
+
+def _copy_package(folder: Path) -> None:
+    """The program without its text; new files, for an installed package may be read-only."""
     package = Path(gptforge.__file__).parent
-    leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "input.txt")
-    shutil.copytree(package, folder / "gptforge", ignore=leave_out)
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc" and path.name != "input.txt":
+            target = folder / path.relative_to(package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _gradio_version() -> str:
@@ -103,7 +111,7 @@ def _gradio_version() -> str:
 
 def _copy_history(folder: Path, origin: Origin) -> None:
     if origin.curves:
-        (folder / CURVES).write_bytes(origin.curves.read_bytes())
-        metrics = origin.curves.with_name("metrics.jsonl")
+        copy_own(origin.curves, folder)
+        metrics = origin.curves.with_name(METRICS)
         if metrics.is_file():
-            (folder / "metrics.jsonl").write_bytes(metrics.read_bytes())
+            copy_own(metrics, folder)

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from gptforge.errors import UserError
+from gptforge.printable import printable
 
 EXAMPLES = 5
 """Places of each kind that are named at the end."""
@@ -23,15 +24,17 @@ class RefusedError(UserError):
     Args:
         what: where something is wrong, and what it is.
         remedy: what can be done about it.
+        leaves_some: whether anything would be left without it.
     """
 
-    def __init__(self, what: str, remedy: str) -> None:
+    def __init__(self, what: str, remedy: str, leaves_some: bool = True) -> None:
         # Its arguments are what another process makes it from.
-        super().__init__(what, remedy)
-        self.what, self.remedy = what, remedy
+        super().__init__(what, remedy, leaves_some)
+        self.what, self.remedy, self.leaves_some = what, remedy, leaves_some
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.remedy}, or leave such things out with --skip_bad true"
+        skip = ", or leave such things out with --skip_bad true" if self.leaves_some else ""
+        return printable(f"{self.what}: {self.remedy}{skip}")
 
 
 @dataclass
@@ -44,6 +47,8 @@ class Skipped:
     examples: list[str] = field(default_factory=list)
     remedies: list[str] = field(default_factory=list)
     """What can be done about each example."""
+    notices: set[str] = field(default_factory=set)
+    """What was put right on the way, in words."""
 
     def add(self, bad: BadInput) -> None:
         """Count it, or raise RefusedError."""

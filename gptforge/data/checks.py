@@ -45,14 +45,12 @@ def _size(corpus: Corpus, context_length: int, global_batch: int) -> list[Findin
             )
         ]
     if corpus.val_fraction and held_out < 2:
-        remedy = f"{corpus.how_to_part} a larger --val_fraction, or 0"
-        found.append(error(f"{held_out} tokens held out", remedy))
+        found.append(error(f"{held_out} tokens held out", corpus.how_to_hold_out_more))
     elif 0 < held_out <= context_length:
         found.append(
             warning(
                 f"only {held_out:,} tokens are held out, not one window",
-                "the judgement will be rough; "
-                f"{corpus.how_to_part} a larger --val_fraction or more text",
+                f"the judgement will be rough; {corpus.how_to_hold_out_more}",
             )
         )
     elif held_out:

@@ -1,24 +1,34 @@
 """What a run learns from: whatever `--input` names, as two streams of tokens."""
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gptforge import tokenizers
 from gptforge.data.cached import prepare_once
+from gptforge.data.chosen import fingerprint
 from gptforge.data.documents import Form
+from gptforge.data.finding import counted
+from gptforge.data.finishing import MAX_INPUTS
 from gptforge.data.index import TOKENIZER, Index, read_index
 from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.prepare import NOTES
 from gptforge.data.request import Meter
 from gptforge.data.shards import read_header, read_headerless
+from gptforge.data.sources import Kind
+from gptforge.data.split_names import split_by_name
 from gptforge.data.stream import ShardFile, ShardStream, TokenStream
 from gptforge.data.verify import find_damage
 from gptforge.errors import UserError
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
 SHARDS = ".bin"
+LOOK = 2**18
+"""Tokens of such a shard, at either end, in which a mark between documents is looked for."""
 EDGE = 2**16
 """Bytes of a stranger's shard, at either end, that it is known by."""
 HASHED = 2**32
@@ -46,6 +56,10 @@ class Corpus:
     bytes: int = 0
     documents: int = 0
     notices: tuple[str, ...] = ()
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The files that it was made of, by fingerprint, and the sides that their text went to."""
+    is_held_out_by_name: bool = False
+    """Whether the names of the files say what is held out, and no share."""
     is_prepared: bool = False
     """Whether `prepare` parted it by itself: no flag of training parts it otherwise."""
 
@@ -53,6 +67,23 @@ class Corpus:
     def how_to_part(self) -> str:
         """What is to be done to hold out another share of it: behind this comes --val_fraction."""
         return "prepare the text anew with" if self.is_prepared else "use"
+
+    @property
+    def prepared_as(self) -> str:
+        """The folder of shards that `prepare` made; empty for anything else."""
+        return self.path.as_posix() if self.is_prepared else ""
+
+    @property
+    def how_to_hold_out_more(self) -> str:
+        """What is to be done where too little is held out."""
+        if self.is_held_out_by_name:
+            files = "put more text into the files that are held out by their names"
+            return f"{files}, or {self.how_to_part} --split_by_name false"
+        return f"{self.how_to_part} a larger --val_fraction, 0, or more text"
+
+    def inputs_of(self, side: str) -> set[str]:
+        """Fingerprints of the files that text of a side, train or val, comes from."""
+        return {name for name, sides in self.inputs.items() if side in sides}
 
 
 @dataclass(frozen=True)
@@ -65,9 +96,14 @@ class Wanted:
     headerless: bool = False
     insists_on_tokenizer: bool = False
     """Whether shards made with another one are refused, or bring their own."""
+    model_tokenizer: str = ""
+    """File of the tokenizer, where it is a model's and nobody gave it by a flag."""
     insists_on_fraction: bool = False
     is_to_judge: bool = False
-    """Whether shards of others with val in their name stay apart, though no share is asked for."""
+    """Whether files whose names say validation stay apart, though no share is asked for."""
+    kind: Kind | Literal["auto"] = "auto"
+    split_by_name: bool = True
+    """Whether the names of text files are looked at for splits; those of shards always are."""
     verify: bool = True
     """Whether to compare what `prepare` made with its hashes, where it changed since."""
 
@@ -91,15 +127,18 @@ def open_corpus(
         )
     if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARDS}"))):
         return _foreign(path, shards, wanted)
-    index = prepare_once(
+    index, notices = prepare_once(
         path.as_posix(),
         tokenizer=wanted.tokenizer,
         val_fraction=wanted.val_fraction,
         form=wanted.form,
+        kind=wanted.kind,
+        split_by_name=wanted.split_by_name,
+        is_to_judge=wanted.is_to_judge,
         say=say,
         meter=meter,
     )
-    return _of_index(path, index, index.tokenizer(), wanted.tokenizer)
+    return _of_index(path, index, index.tokenizer(), wanted.tokenizer, notices=notices)
 
 
 def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) -> None:
@@ -118,8 +157,7 @@ def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) 
     if corpus.val_fraction and len(corpus.held_out) < 2:
         raise UserError(
             f"--val_fraction {corpus.val_fraction} holds out {len(corpus.held_out)} token of "
-            f"{path}: 2 are needed to judge anything; "
-            f"{corpus.how_to_part} a larger one, 0, or more text"
+            f"{path}: 2 are needed to judge anything; {corpus.how_to_hold_out_more}"
         )
 
 
@@ -132,9 +170,13 @@ def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
         )
     own = index.tokenizer()
     if wanted.insists_on_tokenizer and not _is_same(own, wanted.tokenizer):
+        which, fix = "the one asked for", "leave --tokenizer out, or prepare the text again with it"
+        if wanted.model_tokenizer:
+            which = "the model's"
+            fix = f"prepare the text again with --tokenizer {quote(wanted.model_tokenizer)}"
         raise UserError(
             f"{path.as_posix()} was prepared with the tokenizer {own.name} ({own.size} ids), not "
-            "with the one asked for: leave --tokenizer out, or prepare the text again with it"
+            f"with {which}: {fix}"
         )
     if wanted.insists_on_fraction and wanted.val_fraction != index.val_fraction:
         raise UserError(
@@ -146,7 +188,13 @@ def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
 
 
 def _of_index(
-    path: Path, index: Index, own: Tokenizer, name: str | Tokenizer, *, is_prepared: bool = False
+    path: Path,
+    index: Index,
+    own: Tokenizer,
+    name: str | Tokenizer,
+    *,
+    notices: Sequence[str] = (),
+    is_prepared: bool = False,
 ) -> Corpus:
     train, held_out = (ShardStream(index.shards(side), size=own.size) for side in ("train", "val"))
     return Corpus(
@@ -160,7 +208,9 @@ def _of_index(
         characters=sum(index.total(side, "characters") for side in ("train", "val")),
         bytes=sum(index.total(side, "bytes") for side in ("train", "val")),
         documents=sum(index.total(side, "documents") for side in ("train", "val")),
-        notices=tuple(index.record.get("notices", ())),
+        notices=(*notices, *index.record.get("notices", ())),
+        inputs=index.inputs,
+        is_held_out_by_name=index.record["split"].get("rule") == "files",
         is_prepared=is_prepared,
     )
 
@@ -192,32 +242,74 @@ def _foreign(path: Path, names: Sequence[Path], wanted: Wanted) -> Corpus:
             "--tokenizer a tokenizer.json"
         )
     known = tokenizers.named(tokenizer, "") if isinstance(tokenizer, str) else tokenizer
-    learned = [shard for shard in shards if "val" not in shard.path.stem]
-    judged = [shard for shard in shards if "val" in shard.path.stem]
-    if not learned:
-        learned, judged = judged, []
+    learned, judged = _sides_of_shards(shards)
     train = ShardStream(learned, size=known.size)
     is_parted = wanted.val_fraction > 0 or wanted.is_to_judge
+    known = copy.copy(known)
+    known.marks_documents = _has_mark(train, known)
     held_out = ShardStream(judged if is_parted else [], size=known.size)
+    sides = {"train": learned, "val": judged}
+    if left_out := len(shards) - len(learned) - len(judged):
+        notices.append(f"{counted(left_out, 'shard', 'shards')} whose name says test: left out")
     if not judged and wanted.val_fraction:
         cut = int(len(train) * (1 - wanted.val_fraction))
         train, held_out = train.part(0, cut), train.part(cut, len(train))
         notices.append("no shard has val in its name: the last tokens are held out")
+        sides["val"] = learned
     return Corpus(
         path=path,
-        sha256=_known_by(shards),
+        sha256=_known_by(shards, judged),
         tokenizer=known,
         tokenizer_name=tokenizer if isinstance(tokenizer, str) else known.name,
         train=train,
         held_out=held_out,
         val_fraction=wanted.val_fraction,
         notices=tuple(notices),
+        inputs=_inputs(sides),
     )
 
 
-def _known_by(shards: Sequence[ShardFile]) -> str:
+def _has_mark(tokens: TokenStream, tokenizer: Tokenizer) -> bool:
+    """Whether an end-of-text mark stands at either end of shards of others."""
+    mark, length = tokenizer.end_of_text, len(tokens)
+    if mark is None:
+        return False
+    try:
+        return any(
+            bool((part == mark).any())
+            for part in (tokens[:LOOK], tokens[max(0, length - LOOK) : length])
+        )
+    except UserError:
+        # Ids that are none of this tokenizer's are told of elsewhere.
+        return False
+
+
+def _sides_of_shards(
+    shards: Sequence[ShardFile],
+) -> tuple[Sequence[ShardFile], Sequence[ShardFile]]:
+    """The shards to learn from and those to judge by, as their names say."""
+    named = split_by_name([shard.path for shard in shards], needs_train=False)
+    judged = [shards[number] for number in named.val]
+    learned = [s for i, s in enumerate(shards) if i not in {*named.val, *named.test}]
+    # Shards that all say val, or all test, are no split.
+    return (learned, judged) if learned else (judged or shards, [])
+
+
+def _inputs(sides: Mapping[str, Sequence[ShardFile]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for side, shards in sides.items():
+        for shard in shards[:MAX_INPUTS]:
+            found.setdefault(fingerprint(shard.path), []).append(side)
+    return found
+
+
+def _known_by(shards: Sequence[ShardFile], judged: Sequence[ShardFile]) -> str:
     """A hash of names, sizes and both ends: enough to tell data sets apart, however large."""
     known = hashlib.sha256()
+    by_substring = [shard for shard in shards if "val" in shard.path.stem]
+    if judged != by_substring and 0 < len(by_substring) < len(shards):
+        # Earlier versions held these out: a run of theirs does not go on with other sides.
+        known.update(f"held out: {[shard.path.name for shard in judged]}\n".encode())
     for shard in shards:
         known.update(f"{shard.path.name} {shard.tokens}\n".encode())
         with shard.path.open("rb") as file:

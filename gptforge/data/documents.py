@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gptforge.data.bad import BadInput, Skipped
-from gptforge.data.reading import blocks, chunks, not_in
+from gptforge.data.bad import BadInput, RefusedError, Skipped
+from gptforge.data.fields import HOW_JOINED, field_in, is_text, text_of, value_of, which_fields
+from gptforge.data.json_array import elements, is_array
+from gptforge.data.reading import REPLACED, blocks, chunks, codec_of, not_in
 from gptforge.data.sources import Source
-from gptforge.errors import UserError
+from gptforge.data.tables import csv_texts
+from gptforge.errors import UserError, reason
 
 MOST_LINE = 64 * 2**20
 """Bytes of a line, characters of a document: one must fit into memory several times."""
@@ -31,8 +34,11 @@ class Form:
     """What stands between the documents of a text file; empty: each file is one."""
 
     def __post_init__(self) -> None:
+        name, errors = codec_of(self.encoding)
+        if errors not in ("strict", "replace"):
+            raise UserError(f"--encoding {self.encoding}: only :replace may stand behind a name")
         try:
-            "".encode(self.encoding)
+            "".encode(name)
         except (LookupError, UnicodeError):
             raise UserError(f"--encoding {self.encoding}: there is no such encoding") from None
 
@@ -61,10 +67,14 @@ def documents(
     Empty ones are passed over; what is bad is for `skipped` to judge.
     """
     number = 0
-    found = {"jsonl": _json_lines, "parquet": _rows, "text": _marked}[source.kind]
+    readers = {"jsonl": _json_lines, "parquet": _rows, "text": _marked, "csv": _csv}
+    found = readers[source.kind]
+    if source.kind == "jsonl" and start == 0 and is_array(source, form.encoding):
+        found = _json_array
     for text, reached in found(source, form, skipped, start, stop):
         if "\0" in text:
-            skipped.add(BadInput("NUL character", f"{source.name}, document {number + 1}"))
+            where = f"{source.name}, document {number + 1}"
+            skipped.add(BadInput("NUL character", where, "remove it from the text"))
             continue
         if text.strip():
             yield Document(clean(text), number, reached)
@@ -90,6 +100,8 @@ def _marked(
             # No mark ends in what was kept: it was looked for there.
             since = max(0, len(kept) - len(form.split_on) + 1)
             kept += chunk.text
+            if chunk.is_replaced:
+                skipped.notices.add(f"{source.name}: {REPLACED}")
             whole = []
             if kept.find(form.split_on, since) >= 0:
                 *whole, kept = kept.split(form.split_on)
@@ -98,11 +110,37 @@ def _marked(
                 yield text.strip("\n"), reached
             if len(kept) > MOST_LINE:
                 what = f"no {form.split_on!r} in {MOST_LINE:,} characters"
-                raise BadInput(what, source.name, "leave --split_on out")
+                raise BadInput(
+                    what,
+                    source.name,
+                    "give the mark that stands there with --split_on, or leave it out",
+                )
     except BadInput as bad:
         skipped.add(bad)
     else:
         yield kept.strip("\n"), reached
+
+
+def _csv(
+    source: Source, form: Form, skipped: Skipped, start: int, stop: int | None
+) -> Iterator[tuple[str, int]]:
+    return csv_texts(source, form.field, form.encoding, skipped)
+
+
+def _json_array(
+    source: Source, form: Form, skipped: Skipped, start: int, stop: int | None
+) -> Iterator[tuple[str, int]]:
+    number = 0
+    try:
+        for record, reached in elements(source, form.encoding, skipped.notices):
+            number += 1
+            try:
+                yield _text_of(record, form, source, skipped), reached
+            except BadInput as bad:
+                where = f"{source.name}, element {number}"
+                skipped.add(BadInput(bad.kind, where, bad.remedy))
+    except BadInput as bad:
+        skipped.add(bad)
 
 
 def _json_lines(
@@ -119,7 +157,10 @@ def _json_lines(
             if line.isspace():
                 continue
             try:
-                yield _field_of(line, form), reached
+                yield (
+                    _text_of(_record_of(line, form, source, skipped), form, source, skipped),
+                    reached,
+                )
             except BadInput as bad:
                 where = f"{source.name}, line {_line_number(source, begin)}"
                 skipped.add(BadInput(bad.kind, where, bad.remedy))
@@ -130,28 +171,42 @@ def _json_lines(
 def _parts_lines(encoding: str) -> bool:
     """Whether the byte of a line feed is one in this encoding, and stands alone."""
     try:
-        return b"\n".decode(encoding) == "\n"
+        return b"\n".decode(codec_of(encoding)[0]) == "\n"
     except UnicodeError:
         return False
 
 
-def _field_of(line: bytes, form: Form) -> str:
+def _record_of(line: bytes, form: Form, source: Source, skipped: Skipped) -> Any:
     if len(line) > MOST_LINE:
-        raise BadInput(f"longer than {MOST_LINE // 2**20} MB", "")
+        raise BadInput(f"longer than {MOST_LINE // 2**20} MB", "", "divide it into documents")
     try:
-        record: Any = json.loads(line.decode(form.encoding).removeprefix("\ufeff"))
+        text = line.decode(*codec_of(form.encoding)).removeprefix("\ufeff")
+        if "\ufffd" in text and form.encoding.endswith(":replace"):
+            skipped.notices.add(f"{source.name}: {REPLACED}")
+        return json.loads(text)
     except UnicodeError as error:
-        what, remedy = not_in(form.encoding, error, line)
+        what, remedy = not_in(form.encoding, error, line, source=source)
         raise BadInput(what, "", "save it as UTF-8" if b"\0" in line else remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput("not JSON", "", f"mend it, one object a line ({error})") from None
-    if not isinstance(record, dict) or form.field not in record:
-        has = ", ".join(list(record)[:8]) if isinstance(record, dict) else "no fields"
-        raise BadInput(f"no field '{form.field}'", "", f"it has {has}: choose one with --field")
-    if not isinstance(record[form.field], str):
-        kind = type(record[form.field]).__name__
-        raise BadInput(f"field '{form.field}' is no text", "", f"it is of type {kind}")
-    return str(record[form.field])
+    except Exception as error:
+        raise BadInput("not JSON", "", _how_to_mend(source, error)) from None
+
+
+def _how_to_mend(source: Source, error: Exception) -> str:
+    # A NUL of a file in UTF-16 is told of elsewhere.
+    first = next((block for block, _ in blocks(source)), b"").lstrip()
+    if source.path.suffix == ".json" and first.startswith(b"{") and b"\n" in first:
+        return (
+            "one object a line is read, or one array of objects; of a single object over many "
+            f"lines, save the list of its texts ({reason(error)})"
+        )
+    return f"mend it, one object a line ({reason(error)})"
+
+
+def _text_of(record: Any, form: Form, source: Source, skipped: Skipped) -> str:
+    text, is_chat = text_of(record, form.field)
+    if is_chat:
+        skipped.notices.add(f"{source.name}: {HOW_JOINED}")
+    return text
 
 
 def _lines(source: Source, start: int, stop: int | None) -> Iterator[tuple[bytes, int]]:
@@ -187,23 +242,40 @@ def open_parquet(source: Source, form: Form) -> Any:
         UserError: if the package that reads it is missing.
     """
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{source.name}: Parquet needs pyarrow: pip install pyarrow") from None
     try:
         file = pq.ParquetFile(source.path)
-    except (pa.ArrowException, OSError) as error:
-        what = f"damaged Parquet file ({_first_line(error)})"
+    except Exception as error:
+        what = f"damaged Parquet file ({reason(error)})"
         raise BadInput(what, source.name, "fetch it again") from None
-    if form.field not in file.schema_arrow.names:
-        has = ", ".join(file.schema_arrow.names[:8])
+    schema = file.schema_arrow
+    texts = [column.name for column in schema if _holds_text(column.type)]
+    found = field_in(schema.names, form.field)
+    if not found:
         what = f"no column '{form.field}'"
-        raise BadInput(what, source.name, f"it has {has}: choose one with --field")
-    kind = file.schema_arrow.field(form.field).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise BadInput(f"column '{form.field}' is no text", source.name, f"it is of type {kind}")
+        raise BadInput(what, source.name, which_fields(schema.names, texts))
+    if found not in texts:
+        what = f"column '{found}' is no text but of type {schema.field(found).type}"
+        raise BadInput(what, source.name, which_fields(schema.names, texts))
     return file
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a column's values are strings, or chats."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        names = (
+            {field.name for field in kind.value_type}
+            if pa.types.is_struct(kind.value_type)
+            else set()
+        )
+        return {"role", "content"} <= names or {"from", "value"} <= names
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _rows(
@@ -214,27 +286,34 @@ def _rows(
     except BadInput as bad:
         skipped.add(bad)
         return
-    import pyarrow as pa
-
+    column = field_in(file.schema_arrow.names, form.field)
     with file:
         groups = file.metadata.num_row_groups
         for group in range(start, groups if stop is None else stop):
             reached = source.size * (group + 1 - start) // max(1, groups)
             where = f"{source.name}, row group {group + 1} of {groups}"
             try:
-                rows = _rows_at_once(file.metadata, group, form.field)
+                rows = _rows_at_once(file.metadata, group, column)
                 # A row group may be gigabytes: it is taken by its pages.
-                for batch in file.iter_batches(rows, row_groups=[group], columns=[form.field]):
+                for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                     for text in batch.column(0).to_pylist():
                         if text is None:
-                            skipped.add(BadInput(f"'{form.field}' is null", where))
-                        else:
+                            skipped.add(BadInput(f"'{column}' is null", where, "fill it in"))
+                        elif is_text(text):
+                            text, is_chat = value_of(text, column, "")
+                            if is_chat:
+                                skipped.notices.add(f"{source.name}: {HOW_JOINED}")
                             yield text, reached
+                        else:
+                            what = f"'{column}' is a chat with more than text"
+                            skipped.add(BadInput(what, where))
             except BadInput as bad:
                 skipped.add(BadInput(bad.kind, where, bad.remedy))
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except RefusedError:
+                raise
+            except Exception as error:
                 what = "damaged row group"
-                remedy = f"fetch it again ({_first_line(error)})"
+                remedy = f"fetch it again ({reason(error)})"
                 skipped.add(BadInput(what, where, remedy))
 
 
@@ -248,14 +327,12 @@ def _rows_at_once(metadata: Any, group: int, field: str) -> int:
         BadInput: for a row group that unpacks to far more than any text does.
     """
     row_group = metadata.row_group(group)
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    column = next(column for column in columns if column.path_in_schema == field)
-    size, packed = column.total_uncompressed_size, column.total_compressed_size
+    columns = [row_group.column(i) for i in range(row_group.num_columns)]
+    # A chat has several: messages.list.element.content and others.
+    columns = [c for c in columns if f"{c.path_in_schema}.".startswith(f"{field}.")]
+    size = sum(column.total_uncompressed_size for column in columns)
+    packed = sum(column.total_compressed_size for column in columns)
     if size > ROWS_BYTES and size > MAX_RATIO * packed:
         what = f"unpacks from {packed:,} to {size:,} bytes"
         raise BadInput(what, "", "this is no text: leave the file out")
     return int(max(1, min(ROWS, ROWS_BYTES // max(1, size))))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

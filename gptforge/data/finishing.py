@@ -10,17 +10,21 @@ import numpy as np
 
 from gptforge import files
 from gptforge.data.bad import EXAMPLES, Skipped
+from gptforge.data.chosen import fingerprint
+from gptforge.data.finding import counted
 from gptforge.data.index import SIDES, Index, hash_of, write_index
 from gptforge.data.job import Done
 from gptforge.data.shards import HEADER_BYTES
 from gptforge.data.sources import Source
-from gptforge.data.split import Split
+from gptforge.data.split import Side, Split
 from gptforge.errors import UserError
 from gptforge.tokenizers import Tokenizer
-from gptforge.tokenizers.base import smallest_dtype
+from gptforge.tokenizers.base import END_OF_TEXT, smallest_dtype
 
 MOST_SOURCES = 1000
 """Files that the index names."""
+MAX_INPUTS = 20_000
+"""Files whose fingerprints are kept: 20 bytes of each stand in every checkpoint."""
 MOST_NOTICES = 20
 FAR = 2
 """Times what was asked for that is held out, or part of it, from which on it is said."""
@@ -38,6 +42,8 @@ class Made:
     """What was left out before the jobs began."""
     sha256: str
     """Of the text, where there is only one."""
+    on_split: tuple[str, ...] = ()
+    """What should be known about the split."""
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -54,8 +60,32 @@ class Made:
 
     @property
     def notices(self) -> list[str]:
-        """What was mended."""
-        return sorted({notice for result in self.results for notice in result.notices})
+        """What was mended, and what stands in the text."""
+        found = sorted({notice for result in self.results for notice in result.notices})
+        if marks := sum(result.marks for result in self.results):
+            of = counted(marks, "time", "times")
+            is_text = any(source.kind == "text" for source in self.sources)
+            way = (
+                f": `gptforge prepare` with --split_on '{END_OF_TEXT}' makes documents of what "
+                "lies between"
+            )
+            what = f"{END_OF_TEXT} stands in the text {of}, as plain characters"
+            found.insert(0, what + (way if is_text else ""))
+        return [*self.on_split, *found]
+
+    @property
+    def inputs(self) -> dict[str, list[Side]]:
+        """Which sides the text of each file went to, by the file's fingerprint."""
+        sides_of: dict[int, set[Side]] = {}
+        for result in self.results:
+            for name, went_to in result.sides.items():
+                sides_of.setdefault(int(name), set()).update(went_to)
+        found: dict[str, set[Side]] = {}
+        for number, sides in sorted(sides_of.items())[:MAX_INPUTS]:
+            # A pipe cannot be read again.
+            if (path := self.sources[number].path).is_file():
+                found.setdefault(fingerprint(path), set()).update(sides)
+        return {known_by: sorted(sides) for known_by, sides in found.items()}
 
 
 def finish(out: Path, made: Made, *, headerless: bool) -> Index:
@@ -84,6 +114,7 @@ def finish(out: Path, made: Made, *, headerless: bool) -> Index:
         "shards": _joined(out, shards) if headerless else shards,
         "sources": [{"path": s.name, "bytes": s.size} for s in made.sources[:MOST_SOURCES]],
         "files": len(made.sources),
+        "inputs": made.inputs,
         "skipped": dict(sorted(made.left_out.items())),
         "notices": made.notices[:MOST_NOTICES],
     }
@@ -98,7 +129,8 @@ def tell(made: Made, say: Callable[[str], None]) -> None:
     """Say what was mended, what was left out, and if another share than asked is held out."""
     counts_of = {side: _sums(made.shards, side)["bytes"] for side in SIDES}
     asked, share = made.split.fraction, counts_of["val"] / max(1, sum(counts_of.values()))
-    if asked and not asked / FAR <= share <= asked * FAR:
+    is_chosen = made.split.rule != "files"
+    if is_chosen and asked and not asked / FAR <= share <= asked * FAR:
         say(
             f"note: {100 * share:.3g}% of the text are held out, not {100 * asked:.3g}%: documents "
             "and files go to one side as a whole, and there are few of them"

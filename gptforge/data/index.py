@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from gptforge import tokenizers
 from gptforge.data.shards import read_header, read_headerless
 from gptforge.data.stream import ShardFile
-from gptforge.errors import UserError
-from gptforge.files import read_small, write_atomic
+from gptforge.errors import UserError, parsing
+from gptforge.files import is_number, read_small, write_atomic
+from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 
 INDEX = "index.json"
@@ -36,6 +37,13 @@ class Index:
     def val_fraction(self) -> float:
         """Share that was held out."""
         return float(self.record["split"]["fraction"])
+
+    @property
+    def inputs(self) -> dict[str, list[str]]:
+        """The files that it was made of, by fingerprint, and the sides that their text went to."""
+        found = self.record.get("inputs")
+        known = found.items() if isinstance(found, dict) else ()
+        return {name: list(map(str, sides)) for name, sides in known if isinstance(sides, list)}
 
     def total(self, side: str, what: str) -> int:
         """Documents, characters, bytes or tokens of train or val."""
@@ -62,8 +70,11 @@ class Index:
         return found
 
     def tokenizer(self) -> Tokenizer:
-        """The one that the shards were made with."""
-        return tokenizers.load(self.folder / TOKENIZER)
+        """The one that the shards were made with; it knows whether documents are marked in them."""
+        tokenizer = tokenizers.load(self.folder / TOKENIZER)
+        if tokenizer.end_of_text is not None:
+            tokenizer.marks_documents = self.record["split"].get("marks") is True
+        return tokenizer
 
 
 def write_index(folder: Path, record: Mapping[str, Any]) -> Index:
@@ -84,35 +95,43 @@ def read_index(folder: Path) -> Index | None:
         return None
     is_ours = any(folder.glob("*.bin"))
     try:
-        text = read_small(path)
-        is_ours |= FORMAT in text
-        record = json.loads(text)
-        if (record["format"], record["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {record['format']}, version {record['version']}")
-        float(record["split"]["fraction"])
-        _check_shards(record["shards"])
-        if not isinstance(record["digest"], str) or not isinstance(record["layout"], str):
-            raise TypeError("digest and layout are strings")
-        for side in record["splits"].values():
-            if not all(isinstance(number, int) for number in side.values()):
-                raise TypeError("counts are whole numbers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        with parsing(path.as_posix(), "a readable index", "prepare the data again"):
+            text = read_small(path)
+            is_ours |= FORMAT in text
+            record = json.loads(text)
+            _check(record)
+    except UserError:
         if not is_ours:
             return None
-        raise UserError(
-            f"{path.as_posix()}: not a readable index ({error!r}): prepare the data again"
-        ) from None
+        raise
     return Index(folder, record)
 
 
-def _check_shards(shards: Sequence[Mapping[str, Any]]) -> None:
-    for shard in shards:
-        name, tokens = shard["file"], shard["tokens"]
+def _check(record: Mapping[str, Any]) -> None:
+    """Raise whatever comes first, unless all that is read of an index has the right type."""
+    if (record["format"], record["version"]) != (FORMAT, VERSION):
+        found = f"{short_repr(record['format'])}, version {short_repr(record['version'])}"
+        raise ValueError(f"format {found}")
+    if not is_number(record["split"]["fraction"]) or not 0 <= record["split"]["fraction"] < 1:
+        raise ValueError(f"a fraction of {short_repr(record['split']['fraction'])}")
+    known = record["tokenizer"]
+    texts = (record["digest"], record["layout"], known["name"], known["sha256"])
+    if not all(isinstance(text, str) for text in (*texts, *record.get("notices", ()))):
+        raise TypeError("a text was expected")
+    for side in SIDES:
+        if not all(map(_is_count, record["splits"].get(side, {}).values())):
+            raise TypeError("counts are whole numbers")
+    for shard in record["shards"]:
+        name = shard["file"]
         # A stranger's index must not lead out of its folder.
         if not isinstance(name, str) or Path(name).name != name or shard["split"] not in SIDES:
-            raise ValueError(f"shard {name!r}")
-        if not isinstance(tokens, int) or tokens < 0:
-            raise ValueError(f"{tokens!r} tokens")
+            raise ValueError(f"shard {short_repr(name)}")
+        if not isinstance(shard["sha256"], str) or not _is_count(shard["tokens"]):
+            raise ValueError(f"{short_repr(shard['tokens'])} tokens")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def hash_of(value: object) -> str:

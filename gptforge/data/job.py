@@ -4,7 +4,7 @@ Jobs know nothing of each other, so any number of processes gives the same bytes
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gptforge.data.sources import Source
 from gptforge.data.split import Side, Split, digest_of
 from gptforge.data.survey import measure
 from gptforge.errors import RunError, UserError
-from gptforge.tokenizers.base import CLEFT, Tokenizer, smallest_dtype
+from gptforge.tokenizers.base import CLEFT, END_OF_TEXT, Tokenizer, smallest_dtype
 from gptforge.tokenizers.bulk import BulkEncoder
 
 AT_ONCE = 2**20
@@ -68,10 +68,31 @@ class Done:
     examples: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     encoder: str = ""
+    sides: dict[str, list[Side]] = field(default_factory=dict)
+    """By the number of a source, as text: the sides that text of it went to."""
+    marks: int = 0
+    """Literal end-of-text marks in the text."""
 
     def to_json(self) -> dict[str, Any]:
         """As it is kept until all jobs are done."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Done":
+        """Read what `to_json` wrote; a ValueError or whatever comes first if it is not that."""
+        done = cls(**record)
+        texts = [done.encoder, *done.examples, *done.notices]
+        counts = list(done.skipped.values())
+        for shard in done.shards:
+            texts += [shard["file"], shard["sha256"]]
+            counts += [shard[name] for name in ("documents", "characters", "bytes", "tokens")]
+            if Path(shard["file"]).name != shard["file"] or shard["split"] not in ("train", "val"):
+                raise ValueError("not a shard of this folder")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text was expected")
+        if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+            raise TypeError("a count was expected")
+        return done
 
 
 class Worker:
@@ -113,6 +134,8 @@ class Worker:
         self._waiting: dict[Side, list[str]] = {"train": [], "val": []}
         self._names: dict[Side, list[str]] = {"train": [], "val": []}
         self._is_checked = False
+        self._sides_of: dict[int, set[Side]] = {}
+        self._marks = 0
         try:
             for piece in job.pieces:
                 self._take(piece)
@@ -137,8 +160,10 @@ class Worker:
             made,
             dict(skipped.counts),
             skipped.examples,
-            sorted(self._notices),
+            sorted(self._notices | skipped.notices),
             self._encoder.name,
+            {str(number): sorted(sides) for number, sides in sorted(self._sides_of.items())},
+            self._marks,
         )
 
     def _abandon(self) -> None:
@@ -198,6 +223,8 @@ class Worker:
         for text, reached, is_held_out in self._long_parts(piece, cut):
             if is_held_out:
                 side, is_first = "val", True
+            self._sides_of.setdefault(piece.number, set()).add(side)
+            self._marks += text.count(END_OF_TEXT)
             with _told_of(source.name):
                 ids = self._encode(text)
             if is_first and self._split.marks:
@@ -248,9 +275,13 @@ class Worker:
                 ("val", text[self._split.cut :]),
             ]
         else:
-            digest = digest_of(text) if self._split.rule == "hash" else 0
+            is_by_hash = self._split.rule == "hash" or self._split.exceptions
+            digest = digest_of(text) if is_by_hash else 0
             parts = [(self._split.side(place, digest), text)]
         for side, part in parts:
+            if part:
+                self._sides_of.setdefault(place[0], set()).add(side)
+            self._marks += part.count(END_OF_TEXT)
             waiting = self._waiting[side]
             waiting.append(part)
             self._names[side].append(source.name)

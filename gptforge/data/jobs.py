@@ -10,6 +10,7 @@ from itertools import pairwise
 from gptforge.data.bad import BadInput, Skipped
 from gptforge.data.documents import Form, holds_many, open_parquet
 from gptforge.data.job import Job, Piece
+from gptforge.data.json_array import is_array
 from gptforge.data.sources import Source
 from gptforge.data.survey import Survey, byte_of, clefts, measure
 
@@ -43,7 +44,7 @@ def _pieces(
     if not holds_many(source, form):
         found = _long_text(whole, survey, form, skipped, size) if is_plain else [whole]
     elif source.kind == "jsonl" and is_plain and not is_counted:
-        found = _lines(whole, size)
+        found = [whole] if is_array(source, form.encoding) else _lines(whole, size)
     elif source.kind == "parquet" and not is_counted:
         found = _row_groups(whole, form, size)
     else:

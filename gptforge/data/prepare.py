@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gptforge import files, tokenizers
-from gptforge.data.bad import Skipped
+from gptforge.data.bad import RefusedError, Skipped
+from gptforge.data.chosen import Chosen, choose
 from gptforge.data.crew import do_here, do_together
 from gptforge.data.finishing import Made, finish, tell
 from gptforge.data.index import INDEX, TOKENIZER, Index, hash_of, read_index
@@ -21,7 +22,7 @@ from gptforge.data.job import Done, Job
 from gptforge.data.jobs import divide
 from gptforge.data.request import Meter, Request, Say, Silent
 from gptforge.data.shards import read_header
-from gptforge.data.sources import Source, find_sources
+from gptforge.data.sources import Source
 from gptforge.data.split import Split
 from gptforge.data.survey import alphabet, survey
 from gptforge.data.verify import STAMP, find_damage, write_stamp
@@ -74,6 +75,8 @@ def prepare(
         out.unlink()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out} is a link that leads nowhere: choose another")
     held = hold(out, wait=wait)
     if held is None:
         raise UserError(f"{out.as_posix()} is being prepared by another process: wait for it")
@@ -91,6 +94,8 @@ class _Preparation:
         self.notes = out / NOTES
         self._is_cache = bool(request.identity)
         self._was_finished = False
+        self.only_source = ""
+        """Its name, where there is only one."""
 
     def run(self) -> Index:
         is_fresh = not (self.out / REQUEST).is_file() and not self.notes.is_dir()
@@ -99,30 +104,37 @@ class _Preparation:
             self._refuse_strangers()
         try:
             return self._run()
-        except UserError:
+        except UserError as error:
             if is_fresh and not any(self.notes.glob("job-*")):
                 # Refused before anything was made: no trace of it either.
                 files.remove(self.notes)
                 for name in (REQUEST, TOKENIZER):
                     (self.out / name).unlink(missing_ok=True)
+            if isinstance(error, RefusedError) and error.what.startswith(f"{self.only_source}: "):
+                # Without its only file nothing would be left.
+                raise RefusedError(error.what, error.remedy, leaves_some=False) from None
             raise
 
     def _run(self) -> Index:
         self._refuse_shards()
         self.notes.mkdir(parents=True, exist_ok=True)
-        sources = self.request.sources or find_sources(
-            self.request.names, kind=self.request.kind, spool_folder=self.notes
-        )
-        key = self._key(sources)
+        chosen = choose(self.request, spool_folder=self.notes)
+        sources = chosen.sources
+        self.only_source = sources[0].name if len(sources) == 1 else ""
+        key = self._key(chosen)
         if (index := self._finished(key)) is not None:
             files.remove(self.notes)
             return index
         self._begin(key)
+        for notice in chosen.notices:
+            self.say(f"note: {notice}")
         seen = survey(
             sources,
             self.request.form,
             self.request.val_fraction,
             skip_bad=self.request.skip_bad,
+            held_out=chosen.held_out,
+            part_copies=not self.request.split_by_name,
         )
         tokenizer = self._tokenizer(sources, seen.split)
         split = seen.split
@@ -140,7 +152,7 @@ class _Preparation:
         )
         done = self._work(jobs, split)
         results = [done[job.number] for job in jobs]
-        made = Made(sources, split, tokenizer, results, skipped, seen.sha256)
+        made = Made(sources, split, tokenizer, results, skipped, seen.sha256, seen.notices)
         tell(made, self.say)
         index = finish(self.out, made, headerless=self.request.headerless)
         write_stamp(index)
@@ -149,6 +161,8 @@ class _Preparation:
 
     def _refuse_strangers(self) -> None:
         """Whatever is there and not ours stays."""
+        if self.notes.is_symlink():
+            raise UserError(f"{self.notes.as_posix()} is a symbolic link: delete it")
         if (self.out / REQUEST).is_file() or self.notes.is_dir():
             return
         if _holds_something(self.out):
@@ -167,8 +181,8 @@ class _Preparation:
                     "another way"
                 )
 
-    def _key(self, sources: Sequence[Source]) -> str:
-        asked = self.request
+    def _key(self, chosen: Chosen) -> str:
+        asked, sources = self.request, chosen.sources
         if asked.identity:
             return asked.identity
         tokenizer = asked.tokenizer
@@ -183,6 +197,7 @@ class _Preparation:
                 "tokenizer": tokenizer,
                 "form": asdict(asked.form),
                 "how": [asked.val_fraction, asked.shard_bytes, asked.skip_bad, asked.headerless],
+                **({"held_out": chosen.held_out} if chosen.held_out else {}),
             }
         )
 
@@ -282,16 +297,17 @@ class _Preparation:
         if not text:
             return None
         try:
-            note = Done(**json.loads(text))
+            note = Done.from_json(json.loads(text))
             for shard in note.shards:
                 path = self.out / shard["file"]
                 if read_header(path).tokens != shard["tokens"]:
                     return None
                 if files.sha256(path) != shard["sha256"]:
                     return None
-        except (OSError, ValueError, TypeError, KeyError, UserError):
+            return note
+        except Exception:
+            # Not a note that a job left: the job is done again.
             return None
-        return note
 
 
 def cores() -> int:
@@ -318,4 +334,8 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """A small file of a preparation; empty where there is none that can be read."""
+    try:
+        return files.read_small(path, follow_symlinks=False)
+    except (OSError, ValueError):
+        return ""

@@ -22,6 +22,17 @@ HAS_ZSTD = importlib.util.find_spec("compression") is not None
 """Python 3.14 brings it along."""
 
 
+REPLACED = "put U+FFFD where bytes are not in the encoding"
+LOOK = 2**26
+"""Bytes of a file that are looked at to tell what it is written in."""
+
+
+def codec_of(encoding: str) -> tuple[str, str]:
+    """The name of a codec and what to do about bytes that are not in it: `utf-8:replace`."""
+    name, _, errors = encoding.partition(":")
+    return name, errors or "strict"
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a file's text."""
@@ -34,6 +45,8 @@ class Chunk:
     """With CRLF turned into LF, and without a byte order mark."""
     reached: int
     """Bytes of the file on the disk that were read so far."""
+    is_replaced: bool = False
+    """Whether U+FFFD stands in it for bytes that are not in the encoding."""
 
 
 def blocks(source: Source, start: int = 0, stop: int | None = None) -> Iterator[tuple[bytes, int]]:
@@ -130,14 +143,15 @@ def chunks(
     Raises:
         BadInput: where it is not text in that encoding, with the byte.
     """
-    decoder = codecs.getincrementaldecoder(encoding)()
+    codec, errors = codec_of(encoding)
+    decoder = codecs.getincrementaldecoder(codec)(errors)
     read, held, kept = start, 0, ""
     for block, reached in _and_end(blocks(source, start, stop)):
         offset = read - held - len(kept)
         try:
             raw = kept + decoder.decode(block, final=not block)
         except UnicodeError as error:
-            what, remedy = not_in(encoding, error, block, before=read - held)
+            what, remedy = not_in(encoding, error, block, before=read - held, source=source)
             raise BadInput(what, source.name, remedy) from None
         read += len(block)
         held = len(decoder.getstate()[0])
@@ -145,15 +159,21 @@ def chunks(
         kept = "\r" if raw.endswith("\r") and block else ""
         raw = raw[: len(raw) - len(kept)]
         if "\0" in raw:
-            place = offset + len(raw[: raw.index("\0")].encode(encoding))
+            place = offset + len(raw[: raw.index("\0")].encode(codec, "replace"))
+            if errors == "replace" and b"\0" in block:
+                place = read - len(block) + block.index(b"\0")
             what = f"NUL byte at offset {place}: this is a binary file or UTF-16"
-            raise BadInput(what, source.name, "save it as text, or say what it is with --encoding")
+            remedy = "save it as text, or, if it is UTF-16, give --encoding utf-16"
+            raise BadInput(what, source.name, remedy)
         if raw:
             text = raw.removeprefix(BOM) if offset == 0 else raw
-            yield Chunk(offset, raw, text.replace("\r\n", "\n"), reached)
+            is_replaced = errors == "replace" and "\ufffd" in raw
+            yield Chunk(offset, raw, text.replace("\r\n", "\n"), reached, is_replaced)
 
 
-def not_in(encoding: str, error: UnicodeError, part: bytes, *, before: int = 0) -> tuple[str, str]:
+def not_in(
+    encoding: str, error: UnicodeError, part: bytes, *, before: int = 0, source: Source
+) -> tuple[str, str]:
     """What is wrong with bytes that are not in an encoding, and what can be done.
 
     Args:
@@ -161,19 +181,44 @@ def not_in(encoding: str, error: UnicodeError, part: bytes, *, before: int = 0) 
         error: what decoding them met.
         part: the bytes.
         before: bytes in front of those that the error counts from.
+        source: the file that they are of.
     """
     what = f"not {encoding}: {error}"
     if isinstance(error, UnicodeDecodeError):
         byte, place = error.object[error.start], before + error.start
         what = f"not {encoding}: byte 0x{byte:02x} at offset {place}"
-    name = codecs.lookup(encoding).name
+    name = codecs.lookup(codec_of(encoding)[0]).name
     if b"\0" in part and not name.startswith(("utf-16", "utf-32")):
         what += ", and NUL bytes as well: this is a binary file or UTF-16"
         return what, "give its text, or try --encoding utf-16"
     if name == "utf-8":
-        return what, "say what it is with --encoding latin-1"
+        return what, _instead_of_utf8(source)
     other = "say --encoding utf-16-le or utf-16-be" if name == "utf-16" else "name the right one"
     return what, f"leave --encoding out if it is UTF-8, or {other}"
+
+
+def _instead_of_utf8(source: Source) -> str:
+    """What to do about a file that is not valid UTF-8: whether it is another encoding shows in how
+    many characters beyond ASCII are valid all the same.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    bad = valid = looked = 0
+    odd = False
+    for block, _ in blocks(source):
+        text = decoder.decode(block)
+        replaced = text.count("\ufffd")
+        bad += replaced
+        valid += len(text) - len(text.encode("ascii", "ignore")) - replaced
+        odd |= any(byte in block for byte in range(0x80, 0xA0))
+        looked += len(block)
+        if looked >= LOOK:
+            break
+    replace = "--encoding utf-8:replace puts U+FFFD in their place"
+    if valid >= max(1, bad):
+        count = "1 such place" if bad <= 1 else f"{bad:,} such places"
+        return f"all else is UTF-8, with {count}: correct them, or {replace}"
+    other = "cp1252" if odd else "latin-1"
+    return f"say what it is with --encoding {other}, or, if such bytes are damage, {replace}"
 
 
 def _and_end(parts: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
@@ -191,4 +236,6 @@ def mended(chunk: Chunk) -> set[str]:
         found.add("dropped the byte order mark")
     if "\r\n" in chunk.raw:
         found.add("turned CRLF line ends into LF")
+    if chunk.is_replaced:
+        found.add(REPLACED)
     return found

@@ -45,6 +45,10 @@ class Request:
     kind: Kind | Literal["auto"] = "auto"
     shard_bytes: int = 2**26
     """Bytes of the files that go into a shard, more or less."""
+    split_by_name: bool = True
+    """Whether files whose names say validation are held out, and those that say test left out."""
+    is_to_judge: bool = False
+    """Whether such files are held out though no share is asked for."""
     skip_bad: bool = False
     headerless: bool = False
     """One file for each side, without a header, as nanoGPT reads them."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptforge import files
 from gptforge.data.stream import ShardFile
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.tokenizers.base import Tokens
 
 HEADER = 256
@@ -35,12 +35,10 @@ def read_header(path: Path) -> ShardFile:
     Raises:
         UserError: for a file that is no shard, or not a whole one.
     """
-    try:
+    with parsing(path.as_posix(), "a readable token shard"):
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             raw = file.read(HEADER_BYTES)
-    except OSError as error:
-        raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None
     name = path.as_posix()
     if len(raw) < HEADER_BYTES:
         raise UserError(f"{name}: {size} bytes are too few for a token shard's header {NO_HEADER}")
@@ -67,12 +65,10 @@ def read_headerless(path: Path) -> ShardFile:
     Raises:
         UserError: for an odd number of bytes, or a file that has a header after all.
     """
-    try:
+    with parsing(path.as_posix(), "a readable token shard"):
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             raw = file.read(8)
-    except OSError as error:
-        raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None
     if len(raw) == 8 and tuple(np.frombuffer(raw, "<i4")) in FORMS:
         raise UserError(f"{path.as_posix()} has a header: leave --headerless out")
     if size % 2:

@@ -4,6 +4,7 @@ import glob
 import os
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +16,19 @@ from gptforge.data.pipes import is_pipe, spool
 from gptforge.errors import UserError
 from gptforge.shell import quote
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "jsonl", "parquet", "csv"]
 Packing = Literal["", "gz", "zst", "xz"]
 
 KINDS: dict[str, Kind] = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".text"), "text"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     ".parquet": "parquet",
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
 }
 """What endings say. A file that is named may have any other: it is text then."""
-FOUND = tuple(ending for ending in KINDS if ending != ".json")
-"""Endings that are looked for in a folder. Many a .json there is a program's, and no text."""
+FOUND = tuple(ending for ending in KINDS if ending not in (".json", ".csv", ".tsv"))
+"""Endings that are looked for in a folder. Many a .json there is a program's, and many a .csv is
+full of numbers: neither is text."""
 PACKINGS: dict[str, Packing] = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 MAGIC: dict[bytes, Packing] = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"\xfd7zXZ": "xz"}
 SPOOLED = "stdin"
@@ -76,7 +79,7 @@ def find_sources(
         found += [_source(path, kind) for path in _files(name)]
     seen: set[Path] = set()
     for source in found:
-        place = source.path.resolve()
+        place = files.real_path(source.path)
         if place in seen:
             raise UserError(f"{source.name} is named twice: leave one out")
         seen.add(place)
@@ -84,10 +87,12 @@ def find_sources(
 
 
 @contextmanager
-def open_sources(names: Sequence[str]) -> Iterator[list[Source]]:
+def open_sources(
+    names: Sequence[str], *, kind: Kind | Literal["auto"] = "auto"
+) -> Iterator[list[Source]]:
     """As `find_sources`; what came out of pipes and standard input is kept for this block."""
     with tempfile.TemporaryDirectory(prefix="gptforge-") as place:
-        yield find_sources(names, spool_folder=Path(place))
+        yield find_sources(names, kind=kind, spool_folder=Path(place))
 
 
 def _files(name: str) -> list[Path]:
@@ -104,7 +109,7 @@ def _files(name: str) -> list[Path]:
         if not inside:
             raise UserError(
                 f"{name}: no text in this folder: nothing in it ends in {', '.join(FOUND)} or one "
-                "of these with .gz, .zst or .xz; name a .json or any other file to have it read"
+                "of these with .gz, .zst or .xz; name a .json, a .csv or any other file to read it"
             )
         return inside
     if path.exists():
@@ -116,12 +121,25 @@ def _files(name: str) -> list[Path]:
     return inside
 
 
+def left_aside(name: str) -> Counter[str]:
+    """How many files of a folder are not read, by suffix."""
+    folder = Path(name)
+    if name == "-" or not folder.is_dir():
+        return Counter()
+    unread = (path for path in _files_in(folder) if _endings(path)[0] not in FOUND)
+    return Counter(path.suffix.lower() or "without" for path in unread)
+
+
 def _texts_in(folder: Path) -> Iterator[Path]:
+    return (path for path in _files_in(folder) if _endings(path)[0] in FOUND)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         here = Path(place)
         folders[:] = [n for n in folders if not n.startswith(".") and not _is_a_runs(here / n)]
         for path in (here / name for name in names if not name.startswith(".")):
-            if _endings(path)[0] in FOUND and path.is_file():
+            if path.is_file():
                 yield path
 
 
@@ -150,7 +168,8 @@ def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
         facts = path.stat()
         name = path.as_posix()
         if not stat.S_ISREG(facts.st_mode):
-            raise UserError(f"{name}: neither a file nor a folder: give one of these")
+            what = files.irregular_kind(path)
+            raise UserError(f"{name} is {what}, not a regular file: give a file of text")
         return Source(path, chosen, packing, facts.st_size, str(facts.st_mtime_ns), name)
     except OSError as error:
         raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None

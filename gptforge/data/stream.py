@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptforge.errors import UserError
+from gptforge.files import open_regular
 from gptforge.tokenizers.base import Tokens
 
 MAX_OPEN = 256
@@ -58,7 +59,7 @@ class OpenShard:
         self._shard = shard
         self._tokens: Tokens | None = None
         try:
-            self._file = shard.path.open("rb", buffering=0)
+            self._file = open_regular(shard.path, buffering=0)
         except OSError as error:
             raise self._unreadable(str(error.strerror)) from None
         self._descriptor = self._file.fileno()

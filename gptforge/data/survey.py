@@ -11,6 +11,7 @@ import numpy as np
 
 from gptforge.data.bad import BadInput, Skipped
 from gptforge.data.documents import Document, Form, documents, holds_many
+from gptforge.data.finding import counted
 from gptforge.data.reading import chunks, mended
 from gptforge.data.sources import Source
 from gptforge.data.split import MANY, Seen, Split, digest_from, digest_of, make_split
@@ -70,10 +71,28 @@ class Survey:
     """Of the text, where there is only one; empty otherwise."""
     facts: dict[int, TextFacts]
     """Of text files that were looked through, by the number of the source."""
+    notices: tuple[str, ...] = ()
+    """What should be known about the split, in words."""
 
 
-def survey(sources: Sequence[Source], form: Form, fraction: float, *, skip_bad: bool) -> Survey:
+def survey(
+    sources: Sequence[Source],
+    form: Form,
+    fraction: float,
+    *,
+    skip_bad: bool,
+    held_out: tuple[int, ...] = (),
+    part_copies: bool = False,
+) -> Survey:
     """Look at the first documents, as many as the rule for holding out needs.
+
+    Args:
+        sources: the files.
+        form: how text is found in them.
+        fraction: share to hold out.
+        skip_bad: whether to pass over what cannot be read.
+        held_out: indices of the files that are held out by their names, if any are.
+        part_copies: whether copies of one of a few documents may land on both sides.
 
     Raises:
         UserError: if there is no text, or what there is cannot be read.
@@ -103,7 +122,50 @@ def survey(sources: Sequence[Source], form: Form, fraction: float, *, skip_bad: 
             break
     if not seen:
         raise UserError(no_text([source.name for source in sources], skipped))
-    return Survey(make_split(seen, fraction), sha256 if len(seen) == 1 else "", facts)
+    if held_out:
+        _check_sides(sources, form, skip_bad, held_out)
+        return Survey(Split("files", fraction, held_out=held_out), "", facts)
+    split = make_split(seen, fraction, part_copies=part_copies)
+    return Survey(split, sha256 if len(seen) == 1 else "", facts, _on_copies(seen, split))
+
+
+def _on_copies(seen: Sequence[Seen], split: Split) -> tuple[str, ...]:
+    """What becomes of copies of one of a few documents."""
+    if split.rule != "boundary":
+        return ()
+    if twice := len(split.exceptions):
+        of = counted(twice, "document stands", "documents stand")
+        return (f"{of} in the text more than once: all copies are on one side",)
+    sides: dict[int, set[str]] = {}
+    for document in seen:
+        side = split.side(document.place, document.digest)
+        sides.setdefault(document.digest, set()).add(side)
+    if twice := sum(len(both) > 1 for both in sides.values()):
+        of = counted(twice, "document is", "documents are")
+        return (f"{of} both learned and held out, for copies: the held-out loss says too little",)
+    return ()
+
+
+def _check_sides(
+    sources: Sequence[Source], form: Form, skip_bad: bool, held_out: tuple[int, ...]
+) -> None:
+    """Raise a UserError if the files of either side hold no text."""
+    judged = [sources[number] for number in held_out]
+    learned = [source for number, source in enumerate(sources) if number not in set(held_out)]
+    for side, what in ((learned, "to learn from"), (judged, "held out by their names")):
+        skipped = Skipped(skip_bad)
+        if not any(text.strip() for source in side for text in _readable(source, form, skipped)):
+            raise UserError(
+                f"{no_text([source.name for source in side], skipped)}; these are the files "
+                f"{what}: --split_by_name false takes them like all others"
+            )
+
+
+def _readable(source: Source, form: Form, skipped: Skipped) -> Iterator[str]:
+    try:
+        yield from texts(source, form, skipped)
+    except BadInput as bad:
+        skipped.add(bad)
 
 
 def no_text(names: Sequence[str], skipped: Skipped) -> str:

@@ -18,6 +18,9 @@ MOST_POINTS = 400
 ROUND = (1, 1.5, 2, 3, 4, 5, 7)
 """What a logarithmic axis is marked at, times powers of ten."""
 
+SMALLEST = 1e-100
+"""Loss from which on a logarithmic axis can be marked: near the smallest float marks become 0."""
+
 Points = list[tuple[float, float]]
 
 
@@ -88,7 +91,7 @@ def _chart(title: str, lines: Sequence[Line], *, kind: str = "", is_log: bool = 
     right = max(x for line in lines for x, _ in line.points) or 1.0
     values = [y for line in lines for _, y in line.points]
     # A loss falls fast and then slowly: on a logarithmic axis both can be seen.
-    bend: Callable[[float], float] = math.log if is_log and min(values) > 0 else float
+    bend: Callable[[float], float] = math.log if is_log and min(values) > SMALLEST else float
     low, high = bend(min(values)), bend(max(values))
     margin = 0.05 * (high - low or abs(high) or 1)
     low, high = low - margin, high + margin

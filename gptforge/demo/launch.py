@@ -1,22 +1,29 @@
 """Starting the page, on this machine alone unless asked otherwise."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptforge.build.exported import origin_of, title_of
 from gptforge.build.trained import load, spare_threads
 from gptforge.convert.extras import require
 from gptforge.demo.address import free_port
-from gptforge.demo.gate import Gate
+from gptforge.demo.gate import Gate, Listeners
 from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.writing import Writers
 from gptforge.errors import RunError
 from gptforge.generate.language_model import LanguageModel
+from gptforge.printable import safe_print
 
 
 def launch(
-    run: str, *, host: str = "127.0.0.1", port: int = 0, device: str = "auto", title: str = ""
+    run: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    device: str = "auto",
+    title: str = "",
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Show the page until it is interrupted.
 
@@ -26,6 +33,8 @@ def launch(
         port: 0: the first free one from 7860 on.
         device: auto, cpu, cuda, cuda:N or mps.
         title: what the page is called; empty: as the run folder is.
+        allowed_hosts: names that the page may be asked for under, besides this machine's own;
+            `*` for any. On a Hugging Face Space its own name is among them.
 
     Raises:
         UserError: if there is no model, the host is none of this machine, or Gradio is not
@@ -40,14 +49,18 @@ def launch(
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from gptforge.demo.completions import routes
+
     def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
         writer = load(folder, device=device, say=say)
         spare_threads(writer)
         return writer
 
     origin, title = origin_of(run), title or title_of(run)
+    writers, listeners = Writers(open_model, run), Listeners()
     page = build_page(
-        Writers(open_model, run),
+        writers,
+        listeners,
         run=run,
         title=title,
         total=origin.config.max_steps if origin else 0,
@@ -62,6 +75,7 @@ def launch(
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
     style = STYLE.read_text(encoding="utf-8").replace("SERIF", ", ".join(f'"{f}"' for f in serif))
+    hosts = {host, *allowed_hosts, os.environ.get("SPACE_HOST", "localhost")}
     try:
         _, address, _ = page.launch(
             # An address with colons can stand before a port only in brackets.
@@ -74,8 +88,12 @@ def launch(
             theme=theme,
             css=style,
             favicon_path=Path(__file__).with_name("favicon.svg"),
-            show_error=True,
-            app_kwargs={"middleware": [Middleware(Gate)]},
+            # Mistakes are said by the page itself; what Python says of the rest is for nobody.
+            show_error=False,
+            app_kwargs={
+                "middleware": [Middleware(Gate, hosts=hosts, listeners=listeners)],
+                "routes": routes(writers),
+            },
             quiet=True,
             prevent_thread_lock=True,
         )
@@ -85,5 +103,5 @@ def launch(
             f"the page cannot be shown at {host}:{port}: try again, or choose another --port "
             f"({error})"
         ) from None
-    print(f"{title}: {address} (Ctrl-C ends it)", flush=True)
+    safe_print(f"{title}: {address} (Ctrl-C ends it)")
     page.block_thread()

@@ -1,6 +1,7 @@
 """The layout of the page, and what its buttons do. Gradio draws it, wholly from this machine."""
 
 import functools
+import math
 import random
 from collections.abc import Iterator
 from html import escape
@@ -10,9 +11,11 @@ from typing import Any
 import gptforge.demo.writing as bounds
 from gptforge import costs
 from gptforge.demo.curves import training
+from gptforge.demo.gate import Listeners
 from gptforge.demo.paper import blank_paper, legend, note, paper
 from gptforge.demo.writing import Progress, Writers, write
 from gptforge.errors import UserError
+from gptforge.generate.asked import encodable, is_number, one_text
 from gptforge.generate.sampling import Sampling
 from gptforge.report.digits import in_short
 
@@ -28,11 +31,12 @@ STYLE = Path(__file__).with_name("style.css")
 TOGGLE_TINT = "(on) => { document.getElementById('out').classList.toggle('plain', !on); }"
 
 
-def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
+def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, total: int) -> Any:
     """The page as a Gradio Blocks, with its queue.
 
     Args:
         writers: the models of the run.
+        listeners: which visitors still fetch what is written for them.
         run: the run folder, for its curves.
         title: what the page is called.
         total: updates that the run is to make.
@@ -47,19 +51,29 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
         top_k: float,
         top_p: float,
         seed: str,
+        request: gr.Request,
     ) -> Iterator[tuple[str, str]]:
-        yield paper(prompt, [], is_writing=True), note("reading the prompt …")
+        session = request.session_hash
+        if not listeners.wait(session):
+            return
         try:
+            # What a program sends may be of any type.
+            prompt = one_text(prompt, "the prompt")
+            encodable(prompt, "the prompt")
+            numbers = [_number(n) for n in (length, temperature, top_k, top_p)]
+            yield paper(prompt, [], is_writing=True), note("reading the prompt …")
             # A text that a visitor can have again: the seed is told with it.
-            chosen = _seed(seed)
+            chosen = _seed(one_text(seed, "the seed"))
             steps = write(
-                writers.get(name),
+                writers.get(one_text(name, "the checkpoint")),
                 prompt,
-                max_new_tokens=int(length),
-                sampling=Sampling(float(temperature), int(top_k), float(top_p)),
+                max_new_tokens=int(numbers[0]),
+                sampling=Sampling(numbers[1], int(numbers[2]), numbers[3]),
                 seed=chosen,
             )
             for progress in steps:
+                if not listeners.is_listening(session):
+                    return
                 page = paper(prompt, progress.tokens, is_writing=not progress.is_done)
                 yield page, note(_told(progress, chosen))
         except UserError as error:
@@ -95,7 +109,11 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
                             label = text.replace("\n", " ")
                             chip = gr.Button(label, size="sm", elem_classes="chip", min_width=0)
                             chip.click(
-                                lambda text=text: text, None, prompt, queue=False, api_name=False
+                                lambda text=text: text,
+                                None,
+                                prompt,
+                                queue=False,
+                                api_visibility="private",
                             )
                     with gr.Row(elem_id="go"):
                         start = gr.Button(
@@ -131,7 +149,7 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
                     curves,
                     queue=False,
                     show_progress="hidden",
-                    api_name=False,
+                    api_visibility="private",
                 )
         gr.HTML("<footer>Made with GPT-Forge. Nothing you type is kept or passed on.</footer>")
         settings = [prompt, which, length, heat, top_k, top_p, seed]
@@ -144,13 +162,19 @@ def build_page(writers: Writers, *, run: str, title: str, total: int) -> Any:
             show_progress="minimal",
             show_progress_on=told,
             trigger_mode="once",
-            api_name="write",
+            api_visibility="private",
         )
         # Told of only when it has stopped, or a last frame would come after and say otherwise.
-        stopping = stop.click(None, None, None, cancels=[event], queue=False, api_name=False)
-        stopping.then(_stopped, None, told, queue=False, show_progress="hidden", api_name=False)
+        stopping = stop.click(
+            None, None, None, cancels=[event], queue=False, api_visibility="private"
+        )
+        stopping.then(
+            _stopped, None, told, queue=False, show_progress="hidden", api_visibility="private"
+        )
         tint.change(None, tint, None, js=TOGGLE_TINT)
-        page.load(lambda: gr.Dropdown(choices=writers.names()), None, which, api_name=False)
+        page.load(
+            lambda: gr.Dropdown(choices=writers.names()), None, which, api_visibility="private"
+        )
     page.queue(max_size=bounds.WAITING, default_concurrency_limit=bounds.AT_ONCE)
     return page
 
@@ -180,6 +204,12 @@ def _seed(text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"the seed is a whole number, not {text.strip()}") from None
+
+
+def _number(given: Any) -> float:
+    if not is_number(given) or not math.isfinite(given):
+        raise UserError("length, temperature, top-k and top-p must be numbers")
+    return float(given)
 
 
 def _told(progress: Progress, seed: int) -> str:

@@ -6,6 +6,7 @@ from math import exp
 from typing import Literal
 
 from gptforge.generate.language_model import Token
+from gptforge.printable import printable_text
 
 STEPS = (0.05, 0.15, 0.35, 0.65, 0.9)
 """Probabilities at which the tint changes: six of them, the first is the least sure."""
@@ -16,7 +17,7 @@ def paper(prompt: str, tokens: Sequence[Token], *, is_writing: bool) -> str:
     """The prompt, the tokens, and a caret while there are more to come."""
     spans = "".join(_span(token) for token in tokens)
     caret = '<span class="caret"></span>' if is_writing else ""
-    return f'<div class="paper"><span class="prompt">{escape(prompt)}</span>{spans}{caret}</div>'
+    return f'<div class="paper"><span class="prompt">{_html(prompt)}</span>{spans}{caret}</div>'
 
 
 def blank_paper() -> str:
@@ -43,7 +44,7 @@ def note(text: str, *, kind: Literal["", "error", "stopped"] = "") -> str:
 def _span(token: Token) -> str:
     sure = exp(token.logprob)
     tint = sum(sure >= step for step in STEPS)
-    text = escape(token.text).replace("\n", '<b class="line">↵</b>\n')
+    text = _html(token.text).replace("\n", '<b class="line">↵</b>\n')
     tip = escape(_tip(token, sure), quote=True)
     return f'<span class="t s{tint}" tabindex="0" data-tip="{tip}">{text}</span>'
 
@@ -62,4 +63,9 @@ def _tip(token: Token, sure: float) -> str:
 def _shown(text: str) -> str:
     """A token that can be seen: spaces and line ends too."""
     named = {"": "…", "\n": "↵", " ": "␣"}
-    return named.get(text) or text.replace("\n", "↵").replace(" ", "␣")
+    return named.get(text) or printable_text(text).replace("\n", "↵").replace(" ", "␣")
+
+
+def _html(text: str) -> str:
+    """Text for a page: no mark-up in it, and nothing that turns the page's own text around."""
+    return escape(printable_text(text))

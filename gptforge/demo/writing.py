@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.errors import UserError
+from gptforge.files import real_path
 from gptforge.generate.language_model import LanguageModel, Token
 from gptforge.generate.prompts import as_in_files
 from gptforge.generate.sampling import Sampling
@@ -70,7 +71,7 @@ class Writers:
         store = CheckpointStore(Path(self._run) / "checkpoints")
         # What best and last lead to moves on while a run learns.
         path = store.pointed(name) or store.folder / name
-        key = str(path.resolve() if path.is_dir() else Path(self._run))
+        key = str(real_path(path) if path.is_dir() else Path(self._run))
         with self._lock:
             if key not in self._models:
                 self._models[key] = self._load(key, lambda text: None)
@@ -100,7 +101,7 @@ def write(
     if not 1 <= max_new_tokens <= MOST_TOKENS:
         raise UserError(f"{max_new_tokens} tokens; 1 to {MOST_TOKENS} can be had")
     context = model.model.config.block_size
-    is_longer = len(model.encode(prompt)) + max_new_tokens > context
+    is_longer = len(model.prompt_ids(prompt)) + max_new_tokens > context
     remark = f"beyond the model's {context} tokens of context the beginning is forgotten"
     remark = remark if is_longer else ""
     begin = shown = time.monotonic()

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from gptforge.errors import RunError, UserError
+from gptforge.printable import print_note, printable
 
 EVERY = 1.0
 """Seconds between signs of life."""
@@ -59,13 +60,15 @@ class Heartbeat:
         """Grows while this rank is getting on."""
         self.busy = 0
         """Above 0 while it does what the others have to wait for."""
+        self.waiting = 0
+        """Above 0 while it waits for another rank."""
         self._rank, self._size, self._host = rank, size, host
         self._where = f"rank {rank} on {host}"
         self._store, self._is_loudest, self._silence = store, is_loudest, silence
         self._leave = leave
         self._quiet = threading.Event()
         self._others = _Others(silence)
-        self._heard = time.monotonic()
+        self._heard = self._started = self._named = time.monotonic()
         self._threads = [
             threading.Thread(target=do, name="heartbeat", daemon=True)
             for do in (self._talk, self._watch)
@@ -142,13 +145,33 @@ class Heartbeat:
         keys = [f"life/{other}" for other in watched]
         if not self._store.check(keys):
             # Some have only just met the others.
+            silent = time.monotonic() - self._started
+            gone = [n for n in watched if not self._store.check([f"life/{n}"])]
+            if silent > self._silence and gone:
+                return f"rank {gone[0]} has given no sign of life for {silent:.0f} seconds"
             return None
         lives = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
+        if self._rank == 0:
+            self._name_late({0: own, **lives})
         return self._others.wrong(lives, own if self._rank == 0 else None, self._host)
+
+    def _name_late(self, lives: Mapping[int, Mapping[str, Any]]) -> None:
+        """Before the first step, say now and then whom the others wait for; that may take long."""
+        late = [rank for rank, life in lives.items() if not life["waiting"]]
+        begun = min(int(life["progress"]) for life in lives.values()) > 0
+        if begun or not late or len(late) == len(lives):
+            self._named = time.monotonic()
+        elif time.monotonic() - self._named > self._silence:
+            names = ", ".join(f"rank {rank} on {lives[rank]['host']}" for rank in late)
+            seconds = time.monotonic() - self._started
+            text = f"note: after {seconds:.0f} seconds the other ranks are waiting for {names}"
+            print(text, file=sys.stderr, flush=True)
+            self._named = time.monotonic()
 
     def _tell(self) -> dict[str, Any]:
         """Say that this rank lives."""
         own = {"pid": os.getpid(), "host": self._host, "busy": self.busy}
+        own["waiting"] = self.waiting
         own |= {"progress": self.progress, "beat": time.time()}
         self._store.set(f"life/{self._rank}", json.dumps(own))
         return own
@@ -159,7 +182,7 @@ class Heartbeat:
             text = f"{self._where}: {text}"
         word = {"text": text, "code": code, "host": self._host}
         try:
-            left = json.loads(self._store.compare_set(WORD, "", json.dumps(word)))
+            left = leave_word(self._store, text, code, self._host)
         except (RuntimeError, ValueError):
             left = word
         if left == word:
@@ -176,7 +199,7 @@ class Heartbeat:
         self._part(word["code"])
 
     def _print(self, text: str) -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print_note(f"error: {printable(text)}")
 
     def _part(self, code: int) -> None:
         """End the process; a save that is under way is finished first."""
@@ -186,6 +209,13 @@ class Heartbeat:
                 thread.join(20)
         sys.stdout.flush()
         self._leave(code)
+
+
+def leave_word(store: Store, text: str, code: int, host: str) -> dict[str, Any]:
+    """Tell all ranks to end with an error, unless one has already; gives what stands there now."""
+    word = {"text": text, "code": code, "host": host}
+    left: dict[str, Any] = json.loads(store.compare_set(WORD, "", json.dumps(word)))
+    return left
 
 
 class _Others:

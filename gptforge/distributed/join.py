@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from gptforge.distributed.heartbeat import SILENCE, Heartbeat
+from gptforge.distributed.heartbeat import SILENCE, Heartbeat, leave_word
 from gptforge.distributed.ranks import ALONE, ManyRanks, Ranks
 from gptforge.errors import RunError, UserError
 from gptforge.hardware import has_mps
+from gptforge.launch_env import env_int
 
 WANTED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LONGEST = timedelta(minutes=30)
@@ -24,7 +25,7 @@ LONGEST = timedelta(minutes=30)
 
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this is one of several processes."""
-    return int(env.get("WORLD_SIZE", "1")) > 1
+    return env_int("WORLD_SIZE", 1, env) > 1
 
 
 def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
@@ -46,17 +47,22 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
             f"WORLD_SIZE is {env['WORLD_SIZE']} but {missing[0]} is not set: start several "
             "processes with torchrun --nproc_per_node=N gpt.py ..."
         )
-    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    local_rank = int(env["LOCAL_RANK"])
-    place = _local_device(device, local_rank, local_size=int(env["LOCAL_WORLD_SIZE"]))
+    rank, size = _place(env, "RANK", "WORLD_SIZE")
+    local_rank, local_size = _place(env, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not 0 < (port := env_int("MASTER_PORT", 0, env)) < 2**16:
+        raise UserError(f"MASTER_PORT is {port}: give a port from 1 to 65535")
+    place = _local_device(device, local_rank, local_size=local_size)
     host = socket.gethostname()
     silence = _seconds(env.get("GPTFORGE_SILENCE", str(SILENCE)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    # Before all have met nobody listens for signs of life: a shorter wait stands in for them.
+    patience = 1.5 * silence
     is_server = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        server = _store(env, is_server=is_server, timeout=LONGEST)
-        attempt = meet(server, rank, size)
+        server = _store(env, is_server=is_server, timeout=timedelta(seconds=patience))
+        attempt = meet(server, rank, size, host=host, patience=patience)
+        server.set_timeout(LONGEST)
         store = PrefixStore(attempt, server)
         own = _store(env, is_server=False, timeout=timedelta(seconds=silence))
         heartbeat = Heartbeat(
@@ -90,6 +96,14 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
     )
 
 
+def _place(env: Mapping[str, str], number: str, count: str) -> tuple[int, int]:
+    """Which of how many: a number below its count."""
+    which, of = env_int(number, 0, env), env_int(count, 1, env)
+    if which >= of:
+        raise UserError(f"{number} is {which} and {count} {of}: ranks are counted from 0")
+    return which, of
+
+
 def _seconds(word: str) -> float:
     try:
         seconds = float(word)
@@ -106,12 +120,22 @@ def _store(env: Mapping[str, str], *, is_server: bool, timeout: timedelta) -> St
     return TCPStore(address, port, is_master=is_server, timeout=timeout)
 
 
-def meet(store: Store, rank: int, size: int, *, patience: float = LONGEST.total_seconds()) -> str:
+def meet(store: Store, rank: int, size: int, *, host: str = "", patience: float = 60.0) -> str:
     """Find the other ranks; gives a name for this meeting that no earlier one had.
 
     The launcher's store outlives a restart, with all that was said before, and launchers count
     restarts each for itself. So every rank says hello with a word of its own, and waits until rank
     0 answers that very word.
+
+    Args:
+        store: the launcher's.
+        rank: of this process.
+        size: of all.
+        host: this machine's name.
+        patience: seconds to wait for the others.
+
+    Raises:
+        RunError: if a rank does not come. Those that have come by then are told.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + patience
     store.set(f"gptforge/hello/{rank}", word)
@@ -132,7 +156,18 @@ def meet(store: Store, rank: int, size: int, *, patience: float = LONGEST.total_
                 store.set(f"gptforge/{name}/{rank}", "here")
                 return f"gptforge/{name}"
         time.sleep(0.05)
-    raise RunError(f"the {size} ranks did not all come")
+    late = [0]
+    if rank == 0:
+        late = [n for n in range(1, size) if not store.check([f"gptforge/{word}/{n}"])]
+    many = "s" * (len(late) > 1)
+    text = (
+        f"rank{many} {', '.join(map(str, late))} of {size} did not start within {patience:.0f} "
+        "seconds: see what was printed there; where starting takes longer, set GPTFORGE_SILENCE="
+        f"{2 * patience:.0f}"
+    )
+    if rank == 0:
+        leave_word(PrefixStore(f"gptforge/{word}", store), text, code=1, host=host)
+    raise RunError(text)
 
 
 def _local_device(flag: str, local_rank: int, *, local_size: int) -> torch.device:

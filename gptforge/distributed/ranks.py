@@ -201,8 +201,9 @@ class ManyRanks(Ranks):
     def least(self, number: int) -> int:
         """As `Ranks.least`."""
         least = torch.tensor(number, device=self._device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        return int(least)
+        with self._waiting():
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            return int(least)
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """As `Ranks.totals`."""
@@ -224,14 +225,16 @@ class ManyRanks(Ranks):
         key, self._said = f"said/{self._said}", self._said + 1
         if self.is_first:
             self._store.set(key, json.dumps(do()))
-        return json.loads(self._store.get(key))
+        with self._waiting():
+            return json.loads(self._store.get(key))
 
     @contextmanager
     def local_first(self) -> Iterator[None]:
         """As `Ranks.local_first`."""
         key, self._said = f"local/{self._host}/{self._said}", self._said + 1
         if self._local_rank:
-            self._store.wait([key])
+            with self._waiting():
+                self._store.wait([key])
         yield
         if not self._local_rank:
             self._store.set(key, "done")
@@ -242,7 +245,8 @@ class ManyRanks(Ranks):
         if not self.is_first:
             return
         for other in range(1, self.size):
-            theirs = json.loads(self._store.get(f"facts/{other}"))
+            with self._waiting():
+                theirs = json.loads(self._store.get(f"facts/{other}"))
             for name, value in facts.items():
                 if theirs[name] != value:
                     raise UserError(
@@ -273,6 +277,14 @@ class ManyRanks(Ranks):
         finally:
             self._heartbeat.busy -= 1
             self._heartbeat.progress += 1
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._heartbeat.waiting += 1
+        try:
+            yield
+        finally:
+            self._heartbeat.waiting -= 1
 
     def leave(self) -> None:
         """As `Ranks.leave`."""

@@ -2,14 +2,17 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 from gptforge.data.bad import EXAMPLES, BadInput, Skipped
 from gptforge.data.checks import LARGE, bytes_a_token
+from gptforge.data.chosen import Chosen, choose
 from gptforge.data.documents import Form, documents, holds_many
 from gptforge.data.finding import Finding, counted, error, good, warning
 from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.reading import chunks, mended
-from gptforge.data.sources import Source, open_sources
+from gptforge.data.request import Request
+from gptforge.data.sources import Kind, Source, open_sources
 from gptforge.data.split import MANY, digest_of
 from gptforge.data.survey import alphabet, measure, survey
 from gptforge.doctor.duplicates import Duplicates
@@ -26,42 +29,56 @@ TAIL = len(END_OF_TEXT) - 1
 
 
 def examine_texts(
-    path: Path, *, tokenizer: str, val_fraction: float, context_length: int, form: Form
-) -> list[Finding]:
-    """Findings about a file or a folder of texts."""
-    with ExitStack() as stack:
-        try:
-            sources = stack.enter_context(open_sources([path.as_posix()]))
-        except UserError as mistake:
-            return [error(str(mistake))]
-        return _examine(path, sources, tokenizer, val_fraction, context_length, form)
-
-
-def _examine(
     path: Path,
-    sources: list[Source],
+    *,
     tokenizer: str,
     val_fraction: float,
     context_length: int,
     form: Form,
+    kind: Kind | Literal["auto"] = "auto",
+    split_by_name: bool = True,
 ) -> list[Finding]:
-    look = _Look(form)
+    """Findings about a file or a folder of texts."""
+    with ExitStack() as stack:
+        try:
+            sources = stack.enter_context(open_sources([path.as_posix()], kind=kind))
+            request = Request(
+                (path.as_posix(),),
+                val_fraction=val_fraction,
+                kind=kind,
+                form=form,
+                split_by_name=split_by_name,
+                sources=sources,
+            )
+            chosen = choose(request)
+        except UserError as mistake:
+            return [error(str(mistake))]
+        return _examine(path, chosen, request, tokenizer, context_length)
+
+
+def _examine(
+    path: Path, chosen: Chosen, request: Request, tokenizer: str, context_length: int
+) -> list[Finding]:
+    sources, form, val_fraction = chosen.sources, request.form, request.val_fraction
+    look = _Look(form, chosen)
     for number, source in enumerate(sources):
         look.at(number, source)
-    found = look.findings()
+    found = [*look.findings(), *(warning(notice) for notice in chosen.notices)]
     if not look.documents:
         return [*found, error(f"{path.as_posix()}: there is no text to learn")]
     found += _tokens(look, sources, tokenizer, context_length, form)
     if val_fraction:
-        found += _sides(look, sources, val_fraction, form)
+        found += _sides(look, chosen, request)
     return found
 
 
 class _Look:
     """Counts, and what stood out."""
 
-    def __init__(self, form: Form) -> None:
-        self.form = form
+    def __init__(self, form: Form, chosen: Chosen) -> None:
+        self.form, self.held_out = form, frozenset(chosen.held_out)
+        self.only_source = chosen.sources[0].name if len(chosen.sources) == 1 else ""
+        self.is_text = any(source.kind == "text" for source in chosen.sources)
         self.skipped = Skipped(allowed=True)
         self.mended: set[str] = set()
         self.sample: list[str] = []
@@ -94,20 +111,21 @@ class _Look:
         of = counted(documents, "document", "documents")
         counts = f"{of}, {characters:,} characters, {n_bytes:,} bytes"
         found = [good(counts)] if documents or not self.skipped.examples else []
-        found += [warning(f"{words} when it is read") for words in sorted(self.mended)[:EXAMPLES]]
+        notices = sorted(self.mended | self.skipped.notices)
+        found += [warning(f"{words} when it is read") for words in notices[:EXAMPLES]]
         for example, remedy in zip(self.skipped.examples, self.skipped.remedies, strict=True):
-            remedy += ", or leave it out with `prepare --skip_bad true`"
+            if not example.startswith(f"{self.only_source}: "):
+                # Without its only file nothing would be left.
+                remedy += ", or leave it out with `prepare --skip_bad true`"
             found.append(error(example, remedy))
         more = sum(self.skipped.counts.values()) - len(self.skipped.examples)
         if more > 0:
             found.append(error(f"and {more:,} more of these"))
         if self.marks:
-            found.append(
-                warning(
-                    f"{END_OF_TEXT} stands in the text {self.marks:,} times, as plain characters",
-                    f"`prepare --split_on '{END_OF_TEXT}'` makes documents of what lies between",
-                )
-            )
+            of = counted(self.marks, "time", "times")
+            what = f"{END_OF_TEXT} stands in the text {of}, as plain characters"
+            way = f"`prepare --split_on '{END_OF_TEXT}'` makes documents of what lies between"
+            found.append(warning(what, way if self.is_text else "remove it from the texts"))
         if self.duplicates.twice:
             what = counted(self.duplicates.twice, "document stands", "documents stand")
             found.append(
@@ -122,7 +140,8 @@ class _Look:
 
     def _document(self, place: tuple[int, int], digest: int, where: str) -> None:
         self.documents += 1
-        self.duplicates.add(digest, "", where)
+        side = "val" if place[0] in self.held_out else ""
+        self.duplicates.add(digest, side, where)
         if len(self.places) < MANY:
             self.places.append((place, digest))
 
@@ -168,13 +187,22 @@ def _tokens(
     return found
 
 
-def _sides(look: _Look, sources: list[Source], val_fraction: float, form: Form) -> list[Finding]:
+def _sides(look: _Look, chosen: Chosen, asked: Request) -> list[Finding]:
+    fraction, sources = asked.val_fraction, chosen.sources
     try:
-        split = survey(sources, form, val_fraction, skip_bad=True).split
+        split = survey(
+            sources,
+            asked.form,
+            fraction,
+            skip_bad=True,
+            held_out=chosen.held_out,
+            part_copies=not asked.split_by_name,
+        ).split
     except UserError as mistake:
         return [error(str(mistake))]
-    both = Duplicates()
+    both = look.duplicates
     if split.rule == "boundary":
+        both = Duplicates()
         for place, digest in look.places:
             both.add(digest, split.side(place, digest), sources[place[0]].name)
     if both.both_sides:
@@ -186,8 +214,9 @@ def _sides(look: _Look, sources: list[Source], val_fraction: float, form: Form) 
             )
         ]
     words = {
-        "character": f"the last {val_fraction:.0%} of the text, cut at character {split.cut:,}",
-        "boundary": "the last documents",
+        "character": f"the last {fraction:.0%} of the text, cut at character {split.cut:,}",
+        "boundary": "the last documents, and all copies of one on one side",
+        "files": "the files whose names say so",
         "hash": "documents chosen by their hash, so that none is on both sides",
     }
     return [good(f"held out: {words[split.rule]}")]

@@ -39,12 +39,30 @@ class HeldOutLoss:
         return math.exp(min(self.loss, 700.0))
 
 
+@dataclass(frozen=True)
+class PartialLoss:
+    """An evaluation that was stopped on the way: what its first windows came to.
+
+    It is saved with the checkpoint, so that a resumed run continues where this one stopped.
+    """
+
+    windows: int
+    """Windows evaluated, counted from the first, by all ranks together."""
+    num_windows: int
+    """Windows in the whole evaluation: the sums fit no other."""
+    nats: float
+    """Summed cross-entropy of their tokens."""
+    tokens: int
+    bytes: int
+
+
 class HeldOut:
     """A held-out text, cut into windows that do not overlap; the last one may be short.
 
     Args:
         tokens: ids of the text, at least 2.
-        byte_lengths: bytes that each id stands for.
+        byte_lengths: bytes that each id stands for. The loss is over these ids alone, as in
+            sampling: padding rows of the embedding get no probability.
         context_length: tokens in a window, T.
         batch_size: windows that go through the model at once.
         limit: read about so many tokens, in windows spread evenly; 0 reads all.
@@ -78,49 +96,68 @@ class HeldOut:
         """Score the model; its training mode is put back afterwards.
 
         Args:
-            model: gives the summed loss of inputs and targets.
+            model: gives the summed loss of inputs and targets, called as `GPT.forward`.
             precision: of its products.
             ranks: who judge together, each a part of the windows; all get the same score.
         """
-        score = self.evaluate_unless(lambda: False, model, precision, ranks)
-        assert score is not None, "nobody gave up"
+        score = self.evaluate_until(lambda: False, model, precision, ranks)
+        assert isinstance(score, HeldOutLoss), "nothing stops it"
         return score
 
     @torch.no_grad()
-    def evaluate_unless(
+    def evaluate_until(
         self,
-        gives_up: Callable[[], bool],
+        should_stop: Callable[[], bool],
         model: nn.Module,
         precision: Precision,
         ranks: Ranks = ALONE,
-    ) -> HeldOutLoss | None:
-        """The same, unless a rank gives up on the way, which all hear of: then None."""
+        partial: PartialLoss | None = None,
+    ) -> HeldOutLoss | PartialLoss:
+        """The same, unless `should_stop` is true on any rank after a batch that is not the last.
+
+        Args:
+            should_stop: asked after each batch.
+            model: as in `evaluate`.
+            precision: as in `evaluate`.
+            ranks: as in `evaluate`; all of them stop after the same batch.
+            partial: what an earlier call with the same weights came to; continued from there.
+
+        Returns:
+            The score, or the sums so far: at least one batch further than `partial`.
+        """
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
-        tokens = n_bytes = 0
-        each, wishes = self._batch_size, ranks.agreement(LAG)
-        is_given_up = False
-        rounds = range(0, len(self._starts), each * ranks.size)
-        for first in rounds:
+        first, nats, tokens, n_bytes = 0, 0.0, 0, 0
+        if partial is not None and partial.num_windows == len(self._starts):
+            first = partial.windows
+            if ranks.is_first:
+                nats, tokens, n_bytes = partial.nats, partial.tokens, partial.bytes
+        total = torch.tensor(nats, dtype=torch.float64, device="cpu")
+        each, stops = self._batch_size, ranks.agreement(LAG)
+        stopped = False
+        while first < len(self._starts) and not stopped:
             begin = first + ranks.rank * each
             inputs, targets = self._batch(self._starts[begin : begin + each])
             with autocast(device, precision):
-                total += model(inputs.to(device), targets.to(device)).double().cpu()
+                total += self._loss(model, inputs.to(device), targets.to(device))
             real = targets[targets != IGNORE].numpy()
             tokens += len(real)
             n_bytes += int(self._byte_lengths[real].sum())
             ranks.tick()
-            is_given_up = bool(wishes.say(int(gives_up()))) and first != rounds[-1]
-            if is_given_up:
-                break
+            first += each * ranks.size
+            stopped = bool(stops.say(int(should_stop())))
         model.train(was_training)
-        if is_given_up:
-            return None
         nats, *counts = ranks.totals([float(total), tokens, n_bytes])
         tokens, n_bytes = (round(count) for count in counts)
+        if first < len(self._starts):
+            return PartialLoss(first, len(self._starts), nats, tokens, n_bytes)
         return HeldOutLoss(nats / tokens, nats / math.log(2) / max(1, n_bytes), tokens, n_bytes)
+
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of a batch, as a float64 scalar on the CPU."""
+        loss: Tensor = model(inputs, targets, len(self._byte_lengths))
+        return loss.double().cpu()
 
     def _batch(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(windows), T) each; behind the text's end targets are IGNORE.

@@ -152,10 +152,11 @@ def _batch(
         asked[row, length - count : length] = True
     device = writer.device
     with autocast(device, precision):
-        hidden = writer.model.hidden(inputs.to(device))
-        logits: Tensor = writer.model.lm_head(hidden[asked.to(device)]).float()
-    # The table may have more rows than there are ids.
-    logits = logits[:, : writer.tokenizer.size]
+        hidden = writer.model.hidden(inputs.to(device))[asked.to(device)]
+    # In float32: rounded to bfloat16, the likeliest token is often one of several. The table may
+    # have more rows than there are ids.
+    table = writer.model.lm_head.weight[: writer.tokenizer.size]
+    logits: Tensor = hidden.float() @ table.float().t()
     wanted = targets[asked].to(device)
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double().cpu()
     likeliest = (logits.argmax(-1) == wanted).cpu()
@@ -167,10 +168,16 @@ def _batch(
 
 
 def _encoded(writer: LanguageModel, beginning: str, ending: str) -> tuple[list[int], int]:
-    """The ids of both, as many as the model has places for, and how many are the ending's."""
-    known = writer.encode(beginning)
+    """The ids of both, as many as the model has places for, and how many are the ending's.
+
+    Blanks at the end of the beginning belong to the ending: they are a part of its first token. An
+    empty beginning is that of an empty prompt.
+    """
     whole = writer.encode(beginning + ending)
+    known = writer.encode(beginning.rstrip())
     count = max(1, len(whole) - len(known))
+    if not known:
+        whole = [*writer.prompt_ids(""), *whole]
     whole = whole[-(writer.model.config.block_size + 1) :]
     return whole, min(count, len(whole) - 1)
 

@@ -17,6 +17,14 @@ def one_text(given: Any, name: str) -> str:
     return given
 
 
+def encodable(text: str, name: str) -> None:
+    """Raise a UserError for halves of characters, as bytes that are no UTF-8 come to be."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not UTF-8 text, at character {error.start}") from None
+
+
 def texts(given: str | Iterable[str] | None, name: str) -> list[str]:
     """Texts, of one or of several; None is none."""
     if given is None:

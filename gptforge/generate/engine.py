@@ -72,8 +72,13 @@ class Engine:
         self.wte = whole[:size]  # (V, C)
         self.wpe = model.get_parameter("transformer.wpe.weight").detach().to(dtype)
         self.ln_f = cast(model.transformer["ln_f"])
-        rows = self.wte if self.device.type == "cpu" else _rounded(whole, size)
-        self.head = Product(rows, packed=packed)
+        # Of half-precision factors CUDA's products can give float32; others need float32 factors.
+        self._widens = self.device.type == "cuda" and not torch.version.hip
+        if self.device.type == "cpu":
+            self.head = Product(table[:size].float(), packed=packed)
+        else:
+            rows = _rounded(whole, size)
+            self.head = Product(rows if self._widens else rows.float())
         self.layers = []
         for block in model.blocks():
             assert isinstance(block, Block)
@@ -109,7 +114,7 @@ class Engine:
                 it looks at all slots; else the ids are all there is, each looking at those before.
 
         Returns:
-            (B, V) logits.
+            (B, V) float32 logits.
         """
         B, T = ids.shape  # noqa: N806
         x = F.embedding(ids, self.wte) + F.embedding(positions, self.wpe)  # (B, T, C)
@@ -124,8 +129,22 @@ class Engine:
                 y = F.scaled_dot_product_attention(q, memory[0], memory[1], attn_mask=mask)
             y = y.transpose(1, 2).reshape(B, T, -1).to(self.dtype)
             x = layer.attn_c_proj.onto(y, x)
-            x = layer.mlp_c_proj.onto(layer.c_fc.gelu(_normed(x, layer.ln_2)), x)
-        return self.head(_normed(x[:, -1], self.ln_f))[:, : self.size]
+            x = layer.mlp_c_proj.onto(self.mlp_hidden(layer, _normed(x, layer.ln_2)), x)
+        return self.logits(_normed(x[:, -1], self.ln_f))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (B, V) of the last norm's output (B, C).
+
+        Rounded to bfloat16, the largest of them are often equal: one position in a hundred.
+        """
+        if not self._widens or hidden.dtype == torch.float32:
+            return self.head(hidden.float())[:, : self.size]
+        table = self.head.weight
+        return torch.mm(hidden, table.t(), out_dtype=torch.float32)[:, : self.size]
+
+    def mlp_hidden(self, layer: Layer, x: Tensor) -> Tensor:
+        """What the MLP has inside: `x` through its first layer and the model's GELU."""
+        return layer.c_fc.gelu(x, self.config.gelu_approximate)
 
     def _projected(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x.shape  # noqa: N806

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
-from gptforge.generate.asked import one_text, seeds_of, texts, whole, wholes
+from gptforge.generate.asked import encodable, one_text, seeds_of, texts, whole, wholes
 from gptforge.generate.decode import Chosen, Decoder
 from gptforge.generate.engine import Engine
 from gptforge.generate.sampling import Sampling, throw_dice
@@ -17,6 +17,7 @@ from gptforge.generate.writing import Row, Writing
 from gptforge.model import GPT
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
+from gptforge.tokenizers.base import END_OF_TEXT
 
 MOST_TOKENS = 10_000_000
 """Of a call: their dice and ids are laid out beforehand."""
@@ -77,12 +78,29 @@ class LanguageModel:
             UserError: for a character that the tokenizer cannot write, or half of one.
         """
         text = one_text(text, "the text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # Bytes that were no text, from a pipe or a terminal, come as halves of characters.
-            raise UserError(f"not UTF-8 text, at character {error.start}") from None
+        encodable(text, "the text")
         return [int(i) for i in self.tokenizer.encode(text)]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a prompt, never none.
+
+        `<|endoftext|>` is the mark between documents, where the tokenizer has one. An empty prompt
+        stands for the beginning of a document if the model was trained on documents with that mark
+        between them, else for the beginning of a line.
+
+        Raises:
+            UserError: for a character that the tokenizer cannot write, or half of one.
+        """
+        mark = self.tokenizer.end_of_text
+        if prompt == "":
+            return self._opening()
+        if mark is None:
+            return self.encode(prompt)
+        first, *others = one_text(prompt, "the prompt").split(END_OF_TEXT)
+        ids = self.encode(first)
+        for part in others:
+            ids += [mark, *self.encode(part)]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids.
@@ -96,17 +114,21 @@ class LanguageModel:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Float32 logits behind each id: (T, vocab) on the CPU.
 
+        vocab is the tokenizer's size: rows that only pad the embedding are left out, so that a
+        softmax gives the probabilities that sampling and evaluation use.
+
         Raises:
-            UserError: for no ids, more than the model's positions, or one that the model lacks.
+            UserError: for no ids, more than the model's positions, or one that is not a token.
         """
-        ids = wholes(ids, "the ids", below=self.model.config.vocab_size)
+        size = self.tokenizer.size
+        ids = wholes(ids, "the ids", below=size)
         if not 1 <= len(ids) <= self.model.config.block_size:
             raise UserError(f"give 1 to {self.model.config.block_size} ids, not {len(ids)}")
         was_training = self.model.training
         self.model.eval()
-        logits: Tensor = self.model(torch.tensor([ids], device=self.device))[0].float().cpu()
+        logits: Tensor = self.model(torch.tensor([ids], device=self.device))[0, :, :size]
         self.model.train(was_training)
-        return logits
+        return logits.float().cpu()
 
     def generate(
         self,
@@ -139,7 +161,7 @@ class LanguageModel:
         """The continuation of `prompt`, piece by piece, no piece ending inside a character.
 
         Args:
-            prompt: text to go on from; empty starts at a line's beginning.
+            prompt: text to go on from, see `prompt_ids`; empty starts a document, or else a line.
             max_new_tokens: tokens to write; a model that knows an end-of-text mark may end earlier.
             temperature: below 1 is tamer, above 1 wilder; 0 always takes the likeliest.
             top_k: draw among the k likeliest tokens; 0 among all.
@@ -171,7 +193,8 @@ class LanguageModel:
         larger batches round alike.
 
         Args:
-            prompts: of any lengths; an empty one starts at a line's beginning; a text alone is one.
+            prompts: of any lengths, see `prompt_ids`; an empty one starts a document, or else a
+                line; a text alone is one.
             max_new_tokens: tokens to write for each.
             sampling: how tokens are chosen.
             stop: end before this text, or any of these.
@@ -184,7 +207,7 @@ class LanguageModel:
         """
         prompts = texts(prompts, "the prompts")
         if not prompts:
-            raise UserError("give one prompt at least; an empty text starts at a line's beginning")
+            raise UserError("give one prompt at least; an empty one starts a document or a line")
         seeds = seeds_of(seeds, len(prompts))
         stop, stop_ids = texts(stop, "stop"), wholes(stop_ids, "stop_ids")
         rows = [Row(self.tokenizer, stop, self._stop_ids(stop_ids)) for _ in prompts]
@@ -231,7 +254,7 @@ class LanguageModel:
         if not isinstance(sampling, Sampling):
             raise UserError(f"sampling must be Sampling(temperature, top_k, top_p), not {sampling}")
         sampling.check()
-        ids = [self._opening() if prompt == "" else self.encode(prompt) for prompt in prompts]
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
         dice = throw_dice(seeds, max_new_tokens)
         return self.decoder.decode(
             ids, dice, sampling, alternatives=alternatives, on_slide=self._tell_of_sliding
@@ -259,6 +282,8 @@ class LanguageModel:
                 yield Token(token, unfinished.add(token), known[0], pairs)
 
     def _opening(self) -> list[int]:
+        if self.tokenizer.marks_documents and self.tokenizer.end_of_text is not None:
+            return [self.tokenizer.end_of_text]
         try:
             return self.encode("\n")
         except UserError:

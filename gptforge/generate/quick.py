@@ -32,7 +32,7 @@ class QuickStep(Protocol):
             slot: (1,) where in the cache the ids go; they look from their start up to here.
 
         Returns:
-            (B, V) logits.
+            (B, V) float32 logits.
         """
 
 
@@ -48,7 +48,7 @@ class FewSequences:
         self.engine, self.way = engine, way
 
     def __call__(self, ids: Tensor, starts: Tensor, cache: Tensor, slot: Tensor) -> Tensor:
-        """See QuickStep; float32 logits."""
+        """See QuickStep."""
         way, at = self.way, Written(ids, starts, slot)
         x = way.embed(at, self.engine.wte, self.engine.wpe)
         for layer, memory in zip(self.engine.layers, cache, strict=True):
@@ -76,9 +76,9 @@ class ManySequences:
             normal, norm = add_norm(stream, branch, *layer.ln_1)
             mixed = attend_next(layer.c_attn(normal), memory, starts, slot)
             normal, norm = add_norm(norm.stream, layer.attn_c_proj(mixed), *layer.ln_2)
-            stream, branch = norm.stream, layer.mlp_c_proj(layer.c_fc.gelu(normal))
+            stream, branch = norm.stream, layer.mlp_c_proj(engine.mlp_hidden(layer, normal))
         normal, _ = add_norm(stream, branch, *engine.ln_f)
-        return engine.head(normal)[:, : engine.size]
+        return engine.logits(normal)
 
 
 def quick_step(engine: Engine, cache: Tensor) -> QuickStep | None:
@@ -89,7 +89,7 @@ def quick_step(engine: Engine, cache: Tensor) -> QuickStep | None:
     """
     try:
         step: QuickStep
-        if fits(cache):
+        if fits(cache) and engine.config.activation == "gelu_tanh":
             step = FewSequences(engine, ByTriton(early=comes_early(cache.device)))
         elif fits_many(cache):
             step = ManySequences(engine)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptforge.config import SEED_LIMIT
 from gptforge.errors import UserError
 from gptforge.generate.asked import is_number, is_whole
 
@@ -46,7 +47,7 @@ def throw_dice(seeds: Sequence[int | None], count: int) -> Tensor:
     A row depends on its seed alone, and more throws only make it longer.
     """
     for seed in seeds:
-        if seed is not None and not (is_whole(seed) and 0 <= seed < 2**63):
+        if seed is not None and not (is_whole(seed) and 0 <= seed < SEED_LIMIT):
             raise UserError(
                 f"--seed must be a whole number, 0 or more and below 2**63, not {seed!r}"
             )
@@ -58,7 +59,7 @@ def pick(logits: Tensor, dice: Tensor, sampling: Sampling) -> Tensor:
     """One id for each row of logits.
 
     Args:
-        logits: (B, V), ids without a token already cut off.
+        logits: (B, V) float32, ids without a token already cut off.
         dice: (B,) numbers in [0, 1).
         sampling: its top-k is applied first, top-p to what that leaves.
 
@@ -68,14 +69,12 @@ def pick(logits: Tensor, dice: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     if 0 < sampling.top_k < logits.size(-1):
-        # Before they are widened: half as much to look through.
         logits, ids = logits.topk(sampling.top_k)
     elif sampling.top_p < 1:
         logits, ids = logits.sort(-1, descending=True)
     else:
         ids = None
     # From the top down: however small the temperature, the largest stays a number.
-    logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)
     shares = (logits / sampling.temperature).softmax(-1)
     up_to = shares.cumsum(-1)  # (B, K)

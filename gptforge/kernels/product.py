@@ -43,12 +43,12 @@ class Product:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """`x` through the layer and GELU, in GPT-2's approximation."""
+    def gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
+        """`x` through the layer and GELU; `approximate` is torch's, tanh (GPT-2's) or none."""
         if not self.is_packed:
-            return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
+            return F.gelu(F.linear(x, self.weight, self.bias), approximate=approximate)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, "gelu", [], "tanh"
+            x, self.weight, self.bias, "gelu", [], approximate
         )
         return y
 
@@ -77,7 +77,7 @@ def _packs(dtype: torch.dtype) -> bool:
     try:
         packed.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         packed.is_packed = True
-        pairs = [(p(x), p.gelu(x), p.onto(x, other)) for p in (plain, packed)]
+        pairs = [(p(x), p.gelu(x), p.gelu(x, "none"), p.onto(x, other)) for p in (plain, packed)]
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
     # Sums of 64 products: a few units of the last place apart, not more.

@@ -11,7 +11,7 @@ import torch
 from gptforge import costs, files
 from gptforge.build.parallel import wants_shards
 from gptforge.build.rehearsal import rehearse
-from gptforge.build.settled import open_text, out_dir_of, settle, start_from
+from gptforge.build.settled import check_tokenizer, open_text, out_dir_of, settle, start_from
 from gptforge.checkpoint.run_folder import as_begun, check_folder
 from gptforge.checkpoint.store import SPARE_BYTES, CheckpointStore, damage
 from gptforge.config import Config, check
@@ -51,6 +51,7 @@ def make_plan(config: Config, given: Collection[str], say: Say) -> Plan:
         precision = choose_precision(config.dtype, device)
         with open_meter("preparing the text") as meter:
             corpus = open_text(config, given, say, meter)
+        check_tokenizer(config, corpus.tokenizer, prepared=corpus.prepared_as)
     config = settle(config, corpus)
     steps = CheckpointStore(Path(config.out_dir) / "checkpoints").steps()
     begun = next((path for path in reversed(steps) if damage(path) is None), None)

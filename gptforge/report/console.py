@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from gptforge import files
+from gptforge.printable import printable_text, safe_print
 
 
 class Console(Protocol):
@@ -50,7 +51,7 @@ class PlainConsole:
         training: it goes on in its files.
         """
         with _going_on_unseen():
-            print(text, flush=True)
+            safe_print(text)
 
     def advance(self, done: int, note: str) -> None:
         """A pipe has no bar."""
@@ -84,7 +85,7 @@ class TerminalConsole:
         """Print as it is: no colours, no wrapping, so that lines can be copied."""
         with _going_on_unseen():
             self._progress.console.print(
-                text, markup=False, highlight=False, emoji=False, soft_wrap=True
+                printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
             )
 
     def advance(self, done: int, note: str) -> None:

@@ -2,6 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+from gptforge.files import open_regular
+
+BLOCK = 2**16
+"""Bytes that are looked at together for the end of a line."""
 
 
 class LogFile:
@@ -46,11 +52,10 @@ class LogFile:
         self._waiting = self._waiting[: max(0, size - written)]
         if not self.path.is_file():
             return
-        kept = self.path.read_bytes()[: min(size, written)]
-        # A crash may have left half a line; what comes next would be glued to it.
-        whole = kept if self._waiting else kept[: kept.rfind(b"\n") + 1]
-        with self.path.open("rb+") as file:
-            file.truncate(len(whole))
+        with open_regular(self.path, "rb+", follow_symlinks=False) as file:
+            kept = min(size, written)
+            # A crash may have left half a line; what comes next would be glued to it.
+            file.truncate(kept if self._waiting else _end_of_lines(file, kept))
         self._whole = None
 
     def clear(self) -> None:
@@ -65,7 +70,7 @@ class LogFile:
 
     def _write(self) -> None:
         # Unbuffered: a buffer that the disk refused would be tried again when the file is closed.
-        with self.path.open("ab", buffering=0) as file:
+        with open_regular(self.path, "ab", follow_symlinks=False, buffering=0) as file:
             end = file.seek(0, 2)
             if self._whole is not None and self._whole < end:
                 file.truncate(self._whole)
@@ -79,3 +84,16 @@ class LogFile:
                 file.truncate(self._whole)
                 raise
         self._waiting, self._whole = b"", None
+
+
+def _end_of_lines(file: IO[bytes], size: int) -> int:
+    """Where the last whole line within the first `size` bytes ends."""
+    end = size
+    while end > 0:
+        begin = max(0, end - BLOCK)
+        file.seek(begin)
+        place = file.read(end - begin).rfind(b"\n")
+        if place >= 0:
+            return begin + place + 1
+        end = begin
+    return 0

@@ -7,6 +7,7 @@ from typing import Protocol, Self
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gptforge.printable import print_note, printable_text
 from gptforge.report.duration import in_words
 
 EVERY = 10.0
@@ -69,7 +70,7 @@ class PlainMeter(_Count):
 
     def say(self, text: str) -> None:
         """Print at once, beside the results."""
-        print(text, file=sys.stderr, flush=True)
+        print_note(text)
 
     def add(self, read: int, text: int) -> None:
         """Count; say so if that was not done for a while."""
@@ -120,7 +121,7 @@ class TerminalMeter(_Count):
     def say(self, text: str) -> None:
         """Print above the bar, as it is."""
         self._progress.console.print(
-            text, markup=False, highlight=False, emoji=False, soft_wrap=True
+            printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
         )
 
     def __enter__(self) -> Self:

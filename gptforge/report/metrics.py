@@ -7,6 +7,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from gptforge.files import is_number, open_regular
+
+MOST_BYTES = 2**28
+"""Read of a metrics file: its end, which a million lines do not fill."""
+LONGEST_LINE = 2**16
+"""Bytes of a line; one that is longer is none of ours."""
+FIELDS = {
+    "train": ("step", "loss", "dt_ms", "tok_per_sec", "norm", "lr", "epoch"),
+    "eval": ("step", "val_loss", "val_bpb", "epoch"),
+}
+"""What is read of an event: numbers, or null."""
 MAX_TRAIN = 2**14
 """Train events that are taken of a longer run: half as many at least."""
 
@@ -20,29 +31,48 @@ class History:
 
 
 def read_history(path: Path, *, unwritten: str = "") -> History:
-    """Events from a metrics file. A line that is not JSON, as a crash may leave, is passed over.
+    """Events from a metrics file. What is no event, as a crash may leave, is passed over.
 
     Args:
-        path: the file, if there is one.
+        path: the file, if there is one. A link is not followed.
         unwritten: lines that are to be added to it.
     """
     history = History()
     for line in thinned(chain(_lines(path), unwritten.splitlines())):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and event.get("event") == "train":
+        event = _event(line)
+        if event.get("event") == "train":
             history.train.append(event)
-        elif isinstance(event, dict) and event.get("event") == "eval":
+        elif event.get("event") == "eval":
             history.evals.append(event)
     return history
 
 
 def _lines(path: Path) -> Iterator[str]:
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from file
+    try:
+        file = open_regular(path, follow_symlinks=False)
+    except OSError:
+        return
+    with file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - MOST_BYTES))
+        while line := file.readline(LONGEST_LINE):
+            yield line.decode("utf-8", "replace")
+
+
+def _event(line: str) -> dict[str, Any]:
+    """A train or eval event with all its numbers, null where they are missing; {} for the rest."""
+    try:
+        event = json.loads(line)
+        fields = FIELDS[event["event"]]
+        event = {"event": event["event"], **{name: event.get(name) for name in fields}}
+        event["epoch"] = event["epoch"] or 0.0
+    except Exception:
+        # A crash leaves half a line; a stranger, anything.
+        return {}
+    numbers = [event[name] for name in fields if event[name] is not None]
+    is_whole = type(event["step"]) is int and 0 <= event["step"] < 2**62
+    is_scored = event.get("val_loss") is None or None not in event.values()
+    return event if is_whole and is_scored and all(map(is_number, numbers)) else {}
 
 
 def thinned(lines: Iterable[str]) -> list[str]:

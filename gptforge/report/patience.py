@@ -1,8 +1,8 @@
 """For whoever waits: how long it still takes, said once, if that is long."""
 
-import sys
 import time
 
+from gptforge.printable import print_note
 from gptforge.report.duration import in_words
 
 FEW = 3
@@ -28,4 +28,4 @@ class Patience:
         seconds = (time.perf_counter() - self._begun) / done * (total - done)
         if self._parts >= FEW and seconds > LONG and not self._is_told:
             self._is_told = True
-            print(f"{self._what} takes about {in_words(seconds)} more", file=sys.stderr, flush=True)
+            print_note(f"{self._what} takes about {in_words(seconds)} more")

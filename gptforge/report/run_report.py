@@ -7,6 +7,7 @@ from typing import Any
 
 from gptforge.checkpoint.saver import Saved
 from gptforge.files import json_line
+from gptforge.printable import code_span, markdown, printable, printable_text
 from gptforge.report.console import Console, PlainConsole
 from gptforge.report.curves import draw_curves
 from gptforge.report.log_file import LogFile
@@ -49,9 +50,9 @@ class RunReport:
     def begin(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
         """Open the log with the model summary."""
         self.console.say(f"{summary}\n\nStarting training...\n")
-        heading = f"# {self._title}\n\nMade by `{command}`.\n"
+        heading = f"# {markdown(self._title)}\n\nMade by {code_span(command)}.\n"
         self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
-        self._write(SAMPLES, f"# Samples: {self._title}\n")
+        self._write(SAMPLES, f"# Samples: {markdown(self._title)}\n")
         self._event("start", command=command, **facts)
 
     def resume(
@@ -151,6 +152,7 @@ class RunReport:
         """Keep a piece of text that the model wrote; show the last one."""
         if is_last:
             self.console.say(f"\nWhat it writes now:\n\n{text.strip()}")
+        text = printable_text(text)
         # Tildes, longer than any in the text, so that the text cannot close its own fence.
         fence = "~~~"
         while fence in text:
@@ -167,7 +169,7 @@ class RunReport:
         if not force and time.monotonic() - self._drawn < REDRAW_SECONDS:
             return
         try:
-            draw_curves(self._history(), self.folder / CURVES, title=self._title)
+            draw_curves(self._history(), self.folder / CURVES, title=printable(self._title))
             self._is_picture_refused = False
         except Exception as error:
             # A picture is no reason to lose a training, whatever the drawing library raises.

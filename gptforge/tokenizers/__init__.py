@@ -4,9 +4,11 @@ form, and Hugging Face's tokenizer.json for a BPE.
 
 import json
 from pathlib import Path
+from typing import Any
 
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.files import read_small, write_atomic
+from gptforge.printable import short_repr
 from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
@@ -39,6 +41,8 @@ def named(name: str, text: str) -> Tokenizer:
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer down, whole."""
     record = {"format": FORMAT, "version": VERSION, **tokenizer.to_json()}
+    if tokenizer.end_of_text is not None:
+        record["marks_documents"] = tokenizer.marks_documents
     write_atomic(path, json.dumps(record, ensure_ascii=True) + "\n")
 
 
@@ -48,27 +52,30 @@ def load(path: Path) -> Tokenizer:
     Raises:
         UserError: if the file is something else.
     """
-    try:
+    with parsing(path, "a tokenizer that can be used here"):
         record = json.loads(read_small(path))
         if isinstance(record, dict) and "model" in record:
             return _from_hf(record)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError("neither ours nor Hugging Face's form")
         if record.get("version") != VERSION:
-            raise ValueError(
-                f"version {record.get('version')} of our form: {VERSION} is known here"
-            )
-        kind = record["kind"]
-        if kind == "char":
-            return CharTokenizer(str(record["alphabet"]), marks=record.get("marks") is True)
-        if kind == "gpt2":
-            return _gpt2([str(merge) for merge in record["merges"]])
-        if kind == "byte":
-            return ByteTokenizer(marks=record.get("marks") is True)
-        raise ValueError(f"its kind is {kind!r}, which is not known here")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: not a tokenizer that can be used here ({why})") from None
+            version = short_repr(record.get("version"))
+            raise ValueError(f"version {version} of our form: {VERSION} is known here")
+        tokenizer = _of_kind(record["kind"], record)
+        # Files of earlier versions do not say it.
+        if tokenizer.end_of_text is not None and "marks_documents" in record:
+            tokenizer.marks_documents = record["marks_documents"] is True
+        return tokenizer
+
+
+def _of_kind(kind: object, record: dict[str, Any]) -> Tokenizer:
+    if kind == "char":
+        return CharTokenizer(str(record["alphabet"]), marks=record.get("marks") is True)
+    if kind == "gpt2":
+        return _gpt2([str(merge) for merge in record["merges"]])
+    if kind == "byte":
+        return ByteTokenizer(marks=record.get("marks") is True)
+    raise ValueError(f"its kind is {short_repr(kind)}, which is not known here")
 
 
 def _from_hf(record: dict[str, object]) -> Tokenizer:

@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
     end_of_text: int | None
     """Id of the mark between documents, which no text becomes; None: there is none."""
 
+    marks_documents: bool
+    """Whether the text that it was used for has that mark in front of each document. Not part of
+    what the ids mean, and so not of `to_json`."""
+
     def encode(self, text: str) -> Tokens:
         """Ids of `text`, nothing added; a UserError if it cannot be written in this vocabulary."""
         ...

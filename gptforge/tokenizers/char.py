@@ -19,8 +19,11 @@ class CharTokenizer:
     def __init__(self, alphabet: str, *, marks: bool = False) -> None:
         if sorted(set(alphabet)) != list(alphabet):
             raise UserError("an alphabet is distinct characters in code point order")
+        if any("\ud800" <= char <= "\udfff" for char in alphabet):
+            raise UserError("an alphabet has no halves of surrogate pairs: UTF-8 cannot write them")
         self.alphabet = alphabet
         self.end_of_text = len(alphabet) if marks else None
+        self.marks_documents = marks
         self.size = len(alphabet) + marks
         self._points = _code_points(alphabet)
 
@@ -62,6 +65,7 @@ class ByteTokenizer:
 
     def __init__(self, *, marks: bool = False) -> None:
         self.end_of_text = 256 if marks else None
+        self.marks_documents = marks
         self.size = 256 + marks
 
     def encode(self, text: str) -> Tokens:

@@ -5,6 +5,7 @@ tiktoken wants a table of bytes to rank. GPT-2's ranks are the 256 bytes, the pr
 then one token for each merge, in order (github.com/openai/gpt-2, encoder.py).
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 
@@ -27,10 +28,11 @@ class GPT2Tokenizer:
 
     def __init__(self, merges: Sequence[str] | None = None) -> None:
         own = bundled_merges()
-        self.merges = list(merges) if merges is not None else own
+        self.merges = list(own if merges is None else merges)
         self.name = "gpt2" if self.merges == own else "bpe"
         self.ranks = ranks = _ranks(self.merges)
         self.end_of_text: int | None = len(ranks)
+        self.marks_documents = False
         self.size = len(ranks) + 1
         self._dtype = smallest_dtype(self.size)
         self.encoding = tiktoken.Encoding(
@@ -63,6 +65,7 @@ class GPT2Tokenizer:
         return {"kind": "gpt2", "merges": self.merges}
 
 
+@functools.cache
 def bundled_merges() -> list[str]:
     """The merge list in this package, one 'left right' pair an entry."""
     text = resources.files("gptforge.tokenizers").joinpath("vocab.bpe").read_text("utf-8")
@@ -95,6 +98,8 @@ def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
             raise UserError(f"{merge!r} is not a BPE merge ({error})") from None
         if " " not in merge[1:-1]:
             raise UserError(f"{merge!r} is not a BPE merge: it merges nothing")
+        if token in ranks:
+            raise UserError(f"{merge!r} makes a token that is there already: leave one out")
         ranks[token] = len(ranks)
     return ranks
 

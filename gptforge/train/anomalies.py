@@ -61,11 +61,16 @@ class Watch:
         self._unread.append((step, position, _send(loss, norm)))
         return self._read(self._lag)
 
-    def forget(self) -> None:
-        """Start over, as if nothing had been seen."""
+    @property
+    def in_a_row(self) -> int:
+        """Steps in a row, up to the last one read, whose loss or gradient was not finite."""
+        return self._in_a_row
+
+    def reset(self, in_a_row: int = 0) -> None:
+        """Start over, in a streak of so many bad steps."""
         self._unread.clear()
         self._recent.clear()
-        self._in_a_row = 0
+        self._in_a_row = in_a_row
 
     def settle(self) -> list[Anomaly]:
         """Read all that is left."""

@@ -54,6 +54,7 @@ class ByHand:
         self._dropout = model.config.dropout
         # What torch's attention makes again it would drop anew.
         assert not (self._dropout and savings.recompute), "not written out here"
+        assert model.config.activation == "gelu_tanh", "not written out here"
         self.model = model
         self._recompute = savings.recompute
         self._head_tokens = savings.loss_chunk or head_tokens(model.config.vocab_size)

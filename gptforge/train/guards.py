@@ -20,6 +20,9 @@ HANG_UP = getattr(signal, "SIGHUP", None)
 """A terminal that was closed; Windows has none."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANG_UP] if HANG_UP else []))
 
+MIN_SECONDS = 1.0
+"""A session trains at least so long, also where starting used up the time limit."""
+
 EXIT_CODES: dict[Reason, int] = {
     "finished": 0,
     "time_limit": 0,
@@ -36,6 +39,7 @@ class StopGuard:
 
     Args:
         time_limit: minutes; 0 for none.
+        started: when the time began to count, by `clock`; now if it is not given.
         clock: seconds that only go forward.
         say: tells the person who pressed Ctrl-C that it was heard.
     """
@@ -45,11 +49,13 @@ class StopGuard:
         time_limit: float,
         *,
         say: Callable[[str], None],
+        started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
         self._say = say
-        self._deadline = clock() + 60 * time_limit if time_limit else float("inf")
+        began = clock() if started is None else started
+        self._deadline = began + 60 * time_limit if time_limit else float("inf")
         self._signal: Reason | None = None
         self._previous: dict[int, object] = {}
 
@@ -64,6 +70,8 @@ class StopGuard:
         return StopGuard.wish(self) is not None
 
     def __enter__(self) -> Self:
+        # Each session gets on, however long it took to start.
+        self._deadline = max(self._deadline, self._clock() + MIN_SECONDS)
         # Python lets only the main thread listen to signals.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:

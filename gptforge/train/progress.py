@@ -1,9 +1,10 @@
 """How far a run has come, and putting its parts back to where a checkpoint left them."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.tensors import (
@@ -14,7 +15,13 @@ from gptforge.checkpoint.tensors import (
 )
 from gptforge.data.loader import Loader
 from gptforge.distributed import ALONE, Ranks
+from gptforge.errors import parsing
+from gptforge.evaluate.heldout import PartialLoss
 from gptforge.train.step import TrainStep
+
+Duty = Literal["evaluate", "sample", "save"]
+MAX_RECENT = 1000
+"""Training losses that are kept for an evaluation without held-out text."""
 
 
 @dataclass
@@ -26,30 +33,57 @@ class Progress:
     loss: float = math.nan
     """Mean training loss of the last update."""
     best_loss: float = math.inf
-    """Lowest loss judged: held out, or training where nothing is."""
+    """Lowest loss evaluated: held-out, or training where nothing is held out."""
     best_step: int = 0
-    """Updates made when it was judged."""
-    loss_sum: float = 0.0
-    """Training losses since the last judgement, summed."""
-    loss_count: float = 0.0
-    """How many they are; those that were no number do not count."""
-    returns: int = 0
-    """Times that training went back to a checkpoint because the loss broke down."""
-    unjudged: int = 0
-    """1: it was told to stop in the closing evaluation, which is still to be made."""
+    """Updates made when it was evaluated."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Training losses of the last steps, where nothing is held out: their mean is evaluated."""
+    rollbacks: int = 0
+    """Rollbacks to a checkpoint since the last one that lies behind `diverged_at`."""
+    diverged_at: int = 0
+    """The furthest step at which training had diverged before a rollback."""
+    bad_steps: int = 0
+    """Steps in a row, up to this one, whose loss or gradient was NaN or Inf."""
+    pending: list[Duty] = field(default_factory=list)
+    """What is due at this step and not done yet, in this order."""
+    partial: PartialLoss | None = None
+    """How far the pending evaluation got."""
     seconds: float = 0.0
     """Wall time of training, over all sessions."""
 
     def to_json(self) -> dict[str, Any]:
-        """The counters; what JSON cannot say, infinity and no number, is null."""
+        """The counters, as `state.json` holds them; NaN and infinity become null."""
+        record = asdict(self)
+        losses = record.pop("recent_losses")
+        extra = {name: record.pop(name) for name in ("pending", "partial")}
+        # The name it had in version 0.1.
+        record["returns"] = record.pop("rollbacks")
         return {
-            name: value if math.isfinite(value) else None for name, value in asdict(self).items()
+            "progress": {name: _finite(value) for name, value in record.items()},
+            **extra,
+            "recent_losses": [_finite(loss) for loss in losses],
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Progress":
-        """Read what `to_json` wrote."""
-        return cls(**{name: value for name, value in record.items() if value is not None})
+    def from_json(cls, state: Mapping[str, Any]) -> "Progress":
+        """Read what `to_json` wrote, or version 0.1."""
+        record = {name: value for name, value in state["progress"].items() if value is not None}
+        losses = [math.nan if loss is None else loss for loss in state.get("recent_losses", ())]
+        partial, pending = state.get("partial"), list(state.get("pending", ()))
+        # Version 0.1 kept a sum of losses, and a mark where the closing evaluation was stopped.
+        count, total = int(record.pop("loss_count", 0)), record.pop("loss_sum", 0.0)
+        if record.pop("unjudged", 0):
+            pending = ["evaluate", "sample", "save"]
+        return cls(
+            **record | {"rollbacks": record.pop("returns", 0)},
+            recent_losses=losses or [total / count] * min(count, MAX_RECENT) if count else losses,
+            pending=pending,
+            partial=None if partial is None else PartialLoss(**partial),
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def restore(path: Path, step: TrainStep, loader: Loader, ranks: Ranks = ALONE) -> Progress:
@@ -67,6 +101,13 @@ def restore(path: Path, step: TrainStep, loader: Loader, ranks: Ranks = ALONE) -
     load_optimizer_tensors(step.model, step.optimizer, moments, source=source, ranks=ranks)
     state = ranks.on_first(lambda: checkpoints.read_state(path))
     loader.load_state_dict(state["loader"])
-    step.load_scaler_state(state["scaler"])
-    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks)
-    return Progress.from_json(state["progress"])
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        step.load_scaler_state(state["scaler"])
+    load_generator_tensors(read(checkpoints.GENERATORS), step.device, ranks, source=source)
+    return read_progress(path, state)
+
+
+def read_progress(path: Path, state: Mapping[str, Any]) -> Progress:
+    """The counters in a checkpoint's state; a UserError if it has others."""
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        return Progress.from_json(state)

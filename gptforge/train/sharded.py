@@ -32,9 +32,11 @@ class Root(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss of (B, T) ids and targets."""
-        loss: Tensor = (self.compute if self.training else self.model)(idx, targets)
+    def forward(self, idx: Tensor, targets: Tensor, num_tokens: int | None = None) -> Tensor:
+        """The summed loss of (B, T) ids and targets; `num_tokens` as in `GPT.forward`."""
+        if self.training:
+            return self.compute(idx, targets)
+        loss: Tensor = self.model(idx, targets, num_tokens)
         return loss
 
     def cut_again(self) -> None:

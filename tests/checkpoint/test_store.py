@@ -60,6 +60,23 @@ def test_any_harm_to_any_file_is_seen(store, name, harm) -> None:
     assert damage(store.folder / "step-000001") is not None
 
 
+def test_a_step_saved_again_replaces_the_first_one(store) -> None:
+    save(store, 3)
+    path = save(store, 3)
+    assert [p.name for p in store.folder.iterdir() if p.name.startswith("step")] == [path.name]
+    assert damage(path) is None
+
+
+def test_a_crash_while_a_step_is_replaced_loses_neither(store) -> None:
+    path = save(store, 3)
+    path.rename(store.folder / f".{path.name}.replaced")
+    assert store.newest() == (path, [])
+    path.rename(store.folder / f".{path.name}.replaced")
+    save(store, 3)
+    assert store.newest() == (path, [])
+    assert not list(store.folder.glob(".*"))
+
+
 def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_used(store) -> None:
     first, second = save(store, 1), save(store, 2)
     (second / "model.safetensors").write_bytes(b"nothing")

@@ -1,8 +1,10 @@
 """To transformers and back, with no network."""
 
+import dataclasses
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from gptforge import load
+from gptforge import files, load
 from gptforge.build.exported import export_hf, import_model, imported
 from gptforge.checkpoint.store import TO_WRITE_WITH, damage
 from gptforge.config import GPTConfig
@@ -169,18 +171,18 @@ def test_an_export_that_differs_is_refused_and_not_kept(config, tmp_path, monkey
 def test_a_full_disk_is_one_line_and_nothing_half_written_is_kept(
     config, program, tmp_path, monkeypatch, error
 ) -> None:
-    def fill_up(tensors, path, **more):
+    def fill_up(path, tensors, **more):
         path.write_bytes(b"half")
         raise error
 
     build(config).run()
-    monkeypatch.setattr(hf, "save_file", fill_up)
+    monkeypatch.setattr(hf, "write_tensors", fill_up)
     done = program("export", config.out_dir, "--to", "hf", "out/model")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert done.err.startswith("error: out/model could not be written (")
     assert "No space left" in done.err
     assert "nothing of it is kept" in done.err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
@@ -307,3 +309,101 @@ def test_a_model_of_ours_is_not_imported_but_said_to_be_ready(program, play) -> 
         done = program("import", source, "again")
         assert done.code == 2
         assert f"{source} is a model of this program already: sample, eval, export" in done.err
+
+
+def test_several_starts_from_one_model_make_one_import(exports, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exports["char"], "theirs")
+    said: list[str] = []
+
+    def start_all() -> set[str]:
+        with ThreadPoolExecutor(6) as pool:
+            return set(pool.map(lambda _: imported("theirs", say=said.append), range(6)))
+
+    assert start_all() == {"runs/imported/theirs"}
+    assert sum("1 layers" in line or "2 layers" in line for line in said) == 1
+    # The model changes: it is imported once more, and one old import is kept.
+    config = Path("theirs/config.json")
+    config.write_text(config.read_text() + " ")
+    assert start_all() == {"runs/imported/theirs"}
+    assert sorted(path.name for path in Path("runs/imported").iterdir()) == [
+        "theirs",
+        "theirs.old-1",
+    ]
+    assert load("runs/imported/theirs", device="cpu").write("To", 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "gptforge_tokenizer.json"])
+def test_a_pipe_or_a_device_in_a_model_to_import_is_refused_at_once(
+    exports, tmp_path, name
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(exports["char"], folder)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink()
+        make(folder / name)
+        with pytest.raises(UserError, match="theirs"):
+            import_model(str(folder), tmp_path / "out", say=lambda _: None)
+    os.mkfifo(tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt is a named pipe"):
+        import_model(str(tmp_path / "ckpt.pt"), tmp_path / "out", say=lambda _: None)
+
+
+def test_weights_of_a_size_that_the_shape_does_not_explain_are_not_read(exports, tmp_path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(exports["char"], folder)
+    with (folder / "model.safetensors").open("rb+") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="1,099,511,627,776 bytes, more than any"):
+        read_hf(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a umask")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_every_file_is_made_as_the_umask_says(config, program, tmp_path, mask, play) -> None:
+    before = os.umask(mask)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "made" / "cache"))
+            run = str(tmp_path / "made" / "run")
+            build(dataclasses.replace(config, max_steps=2, warmup_steps=1, out_dir=run)).run()
+        for form in ("hf", "space", "gguf"):
+            assert program("export", run, "--to", form, f"made/{form}").code == 0
+        assert program("import", "made/hf", "made/import").code == 0
+        prepared = ("prepare", play, "--out", "made/shards", "--tokenizer", "made/own.json")
+        assert (
+            program("tokenizer", "train", play, "--vocab_size", 300, "--out", prepared[-1]).code
+            == 0
+        )
+        assert program(*prepared).code == 0
+    finally:
+        os.umask(before)
+    odd = {
+        path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777)
+        for path in (tmp_path / "made").rglob("*")
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~mask
+    }
+    assert odd == {}
+
+
+def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_delete(
+    config, tmp_path, monkeypatch, program
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    build(config).run()
+    with monkeypatch.context() as patch:
+        # As if the process were gone: nobody cleans up.
+        patch.setattr(hf, "hf_tokenizer", die)
+        patch.setattr(files, "remove", lambda path: None)
+        with pytest.raises(Killed):
+            export_hf(config.out_dir, tmp_path / "out", say=lambda _: None)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / "new" / "model.safetensors").exists()
+    assert program("export", config.out_dir, "--to", "hf", "out").code == 0
+    assert not (tmp_path / ".out.partial").exists()

@@ -128,10 +128,19 @@ def test_what_is_not_there_is_named(tmp_path) -> None:
     [
         ("not json", r"bad.jsonl, line 3: not JSON"),
         ('{"text": ', r"line 3: not JSON"),
-        ("[1, 2]", r"line 3: no field 'text': it has no fields: choose one with --field"),
-        ('{"body": "x", "id": 3}', r"line 3: no field 'text': it has body, id: choose"),
-        ('{"text": null}', r"line 3: field 'text' is no text: it is of type NoneType"),
-        ('{"text": 7}', r"line 3: field 'text' is no text: it is of type int"),
+        ("[1, 2]", r"line 3: a list and no object: give objects with a field 'text'"),
+        (
+            '{"body": "x", "id": 3}',
+            r"line 3: no field 'text': it has body: choose one with --field",
+        ),
+        (
+            '{"text": null}',
+            r"line 3: field 'text' is no text but of type NoneType: none",
+        ),
+        (
+            '{"text": 7}',
+            r"line 3: field 'text' is no text but of type int: none of its fields .text. is",
+        ),
         ('{"text": "a\\u0000b"}', r"bad.jsonl, document 3: NUL character"),
         ("[" * 100_000, r"line 3: not JSON"),
     ],
@@ -225,8 +234,13 @@ def test_parquet_that_cannot_be_read_is_refused_with_the_row_group(tmp_path) -> 
 def test_parquet_without_the_column_is_refused_with_those_it_has(tmp_path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "t.parquet")
-    expect_refused(tmp_path, "no column 'text': it has body, n: choose one", "t.parquet")
-    expect_refused(tmp_path, "column 'n' is no text", "t.parquet", form=Form(field="n"))
+    expect_refused(tmp_path, "no column 'text': it has body: choose one", "t.parquet")
+    expect_refused(
+        tmp_path,
+        "column 'n' is no text but of type int64: it has body: choose one",
+        "t.parquet",
+        form=Form(field="n"),
+    )
     (tmp_path / "t.parquet").write_bytes(b"PAR1 but no more")
     expect_refused(tmp_path, "damaged Parquet file", "t.parquet")
 
@@ -300,7 +314,7 @@ def test_where_all_was_left_out_it_is_said_why_not_that_there_was_nothing(
     done = program("prepare", "t.jsonl", "t.txt", "--out", "out", "--skip_bad", "true")
     assert done.code == 2
     assert "empty" not in done.err
-    assert "all that is in there was left out (2 x not JSON, 1 x no field 'text'" in done.err
+    assert "all that is in there was left out (2 x not JSON, 1 x a list and no object" in done.err
     assert "first t.jsonl, line 1: not JSON: mend it" in done.err
 
 
@@ -356,3 +370,90 @@ def test_a_row_group_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch)
         use_dictionary=False,
     )
     expect_refused(tmp_path, "row group 1 of 1: unpacks from ", "t.parquet")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs devices")
+@pytest.mark.parametrize("flags", [
+    ("--preset", "debug", "--input", "/dev/zero"),
+    ("prepare", "/dev/zero", "--out", "out"),
+    ("tokenizer", "train", "/dev/zero", "--vocab_size", 300, "--out", "own.json"),
+])  # fmt: skip
+def test_a_text_that_never_ends_is_refused_at_once(program, flags) -> None:
+    done = program(*flags)
+    assert done.code == 2
+    assert "error: /dev/zero is a device, not a regular file" in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+def test_a_pipe_among_shards_or_as_a_configuration_is_refused_at_once(program) -> None:
+    Path("shards").mkdir()
+    os.mkfifo("shards/a.bin")
+    done = program("--preset", "debug", "--input", "shards")
+    assert (done.code, "a.bin: not a readable token shard (a named pipe" in done.err) == (2, True)
+    os.mkfifo("c.toml")
+    done = program("--config", "c.toml")
+    assert (done.code, "c.toml: not a readable TOML file (a named pipe" in done.err) == (2, True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
+def test_notes_of_a_preparation_are_not_kept_through_a_link(program, play, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out" / ".preparing").symlink_to(tmp_path / "mine")
+    done = program("prepare", play, "--out", "out")
+    assert (done.code, ".preparing is a symbolic link: delete it" in done.err) == (2, True)
+    assert not any((tmp_path / "mine").iterdir())
+
+
+UTF8 = "café naïve ".encode() * 50
+
+
+@pytest.mark.parametrize(
+    ("raw", "words", "not_said"),
+    [
+        (UTF8 + b"\xff" + UTF8, r"offset 650: all else is UTF-8, with 1 such place", "latin-1"),
+        (UTF8 + b"\xff \xfe" + UTF8, r"with 2 such places: correct them, or --encod", "latin-1"),
+        (UTF8 + b"caf\xc3", r"all else is UTF-8, with 1 such place", "latin-1"),
+        (b"caf\xe9 " * 9, r"say what it is with --encoding latin-1, or", "UTF-8"),
+        (b"\x93quoted\x94 caf\xe9", r"say what it is with --encoding cp1252, or", "latin-1"),
+    ],
+)
+def test_what_a_bad_byte_calls_for_depends_on_the_rest(tmp_path, raw, words, not_said) -> None:
+    (tmp_path / "t.txt").write_bytes(raw)
+    with pytest.raises(RefusedError, match=words) as caught:
+        attempt(tmp_path, "t.txt")
+    assert not_said not in str(caught.value)
+    # Nothing would be left without the file.
+    assert "--skip_bad" not in str(caught.value)
+    assert "--encoding utf-8:replace" in str(caught.value)
+
+
+def test_bad_bytes_are_replaced_where_that_is_asked_for(tmp_path, monkeypatch) -> None:
+    (tmp_path / "t.txt").write_bytes(UTF8 + b"\xff\r\n" + UTF8)
+    (tmp_path / "t.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "a \xff b"}\n')
+    (tmp_path / "t.csv").write_bytes(b"text,n\na \xff b,1\n")
+    form = Form(encoding="utf-8:replace")
+    index = attempt(tmp_path, "t.txt", "t.jsonl", "t.csv", form=form, tokenizer="byte")
+    tokens = b"".join(
+        (index.folder / shard["file"]).read_bytes()[1024::2] for shard in index.record["shards"]
+    )
+    assert tokens.count("\ufffd".encode()) == 3
+    assert (UTF8 + "\ufffd\n".encode() + UTF8) in tokens
+    notices = index.record["notices"]
+    assert sum("put U+FFFD where bytes are not in the encoding" in one for one in notices) == 3
+    with pytest.raises(UserError, match="only :replace may stand behind a name"):
+        Form(encoding="utf-8:nonsense")
+
+
+def test_a_long_file_with_bad_bytes_is_replaced_in_pieces(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job_module, "WHOLE", 0)
+    (tmp_path / "t.txt").write_bytes(UTF8 + b"\xff" + UTF8)
+    form = Form(encoding="utf-8:replace")
+    index = attempt(tmp_path, "t.txt", form=form, tokenizer="byte", shard_bytes=100)
+    assert sum(index.total(side, "bytes") for side in ("train", "val")) == 2 * len(UTF8) + 3
+
+
+def test_a_nul_behind_replaced_bytes_is_named_with_its_place(tmp_path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"a\xff\xffb\0c")
+    form = Form(encoding="utf-8:replace")
+    expect_refused(tmp_path, "NUL byte at offset 4", "t.txt", form=form)

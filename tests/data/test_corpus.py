@@ -1,11 +1,13 @@
 """What `--input` may name, and that it gives the tokens it should."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
+from gptforge.data.documents import Form
 from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
@@ -54,26 +56,28 @@ def test_a_text_is_known_by_its_content_alone(play, tmp_path) -> None:
     assert corpus(copy).sha256 != first.sha256
 
 
-@pytest.mark.parametrize(
-    ("name", "raw", "flag"),
-    [
-        ("d.jsonl", b'{"body": "x"}\n', "it has body: choose one with --field"),
-        ("d.jsonl", b"{broken\n", "--skip_bad true"),
-    ],
-)
-def test_what_only_prepare_can_read_is_refused_with_its_command(tmp_path, name, raw, flag) -> None:
-    # Training has none of these flags.
-    path = tmp_path / name
-    path.write_bytes(raw)
-    command = rf"`gptforge prepare {path.as_posix()} --out DIR` has these flags"
-    with pytest.raises(UserError, match=f"{flag}.*{command}"):
+def test_what_only_prepare_can_leave_out_is_refused_with_its_command(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"{broken\n")
+    command = rf"`gptforge prepare {path.as_posix()} --out DIR --skip_bad true`"
+    with pytest.raises(
+        UserError, match=f"line 1: not JSON: .*, or leave such things out: {command}"
+    ):
         corpus(path)
+
+
+def test_a_field_is_refused_with_trainings_own_flag_which_reads_it(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"body": "some words " * 9, "n": 1}) + "\n")
+    with pytest.raises(UserError, match=r"it has body: choose one with --field$"):
+        corpus(path)
+    assert corpus(path, form=Form(field="body"), tokenizer="byte").characters == 99
 
 
 def test_what_an_encoding_would_mend_is_refused_with_trainings_own_flag(tmp_path) -> None:
     path = tmp_path / "d.txt"
     path.write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(UserError, match=r"offset 3: say what it is with --encoding latin-1$"):
+    with pytest.raises(UserError, match=r"offset 3: say what it is with --encoding latin-1, or"):
         corpus(path)
 
 
@@ -97,7 +101,7 @@ def test_a_prepared_folder_that_lost_a_shard_is_refused(play, tmp_path) -> None:
     with pytest.raises(UserError, match="holds 3 tokens, and index"):
         corpus(tmp_path / "shards")
     whole.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no such file"):
         corpus(tmp_path / "shards")
 
 
@@ -196,3 +200,22 @@ def test_a_full_disk_of_the_cache_is_told_as_that(play, monkeypatch) -> None:
     monkeypatch.setattr("gptforge.data.cached.prepare", fill_up)
     with pytest.raises(RunError, match="disk is full: make room; it is the cache of prepared data"):
         corpus(play)
+
+
+def test_too_little_held_out_by_name_has_a_remedy_of_its_own(tmp_path) -> None:
+    (tmp_path / "train.txt").write_text("some words " * 50)
+    (tmp_path / "val.txt").write_text("a")
+    made = corpus(tmp_path, tokenizer="char")
+    # The document's mark and a character are two tokens, one too few for a window.
+    assert made.how_to_hold_out_more.endswith("or use --split_by_name false")
+    assert not made.held_out[2:].size
+    mixed = corpus(tmp_path, tokenizer="char", split_by_name=False)
+    assert "--val_fraction" in mixed.how_to_hold_out_more
+
+
+def test_the_command_that_leaves_out_what_is_bad_reads_as_training_does(tmp_path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"body": "caf\xe9"}\n' * 3 + b"{broken\n")
+    flags = r"--skip_bad true --field body --encoding latin-1`"
+    with pytest.raises(UserError, match=flags):
+        corpus(path, form=Form(field="body", encoding="latin-1"))

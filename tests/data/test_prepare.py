@@ -164,7 +164,7 @@ def test_few_documents_are_cut_at_a_boundary(tmp_path) -> None:
 def test_a_share_held_out_that_is_far_from_what_was_asked_is_said(tmp_path) -> None:
     said: list[str] = []
     for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(some_text(1), "utf-8")
+        (tmp_path / name).write_text(some_text(1) + name, "utf-8")
     sources = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
     prepare(tmp_path / "out", Request(sources, tokenizer="byte"), say=said.append)
     assert any("note: 50% of the text are held out, not 10%" in text for text in said)

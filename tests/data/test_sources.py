@@ -129,5 +129,5 @@ def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path, monkeypatch) -> None
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null"])
 def test_a_device_is_no_text(name) -> None:
-    with pytest.raises(UserError, match=f"{name}: neither a file nor a folder"):
+    with pytest.raises(UserError, match=f"{name} is a device, not a regular file"):
         find_sources([name])

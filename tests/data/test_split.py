@@ -30,9 +30,9 @@ def test_one_text_is_cut_where_the_contract_says(length, fraction) -> None:
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=99), st.floats(0.001, 0.999))
 def test_few_documents_are_cut_at_the_boundary_that_is_nearest(lengths, fraction) -> None:
-    documents = [Seen((number, 0), length, 7) for number, length in enumerate(lengths)]
+    documents = [Seen((number, 0), length, number) for number, length in enumerate(lengths)]
     split = make_split(documents, fraction)
-    found = [split.side(document.place, 7) for document in documents]
+    found = [split.side(document.place, document.digest) for document in documents]
     first = found.index("val")
     # In order, and neither side is empty.
     assert first > 0
@@ -55,6 +55,22 @@ def test_of_many_each_side_has_some_and_more_data_moves_none(n, fraction, more, 
 def test_of_many_about_the_share_that_was_asked_for_is_held_out() -> None:
     found = list(sides([f"document {i}" for i in range(5000)], 0.1).values())
     assert 400 < found.count("val") < 600
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=20), st.floats(0.001, 0.999))
+def test_copies_of_one_of_a_few_documents_are_on_one_side(digests, fraction) -> None:
+    documents = [Seen((number, 0), 1, digest) for number, digest in enumerate(digests)]
+    if len(set(digests)) == 1:
+        assert make_split(documents, fraction).exceptions == {}
+        return
+    assert make_split(documents, fraction, part_copies=True).exceptions == {}
+    split = make_split(documents, fraction)
+    found = {document.digest: set[str]() for document in documents}
+    for document in documents:
+        found[document.digest].add(split.side(document.place, document.digest))
+    assert all(len(sides) == 1 for sides in found.values())
+    assert {"train"} in found.values()
+    assert {"val"} in found.values()
 
 
 def test_the_same_document_is_never_on_both_sides() -> None:

@@ -27,7 +27,7 @@ def cached(play, tmp_path, monkeypatch):
 
     def open_again() -> tuple[Path, list[str]]:
         said: list[str] = []
-        index = prepare_once(
+        index, _ = prepare_once(
             play.as_posix(), tokenizer="char", val_fraction=0.1, form=Form(), say=said.append
         )
         return index.folder, said
@@ -50,10 +50,10 @@ def other_alphabet(path: Path) -> None:
 DAMAGE = {
     "flipped byte": (lambda f: flip(f / SHARD, 2000), f"{SHARD} is not what {INDEX} says"),
     "truncated shard": (lambda f: os.truncate(f / SHARD, 1500), "truncated"),
-    "missing shard": (lambda f: (f / SHARD).unlink(), "No such file"),
+    "missing shard": (lambda f: (f / SHARD).unlink(), "there is no such file"),
     "shard is a folder": (
         lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()),
-        "cannot be read",
+        "a folder, not a regular file",
     ),
     "other tokenizer": (lambda f: other_alphabet(f / TOKENIZER), f"{TOKENIZER} is not what"),
     "missing tokenizer": (lambda f: (f / TOKENIZER).unlink(), f"{TOKENIZER}: No such file"),

@@ -3,43 +3,24 @@
 Needs gradio, playwright and a Chromium on the path (Debian: apt-get install chromium).
 """
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from tests.environment import python_path
+from tests.demo.serving import ROOT, server
+from tests.demo.serving import folder as folder
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
-ROOT = Path(__file__).parents[2]
-QUIET = {"OMP_NUM_THREADS": "1", "GPTFORGE_DEBUG": "1"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A run to show: 20 steps on a made-up play."""
-    folder = tmp_path_factory.mktemp("demo")
-    line = "ROMEO:\nBut soft, what light through yonder window breaks?\n\n"
-    (folder / "play.txt").write_text(line * 150)
-    train = ["--preset", "debug", "--device", "cpu", "--input", "play.txt", "--out_dir", "run"]
-    command = [sys.executable, str(ROOT / "gpt.py"), *train]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=os.environ | QUIET)
-    return folder
 
 
 SLOW = """
@@ -62,29 +43,6 @@ def slowly(*args, **more):
 LanguageModel.tokens = slowly
 launch("run", port=int(sys.argv[1]), device="cpu")
 """
-
-
-@contextmanager
-def server(folder: Path, *command: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, *(word.replace("PORT", str(port)) for word in command)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | QUIET | {"PYTHONPATH": python_path()},
-    )
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    try:
-        assert f"http://127.0.0.1:{port}" in first, first + process.stdout.read()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")

@@ -119,3 +119,10 @@ def test_a_wrong_call_is_one_line(program) -> None:
     for args in (("demo", "nowhere"), ("demo", "run", "--port", "99999"), ("demo",)):
         done = program(*args)
         assert (done.code, done.err.count("\n")) == (2, 1)
+
+
+def test_a_loss_near_the_smallest_float_is_drawn(tmp_path) -> None:
+    event = {"event": "train", "dt_ms": 1.0, "tok_per_sec": 1.0, "norm": 1.0, "lr": 1.0}
+    lines = [json_line({**event, "step": i, "loss": loss}) for i, loss in enumerate((1e-320, 2.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert "<svg" in training(tmp_path, total=2)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from gptforge.distributed import join
+from gptforge.errors import RunError, UserError
 
 # A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
 _context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -39,6 +41,18 @@ class End:
     said: str
 
 
+def ends_of_start(count: int, do: Callable[[int], Any], *, silence: float) -> list[End]:
+    """How each rank ends, where `do(rank)` happens before it joins the others."""
+    with TemporaryDirectory() as folder:
+        env = {"GPTFORGE_SILENCE": silence}
+        codes = _run(count, nothing, (), folder, env, before=do)
+        return [End(code, _said(folder, rank)) for rank, code in enumerate(codes)]
+
+
+def nothing(ranks: Any) -> None:
+    """Nothing: a function that another process can be told of."""
+
+
 def ends_of(count: int, do: Callable[..., Any], *args: Any, silence: float) -> list[End]:
     """How each rank ends, where something goes wrong on one of them."""
     with TemporaryDirectory() as folder:
@@ -51,19 +65,30 @@ def _said(folder: str, rank: int) -> str:
 
 
 def _run(
-    count: int, do: Callable[..., Any], args: Any, folder: str, env: dict[str, Any]
+    count: int,
+    do: Callable[..., Any],
+    args: Any,
+    folder: str,
+    env: dict[str, Any],
+    before: Callable[[int], Any] | None = None,
 ) -> list[int | None]:
-    """Exit codes. When the first rank has ended, those that do not follow are killed."""
+    """Exit codes. When the first or two others have ended, those that do not follow are killed."""
     port = free_port()
     children = [
-        _context.Process(target=_child, args=(rank, count, port, folder, do, args, env))
+        _context.Process(target=_child, args=(rank, count, port, folder, do, args, env, before))
         for rank in range(count)
     ]
     for child in children:
         child.start()
-    children[0].join(120)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        ended = [child.exitcode is not None for child in children]
+        if ended[0] or sum(ended) > 1:
+            break
+        time.sleep(0.05)
+    deadline = time.monotonic() + 8
     for child in children:
-        child.join(8)
+        child.join(max(0.0, deadline - time.monotonic()))
         if child.exitcode is None:
             child.kill()
             child.join()
@@ -77,7 +102,14 @@ def free_port() -> int:
 
 
 def _child(
-    rank: int, count: int, port: int, folder: str, do: Callable[..., Any], args: Any, env: Any
+    rank: int,
+    count: int,
+    port: int,
+    folder: str,
+    do: Callable[..., Any],
+    args: Any,
+    env: Any,
+    before: Callable[[int], Any] | None = None,
 ) -> None:
     said = os.open(Path(folder) / f"{rank}.said", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
@@ -88,7 +120,13 @@ def _child(
     import torch
 
     torch.set_num_threads(1)
-    ranks = join("cpu")
+    try:
+        if before is not None:
+            before(rank)
+        ranks = join("cpu")
+    except (UserError, RunError) as error:
+        print(f"error: {error}", flush=True)
+        os._exit(2 if isinstance(error, UserError) else 1)
     try:
         result = do(ranks, *args)
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result))

@@ -105,7 +105,7 @@ def test_mended_text_and_plain_marks_are_pointed_out(tmp_path, doctor) -> None:
     said = doctor("t.txt", "--context_length", 4)
     assert "dropped the byte order mark" in said
     assert "turned CRLF line ends into LF" in said
-    assert f"{mark} stands in the text 1 times" in said
+    assert f"{mark} stands in the text 1 time," in said
     assert "stands in the text" not in doctor("t.txt", "--context_length", 4, "--split_on", mark)
 
 
@@ -140,12 +140,21 @@ def test_documents_that_stand_twice_are_counted(tmp_path, doctor) -> None:
     assert "chosen by their hash" in said
 
 
-def test_few_documents_on_both_sides_of_the_split_are_counted(tmp_path, doctor) -> None:
+def test_copies_of_a_few_documents_are_told_to_be_on_one_side(tmp_path, doctor) -> None:
     texts = [some_text(i) for i in range(10)]
     jsonl(tmp_path / "d.jsonl", [*texts, texts[0]])
-    assert "1 document stands on both sides of the split" in doctor(
-        "d.jsonl", "--context_length", 16
-    )
+    said = doctor("d.jsonl", "--context_length", 16)
+    assert "1 document stands there a second time" in said
+    assert "held out: the last documents, and all copies of one on one side" in said
+
+
+def test_a_document_learned_and_held_out_by_name_is_pointed_out(tmp_path, doctor) -> None:
+    (tmp_path / "d").mkdir()
+    jsonl(tmp_path / "d" / "train.jsonl", [some_text(i) for i in range(10)])
+    jsonl(tmp_path / "d" / "valid.jsonl", [some_text(i) for i in range(9, 12)])
+    said = doctor("d", "--context_length", 16)
+    assert "held out as named: d/valid.jsonl" in said
+    assert "1 document stands on both sides of the split, first d/valid.jsonl" in said
 
 
 def test_a_vocabulary_for_other_text_shows_in_bytes_a_token(tmp_path, doctor) -> None:
@@ -276,3 +285,22 @@ def test_training_says_and_refuses_the_same(tmp_path, program) -> None:
     assert run.code == 2
     assert "token id 60000 is outside the vocabulary of 50257" in run.err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_file_that_is_all_there_is_is_not_advised_to_be_left_out(tmp_path, doctor) -> None:
+    (tmp_path / "a.txt").write_bytes("é".encode() * 99 + b"\xff")
+    assert "--skip_bad" not in doctor("a.txt", code=1)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_bytes("é".encode() * 99 + b"\xff")
+    (tmp_path / "d" / "b.txt").write_text(some_text(1))
+    (tmp_path / "d" / "c.pdf").write_text("PDF")
+    said = doctor("d", "--context_length", 4, code=1)
+    assert "--skip_bad true" in said
+    assert "1 file is left aside in d, by suffix: 1 .pdf" in said
+
+
+def test_marks_in_json_lines_are_not_advised_to_be_split_on(tmp_path, doctor) -> None:
+    jsonl(tmp_path / "d.jsonl", [f"{some_text(i)} <|endoftext|>" for i in range(9)])
+    said = doctor("d.jsonl", "--context_length", 16)
+    assert "stands in the text 9 times" in said
+    assert "--split_on" not in said

@@ -11,6 +11,7 @@ from gptforge.config import GPTConfig
 from gptforge.convert.hf import write_hf
 from gptforge.convert.parts import Parts
 from gptforge.evaluate import tasks
+from gptforge.evaluate.tasks import Question
 from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import Precision
 from gptforge.model import GPT
@@ -44,7 +45,8 @@ def test_questions_answers_and_scores_are_the_harness_s(tmp_path) -> None:
             "ind": number,
             "activity_label": some(1, 3),
             "ctx_a": f"{some(3, 20)}. ",
-            "ctx_b": some(0, 4),
+            # A mark at the end leaves a blank there.
+            "ctx_b": some(0, 4) + dice.choice(("", " [title]")),
             "endings": [f"{some(2, 20)}{dice.choice(marks)} {some(0, 2)}" for _ in range(4)],
             "label": str(dice.randrange(4)),
         }
@@ -57,13 +59,20 @@ def test_questions_answers_and_scores_are_the_harness_s(tmp_path) -> None:
         assert (question.beginning, question.right) == (doc["query"], doc["gold"])
         assert [ending[1:] for ending in question.endings] == doc["choices"]
         asked += [(doc["query"], f" {choice}") for choice in doc["choices"]]
+    assert any(question.beginning.endswith(" ") for question in questions)
     # Longer than the model has places for, some of them.
     for text in (some(5, 70) for _ in range(PAGES)):
         questions.append(tasks.read_lambada({"text": text}))
         *before, last = text.split(" ")
         asked.append((" ".join(before), f" {last}"))
+    # Beginnings that end in blanks, and none at all: the harness puts the end-of-text mark there.
+    for blanks in (" ", "  ", "\n", " \n\t", ""):
+        beginning = f"{some(3, 9)}{blanks}" if blanks else ""
+        questions.append(Question(beginning, (f" {some(1, 3)}", some(1, 2))))
+        asked += [(beginning, ending) for ending in questions[-1].endings]
 
     tokenizer = named("gpt2", "")
+    tokenizer.marks_documents = True
     model = GPT(GPTConfig(64, 50304, 2, 4, 64)).initialize(torch.Generator().manual_seed(0))
     tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
     write_hf(tmp_path, Parts(model.config, tensors, tokenizer), card="# A model\n")
@@ -83,6 +92,7 @@ def test_questions_answers_and_scores_are_the_harness_s(tmp_path) -> None:
     gold = np.array([doc["gold"] for doc in theirs])
     assert score["acc"] == (sums.argmax(1) == gold).mean()
     assert score["acc_norm"] == ((sums / lengths).argmax(1) == gold).mean()
-    last = tasks.score_lambada(questions[SCENES:], answers[SCENES:])
-    mean = np.mean([logprob for logprob, _ in right[4 * SCENES :]])
+    pages = slice(SCENES, SCENES + PAGES)
+    last = tasks.score_lambada(questions[pages], answers[pages])
+    mean = np.mean([logprob for logprob, _ in right[4 * SCENES : 4 * SCENES + PAGES]])
     assert last["perplexity"] == pytest.approx(np.exp(-mean), rel=1e-3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptforge.evaluate.heldout import HeldOut
+from gptforge.evaluate.heldout import HeldOut, HeldOutLoss, PartialLoss
 from gptforge.hardware import Precision
 
 FLOAT32 = Precision(torch.float32, "")
@@ -55,25 +55,31 @@ def test_a_limit_reads_windows_spread_over_the_text(tiny_model) -> None:
     assert np.diff(held_out._starts).tolist() == [10] * 9
 
 
-def test_who_gives_up_on_the_way_gets_no_score(tiny_model) -> None:
+def test_stopped_evaluation_resumes_with_the_same_score(tiny_model) -> None:
     tiny_model.train()
-    ids = np.zeros(16 * 10, np.uint16)
-    held_out = HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=1)
-    asked = []
+    ids = np.random.default_rng(1).integers(0, 64, 16 * 10).astype(np.uint16)
+    held_out = HeldOut(ids, np.arange(64) % 3 + 1, context_length=16, batch_size=2)
+    whole = held_out.evaluate(tiny_model, FLOAT32)
+    partial = None
+    for sessions in range(1, 6):
+        partial = held_out.evaluate_until(lambda: True, tiny_model, FLOAT32, partial=partial)
+        assert tiny_model.training
+        if isinstance(partial, HeldOutLoss):
+            break
+        assert partial.windows == 2 * sessions
+    # Stopped after each batch; after the last one there is nothing left to stop.
+    assert (partial, sessions) == (whole, 5)
 
-    def gives_up() -> bool:
-        asked.append(1)
-        return len(asked) == 3
 
-    assert held_out.evaluate_unless(gives_up, tiny_model, FLOAT32) is None
-    assert len(asked) == 3 and tiny_model.training
-    # Behind the last batch there is nothing to give up.
-    asked.extend([1] * (3 - len(held_out._starts)))
-    last = len(asked) + len(held_out._starts)
-    score = held_out.evaluate_unless(
-        lambda: asked.append(1) or len(asked) == last, tiny_model, FLOAT32
-    )
-    assert score == held_out.evaluate(tiny_model, FLOAT32)
+def test_sums_of_another_evaluation_are_not_continued(tiny_model) -> None:
+    ids = np.random.default_rng(1).integers(0, 64, 16 * 10).astype(np.uint16)
+    lengths = np.ones(64, np.int64)
+    held_out = HeldOut(ids, lengths, context_length=16, batch_size=2)
+    partial = held_out.evaluate_until(lambda: True, tiny_model, FLOAT32)
+    assert isinstance(partial, PartialLoss)
+    fewer = HeldOut(ids, lengths, context_length=16, batch_size=2, limit=80)
+    score = fewer.evaluate_until(lambda: False, tiny_model, FLOAT32, partial=partial)
+    assert score == fewer.evaluate(tiny_model, FLOAT32)
 
 
 def test_judging_leaves_no_trace(tiny_model) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -16,6 +17,7 @@ from gptforge.generate.language_model import LanguageModel
 from gptforge.hardware import Precision
 from gptforge.model import GPT
 from gptforge.tokenizers import named
+from gptforge.tokenizers.char import CharTokenizer
 from tests.programs import DEBUG
 
 FLOAT32 = Precision(torch.float32, "to compare")
@@ -44,7 +46,7 @@ def by_a_plain_loop(writer: LanguageModel, beginning: str, ending: str) -> Answe
     ids = writer.encode(beginning + ending)
     count = len(writer.encode(ending))
     ids = ids[-(writer.model.config.block_size + 1) :]
-    logprobs = writer.logits(ids[:-1])[:, : writer.tokenizer.size].double().log_softmax(-1)
+    logprobs = writer.logits(ids[:-1]).double().log_softmax(-1)
     its = range(len(ids) - 1 - count, len(ids) - 1)
     total = sum(float(logprobs[i, ids[i + 1]]) for i in its)
     return Answer(total, all(int(logprobs[i].argmax()) == ids[i + 1] for i in its))
@@ -78,6 +80,50 @@ def test_answers_are_those_of_a_plain_loop(writer, monkeypatch, at_once) -> None
             assert one.logprob == pytest.approx(plain.logprob, abs=1e-3)
             assert one.is_likeliest == plain.is_likeliest
     assert found[-1][0].is_likeliest
+
+
+def harness_pair(writer: LanguageModel, context: str, continuation: str) -> tuple[list, list]:
+    """As `_encode_pair` of lm-evaluation-harness 0.4.13 has it for causal models."""
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces > 0:
+        continuation = context[-n_spaces:] + continuation
+        context = context[:-n_spaces]
+    whole_enc = writer.encode(context + continuation)
+    context_enc = writer.encode(context)
+    return context_enc, whole_enc[len(context_enc) :]
+
+
+@pytest.mark.parametrize("blanks", ["", " ", "  ", "\n", " \n ", "\t"])
+@pytest.mark.parametrize("ending", [" roof", "roof", " 's", "  two"])
+def test_blanks_at_the_end_of_a_beginning_are_the_endings(tiny_model, blanks, ending) -> None:
+    gpt2 = LanguageModel(tiny_model, named("gpt2", ""))
+    beginning = f"A man{blanks}"
+    context, continuation = harness_pair(gpt2, beginning, ending)
+    assert tasks._encoded(gpt2, beginning, ending) == ([*context, *continuation], len(continuation))
+
+
+@pytest.mark.parametrize("beginning", ["", " "])
+def test_an_ending_without_a_beginning_is_asked_behind_an_empty_prompt(
+    tiny_model, beginning
+) -> None:
+    tokenizer = named("gpt2", "")
+    tokenizer.marks_documents = True
+    gpt2 = LanguageModel(tiny_model, tokenizer)
+    ids = gpt2.encode(f"{beginning}a roof")
+    assert tasks._encoded(gpt2, beginning, "a roof") == ([50256, *ids], len(ids))
+
+
+def test_the_likeliest_is_told_apart_where_bfloat16_would_not(tiny_model) -> None:
+    """Two ids whose logits differ by less than bfloat16 can tell."""
+    with torch.no_grad():
+        table = tiny_model.transformer["wte"].weight
+        table.mul_(0)
+        tiny_model.transformer["ln_f"].bias.fill_(1)
+        table[5], table[3] = 1.0005, 1.0
+    writer = LanguageModel(tiny_model, CharTokenizer("abcdefgh"))
+    bf16 = Precision(torch.bfloat16, "")
+    [[f, d]] = answer(writer, [Question("a", ("f", "d"))], bf16)
+    assert (f.is_likeliest, d.is_likeliest) == (True, False)
 
 
 def test_hellaswags_rows_are_cleaned_as_the_harness_does() -> None:
@@ -138,8 +184,8 @@ def test_questions_of_files_are_put_to_a_run(program, run, play) -> None:
     ("tasks", "words"),
     [
         ("winogrande", "there are hellaswag, lambada"),
-        ("lambada=none.jsonl", "none.jsonl: No such file"),
-        ("lambada=bad.jsonl", "bad.jsonl, line 1: no question of lambada: KeyError 'text'"),
+        ("lambada=none.jsonl", "none.jsonl: there is no such file"),
+        ("lambada=bad.jsonl", "bad.jsonl, line 1: not a question of lambada ('text' is missing)"),
         ("lambada=list.jsonl", "line 1: not a JSON object"),
         ("lambada=broken.jsonl", "not JSON lines"),
         ("lambada=empty.jsonl", "there are no questions"),
@@ -175,3 +221,13 @@ def test_without_a_file_they_come_from_the_hub(program, run, monkeypatch) -> Non
     assert "not to be had: no route: try again" in done.err
     assert "--tasks hellaswag=FILE.jsonl" in done.err
     assert asked == [("EleutherAI/lambada_openai", "test"), ("Rowan/hellaswag", "validation")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
+def test_questions_from_a_pipe_or_without_an_end_are_refused(program, tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_text("[" * 2**21)
+    for name, why in (("pipe", "a named pipe"), ("/dev/zero", "a device"), ("long", "too long")):
+        done = program("eval", "run", "--tasks", f"hellaswag={name}")
+        assert done.code == 2
+        assert why in done.err

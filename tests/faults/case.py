@@ -128,3 +128,11 @@ def pointers_of(case: Case) -> dict[str, str | None]:
     """Names that best and last lead to."""
     found = {which: case.store.pointed(which) for which in ("best", "last")}
     return {which: path.name if path else None for which, path in found.items()}
+
+
+def evaluations_of(case: Case) -> list[object]:
+    """Step, loss and bits per byte of each evaluation, then the samples."""
+    lines = (case.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines if '"event": "eval"' in line]
+    found: list[object] = [[e[name] for name in ("step", "val_loss", "val_bpb")] for e in events]
+    return [*found, (case.run / "samples.md").read_text(encoding="utf-8")]

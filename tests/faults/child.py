@@ -26,6 +26,8 @@ import torch._dynamo
 
 import gptforge.build
 import gptforge.cli
+from gptforge.evaluate.heldout import HeldOut
+from gptforge.train import guards
 
 OPERATIONS = "operations.txt"
 OUT, ERR = "out.txt", "err.txt"
@@ -41,12 +43,14 @@ class Strike:
 
     Actions: kill; tear (kill, with half of a write made); SIGTERM or SIGINT; fill (the disk, to the
     last byte); readonly (the mount); refuse (with ENOSPC or another error, from here on); clock
-    (jumps back); stall (the clock stands still).
+    (jumps back); stall (the clock stands still). Where `in_evaluation`, `at` counts the batches of
+    all evaluations; `limit` sets the seconds that a session trains at least.
     """
 
     at: int
     action: str
     detail: str = ""
+    in_evaluation: bool = False
 
 
 def run(folder: str, args: Sequence[str], strikes: Sequence[Strike]) -> None:
@@ -98,6 +102,13 @@ class Faults:
                 _tear(file)
             return file
 
+        for strike in self.strikes:
+            if strike.action == "limit":
+                guards.MIN_SECONDS = float(strike.detail)
+        in_evaluation = [strike for strike in self.strikes if strike.in_evaluation]
+        self.strikes = [s for s in self.strikes if not s.in_evaluation and s.action != "limit"]
+        if in_evaluation:
+            _count_batches(in_evaluation)
         os.fsync = fsync  # type: ignore[assignment]
         io.open = builtins.open = opened
         sys.addaudithook(self._heard)
@@ -154,6 +165,22 @@ class Faults:
             case "clock" | "stall":
                 bend_clocks(strike.action)
         return True
+
+
+def _count_batches(strikes: Sequence[Strike]) -> None:
+    """Send a signal, or kill, while the n-th batch of held-out text is on its way."""
+    real_batch, count = HeldOut._batch, [0]
+
+    def batch(held_out: HeldOut, windows: Any) -> Any:
+        count[0] += 1
+        for strike in strikes:
+            if strike.at == count[0]:
+                if strike.action == "kill":
+                    end_now()
+                os.kill(os.getpid(), signal.Signals[strike.action])
+        return real_batch(held_out, windows)
+
+    HeldOut._batch = batch  # type: ignore[method-assign]
 
 
 def end_now() -> None:

@@ -17,7 +17,7 @@ from gptforge import files
 from gptforge.checkpoint.store import CONTENTS, MANIFEST
 from tests.faults.case import Case, one_error_line
 from tests.faults.child import BALLAST, Strike, remount
-from tests.faults.harness import Bench, can_mount, send
+from tests.faults.harness import BATCHES, Bench, can_mount, send
 
 Fault = Callable[[Bench, random.Random], Case]
 
@@ -78,6 +78,37 @@ def stop_signal(bench: Bench, dice: random.Random) -> Case:
     if ended.code not in (0, 128 + number):
         case.complain("rough", f"{number.name} x{times}: exit {ended.code}")
     bench.finish(case, torn_end_is_fine=times == 2)
+    return case
+
+
+def stop_in_evaluation(bench: Bench, dice: random.Random) -> Case:
+    """SIGTERM, SIGINT or kill -9 while held-out text is evaluated, in several sessions in a row."""
+    case = bench.case()
+    for _ in range(dice.randrange(1, 9)):
+        action = dice.choice(("SIGTERM", "SIGTERM", "SIGINT", "kill"))
+        at = dice.randrange(1, 2 * BATCHES)
+        ended = bench.go(case, Strike(at, action, in_evaluation=True))
+        wanted = signal.SIGKILL if action == "kill" else signal.Signals[action]
+        if ended.code not in (0, 128 + wanted):
+            case.complain("rough", f"{action} in an evaluation: exit {ended.code}")
+    bench.finish(case, torn_end_is_fine=True)
+    return case
+
+
+def short_time_limit(bench: Bench, dice: random.Random) -> Case:
+    """Sessions of a few hundredths of a second each, until the run is finished."""
+    case = bench.case()
+    for _ in range(100):
+        limit = Strike(0, "limit", str(dice.choice((0.0, 0.05, 0.2))))
+        ended = bench.go(case, limit, more=("--time_limit", "0.0001"))
+        if ended.code:
+            case.complain("lost", f"a short session ends with exit {ended.code}: {ended.err}")
+            break
+        if "time limit of" not in ended.out:
+            break
+    else:
+        case.complain("lost", "100 short sessions did not finish the run")
+    bench.finish(case)
     return case
 
 
@@ -226,7 +257,7 @@ def spoil(path: Path, how: str, dice: random.Random) -> None:
 
 def why_not(fault: Fault) -> str | None:
     """Why a fault cannot be had on this machine, or None."""
-    if fault is stop_signal and os.name == "nt":
+    if fault in (stop_signal, stop_in_evaluation) and os.name == "nt":
         return "Windows has no such signals"
     needs_mount = fault in (disk_full, disk_too_small, becomes_unwritable)
     return can_mount() if needs_mount else None
@@ -239,6 +270,8 @@ FAULTS: dict[str, Fault] = {
         kill_in_a_write,
         kill_any_time,
         stop_signal,
+        stop_in_evaluation,
+        short_time_limit,
         disk_full,
         disk_too_small,
         becomes_unwritable,

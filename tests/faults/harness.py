@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.faults.case import (
     Ended,
     announced,
     culprit,
+    evaluations_of,
     hashes_of,
     log_faults,
     pointers_of,
@@ -33,6 +35,8 @@ from tests.faults.case import (
 from tests.faults.child import ERR, OPERATIONS, OUT, Strike, run
 
 HANGS_AFTER = 120.0
+BATCHES = 6
+"""About so many make one evaluation: stops are aimed at the first two."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Reference:
 
     hashes: dict[str, str]
     pointers: dict[str, str | None]
+    evaluations: list[object]
     operations: int
     seconds: float
 
@@ -74,6 +79,9 @@ class Bench:
             "preset": "debug",
             "device": "cpu",
             "compile": "false",
+            # Evaluations of several batches.
+            "batch_size": 2,
+            "gradient_accumulation_steps": 4,
             "max_steps": STEPS,
             "save_every": SAVE_EVERY,
             "eval_every": EVAL_EVERY,
@@ -99,9 +107,9 @@ class Bench:
         shutil.copytree(case.folder, other.folder, symlinks=True, dirs_exist_ok=True)
         return other
 
-    def start(self, case: Case, *strikes: Strike) -> BaseProcess:
-        """Start the program, to be struck; come back at once."""
-        arguments = (str(case.folder), self.args, strikes)
+    def start(self, case: Case, *strikes: Strike, more: Sequence[str] = ()) -> BaseProcess:
+        """Start the program, to be struck, with flags added; come back at once."""
+        arguments = (str(case.folder), [*self.args, *more], strikes)
         process = self._context.Process(target=run, args=arguments)  # type: ignore[attr-defined]
         process.start()
         assert isinstance(process, BaseProcess)
@@ -122,9 +130,9 @@ class Bench:
             case.complain("rough", f"traceback: {culprit(ended.err)}")
         return ended
 
-    def go(self, case: Case, *strikes: Strike) -> Ended:
+    def go(self, case: Case, *strikes: Strike, more: Sequence[str] = ()) -> Ended:
         """Start the program and wait for its end."""
-        return self.wait(case, self.start(case, *strikes))
+        return self.wait(case, self.start(case, *strikes, more=more))
 
     def finish(
         self,
@@ -156,6 +164,8 @@ class Bench:
             path = case.run / "metrics.jsonl"
             for what in log_faults(path, torn_end_is_fine=torn_end_is_fine and before == STEPS):
                 case.complain("rough", what)
+            if evaluations_of(case) != self.reference.evaluations:
+                case.complain("differs", f"evaluations or samples: {evaluations_of(case)}")
         return ended
 
     def halfway(self) -> Case:
@@ -179,7 +189,11 @@ class Bench:
         for path in case.store.steps():
             if reason := damage(path):
                 case.complain("lost", f"{path.name} was left damaged: {reason}")
-        left = [p.relative_to(case.run).as_posix() for p in case.run.rglob(".*partial*")]
+        left = [
+            path.relative_to(case.run).as_posix()
+            for pattern in (".*partial*", "*.replaced", "step-*.old-*", "*.diverged-*")
+            for path in case.run.rglob(pattern)
+        ]
         if left:
             case.complain("rough", f"left behind: {', '.join(left)}")
 
@@ -213,7 +227,8 @@ class Bench:
         assert hashes_of(case) == hashes_of(second), "two undisturbed runs differ"
         operations = int((second.folder / OPERATIONS).read_text(encoding="utf-8"))
         assert not log_faults(case.run / "metrics.jsonl")
-        return Reference(hashes_of(case), pointers_of(case), operations, seconds)
+        pointers, evaluations = pointers_of(case), evaluations_of(case)
+        return Reference(hashes_of(case), pointers, evaluations, operations, seconds)
 
 
 def send(process: BaseProcess, number: signal.Signals) -> None:

@@ -86,7 +86,7 @@ def test_a_prompt_that_is_no_text_is_refused(writer, way, prompt) -> None:
         (lambda writer: writer.tokens("a", alternatives=-1), "alternatives must be"),
         (lambda writer: writer.decode([28]), "each of the ids must be below 28, not 28"),
         (lambda writer: writer.decode("abc"), "each of the ids must be a whole number"),
-        (lambda writer: writer.logits([64]), "each of the ids must be below 64, not 64"),
+        (lambda writer: writer.logits([28]), "each of the ids must be below 28, not 28"),
         (lambda writer: writer.logits([1.5]), "each of the ids must be a whole number"),
     ],
 )

@@ -139,3 +139,28 @@ def test_a_captured_step_writes_what_single_steps_write(sampling) -> None:
     assert decoded(captured, prompts, dice, sampling) == expected
     assert decoded(captured, prompts, dice, sampling) == expected
     assert captured.keeps_a_graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settled", [False, True])
+def test_logits_are_float32_so_that_the_likeliest_is_one(dtype, settled, device) -> None:
+    """Rounded to bfloat16, one position in a hundred has several that are likeliest."""
+    shape = GPTConfig(block_size=16, vocab_size=4096, n_layer=1, n_head=2, n_embd=64)
+    model = GPT(shape).initialize(torch.Generator().manual_seed(0)).to(device).eval()
+    engine = Engine(model, size=4000, dtype=dtype, settled=settled)
+    dice = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2000, 64, generator=dice).to(device, dtype)
+    logits = engine.logits(hidden)
+    assert (logits.dtype, logits.shape) == (torch.float32, (2000, 4000))
+    exact = hidden.double() @ model.lm_head.weight[:4000].double().t()
+    # On a GPU the weights themselves are rounded.
+    near = 1e-5 if device.type == "cpu" or dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(logits.double(), exact, rtol=near, atol=near)
+    top = logits.topk(2).values
+    assert int((top[:, 0] == top[:, 1]).sum()) == 0
+    rounded = logits.bfloat16().topk(2).values
+    assert int((rounded[:, 0] == rounded[:, 1]).sum()) > 20
+    slots, ids = torch.arange(3, device=device), torch.zeros(1, 3, dtype=torch.long, device=device)
+    with torch.inference_mode():
+        written = engine.forward(ids, slots[None], engine.cache(1, 3), slots, None)
+    assert written.dtype == torch.float32

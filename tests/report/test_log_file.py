@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.report import log_file
 from gptforge.report.log_file import LogFile
 from gptforge.report.run_report import RunReport
 from tests.programs import events
@@ -22,7 +23,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk, real = Disk(), Path.open
+    disk, real = Disk(), log_file.open_regular
 
     class Limited(io.FileIO):
         def write(self, data: bytes) -> int:
@@ -35,7 +36,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     def limited(path: Path, mode: str = "r", **how: object) -> object:
         return Limited(str(path), "ab") if mode == "ab" else real(path, mode, **how)
 
-    monkeypatch.setattr(Path, "open", limited)
+    monkeypatch.setattr(log_file, "open_regular", limited)
     return disk
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
+from gptforge.report import metrics
 from gptforge.report.duration import in_words
 from gptforge.report.metrics import History, read_history, step_line
 from gptforge.report.run_report import RunReport
@@ -177,7 +179,9 @@ def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
 
 def test_a_broken_line_in_the_metrics_is_passed_over(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "train", "step": 0}\n{"event": "tra\n\n[]\n{"event": "eval"}\n')
+    path.write_text(
+        '{"event": "train", "step": 0}\n{"event": "tra\n\n[]\n{"event": "eval", "step": 1}\n'
+    )
     history = read_history(path)
     assert (len(history.train), len(history.evals)) == (1, 1)
 
@@ -210,3 +214,17 @@ def test_of_many_train_events_an_even_selection_is_read(tmp_path, monkeypatch, c
 )  # fmt: skip
 def test_durations_are_said_as_people_say_them(seconds, words) -> None:
     assert in_words(seconds) == words
+
+
+def test_a_history_is_read_of_a_file_alone_and_of_its_end(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in range(100)]
+    path.write_text("".join(lines) + "x" * 10**6 + "\n" + lines[0])
+    assert len(read_history(path).train) == 101
+    monkeypatch.setattr(metrics, "MOST_BYTES", 10**6 + 2 * len(lines[0]))
+    assert [event["step"] for event in read_history(path).train] == [0]
+    if os.name != "nt":
+        (tmp_path / "link").symlink_to(path)
+        os.mkfifo(tmp_path / "pipe")
+        for odd in ("link", "pipe", "nowhere"):
+            assert not read_history(tmp_path / odd).train

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptforge.build import build_trainer
 from gptforge.checkpoint.store import read_state
 from gptforge.errors import RunError
 from gptforge.train.anomalies import Watch
 from gptforge.train.trainer import Trainer
-from tests.train.runs import build, events, last
+from tests.train.runs import StopAfter, build, events, last
 
 
 def poison(trainer: Trainer, positions: set[int], value: float = math.nan) -> None:
@@ -79,8 +80,9 @@ def test_many_bad_steps_lead_back_to_the_last_good_checkpoint_and_past_the_data(
     assert back[0]["left_out"] == [64, 104]
     assert [event["step"] for event in events(config, "train")] == list(range(20))
     assert trainer.loader.position == 8 * 25
-    assert trainer.progress.returns == 1
-    assert read_state(last(config))["progress"]["returns"] == 1
+    # The run went on behind the step where it diverged, so the rollback no longer counts.
+    assert trainer.progress.rollbacks == 0
+    assert read_state(last(config))["progress"]["returns"] == 0
 
 
 def test_after_a_few_returns_the_run_stops_with_the_reason(config) -> None:
@@ -89,7 +91,87 @@ def test_after_a_few_returns_the_run_stops_with_the_reason(config) -> None:
     poison(trainer, {8 * step for step in range(8, 1000)})
     with pytest.raises(RunError, match=r"3 returns did not help.*--max_lr"):
         trainer.run()
-    assert last(config).name == "step-000008"
+    # Two of them went to the same step, so an older one was tried; the best one is still there.
+    back = [event for event in events(config, "anomaly") if event["kind"] == "return"]
+    assert [event["checkpoint"] for event in back] == ["step-000004"]
+    assert last(config).name == "step-000004"
+    assert trainer.saver.store.pointed("best").name == "step-000008.diverged-1"
+
+
+def break_weights(trainer: Trainer, calls: set[int], factor: float = 1e30) -> None:
+    """Multiply the weights after some of the calls of the step, as a bad update would."""
+    update, count = trainer.train_step, [0]
+    call = type(update).__call__
+
+    class Broken(type(update)):
+        def __call__(self, *args, **kwargs):
+            if count[0] in calls:
+                with torch.no_grad():
+                    for parameter in self.model.parameters():
+                        parameter.mul_(factor)
+            count[0] += 1
+            return call(self, *args, **kwargs)
+
+    update.__class__ = Broken
+
+
+def rollbacks(config) -> list[str]:
+    lines = (Path(config.out_dir) / "log.md").read_text().splitlines()
+    return [line.partition("back to ")[2].partition(";")[0] for line in lines if "back to" in line]
+
+
+def test_broken_weights_are_not_saved_in_their_streak(config) -> None:
+    config = dataclasses.replace(config, eval_every=1000, max_steps=24)
+    trainer = build(config)
+    break_weights(trainer, {16})
+    assert trainer.run() == "finished"
+    assert rollbacks(config) == ["step-000012"]
+    assert [event["step"] for event in events(config, "train")] == list(range(24))
+    assert math.isfinite(trainer.progress.loss)
+
+
+def test_a_save_put_off_in_a_streak_is_made_by_the_next_good_step(config) -> None:
+    config = dataclasses.replace(config, eval_every=1000, save_every=10)
+    trainer = build(config)
+    poison(trainer, {8 * 8, 8 * 9, 8 * 10})
+    assert trainer.run() == "finished"
+    assert [event["step"] for event in events(config, "save")] == [12, 20]
+
+
+def test_a_streak_goes_on_over_a_stop_and_leads_back_before_it(config) -> None:
+    config = dataclasses.replace(config, eval_every=1000)
+    trainer = build(config)
+    break_weights(trainer, {14})
+    trainer.guard = StopAfter(17)
+    assert trainer.run() == "interrupted"
+    assert last(config).name == "step-000017"
+    assert read_state(last(config))["progress"]["bad_steps"] == 3
+    assert build(config).run() == "finished"
+    assert rollbacks(config) == ["step-000012"]
+    # Nothing of the abandoned steps is left to be found.
+    assert not [path.name for path in last(config).parent.iterdir() if "diverged" in path.name]
+
+
+def test_rollbacks_are_forgotten_once_a_run_got_on(config) -> None:
+    config = dataclasses.replace(config, eval_every=1000, max_steps=100)
+    trainer = build(config)
+    break_weights(trainer, {13, 33, 53, 73, 93})
+    assert trainer.run() == "finished"
+    assert len([e for e in events(config, "train") if e["loss"] is not None]) == 100
+    assert trainer.progress.diverged_at > 60 and trainer.progress.rollbacks == 0
+
+
+def test_the_best_model_survives_a_rollback_behind_it(config) -> None:
+    trainer = build(config)
+    # Twice wrong from the same checkpoint on: the one before it is taken, the best one is kept.
+    poison(trainer, {8 * step for step in range(8, 18)})
+    assert trainer.run() == "finished"
+    (event,) = (e for e in events(config, "anomaly") if e["kind"] == "return")
+    assert event["checkpoint"] != "step-000008"
+    assert trainer.progress.best_step > 8
+    best = trainer.saver.store.pointed("best")
+    assert read_state(best)["progress"]["best_step"] == trainer.progress.best_step
+    assert build_trainer(config, given=(), say=lambda _: None) is None
 
 
 def test_a_run_that_breaks_down_before_anything_was_saved_says_so(config) -> None:

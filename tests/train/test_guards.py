@@ -1,14 +1,19 @@
 """Signals and clocks that end a run, in evaluations too."""
 
 import dataclasses
+import json
+import math
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from gptforge.build import build_trainer
 from gptforge.checkpoint.store import read_tensors
+from gptforge.evaluate.heldout import PartialLoss
 from gptforge.train.guards import StopGuard
+from gptforge.train.progress import Progress
 from tests.train.runs import build, events, last
 
 
@@ -17,7 +22,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_saves_what_was_learned(config, tm
     other = dataclasses.replace(config, out_dir=str(tmp_path / "told"))
     trainer = build(other)
     assert trainer.held_out is not None
-    score, rounds = trainer.held_out.evaluate_unless, []
+    score, rounds = trainer.held_out.evaluate_until, []
 
     def told(gives_up, *args):
         def ask() -> bool:
@@ -28,7 +33,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_saves_what_was_learned(config, tm
 
         return score(ask, *args)
 
-    trainer.held_out.evaluate_unless = told
+    trainer.held_out.evaluate_until = told
     assert trainer.run() == "terminated"
     assert len(rounds) == 2
     assert events(other, "eval") == []
@@ -44,13 +49,13 @@ def test_a_signal_in_the_closing_evaluation_leaves_it_to_be_made_up_for(config, 
     assert build(config).run() == "finished"
     other = dataclasses.replace(config, out_dir=str(tmp_path / "told"))
     trainer = build(other)
-    score = trainer.held_out.evaluate_unless
+    score = trainer.held_out.evaluate_until
 
     def told(*args):
         signal.raise_signal(signal.SIGTERM)
         return score(*args)
 
-    trainer.held_out.evaluate_unless = told
+    trainer.held_out.evaluate_until = told
     assert trainer.run() == "terminated"
     assert last(other).name == f"step-{config.max_steps:06d}"
     assert events(other, "eval") == []
@@ -60,17 +65,103 @@ def test_a_signal_in_the_closing_evaluation_leaves_it_to_be_made_up_for(config, 
     assert build_trainer(other, given=(), say=lambda _: None) is None
 
 
+def stop_in_evaluations(trainer, batches: int) -> None:
+    """Have each evaluation of this session stopped after so many batches."""
+    evaluate = trainer.held_out.evaluate_until
+
+    def stopped(should_stop, *args):
+        asked = []
+
+        def ask() -> bool:
+            asked.append(1)
+            if len(asked) == batches:
+                signal.raise_signal(signal.SIGTERM)
+            return should_stop()
+
+        return evaluate(ask, *args)
+
+    trainer.held_out.evaluate_until = stopped
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_stopped_evaluations_are_finished_later_and_nothing_differs(
+    config, tmp_path, batches
+) -> None:
+    config = dataclasses.replace(
+        config, max_steps=12, keep=0, save_every=1000, sample_every=4, max_lr=0.1, val_fraction=0.2
+    )
+    assert build(config).run() == "finished"
+    other = dataclasses.replace(config, out_dir=str(tmp_path / "stopped"))
+    for _ in range(40):
+        trainer = build(other)
+        stop_in_evaluations(trainer, batches)
+        if trainer.run() == "finished":
+            break
+    else:
+        pytest.fail("40 sessions were not enough")
+    for kind in ("train", "eval"):
+        fields = ("step", "loss", "norm", "val_loss", "val_bpb")
+        left, right = (
+            [[e.get(name) for name in fields] for e in events(c, kind)] for c in (config, other)
+        )
+        assert left == right
+    samples = [
+        (Path(c.out_dir) / "samples.md").read_text().split("\n", 1)[1] for c in (config, other)
+    ]
+    assert samples[0] == samples[1]
+    left, right = (last(c).parent for c in (config, other))
+    assert sorted(p.name for p in left.iterdir()) == sorted(p.name for p in right.iterdir())
+    assert (left / "best").readlink() == (right / "best").readlink()
+    assert build_trainer(other, given=(), say=lambda _: None) is None
+
+
+def test_a_closing_evaluation_of_a_run_saved_by_0_1_is_made_up_for() -> None:
+    numbers = {"step": 9, "loss": 1.0, "best_loss": None, "best_step": 0, "loss_sum": 6.0}
+    numbers |= {"loss_count": 3.0, "returns": 2, "unjudged": 1, "seconds": 5.0}
+    progress = Progress.from_json({"progress": numbers})
+    assert progress.pending == ["evaluate", "sample", "save"]
+    assert progress.recent_losses == [2.0, 2.0, 2.0]
+    assert (progress.rollbacks, progress.best_loss) == (2, math.inf)
+
+
+def test_progress_reads_what_it_wrote() -> None:
+    progress = Progress(
+        step=7,
+        loss=math.nan,
+        recent_losses=[1.5, math.inf],
+        rollbacks=1,
+        diverged_at=5,
+        bad_steps=2,
+        pending=["evaluate", "save"],
+        partial=PartialLoss(windows=3, num_windows=9, nats=1.25, tokens=48, bytes=50),
+    )
+    back = Progress.from_json(json.loads(json.dumps(progress.to_json())))
+    assert math.isnan(back.loss) and math.isnan(back.recent_losses[1])
+    same = {"loss": 0.0, "recent_losses": []}
+    assert dataclasses.replace(back, **same) == dataclasses.replace(progress, **same)
+
+
+def test_time_counts_from_the_start_but_leaves_a_second() -> None:
+    now = [100.0]
+    guard = StopGuard(1, say=lambda _: None, started=30.0, clock=lambda: now[0])
+    assert guard.wish() == "time_limit"
+    with guard:
+        assert guard.wish() is None
+        now[0] += 1
+        assert guard.wish() == "time_limit"
+
+
 def test_time_that_is_over_ends_an_evaluation(config) -> None:
     now = [0.0]
     trainer = build(config)
     trainer.guard = StopGuard(1, say=lambda _: None, clock=lambda: now[0])
-    score = trainer.held_out.evaluate_unless
+    score = trainer.held_out.evaluate_until
 
     def late(*args):
         now[0] = 61.0
         return score(*args)
 
-    trainer.held_out.evaluate_unless = late
+    trainer.held_out.evaluate_until = late
     assert trainer.run() == "time_limit"
     assert events(config, "eval") == []
     assert last(config).name == f"step-{config.eval_every:06d}"

@@ -103,5 +103,5 @@ def test_advice_to_hold_out_a_part_says_what_helps_with_such_an_input(
 def test_shards_that_hold_out_too_little_are_to_be_prepared_anew(config, tmp_path) -> None:
     prepare(tmp_path / "shards", Request((config.input,), tokenizer="char", val_fraction=0.0001))
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
-    with pytest.raises(UserError, match="prepare the text anew with a larger one"):
+    with pytest.raises(UserError, match="prepare the text anew with a larger --val_fraction"):
         build(config)

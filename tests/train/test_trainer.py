@@ -122,8 +122,26 @@ def test_with_nothing_held_out_best_goes_by_the_mean_training_loss(config) -> No
     assert trainer.progress.best_step == 4 * (means.index(min(means)) + 1)
 
 
+def test_training_losses_are_averaged_over_as_many_steps_at_the_end(config) -> None:
+    config = dataclasses.replace(config, val_fraction=0.0, max_steps=18, eval_every=8)
+    trainer = build(config)
+    means = {}
+    evaluate = trainer._recent_loss
+    trainer._recent_loss = lambda: means.setdefault(trainer.progress.step, evaluate())
+    trainer.run()
+    losses = [event["loss"] for event in events(config, "train")]
+    wanted = {step: sum(losses[step - 8 : step]) / 8 for step in (8, 16, 18)}
+    assert means == pytest.approx(wanted, rel=1e-5)
+
+
 def test_the_last_step_is_logged_whatever_the_cadence(config) -> None:
     config = dataclasses.replace(config, log_every=7, eval_every=100)
     build(config).run()
     assert [event["step"] for event in events(config, "train")] == [0, 7, 14, 19]
     assert [event["step"] for event in events(config, "eval")] == [20]
+
+
+def test_a_run_with_the_largest_seed_comes_to_its_end(config) -> None:
+    config = dataclasses.replace(config, seed=2**63 - 1, sample_every=2, stagger=True)
+    assert build(config).run() == "finished"
+    assert (Path(config.out_dir) / "samples.md").read_text().count("## After") == 10

@@ -1,0 +1,128 @@
+"""One definition of the model's probability: evaluation, logits, sampling, tasks and exports."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from gptforge import load
+from gptforge.build.exported import export_hf
+from gptforge.evaluate.heldout import HeldOut
+from gptforge.evaluate.tasks import Question, answer
+from gptforge.generate.language_model import LanguageModel
+from gptforge.generate.sampling import Sampling
+from gptforge.hardware import Precision
+from gptforge.model import IGNORE
+from gptforge.tokenizers.char import CharTokenizer
+from tests.train.conftest import config as config
+from tests.train.runs import build, events, last
+
+FLOAT32 = Precision(torch.float32, "")
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz"
+TEXT = "to be or not to be that is the question\n"
+
+
+@pytest.fixture
+def writer(tiny_model) -> LanguageModel:
+    """28 characters in a table of 64 rows, whose padding rows are anything but unlikely."""
+    with torch.no_grad():
+        tiny_model.transformer["wte"].weight[len(ALPHABET) :] *= 40
+    return LanguageModel(tiny_model, CharTokenizer(ALPHABET))
+
+
+def expected(writer: LanguageModel, ids: list[int]) -> list[float]:
+    """Log probability of each id but the first, among the tokenizer's ids alone."""
+    with torch.no_grad():
+        logits = writer.model.eval()(torch.tensor([ids[:-1]]))[0, :, : len(ALPHABET)]
+    logprobs = logits.double().log_softmax(-1)
+    return [float(logprobs[i, target]) for i, target in enumerate(ids[1:])]
+
+
+def test_padding_rows_have_no_share_in_the_held_out_loss(writer) -> None:
+    ids = writer.encode(TEXT[:17])
+    held_out = HeldOut(
+        np.array(ids, np.uint16), np.ones(len(ALPHABET), np.int64), context_length=16, batch_size=1
+    )
+    score = held_out.evaluate(writer.model, FLOAT32)
+    assert score.loss == pytest.approx(-np.mean(expected(writer, ids)), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(score.loss / np.log(2))
+    # The training loss is over all rows, and a good deal higher here.
+    with torch.no_grad():
+        loss = writer.model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])) / 16
+    assert float(loss) > score.loss + 0.1
+
+
+def test_logits_are_of_the_tokenizers_ids_alone(writer) -> None:
+    ids = writer.encode(TEXT[:16])
+    logits = writer.logits(ids[:-1])
+    assert logits.shape == (15, len(ALPHABET))
+    loss = F.cross_entropy(logits, torch.tensor(ids[1:]))
+    assert float(loss) == pytest.approx(-np.mean(expected(writer, ids)), rel=1e-5)
+
+
+def test_the_certainty_of_what_is_written_is_that_of_the_logits(writer) -> None:
+    tokens = list(writer.tokens("to be", 8, Sampling(temperature=1.0), seed=3))
+    ids = writer.encode("to be") + [token.id for token in tokens]
+    logprobs = [token.logprob for token in tokens]
+    assert logprobs == pytest.approx(expected(writer, ids)[4:], abs=1e-4)
+
+
+def test_tasks_ask_for_the_same_probability(writer) -> None:
+    [[one]] = answer(writer, [Question("to be", (" or",))], FLOAT32)
+    known = expected(writer, writer.encode("to be or"))
+    assert one.logprob == pytest.approx(sum(known[-3:]), abs=1e-4)
+
+
+def test_a_run_is_evaluated_alike_in_training_afterwards_and_by_hand(config, program) -> None:
+    config = dataclasses.replace(config, dropout=0.0, eval_tokens=0)
+    build(config).run()
+    held_out = build_held_out(config)
+    writer = load(config.out_dir + "/checkpoints/last", device="cpu")
+    assert writer.tokenizer.size < writer.model.config.vocab_size
+    losses, length = [], config.context_length
+    for start in range(0, len(held_out) - 1, length):
+        part = held_out[start : start + length + 1].tolist()
+        logprobs = writer.logits(part[:-1]).log_softmax(-1)
+        losses += [-float(logprobs[i, target]) for i, target in enumerate(part[1:])]
+    in_training = events(config, "eval")[-1]["val_loss"]
+    assert in_training == pytest.approx(np.mean(losses), rel=1e-5)
+    done = program("eval", last(config), "--json", "--device", "cpu")
+    assert json.loads(done.out)["loss"] == pytest.approx(in_training, rel=1e-5)
+
+
+def build_held_out(config) -> np.ndarray:
+    longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
+    trainer = build(longer)
+    trainer.lock.close()
+    assert trainer.held_out is not None
+    return np.asarray(trainer.held_out._tokens[:])
+
+
+def test_an_export_has_the_same_probabilities(config, tmp_path) -> None:
+    build(config).run()
+    export_hf(config.out_dir, tmp_path / "out", say=lambda _: None)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", local_files_only=True)
+    ours = load(config.out_dir, device="cpu")
+    ids = ours.encode("What light is 7 in")
+    with torch.no_grad():
+        logprobs = theirs.eval()(torch.tensor([ids])).logits[0, :, : ours.tokenizer.size]
+    torch.testing.assert_close(
+        ours.logits(ids).softmax(-1), logprobs.softmax(-1), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_training_still_counts_all_rows(config) -> None:
+    # The loss of a seed stays what it was: the padding rows learn to be unlikely.
+    trainer = build(dataclasses.replace(config, dropout=0.0))
+    inputs, targets = trainer.loader.next()
+    with torch.no_grad():
+        logits = trainer.train_step.model(inputs)
+    loss, _ = trainer.train_step(inputs, targets, lr=0.0)
+    trainer.lock.close()
+    assert logits.size(-1) == 64
+    whole = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORE)
+    assert float(loss) == pytest.approx(float(whole), rel=1e-5)

@@ -1,0 +1,436 @@
+"""Every format that is read: a good file, how it is mutated, and all that reads it."""
+
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import zstandard
+
+from gptforge import files, tokenizers
+from gptforge.build.questions import _questions
+from gptforge.build.trained import open_parts
+from gptforge.checkpoint import store
+from gptforge.checkpoint.tensors import load_generator_tensors, write_tensors
+from gptforge.commands.prepare import describe
+from gptforge.config import Config, GPTConfig, check, merge, read_toml, to_toml
+from gptforge.convert.card import Origin, model_card
+from gptforge.convert.hf import FIXED, read_hf
+from gptforge.convert.hf_tokenizer import hf_tokenizer, read_hf_tokenizer
+from gptforge.convert.nanogpt import read_nanogpt
+from gptforge.convert.parts import Parts
+from gptforge.data.bad import BadInput, Skipped
+from gptforge.data.corpus import Wanted, check_length, open_corpus
+from gptforge.data.documents import Form
+from gptforge.data.index import read_index
+from gptforge.data.prepare import prepare
+from gptforge.data.request import Request
+from gptforge.data.sources import find_sources
+from gptforge.data.survey import texts
+from gptforge.demo.curves import training
+from gptforge.doctor.shards import examine_shards
+from gptforge.errors import UserError
+from gptforge.model import GPT
+from gptforge.report.metrics import read_history
+from gptforge.report.verdict import verdict
+from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+from gptforge.tokenizers.gpt2 import GPT2Tokenizer
+from gptforge.train.micro_batch import find_micro_batch
+from gptforge.train.progress import Progress, read_progress
+from tests.fuzz import mutate
+
+SHAPE = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8)
+TEXT = "To be, or not to be, that is the question:\n"
+ALPHABET = "".join(sorted(set(TEXT)))
+MERGES = ["Ġ t", "h e", "Ġt o", "b e", "o n"]
+STATE = {
+    "version": 1,
+    **Progress(step=2, best_step=2, best_loss=1.4, recent_losses=[2.0], pending=["save"]).to_json(),
+    "loader": {"position": 16},
+    "scaler": {},
+    "file_sizes": {"log.md": 10, "metrics.jsonl": 20, "samples.md": 0},
+    "text_sha256": "0" * 64,
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file."""
+
+    path: str
+    """Where the mutated file lies in the scratch folder."""
+    good: Callable[[], bytes] | None
+    """None: what `furnish` put there."""
+    mutate: mutate.Mutate
+    read: Callable[[Path], Any]
+    """All that reads it, given the scratch folder."""
+    rounds: int
+    """In the test suite."""
+
+
+@contextlib.contextmanager
+def furnished() -> Iterator[Path]:
+    """A scratch folder with what lies around the mutated file, in memory where that can be."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
+        furnish(Path(scratch))
+        yield Path(scratch)
+
+
+def furnish(folder: Path) -> None:
+    """What lies around the mutated file: a checkpoint, a model of transformers', shards."""
+    model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    checkpoint, hf = folder / "run/checkpoints/step-000002", folder / "hf"
+    for place in (checkpoint, hf, folder / "in"):
+        place.mkdir(parents=True)
+    config = config_text()
+    store.write_model(checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config)
+    write_tensors(checkpoint / store.GENERATORS, {"cpu": torch.get_rng_state()})
+    (checkpoint / store.STATE).write_text(json.dumps(STATE))
+    (folder / "run/config.toml").write_text(config)
+    (folder / "run/metrics.jsonl").write_bytes(metrics())
+    write_tensors(hf / "model.safetensors", turned(tensors))
+    (hf / "config.json").write_bytes(hf_config())
+    (hf / "tokenizer.json").write_bytes(json.dumps(hf_tokenizer(ByteTokenizer())).encode())
+    tokenizers.save(CharTokenizer(ALPHABET), hf / "gptforge_tokenizer.json")
+    (folder / "in/text.txt").write_text(TEXT * 30)
+    request = Request((str(folder / "in/text.txt"),), tokenizer="byte", val_fraction=0.1)
+    prepare(folder / "shards", request, workers=1)
+    (folder / "in/text.txt").unlink()
+    (folder / "foreign").mkdir()
+
+
+def turned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As transformers stores them."""
+    from gptforge.convert.hf import TRANSPOSED
+
+    return {n: t.t().contiguous() if n.endswith(TRANSPOSED) else t for n, t in tensors.items()}
+
+
+def config_text() -> str:
+    shape = {**vars(SHAPE), "context_length": 8, "tokenizer": "char", "warmup_steps": 1}
+    config = merge(Config(), {**shape, "max_steps": 2, "batch_size": 2}, source="fuzz")
+    return to_toml(config, {"gptforge": "0", "command": "train"})
+
+
+def hf_config() -> bytes:
+    sizes = {"n_positions": 8, "n_ctx": 8, "vocab_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    return json.dumps({**{n: v[0] for n, v in FIXED.items()}, **sizes, "n_inner": 32}).encode()
+
+
+def metrics() -> bytes:
+    train = {
+        "event": "train",
+        "loss": 2.5,
+        "dt_ms": 9.1,
+        "tok_per_sec": 1e4,
+        "norm": 1.0,
+        "lr": 0.1,
+    }
+    lines = [{**train, "step": i, "epoch": i / 4} for i in range(4)]
+    lines += [
+        {"event": "eval", "step": i, "val_loss": 2.0, "val_bpb": 1.5, "epoch": 1.0} for i in (2, 4)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def ckpt() -> dict[str, Any]:
+    model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    sizes = {**vars(SHAPE), "bias": True}
+    return {
+        "model": dict(model.state_dict()),
+        "model_args": sizes,
+        "iter_num": 3,
+        "config": {"a": "b"},
+    }
+
+
+ODD_TENSORS = (
+    *(torch.zeros(3), torch.zeros(0), torch.zeros(8, 8), torch.tensor(1), torch.zeros(64, 8).int()),
+    *(
+        torch.zeros(64, 8, dtype=torch.complex64),
+        torch.zeros(8, dtype=torch.bool),
+        torch.ones(8).half(),
+    ),
+    *(
+        torch.zeros(64, 8).to_sparse(),
+        torch.full((8,), float("nan")),
+        torch.zeros(8, device="meta"),
+    ),
+)
+
+
+def ckpt_file(data: bytes, dice: random.Random) -> bytes:
+    """nanoGPT's record with odd values or tensors in it, or bytes."""
+    if dice.random() < 0.3:
+        return mutate.raw(data, dice)
+    record = ckpt()
+    if dice.random() < 0.4:
+        record["model"][dice.choice(list(record["model"]))] = dice.choice(ODD_TENSORS)
+    else:
+        record = mutate.tree(record, dice)
+    made = io.BytesIO()
+    try:
+        torch.save(record, made)  # noqa: TID251
+    except (ValueError, RecursionError):
+        return b""
+    return made.getvalue()
+
+
+def parquet() -> bytes:
+    made = io.BytesIO()
+    table = pa.table({"text": [TEXT, TEXT * 2, "", "x"] * 3, "n": list(range(12))})
+    pq.write_table(table, made, row_group_size=4)
+    return made.getvalue()
+
+
+def used(tokenizer: tokenizers.Tokenizer) -> None:
+    """What a tokenizer is asked for."""
+    ids = [int(i) for i in tokenizer.encode("to be")]
+    tokenizers.decode(tokenizer, ids)
+    tokenizers.byte_lengths(tokenizer)
+    json.dumps(tokenizer.to_json())
+
+
+def read_tokenizer(folder: Path) -> None:
+    used(tokenizers.load(folder / "tokenizer.json"))
+
+
+def read_checkpoint(folder: Path) -> None:
+    """A checkpoint whose manifest agrees with what was mutated."""
+    path = folder / "run/checkpoints/step-000002"
+    manifest = {
+        name: {"bytes": (path / name).stat().st_size, "sha256": files.sha256(path / name)}
+        for name in store.TO_WRITE_WITH
+    }
+    (path / store.MANIFEST).write_text(json.dumps({"files": manifest}))
+    open_parts(path)
+
+
+def read_state(folder: Path) -> None:
+    path = folder / "run/checkpoints/step-000002"
+    read_progress(path, store.read_state(path))
+    store.CheckpointStore(path.parent).mend_pointers(path)
+
+
+def read_generators(folder: Path) -> None:
+    tensors = store.read_tensors(folder / "run/checkpoints/step-000002", store.GENERATORS)
+    with torch.random.fork_rng([]):
+        load_generator_tensors(tensors, torch.device("cpu"))
+
+
+def read_manifest(folder: Path) -> None:
+    path = folder / "run/checkpoints/step-000002"
+    store.damage(path)
+    open_parts(path)
+
+
+def read_flags_file(folder: Path) -> None:
+    values, _ = read_toml(folder / "c.toml")
+    check(merge(Config(), values, source="--config c.toml"))
+
+
+def read_shards(folder: Path) -> None:
+    """Index and shards as training, `prepare` and `doctor` read them."""
+    index = read_index(folder / "shards")
+    if index is not None:
+        describe(index)
+        examine_shards(folder / "shards", Wanted(tokenizer="byte"), context_length=8)
+        corpus = open_corpus(folder / "shards", Wanted(tokenizer="byte"), say=lambda _: None)
+        check_length(corpus, 8)
+
+
+def read_foreign(folder: Path) -> None:
+    for headerless in (True, False):
+        wanted = Wanted(tokenizer="byte", headerless=headerless, insists_on_tokenizer=True)
+        try:
+            corpus = open_corpus(folder / "foreign", wanted, say=lambda _: None)
+            corpus.train[:]
+            corpus.held_out[:]
+        except UserError:
+            if not headerless:
+                raise
+
+
+def read_metrics(folder: Path) -> None:
+    history = read_history(folder / "run/metrics.jsonl")
+    verdict(history, total_steps=4, epochs=1.0, out_dir="run", is_judged=True)
+    verdict(history, total_steps=4, epochs=1.0, out_dir="run", is_judged=False)
+    training(folder / "run", total=4)
+    origin = Origin(merge(Config(), {}, source="fuzz"), 4, history, None)
+    model_card(Parts(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front={})
+
+
+def read_texts(folder: Path, name: str, form: Form | None = None) -> None:
+    [source] = find_sources([str(folder / "in" / name)])
+    for is_allowed in (True, False):
+        skipped = Skipped(is_allowed)
+        try:
+            for _ in islice(texts(source, form or Form(), skipped), 1000):
+                pass
+        except BadInput as bad:
+            skipped.add(bad)
+
+
+def read_answers(folder: Path) -> None:
+    path = folder / "micro.json"
+    fits = {"estimate": lambda count: count, "fits": lambda count: True, "free": None}
+    assert 1 <= find_micro_batch(8, **fits, remembered=path, key="k") <= 8
+
+
+def merges_file() -> bytes:
+    return ("#version: 0.2\n" + "\n".join(MERGES) + "\n").encode()
+
+
+def of(tokenizer: tokenizers.Tokenizer) -> bytes:
+    return json.dumps(
+        {"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}
+    ).encode()
+
+
+def hellaswag() -> bytes:
+    row = {
+        "ctx_a": "A man",
+        "ctx_b": "he sits",
+        "activity_label": "Rest",
+        "endings": ["a", "b"],
+        "label": "1",
+    }
+    return (json.dumps(row) + "\n").encode() * 2
+
+
+def shard_file() -> bytes:
+    header = b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 40)) + bytes(1012)
+    return header + b"A\0" * 40
+
+
+LINES = (json.dumps({"text": TEXT, "meta": {"n": 1}}) + "\n").encode() * 4
+STEP = "run/checkpoints/step-000002"
+FORMATS: dict[str, Format] = {
+    "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf"), 400),
+    "hf_weights": Format(
+        "hf/model.safetensors", None, mutate.safetensors_file, lambda f: read_hf(f / "hf"), 400
+    ),
+    "hf_bpe": Format(
+        "tokenizer.json",
+        lambda: json.dumps(hf_tokenizer(GPT2Tokenizer(MERGES))).encode(),
+        mutate.json_file,
+        read_tokenizer,
+        400,
+    ),
+    "bpe": Format(
+        "tokenizer.json", lambda: of(GPT2Tokenizer(MERGES)), mutate.json_file, read_tokenizer, 400
+    ),
+    "char": Format(
+        "tokenizer.json",
+        lambda: of(CharTokenizer(ALPHABET, marks=True)),
+        mutate.json_file,
+        read_tokenizer,
+        1500,
+    ),
+    "byte": Format(
+        "tokenizer.json",
+        lambda: of(ByteTokenizer(marks=True)),
+        mutate.json_file,
+        read_tokenizer,
+        1500,
+    ),
+    "merges": Format(
+        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe")), 400
+    ),
+    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 1500),
+    "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest, 400),
+    "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint, 400),
+    "run_weights": Format(
+        f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint, 400
+    ),
+    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 1500),
+    "flags_file": Format(
+        "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 400
+    ),
+    "index": Format("shards/index.json", None, mutate.json_file, read_shards, 400),
+    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 1500),
+    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 1500),
+    "nanogpt": Format(
+        "ckpt.pt",
+        lambda: b"PK",
+        ckpt_file,
+        lambda f: read_nanogpt(
+            f / "ckpt.pt", tokenizer=CharTokenizer("".join(map(chr, range(64))))
+        ),
+        200,
+    ),
+    "text": Format(
+        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 1500
+    ),
+    "marked": Format(
+        "in/t.txt",
+        lambda: TEXT.encode() * 3,
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt", Form(split_on="\n")),
+        1500,
+    ),
+    "utf16": Format(
+        "in/t.txt",
+        lambda: TEXT.encode("utf-16"),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")),
+        1500,
+    ),
+    "jsonl": Format(
+        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1500
+    ),
+    "gz": Format(
+        "in/t.txt.gz",
+        lambda: gzip.compress(TEXT.encode() * 9),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt.gz"),
+        1500,
+    ),
+    "xz": Format(
+        "in/t.txt.xz",
+        lambda: lzma.compress(TEXT.encode() * 9),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt.xz"),
+        1500,
+    ),
+    "zst": Format(
+        "in/t.txt.zst",
+        lambda: zstandard.compress(TEXT.encode() * 9),
+        mutate.raw,
+        lambda f: read_texts(f, "t.txt.zst"),
+        1500,
+    ),
+    "parquet": Format(
+        "in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet"), 400
+    ),
+    "hellaswag": Format(
+        "q.jsonl",
+        hellaswag,
+        mutate.json_lines,
+        lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0),
+        1500,
+    ),
+    "lambada": Format(
+        "q.jsonl",
+        lambda: LINES,
+        mutate.json_lines,
+        lambda f: _questions("lambada", str(f / "q.jsonl"), 0),
+        1500,
+    ),
+    "answers": Format(
+        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 1500
+    ),
+}

@@ -1,0 +1,199 @@
+"""GELU in its two forms: GPT-2's by tanh, nanoGPT's by the error function, each kept as it is."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from gptforge import load
+from gptforge.bench.peers import transformers_model
+from gptforge.build.exported import export_gguf, export_hf, import_model, imported
+from gptforge.build.fitting import kernels_of
+from gptforge.build.trained import open_parts
+from gptforge.checkpoint.store import read_config
+from gptforge.config import Config, GPTConfig
+from gptforge.convert.hf import read_hf, write_hf
+from gptforge.convert.nanogpt import read_nanogpt
+from gptforge.convert.parts import Parts
+from gptforge.errors import UserError
+from gptforge.generate.engine import Engine
+from gptforge.hardware import Precision, choose_kernels
+from gptforge.kernels.product import Product
+from gptforge.model import GPT
+from gptforge.tokenizers.char import ByteTokenizer
+from gptforge.train.by_hand import ByHand
+from tests.programs import DEBUG
+
+BF16 = Precision(torch.bfloat16, "")
+SHAPE = GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=64, activation="gelu")
+
+
+@pytest.fixture
+def parts() -> Parts:
+    """With activations large enough that the two forms tell apart."""
+    model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    tensors = {n: 6 * t.detach() for n, t in model.state_dict().items() if "lm_head" not in n}
+    return Parts(SHAPE, tensors, ByteTokenizer())
+
+
+@pytest.fixture
+def ckpt(parts, tmp_path) -> Path:
+    """A ckpt.pt of nanoGPT's."""
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    shape = {name: getattr(SHAPE, name) for name in names} | {"bias": True, "dropout": 0.0}
+    state = {**parts.tensors, "lm_head.weight": parts.tensors["transformer.wte.weight"]}
+    torch.save({"model": state, "model_args": shape}, tmp_path / "ckpt.pt")  # noqa: TID251
+    return tmp_path / "ckpt.pt"
+
+
+def nanogpt_logits(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
+    """As nanoGPT's model.py computes them."""
+    w, (batch, length) = parts.tensors, ids.shape
+    x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:length]
+
+    def layer(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    for n in range(SHAPE.n_layer):
+        block = f"transformer.h.{n}"
+        qkv = layer(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).split(SHAPE.n_embd, 2)
+        q, k, v = (t.view(batch, length, SHAPE.n_head, -1).transpose(1, 2) for t in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + layer(f"{block}.attn.c_proj", y.transpose(1, 2).reshape(batch, length, -1))
+        inner = torch.nn.GELU()(layer(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x)))
+        x = x + layer(f"{block}.mlp.c_proj", inner)
+    return norm("transformer.ln_f", x) @ w["transformer.wte.weight"].t()
+
+
+IDS = torch.arange(64).view(2, 32) * 7 % 256
+
+
+def far(parts: Parts) -> float:
+    """What taking one form for the other costs."""
+    other = dataclasses.replace(SHAPE, activation="gelu_tanh")
+    other_logits = Parts(other, parts.tensors, parts.tokenizer).model()(IDS)
+    return float((other_logits - parts.model()(IDS)).detach().abs().max())
+
+
+def test_nanogpts_logits_are_its_own(ckpt, parts) -> None:
+    read = read_nanogpt(ckpt, tokenizer=ByteTokenizer())
+    assert read.config.activation == "gelu"
+    near = float((read.model()(IDS) - nanogpt_logits(parts, IDS)).detach().abs().max())
+    assert near < far(parts) / 50
+
+
+def test_every_way_to_write_uses_it(parts) -> None:
+    model = parts.model()
+    for settled in (False, True):
+        engine = Engine(model, size=256, settled=settled)
+        cache = engine.cache(2, 32)
+        slots = torch.arange(32)
+        with torch.inference_mode():
+            logits = engine.forward(IDS, slots.expand(2, 32), cache, slots, None)
+            assert float((logits - model(IDS)[:, -1]).abs().max()) < far(parts) / 50
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_product_has_both_forms(packed, approximate) -> None:
+    dice = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 512, generator=dice), torch.randn(512, 512, generator=dice)
+    product = Product(weight, weight[0], packed=packed)
+    right = F.gelu(F.linear(x, weight, weight[0]), approximate=approximate)
+    torch.testing.assert_close(product.gelu(x, approximate), right, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_with_the_tanh_form_inside_are_not_chosen_for_it() -> None:
+    gpu = torch.device("cuda")
+    if torch.version.hip:
+        pytest.skip("no update is written out there")
+    assert choose_kernels(gpu, BF16).by_hand
+    assert not choose_kernels(gpu, BF16, activation="gelu").by_hand
+    assert not kernels_of(Config(activation="gelu"), gpu, BF16).by_hand
+    with pytest.raises(AssertionError, match="not written out"):
+        ByHand(GPT(SHAPE), torch.float32)
+
+
+def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, play) -> None:
+    import_model(str(ckpt), Path("nano"), tokenizer="byte", say=lambda _: None)
+    assert read_config(Path("nano")).activation == "gelu"
+    more = ("--input", play, "--max_steps", 2, "--out_dir", "run", "--init_from", "nano")
+    more = (*DEBUG, *more, "--n_embd", 64, "--n_layer", 2, "--n_head", 2)
+    refused = program(*more, "--activation", "gelu_tanh")
+    assert (refused.code, "--activation gelu_tanh, but the model of" in refused.err) == (2, True)
+    done = program(*more)
+    assert done.code == 0, done.err
+    assert open_parts("run").config.activation == "gelu"
+    export_hf("nano", Path("hf"), say=lambda _: None)
+    assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
+    assert read_hf(Path("hf")).config.activation == "gelu"
+    theirs = transformers.GPT2LMHeadModel.from_pretrained("hf", local_files_only=True).eval()
+    near = float((theirs(IDS).logits - parts.model()(IDS)).detach().abs().max())
+    assert near < far(parts) / 50
+    assert load("hf", device="cpu").model.config.activation == "gelu"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu")],
+)
+def test_a_configuration_of_transformers_says_which(parts, tmp_path, theirs, ours) -> None:
+    write_hf(tmp_path, parts, card="# A model\n")
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"activation_function": theirs}))
+    assert read_hf(tmp_path).config.activation == ours
+    del facts["activation_function"]
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    # What transformers takes where nothing is said.
+    assert read_hf(tmp_path).config.activation == "gelu_tanh"
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"activation_function": "relu"}))
+    with pytest.raises(UserError, match="activation_function is 'relu': GPT-2's is one of gelu_"):
+        read_hf(tmp_path)
+
+
+def test_llama_cpps_difference_is_said(ckpt, parts, program) -> None:
+    pytest.importorskip("gguf")
+    import_model(str(ckpt), Path("nano"), tokenizer="byte", say=lambda _: None)
+    said: list[str] = []
+    export_gguf("nano", Path("m.gguf"), kind="f32", say=said.append)
+    assert "its logits differ by up to " in said[1]
+    number = float(said[1].split("differ by up to ")[1].split(" ")[0])
+    assert 0 < number < 3 * far(parts)
+
+
+def test_configurations_of_earlier_versions_mean_the_tanh_form(tmp_path) -> None:
+    import tomllib
+
+    from gptforge.config import merge, to_toml
+
+    values = tomllib.loads(to_toml(Config(), {}))
+    assert values.pop("activation") == "gelu_tanh"
+    values.pop("made_by")
+    assert merge(Config(), values, source="x").activation == "gelu_tanh"
+
+
+def test_an_import_by_an_earlier_version_is_made_again(ckpt, program, monkeypatch) -> None:
+    """It had nanoGPT's exact GELU as the tanh form."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr("gptforge.build.exported.GELU_IS_KEPT", "")
+        earlier.setattr(
+            "gptforge.convert.nanogpt.GPTConfig",
+            lambda **sizes: GPTConfig(**sizes | {"activation": "gelu_tanh"}),
+        )
+        import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte", say=print)
+    assert open_parts("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
+    with pytest.raises(UserError, match="256 ids, and the file does not say of what"):
+        imported("ckpt.pt", say=print)
+
+
+def test_a_peer_to_measure_against_computes_the_same(parts) -> None:
+    peer = transformers_model(parts.model()).eval()
+    near = float((peer(IDS).logits - parts.model()(IDS)).detach().abs().max())
+    assert near < far(parts) / 50

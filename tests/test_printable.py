@@ -1,0 +1,180 @@
+"""Bytes of strangers neither steer a terminal nor become Markdown."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gptforge
+from gptforge.checkpoint import store
+from gptforge.cli import main
+from gptforge.config import Config, GPTConfig
+from gptforge.convert.card import Origin, model_card
+from gptforge.convert.parts import Parts
+from gptforge.demo.paper import paper
+from gptforge.errors import RunError, UserError
+from gptforge.generate.language_model import Token
+from gptforge.model import GPT
+from gptforge.printable import (
+    MAX_LINE,
+    code_span,
+    markdown,
+    printable,
+    printable_text,
+    short_repr,
+)
+from gptforge.report.console import PlainConsole
+from gptforge.report.metrics import History
+from gptforge.report.run_report import RunReport
+from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+
+ESCAPES = "\x1b]0;owned\x07 \x9b2J \u202egpj.exe \r"
+SHOWN = r"\x1b]0;owned\x07 \x9b2J \u202egpj.exe \r"
+
+
+def test_control_characters_are_escaped_as_in_a_python_string() -> None:
+    assert printable(ESCAPES) == SHOWN
+    assert printable("a\n  b\tc\0\udcff\u2028") == r"a b\tc\x00\udcff\u2028"
+    assert printable_text("a\n\tb\x1b") == "a\n\tb\\x1b"
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語", "👩\u200d🚀", "\u0645\u06cc\u200c\u062e", r"C:\x1b"]
+)
+def test_letters_of_any_script_stay(text) -> None:
+    assert printable(text) == printable_text(text) == text
+
+
+def test_a_long_line_loses_its_middle_and_keeps_its_advice() -> None:
+    line = printable("a.json: bad key " + "x" * 40_000_000 + ": mend it")
+    assert len(line) <= MAX_LINE and line.startswith("a.json: bad") and line.endswith(": mend it")
+    assert len(printable("\x1b" * 10_000)) <= MAX_LINE
+    assert printable(printable(line)) == line
+
+
+@pytest.mark.parametrize("kind", [UserError, RunError])
+def test_an_error_is_one_bounded_line(kind) -> None:
+    said = str(kind(f"no tensor '{ESCAPES}{'y' * 10_000}'"))
+    assert said.startswith(f"no tensor '{SHOWN}") and len(said) <= MAX_LINE
+
+
+def test_a_value_of_any_size_has_a_short_form() -> None:
+    assert short_repr({"a": 1}) == "{'a': 1}"
+    assert short_repr(16**10_000) == "a value of type int that is too long to show"
+    assert len(short_repr("x" * 10**6)) < 300
+
+
+def test_markdown_is_shown_as_it_is_written() -> None:
+    assert markdown("a_b *c* [x](y) <b> | `d` # ~") == (r"a\_b \*c\* \[x\](y) \<b\> \| \`d\` \# \~")
+    assert markdown("a\n# b") == r"a \# b"
+    assert code_span("a") == "`a`" and code_span("a ``b``") == "``` a ``b`` ```"
+
+
+def test_a_model_card_takes_the_texts_name_for_a_name() -> None:
+    config = Config(input="x|![a](http:)<img src=x>\n# y.txt")
+    card = model_card(
+        Parts(GPTConfig(8, 64, 1, 2, 8), {}, ByteTokenizer()),
+        Origin(config, 3, History(), None),
+        title="<script>",
+        usage="",
+        front={},
+    )
+    assert r"| Text | x\|!\[a\](http:)\<img src=x\> \# y.txt |" in card
+    assert "\n# \\<script\\>\n" in card
+
+
+def test_the_logs_titles_and_samples_are_printable(tmp_path) -> None:
+    report = RunReport(tmp_path, title=f"debug on {ESCAPES}*.txt")
+    report.begin("summary", command="gpt.py --input `x`", facts={})
+    report.sampled(3, f"To be{ESCAPES}", is_last=False)
+    log, samples = (tmp_path / "log.md").read_text(), (tmp_path / "samples.md").read_text()
+    assert "Made by `` gpt.py --input `x` ``." in log
+    assert r"\*.txt" in log and f"To be{SHOWN}" in samples
+    assert "\x1b" not in log + samples
+
+
+def test_the_console_shows_what_a_model_writes_without_obeying_it(capsys) -> None:
+    PlainConsole().say(f"Sample:\n\t{ESCAPES}")
+    assert capsys.readouterr().out == f"Sample:\n\t{SHOWN}\n"
+
+
+def test_the_page_shows_a_token_as_text() -> None:
+    token = Token(0, "<b>\x1b\u202e", -0.1, (("<b>\x07", -0.1),))
+    page = paper("<i>\u202e", [token], is_writing=False)
+    assert r"&lt;b&gt;\x1b\u202e" in page and r"&lt;i&gt;\u202e" in page
+    assert "<i>" not in page and "\x07" not in page
+
+
+@pytest.fixture
+def ringing(tmp_path: Path) -> Path:
+    """A model that writes nothing but BEL."""
+    config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
+    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    weights = {
+        n: torch.zeros_like(t) for n, t in model.state_dict().items() if n != "lm_head.weight"
+    }
+    weights["transformer.ln_f.bias"][0] = 1
+    weights["transformer.wte.weight"][0, 0] = 9
+    shape = {**vars(config), "context_length": 8, "tokenizer": "char"}
+    text = "".join(f"{n} = {json.dumps(v)}\n" for n, v in shape.items())
+    folder = tmp_path / "ringing"
+    folder.mkdir()
+    store.write_model(folder, weights, tokenizer=CharTokenizer("\x07a"), config=text)
+    assert gptforge.load(folder).generate("a", 3, temperature=0) == "\x07\x07\x07"
+    return folder
+
+
+def test_a_pipe_gets_what_a_model_writes_untouched(ringing, capsys) -> None:
+    flags = ["--prompt", "a", "--max_new_tokens", "3", "--temperature", "0"]
+    assert main(["sample", str(ringing), *flags]) == 0
+    assert capsys.readouterr().out == "a\x07\x07\x07\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("more", [[], ["--num_samples", "2"], ["--json"]])
+def test_a_terminal_gets_no_control_character(ringing, more) -> None:
+    import pty
+
+    parent, child = pty.openpty()
+    flags = ["--prompt", "a", "--max_new_tokens", "3", "--temperature", "0", *more]
+    words = [sys.executable, "-m", "gptforge", "sample", str(ringing), *flags]
+    subprocess.run(words, stdout=child, stderr=subprocess.DEVNULL, check=True)
+    said = os.read(parent, 10_000)
+    os.close(child)
+    os.close(parent)
+    assert b"\x07" not in said
+    assert (rb"\u0007" if "--json" in more else rb"a\x07\x07\x07") in said
+
+
+def test_a_tensors_name_is_shown_shortened(ringing, program) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from gptforge import files
+
+    path = ringing / "model.safetensors"
+    save_file({**load_file(path), f"\x1b[2J{'x' * 50_000}": torch.zeros(1)}, path)
+    manifest = json.loads((ringing / "manifest.json").read_text())
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    (ringing / "manifest.json").write_text(json.dumps(manifest))
+    done = program("sample", ringing)
+    assert done.code == 2 and r"no tensor '\x1b[2Jxxx" in done.err
+    assert len(done.err) < MAX_LINE and len(done.err.splitlines()) == 1 and "\x1b" not in done.err
+
+
+@pytest.mark.parametrize("command", ["doctor", "prepare", "plan"])
+def test_file_names_and_keys_reach_the_terminal_escaped(program, command) -> None:
+    name = "\x1b[31mred\x07.jsonl"
+    Path(name).write_text(json.dumps({"\x1b]0;t\x07": "x"}) + "\n")
+    words = {
+        "doctor": [name],
+        "prepare": [name, "--out", "o"],
+        "plan": ["--input", name, "--preset", "debug"],
+    }
+    done = program(command, *words[command])
+    assert done.code and r"\x1b[31mred\x07.jsonl" in done.out + done.err
+    assert r"\x1b]0;t\x07" in done.out + done.err
+    assert not set("\x1b\x07") & set(done.out + done.err)
