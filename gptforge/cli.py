@@ -31,6 +31,7 @@ from gptforge.errors import RunError, Terminated, UserError
 from gptforge.flags import parse_train, spell_out_booleans, with_preset
 from gptforge.launch_env import env_int
 from gptforge.printable import print_note, printable, safe_print
+from gptforge.shell import program, quote, script
 from gptforge.waking import wake_gpu
 
 MISTAKE, FAILURE = 2, 1
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A Windows pipe may not know the summary's lines or a text's letters.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # As files are read: what is not UTF-8 is kept, to be named where it is used.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     is_traced = os.environ.get("GPTFORGE_DEBUG") == "1"
     share_cores()
     try:
@@ -137,7 +141,8 @@ def _dispatch(args: list[str]) -> int:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             if Path(args[0]).exists():
                 raise UserError(
-                    f"there is no command '{args[0]}'; to learn from that file: --input {args[0]}"
+                    f"there is no command '{args[0]}'; to learn from that file: "
+                    f"--input {quote(args[0])}"
                 )
             if args[0] == "help":
                 near = ["--help"]
@@ -174,7 +179,7 @@ def train(args: list[str]) -> int:
         trainer = build_trainer(
             config,
             given=given,
-            program=_program(),
+            program=program(),
             command=shlex.join(args),
             say=say,
             ranks=ranks,
@@ -236,27 +241,13 @@ def _about_commands() -> str:
     return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines])
 
 
-def _program() -> str:
-    """How this program was called, for the commands that it prints."""
-    called = Path(sys.argv[0])
-    is_script = called.suffix == ".py"
-    return f"python {_script()}" if is_script else "gptforge"
-
-
-def _script() -> str:
-    """The same, as another program may start it in Python's place."""
-    called = Path(sys.argv[0])
-    is_script = called.suffix == ".py" and called.name != "__main__.py"
-    return shlex.quote(called.as_posix()) if is_script else "-m gptforge"
-
-
 def _launcher(env: Mapping[str, str]) -> str:
     """The same, with the launcher that started several processes, as far as it can be known."""
     each, size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
     if env_int("WORLD_SIZE", 1, env) < 2:
-        return _program()
+        return program()
     nodes = "" if each == size else "... "
-    return f"torchrun {nodes}--nproc_per_node={each} {_script()}"
+    return f"torchrun {nodes}--nproc_per_node={each} {script()}"
 
 
 def _is_first() -> bool:

@@ -2,15 +2,21 @@
 opening what others wrote: regular files only, of bounded size, without following links if asked.
 """
 
+import atexit
+import contextlib
 import errno
+import fnmatch
+import functools
 import hashlib
 import json
 import os
 import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from glob import glob
+from glob import has_magic
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
@@ -152,6 +158,35 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def private_temporary() -> Path:
+    """A folder in the temporary directory that no other user can write to or read.
+
+    It has the same name for every process of a user. Where something else has that name, for
+    example a folder that another user made, a new one is made for this process and deleted when it
+    ends.
+    """
+    return _private_in(Path(tempfile.gettempdir()))
+
+
+@functools.cache
+def _private_in(folder: Path) -> Path:
+    if sys.platform == "win32":
+        # The temporary directory itself is the user's own there.
+        path = folder / "gptforge"
+        path.mkdir(exist_ok=True)
+        return path
+    path = folder / f"gptforge-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    facts = path.lstat()
+    is_private = stat.S_ISDIR(facts.st_mode) and stat.S_IMODE(facts.st_mode) & 0o077 == 0
+    if is_private and facts.st_uid == os.getuid():
+        return path
+    other = Path(tempfile.mkdtemp(prefix="gptforge-", dir=folder))
+    atexit.register(shutil.rmtree, other, ignore_errors=True)
+    return other
+
+
 def sync(path: Path) -> None:
     """Have the operating system put a file's bytes on the disk."""
     with path.open("rb+") as file:
@@ -254,14 +289,66 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 def lies_in(folder: Path, name: str) -> bool:
     """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
-    matching = glob(name, recursive=True)  # noqa: PTH207 (the pattern may be absolute)
     there = real_path(folder)
-    return any(real_path(one).is_relative_to(there) for one in [name, *matching])
+    return any(real_path(one).is_relative_to(there) for one in [Path(name), *expand(name)])
 
 
 def real_path(path: str | Path) -> Path:
     """`Path.resolve`, but for a loop of links, where that raises a RuntimeError."""
     return Path(os.path.realpath(path))
+
+
+def expand(pattern: str) -> list[Path]:
+    """The paths that a pattern with `*`, `?`, `[]` and `**` stands for, sorted.
+
+    A part of it that exists as it is written is no pattern. Hidden names match only where the
+    pattern has the dot, and `**` goes into each folder once, however many links lead there.
+    """
+    path = Path(pattern)
+    parts = path.parts[1:] if path.anchor else path.parts
+    return sorted(set(_expand(Path(path.anchor), parts)), key=str)
+
+
+def _expand(base: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    if not parts:
+        yield base
+        return
+    first, rest = parts[0], parts[1:]
+    if parts[:2] == ("**", "**"):
+        yield from _expand(base, rest)
+    elif first == "**":
+        for folder in _folders_below(base):
+            yield from _expand(folder, rest or ("*",))
+    elif os.path.lexists(base / first):
+        yield from _expand(base / first, rest)
+    elif has_magic(first):
+        for name in fnmatch.filter(_names_in(base), first):
+            is_left_out = name.startswith(".") and not first.startswith(".")
+            if not is_left_out and (not rest or (base / name).is_dir()):
+                yield from _expand(base / name, rest)
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def _folders_below(base: Path) -> Iterator[Path]:
+    """A folder and all in it, each once: those that links lead to come last."""
+    waiting, seen = [base], set[tuple[int, int]]()
+    for start in waiting:
+        for place, folders, _ in os.walk(start):
+            here = Path(place)
+            facts = here.stat()
+            if (facts.st_dev, facts.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            yield here
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [here / name for name in folders if (here / name).is_symlink()]
 
 
 def to_nowhere(stream: TextIO) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend
 
+from gptforge import files
 from gptforge.errors import UserError
 
 
@@ -281,7 +281,7 @@ def cache_folder() -> Path:
         return Path(home or Path.home() / ".cache") / "gptforge"
     except RuntimeError:
         # A container's user may have no home.
-        return Path(tempfile.gettempdir()) / "gptforge"
+        return files.private_temporary()
 
 
 def synchronize(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -260,4 +259,4 @@ def _release(file: IO[str], folder: Path) -> None:
 
 def _elsewhere(folder: Path) -> Path:
     there = folder.stat()
-    return Path(tempfile.gettempdir()) / f"gptforge-{there.st_dev}-{there.st_ino}.lock"
+    return files.private_temporary() / f"{there.st_dev}-{there.st_ino}.lock"

@@ -16,6 +16,7 @@ ROOMS = [
     *(
         "printable",
         "errors",
+        "shell",
         "launch_env",
         "files",
         "holding",
@@ -54,7 +55,7 @@ LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gg
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
 LAZY |= {"wandb", "tensorboard", "quack"}
 NO_TORCH = {"errors", "config", "presets", "files", "holding", "costs", "flags", "commands", "cli"}
-NO_TORCH |= {"printable", "launch_env", "waking", "__main__", "__init__"}
+NO_TORCH |= {"printable", "launch_env", "waking", "shell", "__main__", "__init__"}
 
 
 def modules() -> list[Path]:

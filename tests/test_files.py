@@ -1,5 +1,7 @@
 import json
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,42 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path) -> None:
         (tmp_path / "link").symlink_to("folder")
         files.remove(tmp_path / "link")
     assert (tmp_path / "folder").is_dir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
+def test_a_private_folder_in_the_temporary_one_is_the_same_each_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = files.private_temporary()
+    assert path == tmp_path / f"gptforge-{os.getuid()}"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    files._private_in.cache_clear()
+    assert files.private_temporary() == path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
+@pytest.mark.parametrize("kind", ["open to others", "a link", "a file", "of another user"])
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, kind) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    planted = tmp_path / f"gptforge-{os.getuid()}"
+    if kind == "a link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        planted.symlink_to(tmp_path / "theirs")
+    elif kind == "a file":
+        planted.write_text("")
+    else:
+        planted.mkdir(mode=0o700)
+        if kind == "open to others":
+            planted.chmod(0o777)
+        else:
+            # A test cannot make a folder of another user: this process takes itself for one.
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+            planted.rename(tmp_path / "gptforge-12345")
+            planted = tmp_path / "gptforge-12345"
+    path = files.private_temporary()
+    assert path not in (planted, planted.resolve())
+    assert path.parent == tmp_path
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert files.private_temporary() == path
 
 
 def odd(path: Path, kind: str) -> Path:

@@ -10,6 +10,9 @@ import sys
 
 import pytest
 
+from gptforge.data.reading import chunks
+from gptforge.data.sources import find_sources
+from gptforge.generate.prompts import as_in_files, from_argument
 from tests.environment import python_path
 
 DEBUG = ("--preset", "debug", "--device", "cpu", "--out_dir", "run")
@@ -125,6 +128,36 @@ def test_several_stop_texts_end_it(trained) -> None:
 def test_what_cannot_be_had_is_refused(trained, args) -> None:
     done = trained(*SAMPLE, *args)
     assert (done.code, done.out) == (2, "")
+
+
+def test_a_piped_prompt_is_read_as_files_are_in_any_locale(trained) -> None:
+    # PYTHONIOENCODING stands for a locale: which ones there are differs between systems.
+    env = {**os.environ, "PYTHONPATH": python_path(), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "gptforge", *map(str, SAMPLE), "--prompt", "-"]
+    raw = "\ufeffJULIET:\r\nWhat\r\né".encode()
+    done = subprocess.run(command, input=raw, env=env, capture_output=True)
+    assert "the character 'é' is not in" in done.stderr.decode()
+    done = subprocess.run(command, input=raw[:-2], env=env, capture_output=True, check=True)
+    assert done.stdout.startswith(b"JULIET:\nWhat\n")
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [("a\r\nb", "a\nb"), ("a\r\r\nb", "a\r\nb"), ("\ufeffa", "a"), ("a\rb\n", "a\rb\n")],
+)
+def test_a_prompt_becomes_what_a_file_would(tmp_path, raw, text) -> None:
+    (tmp_path / "t.txt").write_bytes(raw.encode())
+    (source,) = find_sources([str(tmp_path / "t.txt")])
+    assert "".join(chunk.text for chunk in chunks(source)) == text
+    assert as_in_files(raw) == from_argument(raw) == text
+
+
+def test_a_flag_is_utf_8_in_any_locale(monkeypatch) -> None:
+    # What Python makes of the UTF-8 bytes of é where the locale is latin-1.
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("latin-1", "surrogateescape"))
+    assert from_argument("\xc3\xa9") == "é"
+    assert from_argument("é") == "é"
+    assert from_argument("日") == "日"
 
 
 def test_seeds_behind_the_largest_begin_anew(trained) -> None:

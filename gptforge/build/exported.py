@@ -21,7 +21,7 @@ from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts
 from gptforge.convert.space import fill_space
 from gptforge.data.documents import Form
-from gptforge.data.sources import find_sources
+from gptforge.data.sources import open_sources
 from gptforge.data.survey import alphabet
 from gptforge.errors import RunError, UserError
 from gptforge.holding import new_folder, new_path
@@ -156,15 +156,24 @@ def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
         folder.mkdir()
         _write_import(folder, parts, source)
         if os.path.lexists(out):
+            why = _why_another(out, path, source)
             aside = files.set_aside(out, "old")
-            say(f"note: {out.as_posix()} came from another {source}: moved to {aside.as_posix()}")
+            say(f"note: {out.as_posix()} {why}: moved to {aside.as_posix()}")
     _say_import(out, parts, say)
     return out.as_posix()
 
 
 def _is_import_of(out: Path, source: Path) -> bool:
-    """Whether `out` is an import of what `source` holds now, or names on the Hub."""
-    return out.is_dir() and (not source.exists() or _imported_from(out) == _digest(source))
+    """Whether `out` is an intact import of what `source` holds now, or names on the Hub."""
+    return out.is_dir() and not _why_another(out, source, "")
+
+
+def _why_another(out: Path, source: Path, name: str) -> str:
+    """Why `out` cannot be used as the import of `source`; empty if it can."""
+    if source.exists() and _imported_from(out) != _digest(source):
+        return f"came from another {name}"
+    damage = checkpoints.damage(out, checkpoints.TO_WRITE_WITH)
+    return f"is damaged ({damage})" if damage else ""
 
 
 def _digest(source: Path) -> str:
@@ -274,8 +283,10 @@ def _given_tokenizer(name: str, text: str) -> Tokenizer | None:
         raise UserError("--tokenizer char needs --text: the text whose characters it knows")
     if text and name != "char":
         raise UserError("--text goes with --tokenizer char")
-    letters = alphabet(find_sources([text]), Form(), skip_bad=False) if text else ""
-    return named(name, letters) if name else None
+    if not text:
+        return named(name, "") if name else None
+    with open_sources([text]) as sources:
+        return named(name, alphabet(sources, Form(), skip_bad=False))
 
 
 def _is_ours(source: str) -> bool:

@@ -15,6 +15,7 @@ from gptforge.data.index import INDEX
 from gptforge.data.text import BUNDLED, find_text, is_bundled_elsewhere, portable_name
 from gptforge.errors import UserError
 from gptforge.report.meter import ShownMeter
+from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, Tokenizer, named
 
 Say = Callable[[str], None]
@@ -80,7 +81,7 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared: str = "")
     what, fix = f"--tokenizer {config.tokenizer}", "leave --tokenizer out"
     if prepared:
         what = f"{prepared} was prepared with a tokenizer that"
-        fix = f"prepare the text again with --tokenizer {path.as_posix()}"
+        fix = f"prepare the text again with --tokenizer {quote(path.as_posix())}"
     raise UserError(
         f"{what} ({tokenizer.name}, {tokenizer.size:,} ids) is not the one of --init_from "
         f"{config.init_from} ({own.name}, {own.size:,} ids): the same ids would mean something "

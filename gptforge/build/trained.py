@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from gptforge import costs
+from gptforge import costs, files
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.hf import is_hf, read_hf
@@ -240,7 +240,8 @@ def _held_back(run: str | Path, wanted: Wanted, sha256: str | None, config: Conf
         )
     missing = f"the text that {run} learned, {config.input}, is not here: give a text with --data"
     # Seen from another folder, the text that comes along is elsewhere; its content tells.
-    is_gone = config.input != BUNDLED and not Path(config.input).exists()
+    is_there = config.input == BUNDLED or Path(config.input).exists()
+    is_gone = not is_there and not files.expand(config.input)
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:

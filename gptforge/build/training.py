@@ -46,7 +46,7 @@ from gptforge.report.meter import open_meter
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.report.unwritten import Silence, Unwritten
-from gptforge.report.verdict import quoted
+from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths
 from gptforge.train.anomalies import Watch
 from gptforge.train.guards import StopGuard
@@ -284,5 +284,5 @@ def _held_out(corpus: Corpus, config: Config, *, batch_size: int) -> HeldOut | N
 def _finished(config: Config, program: str) -> str:
     return (
         f"{config.out_dir} is finished: {config.max_steps} steps are made. Raise --max_steps to go "
-        f"on, --overwrite to start anew, or try it: {program} sample {quoted(config.out_dir)}"
+        f"on, --overwrite to start anew, or try it: {program} sample {quote(config.out_dir)}"
     )

@@ -19,6 +19,7 @@ from gptforge.checkpoint.store import (
 from gptforge.config import Config, differences
 from gptforge.errors import UserError
 from gptforge.holding import LOCK, is_held
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
 OURS = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
@@ -155,7 +156,7 @@ def check_folder(config: Config) -> None:
         if above.name == "checkpoints" and (above.parent / CONFIG).is_file():
             raise UserError(
                 f"--out_dir {folder} lies among the checkpoints of a run: choose another, or go on "
-                f"with that run by --out_dir {above.parent}"
+                f"with that run by --out_dir {quote(above.parent.as_posix())}"
             )
     if is_put_away(folder) and not config.overwrite:
         return

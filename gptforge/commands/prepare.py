@@ -10,6 +10,7 @@ import tyro
 from gptforge.errors import Terminated, UserError
 from gptforge.flags import parse
 from gptforge.printable import safe_print
+from gptforge.shell import program, quote
 
 if TYPE_CHECKING:
     from gptforge.data.index import Index
@@ -89,7 +90,7 @@ def prepare(args: list[str]) -> int:
         print(f"note: the same command{again} goes on with what is finished", file=sys.stderr)
         raise
     safe_print(describe(index))
-    safe_print(f"Train on it: {_program()} --input {asked.out}")
+    safe_print(f"Train on it: {program()} --input {quote(asked.out)}")
     return 0
 
 
@@ -111,8 +112,3 @@ def describe(index: "Index") -> str:
         f"{index.folder.as_posix()}: {'; '.join(sides)}; {bytes_:,} bytes of text, "
         f"{bytes_ / max(1, tokens):.2f} a {name} token"
     )
-
-
-def _program() -> str:
-    called = Path(sys.argv[0])
-    return f"python {called.as_posix()}" if called.suffix == ".py" else "gptforge"

@@ -6,7 +6,7 @@ prompt sign of `--interactive` go to standard error.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -69,8 +69,10 @@ def sample(args: list[str]) -> int:
         raise UserError(f"--seed must be 0 or more and below 2**63, not {asked.seed}")
     wake_gpu(asked.device)
     from gptforge.build.trained import load, spare_threads
+    from gptforge.generate.prompts import as_in_files, from_argument
     from gptforge.generate.sampling import Sampling
 
+    asked = replace(asked, stop=tuple(from_argument(text) for text in asked.stop))
     writer = load(asked.run, device=asked.device, dtype=asked.dtype)
     spare_threads(writer)
     if not writer.logits([0]).isfinite().all():
@@ -80,7 +82,8 @@ def sample(args: list[str]) -> int:
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p)
     if asked.interactive:
         return _interactive(writer, asked)
-    prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+    prompt = asked.prompt
+    prompt = as_in_files(sys.stdin.read()) if prompt == "-" else from_argument(prompt)
     if asked.num_samples == 1 and not asked.json:
         _stream(writer, asked, prompt, asked.seed)
     else:
@@ -129,6 +132,8 @@ def _batches(writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: 
 
 def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
     """A line in, its continuation out, until the input ends. Ctrl-C ends only the writing."""
+    from gptforge.generate.prompts import as_in_files
+
     is_watched = sys.stdin.isatty()
     if is_watched:
         print("Type a beginning; Ctrl-C stops the writing, Ctrl-D leaves.", file=sys.stderr)
@@ -140,7 +145,7 @@ def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
         if not line:
             return 0
         try:
-            _stream(writer, asked, line.rstrip("\r\n"), seed)
+            _stream(writer, asked, as_in_files(line).rstrip("\r\n"), seed)
         except UserError as error:
             # A stray character should not end the conversation.
             print_note(f"error: {error}")

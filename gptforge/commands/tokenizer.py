@@ -13,6 +13,7 @@ from gptforge.errors import UserError
 from gptforge.files import write_atomic
 from gptforge.flags import parse
 from gptforge.printable import safe_print
+from gptforge.shell import quote
 
 
 @dataclass(frozen=True)
@@ -57,24 +58,26 @@ def tokenizer(args: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(hf_tokenizer(made), ensure_ascii=False, indent=1) + "\n")
     assert load(out).to_json() == made.to_json()
-    safe_print(f"{out.as_posix()}: {made.size} ids. Use it with --tokenizer {out.as_posix()}")
+    where = out.as_posix()
+    safe_print(f"{where}: {made.size} ids. Use it with --tokenizer {quote(where)}")
     return 0
 
 
 def _texts(asked: TrainArgs) -> Iterator[str]:
     from gptforge.data.bad import BadInput, Skipped
     from gptforge.data.documents import Form
-    from gptforge.data.sources import find_sources
+    from gptforge.data.sources import open_sources
     from gptforge.data.survey import no_text, texts
 
     skipped = Skipped(asked.skip_bad)
     is_empty = True
-    for source in find_sources(asked.sources, kind=asked.kind):
-        try:
-            for text in texts(source, Form(asked.field, asked.encoding), skipped):
-                is_empty = is_empty and not text.strip()
-                yield text
-        except BadInput as bad:
-            skipped.add(bad)
+    with open_sources(asked.sources, kind=asked.kind) as sources:
+        for source in sources:
+            try:
+                for text in texts(source, Form(asked.field, asked.encoding), skipped):
+                    is_empty = is_empty and not text.strip()
+                    yield text
+            except BadInput as bad:
+                skipped.add(bad)
     if is_empty:
         raise UserError(no_text(asked.sources, skipped))

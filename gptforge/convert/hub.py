@@ -1,11 +1,11 @@
 """Sending an exported folder to the Hugging Face Hub."""
 
-import shlex
 from pathlib import Path
 from typing import Literal
 
 from gptforge.convert.extras import require
 from gptforge.errors import RunError, UserError
+from gptforge.shell import quote
 
 
 def check_name(name: str) -> None:
@@ -43,7 +43,7 @@ def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: b
         OfflineModeIsEnabled,
     )
 
-    again = f"hf upload {name} {shlex.quote(folder.as_posix())}"
+    again = f"hf upload {name} {quote(folder.as_posix())}"
     again += " --repo-type space" * (kind == "space") + " --private" * private
     kept = f"{folder.as_posix()} is whole and kept; to send it: {again}"
     api = huggingface_hub.HfApi()

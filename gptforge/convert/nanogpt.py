@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.convert.parts import Parts, fitted, size_in
+from gptforge.convert.parts import TIED, Parts, fitted, size_in
+from gptforge.convert.torch_file import check_archive, check_tensors, refused
 from gptforge.errors import UserError, parsing
 from gptforge.files import require_bounded
 from gptforge.tokenizers import Tokenizer, named
@@ -34,17 +35,14 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         require_bounded(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    check_archive(path)
     try:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
         record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:
         # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" (it names {stranger[1]})" if stranger else ""
-        raise UserError(
-            f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
-            "anything else could run code when read"
-        ) from None
+        raise refused(path, stranger[1] if stranger else "") from None
     with parsing(path, "a checkpoint of nanoGPT"):
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -53,6 +51,7 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         config = GPTConfig(**sizes, activation="gelu")
         found = {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()}
         found = {name: tensor for name, tensor in found.items() if not name.endswith(".attn.bias")}
+        check_tensors(path, {name: tensor for name, tensor in found.items() if name != TIED})
         tensors = fitted(found, config, source=path.as_posix(), fill_biases=True)
     if tokenizer is None and config.vocab_size in (50257, UNTOLD):
         tokenizer = named("gpt2", "")

@@ -28,17 +28,19 @@ class Chosen:
     """What should be known about the choice, in words."""
 
 
-def choose(request: Request, *, spool: Path | None = None) -> Chosen:
+def choose(request: Request, *, spool_folder: Path | None = None) -> Chosen:
     """The files that a request reads.
 
     Args:
         request: what is to be made of what.
-        spool: folder to keep standard input in.
+        spool_folder: where the content of standard input and of pipes is kept.
 
     Raises:
         UserError: as `find_sources`.
     """
-    sources = find_sources(request.names, kind=request.kind, spool=spool)
+    sources = list(request.sources) or find_sources(
+        request.names, kind=request.kind, spool_folder=spool_folder
+    )
     notices = [text for name in request.names if (text := _left_aside(name))]
     held_out: tuple[int, ...] = ()
     if request.split_by_name:

@@ -21,7 +21,9 @@ from gptforge.data.shards import read_header, read_headerless
 from gptforge.data.sources import Kind
 from gptforge.data.split_names import split_by_name
 from gptforge.data.stream import ShardFile, ShardStream, TokenStream
+from gptforge.data.verify import find_damage
 from gptforge.errors import UserError
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
 SHARDS = ".bin"
@@ -29,6 +31,9 @@ LOOK = 2**18
 """Tokens of such a shard, at either end, in which a mark between documents is looked for."""
 EDGE = 2**16
 """Bytes of a stranger's shard, at either end, that it is known by."""
+HASHED = 2**32
+"""Bytes of changed files in a prepared folder that are hashed before training. What was copied
+here, for example, counts as changed; `gptforge doctor` reads any amount."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Wanted:
     kind: Kind | Literal["auto"] = "auto"
     split_by_name: bool = True
     """Whether the names of text files are looked at for splits; those of shards always are."""
+    verify: bool = True
+    """Whether to compare what `prepare` made with its hashes, where it changed since."""
 
 
 def open_corpus(
@@ -156,12 +163,17 @@ def check_length(corpus: Corpus, context_length: int, *, stagger: bool = False) 
 
 def _prepared(path: Path, index: Index, wanted: Wanted) -> Corpus:
     """A folder that `prepare` made: it brings its tokenizer and its held-out part."""
+    damage = find_damage(index, max_bytes=HASHED) if wanted.verify else None
+    if damage is not None:
+        raise UserError(
+            f"{path.as_posix()}: {damage}: the command that prepared it, given again, makes it anew"
+        )
     own = index.tokenizer()
     if wanted.insists_on_tokenizer and not _is_same(own, wanted.tokenizer):
         which, fix = "the one asked for", "leave --tokenizer out, or prepare the text again with it"
         if wanted.model_tokenizer:
             which = "the model's"
-            fix = f"prepare the text again with --tokenizer {wanted.model_tokenizer}"
+            fix = f"prepare the text again with --tokenizer {quote(wanted.model_tokenizer)}"
         raise UserError(
             f"{path.as_posix()} was prepared with the tokenizer {own.name} ({own.size} ids), not "
             f"with {which}: {fix}"

@@ -15,8 +15,12 @@ from gptforge.errors import UserError, reason
 
 MOST_LINE = 64 * 2**20
 """Bytes of a line, characters of a document: one must fit into memory several times."""
-ROWS = 256
-"""Parquet rows that are read at a time."""
+ROWS = 16
+"""Parquet rows that are read at a time. Each may be a copy of one long text that is stored once."""
+ROWS_BYTES = 2**28
+"""What so many rows may take if each is as long as all of its row group."""
+MAX_RATIO = 1000
+"""Times its packed size that a large row group may unpack to; text unpacks to ten times at most."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +293,9 @@ def _rows(
             reached = source.size * (group + 1 - start) // max(1, groups)
             where = f"{source.name}, row group {group + 1} of {groups}"
             try:
+                rows = _rows_at_once(file.metadata, group, column)
                 # A row group may be gigabytes: it is taken by its pages.
-                for batch in file.iter_batches(ROWS, row_groups=[group], columns=[column]):
+                for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                     for text in batch.column(0).to_pylist():
                         if text is None:
                             skipped.add(BadInput(f"'{column}' is null", where, "fill it in"))
@@ -302,9 +307,32 @@ def _rows(
                         else:
                             what = f"'{column}' is a chat with more than text"
                             skipped.add(BadInput(what, where))
+            except BadInput as bad:
+                skipped.add(BadInput(bad.kind, where, bad.remedy))
             except RefusedError:
                 raise
             except Exception as error:
                 what = "damaged row group"
                 remedy = f"fetch it again ({reason(error)})"
                 skipped.add(BadInput(what, where, remedy))
+
+
+def _rows_at_once(metadata: Any, group: int, field: str) -> int:
+    """How many rows fit into memory, whatever they are.
+
+    A dictionary stores a text once for any number of rows: the size of the row group says how long
+    its longest text may be, not how long all are together.
+
+    Raises:
+        BadInput: for a row group that unpacks to far more than any text does.
+    """
+    row_group = metadata.row_group(group)
+    columns = [row_group.column(i) for i in range(row_group.num_columns)]
+    # A chat has several: messages.list.element.content and others.
+    columns = [c for c in columns if f"{c.path_in_schema}.".startswith(f"{field}.")]
+    size = sum(column.total_uncompressed_size for column in columns)
+    packed = sum(column.total_compressed_size for column in columns)
+    if size > ROWS_BYTES and size > MAX_RATIO * packed:
+        what = f"unpacks from {packed:,} to {size:,} bytes"
+        raise BadInput(what, "", "this is no text: leave the file out")
+    return int(max(1, min(ROWS, ROWS_BYTES // max(1, size))))

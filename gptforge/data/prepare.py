@@ -17,7 +17,7 @@ from gptforge.data.bad import RefusedError, Skipped
 from gptforge.data.chosen import Chosen, choose
 from gptforge.data.crew import do_here, do_together
 from gptforge.data.finishing import Made, finish, tell
-from gptforge.data.index import TOKENIZER, Index, hash_of, read_index
+from gptforge.data.index import INDEX, TOKENIZER, Index, hash_of, read_index
 from gptforge.data.job import Done, Job
 from gptforge.data.jobs import divide
 from gptforge.data.request import Meter, Request, Say, Silent
@@ -25,8 +25,10 @@ from gptforge.data.shards import read_header
 from gptforge.data.sources import Source
 from gptforge.data.split import Split
 from gptforge.data.survey import alphabet, survey
+from gptforge.data.verify import STAMP, find_damage, write_stamp
 from gptforge.errors import UserError
 from gptforge.holding import LOCK, hold
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
@@ -68,6 +70,9 @@ def prepare(
     """
     if not 0 <= request.val_fraction < 1:
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")
+    if request.identity and out.is_file():
+        # In the cache, nothing but a preparation belongs there.
+        out.unlink()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
     if out.is_symlink() and not out.exists():
@@ -87,12 +92,16 @@ class _Preparation:
         self.out, self.request, self.workers = out, request, workers
         self.say, self.meter = say, meter
         self.notes = out / NOTES
+        self._is_cache = bool(request.identity)
+        self._was_finished = False
         self.only_source = ""
         """Its name, where there is only one."""
 
     def run(self) -> Index:
         is_fresh = not (self.out / REQUEST).is_file() and not self.notes.is_dir()
-        self._refuse_strangers()
+        self._was_finished = not self.notes.is_dir() and any(self.out.glob("*.bin"))
+        if not self._is_cache:
+            self._refuse_strangers()
         try:
             return self._run()
         except UserError as error:
@@ -109,7 +118,7 @@ class _Preparation:
     def _run(self) -> Index:
         self._refuse_shards()
         self.notes.mkdir(parents=True, exist_ok=True)
-        chosen = choose(self.request, spool=self.notes)
+        chosen = choose(self.request, spool_folder=self.notes)
         sources = chosen.sources
         self.only_source = sources[0].name if len(sources) == 1 else ""
         key = self._key(chosen)
@@ -146,6 +155,7 @@ class _Preparation:
         made = Made(sources, split, tokenizer, results, skipped, seen.sha256, seen.notices)
         tell(made, self.say)
         index = finish(self.out, made, headerless=self.request.headerless)
+        write_stamp(index)
         files.remove(self.notes)
         return index
 
@@ -166,8 +176,9 @@ class _Preparation:
         for name in self.request.names:
             if read_index(Path(name)) is not None:
                 raise UserError(
-                    f"{name} holds shards, prepared already: train on them with --input {name}, or "
-                    "name the texts that they were made of to prepare them in another way"
+                    f"{name} holds shards, prepared already: train on them with --input "
+                    f"{quote(name)}, or name the texts that they were made of to prepare them in "
+                    "another way"
                 )
 
     def _key(self, chosen: Chosen) -> str:
@@ -191,17 +202,38 @@ class _Preparation:
         )
 
     def _finished(self, key: str) -> Index | None:
-        index = read_index(self.out)
-        if index is None:
-            return None
-        if _read(self.out / REQUEST) != key:
+        """What was made before, if it is this and intact; if it is damaged, it is made again."""
+        is_same, damage = _read(self.out / REQUEST) == key, None
+        try:
+            index = read_index(self.out)
+        except UserError as error:
+            if not is_same and not self._is_cache:
+                raise
+            index, damage = None, str(error)
+        if index is not None and not is_same and not self._is_cache:
             raise UserError(
                 f"--out {self.out} holds data that was prepared from something else, or in another "
                 "way: choose another, or give --overwrite to move it aside"
             )
-        if not self.request.identity:
+        if index is not None:
+            damage = find_damage(index) if is_same else f"{REQUEST} is missing or damaged"
+        elif self._was_finished:
+            damage = damage or f"{INDEX} is missing"
+        if damage is not None:
+            self.say(f"note: {self.out.as_posix()}: {damage}: it is prepared again")
+            self._discard()
+            return None
+        if index is not None and not self._is_cache:
             self.say(f"{self.out.as_posix()} is prepared already")
         return index
+
+    def _discard(self) -> None:
+        """Shards stay until the new ones replace them: a training may be reading them."""
+        for name in (INDEX, STAMP, TOKENIZER):
+            files.remove(self.out / name)
+        for path in self.out.glob("*.bin"):
+            if path.is_dir():
+                files.remove(path)
 
     def _begin(self, key: str) -> None:
         """Keep what an unfinished preparation of the same made; of anything else, nothing."""
@@ -267,7 +299,10 @@ class _Preparation:
         try:
             note = Done.from_json(json.loads(text))
             for shard in note.shards:
-                if read_header(self.out / shard["file"]).tokens != shard["tokens"]:
+                path = self.out / shard["file"]
+                if read_header(path).tokens != shard["tokens"]:
+                    return None
+                if files.sha256(path) != shard["sha256"]:
                     return None
             return note
         except Exception:
@@ -299,4 +334,8 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _read(path: Path) -> str:
-    return files.read_small(path, follow_symlinks=False) if path.is_file() else ""
+    """A small file of a preparation; empty where there is none that can be read."""
+    try:
+        return files.read_small(path, follow_symlinks=False)
+    except (OSError, ValueError):
+        return ""

@@ -1,11 +1,11 @@
 """What a preparation is asked for, and what it tells on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gptforge.data.documents import Form
-from gptforge.data.sources import Kind
+from gptforge.data.sources import Kind, Source
 from gptforge.tokenizers import Tokenizer
 
 Say = Callable[[str], None]
@@ -38,7 +38,7 @@ class Request:
     """What is to be made of what."""
 
     names: tuple[str, ...]
-    """Files, folders, patterns, - for standard input."""
+    """Files, folders, patterns, pipes, - for standard input."""
     tokenizer: str | Tokenizer = "gpt2"
     val_fraction: float = 0.1
     form: Form = field(default_factory=Form)
@@ -52,5 +52,7 @@ class Request:
     skip_bad: bool = False
     headerless: bool = False
     """One file for each side, without a header, as nanoGPT reads them."""
+    sources: Sequence[Source] = ()
+    """The files behind the names, where they are known already."""
     identity: str = ""
     """What tells this request from others; empty: names and dates of the files, and the rest."""

@@ -2,17 +2,19 @@
 
 import glob
 import os
-import shutil
 import stat
-import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gptforge import files
+from gptforge.data.pipes import is_pipe, spool
 from gptforge.errors import UserError
+from gptforge.shell import quote
 
 Kind = Literal["text", "jsonl", "parquet", "csv"]
 Packing = Literal["", "gz", "zst", "xz"]
@@ -49,24 +51,30 @@ class Source:
 
 
 def find_sources(
-    names: Sequence[str], *, kind: Kind | Literal["auto"] = "auto", spool: Path | None = None
+    names: Sequence[str],
+    *,
+    kind: Kind | Literal["auto"] = "auto",
+    spool_folder: Path | None = None,
 ) -> list[Source]:
     """The files behind the names, in the order given; a folder's and a pattern's by name.
 
     Args:
         names: files, folders, patterns with * ? or [], and - for standard input.
         kind: what they hold; auto goes by each one's name.
-        spool: folder to keep standard input in.
+        spool_folder: where the content of standard input and of pipes is kept.
 
     Raises:
         UserError: for a name with nothing behind it, or a file that is named twice.
     """
     found: list[Source] = []
     for name in names:
-        if name == "-":
-            if spool is None:
-                raise UserError("-: standard input cannot be read here: give a file")
-            found.append(_spooled(spool, kind))
+        if name == "-" or is_pipe(Path(name)):
+            if spool_folder is None:
+                what = "standard input" if name == "-" else "a pipe"
+                raise UserError(f"{name}: {what} cannot be read here: give a file")
+            # A second pipe must not replace the first.
+            path = spool_folder / (SPOOLED if name == "-" else f"{SPOOLED}-{len(found)}")
+            found.append(_spooled(name, path, kind))
             continue
         found += [_source(path, kind) for path in _files(name)]
     seen: set[Path] = set()
@@ -78,6 +86,15 @@ def find_sources(
     return found
 
 
+@contextmanager
+def open_sources(
+    names: Sequence[str], *, kind: Kind | Literal["auto"] = "auto"
+) -> Iterator[list[Source]]:
+    """As `find_sources`; what came out of pipes and standard input is kept for this block."""
+    with tempfile.TemporaryDirectory(prefix="gptforge-") as place:
+        yield find_sources(names, kind=kind, spool_folder=Path(place))
+
+
 def _files(name: str) -> list[Path]:
     path = Path(name)
     if name.startswith(("http:/", "https:/")):
@@ -85,7 +102,7 @@ def _files(name: str) -> list[Path]:
     if path.is_dir() and (_is_a_runs(path) or _is_a_models(path)):
         raise UserError(
             f"{name}: the folder of a run or a model, whose files are no text to learn from: "
-            f"--init_from {name} begins with its weights"
+            f"--init_from {quote(name)} begins with its weights"
         )
     if path.is_dir():
         inside = sorted(_texts_in(path), key=lambda file: file.as_posix())
@@ -97,8 +114,7 @@ def _files(name: str) -> list[Path]:
         return inside
     if path.exists():
         return [path]
-    matching = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
-    inside = [Path(match) for match in matching if Path(match).is_file()]
+    inside = [path for path in files.expand(name) if path.is_file()]
     if not inside:
         what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
         raise UserError(f"{name}: {what}")
@@ -151,8 +167,7 @@ def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
     try:
         facts = path.stat()
         name = path.as_posix()
-        # A pipe is somebody's text, and ends; a device may never do so.
-        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)):
+        if not stat.S_ISREG(facts.st_mode):
             what = files.irregular_kind(path)
             raise UserError(f"{name} is {what}, not a regular file: give a file of text")
         return Source(path, chosen, packing, facts.st_size, str(facts.st_mtime_ns), name)
@@ -160,15 +175,14 @@ def _source(path: Path, kind: Kind | Literal["auto"]) -> Source:
         raise UserError(f"{path.as_posix()}: cannot be read: {error.strerror}") from None
 
 
-def _spooled(folder: Path, kind: Kind | Literal["auto"]) -> Source:
-    """Standard input as a file; what it is packed with shows in its first bytes."""
+def _spooled(name: str, path: Path, kind: Kind | Literal["auto"]) -> Source:
+    """Standard input or a pipe as a file; what it is packed with shows in its first bytes."""
     if kind == "parquet":
-        raise UserError("-: Parquet is read from its end: give a file")
-    path = folder / SPOOLED
-    with files.replacing(path) as partial, partial.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 2**20)
+        raise UserError(f"{name}: Parquet is read from its end: give a file")
+    spool(None if name == "-" else Path(name), path)
     with path.open("rb") as file:
         head = file.read(5)
     packing: Packing = next((p for magic, p in MAGIC.items() if head.startswith(magic)), "")
     form: Kind = "text" if kind == "auto" else kind
-    return Source(path, form, packing, path.stat().st_size, files.sha256(path), "standard input")
+    shown = "standard input" if name == "-" else name
+    return Source(path, form, packing, path.stat().st_size, files.sha256(path), shown)

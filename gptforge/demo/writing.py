@@ -11,6 +11,7 @@ from gptforge.checkpoint.store import CheckpointStore
 from gptforge.errors import UserError
 from gptforge.files import real_path
 from gptforge.generate.language_model import LanguageModel, Token
+from gptforge.generate.prompts import as_in_files
 from gptforge.generate.sampling import Sampling
 
 LONGEST_PROMPT = 4000
@@ -94,6 +95,7 @@ def write(
     Raises:
         UserError: for a prompt or settings beyond the bounds.
     """
+    prompt = as_in_files(prompt)
     if len(prompt) > LONGEST_PROMPT:
         raise UserError(f"{len(prompt):,} characters of prompt; {LONGEST_PROMPT:,} are taken")
     if not 1 <= max_new_tokens <= MOST_TOKENS:

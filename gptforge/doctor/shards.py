@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from gptforge import files
 from gptforge.data.checks import glance
 from gptforge.data.corpus import Corpus, Wanted, open_corpus
 from gptforge.data.finding import Finding, counted, error, good, warning
-from gptforge.data.index import INDEX, SIDES, TOKENIZER, Index, hash_of, read_index
+from gptforge.data.index import INDEX, SIDES, TOKENIZER, Index, read_index
 from gptforge.data.stream import ShardStream, TokenStream
+from gptforge.data.verify import is_same_tokenizer
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -23,7 +25,8 @@ BLOCK = 2**20
 def examine_shards(path: Path, wanted: Wanted, *, context_length: int) -> list[Finding]:
     """Findings about a folder that `prepare` made, or shards of others."""
     try:
-        corpus = open_corpus(path, wanted, say=lambda _: None)
+        # All findings are wanted, not the first one.
+        corpus = open_corpus(path, replace(wanted, verify=False), say=lambda _: None)
         index = read_index(path) if path.is_dir() else None
     except UserError as mistake:
         return [error(str(mistake))]
@@ -41,7 +44,7 @@ def examine_shards(path: Path, wanted: Wanted, *, context_length: int) -> list[F
 
 def _checksums(index: Index) -> list[Finding]:
     found = []
-    if hash_of(index.tokenizer().to_json()) != index.record["tokenizer"]["sha256"]:
+    if not is_same_tokenizer(index):
         found.append(
             error(
                 f"{TOKENIZER} is not the one that the shards were made with",

@@ -1,5 +1,6 @@
 """What is wrong with texts: every file is read to its end."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from gptforge.data.finding import Finding, counted, error, good, warning
 from gptforge.data.loader import count_windows, remedy_for_few
 from gptforge.data.reading import chunks, mended
 from gptforge.data.request import Request
-from gptforge.data.sources import Kind, Source
+from gptforge.data.sources import Kind, Source, open_sources
 from gptforge.data.split import MANY, digest_of
 from gptforge.data.survey import alphabet, measure, survey
 from gptforge.doctor.duplicates import Duplicates
@@ -38,18 +39,27 @@ def examine_texts(
     split_by_name: bool = True,
 ) -> list[Finding]:
     """Findings about a file or a folder of texts."""
-    request = Request(
-        (path.as_posix(),),
-        val_fraction=val_fraction,
-        kind=kind,
-        form=form,
-        split_by_name=split_by_name,
-    )
-    try:
-        chosen = choose(request)
-    except UserError as mistake:
-        return [error(str(mistake))]
-    sources = chosen.sources
+    with ExitStack() as stack:
+        try:
+            sources = stack.enter_context(open_sources([path.as_posix()], kind=kind))
+            request = Request(
+                (path.as_posix(),),
+                val_fraction=val_fraction,
+                kind=kind,
+                form=form,
+                split_by_name=split_by_name,
+                sources=sources,
+            )
+            chosen = choose(request)
+        except UserError as mistake:
+            return [error(str(mistake))]
+        return _examine(path, chosen, request, tokenizer, context_length)
+
+
+def _examine(
+    path: Path, chosen: Chosen, request: Request, tokenizer: str, context_length: int
+) -> list[Finding]:
+    sources, form, val_fraction = chosen.sources, request.form, request.val_fraction
     look = _Look(form, chosen)
     for number, source in enumerate(sources):
         look.at(number, source)

@@ -18,11 +18,13 @@ FIELDS = {
     "eval": ("step", "val_loss", "val_bpb", "epoch"),
 }
 """What is read of an event: numbers, or null."""
+MAX_TRAIN = 2**14
+"""Train events that are taken of a longer run: half as many at least."""
 
 
 @dataclass
 class History:
-    """The train and eval events of a run, in order."""
+    """The eval events of a run, in order, and its train events or an even selection of them."""
 
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
@@ -36,7 +38,7 @@ def read_history(path: Path, *, unwritten: str = "") -> History:
         unwritten: lines that are to be added to it.
     """
     history = History()
-    for line in chain(_lines(path), unwritten.splitlines()):
+    for line in thinned(chain(_lines(path), unwritten.splitlines())):
         event = _event(line)
         if event.get("event") == "train":
             history.train.append(event)
@@ -71,6 +73,31 @@ def _event(line: str) -> dict[str, Any]:
     is_whole = type(event["step"]) is int and 0 <= event["step"] < 2**62
     is_scored = event.get("val_loss") is None or None not in event.values()
     return event if is_whole and is_scored and all(map(is_number, numbers)) else {}
+
+
+def thinned(lines: Iterable[str]) -> list[str]:
+    """The lines that may be evals, all of them, and evenly spaced ones that may be train events.
+
+    A picture shows about a thousand points, and to parse a million lines takes ten seconds. The
+    first and the last train event are always there.
+    """
+    train: list[str] = []
+    evals: list[str] = []
+    stride = 1
+    count = 0
+    for line in lines:
+        if '"eval"' in line:
+            evals.append(line)
+        elif '"train"' in line:
+            if train and (count - 1) % stride:
+                # What was the last is so no more, and lies between two that are kept.
+                train.pop()
+            train.append(line)
+            count += 1
+            if len(train) > MAX_TRAIN:
+                stride *= 2
+                train = train[::2]
+    return [*train, *evals]
 
 
 def numbers(events: Iterable[dict[str, Any]], name: str) -> list[float]:

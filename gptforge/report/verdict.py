@@ -3,6 +3,7 @@
 from typing import Any
 
 from gptforge.report.metrics import History
+from gptforge.shell import quote
 
 CLOSE = 0.005
 """Losses within half a percent of each other count as level."""
@@ -38,7 +39,7 @@ def verdict(
     else:
         lines = _training_only(history, epochs, how_to_part)
     if not _broke_down(history):
-        lines.append(f"Try it: {program} sample {quoted(out_dir)}")
+        lines.append(f"Try it: {program} sample {quote(out_dir)}")
     return "\n".join(lines)
 
 
@@ -140,8 +141,3 @@ def _train_loss(history: History, step: int) -> float:
         if event["step"] < step and event["loss"] is not None
     ][-FEW:]
     return sum(before) / len(before) if before else float("nan")
-
-
-def quoted(path: str) -> str:
-    """A path as a shell takes it."""
-    return f'"{path}"' if " " in path else path

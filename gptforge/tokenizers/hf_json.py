@@ -1,7 +1,8 @@
 """Reading Hugging Face's tokenizer.json, where it says what our own byte-level BPE says."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -26,7 +27,7 @@ def read_hf_json(record: dict[str, Any]) -> GPT2Tokenizer:
     if vocab != wanted:
         raise ValueError(f"its ids are not bytes, merges and {END_OF_TEXT}, in this order")
     made = GPT2Tokenizer(pairs)
-    if made.name != "gpt2" and sound(pairs) != pairs:
+    if made.name != "gpt2" and not is_sound(pairs):
         raise ValueError("some of its tokens come about in two ways")
     return made
 
@@ -43,26 +44,56 @@ def sound(merges: Sequence[str]) -> list[str]:
     same as long as every token comes about in one way, and comes about when it stands alone.
     """
     while True:
-        ranks = {merge: rank for rank, merge in enumerate(merges)}
-        made: set[str] = set()
-        kept = []
-        for merge in merges:
-            token = merge.replace(" ", "", 1)
-            if token not in made and _spell(token, ranks) == [token]:
-                made.add(token)
-                kept.append(merge)
+        kept = list(_sound_in(merges))
         if len(kept) == len(merges):
             return kept
         # What was left out may have been a part of others.
         merges = kept
 
 
-def _spell(text: str, ranks: dict[str, int]) -> list[str]:
-    parts = list(text)
-    while len(parts) > 1:
-        pairs = [f"{left} {right}" for left, right in pairwise(parts)]
-        rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairs))
-        if rank == len(ranks):
-            break
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts
+def is_sound(merges: Sequence[str]) -> bool:
+    """Whether `sound` would keep all of them: found in one pass, and up to the first it drops."""
+    return all(kept == merge for kept, merge in zip_longest(_sound_in(merges), merges))
+
+
+def _sound_in(merges: Sequence[str]) -> Iterator[str]:
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    made: set[str] = set()
+    for merge in merges:
+        token = merge.replace(" ", "", 1)
+        if token not in made and spell(token, ranks) == [token]:
+            made.add(token)
+            yield merge
+
+
+def spell(text: str, ranks: Mapping[str, int]) -> list[str]:
+    """The tokens of a text: the pair of least rank is merged first, of equal ones the leftmost.
+
+    O(n log n) merges, with the pairs in a heap: a token may be as long as a file.
+    """
+    parts: list[str] = list(text)
+    after = [*range(1, len(parts)), -1]
+    before = list(range(-1, len(parts) - 1))
+    heap: list[tuple[int, int, str]] = []
+
+    def push(left: int, right: int) -> None:
+        if left >= 0 and right >= 0:
+            pair = f"{parts[left]} {parts[right]}"
+            if (rank := ranks.get(pair)) is not None:
+                heapq.heappush(heap, (rank, left, pair))
+
+    for place in range(len(parts) - 1):
+        push(place, place + 1)
+    while heap:
+        _, left, pair = heapq.heappop(heap)
+        right = after[left]
+        if not parts[left] or right < 0 or pair != f"{parts[left]} {parts[right]}":
+            # One of the two was merged with another in the meantime.
+            continue
+        parts[left], parts[right] = parts[left] + parts[right], ""
+        after[left] = after[right]
+        if after[right] >= 0:
+            before[after[right]] = left
+        push(before[left], left)
+        push(left, after[left])
+    return [part for part in parts if part]

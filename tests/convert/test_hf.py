@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from gptforge import files, load
 from gptforge.build.exported import export_hf, import_model, imported
+from gptforge.checkpoint.store import TO_WRITE_WITH, damage
 from gptforge.config import GPTConfig
 from gptforge.convert import hf
 from gptforge.convert.card import beginning
@@ -241,6 +242,18 @@ def test_a_model_that_was_replaced_is_imported_anew(exports, tmp_path, monkeypat
     assert {path.name for path in Path("runs/imported").iterdir()} == {"mine", "mine.old-1"}
     sizes = [load(path, device="cpu").tokenizer.size for path in (first, f"{first}.old-1")]
     assert sizes == [read_hf(path).tokenizer.size for path in (other, one)]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "manifest.json"])
+def test_an_import_that_was_damaged_is_made_again(exports, tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    shutil.copytree(next(iter(exports.values())), "mine")
+    path = Path(imported("mine", say=said.append))
+    os.truncate(path / name, (path / name).stat().st_size - 5)
+    assert imported("mine", say=said.append) == path.as_posix()
+    assert "runs/imported/mine is damaged" in said[-2]
+    assert damage(path, TO_WRITE_WITH) is None
 
 
 @pytest.mark.parametrize("source", ["runs/nao", "model/ckpt.pt", "ckpt.pth", "out/", "~/model"])

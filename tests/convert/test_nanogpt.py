@@ -1,6 +1,8 @@
 """nanoGPT's ckpt.pt, written here as its train.py writes it."""
 
+import copy
 import dataclasses
+import zipfile
 
 import pytest
 import torch
@@ -107,3 +109,52 @@ def test_the_command_asks_for_the_alphabet_and_takes_it(record, program, tmp_pat
     done = program("import", "ckpt.pt", "out", "--tokenizer", "char", "--text", "text.txt")
     assert (done.code, done.out) == (0, ""), done.err
     assert set(load("out", device="cpu").generate("To", 30, seed=0)) <= set(TEXT)
+
+
+def test_tensors_that_are_larger_than_their_file_are_refused(record, tmp_path) -> None:
+    # Not one is made: they are views of four bytes.
+    path = tmp_path / "ckpt.pt"
+    record["model_args"]["vocab_size"] = 10**9
+    record["model"]["_orig_mod.transformer.wte.weight"] = torch.zeros(1).expand(10**9, 16)
+    write(record, path)
+    assert path.stat().st_size < 10**5
+    with pytest.raises(UserError, match=r"its tensors have 64,\d+,\d+,\d+ bytes, and the file"):
+        read_nanogpt(path)
+
+
+def test_layers_that_share_their_bytes_are_refused(record, tmp_path) -> None:
+    first = "_orig_mod.transformer.h.0."
+    for name, tensor in list(record["model"].items()):
+        if name.startswith(first):
+            for layer in range(1, 60):
+                record["model"][name.replace(".h.0.", f".h.{layer}.")] = tensor
+    record["model_args"]["n_layer"] = 60
+    del record["optimizer"]
+    write(record, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="its tensors have"):
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "bytearray"])
+def test_what_can_be_asked_for_at_any_size_is_refused(record, tmp_path, kind) -> None:
+    record["more"] = torch.zeros(3, 3).to_sparse() if kind == "sparse" else bytearray(3)
+    write(record, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=rf"it names \S*{kind}"):
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "overlapping"])
+def test_an_archive_that_unpacks_to_more_than_it_is_long_is_refused(record, tmp_path, kind) -> None:
+    path = tmp_path / "ckpt.pt"
+    write(record, path)
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            packing = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+            archive.writestr(name, content, compress_type=packing)
+        if kind == "overlapping":
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+            archive.filelist += [copy.copy(largest) for _ in range(100)]
+    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "it says that"):
+        read_nanogpt(path, tokenizer=named("char", TEXT))

@@ -6,17 +6,19 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gptforge.data import documents as documents_module
 from gptforge.data import job as job_module
-from gptforge.data.bad import RefusedError
-from gptforge.data.documents import Form
+from gptforge.data.bad import RefusedError, Skipped
+from gptforge.data.documents import ROWS_BYTES, Form, _rows_at_once, documents
 from gptforge.data.index import Index
 from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.shards import ShardWriter
+from gptforge.data.sources import find_sources
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 
@@ -335,6 +337,39 @@ def test_a_refusal_travels_between_processes() -> None:
     other = copy.copy(error)
     assert str(other) == str(error)
     assert (other.what, other.remedy) == (error.what, error.remedy)
+
+
+def test_rows_of_a_dictionary_are_taken_as_few_as_fit_into_memory(tmp_path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    long, path = "x" * 2**22, tmp_path / "t.parquet"
+    pq.write_table(pa.table({"n": range(40), "text": [long] * 40}), path, compression="zstd")
+    assert path.stat().st_size < 10**4
+    (source,) = find_sources([str(path)])
+    metadata = pq.ParquetFile(path).metadata
+    assert _rows_at_once(metadata, 0, "text") * len(long) <= ROWS_BYTES
+    texts = [d.text for d in documents(source, Form(), Skipped(allowed=False))]
+    assert texts == [long] * 40
+
+
+@pytest.mark.parametrize(("size", "rows"), [(10, 16), (2**25, 8), (2**27, 2), (2**31, 1)])
+def test_larger_row_groups_are_read_in_fewer_rows(size, rows) -> None:
+    column = SimpleNamespace(
+        path_in_schema="text", total_uncompressed_size=size, total_compressed_size=size // 3
+    )
+    group = SimpleNamespace(num_columns=1, column=lambda _: column)
+    assert _rows_at_once(SimpleNamespace(row_group=lambda _: group), 0, "text") == rows
+
+
+def test_a_row_group_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("gptforge.data.documents.ROWS_BYTES", 2**20)
+    pq.write_table(
+        pa.table({"text": ["x" * 10**6] * 8}),
+        tmp_path / "t.parquet",
+        compression="zstd",
+        use_dictionary=False,
+    )
+    expect_refused(tmp_path, "row group 1 of 1: unpacks from ", "t.parquet")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs devices")

@@ -19,6 +19,7 @@ from gptforge.data.index import Index, read_index
 from gptforge.data.prepare import NOTES, prepare
 from gptforge.data.request import Request
 from gptforge.data.stream import ShardStream
+from gptforge.data.verify import STAMP
 from gptforge.errors import UserError
 from gptforge.tokenizers import decode, named
 
@@ -60,7 +61,9 @@ def texts_of(index: Index, side: str) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All but the stamp, which has the times of the others."""
+    there = sorted(path for path in folder.iterdir() if path.name != STAMP)
+    return {path.name: path.read_bytes() for path in there}
 
 
 MANY = [some_text(i) for i in range(120)]

@@ -1,5 +1,6 @@
 """Token shards: others' are read, ours are what others read, and nothing hostile gets through."""
 
+import os
 import resource
 import struct
 import sys
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptforge.data import stream as stream_module
 from gptforge.data.shards import ShardWriter, read_header, read_headerless
-from gptforge.data.stream import MOST_OPEN, ShardFile, ShardStream
+from gptforge.data.stream import MAX_OPEN, ShardFile, ShardStream
 from gptforge.errors import UserError
 
 
@@ -128,9 +130,10 @@ def test_a_stream_over_many_shards_is_one_row_of_tokens(tmp_path_factory, data) 
     np.testing.assert_array_equal(part[begin:end], whole[first:last][begin:end])
 
 
-def test_more_shards_than_the_system_has_handles_are_no_matter(tmp_path) -> None:
+def test_more_shards_than_the_system_has_handles_are_no_matter(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stream_module, "IN_MEMORY", 0)
     shards = []
-    for number in range(MOST_OPEN + 50):
+    for number in range(MAX_OPEN + 50):
         path = tmp_path / f"{number:04d}.bin"
         np.array([number, number], "<u2").tofile(path)
         shards.append(ShardFile(path, np.dtype("<u2"), 2, 0))
@@ -138,4 +141,32 @@ def test_more_shards_than_the_system_has_handles_are_no_matter(tmp_path) -> None
     order = np.random.default_rng(0).permutation(len(shards))
     for number in [*order, *order]:
         assert stream[2 * number : 2 * number + 2].tolist() == [number, number]
-    assert len(stream._open) == MOST_OPEN
+    assert len(stream._open) == MAX_OPEN
+    assert sum(not file._file.closed for file in stream._open.values()) == MAX_OPEN
+
+
+@pytest.mark.parametrize("in_memory", [0, stream_module.IN_MEMORY])
+def test_a_shard_that_is_truncated_while_it_is_read_is_an_error(
+    tmp_path, monkeypatch, in_memory
+) -> None:
+    monkeypatch.setattr(stream_module, "IN_MEMORY", in_memory)
+    path = tmp_path / "s.bin"
+    np.arange(50_000, dtype="<u2").tofile(path)
+    stream = ShardStream([ShardFile(path, np.dtype("<u2"), 50_000, 0)], size=2**16)
+    assert stream[40_000:40_002].tolist() == [40_000, 40_001]
+    os.truncate(path, 20_000)
+    if in_memory:
+        assert stream[40_000:40_002].tolist() == [40_000, 40_001]
+        return
+    assert stream[9_998:10_000].tolist() == [9_998, 9_999]
+    with pytest.raises(UserError, match=r"s\.bin: cannot be read any more: it was truncated while"):
+        stream[9_999:10_001]
+
+
+def test_a_shard_that_was_truncated_before_it_is_opened_is_an_error(tmp_path) -> None:
+    path = tmp_path / "s.bin"
+    np.arange(100, dtype="<u2").tofile(path)
+    stream = ShardStream([ShardFile(path, np.dtype("<u2"), 100, 0)], size=2**16)
+    os.truncate(path, 150)
+    with pytest.raises(UserError, match=r"s\.bin: cannot be read any more: it is truncated"):
+        stream[0:10]

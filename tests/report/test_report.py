@@ -1,5 +1,6 @@
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,27 @@ def test_a_broken_line_in_the_metrics_is_passed_over(tmp_path) -> None:
     )
     history = read_history(path)
     assert (len(history.train), len(history.evals)) == (1, 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 18, 31, 32, 33, 34, 100, 1000, 1025])
+def test_of_many_train_events_an_even_selection_is_read(tmp_path, monkeypatch, count) -> None:
+    monkeypatch.setattr("gptforge.report.metrics.MAX_TRAIN", 16)
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(count):
+            file.write(json.dumps(event(step) | {"event": "train"}) + "\n")
+            if step % 10 == 9:
+                file.write(json.dumps({"event": "eval", "step": step + 1}) + "\n")
+    history = read_history(path)
+    steps = [line["step"] for line in history.train]
+    assert len(history.evals) == count // 10
+    if count <= 16:
+        assert steps == list(range(count))
+        return
+    assert 8 <= len(steps) <= 17
+    assert (steps[0], steps[-1]) == (0, count - 1)
+    assert len({b - a for a, b in pairwise(steps[:-1])}) == 1
+    assert steps[-1] - steps[-2] <= steps[1]
 
 
 @pytest.mark.parametrize(

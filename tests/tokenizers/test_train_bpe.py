@@ -12,7 +12,7 @@ from gptforge.convert.hf_tokenizer import hf_tokenizer
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths, decode
 from gptforge.tokenizers.bulk import BulkEncoder
-from gptforge.tokenizers.hf_json import read_hf_json, sound
+from gptforge.tokenizers.hf_json import is_sound, read_hf_json, sound, spell
 from gptforge.tokenizers.train_bpe import train_bpe
 
 pytest.importorskip("tokenizers")
@@ -141,3 +141,57 @@ def test_mistakes_are_said_in_a_line(program, tmp_path, args, words) -> None:
     assert done.code == 2
     assert words in done.err
     assert len(done.err.splitlines()) == 1
+
+
+class CountedRanks(dict):
+    """Ranks that count how often one is looked up."""
+
+    looked_up = 0
+
+    def get(self, pair, default=None):
+        self.looked_up += 1
+        return super().get(pair, default)
+
+
+def by_definition(text: str, ranks: dict[str, int]) -> list[str]:
+    parts = list(text)
+    while pairs := [
+        (ranks[pair], place)
+        for place in range(len(parts) - 1)
+        if (pair := f"{parts[place]} {parts[place + 1]}") in ranks
+    ]:
+        _, place = min(pairs)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    choices=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), max_size=12),
+    text=st.text("abc", max_size=40),
+)
+def test_a_text_is_spelled_as_bpe_defines_it(choices, text) -> None:
+    tokens, merges = list("abc"), {}
+    for left, right in choices:
+        pair = tokens[left % len(tokens)], tokens[right % len(tokens)]
+        merges.setdefault(" ".join(pair), len(merges))
+        tokens.append("".join(pair))
+    assert spell(text, merges) == by_definition(text, merges)
+
+
+def test_a_token_of_thousands_of_letters_takes_a_few_looks_for_each() -> None:
+    merges = [f"{'a' * 2**k} {'a' * 2**k}" for k in range(13)]
+    assert is_sound(merges)
+    ranks = CountedRanks({merge: rank for rank, merge in enumerate(merges)})
+    assert spell("a" * 2**13, ranks) == ["a" * 2**13]
+    assert ranks.looked_up < 4 * 2**13
+
+
+def test_merges_are_sound_if_none_is_left_out() -> None:
+    for merges in (
+        ["a b", "ab c"],
+        ["a b", "b c", "a bc"],
+        ["a b", "c d", "ab cd"],
+        ["a a", "a a"],
+    ):
+        assert is_sound(merges) == (sound(merges) == merges), merges

@@ -1,0 +1,80 @@
+"""A file of torch.save, looked at before it is loaded: what it would build, and how large."""
+
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from gptforge.errors import UserError
+
+MAX_PICKLE = 4 * 2**20
+"""Bytes of names and plain values; GPT-2 XL with its optimizer takes less than one million."""
+KNOWN = re.compile(
+    r"collections\.OrderedDict"
+    r"|torch\.[A-Z]\w*Storage"
+    r"|torch\._utils\._rebuild_(tensor_v2|parameter)"
+)
+"""What a state_dict of dense tensors names. torch.load takes more, and some of that can be asked
+for at any size, for example a bytearray or a sparse tensor."""
+
+
+def check_archive(path: Path) -> None:
+    """Raise a UserError unless loading a file takes about as much memory as the file is long.
+
+    No code of the file is run: its opcodes are only looked at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise UserError(f"{path}: compressed, which torch.save never does")
+            total, size = sum(entry.file_size for entry in entries), path.stat().st_size
+            if total > size:
+                raise UserError(f"{path}: it says that it holds {total:,} bytes, and has {size:,}")
+            pickled = next(e for e in entries if e.filename.rpartition("/")[2] == "data.pkl")
+            if pickled.file_size > MAX_PICKLE:
+                raise UserError(
+                    f"{path}: {pickled.file_size:,} bytes of names and values, more than a "
+                    "checkpoint of nanoGPT has"
+                )
+            strangers = [
+                name for name in _globals(archive.read(pickled)) if not KNOWN.fullmatch(name)
+            ]
+    except UserError:
+        raise
+    except Exception as error:
+        # Strange bytes make these readers stumble in many ways.
+        raise refused(path, "") from error
+    if strangers:
+        raise refused(path, strangers[0])
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a UserError if tensors are larger than their file: many may share a few bytes."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total > (size := path.stat().st_size):
+        raise UserError(f"{path}: its tensors have {total:,} bytes, and the file {size:,}")
+
+
+def refused(path: Path, stranger: str) -> UserError:
+    """The error for a file that holds something else, by the first name that is not known."""
+    what = f" (it names {stranger})" if stranger else ""
+    return UserError(
+        f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
+        "anything else could run code when read"
+    )
+
+
+def _globals(pickled: bytes) -> list[str]:
+    """The classes and functions that a pickle names, with dots."""
+    found = []
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL":
+            found.append(str(argument).replace(" ", "."))
+        elif opcode.name in ("STACK_GLOBAL", "INST"):
+            # torch.save writes none of these.
+            found.append(str(argument or opcode.name))
+    return found
