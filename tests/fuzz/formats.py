@@ -317,6 +317,15 @@ def shard_file() -> bytes:
 
 
 LINES = (json.dumps({"text": TEXT, "meta": {"n": 1}}) + "\n").encode() * 4
+CHATS = (
+    json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]})
+    + "\n"
+    + json.dumps(
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]}
+    )
+    + "\n"
+).encode()
+TABLE = b'id,text\n1,"some words, quoted"\n2,more words\n3,"a ""quote"" and\na line"\n' * 2
 STEP = "run/checkpoints/step-000002"
 FORMATS: dict[str, Format] = {
     "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf"), 400),
@@ -391,6 +400,31 @@ FORMATS: dict[str, Format] = {
     ),
     "jsonl": Format(
         "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1500
+    ),
+    "chats": Format(
+        "in/t.jsonl", lambda: CHATS, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1500
+    ),
+    "json_array": Format(
+        "in/t.json",
+        lambda: b"[" + b",".join(LINES.splitlines() + CHATS.splitlines()) + b"]",
+        mutate.json_file,
+        lambda f: read_texts(f, "t.json"),
+        1500,
+    ),
+    "json_array_raw": Format(
+        "in/t.json",
+        lambda: b"[" + b",".join(LINES.splitlines()) + b"]",
+        mutate.raw,
+        lambda f: read_texts(f, "t.json"),
+        1500,
+    ),
+    "csv": Format("in/t.csv", lambda: TABLE, mutate.raw, lambda f: read_texts(f, "t.csv"), 1500),
+    "csv_replaced": Format(
+        "in/t.tsv",
+        lambda: TABLE.replace(b",", b"\t"),
+        mutate.raw,
+        lambda f: read_texts(f, "t.tsv", Form(encoding="utf-8:replace")),
+        1500,
     ),
     "gz": Format(
         "in/t.txt.gz",
