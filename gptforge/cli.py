@@ -170,12 +170,14 @@ def train(args: list[str]) -> int:
     config = with_preset(config, given, say=say)
     import torch
 
-    from gptforge.build import build_trainer
     from gptforge.distributed import join
-    from gptforge.train.guards import EXIT_CODES
 
+    # Before anything that may take long: from here on this rank gives signs of life.
     ranks = join(config.device)
     try:
+        from gptforge.build import build_trainer
+        from gptforge.train.guards import EXIT_CODES
+
         trainer = build_trainer(
             config,
             given=given,

@@ -8,12 +8,14 @@ thread notices.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +30,8 @@ EVERY = 1.0
 """Seconds between signs of life."""
 SILENCE = 30.0
 """Seconds without one, after which a rank counts as lost."""
+DEADLOCK = 4
+"""Times as long may all ranks wait at once before the first step: connecting takes time."""
 FAILURE = 1
 WORD = "word"
 
@@ -42,6 +46,7 @@ class Heartbeat:
         store: a connection of the thread's own: others' long waits must not hold it up.
         is_loudest: whether this rank prints what others have found, for its host.
         silence: seconds after which a rank counts as lost.
+        is_server: whether the store ends with this process.
         leave: ends the process; a test's own does not.
     """
 
@@ -54,6 +59,7 @@ class Heartbeat:
         store: Store,
         is_loudest: bool,
         silence: float = SILENCE,
+        is_server: bool = False,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self.progress = 0
@@ -62,24 +68,45 @@ class Heartbeat:
         """Above 0 while it does what the others have to wait for."""
         self.waiting = 0
         """Above 0 while it waits for another rank."""
+        self.waits = 0
+        """How often it has waited for another rank so far."""
         self._rank, self._size, self._host = rank, size, host
         self._where = f"rank {rank} on {host}"
         self._store, self._is_loudest, self._silence = store, is_loudest, silence
-        self._leave = leave
+        self._is_server, self._leave = is_server, leave
+        self._ends = False
         self._quiet = threading.Event()
         self._others = _Others(silence)
-        self._heard = self._started = self._named = time.monotonic()
+        self._heard = self._named = self._all_wait = time.monotonic()
+        self._started = math.inf
+        self._waits: list[int] = []
         self._threads = [
             threading.Thread(target=do, name="heartbeat", daemon=True)
             for do in (self._talk, self._watch)
         ]
 
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Wait for other ranks in the body."""
+        self.waiting += 1
+        self.waits += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
     def start(self) -> None:
         """Begin to tell and to listen."""
         self._tell()
         self._heard = time.monotonic()
+        if self._rank:
+            self._started = self._heard
         for thread in self._threads:
             thread.start()
+
+    def all_met(self) -> None:
+        """On rank 0: from now on each rank has to give signs of life."""
+        self._started = time.monotonic()
 
     def stop(self) -> None:
         """No more: the run is over.
@@ -106,7 +133,24 @@ class Heartbeat:
             code, text = 130, "interrupted"
         elif not isinstance(error, (UserError, RunError)):
             text = f"{type(error).__name__}: {text}"
-        self._end(text, code if isinstance(code, int) and code else FAILURE)
+        self.end(f"{self._where}: {text}", code if isinstance(code, int) and code else FAILURE)
+
+    def end(self, text: str, code: int) -> NoReturn:
+        """Leave word, unless another rank has, and end this process."""
+        self._ends = True
+        word = {"text": text, "code": code, "host": self._host}
+        try:
+            left = leave_word(self._store, text, code, self._host)
+        except (RuntimeError, ValueError):
+            left = word
+        if left == word:
+            self._print(text)
+            if self._is_server:
+                # The others look once a second.
+                time.sleep(2 * EVERY)
+            self._part(code)
+        else:
+            self._obey(left)
         raise AssertionError("a process that has ended")
 
     def _talk(self) -> None:
@@ -121,8 +165,7 @@ class Heartbeat:
                 continue
             self._heard = time.monotonic()
             if found and not self._quiet.is_set():
-                self._end(found, FAILURE, about_self=False)
-                return
+                self.end(found, FAILURE)
 
     def _watch(self) -> None:
         """End this rank when the store is silent: a question to it may then wait for ever."""
@@ -138,7 +181,7 @@ class Heartbeat:
 
     def _look(self) -> str | None:
         """Tell, and look around; gives what is wrong, in words."""
-        if self._store.check([WORD]):
+        if self._store.check([WORD]) and not self._ends:
             self._obey(json.loads(self._store.get(WORD)))
         own = self._tell()
         watched = range(1, self._size) if self._rank == 0 else [0]
@@ -151,45 +194,41 @@ class Heartbeat:
                 return f"rank {gone[0]} has given no sign of life for {silent:.0f} seconds"
             return None
         lives = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
-        if self._rank == 0:
-            self._name_late({0: own, **lives})
+        if self._rank == 0 and (deadlock := self._wait_before_first_step({0: own, **lives})):
+            return deadlock
         return self._others.wrong(lives, own if self._rank == 0 else None, self._host)
 
-    def _name_late(self, lives: Mapping[int, Mapping[str, Any]]) -> None:
-        """Before the first step, say now and then whom the others wait for; that may take long."""
+    def _wait_before_first_step(self, lives: Mapping[int, Mapping[str, Any]]) -> str | None:
+        """Say now and then whom the others wait for, which may take long; give a deadlock."""
         late = [rank for rank, life in lives.items() if not life["waiting"]]
+        waits = [life["waits"] for life in lives.values()]
         begun = min(int(life["progress"]) for life in lives.values()) > 0
+        now = time.monotonic()
+        if begun or late or waits != self._waits:
+            self._waits, self._all_wait = waits, now
         if begun or not late or len(late) == len(lives):
-            self._named = time.monotonic()
-        elif time.monotonic() - self._named > self._silence:
+            self._named = now
+        elif now - self._named > self._silence:
             names = ", ".join(f"rank {rank} on {lives[rank]['host']}" for rank in late)
-            seconds = time.monotonic() - self._started
+            seconds = now - self._started
             text = f"note: after {seconds:.0f} seconds the other ranks are waiting for {names}"
             print(text, file=sys.stderr, flush=True)
-            self._named = time.monotonic()
+            self._named = now
+        if (seconds := now - self._all_wait) < DEADLOCK * self._silence:
+            return None
+        return (
+            f"all {self._size} ranks have waited for each other for {seconds:.0f} seconds: they "
+            "live, but their data does not arrive. On several machines, GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME names the network interface that reaches the others"
+        )
 
     def _tell(self) -> dict[str, Any]:
         """Say that this rank lives."""
         own = {"pid": os.getpid(), "host": self._host, "busy": self.busy}
-        own["waiting"] = self.waiting
+        own |= {"waiting": self.waiting, "waits": self.waits}
         own |= {"progress": self.progress, "beat": time.time()}
         self._store.set(f"life/{self._rank}", json.dumps(own))
         return own
-
-    def _end(self, text: str, code: int, *, about_self: bool = True) -> None:
-        """Leave word, unless somebody has, and end."""
-        if about_self:
-            text = f"{self._where}: {text}"
-        word = {"text": text, "code": code, "host": self._host}
-        try:
-            left = leave_word(self._store, text, code, self._host)
-        except (RuntimeError, ValueError):
-            left = word
-        if left == word:
-            self._print(text)
-            self._part(code)
-        else:
-            self._obey(left)
 
     def _obey(self, word: Mapping[str, Any]) -> None:
         """End as another rank has said."""

@@ -4,15 +4,18 @@ import math
 import os
 import secrets
 import socket
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from gptforge.distributed.heartbeat import SILENCE, Heartbeat, leave_word
+from gptforge.distributed.heartbeat import FAILURE, SILENCE, Heartbeat
 from gptforge.distributed.ranks import ALONE, ManyRanks, Ranks
 from gptforge.errors import RunError, UserError
 from gptforge.hardware import has_mps
@@ -20,7 +23,11 @@ from gptforge.launch_env import env_int
 
 WANTED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LONGEST = timedelta(minutes=30)
-"""That a rank waits for others. Lost ones are found by the heartbeat long before."""
+"""Timeout of a collective. Lost ranks are found by the heartbeat long before."""
+GRACE = 3.0
+"""Seconds after which a store that neither answers nor fails is given up."""
+POLL = 0.05
+"""Seconds between looks for the other ranks."""
 
 
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
@@ -41,6 +48,11 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
         UserError: if the launch does not fit together.
     """
     if not is_launched(env):
+        if "RANK" in env and "WORLD_SIZE" not in env:
+            raise UserError(
+                f"RANK is {env['RANK']} but WORLD_SIZE is not set: start several processes with "
+                "torchrun --nproc_per_node=N gpt.py ..., or unset RANK to train with one"
+            )
         return ALONE
     if missing := [name for name in WANTED if name not in env]:
         raise UserError(
@@ -54,37 +66,58 @@ def join(device: str, *, env: Mapping[str, str] = os.environ) -> Ranks:
     place = _local_device(device, local_rank, local_size=local_size)
     host = socket.gethostname()
     silence = _seconds(env.get("GPTFORGE_SILENCE", str(SILENCE)))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     # Before all have met nobody listens for signs of life: a shorter wait stands in for them.
     patience = 1.5 * silence
     is_server = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    server_name = "rank 0" if rank else "the launcher's store"
+    out_of_reach = (
+        f"rank {rank} on {host} cannot join the other ranks: {server_name} did not answer at "
+        f"{address} within {patience:.0f} seconds: see what was printed there, and whether all "
+        "ranks have the same MASTER_ADDR and MASTER_PORT"
+    )
     try:
-        server = _store(env, is_server=is_server, timeout=timedelta(seconds=patience))
-        attempt = meet(server, rank, size, host=host, patience=patience)
+        with _time_limit(patience + GRACE, out_of_reach):
+            server = _store(env, is_server=is_server, timeout=timedelta(seconds=patience))
+            own = _store(env, is_server=False, timeout=timedelta(seconds=silence))
+            attempt = ask_to_join(server, rank, size, patience) if rank else _new_name()
+    except (RunError, UserError):
+        raise
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0][:200]
+        blame = f"cannot listen at {address}" if is_server else out_of_reach
+        raise RunError(f"{blame} ({first})") from None
+    heartbeat = Heartbeat(
+        rank,
+        size=size,
+        host=host,
+        store=PrefixStore(attempt, own),
+        is_loudest=local_rank == 0,
+        silence=silence,
+        is_server=is_server,
+    )
+    try:
+        heartbeat.start()
+        if rank == 0:
+            if wrong := welcome(server, attempt, size, patience):
+                heartbeat.end(*wrong)
+            heartbeat.all_met()
+        # A rank 0 that serves the store answers as long as it lives; the heartbeat watches it.
         server.set_timeout(LONGEST)
         store = PrefixStore(attempt, server)
-        own = _store(env, is_server=False, timeout=timedelta(seconds=silence))
-        heartbeat = Heartbeat(
-            rank,
-            size=size,
-            host=host,
-            store=PrefixStore(attempt, own),
-            is_loudest=local_rank == 0,
-            silence=silence,
-        )
-        heartbeat.start()
-        dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
-            store=PrefixStore("torch", store),
-            rank=rank,
-            world_size=size,
-            timeout=LONGEST,
-            device_id=place if place.type == "cuda" else None,
-        )
-    except (dist.DistError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0][:200]
-        raise RunError(f"rank {rank} on {host} cannot join the other ranks: {first}") from None
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        with heartbeat.wait():
+            dist.init_process_group(
+                "nccl" if place.type == "cuda" else "gloo",
+                store=PrefixStore("torch", store),
+                rank=rank,
+                world_size=size,
+                timeout=LONGEST,
+                device_id=place if place.type == "cuda" else None,
+            )
+    except BaseException as error:
+        heartbeat.fail(error)
     return ManyRanks(
         rank,
         size=size,
@@ -104,6 +137,27 @@ def _place(env: Mapping[str, str], number: str, count: str) -> tuple[int, int]:
     return which, of
 
 
+@contextmanager
+def _time_limit(seconds: float, text: str) -> Iterator[None]:
+    """End this process with an error if the body takes longer.
+
+    A request to a store that is frozen, or to another server at that port, never returns, and no
+    timeout of torch's applies to it.
+    """
+
+    def end() -> None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(FAILURE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _seconds(word: str) -> float:
     try:
         seconds = float(word)
@@ -120,8 +174,8 @@ def _store(env: Mapping[str, str], *, is_server: bool, timeout: timedelta) -> St
     return TCPStore(address, port, is_master=is_server, timeout=timeout)
 
 
-def meet(store: Store, rank: int, size: int, *, host: str = "", patience: float = 60.0) -> str:
-    """Find the other ranks; gives a name for this meeting that no earlier one had.
+def ask_to_join(store: Store, rank: int, size: int, patience: float) -> str:
+    """Have rank 0 tell the name of this attempt, under which the ranks meet in the store.
 
     The launcher's store outlives a restart, with all that was said before, and launchers count
     restarts each for itself. So every rank says hello with a word of its own, and waits until rank
@@ -129,45 +183,63 @@ def meet(store: Store, rank: int, size: int, *, host: str = "", patience: float 
 
     Args:
         store: the launcher's.
-        rank: of this process.
+        rank: of this process, not 0.
         size: of all.
-        host: this machine's name.
-        patience: seconds to wait for the others.
+        patience: seconds to wait for rank 0.
 
     Raises:
-        RunError: if a rank does not come. Those that have come by then are told.
+        RunError: if rank 0 does not answer.
+        UserError: if another process has the same rank.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + patience
     store.set(f"gptforge/hello/{rank}", word)
-    answered: dict[int, str] = {}
+    key = f"gptforge/welcome/{rank}"
     while time.monotonic() < deadline:
-        if rank == 0:
-            for other in range(1, size):
-                key = f"gptforge/hello/{other}"
-                hello = store.get(key).decode() if store.check([key]) else ""
-                if hello and answered.get(other) != hello:
-                    store.set(f"gptforge/welcome/{other}", f"{hello} {word}")
-                    answered[other] = hello
-            if size == 1 or store.check([f"gptforge/{word}/{other}" for other in range(1, size)]):
-                return f"gptforge/{word}"
-        elif store.check([key := f"gptforge/welcome/{rank}"]):
-            said, _, name = store.get(key).decode().partition(" ")
-            if said == word:
-                store.set(f"gptforge/{name}/{rank}", "here")
-                return f"gptforge/{name}"
-        time.sleep(0.05)
-    late = [0]
-    if rank == 0:
-        late = [n for n in range(1, size) if not store.check([f"gptforge/{word}/{n}"])]
+        said, _, name = (store.get(key).decode() if store.check([key]) else "").partition(" ")
+        if said == word:
+            # Each process confirms once, so a second one of the same number shows.
+            if store.add(f"{name}/count/{rank}", 1) > 1:
+                raise UserError(f"RANK is {rank} in two processes of this launch")
+            store.set(f"{name}/{rank}", str(size))
+            return name
+        time.sleep(POLL)
+    raise RunError(_did_not_start([0], size, patience))
+
+
+def _new_name() -> str:
+    """A name for an attempt to meet that no earlier one had."""
+    return f"gptforge/{secrets.token_hex(8)}"
+
+
+def welcome(store: Store, name: str, size: int, patience: float) -> tuple[str, int] | None:
+    """On rank 0, answer the others until all have joined; else say what is wrong, and exit code."""
+    deadline = time.monotonic() + patience
+    answered: dict[int, str] = {}
+    others = range(1, size)
+    while not store.check([f"{name}/{other}" for other in others]):
+        if time.monotonic() > deadline:
+            late = [other for other in others if not store.check([f"{name}/{other}"])]
+            return _did_not_start(late, size, patience), FAILURE
+        for other in others:
+            key = f"gptforge/hello/{other}"
+            hello = store.get(key).decode() if store.check([key]) else ""
+            if hello and answered.get(other) != hello:
+                store.set(f"gptforge/welcome/{other}", f"{hello} {name}")
+                answered[other] = hello
+        time.sleep(POLL)
+    for other in others:
+        if (theirs := store.get(f"{name}/{other}").decode()) != str(size):
+            return f"WORLD_SIZE is {theirs} in rank {other}, and {size} in rank 0", 2
+    return None
+
+
+def _did_not_start(late: Sequence[int], size: int, patience: float) -> str:
     many = "s" * (len(late) > 1)
-    text = (
+    return (
         f"rank{many} {', '.join(map(str, late))} of {size} did not start within {patience:.0f} "
         "seconds: see what was printed there; where starting takes longer, set GPTFORGE_SILENCE="
         f"{2 * patience:.0f}"
     )
-    if rank == 0:
-        leave_word(PrefixStore(f"gptforge/{word}", store), text, code=1, host=host)
-    raise RunError(text)
 
 
 def _local_device(flag: str, local_rank: int, *, local_size: int) -> torch.device:

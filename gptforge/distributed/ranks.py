@@ -9,7 +9,8 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -23,6 +24,9 @@ from gptforge.errors import UserError
 if TYPE_CHECKING:
     # Half a second to load: for those who shard.
     from torch.distributed.device_mesh import DeviceMesh
+
+WAIT = timedelta(seconds=60)
+"""A wait for another rank's value in the store is begun anew after so long."""
 
 
 class Ranks:
@@ -201,7 +205,7 @@ class ManyRanks(Ranks):
     def least(self, number: int) -> int:
         """As `Ranks.least`."""
         least = torch.tensor(number, device=self._device)
-        with self._waiting():
+        with self._heartbeat.wait():
             dist.all_reduce(least, dist.ReduceOp.MIN)
             return int(least)
 
@@ -225,16 +229,14 @@ class ManyRanks(Ranks):
         key, self._said = f"said/{self._said}", self._said + 1
         if self.is_first:
             self._store.set(key, json.dumps(do()))
-        with self._waiting():
-            return json.loads(self._store.get(key))
+        return json.loads(self._get(key))
 
     @contextmanager
     def local_first(self) -> Iterator[None]:
         """As `Ranks.local_first`."""
         key, self._said = f"local/{self._host}/{self._said}", self._said + 1
         if self._local_rank:
-            with self._waiting():
-                self._store.wait([key])
+            self._get(key)
         yield
         if not self._local_rank:
             self._store.set(key, "done")
@@ -243,16 +245,18 @@ class ManyRanks(Ranks):
         """As `Ranks.require_same`."""
         self._store.set(f"facts/{self.rank}", json.dumps({"where": self.where, **facts}))
         if not self.is_first:
+            # Not on to a sum, which has a time limit, while another prepares its text.
+            self._get("facts/same")
             return
         for other in range(1, self.size):
-            with self._waiting():
-                theirs = json.loads(self._store.get(f"facts/{other}"))
+            theirs = json.loads(self._get(f"facts/{other}"))
             for name, value in facts.items():
                 if theirs[name] != value:
                     raise UserError(
                         f"{theirs['where']} has another {name} than rank 0: {theirs[name]}, not "
                         f"{value}; all ranks need the same"
                     )
+        self._store.set("facts/same", "yes")
 
     def agreement(self, lag: int) -> Agreement:
         """As `Ranks.agreement`."""
@@ -278,13 +282,13 @@ class ManyRanks(Ranks):
             self._heartbeat.busy -= 1
             self._heartbeat.progress += 1
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        self._heartbeat.waiting += 1
-        try:
-            yield
-        finally:
-            self._heartbeat.waiting -= 1
+    def _get(self, key: str) -> bytes:
+        """Wait for a value in the store, as long as it takes: lost ranks are the heartbeat's."""
+        with self._heartbeat.wait():
+            while not self._store.check([key]):
+                with suppress(dist.DistStoreError):
+                    self._store.wait([key], WAIT)
+            return self._store.get(key)
 
     def leave(self) -> None:
         """As `Ranks.leave`."""

@@ -86,12 +86,18 @@ def _run(
         if ended[0] or sum(ended) > 1:
             break
         time.sleep(0.05)
+    # One that is left alone is the lost one, which does not follow.
     deadline = time.monotonic() + 8
-    for child in children:
-        child.join(max(0.0, deadline - time.monotonic()))
-        if child.exitcode is None:
-            child.kill()
-            child.join()
+    last = time.monotonic() + 4
+    while (left := [c for c in children if c.exitcode is None]) and time.monotonic() < deadline:
+        if len(left) > 1:
+            last = time.monotonic() + 4
+        elif time.monotonic() > last:
+            break
+        time.sleep(0.05)
+    for child in left:
+        child.kill()
+        child.join()
     return [child.exitcode for child in children]
 
 

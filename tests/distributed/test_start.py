@@ -2,28 +2,37 @@
 
 import os
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from gptforge.distributed import Ranks
+from gptforge.distributed import Ranks, heartbeat, join, ranks
+from gptforge.distributed.heartbeat import DEADLOCK, Heartbeat
 from gptforge.errors import UserError
 from tests.distributed.spawn import ends_of, ends_of_start
+from tests.environment import python_path
 
+ROOT = Path(__file__).parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 SILENCE = 3.0
 """Ranks wait for one and a half times as long."""
+never: list[socket.socket] = []
+
+
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def stops(rank: int) -> None:
     if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def hangs(rank: int) -> None:
-    if rank == 1:
-        time.sleep(600)
+        freeze()
 
 
 def dies(rank: int) -> None:
@@ -41,44 +50,135 @@ def lacks_its_number(rank: int) -> None:
         del os.environ["RANK"]
 
 
+def lacks_the_number_of_all(rank: int) -> None:
+    if rank == 1:
+        del os.environ["WORLD_SIZE"]
+
+
 def goes_elsewhere(rank: int) -> None:
     if rank == 1:
         os.environ["MASTER_PORT"] = "1"
 
 
+def goes_to_a_port_that_never_answers(rank: int) -> None:
+    if rank == 1:
+        listening = socket.create_server(("localhost", 0))
+        never.append(listening)
+        os.environ["MASTER_PORT"] = str(listening.getsockname()[1])
+
+
+def on_hosts_of_their_own(rank: int) -> None:
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    socket.gethostname = lambda: f"host-{rank}"
+    stops(rank)
+
+
 def first_one_stops(rank: int) -> None:
     if rank == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        freeze()
+
+
+def first_one_stops_with_the_store(rank: int) -> None:
+    if rank == 0:
+        threading.Timer(2, freeze).start()
+    if rank == 1:
+        os._exit(9)
+
+
+def stops_in_the_setup(rank: int) -> None:
+    if rank == 1:
+        dist.init_process_group = lambda *args, **more: freeze()
+
+
+def is_there_twice(rank: int) -> None:
+    if rank == 2:
+        os.environ["RANK"] = "1"
+
+
+def counts_the_others_differently(rank: int) -> None:
+    if rank == 1:
+        os.environ["WORLD_SIZE"] = "4"
 
 
 @LINUX
 @pytest.mark.parametrize(
-    "trouble", [stops, hangs, dies, makes_a_mistake, lacks_its_number, goes_elsewhere]
+    "trouble",
+    [
+        stops,
+        dies,
+        makes_a_mistake,
+        lacks_its_number,
+        lacks_the_number_of_all,
+        goes_elsewhere,
+        goes_to_a_port_that_never_answers,
+    ],
 )
 def test_a_rank_that_does_not_come_is_named_by_the_first(trouble) -> None:
     first, lost, other = ends_of_start(3, trouble, silence=SILENCE)
     assert first.code == 1
     assert "rank 1 of 3 did not start within 4 seconds" in first.said
     assert other.code == 1
-    if trouble in (makes_a_mistake, lacks_its_number):
-        assert lost.code == 2 and "error: " in lost.said
-    if trouble is goes_elsewhere:
-        assert lost.code == 1 and "rank 1 on" in lost.said and "cannot join" in lost.said
+    if trouble in (makes_a_mistake, lacks_its_number, lacks_the_number_of_all):
+        assert lost.code == 2
+        assert "error: " in lost.said
+    if trouble in (goes_elsewhere, goes_to_a_port_that_never_answers):
+        assert lost.code == 1
+        assert "cannot join the other ranks: rank 0 did not answer at localhost:" in lost.said
+        assert "the same MASTER_ADDR and MASTER_PORT" in lost.said
 
 
 @LINUX
-def test_without_the_first_rank_the_others_say_so() -> None:
-    _, *others = ends_of_start(3, first_one_stops, silence=SILENCE)
-    for other in others:
+def test_every_host_names_the_rank_that_does_not_come() -> None:
+    first, _, other = ends_of_start(3, on_hosts_of_their_own, silence=SILENCE)
+    for end in (first, other):
+        assert end.code == 1
+        assert "error: rank 1 of 3 did not start within 4 seconds" in end.said
+
+
+@LINUX
+@pytest.mark.parametrize("trouble", [first_one_stops, first_one_stops_with_the_store])
+def test_without_the_first_rank_the_others_say_so(trouble) -> None:
+    _, *others = ends_of_start(3, trouble, silence=SILENCE)
+    for other in others if trouble is first_one_stops else others[1:]:
         assert other.code == 1
-        assert "error: " in other.said
+        says = "rank 0 did not answer at" if trouble is first_one_stops else "cannot reach"
+        assert says in other.said
 
 
-def hangs_before_the_first_step(ranks: Ranks) -> None:
-    if ranks.rank == 1:
+@LINUX
+def test_a_rank_that_stops_while_the_groups_are_set_up_is_named() -> None:
+    first, _, other = ends_of_start(3, stops_in_the_setup, silence=SILENCE)
+    assert first.code == other.code == 1
+    assert "error: rank 1 on" in first.said
+    assert "has given no sign of life for" in first.said
+
+
+def test_two_processes_of_one_number_and_one_of_none() -> None:
+    ends = ends_of_start(3, is_there_twice, silence=SILENCE)
+    said = "".join(end.said for end in ends)
+    assert "rank 2 of 3 did not start" in said
+    assert 0 not in [end.code for end in ends]
+
+
+def test_ranks_that_count_differently_are_told_so() -> None:
+    first, second = ends_of_start(2, counts_the_others_differently, silence=SILENCE)
+    assert first.code == second.code == 2
+    assert "error: WORLD_SIZE is 4 in rank 1, and 2 in rank 0" in first.said
+
+
+def test_a_number_without_the_number_of_all_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="RANK is 1 but WORLD_SIZE is not set"):
+        join("cpu", env={"RANK": "1"})
+
+
+def hangs_before_the_first_step(own: Ranks) -> None:
+    # Preparing a text may take longer than any one wait for it.
+    ranks.WAIT = timedelta(seconds=0.5)
+    if own.rank == 1:
         time.sleep(8)
-    ranks.on_first(lambda: None)
-    ranks.all_of(True)
+    own.on_first(lambda: None)
+    own.require_same({"text": "this"})
+    own.all_of(True)
 
 
 @LINUX
@@ -86,3 +186,46 @@ def test_a_rank_that_keeps_others_waiting_before_the_first_step_is_named() -> No
     first, second = ends_of(2, hangs_before_the_first_step, silence=2)
     assert (first.code, second.code) == (0, 0)
     assert "the other ranks are waiting for rank 1 on" in first.said
+
+
+def test_ranks_that_all_wait_for_each_other_before_the_first_step_end(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    own = Heartbeat(0, size=2, host="here", store=None, is_loudest=True, silence=30)
+
+    def look(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
+        now[0] += seconds
+        life = {"waiting": waiting, "waits": waits, "progress": progress, "host": "here"}
+        return own._wait_before_first_step({0: life, 1: life})
+
+    for waits in range(100):
+        assert look(29 * DEADLOCK, waits=waits) is None
+    assert look(9999, waits=99, waiting=0) is None
+    assert look(9999, waits=99, progress=1) is None
+    assert look(29 * DEADLOCK, waits=99) is None
+    said = look(DEADLOCK, waits=99)
+    assert said is not None
+    assert "all 2 ranks have waited for each other for 120 seconds" in said
+
+
+ABSENT_AT_FIRST = """
+import os, time
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
+    time.sleep(600)
+"""
+
+
+@LINUX
+def test_torchrun_starts_again_where_a_rank_did_not_come(play, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ABSENT_AT_FIRST)
+    env = {"PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1", "GPTFORGE_SILENCE": "4"}
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    train = ["--preset", "debug", "--device", "cpu", "--input", str(play), "--max_steps", "5",
+             "--warmup_steps", "2", "--out_dir", "run", "--sample_every", "0"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "gpt.py"), *train],
+        cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "error: rank 1 of 2 did not start within 6 seconds" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
