@@ -117,3 +117,19 @@ def probe(config: GPTConfig, size: int) -> Tensor:
     """Ids to compare logits on: (2, T), the same every time."""
     dice = torch.Generator().manual_seed(0)
     return torch.randint(0, size, (2, min(config.block_size, 128)), generator=dice)
+
+
+@torch.inference_mode()
+def spare_row_probability(parts: Parts) -> float:
+    """The most that the model gives a spare row which an export uses as end-of-text id.
+
+    Evaluation and sampling here leave that row out; another program samples it like any other id.
+
+    Returns:
+        The largest probability at some positions; 0 where the tokenizer has such an id of its own.
+    """
+    size = parts.tokenizer.size
+    if parts.tokenizer.end_of_text is not None or parts.config.vocab_size == size:
+        return 0.0
+    logits = parts.model()(probe(parts.config, size))[..., : size + 1]
+    return float(logits.softmax(-1)[..., size].max())

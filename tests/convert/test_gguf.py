@@ -11,7 +11,7 @@ from gptforge.build.exported import export_gguf
 from gptforge.build.trained import open_parts
 from gptforge.config import GPTConfig
 from gptforge.convert.gguf import write_gguf
-from gptforge.convert.parts import Parts
+from gptforge.convert.parts import Parts, probe, spare_row_probability
 from gptforge.errors import UserError
 from gptforge.model import GPT
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
@@ -82,6 +82,21 @@ def test_llama_cpp_writes_the_same_text_with_the_same_perplexity(config, tmp_pat
         if kind == "f32":
             answer = theirs("ROMEO", max_tokens=12, temperature=0)["choices"][0]["text"]
             assert answer == ours.generate("ROMEO", 12, temperature=0)
+
+
+def test_the_probability_of_an_id_that_only_the_file_has_is_said(config, program) -> None:
+    build(config).run()
+    said: list[str] = []
+    export_gguf(config.out_dir, Path("m.gguf"), kind="f32", say=said.append)
+    share = float(said[1].split("gives up to ")[1].split(" ")[0])
+    opened = open_parts(config.out_dir)
+    ids, size = probe(opened.config, opened.tokenizer.size), opened.tokenizer.size
+    with torch.no_grad():
+        probabilities = opened.model()(ids)[..., : size + 1].softmax(-1)
+    assert share == pytest.approx(float(probabilities[..., size].max()), rel=0.05)
+    assert share > 1e-4
+    assert spare_row_probability(parts("byte with marks", 320)) == 0
+    assert spare_row_probability(parts("byte", 256)) == 0
 
 
 def test_what_is_opened_is_what_was_saved(config) -> None:
