@@ -105,3 +105,13 @@ def test_shards_that_hold_out_too_little_are_to_be_prepared_anew(config, tmp_pat
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     with pytest.raises(UserError, match="prepare the text anew with a larger --val_fraction"):
         build(config)
+
+
+def test_a_vocabulary_of_a_configuration_file_that_is_too_small_has_a_way_on(program, play) -> None:
+    options = ("--preset=debug", "--device=cpu", "--max_steps=1", "--input", play)
+    assert program(*options, "--out_dir", "a").code == 0
+    own = (*options, "--config", "a/config.toml", "--out_dir", "b", "--tokenizer", "gpt2")
+    refused = program(*own)
+    assert refused.code == 2
+    assert "give 50257 or more, or 0 for as many as it needs" in refused.err
+    assert program(*own, "--vocab_size", 0).code == 0
