@@ -38,6 +38,7 @@ from gptforge.data.prepare import prepare
 from gptforge.data.request import Request
 from gptforge.data.sources import find_sources
 from gptforge.data.survey import texts
+from gptforge.data.verify import STAMP, find_damage
 from gptforge.demo.curves import training
 from gptforge.doctor.shards import examine_shards
 from gptforge.errors import UserError
@@ -248,8 +249,14 @@ def read_shards(folder: Path) -> None:
     if index is not None:
         describe(index)
         examine_shards(folder / "shards", Wanted(tokenizer="byte"), context_length=8)
-        corpus = open_corpus(folder / "shards", Wanted(tokenizer="byte"), say=lambda _: None)
-        check_length(corpus, 8)
+        find_damage(index)
+        # Its hash in the stamp would refuse every index that is another.
+        wanted = Wanted(tokenizer="byte", verify=False)
+        check_length(open_corpus(folder / "shards", wanted, say=lambda _: None), 8)
+
+
+def read_verified(folder: Path) -> None:
+    check_length(open_corpus(folder / "shards", Wanted(tokenizer="byte"), say=lambda _: None), 8)
 
 
 def read_foreign(folder: Path) -> None:
@@ -370,6 +377,7 @@ FORMATS: dict[str, Format] = {
         "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 400
     ),
     "index": Format("shards/index.json", None, mutate.json_file, read_shards, 400),
+    "stamp": Format(f"shards/{STAMP}", None, mutate.json_file, read_verified, 300),
     "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 1500),
     "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 1500),
     "nanogpt": Format(
