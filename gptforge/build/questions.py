@@ -11,7 +11,7 @@ from typing import Any
 from gptforge.build.trained import load
 from gptforge.checkpoint import store as checkpoints
 from gptforge.convert.hf import is_hf
-from gptforge.errors import RunError, UserError, parsing
+from gptforge.errors import RunError, UserError, install_hint, parsing
 from gptforge.evaluate.tasks import TASKS, Question, answer
 from gptforge.files import open_regular
 from gptforge.hardware import choose_precision
@@ -89,8 +89,7 @@ def _of_the_hub(name: str) -> Iterable[Mapping[str, Any]]:
     instead = f"or give the file: --tasks {name}=FILE.jsonl"
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"--tasks {name} is fetched by the package datasets: pip install 'gptforge[tasks]', "
-            f"or in a clone pip install -e '.[tasks]', {instead}"
+            f"--tasks {name} is fetched by the package datasets: {install_hint('tasks')}, {instead}"
         )
     import datasets
 

@@ -210,7 +210,7 @@ def test_without_a_file_they_come_from_the_hub(program, run, monkeypatch) -> Non
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     done = program(*EVAL, "lambada")
-    assert (done.code, "pip install 'gptforge[tasks]'" in done.err) == (2, True), done.err
+    assert (done.code, "pip install -e '.[tasks]'" in done.err) == (2, True), done.err
     fake = types.ModuleType("datasets")
     fake.load_dataset = load_dataset
     fake.__spec__ = types.SimpleNamespace()
