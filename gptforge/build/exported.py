@@ -13,7 +13,15 @@ from gptforge import __version__, files
 from gptforge.build.trained import open_parts
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import NOTES, Config, check, merge, to_toml
-from gptforge.convert.card import CURVES, METRICS, Origin, beginning, copy_own, model_card
+from gptforge.convert.card import (
+    CURVES,
+    METRICS,
+    Origin,
+    beginning,
+    copy_own,
+    description,
+    model_card,
+)
 from gptforge.convert.extras import require
 from gptforge.convert.gguf import activation_difference, write_gguf
 from gptforge.convert.hf import is_hf, read_hf, write_hf
@@ -28,6 +36,7 @@ from gptforge.holding import new_folder, new_path
 from gptforge.printable import MAX_NAME, printable
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, named
+from gptforge.tokenizers.base import END_OF_TEXT
 
 Say = Callable[[str], None]
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
@@ -59,25 +68,38 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
         f"{out.as_posix()}: transformers' logits differ from ours by {difference:.1e} at most, "
         f"float32"
     )
+    _say_which_row_ends(parts, say)
 
 
 def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
     """Write a file that llama.cpp loads, after reading it back and comparing logits."""
     require("gguf", extra="gguf")
     parts = open_parts(run)
-    if not is_hf(Path(run)):
-        _checkpoint_of(run)
+    about = None if is_hf(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
     path = out if out.suffix == ".gguf" else out / f"model-{kind}.gguf"
     _refuse_existing(path)
-    title = title_of(run)
+    title, line = title_of(run), description(parts, about)
     with _writing(path), new_path(path) as scratch:
-        difference = write_gguf(scratch, parts, kind=kind, name=title)
+        difference = write_gguf(scratch, parts, kind=kind, name=title, description=line)
         _refuse_existing(path)
     say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
     if off := activation_difference(parts):
         say(
             "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
             f"tanh form: its logits differ by up to {off:.1e} because of that; --to hf keeps it"
+        )
+    _say_which_row_ends(parts, say)
+
+
+def _say_which_row_ends(parts: Parts, say: Say) -> None:
+    """Other programs want an end-of-text id; say which id serves as one, if none was learned."""
+    tokenizer = parts.tokenizer
+    if tokenizer.end_of_text is None:
+        is_spare = parts.config.vocab_size > tokenizer.size
+        row = "a spare row of the embedding" if is_spare else "a row added to the embedding"
+        say(
+            f"note: the {tokenizer.name} tokenizer has no end-of-text id: {row} serves as "
+            f"{END_OF_TEXT}, id {tokenizer.size}; the model has not learned to end a text"
         )
 
 

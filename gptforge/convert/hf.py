@@ -16,7 +16,7 @@ from gptforge.checkpoint.tensors import write_tensors
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
-from gptforge.convert.parts import Parts, fitted, probe, size_in, without_spare_rows
+from gptforge.convert.parts import Parts, fitted, probe, size_in, with_end_of_text
 from gptforge.errors import RunError, UserError, parsing
 from gptforge.files import read_small, require_bounded
 from gptforge.printable import short_repr
@@ -27,7 +27,10 @@ from gptforge.tokenizers.base import END_OF_TEXT
 LARGEST_DIFFERENCE = 1e-4
 """Of logits, in float32: what another order of additions explains, and nothing else."""
 
-# Their names are ours: both are GPT-2's own. These are stored (in, out) there, (out, in) here.
+PREFIX = "transformer."
+"""In front of our names and of those that transformers saves. OpenAI's own files have none: every
+program reads those, some read no others."""
+# But for that, their names are ours. These are stored (in, out) there, (out, in) here.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry as if they were weights."""
@@ -56,30 +59,27 @@ def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
         RunError: if transformers reads another model or tokenizer out of it than was put in.
     """
     require("transformers", extra="hf")
-    parts = without_spare_rows(parts)
-    tensors = {name: _turned(name, tensor) for name, tensor in parts.tensors.items()}
+    parts, end = with_end_of_text(parts)
+    tensors = {
+        name.removeprefix(PREFIX): _turned(name, tensor) for name, tensor in parts.tensors.items()
+    }
     write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
-    end = getattr(parts.tokenizer, "end_of_text", None)
     _write_json(folder / "config.json", _config(parts.config, end))
     draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
-    # Nothing to pad with where nothing ends a text: transformers takes a prompt's tokens of that id
-    # for padding, and looks past them.
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
-    _write_json(folder / "generation_config.json", {**draws, **ids})
-    _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer))
-    special = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    _write_json(folder / "generation_config.json", {**draws, **_special_ids(end)})
+    _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer, end))
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": parts.config.block_size,
             "clean_up_tokenization_spaces": False,
-            **special,
+            **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk", "pad")},
         },
     )
     save_tokenizer(parts.tokenizer, folder / OURS)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return _check(folder, parts)
+    return _check(folder, parts, end)
 
 
 def is_hf(folder: Path) -> bool:
@@ -121,7 +121,7 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     _require_size(folder, config)
     found = {}
     for name, tensor in _tensors(folder, config).items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
         if not name.endswith(MASKS):
             found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
     tensors = fitted(found, config, source=where)
@@ -141,7 +141,11 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
     return (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
 
 
-def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
+def _special_ids(end: int) -> dict[str, int]:
+    return {f"{name}_token_id": end for name in ("bos", "eos", "pad")}
+
+
+def _config(config: GPTConfig, end: int) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED.items()},
@@ -157,8 +161,7 @@ def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
         "initializer_range": 0.02,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **_special_ids(end),
         "torch_dtype": "float32",
         "use_cache": True,
     }
@@ -193,7 +196,7 @@ def _require_size(folder: Path, config: GPTConfig) -> None:
 
 
 @torch.inference_mode()
-def _check(folder: Path, parts: Parts) -> float:
+def _check(folder: Path, parts: Parts, end: int) -> float:
     """Read the folder as transformers does, and compare."""
     import transformers
 
@@ -203,7 +206,8 @@ def _check(folder: Path, parts: Parts) -> float:
     ids = [i for i in range(count) if i != parts.tokenizer.end_of_text]
     text = parts.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if theirs.encode(text, add_special_tokens=False) != parts.tokenizer.encode(text).tolist():
+    ids = theirs.encode(text, add_special_tokens=False)
+    if ids != parts.tokenizer.encode(text).tolist() or theirs.eos_token_id != end:
         raise RunError("transformers reads another tokenizer out of the export: it was not kept")
     peer = transformers.GPT2LMHeadModel.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32

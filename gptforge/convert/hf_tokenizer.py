@@ -24,19 +24,24 @@ def printable_bytes() -> list[str]:
     return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
 
 
-def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+def hf_tokenizer(tokenizer: Tokenizer, end: int | None = None) -> dict[str, Any]:
     """The content of tokenizer.json.
+
+    Args:
+        tokenizer: ours.
+        end: the end-of-text id, for a tokenizer that has none of its own.
 
     Raises:
         UserError: for a kind that has no such form yet.
     """
     record = tokenizer.to_json()
     kind = record["kind"]
+    end = end if tokenizer.end_of_text is None else tokenizer.end_of_text
     if kind == "char":
-        return _marked(_char(str(record["alphabet"])), tokenizer.end_of_text)
+        return _marked(_char(str(record["alphabet"])), end)
     if kind == "byte":
         vocab = {char: byte for byte, char in enumerate(printable_bytes())}
-        return _marked(_byte_level(vocab, []), tokenizer.end_of_text)
+        return _marked(_byte_level(vocab, []), end)
     if kind == "gpt2":
         merges = record["merges"]
         assert isinstance(merges, list)
