@@ -24,7 +24,8 @@ from gptforge.convert.card import (
 )
 from gptforge.convert.extras import require
 from gptforge.convert.gguf import activation_difference, write_gguf
-from gptforge.convert.hf import is_hf, read_hf, write_hf
+from gptforge.convert.hf import OLDER_WEIGHTS, files_of_a_model, is_hf, read_hf, write_hf
+from gptforge.convert.hub import OPENAI, fetch_model
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts
 from gptforge.convert.space import fill_space
@@ -41,8 +42,6 @@ from gptforge.tokenizers.base import END_OF_TEXT
 Say = Callable[[str], None]
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 """How files are named, and no model on the Hub."""
-OF_A_MODEL = ("config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json")
-"""What is read of a folder of transformers', or fetched from the Hub."""
 GELU_IS_KEPT = "activation gelu"
 """Part of the digest of a nanoGPT checkpoint: earlier versions imported its exact GELU as the tanh
 form, and such an import is not used again."""
@@ -159,7 +158,7 @@ def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     """
     path = Path(source)
     looks_ours = path.is_dir() and not is_hf(path)
-    if looks_ours or (not path.exists() and source.count("/") != 1):
+    if looks_ours or (not path.exists() and source.count("/") != 1 and source not in OPENAI):
         return source
     if path.is_file() and path.name in ("best", "last"):
         return source
@@ -193,7 +192,7 @@ def _digest(source: Path) -> str:
     """SHA-256 over what is read of a model, whatever it is called; empty for one on the Hub."""
     found = [source] if source.is_file() else []
     if source.is_dir():
-        found = sorted(path for name in OF_A_MODEL for path in source.glob(name))
+        found = files_of_a_model(source)
     whole = "".join(f"{path.suffix} {files.sha256(path)} " for path in found)
     if source.is_file():
         whole += GELU_IS_KEPT
@@ -321,7 +320,8 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
         raise UserError(f"{source} is {kind}, not a regular file: save the model to a file first")
     if path.suffix == ".gguf" and path.is_file():
         raise UserError(f"{source}: GGUF is not read: import the model that it was made from")
-    if path.suffix in (".safetensors", ".json") and path.is_file():
+    is_part = path.suffix in (".safetensors", ".json") or path.match(OLDER_WEIGHTS)
+    if is_part and path.is_file():
         raise UserError(f"{source}: a part of a model: give the folder that it lies in")
     if path.is_file():
         return read_nanogpt(path, tokenizer=tokenizer)
@@ -339,15 +339,4 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
             f"{source} does not exist: give a folder of transformers', nanoGPT's ckpt.pt, or a "
             "name on the Hugging Face Hub"
         )
-    require("huggingface_hub", extra="hf")
-    import huggingface_hub
-
-    say(f"fetching {source} from the Hugging Face Hub")
-    try:
-        folder = huggingface_hub.snapshot_download(source, allow_patterns=list(OF_A_MODEL))
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{source} is neither here nor to be had from the Hugging Face Hub: {first}"
-        ) from None
-    return read_hf(Path(folder), tokenizer=tokenizer)
+    return read_hf(fetch_model(source, say=say), tokenizer=tokenizer)

@@ -17,6 +17,7 @@ from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
 from gptforge.convert.parts import Parts, fitted, probe, size_in, with_end_of_text
+from gptforge.convert.torch_file import read_torch_file
 from gptforge.errors import RunError, UserError, parsing
 from gptforge.files import read_small, require_bounded
 from gptforge.printable import short_repr
@@ -34,6 +35,13 @@ program reads those, some read no others."""
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry as if they were weights."""
+
+WEIGHTS, OLDER_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
+OTHER_FILES = (
+    *("config.json", "tokenizer.json", "gptforge*.json"),
+    *("merges.txt", "vocab.json", "added_tokens.json"),
+)
+"""What is read of a folder beside its weights."""
 
 # What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
 FIXED: Mapping[str, tuple[object, ...]] = {
@@ -85,6 +93,11 @@ def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
 def is_hf(folder: Path) -> bool:
     """Whether a folder has the form that transformers saves."""
     return (folder / "config.json").is_file()
+
+
+def files_of_a_model(folder: Path) -> list[Path]:
+    """All that `read_hf` may read of a folder."""
+    return sorted({*_weights(folder), *(p for name in OTHER_FILES for p in folder.glob(name))})
 
 
 def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
@@ -172,22 +185,40 @@ def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     # Float64 weights, an output layer of its own, and the causal masks that old ones have.
     masks = config.n_layer * config.block_size**2
     most = 8 * (2 * costs.parameters(config) + masks) + MORE_BYTES
-    paths = sorted(folder.glob("model*.safetensors"))
+    paths = _weights(folder)
     if not paths:
         raise UserError(
-            f"{folder.as_posix()} has no model.safetensors; other forms of weights are not read"
+            f"{folder.as_posix()} has neither model.safetensors nor pytorch_model.bin; other forms "
+            "of weights are not read"
         )
     found: dict[str, Tensor] = {}
     for path in paths:
-        with parsing(path, "a readable safetensors file"):
+        is_safetensors = path.suffix == ".safetensors"
+        what = "a readable safetensors file" if is_safetensors else "weights of transformers'"
+        with parsing(path, what):
             require_bounded(path, most)
-            found |= load_file(path)
+            found |= load_file(path) if is_safetensors else _pickled(path)
     return found
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights; the older form only where the newer is missing."""
+    return sorted(folder.glob(WEIGHTS)) or sorted(folder.glob(OLDER_WEIGHTS))
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    tensors = read_torch_file(path, what="weights of transformers'")
+    if not isinstance(tensors, Mapping):
+        raise ValueError("no names with tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{short_repr(name)} is no tensor")
+    return dict(tensors)
 
 
 def _require_size(folder: Path, config: GPTConfig) -> None:
     """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
-    present = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    present = sum(path.stat().st_size for path in _weights(folder))
     if present and 2 * costs.parameters(config) > present:
         raise UserError(
             f"{folder.as_posix()}/config.json describes {costs.parameters(config):,} parameters, "

@@ -1,12 +1,10 @@
 """From nanoGPT's ckpt.pt, read without running any code that may be in it."""
 
-import re
 from pathlib import Path
-
-import torch
 
 from gptforge.config import GPTConfig
 from gptforge.convert.parts import Parts, fitted, size_in
+from gptforge.convert.torch_file import read_torch_file
 from gptforge.errors import UserError, parsing
 from gptforge.files import require_bounded
 from gptforge.tokenizers import Tokenizer, named
@@ -34,17 +32,7 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         require_bounded(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        # weights_only reads tensors and plain containers, and refuses to import anything else.
-        record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-    except Exception as error:
-        # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
-        stranger = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" (it names {stranger[1]})" if stranger else ""
-        raise UserError(
-            f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
-            "anything else could run code when read"
-        ) from None
+    record = read_torch_file(path, what="nanoGPT's ckpt.pt")
     with parsing(path, "a checkpoint of nanoGPT"):
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
