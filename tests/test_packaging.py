@@ -35,7 +35,7 @@ def test_every_extra_that_is_named_exists() -> None:
     named = {
         extra
         for path in TEXTS
-        for extras in re.findall(r"-e '\.\[([\w,]+)\]'", path.read_text("utf-8"))
+        for extras in re.findall(r"-e '\.\[([\w,-]+)\]'", path.read_text("utf-8"))
         for extra in extras.split(",")
     }
     assert {"test", "demo", "hf"} <= named <= extras

@@ -183,7 +183,6 @@ def test_questions_of_files_are_put_to_a_run(program, run, play) -> None:
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
-        ("winogrande", "there are hellaswag, lambada"),
         ("lambada=none.jsonl", "none.jsonl: there is no such file"),
         ("lambada=bad.jsonl", "bad.jsonl, line 1: not a question of lambada ('text' is missing)"),
         ("lambada=list.jsonl", "line 1: not a JSON object"),
