@@ -1,6 +1,10 @@
 """What people install: the extras that messages and docs name, and how they are told to."""
 
+import email
 import re
+import shutil
+import subprocess
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -50,3 +54,42 @@ def test_an_install_hint_names_the_checkout(monkeypatch, tmp_path, is_checkout) 
         (tmp_path / "pyproject.toml").touch()
     place = tmp_path.as_posix() if is_checkout else "a checkout of GPT-Forge"
     assert install_hint("hf") == f"pip install -e '.[hf]' in {place}"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> dict[str, bytes]:
+    """Files of the source archive, by their names in it."""
+    sdist = pytest.importorskip("hatchling.builders.sdist", reason="hatchling is not installed")
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="its plugin is not installed")
+    folder = tmp_path_factory.mktemp("dist")
+    [path] = sdist.SdistBuilder(str(ROOT)).build(directory=str(folder))
+    with tarfile.open(path) as tar:
+        return {
+            member.name.partition("/")[2]: tar.extractfile(member).read()
+            for member in tar.getmembers()
+            if member.isfile()
+        }
+
+
+def test_the_source_archive_has_every_file_of_the_repository(archive) -> None:
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    tracked = {name for name in listed.stdout.decode().split("\0") if (ROOT / name).is_file()}
+    assert tracked - {".gitattributes"} <= set(archive)
+
+
+def test_the_description_for_a_package_index_has_no_link_that_leads_nowhere(archive) -> None:
+    text = email.message_from_bytes(archive["PKG-INFO"]).get_payload(decode=True).decode()
+    assert "# GPT-Forge" in text
+    assert "Use what you trained has the rest" in text
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert [link for link in targets if not link.startswith("https://")] == []
+
+
+def test_links_of_readme_and_docs_lead_to_files_that_exist() -> None:
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text("utf-8")):
+            if not link.startswith(("https://", "http://", "mailto:")):
+                assert (path.parent / link).exists(), f"{path.name}: {link}"
