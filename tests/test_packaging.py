@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.convert.space import REQUIREMENTS
 from gptforge.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,20 @@ def test_every_extra_that_is_named_exists() -> None:
         for extra in extras.split(",")
     }
     assert {"test", "demo", "hf"} <= named <= extras
+
+
+def test_a_space_requires_what_the_package_does() -> None:
+    wanted = set(REQUIREMENTS.splitlines())
+    assert set(PROJECT["dependencies"]) < wanted
+    assert wanted - set(PROJECT["dependencies"]) == set(PROJECT["optional-dependencies"]["demo"])
+
+
+def test_an_extra_that_is_repeated_for_the_tests_has_the_same_floor() -> None:
+    extras = PROJECT["optional-dependencies"]
+    floors: dict[str, set[str]] = {}
+    for line in (line for lines in extras.values() for line in lines):
+        floors.setdefault(re.split(r"[<>=]", line)[0], set()).add(line)
+    assert {name: lines for name, lines in floors.items() if len(lines) > 1} == {}
 
 
 @pytest.mark.parametrize("is_checkout", [True, False])
