@@ -16,8 +16,8 @@ from gptforge.checkpoint.tensors import write_tensors
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
-from gptforge.convert.parts import Parts, fitted, probe, size_in, with_end_of_text
-from gptforge.convert.torch_file import read_torch_file
+from gptforge.convert.parts import TIED, Parts, fitted, probe, size_in, with_end_of_text
+from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import RunError, UserError, parsing
 from gptforge.files import read_small, require_bounded
 from gptforge.printable import short_repr
@@ -213,6 +213,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{short_repr(name)} is no tensor")
+    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != TIED})
     return dict(tensors)
 
 
