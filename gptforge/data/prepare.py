@@ -220,7 +220,7 @@ class _Preparation:
         elif self._was_finished:
             damage = damage or f"{INDEX} is missing"
         if damage is not None:
-            self.say(f"note: {self.out.as_posix()}: {damage}: it is prepared again")
+            self.say(f"note: {damage}: {self.out.as_posix()} is prepared again")
             self._discard()
             return None
         if index is not None and not self._is_cache:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gptforge import files
 from gptforge.data.index import INDEX, TOKENIZER, Index, hash_of
-from gptforge.errors import UserError
+from gptforge.errors import UserError, reason
 
 STAMP = ".verified"
 Stamp = dict[str, dict[str, Any]]
@@ -37,7 +37,6 @@ def find_damage(index: Index, *, max_bytes: int | None = None) -> str | None:
     """
     folder, stamp = index.folder, _load(index.folder)
     try:
-        index.shards("train"), index.shards("val")
         changed = [
             name
             for name in (INDEX, TOKENIZER, *_shard_hashes(index))
@@ -62,6 +61,9 @@ def find_damage(index: Index, *, max_bytes: int | None = None) -> str | None:
     except OSError as error:
         where = Path(str(error.filename or folder)).name
         return f"{where}: {error.strerror or error}"
+    except Exception as error:
+        # An index from elsewhere may hold anything.
+        return f"{INDEX}: {reason(error)}"
     # A folder that is not ours to write to is hashed again the next time.
     with contextlib.suppress(OSError):
         _save(folder, found)

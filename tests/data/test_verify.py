@@ -49,11 +49,11 @@ def other_alphabet(path: Path) -> None:
 
 DAMAGE = {
     "flipped byte": (lambda f: flip(f / SHARD, 2000), f"{SHARD} is not what {INDEX} says"),
-    "truncated shard": (lambda f: os.truncate(f / SHARD, 1500), "truncated"),
-    "missing shard": (lambda f: (f / SHARD).unlink(), "there is no such file"),
+    "truncated shard": (lambda f: os.truncate(f / SHARD, 1500), f"{SHARD} is not what"),
+    "missing shard": (lambda f: (f / SHARD).unlink(), "No such file"),
     "shard is a folder": (
         lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()),
-        "a folder, not a regular file",
+        "not a regular file",
     ),
     "other tokenizer": (lambda f: other_alphabet(f / TOKENIZER), f"{TOKENIZER} is not what"),
     "missing tokenizer": (lambda f: (f / TOKENIZER).unlink(), f"{TOKENIZER}: No such file"),
