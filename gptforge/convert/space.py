@@ -17,12 +17,22 @@ from gptforge.files import point
 
 APP = '''"""The page of this Space; `python app.py` shows it on this machine as well."""
 
+import os
 from pathlib import Path
 
 from gptforge.demo.launch import launch
 
+# A Space is public under names of its host's; elsewhere the page is for this machine alone.
+IS_SPACE = "SPACE_ID" in os.environ
+
 if __name__ == "__main__":
-    launch(str(Path(__file__).parent), host="0.0.0.0", port=7860, title=TITLE)
+    launch(
+        str(Path(__file__).parent),
+        host="0.0.0.0" if IS_SPACE else "127.0.0.1",
+        port=7860,
+        title=TITLE,
+        allowed_hosts=["*"] if IS_SPACE else [],
+    )
 '''
 
 # The Space's own image has Python; these are the core packages that the page imports, and Gradio.

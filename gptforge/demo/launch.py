@@ -34,7 +34,7 @@ def launch(
         device: auto, cpu, cuda, cuda:N or mps.
         title: what the page is called; empty: as the run folder is.
         allowed_hosts: names that the page may be asked for under, besides this machine's own;
-            `*` for any. On a Hugging Face Space its own name is among them.
+            `*` for any.
 
     Raises:
         UserError: if there is no model, the host is none of this machine, or Gradio is not
@@ -75,7 +75,7 @@ def launch(
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
     style = STYLE.read_text(encoding="utf-8").replace("SERIF", ", ".join(f'"{f}"' for f in serif))
-    hosts = {host, *allowed_hosts, os.environ.get("SPACE_HOST", "localhost")}
+    hosts = {host, *allowed_hosts}
     try:
         _, address, _ = page.launch(
             # An address with colons can stand before a port only in brackets.

@@ -174,8 +174,8 @@ class Heartbeat:
             if silent > self._silence:
                 where = os.environ.get("MASTER_ADDR")
                 self._print(
-                    f"{self._where} cannot reach the other ranks, at {where}, any more: that "
-                    "machine or its launcher is gone, or the network"
+                    f"{self._where} cannot reach the other ranks, at {where}, any more: rank 0, "
+                    "its machine or its launcher stands still or is gone, or the network"
                 )
                 self._part(FAILURE)
 
