@@ -135,7 +135,9 @@ def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, pl
     assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
     assert read_hf(Path("hf")).config.activation == "gelu"
     theirs = transformers.GPT2LMHeadModel.from_pretrained("hf", local_files_only=True).eval()
-    near = float((theirs(IDS).logits - parts.model()(IDS)).detach().abs().max())
+    # Behind the tokenizer's ids the export has one for the end of a text.
+    logits = theirs(IDS).logits[..., : SHAPE.vocab_size]
+    near = float((logits - parts.model()(IDS)).detach().abs().max())
     assert near < far(parts) / 50
     assert load("hf", device="cpu").model.config.activation == "gelu"
 

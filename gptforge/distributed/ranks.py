@@ -246,17 +246,19 @@ class ManyRanks(Ranks):
         self._store.set(f"facts/{self.rank}", json.dumps({"where": self.where, **facts}))
         if not self.is_first:
             # Not on to a sum, which has a time limit, while another prepares its text.
-            self._get("facts/same")
+            self._get("facts/compared")
             return
-        for other in range(1, self.size):
-            theirs = json.loads(self._get(f"facts/{other}"))
-            for name, value in facts.items():
-                if theirs[name] != value:
-                    raise UserError(
-                        f"{theirs['where']} has another {name} than rank 0: {theirs[name]}, not "
-                        f"{value}; all ranks need the same"
-                    )
-        self._store.set("facts/same", "yes")
+        try:
+            for other in range(1, self.size):
+                theirs = json.loads(self._get(f"facts/{other}"))
+                for name, value in facts.items():
+                    if theirs[name] != value:
+                        raise UserError(
+                            f"{theirs['where']} has another {name} than rank 0: {theirs[name]}, "
+                            f"not {value}; all ranks need the same"
+                        )
+        finally:
+            self._store.set("facts/compared", "yes")
 
     def agreement(self, lag: int) -> Agreement:
         """As `Ranks.agreement`."""
