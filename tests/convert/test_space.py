@@ -45,22 +45,6 @@ def test_it_is_complete_and_a_run_folder_too(space, config) -> None:
     assert load(space, device="cpu").generate("ROMEO:", 20, seed=1)
 
 
-def test_what_it_requires_is_what_the_package_requires(space) -> None:
-    wanted = set((space / "requirements.txt").read_text().split())
-    try:
-        core = importlib.metadata.requires("gptforge") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("gptforge is imported here without being installed")
-    plain = {re.sub(r"\s", "", line) for line in core if "extra" not in line}
-
-    def normal(line: str) -> tuple[str, frozenset[str]]:
-        name = re.match(r"[\w-]+", line)
-        assert name
-        return name[0], frozenset(line.removeprefix(name[0]).split(","))
-
-    assert {normal(line) for line in plain} <= {normal(line) for line in wanted}
-
-
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
     """The Python of a fresh environment with the packages of this one, but without gptforge."""
