@@ -57,7 +57,7 @@ def main() -> None:
         export_hf(args.run, out, say=lambda _: None)
         peer = transformers.GPT2LMHeadModel.from_pretrained(out, local_files_only=True).eval()
         with torch.inference_mode():
-            theirs = peer(windows).logits
+            theirs = peer(windows).logits[..., :size]
             text = peer.generate(torch.tensor([prompt]), max_new_tokens=steps, do_sample=False)
         same = agreement(written.ids, text[0, 16:].tolist())
         worst = float((theirs - mine).abs().max())

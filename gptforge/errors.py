@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from gptforge.printable import MAX_NAME, printable, short_repr
 
@@ -75,3 +76,10 @@ def reason(error: BaseException) -> str:
 
 def _refusal(source: object, what: str, why: str, hint: str) -> str:
     return f"{source}: not {what} ({why}){': ' if hint else ''}{hint}"
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs the packages of an optional extra, and where to run it."""
+    root = Path(__file__).parents[1]
+    place = root.as_posix() if (root / "pyproject.toml").is_file() else "a checkout of GPT-Forge"
+    return f"pip install -e '.[{extra}]' in {place}"

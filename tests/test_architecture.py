@@ -53,7 +53,7 @@ ROOMS = [
 # Optional, or slow to load: only inside the function that uses them.
 LAZY = {"triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf"}
 LAZY |= {"pyarrow", "zstandard", "gigatoken", "tokenizers", "datasets"}
-LAZY |= {"wandb", "tensorboard", "quack"}
+LAZY |= {"wandb", "tensorboard", "quack", "lm_eval"}
 NO_TORCH = {"errors", "config", "presets", "files", "holding", "costs", "flags", "commands", "cli"}
 NO_TORCH |= {"printable", "launch_env", "waking", "shell", "__main__", "__init__"}
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptforge.config import Config
-from gptforge.errors import UserError
+from gptforge.errors import UserError, install_hint
 from gptforge.hardware import Precision, autocast
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
@@ -104,7 +104,7 @@ def transformers_model(model: GPT) -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("--peer hf needs transformers: pip install 'gptforge[hf]'") from None
+        raise UserError(f"--peer hf needs transformers: {install_hint('hf')}") from None
     transformers.utils.logging.set_verbosity_error()
     c = model.config
     peer = transformers.GPT2LMHeadModel(

@@ -13,10 +13,19 @@ from gptforge import __version__, files
 from gptforge.build.trained import open_parts
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import NOTES, Config, check, merge, to_toml
-from gptforge.convert.card import CURVES, METRICS, Origin, beginning, copy_own, model_card
+from gptforge.convert.card import (
+    CURVES,
+    METRICS,
+    Origin,
+    beginning,
+    copy_own,
+    description,
+    model_card,
+)
 from gptforge.convert.extras import require
 from gptforge.convert.gguf import activation_difference, write_gguf
-from gptforge.convert.hf import is_hf, read_hf, write_hf
+from gptforge.convert.hf import OLDER_WEIGHTS, files_of_a_model, is_hf, read_hf, write_hf
+from gptforge.convert.hub import OPENAI, fetch_model
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.convert.parts import Parts, spare_row_probability
 from gptforge.convert.space import fill_space
@@ -28,12 +37,11 @@ from gptforge.holding import new_folder, new_path
 from gptforge.printable import MAX_NAME, printable
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, named
+from gptforge.tokenizers.base import END_OF_TEXT
 
 Say = Callable[[str], None]
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 """How files are named, and no model on the Hub."""
-OF_A_MODEL = ("config.json", "model*.safetensors", "tokenizer.json", "merges.txt", "gptforge*.json")
-"""What is read of a folder of transformers', or fetched from the Hub."""
 FAINT = 1e-4
 """Probability of an id without a token from which on an export says so."""
 GELU_IS_KEPT = "activation gelu"
@@ -61,19 +69,19 @@ def export_hf(run: str, out: Path, *, say: Say) -> None:
         f"{out.as_posix()}: transformers' logits differ from ours by {difference:.1e} at most, "
         f"float32"
     )
+    _say_which_row_ends(parts, say)
 
 
 def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
     """Write a file that llama.cpp loads, after reading it back and comparing logits."""
     require("gguf", extra="gguf")
     parts = open_parts(run)
-    if not is_hf(Path(run)):
-        _checkpoint_of(run)
+    about = None if is_hf(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
     path = out if out.suffix == ".gguf" else out / f"model-{kind}.gguf"
     _refuse_existing(path)
-    title = title_of(run)
+    title, line = title_of(run), description(parts, about)
     with _writing(path), new_path(path) as scratch:
-        difference = write_gguf(scratch, parts, kind=kind, name=title)
+        difference = write_gguf(scratch, parts, kind=kind, name=title, description=line)
         _refuse_existing(path)
     say(f"{path.as_posix()}: logits read back differ from ours by {difference:.1e} at most, {kind}")
     if (share := spare_row_probability(parts)) > FAINT:
@@ -85,6 +93,19 @@ def export_gguf(run: str, out: Path, *, kind: str, say: Say) -> None:
         say(
             "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
             f"tanh form: its logits differ by up to {off:.1e} because of that; --to hf keeps it"
+        )
+    _say_which_row_ends(parts, say)
+
+
+def _say_which_row_ends(parts: Parts, say: Say) -> None:
+    """Other programs want an end-of-text id; say which id serves as one, if none was learned."""
+    tokenizer = parts.tokenizer
+    if tokenizer.end_of_text is None:
+        is_spare = parts.config.vocab_size > tokenizer.size
+        row = "a spare row of the embedding" if is_spare else "a row added to the embedding"
+        say(
+            f"note: the {tokenizer.name} tokenizer has no end-of-text id: {row} serves as "
+            f"{END_OF_TEXT}, id {tokenizer.size}; the model has not learned to end a text"
         )
 
 
@@ -144,7 +165,7 @@ def imported(source: str, *, say: Say, scratch: Path | None = None) -> str:
     """
     path = Path(source)
     looks_ours = path.is_dir() and not is_hf(path)
-    if looks_ours or (not path.exists() and source.count("/") != 1):
+    if looks_ours or (not path.exists() and source.count("/") != 1 and source not in OPENAI):
         return source
     if path.is_file() and path.name in ("best", "last"):
         return source
@@ -187,7 +208,7 @@ def _digest(source: Path) -> str:
     """SHA-256 over what is read of a model, whatever it is called; empty for one on the Hub."""
     found = [source] if source.is_file() else []
     if source.is_dir():
-        found = sorted(path for name in OF_A_MODEL for path in source.glob(name))
+        found = files_of_a_model(source)
     whole = "".join(f"{path.suffix} {files.sha256(path)} " for path in found)
     if source.is_file():
         whole += GELU_IS_KEPT
@@ -317,7 +338,8 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
         raise UserError(f"{source} is {kind}, not a regular file: save the model to a file first")
     if path.suffix == ".gguf" and path.is_file():
         raise UserError(f"{source}: GGUF is not read: import the model that it was made from")
-    if path.suffix in (".safetensors", ".json") and path.is_file():
+    is_part = path.suffix in (".safetensors", ".json") or path.match(OLDER_WEIGHTS)
+    if is_part and path.is_file():
         raise UserError(f"{source}: a part of a model: give the folder that it lies in")
     if path.is_file():
         return read_nanogpt(path, tokenizer=tokenizer)
@@ -335,15 +357,4 @@ def _read(source: str, tokenizer: Tokenizer | None, say: Say) -> Parts:
             f"{source} does not exist: give a folder of transformers', nanoGPT's ckpt.pt, or a "
             "name on the Hugging Face Hub"
         )
-    require("huggingface_hub", extra="hf")
-    import huggingface_hub
-
-    say(f"fetching {source} from the Hugging Face Hub")
-    try:
-        folder = huggingface_hub.snapshot_download(source, allow_patterns=list(OF_A_MODEL))
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{source} is neither here nor to be had from the Hugging Face Hub: {first}"
-        ) from None
-    return read_hf(Path(folder), tokenizer=tokenizer)
+    return read_hf(fetch_model(source, say=say), tokenizer=tokenizer)

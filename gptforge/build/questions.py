@@ -11,7 +11,8 @@ from typing import Any
 from gptforge.build.trained import load
 from gptforge.checkpoint import store as checkpoints
 from gptforge.convert.hf import is_hf
-from gptforge.errors import RunError, UserError, parsing
+from gptforge.errors import RunError, UserError, install_hint, parsing
+from gptforge.evaluate.harness import ask_harness, harness_tasks
 from gptforge.evaluate.tasks import TASKS, Question, answer
 from gptforge.files import open_regular
 from gptforge.hardware import choose_precision
@@ -27,14 +28,18 @@ LONGEST_LINE = 2**20
 Scores = dict[str, dict[str, float]]
 
 
-def ask(run: str, tasks: str, *, limit: int = 0, device: str = "auto") -> Scores:
+def ask(
+    run: str, tasks: str, *, limit: int = 0, device: str = "auto", include_path: str = ""
+) -> Scores:
     """Put questions to a model; each task's scores by their names in the harness.
 
     Args:
         run: as `load` takes it.
-        tasks: names with commas between; `NAME=FILE` reads JSON lines instead of the Hub.
+        tasks: names with commas between; `NAME=FILE` reads JSON lines instead of the Hub. Names
+            that are not built in are lm-evaluation-harness's.
         limit: ask the first so many of each task; 0: all.
         device: as `load` takes it.
+        include_path: folder with more tasks for lm-evaluation-harness.
 
     Raises:
         UserError: for an unknown task, or questions that cannot be had or read.
@@ -42,10 +47,14 @@ def ask(run: str, tasks: str, *, limit: int = 0, device: str = "auto") -> Scores
     if limit < 0:
         raise UserError(f"--limit must be 0 or more, not {limit}")
     named = [task.strip().partition("=") for task in tasks.split(",")]
-    for name, _, _ in named:
-        if name not in TASKS:
-            raise UserError(f"--tasks {name}: there are {', '.join(TASKS)}")
-    asked = {name: _questions(name, file, limit) for name, _, file in named}
+    others = [name for name, _, _ in named if name not in TASKS]
+    for name, _, file in named:
+        if file and name in others:
+            raise UserError(f"--tasks {name}={file}: files are read for {', '.join(TASKS)} only")
+    if include_path and not Path(include_path).is_dir():
+        raise UserError(f"--include_path {include_path}: no such folder")
+    manager = harness_tasks(others, include_path) if others else None
+    asked = {name: _questions(name, file, limit) for name, _, file in named if name in TASKS}
     writer = load(run, device=device)
     dtype = "auto"
     if not is_hf(Path(run)):
@@ -57,6 +66,8 @@ def ask(run: str, tasks: str, *, limit: int = 0, device: str = "auto") -> Scores
         if any(math.isnan(one.logprob) for given in answers for one in given):
             raise RunError(f"{run}: its answers are no numbers: the training of it broke down")
         scores[name] = TASKS[name].score(questions, answers) | {"questions": len(questions)}
+    if others:
+        scores |= ask_harness(writer, others, manager, precision, limit)
     return scores
 
 
@@ -89,8 +100,7 @@ def _of_the_hub(name: str) -> Iterable[Mapping[str, Any]]:
     instead = f"or give the file: --tasks {name}=FILE.jsonl"
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"--tasks {name} is fetched by the package datasets: pip install 'gptforge[tasks]', "
-            f"or in a clone pip install -e '.[tasks]', {instead}"
+            f"--tasks {name} is fetched by the package datasets: {install_hint('tasks')}, {instead}"
         )
     import datasets
 

@@ -12,6 +12,7 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.hf import is_hf, read_hf
 from gptforge.convert.hf_tokenizer import OURS
+from gptforge.convert.hub import OPENAI
 from gptforge.convert.parts import Parts, fitted
 from gptforge.data.corpus import Wanted, open_corpus
 from gptforge.data.documents import Form
@@ -83,6 +84,11 @@ def open_parts(run: str | Path) -> Parts:
         raise UserError(f"{run!r} is no run: give the path of a run folder or a checkpoint folder")
     if is_hf(Path(run)):
         return read_hf(Path(run))
+    if not Path(run).exists() and str(run).removeprefix("openai-community/") in OPENAI:
+        raise UserError(
+            f"{run} does not exist here: fetch it once, gptforge import {run} runs/{Path(run).name}"
+            f", and give runs/{Path(run).name}"
+        )
     tried: set[Path] = set()
     while True:
         path = checkpoints.resolve(str(run))

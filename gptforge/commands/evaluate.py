@@ -31,7 +31,10 @@ class EvalArgs:
     """What --data holds; auto goes by its name."""
     tasks: str = ""
     """hellaswag, lambada or both: questions to be answered instead, or as well as --data. They come
-    from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file."""
+    from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file. Other names are tasks of
+    lm-evaluation-harness, where the package lm_eval is installed."""
+    include_path: str = ""
+    """Folder with more tasks for lm-evaluation-harness, in its own form."""
     limit: int = 0
     """Ask the first so many questions of each task; 0: all."""
     json: bool = False
@@ -50,7 +53,13 @@ def evaluate(args: list[str]) -> int:
     if asked.tasks:
         from gptforge.build.questions import ask
 
-        scores = ask(asked.run, asked.tasks, limit=asked.limit, device=asked.device)
+        scores = ask(
+            asked.run,
+            asked.tasks,
+            limit=asked.limit,
+            device=asked.device,
+            include_path=asked.include_path,
+        )
         facts["tasks"] = scores
         if not asked.json:
             for name, score in scores.items():
@@ -93,11 +102,12 @@ def _judge_by_text(asked: EvalArgs) -> dict[str, object]:
 
 def _in_words(score: Mapping[str, float]) -> str:
     """A task's scores in a line, as the harness names them."""
-    words = [
-        f"{name} {score[name]:.2%} ± {score[name + '_stderr']:.2%}"
-        for name in ("acc", "acc_norm")
-        if name in score
-    ]
-    if "perplexity" in score:
-        words.append(f"perplexity {score['perplexity']:.2f}")
-    return f"{', '.join(words)}, of {score['questions']:,} questions"
+    words = []
+    for name, value in score.items():
+        if name == "questions" or name.endswith("_stderr"):
+            continue
+        form = ".2%" if name.startswith("acc") else ".2f" if "perplexity" in name else ".4f"
+        error = score.get(f"{name}_stderr")
+        words.append(f"{name} {value:{form}}" + (f" ± {error:{form}}" if error is not None else ""))
+    count = f", of {score['questions']:,} questions" if "questions" in score else ""
+    return ", ".join(words) + count

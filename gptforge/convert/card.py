@@ -9,7 +9,7 @@ from gptforge.config import Config
 from gptforge.convert.parts import Parts
 from gptforge.errors import UserError
 from gptforge.files import read_bounded
-from gptforge.printable import markdown
+from gptforge.printable import MAX_NAME, markdown, printable
 from gptforge.report.metrics import History
 from gptforge.tokenizers import Tokenizer
 
@@ -65,6 +65,14 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def description(parts: Parts, config: Config | None) -> str:
+    """One line about a model, for forms that have no room for a card; None: not from a run."""
+    text = f", on {printable(Path(config.input).name, MAX_NAME)}" if config else ""
+    return (
+        f"A GPT-2 with {costs.parameters(parts.config):,} parameters, trained with GPT-Forge{text}"
+    )
 
 
 def beginning(tokenizer: Tokenizer) -> str:

@@ -1,19 +1,20 @@
 """To llama.cpp's GGUF: one file with weights, shape and tokenizer."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from gptforge import costs
+from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import hf_tokenizer, printable_bytes
-from gptforge.convert.parts import TABLE, Parts, probe
+from gptforge.convert.parts import Parts, probe, with_end_of_text
 from gptforge.errors import RunError, UserError
 from gptforge.files import replacing
+from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
 
 TYPES = ("f32", "f16", "q8_0")
@@ -37,7 +38,7 @@ BLOCK = {
 }
 
 
-def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
+def write_gguf(path: Path, parts: Parts, *, kind: str, name: str, description: str = "") -> float:
     """Write the file, whole; returns the largest difference of its logits to ours.
 
     Args:
@@ -45,6 +46,7 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
         parts: the model.
         kind: one of TYPES: what its matrices are stored in. Vectors and positions stay float32.
         name: what llama.cpp shows.
+        description: one line about the model.
 
     Raises:
         UserError: if the gguf package is missing or the shape does not suit.
@@ -53,25 +55,22 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
     require("gguf", extra="gguf")
     import gguf
 
+    parts, end = with_end_of_text(parts)
     config = parts.config
     if kind not in TYPES:
         raise UserError(f"--type {kind}: give one of {', '.join(TYPES)}")
     if kind == "q8_0" and config.n_embd % 32:
         raise UserError(f"q8_0 stores 32 numbers together: n_embd {config.n_embd} does not divide")
-    tokens, merges, end, rows = _vocabulary(parts)
-    tensors = {**parts.tensors, TABLE: parts.tensors[TABLE][:rows]}
+    tokens, merges = _vocabulary(parts.tokenizer, end)
     with replacing(path) as partial:
         writer = gguf.GGUFWriter(partial, "gpt2")
-        writer.add_name(name)
+        _describe(writer, config, kind, name, description)
         writer.add_context_length(config.block_size)
         writer.add_embedding_length(config.n_embd)
         writer.add_feed_forward_length(config.mlp_ratio * config.n_embd)
         writer.add_block_count(config.n_layer)
         writer.add_head_count(config.n_head)
         writer.add_layer_norm_eps(1e-5)
-        types = gguf.LlamaFileType
-        file_type = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "q8_0": types.MOSTLY_Q8_0}
-        writer.add_file_type(file_type[kind])
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(tokens)
@@ -80,9 +79,11 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
         writer.add_token_merges(merges)
         writer.add_bos_token_id(end)
         writer.add_eos_token_id(end)
+        writer.add_unk_token_id(end)
+        writer.add_pad_token_id(end)
         writer.add_add_bos_token(False)
         stored = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}[kind]
-        for our, tensor in tensors.items():
+        for our, tensor in parts.tensors.items():
             is_matrix = tensor.ndim == 2 and our != "transformer.wpe.weight"
             as_type = gguf.GGMLQuantizationType[stored if is_matrix else "F32"]
             values = gguf.quants.quantize(tensor.numpy(), as_type)
@@ -91,7 +92,7 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str) -> float:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return _check(partial, parts, rows, is_exact=kind == "f32")
+        return _check(partial, parts, is_exact=kind == "f32")
 
 
 def activation_difference(parts: Parts) -> float:
@@ -115,41 +116,44 @@ def gguf_name(name: str) -> str:
     return f"blk.{number}.{BLOCK[module]}.{part}"
 
 
-def _vocabulary(parts: Parts) -> tuple[list[str], list[str], int, int]:
-    """Tokens, merges, the end-of-text id, and the rows of the table that they need.
+def _describe(writer: Any, config: GPTConfig, kind: str, name: str, description: str) -> None:
+    """Metadata under `general.`; no licence, which depends on the text that was learned."""
+    import gguf
+
+    count = costs.parameters(config)
+    writer.add_type("model")
+    writer.add_name(name)
+    if description:
+        writer.add_description(description)
+    writer.add_size_label(gguf.size_label(count, count, 0, 0))
+    writer.add_tags(["text-generation", "gpt2"])
+    types = gguf.LlamaFileType
+    file_type = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "q8_0": types.MOSTLY_Q8_0}
+    writer.add_file_type(file_type[kind])
+    if kind == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _vocabulary(tokenizer: Tokenizer, end: int) -> tuple[list[str], list[str]]:
+    """Tokens and merges.
 
     llama.cpp knows byte-level BPE. Characters become that too: one of several bytes is merged from
-    them, and needs no token for the steps between. It also insists on an end-of-text id, for which
-    a spare row of the table serves: nothing was ever trained to follow it.
+    them, and needs no token for the steps between.
     """
-    tokenizer = parts.tokenizer
     record = tokenizer.to_json()
-    end = getattr(tokenizer, "end_of_text", None)
     if record["kind"] == "char":
         spelled = [_spelled(char) for char in str(record["alphabet"])]
         merges = [f"{word[:i]} {word[i]}" for word in spelled for i in range(1, len(word))]
         merges = list(dict.fromkeys(merges))
-        spelled += [END_OF_TEXT] * (end is not None)
+        spelled.append(END_OF_TEXT)
     else:
-        model: dict[str, Any] = hf_tokenizer(tokenizer)["model"]
+        model: dict[str, Any] = hf_tokenizer(tokenizer, end)["model"]
         vocab: dict[str, int] = model["vocab"]
         spelled = sorted(vocab, key=lambda token: vocab[token])
         merges = [" ".join(pair) for pair in model["merges"]]
     # An empty list has no type in GGUF: NUL twice, which no text holds.
     nul = printable_bytes()[0]
-    merges = merges or [f"{nul} {nul}"]
-    if end is None and record["kind"] == "byte":
-        return spelled, merges, 0, 256
-    if end is None:
-        if parts.config.vocab_size == tokenizer.size:
-            raise UserError(
-                f"llama.cpp needs an end-of-text id, and all {tokenizer.size} rows of this model's "
-                "table have a token: if it came from a run, export the run, whose table may have "
-                "rows to spare; --to hf and --to space need none, and a training with "
-                f"--vocab_size {tokenizer.size + 1} or more leaves one"
-            )
-        return [*spelled, END_OF_TEXT], merges, tokenizer.size, tokenizer.size + 1
-    return spelled, merges, int(end), tokenizer.size
+    return spelled, merges or [f"{nul} {nul}"]
 
 
 def _spelled(text: str) -> str:
@@ -158,7 +162,7 @@ def _spelled(text: str) -> str:
 
 
 @torch.inference_mode()
-def _check(path: Path, parts: Parts, rows: int, *, is_exact: bool) -> float:
+def _check(path: Path, parts: Parts, *, is_exact: bool) -> float:
     """Read the file back with the library, and compare logits."""
     import gguf
 
@@ -168,17 +172,10 @@ def _check(path: Path, parts: Parts, rows: int, *, is_exact: bool) -> float:
         )
         for tensor in gguf.GGUFReader(path).tensors
     }
-    back = {
-        our: _padded(read[gguf_name(our)], tensor.shape) for our, tensor in parts.tensors.items()
-    }
-    ids = probe(parts.config, parts.tokenizer.size)
+    back = {our: read[gguf_name(our)] for our in parts.tensors}
+    ids = probe(parts.config, parts.config.vocab_size)
     theirs = Parts(parts.config, back, parts.tokenizer).model()(ids)
-    difference = float((theirs - parts.model()(ids))[:, :, :rows].abs().max())
+    difference = float((theirs - parts.model()(ids)).abs().max())
     if is_exact and not difference <= LARGEST_DIFFERENCE:
         raise RunError(f"the file's logits differ by {difference:.2e}: it was not kept")
     return difference
-
-
-def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    missing = shape[0] - tensor.shape[0]
-    return torch.cat([tensor, tensor.new_zeros(missing, *shape[1:])]) if missing else tensor

@@ -16,7 +16,8 @@ from gptforge.checkpoint.tensors import write_tensors
 from gptforge.config import GPTConfig
 from gptforge.convert.extras import require
 from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
-from gptforge.convert.parts import Parts, fitted, probe, size_in, without_spare_rows
+from gptforge.convert.parts import TIED, Parts, fitted, probe, size_in, with_end_of_text
+from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import RunError, UserError, parsing
 from gptforge.files import read_small, require_bounded
 from gptforge.printable import short_repr
@@ -27,10 +28,20 @@ from gptforge.tokenizers.base import END_OF_TEXT
 LARGEST_DIFFERENCE = 1e-4
 """Of logits, in float32: what another order of additions explains, and nothing else."""
 
-# Their names are ours: both are GPT-2's own. These are stored (in, out) there, (out, in) here.
+PREFIX = "transformer."
+"""In front of our names and of those that transformers saves. OpenAI's own files have none: every
+program reads those, some read no others."""
+# But for that, their names are ours. These are stored (in, out) there, (out, in) here.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry as if they were weights."""
+
+WEIGHTS, OLDER_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
+OTHER_FILES = (
+    *("config.json", "tokenizer.json", "gptforge*.json"),
+    *("merges.txt", "vocab.json", "added_tokens.json"),
+)
+"""What is read of a folder beside its weights."""
 
 # What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
 FIXED: Mapping[str, tuple[object, ...]] = {
@@ -56,35 +67,37 @@ def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
         RunError: if transformers reads another model or tokenizer out of it than was put in.
     """
     require("transformers", extra="hf")
-    parts = without_spare_rows(parts)
-    tensors = {name: _turned(name, tensor) for name, tensor in parts.tensors.items()}
+    parts, end = with_end_of_text(parts)
+    tensors = {
+        name.removeprefix(PREFIX): _turned(name, tensor) for name, tensor in parts.tensors.items()
+    }
     write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
-    end = getattr(parts.tokenizer, "end_of_text", None)
     _write_json(folder / "config.json", _config(parts.config, end))
     draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
-    # Nothing to pad with where nothing ends a text: transformers takes a prompt's tokens of that id
-    # for padding, and looks past them.
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
-    _write_json(folder / "generation_config.json", {**draws, **ids})
-    _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer))
-    special = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    _write_json(folder / "generation_config.json", {**draws, **_special_ids(end)})
+    _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer, end))
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": parts.config.block_size,
             "clean_up_tokenization_spaces": False,
-            **special,
+            **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk", "pad")},
         },
     )
     save_tokenizer(parts.tokenizer, folder / OURS)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return _check(folder, parts)
+    return _check(folder, parts, end)
 
 
 def is_hf(folder: Path) -> bool:
     """Whether a folder has the form that transformers saves."""
     return (folder / "config.json").is_file()
+
+
+def files_of_a_model(folder: Path) -> list[Path]:
+    """All that `read_hf` may read of a folder."""
+    return sorted({*_weights(folder), *(p for name in OTHER_FILES for p in folder.glob(name))})
 
 
 def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
@@ -121,7 +134,7 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     _require_size(folder, config)
     found = {}
     for name, tensor in _tensors(folder, config).items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
         if not name.endswith(MASKS):
             found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
     tensors = fitted(found, config, source=where)
@@ -141,7 +154,11 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
     return (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
 
 
-def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
+def _special_ids(end: int) -> dict[str, int]:
+    return {f"{name}_token_id": end for name in ("bos", "eos", "pad")}
+
+
+def _config(config: GPTConfig, end: int) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED.items()},
@@ -157,8 +174,7 @@ def _config(config: GPTConfig, end: int | None) -> dict[str, Any]:
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
         "initializer_range": 0.02,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **_special_ids(end),
         "torch_dtype": "float32",
         "use_cache": True,
     }
@@ -169,22 +185,41 @@ def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     # Float64 weights, an output layer of its own, and the causal masks that old ones have.
     masks = config.n_layer * config.block_size**2
     most = 8 * (2 * costs.parameters(config) + masks) + MORE_BYTES
-    paths = sorted(folder.glob("model*.safetensors"))
+    paths = _weights(folder)
     if not paths:
         raise UserError(
-            f"{folder.as_posix()} has no model.safetensors; other forms of weights are not read"
+            f"{folder.as_posix()} has neither model.safetensors nor pytorch_model.bin; other forms "
+            "of weights are not read"
         )
     found: dict[str, Tensor] = {}
     for path in paths:
-        with parsing(path, "a readable safetensors file"):
+        is_safetensors = path.suffix == ".safetensors"
+        what = "a readable safetensors file" if is_safetensors else "weights of transformers'"
+        with parsing(path, what):
             require_bounded(path, most)
-            found |= load_file(path)
+            found |= load_file(path) if is_safetensors else _pickled(path)
     return found
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights; the older form only where the newer is missing."""
+    return sorted(folder.glob(WEIGHTS)) or sorted(folder.glob(OLDER_WEIGHTS))
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    tensors = read_torch_file(path, what="weights of transformers'")
+    if not isinstance(tensors, Mapping):
+        raise ValueError("no names with tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{short_repr(name)} is no tensor")
+    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != TIED})
+    return dict(tensors)
 
 
 def _require_size(folder: Path, config: GPTConfig) -> None:
     """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
-    present = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    present = sum(path.stat().st_size for path in _weights(folder))
     if present and 2 * costs.parameters(config) > present:
         raise UserError(
             f"{folder.as_posix()}/config.json describes {costs.parameters(config):,} parameters, "
@@ -193,7 +228,7 @@ def _require_size(folder: Path, config: GPTConfig) -> None:
 
 
 @torch.inference_mode()
-def _check(folder: Path, parts: Parts) -> float:
+def _check(folder: Path, parts: Parts, end: int) -> float:
     """Read the folder as transformers does, and compare."""
     import transformers
 
@@ -203,7 +238,8 @@ def _check(folder: Path, parts: Parts) -> float:
     ids = [i for i in range(count) if i != parts.tokenizer.end_of_text]
     text = parts.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if theirs.encode(text, add_special_tokens=False) != parts.tokenizer.encode(text).tolist():
+    ids = theirs.encode(text, add_special_tokens=False)
+    if ids != parts.tokenizer.encode(text).tolist() or theirs.eos_token_id != end:
         raise RunError("transformers reads another tokenizer out of the export: it was not kept")
     peer = transformers.GPT2LMHeadModel.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32

@@ -4,6 +4,7 @@ Bytes are written as printable characters there, as GPT-2's own files do: space 
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,24 @@ def printable_bytes() -> list[str]:
     return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
 
 
-def hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+def hf_tokenizer(tokenizer: Tokenizer, end: int | None = None) -> dict[str, Any]:
     """The content of tokenizer.json.
+
+    Args:
+        tokenizer: ours.
+        end: the end-of-text id, for a tokenizer that has none of its own.
 
     Raises:
         UserError: for a kind that has no such form yet.
     """
     record = tokenizer.to_json()
     kind = record["kind"]
+    end = end if tokenizer.end_of_text is None else tokenizer.end_of_text
     if kind == "char":
-        return _marked(_char(str(record["alphabet"])), tokenizer.end_of_text)
+        return _marked(_char(str(record["alphabet"])), end)
     if kind == "byte":
         vocab = {char: byte for byte, char in enumerate(printable_bytes())}
-        return _marked(_byte_level(vocab, []), tokenizer.end_of_text)
+        return _marked(_byte_level(vocab, []), end)
     if kind == "gpt2":
         merges = record["merges"]
         assert isinstance(merges, list)
@@ -52,18 +58,53 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     """
     if (folder / OURS).is_file():
         return load_tokenizer(folder / OURS)
-    from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-    from gptforge.tokenizers.hf_json import read_hf_json
+    from gptforge.tokenizers.hf_json import AddedTokensError, read_hf_json
 
     where = folder.as_posix()
-    with parsing(where, "a tokenizer that can be used here", "give another with --tokenizer"):
-        if (folder / "tokenizer.json").is_file():
-            return read_hf_json(json.loads(read_small(folder / "tokenizer.json")))
-        if (folder / "merges.txt").is_file():
-            lines = read_small(folder / "merges.txt").split("\n")
-            return GPT2Tokenizer([x for x in lines if x and not x.startswith("#version")])
+    otherwise = f"gptforge import {shlex.quote(where)} OUT --tokenizer"
+    hint = f"give another with --tokenizer: {otherwise} FILE"
+    with parsing(where, "a tokenizer that can be used here", hint):
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return read_hf_json(json.loads(read_small(folder / "tokenizer.json")))
+            if (folder / "merges.txt").is_file():
+                return _of_older_files(folder)
+        except AddedTokensError as error:
+            remedy = f"gives the model without them: they are never written then: {otherwise} gpt2"
+            if not error.is_gpt2:
+                remedy = (
+                    "reads it without them, with a copy of its tokenizer.json that they are taken "
+                    f"out of: {otherwise} COPY.json"
+                )
+            raise UserError(f"{where}: {error}, which are unknown here; this {remedy}") from None
     raise UserError(
-        f"{where}: neither {OURS}, tokenizer.json nor merges.txt is there: give --tokenizer"
+        f"{where}: neither {OURS}, tokenizer.json nor merges.txt is there: give --tokenizer: "
+        f"{otherwise} gpt2, if it learned with GPT-2's, else FILE"
+    )
+
+
+def _of_older_files(folder: Path) -> Tokenizer:
+    """The tokenizer of merges.txt, and of vocab.json and added_tokens.json where they are."""
+    from gptforge.tokenizers.gpt2 import GPT2Tokenizer, spelled_ids
+    from gptforge.tokenizers.hf_json import read_hf_json
+
+    lines = read_small(folder / "merges.txt").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+
+    def read(name: str) -> dict[str, int]:
+        path = folder / name
+        return dict(json.loads(read_small(path))) if path.is_file() else {}
+
+    vocab, added = read("vocab.json"), read("added_tokens.json")
+    if not vocab and not added:
+        return GPT2Tokenizer(merges)
+    vocab = vocab or {**spelled_ids(merges), END_OF_TEXT: 256 + len(merges)}
+    return read_hf_json(
+        {
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+            "pre_tokenizer": {"type": "ByteLevel"},
+            "added_tokens": [{"content": token, "id": number} for token, number in added.items()],
+        }
     )
 
 

@@ -1,11 +1,16 @@
-"""Sending an exported folder to the Hugging Face Hub."""
+"""The Hugging Face Hub: exported folders to it, models from it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from gptforge.convert.extras import require
+from gptforge.convert.hf import OLDER_WEIGHTS, OTHER_FILES, WEIGHTS
 from gptforge.errors import RunError, UserError
 from gptforge.shell import quote
+
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+"""Models that the Hub knows by a name without an owner; their owner there is openai-community."""
 
 
 def check_name(name: str) -> None:
@@ -80,3 +85,35 @@ def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: b
         # and that has changed from one version to the next.
         raise RunError(f"--push {name}: it did not get to the Hub ({error}); {kept}") from error
     return str(url)
+
+
+def fetch_model(source: str, *, say: Callable[[str], None]) -> Path:
+    """The folder of a model that is on the Hugging Face Hub.
+
+    Raises:
+        UserError: if there is none of that name, or no network; the message says the way on.
+    """
+    require("huggingface_hub", extra="hf")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    name = f"openai-community/{source}" if source in OPENAI else source
+    say(f"fetching {name} from the Hugging Face Hub")
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS, *OTHER_FILES])
+        if not list(Path(folder).glob(WEIGHTS)):
+            huggingface_hub.snapshot_download(name, allow_patterns=[OLDER_WEIGHTS])
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{source} is neither a path here nor a model that the Hugging Face Hub shows you: "
+            "check the name; for a private or gated one, hf auth login first"
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        local = name.rpartition("/")[2]
+        raise UserError(
+            f"{source} is not a path here, and could not be fetched from the Hugging Face Hub "
+            f"({first}): try again with a network; or where there is one, hf download {name} "
+            f"--local-dir {local}, copy that folder here and give its path"
+        ) from None
+    return Path(folder)

@@ -1,13 +1,10 @@
 """From nanoGPT's ckpt.pt, read without running any code that may be in it."""
 
-import re
 from pathlib import Path
-
-import torch
 
 from gptforge.config import GPTConfig
 from gptforge.convert.parts import TIED, Parts, fitted, size_in
-from gptforge.convert.torch_file import check_archive, check_tensors, refused
+from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import UserError, parsing
 from gptforge.files import require_bounded
 from gptforge.tokenizers import Tokenizer, named
@@ -35,14 +32,7 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
         require_bounded(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    check_archive(path)
-    try:
-        # weights_only reads tensors and plain containers, and refuses to import anything else.
-        record = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-    except Exception as error:
-        # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
-        stranger = re.search(r"GLOBAL (\S+)", str(error))
-        raise refused(path, stranger[1] if stranger else "") from None
+    record = read_torch_file(path, what="nanoGPT's ckpt.pt")
     with parsing(path, "a checkpoint of nanoGPT"):
         shape, tensors = record["model_args"], record["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")

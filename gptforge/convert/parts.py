@@ -106,11 +106,28 @@ def is_plain(value: object) -> bool:
     )
 
 
-def without_spare_rows(parts: Parts) -> Parts:
-    """The token table cut to the ids that have a token, so that nobody samples another."""
+def with_end_of_text(parts: Parts) -> tuple[Parts, int]:
+    """The model with exactly the ids that other programs know, and its end-of-text id.
+
+    They all want such an id. Where the tokenizer has none, a spare row of the embedding serves:
+    training made it as unlikely as every id that no text has. Where there is no spare row, one is
+    added: a copy of the row that is least likely of all. Other spare rows are cut off, so that
+    nobody samples an id without a token.
+    """
+    tokenizer, table = parts.tokenizer, parts.tensors[TABLE]
+    end = tokenizer.size if tokenizer.end_of_text is None else tokenizer.end_of_text
+    rows = max(tokenizer.size, end + 1)
+    if rows > len(table):
+        table = torch.cat([table, table[None, _least_likely(parts)]])
+    config = GPTConfig(**{**vars(parts.config), "vocab_size": rows})
+    return Parts(config, {**parts.tensors, TABLE: table[:rows].contiguous()}, tokenizer), end
+
+
+@torch.inference_mode()
+def _least_likely(parts: Parts) -> int:
     size = parts.tokenizer.size
-    config = GPTConfig(**{**vars(parts.config), "vocab_size": size})
-    return Parts(config, {**parts.tensors, TABLE: parts.tensors[TABLE][:size]}, parts.tokenizer)
+    logits = parts.model()(probe(parts.config, size))[..., :size]
+    return int(logits.softmax(-1).mean((0, 1)).argmin())
 
 
 def probe(config: GPTConfig, size: int) -> Tensor:

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 REQUIREMENTS = """\
 torch>=2.11,<3
 numpy>=1.26,<3
-tiktoken>=0.8,<1
+tiktoken>=0.13,<1
 tyro>=1.0.16,<2
 rich>=13.7,<17
 safetensors>=0.5,<1

@@ -5,7 +5,9 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
@@ -21,7 +23,27 @@ KNOWN = re.compile(
 for at any size, for example a bytearray or a sparse tensor."""
 
 
-def check_archive(path: Path) -> None:
+def read_torch_file(path: Path, *, what: str) -> Any:
+    """What is in a file of tensors and plain values, read without running any code of it.
+
+    Args:
+        path: the file.
+        what: what it should be, for errors.
+
+    Raises:
+        UserError: if it is something else, or holds more than tensors and plain values.
+    """
+    check_archive(path, what)
+    try:
+        # weights_only reads tensors and plain containers, and refuses to import anything else.
+        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:
+        # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
+        stranger = re.search(r"GLOBAL (\S+)", str(error))
+        raise refused(path, stranger[1] if stranger else "", what) from None
+
+
+def check_archive(path: Path, what: str) -> None:
     """Raise a UserError unless loading a file takes about as much memory as the file is long.
 
     No code of the file is run: its opcodes are only looked at.
@@ -38,7 +60,7 @@ def check_archive(path: Path) -> None:
             if pickled.file_size > MAX_PICKLE:
                 raise UserError(
                     f"{path}: {pickled.file_size:,} bytes of names and values, more than a "
-                    "checkpoint of nanoGPT has"
+                    "checkpoint has"
                 )
             strangers = [
                 name for name in _globals(archive.read(pickled)) if not KNOWN.fullmatch(name)
@@ -47,9 +69,9 @@ def check_archive(path: Path) -> None:
         raise
     except Exception as error:
         # Strange bytes make these readers stumble in many ways.
-        raise refused(path, "") from error
+        raise refused(path, "", what) from error
     if strangers:
-        raise refused(path, strangers[0])
+        raise refused(path, strangers[0], what)
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -59,11 +81,11 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"{path}: its tensors have {total:,} bytes, and the file {size:,}")
 
 
-def refused(path: Path, stranger: str) -> UserError:
+def refused(path: Path, stranger: str, what: str) -> UserError:
     """The error for a file that holds something else, by the first name that is not known."""
-    what = f" (it names {stranger})" if stranger else ""
+    named = f" (it names {stranger})" if stranger else ""
     return UserError(
-        f"{path}: not nanoGPT's ckpt.pt, or not of tensors and plain values alone{what}: "
+        f"{path}: not {what}, or not of tensors and plain values alone{named}: "
         "anything else could run code when read"
     )
 

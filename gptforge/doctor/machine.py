@@ -12,6 +12,7 @@ import torch
 
 from gptforge.data.finding import Finding, good, warning
 from gptforge.data.prepare import cores
+from gptforge.errors import install_hint
 from gptforge.hardware import (
     cache_folder,
     choose_device,
@@ -122,7 +123,7 @@ def _extras() -> list[Finding]:
             missing.remove("zstandard")
         if missing:
             what = f"not here: {', '.join(missing)}, for {purpose}"
-            found.append(Finding("good", what, f"pip install 'gptforge[{extra}]'"))
+            found.append(Finding("good", what, install_hint(extra)))
         else:
             named = ", ".join(f"{name} {_version(name)}" for name in packages)
             found.append(good(f"{purpose}: {named}"))

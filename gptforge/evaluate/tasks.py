@@ -100,7 +100,6 @@ TASKS = {
 }
 
 
-@torch.inference_mode()
 def answer(
     writer: LanguageModel,
     questions: Sequence[Question],
@@ -124,6 +123,22 @@ def answer(
         for question in questions
         for ending in question.endings
     ]
+    found = iter(likelihoods(writer, pairs, precision, asked=asked))
+    return [[next(found) for _ in question.endings] for question in questions]
+
+
+@torch.inference_mode()
+def likelihoods(
+    writer: LanguageModel,
+    pairs: Sequence[tuple[list[int], int]],
+    precision: Precision,
+    *,
+    asked: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """How likely endings are, each the last ids of a text: its ids, and how many are the ending's.
+
+    A text has at most one id more than the model has places for.
+    """
     # Of like lengths together, the longest first: memory runs out at once or not at all.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
     found: dict[int, Answer] = {}
@@ -134,8 +149,7 @@ def answer(
         batch, order = order[:size], order[size:]
         found |= zip(batch, _batch(writer, [pairs[i] for i in batch], precision), strict=True)
         asked(len(found), len(pairs))
-    numbers = iter(range(len(pairs)))
-    return [[found[next(numbers)] for _ in question.endings] for question in questions]
+    return [found[number] for number in range(len(pairs))]
 
 
 def _batch(

@@ -9,10 +9,22 @@ from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer, spelled_ids
 
 
+class AddedTokensError(ValueError):
+    """A tokenizer that is known here but for tokens added behind its own."""
+
+    def __init__(self, tokens: Sequence[str], *, is_gpt2: bool) -> None:
+        shown = ", ".join(repr(token[:40]) for token in tokens[:8])
+        more = f" and {len(tokens) - 8:,} more" if len(tokens) > 8 else ""
+        super().__init__(f"its tokenizer has added tokens, {shown}{more}")
+        self.is_gpt2 = is_gpt2
+        """Whether all its others are GPT-2's own."""
+
+
 def read_hf_json(record: dict[str, Any]) -> GPT2Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     Raises:
+        AddedTokensError: if there are tokens behind the end-of-text mark.
         ValueError: if it is of another kind; the message says in what.
     """
     model, before = record["model"], record.get("pre_tokenizer") or {}
@@ -24,6 +36,10 @@ def read_hf_json(record: dict[str, Any]) -> GPT2Tokenizer:
     pairs = spelled_merges(model["merges"])
     wanted = {**spelled_ids(pairs), END_OF_TEXT: 256 + len(pairs)}
     vocab = {**model["vocab"], **{t["content"]: t["id"] for t in record.get("added_tokens") or ()}}
+    behind = {token: i for token, i in vocab.items() if i >= len(wanted) and token not in wanted}
+    if behind and vocab == wanted | behind:
+        names = sorted(behind, key=lambda token: behind[token])
+        raise AddedTokensError(names, is_gpt2=GPT2Tokenizer(pairs).name == "gpt2")
     if vocab != wanted:
         raise ValueError(f"its ids are not bytes, merges and {END_OF_TEXT}, in this order")
     made = GPT2Tokenizer(pairs)

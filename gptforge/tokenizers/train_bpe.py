@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 
-from gptforge.errors import UserError
+from gptforge.errors import UserError, install_hint
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 from gptforge.tokenizers.hf_json import sound, spelled_merges
 
@@ -28,7 +28,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
         raise UserError(
-            "training a tokenizer needs the package tokenizers: pip install 'gptforge[bpe]'"
+            f"training a tokenizer needs the package tokenizers: {install_hint('bpe')}"
         ) from None
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -11,9 +11,9 @@ from gptforge.build.exported import export_gguf
 from gptforge.build.trained import open_parts
 from gptforge.config import GPTConfig
 from gptforge.convert.gguf import write_gguf
-from gptforge.convert.parts import Parts, probe, spare_row_probability
-from gptforge.errors import UserError
+from gptforge.convert.parts import Parts, probe, spare_row_probability, with_end_of_text
 from gptforge.model import GPT
+from gptforge.tokenizers.char import CharTokenizer
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
 from tests.train.runs import build
 
@@ -33,12 +33,56 @@ def test_the_file_holds_the_model(tmp_path, kind, most) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_a_model_without_a_spare_row_is_refused_with_what_can_be_done(tmp_path) -> None:
-    # An export or import to other programs has none, though its run may: it need not learn anew.
-    size = TOKENIZERS["char"].size
-    with pytest.raises(UserError, match=f"export the run.*--to hf.*--vocab_size {size + 1}"):
-        write_gguf(tmp_path / "m.gguf", parts("char", size), kind="f32", name="m")
-    assert list(tmp_path.iterdir()) == []
+def fields(path: Path) -> dict[str, object]:
+    import gguf
+
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+@pytest.mark.parametrize("letters", [63, 64])
+def test_a_model_of_64_rows_has_an_end_of_text_id_however_many_letters(tmp_path, letters) -> None:
+    # 64 characters fill a table of 64 rows: one more row is written, which no text leads to.
+    made = parts("byte", 64)
+    alphabet = CharTokenizer("".join(chr(ord("0") + i) for i in range(letters)))
+    made = Parts(made.config, made.tensors, alphabet)
+    assert write_gguf(tmp_path / "m.gguf", made, kind="f32", name="m") == 0
+    found = fields(tmp_path / "m.gguf")
+    tokens = found["tokenizer.ggml.tokens"]
+    assert (len(tokens), tokens[letters]) == (letters + 1, "<|endoftext|>")
+    for which in ("bos", "eos", "unknown", "padding"):
+        assert found[f"tokenizer.ggml.{which}_token_id"] == letters
+
+
+def test_an_added_row_is_as_unlikely_as_the_least_likely_one() -> None:
+    made = parts("byte", 256)
+    grown, end = with_end_of_text(made)
+    assert (end, grown.config.vocab_size) == (256, 257)
+    ids = probe(made.config, 256)
+    with torch.inference_mode():
+        before, after = made.model()(ids), grown.model()(ids)
+    assert torch.equal(after[..., :256], before)
+    means = after.softmax(-1).mean((0, 1))
+    assert means[256] == means.min()
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_the_file_says_what_it_holds(config, tmp_path, kind) -> None:
+    import gguf
+
+    build(config).run()
+    export_gguf(config.out_dir, tmp_path / "m.gguf", kind=kind, say=lambda _: None)
+    found = fields(tmp_path / "m.gguf")
+    assert found["general.architecture"] == "gpt2"
+    assert found["general.name"] == "run"
+    assert "trained with GPT-Forge, on play.txt" in found["general.description"]
+    assert found["general.size_label"].endswith("K")
+    assert found["general.tags"] == ["text-generation", "gpt2"]
+    wanted = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+    assert found["general.file_type"] == wanted[kind]
+    version = gguf.GGML_QUANT_VERSION if kind == "q8_0" else None
+    assert found.get("general.quantization_version") == version
+    # Nobody knows the licence of a text but who chose it.
+    assert "general.license" not in found
 
 
 def test_the_command_writes_one_file(config, program, tmp_path) -> None:

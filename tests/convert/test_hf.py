@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from gptforge import files, load
 from gptforge.build.exported import export_hf, import_model, imported
@@ -54,7 +55,48 @@ def test_transformers_reads_the_same_tokenizer(exports, kind) -> None:
         ids = ours.encode(text).tolist()
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == text
-    assert len(theirs) == ours.size
+    assert len(theirs) == ours.size + (ours.end_of_text is None)
+
+
+@EVERY_KIND
+def test_the_end_of_text_has_an_id_in_every_file(exports, kind) -> None:
+    ours = TOKENIZERS[kind]
+    end = ours.size if ours.end_of_text is None else ours.end_of_text
+    theirs = transformers.AutoTokenizer.from_pretrained(exports[kind], local_files_only=True)
+    for name in ("bos", "eos", "unk", "pad"):
+        assert getattr(theirs, f"{name}_token") == "<|endoftext|>"
+        assert getattr(theirs, f"{name}_token_id") == end
+    for file in ("config.json", "generation_config.json"):
+        found = json.loads((exports[kind] / file).read_text())
+        assert [found[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [end] * 3
+    assert json.loads((exports[kind] / "config.json").read_text())["vocab_size"] == len(theirs)
+
+
+def test_tensors_have_openais_names_and_transformers_misses_none(exports) -> None:
+    with safe_open(exports["char"] / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {"wte.weight", "wpe.weight", "h.0.ln_1.weight", "ln_f.bias"} <= names
+    assert not any(name.startswith(("transformer.", "lm_head.")) for name in names)
+    theirs, said = transformers.GPT2LMHeadModel.from_pretrained(
+        exports["char"], local_files_only=True, output_loading_info=True
+    )
+    assert {name: list(found) for name, found in said.items() if found} == {}
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+
+
+def test_an_export_of_an_earlier_version_comes_back(exports, tmp_path) -> None:
+    # Names began with `transformer.`, there was no id for the end, and no row for it.
+    shutil.copytree(exports["char"], tmp_path / "old")
+    path, size = tmp_path / "old/model.safetensors", TOKENIZERS["char"].size
+    tensors = {f"transformer.{name}": tensor for name, tensor in load_file(path).items()}
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:size].contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    facts = json.loads((tmp_path / "old/config.json").read_text())
+    facts |= {"vocab_size": size, "bos_token_id": None, "eos_token_id": None}
+    (tmp_path / "old/config.json").write_text(json.dumps(facts))
+    old, new = read_hf(tmp_path / "old"), read_hf(exports["char"])
+    for name, tensor in old.tensors.items():
+        assert torch.equal(tensor, new.tensors[name][: len(tensor)]), name
 
 
 @EVERY_KIND
@@ -63,7 +105,7 @@ def test_the_pipeline_writes_from_the_folder(exports, kind) -> None:
     [answer] = write("To be", max_new_tokens=5, do_sample=True)
     assert answer["generated_text"].startswith("To be")
     # Rows without a token are gone: nothing could sample one.
-    assert write.model.config.vocab_size == TOKENIZERS[kind].size
+    assert write.model.config.vocab_size == len(write.tokenizer)
 
 
 @EVERY_KIND
@@ -86,7 +128,9 @@ def test_what_goes_out_comes_back_bit_for_bit(exports, kind) -> None:
     after = read_hf(exports[kind])
     assert after.tokenizer.to_json() == before.tokenizer.to_json()
     for name, tensor in after.tensors.items():
-        assert torch.equal(tensor, before.tensors[name][: len(tensor)]), name
+        # A row may have been added for the end of a text.
+        kept = before.tensors[name]
+        assert torch.equal(tensor[: len(kept)], kept[: len(tensor)]), name
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
@@ -124,8 +168,6 @@ def test_a_model_that_transformers_saved_gives_its_logits(tmp_path) -> None:
     )
     peer = transformers.GPT2LMHeadModel(config).eval()
     peer.transformer.save_pretrained(tmp_path)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -140,7 +182,7 @@ def test_a_model_that_transformers_saved_gives_its_logits(tmp_path) -> None:
     [
         ("activation_function", "relu", "activation_function is 'relu'"),
         ("model_type", "llama", "model_type"),
-        ("n_embd", 48, "'transformer.wte.weight' has shape (256, 32)"),
+        ("n_embd", 40, "'transformer.wte.weight' has shape (257, 32)"),
         ("n_layer", 3, "'transformer.h.2.ln_1.weight' is missing"),
         ("n_layer", 1, "no tensor 'transformer.h.1"),
         ("n_positions", 10**9, "describes"),

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from gptforge.convert.gguf import _vocabulary
 from gptforge.convert.hf_tokenizer import hf_tokenizer
-from gptforge.convert.parts import Parts
+from gptforge.convert.parts import TABLE, Parts, with_end_of_text
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from tests.conftest import TINY
 
@@ -29,7 +30,9 @@ def test_transformers_takes_the_mark_for_one_id_and_writes_it(tokenizer, tmp_pat
     "tokenizer", [CharTokenizer(" abc", marks=True), ByteTokenizer(marks=True)]
 )
 def test_llama_cpp_gets_the_mark_as_the_end_of_text(tokenizer) -> None:
-    spelled, _, end, rows = _vocabulary(Parts(TINY, {}, tokenizer))
-    assert (end, rows) == (tokenizer.end_of_text, tokenizer.size)
+    table = torch.zeros(320, 16)
+    made, end = with_end_of_text(Parts(TINY, {TABLE: table}, tokenizer))
+    assert (end, made.config.vocab_size) == (tokenizer.end_of_text, tokenizer.size)
+    spelled, _ = _vocabulary(tokenizer, end)
     assert len(spelled) == tokenizer.size
     assert spelled[end] == "<|endoftext|>"

@@ -112,7 +112,7 @@ def test_without_gradio_it_says_what_to_install(program, config, monkeypatch) ->
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     done = program("demo", config.out_dir)
     assert done.code == 2
-    assert "pip install 'gptforge[demo]'" in done.err
+    assert "pip install -e '.[demo]'" in done.err
 
 
 def test_a_wrong_call_is_one_line(program) -> None:

@@ -38,8 +38,8 @@ def test_what_is_not_installed_is_named_with_the_command_that_brings_it(monkeypa
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "1.0")
     said = "\n".join(lines())
     assert "not here: pyarrow, for Parquet" in said
-    assert "pip install 'gptforge[data]'" in said
-    assert "pip install 'gptforge[demo]'" in said
+    assert "pip install -e '.[data]'" in said
+    assert "pip install -e '.[demo]'" in said
 
 
 def test_a_driver_without_a_torch_that_uses_it_is_pointed_out(monkeypatch) -> None:

@@ -183,7 +183,6 @@ def test_questions_of_files_are_put_to_a_run(program, run, play) -> None:
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
-        ("winogrande", "there are hellaswag, lambada"),
         ("lambada=none.jsonl", "none.jsonl: there is no such file"),
         ("lambada=bad.jsonl", "bad.jsonl, line 1: not a question of lambada ('text' is missing)"),
         ("lambada=list.jsonl", "line 1: not a JSON object"),
@@ -210,7 +209,7 @@ def test_without_a_file_they_come_from_the_hub(program, run, monkeypatch) -> Non
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     done = program(*EVAL, "lambada")
-    assert (done.code, "pip install 'gptforge[tasks]'" in done.err) == (2, True), done.err
+    assert (done.code, "pip install -e '.[tasks]'" in done.err) == (2, True), done.err
     fake = types.ModuleType("datasets")
     fake.load_dataset = load_dataset
     fake.__spec__ = types.SimpleNamespace()
