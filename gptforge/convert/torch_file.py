@@ -14,6 +14,8 @@ from gptforge.errors import UserError
 
 MAX_PICKLE = 4 * 2**20
 """Bytes of names and plain values; GPT-2 XL with its optimizer takes less than one million."""
+BEFORE_ARCHIVES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How torch.save began a file before it wrote archives."""
 KNOWN = re.compile(
     r"collections\.OrderedDict"
     r"|torch\.[A-Z]\w*Storage"
@@ -49,6 +51,12 @@ def check_archive(path: Path, what: str) -> None:
     No code of the file is run: its opcodes are only looked at.
     """
     try:
+        with path.open("rb") as file:
+            if file.read(len(BEFORE_ARCHIVES)) == BEFORE_ARCHIVES:
+                raise UserError(
+                    f"{path}: in the form of PyTorch before 1.6, which is not read: load it with "
+                    "torch.load(..., weights_only=True) and save it again with torch.save"
+                )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -158,3 +158,10 @@ def test_an_archive_that_unpacks_to_more_than_it_is_long_is_refused(record, tmp_
             archive.filelist += [copy.copy(largest) for _ in range(100)]
     with pytest.raises(UserError, match="compressed" if kind == "compressed" else "it says that"):
         read_nanogpt(path, tokenizer=named("char", TEXT))
+
+
+def test_a_file_from_before_there_were_archives_says_how_to_save_it_again(record, tmp_path) -> None:
+    path = tmp_path / "ckpt.pt"
+    torch.save(record, path, _use_new_zipfile_serialization=False)  # noqa: TID251
+    with pytest.raises(UserError, match=r"PyTorch before 1\.6.* save it again with torch.save"):
+        read_nanogpt(path, tokenizer=named("char", TEXT))

@@ -98,7 +98,7 @@ def test_a_prepared_folder_that_lost_a_shard_is_refused(play, tmp_path) -> None:
     prepare(tmp_path / "shards", Request((str(play),)))
     whole = tmp_path / "shards" / "train_000000.bin"
     shard(whole, [1, 2, 3])
-    with pytest.raises(UserError, match=r"is not what index\.json says"):
+    with pytest.raises(UserError, match=r"train_000000\.bin is not what index\.json says"):
         corpus(tmp_path / "shards")
     whole.unlink()
     with pytest.raises(UserError, match=r"train_000000\.bin: No such file"):
