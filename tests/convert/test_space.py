@@ -89,14 +89,11 @@ def serve_and_write(python: Path, space: Path) -> None:
         assert address, first + process.stdout.read()
         with urllib.request.urlopen(address[0], timeout=30) as page:
             assert "gradio" in page.read().decode()
-        asked = json.dumps({"data": ["ROMEO:", "best", 20, 0.8, 0, 1.0, "1"]}).encode()
+        asked = json.dumps({"prompt": "ROMEO:", "max_tokens": 20, "seed": 1}).encode()
         headers = {"Content-Type": "application/json"}
-        call = f"{address[0]}/gradio_api/call/write"
-        with urllib.request.urlopen(urllib.request.Request(call, asked, headers)) as answer:
-            event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{call}/{event}", timeout=60) as events:
-            told = events.read().decode()
-        assert "20 tokens" in told[told.index("event: complete") :]
+        request = urllib.request.Request(f"{address[0]}/v1/completions", asked, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 20
     finally:
         process.terminate()
         process.communicate(timeout=30)
