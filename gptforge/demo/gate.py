@@ -6,6 +6,7 @@ would also take files of any size, and requests of any web site that the visitor
 
 import asyncio
 import ipaddress
+import json
 import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
@@ -16,8 +17,10 @@ MAX_BODY = 64_000
 """Bytes of a request: a prompt of four thousand characters, as JSON, and what goes with it."""
 BODY_SECONDS = 20.0
 """A body has to arrive within so many."""
-POSTS = ("/queue/join", "/cancel", "/reset", "/v1/completions")
+POSTS = ("/queue/join", "/run/predict", "/cancel", "/reset", "/v1/completions")
 """Ends of the paths that take a body; Gradio has many more, for uploads and for its own clients."""
+MAX_SESSIONS = 1000
+"""Sessions whose last request is remembered."""
 GONE_SECONDS = 3.0
 """A text that nobody has fetched for so long is not written any further."""
 
@@ -36,6 +39,18 @@ class Listeners:
     def __init__(self) -> None:
         self._streams: dict[str, int] = {}
         self._stuck: dict[str, float] = {}
+        self._joined: dict[str, float] = {}
+
+    def join(self, body: bytes) -> None:
+        """Note when a session asked for a text, from the body of its request."""
+        try:
+            session = json.loads(body)["session_hash"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        if isinstance(session, str) and len(session) < 100:
+            self._joined[session] = time.monotonic()
+            while len(self._joined) > MAX_SESSIONS:
+                del self._joined[next(iter(self._joined))]
 
     def is_listening(self, session: str | None) -> bool:
         """Whether a session has a stream open and takes what is sent."""
@@ -44,8 +59,11 @@ class Listeners:
         return time.monotonic() - self._stuck.get(session, time.monotonic()) < GONE_SECONDS
 
     def wait(self, session: str | None) -> bool:
-        """Whether a session listens within `GONE_SECONDS`; blocks the calling thread until then."""
-        deadline = time.monotonic() + GONE_SECONDS
+        """Whether a session listens within `GONE_SECONDS` of asking; blocks the thread until then.
+
+        Who has waited in the queue for longer, without listening, is not waited for.
+        """
+        deadline = self._joined.get(session or "", 0.0) + GONE_SECONDS
         while not (there := self.is_listening(session)) and time.monotonic() < deadline:
             time.sleep(0.05)
         return there
@@ -111,6 +129,8 @@ class Gate:
             return await _refuse(send, 408, b"the request took too long to arrive")
         if body is None:
             return await _refuse(send, 413, b"too much for one request")
+        if path.endswith("/queue/join"):
+            self._listeners.join(body)
         await self._app(scope, _replay(body, receive), send)
 
     def _is_ours(self, host: str) -> bool:
