@@ -220,7 +220,7 @@ def test_a_full_queue_says_so(visit, slow_address) -> None:
 
 @pytest.mark.parametrize(
     ("path", "size", "status"),
-    [("call/write", 70_000, 413), ("queue/join", 70_000, 413), ("upload", 10, 403)],
+    [("call/write", 70_000, 403), ("queue/join", 70_000, 413), ("upload", 10, 403)],
 )
 def test_requests_that_no_visitor_sends_are_turned_away(address, path, size, status) -> None:
     request = urllib.request.Request(f"{address}/gradio_api/{path}", data=b"x" * size)
