@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from gptforge.distributed import Ranks, heartbeat, join, ranks
 from gptforge.distributed.heartbeat import DEADLOCK, Heartbeat
 from gptforge.errors import UserError
-from tests.distributed.spawn import ends_of, ends_of_start
+from tests.distributed.spawn import End, ends_of, ends_of_start
 from tests.environment import python_path
 
 ROOT = Path(__file__).parents[2]
@@ -100,21 +102,35 @@ def counts_the_others_differently(rank: int) -> None:
         os.environ["WORLD_SIZE"] = "4"
 
 
-@LINUX
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        stops,
-        dies,
-        makes_a_mistake,
-        lacks_its_number,
-        lacks_the_number_of_all,
-        goes_elsewhere,
-        goes_to_a_port_that_never_answers,
-    ],
-)
-def test_a_rank_that_does_not_come_is_named_by_the_first(trouble) -> None:
-    first, lost, other = ends_of_start(3, trouble, silence=SILENCE)
+ABSENT = [
+    stops,
+    dies,
+    makes_a_mistake,
+    lacks_its_number,
+    lacks_the_number_of_all,
+    goes_elsewhere,
+    goes_to_a_port_that_never_answers,
+]
+RANK_0_LOST = [first_one_stops, first_one_stops_with_the_store]
+OTHERS = [on_hosts_of_their_own, stops_in_the_setup, is_there_twice]
+Ends = dict[object, Future[list[End]]]
+
+
+@pytest.fixture(scope="module")
+def ends() -> Iterator[Ends]:
+    """How three ranks end with each trouble. They mostly wait, so several run at once."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+    with ThreadPoolExecutor(5) as pool:
+        yield {
+            trouble: pool.submit(ends_of_start, 3, trouble, silence=SILENCE)
+            for trouble in ABSENT + OTHERS + RANK_0_LOST
+        }
+
+
+@pytest.mark.parametrize("trouble", ABSENT)
+def test_absent_rank_is_named(ends: Ends, trouble) -> None:
+    first, lost, other = ends[trouble].result()
     assert first.code == 1
     assert "rank 1 of 3 did not start within 4 seconds" in first.said
     assert other.code == 1
@@ -127,37 +143,34 @@ def test_a_rank_that_does_not_come_is_named_by_the_first(trouble) -> None:
         assert "the same MASTER_ADDR and MASTER_PORT" in lost.said
 
 
-@LINUX
-def test_every_host_names_the_rank_that_does_not_come() -> None:
-    first, _, other = ends_of_start(3, on_hosts_of_their_own, silence=SILENCE)
+def test_every_host_names_the_absent_rank(ends: Ends) -> None:
+    first, _, other = ends[on_hosts_of_their_own].result()
     for end in (first, other):
         assert end.code == 1
         assert "error: rank 1 of 3 did not start within 4 seconds" in end.said
 
 
-@LINUX
-@pytest.mark.parametrize("trouble", [first_one_stops, first_one_stops_with_the_store])
-def test_without_the_first_rank_the_others_say_so(trouble) -> None:
-    _, *others = ends_of_start(3, trouble, silence=SILENCE)
+@pytest.mark.parametrize("trouble", RANK_0_LOST)
+def test_lost_rank_0_is_named(ends: Ends, trouble) -> None:
+    _, *others = ends[trouble].result()
     for other in others if trouble is first_one_stops else others[1:]:
         assert other.code == 1
         says = "rank 0 did not answer at" if trouble is first_one_stops else "cannot reach"
         assert says in other.said
 
 
-@LINUX
-def test_a_rank_that_stops_while_the_groups_are_set_up_is_named() -> None:
-    first, _, other = ends_of_start(3, stops_in_the_setup, silence=SILENCE)
+def test_rank_lost_in_setup_is_named(ends: Ends) -> None:
+    first, _, other = ends[stops_in_the_setup].result()
     assert first.code == other.code == 1
     assert "error: rank 1 on" in first.said
     assert "has given no sign of life for" in first.said
 
 
-def test_two_processes_of_one_number_and_one_of_none() -> None:
-    ends = ends_of_start(3, is_there_twice, silence=SILENCE)
-    said = "".join(end.said for end in ends)
+def test_duplicate_and_missing_rank(ends: Ends) -> None:
+    three = ends[is_there_twice].result()
+    said = "".join(end.said for end in three)
     assert "rank 2 of 3 did not start" in said
-    assert 0 not in [end.code for end in ends]
+    assert 0 not in [end.code for end in three]
 
 
 def test_ranks_that_count_differently_are_told_so() -> None:

@@ -76,8 +76,6 @@ class Format:
     mutate: mutate.Mutate
     read: Callable[[Path], Any]
     """All that reads it, given the scratch folder."""
-    rounds: int
-    """In the test suite."""
 
 
 @contextlib.contextmanager
@@ -335,51 +333,48 @@ CHATS = (
 TABLE = b'id,text\n1,"some words, quoted"\n2,more words\n3,"a ""quote"" and\na line"\n' * 2
 STEP = "run/checkpoints/step-000002"
 FORMATS: dict[str, Format] = {
-    "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf"), 400),
+    "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf")),
     "hf_weights": Format(
-        "hf/model.safetensors", None, mutate.safetensors_file, lambda f: read_hf(f / "hf"), 400
+        "hf/model.safetensors", None, mutate.safetensors_file, lambda f: read_hf(f / "hf")
     ),
     "hf_bpe": Format(
         "tokenizer.json",
         lambda: json.dumps(hf_tokenizer(GPT2Tokenizer(MERGES))).encode(),
         mutate.json_file,
         read_tokenizer,
-        400,
     ),
     "bpe": Format(
-        "tokenizer.json", lambda: of(GPT2Tokenizer(MERGES)), mutate.json_file, read_tokenizer, 400
+        "tokenizer.json", lambda: of(GPT2Tokenizer(MERGES)), mutate.json_file, read_tokenizer
     ),
     "char": Format(
         "tokenizer.json",
         lambda: of(CharTokenizer(ALPHABET, marks=True)),
         mutate.json_file,
         read_tokenizer,
-        1500,
     ),
     "byte": Format(
         "tokenizer.json",
         lambda: of(ByteTokenizer(marks=True)),
         mutate.json_file,
         read_tokenizer,
-        1500,
     ),
     "merges": Format(
-        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe")), 400
+        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe"))
     ),
-    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state, 1500),
-    "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest, 400),
-    "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint, 400),
+    "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state),
+    "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest),
+    "run_config": Format(f"{STEP}/config.toml", None, mutate.toml_file, read_checkpoint),
     "run_weights": Format(
-        f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint, 400
+        f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint
     ),
-    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators, 1500),
+    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators),
     "flags_file": Format(
-        "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file, 400
+        "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file
     ),
-    "index": Format("shards/index.json", None, mutate.json_file, read_shards, 400),
-    "stamp": Format(f"shards/{STAMP}", None, mutate.json_file, read_verified, 300),
-    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign, 1500),
-    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics, 1500),
+    "index": Format("shards/index.json", None, mutate.json_file, read_shards),
+    "stamp": Format(f"shards/{STAMP}", None, mutate.json_file, read_verified),
+    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign),
+    "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics),
     "nanogpt": Format(
         "ckpt.pt",
         lambda: b"PK",
@@ -387,92 +382,79 @@ FORMATS: dict[str, Format] = {
         lambda f: read_nanogpt(
             f / "ckpt.pt", tokenizer=CharTokenizer("".join(map(chr, range(64))))
         ),
-        200,
     ),
     "text": Format(
-        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt"), 1500
+        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt")
     ),
     "marked": Format(
         "in/t.txt",
         lambda: TEXT.encode() * 3,
         mutate.raw,
         lambda f: read_texts(f, "t.txt", Form(split_on="\n")),
-        1500,
     ),
     "utf16": Format(
         "in/t.txt",
         lambda: TEXT.encode("utf-16"),
         mutate.raw,
         lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")),
-        1500,
     ),
     "jsonl": Format(
-        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1500
+        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl")
     ),
     "chats": Format(
-        "in/t.jsonl", lambda: CHATS, mutate.json_lines, lambda f: read_texts(f, "t.jsonl"), 1500
+        "in/t.jsonl", lambda: CHATS, mutate.json_lines, lambda f: read_texts(f, "t.jsonl")
     ),
     "json_array": Format(
         "in/t.json",
         lambda: b"[" + b",".join(LINES.splitlines() + CHATS.splitlines()) + b"]",
         mutate.json_file,
         lambda f: read_texts(f, "t.json"),
-        1500,
     ),
     "json_array_raw": Format(
         "in/t.json",
         lambda: b"[" + b",".join(LINES.splitlines()) + b"]",
         mutate.raw,
         lambda f: read_texts(f, "t.json"),
-        1500,
     ),
-    "csv": Format("in/t.csv", lambda: TABLE, mutate.raw, lambda f: read_texts(f, "t.csv"), 1500),
+    "csv": Format("in/t.csv", lambda: TABLE, mutate.raw, lambda f: read_texts(f, "t.csv")),
     "csv_replaced": Format(
         "in/t.tsv",
         lambda: TABLE.replace(b",", b"\t"),
         mutate.raw,
         lambda f: read_texts(f, "t.tsv", Form(encoding="utf-8:replace")),
-        1500,
     ),
     "gz": Format(
         "in/t.txt.gz",
         lambda: gzip.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.gz"),
-        1500,
     ),
     "xz": Format(
         "in/t.txt.xz",
         lambda: lzma.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.xz"),
-        1500,
     ),
     "zst": Format(
         "in/t.txt.zst",
         lambda: zstandard.compress(TEXT.encode() * 9),
         mutate.raw,
         lambda f: read_texts(f, "t.txt.zst"),
-        1500,
     ),
-    "parquet": Format(
-        "in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet"), 400
-    ),
+    "parquet": Format("in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet")),
     "hellaswag": Format(
         "q.jsonl",
         hellaswag,
         mutate.json_lines,
         lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0),
-        1500,
     ),
     "lambada": Format(
         "q.jsonl",
         lambda: LINES,
         mutate.json_lines,
         lambda f: _questions("lambada", str(f / "q.jsonl"), 0),
-        1500,
     ),
     "answers": Format(
-        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers, 1500
+        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers
     ),
 }
