@@ -202,7 +202,8 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_goes_on(play, tmp_path)
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SLOWLY)
     env = {"PYTHONPATH": python_path(folder), "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
+              "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
     with (folder / "said").open("w") as said:
         run = subprocess.Popen(
             [sys.executable, *launch, str(ROOT / "gpt.py"), *FLAGS, *own, *slow],

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from gptforge.distributed import Ranks, heartbeat, join, ranks
 from gptforge.distributed.heartbeat import DEADLOCK, Heartbeat
 from gptforge.errors import UserError
-from tests.distributed.spawn import End, ends_of, ends_of_start
+from tests.distributed.spawn import End, ends_of, ends_of_start, free_port
 from tests.environment import python_path
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,8 @@ if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK"
 def test_torchrun_starts_again_where_a_rank_did_not_come(play, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABSENT_AT_FIRST)
     env = {"PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1", "GPTFORGE_SILENCE": "4"}
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
+              "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
     train = ["--preset", "debug", "--device", "cpu", "--input", str(play), "--max_steps", "5",
              "--warmup_steps", "2", "--out_dir", "run", "--sample_every", "0"]  # fmt: skip
     done = subprocess.run(
