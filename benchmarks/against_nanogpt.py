@@ -27,24 +27,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gptforge import costs
-from gptforge.build.step import REPLAY_BELOW
+from gptforge.builders.train_step import CUDA_GRAPH_MAX_FLOPS
 from gptforge.config import GPTConfig
-from gptforge.data.loader import Loader
-from gptforge.hardware import (
-    PLAIN,
+from gptforge.data.dataloader import DataLoader
+from gptforge.device import (
     Precision,
-    cache_folder,
-    choose_device,
-    choose_kernels,
-    choose_precision,
+    select_device,
+    select_precision,
     synchronize,
 )
+from gptforge.estimate import formulas
+from gptforge.files import cache_dir
+from gptforge.kernel_select import DEFAULT_KERNELS, select_kernels
 from gptforge.kernels.gelu_products import prepare_quack
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.tokenizers import named
-from gptforge.train.step import TrainStep
+from gptforge.tokenizers import from_name
+from gptforge.train.train_step import TrainStep
 
 FLOAT32 = Precision(torch.float32, "to compare")
 
@@ -145,34 +144,34 @@ class Ours:
         plain: bool = False,
         quack: bool = False,
     ) -> None:
-        precision = FLOAT32 if plain else choose_precision("auto", device)
-        kernels = choose_kernels(device, precision, dropout=recipe.shape.dropout)
+        precision = FLOAT32 if plain else select_precision("auto", device)
+        kernels = select_kernels(device, precision, dropout=recipe.shape.dropout)
         if quack:
-            prepare_quack(cache_folder())
+            prepare_quack(cache_dir())
             kernels = replace(kernels, quack=True)
         model = model.to(device)
         self.step = TrainStep(
             model,
             build_adamw(model, betas=(0.9, 0.99), weight_decay=0.1),
             precision=precision,
-            micro_batch=recipe.windows,
+            micro_batch_size=recipe.windows,
             grad_clip=1.0,
-            kernels=PLAIN if plain else kernels,
+            kernels=DEFAULT_KERNELS if plain else kernels,
         )
         length = recipe.shape.block_size
-        flops = costs.flops_per_token(recipe.shape, length) * recipe.windows * length
-        is_small = flops < REPLAY_BELOW and self.step.kernels.by_hand
-        if is_small and not self.step.record(length):
-            self.step.use(self.step.kernels)
-        self.loader = Loader(
+        flops = formulas.flops_per_token(recipe.shape, length) * recipe.windows * length
+        is_small = flops < CUDA_GRAPH_MAX_FLOPS and self.step.kernels.manual_backward
+        if is_small and not self.step.capture_cuda_graph(length):
+            self.step.set_kernels(self.step.kernels)
+        self.loader = DataLoader(
             tokens, context_length=length, global_batch=recipe.windows * recipe.parts, seed=1,
             shuffle=True, device=device,
         )  # fmt: skip
         self.made = 0
 
     def __call__(self) -> float:
-        loss, _ = self.step(*self.loader.next(), lr=1e-3)
-        self.loader.send_next()
+        loss, _ = self.step(*self.loader.next_batch(), lr=1e-3)
+        self.loader.prefetch_to_device()
         self.made += 1
         is_read = self.step.device.type == "cpu" or self.made % 10 == 0
         return float(loss) if is_read else 0.0
@@ -188,16 +187,16 @@ def main() -> None:
         "--quack", action="store_true", help="ours with quack's products in the MLP"
     )
     args = parser.parse_args()
-    device, name = choose_device(args.device)
+    device, name = select_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     text = args.text.read_text(encoding="utf-8")
     lines, matches = [], []
     for recipe in [r for r in RECIPES[args.device] if args.only in r.name]:
-        tokens = named(recipe.tokenizer, text).encode(text)
+        tokens = from_name(recipe.tokenizer, text).encode(text)
         torch.manual_seed(1337)
         # As the program sizes its table: round numbers.
         rows = -(-recipe.shape.vocab_size // 64) * 64
-        model = GPT(replace(recipe.shape, vocab_size=rows)).initialize()
+        model = GPT(replace(recipe.shape, vocab_size=rows)).init_weights()
         theirs = NanoGPT(args.nanogpt, recipe, tokens, device)
         ours = Ours(copy.deepcopy(model), recipe, tokens, device, quack=args.quack)
         seconds: dict[str, list[float]] = {"nanoGPT": [], "gptforge": []}
@@ -219,7 +218,7 @@ def main() -> None:
         print(lines[-1], flush=True)
         if recipe.matched:
             torch.manual_seed(1337)
-            model = GPT(recipe.shape).initialize()
+            model = GPT(recipe.shape).init_weights()
             plain = Ours(copy.deepcopy(model), recipe, tokens, device, plain=True)
             quick = Ours(copy.deepcopy(model), recipe, tokens, device)
             for step in range(recipe.matched):
@@ -227,7 +226,7 @@ def main() -> None:
                 if step in (0, 10, 100, recipe.matched // 2, recipe.matched - 1):
                     matches.append(f"| {step} | {one:.4f} | {two:.4f} | {two / one - 1:+.2%} |")
         del theirs, ours
-    fast = choose_precision("auto", device).name
+    fast = select_precision("auto", device).name
     print(f"\n{name}, torch {torch.__version__}, ours in {fast}\n")
     print("| recipe | nanoGPT, steps/s | gptforge, steps/s | ms a step | tokens/s | ratio |")
     print("| --- | --- | --- | --- | --- | --- |", *lines, sep="\n")

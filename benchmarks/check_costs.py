@@ -14,12 +14,12 @@ import time
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.hardware import choose_device, choose_precision, synchronize
+from gptforge.device import select_device, select_precision, synchronize
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.presets import PRESETS, preset
-from gptforge.train.anomalies import Watch
-from gptforge.train.step import TrainStep
+from gptforge.presets import PRESETS, get_preset
+from gptforge.train.loss_monitor import LossMonitor
+from gptforge.train.train_step import TrainStep
 
 
 def main() -> None:
@@ -28,18 +28,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
-    config = preset(args.preset)
-    device, name = choose_device(args.device)
+    config = get_preset(args.preset)
+    device, name = select_device(args.device)
     vocab = 128 if config.tokenizer == "char" else 50304
-    model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": vocab})).initialize().to(device)
+    model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": vocab})).init_weights().to(device)
     step = TrainStep(
         model,
         build_adamw(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay),
-        precision=choose_precision(config.dtype, device),
-        micro_batch=config.batch_size,
+        precision=select_precision(config.dtype, device),
+        micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
     )
-    shape = (config.global_batch, config.context_length + 1)
+    shape = (config.global_batch_size, config.context_length + 1)
     tokens = torch.randint(0, vocab, shape, device=device)
     times = []
     for _ in range(args.steps):
@@ -50,7 +50,7 @@ def main() -> None:
         times.append(time.perf_counter() - begin)
     update = statistics.median(times[3:])
 
-    watch = Watch(lag=2 if device.type == "cuda" else 0, scaled=False)
+    watch = LossMonitor(lag=2 if device.type == "cuda" else 0, uses_grad_scaler=False)
     total = torch.zeros((), device=device)
     checks = []
     for number in range(2000):
@@ -59,7 +59,7 @@ def main() -> None:
         _ = (~norm.isfinite()).float()
         counts = loss.isfinite()
         total += torch.where(counts, loss, 0)
-        watch.add(number, 0, loss, norm)
+        watch.update(number, 0, loss, norm)
         synchronize(device)
         checks.append(time.perf_counter() - begin)
     cost = statistics.median(checks)

@@ -18,11 +18,11 @@ import torch
 import transformers
 
 from gptforge import load
-from gptforge.build.exported import export_gguf, export_hf
+from gptforge.builders.export_model import export_gguf, export_hf
 from gptforge.checkpoint import store
-from gptforge.convert.gguf import TYPES
-from gptforge.data.text import read_text, split_text
-from gptforge.generate.sampling import Sampling
+from gptforge.convert.gguf import GGUF_TYPES
+from gptforge.data.dataset import read_text, split_text
+from gptforge.inference.sampling import SamplingParams
 
 
 def main() -> None:
@@ -33,14 +33,14 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
 
     ours = load(args.run, device="cpu", dtype="float32")
-    config = store.read_config(store.resolve(args.run))
+    config = store.read_config(store.resolve_checkpoint(args.run))
     _, held_out = split_text(read_text(Path(config.input)).content, config.val_fraction)
     block = ours.model.config.block_size
     ids = ours.encode(held_out[: 40 * args.windows * block])[: args.windows * block]
     windows = torch.tensor(ids).view(-1, block)
-    size = ours.tokenizer.size
+    size = ours.tokenizer.vocab_size
     prompt, steps = windows[0, :16].tolist(), block - 16
-    [written] = ours.write([ours.decode(prompt)], steps, Sampling(0))
+    [written] = ours.generate_batch([ours.decode(prompt)], steps, SamplingParams(0))
 
     print(f"{args.run}: {os.cpu_count()} cores, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, llama-cpp-python {llama_cpp.__version__}")  # fmt: skip
@@ -54,7 +54,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "hf"
-        export_hf(args.run, out, say=lambda _: None)
+        export_hf(args.run, out, log=lambda _: None)
         peer = transformers.GPT2LMHeadModel.from_pretrained(out, local_files_only=True).eval()
         with torch.inference_mode():
             theirs = peer(windows).logits[..., :size]
@@ -63,9 +63,9 @@ def main() -> None:
         worst = float((theirs - mine).abs().max())
         report("transformers", out / "model.safetensors", worst, perplexity(theirs, windows),
                base, same)  # fmt: skip
-        for kind in TYPES:
+        for kind in GGUF_TYPES:
             path = Path(folder) / f"{kind}.gguf"
-            export_gguf(args.run, path, kind=kind, say=lambda _: None)
+            export_gguf(args.run, path, dtype=kind, log=lambda _: None)
             model = llama_cpp.Llama(str(path), n_ctx=block, logits_all=True, verbose=False)
             theirs = torch.stack([scores(model, row.tolist())[:, :size] for row in windows])
             worst = float((theirs - mine).abs().max())

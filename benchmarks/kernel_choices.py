@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptforge.kernels import block, products
-from gptforge.kernels.dropout import throw
-from gptforge.kernels.head import cross_entropy_in_place
-from gptforge.kernels.packed_attention import ByTorch, ByTriton
-from gptforge.kernels.sums import add_column_sums
+from gptforge.kernels import embedding, gelu, layer_norm, matmul
+from gptforge.kernels.attention import SdpaAttention, TritonAttention
+from gptforge.kernels.cross_entropy import cross_entropy_in_place
+from gptforge.kernels.dropout import draw_dropout_seeds
+from gptforge.kernels.reductions import accumulate_column_sums
 
 N, C, V = 32768, 768, 50304
 ROUNDS, WARM_UP = 15, 3
@@ -63,11 +63,12 @@ def linear_layers() -> None:
         flops = 2.0 * N * out * inner
         forth = in_turns(
             lambda x=x, w=weight, b=bias: torch.addmm(b, x, w.t()),
-            lambda x=x, w=weight, b=bias: products.linear(x, w, b),
+            lambda x=x, w=weight, b=bias: matmul.linear(x, w, b),
         )
         row(f"{name}, forward with bias", *forth, flops)
         back = in_turns(
-            lambda u=upstream, w=weight: u @ w, lambda u=upstream, w=weight: products.back(u, w)
+            lambda u=upstream, w=weight: u @ w,
+            lambda u=upstream, w=weight: matmul.linear_dgrad(u, w),
         )
         row(f"{name}, gradient of its input", *back, flops)
         sums = torch.zeros(out, inner, device="cuda")
@@ -75,7 +76,7 @@ def linear_layers() -> None:
             lambda g=sums, u=upstream, x=x: torch.addmm(
                 g, u.t(), x, out_dtype=torch.float32, out=g
             ),
-            lambda g=sums, u=upstream, x=x: products.add_product(g, u, x),
+            lambda g=sums, u=upstream, x=x: matmul.accumulate_wgrad(g, u, x),
         )
         row(f"{name}, gradient of its weight, added up", *to_weight, flops)
 
@@ -85,21 +86,21 @@ def around_the_gelu() -> None:
     row(
         "c_fc with bias, then the GELU; the two in one",
         *in_turns(
-            lambda: block.gelu(products.linear(x, weight, bias)),
-            lambda: products.linear_gelu(x, weight, bias),
+            lambda: gelu.gelu(matmul.linear(x, weight, bias)),
+            lambda: matmul.linear_gelu(x, weight, bias),
         ),
     )
     upstream, down, inner = draw(N, C), draw(C, 4 * C), draw(N, 4 * C)
     sums = torch.zeros(4 * C, device="cuda")
 
     def again() -> None:
-        block.gelu_backward(inner, products.back(upstream, down), sums, again=True)
+        gelu.gelu_backward(inner, matmul.linear_dgrad(upstream, down), sums, recompute=True)
 
     def apart() -> None:
-        block.gelu_backward(inner, products.back(upstream, down), sums, again=False)
+        gelu.gelu_backward(inner, matmul.linear_dgrad(upstream, down), sums, recompute=False)
 
     def in_one() -> None:
-        add_column_sums(products.back_through_gelu(upstream, down, inner), sums)
+        accumulate_column_sums(matmul.linear_dgrad_dgelu(upstream, down, inner), sums)
 
     first, second, third = in_turns(again, in_one, apart)
     row(
@@ -115,18 +116,18 @@ def dropping() -> None:
     stream, branch, upstream = draw(N, C), draw(N, C), draw(N, C)
     vector, sums = torch.ones(C, device="cuda"), torch.zeros(3 * C, device="cuda")
     to_bias = torch.zeros(C, device="cuda")
-    [drop] = throw(1, SHARE, stream.device)
+    [drop] = draw_dropout_seeds(1, SHARE, stream.device)
 
     def by_torch() -> None:
         left, kept = torch.native_dropout(branch, SHARE, True)
-        _, norm = block.add_norm(stream, left, vector, vector)
-        to_stream, _ = block.norm_backward(upstream, norm, vector, stream, sums[: 2 * C])
+        _, norm = layer_norm.add_layer_norm(stream, left, vector, vector)
+        to_stream, _ = layer_norm.layer_norm_backward(upstream, norm, vector, stream, sums[: 2 * C])
         to_branch = torch.ops.aten.native_dropout_backward(to_stream, kept, 1 / (1 - SHARE))
         to_bias.add_(to_branch.sum(0, dtype=to_bias.dtype))
 
     def inside() -> None:
-        _, norm = block.add_norm(stream, branch, vector, vector, drop)
-        block.norm_backward(upstream, norm, vector, stream, sums)
+        _, norm = layer_norm.add_layer_norm(stream, branch, vector, vector, drop)
+        layer_norm.layer_norm_backward(upstream, norm, vector, stream, sums)
 
     row("dropout and LayerNorm, there and back; in its passes", *in_turns(by_torch, inside))
     rows, table = draw(N, C), torch.zeros(V, C, device="cuda")
@@ -134,7 +135,8 @@ def dropping() -> None:
     row(
         "the token table's gradient",
         *in_turns(
-            lambda: table.index_add_(0, idx, rows.float()), lambda: block.add_rows(rows, idx, table)
+            lambda: table.index_add_(0, idx, rows.float()),
+            lambda: embedding.embedding_backward(rows, idx, table),
         ),
     )
 
@@ -142,15 +144,15 @@ def dropping() -> None:
 def the_head() -> None:
     hidden, table = draw(8192, C), draw(V, C)
     flops = 2.0 * 8192 * V * C
-    torchs, ours = in_turns(lambda: hidden @ table.t(), lambda: products.linear(hidden, table))
+    torchs, ours = in_turns(lambda: hidden @ table.t(), lambda: matmul.linear(hidden, table))
     row("logits of 8,192 tokens", torchs, ours, flops)
     sums, upstream = torch.zeros(V, C, device="cuda"), draw(8192, V)
     added = in_turns(
         lambda: torch.addmm(sums, upstream.t(), hidden, out_dtype=torch.float32, out=sums),
-        lambda: products.add_product(sums, upstream, hidden),
+        lambda: matmul.accumulate_wgrad(sums, upstream, hidden),
     )
     row("the table's gradient by them, added up", *added, flops)
-    logits = products.linear(hidden, table)
+    logits = matmul.linear(hidden, table)
     targets = torch.randint(0, V, (8192,), device="cuda")
     (loss,) = in_turns(lambda: cross_entropy_in_place(logits, targets, -1, 1e-5))
     print(f"| their loss and gradient in place | | {loss:.0f} | | |", flush=True)
@@ -160,7 +162,7 @@ def attention(windows: int, length: int, heads: int, size: int) -> None:
     """The way back, its gradients side by side and added up for the bias."""
     qkv, upstream = draw(windows, length, 3, heads, size), draw(windows * length, heads * size)
     sums = torch.zeros(3 * heads * size, device="cuda")
-    torchs, ours = ByTorch(), ByTriton()
+    torchs, ours = SdpaAttention(), TritonAttention()
     _, kept = ours.forward(qkv, None)
 
     def there_and_back() -> None:
@@ -171,8 +173,8 @@ def attention(windows: int, length: int, heads: int, size: int) -> None:
     flops = 5 * windows * heads * size * length * (length + 1)
     shape = f"{windows} windows of {length}, {heads} heads of {size}"
     row(f"attention's way back, {shape}", both - forth, back, flops)
-    [drop] = throw(1, SHARE, qkv.device)
-    dropping = ByTorch(SHARE)
+    [drop] = draw_dropout_seeds(1, SHARE, qkv.device)
+    dropping = SdpaAttention(SHARE)
 
     def by_torch() -> None:
         dropping.backward(upstream, dropping.forward(qkv, drop)[1], sums)

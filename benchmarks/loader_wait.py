@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from gptforge.build.training import build_trainer
-from gptforge.hardware import synchronize
-from gptforge.presets import PRESETS, preset
+from gptforge.builders.trainer import build_trainer
+from gptforge.device import synchronize
+from gptforge.presets import PRESETS, get_preset
 
 
 def main() -> None:
@@ -33,25 +33,25 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(
-            preset(args.preset),
+            get_preset(args.preset),
             input=str(args.input),
             device=args.device,
             val_fraction=0.0,
             out_dir=str(Path(folder) / "run"),
         )
-        trainer = build_trainer(config, given=(), say=print)
+        trainer = build_trainer(config, explicit=(), log=print)
         assert trainer is not None
-        step, loader = trainer.train_step, trainer.loader
-        fixed = tuple(part.clone() for part in loader.next())
+        step, loader = trainer.step_fn, trainer.dataloader
+        fixed = tuple(part.clone() for part in loader.next_batch())
         waits: list[float] = []
 
         def with_loader() -> None:
             begin = time.perf_counter()
-            batch = loader.next()
+            batch = loader.next_batch()
             asked = time.perf_counter() - begin
             step(*batch, lr=1e-4)
             begin = time.perf_counter()
-            loader.send_next()
+            loader.prefetch_to_device()
             waits.append(asked + time.perf_counter() - begin)
 
         def without() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
                 if turn:  # the first warms up
                     seconds[label].append((time.perf_counter() - begin) / args.steps)
         waited = waits[args.steps :]
-        trainer.lock.close()
+        trainer.lock.release()
     usual, with_it = (statistics.median(seconds[label]) for label in ("without", "with"))
     tokens = config.tokens_per_step
     print(f"\n{args.preset} on {step.device}, torch {torch.__version__}: {tokens:,} tokens a step")

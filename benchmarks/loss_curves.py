@@ -21,20 +21,14 @@ import numpy as np
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.data.loader import Loader
-from gptforge.hardware import (
-    PLAIN,
-    Kernels,
-    Precision,
-    choose_device,
-    choose_kernels,
-    choose_precision,
-)
+from gptforge.data.dataloader import DataLoader
+from gptforge.device import Precision, select_device, select_precision
+from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.optim.schedule import warmup_cosine
-from gptforge.tokenizers import named
-from gptforge.train.step import TrainStep
+from gptforge.tokenizers import from_name
+from gptforge.train.train_step import TrainStep
 
 SEEDS = (1, 2, 3)
 MEAN_OVER = 10
@@ -49,26 +43,26 @@ def train(
     windows: int,
     device: torch.device,
     precision: Precision,
-    kernels: Kernels,
+    kernels: KernelConfig,
 ) -> list[float]:
     """Losses of a run; weights depend on the seed, batches do not."""
-    model = GPT.unfilled(shape).initialize(torch.Generator().manual_seed(seed)).to(device)
+    model = GPT.empty(shape).init_weights(torch.Generator().manual_seed(seed)).to(device)
     step = TrainStep(
         model,
         build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1),
         precision=precision,
-        micro_batch=windows,
+        micro_batch_size=windows,
         grad_clip=1.0,
         kernels=kernels,
     )
-    loader = Loader(
+    loader = DataLoader(
         tokens, context_length=shape.block_size, global_batch=windows, seed=0, shuffle=True,
         device=device,
     )  # fmt: skip
     losses = []
     for number in range(steps):
         lr = warmup_cosine(number, max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps)
-        losses.append(step(*loader.next(), lr=lr)[0])
+        losses.append(step(*loader.next_batch(), lr=lr)[0])
     return [float(loss) for loss in losses]
 
 
@@ -83,15 +77,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    device, name = choose_device("auto")
-    fast = choose_precision("auto", device)
+    device, name = select_device("auto")
+    fast = select_precision("auto", device)
     # As a run has it: float32 weights meet TF32 in what stays float32. The plain path does not.
     text = args.text.read_text(encoding="utf-8")
-    tokens = named("gpt2", text).encode(text)
+    tokens = from_name("gpt2", text).encode(text)
     shape = GPTConfig(args.length, 50304, args.layers, args.width // 64, args.width)
     ways = {
-        "plain": (Precision(torch.float32, "to compare"), PLAIN, "highest"),
-        "fast": (fast, choose_kernels(device, fast), "high"),
+        "plain": (Precision(torch.float32, "to compare"), DEFAULT_KERNELS, "highest"),
+        "fast": (fast, select_kernels(device, fast), "high"),
     }
     curves: dict[str, list[np.ndarray]] = {way: [] for way in ways}
     for way, (precision, kernels, products) in ways.items():

@@ -12,10 +12,10 @@ import dataclasses
 
 import torch
 
-from gptforge.bench.training import random_batch
-from gptforge.build.benchmark import build_step
-from gptforge.hardware import synchronize
-from gptforge.presets import preset
+from gptforge.bench.train_speed import random_batch
+from gptforge.builders.step_timing import build_bench_step
+from gptforge.device import synchronize
+from gptforge.presets import get_preset
 
 CASES = (
     ("gpt2", 8, {}),
@@ -39,8 +39,8 @@ def main() -> None:
             continue
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
-        config = dataclasses.replace(preset(name), vocab_size=50304, **savings)
-        step = build_step(config, (), print)
+        config = dataclasses.replace(get_preset(name), vocab_size=50304, **savings)
+        step = build_bench_step(config, (), print)
         torch.cuda.reset_peak_memory_stats(device)
         batch = random_batch(config, device)
         for _ in range(2):
@@ -50,7 +50,7 @@ def main() -> None:
         held = torch.cuda.max_memory_reserved(device) / 1e9
         how = ", ".join(savings) or "nothing"
         lines.append(
-            f"| {name} | {gigabytes} | {how} | {step.micro_batch} | {peak:.1f} | {held:.1f} "
+            f"| {name} | {gigabytes} | {how} | {step.micro_batch_size} | {peak:.1f} | {held:.1f} "
             f"| {float(loss):.3f} |"
         )
         print(lines[-1], flush=True)

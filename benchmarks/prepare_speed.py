@@ -254,9 +254,9 @@ def _share(pid: int) -> int:
 def loader(here: Path, megabytes: int, batches: int) -> None:
     import torch
 
+    from gptforge.data.dataloader import DataLoader
     from gptforge.data.index import read_index
-    from gptforge.data.loader import Loader
-    from gptforge.data.stream import ShardStream
+    from gptforge.data.token_dataset import ShardDataset
 
     torch.set_num_threads(1)
     out = here / "shards.jsonl"
@@ -265,18 +265,18 @@ def loader(here: Path, megabytes: int, batches: int) -> None:
         ours(here / "large.jsonl", out, CORES, fast=True)
     index = read_index(out)
     assert index is not None
-    tokens = ShardStream(index.shards("train"), size=index.tokenizer().size)
+    tokens = ShardDataset(index.shards("train"), vocab_size=index.load_tokenizer().vocab_size)
     options = {"context_length": 1024, "seed": 1, "shuffle": True, "device": torch.device("cpu")}
     print(f"\n{len(tokens):,} tokens in {len(tokens.shards)} shards")
     batch, rate, steps = 128, 500_000, 100
     step_time = batch * 1024 / rate
-    stream = Loader(tokens, global_batch=batch, **options)
-    stream.next()
+    stream = DataLoader(tokens, global_batch=batch, **options)
+    stream.next_batch()
     waited = []
     for _ in range(steps):
         time.sleep(step_time)  # a GPU at work: the host waits for it
         begin = time.perf_counter()
-        stream.next()
+        stream.next_batch()
         waited.append(time.perf_counter() - begin)
     share = sum(waited) / (steps * step_time)
     print(
@@ -284,12 +284,12 @@ def loader(here: Path, megabytes: int, batches: int) -> None:
         f"({1e3 * sum(waited) / steps:.2f} ms a step of {1e3 * step_time:.0f}, at most "
         f"{1e3 * max(waited):.2f})"
     )
-    stream = Loader(tokens, global_batch=32, **options)
+    stream = DataLoader(tokens, global_batch=32, **options)
     begin = time.perf_counter()
     print("\n| batches of 32 x 1024 | private memory, MB | mapped files, MB |")
     print("| --- | --- | --- |")
     for number in range(1, batches + 1):
-        stream.next()
+        stream.next_batch()
         if number in (100, batches // 100, batches // 10, batches // 2, batches):
             private, mapped = (_status(name) / MEGA for name in ("RssAnon", "RssFile"))
             print(f"| {number:,} | {private:.1f} | {mapped:.1f} |", flush=True)

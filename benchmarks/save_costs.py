@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from gptforge.checkpoint.saver import BackgroundSaver
+from gptforge.checkpoint.async_saver import AsyncSaver
+from gptforge.checkpoint.state_dict import model_state_dict, optimizer_state_dict, rng_state_dict
 from gptforge.checkpoint.store import CheckpointStore, Snapshot
-from gptforge.checkpoint.tensors import generator_tensors, model_tensors, optimizer_tensors
 from gptforge.config import GPTConfig
-from gptforge.hardware import choose_device, choose_kernels, choose_precision, synchronize
+from gptforge.device import select_device, select_precision, synchronize
+from gptforge.kernel_select import select_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.presets import PRESETS, preset
-from gptforge.tokenizers import named
-from gptforge.train.step import TrainStep
+from gptforge.presets import PRESETS, get_preset
+from gptforge.tokenizers import from_name
+from gptforge.train.train_step import TrainStep
 
 
 def main() -> None:
@@ -34,28 +35,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save_every", type=int, default=20)
     args = parser.parse_args()
-    config = preset(args.preset)
-    device, name = choose_device(args.device)
+    config = get_preset(args.preset)
+    device, name = select_device(args.device)
     torch.set_float32_matmul_precision("high")
-    model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": 50304})).initialize().to(device)
-    precision = choose_precision(config.dtype, device)
+    model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": 50304})).init_weights().to(device)
+    precision = select_precision(config.dtype, device)
     step = TrainStep(
         model,
         build_adamw(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay),
         precision=precision,
-        micro_batch=config.batch_size,
+        micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=choose_kernels(device, precision),
+        kernels=select_kernels(device, precision),
     )
     if device.type == "cuda":
         step.compile()
-    shape = (config.global_batch, config.context_length + 1)
+    shape = (config.global_batch_size, config.context_length + 1)
     tokens = torch.randint(0, 50257, shape, device=device)
     for _ in range(3):
         step(tokens[:, :-1], tokens[:, 1:], lr=1e-4)
     with tempfile.TemporaryDirectory() as folder:
-        saver = BackgroundSaver(
-            CheckpointStore(Path(folder)), tokenizer=named("byte", ""), config="", keep=0
+        saver = AsyncSaver(
+            CheckpointStore(Path(folder)), tokenizer=from_name("byte", ""), config="", keep=0
         )
         plain, saving, beside = [], [], []
         saved_in = []
@@ -71,13 +72,13 @@ def main() -> None:
             is_saving = number % args.save_every == 10 and number < args.steps - 10
             if is_saving:
                 snapshot = Snapshot(
-                    model=model_tensors(model),
-                    optimizer=optimizer_tensors(model, step.optimizer),
-                    generators=generator_tensors(device),
+                    model=model_state_dict(model),
+                    optimizer=optimizer_state_dict(model, step.optimizer),
+                    rng_state=rng_state_dict(device),
                     state={},
                 )
                 begun = time.perf_counter()
-                saver.submit(number, snapshot, is_best=False)
+                saver.save_async(number, snapshot, is_best=False)
                 del snapshot
             synchronize(device)
             seconds = time.perf_counter() - start

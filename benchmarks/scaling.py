@@ -25,17 +25,27 @@ from typing import Any
 
 import torch
 
-from gptforge import costs
-from gptforge.bench.training import random_batch
-from gptforge.build.step import train_step
-from gptforge.build.training import seed_everything
-from gptforge.checkpoint.run_folder import Opening
+from gptforge.bench.train_speed import random_batch
+from gptforge.builders.train_step import build_train_step
+from gptforge.builders.trainer import seed_everything
+from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config
-from gptforge.distributed import ALONE, Ranks, join
-from gptforge.hardware import choose_device, choose_precision, peak_flops, synchronize
-from gptforge.presets import PRESETS, preset
-from gptforge.report.curves import FAINT, HELD_OUT, INK, TRAIN
-from gptforge.train.step import TrainStep
+from gptforge.device import (
+    peak_flops,
+    select_device,
+    select_precision,
+    synchronize,
+)
+from gptforge.distributed import SINGLE_PROCESS, Comm, init_distributed
+from gptforge.estimate import formulas
+from gptforge.presets import PRESETS, get_preset
+from gptforge.report.curves import (
+    MUTED_COLOR,
+    TEXT_COLOR,
+    TRAIN_COLOR,
+    VAL_COLOR,
+)
+from gptforge.train.train_step import TrainStep
 
 VOCABULARY = 50304
 
@@ -88,38 +98,38 @@ def launch(what: str, count: int, out: Path) -> dict[str, Any]:
 
 
 def child(args: argparse.Namespace) -> None:
-    ranks = join(args.device)
-    device, name = choose_device(ranks.local_device or args.device)
+    ranks = init_distributed(args.device)
+    device, name = select_device(ranks.local_device or args.device)
     figures = small(args, ranks, device) if args.child == "small" else xl(args, ranks, device)
-    figures |= {"ranks": ranks.size, "device": name, "torch": torch.__version__}
-    if ranks.is_first:
-        path = Path(args.out) / f"{args.child}-{ranks.size}.json"
+    figures |= {"ranks": ranks.world_size, "device": name, "torch": torch.__version__}
+    if ranks.is_main:
+        path = Path(args.out) / f"{args.child}-{ranks.world_size}.json"
         path.write_text(json.dumps(figures, indent=1) + "\n")
-    ranks.leave()
+    ranks.shutdown()
 
 
-def build(config: Config, ranks: Ranks, device: torch.device, *given: str) -> TrainStep:
+def build(config: Config, ranks: Comm, device: torch.device, *given: str) -> TrainStep:
     def say(text: str) -> None:
-        if ranks.is_first:
+        if ranks.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    precision = choose_precision(config.dtype, device)
+    precision = select_precision(config.dtype, device)
     seed_everything(config, rank=ranks.rank)
-    opening = Opening("new", config)
-    return train_step(config, opening, device, precision, given=given, say=say, ranks=ranks)
+    opening = OpenedRun("new", config)
+    return build_train_step(config, opening, device, precision, explicit=given, log=say, comm=ranks)
 
 
-def small(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def small(args: argparse.Namespace, ranks: Comm, device: torch.device) -> dict[str, Any]:
     """A turn of each: alone on every GPU at once, weak scaling, strong scaling."""
-    one = dataclasses.replace(preset(args.preset), vocab_size=VOCABULARY)
+    one = dataclasses.replace(get_preset(args.preset), vocab_size=VOCABULARY)
     many = dataclasses.replace(
-        one, gradient_accumulation_steps=one.gradient_accumulation_steps * ranks.size
+        one, gradient_accumulation_steps=one.gradient_accumulation_steps * ranks.world_size
     )
-    with ranks.busy():
-        alone = build(one, ALONE, device)
-    together = alone if ranks.size == 1 else build(many, ranks, device)
+    with ranks.pause_stall_check():
+        alone = build(one, SINGLE_PROCESS, device)
+    together = alone if ranks.world_size == 1 else build(many, ranks, device)
     batch = random_batch(one, device)
-    share = tuple(x[: one.global_batch // ranks.size] for x in batch)
+    share = tuple(x[: one.global_batch_size // ranks.world_size] for x in batch)
     runs: dict[str, Callable[[], object]] = {
         "alone": lambda: alone(*batch, lr=1e-4),
         "weak": lambda: together(*batch, lr=1e-4),
@@ -131,41 +141,41 @@ def small(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[
     for _ in range(args.turns):
         for label, run in runs.items():
             own = timed(run, args.steps, ranks, device)
-            seconds[label].append([float(s) for s in ranks.gather(torch.tensor(own))])
+            seconds[label].append([float(s) for s in ranks.all_gather(torch.tensor(own))])
     sums = []
-    if ranks.size > 1:
-        gradients = torch.zeros(costs.parameters(one.model), device=device)
+    if ranks.world_size > 1:
+        gradients = torch.zeros(formulas.num_params(one.model), device=device)
         for _ in range(args.turns + 2):
-            sums.append(timed(lambda: ranks.sum(gradients), args.steps, ranks, device))
+            sums.append(timed(lambda: ranks.all_reduce(gradients), args.steps, ranks, device))
     # The slowest GPU counts: the others wait for it.
     medians = {
         label: max(statistics.median(own) for own in zip(*turns, strict=True))
         for label, turns in seconds.items()
     }
     return {
-        "way": together.way,
-        "micro_batch": together.micro_batch,
+        "way": together.backend_name,
+        "micro_batch": together.micro_batch_size,
         "tokens": one.tokens_per_step,
-        "flops_per_token": costs.flops_per_token(one.model, one.context_length),
+        "flops_per_token": formulas.flops_per_token(one.model, one.context_length),
         "peak_flops": peak_flops(device),
-        "gradient_bytes": 4 * costs.parameters(one.model),
+        "gradient_bytes": 4 * formulas.num_params(one.model),
         "sum_seconds": statistics.median(sums[2:]) if sums else 0.0,
         "medians": medians,
         "turns": seconds,
     }
 
 
-def xl(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def xl(args: argparse.Namespace, ranks: Comm, device: torch.device) -> dict[str, Any]:
     """A model in shards: its speed, MFU and memory."""
     config = dataclasses.replace(
-        preset(args.xl_preset),
+        get_preset(args.xl_preset),
         vocab_size=VOCABULARY,
         parallel="fsdp",
         activation_checkpointing=args.recompute,
     )
     given = ()
     if args.micro_batch:
-        whole = config.global_batch
+        whole = config.global_batch_size
         config = dataclasses.replace(
             config,
             batch_size=args.micro_batch,
@@ -173,9 +183,11 @@ def xl(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str
         )
         given = ("batch_size",)
     begin = time.perf_counter()
-    with ranks.busy():
+    with ranks.pause_stall_check():
         step = build(config, ranks, device, *given)
-    batch = tuple(x[: config.global_batch // ranks.size] for x in random_batch(config, device))
+    batch = tuple(
+        x[: config.global_batch_size // ranks.world_size] for x in random_batch(config, device)
+    )
 
     def run() -> object:
         return step(*batch, lr=1e-4)
@@ -184,31 +196,31 @@ def xl(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str
     ready = time.perf_counter() - begin
     timed(run, 2, ranks, device)
     turns = [timed(run, max(1, args.steps // 5), ranks, device) for _ in range(args.turns)]
-    slowest = max(float(s) for s in ranks.gather(torch.tensor(statistics.median(turns))))
+    slowest = max(float(s) for s in ranks.all_gather(torch.tensor(statistics.median(turns))))
     rate = config.tokens_per_step / slowest
-    flops = costs.flops_per_token(config.model, config.context_length)
+    flops = formulas.flops_per_token(config.model, config.context_length)
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {
-        "way": step.way,
+        "way": step.backend_name,
         "compiled": step.is_compiled,
         "preset": args.xl_preset,
-        "micro_batch": step.micro_batch,
+        "micro_batch": step.micro_batch_size,
         "recompute": args.recompute,
         "seconds": slowest,
         "turns": turns,
         "tokens_per_second": rate,
         "flops_per_token": flops,
-        "mfu": rate * flops / peak / ranks.size if peak else None,
+        "mfu": rate * flops / peak / ranks.world_size if peak else None,
         "first_step_seconds": ready,
         "peak_bytes": memory,
     }
 
 
-def timed(run: Callable[[], object], steps: int, ranks: Ranks, device: torch.device) -> float:
+def timed(run: Callable[[], object], steps: int, ranks: Comm, device: torch.device) -> float:
     """Seconds of one, of `steps` that all ranks begin at once."""
-    with ranks.busy():
-        ranks.all_of(True)
+    with ranks.pause_stall_check():
+        ranks.all_true(True)
         synchronize(device)
         begin = time.perf_counter()
         for _ in range(steps):
@@ -234,8 +246,8 @@ def draw(small: list[dict[str, Any]], path: Path, *, title: str) -> None:
     weak, strong = zip(*(efficiencies(f) for f in good), strict=True)
     figure, axis = pyplot.subplots(figsize=(7, 4))
     lines = [
-        ("weak: as many tokens a GPU", weak, TRAIN, (0, 9)),
-        ("strong: as many tokens in all", strong, HELD_OUT, (0, -16)),
+        ("weak: as many tokens a GPU", weak, TRAIN_COLOR, (0, 9)),
+        ("strong: as many tokens in all", strong, VAL_COLOR, (0, -16)),
     ]
     for label, shares, color, beside in lines:
         percent = [100 * share for share in shares]
@@ -245,18 +257,18 @@ def draw(small: list[dict[str, Any]], path: Path, *, title: str) -> None:
                 f"{share:.1f}", (count, share), beside, textcoords="offset points", ha="center",
                 fontsize=9, color=color, bbox={"fc": "white", "ec": "none", "pad": 1},
             )  # fmt: skip
-    axis.axhline(100, color=FAINT, linewidth=0.8, zorder=0)
+    axis.axhline(100, color=MUTED_COLOR, linewidth=0.8, zorder=0)
     axis.set_xticks(counts)
-    axis.set_xlabel("GPUs of one host" if good[0]["peak_flops"] else "ranks", color=INK)
-    axis.set_ylabel("% of the slowest one alone", color=INK)
+    axis.set_xlabel("GPUs of one host" if good[0]["peak_flops"] else "ranks", color=TEXT_COLOR)
+    axis.set_ylabel("% of the slowest one alone", color=TEXT_COLOR)
     axis.set_ylim(min(80.0, 100 * min(strong) - 5), max(103.0, 100 * max(*weak, *strong) + 3))
     axis.set_title(
-        f"{title}, {good[0]['tokens']:,} tokens a step", loc="left", fontsize=11, color=INK
+        f"{title}, {good[0]['tokens']:,} tokens a step", loc="left", fontsize=11, color=TEXT_COLOR
     )
     axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(FAINT)
-    axis.tick_params(colors=INK, labelsize=9)
-    axis.legend(frameon=False, labelcolor=INK, loc="lower left")
+    axis.spines[["left", "bottom"]].set_color(MUTED_COLOR)
+    axis.tick_params(colors=TEXT_COLOR, labelsize=9)
+    axis.legend(frameon=False, labelcolor=TEXT_COLOR, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -10,9 +10,9 @@ once, as NCCL does; a ring sends each byte 2 (n - 1) / n times. Every hop costs 
 import argparse
 import math
 
-from gptforge import costs
 from gptforge.config import Config
-from gptforge.presets import preset
+from gptforge.estimate import formulas
+from gptforge.presets import get_preset
 
 PEAK = 989e12
 COUNTS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
 
     small = sized("gpt2")
-    size = 4 * costs.parameters(small.model)
+    size = 4 * formulas.num_params(small.model)
     print(f"GPT-2 small: {size / 1e6:,.0f} MB of gradients, {TABLE:.0%} of them made last\n")
     print("| GPUs | sum, ms | in sight, ms | weak scaling | tokens a step |")
     print("| --- | --- | --- | --- | --- |")
@@ -52,14 +52,14 @@ def main() -> None:
         if windows < 1:
             print(f"| {count:,} | | | | fewer than one |")
             continue
-        compute = args.step_ms * windows / small.global_batch
+        compute = args.step_ms * windows / small.global_batch_size
         shown = in_sight(size, count, compute, args)
         share = compute / (compute + shown)
         print(f"| {count:,} | {compute:.1f} | {shown:.1f} | {share:.0%} | {windows:g} |")
 
     big = sized("gpt2-xl")
-    weights = costs.parameters(big.model)
-    flops = costs.flops_per_token(big.model, big.context_length)
+    weights = formulas.num_params(big.model)
+    flops = formulas.flops_per_token(big.model, big.context_length)
     moved = (2 + 4) * weights
     print(f"\ngpt2-xl in shards, put together: {moved / GB:.1f} GB an update and GPU\n")
     print(
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def sized(name: str) -> Config:
-    return Config(**{**vars(preset(name)), "vocab_size": 50304})
+    return Config(**{**vars(get_preset(name)), "vocab_size": 50304})
 
 
 def in_sight(size: float, count: int, compute: float, args: argparse.Namespace) -> float:

@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
-from gptforge.checkpoint.store import write_model
-from gptforge.checkpoint.tensors import model_tensors
+from gptforge.checkpoint.state_dict import model_state_dict
+from gptforge.checkpoint.store import save_inference_checkpoint
 from gptforge.config import to_toml
 from gptforge.model import GPT
-from gptforge.presets import preset
-from gptforge.tokenizers import named
+from gptforge.presets import get_preset
+from gptforge.tokenizers import from_name
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("seed", "cut", "weights", "honest", "full")
@@ -73,7 +73,7 @@ def run(name: str, out: Path, *flags: str) -> tuple[dict[int, tuple[float, float
 
 def cut(text: Path, out: Path) -> Path:
     """The part of a text that a loader of whole micro-batches reads."""
-    tokenizer = named("gpt2", "")
+    tokenizer = from_name("gpt2", "")
     tokens = tokenizer.encode(text.read_text(encoding="utf-8"))
     windows = (len(tokens) - 1) // LENGTH // MICRO_BATCH * MICRO_BATCH
     part = tokenizer.decode_bytes(tokens[: windows * LENGTH + 1].tolist()).decode("utf-8")
@@ -85,9 +85,9 @@ def cut(text: Path, out: Path) -> Path:
 
 def published_weights(out: Path, seed: int) -> Path:
     """A checkpoint to start from, with the MLP's projections as wide as all other matrices."""
-    tokenizer = named("gpt2", "")
-    config = dataclasses.replace(preset("gpt2"), vocab_size=50304)
-    model = GPT.unfilled(config.model).initialize(torch.Generator().manual_seed(seed))
+    tokenizer = from_name("gpt2", "")
+    config = dataclasses.replace(get_preset("gpt2"), vocab_size=50304)
+    model = GPT.empty(config.model).init_weights(torch.Generator().manual_seed(seed))
     dice = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.c_proj.weight"):
@@ -96,7 +96,7 @@ def published_weights(out: Path, seed: int) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     text = to_toml(config, {})
-    write_model(path, model_tensors(model), tokenizer=tokenizer, config=text)
+    save_inference_checkpoint(path, model_state_dict(model), tokenizer=tokenizer, config=text)
     return path
 
 

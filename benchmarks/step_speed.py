@@ -19,21 +19,19 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from gptforge import costs
 from gptforge.config import Config
-from gptforge.hardware import (
-    PLAIN,
-    Kernels,
+from gptforge.device import (
     autocast,
-    choose_device,
-    choose_kernels,
-    choose_precision,
+    select_device,
+    select_precision,
     synchronize,
 )
+from gptforge.estimate import formulas
+from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.presets import PRESETS, preset
-from gptforge.train.step import TrainStep
+from gptforge.presets import PRESETS, get_preset
+from gptforge.train.train_step import TrainStep
 
 
 class PlainLoop:
@@ -42,7 +40,7 @@ class PlainLoop:
     def __init__(self, model: GPT, config: Config, *, compiled: bool) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
-        self.precision = choose_precision(config.dtype, self.device)
+        self.precision = select_precision(config.dtype, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = build_adamw(model, betas=betas, weight_decay=config.weight_decay)
         self.forward = torch.compile(model) if compiled else model
@@ -71,31 +69,31 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="also without each kernel choice")
     args = parser.parse_args()
 
-    config = preset(args.preset)
-    device, name = choose_device(args.device)
+    config = get_preset(args.preset)
+    device, name = select_device(args.device)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     shape = copy.copy(config.model).__class__(**{**vars(config.model), "vocab_size": 50304})
-    model = GPT(shape).initialize().to(device)
-    precision = choose_precision(config.dtype, device)
+    model = GPT(shape).init_weights().to(device)
+    precision = select_precision(config.dtype, device)
     compiled = device.type == "cuda"
-    best = choose_kernels(device, precision)
+    best = select_kernels(device, precision)
     choices = {"gptforge": best}
     if args.each:
         choices |= {
-            "float32 residual stream": dataclasses.replace(best, stream=None),
-            "loss apart from its layer": dataclasses.replace(best, fused_head=False),
-            "none of these": PLAIN,
+            "float32 residual stream": dataclasses.replace(best, residual_dtype=None),
+            "loss apart from its layer": dataclasses.replace(best, fused_cross_entropy=False),
+            "none of these": DEFAULT_KERNELS,
         }
 
-    def ours(kernels: Kernels) -> TrainStep:
+    def ours(kernels: KernelConfig) -> TrainStep:
         own = copy.deepcopy(model)
         betas = (config.beta1, config.beta2)
         step = TrainStep(
             own,
             build_adamw(own, betas=betas, weight_decay=config.weight_decay),
             precision=precision,
-            micro_batch=config.batch_size,
+            micro_batch_size=config.batch_size,
             grad_clip=config.grad_clip,
             kernels=kernels,
         )
@@ -108,7 +106,7 @@ def main() -> None:
     }
     steps["plain loop"] = PlainLoop(copy.deepcopy(model), config, compiled=compiled)
     tokens = torch.randint(
-        0, 50257, (config.global_batch, config.context_length + 1), device=device
+        0, 50257, (config.global_batch_size, config.context_length + 1), device=device
     )
     batch = tokens[:, :-1], tokens[:, 1:]
 
@@ -135,7 +133,7 @@ def main() -> None:
             if device.type == "cuda":
                 memory[label] = torch.cuda.max_memory_allocated(device) / 1e9
 
-    flops = costs.flops_per_token(shape, config.context_length)
+    flops = formulas.flops_per_token(shape, config.context_length)
     print(f"\n{args.preset} on {name}, torch {torch.__version__}, {precision.dtype}")
     print(f"{config.tokens_per_step:,} tokens a step, {flops / 1e6:,.0f} MFLOP a token\n")
     print(

@@ -6,7 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptforge.build import load
+    from gptforge.builders import load
+
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -15,7 +16,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: torch takes a second, and `--help` does without.
     if name == "load":
-        from gptforge.build import load
+        from gptforge.builders import load
 
         return load
     raise AttributeError(f"module 'gptforge' has no attribute '{name}'")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptforge.errors import UserError, parsing
-from gptforge.files import read_small
+from gptforge.files import read_text
 from gptforge.printable import short_repr
 
-MOST_TOKENS = 2**28
+MAX_TOKENS_PER_STEP = 2**28
 """Tokens in a step: as many take 2 GB on their way to the device."""
 SEED_LIMIT = 2**63
 """Seeds are below it; where one is added to, the sum wraps around here."""
@@ -67,7 +67,7 @@ class Config:
     split_by_name: bool = True
     """Hold out files whose names say val, valid, validation or dev, and leave out test, if others
     say train; false: take them like all others."""
-    headerless: bool = False
+    raw_bin: bool = False
     """Take .bin files for bare uint16 ids, as nanoGPT writes them."""
     tokenizer: str = "gpt2"
     """gpt2, char, byte, or the path of a tokenizer.json saved by a run."""
@@ -75,7 +75,7 @@ class Config:
     """Share of the text held out to judge the model by; 0: none."""
     shuffle: bool = True
     """Permute the windows in each epoch; false: the order of the text."""
-    stagger: bool = False
+    random_offset: bool = False
     """Cut the text into windows at other places in each epoch: more to learn from a small one."""
     context_length: int = 1024
     """Tokens in a training window; at most block_size."""
@@ -128,7 +128,7 @@ class Config:
 
     out_dir: str = ""
     """Run folder; empty: runs/<preset>."""
-    overwrite: bool = False
+    restart: bool = False
     """Move an existing run folder aside and start anew."""
     log_every: int = 10
     """Updates between step lines; the first and last are always logged."""
@@ -138,7 +138,7 @@ class Config:
     """Held-out tokens an evaluation reads, spread evenly; 0: all of them."""
     save_every: int = 250
     """Updates between scheduled checkpoints; a new best is saved when it is found."""
-    keep: int = 1
+    keep_checkpoints: int = 1
     """Checkpoints to keep besides best and last."""
     sample_every: int = 100
     """Updates between samples; 0: only at the end."""
@@ -151,7 +151,7 @@ class Config:
     """Precision of matrix products; weights and optimizer stay float32."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
-    products: Literal["auto", "cublas", "quack"] = "auto"
+    mlp_matmul: Literal["auto", "cublas", "quack"] = "auto"
     """Who makes the MLP's; quack: a package, faster, slow to start; auto: on long runs."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third slower."""
@@ -163,14 +163,14 @@ class Config:
     """Use deterministic GPU kernels: slower, repeatable bit for bit."""
 
     @property
-    def global_batch(self) -> int:
+    def global_batch_size(self) -> int:
         """Windows that one update sees."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one update learns from."""
-        return self.global_batch * self.context_length
+        return self.global_batch_size * self.context_length
 
     @property
     def model(self) -> GPTConfig:
@@ -181,23 +181,23 @@ class Config:
 
 FIELDS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-NOTES = "made_by"
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+METADATA_TABLE = "made_by"
 """The table of a run's config.toml that says how it was made; reading passes over it."""
-RETIRED = frozenset({"attention"})
+REMOVED_FIELDS = frozenset({"attention"})
 """Fields of earlier versions, which changed nothing of what is learned; their runs can go on."""
-NOT_IN_FILES = frozenset({"overwrite", "config"})
+FLAG_ONLY = frozenset({"restart", "config"})
 """What is meant for one start, not for every start from that file."""
 
 # What may differ when a run goes on, since it does not change what is learned. batch_size and
 # gradient_accumulation_steps are compared by their product.
-FREE_ON_RESUME = frozenset(
+MAY_CHANGE_ON_RESUME = frozenset(
     {
-        *("preset", "config", "input", "out_dir", "overwrite", "time_limit", "device", "compile"),
-        *("encoding", "headerless", "field", "kind", "split_by_name"),
-        *("log_every", "eval_every", "save_every", "keep", "sample_every"),
+        *("preset", "config", "input", "out_dir", "restart", "time_limit", "device", "compile"),
+        *("encoding", "raw_bin", "field", "kind", "split_by_name"),
+        *("log_every", "eval_every", "save_every", "keep_checkpoints", "sample_every"),
         *("batch_size", "gradient_accumulation_steps", "max_steps"),
-        *("products", "activation_checkpointing", "loss_chunk", "parallel"),
+        *("mlp_matmul", "activation_checkpointing", "loss_chunk", "parallel"),
     }
 )
 
@@ -225,7 +225,7 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
             value = float(value)
         if type(value) is not kind:
             given = f"{short_repr(value)} ({type(value).__name__})"
-            raise UserError(f"{source}: {name} takes {KINDS[kind]}, not {given}")
+            raise UserError(f"{source}: {name} takes {TYPE_NAMES[kind]}, not {given}")
         checked[name] = value
     return dataclasses.replace(base, **checked)
 
@@ -233,25 +233,27 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
 def read_toml(path: Path) -> tuple[dict[str, object], bool]:
     """The fields that a TOML file sets, and whether a run wrote it: then none was set by hand."""
     with parsing(f"--config {path}", "a readable TOML file"):
-        values = tomllib.loads(read_small(path))
-    is_a_runs = isinstance(values.pop(NOTES, None), dict)
+        values = tomllib.loads(read_text(path))
+    is_a_runs = isinstance(values.pop(METADATA_TABLE, None), dict)
     if is_a_runs:
-        values = {name: value for name, value in values.items() if name not in RETIRED}
+        values = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
         if "split_by_name" not in values:
             # Runs of versions before 0.2 read CSV as prose, and mixed all files.
             is_table = Path(str(values.get("input"))).suffix.lower() in (".csv", ".tsv")
             values |= {"split_by_name": False, "kind": "text" if is_table else "auto"}
-    for name in sorted(NOT_IN_FILES & values.keys()):
+    for name in sorted(FLAG_ONLY & values.keys()):
         if values.pop(name):
             raise UserError(f"--config {path}: {name} can only be given as a flag")
     return values, is_a_runs
 
 
-def to_toml(config: Config, notes: Mapping[str, str]) -> str:
+def to_toml(config: Config, metadata: Mapping[str, str]) -> str:
     """Every field as TOML, with `notes` (versions, command) in a table that reading passes over."""
-    kept = [name for name in FIELDS if name not in NOT_IN_FILES]
+    kept = [name for name in FIELDS if name not in FLAG_ONLY]
     lines = [f"{name} = {_toml_value(getattr(config, name))}" for name in kept]
-    lines += ["", f"[{NOTES}]"] + [f"{name} = {_toml_value(text)}" for name, text in notes.items()]
+    lines += ["", f"[{METADATA_TABLE}]"] + [
+        f"{name} = {_toml_value(text)}" for name, text in metadata.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -264,21 +266,23 @@ def _toml_value(value: Value) -> str:
     return repr(value)
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def resume_conflicts(old: Config, new: Config) -> list[str]:
     """What keeps `new` from going on with a run made with `old`: 'field: old -> new', in words."""
     found = [
         f"{name}: {getattr(old, name)!r} -> {getattr(new, name)!r}"
         for name in FIELDS
-        if name not in FREE_ON_RESUME and getattr(old, name) != getattr(new, name)
+        if name not in MAY_CHANGE_ON_RESUME and getattr(old, name) != getattr(new, name)
     ]
-    if old.global_batch != new.global_batch:
-        found.append(f"batch_size x accumulation: {old.global_batch} -> {new.global_batch}")
+    if old.global_batch_size != new.global_batch_size:
+        found.append(
+            f"batch_size x accumulation: {old.global_batch_size} -> {new.global_batch_size}"
+        )
     if new.max_steps < old.max_steps:
         found.append(f"max_steps: {old.max_steps} -> {new.max_steps} (it may only be raised)")
     return found
 
 
-def check(config: Config) -> None:
+def validate(config: Config) -> None:
     """Raise a UserError that names the flag and the values, for the first number that is wrong."""
     c = config
     for name, hint in typing.get_type_hints(Config).items():
@@ -294,14 +298,16 @@ def check(config: Config) -> None:
             raise UserError(f"--{name} must be a finite number, not {value}")
     _at_least(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
     _at_least(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
-    _at_least(c, 0, "vocab_size warmup_steps eval_tokens keep sample_every time_limit seed")
+    _at_least(
+        c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every time_limit seed"
+    )
     _at_least(c, 0, "weight_decay grad_clip min_lr loss_chunk")
     _below_one(c, "val_fraction dropout beta1 beta2")
-    if c.tokens_per_step > MOST_TOKENS:
+    if c.tokens_per_step > MAX_TOKENS_PER_STEP:
         raise UserError(
             f"--batch_size {c.batch_size} x --gradient_accumulation_steps "
             f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
-            f"{c.tokens_per_step:,} tokens a step; at most {MOST_TOKENS:,} can be held"
+            f"{c.tokens_per_step:,} tokens a step; at most {MAX_TOKENS_PER_STEP:,} can be held"
         )
     if c.seed >= SEED_LIMIT:
         raise UserError(f"--seed must be below 2**63, not {c.seed}")

@@ -1,5 +1,6 @@
 """Errors that are for people. The command line prints each as one line, without a traceback."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def parsing(source: object, what: str, hint: str = "") -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise UserError(_refusal(source, what, reason(error), hint)) from error
+        raise UserError(_refusal(source, what, error_reason(error), hint)) from error
 
 
 def is_failure(error: BaseException) -> bool:
@@ -62,7 +63,7 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """What an exception says, in one short line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -83,3 +84,11 @@ def install_hint(extra: str) -> str:
     root = Path(__file__).parents[1]
     place = root.as_posix() if (root / "pyproject.toml").is_file() else "a checkout of GPT-Forge"
     return f"pip install -e '.[{extra}]' in {place}"
+
+
+def require_package(package: str, *, extra: str) -> None:
+    """Raise a UserError unless `package` is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"this needs the package {package}, which is not installed: {install_hint(extra)}"
+        )

@@ -21,11 +21,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
-SMALL = 16 * 2**20
+from gptforge import files
+
+MAX_TEXT_BYTES = 16 * 2**20
 """Bytes: ten times the largest text file in a checkpoint, GPT-2's merge list."""
 
 
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+DISK_FULL_ERRNOS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 """What the system says when a disk, or the user's share of it, is full."""
 
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
@@ -40,14 +42,14 @@ _KINDS = (
 )
 
 
-class IrregularFileError(OSError):
+class NonRegularFileError(OSError):
     """Something other than a regular file: a pipe, a device, a folder or a link."""
 
     def __str__(self) -> str:
         return f"{self.filename} is {self.strerror}"
 
 
-def irregular_kind(path: Path, *, follow_symlinks: bool = True) -> str:
+def nonregular_kind(path: Path, *, follow_symlinks: bool = True) -> str:
     """What is there instead of a regular file, such as "a named pipe"; empty if nothing is.
 
     Args:
@@ -76,70 +78,70 @@ def open_regular(
     Raises:
         IrregularFileError: if it is not a regular file.
     """
-    if kind := irregular_kind(path, follow_symlinks=follow_symlinks):
-        raise IrregularFileError(errno.EINVAL, f"{kind}, not a regular file", path.as_posix())
+    if kind := nonregular_kind(path, follow_symlinks=follow_symlinks):
+        raise NonRegularFileError(errno.EINVAL, f"{kind}, not a regular file", path.as_posix())
 
     def opener(name: str, flags: int) -> int:
         # What was looked at may be something else by now.
         handle = os.open(name, flags | _NO_WAITING | (0 if follow_symlinks else _NO_LINKS), 0o666)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise IrregularFileError(errno.EINVAL, "not a regular file", path.as_posix())
+            raise NonRegularFileError(errno.EINVAL, "not a regular file", path.as_posix())
         return handle
 
     return open(path, mode, opener=opener, **options)
 
 
-def read_bounded(path: Path, most: int, *, follow_symlinks: bool = True) -> bytes:
+def read_bounded(path: Path, max_bytes: int, *, follow_symlinks: bool = True) -> bytes:
     """The bytes of a file that others may have written.
 
     Raises:
         OSError: if it has more than `most` bytes, or is not a regular file.
     """
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        _require_size(path, os.fstat(file.fileno()).st_size, most)
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
         # Some files of the system say 0, or grow meanwhile.
-        data: bytes = file.read(most + 1)
-    _require_size(path, len(data), most)
+        data: bytes = file.read(max_bytes + 1)
+    _check_size(path, len(data), max_bytes)
     return data
 
 
-def require_bounded(path: Path, most: int, *, follow_symlinks: bool = True) -> None:
+def check_file_size(path: Path, max_bytes: int, *, follow_symlinks: bool = True) -> None:
     """Raise the OSErrors of `read_bounded`, for a file that a library is to read."""
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        _require_size(path, os.fstat(file.fileno()).st_size, most)
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
 
 
-def _require_size(path: Path, size: int, most: int) -> None:
-    if size > most:
+def _check_size(path: Path, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
         raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` in one step: written beside it, synced to disk, renamed over it."""
-    with replacing(path) as partial:
+    with atomic_replace(path) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """A scratch file beside `path`; what is written there takes its place when the block ends."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        with naming(path):
+        with add_filename_to_errors(path):
             # A link that lies there, in a folder from elsewhere, must not be written through.
             remove(partial)
             partial.touch(exist_ok=False)
             yield partial
-            sync(partial)
+            fsync(partial)
             partial.replace(path)
-            sync_folder(path.parent)
+            fsync_dir(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_filename_to_errors(path: Path) -> Iterator[None]:
     """Give an error of the disk the name of the file: a write that fails does not know it."""
     try:
         yield
@@ -152,24 +154,24 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def free_bytes(path: Path) -> int:
+def free_disk_bytes(path: Path) -> int:
     """Bytes free on the disk where something is or will be; asking makes no folder."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
 
-def private_temporary() -> Path:
+def private_temp_dir() -> Path:
     """A folder in the temporary directory that no other user can write to or read.
 
     It has the same name for every process of a user. Where something else has that name, for
     example a folder that another user made, a new one is made for this process and deleted when it
     ends.
     """
-    return _private_in(Path(tempfile.gettempdir()))
+    return _private_dir_in(Path(tempfile.gettempdir()))
 
 
 @functools.cache
-def _private_in(folder: Path) -> Path:
+def _private_dir_in(folder: Path) -> Path:
     if sys.platform == "win32":
         # The temporary directory itself is the user's own there.
         path = folder / "gptforge"
@@ -187,13 +189,13 @@ def _private_in(folder: Path) -> Path:
     return other
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have the operating system put a file's bytes on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def fsync_dir(path: Path) -> None:
     """Put a folder's list of names on the disk. Windows cannot, and needs no such call."""
     if os.name == "nt":
         return
@@ -204,17 +206,17 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def read_small(path: Path, *, follow_symlinks: bool = True) -> str:
+def read_text(path: Path, *, follow_symlinks: bool = True) -> str:
     """A text file of our own; an OSError if it is larger than any that we write.
 
     A stranger's file must not be able to take the memory. A byte order mark, which editors leave,
     is passed over.
     """
-    text = read_bounded(path, SMALL, follow_symlinks=follow_symlinks).decode("utf-8-sig")
+    text = read_bounded(path, MAX_TEXT_BYTES, follow_symlinks=follow_symlinks).decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def is_number(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
     """Whether a value out of JSON is a number that can be computed with: no NaN, no 10**400."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -238,7 +240,7 @@ def _finite(value: object) -> object:
     return None if is_bad else value
 
 
-def point(link: Path, target: str) -> None:
+def set_link(link: Path, target: str) -> None:
     """Make `link` lead to the sibling folder `target`, in one step.
 
     A relative symbolic link; a one-line file with the name where the file system refuses links,
@@ -252,15 +254,15 @@ def point(link: Path, target: str) -> None:
         partial.symlink_to(target, target_is_directory=True)
     except OSError:
         partial.write_text(target + "\n", encoding="utf-8")
-        sync(partial)
+        fsync(partial)
     if link.is_dir() and not link.is_symlink():
         # A copy of the run whose links were followed: nothing renames over a folder.
-        set_aside(link, "old")
+        move_to_backup(link, "old")
     partial.replace(link)
-    sync_folder(link.parent)
+    fsync_dir(link.parent)
 
 
-def pointed(link: Path) -> str | None:
+def read_link(link: Path) -> str | None:
     """The name that `point` stored, or None where there is none that can be read."""
     if link.is_symlink():
         return link.readlink().name
@@ -277,7 +279,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, suffix: str) -> Path:
+def move_to_backup(path: Path, suffix: str) -> Path:
     """Rename `path` to the first free of `path.suffix-1`, `-2`, ...; returns the new name."""
     number = 1
     # A link that leads nowhere is in the way as well.
@@ -287,10 +289,10 @@ def set_aside(path: Path, suffix: str) -> Path:
     return aside
 
 
-def lies_in(folder: Path, name: str) -> bool:
+def is_inside(folder: Path, name: str) -> bool:
     """Whether a path, or any file that it stands for as a pattern, lies in a folder."""
     there = real_path(folder)
-    return any(real_path(one).is_relative_to(there) for one in [Path(name), *expand(name)])
+    return any(real_path(one).is_relative_to(there) for one in [Path(name), *expand_glob(name)])
 
 
 def real_path(path: str | Path) -> Path:
@@ -298,7 +300,7 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def expand(pattern: str) -> list[Path]:
+def expand_glob(pattern: str) -> list[Path]:
     """The paths that a pattern with `*`, `?`, `[]` and `**` stands for, sorted.
 
     A part of it that exists as it is written is no pattern. Hidden names match only where the
@@ -351,8 +353,18 @@ def _folders_below(base: Path) -> Iterator[Path]:
             waiting += [here / name for name in folders if (here / name).is_symlink()]
 
 
-def to_nowhere(stream: TextIO) -> None:
+def redirect_to_devnull(stream: TextIO) -> None:
     """Have what is written to an open stream, by whomever, go nowhere from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def cache_dir() -> Path:
+    """Where this user's programs keep what can be found out again."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    try:
+        return Path(home or Path.home() / ".cache") / "gptforge"
+    except RuntimeError:
+        # A container's user may have no home.
+        return files.private_temp_dir()

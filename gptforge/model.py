@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gptforge.config import GPTConfig
-from gptforge.kernels.attention import attend
+from gptforge.kernels.attention import causal_attention
 
-IGNORE = -1
+IGNORE_INDEX = -1
 """A target with this value counts for nothing in the loss."""
 
 
@@ -41,7 +41,7 @@ class CausalSelfAttention(nn.Module):
             self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         )  # (B, H, T, D)
         # torch picks the kernel: flash or cuDNN on a GPU, its own flash on a CPU.
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
 
@@ -79,7 +79,7 @@ class Block(nn.Module):
         return x
 
 
-class _Unfilled(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Has torch's layers not fill themselves.
 
     On the meta device there is nothing to fill, but drawing there imports torch's compiler.
@@ -118,21 +118,21 @@ class GPT(nn.Module):
         self.lm_head.weight = table
 
     @classmethod
-    def outlined(cls, config: GPTConfig) -> "GPT":
+    def on_meta(cls, config: GPTConfig) -> "GPT":
         """A model of names and shapes, on the meta device, which has no memory."""
-        with torch.device("meta"), _Unfilled():
+        with torch.device("meta"), _SkipInit():
             return cls(config)
 
     @classmethod
-    def unfilled(cls, config: GPTConfig) -> "GPT":
+    def empty(cls, config: GPTConfig) -> "GPT":
         """A model whose weights are still to be set, by `initialize` or from a file.
 
         torch's layers would fill themselves first: a second and more for GPT-2, for nothing.
         """
-        with _Unfilled():
+        with _SkipInit():
             return cls(config)
 
-    def initialize(self, generator: torch.Generator | None = None) -> "GPT":
+    def init_weights(self, generator: torch.Generator | None = None) -> "GPT":
         """Draw weights as GPT-2 does: normal 0.02, residual projections narrower with depth."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -161,7 +161,7 @@ class GPT(nn.Module):
             (B, T, V) logits; with targets a float32 scalar, cross-entropy in nats summed over the
             tokens, so that batches of any size add up.
         """
-        hidden = self.hidden(idx)
+        hidden = self.forward_hidden(idx)
         if targets is not None:
             return self.loss(hidden, targets, num_tokens)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
@@ -173,11 +173,15 @@ class GPT(nn.Module):
         if num_tokens is not None:
             logits = logits[:, :num_tokens]
         return F.cross_entropy(
-            logits.float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            logits.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
 
-    def hidden(
-        self, idx: Tensor, stream: torch.dtype | None = None, *, recompute: bool = False
+    def forward_hidden(
+        self,
+        idx: Tensor,
+        residual_dtype: torch.dtype | None = None,
+        *,
+        activation_checkpointing: bool = False,
     ) -> Tensor:
         """What the output layer reads: (B, T) ids to (B, T, C).
 
@@ -189,10 +193,10 @@ class GPT(nn.Module):
         wte, wpe = self.transformer["wte"], self.transformer["wpe"]
         x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        if stream is not None:
-            x = x.to(stream)
+        if residual_dtype is not None:
+            x = x.to(residual_dtype)
         for block in self.blocks():
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if activation_checkpointing else block(x)
         y: Tensor = self.transformer["ln_f"](x)
         return y
 

@@ -11,7 +11,7 @@ from gptforge.errors import UserError
 class Preset:
     """A name's meaning: one line about it, and the fields it sets."""
 
-    about: str
+    description: str
     values: Mapping[str, Value]
 
 
@@ -59,7 +59,7 @@ PRESETS: dict[str, Preset] = {
             "dropout": 0.25,
             "block_size": 256,
             "context_length": 256,
-            "stagger": True,
+            "random_offset": True,
             "batch_size": 64,
             "gradient_accumulation_steps": 1,
             "max_steps": 5000,
@@ -116,7 +116,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str) -> Config:
+def get_preset(name: str) -> Config:
     """The Config a preset stands for.
 
     Raises:

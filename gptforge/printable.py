@@ -51,12 +51,12 @@ def safe_print(text: object, *, file: TextIO | None = None) -> None:
     print(printable_text(str(text)), file=file, flush=True)
 
 
-def print_note(text: object) -> None:
+def print_stderr(text: object) -> None:
     """The same on standard error, where what is said does not mix with results."""
     safe_print(text, file=sys.stderr)
 
 
-def markdown(text: object) -> str:
+def escape_markdown(text: object) -> str:
     """One line that Markdown shows as it is: in a heading, a paragraph or a cell of a table."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
@@ -79,3 +79,8 @@ def _shortened(text: str, limit: int) -> str:
     # The end of a message says what to do.
     tail = limit // 3
     return f"{text[: limit - tail - 5]} ... {text[-tail:]}"
+
+
+def pluralize(count: int, singular: str, plural: str) -> str:
+    """A number of things in words: '1 document', '2 documents'."""
+    return f"{count:,} {singular if count == 1 else plural}"

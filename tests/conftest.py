@@ -52,7 +52,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def tiny_model() -> GPT:
-    return GPT(TINY).initialize(torch.Generator().manual_seed(0))
+    return GPT(TINY).init_weights(torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

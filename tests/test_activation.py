@@ -10,22 +10,24 @@ import torch.nn.functional as F
 import transformers
 
 from gptforge import load
-from gptforge.bench.peers import transformers_model
-from gptforge.build.exported import export_gguf, export_hf, import_model, imported
-from gptforge.build.fitting import kernels_of
-from gptforge.build.trained import open_parts
+from gptforge.bench.baselines import transformers_model
+from gptforge.builders.export_model import export_gguf, export_hf
+from gptforge.builders.import_model import import_if_needed, import_model
+from gptforge.builders.load_model import load_parts
+from gptforge.builders.memory_fit import kernels_for
 from gptforge.checkpoint.store import read_config
 from gptforge.config import Config, GPTConfig
+from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import read_hf, write_hf
 from gptforge.convert.nanogpt import read_nanogpt
-from gptforge.convert.parts import Parts
+from gptforge.device import Precision
 from gptforge.errors import UserError
-from gptforge.generate.engine import Engine
-from gptforge.hardware import Precision, choose_kernels
-from gptforge.kernels.product import Product
+from gptforge.inference.model import InferenceModel
+from gptforge.kernel_select import select_kernels
+from gptforge.kernels.packed_linear import PackedLinear
 from gptforge.model import GPT
 from gptforge.tokenizers.char import ByteTokenizer
-from gptforge.train.by_hand import ByHand
+from gptforge.train.backends.manual import ManualBackend
 from tests.programs import DEBUG
 
 BF16 = Precision(torch.bfloat16, "")
@@ -33,11 +35,11 @@ SHAPE = GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=64,
 
 
 @pytest.fixture
-def parts() -> Parts:
+def parts() -> ModelBundle:
     """With activations large enough that the two forms tell apart."""
-    model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    model = GPT(SHAPE).init_weights(torch.Generator().manual_seed(0))
     tensors = {n: 6 * t.detach() for n, t in model.state_dict().items() if "lm_head" not in n}
-    return Parts(SHAPE, tensors, ByteTokenizer())
+    return ModelBundle(SHAPE, tensors, ByteTokenizer())
 
 
 @pytest.fixture
@@ -45,14 +47,14 @@ def ckpt(parts, tmp_path) -> Path:
     """A ckpt.pt of nanoGPT's."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     shape = {name: getattr(SHAPE, name) for name in names} | {"bias": True, "dropout": 0.0}
-    state = {**parts.tensors, "lm_head.weight": parts.tensors["transformer.wte.weight"]}
+    state = {**parts.state_dict, "lm_head.weight": parts.state_dict["transformer.wte.weight"]}
     torch.save({"model": state, "model_args": shape}, tmp_path / "ckpt.pt")  # noqa: TID251
     return tmp_path / "ckpt.pt"
 
 
-def nanogpt_logits(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
+def nanogpt_logits(parts: ModelBundle, ids: torch.Tensor) -> torch.Tensor:
     """As nanoGPT's model.py computes them."""
-    w, (batch, length) = parts.tensors, ids.shape
+    w, (batch, length) = parts.state_dict, ids.shape
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:length]
 
     def layer(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -75,25 +77,25 @@ def nanogpt_logits(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
 IDS = torch.arange(64).view(2, 32) * 7 % 256
 
 
-def far(parts: Parts) -> float:
+def far(parts: ModelBundle) -> float:
     """What taking one form for the other costs."""
     other = dataclasses.replace(SHAPE, activation="gelu_tanh")
-    other_logits = Parts(other, parts.tensors, parts.tokenizer).model()(IDS)
-    return float((other_logits - parts.model()(IDS)).detach().abs().max())
+    other_logits = ModelBundle(other, parts.state_dict, parts.tokenizer).build_model()(IDS)
+    return float((other_logits - parts.build_model()(IDS)).detach().abs().max())
 
 
 def test_nanogpts_logits_are_its_own(ckpt, parts) -> None:
     read = read_nanogpt(ckpt, tokenizer=ByteTokenizer())
     assert read.config.activation == "gelu"
-    near = float((read.model()(IDS) - nanogpt_logits(parts, IDS)).detach().abs().max())
+    near = float((read.build_model()(IDS) - nanogpt_logits(parts, IDS)).detach().abs().max())
     assert near < far(parts) / 50
 
 
 def test_every_way_to_write_uses_it(parts) -> None:
     model = parts.model()
     for settled in (False, True):
-        engine = Engine(model, size=256, settled=settled)
-        cache = engine.cache(2, 32)
+        engine = InferenceModel(model, vocab_size=256, frozen=settled)
+        cache = engine.allocate_cache(2, 32)
         slots = torch.arange(32)
         with torch.inference_mode():
             logits = engine.forward(IDS, slots.expand(2, 32), cache, slots, None)
@@ -105,24 +107,24 @@ def test_every_way_to_write_uses_it(parts) -> None:
 def test_a_product_has_both_forms(packed, approximate) -> None:
     dice = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 512, generator=dice), torch.randn(512, 512, generator=dice)
-    product = Product(weight, weight[0], packed=packed)
+    product = PackedLinear(weight, weight[0], pack=packed)
     right = F.gelu(F.linear(x, weight, weight[0]), approximate=approximate)
-    torch.testing.assert_close(product.gelu(x, approximate), right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(product.forward_gelu(x, approximate), right, rtol=1e-4, atol=1e-4)
 
 
 def test_kernels_with_the_tanh_form_inside_are_not_chosen_for_it() -> None:
     gpu = torch.device("cuda")
     if torch.version.hip:
         pytest.skip("no update is written out there")
-    assert choose_kernels(gpu, BF16).by_hand
-    assert not choose_kernels(gpu, BF16, activation="gelu").by_hand
-    assert not kernels_of(Config(activation="gelu"), gpu, BF16).by_hand
+    assert select_kernels(gpu, BF16).manual_backward
+    assert not select_kernels(gpu, BF16, activation="gelu").manual_backward
+    assert not kernels_for(Config(activation="gelu"), gpu, BF16).manual_backward
     with pytest.raises(AssertionError, match="not written out"):
-        ByHand(GPT(SHAPE), torch.float32)
+        ManualBackend(GPT(SHAPE), torch.float32)
 
 
 def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, play) -> None:
-    import_model(str(ckpt), Path("nano"), tokenizer="byte", say=lambda _: None)
+    import_model(str(ckpt), Path("nano"), tokenizer="byte", log=lambda _: None)
     assert read_config(Path("nano")).activation == "gelu"
     more = ("--input", play, "--max_steps", 2, "--out_dir", "run", "--init_from", "nano")
     more = (*DEBUG, *more, "--n_embd", 64, "--n_layer", 2, "--n_head", 2)
@@ -130,8 +132,8 @@ def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, pl
     assert (refused.code, "--activation gelu_tanh, but the model of" in refused.err) == (2, True)
     done = program(*more)
     assert done.code == 0, done.err
-    assert open_parts("run").config.activation == "gelu"
-    export_hf("nano", Path("hf"), say=lambda _: None)
+    assert load_parts("run").config.activation == "gelu"
+    export_hf("nano", Path("hf"), log=lambda _: None)
     assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
     assert read_hf(Path("hf")).config.activation == "gelu"
     theirs = transformers.GPT2LMHeadModel.from_pretrained("hf", local_files_only=True).eval()
@@ -162,9 +164,9 @@ def test_a_configuration_of_transformers_says_which(parts, tmp_path, theirs, our
 
 def test_llama_cpps_difference_is_said(ckpt, parts, program) -> None:
     pytest.importorskip("gguf")
-    import_model(str(ckpt), Path("nano"), tokenizer="byte", say=lambda _: None)
+    import_model(str(ckpt), Path("nano"), tokenizer="byte", log=lambda _: None)
     said: list[str] = []
-    export_gguf("nano", Path("m.gguf"), kind="f32", say=said.append)
+    export_gguf("nano", Path("m.gguf"), dtype="f32", log=said.append)
     assert "its logits differ by up to " in said[1]
     number = float(said[1].split("differ by up to ")[1].split(" ")[0])
     assert 0 < number < 3 * far(parts)
@@ -184,15 +186,15 @@ def test_configurations_of_earlier_versions_mean_the_tanh_form(tmp_path) -> None
 def test_an_import_by_an_earlier_version_is_made_again(ckpt, program, monkeypatch) -> None:
     """It had nanoGPT's exact GELU as the tanh form."""
     with monkeypatch.context() as earlier:
-        earlier.setattr("gptforge.build.exported.GELU_IS_KEPT", "")
+        earlier.setattr("gptforge.builders.export_model.GELU_IS_KEPT", "")
         earlier.setattr(
             "gptforge.convert.nanogpt.GPTConfig",
             lambda **sizes: GPTConfig(**sizes | {"activation": "gelu_tanh"}),
         )
-        import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte", say=print)
-    assert open_parts("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
+        import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte", log=print)
+    assert load_parts("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
     with pytest.raises(UserError, match="256 ids, and the file does not say of what"):
-        imported("ckpt.pt", say=print)
+        import_if_needed("ckpt.pt", log=print)
 
 
 def test_a_peer_to_measure_against_computes_the_same(parts) -> None:

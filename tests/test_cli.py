@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gptforge import cli
-from gptforge.build import fitting
+from gptforge.builders import memory_fit
+from gptforge.cli.flags import flag_values, parse_train_args
 from gptforge.errors import UserError
-from gptforge.flags import flag_values, parse_train
 from tests.programs import DEBUG, events, start
 
 
@@ -26,7 +26,7 @@ from tests.programs import DEBUG, events, start
     ],
 )
 def test_flags_in_every_spelling(args) -> None:
-    config, given = parse_train(args)
+    config, given = parse_train_args(args)
     assert config.max_steps == 7
     assert given == {"max_steps"}
 
@@ -43,14 +43,14 @@ def test_flags_in_every_spelling(args) -> None:
 def test_booleans_take_true_or_false_and_stand_alone_for_true(
     args, shuffle, overwrite, compiled
 ) -> None:
-    config, _ = parse_train(args)
-    assert (config.shuffle, config.overwrite, config.compile) == (shuffle, overwrite, compiled)
+    config, _ = parse_train_args(args)
+    assert (config.shuffle, config.restart, config.compile) == (shuffle, overwrite, compiled)
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path) -> None:
     (tmp_path / "c.toml").write_text("max_steps = 11\nn_layer = 3\ncompile = false\n")
     args = ["--preset", "debug", "--config", str(tmp_path / "c.toml"), "--max_steps", "5"]
-    config, given = parse_train(args)
+    config, given = parse_train_args(args)
     assert (config.max_steps, config.n_layer, config.n_embd, config.n_head) == (5, 3, 32, 2)
     assert config.compile == "false"
     assert {"n_layer", "max_steps", "preset", "config", "compile"} == given
@@ -64,20 +64,20 @@ def test_the_help_of_doctor_shows_that_it_needs_no_path(capsys) -> None:
 
 def test_a_byte_order_mark_in_front_of_the_file_does_no_harm(tmp_path) -> None:
     (tmp_path / "c.toml").write_text("max_steps = 11\n", encoding="utf-8-sig")
-    config, _ = parse_train(["--config", str(tmp_path / "c.toml")])
+    config, _ = parse_train_args(["--config", str(tmp_path / "c.toml")])
     assert config.max_steps == 11
 
 
 def test_what_a_runs_own_file_says_was_not_set_by_hand(tmp_path) -> None:
     (tmp_path / "c.toml").write_text('max_steps = 11\n[made_by]\ncommand = "x"\n')
-    config, given = parse_train(["--config", str(tmp_path / "c.toml"), "--n_layer", "1"])
+    config, given = parse_train_args(["--config", str(tmp_path / "c.toml"), "--n_layer", "1"])
     assert config.max_steps == 11
     assert given == {"config", "n_layer"}
 
 
 def test_a_field_that_is_gone_does_not_keep_an_earlier_run_from_going_on(tmp_path) -> None:
     (tmp_path / "c.toml").write_text('attention = "auto"\nmax_steps = 11\n[made_by]\nx = "y"\n')
-    assert parse_train(["--config", str(tmp_path / "c.toml")])[0].max_steps == 11
+    assert parse_train_args(["--config", str(tmp_path / "c.toml")])[0].max_steps == 11
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_a_field_that_is_gone_does_not_keep_an_earlier_run_from_going_on(tmp_pat
 def test_nothing_in_a_file_is_passed_over_in_silence(tmp_path, text) -> None:
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(UserError, match=r"c\.toml"):
-        parse_train(["--config", str(tmp_path / "c.toml")])
+        parse_train_args(["--config", str(tmp_path / "c.toml")])
 
 
 def test_a_file_may_name_the_preset(tmp_path) -> None:
     (tmp_path / "c.toml").write_text('preset = "gpt2-medium"\n')
-    assert parse_train(["--config", str(tmp_path / "c.toml")])[0].n_embd == 1024
+    assert parse_train_args(["--config", str(tmp_path / "c.toml")])[0].n_embd == 1024
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_the_library_loads_a_run(program, play) -> None:
     text = writer.generate("JULIET", max_new_tokens=12, temperature=0.5, top_k=5, seed=3)
     assert "".join(writer.stream("JULIET", 12, temperature=0.5, top_k=5, seed=3)) == text
     assert writer.decode(writer.encode("JULIET")) == "JULIET"
-    assert writer.logits(writer.encode("JULIET")).shape == (6, writer.tokenizer.size)
+    assert writer.logits(writer.encode("JULIET")).shape == (6, writer.tokenizer.vocab_size)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs symbolic links to begin with")
@@ -330,8 +330,8 @@ def test_values_of_flags_are_not_taken_for_flags() -> None:
 
 @pytest.mark.parametrize("name", ["shuffle", "overwrite", "compile", "deterministic", "true"])
 def test_a_value_may_be_called_as_a_switch_is(name) -> None:
-    config, _ = parse_train(["--out_dir", name, "--seed", "3"])
-    assert (config.out_dir, config.seed, config.overwrite) == (name, 3, False)
+    config, _ = parse_train_args(["--out_dir", name, "--seed", "3"])
+    assert (config.out_dir, config.seed, config.restart) == (name, 3, False)
 
 
 def test_a_run_on_the_text_that_comes_along_is_judged_from_any_folder(
@@ -366,14 +366,14 @@ def test_a_damaged_checkpoint_points_to_one_that_is_whole(program, play) -> None
 def test_memory_that_a_cpu_has_not_is_missed_before_anything_is_built(
     program, play, monkeypatch
 ) -> None:
-    monkeypatch.setattr(fitting, "usable_memory", lambda device: 10**9)
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda device: 10**9)
     command = (*DEBUG, "--input", play, "--out_dir", "run", "--batch_size")
     done = program(*command, 10**6)
     assert done.code == 2
     assert re.search(r"--batch_size 1000000 takes at least [\d.]+ GB of memory, and 1.0", done.err)
     assert not Path("run/log.md").exists()
     assert program(*command, 8).code == 0
-    monkeypatch.setattr(fitting, "usable_memory", lambda device: 10**4)
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda device: 10**4)
     done = program(*DEBUG, "--input", play, "--out_dir", "two")
     assert done.code == 2
     assert "even with one window at a time" in done.err
@@ -395,12 +395,12 @@ def test_several_processes_are_refused_for_now(program, monkeypatch) -> None:
 def test_threads_that_wait_do_not_keep_the_cores_for_long(monkeypatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    cli.share_cores()
-    assert os.environ["GOMP_SPINCOUNT"] == cli.SPINS
+    cli.limit_openmp_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == cli.GOMP_SPINCOUNT
     # Whoever chose otherwise knows why.
     for name, value in (("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")):
         monkeypatch.delenv("GOMP_SPINCOUNT")
         monkeypatch.setenv(name, value)
-        cli.share_cores()
+        cli.limit_openmp_spinning()
         assert os.environ.get("GOMP_SPINCOUNT") == (value if name == "GOMP_SPINCOUNT" else None)
         monkeypatch.setenv("GOMP_SPINCOUNT", "7")

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptforge.config import FIELDS, Config, check, differences, merge, read_toml, to_toml
+from gptforge.config import (
+    FIELDS,
+    Config,
+    merge,
+    read_toml,
+    resume_conflicts,
+    to_toml,
+    validate,
+)
 from gptforge.errors import UserError
 
 
@@ -36,14 +44,14 @@ def test_a_wrong_number_is_named_with_its_flag_and_value(
     values: dict[str, object], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        check(merge(Config(), values, source="test"))
+        validate(merge(Config(), values, source="test"))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_the_defaults_are_the_seeds() -> None:
     c = Config()
-    check(c)
+    validate(c)
     shape = (c.block_size, c.n_layer, c.n_head, c.n_embd, c.context_length)
     assert shape == (1024, 12, 12, 768, 1024)
     rates = (c.max_lr, c.min_lr, c.warmup_steps, c.max_steps)
@@ -76,7 +84,7 @@ values = {
 
 @given(st.fixed_dictionaries({name: values[kind] for name, kind in FIELDS.items()}))
 def test_toml_gives_back_every_field(fields: dict[str, object]) -> None:
-    fields |= {"overwrite": False, "config": ""}
+    fields |= {"restart": False, "config": ""}
     config = dataclasses.replace(Config(), **fields)  # type: ignore[arg-type]
     written = to_toml(config, {"command": 'python gpt.py --prompt "x"'})
     read = {k: v for k, v in tomllib.loads(written).items() if not isinstance(v, dict)}
@@ -100,10 +108,10 @@ def test_what_does_not_change_learning_may_differ_on_resume() -> None:
         max_steps=900,
         save_every=7,
     )
-    assert differences(old, new) == []
-    assert "n_layer: 12 -> 6" in differences(old, dataclasses.replace(old, n_layer=6))
-    assert differences(old, dataclasses.replace(old, batch_size=16))
-    assert differences(old, dataclasses.replace(old, max_steps=100))
+    assert resume_conflicts(old, new) == []
+    assert "n_layer: 12 -> 6" in resume_conflicts(old, dataclasses.replace(old, n_layer=6))
+    assert resume_conflicts(old, dataclasses.replace(old, batch_size=16))
+    assert resume_conflicts(old, dataclasses.replace(old, max_steps=100))
 
 
 def test_runs_of_earlier_versions_read_their_files_as_they_did(tmp_path) -> None:

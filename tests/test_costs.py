@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge import costs
 from gptforge.config import GPTConfig
+from gptforge.estimate import formulas
 from gptforge.model import GPT
-from gptforge.presets import preset
+from gptforge.presets import get_preset
 
 shapes = st.builds(
     lambda heads, width, **rest: GPTConfig(n_head=heads, n_embd=heads * width, **rest),
@@ -21,13 +21,13 @@ shapes = st.builds(
 
 
 def whole_of(*what: object, **how: object) -> int:
-    return sum(costs.training_parts(*what, **how).values())
+    return sum(formulas.training_memory(*what, **how).values())
 
 
 @settings(deadline=None, max_examples=30)
 @given(shapes)
 def test_the_formula_counts_what_the_model_has(shape: GPTConfig) -> None:
-    assert costs.parameters(shape) == sum(p.numel() for p in GPT(shape).parameters())
+    assert formulas.num_params(shape) == sum(p.numel() for p in GPT(shape).parameters())
 
 
 def test_memory_for_the_backward_pass_is_what_autograd_keeps() -> None:
@@ -54,19 +54,22 @@ def test_memory_for_the_backward_pass_is_what_autograd_keeps() -> None:
 
 def test_flops_of_gpt2_small_by_the_published_convention() -> None:
     small = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
-    assert costs.flops_per_token(small, 1024) == 6 * 124_475_904 + 12 * 12 * 768 * 1024
+    assert formulas.flops_per_token(small, 1024) == 6 * 124_475_904 + 12 * 12 * 768 * 1024
 
 
 def test_shards_take_less_memory_the_more_ranks_share_them() -> None:
-    config = dataclasses.replace(preset("gpt2-xl"), vocab_size=50304).model
-    state = 16 * costs.parameters(config)
+    config = dataclasses.replace(get_preset("gpt2-xl"), vocab_size=50304).model
+    state = 16 * formulas.num_params(config)
     one, two, four = (
-        costs.sharded_bytes(config, 1024, 4, ranks=ranks, mixed=True) for ranks in (1, 2, 4)
+        formulas.fsdp_memory(config, 1024, 4, world_size=ranks, mixed_precision=True)
+        for ranks in (1, 2, 4)
     )
     assert one - two == state // 2
     assert two - four == state // 4
-    eight = costs.sharded_bytes(config, 1024, 8, ranks=4, mixed=True)
-    recomputed = costs.sharded_bytes(config, 1024, 8, ranks=4, mixed=True, recompute=True)
+    eight = formulas.fsdp_memory(config, 1024, 8, world_size=4, mixed_precision=True)
+    recomputed = formulas.fsdp_memory(
+        config, 1024, 8, world_size=4, mixed_precision=True, activation_checkpointing=True
+    )
     assert four < recomputed < eight or recomputed < four < eight
     whole = whole_of(config, 1024, 4, mixed=True)
     assert four < 0.6 * whole

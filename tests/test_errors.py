@@ -9,15 +9,25 @@ import pytest
 import torch
 
 from gptforge import tokenizers
-from gptforge.checkpoint.tensors import load_generator_tensors
-from gptforge.config import Config, check, merge, read_toml
-from gptforge.convert.parts import is_plain
-from gptforge.distributed.join import is_launched, join
-from gptforge.errors import RunError, Terminated, UserError, parsing
-from gptforge.launch_env import env_int
-from gptforge.report.curves import curves
+from gptforge.checkpoint.state_dict import load_rng_state_dict
+from gptforge.config import (
+    Config,
+    merge,
+    read_toml,
+    validate,
+)
+from gptforge.convert.bundle import is_dense_real
+from gptforge.distributed.init import init_distributed, is_distributed_launch
+from gptforge.errors import (
+    RunError,
+    Terminated,
+    UserError,
+    parsing,
+)
+from gptforge.report.curves import plot_curves
 from gptforge.report.metrics import read_history
 from gptforge.report.verdict import verdict
+from gptforge.shell import env_int
 from gptforge.tokenizers.char import CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 
@@ -89,7 +99,7 @@ def test_an_alphabet_is_of_whole_characters() -> None:
 def test_a_generators_state_of_another_form_is_refused_and_changes_nothing(state) -> None:
     before = torch.get_rng_state()
     with pytest.raises(UserError, match="step-000002: 'cpu': not a random generator's state"):
-        load_generator_tensors({"cpu": state}, torch.device("cpu"), source="step-000002")
+        load_rng_state_dict({"cpu": state}, torch.device("cpu"), source="step-000002")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -99,7 +109,7 @@ def test_numbers_beyond_64_bits_are_refused_in_a_file_and_as_a_flag(tmp_path) ->
     with pytest.raises(UserError, match="n_layer must be below 2"):
         merge(Config(), values, source="c.toml")
     with pytest.raises(UserError, match="--max_steps must be below 2"):
-        check(Config(max_steps=10**30))
+        validate(Config(max_steps=10**30))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,7 @@ def test_numbers_beyond_64_bits_are_refused_in_a_file_and_as_a_flag(tmp_path) ->
      torch.zeros(2, device="meta")],
 )  # fmt: skip
 def test_only_dense_real_tensors_become_weights(tensor) -> None:
-    assert not is_plain(tensor)
+    assert not is_dense_real(tensor)
 
 
 ODD = ["x", [], {}, True, 10**400, float("nan"), float("inf"), 1e300, -1, None]
@@ -124,8 +134,8 @@ def test_events_of_odd_numbers_are_left_out_of_curves_and_verdict(tmp_path) -> N
     history = read_history(tmp_path / "metrics.jsonl")
     assert history.train and history.evals
     assert all(type(event["step"]) is int for event in history.train + history.evals)
-    curves(history, title="t")
-    assert "2.0000" in verdict(history, total_steps=4, epochs=1, out_dir="r", is_judged=True)
+    plot_curves(history, title="t")
+    assert "2.0000" in verdict(history, total_steps=4, epochs=1, out_dir="r", has_val=True)
 
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
@@ -149,12 +159,12 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
 )
 def test_launch_variables_that_are_no_numbers_are_named(changed, words) -> None:
     with pytest.raises(UserError) as caught:
-        join("cpu", env={**LAUNCHED, **changed})
+        init_distributed("cpu", env={**LAUNCHED, **changed})
     assert words in str(caught.value)
 
 
 def test_a_launch_variable_that_is_not_set_has_its_default(monkeypatch) -> None:
-    assert not is_launched({}) and env_int("RANK", 7, {}) == 7
+    assert not is_distributed_launch({}) and env_int("RANK", 7, {}) == 7
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"])

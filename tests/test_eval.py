@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.report import patience
+from gptforge.report import progress
 from tests.programs import DEBUG
 
 FEW = (*DEBUG, "--max_steps", 2)
@@ -78,7 +78,7 @@ def test_an_evaluation_that_takes_long_says_so(program, play, monkeypatch) -> No
     assert program(*FEW, "--input", play, "--out_dir", "run", "--batch_size", 2).code == 0
     words = r"judging by [\d,]+ tokens takes about .* more"
     assert not re.search(words, program(*EVAL, "--data", play).err)
-    monkeypatch.setattr(patience, "LONG", 0.0)
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     assert len(re.findall(words, program(*EVAL, "--data", play).err)) == 1
 
 

@@ -14,8 +14,8 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 
 def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     path = tmp_path / "config.toml"
-    files.write_atomic(path, "old")
-    with pytest.raises(RuntimeError), files.replacing(path) as partial:
+    files.atomic_write(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_replace(path) as partial:
         partial.write_text("half")
         raise RuntimeError("crash")
     assert path.read_text() == "old"
@@ -33,21 +33,21 @@ def test_an_error_of_a_full_disk_names_the_file(tmp_path) -> None:
     for write in (by_python, by_numpy):
         with (
             pytest.raises(OSError) as caught,
-            files.replacing(tmp_path / "model.gguf"),
+            files.atomic_replace(tmp_path / "model.gguf"),
             Path("/dev/full").open("wb", buffering=0) as full,
         ):
             write(full)
         assert caught.value.filename == (tmp_path / "model.gguf").as_posix()
-        assert caught.value.errno in files.FULL
+        assert caught.value.errno in files.DISK_FULL_ERRNOS
         assert not any(tmp_path.iterdir())
 
 
 def test_a_pointer_moves_from_one_folder_to_the_next(tmp_path) -> None:
     for name in ("step-1", "step-2"):
         (tmp_path / name).mkdir()
-        files.point(tmp_path / "last", name)
-        assert files.pointed(tmp_path / "last") == name
-    assert files.pointed(tmp_path / "best") is None
+        files.set_link(tmp_path / "last", name)
+        assert files.read_link(tmp_path / "last") == name
+    assert files.read_link(tmp_path / "best") is None
 
 
 def test_a_pointer_is_a_one_line_file_where_links_are_refused(tmp_path, monkeypatch) -> None:
@@ -56,16 +56,16 @@ def test_a_pointer_is_a_one_line_file_where_links_are_refused(tmp_path, monkeypa
 
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
     for name in ("step-1", "step-2"):
-        files.point(tmp_path / "last", name)
+        files.set_link(tmp_path / "last", name)
         assert (tmp_path / "last").read_text() == f"{name}\n"
-        assert files.pointed(tmp_path / "last") == name
+        assert files.read_link(tmp_path / "last") == name
 
 
 def test_a_folder_where_a_pointer_should_be_is_set_aside(tmp_path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "mine.txt").write_text("kept")
-    files.point(tmp_path / "best", "step-2")
-    assert files.pointed(tmp_path / "best") == "step-2"
+    files.set_link(tmp_path / "best", "step-2")
+    assert files.read_link(tmp_path / "best") == "step-2"
     assert (tmp_path / "best.old-1" / "mine.txt").read_text() == "kept"
 
 
@@ -78,7 +78,7 @@ def test_setting_aside_never_overwrites(tmp_path) -> None:
     for number in (1, 2, 3):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "mark").write_text(str(number))
-        files.set_aside(tmp_path / "run", "old")
+        files.move_to_backup(tmp_path / "run", "old")
     for number in (1, 2, 3):
         assert (tmp_path / f"run.old-{number}" / "mark").read_text() == str(number)
 
@@ -94,11 +94,11 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
 def test_a_private_folder_in_the_temporary_one_is_the_same_each_time(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    path = files.private_temporary()
+    path = files.private_temp_dir()
     assert path == tmp_path / f"gptforge-{os.getuid()}"
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    files._private_in.cache_clear()
-    assert files.private_temporary() == path
+    files._private_dir_in.cache_clear()
+    assert files.private_temp_dir() == path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
@@ -120,11 +120,11 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, ki
             monkeypatch.setattr(os, "getuid", lambda: 12345)
             planted.rename(tmp_path / "gptforge-12345")
             planted = tmp_path / "gptforge-12345"
-    path = files.private_temporary()
+    path = files.private_temp_dir()
     assert path not in (planted, planted.resolve())
     assert path.parent == tmp_path
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert files.private_temporary() == path
+    assert files.private_temp_dir() == path
 
 
 def odd(path: Path, kind: str) -> Path:
@@ -144,18 +144,18 @@ def odd(path: Path, kind: str) -> Path:
 @pytest.mark.parametrize("mode", ["rb", "ab", "r+"])
 def test_only_regular_files_are_opened_and_at_once(tmp_path, kind, mode) -> None:
     path = odd(tmp_path / "metrics.jsonl", kind)
-    with pytest.raises(files.IrregularFileError, match=r"metrics.jsonl is a .*, not a regular"):
+    with pytest.raises(files.NonRegularFileError, match=r"metrics.jsonl is a .*, not a regular"):
         files.open_regular(path, mode, follow_symlinks=False)
     if kind != "link":
-        for read in (files.sha256, files.read_small):
-            with pytest.raises(files.IrregularFileError):
+        for read in (files.sha256, files.read_text):
+            with pytest.raises(files.NonRegularFileError):
                 read(path)
     assert not (tmp_path / "target").exists() or (tmp_path / "target").read_text() == "secret"
 
 
 @posix
 def test_a_link_is_followed_where_the_user_named_it(tmp_path) -> None:
-    assert files.read_small(odd(tmp_path / "config.toml", "link")) == "secret"
+    assert files.read_text(odd(tmp_path / "config.toml", "link")) == "secret"
 
 
 def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path) -> None:
@@ -163,7 +163,7 @@ def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path) -> None:
     with path.open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(OSError, match=f"{2**40:,} bytes, more than any"):
-        files.read_small(path)
+        files.read_text(path)
     path.write_bytes(b"x" * 10)
     assert files.read_bounded(path, 10) == b"x" * 10
     with pytest.raises(OSError, match="more than any"):
@@ -172,14 +172,14 @@ def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path) -> None:
 
 def test_lines_end_alike_whatever_system_wrote_them(tmp_path) -> None:
     (tmp_path / "merges.txt").write_bytes("\ufeffa b\r\nc d\re f\n".encode())
-    assert files.read_small(tmp_path / "merges.txt") == "a b\nc d\ne f\n"
+    assert files.read_text(tmp_path / "merges.txt") == "a b\nc d\ne f\n"
 
 
 @posix
 def test_a_link_in_the_place_of_a_scratch_file_is_not_written_through(tmp_path) -> None:
     (tmp_path / "secret").write_text("mine")
     (tmp_path / ".config.partial.toml").symlink_to(tmp_path / "secret")
-    files.write_atomic(tmp_path / "config.toml", "new")
+    files.atomic_write(tmp_path / "config.toml", "new")
     assert (tmp_path / "secret").read_text() == "mine"
     assert (tmp_path / "config.toml").read_text() == "new"
     assert not (tmp_path / "config.toml").is_symlink()
@@ -189,4 +189,4 @@ def test_a_link_in_the_place_of_a_scratch_file_is_not_written_through(tmp_path) 
 def test_setting_aside_does_not_write_over_a_dangling_link(tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run.old-1").symlink_to("nowhere")
-    assert files.set_aside(tmp_path / "run", "old").name == "run.old-2"
+    assert files.move_to_backup(tmp_path / "run", "old").name == "run.old-2"

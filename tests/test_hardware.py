@@ -7,21 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.errors import UserError
-from gptforge.hardware import (
-    PLAIN,
-    Kernels,
+from gptforge.device import (
     Precision,
     _cpu_vendor,
-    attention_kernel,
-    choose_device,
-    choose_kernels,
-    choose_precision,
     memory_bandwidth,
-    try_compile,
+    select_device,
+    select_precision,
     usable_memory,
 )
-from gptforge.train.block_by_hand import is_slope_faster_apart
+from gptforge.errors import UserError
+from gptforge.kernel_select import (
+    DEFAULT_KERNELS,
+    KernelConfig,
+    sdpa_backend,
+    select_kernels,
+    try_compile,
+)
+from gptforge.train.backends.manual_layers import prefer_separate_dgelu
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
@@ -42,7 +44,7 @@ def test_bfloat16_only_on_gpus_that_compute_in_it(monkeypatch, capability, dtype
     # An emulating card says yes here; nobody may ask it.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_a, **_k: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    precision = choose_precision("auto", CUDA)
+    precision = select_precision("auto", CUDA)
     assert precision.dtype == dtype
     assert precision.needs_scaler == (dtype == torch.float16)
     assert f"{capability[0]}.{capability[1]}" in precision.reason
@@ -61,8 +63,8 @@ def test_bfloat16_only_on_gpus_that_compute_in_it(monkeypatch, capability, dtype
 )
 def test_bfloat16_only_on_cpus_that_are_faster_with_it(monkeypatch, vendor, able, dtype) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    monkeypatch.setattr("gptforge.hardware._cpu_vendor", lambda: vendor)
-    assert choose_precision("auto", CPU).dtype == dtype
+    monkeypatch.setattr("gptforge.device._cpu_vendor", lambda: vendor)
+    assert select_precision("auto", CPU).dtype == dtype
 
 
 def test_a_cpus_vendor_is_asked_of_the_system(monkeypatch) -> None:
@@ -77,28 +79,28 @@ def test_a_cpus_vendor_is_asked_of_the_system(monkeypatch) -> None:
 
 
 def test_a_precision_given_by_hand_is_taken() -> None:
-    assert choose_precision("float16", CUDA).dtype == torch.float16
-    assert choose_precision("auto", MPS).dtype == torch.float32
+    assert select_precision("float16", CUDA).dtype == torch.float16
+    assert select_precision("auto", MPS).dtype == torch.float32
 
 
 def test_the_best_device_is_found(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device("auto")[0] == CPU
+    assert select_device("auto")[0] == CPU
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("auto")[0].type == "mps"
+    assert select_device("auto")[0].type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Fake GPU")
     current = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert choose_device("auto") == (CUDA, "Fake GPU")
+    assert select_device("auto") == (CUDA, "Fake GPU")
     assert current == [], "0 is the current one from the beginning"
-    assert choose_device("cuda:1")[0].index == 1
+    assert select_device("cuda:1")[0].index == 1
     assert current == [1], "where kernels start"
     with pytest.raises(UserError, match="0 to 1"):
-        choose_device("cuda:2")
+        select_device("cuda:2")
 
 
 @pytest.mark.parametrize("flag", ["cuda", "cuda:0", "mps", "tpu", "cuda:x", "cpu:1", ""])
@@ -106,14 +108,14 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, flag) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device"):
-        choose_device(flag)
+        select_device(flag)
 
 
 def test_the_attention_kernel_is_named(monkeypatch) -> None:
     shape = {"n_head": 2, "head_size": 8, "context_length": 16}
-    assert attention_kernel(CPU, torch.float32, **shape) in ("flash", "math")
+    assert sdpa_backend(CPU, torch.float32, **shape) in ("flash", "math")
     monkeypatch.setattr(torch, "_fused_sdp_choice", None)
-    assert attention_kernel(CPU, torch.float32, **shape) == "unknown"
+    assert sdpa_backend(CPU, torch.float32, **shape) == "unknown"
 
 
 def test_a_compiler_that_fails_is_dropped_with_one_line() -> None:
@@ -145,23 +147,25 @@ def test_running_out_of_memory_is_not_the_compilers_fault() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_not_bfloat16_goes_the_plain_way(dtype) -> None:
-    assert choose_kernels(CUDA, Precision(dtype, "")) == PLAIN
+    assert select_kernels(CUDA, Precision(dtype, "")) == DEFAULT_KERNELS
     # On a CPU the head's loss is fused in float32 too.
-    expected = Kernels(fused_head=True) if dtype == torch.float32 else PLAIN
-    assert choose_kernels(CPU, Precision(dtype, "")) == expected
+    expected = KernelConfig(fused_cross_entropy=True) if dtype == torch.float32 else DEFAULT_KERNELS
+    assert select_kernels(CPU, Precision(dtype, "")) == expected
 
 
 def test_an_update_is_written_out_where_that_is_fast_and_covers_the_model(monkeypatch) -> None:
     bf16 = Precision(torch.bfloat16, "")
     monkeypatch.setattr(torch.version, "hip", None)
-    assert choose_kernels(CUDA, bf16).by_hand
-    assert choose_kernels(CUDA, bf16, dropout=0.1).by_hand
-    assert not choose_kernels(CUDA, bf16, dropout=0.1, recompute=True).by_hand
-    assert not choose_kernels(CUDA, bf16, compile_flag="true").by_hand
-    assert not choose_kernels(CPU, bf16).by_hand
-    assert choose_kernels(torch.device("mps"), bf16) == PLAIN
+    assert select_kernels(CUDA, bf16).manual_backward
+    assert select_kernels(CUDA, bf16, dropout=0.1).manual_backward
+    assert not select_kernels(
+        CUDA, bf16, dropout=0.1, activation_checkpointing=True
+    ).manual_backward
+    assert not select_kernels(CUDA, bf16, compile_flag="true").manual_backward
+    assert not select_kernels(CPU, bf16).manual_backward
+    assert select_kernels(torch.device("mps"), bf16) == DEFAULT_KERNELS
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert choose_kernels(CUDA, bf16) == PLAIN
+    assert select_kernels(CUDA, bf16) == DEFAULT_KERNELS
 
 
 def test_usable_memory_is_what_is_free_and_what_we_hold_up_to_our_share(monkeypatch) -> None:
@@ -182,11 +186,11 @@ def test_bandwidth_follows_from_clock_and_width(monkeypatch) -> None:
     its = types.SimpleNamespace(memory_clock_rate=3_201_000, memory_bus_width=6144)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: its)
     assert memory_bandwidth(CUDA) == pytest.approx(4.9e12, rel=0.01)
-    assert is_slope_faster_apart(CUDA, 768)
+    assert prefer_separate_dgelu(CUDA, 768)
     # An H100's, 3.35 TB/s.
     its.memory_clock_rate, its.memory_bus_width = 2_619_000, 5120
     assert memory_bandwidth(CUDA) == pytest.approx(3.35e12, rel=0.01)
-    assert not is_slope_faster_apart(CUDA, 768) and is_slope_faster_apart(CUDA, 384)
+    assert not prefer_separate_dgelu(CUDA, 768) and prefer_separate_dgelu(CUDA, 384)
     # torch did not always say.
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
     assert memory_bandwidth(CUDA) == memory_bandwidth(CPU) == 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from gptforge.config import GPTConfig
-from gptforge.model import GPT, IGNORE
+from gptforge.model import GPT, IGNORE_INDEX
 from tests.conftest import TINY
 
 
@@ -73,17 +73,20 @@ def test_a_token_sees_only_what_came_before(tiny_model, device) -> None:
 def test_the_loss_is_the_sum_over_tokens_that_count(tiny_model) -> None:
     idx = torch.randint(0, 64, (2, 9))
     targets = idx[:, 1:].clone()
-    targets[0, 3:] = IGNORE
+    targets[0, 3:] = IGNORE_INDEX
     logits = tiny_model(idx[:, :-1]).log_softmax(-1)
     expected = -sum(
-        logits[b, t, targets[b, t]] for b in range(2) for t in range(8) if targets[b, t] != IGNORE
+        logits[b, t, targets[b, t]]
+        for b in range(2)
+        for t in range(8)
+        if targets[b, t] != IGNORE_INDEX
     )
     torch.testing.assert_close(tiny_model(idx[:, :-1], targets), expected)
 
 
 def test_initial_weights_follow_gpt2() -> None:
     shape = GPTConfig(block_size=128, vocab_size=512, n_layer=8, n_head=4, n_embd=128)
-    model = GPT(shape).initialize(torch.Generator().manual_seed(0))
+    model = GPT(shape).init_weights(torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -103,7 +106,7 @@ def test_the_first_loss_is_that_of_a_blind_guess(tiny_model) -> None:
 
 
 def test_dropout_acts_only_while_training() -> None:
-    model = GPT(dataclasses.replace(TINY, dropout=0.5)).initialize()
+    model = GPT(dataclasses.replace(TINY, dropout=0.5)).init_weights()
     idx = torch.arange(10)[None]
     assert not torch.allclose(model.train()(idx), model(idx))
     torch.testing.assert_close(model.eval()(idx), model(idx))
@@ -130,8 +133,8 @@ def test_attention_equals_the_textbook_formula(tiny_model) -> None:
 
 def test_an_unfilled_model_initialized_is_the_model_initialized() -> None:
     shape = GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8)
-    ours = GPT.unfilled(shape).initialize(torch.Generator().manual_seed(4))
-    expected = GPT(shape).initialize(torch.Generator().manual_seed(4))
+    ours = GPT.empty(shape).init_weights(torch.Generator().manual_seed(4))
+    expected = GPT(shape).init_weights(torch.Generator().manual_seed(4))
     for (name, value), other in zip(ours.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(value, other), name
     assert ours.lm_head.weight is ours.transformer["wte"].weight

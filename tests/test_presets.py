@@ -1,19 +1,19 @@
 import pytest
 
-from gptforge import costs
-from gptforge.config import Config, check
+from gptforge.config import Config, validate
 from gptforge.errors import UserError
-from gptforge.presets import PRESETS, preset
+from gptforge.estimate import formulas
+from gptforge.presets import PRESETS, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_configuration(name: str) -> None:
-    check(preset(name))
-    assert preset(name).preset == name
+    validate(get_preset(name))
+    assert get_preset(name).preset == name
 
 
 def test_gpt2_changes_nothing_from_the_defaults() -> None:
-    assert preset("gpt2") == Config(preset="gpt2")
+    assert get_preset("gpt2") == Config(preset="gpt2")
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ def test_gpt2_changes_nothing_from_the_defaults() -> None:
     ],
 )
 def test_the_four_sizes_of_gpt2(name: str, parameters: int) -> None:
-    config = preset(name)
+    config = get_preset(name)
     shape = {**vars(config.model), "vocab_size": 50304}
-    assert costs.parameters(type(config.model)(**shape)) == parameters
-    assert config.global_batch == 128
+    assert formulas.num_params(type(config.model)(**shape)) == parameters
+    assert config.global_batch_size == 128
 
 
 def test_an_unknown_preset_is_refused_with_the_names() -> None:
     with pytest.raises(UserError, match="gpt2-medium"):
-        preset("gpt3")
+        get_preset("gpt3")

@@ -13,16 +13,16 @@ import gptforge
 from gptforge.checkpoint import store
 from gptforge.cli import main
 from gptforge.config import Config, GPTConfig
-from gptforge.convert.card import Origin, model_card
-from gptforge.convert.parts import Parts
-from gptforge.demo.paper import paper
+from gptforge.convert.bundle import ModelBundle
+from gptforge.convert.model_card import Origin, model_card
+from gptforge.demo.token_html import render_tokens
 from gptforge.errors import RunError, UserError
-from gptforge.generate.language_model import Token
+from gptforge.inference.language_model import Token
 from gptforge.model import GPT
 from gptforge.printable import (
     MAX_LINE,
     code_span,
-    markdown,
+    escape_markdown,
     printable,
     printable_text,
     short_repr,
@@ -69,19 +69,21 @@ def test_a_value_of_any_size_has_a_short_form() -> None:
 
 
 def test_markdown_is_shown_as_it_is_written() -> None:
-    assert markdown("a_b *c* [x](y) <b> | `d` # ~") == (r"a\_b \*c\* \[x\](y) \<b\> \| \`d\` \# \~")
-    assert markdown("a\n# b") == r"a \# b"
+    assert escape_markdown("a_b *c* [x](y) <b> | `d` # ~") == (
+        r"a\_b \*c\* \[x\](y) \<b\> \| \`d\` \# \~"
+    )
+    assert escape_markdown("a\n# b") == r"a \# b"
     assert code_span("a") == "`a`" and code_span("a ``b``") == "``` a ``b`` ```"
 
 
 def test_a_model_card_takes_the_texts_name_for_a_name() -> None:
     config = Config(input="x|![a](http:)<img src=x>\n# y.txt")
     card = model_card(
-        Parts(GPTConfig(8, 64, 1, 2, 8), {}, ByteTokenizer()),
+        ModelBundle(GPTConfig(8, 64, 1, 2, 8), {}, ByteTokenizer()),
         Origin(config, 3, History(), None),
         title="<script>",
         usage="",
-        front={},
+        front_matter={},
     )
     assert r"| Text | x\|!\[a\](http:)\<img src=x\> \# y.txt |" in card
     assert "\n# \\<script\\>\n" in card
@@ -89,8 +91,8 @@ def test_a_model_card_takes_the_texts_name_for_a_name() -> None:
 
 def test_the_logs_titles_and_samples_are_printable(tmp_path) -> None:
     report = RunReport(tmp_path, title=f"debug on {ESCAPES}*.txt")
-    report.begin("summary", command="gpt.py --input `x`", facts={})
-    report.sampled(3, f"To be{ESCAPES}", is_last=False)
+    report.start("summary", command="gpt.py --input `x`", facts={})
+    report.log_sample(3, f"To be{ESCAPES}", is_last=False)
     log, samples = (tmp_path / "log.md").read_text(), (tmp_path / "samples.md").read_text()
     assert "Made by `` gpt.py --input `x` ``." in log
     assert r"\*.txt" in log and f"To be{SHOWN}" in samples
@@ -98,13 +100,13 @@ def test_the_logs_titles_and_samples_are_printable(tmp_path) -> None:
 
 
 def test_the_console_shows_what_a_model_writes_without_obeying_it(capsys) -> None:
-    PlainConsole().say(f"Sample:\n\t{ESCAPES}")
+    PlainConsole().log(f"Sample:\n\t{ESCAPES}")
     assert capsys.readouterr().out == f"Sample:\n\t{SHOWN}\n"
 
 
 def test_the_page_shows_a_token_as_text() -> None:
     token = Token(0, "<b>\x1b\u202e", -0.1, (("<b>\x07", -0.1),))
-    page = paper("<i>\u202e", [token], is_writing=False)
+    page = render_tokens("<i>\u202e", [token], is_generating=False)
     assert r"&lt;b&gt;\x1b\u202e" in page and r"&lt;i&gt;\u202e" in page
     assert "<i>" not in page and "\x07" not in page
 
@@ -113,7 +115,7 @@ def test_the_page_shows_a_token_as_text() -> None:
 def ringing(tmp_path: Path) -> Path:
     """A model that writes nothing but BEL."""
     config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
-    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     weights = {
         n: torch.zeros_like(t) for n, t in model.state_dict().items() if n != "lm_head.weight"
     }
@@ -123,7 +125,7 @@ def ringing(tmp_path: Path) -> Path:
     text = "".join(f"{n} = {json.dumps(v)}\n" for n, v in shape.items())
     folder = tmp_path / "ringing"
     folder.mkdir()
-    store.write_model(folder, weights, tokenizer=CharTokenizer("\x07a"), config=text)
+    store.save_inference_checkpoint(folder, weights, tokenizer=CharTokenizer("\x07a"), config=text)
     assert gptforge.load(folder).generate("a", 3, temperature=0) == "\x07\x07\x07"
     return folder
 

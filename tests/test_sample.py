@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from gptforge.data.reading import chunks
-from gptforge.data.sources import find_sources
-from gptforge.generate.prompts import as_in_files, from_argument
+from gptforge.data.prepare.sources import find_sources
+from gptforge.data.prepare.text_io import read_chunks
+from gptforge.inference.validation import normalize_prompt, prompt_from_argv
 from tests.environment import python_path
 
 DEBUG = ("--preset", "debug", "--device", "cpu", "--out_dir", "run")
@@ -148,16 +148,16 @@ def test_a_piped_prompt_is_read_as_files_are_in_any_locale(trained) -> None:
 def test_a_prompt_becomes_what_a_file_would(tmp_path, raw, text) -> None:
     (tmp_path / "t.txt").write_bytes(raw.encode())
     (source,) = find_sources([str(tmp_path / "t.txt")])
-    assert "".join(chunk.text for chunk in chunks(source)) == text
-    assert as_in_files(raw) == from_argument(raw) == text
+    assert "".join(chunk.text for chunk in read_chunks(source)) == text
+    assert normalize_prompt(raw) == prompt_from_argv(raw) == text
 
 
 def test_a_flag_is_utf_8_in_any_locale(monkeypatch) -> None:
     # What Python makes of the UTF-8 bytes of é where the locale is latin-1.
     monkeypatch.setattr(os, "fsencode", lambda text: text.encode("latin-1", "surrogateescape"))
-    assert from_argument("\xc3\xa9") == "é"
-    assert from_argument("é") == "é"
-    assert from_argument("日") == "日"
+    assert prompt_from_argv("\xc3\xa9") == "é"
+    assert prompt_from_argv("é") == "é"
+    assert prompt_from_argv("日") == "日"
 
 
 def test_seeds_behind_the_largest_begin_anew(trained) -> None:

@@ -45,7 +45,7 @@ def test_a_path_comes_through_a_shell_as_it_is(name) -> None:
 )
 def test_the_program_is_called_as_it_was(monkeypatch, called, words) -> None:
     monkeypatch.setattr(sys, "argv", [called])
-    assert shlex.split(shell.program()) == words
+    assert shlex.split(shell.program_name()) == words
 
 
 def printed(out: str, before: str) -> list[str]:

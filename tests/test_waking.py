@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from gptforge import cli, commands, waking
+from gptforge import cli, commands, cuda_prewarm
 
 
 class Driver:
@@ -38,14 +38,14 @@ class Driver:
 def driver(monkeypatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    monkeypatch.setattr(waking, "_has_cuda", lambda: True)
+    monkeypatch.setattr(cuda_prewarm, "_torch_has_cuda", lambda: True)
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return driver
 
 
 def wake(device: str) -> None:
-    if thread := waking.wake_gpu(device):
+    if thread := cuda_prewarm.prewarm_cuda(device):
         thread.join()
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_woken_for_another_device_or_a_misspelt_one(driver, device) -
 
 
 def test_a_torch_without_cuda_wakes_nothing(driver, monkeypatch) -> None:
-    monkeypatch.setattr(waking, "_has_cuda", lambda: False)
+    monkeypatch.setattr(cuda_prewarm, "_torch_has_cuda", lambda: False)
     wake("auto")
     assert driver.asked == []
 
@@ -93,17 +93,17 @@ def test_a_driver_that_fails_or_is_missing_is_left_to_torch(driver, monkeypatch)
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    waking._retain(0)
+    cuda_prewarm._retain_primary_context(0)
 
 
 def test_a_program_that_is_over_waits_a_moment_for_a_slow_driver(monkeypatch) -> None:
     ends = []
     monkeypatch.setattr(atexit, "register", lambda *call: ends.append(call))
-    monkeypatch.setattr(waking, "_has_cuda", lambda: True)
-    monkeypatch.setattr(waking, "LONGEST", 0.01)
+    monkeypatch.setattr(cuda_prewarm, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(cuda_prewarm, "MAX_EXIT_WAIT", 0.01)
     is_over = threading.Event()
-    monkeypatch.setattr(waking, "_retain", lambda index: is_over.wait(60))
-    thread = waking.wake_gpu("cuda")
+    monkeypatch.setattr(cuda_prewarm, "_retain_primary_context", lambda index: is_over.wait(60))
+    thread = cuda_prewarm.prewarm_cuda("cuda")
     [(wait, *arguments)] = ends
     wait(*arguments)
     assert thread.is_alive() and thread.daemon
@@ -135,7 +135,9 @@ def test_a_command_wakes_its_device_once_its_flags_are_understood(
 
 
 def test_whether_torch_has_cuda_is_seen_without_importing_it() -> None:
-    assert waking._has_cuda() == (torch.version.cuda is not None and sys.platform == "linux")
+    assert cuda_prewarm._torch_has_cuda() == (
+        torch.version.cuda is not None and sys.platform == "linux"
+    )
     look = "import gptforge.waking as w, sys; w._has_cuda(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", look], check=True, env=os.environ)
 

@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from gptforge import costs
 from gptforge.config import GPTConfig
-from gptforge.convert.extras import require
-from gptforge.convert.hf_tokenizer import hf_tokenizer, printable_bytes
-from gptforge.convert.parts import Parts, probe, with_end_of_text
-from gptforge.errors import RunError, UserError
-from gptforge.files import replacing
+from gptforge.convert.bundle import ModelBundle, probe_ids, with_eos_token
+from gptforge.convert.hf_tokenizer import bytes_to_unicode, tokenizer_json
+from gptforge.errors import RunError, UserError, require_package
+from gptforge.estimate import formulas
+from gptforge.files import atomic_replace
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
 
-TYPES = ("f32", "f16", "q8_0")
-LARGEST_DIFFERENCE = 1e-4
+GGUF_TYPES = ("f32", "f16", "q8_0")
+MAX_LOGIT_DIFFERENCE = 1e-4
 """Of logits, as float32 is read back; halves and eighths of a number are told of, not judged."""
 
 # GPT-2's names to llama.cpp's; both are (out, in) here.
@@ -38,7 +37,9 @@ BLOCK = {
 }
 
 
-def write_gguf(path: Path, parts: Parts, *, kind: str, name: str, description: str = "") -> float:
+def write_gguf(
+    path: Path, bundle: ModelBundle, *, outtype: str, name: str, description: str = ""
+) -> float:
     """Write the file, whole; returns the largest difference of its logits to ours.
 
     Args:
@@ -52,19 +53,19 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str, description: s
         UserError: if the gguf package is missing or the shape does not suit.
         RunError: if the file read back is another model.
     """
-    require("gguf", extra="gguf")
+    require_package("gguf", extra="gguf")
     import gguf
 
-    parts, end = with_end_of_text(parts)
-    config = parts.config
-    if kind not in TYPES:
-        raise UserError(f"--type {kind}: give one of {', '.join(TYPES)}")
-    if kind == "q8_0" and config.n_embd % 32:
+    bundle, end = with_eos_token(bundle)
+    config = bundle.config
+    if outtype not in GGUF_TYPES:
+        raise UserError(f"--type {outtype}: give one of {', '.join(GGUF_TYPES)}")
+    if outtype == "q8_0" and config.n_embd % 32:
         raise UserError(f"q8_0 stores 32 numbers together: n_embd {config.n_embd} does not divide")
-    tokens, merges = _vocabulary(parts.tokenizer, end)
-    with replacing(path) as partial:
+    tokens, merges = _vocabulary(bundle.tokenizer, end)
+    with atomic_replace(path) as partial:
         writer = gguf.GGUFWriter(partial, "gpt2")
-        _describe(writer, config, kind, name, description)
+        _describe(writer, config, outtype, name, description)
         writer.add_context_length(config.block_size)
         writer.add_embedding_length(config.n_embd)
         writer.add_feed_forward_length(config.mlp_ratio * config.n_embd)
@@ -82,8 +83,8 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str, description: s
         writer.add_unk_token_id(end)
         writer.add_pad_token_id(end)
         writer.add_add_bos_token(False)
-        stored = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}[kind]
-        for our, tensor in parts.tensors.items():
+        stored = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}[outtype]
+        for our, tensor in bundle.state_dict.items():
             is_matrix = tensor.ndim == 2 and our != "transformer.wpe.weight"
             as_type = gguf.GGMLQuantizationType[stored if is_matrix else "F32"]
             values = gguf.quants.quantize(tensor.numpy(), as_type)
@@ -92,18 +93,18 @@ def write_gguf(path: Path, parts: Parts, *, kind: str, name: str, description: s
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return _check(partial, parts, is_exact=kind == "f32")
+        return _check(partial, bundle, is_exact=outtype == "f32")
 
 
-def activation_difference(parts: Parts) -> float:
+def gelu_tanh_difference(bundle: ModelBundle) -> float:
     """How far llama.cpp's logits are off for its GELU, which is the tanh form for every GPT-2."""
-    config = dataclasses.replace(parts.config, activation="gelu_tanh")
-    if config == parts.config:
+    config = dataclasses.replace(bundle.config, activation="gelu_tanh")
+    if config == bundle.config:
         return 0.0
-    ids = probe(parts.config, parts.tokenizer.size)
+    ids = probe_ids(bundle.config, bundle.tokenizer.vocab_size)
     with torch.inference_mode():
-        theirs = Parts(config, parts.tensors, parts.tokenizer).model()(ids)
-        difference = (theirs - parts.model()(ids))[:, :, : parts.tokenizer.size]
+        theirs = ModelBundle(config, bundle.state_dict, bundle.tokenizer).build_model()(ids)
+        difference = (theirs - bundle.build_model()(ids))[:, :, : bundle.tokenizer.vocab_size]
     return float(difference.abs().max())
 
 
@@ -120,7 +121,7 @@ def _describe(writer: Any, config: GPTConfig, kind: str, name: str, description:
     """Metadata under `general.`; no licence, which depends on the text that was learned."""
     import gguf
 
-    count = costs.parameters(config)
+    count = formulas.num_params(config)
     writer.add_type("model")
     writer.add_name(name)
     if description:
@@ -147,22 +148,22 @@ def _vocabulary(tokenizer: Tokenizer, end: int) -> tuple[list[str], list[str]]:
         merges = list(dict.fromkeys(merges))
         spelled.append(END_OF_TEXT)
     else:
-        model: dict[str, Any] = hf_tokenizer(tokenizer, end)["model"]
+        model: dict[str, Any] = tokenizer_json(tokenizer, end)["model"]
         vocab: dict[str, int] = model["vocab"]
         spelled = sorted(vocab, key=lambda token: vocab[token])
         merges = [" ".join(pair) for pair in model["merges"]]
     # An empty list has no type in GGUF: NUL twice, which no text holds.
-    nul = printable_bytes()[0]
+    nul = bytes_to_unicode()[0]
     return spelled, merges or [f"{nul} {nul}"]
 
 
 def _spelled(text: str) -> str:
-    characters = printable_bytes()
+    characters = bytes_to_unicode()
     return "".join(characters[byte] for byte in text.encode("utf-8"))
 
 
 @torch.inference_mode()
-def _check(path: Path, parts: Parts, *, is_exact: bool) -> float:
+def _check(path: Path, parts: ModelBundle, *, is_exact: bool) -> float:
     """Read the file back with the library, and compare logits."""
     import gguf
 
@@ -172,10 +173,10 @@ def _check(path: Path, parts: Parts, *, is_exact: bool) -> float:
         )
         for tensor in gguf.GGUFReader(path).tensors
     }
-    back = {our: read[gguf_name(our)] for our in parts.tensors}
-    ids = probe(parts.config, parts.config.vocab_size)
-    theirs = Parts(parts.config, back, parts.tokenizer).model()(ids)
-    difference = float((theirs - parts.model()(ids)).abs().max())
-    if is_exact and not difference <= LARGEST_DIFFERENCE:
+    back = {our: read[gguf_name(our)] for our in parts.state_dict}
+    ids = probe_ids(parts.config, parts.config.vocab_size)
+    theirs = ModelBundle(parts.config, back, parts.tokenizer).build_model()(ids)
+    difference = float((theirs - parts.build_model()(ids)).abs().max())
+    if is_exact and not difference <= MAX_LOGIT_DIFFERENCE:
         raise RunError(f"the file's logits differ by {difference:.2e}: it was not kept")
     return difference

@@ -10,22 +10,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptforge import costs
-from gptforge.checkpoint.store import MORE_BYTES
-from gptforge.checkpoint.tensors import write_tensors
+from gptforge.checkpoint.state_dict import save_safetensors
+from gptforge.checkpoint.store import MAX_EXTRA_BYTES
 from gptforge.config import GPTConfig
-from gptforge.convert.extras import require
-from gptforge.convert.hf_tokenizer import OURS, hf_tokenizer, read_hf_tokenizer
-from gptforge.convert.parts import TIED, Parts, fitted, probe, size_in, with_end_of_text
+from gptforge.convert.bundle import (
+    LM_HEAD,
+    ModelBundle,
+    probe_ids,
+    read_size,
+    validate_state_dict,
+    with_eos_token,
+)
+from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER, load_hf_tokenizer, tokenizer_json
 from gptforge.convert.torch_file import check_tensors, read_torch_file
-from gptforge.errors import RunError, UserError, parsing
-from gptforge.files import read_small, require_bounded
+from gptforge.errors import RunError, UserError, parsing, require_package
+from gptforge.estimate import formulas
+from gptforge.files import check_file_size, read_text
 from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import save as save_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
 
-LARGEST_DIFFERENCE = 1e-4
+MAX_LOGIT_DIFFERENCE = 1e-4
 """Of logits, in float32: what another order of additions explains, and nothing else."""
 
 PREFIX = "transformer."
@@ -33,10 +39,10 @@ PREFIX = "transformer."
 program reads those, some read no others."""
 # But for that, their names are ours. These are stored (in, out) there, (out, in) here.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")
+CAUSAL_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry as if they were weights."""
 
-WEIGHTS, OLDER_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
+SAFETENSORS_WEIGHTS, PYTORCH_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 OTHER_FILES = (
     *("config.json", "tokenizer.json", "gptforge*.json"),
     *("merges.txt", "vocab.json", "added_tokens.json"),
@@ -44,7 +50,7 @@ OTHER_FILES = (
 """What is read of a folder beside its weights."""
 
 # What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
-FIXED: Mapping[str, tuple[object, ...]] = {
+FIXED_CONFIG: Mapping[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -60,47 +66,48 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def write_hf(folder: Path, parts: Parts, *, card: str) -> float:
+def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> float:
     """Fill an empty folder; returns the largest difference of its logits to ours.
 
     Raises:
         RunError: if transformers reads another model or tokenizer out of it than was put in.
     """
-    require("transformers", extra="hf")
-    parts, end = with_end_of_text(parts)
+    require_package("transformers", extra="hf")
+    bundle, end = with_eos_token(bundle)
     tensors = {
-        name.removeprefix(PREFIX): _turned(name, tensor) for name, tensor in parts.tensors.items()
+        name.removeprefix(PREFIX): _turned(name, tensor)
+        for name, tensor in bundle.state_dict.items()
     }
-    write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
-    _write_json(folder / "config.json", _config(parts.config, end))
-    draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, parts.tokenizer.size)}
+    save_safetensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    _write_json(folder / "config.json", _config(bundle.config, end))
+    draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, bundle.tokenizer.vocab_size)}
     _write_json(folder / "generation_config.json", {**draws, **_special_ids(end)})
-    _write_json(folder / "tokenizer.json", hf_tokenizer(parts.tokenizer, end))
+    _write_json(folder / "tokenizer.json", tokenizer_json(bundle.tokenizer, end))
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": parts.config.block_size,
+            "model_max_length": bundle.config.block_size,
             "clean_up_tokenization_spaces": False,
             **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk", "pad")},
         },
     )
-    save_tokenizer(parts.tokenizer, folder / OURS)
+    save_tokenizer(bundle.tokenizer, folder / NATIVE_TOKENIZER)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return _check(folder, parts, end)
+    return _check(folder, bundle, end)
 
 
-def is_hf(folder: Path) -> bool:
+def is_hf_dir(folder: Path) -> bool:
     """Whether a folder has the form that transformers saves."""
     return (folder / "config.json").is_file()
 
 
-def files_of_a_model(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
     """All that `read_hf` may read of a folder."""
     return sorted({*_weights(folder), *(p for name in OTHER_FILES for p in folder.glob(name))})
 
 
-def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
+def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
     """A GPT-2 that transformers, or `write_hf`, saved.
 
     Raises:
@@ -108,8 +115,8 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     """
     where = folder.as_posix()
     with parsing(f"{where}/config.json", "a GPT-2's configuration"):
-        facts = json.loads(read_small(folder / "config.json"))
-        for name, allowed in FIXED.items():
+        facts = json.loads(read_text(folder / "config.json"))
+        for name, allowed in FIXED_CONFIG.items():
             if facts.get(name, allowed[0]) not in allowed:
                 given = short_repr(facts[name])
                 raise ValueError(f"{name} is {given}, GPT-2's is {allowed[0]!r}")
@@ -119,14 +126,14 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
             known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
             given = short_repr(named)
             raise ValueError(f"activation_function is {given}: GPT-2's is one of {known}")
-        width, inner = size_in(facts, "n_embd"), 0
-        if facts.get("n_inner") is not None and (inner := size_in(facts, "n_inner")) % width:
+        width, inner = read_size(facts, "n_embd"), 0
+        if facts.get("n_inner") is not None and (inner := read_size(facts, "n_inner")) % width:
             raise ValueError(f"n_inner {inner} is not a multiple of n_embd {width}")
         config = GPTConfig(
-            block_size=size_in({"n_positions": facts.get("n_ctx", 1024), **facts}, "n_positions"),
-            vocab_size=size_in(facts, "vocab_size"),
-            n_layer=size_in(facts, "n_layer"),
-            n_head=size_in(facts, "n_head"),
+            block_size=read_size({"n_positions": facts.get("n_ctx", 1024), **facts}, "n_positions"),
+            vocab_size=read_size(facts, "vocab_size"),
+            n_layer=read_size(facts, "n_layer"),
+            n_head=read_size(facts, "n_head"),
             n_embd=width,
             mlp_ratio=inner // width if inner else 4,
             activation=activation,
@@ -135,19 +142,19 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> Parts:
     found = {}
     for name, tensor in _tensors(folder, config).items():
         name = name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
-        if not name.endswith(MASKS):
+        if not name.endswith(CAUSAL_MASK_BUFFERS):
             found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
-    tensors = fitted(found, config, source=where)
-    tokenizer = tokenizer or read_hf_tokenizer(folder)
-    if tokenizer.size > config.vocab_size:
+    tensors = validate_state_dict(found, config, source=where)
+    tokenizer = tokenizer or load_hf_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has {tokenizer.size} ids, the model {config.vocab_size} rows"
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} rows"
         )
-    if not (folder / OURS).is_file() and tokenizer.end_of_text is not None:
+    if not (folder / NATIVE_TOKENIZER).is_file() and tokenizer.eot_token is not None:
         # OpenAI's models were trained on documents with this mark between them.
         tokenizer = copy.copy(tokenizer)
-        tokenizer.marks_documents = facts.get("bos_token_id") == tokenizer.end_of_text
-    return Parts(config, tensors, tokenizer)
+        tokenizer.prepends_eot = facts.get("bos_token_id") == tokenizer.eot_token
+    return ModelBundle(config, tensors, tokenizer)
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:
@@ -161,7 +168,7 @@ def _special_ids(end: int) -> dict[str, int]:
 def _config(config: GPTConfig, end: int) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
-        **{name: values[0] for name, values in FIXED.items()},
+        **{name: values[0] for name, values in FIXED_CONFIG.items()},
         "activation_function": ACTIVATIONS[config.activation][0],
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
@@ -184,7 +191,7 @@ def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """All tensors of a folder, in one file or several."""
     # Float64 weights, an output layer of its own, and the causal masks that old ones have.
     masks = config.n_layer * config.block_size**2
-    most = 8 * (2 * costs.parameters(config) + masks) + MORE_BYTES
+    most = 8 * (2 * formulas.num_params(config) + masks) + MAX_EXTRA_BYTES
     paths = _weights(folder)
     if not paths:
         raise UserError(
@@ -196,14 +203,14 @@ def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
         is_safetensors = path.suffix == ".safetensors"
         what = "a readable safetensors file" if is_safetensors else "weights of transformers'"
         with parsing(path, what):
-            require_bounded(path, most)
+            check_file_size(path, most)
             found |= load_file(path) if is_safetensors else _pickled(path)
     return found
 
 
 def _weights(folder: Path) -> list[Path]:
     """The files that hold a folder's weights; the older form only where the newer is missing."""
-    return sorted(folder.glob(WEIGHTS)) or sorted(folder.glob(OLDER_WEIGHTS))
+    return sorted(folder.glob(SAFETENSORS_WEIGHTS)) or sorted(folder.glob(PYTORCH_WEIGHTS))
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
@@ -213,29 +220,29 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{short_repr(name)} is no tensor")
-    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != TIED})
+    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != LM_HEAD})
     return dict(tensors)
 
 
 def _require_size(folder: Path, config: GPTConfig) -> None:
     """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
     present = sum(path.stat().st_size for path in _weights(folder))
-    if present and 2 * costs.parameters(config) > present:
+    if present and 2 * formulas.num_params(config) > present:
         raise UserError(
-            f"{folder.as_posix()}/config.json describes {costs.parameters(config):,} parameters, "
+            f"{folder.as_posix()}/config.json describes {formulas.num_params(config):,} parameters, "
             f"but its weights have {present:,} bytes"
         )
 
 
 @torch.inference_mode()
-def _check(folder: Path, parts: Parts, end: int) -> float:
+def _check(folder: Path, parts: ModelBundle, end: int) -> float:
     """Read the folder as transformers does, and compare."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     # The mark between documents is no text: ours reads one in a text letter by letter.
-    count = min(64, parts.config.block_size, parts.tokenizer.size)
-    ids = [i for i in range(count) if i != parts.tokenizer.end_of_text]
+    count = min(64, parts.config.block_size, parts.tokenizer.vocab_size)
+    ids = [i for i in range(count) if i != parts.tokenizer.eot_token]
     text = parts.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = theirs.encode(text, add_special_tokens=False)
@@ -244,12 +251,12 @@ def _check(folder: Path, parts: Parts, end: int) -> float:
     peer = transformers.GPT2LMHeadModel.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32
     ).eval()
-    rows = probe(parts.config, parts.config.vocab_size)
-    difference = float((peer(rows).logits - parts.model()(rows)).abs().max())
-    if not difference <= LARGEST_DIFFERENCE:
+    rows = probe_ids(parts.config, parts.config.vocab_size)
+    difference = float((peer(rows).logits - parts.build_model()(rows)).abs().max())
+    if not difference <= MAX_LOGIT_DIFFERENCE:
         raise RunError(
             f"the exported model's logits differ by {difference:.2e}, more than "
-            f"{LARGEST_DIFFERENCE:.0e}: the export was not kept"
+            f"{MAX_LOGIT_DIFFERENCE:.0e}: the export was not kept"
         )
     return difference
 

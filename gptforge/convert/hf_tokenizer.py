@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from gptforge.errors import UserError, parsing
-from gptforge.files import read_small
+from gptforge.files import read_text
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
 
-OURS = "gptforge_tokenizer.json"
+NATIVE_TOKENIZER = "gptforge_tokenizer.json"
 """Our own form beside Hugging Face's, so that a model comes back exactly."""
 
 
-def printable_bytes() -> list[str]:
+def bytes_to_unicode() -> list[str]:
     """The character that stands for each byte, 256 of them."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
 
 
-def hf_tokenizer(tokenizer: Tokenizer, end: int | None = None) -> dict[str, Any]:
+def tokenizer_json(tokenizer: Tokenizer, eos_id: int | None = None) -> dict[str, Any]:
     """The content of tokenizer.json.
 
     Args:
@@ -37,12 +37,12 @@ def hf_tokenizer(tokenizer: Tokenizer, end: int | None = None) -> dict[str, Any]
     """
     record = tokenizer.to_json()
     kind = record["kind"]
-    end = end if tokenizer.end_of_text is None else tokenizer.end_of_text
+    eos_id = eos_id if tokenizer.eot_token is None else tokenizer.eot_token
     if kind == "char":
-        return _marked(_char(str(record["alphabet"])), end)
+        return _marked(_char(str(record["alphabet"])), eos_id)
     if kind == "byte":
-        vocab = {char: byte for byte, char in enumerate(printable_bytes())}
-        return _marked(_byte_level(vocab, []), end)
+        vocab = {char: byte for byte, char in enumerate(bytes_to_unicode())}
+        return _marked(_byte_level(vocab, []), eos_id)
     if kind == "gpt2":
         merges = record["merges"]
         assert isinstance(merges, list)
@@ -50,15 +50,15 @@ def hf_tokenizer(tokenizer: Tokenizer, end: int | None = None) -> dict[str, Any]
     raise UserError(f"a tokenizer of kind '{kind}' cannot be exported yet")
 
 
-def read_hf_tokenizer(folder: Path) -> Tokenizer:
+def load_hf_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of an exported or downloaded folder.
 
     Raises:
         UserError: if it is not one that this program knows.
     """
-    if (folder / OURS).is_file():
-        return load_tokenizer(folder / OURS)
-    from gptforge.tokenizers.hf_json import AddedTokensError, read_hf_json
+    if (folder / NATIVE_TOKENIZER).is_file():
+        return load_tokenizer(folder / NATIVE_TOKENIZER)
+    from gptforge.tokenizers.hf_loader import AddedTokensError, load_hf_tokenizer
 
     where = folder.as_posix()
     otherwise = f"gptforge import {shlex.quote(where)} OUT --tokenizer"
@@ -66,7 +66,7 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     with parsing(where, "a tokenizer that can be used here", hint):
         try:
             if (folder / "tokenizer.json").is_file():
-                return read_hf_json(json.loads(read_small(folder / "tokenizer.json")))
+                return load_hf_tokenizer(json.loads(read_text(folder / "tokenizer.json")))
             if (folder / "merges.txt").is_file():
                 return _of_older_files(folder)
         except AddedTokensError as error:
@@ -78,28 +78,28 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
                 )
             raise UserError(f"{where}: {error}, which are unknown here; this {remedy}") from None
     raise UserError(
-        f"{where}: neither {OURS}, tokenizer.json nor merges.txt is there: give --tokenizer: "
+        f"{where}: neither {NATIVE_TOKENIZER}, tokenizer.json nor merges.txt is there: give --tokenizer: "
         f"{otherwise} gpt2, if it learned with GPT-2's, else FILE"
     )
 
 
 def _of_older_files(folder: Path) -> Tokenizer:
     """The tokenizer of merges.txt, and of vocab.json and added_tokens.json where they are."""
-    from gptforge.tokenizers.gpt2 import GPT2Tokenizer, spelled_ids
-    from gptforge.tokenizers.hf_json import read_hf_json
+    from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
+    from gptforge.tokenizers.hf_loader import load_hf_tokenizer
 
-    lines = read_small(folder / "merges.txt").split("\n")
+    lines = read_text(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
 
     def read(name: str) -> dict[str, int]:
         path = folder / name
-        return dict(json.loads(read_small(path))) if path.is_file() else {}
+        return dict(json.loads(read_text(path))) if path.is_file() else {}
 
     vocab, added = read("vocab.json"), read("added_tokens.json")
     if not vocab and not added:
         return GPT2Tokenizer(merges)
-    vocab = vocab or {**spelled_ids(merges), END_OF_TEXT: 256 + len(merges)}
-    return read_hf_json(
+    vocab = vocab or {**build_vocab(merges), END_OF_TEXT: 256 + len(merges)}
+    return load_hf_tokenizer(
         {
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
             "pre_tokenizer": {"type": "ByteLevel"},
@@ -155,7 +155,7 @@ def _byte_level(
 
 def _gpt2(merges: list[str]) -> dict[str, Any]:
     # GPT-2 counts the bytes that print first, then the others, then one token a merge.
-    characters = printable_bytes()
+    characters = bytes_to_unicode()
     first = [char for byte, char in enumerate(characters) if char == chr(byte)]
     rest = [char for byte, char in enumerate(characters) if char != chr(byte)]
     tokens = [*first, *rest, *(merge.replace(" ", "", 1) for merge in merges)]

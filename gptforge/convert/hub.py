@@ -4,32 +4,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from gptforge.convert.extras import require
-from gptforge.convert.hf import OLDER_WEIGHTS, OTHER_FILES, WEIGHTS
-from gptforge.errors import RunError, UserError
+from gptforge.convert.hf import OTHER_FILES, PYTORCH_WEIGHTS, SAFETENSORS_WEIGHTS
+from gptforge.errors import RunError, UserError, require_package
 from gptforge.shell import quote
 
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 """Models that the Hub knows by a name without an owner; their owner there is openai-community."""
 
 
-def check_name(name: str) -> None:
+def check_repo_id(repo_id: str) -> None:
     """Raise a UserError unless it is owner/name, in letters that the Hub takes."""
-    owner, _, rest = name.partition("/")
+    owner, _, rest = repo_id.partition("/")
     if not owner or not rest or "/" in rest:
-        raise UserError(f"--push {name}: give owner/name")
-    require("huggingface_hub", extra="hf")
+        raise UserError(f"--push {repo_id}: give owner/name")
+    require_package("huggingface_hub", extra="hf")
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         # Asks nobody, but checks the name.
-        huggingface_hub.hf_hub_url(name, "README.md")
+        huggingface_hub.hf_hub_url(repo_id, "README.md")
     except HFValidationError as error:
-        raise UserError(f"--push {name}: not a name that the Hub takes: {error}") from None
+        raise UserError(f"--push {repo_id}: not a name that the Hub takes: {error}") from None
 
 
-def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: bool) -> str:
+def push_to_hub(
+    folder: Path, repo_id: str, *, repo_type: Literal["model", "space"], private: bool
+) -> str:
     """Make the repository if it is not there, and upload the folder as one commit.
 
     The account is the one that `hf auth login` or HF_TOKEN says; HF_ENDPOINT names another server.
@@ -48,22 +49,22 @@ def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: b
         OfflineModeIsEnabled,
     )
 
-    again = f"hf upload {name} {quote(folder.as_posix())}"
-    again += " --repo-type space" * (kind == "space") + " --private" * private
+    again = f"hf upload {repo_id} {quote(folder.as_posix())}"
+    again += " --repo-type space" * (repo_type == "space") + " --private" * private
     kept = f"{folder.as_posix()} is whole and kept; to send it: {again}"
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(
-            name,
-            repo_type=kind,
+            repo_id,
+            repo_type=repo_type,
             private=private,
             exist_ok=True,
-            space_sdk="gradio" if kind == "space" else None,
+            space_sdk="gradio" if repo_type == "space" else None,
         )
         api.upload_folder(
             folder_path=folder,
-            repo_id=name,
-            repo_type=kind,
+            repo_id=repo_id,
+            repo_type=repo_type,
             commit_message="Upload from GPT-Forge",
         )
     except LocalTokenNotFoundError:
@@ -71,38 +72,40 @@ def push(folder: Path, name: str, *, kind: Literal["model", "space"], private: b
             f"--push needs an account: hf auth login, or set HF_TOKEN; {kept}"
         ) from None
     except OfflineModeIsEnabled:
-        raise UserError(f"--push {name}: HF_HUB_OFFLINE forbids it: unset it; {kept}") from None
+        raise UserError(f"--push {repo_id}: HF_HUB_OFFLINE forbids it: unset it; {kept}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             raise UserError(
-                f"--push {name}: the Hub refuses this account ({status}): hf auth login with a "
+                f"--push {repo_id}: the Hub refuses this account ({status}): hf auth login with a "
                 f"token that may write there; {kept}"
             ) from None
-        raise RunError(f"--push {name}: the Hub answered {error}; {kept}") from None
+        raise RunError(f"--push {repo_id}: the Hub answered {error}; {kept}") from None
     except Exception as error:
         # What a lost connection raises depends on the client that huggingface_hub sends through,
         # and that has changed from one version to the next.
-        raise RunError(f"--push {name}: it did not get to the Hub ({error}); {kept}") from error
+        raise RunError(f"--push {repo_id}: it did not get to the Hub ({error}); {kept}") from error
     return str(url)
 
 
-def fetch_model(source: str, *, say: Callable[[str], None]) -> Path:
+def download_model(source: str, *, log: Callable[[str], None]) -> Path:
     """The folder of a model that is on the Hugging Face Hub.
 
     Raises:
         UserError: if there is none of that name, or no network; the message says the way on.
     """
-    require("huggingface_hub", extra="hf")
+    require_package("huggingface_hub", extra="hf")
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    name = f"openai-community/{source}" if source in OPENAI else source
-    say(f"fetching {name} from the Hugging Face Hub")
+    name = f"openai-community/{source}" if source in OPENAI_MODELS else source
+    log(f"fetching {name} from the Hugging Face Hub")
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS, *OTHER_FILES])
-        if not list(Path(folder).glob(WEIGHTS)):
-            huggingface_hub.snapshot_download(name, allow_patterns=[OLDER_WEIGHTS])
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=[SAFETENSORS_WEIGHTS, *OTHER_FILES]
+        )
+        if not list(Path(folder).glob(SAFETENSORS_WEIGHTS)):
+            huggingface_hub.snapshot_download(name, allow_patterns=[PYTORCH_WEIGHTS])
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
             f"{source} is neither a path here nor a model that the Hugging Face Hub shows you: "

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import gptforge
 from gptforge.checkpoint import store as checkpoints
-from gptforge.convert.card import METRICS, Origin, beginning, copy_own, model_card
-from gptforge.convert.parts import Parts
-from gptforge.files import point
+from gptforge.convert.bundle import ModelBundle
+from gptforge.convert.model_card import (
+    METRICS,
+    Origin,
+    copy_run_file,
+    example_prompt,
+    model_card,
+)
+from gptforge.files import set_link
 
 APP = '''"""The page of this Space; `python app.py` shows it on this machine as well."""
 
@@ -60,8 +66,8 @@ python app.py
 It is a run folder of GPT-Forge too: `from gptforge import load; load(".").generate(BEGINNING)`."""
 
 
-def fill_space(
-    folder: Path, parts: Parts, origin: Origin | None, *, title: str, config: str
+def write_space(
+    folder: Path, bundle: ModelBundle, origin: Origin | None, *, title: str, config: str
 ) -> None:
     """Fill an empty folder.
 
@@ -75,10 +81,12 @@ def fill_space(
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name
     checkpoint.mkdir(parents=True)
-    tensors = dict(parts.tensors)
-    checkpoints.write_model(checkpoint, tensors, tokenizer=parts.tokenizer, config=config)
+    tensors = dict(bundle.state_dict)
+    checkpoints.save_inference_checkpoint(
+        checkpoint, tensors, tokenizer=bundle.tokenizer, config=config
+    )
     for which in ("best", "last"):
-        point(checkpoint.parent / which, name)
+        set_link(checkpoint.parent / which, name)
     (folder / "config.toml").write_text(config, encoding="utf-8")
     if origin:
         _copy_history(folder, origin)
@@ -95,8 +103,8 @@ def fill_space(
         "app_file": "app.py",
         "pinned": "false",
     }
-    usage = USAGE.replace("BEGINNING", beginning(parts.tokenizer))
-    card = model_card(parts, origin, title=title, usage=usage, front=front)
+    usage = USAGE.replace("BEGINNING", example_prompt(bundle.tokenizer))
+    card = model_card(bundle, origin, title=title, usage=usage, front_matter=front)
     (folder / "README.md").write_text(card, encoding="utf-8")
     _copy_package(folder / "gptforge")
 
@@ -121,7 +129,7 @@ def _gradio_version() -> str:
 
 def _copy_history(folder: Path, origin: Origin) -> None:
     if origin.curves:
-        copy_own(origin.curves, folder)
+        copy_run_file(origin.curves, folder)
         metrics = origin.curves.with_name(METRICS)
         if metrics.is_file():
-            copy_own(metrics, folder)
+            copy_run_file(metrics, folder)

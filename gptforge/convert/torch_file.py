@@ -14,9 +14,9 @@ from gptforge.errors import UserError
 
 MAX_PICKLE = 4 * 2**20
 """Bytes of names and plain values; GPT-2 XL with its optimizer takes less than one million."""
-BEFORE_ARCHIVES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How torch.save began a file before it wrote archives."""
-KNOWN = re.compile(
+ALLOWED_GLOBALS = re.compile(
     r"collections\.OrderedDict"
     r"|torch\.[A-Z]\w*Storage"
     r"|torch\._utils\._rebuild_(tensor_v2|parameter)"
@@ -35,24 +35,24 @@ def read_torch_file(path: Path, *, what: str) -> Any:
     Raises:
         UserError: if it is something else, or holds more than tensors and plain values.
     """
-    check_archive(path, what)
+    check_torch_archive(path, what)
     try:
         # weights_only reads tensors and plain containers, and refuses to import anything else.
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:
         # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
         stranger = re.search(r"GLOBAL (\S+)", str(error))
-        raise refused(path, stranger[1] if stranger else "", what) from None
+        raise unsafe_file_error(path, stranger[1] if stranger else "", what) from None
 
 
-def check_archive(path: Path, what: str) -> None:
+def check_torch_archive(path: Path, what: str) -> None:
     """Raise a UserError unless loading a file takes about as much memory as the file is long.
 
     No code of the file is run: its opcodes are only looked at.
     """
     try:
         with path.open("rb") as file:
-            if file.read(len(BEFORE_ARCHIVES)) == BEFORE_ARCHIVES:
+            if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
                 raise UserError(
                     f"{path}: in the form of PyTorch before 1.6, which is not read: load it with "
                     "torch.load(..., weights_only=True) and save it again with torch.save"
@@ -71,15 +71,17 @@ def check_archive(path: Path, what: str) -> None:
                     "checkpoint has"
                 )
             strangers = [
-                name for name in _globals(archive.read(pickled)) if not KNOWN.fullmatch(name)
+                name
+                for name in _globals(archive.read(pickled))
+                if not ALLOWED_GLOBALS.fullmatch(name)
             ]
     except UserError:
         raise
     except Exception as error:
         # Strange bytes make these readers stumble in many ways.
-        raise refused(path, "", what) from error
+        raise unsafe_file_error(path, "", what) from error
     if strangers:
-        raise refused(path, strangers[0], what)
+        raise unsafe_file_error(path, strangers[0], what)
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -89,7 +91,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"{path}: its tensors have {total:,} bytes, and the file {size:,}")
 
 
-def refused(path: Path, stranger: str, what: str) -> UserError:
+def unsafe_file_error(path: Path, stranger: str, what: str) -> UserError:
     """The error for a file that holds something else, by the first name that is not known."""
     named = f" (it names {stranger})" if stranger else ""
     return UserError(

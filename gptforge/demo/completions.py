@@ -18,18 +18,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-import gptforge.demo.writing as bounds
-from gptforge.demo.writing import Writers
+import gptforge.demo.sessions as bounds
+from gptforge.demo.sessions import ModelCache
 from gptforge.errors import UserError
-from gptforge.generate.asked import is_number, is_whole
-from gptforge.generate.language_model import LanguageModel
-from gptforge.generate.sampling import Sampling
-from gptforge.generate.streaming import Ending
+from gptforge.inference.detokenizer import StopMatcher
+from gptforge.inference.language_model import LanguageModel
+from gptforge.inference.sampling import SamplingParams
+from gptforge.inference.validation import is_int, is_number
 
 MAX_SEQUENCES = 8
 """Prompts times `n`."""
-MAX_STOPS = 4
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+MAX_STOP_STRINGS = 4
+UNSUPPORTED_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "best_of": (None, 1),
     "logprobs": (None,),
@@ -39,27 +39,37 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
 }
 """Fields of OpenAI's that are not supported, and the values at which they ask for nothing."""
-KNOWN = {"model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed"}
-KNOWN |= {"stream", "stream_options", "user", *NEUTRAL}
+KNOWN_FIELDS = {
+    "model",
+    "prompt",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "stop",
+    "seed",
+}
+KNOWN_FIELDS |= {"stream", "stream_options", "user", *UNSUPPORTED_DEFAULTS}
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompletionRequest:
     """A request, checked."""
 
     model: str
     prompts: list[str]
     max_tokens: int
-    sampling: Sampling
+    params: SamplingParams
     n: int
     stop: list[str]
     seed: int | None
     stream: bool
-    with_usage: bool
+    include_usage: bool
 
 
 @dataclass
-class Piece:
+class CompletionChunk:
     """A piece of text of one sequence, and how it ended if it did."""
 
     index: int
@@ -67,9 +77,9 @@ class Piece:
     finish_reason: str | None = None
 
 
-def routes(writers: Writers) -> list[Route]:
+def routes(writers: ModelCache) -> list[Route]:
     """The two endpoints for an ASGI application."""
-    places = threading.BoundedSemaphore(bounds.AT_ONCE)
+    places = threading.BoundedSemaphore(bounds.MAX_CONCURRENT)
 
     async def models(request: Request) -> Response:
         data = [
@@ -80,12 +90,12 @@ def routes(writers: Writers) -> list[Route]:
 
     async def completions(request: Request) -> Response:
         try:
-            asked = parse(await request.body(), writers.names()[0])
+            asked = parse_request(await request.body(), writers.names()[0])
             model = await run_in_threadpool(writers.get, asked.model)
             prompt_tokens = sum(len(model.encode(prompt)) for prompt in asked.prompts) * asked.n
             for prompt in asked.prompts:
                 # Checks every setting before the first byte of an answer.
-                model.tokens(prompt, asked.max_tokens, asked.sampling, seed=asked.seed)
+                model.stream_tokens(prompt, asked.max_tokens, asked.params, seed=asked.seed)
         except UserError as error:
             return _error(400, str(error), "invalid_request_error")
         if not await run_in_threadpool(places.acquire, timeout=10):
@@ -99,7 +109,7 @@ def routes(writers: Writers) -> list[Route]:
         counts = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
         pieces = _held(places, _write(model, asked, counts))
         if asked.stream:
-            events = _events(pieces, head, counts, with_usage=asked.with_usage)
+            events = _events(pieces, head, counts, with_usage=asked.include_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         choices: list[dict[str, Any]] = [
             {"text": "", "index": index, "logprobs": None, "finish_reason": None}
@@ -121,7 +131,7 @@ def routes(writers: Writers) -> list[Route]:
     ]
 
 
-def parse(body: bytes, default_model: str) -> Asked:
+def parse_request(body: bytes, default_model: str) -> CompletionRequest:
     """A request's JSON, checked.
 
     Raises:
@@ -134,21 +144,21 @@ def parse(body: bytes, default_model: str) -> Asked:
         raise UserError(f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
         raise UserError("the body must be a JSON object")
-    if unknown := sorted(set(given) - KNOWN):
+    if unknown := sorted(set(given) - KNOWN_FIELDS):
         raise UserError(f"unknown field {unknown[0]!r:.60}")
-    for name, neutral in NEUTRAL.items():
+    for name, neutral in UNSUPPORTED_DEFAULTS.items():
         if given.get(name) not in neutral:
             raise UserError(f"{name} is not supported: leave it out")
     prompt = given.get("prompt", "")
     prompts = prompt if isinstance(prompt, list) else [prompt]
     if not prompts or not all(isinstance(one, str) for one in prompts):
         raise UserError("prompt must be a string or a list of strings")
-    if (longest := max(map(len, prompts))) > bounds.LONGEST_PROMPT:
-        raise UserError(f"prompt: at most {bounds.LONGEST_PROMPT:,} characters, not {longest:,}")
+    if (longest := max(map(len, prompts))) > bounds.MAX_PROMPT_CHARS:
+        raise UserError(f"prompt: at most {bounds.MAX_PROMPT_CHARS:,} characters, not {longest:,}")
     stop = given.get("stop") or []
     stop = stop if isinstance(stop, list) else [stop]
-    if len(stop) > MAX_STOPS or not all(isinstance(one, str) and one for one in stop):
-        raise UserError(f"stop must be a string or a list of at most {MAX_STOPS}")
+    if len(stop) > MAX_STOP_STRINGS or not all(isinstance(one, str) and one for one in stop):
+        raise UserError(f"stop must be a string or a list of at most {MAX_STOP_STRINGS}")
     model = given.get("model") or default_model
     if not isinstance(model, str):
         raise UserError("model must be a string: /v1/models lists them")
@@ -159,11 +169,11 @@ def parse(body: bytes, default_model: str) -> Asked:
     if not isinstance(options, dict):
         raise UserError("stream_options must be an object")
     seed = None if given.get("seed") is None else _whole(given, "seed", 0, 0, 2**63 - 1)
-    return Asked(
+    return CompletionRequest(
         model=model,
         prompts=prompts,
-        max_tokens=_whole(given, "max_tokens", 16, 1, bounds.MOST_TOKENS),
-        sampling=Sampling(
+        max_tokens=_whole(given, "max_tokens", 16, 1, bounds.MAX_NEW_TOKENS),
+        params=SamplingParams(
             _number(given, "temperature", 1.0, 0, 2),
             _whole(given, "top_k", 0, 0, 2**31),
             _number(given, "top_p", 1.0, 0.001, 1),
@@ -172,30 +182,34 @@ def parse(body: bytes, default_model: str) -> Asked:
         stop=stop,
         seed=seed,
         stream=_switch(given, "stream"),
-        with_usage=_switch(options, "include_usage"),
+        include_usage=_switch(options, "include_usage"),
     )
 
 
-def _write(model: LanguageModel, asked: Asked, counts: dict[str, int]) -> Iterator[Piece]:
+def _write(
+    model: LanguageModel, asked: CompletionRequest, counts: dict[str, int]
+) -> Iterator[CompletionChunk]:
     """One sequence after the other, in pieces; all together take `MOST_SECONDS` at most."""
-    deadline = time.monotonic() + bounds.MOST_SECONDS
+    deadline = time.monotonic() + bounds.MAX_SECONDS
     numbered = [(prompt, copy) for prompt in asked.prompts for copy in range(asked.n)]
     for index, (prompt, copy) in enumerate(numbered):
         seed = None if asked.seed is None else (asked.seed + copy) % 2**63
-        ending, count = Ending(asked.stop), 0
-        tokens = model.tokens(prompt, asked.max_tokens, asked.sampling, seed=seed, alternatives=0)
+        ending, count = StopMatcher(asked.stop), 0
+        tokens = model.stream_tokens(
+            prompt, asked.max_tokens, asked.params, seed=seed, top_logprobs=0
+        )
         for token in tokens:
             count += 1
             counts["completion_tokens"] += 1
-            yield Piece(index, ending.add(token.text))
-            if ending.is_reached or time.monotonic() > deadline:
+            yield CompletionChunk(index, ending.add(token.text))
+            if ending.is_stopped or time.monotonic() > deadline:
                 break
         is_full = count == asked.max_tokens or time.monotonic() > deadline
-        reason = "length" if is_full and not ending.is_reached else "stop"
-        yield Piece(index, "" if ending.is_reached else ending.end(), reason)
+        reason = "length" if is_full and not ending.is_stopped else "stop"
+        yield CompletionChunk(index, "" if ending.is_stopped else ending.flush(), reason)
 
 
-def _held(places: threading.BoundedSemaphore, pieces: Iterator[Piece]) -> Any:
+def _held(places: threading.BoundedSemaphore, pieces: Iterator[CompletionChunk]) -> Any:
     """The pieces; the place is given back at the end, or when the client is gone."""
     try:
         yield from pieces
@@ -232,7 +246,7 @@ def _error(status: int, message: str, kind: str) -> Response:
 
 def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
     value = default if given.get(name) is None else given[name]
-    if not is_whole(value) or not low <= value <= high:
+    if not is_int(value) or not low <= value <= high:
         raise UserError(f"{name} must be a whole number from {low} to {high}")
     return int(value)
 

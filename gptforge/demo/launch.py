@@ -4,15 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptforge.build.exported import origin_of, title_of
-from gptforge.build.trained import load, spare_threads
-from gptforge.convert.extras import require
-from gptforge.demo.address import free_port
-from gptforge.demo.gate import Gate, Listeners
+from gptforge.builders.export_model import model_title, read_origin
+from gptforge.builders.load_model import limit_threads, load
 from gptforge.demo.page import STYLE, build_page
-from gptforge.demo.writing import Writers
-from gptforge.errors import RunError
-from gptforge.generate.language_model import LanguageModel
+from gptforge.demo.port import find_free_port
+from gptforge.demo.request_limit import EventStreams, RequestFilter
+from gptforge.demo.sessions import ModelCache
+from gptforge.errors import RunError, require_package
+from gptforge.inference.language_model import LanguageModel
 from gptforge.printable import safe_print
 
 
@@ -41,8 +40,8 @@ def launch(
             installed.
         RunError: if the port is taken.
     """
-    require("gradio", extra="demo")
-    port = free_port(host, port)
+    require_package("gradio", extra="demo")
+    port = find_free_port(host, port)
     # Before it is imported: no word about us to anybody.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -52,18 +51,18 @@ def launch(
     from gptforge.demo.completions import routes
 
     def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
-        writer = load(folder, device=device, say=say)
-        spare_threads(writer)
+        writer = load(folder, device=device, log=say)
+        limit_threads(writer)
         return writer
 
-    origin, title = origin_of(run), title or title_of(run)
-    writers, listeners = Writers(open_model, run), Listeners()
+    origin, title = read_origin(run), title or model_title(run)
+    writers, listeners = ModelCache(open_model, run), EventStreams()
     page = build_page(
         writers,
         listeners,
         run=run,
         title=title,
-        total=origin.config.max_steps if origin else 0,
+        max_steps=origin.config.max_steps if origin else 0,
     )
     serif = ["Iowan Old Style", "Palatino Linotype", "Palatino", "Georgia", "serif"]
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
@@ -91,7 +90,9 @@ def launch(
             # Mistakes are said by the page itself; what Python says of the rest is for nobody.
             show_error=False,
             app_kwargs={
-                "middleware": [Middleware(Gate, hosts=hosts, listeners=listeners)],
+                "middleware": [
+                    Middleware(RequestFilter, allowed_hosts=hosts, event_streams=listeners)
+                ],
                 "routes": routes(writers),
             },
             quiet=True,

@@ -8,16 +8,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import gptforge.demo.writing as bounds
-from gptforge import costs
-from gptforge.demo.curves import training
-from gptforge.demo.gate import Listeners
-from gptforge.demo.paper import blank_paper, legend, note, paper
-from gptforge.demo.writing import Progress, Writers, write
+import gptforge.demo.sessions as bounds
+from gptforge.demo.request_limit import EventStreams
+from gptforge.demo.sessions import GenerationProgress, ModelCache, generate_with_limits
+from gptforge.demo.token_html import (
+    render_legend,
+    render_placeholder,
+    render_status,
+    render_tokens,
+)
+from gptforge.demo.training_tab import render_training
 from gptforge.errors import UserError
-from gptforge.generate.asked import encodable, is_number, one_text
-from gptforge.generate.sampling import Sampling
-from gptforge.report.digits import in_short
+from gptforge.estimate import formulas
+from gptforge.inference.sampling import SamplingParams
+from gptforge.inference.validation import check_str, check_utf8, is_number
+from gptforge.report.format import format_count
 
 EXAMPLES = (
     "ROMEO:\nBut soft, what light",
@@ -31,7 +36,9 @@ STYLE = Path(__file__).with_name("style.css")
 TOGGLE_TINT = "(on) => { document.getElementById('out').classList.toggle('plain', !on); }"
 
 
-def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, total: int) -> Any:
+def build_page(
+    models: ModelCache, event_streams: EventStreams, *, run: str, title: str, max_steps: int
+) -> Any:
     """The page as a Gradio Blocks, with its queue.
 
     Args:
@@ -54,35 +61,38 @@ def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, 
         request: gr.Request,
     ) -> Iterator[tuple[str, str]]:
         session = request.session_hash
-        if not listeners.wait(session):
+        if not event_streams.wait_until_connected(session):
             return
         try:
             # What a program sends may be of any type.
-            prompt = one_text(prompt, "the prompt")
-            encodable(prompt, "the prompt")
+            prompt = check_str(prompt, "the prompt")
+            check_utf8(prompt, "the prompt")
             numbers = [_number(n) for n in (length, temperature, top_k, top_p)]
-            yield paper(prompt, [], is_writing=True), note("reading the prompt …")
+            yield (
+                render_tokens(prompt, [], is_generating=True),
+                render_status("reading the prompt …"),
+            )
             # A text that a visitor can have again: the seed is told with it.
-            chosen = _seed(one_text(seed, "the seed"))
-            steps = write(
-                writers.get(one_text(name, "the checkpoint")),
+            chosen = _seed(check_str(seed, "the seed"))
+            steps = generate_with_limits(
+                models.get(check_str(name, "the checkpoint")),
                 prompt,
                 max_new_tokens=int(numbers[0]),
-                sampling=Sampling(numbers[1], int(numbers[2]), numbers[3]),
+                params=SamplingParams(numbers[1], int(numbers[2]), numbers[3]),
                 seed=chosen,
             )
             for progress in steps:
-                if not listeners.is_listening(session):
+                if not event_streams.is_connected(session):
                     return
-                page = paper(prompt, progress.tokens, is_writing=not progress.is_done)
-                yield page, note(_told(progress, chosen))
+                page = render_tokens(prompt, progress.tokens, is_generating=not progress.is_done)
+                yield page, render_status(_told(progress, chosen))
         except UserError as error:
-            yield blank_paper(), note(str(error), kind="error")
+            yield render_placeholder(), render_status(str(error), kind="error")
 
-    model = writers.get(writers.names()[0])
-    c, names = model.model.config, writers.names()
+    model = models.get(models.names()[0])
+    c, names = model.model.config, models.names()
     about = (
-        f"GPT-2 · {in_short(costs.parameters(c))} parameters · {c.n_layer} layers · "
+        f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers · "
         f"{model.tokenizer.name} tokens · {c.block_size} of context"
     )
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
@@ -100,7 +110,7 @@ def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, 
                         label="Beginning",
                         lines=4,
                         max_lines=10,
-                        max_length=bounds.LONGEST_PROMPT,
+                        max_length=bounds.MAX_PROMPT_CHARS,
                         placeholder="Type a few words …",
                         elem_id="prompt",
                     )
@@ -123,24 +133,28 @@ def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, 
                     with gr.Accordion("Settings", open=False, elem_id="settings"):
                         which = gr.Dropdown(names, value=names[0], label="Checkpoint")
                         length = gr.Slider(
-                            10, bounds.MOST_TOKENS, 300, step=10, label="Length, tokens"
+                            10, bounds.MAX_NEW_TOKENS, 300, step=10, label="Length, tokens"
                         )
                         heat = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
                         top_k = gr.Slider(
-                            0, 200, min(200, model.tokenizer.size), step=1, label="Top-k (0: all)"
+                            0,
+                            200,
+                            min(200, model.tokenizer.vocab_size),
+                            step=1,
+                            label="Top-k (0: all)",
                         )
                         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
                         seed = gr.Textbox(
                             "", label="Seed", placeholder="another text each time", max_length=19
                         )
                 with gr.Column(scale=6, min_width=300, elem_id="sheet"):
-                    out = gr.HTML(blank_paper(), elem_id="out")
+                    out = gr.HTML(render_placeholder(), elem_id="out")
                     told = gr.HTML("", elem_id="told")
                     with gr.Row(elem_id="below"):
                         tint = gr.Checkbox(True, label="Tint", elem_id="tint", min_width=0)
-                        gr.HTML(legend(), elem_id="legend")
+                        gr.HTML(render_legend(), elem_id="legend")
             with gr.Tab("Training", id="training"):
-                drawn = functools.partial(_curves, Path(run), total)
+                drawn = functools.partial(_curves, Path(run), max_steps)
                 curves = gr.HTML(drawn(), elem_id="curves")
                 clock = gr.Timer(3)
                 clock.tick(
@@ -158,7 +172,7 @@ def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, 
             answer,
             settings,
             [out, told],
-            concurrency_limit=bounds.AT_ONCE,
+            concurrency_limit=bounds.MAX_CONCURRENT,
             show_progress="minimal",
             show_progress_on=told,
             trigger_mode="once",
@@ -173,9 +187,9 @@ def build_page(writers: Writers, listeners: Listeners, *, run: str, title: str, 
         )
         tint.change(None, tint, None, js=TOGGLE_TINT)
         page.load(
-            lambda: gr.Dropdown(choices=writers.names()), None, which, api_visibility="private"
+            lambda: gr.Dropdown(choices=models.names()), None, which, api_visibility="private"
         )
-    page.queue(max_size=bounds.WAITING, default_concurrency_limit=bounds.AT_ONCE)
+    page.queue(max_size=bounds.MAX_QUEUED, default_concurrency_limit=bounds.MAX_CONCURRENT)
     return page
 
 
@@ -184,17 +198,17 @@ def _curves(run: Path, total: int) -> str:
     try:
         seen = (run / "metrics.jsonl").stat()
     except OSError:
-        return training(run, total=total)
+        return render_training(run, max_steps=total)
     return _drawn(run, total, seen.st_mtime_ns, seen.st_size)
 
 
 @functools.lru_cache(maxsize=1)
 def _drawn(run: Path, total: int, when: int, size: int) -> str:
-    return training(run, total=total)
+    return render_training(run, max_steps=total)
 
 
 def _stopped() -> str:
-    return note("stopped", kind="stopped")
+    return render_status("stopped", kind="stopped")
 
 
 def _seed(text: str) -> int:
@@ -212,10 +226,10 @@ def _number(given: Any) -> float:
     return float(given)
 
 
-def _told(progress: Progress, seed: int) -> str:
+def _told(progress: GenerationProgress, seed: int) -> str:
     count = len(progress.tokens)
     rate = f"{count / progress.seconds:,.0f} tokens a second" if progress.seconds > 0 else ""
-    parts = [f"{count} tokens", rate, f"seed {seed}", progress.remark]
+    parts = [f"{count} tokens", rate, f"seed {seed}", progress.note]
     return " · ".join(part for part in parts if part)
 
 

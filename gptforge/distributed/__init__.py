@@ -3,7 +3,7 @@
 torchrun starts them. Any number runs the same code, and a single one calls what does nothing.
 """
 
-from gptforge.distributed.join import is_launched, join
-from gptforge.distributed.ranks import ALONE, Agreement, Ranks
+from gptforge.distributed.comm import SINGLE_PROCESS, AsyncMax, Comm
+from gptforge.distributed.init import init_distributed, is_distributed_launch
 
-__all__ = ["ALONE", "Agreement", "Ranks", "is_launched", "join"]
+__all__ = ["SINGLE_PROCESS", "AsyncMax", "Comm", "init_distributed", "is_distributed_launch"]

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from gptforge.data.finding import Finding, good, warning
-from gptforge.data.prepare import cores
-from gptforge.errors import install_hint
-from gptforge.hardware import (
-    cache_folder,
-    choose_device,
-    choose_kernels,
-    choose_precision,
+from gptforge.data.checks import Finding, ok, warning
+from gptforge.data.prepare.workers import num_cpus
+from gptforge.device import (
     free_memory,
     peak_flops,
+    select_device,
+    select_precision,
 )
+from gptforge.errors import install_hint
+from gptforge.files import cache_dir
+from gptforge.kernel_select import select_kernels
 
 EXTRAS = {
     "data": ("Parquet, .zst and the fastest encoder", ("pyarrow", "zstandard", "gigatoken")),
@@ -29,27 +29,27 @@ EXTRAS = {
     "gguf": ("`gptforge export --to gguf`", ("gguf",)),
     "demo": ("`gptforge demo`", ("gradio",)),
 }
-LITTLE_DISK = 10 * 10**9
+LOW_DISK_BYTES = 10 * 10**9
 
 
-def examine() -> list[Finding]:
+def check_machine() -> list[Finding]:
     """Device, precision, compiler, memory, disk, packages; each with its reason."""
-    device, note = choose_device("auto")
-    precision = choose_precision("auto", device)
+    device, note = select_device("auto")
+    precision = select_precision("auto", device)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     found = [
-        good(f"{versions}, {platform.system()} on {platform.machine()}, {cores()} cores"),
-        good(f"device: {device} ({note})"),
-        good(f"precision: {precision.name}, {precision.reason}"),
+        ok(f"{versions}, {platform.system()} on {platform.machine()}, {num_cpus()} cores"),
+        ok(f"device: {device} ({note})"),
+        ok(f"precision: {precision.name}, {precision.reason}"),
         *_gpus(),
         *_compiler(device),
         *_memory(device),
         *_disk(),
         *_extras(),
     ]
-    kernels = choose_kernels(device, precision)
-    if kernels.fused_head:
-        found.insert(3, good("kernels: our own for this device, beside torch's"))
+    kernels = select_kernels(device, precision)
+    if kernels.fused_cross_entropy:
+        found.insert(3, ok("kernels: our own for this device, beside torch's"))
     return found
 
 
@@ -65,7 +65,7 @@ def _gpus() -> list[Finding]:
                     "install the CUDA build: https://pytorch.org/get-started/locally",
                 )
             ]
-        return [good("GPU: none that torch could use")]
+        return [ok("GPU: none that torch could use")]
     found = []
     for number in range(torch.cuda.device_count()):
         place = torch.device("cuda", number)
@@ -75,19 +75,19 @@ def _gpus() -> list[Finding]:
         speed = f", {peak / 1e12:,.0f} TFLOP/s at most" if peak else ""
         name = torch.cuda.get_device_name(place)
         found.append(
-            good(f"GPU {number}: {name}, {total / 1e9:.0f} GB, capability {major}.{minor}{speed}")
+            ok(f"GPU {number}: {name}, {total / 1e9:.0f} GB, capability {major}.{minor}{speed}")
         )
     return found
 
 
 def _compiler(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
-        return [good(f"torch.compile: left out on {device.type}, it takes longer than it saves")]
+        return [ok(f"torch.compile: left out on {device.type}, it takes longer than it saves")]
     if importlib.util.find_spec("triton") is None:
         return [warning("torch.compile: there is no Triton here", "training goes on without it")]
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")):
         return [warning("torch.compile: there is no C compiler", "install gcc or clang")]
-    return [good("torch.compile: Triton and a C compiler are here; each run tries it out first")]
+    return [ok("torch.compile: Triton and a C compiler are here; each run tries it out first")]
 
 
 def _memory(device: torch.device) -> list[Finding]:
@@ -95,21 +95,21 @@ def _memory(device: torch.device) -> list[Finding]:
     for place, name in ((torch.device("cpu"), "memory"), (device, "memory of the GPU")):
         free = free_memory(place) if place.type in ("cpu", "cuda") else None
         if free is not None and not (name != "memory" and place.type == "cpu"):
-            found.append(good(f"{name}: {free / 1e9:.1f} GB free"))
+            found.append(ok(f"{name}: {free / 1e9:.1f} GB free"))
     return found
 
 
 def _disk() -> list[Finding]:
     found = []
-    for path, name in ((Path.cwd(), "this folder"), (cache_folder(), "the cache")):
+    for path, name in ((Path.cwd(), "this folder"), (cache_dir(), "the cache")):
         place = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(place).free
         what = f"disk of {name}: {free / 1e9:.0f} GB free"
-        if free < LITTLE_DISK:
+        if free < LOW_DISK_BYTES:
             remedy = "a checkpoint of GPT-2 small takes 1.5 GB, and three are kept"
             found.append(warning(what, remedy))
         else:
-            found.append(good(what))
+            found.append(ok(what))
         if not os.access(place, os.W_OK):
             found.append(warning(f"{place} cannot be written to", "choose another --out_dir"))
     return found
@@ -123,10 +123,10 @@ def _extras() -> list[Finding]:
             missing.remove("zstandard")
         if missing:
             what = f"not here: {', '.join(missing)}, for {purpose}"
-            found.append(Finding("good", what, install_hint(extra)))
+            found.append(Finding("ok", what, install_hint(extra)))
         else:
             named = ", ".join(f"{name} {_version(name)}" for name in packages)
-            found.append(good(f"{purpose}: {named}"))
+            found.append(ok(f"{purpose}: {named}"))
     return found
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from gptforge.device import Precision
 from gptforge.errors import RunError, UserError, install_hint
-from gptforge.evaluate.tasks import TASKS, likelihoods
-from gptforge.generate.language_model import LanguageModel
-from gptforge.generate.sampling import Sampling
-from gptforge.hardware import Precision
+from gptforge.evaluate.tasks import TASKS, loglikelihoods
+from gptforge.inference.language_model import LanguageModel
+from gptforge.inference.sampling import SamplingParams
 
 BOOTSTRAP_ITERS = 1000
 """For standard errors of figures that are no means; the harness's 100,000 take minutes."""
@@ -20,7 +20,7 @@ MAX_GEN_TOKS = 256
 """Written where a task does not say how much: the harness's own default."""
 
 
-def harness_tasks(names: Sequence[str], include_path: str) -> Any:
+def load_task_manager(names: Sequence[str], include_path: str) -> Any:
     """The harness's task manager, after checking that it knows the names and has their questions.
 
     Raises:
@@ -54,8 +54,8 @@ def harness_tasks(names: Sequence[str], include_path: str) -> Any:
     return manager
 
 
-def ask_harness(
-    writer: LanguageModel, names: Sequence[str], manager: Any, precision: Precision, limit: int
+def run_harness(
+    model: LanguageModel, names: Sequence[str], manager: Any, precision: Precision, limit: int
 ) -> dict[str, dict[str, float]]:
     """Each task's figures, by their names in the harness; `questions` is how many were asked.
 
@@ -69,7 +69,7 @@ def ask_harness(
     from lm_eval import simple_evaluate
 
     found = simple_evaluate(
-        model=harness_model(writer, precision),
+        model=harness_model(model, precision),
         tasks=list(names),
         limit=limit or None,
         task_manager=manager,
@@ -80,7 +80,7 @@ def ask_harness(
     scores = {}
     for name, figures in found["results"].items():
         scores[name] = {
-            _figure(key): float(value)
+            _metric_name(key): float(value)
             for key, value in figures.items()
             # Its standard errors are "N/A" where there is none.
             if "," in key and isinstance(value, int | float)
@@ -90,7 +90,7 @@ def ask_harness(
     return scores
 
 
-def harness_model(writer: LanguageModel, precision: Precision) -> Any:
+def harness_model(model: LanguageModel, precision: Precision) -> Any:
     """The model as one of the harness's own, for its `simple_evaluate`."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -98,29 +98,29 @@ def harness_model(writer: LanguageModel, precision: Precision) -> Any:
     class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Answers the three kinds of requests that tasks make."""
 
-        tokenizer_name = writer.tokenizer.name
+        tokenizer_name = model.tokenizer.name
 
         @property
         def eot_token_id(self) -> int:
-            end = writer.tokenizer.end_of_text
-            return writer.prompt_ids("")[-1] if end is None else end
+            end = model.tokenizer.eot_token
+            return model.encode_prompt("")[-1] if end is None else end
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
         ) -> list[int]:
-            return writer.encode(string)
+            return model.encode(string)
 
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
             pairs = []
             for _texts, context, ending in requests:
-                ids = (context + ending)[-(writer.model.config.block_size + 1) :]
+                ids = (context + ending)[-(model.model.config.block_size + 1) :]
                 pairs.append((ids, min(len(ending), len(ids) - 1)))
-            found = likelihoods(writer, pairs, precision)
-            if any(math.isnan(one.logprob) for one in found):
+            found = loglikelihoods(model, pairs, precision)
+            if any(math.isnan(one.loglikelihood) for one in found):
                 raise RunError("the answers are NaN: the training of this model broke down")
-            return [(one.logprob, one.is_likeliest) for one in found]
+            return [(one.loglikelihood, one.is_greedy) for one in found]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             sums = []
@@ -128,7 +128,7 @@ def harness_model(writer: LanguageModel, precision: Precision) -> Any:
                 windows = get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
-                    max_seq_len=writer.model.config.block_size,
+                    max_seq_len=model.model.config.block_size,
                     context_len=1,
                 )
                 parts = [("", *make_disjoint_window(window)) for window in windows]
@@ -141,9 +141,11 @@ def harness_model(writer: LanguageModel, precision: Precision) -> Any:
                 context, how = request.args
                 count = int(how.get("max_gen_toks", MAX_GEN_TOKS))
                 stop = how.get("until") or []
-                draws = Sampling(float(how.get("temperature") or 0) if how.get("do_sample") else 0)
-                [one] = writer.write(
-                    [_last(writer, context, writer.model.config.block_size - count)],
+                draws = SamplingParams(
+                    float(how.get("temperature") or 0) if how.get("do_sample") else 0
+                )
+                [one] = model.generate_batch(
+                    [_last(model, context, model.model.config.block_size - count)],
                     count,
                     draws,
                     stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
@@ -161,7 +163,7 @@ def _last(writer: LanguageModel, text: str, room: int) -> str:
     return writer.decode(ids[-room:]) if 0 < room < len(ids) else text
 
 
-def _figure(key: str) -> str:
+def _metric_name(key: str) -> str:
     """`acc` of `acc,none`; another filter than none stays in the name."""
     metric, _, filtered = key.partition(",")
     if filtered == "none":

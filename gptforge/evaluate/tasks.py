@@ -15,30 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptforge.generate.language_model import LanguageModel
-from gptforge.hardware import Precision, autocast
+from gptforge.device import Precision, autocast
+from gptforge.inference.language_model import LanguageModel
 
-TOKENS_AT_ONCE = 8192
+MAX_BATCH_TOKENS = 8192
 """That go through the model together, padding and all."""
 
 
 @dataclass(frozen=True)
-class Question:
+class Example:
     """A beginning and its possible endings, one of which is right."""
 
-    beginning: str
-    endings: tuple[str, ...]
+    context: str
+    choices: tuple[str, ...]
     """Each with the blank before it."""
-    right: int = 0
+    label: int = 0
 
 
 @dataclass(frozen=True)
-class Answer:
+class LogLikelihood:
     """How likely the model finds an ending."""
 
-    logprob: float
+    loglikelihood: float
     """Of all its tokens, in nats."""
-    is_likeliest: bool
+    is_greedy: bool
     """Whether each token is the one that the model would have taken."""
 
 
@@ -46,11 +46,11 @@ class Answer:
 class Task:
     """A kind of question: how a row of its data reads, and what the answers come to."""
 
-    read: Callable[[Mapping[str, Any]], Question]
-    score: Callable[[Sequence[Question], Sequence[Sequence[Answer]]], dict[str, float]]
+    parse: Callable[[Mapping[str, Any]], Example]
+    score: Callable[[Sequence[Example], Sequence[Sequence[LogLikelihood]]], dict[str, float]]
 
 
-def read_hellaswag(row: Mapping[str, Any]) -> Question:
+def parse_hellaswag(row: Mapping[str, Any]) -> Example:
     """A row of HellaSwag's; those without a label are the test that nobody may know."""
     second = str(row["ctx_b"])
     context = f"{row['ctx_a']} {second[:1].upper()}{second[1:].lower()}"
@@ -59,54 +59,54 @@ def read_hellaswag(row: Mapping[str, Any]) -> Question:
     right = int(row["label"])
     if not 0 <= right < len(endings):
         raise ValueError(f"label {right}")
-    return Question(beginning, endings, right)
+    return Example(beginning, endings, right)
 
 
-def read_lambada(row: Mapping[str, Any]) -> Question:
+def parse_lambada(row: Mapping[str, Any]) -> Example:
     """A row of LAMBADA's: the last word is the ending."""
     beginning, blank, word = str(row["text"]).rpartition(" ")
     if not word or not beginning:
         raise ValueError("no last word")
-    return Question(beginning, (blank + word,))
+    return Example(beginning, (blank + word,))
 
 
 def score_hellaswag(
-    questions: Sequence[Question], answers: Sequence[Sequence[Answer]]
+    examples: Sequence[Example], results: Sequence[Sequence[LogLikelihood]]
 ) -> dict[str, float]:
     """Shares that were answered rightly, by likelihood and by likelihood a character."""
     plain, by_length = [], []
-    for question, given in zip(questions, answers, strict=True):
-        sums = [answer.logprob for answer in given]
+    for question, given in zip(examples, results, strict=True):
+        sums = [answer.loglikelihood for answer in given]
         # The blank before an ending is none of its characters.
-        lengths = [max(1, len(ending) - 1) for ending in question.endings]
+        lengths = [max(1, len(ending) - 1) for ending in question.choices]
         each = [total / length for total, length in zip(sums, lengths, strict=True)]
-        plain.append(sums.index(max(sums)) == question.right)
-        by_length.append(each.index(max(each)) == question.right)
+        plain.append(sums.index(max(sums)) == question.label)
+        by_length.append(each.index(max(each)) == question.label)
     return {**_share("acc", plain), **_share("acc_norm", by_length)}
 
 
 def score_lambada(
-    questions: Sequence[Question], answers: Sequence[Sequence[Answer]]
+    examples: Sequence[Example], results: Sequence[Sequence[LogLikelihood]]
 ) -> dict[str, float]:
     """Share of last words that the model would have written, and its perplexity over all."""
-    known = [given[0].is_likeliest for given in answers]
-    mean = sum(given[0].logprob for given in answers) / len(answers)
+    known = [given[0].is_greedy for given in results]
+    mean = sum(given[0].loglikelihood for given in results) / len(results)
     return {**_share("acc", known), "perplexity": math.exp(min(-mean, 700.0))}
 
 
 TASKS = {
-    "hellaswag": Task(read_hellaswag, score_hellaswag),
-    "lambada": Task(read_lambada, score_lambada),
+    "hellaswag": Task(parse_hellaswag, score_hellaswag),
+    "lambada": Task(parse_lambada, score_lambada),
 }
 
 
-def answer(
-    writer: LanguageModel,
-    questions: Sequence[Question],
+def score_choices(
+    model: LanguageModel,
+    examples: Sequence[Example],
     precision: Precision,
     *,
-    asked: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[Answer]]:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[LogLikelihood]]:
     """What the model makes of each question's endings.
 
     Args:
@@ -119,42 +119,42 @@ def answer(
         UserError: for characters that the tokenizer does not have.
     """
     pairs = [
-        _encoded(writer, question.beginning, ending)
-        for question in questions
-        for ending in question.endings
+        _encoded(model, question.context, ending)
+        for question in examples
+        for ending in question.choices
     ]
-    found = iter(likelihoods(writer, pairs, precision, asked=asked))
-    return [[next(found) for _ in question.endings] for question in questions]
+    found = iter(loglikelihoods(model, pairs, precision, progress=progress))
+    return [[next(found) for _ in question.choices] for question in examples]
 
 
 @torch.inference_mode()
-def likelihoods(
-    writer: LanguageModel,
-    pairs: Sequence[tuple[list[int], int]],
+def loglikelihoods(
+    model: LanguageModel,
+    requests: Sequence[tuple[list[int], int]],
     precision: Precision,
     *,
-    asked: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Answer]:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[LogLikelihood]:
     """How likely endings are, each the last ids of a text: its ids, and how many are the ending's.
 
     A text has at most one id more than the model has places for.
     """
     # Of like lengths together, the longest first: memory runs out at once or not at all.
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
-    found: dict[int, Answer] = {}
-    writer.model.eval()
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
+    found: dict[int, LogLikelihood] = {}
+    model.model.eval()
     while order:
-        width = len(pairs[order[0]][0]) - 1
-        size = max(1, TOKENS_AT_ONCE // width)
+        width = len(requests[order[0]][0]) - 1
+        size = max(1, MAX_BATCH_TOKENS // width)
         batch, order = order[:size], order[size:]
-        found |= zip(batch, _batch(writer, [pairs[i] for i in batch], precision), strict=True)
-        asked(len(found), len(pairs))
-    return [found[number] for number in range(len(pairs))]
+        found |= zip(batch, _batch(model, [requests[i] for i in batch], precision), strict=True)
+        progress(len(found), len(requests))
+    return [found[number] for number in range(len(requests))]
 
 
 def _batch(
     writer: LanguageModel, pairs: Sequence[tuple[list[int], int]], precision: Precision
-) -> list[Answer]:
+) -> list[LogLikelihood]:
     """Answers to endings, each the last ids of a text, so many of them."""
     width = max(len(ids) for ids, _ in pairs) - 1
     inputs = torch.zeros(len(pairs), width, dtype=torch.long)
@@ -166,17 +166,17 @@ def _batch(
         asked[row, length - count : length] = True
     device = writer.device
     with autocast(device, precision):
-        hidden = writer.model.hidden(inputs.to(device))[asked.to(device)]
+        hidden = writer.model.forward_hidden(inputs.to(device))[asked.to(device)]
     # In float32: rounded to bfloat16, the likeliest token is often one of several. The table may
     # have more rows than there are ids.
-    table = writer.model.lm_head.weight[: writer.tokenizer.size]
+    table = writer.model.lm_head.weight[: writer.tokenizer.vocab_size]
     logits: Tensor = hidden.float() @ table.float().t()
     wanted = targets[asked].to(device)
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double().cpu()
     likeliest = (logits.argmax(-1) == wanted).cpu()
     counts = [count for _, count in pairs]
     return [
-        Answer(float(known.sum()), bool(is_first.all()))
+        LogLikelihood(float(known.sum()), bool(is_first.all()))
         for known, is_first in zip(chosen.split(counts), likeliest.split(counts), strict=True)
     ]
 
@@ -191,7 +191,7 @@ def _encoded(writer: LanguageModel, beginning: str, ending: str) -> tuple[list[i
     known = writer.encode(beginning.rstrip())
     count = max(1, len(whole) - len(known))
     if not known:
-        whole = [*writer.prompt_ids(""), *whole]
+        whole = [*writer.encode_prompt(""), *whole]
     whole = whole[-(writer.model.config.block_size + 1) :]
     return whole, min(count, len(whole) - 1)
 

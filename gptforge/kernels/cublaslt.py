@@ -21,7 +21,7 @@ from torch import Tensor
 _COMPUTE_FLOAT32, _REAL_FLOAT32, _REAL_BFLOAT16 = 68, 0, 14
 _TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS, _AUX, _AUX_STRIDE = 3, 4, 7, 8, 11, 12
 _WORKSPACE_BYTES = 1
-PLAIN, WITH_BIAS, GELU_AND_INPUT, THROUGH_GELU = 1, 4, 164, 192
+EPILOGUE_DEFAULT, EPILOGUE_BIAS, EPILOGUE_GELU_AUX_BIAS, EPILOGUE_DGELU = 1, 4, 164, 192
 """Epilogues: none; bias; bias and GELU, the GELU's input kept; times the GELU's slope."""
 
 WORKSPACE = 32 * 2**20
@@ -63,7 +63,7 @@ class _Kernel(NamedTuple):
     """A choice, and bytes of workspace that it is given."""
 
     choice: _Choice
-    room: int
+    workspace_bytes: int
 
 
 class _Library:
@@ -89,7 +89,7 @@ class _Library:
             raise RuntimeError(f"cuBLASLt's {name} gave status {status}")
 
 
-class Plan:
+class MatmulPlan:
     """A product of two bfloat16 tensors of fixed shapes, ready to be run.
 
     Args:
@@ -111,37 +111,37 @@ class Plan:
         left: torch.Size,
         right: torch.Size,
         *,
-        turned: tuple[bool, bool] = (False, False),
-        epilogue: int = PLAIN,
-        adds: bool = False,
+        transpose: tuple[bool, bool] = (False, False),
+        epilogue: int = EPILOGUE_DEFAULT,
+        accumulate: bool = False,
     ) -> None:
         self._lib = _library(device)
-        rows, columns = left[turned[0]], right[not turned[1]]
+        rows, columns = left[transpose[0]], right[not transpose[1]]
         self._description = ctypes.c_void_p()
         self._lib.call(
             "MatmulDescCreate", ctypes.byref(self._description), _COMPUTE_FLOAT32, _REAL_FLOAT32
         )
         # The second factor is cuBLAS's first.
-        self._set(_TRANSPOSE_A, ctypes.c_int(turned[1]))
-        self._set(_TRANSPOSE_B, ctypes.c_int(turned[0]))
+        self._set(_TRANSPOSE_A, ctypes.c_int(transpose[1]))
+        self._set(_TRANSPOSE_B, ctypes.c_int(transpose[0]))
         self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
         # The library looks at the addresses, or at their alignment, before there are any.
         somewhere = ctypes.c_void_p(self._lib.workspace.data_ptr())
-        if epilogue in (WITH_BIAS, GELU_AND_INPUT):
+        if epilogue in (EPILOGUE_BIAS, EPILOGUE_GELU_AUX_BIAS):
             self._set(_BIAS, somewhere)
-        if epilogue in (GELU_AND_INPUT, THROUGH_GELU):
+        if epilogue in (EPILOGUE_GELU_AUX_BIAS, EPILOGUE_DGELU):
             self._set(_AUX, somewhere)
             self._set(_AUX_STRIDE, ctypes.c_int64(columns))
         self._left, self._right = (self._layout(x, _REAL_BFLOAT16) for x in (left, right))
         self._output = self._layout(
-            torch.Size((rows, columns)), _REAL_FLOAT32 if adds else _REAL_BFLOAT16
+            torch.Size((rows, columns)), _REAL_FLOAT32 if accumulate else _REAL_BFLOAT16
         )
-        flops = 2 * rows * columns * left[not turned[0]]
+        flops = 2 * rows * columns * left[not transpose[0]]
         self._kernels = self._candidates(is_small=flops <= SMALL)
         self._chosen = self._kernels[0]
         self._is_tried = len(self._kernels) == 1
-        self._adds = adds
-        self._one, self._kept = ctypes.c_float(1), ctypes.c_float(adds)
+        self._adds = accumulate
+        self._one, self._kept = ctypes.c_float(1), ctypes.c_float(accumulate)
 
     def __call__(
         self,
@@ -169,13 +169,13 @@ class Plan:
     def _run(self, kernel: _Kernel, left: Tensor, right: Tensor, out: Tensor) -> None:
         pointer, lib = ctypes.c_void_p, self._lib
         result = pointer(out.data_ptr())
-        workspace = lib.workspace.data_ptr() if kernel.room else None
+        workspace = lib.workspace.data_ptr() if kernel.workspace_bytes else None
         lib.call(
             "Matmul", lib.handle, self._description, ctypes.byref(self._one),
             pointer(right.data_ptr()), self._right, pointer(left.data_ptr()), self._left,
             ctypes.byref(self._kept), result, self._output, result, self._output,
             ctypes.byref(kernel.choice.algorithm), pointer(workspace),
-            ctypes.c_size_t(kernel.room),
+            ctypes.c_size_t(kernel.workspace_bytes),
             pointer(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip
 
@@ -197,7 +197,7 @@ class Plan:
                 self._run(kernel, left, right, out)
             except RuntimeError:
                 continue
-            if kernel.room or self._is_right(kernel, left, right, out):
+            if kernel.workspace_bytes or self._is_right(kernel, left, right, out):
                 able.append(kernel)
         if not able:
             # The product itself says why.
@@ -212,10 +212,10 @@ class Plan:
         for all of them twice.
         """
         seen = []
-        for room in (WORKSPACE, kernel.room):
+        for room in (WORKSPACE, kernel.workspace_bytes):
             if self._adds:
                 out.zero_()
-            self._run(kernel._replace(room=room), left, right, out)
+            self._run(kernel._replace(workspace_bytes=room), left, right, out)
             seen.append(out.view(-1)[:: max(1, out.numel() // LOOKED_AT)].clone())
         return torch.equal(*seen)
 

@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.kernels.block import EPS
-from gptforge.kernels.product import Product
+from gptforge.kernels.layer_norm import EPS
+from gptforge.kernels.packed_linear import PackedLinear
 
 Norm = tuple[Tensor, Tensor]
 """A LayerNorm's weight and bias, both (C,)."""
 
-MOST_SEQUENCES = 4
+MAX_BATCH_SIZE = 4
 """Beyond, products with whole matrices pay: each sequence here fetches the weights for itself."""
-WIDEST = 4096
+MAX_CHANNELS = 4096
 """Channels that one program still holds a few rows of."""
-SPLITS = 4
+NUM_SPLITS = 4
 """Programs that share the slots of a head: one alone would take long over a long context."""
 
 
 @dataclass(frozen=True)
-class Written:
+class DecodeInputs:
     """Where the tokens of a step are."""
 
     ids: Tensor
@@ -45,202 +45,278 @@ class Written:
     """(1,) the slot of all these tokens. They look from their start up to here."""
 
 
-class Parts(NamedTuple):
+class AttentionPartials(NamedTuple):
     """What attention saw in each share of the slots."""
 
-    mixes: Tensor
+    out: Tensor
     """(B, P, C): means of the values, weighted by the exponentials of the scores."""
-    logs: Tensor
+    lse: Tensor
     """(B, P, H): logarithms of the weights' sums; minus infinity where there was no slot."""
 
 
-class Way(Protocol):
+class DecodeOps(Protocol):
     """How the pieces of a step are computed. `x` is the stream, (B, C) float32."""
 
-    def embed(self, at: Written, wte: Tensor, wpe: Tensor) -> Tensor:
+    def embedding(self, inputs: DecodeInputs, wte: Tensor, wpe: Tensor) -> Tensor:
         """The stream's beginning."""
 
-    def norm_qkv(
-        self, x: Tensor, norm: Norm, product: Product, memory: Tensor, at: Written
+    def layer_norm_qkv(
+        self, x: Tensor, norm: Norm, linear: PackedLinear, kv_cache: Tensor, inputs: DecodeInputs
     ) -> Tensor:
         """q, (B, C) float32; k and v go into their slot of `memory`, (2, B, H, S, D)."""
 
-    def attend(self, q: Tensor, memory: Tensor, at: Written) -> Parts:
+    def split_kv_attention(
+        self, q: Tensor, kv_cache: Tensor, inputs: DecodeInputs
+    ) -> AttentionPartials:
         """Each head's look at the slots of its sequence."""
 
-    def attended_onto(self, parts: Parts, product: Product, x: Tensor) -> None:
+    def combine_proj_add(
+        self, partials: AttentionPartials, linear: PackedLinear, x: Tensor
+    ) -> None:
         """The stream grows, in its place, by what attention saw, through `product`."""
 
-    def norm_product(self, x: Tensor, norm: Norm, product: Product, *, gelu: bool) -> Tensor:
+    def layer_norm_linear(
+        self, x: Tensor, norm: Norm, linear: PackedLinear, *, gelu: bool
+    ) -> Tensor:
         """The normalised stream through `product`, and GELU if asked: (B, out) float32."""
 
-    def product_onto(self, y: Tensor, product: Product, x: Tensor) -> None:
+    def linear_add(self, y: Tensor, linear: PackedLinear, x: Tensor) -> None:
         """The stream grows, in its place, by y (B, in) through `product`."""
 
 
-class ByTorch:
+class TorchDecodeOps:
     """Plainly, on any device."""
 
-    def embed(self, at: Written, wte: Tensor, wpe: Tensor) -> Tensor:
+    def embedding(self, inputs: DecodeInputs, wte: Tensor, wpe: Tensor) -> Tensor:
         """See Way."""
-        places = at.slot - at.starts[:, 0]
-        return wte[at.ids[:, 0]].float() + wpe[places].float()
+        places = inputs.slot - inputs.starts[:, 0]
+        return wte[inputs.ids[:, 0]].float() + wpe[places].float()
 
-    def norm_qkv(
-        self, x: Tensor, norm: Norm, product: Product, memory: Tensor, at: Written
+    def layer_norm_qkv(
+        self, x: Tensor, norm: Norm, linear: PackedLinear, kv_cache: Tensor, inputs: DecodeInputs
     ) -> Tensor:
         """See Way."""
-        q, k, v = self.norm_product(x, norm, product, gelu=False).chunk(3, 1)
-        for part, own in zip(memory, (k, v), strict=True):
+        q, k, v = self.layer_norm_linear(x, norm, linear, gelu=False).chunk(3, 1)
+        for part, own in zip(kv_cache, (k, v), strict=True):
             own = own.view(len(x), part.size(1), 1, -1)
-            part.index_copy_(2, at.slot, own.to(memory.dtype))
+            part.index_copy_(2, inputs.slot, own.to(kv_cache.dtype))
         return q.contiguous()
 
-    def attend(self, q: Tensor, memory: Tensor, at: Written) -> Parts:
+    def split_kv_attention(
+        self, q: Tensor, kv_cache: Tensor, inputs: DecodeInputs
+    ) -> AttentionPartials:
         """See Way."""
-        _, B, H, S, D = memory.shape  # noqa: N806
-        keys, values = memory.float()  # (B, H, S, D)
+        _, B, H, S, D = kv_cache.shape  # noqa: N806
+        keys, values = kv_cache.float()  # (B, H, S, D)
         scores = (keys @ q.view(B, H, D, 1))[..., 0] / math.sqrt(D)
         slots = torch.arange(S, device=q.device)
-        seen = (slots >= at.starts) & (slots <= at.slot)  # (B, S)
+        seen = (slots >= inputs.starts) & (slots <= inputs.slot)  # (B, S)
         scores = scores.masked_fill(~seen[:, None], -math.inf)  # (B, H, S)
         mixes = scores.softmax(-1)[:, :, None] @ values  # (B, H, 1, D)
-        return Parts(mixes.view(B, 1, H * D), scores.logsumexp(-1)[:, None])
+        return AttentionPartials(mixes.view(B, 1, H * D), scores.logsumexp(-1)[:, None])
 
-    def attended_onto(self, parts: Parts, product: Product, x: Tensor) -> None:
+    def combine_proj_add(
+        self, partials: AttentionPartials, linear: PackedLinear, x: Tensor
+    ) -> None:
         """See Way."""
-        B, P, H = parts.logs.shape  # noqa: N806
-        shares = parts.logs.softmax(1)[..., None]  # (B, P, H, 1)
-        y = (parts.mixes.view(B, P, H, -1) * shares).sum(1)  # (B, H, D)
-        self.product_onto(y.view(B, -1), product, x)
+        B, P, H = partials.lse.shape  # noqa: N806
+        shares = partials.lse.softmax(1)[..., None]  # (B, P, H, 1)
+        y = (partials.out.view(B, P, H, -1) * shares).sum(1)  # (B, H, D)
+        self.linear_add(y.view(B, -1), linear, x)
 
-    def norm_product(self, x: Tensor, norm: Norm, product: Product, *, gelu: bool) -> Tensor:
+    def layer_norm_linear(
+        self, x: Tensor, norm: Norm, linear: PackedLinear, *, gelu: bool
+    ) -> Tensor:
         """See Way."""
         weight, bias = norm
         normal = F.layer_norm(x, (x.size(1),), weight.float(), bias.float(), EPS)
-        y = _through(normal, product)
+        y = _through(normal, linear)
         return F.gelu(y, approximate="tanh") if gelu else y
 
-    def product_onto(self, y: Tensor, product: Product, x: Tensor) -> None:
+    def linear_add(self, y: Tensor, linear: PackedLinear, x: Tensor) -> None:
         """See Way."""
-        x += _through(y, product)
+        x += _through(y, linear)
 
 
-class ByTriton:
+class TritonDecodeOps:
     """On a CUDA device, for what `fits`.
 
     Args:
         early: kernels come in while the one before is at work; GPUs from Hopper on can do that.
     """
 
-    def __init__(self, *, early: bool = False) -> None:
+    def __init__(self, *, pdl: bool = False) -> None:
         # Importing Triton takes a second, so it waits until here.
         from gptforge.kernels import in_triton_decode
 
-        self.kernels: Any = in_triton_decode
-        self.early = {"EARLY": early, "launch_pdl": early}
+        self._kernels: Any = in_triton_decode
+        self._pdl_args = {"EARLY": pdl, "launch_pdl": pdl}
 
-    def embed(self, at: Written, wte: Tensor, wpe: Tensor) -> Tensor:
+    def embedding(self, inputs: DecodeInputs, wte: Tensor, wpe: Tensor) -> Tensor:
         """See Way."""
-        assert at.ids.is_contiguous() and at.starts.is_contiguous()
+        assert inputs.ids.is_contiguous() and inputs.starts.is_contiguous()
         columns = wte.size(1)
-        x = torch.empty(len(at.ids), columns, device=wte.device)
-        self.kernels.embed[(len(x),)](
-            at.ids, at.starts, at.slot, wte, wpe, x, columns=columns, BLOCK=_up(columns),
-            **self.early,
+        x = torch.empty(len(inputs.ids), columns, device=wte.device)
+        self._kernels.embed[(len(x),)](
+            inputs.ids, inputs.starts, inputs.slot, wte, wpe, x, columns=columns, BLOCK=_next_power_of_2(columns),
+            **self._pdl_args,
         )  # fmt: skip
         return x
 
-    def norm_qkv(
-        self, x: Tensor, norm: Norm, product: Product, memory: Tensor, at: Written
+    def layer_norm_qkv(
+        self, x: Tensor, norm: Norm, linear: PackedLinear, kv_cache: Tensor, inputs: DecodeInputs
     ) -> Tensor:
         """See Way."""
-        columns, weight = x.size(1), product.weight
+        columns, weight = x.size(1), linear.weight
         q = torch.empty_like(x)
-        tile = _tile(columns, len(weight))
-        self.kernels.norm_qkv[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
-            x, *norm, weight, product.bias, q, memory, at.slot, EPS, *memory.stride()[:3],
-            columns=columns, size=memory.size(-1), **tile, **self.early,
+        tile = _decode_tile(columns, len(weight))
+        self._kernels.norm_qkv[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
+            x, *norm, weight, linear.bias, q, kv_cache, inputs.slot, EPS, *kv_cache.stride()[:3],
+            columns=columns, size=kv_cache.size(-1), **tile, **self._pdl_args,
         )  # fmt: skip
         return q
 
-    def attend(self, q: Tensor, memory: Tensor, at: Written) -> Parts:
+    def split_kv_attention(
+        self, q: Tensor, kv_cache: Tensor, inputs: DecodeInputs
+    ) -> AttentionPartials:
         """See Way."""
-        _, B, H, _, D = memory.shape  # noqa: N806
-        mixes = torch.empty(B, SPLITS, H * D, device=q.device)
-        logs = torch.empty(B, SPLITS, H, device=q.device)
-        self.kernels.attend[(B, H, SPLITS)](
-            q, memory, at.starts, at.slot, mixes, logs, D**-0.5, *memory.stride()[:3], H,
-            size=D, BLOCK=_up(D), TILE=64, SPLITS=SPLITS, **self.early,
+        _, B, H, _, D = kv_cache.shape  # noqa: N806
+        mixes = torch.empty(B, NUM_SPLITS, H * D, device=q.device)
+        logs = torch.empty(B, NUM_SPLITS, H, device=q.device)
+        self._kernels.attend[(B, H, NUM_SPLITS)](
+            q, kv_cache, inputs.starts, inputs.slot, mixes, logs, D**-0.5, *kv_cache.stride()[:3], H,
+            size=D, BLOCK=_next_power_of_2(D), TILE=64, SPLITS=NUM_SPLITS, **self._pdl_args,
         )  # fmt: skip
-        return Parts(mixes, logs)
+        return AttentionPartials(mixes, logs)
 
-    def attended_onto(self, parts: Parts, product: Product, x: Tensor) -> None:
+    def combine_proj_add(
+        self, partials: AttentionPartials, linear: PackedLinear, x: Tensor
+    ) -> None:
         """See Way."""
-        columns, heads = x.size(1), parts.logs.size(2)
-        tile = _tile(columns, columns)
-        self.kernels.attended_onto[(len(x), math.ceil(columns / tile["ROWS"]))](
-            *parts, product.weight, product.bias, x, heads,
-            columns=columns, size=columns // heads, SPLITS=SPLITS, **tile, **self.early,
+        columns, heads = x.size(1), partials.lse.size(2)
+        tile = _decode_tile(columns, columns)
+        self._kernels.attended_onto[(len(x), math.ceil(columns / tile["ROWS"]))](
+            *partials, linear.weight, linear.bias, x, heads,
+            columns=columns, size=columns // heads, SPLITS=NUM_SPLITS, **tile, **self._pdl_args,
         )  # fmt: skip
 
-    def norm_product(self, x: Tensor, norm: Norm, product: Product, *, gelu: bool) -> Tensor:
+    def layer_norm_linear(
+        self, x: Tensor, norm: Norm, linear: PackedLinear, *, gelu: bool
+    ) -> Tensor:
         """See Way."""
-        columns, weight = x.size(1), product.weight
+        columns, weight = x.size(1), linear.weight
         out = torch.empty(len(x), len(weight), device=x.device)
-        tile = _tile(columns, len(weight))
-        self.kernels.norm_product[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
-            x, *norm, weight, weight if product.bias is None else product.bias, out, len(weight),
-            EPS, columns=columns, HAS_BIAS=product.bias is not None, GELU=gelu,
-            **tile, **self.early,
+        tile = _decode_tile(columns, len(weight))
+        self._kernels.norm_product[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
+            x, *norm, weight, weight if linear.bias is None else linear.bias, out, len(weight),
+            EPS, columns=columns, HAS_BIAS=linear.bias is not None, GELU=gelu,
+            **tile, **self._pdl_args,
         )  # fmt: skip
         return out
 
-    def product_onto(self, y: Tensor, product: Product, x: Tensor) -> None:
+    def linear_add(self, y: Tensor, linear: PackedLinear, x: Tensor) -> None:
         """See Way."""
         columns, outputs = y.size(1), x.size(1)
-        tile = _tile(min(columns, WIDEST), outputs)
-        self.kernels.product_onto[(len(x), math.ceil(outputs / tile["ROWS"]))](
-            y, product.weight, product.bias, x, outputs, columns=columns, **tile, **self.early
+        tile = _decode_tile(min(columns, MAX_CHANNELS), outputs)
+        self._kernels.product_onto[(len(x), math.ceil(outputs / tile["ROWS"]))](
+            y, linear.weight, linear.bias, x, outputs, columns=columns, **tile, **self._pdl_args
         )
 
 
-def comes_early(device: torch.device) -> bool:
+def supports_pdl(device: torch.device) -> bool:
     """Whether the GPU lets a kernel in while the one before is at work."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def fits(memory: Tensor) -> bool:
+def supports_fused_decode(kv_cache: Tensor) -> bool:
     """Whether `ByTriton` may be tried with such a cache, (layers, 2, B, H, S, D)."""
-    _, _, sequences, heads, _, size = memory.shape
+    _, _, sequences, heads, _, size = kv_cache.shape
     return (
-        memory.is_cuda
+        kv_cache.is_cuda
         and torch.version.hip is None
-        and memory.dtype == torch.bfloat16
+        and kv_cache.dtype == torch.bfloat16
         # Kernels start on the current device.
-        and memory.device.index == torch.cuda.current_device()
-        and sequences <= MOST_SEQUENCES
+        and kv_cache.device.index == torch.cuda.current_device()
+        and sequences <= MAX_BATCH_SIZE
         and 16 <= size <= 128
-        and heads * size <= WIDEST
+        and heads * size <= MAX_CHANNELS
     )
 
 
-def _through(y: Tensor, product: Product) -> Tensor:
+def _through(y: Tensor, product: PackedLinear) -> Tensor:
     bias = None if product.bias is None else product.bias.float()
     return F.linear(y, product.weight.float(), bias)
 
 
-def _tile(columns: int, outputs: int) -> dict[str, int]:
+def _decode_tile(columns: int, outputs: int) -> dict[str, int]:
     """Columns and rows of a weight for a program, which holds them all at once.
 
     Few rows make many programs, which keep a GPU's memory busy; the output layer has so many that
     what each of them does for itself would come to more than its rows.
     """
-    block = _up(columns)
+    block = _next_power_of_2(columns)
     rows = 4 if outputs < 2**14 else 16
     return {"BLOCK": block, "ROWS": rows, "num_warps": 4 if rows * block <= 2**12 else 8}
 
 
-def _up(count: int) -> int:
+def _next_power_of_2(count: int) -> int:
     """The next power of two: the only sizes that Triton's blocks have."""
     return 1 << (count - 1).bit_length()
+
+
+TILE = 64
+"""Slots that a program looks at at a time."""
+
+
+def decode_attention(qkv: Tensor, kv_cache: Tensor, starts: Tensor, slot: Tensor) -> Tensor:
+    """What new tokens see of their own sequences and of themselves.
+
+    Args:
+        qkv: (B, 3 * C) of the new tokens.
+        memory: (2, B, H, S, D) keys and values; those of the new tokens are put into their slot.
+        starts: (B, 1) each sequence's first slot.
+        slot: (1,) that of all new tokens; they look from their start up to here.
+
+    Returns:
+        (B, C), in qkv's type.
+    """
+    by = triton_decode_attention if qkv.is_cuda else torch_decode_attention
+    return by(qkv, kv_cache, starts, slot)
+
+
+def torch_decode_attention(qkv: Tensor, kv_cache: Tensor, starts: Tensor, slot: Tensor) -> Tensor:
+    """`attend_next`, plainly, on any device."""
+    _, B, H, S, D = kv_cache.shape  # noqa: N806
+    q, k, v = qkv.view(B, 3, H, 1, D).to(kv_cache.dtype).unbind(1)
+    kv_cache[0].index_copy_(2, slot, k)
+    kv_cache[1].index_copy_(2, slot, v)
+    slots = torch.arange(S, device=qkv.device)
+    seen = (slots >= starts) & (slots <= slot)  # (B, S)
+    out = F.scaled_dot_product_attention(q, kv_cache[0], kv_cache[1], attn_mask=seen[:, None, None])
+    return out.flatten(1).to(qkv.dtype)
+
+
+def triton_decode_attention(qkv: Tensor, kv_cache: Tensor, starts: Tensor, slot: Tensor) -> Tensor:
+    """`attend_next` on a CUDA device, for what `fits_many`."""
+    # Importing Triton takes a second, so it waits until here.
+    from gptforge.kernels import in_triton_decode
+
+    _, B, H, _, D = kv_cache.shape  # noqa: N806
+    assert qkv.is_contiguous() and starts.is_contiguous()
+    out = torch.empty(B, H * D, dtype=qkv.dtype, device=qkv.device)
+    in_triton_decode.attend_next[(B, H)](
+        qkv, kv_cache, starts, slot, out, D**-0.5, *kv_cache.stride()[:3], H,
+        size=D, BLOCK=1 << (D - 1).bit_length(), TILE=TILE,
+    )  # fmt: skip
+    return out
+
+
+def supports_decode_attention(kv_cache: Tensor) -> bool:
+    """Whether `attend_next` may be tried on a GPU with such a cache, (layers, 2, B, H, S, D)."""
+    return (
+        kv_cache.is_cuda
+        and torch.version.hip is None
+        # Kernels start on the current device.
+        and kv_cache.device.index == torch.cuda.current_device()
+        and 16 <= kv_cache.size(-1) <= 128
+    )

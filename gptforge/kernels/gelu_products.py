@@ -17,9 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gptforge.kernels.block import gelu_backward
-from gptforge.kernels.products import back, back_through_gelu, linear_gelu
-from gptforge.kernels.sums import Unfinished, add_column_sums, add_parts
+from gptforge.kernels.gelu import gelu_backward
+from gptforge.kernels.matmul import linear_dgrad, linear_dgrad_dgelu, linear_gelu
+from gptforge.kernels.reductions import (
+    PendingReductions,
+    accumulate_column_sums,
+    accumulate_partials,
+)
 
 TILES = {
     "forward": (128, 192, 2, 1),
@@ -42,7 +46,7 @@ class GeluProducts(Protocol):
         inner: Tensor,
         activated: Tensor | None,
         sums: Tensor,
-        unfinished: Unfinished | None = None,
+        unfinished: PendingReductions | None = None,
     ) -> tuple[Tensor, Tensor]:
         """From behind the layer that follows the GELU to before the GELU.
 
@@ -81,16 +85,20 @@ class ByCublas:
         inner: Tensor,
         activated: Tensor | None,
         sums: Tensor,
-        unfinished: Unfinished | None = None,
+        unfinished: PendingReductions | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `GeluProducts.backward`."""
         if activated is None:
-            return gelu_backward(inner, back(upstream, weight), sums, unfinished, again=True)
+            return gelu_backward(
+                inner, linear_dgrad(upstream, weight), sums, unfinished, recompute=True
+            )
         if self._slope_apart:
-            wide, _ = gelu_backward(inner, back(upstream, weight), sums, unfinished, again=False)
+            wide, _ = gelu_backward(
+                inner, linear_dgrad(upstream, weight), sums, unfinished, recompute=False
+            )
             return wide, activated
-        wide = back_through_gelu(upstream, weight, inner)
-        add_column_sums(wide, sums, unfinished)
+        wide = linear_dgrad_dgelu(upstream, weight, inner)
+        accumulate_column_sums(wide, sums, unfinished)
         return wide, activated
 
 
@@ -112,7 +120,7 @@ class ByQuack:
         inner: Tensor,
         activated: Tensor | None,
         sums: Tensor,
-        unfinished: Unfinished | None = None,
+        unfinished: PendingReductions | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `GeluProducts.backward`."""
         wide = torch.empty_like(inner)
@@ -123,7 +131,7 @@ class ByQuack:
             activated = inner
         else:
             parts = _quack().run("back", upstream, weight, inner, {"D": wide})
-        add_parts(parts, sums, unfinished)
+        accumulate_partials(parts, sums, unfinished)
         return wide, activated
 
 

@@ -13,7 +13,12 @@ still holds.
 import triton
 import triton.language as tl
 
-from gptforge.kernels.in_triton_dropout import column_words, factor_of, is_kept, row_words
+from gptforge.kernels.in_triton_dropout import (
+    column_words,
+    factor_of,
+    is_kept,
+    row_words,
+)
 from gptforge.kernels.in_triton_head import LOG2_E
 
 TWICE = tl.constexpr(1.5957691216057308)

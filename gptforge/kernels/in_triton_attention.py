@@ -13,7 +13,12 @@ numbers a token, and so do their gradients.
 import triton
 import triton.language as tl
 
-from gptforge.kernels.in_triton_dropout import column_words, factor_of, is_kept, row_words
+from gptforge.kernels.in_triton_dropout import (
+    column_words,
+    factor_of,
+    is_kept,
+    row_words,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """A GPU has an instruction for powers of two."""

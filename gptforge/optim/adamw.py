@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from gptforge.optim.optimizer import Optimizer
 
 EPS = 1e-8
-SLOTS = ("step", "exp_avg", "exp_avg_sq")
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 """torch's names: how many updates there were, means of the gradient and of its square."""
 
 
 def build_adamw(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> "AdamW":
     """AdamW over all of a model's parameters."""
-    return adamw_over(model.parameters(), betas=betas, weight_decay=weight_decay)
+    return adamw_from_parameters(model.parameters(), betas=betas, weight_decay=weight_decay)
 
 
-def adamw_over(
+def adamw_from_parameters(
     parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float
 ) -> "AdamW":
     """The same over some parameters."""
@@ -45,12 +45,12 @@ class AdamW(Optimizer):
         self._betas = betas
         self._is_prepared = False
 
-    def slots(self, parameter: Tensor) -> tuple[str, ...]:
+    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
         """See Optimizer."""
-        return SLOTS
+        return STATE_KEYS
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def init_state(self) -> None:
         """See Optimizer."""
         if self._is_prepared:
             # To look for each of them again takes Python as long as to start a kernel.
@@ -70,13 +70,13 @@ class AdamW(Optimizer):
     def step(self) -> None:
         """See Optimizer."""
         assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before that"
-        self.prepare()
+        self.init_state()
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             if not moved:
                 continue
             states = [self.state[p] for p in moved]
-            steps, means, squares = ([state[slot] for state in states] for slot in SLOTS)
+            steps, means, squares = ([state[slot] for state in states] for slot in STATE_KEYS)
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 moved, [p.grad for p in moved], means, squares, [], steps,

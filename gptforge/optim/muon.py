@@ -18,11 +18,11 @@ from gptforge.optim.adamw import AdamW
 from gptforge.optim.optimizer import Optimizer
 
 MOMENTUM = 0.95
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, from Jordan's post: the steepest at zero that still settles."""
-ITERATIONS = 5
-TINY = 1e-7
-SLOT = "momentum_buffer"
+NS_STEPS = 5
+EPS = 1e-7
+MOMENTUM_BUFFER = "momentum_buffer"
 
 
 class Muon(Optimizer):
@@ -38,40 +38,42 @@ class Muon(Optimizer):
     def __init__(
         self,
         matrices: Sequence[tuple[Tensor, int]],
-        rest: AdamW,
+        adamw: AdamW,
         *,
         weight_decay: float,
     ) -> None:
         group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay}
         super().__init__([group])
-        self._rest = rest
+        self._rest = adamw
         self._own = self.param_groups[0]
         # One list of groups and one table of states, as for any other optimizer.
-        self.param_groups.extend(rest.param_groups)
-        rest.state = self.state
+        self.param_groups.extend(adamw.param_groups)
+        adamw.state = self.state
         self._alike: dict[tuple[int, int], list[tuple[Tensor, int]]] = {}
         for parameter, parts in matrices:
             rows, columns = parameter.shape
             assert rows % parts == 0
             self._alike.setdefault((rows // parts, columns), []).append((parameter, parts))
 
-    def slots(self, parameter: Tensor) -> tuple[str, ...]:
+    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
         """See Optimizer."""
         is_own = any(p is parameter for p in self._own["params"])
-        return (SLOT,) if is_own else self._rest.slots(parameter)
+        return (MOMENTUM_BUFFER,) if is_own else self._rest.state_keys(parameter)
 
-    def prepare(self) -> None:
+    def init_state(self) -> None:
         """See Optimizer."""
         for parameter in self._own["params"]:
             if parameter not in self.state:
-                self.state[parameter] = {SLOT: torch.zeros_like(parameter, requires_grad=False)}
-        self._rest.prepare()
+                self.state[parameter] = {
+                    MOMENTUM_BUFFER: torch.zeros_like(parameter, requires_grad=False)
+                }
+        self._rest.init_state()
 
     @torch.no_grad()
     def step(self) -> None:
         """Move all parameters, each by its own rule."""
         assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before that"
-        self.prepare()
+        self.init_state()
         for shape, members in self._alike.items():
             self._move(shape, members)
         self._rest.found_inf = self.found_inf
@@ -79,7 +81,7 @@ class Muon(Optimizer):
 
     def _move(self, shape: tuple[int, int], members: list[tuple[Tensor, int]]) -> None:
         """Move the matrices of one shape."""
-        buffers = [self.state[parameter][SLOT] for parameter, _ in members]
+        buffers = [self.state[parameter][MOMENTUM_BUFFER] for parameter, _ in members]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in members]
         if self.found_inf is not None:
             bad = self.found_inf > 0
@@ -91,7 +93,7 @@ class Muon(Optimizer):
         stacked = torch.cat([x.view(-1, *shape) for x in ahead])  # (M, rows, columns)
         size = 0.2 * math.sqrt(max(shape)) * self._own["lr"]
         shrink = 1 - self._own["lr"] * self._own["weight_decay"]
-        moves = orthogonal(stacked).mul(-size).split([parts for _, parts in members])
+        moves = newton_schulz(stacked).mul(-size).split([parts for _, parts in members])
         for (parameter, _), move in zip(members, moves, strict=True):
             moved = (parameter * shrink).add_(move.reshape(parameter.shape))
             if self.found_inf is not None:
@@ -99,7 +101,7 @@ class Muon(Optimizer):
             parameter.copy_(moved)
 
 
-def orthogonal(x: Tensor) -> Tensor:
+def newton_schulz(x: Tensor) -> Tensor:
     """The nearest matrices (M, rows, columns) with singular values near 1, in bfloat16.
 
     Newton-Schulz's iteration in bfloat16: singular values end between 0.7 and 1.2, which serves as
@@ -107,9 +109,9 @@ def orthogonal(x: Tensor) -> Tensor:
     """
     is_tall = x.size(1) > x.size(2)
     y = (x.mT if is_tall else x).bfloat16()
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=TINY)
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    a, b, c = NS_COEFFICIENTS
+    for _ in range(NS_STEPS):
         gram = y @ y.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         y = torch.baddbmm(y, gram, y, beta=a)

@@ -37,11 +37,11 @@ class Optimizer(ABC):
                 parameter.grad = None
 
     @abstractmethod
-    def slots(self, parameter: Tensor) -> tuple[str, ...]:
+    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
         """Names of what is remembered of a parameter."""
 
     @abstractmethod
-    def prepare(self) -> None:
+    def init_state(self) -> None:
         """Take the memory of all that will be remembered, which the first step does otherwise."""
 
     @abstractmethod

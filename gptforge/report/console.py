@@ -23,11 +23,11 @@ from gptforge.printable import printable_text, safe_print
 class Console(Protocol):
     """Somewhere to say lines and show progress; a context, so that a bar is always cleared."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line, or several."""
         ...
 
-    def advance(self, done: int, note: str) -> None:
+    def update(self, step: int, status: str) -> None:
         """So many steps are done; `note` stands beside the bar."""
         ...
 
@@ -44,7 +44,7 @@ class Console(Protocol):
 class PlainConsole:
     """For pipes and files: the lines, and nothing else."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print at once: somebody may be following the pipe.
 
         A reader that has gone, such as `head`, or a full disk behind the pipe must not end a
@@ -53,7 +53,7 @@ class PlainConsole:
         with _going_on_unseen():
             safe_print(text)
 
-    def advance(self, done: int, note: str) -> None:
+    def update(self, step: int, status: str) -> None:
         """A pipe has no bar."""
 
     def __enter__(self) -> Self:
@@ -81,17 +81,17 @@ class TerminalConsole:
         )
         self._task = self._progress.add_task("training", total=total, completed=done, note="")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print as it is: no colours, no wrapping, so that lines can be copied."""
         with _going_on_unseen():
             self._progress.console.print(
                 printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
             )
 
-    def advance(self, done: int, note: str) -> None:
+    def update(self, step: int, status: str) -> None:
         """Move the bar."""
         with _going_on_unseen():
-            self._progress.update(self._task, completed=done, note=note)
+            self._progress.update(self._task, completed=step, note=status)
 
     def __enter__(self) -> Self:
         with _going_on_unseen():
@@ -109,9 +109,16 @@ def _going_on_unseen() -> Iterator[None]:
     try:
         yield
     except OSError:
-        files.to_nowhere(sys.stdout)
+        files.redirect_to_devnull(sys.stdout)
 
 
 def open_console(*, total: int, done: int) -> Console:
     """The console that fits standard output."""
     return TerminalConsole(total, done) if sys.stdout.isatty() else PlainConsole()
+
+
+class NullConsole(PlainConsole):
+    """A console that nobody looks at."""
+
+    def log(self, text: str) -> None:
+        """Rank 0 says it."""

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptforge.files import replacing
-from gptforge.report.metrics import History, numbers
+from gptforge.files import atomic_replace
+from gptforge.report.metrics import History, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#22262e"
-FAINT = "#9aa1ac"
-TRAIN = "#4c78a8"
-HELD_OUT = "#d1495b"
+
+TEXT_COLOR = "#22262e"
+MUTED_COLOR = "#9aa1ac"
+TRAIN_COLOR = "#4c78a8"
+VAL_COLOR = "#d1495b"
 RATE, NORM, SPEED = "#7a6bb0", "#2a9d8f", "#e09f3e"
 
 ROUND = (1, 2, 2.5, 5, 10)
@@ -31,13 +32,13 @@ FASTEST = 3.0
 """Times the usual speed that are shown: a clock that was set back must not squash the rest."""
 
 
-def draw_curves(history: History, path: Path, *, title: str) -> None:
+def save_curves(history: History, path: Path, *, title: str) -> None:
     """Draw what is known so far and put it in place of the picture that was there."""
-    with replacing(path) as partial:
-        curves(history, title=title).savefig(partial)
+    with atomic_replace(path) as partial:
+        plot_curves(history, title=title).savefig(partial)
 
 
-def curves(history: History, *, title: str) -> "Figure":
+def plot_curves(history: History, *, title: str) -> "Figure":
     """The picture, with all that is known so far."""
     # Imported here: drawing is seldom, and matplotlib takes a while to load.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +51,13 @@ def curves(history: History, *, title: str) -> "Figure":
     grid = figure.add_gridspec(3, 3, width_ratios=(1, 1, 0.85))
     # A file name is no formula: $ means itself.
     figure.suptitle(
-        title, parse_math=False, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK
+        title,
+        parse_math=False,
+        x=0.012,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+        color=TEXT_COLOR,
     )
     train = history.train
     loss, rate, norm, speed = places = [
@@ -59,10 +66,10 @@ def curves(history: History, *, title: str) -> "Figure":
     ]
     _loss(loss, history)
     _line(rate, train, "lr", color=RATE)
-    _from_zero(rate, numbers(train, "lr"))
+    _from_zero(rate, series(train, "lr"))
     _dress(rate, "learning rate")
     _line(norm, train, "norm", color=NORM, is_noisy=True)
-    _from_zero(norm, numbers(train, "norm"))
+    _from_zero(norm, series(train, "norm"))
     _dress(norm, "gradient norm, before clipping")
     _speed(speed, train)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
@@ -71,26 +78,26 @@ def curves(history: History, *, title: str) -> "Figure":
         axes.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
         axes.tick_params(labelbottom=axes in (loss, speed))
     for axes in (loss, speed):
-        axes.set_xlabel("step", fontsize=9, color=INK)
+        axes.set_xlabel("step", fontsize=9, color=TEXT_COLOR)
     return figure
 
 
 def _loss(axes: "Axes", history: History) -> None:
-    _line(axes, history.train, "loss", color=TRAIN, label="training", is_noisy=True)
+    _line(axes, history.train, "loss", color=TRAIN_COLOR, label="training", is_noisy=True)
     evals = [event for event in history.evals if event.get("val_loss") is not None]
     if evals:
         few = len(evals) <= 40
         axes.plot(
-            numbers(evals, "step"),
-            numbers(evals, "val_loss"),
-            color=HELD_OUT,
+            series(evals, "step"),
+            series(evals, "val_loss"),
+            color=VAL_COLOR,
             linewidth=1.8,
             marker="o",
             markersize=4 if few else 2,
             label="held out",
         )
         _mark_best(axes, evals)
-    known = numbers(history.train, "loss") + numbers(evals, "val_loss")
+    known = series(history.train, "loss") + series(evals, "val_loss")
     known = [loss for loss in known if math.isfinite(loss)]
     is_log = bool(known) and min(known) > 0 and max(known) > LOG_FROM * min(known)
     if is_log:
@@ -99,15 +106,15 @@ def _loss(axes: "Axes", history: History) -> None:
         room = max(0.05 * (max(known) - min(known)), 0.02 * max(known))
         axes.set_ylim(min(known) - room, max(known) + room)
     if axes.lines:
-        axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
+        axes.legend(frameon=False, fontsize=10, labelcolor=TEXT_COLOR, loc="best")
     _dress(axes, "loss, nats per token", most=8, is_log=is_log)
 
 
 def _mark_best(axes: "Axes", evals: list[dict[str, Any]]) -> None:
     best = min(evals, key=lambda event: float(event["val_loss"]))
-    axes.axhline(best["val_loss"], color=HELD_OUT, linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.axhline(best["val_loss"], color=VAL_COLOR, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.plot(
-        best["step"], best["val_loss"], "o", markersize=10, markerfacecolor="none", color=HELD_OUT
+        best["step"], best["val_loss"], "o", markersize=10, markerfacecolor="none", color=VAL_COLOR
     )
     # Above the axes no curve can run through it.
     axes.set_title(
@@ -115,14 +122,14 @@ def _mark_best(axes: "Axes", evals: list[dict[str, Any]]) -> None:
         f"after {best['step']:,} step{'s' * (best['step'] != 1)}",
         fontsize=10,
         loc="right",
-        color=HELD_OUT,
+        color=VAL_COLOR,
     )
 
 
 def _speed(axes: "Axes", train: list[dict[str, Any]]) -> None:
     # The first step carries compilation and warm-up: it would squash the rest.
     events = train[1:] or train
-    speeds = [speed for speed in numbers(events, "tok_per_sec") if math.isfinite(speed)]
+    speeds = [speed for speed in series(events, "tok_per_sec") if math.isfinite(speed)]
     usual = statistics.median(speeds) if speeds else 0.0
     scale, unit = 1.0, ""
     if usual >= 1e4:
@@ -143,7 +150,7 @@ def _line(
     scale: float = 1.0,
 ) -> None:
     """One field of many events over their steps; a single point is seen as well."""
-    steps, values = numbers(events, "step"), np.array(numbers(events, name)) * scale
+    steps, values = series(events, "step"), np.array(series(events, name)) * scale
     if is_noisy and len(steps) >= MANY:
         axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
         axes.plot(steps, _running_mean(values), color=color, linewidth=1.6, label=label)
@@ -179,10 +186,10 @@ def _from_zero(axes: "Axes", values: Sequence[float]) -> None:
 def _dress(axes: "Axes", title: str, *, most: int = 4, is_log: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    axes.set_title(title, fontsize=10, loc="left", color=TEXT_COLOR)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=8.5, length=3, width=0.6)
+    axes.spines[["left", "bottom"]].set_color(MUTED_COLOR)
+    axes.tick_params(colors=TEXT_COLOR, labelsize=8.5, length=3, width=0.6)
     axes.grid(axis="y", color="#e8eaee", linewidth=0.7)
     axes.set_axisbelow(True)
     # There is no half of a step.

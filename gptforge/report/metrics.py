@@ -7,18 +7,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gptforge.files import is_number, open_regular
+from gptforge.files import is_finite_number, open_regular
 
-MOST_BYTES = 2**28
+MAX_BYTES = 2**28
 """Read of a metrics file: its end, which a million lines do not fill."""
-LONGEST_LINE = 2**16
+MAX_LINE_BYTES = 2**16
 """Bytes of a line; one that is longer is none of ours."""
-FIELDS = {
+EVENT_FIELDS = {
     "train": ("step", "loss", "dt_ms", "tok_per_sec", "norm", "lr", "epoch"),
     "eval": ("step", "val_loss", "val_bpb", "epoch"),
 }
 """What is read of an event: numbers, or null."""
-MAX_TRAIN = 2**14
+MAX_TRAIN_EVENTS = 2**14
 """Train events that are taken of a longer run: half as many at least."""
 
 
@@ -30,7 +30,7 @@ class History:
     evals: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_history(path: Path, *, unwritten: str = "") -> History:
+def read_history(path: Path, *, pending: str = "") -> History:
     """Events from a metrics file. What is no event, as a crash may leave, is passed over.
 
     Args:
@@ -38,7 +38,7 @@ def read_history(path: Path, *, unwritten: str = "") -> History:
         unwritten: lines that are to be added to it.
     """
     history = History()
-    for line in thinned(chain(_lines(path), unwritten.splitlines())):
+    for line in downsample(chain(_lines(path), pending.splitlines())):
         event = _event(line)
         if event.get("event") == "train":
             history.train.append(event)
@@ -54,8 +54,8 @@ def _lines(path: Path) -> Iterator[str]:
         return
     with file:
         size = file.seek(0, 2)
-        file.seek(max(0, size - MOST_BYTES))
-        while line := file.readline(LONGEST_LINE):
+        file.seek(max(0, size - MAX_BYTES))
+        while line := file.readline(MAX_LINE_BYTES):
             yield line.decode("utf-8", "replace")
 
 
@@ -63,7 +63,7 @@ def _event(line: str) -> dict[str, Any]:
     """A train or eval event with all its numbers, null where they are missing; {} for the rest."""
     try:
         event = json.loads(line)
-        fields = FIELDS[event["event"]]
+        fields = EVENT_FIELDS[event["event"]]
         event = {"event": event["event"], **{name: event.get(name) for name in fields}}
         event["epoch"] = event["epoch"] or 0.0
     except Exception:
@@ -72,10 +72,10 @@ def _event(line: str) -> dict[str, Any]:
     numbers = [event[name] for name in fields if event[name] is not None]
     is_whole = type(event["step"]) is int and 0 <= event["step"] < 2**62
     is_scored = event.get("val_loss") is None or None not in event.values()
-    return event if is_whole and is_scored and all(map(is_number, numbers)) else {}
+    return event if is_whole and is_scored and all(map(is_finite_number, numbers)) else {}
 
 
-def thinned(lines: Iterable[str]) -> list[str]:
+def downsample(lines: Iterable[str]) -> list[str]:
     """The lines that may be evals, all of them, and evenly spaced ones that may be train events.
 
     A picture shows about a thousand points, and to parse a million lines takes ten seconds. The
@@ -94,13 +94,13 @@ def thinned(lines: Iterable[str]) -> list[str]:
                 train.pop()
             train.append(line)
             count += 1
-            if len(train) > MAX_TRAIN:
+            if len(train) > MAX_TRAIN_EVENTS:
                 stride *= 2
                 train = train[::2]
     return [*train, *evals]
 
 
-def numbers(events: Iterable[dict[str, Any]], name: str) -> list[float]:
+def series(events: Iterable[dict[str, Any]], name: str) -> list[float]:
     """One field of many events; what is missing or null becomes NaN, a gap in a curve."""
     values = (event.get(name) for event in events)
     return [float("nan") if value is None else float(value) for value in values]

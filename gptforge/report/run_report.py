@@ -5,12 +5,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptforge.checkpoint.saver import Saved
+from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.files import json_line
-from gptforge.printable import code_span, markdown, printable, printable_text
+from gptforge.printable import (
+    code_span,
+    escape_markdown,
+    printable,
+    printable_text,
+)
+from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console, PlainConsole
-from gptforge.report.curves import draw_curves
-from gptforge.report.log_file import LogFile
+from gptforge.report.curves import save_curves
 from gptforge.report.metrics import History, read_history, step_line
 from gptforge.report.verdict import verdict
 
@@ -18,7 +23,7 @@ LOG = "log.md"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.md"
 CURVES = "training_curves.png"
-CUT_ON_RESUME = (LOG, METRICS, SAMPLES)
+TRUNCATED_ON_RESUME = (LOG, METRICS, SAMPLES)
 REDRAW_SECONDS = 20.0
 FENCE = "```"
 
@@ -28,31 +33,33 @@ class RunReport:
 
     def __init__(
         self,
-        folder: Path,
+        run_dir: Path,
         *,
         title: str,
         program: str = "python gpt.py",
-        how_to_part: str = "use",
+        split_hint: str = "use",
     ) -> None:
-        self.folder = folder
-        self._program, self._how_to_part = program, how_to_part
+        self.run_dir = run_dir
+        self._program, self._how_to_part = program, split_hint
         self.console: Console = PlainConsole()
         self._title = title
         self._drawn = 0.0
-        self._logs = {name: LogFile(folder / name, self._refused) for name in CUT_ON_RESUME}
+        self._logs = {
+            name: BufferedLog(run_dir / name, self._refused) for name in TRUNCATED_ON_RESUME
+        }
         self._is_log_refused = self._is_picture_refused = False
 
-    def clear(self) -> None:
+    def delete_logs(self) -> None:
         """Delete the logs of a start that came to nothing."""
         for log in self._logs.values():
-            log.clear()
+            log.delete()
 
-    def begin(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
+    def start(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
         """Open the log with the model summary."""
-        self.console.say(f"{summary}\n\nStarting training...\n")
-        heading = f"# {markdown(self._title)}\n\nMade by {code_span(command)}.\n"
+        self.console.log(f"{summary}\n\nStarting training...\n")
+        heading = f"# {escape_markdown(self._title)}\n\nMade by {code_span(command)}.\n"
         self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
-        self._write(SAMPLES, f"# Samples: {markdown(self._title)}\n")
+        self._write(SAMPLES, f"# Samples: {escape_markdown(self._title)}\n")
         self._event("start", command=command, **facts)
 
     def resume(
@@ -65,12 +72,12 @@ class RunReport:
         command: str,
     ) -> None:
         """Cut the files back to a checkpoint and go on behind it."""
-        self._cut(sizes)
+        self._truncate(sizes)
         # The files were measured before the checkpoint was whole: its own event was cut off.
-        self.saved([Saved(step, checkpoint, is_best)])
+        self.log_saves([SavedCheckpoint(step, checkpoint, is_best)])
         self._event("resume", step=step, checkpoint=checkpoint, command=command)
 
-    def returned(
+    def log_rollback(
         self,
         step: int,
         sizes: Mapping[str, int],
@@ -78,7 +85,7 @@ class RunReport:
         checkpoint: str,
         is_best: bool,
         bad_steps: list[int],
-        left_out: tuple[int, int],
+        skipped: tuple[int, int],
     ) -> None:
         """Training went back to a checkpoint, and so do the files.
 
@@ -90,18 +97,18 @@ class RunReport:
             bad_steps: the steps that were no good.
             left_out: places in the stream of windows between which nothing is learned.
         """
-        self._cut(sizes)
-        self.saved([Saved(step, checkpoint, is_best)])
+        self._truncate(sizes)
+        self.log_saves([SavedCheckpoint(step, checkpoint, is_best)])
         line = (
             f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {checkpoint}; "
-            f"windows {left_out[0]} to {left_out[1] - 1} of the stream are left out"
+            f"windows {skipped[0]} to {skipped[1] - 1} of the stream are left out"
         )
-        self.console.say(line)
+        self.console.log(line)
         self._write(LOG, line + "\n")
-        facts = {"checkpoint": checkpoint, "bad_steps": bad_steps, "left_out": left_out}
+        facts = {"checkpoint": checkpoint, "bad_steps": bad_steps, "left_out": skipped}
         self._event("anomaly", kind="return", step=step, **facts)
 
-    def anomaly(
+    def log_anomaly(
         self,
         kind: str,
         step: int,
@@ -110,7 +117,7 @@ class RunReport:
         norm: float,
         score: float,
         epoch: float,
-        windows: list[int],
+        sequences: list[int],
     ) -> None:
         """Something is wrong with one step: its loss, and the batch's place in the text."""
         what = (
@@ -118,24 +125,24 @@ class RunReport:
             if kind == "spike"
             else f"loss {loss}, gradient norm {norm}: the update was left out"
         )
-        places = ", ".join(map(str, windows[:4])) + (", ..." if len(windows) > 4 else "")
+        places = ", ".join(map(str, sequences[:4])) + (", ..." if len(sequences) > 4 else "")
         line = f"anomaly at step {step}, epoch {epoch:.2f}, windows {places}: {what}"
-        self.console.say(line)
+        self.console.log(line)
         self._write(LOG, line + "\n")
-        facts = {"loss": loss, "norm": norm, "epoch": epoch, "windows": windows}
+        facts = {"loss": loss, "norm": norm, "epoch": epoch, "windows": sequences}
         self._event("anomaly", kind=kind, step=step, **facts)
 
-    def _cut(self, sizes: Mapping[str, int]) -> None:
+    def _truncate(self, sizes: Mapping[str, int]) -> None:
         for name, log in self._logs.items():
-            log.cut(sizes.get(name, 0))
+            log.truncate(sizes.get(name, 0))
 
-    def step(self, event: dict[str, Any]) -> None:
+    def log_step(self, event: dict[str, Any]) -> None:
         """Log one update, in the seed's format."""
-        self.console.say(step_line(event))
+        self.console.log(step_line(event))
         self._write(LOG, step_line(event) + "\n")
         self._event("train", **event)
 
-    def evaluated(
+    def log_eval(
         self, step: int, *, loss: float, bits_per_byte: float, epoch: float, is_best: bool
     ) -> None:
         """Log a judgement on the held-out text after `step` updates."""
@@ -144,14 +151,14 @@ class RunReport:
             f"bits per byte: {bits_per_byte:.4f}"
             f"{' | best so far' if is_best else ''}"
         )
-        self.console.say(line)
+        self.console.log(line)
         self._write(LOG, line + "\n")
         self._event("eval", step=step, val_loss=loss, val_bpb=bits_per_byte, epoch=epoch)
 
-    def sampled(self, step: int, text: str, *, is_last: bool) -> None:
+    def log_sample(self, step: int, text: str, *, is_last: bool) -> None:
         """Keep a piece of text that the model wrote; show the last one."""
         if is_last:
-            self.console.say(f"\nWhat it writes now:\n\n{text.strip()}")
+            self.console.log(f"\nWhat it writes now:\n\n{text.strip()}")
         text = printable_text(text)
         # Tildes, longer than any in the text, so that the text cannot close its own fence.
         fence = "~~~"
@@ -159,46 +166,46 @@ class RunReport:
             fence += "~"
         self._write(SAMPLES, f"\n## After {step} steps\n\n{fence}text\n{text}\n{fence}\n")
 
-    def saved(self, done: Iterable[Saved]) -> None:
+    def log_saves(self, saves: Iterable[SavedCheckpoint]) -> None:
         """Checkpoints are on the disk."""
-        for saved in done:
+        for saved in saves:
             self._event("save", step=saved.step, checkpoint=saved.name, best=saved.is_best)
 
-    def redraw(self, *, force: bool = False) -> None:
+    def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was just done."""
         if not force and time.monotonic() - self._drawn < REDRAW_SECONDS:
             return
         try:
-            draw_curves(self._history(), self.folder / CURVES, title=printable(self._title))
+            save_curves(self._history(), self.run_dir / CURVES, title=printable(self._title))
             self._is_picture_refused = False
         except Exception as error:
             # A picture is no reason to lose a training, whatever the drawing library raises.
             if not self._is_picture_refused:
-                self.console.say(f"note: the curves could not be drawn: {error}")
+                self.console.log(f"note: the curves could not be drawn: {error}")
             self._is_picture_refused = True
         self._drawn = time.monotonic()
 
-    def end(
-        self, reason: str, *, step: int, epochs: float, seconds: float, is_judged: bool
+    def finish(
+        self, reason: str, *, step: int, epochs: float, seconds: float, has_val: bool
     ) -> None:
         """Close the log with the verdict. The event comes last: behind it nothing is missing."""
         words = verdict(
             self._history(),
             total_steps=step,
             epochs=epochs,
-            out_dir=self.folder.as_posix(),
-            is_judged=is_judged,
-            how_to_part=self._how_to_part,
+            out_dir=self.run_dir.as_posix(),
+            has_val=has_val,
+            split_hint=self._how_to_part,
             program=self._program,
         )
         self._write(LOG, f"{FENCE}\n\n{words}\n")
-        pictures = f"\nCurves: {(self.folder / CURVES).as_posix()}"
-        self.console.say(f"\n{words}{'' if self._is_picture_refused else pictures}")
+        pictures = f"\nCurves: {(self.run_dir / CURVES).as_posix()}"
+        self.console.log(f"\n{words}{'' if self._is_picture_refused else pictures}")
         self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
-        if lacking := [log.path.as_posix() for log in self._logs.values() if log.waiting]:
-            self.console.say(f"warning: the end of {', '.join(lacking)} could not be written")
+        if lacking := [log.path.as_posix() for log in self._logs.values() if log.pending]:
+            self.console.log(f"warning: the end of {', '.join(lacking)} could not be written")
 
-    def sizes(self) -> dict[str, int]:
+    def file_sizes(self) -> dict[str, int]:
         """How long each file is now: where to cut it when going on from here."""
         return {name: log.size for name, log in self._logs.items()}
 
@@ -207,16 +214,39 @@ class RunReport:
         self._write(METRICS, json_line(record))
 
     def _write(self, name: str, text: str) -> None:
-        self._logs[name].add(text)
+        self._logs[name].write(text)
 
     def _history(self) -> History:
-        return read_history(self.folder / METRICS, unwritten=self._logs[METRICS].waiting)
+        return read_history(self.run_dir / METRICS, pending=self._logs[METRICS].pending)
 
     def _refused(self, path: Path, error: OSError) -> None:
         if not self._is_log_refused:
-            self.console.say(
+            self.console.log(
                 f"warning: {path.as_posix()} cannot be written ({error.strerror or error}): "
                 "training goes on as long as checkpoints can be saved, and what the logs lack is "
                 "added as soon as there is room"
             )
         self._is_log_refused = True
+
+
+class NullReport(RunReport):
+    """As `RunReport`, without files."""
+
+    def delete_logs(self) -> None:
+        """Rank 0 does it."""
+
+    def plot(self, *, force: bool = False) -> None:
+        """Rank 0 draws."""
+
+    def finish(self, reason: str, **facts: Any) -> None:
+        """Rank 0 closes the log."""
+
+    def file_sizes(self) -> dict[str, int]:
+        """Of no files."""
+        return {}
+
+    def _truncate(self, sizes: Mapping[str, int]) -> None:
+        pass
+
+    def _write(self, name: str, text: str) -> None:
+        pass

@@ -17,8 +17,8 @@ def verdict(
     total_steps: int,
     epochs: float,
     out_dir: str,
-    is_judged: bool,
-    how_to_part: str = "use",
+    has_val: bool,
+    split_hint: str = "use",
     program: str = "python gpt.py",
 ) -> str:
     """A few sentences on a finished or stopped run.
@@ -32,12 +32,12 @@ def verdict(
         how_to_part: what to do with --val_fraction, where nothing is held out.
         program: how this program is called.
     """
-    if is_judged and not history.evals:
+    if has_val and not history.evals:
         lines = ["The model was not judged yet: training ended before the first evaluation."]
-    elif is_judged:
+    elif has_val:
         lines = _held_out(history, total_steps)
     else:
-        lines = _training_only(history, epochs, how_to_part)
+        lines = _training_only(history, epochs, split_hint)
     if not _broke_down(history):
         lines.append(f"Try it: {program} sample {quote(out_dir)}")
     return "\n".join(lines)

@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from gptforge.errors import UserError, parsing
-from gptforge.files import read_small, write_atomic
+from gptforge.files import atomic_write, read_text
 from gptforge.printable import short_repr
-from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
+from gptforge.tokenizers.base import (
+    Tokenizer,
+    Tokens,
+    byte_lengths,
+    decode,
+)
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
-__all__ = ["NAMES", "Tokenizer", "Tokens", "byte_lengths", "decode", "load", "named", "save"]
+__all__ = ["NAMES", "Tokenizer", "Tokens", "byte_lengths", "decode", "from_name", "load", "save"]
 
 FORMAT, VERSION = "gptforge-tokenizer", 1
 NAMES = ("gpt2", "char", "byte")
 """What `--tokenizer` knows without a file."""
 
 
-def named(name: str, text: str) -> Tokenizer:
+def from_name(name: str, text: str) -> Tokenizer:
     """The tokenizer that `--tokenizer` asks for; `text` gives the char tokenizer its alphabet.
 
     Raises:
@@ -28,7 +33,7 @@ def named(name: str, text: str) -> Tokenizer:
     if name == "gpt2":
         return _gpt2(None)
     if name == "char":
-        return CharTokenizer.of(text)
+        return CharTokenizer.from_text(text)
     if name == "byte":
         return ByteTokenizer()
     if not Path(name).is_file():
@@ -41,9 +46,9 @@ def named(name: str, text: str) -> Tokenizer:
 def save(tokenizer: Tokenizer, path: Path) -> None:
     """Write the tokenizer down, whole."""
     record = {"format": FORMAT, "version": VERSION, **tokenizer.to_json()}
-    if tokenizer.end_of_text is not None:
-        record["marks_documents"] = tokenizer.marks_documents
-    write_atomic(path, json.dumps(record, ensure_ascii=True) + "\n")
+    if tokenizer.eot_token is not None:
+        record["marks_documents"] = tokenizer.prepends_eot
+    atomic_write(path, json.dumps(record, ensure_ascii=True) + "\n")
 
 
 def load(path: Path) -> Tokenizer:
@@ -53,7 +58,7 @@ def load(path: Path) -> Tokenizer:
         UserError: if the file is something else.
     """
     with parsing(path, "a tokenizer that can be used here"):
-        record = json.loads(read_small(path))
+        record = json.loads(read_text(path))
         if isinstance(record, dict) and "model" in record:
             return _from_hf(record)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -63,25 +68,25 @@ def load(path: Path) -> Tokenizer:
             raise ValueError(f"version {version} of our form: {VERSION} is known here")
         tokenizer = _of_kind(record["kind"], record)
         # Files of earlier versions do not say it.
-        if tokenizer.end_of_text is not None and "marks_documents" in record:
-            tokenizer.marks_documents = record["marks_documents"] is True
+        if tokenizer.eot_token is not None and "marks_documents" in record:
+            tokenizer.prepends_eot = record["marks_documents"] is True
         return tokenizer
 
 
 def _of_kind(kind: object, record: dict[str, Any]) -> Tokenizer:
     if kind == "char":
-        return CharTokenizer(str(record["alphabet"]), marks=record.get("marks") is True)
+        return CharTokenizer(str(record["alphabet"]), with_eot=record.get("marks") is True)
     if kind == "gpt2":
         return _gpt2([str(merge) for merge in record["merges"]])
     if kind == "byte":
-        return ByteTokenizer(marks=record.get("marks") is True)
+        return ByteTokenizer(with_eot=record.get("marks") is True)
     raise ValueError(f"its kind is {short_repr(kind)}, which is not known here")
 
 
 def _from_hf(record: dict[str, object]) -> Tokenizer:
-    from gptforge.tokenizers.hf_json import read_hf_json
+    from gptforge.tokenizers.hf_loader import load_hf_tokenizer
 
-    return read_hf_json(record)
+    return load_hf_tokenizer(record)
 
 
 def _gpt2(merges: list[str] | None) -> Tokenizer:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 END_OF_TEXT = "<|endoftext|>"
-CLEFT = re.compile(r"[ \n](?=\S)")
+SAFE_CUT = re.compile(r"[ \n](?=\S)")
 """Where a text may be cut without changing an id: GPT-2's pattern parts every text in front of the
 last of several blanks, whether a visible character stands before them or not."""
 
@@ -21,13 +21,13 @@ class Tokenizer(Protocol):
     name: str
     """What `--tokenizer` calls it."""
 
-    size: int
+    vocab_size: int
     """Number of ids that mean something: 0 .. size-1."""
 
-    end_of_text: int | None
+    eot_token: int | None
     """Id of the mark between documents, which no text becomes; None: there is none."""
 
-    marks_documents: bool
+    prepends_eot: bool
     """Whether the text that it was used for has that mark in front of each document. Not part of
     what the ids mean, and so not of `to_json`."""
 
@@ -54,12 +54,14 @@ def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
     The mark between documents stands for no text: 0.
     """
-    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.size)], np.int64)
-    if tokenizer.end_of_text is not None:
-        lengths[tokenizer.end_of_text] = 0
+    lengths = np.array(
+        [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], np.int64
+    )
+    if tokenizer.eot_token is not None:
+        lengths[tokenizer.eot_token] = 0
     return lengths
 
 
-def smallest_dtype(size: int) -> type[np.uint16 | np.uint32]:
+def smallest_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
     """The narrower of the two token types that holds ids below `size`."""
-    return np.uint16 if size <= 2**16 else np.uint32
+    return np.uint16 if vocab_size <= 2**16 else np.uint32

@@ -16,19 +16,19 @@ class CharTokenizer:
 
     name = "char"
 
-    def __init__(self, alphabet: str, *, marks: bool = False) -> None:
+    def __init__(self, alphabet: str, *, with_eot: bool = False) -> None:
         if sorted(set(alphabet)) != list(alphabet):
             raise UserError("an alphabet is distinct characters in code point order")
         if any("\ud800" <= char <= "\udfff" for char in alphabet):
             raise UserError("an alphabet has no halves of surrogate pairs: UTF-8 cannot write them")
         self.alphabet = alphabet
-        self.end_of_text = len(alphabet) if marks else None
-        self.marks_documents = marks
-        self.size = len(alphabet) + marks
+        self.eot_token = len(alphabet) if with_eot else None
+        self.prepends_eot = with_eot
+        self.vocab_size = len(alphabet) + with_eot
         self._points = _code_points(alphabet)
 
     @classmethod
-    def of(cls, text: str) -> "CharTokenizer":
+    def from_text(cls, text: str) -> "CharTokenizer":
         """The tokenizer that knows the characters of `text`."""
         return cls("".join(sorted(set(text))))
 
@@ -45,17 +45,17 @@ class CharTokenizer:
                 f"the character {stranger!r} is not in this model's alphabet, which is the "
                 f"{len(self.alphabet)} characters of the text it learned: leave it out"
             )
-        return ids.astype(smallest_dtype(self.size))
+        return ids.astype(smallest_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of `ids`."""
         return "".join(
-            END_OF_TEXT if i == self.end_of_text else self.alphabet[i] for i in ids
+            END_OF_TEXT if i == self.eot_token else self.alphabet[i] for i in ids
         ).encode("utf-8")
 
     def to_json(self) -> dict[str, object]:
         """Kind, alphabet, and whether there is a mark between documents."""
-        return {"kind": "char", "alphabet": self.alphabet, **_marks(self.end_of_text)}
+        return {"kind": "char", "alphabet": self.alphabet, **_eot_entry(self.eot_token)}
 
 
 class ByteTokenizer:
@@ -63,10 +63,10 @@ class ByteTokenizer:
 
     name = "byte"
 
-    def __init__(self, *, marks: bool = False) -> None:
-        self.end_of_text = 256 if marks else None
-        self.marks_documents = marks
-        self.size = 256 + marks
+    def __init__(self, *, with_eot: bool = False) -> None:
+        self.eot_token = 256 if with_eot else None
+        self.prepends_eot = with_eot
+        self.vocab_size = 256 + with_eot
 
     def encode(self, text: str) -> Tokens:
         """UTF-8 bytes of `text`."""
@@ -74,17 +74,17 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes themselves."""
-        if self.end_of_text is None:
+        if self.eot_token is None:
             return bytes(int(i) for i in ids)
         mark = END_OF_TEXT.encode()
-        return b"".join(mark if i == self.end_of_text else bytes([int(i)]) for i in ids)
+        return b"".join(mark if i == self.eot_token else bytes([int(i)]) for i in ids)
 
     def to_json(self) -> dict[str, object]:
         """Kind, and whether there is a mark between documents."""
-        return {"kind": "byte", **_marks(self.end_of_text)}
+        return {"kind": "byte", **_eot_entry(self.eot_token)}
 
 
-def _marks(end_of_text: int | None) -> dict[str, object]:
+def _eot_entry(end_of_text: int | None) -> dict[str, object]:
     # Left out where there is none, as in every file that earlier versions wrote.
     return {} if end_of_text is None else {"marks": True}
 

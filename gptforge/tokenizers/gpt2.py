@@ -13,12 +13,17 @@ import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import CLEFT, END_OF_TEXT, Tokens, smallest_dtype
+from gptforge.tokenizers.base import (
+    END_OF_TEXT,
+    SAFE_CUT,
+    Tokens,
+    smallest_dtype,
+)
 
 # GPT-2's pattern (same source), in the possessive form that tiktoken gives it: it splits alike and
 # never backtracks.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-CHUNK = 1 << 20
+CHUNK_CHARS = 1 << 20
 
 
 class GPT2Tokenizer:
@@ -27,14 +32,14 @@ class GPT2Tokenizer:
     """
 
     def __init__(self, merges: Sequence[str] | None = None) -> None:
-        own = bundled_merges()
+        own = gpt2_merges()
         self.merges = list(own if merges is None else merges)
         self.name = "gpt2" if self.merges == own else "bpe"
-        self.ranks = ranks = _ranks(self.merges)
-        self.end_of_text: int | None = len(ranks)
-        self.marks_documents = False
-        self.size = len(ranks) + 1
-        self._dtype = smallest_dtype(self.size)
+        self.ranks = ranks = _mergeable_ranks(self.merges)
+        self.eot_token: int | None = len(ranks)
+        self.prepends_eot = False
+        self.vocab_size = len(ranks) + 1
+        self._dtype = smallest_dtype(self.vocab_size)
         self.encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=PATTERN,
@@ -66,19 +71,19 @@ class GPT2Tokenizer:
 
 
 @functools.cache
-def bundled_merges() -> list[str]:
+def gpt2_merges() -> list[str]:
     """The merge list in this package, one 'left right' pair an entry."""
     text = resources.files("gptforge.tokenizers").joinpath("vocab.bpe").read_text("utf-8")
     return text.split("\n")[1:-1]
 
 
-def spelled_ids(merges: Sequence[str]) -> dict[str, int]:
+def build_vocab(merges: Sequence[str]) -> dict[str, int]:
     """Every token as the merge list spells it, a printable character a byte, to its id."""
-    spelled = [*_spelled_bytes(), *(merge.replace(" ", "", 1) for merge in merges)]
+    spelled = [*_byte_to_unicode(), *(merge.replace(" ", "", 1) for merge in merges)]
     return {token: number for number, token in enumerate(spelled)}
 
 
-def _spelled_bytes() -> dict[str, int]:
+def _byte_to_unicode() -> dict[str, int]:
     """The character that stands for each byte, in the order of their ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -87,9 +92,9 @@ def _spelled_bytes() -> dict[str, int]:
     return spelled | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
+def _mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
     """Bytes of each token, to its id."""
-    spelled = _spelled_bytes()
+    spelled = _byte_to_unicode()
     ranks = {bytes([byte]): rank for rank, byte in enumerate(spelled.values())}
     for merge in merges:
         try:
@@ -107,7 +112,7 @@ def _ranks(merges: Sequence[str]) -> dict[bytes, int]:
 def _chunks(text: str) -> Iterator[str]:
     """`text` in pieces of about a megabyte, which keeps memory flat."""
     start = 0
-    while len(text) - start > CHUNK and (cut := CLEFT.search(text, start + CHUNK)):
+    while len(text) - start > CHUNK_CHARS and (cut := SAFE_CUT.search(text, start + CHUNK_CHARS)):
         yield text[start : cut.start()]
         start = cut.start()
     if start < len(text):

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 from gptforge.errors import UserError, install_hint
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-from gptforge.tokenizers.hf_json import sound, spelled_merges
+from gptforge.tokenizers.hf_loader import normalize_merges, unambiguous_merges
 
-LEAST = 257
+MIN_VOCAB_SIZE = 257
 """256 bytes and the mark between documents."""
-MOST = 2**20
+MAX_VOCAB_SIZE = 2**20
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
@@ -22,8 +22,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     Raises:
         UserError: for a size that is out of reach, or if the package is missing.
     """
-    if not LEAST <= vocab_size <= MOST:
-        raise UserError(f"--vocab_size must be from {LEAST} to {MOST:,}, not {vocab_size}")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab_size must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}, not {vocab_size}"
+        )
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
@@ -40,4 +42,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     )
     learner.train_from_iterator(texts, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
-    return GPT2Tokenizer(sound(spelled_merges(merges)))
+    return GPT2Tokenizer(unambiguous_merges(normalize_merges(merges)))

@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
-from gptforge.bench.writing import ours, theirs, write_in_turns
-from gptforge.generate.decode import Decoder
-from gptforge.generate.engine import Engine
+from gptforge.bench.generate_speed import (
+    gptforge_generator,
+    time_generation,
+    transformers_generator,
+)
+from gptforge.inference.generate import TokenGenerator
+from gptforge.inference.model import InferenceModel
 
 GENERATE = ("bench", "--generate", "true", "--preset", "debug", "--device", "cpu", "--turns", 2)
 
@@ -23,15 +27,18 @@ def test_each_writes_every_token_in_every_turn(tiny_model) -> None:
 
         return writing
 
-    decoder = Decoder(Engine(tiny_model, size=64))
-    writers = {"a": counted("a", ours(decoder)), "b": counted("b", theirs(tiny_model, torch.float))}
+    decoder = TokenGenerator(InferenceModel(tiny_model, vocab_size=64))
+    writers = {
+        "a": counted("a", gptforge_generator(decoder)),
+        "b": counted("b", transformers_generator(tiny_model, torch.float)),
+    }
     device = torch.device("cpu")
-    found = write_in_turns(
-        writers, batch=3, size=64, prompt=5, new_tokens=7, turns=2, device=device
+    found = time_generation(
+        writers, batch=3, vocab_size=64, prompt_tokens=5, new_tokens=7, repeats=2, device=device
     )
     assert calls == [(name, 3, 5, 7) for name in "ab" * 3]
-    assert [speed.who for speed in found] == ["a", "b"]
-    mine, other = (speed.facts(found[0]) for speed in found)
+    assert [speed.implementation for speed in found] == ["a", "b"]
+    mine, other = (speed.summarize(found[0]) for speed in found)
     assert mine["ours_is_faster_by"] == 1
     assert mine["ms_to_first"] > 0
     assert other["ms_to_first"] is None
@@ -41,7 +48,7 @@ def test_each_writes_every_token_in_every_turn(tiny_model) -> None:
 
 
 def test_transformers_writes_with_our_weights(tiny_model) -> None:
-    from gptforge.bench.peers import transformers_model
+    from gptforge.bench.baselines import transformers_model
 
     ids = torch.arange(9)[None]
     with torch.inference_mode():

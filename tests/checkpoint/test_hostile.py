@@ -15,9 +15,9 @@ import gptforge
 from gptforge import files
 from gptforge.checkpoint import store
 from gptforge.checkpoint.store import (
-    CONTENTS,
+    CHECKPOINT_FILES,
     CheckpointStore,
-    damage,
+    find_corruption,
     read_config,
     read_state,
     read_tensors,
@@ -62,7 +62,11 @@ def read_everything(path: Path) -> None:
         read_config,
         read_state,
         read_tokenizer,
-        *(lambda p, n=name: read_tensors(p, n) for name in CONTENTS if name.endswith("tensors")),
+        *(
+            lambda p, n=name: read_tensors(p, n)
+            for name in CHECKPOINT_FILES
+            if name.endswith("tensors")
+        ),
         lambda p: gptforge.load(p, device="cpu").generate("To", 2, seed=1),
     ):
         try:
@@ -76,7 +80,7 @@ def read_everything(path: Path) -> None:
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(data=st.data(), name=st.sampled_from([*CONTENTS, "manifest.json"]))
+@given(data=st.data(), name=st.sampled_from([*CHECKPOINT_FILES, "manifest.json"]))
 def test_no_bytes_in_any_file_get_past_the_readers(good, tmp_path, data, name) -> None:
     raw = (good / name).read_bytes()
     start = data.draw(st.integers(0, min(len(raw), 3000)))
@@ -138,7 +142,7 @@ def test_text_that_nests_for_ever_or_fills_the_memory_is_refused(
         path = forge(good, tmp_path / "forged", name, b"[" * 200_000)
         read_everything(path)
     assert "tokenizer" in refused(forge(good, tmp_path / "f", "tokenizer.json", b"[" * 200_000))
-    monkeypatch.setattr(files, "SMALL", 1000)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 1000)
     big = forge(good, tmp_path / "forged", "tokenizer.json", b" " * 1001)
     assert "more than any file" in refused(big)
 
@@ -155,8 +159,8 @@ def test_a_checkpoint_that_the_system_does_not_let_be_read_is_left_where_it_is(
     with monkeypatch.context() as patch:
         patch.setattr(files, "sha256", refuse)
         with pytest.raises(RunError, match=r"model\.safetensors: Permission denied: .* left as it"):
-            CheckpointStore(tmp_path / "checkpoints").newest()
-    newest, warnings = CheckpointStore(tmp_path / "checkpoints").newest()
+            CheckpointStore(tmp_path / "checkpoints").latest()
+    newest, warnings = CheckpointStore(tmp_path / "checkpoints").latest()
     assert newest is not None and newest.name == good.name and not warnings
 
 
@@ -166,9 +170,11 @@ def test_a_model_is_found_though_a_training_beside_deletes_checkpoints(
     """The best one of a run may be gone when it is about to be read: there is a newer one then."""
     shutil.copytree(good, tmp_path / "run" / "checkpoints" / "step-000003")
     found = [tmp_path / "run" / "checkpoints" / "step-000002"]
-    resolve = store.resolve
-    monkeypatch.setattr(store, "resolve", lambda run: found.pop() if found else resolve(run))
-    assert gptforge.load(tmp_path / "run").write("To", 3)
+    resolve = store.resolve_checkpoint
+    monkeypatch.setattr(
+        store, "resolve_checkpoint", lambda run: found.pop() if found else resolve(run)
+    )
+    assert gptforge.load(tmp_path / "run").generate_batch("To", 3)
     assert not found
     # One that is there and damaged is not looked for again.
     (tmp_path / "run" / "checkpoints" / "step-000003" / "tokenizer.json").unlink()
@@ -191,7 +197,7 @@ def test_names_in_a_manifest_lead_nowhere(good, tmp_path) -> None:
     manifest["files"]["../../outside.txt"] = {"bytes": 1, "sha256": "0"}
     (path / "manifest.json").write_text(json.dumps(manifest))
     # Only the names that we know are ever opened.
-    assert damage(path) is None
+    assert find_corruption(path) is None
 
 
 def test_pointers_of_a_strangers_run_stay_inside_it(good, tmp_path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 import gptforge
-from gptforge.build.exported import export_gguf, export_hf, export_space
+from gptforge.builders.export_model import export_gguf, export_hf, export_space
 from gptforge.checkpoint.store import (
     CheckpointStore,
     Snapshot,
     read_config,
     read_tensors,
     read_tokenizer,
-    resolve,
+    resolve_checkpoint,
 )
 from gptforge.cli import main
 from gptforge.errors import UserError
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows gives links to 
 
 DEBUG = "--preset debug --device cpu --n_embd 8 --n_layer 1 --warmup_steps 1 --max_steps"
 EXPORTS = {
-    "hf": lambda run, out: export_hf(str(run), out, say=lambda _: None),
-    "space": lambda run, out: export_space(str(run), out, say=lambda _: None),
-    "gguf": lambda run, out: export_gguf(str(run), out, kind="f32", say=lambda _: None),
+    "hf": lambda run, out: export_hf(str(run), out, log=lambda _: None),
+    "space": lambda run, out: export_space(str(run), out, log=lambda _: None),
+    "gguf": lambda run, out: export_gguf(str(run), out, dtype="f32", log=lambda _: None),
 }
 
 
@@ -101,7 +101,7 @@ def test_checkpoints_are_saved_into_the_run_alone(made, run, tmp_path, capfd) ->
     assert "checkpoints is a link to ../big" in go_on(made, run, capfd)
     assert sorted(path.name for path in (tmp_path / "big").iterdir()) == before
     # It is the reader's own affair to read what a link leads to, but nobody publishes it unawares.
-    assert gptforge.load(run, device="cpu").write("To", 2)
+    assert gptforge.load(run, device="cpu").generate_batch("To", 2)
     with pytest.raises(UserError, match="name the checkpoint that you want") as caught:
         EXPORTS["hf"](run, tmp_path / "out")
     named = str(caught.value).split(", ")[-1]
@@ -142,11 +142,11 @@ def test_odd_checkpoints_are_told_and_never_looked_for_again(made, tmp_path, kin
             use()
     if kind == "empty":
         with pytest.raises(UserError, match=r"damaged, for manifest\.json is missing"):
-            resolve(str(step))
+            resolve_checkpoint(str(step))
     # A whole one beside it is found, and named where the newest is damaged.
     shutil.copytree(made / "run" / "checkpoints" / "step-000002", step.parent / "step-000000")
     if expected == "has no checkpoint yet":
-        assert gptforge.load(tmp_path / "run", device="cpu").write("To", 2)
+        assert gptforge.load(tmp_path / "run", device="cpu").generate_batch("To", 2)
     else:
         with pytest.raises(UserError, match="step-000000 is whole"):
             gptforge.load(tmp_path / "run")
@@ -159,10 +159,10 @@ def test_a_checkpoint_is_saved_though_something_odd_has_its_name(made, tmp_path,
     odd = store.folder / "step-000002"
     odd.symlink_to("nowhere") if kind == "link" else odd.write_text("mine")
     good = CheckpointStore(made / "run" / "checkpoints")
-    path = good.steps()[0]
+    path = good.checkpoints()[0]
     groups = [read_tensors(path, f"{name}.safetensors") for name in ("model", "optimizer", "rng")]
     store.save(2, Snapshot(*groups, {}), tokenizer=read_tokenizer(path), config="")
-    assert store.pointed("last") == odd
+    assert store.read_link("last") == odd
     assert os.path.lexists(store.folder / "step-000002.old-1")
 
 

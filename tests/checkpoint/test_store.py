@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from gptforge.checkpoint import store as checkpoints
-from gptforge.checkpoint.store import CONTENTS, CheckpointStore, Snapshot, damage, resolve
+from gptforge.checkpoint.store import (
+    CHECKPOINT_FILES,
+    CheckpointStore,
+    Snapshot,
+    find_corruption,
+    resolve_checkpoint,
+)
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 
@@ -15,7 +21,7 @@ def snapshot(mark: float = 0.0) -> Snapshot:
     return Snapshot(
         model={"weight": torch.full((3, 4), mark)},
         optimizer={"weight.exp_avg": torch.zeros(3, 4)},
-        generators={"cpu": torch.get_rng_state()},
+        rng_state={"cpu": torch.get_rng_state()},
         state={"progress": {"step": int(mark)}},
     )
 
@@ -34,19 +40,21 @@ def store(tmp_path: Path) -> CheckpointStore:
 def test_a_saved_checkpoint_is_whole_and_last(store) -> None:
     path = save(store, 250)
     assert path.name == "step-000250"
-    assert damage(path) is None
-    assert store.pointed("last") == path
-    assert store.pointed("best") is None
-    assert sorted(entry.name for entry in path.iterdir()) == sorted([*CONTENTS, "manifest.json"])
+    assert find_corruption(path) is None
+    assert store.read_link("last") == path
+    assert store.read_link("best") is None
+    assert sorted(entry.name for entry in path.iterdir()) == sorted(
+        [*CHECKPOINT_FILES, "manifest.json"]
+    )
     listed = json.loads((path / "manifest.json").read_text())["files"]
     assert listed["model.safetensors"]["bytes"] == (path / "model.safetensors").stat().st_size
     with pytest.raises(UserError, match="describes a model of"):
         checkpoints.read_config(path)
-    assert checkpoints.read_tokenizer(path).size == 3
+    assert checkpoints.read_tokenizer(path).vocab_size == 3
     assert checkpoints.read_tensors(path, checkpoints.MODEL)["weight"].eq(250).all()
 
 
-@pytest.mark.parametrize("name", [*CONTENTS, "manifest.json"])
+@pytest.mark.parametrize("name", [*CHECKPOINT_FILES, "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
 def test_any_harm_to_any_file_is_seen(store, name, harm) -> None:
     file = save(store, 1) / name
@@ -57,35 +65,35 @@ def test_any_harm_to_any_file_is_seen(store, name, harm) -> None:
         file.write_bytes(raw[:-1] if name != "manifest.json" else raw[: len(raw) // 2])
     else:
         file.unlink()
-    assert damage(store.folder / "step-000001") is not None
+    assert find_corruption(store.folder / "step-000001") is not None
 
 
 def test_a_step_saved_again_replaces_the_first_one(store) -> None:
     save(store, 3)
     path = save(store, 3)
     assert [p.name for p in store.folder.iterdir() if p.name.startswith("step")] == [path.name]
-    assert damage(path) is None
+    assert find_corruption(path) is None
 
 
 def test_a_crash_while_a_step_is_replaced_loses_neither(store) -> None:
     path = save(store, 3)
     path.rename(store.folder / f".{path.name}.replaced")
-    assert store.newest() == (path, [])
+    assert store.latest() == (path, [])
     path.rename(store.folder / f".{path.name}.replaced")
     save(store, 3)
-    assert store.newest() == (path, [])
+    assert store.latest() == (path, [])
     assert not list(store.folder.glob(".*"))
 
 
 def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_used(store) -> None:
     first, second = save(store, 1), save(store, 2)
     (second / "model.safetensors").write_bytes(b"nothing")
-    found, warnings = store.newest()
+    found, warnings = store.latest()
     assert found == first
     assert len(warnings) == 1
     assert "step-000002" in warnings[0]
     assert (store.folder / "step-000002.damaged-1").is_dir()
-    assert store.newest() == (first, [])
+    assert store.latest() == (first, [])
 
 
 def test_an_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
@@ -98,8 +106,8 @@ def test_an_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         save(store, 2)
     assert store.steps() == [first]
-    assert store.pointed("last") == first
-    assert damage(first) is None
+    assert store.read_link("last") == first
+    assert find_corruption(first) is None
     assert not list(store.folder.glob(".*"))
 
 
@@ -108,7 +116,7 @@ def test_a_full_disk_is_noticed_before_the_save(store, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(RunError, match="step-000001 is kept"):
         save(store, 2)
-    assert store.newest() == (first, [])
+    assert store.latest() == (first, [])
 
 
 def test_a_disk_that_fills_up_while_saving_keeps_the_last_one(store, monkeypatch) -> None:
@@ -120,14 +128,14 @@ def test_a_disk_that_fills_up_while_saving_keeps_the_last_one(store, monkeypatch
     monkeypatch.setattr(checkpoints, "write_tensors", no_space)
     with pytest.raises(RunError, match=r"disk filled up.*step-000001 is kept"):
         save(store, 2)
-    assert store.newest() == (first, [])
+    assert store.latest() == (first, [])
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [2, 5]), (1, [2, 4, 5]), (2, [2, 3, 4, 5])])
 def test_pruning_spares_best_and_last(store, keep, left) -> None:
     for step in range(1, 6):
         save(store, step)
-    store.point("best", "step-000002")
+    store.set_link("best", "step-000002")
     store.prune(keep)
     assert [int(path.name[5:]) for path in store.steps()] == left
 
@@ -135,31 +143,31 @@ def test_pruning_spares_best_and_last(store, keep, left) -> None:
 def test_saving_the_same_step_again_replaces_it(store) -> None:
     save(store, 1)
     path = save(store, 1)
-    assert damage(path) is None
+    assert find_corruption(path) is None
     assert store.steps() == [path]
 
 
 def test_a_run_stands_for_its_best_checkpoint(store) -> None:
     run = store.folder.parent
     first, second = save(store, 1), save(store, 2)
-    assert resolve(str(run)) == second
-    store.point("best", first.name)
-    assert resolve(str(run)) == first
-    assert resolve(str(second)) == second
+    assert resolve_checkpoint(str(run)) == second
+    store.set_link("best", first.name)
+    assert resolve_checkpoint(str(run)) == first
+    assert resolve_checkpoint(str(second)) == second
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        resolve(str(tmp_path))
+        resolve_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
-        resolve(str(tmp_path / "missing"))
+        resolve_checkpoint(str(tmp_path / "missing"))
 
 
 def test_a_path_that_is_nearly_right_gets_a_hint(store, tmp_path) -> None:
     newest = save(store, 3)
-    assert resolve(str(store.folder)) == newest
+    assert resolve_checkpoint(str(store.folder)) == newest
     with pytest.raises(UserError, match="is not there; the newest is step-000003"):
-        resolve(str(store.folder / "step-000002"))
+        resolve_checkpoint(str(store.folder / "step-000002"))
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="is a file"):
-        resolve(str(tmp_path / "model.gguf"))
+        resolve_checkpoint(str(tmp_path / "model.gguf"))

@@ -6,14 +6,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from gptforge.checkpoint.tensors import (
-    generator_tensors,
-    load_generator_tensors,
-    load_model_tensors,
-    load_optimizer_tensors,
-    model_tensors,
-    optimizer_tensors,
-    write_tensors,
+from gptforge.checkpoint.state_dict import (
+    load_model_state_dict,
+    load_optimizer_state_dict,
+    load_rng_state_dict,
+    model_state_dict,
+    optimizer_state_dict,
+    rng_state_dict,
+    save_safetensors,
 )
 from gptforge.errors import UserError
 from gptforge.model import GPT
@@ -42,9 +42,9 @@ def test_model_and_optimizer_go_on_from_their_tensors_bit_for_bit(tiny_model, de
     model = tiny_model.to(device)
     optimizer = trained(model)
     copy = GPT(TINY).to(device)
-    load_model_tensors(copy, model_tensors(model), source="x")
+    load_model_state_dict(copy, model_state_dict(model), source="x")
     other = build_adamw(copy, betas=(0.9, 0.95), weight_decay=0.1)
-    load_optimizer_tensors(copy, other, optimizer_tensors(model, optimizer), source="x")
+    load_optimizer_state_dict(copy, other, optimizer_state_dict(model, optimizer), source="x")
     update(model, optimizer)
     update(copy, other)
     for (name, left), right in zip(model.named_parameters(), copy.parameters(), strict=True):
@@ -53,34 +53,34 @@ def test_model_and_optimizer_go_on_from_their_tensors_bit_for_bit(tiny_model, de
 
 def test_what_an_optimizer_remembers_is_restored_in_its_place(tiny_model) -> None:
     optimizer = trained(tiny_model)
-    saved = {k: v.clone() for k, v in optimizer_tensors(tiny_model, optimizer).items()}
+    saved = {k: v.clone() for k, v in optimizer_state_dict(tiny_model, optimizer).items()}
     update(tiny_model, optimizer)
     held = {
         f"{name}.{slot}": tensor
         for name, parameter in tiny_model.named_parameters()
         for slot, tensor in optimizer.state[parameter].items()
     }
-    load_optimizer_tensors(tiny_model, optimizer, saved, source="x")
+    load_optimizer_state_dict(tiny_model, optimizer, saved, source="x")
     assert held.keys() == saved.keys()
     assert all(torch.equal(held[name], saved[name]) for name in saved)
 
 
 def test_the_tied_table_is_stored_once(tiny_model) -> None:
-    names = model_tensors(tiny_model).keys()
+    names = model_state_dict(tiny_model).keys()
     assert "transformer.wte.weight" in names
     assert "lm_head.weight" not in names
 
 
 def test_saved_names_have_no_prefix_of_a_wrapper(tiny_model) -> None:
-    plain = model_tensors(tiny_model).keys()
+    plain = model_state_dict(tiny_model).keys()
     torch.compile(tiny_model)
-    assert model_tensors(tiny_model).keys() == plain
+    assert model_state_dict(tiny_model).keys() == plain
     assert all(name.startswith("transformer.") for name in plain)
 
 
 @pytest.mark.parametrize("harm", ["missing", "stranger", "shape", "dtype"])
 def test_what_does_not_fit_is_named(tiny_model, harm) -> None:
-    tensors = model_tensors(tiny_model)
+    tensors = model_state_dict(tiny_model)
     name = "transformer.h.0.mlp.c_fc.bias"
     if harm == "missing":
         del tensors[name]
@@ -93,14 +93,14 @@ def test_what_does_not_fit_is_named(tiny_model, harm) -> None:
         tensors[name] = tensors[name].half()
     before = tiny_model.transformer["wpe"].weight.clone()
     with pytest.raises(UserError, match=name):
-        load_model_tensors(tiny_model, tensors, source="somewhere")
+        load_model_state_dict(tiny_model, tensors, source="somewhere")
     assert torch.equal(before, tiny_model.transformer["wpe"].weight)
 
 
 def test_the_dice_fall_alike_after_restoring(device) -> None:
-    state = generator_tensors(device)
+    state = rng_state_dict(device)
     first = torch.rand(5, device=device)
-    load_generator_tensors(state, device)
+    load_rng_state_dict(state, device)
     assert torch.equal(first, torch.rand(5, device=device))
 
 
@@ -112,7 +112,7 @@ def test_the_dice_fall_alike_after_restoring(device) -> None:
 def test_what_is_written_is_what_the_library_reads_and_would_write(tmp_path, shapes, dtype) -> None:
     tensors = {f"täst.{n}": (torch.rand(shape) * 200).to(dtype) for n, shape in enumerate(shapes)}
     path, other = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    size, digest = write_tensors(path, tensors)
+    size, digest = save_safetensors(path, tensors)
     assert size == path.stat().st_size
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     loaded = load_file(path)
@@ -125,5 +125,5 @@ def test_what_is_written_is_what_the_library_reads_and_would_write(tmp_path, sha
 
 def test_a_tensor_that_is_a_view_is_written_as_it_reads(tmp_path) -> None:
     view = torch.arange(12.0).view(3, 4).t()[1:]
-    write_tensors(tmp_path / "a.safetensors", {"a": view})
+    save_safetensors(tmp_path / "a.safetensors", {"a": view})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], view)

@@ -1,6 +1,6 @@
 """One tokenizer of each kind, and rows of a table that has some to spare."""
 
-from gptforge.tokenizers import Tokenizer, named
+from gptforge.tokenizers import Tokenizer, from_name
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.train_bpe import train_bpe
 
@@ -13,12 +13,14 @@ TEXTS = [
 ALPHABET = "".join(sorted(set("".join(TEXTS))))
 
 TOKENIZERS: dict[str, Tokenizer] = {
-    "gpt2": named("gpt2", ""),
+    "gpt2": from_name("gpt2", ""),
     "bpe": train_bpe([" ".join(TEXTS)] * 20, 300),
     "char": CharTokenizer(ALPHABET),
     "byte": ByteTokenizer(),
-    "char with marks": CharTokenizer(ALPHABET, marks=True),
-    "byte with marks": ByteTokenizer(marks=True),
+    "char with marks": CharTokenizer(ALPHABET, with_eot=True),
+    "byte with marks": ByteTokenizer(with_eot=True),
 }
 # A byte model may have no row to spare.
-ROWS = {"byte": 256} | {n: -(-t.size // 64) * 64 for n, t in TOKENIZERS.items() if n != "byte"}
+ROWS = {"byte": 256} | {
+    n: -(-t.vocab_size // 64) * 64 for n, t in TOKENIZERS.items() if n != "byte"
+}

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from gptforge import load
-from gptforge.build.exported import export_gguf
-from gptforge.build.trained import open_parts
+from gptforge.builders.export_model import export_gguf
+from gptforge.builders.load_model import load_parts
 from gptforge.config import GPTConfig
+from gptforge.convert.bundle import (
+    ModelBundle,
+    probe_ids,
+    unused_row_probability,
+    with_eos_token,
+)
 from gptforge.convert.gguf import write_gguf
-from gptforge.convert.parts import Parts, probe, spare_row_probability, with_end_of_text
 from gptforge.model import GPT
 from gptforge.tokenizers.char import CharTokenizer
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
@@ -20,16 +25,16 @@ from tests.train.runs import build
 pytest.importorskip("gguf")
 
 
-def parts(kind: str, rows: int) -> Parts:
+def parts(kind: str, rows: int) -> ModelBundle:
     config = GPTConfig(block_size=64, vocab_size=rows, n_layer=2, n_head=2, n_embd=64)
-    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
-    return Parts(config, tensors, TOKENIZERS[kind])
+    return ModelBundle(config, tensors, TOKENIZERS[kind])
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f32", 0.0), ("f16", 2e-3), ("q8_0", 0.05)])
 def test_the_file_holds_the_model(tmp_path, kind, most) -> None:
-    assert write_gguf(tmp_path / "m.gguf", parts("byte", 256), kind=kind, name="m") <= most
+    assert write_gguf(tmp_path / "m.gguf", parts("byte", 256), outtype=kind, name="m") <= most
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -44,8 +49,8 @@ def test_a_model_of_64_rows_has_an_end_of_text_id_however_many_letters(tmp_path,
     # 64 characters fill a table of 64 rows: one more row is written, which no text leads to.
     made = parts("byte", 64)
     alphabet = CharTokenizer("".join(chr(ord("0") + i) for i in range(letters)))
-    made = Parts(made.config, made.tensors, alphabet)
-    assert write_gguf(tmp_path / "m.gguf", made, kind="f32", name="m") == 0
+    made = ModelBundle(made.config, made.state_dict, alphabet)
+    assert write_gguf(tmp_path / "m.gguf", made, outtype="f32", name="m") == 0
     found = fields(tmp_path / "m.gguf")
     tokens = found["tokenizer.ggml.tokens"]
     assert (len(tokens), tokens[letters]) == (letters + 1, "<|endoftext|>")
@@ -55,11 +60,11 @@ def test_a_model_of_64_rows_has_an_end_of_text_id_however_many_letters(tmp_path,
 
 def test_an_added_row_is_as_unlikely_as_the_least_likely_one() -> None:
     made = parts("byte", 256)
-    grown, end = with_end_of_text(made)
+    grown, end = with_eos_token(made)
     assert (end, grown.config.vocab_size) == (256, 257)
-    ids = probe(made.config, 256)
+    ids = probe_ids(made.config, 256)
     with torch.inference_mode():
-        before, after = made.model()(ids), grown.model()(ids)
+        before, after = made.build_model()(ids), grown.build_model()(ids)
     assert torch.equal(after[..., :256], before)
     means = after.softmax(-1).mean((0, 1))
     assert means[256] == means.min()
@@ -69,8 +74,8 @@ def test_an_added_row_is_as_unlikely_as_the_least_likely_one() -> None:
 def test_the_file_says_what_it_holds(config, tmp_path, kind) -> None:
     import gguf
 
-    build(config).run()
-    export_gguf(config.out_dir, tmp_path / "m.gguf", kind=kind, say=lambda _: None)
+    build(config).fit()
+    export_gguf(config.out_dir, tmp_path / "m.gguf", dtype=kind, log=lambda _: None)
     found = fields(tmp_path / "m.gguf")
     assert found["general.architecture"] == "gpt2"
     assert found["general.name"] == "run"
@@ -86,7 +91,7 @@ def test_the_file_says_what_it_holds(config, tmp_path, kind) -> None:
 
 
 def test_the_command_writes_one_file(config, program, tmp_path) -> None:
-    build(config).run()
+    build(config).fit()
     assert program("export", config.out_dir, "--to", "gguf", "a.gguf", "--type", "f32").code == 0
     assert program("export", config.out_dir, "--to", "gguf", "folder").code == 0
     assert Path("a.gguf").stat().st_size > Path("folder/model-f16.gguf").stat().st_size
@@ -98,7 +103,7 @@ def test_the_command_writes_one_file(config, program, tmp_path) -> None:
 def test_llama_cpp_reads_the_same_tokenizer(tmp_path, kind) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     made = parts(kind, ROWS[kind])
-    write_gguf(tmp_path / "m.gguf", made, kind="f32", name="m")
+    write_gguf(tmp_path / "m.gguf", made, outtype="f32", name="m")
     theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
     for text in TEXTS:
         ids = made.tokenizer.encode(text).tolist()
@@ -108,19 +113,19 @@ def test_llama_cpp_reads_the_same_tokenizer(tmp_path, kind) -> None:
 
 def test_llama_cpp_writes_the_same_text_with_the_same_perplexity(config, tmp_path, play) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    build(config).run()
+    build(config).fit()
     ours, text = load(config.out_dir, device="cpu"), play.read_text()[:31]
     ids = ours.encode(text)
     # Rows without a token are not in the file.
     known = ours.logits(ids).log_softmax(-1)
     loss = -float(known[torch.arange(len(ids) - 1), ids[1:]].mean())
     for kind in ("f32", "f16", "q8_0"):
-        export_gguf(config.out_dir, tmp_path / f"{kind}.gguf", kind=kind, say=lambda _: None)
+        export_gguf(config.out_dir, tmp_path / f"{kind}.gguf", dtype=kind, log=lambda _: None)
         theirs = llama_cpp.Llama(
             str(tmp_path / f"{kind}.gguf"), n_ctx=32, logits_all=True, verbose=False
         )
         theirs.eval(ids)
-        scores = torch.from_numpy(theirs.scores[: len(ids)].copy())[:, : ours.tokenizer.size]
+        scores = torch.from_numpy(theirs.scores[: len(ids)].copy())[:, : ours.tokenizer.vocab_size]
         rows = scores.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
         assert math.exp(-float(rows.mean())) == pytest.approx(math.exp(loss), rel=0.01), kind
         if kind == "f32":
@@ -129,20 +134,20 @@ def test_llama_cpp_writes_the_same_text_with_the_same_perplexity(config, tmp_pat
 
 
 def test_the_probability_of_an_id_that_only_the_file_has_is_said(config, program) -> None:
-    build(config).run()
+    build(config).fit()
     said: list[str] = []
-    export_gguf(config.out_dir, Path("m.gguf"), kind="f32", say=said.append)
+    export_gguf(config.out_dir, Path("m.gguf"), dtype="f32", log=said.append)
     share = float(said[1].split("gives up to ")[1].split(" ")[0])
-    opened = open_parts(config.out_dir)
-    ids, size = probe(opened.config, opened.tokenizer.size), opened.tokenizer.size
+    opened = load_parts(config.out_dir)
+    ids, size = probe_ids(opened.config, opened.tokenizer.vocab_size), opened.tokenizer.vocab_size
     with torch.no_grad():
-        probabilities = opened.model()(ids)[..., : size + 1].softmax(-1)
+        probabilities = opened.build_model()(ids)[..., : size + 1].softmax(-1)
     assert share == pytest.approx(float(probabilities[..., size].max()), rel=0.05)
     assert share > 1e-4
-    assert spare_row_probability(parts("byte with marks", 320)) == 0
-    assert spare_row_probability(parts("byte", 256)) == 0
+    assert unused_row_probability(parts("byte with marks", 320)) == 0
+    assert unused_row_probability(parts("byte", 256)) == 0
 
 
 def test_what_is_opened_is_what_was_saved(config) -> None:
-    build(config).run()
-    assert open_parts(config.out_dir).tokenizer.name == "char"
+    build(config).fit()
+    assert load_parts(config.out_dir).tokenizer.name == "char"

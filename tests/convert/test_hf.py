@@ -14,28 +14,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gptforge import files, load
-from gptforge.build.exported import export_hf, import_model, imported
-from gptforge.checkpoint.store import TO_WRITE_WITH, damage
+from gptforge.builders.export_model import export_hf
+from gptforge.builders.import_model import import_if_needed, import_model
+from gptforge.checkpoint.store import INFERENCE_FILES, find_corruption
 from gptforge.config import GPTConfig
 from gptforge.convert import hf
-from gptforge.convert.card import beginning
+from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import read_hf, write_hf
-from gptforge.convert.hf_tokenizer import hf_tokenizer
-from gptforge.convert.parts import Parts
+from gptforge.convert.hf_tokenizer import tokenizer_json
+from gptforge.convert.model_card import example_prompt
 from gptforge.errors import RunError, UserError
 from gptforge.model import GPT
-from gptforge.tokenizers import named
+from gptforge.tokenizers import from_name
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
 from tests.train.runs import build
 
 EVERY_KIND = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
-def parts(tokenizer, vocab_size: int) -> Parts:
+def parts(tokenizer, vocab_size: int) -> ModelBundle:
     config = GPTConfig(block_size=24, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32)
-    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
-    return Parts(config, tensors, tokenizer)
+    return ModelBundle(config, tensors, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,13 @@ def test_transformers_reads_the_same_tokenizer(exports, kind) -> None:
         ids = ours.encode(text).tolist()
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == text
-    assert len(theirs) == ours.size + (ours.end_of_text is None)
+    assert len(theirs) == ours.vocab_size + (ours.eot_token is None)
 
 
 @EVERY_KIND
 def test_the_end_of_text_has_an_id_in_every_file(exports, kind) -> None:
     ours = TOKENIZERS[kind]
-    end = ours.size if ours.end_of_text is None else ours.end_of_text
+    end = ours.vocab_size if ours.eot_token is None else ours.eot_token
     theirs = transformers.AutoTokenizer.from_pretrained(exports[kind], local_files_only=True)
     for name in ("bos", "eos", "unk", "pad"):
         assert getattr(theirs, f"{name}_token") == "<|endoftext|>"
@@ -87,7 +88,7 @@ def test_tensors_have_openais_names_and_transformers_misses_none(exports) -> Non
 def test_an_export_of_an_earlier_version_comes_back(exports, tmp_path) -> None:
     # Names began with `transformer.`, there was no id for the end, and no row for it.
     shutil.copytree(exports["char"], tmp_path / "old")
-    path, size = tmp_path / "old/model.safetensors", TOKENIZERS["char"].size
+    path, size = tmp_path / "old/model.safetensors", TOKENIZERS["char"].vocab_size
     tensors = {f"transformer.{name}": tensor for name, tensor in load_file(path).items()}
     tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:size].contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
@@ -95,8 +96,8 @@ def test_an_export_of_an_earlier_version_comes_back(exports, tmp_path) -> None:
     facts |= {"vocab_size": size, "bos_token_id": None, "eos_token_id": None}
     (tmp_path / "old/config.json").write_text(json.dumps(facts))
     old, new = read_hf(tmp_path / "old"), read_hf(exports["char"])
-    for name, tensor in old.tensors.items():
-        assert torch.equal(tensor, new.tensors[name][: len(tensor)]), name
+    for name, tensor in old.state_dict.items():
+        assert torch.equal(tensor, new.state_dict[name][: len(tensor)]), name
 
 
 @EVERY_KIND
@@ -113,7 +114,7 @@ def test_a_prompt_of_any_ids_is_read_whole(exports, kind) -> None:
     # The first character of an alphabet, often the line end, once stood in for padding, so that
     # transformers looked past every one of them in a prompt.
     model = transformers.GPT2LMHeadModel.from_pretrained(exports[kind], local_files_only=True)
-    ours = read_hf(exports[kind]).model()
+    ours = read_hf(exports[kind]).build_model()
     ids = [0, 3, 0, 5, 0, 0, 7]
     written = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0].tolist()
     with torch.inference_mode():
@@ -127,19 +128,19 @@ def test_what_goes_out_comes_back_bit_for_bit(exports, kind) -> None:
     before = parts(TOKENIZERS[kind], ROWS[kind])
     after = read_hf(exports[kind])
     assert after.tokenizer.to_json() == before.tokenizer.to_json()
-    for name, tensor in after.tensors.items():
+    for name, tensor in after.state_dict.items():
         # A row may have been added for the end of a text.
-        kept = before.tensors[name]
+        kept = before.state_dict[name]
         assert torch.equal(tensor[: len(kept)], kept[: len(tensor)]), name
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
 def test_a_bpe_comes_from_its_own_files_too(exports, tmp_path, kind) -> None:
     shutil.copytree(exports[kind], tmp_path / "theirs")
-    (tmp_path / "theirs" / hf.OURS).unlink()
+    (tmp_path / "theirs" / hf.NATIVE_TOKENIZER).unlink()
     wanted = TOKENIZERS[kind].to_json()
     assert read_hf(tmp_path / "theirs").tokenizer.to_json() == wanted
-    made = hf_tokenizer(TOKENIZERS[kind])["model"]
+    made = tokenizer_json(TOKENIZERS[kind])["model"]
     lines = ["#version: 0.2", *(" ".join(pair) for pair in made["merges"])]
     (tmp_path / "theirs" / "tokenizer.json").unlink()
     (tmp_path / "theirs" / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -152,7 +153,7 @@ def test_a_bpe_comes_from_its_own_files_too(exports, tmp_path, kind) -> None:
 def test_a_tokenizer_that_splits_otherwise_is_not_taken_for_ours(exports, tmp_path) -> None:
     # Its merges alone would give other ids for the same text, and nobody would notice.
     shutil.copytree(exports["bpe"], tmp_path / "theirs")
-    (tmp_path / "theirs" / hf.OURS).unlink()
+    (tmp_path / "theirs" / hf.NATIVE_TOKENIZER).unlink()
     path = tmp_path / "theirs" / "tokenizer.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     record["pre_tokenizer"]["add_prefix_space"] = True
@@ -173,7 +174,7 @@ def test_a_model_that_transformers_saved_gives_its_logits(tmp_path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     ids = torch.arange(16)[None]
     with torch.inference_mode():
-        ours = read_hf(tmp_path, tokenizer=named("byte", "")).model()(ids)
+        ours = read_hf(tmp_path, tokenizer=from_name("byte", "")).build_model()(ids)
         torch.testing.assert_close(ours, peer(ids).logits, atol=1e-5, rtol=1e-4)
 
 
@@ -199,11 +200,11 @@ def test_what_does_not_fit_is_named(exports, tmp_path, setting, value, words) ->
 
 
 def test_an_export_that_differs_is_refused_and_not_kept(config, tmp_path, monkeypatch) -> None:
-    build(config).run()
+    build(config).fit()
     # Somebody forgets to turn a matrix: square ones load without complaint.
     monkeypatch.setattr(hf, "TRANSPOSED", hf.TRANSPOSED[:1] + hf.TRANSPOSED[2:])
     with pytest.raises(RunError, match="logits differ by"):
-        export_hf(config.out_dir, tmp_path / "out", say=lambda _: None)
+        export_hf(config.out_dir, tmp_path / "out", log=lambda _: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +218,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_kept(
         path.write_bytes(b"half")
         raise error
 
-    build(config).run()
+    build(config).fit()
     monkeypatch.setattr(hf, "write_tensors", fill_up)
     done = program("export", config.out_dir, "--to", "hf", "out/model")
     assert (done.code, done.err.count("\n")) == (1, 1)
@@ -230,7 +231,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_is_kept(
 def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
     config, tmp_path, program, play
 ) -> None:
-    build(config).run()
+    build(config).fit()
     done = program("export", config.out_dir, "--to", "hf", "out")
     assert (done.code, done.out) == (0, ""), done.err
     assert "differ from ours by" in done.err
@@ -262,7 +263,7 @@ def test_a_run_goes_out_with_its_figures_and_a_new_one_starts_from_it(
     assert len({line.split("dt")[0] for line in first}) == 1
     # The import made for it is found again.
     said: list[str] = []
-    assert imported("out", say=said.append) == "runs/imported/out"
+    assert import_if_needed("out", log=said.append) == "runs/imported/out"
     assert ["as it was imported before" in text for text in said] == [True]
 
 
@@ -271,19 +272,19 @@ def test_a_model_that_was_replaced_is_imported_anew(exports, tmp_path, monkeypat
     one, other, *_ = exports.values()
     said: list[str] = []
     shutil.copytree(one, "mine")
-    first = imported("mine", say=said.append)
+    first = import_if_needed("mine", log=said.append)
     # The same, copied anew, is the same still.
     shutil.rmtree("mine")
     shutil.copytree(one, "mine")
-    assert imported("mine", say=said.append) == first
+    assert import_if_needed("mine", log=said.append) == first
     assert "as it was imported before" in said[-1]
     shutil.rmtree("mine")
     shutil.copytree(other, "mine")
-    assert imported("mine", say=said.append) == first
+    assert import_if_needed("mine", log=said.append) == first
     assert "came from another mine: moved to" in said[-2]
     assert {path.name for path in Path("runs/imported").iterdir()} == {"mine", "mine.old-1"}
-    sizes = [load(path, device="cpu").tokenizer.size for path in (first, f"{first}.old-1")]
-    assert sizes == [read_hf(path).tokenizer.size for path in (other, one)]
+    sizes = [load(path, device="cpu").tokenizer.vocab_size for path in (first, f"{first}.old-1")]
+    assert sizes == [read_hf(path).tokenizer.vocab_size for path in (other, one)]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "manifest.json"])
@@ -291,11 +292,11 @@ def test_an_import_that_was_damaged_is_made_again(exports, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
     shutil.copytree(next(iter(exports.values())), "mine")
-    path = Path(imported("mine", say=said.append))
+    path = Path(import_if_needed("mine", log=said.append))
     os.truncate(path / name, (path / name).stat().st_size - 5)
-    assert imported("mine", say=said.append) == path.as_posix()
+    assert import_if_needed("mine", log=said.append) == path.as_posix()
     assert "runs/imported/mine is damaged" in said[-2]
-    assert damage(path, TO_WRITE_WITH) is None
+    assert find_corruption(path, INFERENCE_FILES) is None
 
 
 @pytest.mark.parametrize("source", ["runs/nao", "model/ckpt.pt", "ckpt.pth", "out/", "~/model"])
@@ -317,7 +318,7 @@ def test_a_mistyped_path_is_called_missing_and_not_looked_for_elsewhere(program,
     ],
 )
 def test_what_is_imported_some_other_way_is_told_apart(config, program, source, words) -> None:
-    build(config).run()
+    build(config).fit()
     for name in ("m.gguf", "model.safetensors"):
         Path(name).write_bytes(b"something")
     done = program("import", source, "o")
@@ -331,17 +332,17 @@ def test_an_option_of_another_form_is_not_ignored(program, option) -> None:
 
 
 def test_a_card_begins_with_letters_that_the_model_knows() -> None:
-    assert beginning(named("char", "Once")) == '"Once"'
-    assert beginning(named("char", "\n 日本")) == '"日"'
-    assert beginning(named("char", '"')) == r'"\""'
-    assert beginning(named("gpt2", "")) == '"Once"'
+    assert example_prompt(from_name("char", "Once")) == '"Once"'
+    assert example_prompt(from_name("char", "\n 日本")) == '"日"'
+    assert example_prompt(from_name("char", '"')) == r'"\""'
+    assert example_prompt(from_name("gpt2", "")) == '"Once"'
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for source in ("empty", "no/such/model", "../nowhere"):
         with pytest.raises(UserError):
-            import_model(str(tmp_path / source), tmp_path / "o", say=lambda _: None)
+            import_model(str(tmp_path / source), tmp_path / "o", log=lambda _: None)
 
 
 def test_a_model_of_ours_is_not_imported_but_said_to_be_ready(program, play) -> None:
@@ -360,7 +361,7 @@ def test_several_starts_from_one_model_make_one_import(exports, tmp_path, monkey
 
     def start_all() -> set[str]:
         with ThreadPoolExecutor(6) as pool:
-            return set(pool.map(lambda _: imported("theirs", say=said.append), range(6)))
+            return set(pool.map(lambda _: import_if_needed("theirs", log=said.append), range(6)))
 
     assert start_all() == {"runs/imported/theirs"}
     assert sum("1 layers" in line or "2 layers" in line for line in said) == 1
@@ -372,7 +373,7 @@ def test_several_starts_from_one_model_make_one_import(exports, tmp_path, monkey
         "theirs",
         "theirs.old-1",
     ]
-    assert load("runs/imported/theirs", device="cpu").write("To", 2)
+    assert load("runs/imported/theirs", device="cpu").generate_batch("To", 2)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs named pipes")
@@ -386,10 +387,10 @@ def test_a_pipe_or_a_device_in_a_model_to_import_is_refused_at_once(
         (folder / name).unlink()
         make(folder / name)
         with pytest.raises(UserError, match="theirs"):
-            import_model(str(folder), tmp_path / "out", say=lambda _: None)
+            import_model(str(folder), tmp_path / "out", log=lambda _: None)
     os.mkfifo(tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"ckpt\.pt is a named pipe"):
-        import_model(str(tmp_path / "ckpt.pt"), tmp_path / "out", say=lambda _: None)
+        import_model(str(tmp_path / "ckpt.pt"), tmp_path / "out", log=lambda _: None)
 
 
 def test_weights_of_a_size_that_the_shape_does_not_explain_are_not_read(exports, tmp_path) -> None:
@@ -409,7 +410,7 @@ def test_every_file_is_made_as_the_umask_says(config, program, tmp_path, mask, p
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path / "made" / "cache"))
             run = str(tmp_path / "made" / "run")
-            build(dataclasses.replace(config, max_steps=2, warmup_steps=1, out_dir=run)).run()
+            build(dataclasses.replace(config, max_steps=2, warmup_steps=1, out_dir=run)).fit()
         for form in ("hf", "space", "gguf"):
             assert program("export", run, "--to", form, f"made/{form}").code == 0
         assert program("import", "made/hf", "made/import").code == 0
@@ -438,13 +439,13 @@ def test_a_killed_export_leaves_nothing_that_the_next_one_does_not_delete(
     def die(*_: object, **__: object) -> None:
         raise Killed
 
-    build(config).run()
+    build(config).fit()
     with monkeypatch.context() as patch:
         # As if the process were gone: nobody cleans up.
         patch.setattr(hf, "hf_tokenizer", die)
         patch.setattr(files, "remove", lambda path: None)
         with pytest.raises(Killed):
-            export_hf(config.out_dir, tmp_path / "out", say=lambda _: None)
+            export_hf(config.out_dir, tmp_path / "out", log=lambda _: None)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "new" / "model.safetensors").exists()
     assert program("export", config.out_dir, "--to", "hf", "out").code == 0

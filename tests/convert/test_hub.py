@@ -90,7 +90,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "told"), [("hf", "model"), ("space", "space")])
 def test_a_push_uploads_the_folder(config, program, hub, tmp_path, kind, told) -> None:
-    build(config).run()
+    build(config).fit()
     done = program("export", config.out_dir, "--to", kind, "out", "--push", "me/model")
     assert done.code == 0, done.err
     assert "me/model" in done.out
@@ -106,7 +106,7 @@ def test_a_push_uploads_the_folder(config, program, hub, tmp_path, kind, told) -
 def test_a_refused_account_is_a_plain_mistake_and_the_folder_is_kept(
     config, program, hub, monkeypatch, tmp_path
 ) -> None:
-    build(config).run()
+    build(config).fit()
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     done = program("export", config.out_dir, "--to", "space", "out", "--push", "me/model")
     assert done.code == 2
@@ -119,7 +119,7 @@ def test_without_a_network_it_says_what_is_kept_and_how_to_send_it(
     config, program, hub, monkeypatch, tmp_path
 ) -> None:
     # The Hub's client once raised an error of its own, which came out as a traceback.
-    build(config).run()
+    build(config).fit()
     hub.server_close()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     done = program("export", config.out_dir, "--to", "space", "out", "--push", "me/model")

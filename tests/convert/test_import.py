@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file
 
 from gptforge import load
-from gptforge.convert.hf import OURS, read_hf, write_hf
-from gptforge.convert.hf_tokenizer import hf_tokenizer
+from gptforge.convert.hf import NATIVE_TOKENIZER, read_hf, write_hf
+from gptforge.convert.hf_tokenizer import tokenizer_json
 from gptforge.errors import UserError
 from tests.convert.kinds import ROWS, TOKENIZERS
 from tests.convert.test_hf import parts
@@ -23,7 +23,7 @@ def gpt2(tmp_path_factory) -> Path:
     """A model with GPT-2's tokenizer, as another program would have saved it."""
     folder = tmp_path_factory.mktemp("gpt2")
     write_hf(folder, parts(TOKENIZERS["gpt2"], ROWS["gpt2"]), card="# A model\n")
-    (folder / OURS).unlink()
+    (folder / NATIVE_TOKENIZER).unlink()
     return folder
 
 
@@ -71,7 +71,7 @@ def test_added_tokens_behind_another_bpe_lead_to_a_copy_without_them(tmp_path, p
     folder = tmp_path / "theirs"
     folder.mkdir()
     write_hf(folder, parts(TOKENIZERS["bpe"], ROWS["bpe"]), card="# A model\n")
-    (folder / OURS).unlink()
+    (folder / NATIVE_TOKENIZER).unlink()
     shutil.copy(folder / "tokenizer.json", tmp_path / "COPY.json")
     add_tokens(folder, "<pad>")
     refused = program("import", "theirs", "out")
@@ -82,7 +82,7 @@ def test_added_tokens_behind_another_bpe_lead_to_a_copy_without_them(tmp_path, p
 
 
 def older_files(folder: Path, *, vocab: dict[str, int], added: dict[str, int]) -> None:
-    merges = hf_tokenizer(TOKENIZERS["gpt2"])["model"]["merges"]
+    merges = tokenizer_json(TOKENIZERS["gpt2"])["model"]["merges"]
     (folder / "tokenizer.json").unlink()
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -91,7 +91,7 @@ def older_files(folder: Path, *, vocab: dict[str, int], added: dict[str, int]) -
 
 
 def test_ids_of_an_older_vocabulary_are_checked(theirs) -> None:
-    vocab = hf_tokenizer(TOKENIZERS["gpt2"])["model"]["vocab"]
+    vocab = tokenizer_json(TOKENIZERS["gpt2"])["model"]["vocab"]
     older_files(theirs, vocab=vocab, added={})
     assert read_hf(theirs).tokenizer.name == "gpt2"
     (theirs / "added_tokens.json").write_text('{"<pad>": 50257}')
@@ -113,7 +113,7 @@ def as_bin(folder: Path, tensors: object) -> None:
 def test_pytorch_model_bin_gives_the_same_weights(theirs, gpt2, program) -> None:
     tensors = load_file(theirs / "model.safetensors")
     as_bin(theirs, {f"transformer.{name}": tensor for name, tensor in tensors.items()})
-    found, wanted = read_hf(theirs).tensors, read_hf(gpt2).tensors
+    found, wanted = read_hf(theirs).state_dict, read_hf(gpt2).state_dict
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     # An import is known again by all that it was made of.
     small = ("--preset", "debug", "--device", "cpu", "--max_steps", 1, "--init_from", "theirs")

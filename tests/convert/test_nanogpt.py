@@ -12,7 +12,7 @@ from gptforge.config import GPTConfig
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.errors import UserError
 from gptforge.model import GPT
-from gptforge.tokenizers import named
+from gptforge.tokenizers import from_name
 
 TEXT = "To be, or not to be"
 
@@ -40,7 +40,7 @@ def write(record: dict, path) -> None:
 
 def test_a_checkpoint_gives_the_same_logits(record, tiny_model, tmp_path) -> None:
     write(record, tmp_path / "ckpt.pt")
-    model = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT)).model()
+    model = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT)).build_model()
     ids = torch.arange(16)[None]
     exact = GPT(dataclasses.replace(tiny_model.config, activation="gelu")).eval()
     exact.load_state_dict(tiny_model.state_dict())
@@ -51,8 +51,8 @@ def test_biases_that_were_left_out_are_zero(record, tmp_path) -> None:
     record["model"] = {n: t for n, t in record["model"].items() if not n.endswith(".bias")}
     record["model_args"]["bias"] = False
     write(record, tmp_path / "ckpt.pt")
-    parts = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
-    assert not any(t.any() for n, t in parts.tensors.items() if n.endswith("bias"))
+    parts = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
+    assert not any(t.any() for n, t in parts.state_dict.items() if n.endswith("bias"))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_text_of_another_model_is_refused(tmp_path, rows, letters, fits) -> 
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     shape = {name: getattr(model.config, name) for name in names}
     write({"model": model.state_dict(), "model_args": shape}, tmp_path / "ckpt.pt")
-    alphabet = named("char", "".join(chr(ord("0") + i) for i in range(letters)))
+    alphabet = from_name("char", "".join(chr(ord("0") + i) for i in range(letters)))
     if fits:
         read_nanogpt(tmp_path / "ckpt.pt", tokenizer=alphabet)
         return
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_named(record, tmp_path) -> None:
     record["model"]["_orig_mod.transformer.wpe.weight"] = torch.zeros(9, 16)
     write(record, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"'transformer.wpe.weight' has shape \(9, 16\)"):
-        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
     (tmp_path / "ckpt.pt").write_bytes(b"something else")
     with pytest.raises(UserError):
         read_nanogpt(tmp_path / "ckpt.pt")
@@ -132,7 +132,7 @@ def test_layers_that_share_their_bytes_are_refused(record, tmp_path) -> None:
     del record["optimizer"]
     write(record, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="its tensors have"):
-        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "bytearray"])
@@ -140,7 +140,7 @@ def test_what_can_be_asked_for_at_any_size_is_refused(record, tmp_path, kind) ->
     record["more"] = torch.zeros(3, 3).to_sparse() if kind == "sparse" else bytearray(3)
     write(record, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=rf"it names \S*{kind}"):
-        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=named("char", TEXT))
+        read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
 
 
 @pytest.mark.parametrize("kind", ["compressed", "overlapping"])
@@ -157,11 +157,11 @@ def test_an_archive_that_unpacks_to_more_than_it_is_long_is_refused(record, tmp_
             largest = max(archive.infolist(), key=lambda entry: entry.file_size)
             archive.filelist += [copy.copy(largest) for _ in range(100)]
     with pytest.raises(UserError, match="compressed" if kind == "compressed" else "it says that"):
-        read_nanogpt(path, tokenizer=named("char", TEXT))
+        read_nanogpt(path, tokenizer=from_name("char", TEXT))
 
 
 def test_a_file_from_before_there_were_archives_says_how_to_save_it_again(record, tmp_path) -> None:
     path = tmp_path / "ckpt.pt"
     torch.save(record, path, _use_new_zipfile_serialization=False)  # noqa: TID251
     with pytest.raises(UserError, match=r"PyTorch before 1\.6.* save it again with torch.save"):
-        read_nanogpt(path, tokenizer=named("char", TEXT))
+        read_nanogpt(path, tokenizer=from_name("char", TEXT))

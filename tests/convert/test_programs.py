@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gptforge.config import GPTConfig
+from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import read_hf, write_hf
-from gptforge.convert.parts import Parts
 from gptforge.model import GPT
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
 
@@ -20,10 +20,10 @@ PROMPT, STEPS = "To be, or", 12
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def export(request, tmp_path_factory) -> tuple[Path, Parts]:
+def export(request, tmp_path_factory) -> tuple[Path, ModelBundle]:
     kind = request.param
     config = GPTConfig(block_size=32, vocab_size=ROWS[kind], n_layer=2, n_head=2, n_embd=64)
-    model = GPT(config).initialize(torch.Generator().manual_seed(0))
+    model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     # Larger weights: as drawn, all tokens are about equally likely.
     tensors = {
         name: tensor.detach() * (6 if tensor.ndim == 2 else 1)
@@ -31,25 +31,25 @@ def export(request, tmp_path_factory) -> tuple[Path, Parts]:
         if "lm_head" not in name
     }
     folder = tmp_path_factory.mktemp("export")
-    write_hf(folder, Parts(config, tensors, TOKENIZERS[kind]), card="# A model\n")
+    write_hf(folder, ModelBundle(config, tensors, TOKENIZERS[kind]), card="# A model\n")
     return folder, read_hf(folder)
 
 
-def encode(parts: Parts, text: str) -> list[int]:
+def encode(parts: ModelBundle, text: str) -> list[int]:
     return parts.tokenizer.encode(text).tolist()
 
 
 @torch.inference_mode()
-def greedy(parts: Parts) -> list[int]:
-    model, ids = parts.model(), encode(parts, PROMPT)
+def greedy(parts: ModelBundle) -> list[int]:
+    model, ids = parts.build_model(), encode(parts, PROMPT)
     for _ in range(STEPS):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     return ids
 
 
 @torch.inference_mode()
-def logits(parts: Parts, ids: list[int]) -> torch.Tensor:
-    return parts.model()(torch.tensor([ids]))[0]
+def logits(parts: ModelBundle, ids: list[int]) -> torch.Tensor:
+    return parts.build_model()(torch.tensor([ids]))[0]
 
 
 def test_transformers_writes_the_same_greedy_text(export) -> None:
@@ -115,7 +115,7 @@ def test_lm_eval_finds_the_same_likelihoods(export) -> None:
     pairs = [("To be, or", " not"), ("To be", ", or not to be"), ("", "not to be")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = harness.loglikelihood(requests, disable_tqdm=True)
-    end = parts.tokenizer.end_of_text
+    end = parts.tokenizer.eot_token
     for (context, ending), (logprob, _) in zip(pairs, found, strict=True):
         opening = encode(parts, context) or [parts.tokenizer.size if end is None else end]
         ids, count = opening + encode(parts, ending), len(encode(parts, ending))

@@ -18,7 +18,7 @@ from tests.train.runs import build
 
 @pytest.fixture
 def space(config, program, tmp_path) -> Path:
-    build(config).run()
+    build(config).fit()
     done = program("export", config.out_dir, "--to", "space", "space")
     assert (done.code, done.out) == (0, ""), done.err
     return tmp_path / "space"

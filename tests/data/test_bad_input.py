@@ -10,24 +10,28 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptforge.data import documents as documents_module
-from gptforge.data import job as job_module
-from gptforge.data.bad import RefusedError, Skipped
-from gptforge.data.documents import ROWS_BYTES, Form, _rows_at_once, documents
 from gptforge.data.index import Index
-from gptforge.data.prepare import prepare
-from gptforge.data.request import Request
-from gptforge.data.shards import ShardWriter
-from gptforge.data.sources import find_sources
+from gptforge.data.input_errors import BadInputError, BadInputHandler
+from gptforge.data.prepare import job as job_module
+from gptforge.data.prepare import readers as documents_module
+from gptforge.data.prepare.pipeline import prepare
+from gptforge.data.prepare.readers import read_documents
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.sources import find_sources
+from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.prepare.table_reader import MAX_BATCH_BYTES, rows_per_batch
+from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 
 GOOD = json.dumps({"text": "Wherefore art thou Romeo?"})
 
 
-def attempt(tmp_path: Path, *names: str, form: Form | None = None, **options) -> Index:
-    request = Request(tuple(str(tmp_path / name) for name in names), form=form or Form(), **options)
-    return prepare(tmp_path / "out", request, workers=1)
+def attempt(tmp_path: Path, *names: str, form: TextFormat | None = None, **options) -> Index:
+    request = PrepareRequest(
+        tuple(str(tmp_path / name) for name in names), form=form or TextFormat(), **options
+    )
+    return prepare(tmp_path / "out", request, num_workers=1)
 
 
 def expect_refused(tmp_path: Path, words: str, *names: str, **options) -> None:
@@ -57,7 +61,7 @@ def test_a_file_that_is_no_text_is_refused_with_the_place(tmp_path, raw, words) 
 
 
 def test_offsets_are_right_behind_the_first_block(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gptforge.data.reading.BLOCK", 7)
+    monkeypatch.setattr("gptforge.data.prepare.text_io.BLOCK", 7)
     text = "日本\r\nnaïve ".encode() * 5
     (tmp_path / "bad.txt").write_bytes(text + b"\xff")
     expect_refused(tmp_path, f"byte 0xff at offset {len(text)}", "bad.txt")
@@ -67,11 +71,11 @@ def test_offsets_are_right_behind_the_first_block(tmp_path, monkeypatch) -> None
 
 def test_another_encoding_is_read_when_it_is_named(tmp_path) -> None:
     (tmp_path / "t.txt").write_bytes(("caf\xe9 au lait\r\n" * 9).encode("latin-1"))
-    index = attempt(tmp_path, "t.txt", form=Form(encoding="latin-1"))
+    index = attempt(tmp_path, "t.txt", form=TextFormat(encoding="latin-1"))
     assert index.total("train", "bytes") > index.total("train", "characters")
     for nonsense in ("klingon", "hex", "undefined"):
         with pytest.raises(UserError, match=f"{nonsense}: there is no such encoding"):
-            Form(encoding=nonsense)
+            TextFormat(encoding=nonsense)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_a_text_that_is_not_in_the_encoding_named_for_it_is_refused_in_one_line(
     tmp_path, encoding, raw, words
 ) -> None:
     (tmp_path / "bad.txt").write_bytes(raw)
-    expect_refused(tmp_path, f"bad.txt: {words}", "bad.txt", form=Form(encoding=encoding))
+    expect_refused(tmp_path, f"bad.txt: {words}", "bad.txt", form=TextFormat(encoding=encoding))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
@@ -105,14 +109,14 @@ def test_json_lines_in_an_encoding_that_hides_the_line_ends_are_to_be_saved_anew
 ) -> None:
     (tmp_path / "t.jsonl").write_bytes(f"{GOOD}\n{GOOD}".encode(encoding))
     words = f"JSON lines cannot be told apart in {encoding}: save it as UTF-8"
-    expect_refused(tmp_path, words, "t.jsonl", form=Form(encoding=encoding))
+    expect_refused(tmp_path, words, "t.jsonl", form=TextFormat(encoding=encoding))
     expect_refused(tmp_path, "line 1: .*: (save it as UTF-8|mend it)", "t.jsonl")
 
 
 def test_json_lines_in_a_wrong_encoding_are_refused_with_their_number(tmp_path) -> None:
     (tmp_path / "t.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "caf\xc3\xa9"}\n')
     words = "t.jsonl, line 2: not ascii: byte 0xc3 at offset 13: leave --encoding out"
-    expect_refused(tmp_path, words, "t.jsonl", form=Form(encoding="ascii"))
+    expect_refused(tmp_path, words, "t.jsonl", form=TextFormat(encoding="ascii"))
 
 
 def test_what_is_not_there_is_named(tmp_path) -> None:
@@ -170,7 +174,7 @@ def test_line_numbers_are_right_in_the_middle_of_a_file(tmp_path) -> None:
 
 
 def test_a_line_too_long_for_memory_is_refused_or_counted(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(documents_module, "MOST_LINE", 3_000_000)
+    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 3_000_000)
     long = json.dumps({"text": "x" * 8_000_000})
     (tmp_path / "bad.jsonl").write_text("\n".join([GOOD, long, GOOD]))
     expect_refused(tmp_path, "line 2: longer than 2 MB", "bad.jsonl")
@@ -186,8 +190,8 @@ def test_a_long_line_of_words_is_a_text(tmp_path) -> None:
 
 
 def test_megabytes_without_a_blank_are_no_text(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(job_module, "UNBROKEN", 2_000_000)
-    monkeypatch.setattr(job_module, "WHOLE", 1)
+    monkeypatch.setattr(job_module, "MAX_UNBROKEN_CHARS", 2_000_000)
+    monkeypatch.setattr(job_module, "SMALL_FILE_BYTES", 1)
     (tmp_path / "t.txt").write_text("x" * 5_000_000)
     expect_refused(tmp_path, "without a blank: this is no text", "t.txt")
 
@@ -239,7 +243,7 @@ def test_parquet_without_the_column_is_refused_with_those_it_has(tmp_path) -> No
         tmp_path,
         "column 'n' is no text but of type int64: it has body: choose one",
         "t.parquet",
-        form=Form(field="n"),
+        form=TextFormat(field="n"),
     )
     (tmp_path / "t.parquet").write_bytes(b"PAR1 but no more")
     expect_refused(tmp_path, "damaged Parquet file", "t.parquet")
@@ -287,8 +291,8 @@ def test_an_error_of_one_process_ends_the_others_with_its_words(tmp_path) -> Non
     with pytest.raises(UserError, match="line 334: not JSON"):
         prepare(
             tmp_path / "out",
-            Request((str(tmp_path / "t.jsonl"),), shard_bytes=1000),
-            workers=2,
+            PrepareRequest((str(tmp_path / "t.jsonl"),), shard_bytes=1000),
+            num_workers=2,
         )
     assert not list((tmp_path / "out").glob("*.partial*"))
 
@@ -323,20 +327,20 @@ def test_where_all_was_left_out_it_is_said_why_not_that_there_was_nothing(
 def test_a_character_that_the_tokenizer_lacks_is_named_with_its_file(
     tmp_path, monkeypatch, marks, whole
 ) -> None:
-    monkeypatch.setattr(job_module, "WHOLE", whole)
+    monkeypatch.setattr(job_module, "SMALL_FILE_BYTES", whole)
     (tmp_path / "a.txt").write_text("abc abc abc")
     (tmp_path / "b.txt").write_text("abd")
-    known = CharTokenizer(" abc", marks=marks)
+    known = CharTokenizer(" abc", with_eot=marks)
     with pytest.raises(UserError, match=r"/b\.txt: the character 'd' is not in"):
         attempt(tmp_path, "a.txt", "b.txt", tokenizer=known)
 
 
 def test_a_refusal_travels_between_processes() -> None:
-    error = RefusedError("a.jsonl, line 3: not JSON", "mend it")
+    error = BadInputError("a.jsonl, line 3: not JSON", "mend it")
     # A copy is made in the way in which one is made in another process.
     other = copy.copy(error)
     assert str(other) == str(error)
-    assert (other.what, other.remedy) == (error.what, error.remedy)
+    assert (other.problem, other.hint) == (error.problem, error.hint)
 
 
 def test_rows_of_a_dictionary_are_taken_as_few_as_fit_into_memory(tmp_path) -> None:
@@ -346,8 +350,8 @@ def test_rows_of_a_dictionary_are_taken_as_few_as_fit_into_memory(tmp_path) -> N
     assert path.stat().st_size < 10**4
     (source,) = find_sources([str(path)])
     metadata = pq.ParquetFile(path).metadata
-    assert _rows_at_once(metadata, 0, "text") * len(long) <= ROWS_BYTES
-    texts = [d.text for d in documents(source, Form(), Skipped(allowed=False))]
+    assert rows_per_batch(metadata, 0, "text") * len(long) <= MAX_BATCH_BYTES
+    texts = [d.text for d in read_documents(source, TextFormat(), BadInputHandler(skip=False))]
     assert texts == [long] * 40
 
 
@@ -357,12 +361,12 @@ def test_larger_row_groups_are_read_in_fewer_rows(size, rows) -> None:
         path_in_schema="text", total_uncompressed_size=size, total_compressed_size=size // 3
     )
     group = SimpleNamespace(num_columns=1, column=lambda _: column)
-    assert _rows_at_once(SimpleNamespace(row_group=lambda _: group), 0, "text") == rows
+    assert rows_per_batch(SimpleNamespace(row_group=lambda _: group), 0, "text") == rows
 
 
 def test_a_row_group_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("gptforge.data.documents.ROWS_BYTES", 2**20)
+    monkeypatch.setattr("gptforge.data.prepare.readers.ROWS_BYTES", 2**20)
     pq.write_table(
         pa.table({"text": ["x" * 10**6] * 8}),
         tmp_path / "t.parquet",
@@ -420,7 +424,7 @@ UTF8 = "café naïve ".encode() * 50
 )
 def test_what_a_bad_byte_calls_for_depends_on_the_rest(tmp_path, raw, words, not_said) -> None:
     (tmp_path / "t.txt").write_bytes(raw)
-    with pytest.raises(RefusedError, match=words) as caught:
+    with pytest.raises(BadInputError, match=words) as caught:
         attempt(tmp_path, "t.txt")
     assert not_said not in str(caught.value)
     # Nothing would be left without the file.
@@ -432,7 +436,7 @@ def test_bad_bytes_are_replaced_where_that_is_asked_for(tmp_path, monkeypatch) -
     (tmp_path / "t.txt").write_bytes(UTF8 + b"\xff\r\n" + UTF8)
     (tmp_path / "t.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "a \xff b"}\n')
     (tmp_path / "t.csv").write_bytes(b"text,n\na \xff b,1\n")
-    form = Form(encoding="utf-8:replace")
+    form = TextFormat(encoding="utf-8:replace")
     index = attempt(tmp_path, "t.txt", "t.jsonl", "t.csv", form=form, tokenizer="byte")
     tokens = b"".join(
         (index.folder / shard["file"]).read_bytes()[1024::2] for shard in index.record["shards"]
@@ -442,18 +446,18 @@ def test_bad_bytes_are_replaced_where_that_is_asked_for(tmp_path, monkeypatch) -
     notices = index.record["notices"]
     assert sum("put U+FFFD where bytes are not in the encoding" in one for one in notices) == 3
     with pytest.raises(UserError, match="only :replace may stand behind a name"):
-        Form(encoding="utf-8:nonsense")
+        TextFormat(encoding="utf-8:nonsense")
 
 
 def test_a_long_file_with_bad_bytes_is_replaced_in_pieces(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(job_module, "WHOLE", 0)
+    monkeypatch.setattr(job_module, "SMALL_FILE_BYTES", 0)
     (tmp_path / "t.txt").write_bytes(UTF8 + b"\xff" + UTF8)
-    form = Form(encoding="utf-8:replace")
+    form = TextFormat(encoding="utf-8:replace")
     index = attempt(tmp_path, "t.txt", form=form, tokenizer="byte", shard_bytes=100)
     assert sum(index.total(side, "bytes") for side in ("train", "val")) == 2 * len(UTF8) + 3
 
 
 def test_a_nul_behind_replaced_bytes_is_named_with_its_place(tmp_path) -> None:
     (tmp_path / "t.txt").write_bytes(b"a\xff\xffb\0c")
-    form = Form(encoding="utf-8:replace")
+    form = TextFormat(encoding="utf-8:replace")
     expect_refused(tmp_path, "NUL byte at offset 4", "t.txt", form=form)

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
-from gptforge.data.chosen import EDGE, choose, fingerprint
-from gptforge.data.corpus import Wanted, open_corpus
-from gptforge.data.request import Request
+from gptforge.data.dataset import DatasetOptions, open_dataset
+from gptforge.data.prepare.request import (
+    FINGERPRINT_BYTES,
+    PrepareRequest,
+    fingerprint,
+    select_files,
+)
 from tests.data.test_prepare import some_text
 
 
 def notices(*names: Path) -> tuple[str, ...]:
-    return choose(Request(tuple(map(str, names)))).notices
+    return select_files(PrepareRequest(tuple(map(str, names)))).notices
 
 
 def test_files_of_a_folder_that_are_left_aside_are_counted_by_suffix(tmp_path) -> None:
@@ -36,7 +40,7 @@ def test_copies_are_said_once_and_what_only_looks_alike_is_not(tmp_path) -> None
     assert "read again" in said
     for name in ("b.txt", "c.txt"):
         (tmp_path / name).unlink()
-    long = "x" * EDGE + "{}" + "y" * EDGE
+    long = "x" * FINGERPRINT_BYTES + "{}" + "y" * FINGERPRINT_BYTES
     (tmp_path / "e.txt").write_text(long.format("1"))
     (tmp_path / "f.txt").write_text(long.format("2"))
     assert fingerprint(tmp_path / "e.txt") == fingerprint(tmp_path / "f.txt")
@@ -52,9 +56,9 @@ def test_a_copy_on_the_other_side_of_a_named_split_is_said(tmp_path) -> None:
 def test_copies_of_few_documents_are_on_one_side_and_said(tmp_path) -> None:
     for number, seed in enumerate([1, 2, 3, 4, 1]):
         (tmp_path / f"{number}.txt").write_text(some_text(seed), "utf-8")
-    wanted = Wanted(tokenizer="byte", val_fraction=0.4)
-    corpus = open_corpus(tmp_path, wanted, say=lambda text: None)
-    assert len(corpus.held_out) == len(some_text(4).encode()) + 1
+    wanted = DatasetOptions(tokenizer="byte", val_fraction=0.4)
+    corpus = open_dataset(tmp_path, wanted, log=lambda text: None)
+    assert len(corpus.val) == len(some_text(4).encode()) + 1
     words = "1 document stands in the text more than once: all copies are on one side"
     assert words in corpus.notices
 
@@ -64,7 +68,7 @@ def test_literal_marks_are_counted_and_said_each_time(tmp_path) -> None:
     path.write_text("some words<|endoftext|>\n" * 400)
     said: list[str] = []
     for _ in range(2):
-        corpus = open_corpus(path, Wanted(), say=said.append)
+        corpus = open_dataset(path, DatasetOptions(), log=said.append)
         (notice,) = corpus.notices
         assert notice.startswith("<|endoftext|> stands in the text 400 times, as plain characters")
         assert "--split_on '<|endoftext|>'" in notice
@@ -74,5 +78,5 @@ def test_literal_marks_are_counted_and_said_each_time(tmp_path) -> None:
 def test_where_all_documents_are_the_same_it_is_said_that_nothing_is_kept_apart(tmp_path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(some_text(1), "utf-8")
-    corpus = open_corpus(tmp_path, Wanted(tokenizer="byte"), say=lambda text: None)
+    corpus = open_dataset(tmp_path, DatasetOptions(tokenizer="byte"), log=lambda text: None)
     assert any(said.startswith("1 document is both learned") for said in corpus.notices)

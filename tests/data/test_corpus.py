@@ -6,21 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptforge.data.corpus import Corpus, Wanted, check_length, open_corpus
-from gptforge.data.documents import Form
-from gptforge.data.prepare import prepare
-from gptforge.data.request import Request
-from gptforge.data.shards import ShardWriter
+from gptforge.data.dataset import (
+    Dataset,
+    DatasetOptions,
+    check_length,
+    open_dataset,
+)
+from gptforge.data.prepare.pipeline import prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import RunError, UserError
-from gptforge.tokenizers import decode, named
+from gptforge.tokenizers import decode, from_name
 
 
 def quiet(_: str) -> None:
     pass
 
 
-def corpus(path: Path, **wanted) -> Corpus:
-    return open_corpus(path, Wanted(**wanted), say=quiet)
+def corpus(path: Path, **wanted) -> Dataset:
+    return open_dataset(path, DatasetOptions(**wanted), log=quiet)
 
 
 def shard(path: Path, ids, dtype="<u2") -> Path:
@@ -37,10 +42,10 @@ def test_one_text_gives_the_tokens_of_its_two_halves(play, tokenizer, fraction) 
     text = play.read_text(encoding="utf-8") + "naïve 日本\n"
     play.write_text(text, encoding="utf-8")
     made = corpus(play, tokenizer=tokenizer, val_fraction=fraction)
-    known = named(tokenizer, text)
+    known = from_name(tokenizer, text)
     assert made.tokenizer.to_json() == known.to_json()
     cut = int(len(text) * (1 - fraction)) if fraction else len(text)
-    for stream, part in ((made.train, text[:cut]), (made.held_out, text[cut:])):
+    for stream, part in ((made.train, text[:cut]), (made.val, text[cut:])):
         np.testing.assert_array_equal(stream[:], known.encode(part))
 
 
@@ -71,7 +76,7 @@ def test_a_field_is_refused_with_trainings_own_flag_which_reads_it(tmp_path) -> 
     path.write_text(json.dumps({"body": "some words " * 9, "n": 1}) + "\n")
     with pytest.raises(UserError, match=r"it has body: choose one with --field$"):
         corpus(path)
-    assert corpus(path, form=Form(field="body"), tokenizer="byte").characters == 99
+    assert corpus(path, form=TextFormat(field="body"), tokenizer="byte").characters == 99
 
 
 def test_what_an_encoding_would_mend_is_refused_with_trainings_own_flag(tmp_path) -> None:
@@ -84,7 +89,7 @@ def test_what_an_encoding_would_mend_is_refused_with_trainings_own_flag(tmp_path
 def test_a_folder_that_was_prepared_brings_its_tokenizer_and_its_held_out_part(
     play, tmp_path
 ) -> None:
-    prepare(tmp_path / "shards", Request((str(play),), tokenizer="char", val_fraction=0.2))
+    prepare(tmp_path / "shards", PrepareRequest((str(play),), tokenizer="char", val_fraction=0.2))
     made = corpus(tmp_path / "shards")
     assert (made.tokenizer.name, made.val_fraction) == ("char", 0.2)
     assert made.sha256 == corpus(play).sha256
@@ -95,7 +100,7 @@ def test_a_folder_that_was_prepared_brings_its_tokenizer_and_its_held_out_part(
 
 
 def test_a_prepared_folder_that_lost_a_shard_is_refused(play, tmp_path) -> None:
-    prepare(tmp_path / "shards", Request((str(play),)))
+    prepare(tmp_path / "shards", PrepareRequest((str(play),)))
     whole = tmp_path / "shards" / "train_000000.bin"
     shard(whole, [1, 2, 3])
     with pytest.raises(UserError, match=r"train_000000\.bin is not what index\.json says"):
@@ -107,7 +112,7 @@ def test_a_prepared_folder_that_lost_a_shard_is_refused(play, tmp_path) -> None:
 
 def test_a_folder_whose_preparation_was_interrupted_is_refused(play, tmp_path) -> None:
     out = tmp_path / "out"
-    prepare(out, Request((str(play),), tokenizer="char"))
+    prepare(out, PrepareRequest((str(play),), tokenizer="char"))
     (out / "index.json").unlink()
     (out / ".preparing").mkdir()
     with pytest.raises(UserError, match="out is not finished: the command that prepared it"):
@@ -127,10 +132,10 @@ def test_shards_of_others_are_read_as_they_lie(tmp_path) -> None:
     made = corpus(tmp_path)
     np.testing.assert_array_equal(made.train[:], np.arange(1500))
     np.testing.assert_array_equal(made.train[990:1010], np.arange(990, 1010))
-    assert len(made.held_out) == 100
+    assert len(made.val) == 100
     assert any("GPT-2's vocabulary" in notice for notice in made.notices)
     alone = corpus(tmp_path / "fineweb_train_000001.bin", val_fraction=0.1)
-    assert (len(alone.train), len(alone.held_out)) == (900, 100)
+    assert (len(alone.train), len(alone.val)) == (900, 100)
 
 
 def test_large_vocabularies_must_be_named(tmp_path) -> None:
@@ -145,7 +150,7 @@ def test_nanogpts_form_is_read_when_it_is_asked_for(tmp_path) -> None:
     with pytest.raises(UserError, match="--headerless"):
         corpus(tmp_path)
     made = corpus(tmp_path, headerless=True)
-    assert (len(made.train), len(made.held_out)) == (500, 50)
+    assert (len(made.train), len(made.val)) == (500, 50)
     shard(tmp_path / "train.bin", range(5))
     with pytest.raises(UserError, match="has a header"):
         corpus(tmp_path, headerless=True)
@@ -164,10 +169,10 @@ def test_documents_are_kept_apart(tmp_path) -> None:
         (tmp_path / f"{i}.md").write_text(f"# Chapter {i}\n" * (1 + i))
     for tokenizer in ("gpt2", "char", "byte"):
         made = corpus(tmp_path, tokenizer=tokenizer, val_fraction=0.3)
-        text = decode(made.tokenizer, [*made.train[:], *made.held_out[:]])
+        text = decode(made.tokenizer, [*made.train[:], *made.val[:]])
         parts = [f"# Chapter {i}\n" * (1 + i) for i in range(3)]
         assert text == "".join("<|endoftext|>" + part for part in parts)
-        assert made.train[0:1][0] == made.tokenizer.end_of_text == made.held_out[0:1][0]
+        assert made.train[0:1][0] == made.tokenizer.eot_token == made.val[0:1][0]
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_its_length(tmp_path) -> None:
@@ -197,7 +202,7 @@ def test_a_full_disk_of_the_cache_is_told_as_that(play, monkeypatch) -> None:
     def fill_up(*_: object, **__: object) -> None:
         raise RunError("data/train_000000.bin: the disk is full: make room")
 
-    monkeypatch.setattr("gptforge.data.cached.prepare", fill_up)
+    monkeypatch.setattr("gptforge.data.cache.prepare", fill_up)
     with pytest.raises(RunError, match="disk is full: make room; it is the cache of prepared data"):
         corpus(play)
 
@@ -207,10 +212,10 @@ def test_too_little_held_out_by_name_has_a_remedy_of_its_own(tmp_path) -> None:
     (tmp_path / "val.txt").write_text("a")
     made = corpus(tmp_path, tokenizer="char")
     # The document's mark and a character are two tokens, one too few for a window.
-    assert made.how_to_hold_out_more.endswith("or use --split_by_name false")
-    assert not made.held_out[2:].size
+    assert made.more_val_hint.endswith("or use --split_by_name false")
+    assert not made.val[2:].size
     mixed = corpus(tmp_path, tokenizer="char", split_by_name=False)
-    assert "--val_fraction" in mixed.how_to_hold_out_more
+    assert "--val_fraction" in mixed.more_val_hint
 
 
 def test_the_command_that_leaves_out_what_is_bad_reads_as_training_does(tmp_path) -> None:
@@ -218,4 +223,4 @@ def test_the_command_that_leaves_out_what_is_bad_reads_as_training_does(tmp_path
     path.write_bytes(b'{"body": "caf\xe9"}\n' * 3 + b"{broken\n")
     flags = r"--skip_bad true --field body --encoding latin-1`"
     with pytest.raises(UserError, match=flags):
-        corpus(path, form=Form(field="body", encoding="latin-1"))
+        corpus(path, form=TextFormat(field="body", encoding="latin-1"))

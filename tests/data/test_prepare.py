@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptforge.data import job as jobs_module
-from gptforge.data.documents import Form
-from gptforge.data.index import Index, read_index
-from gptforge.data.prepare import NOTES, prepare
-from gptforge.data.request import Request
-from gptforge.data.stream import ShardStream
-from gptforge.data.verify import STAMP
+from gptforge.data.index import VERIFIED_FILE, Index, read_index
+from gptforge.data.prepare import job as jobs_module
+from gptforge.data.prepare.pipeline import PROGRESS_DIR, prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.token_dataset import ShardDataset
 from gptforge.errors import UserError
-from gptforge.tokenizers import decode, named
+from gptforge.tokenizers import decode, from_name
 
 MARK = "<|endoftext|>"
 WORDS = ["light", "yonder", "window", "café", "日本", "it's", "1,024", "breaks", "  ", "\n", "soft"]
@@ -46,23 +45,25 @@ def parquet(path: Path, texts: list[str], *, rows: int = 7) -> Path:
 
 def made(out: Path, *names: object, **options) -> Index:
     settings = {name: options.pop(name) for name in ("workers", "overwrite") if name in options}
-    form = Form(**{name: options.pop(name) for name in ("field", "split_on") if name in options})
-    return prepare(out, Request(tuple(map(str, names)), form=form, **options), **settings)
+    form = TextFormat(
+        **{name: options.pop(name) for name in ("field", "split_on") if name in options}
+    )
+    return prepare(out, PrepareRequest(tuple(map(str, names)), form=form, **options), **settings)
 
 
 def stream(index: Index, side: str) -> list[int]:
-    return ShardStream(index.shards(side), size=10**6)[:].tolist()
+    return ShardDataset(index.shards(side), vocab_size=10**6)[:].tolist()
 
 
 def texts_of(index: Index, side: str) -> list[str]:
-    whole = decode(index.tokenizer(), stream(index, side))
+    whole = decode(index.load_tokenizer(), stream(index, side))
     assert not whole or whole.startswith(MARK)
     return whole.split(MARK)[1:]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """All but the stamp, which has the times of the others."""
-    there = sorted(path for path in folder.iterdir() if path.name != STAMP)
+    there = sorted(path for path in folder.iterdir() if path.name != VERIFIED_FILE)
     return {path.name: path.read_bytes() for path in there}
 
 
@@ -130,13 +131,13 @@ def test_the_size_of_a_shard_changes_no_token(tmp_path) -> None:
 def test_one_long_text_in_pieces_is_tokenized_as_a_whole(
     tmp_path, monkeypatch, ending, size, block
 ) -> None:
-    monkeypatch.setattr("gptforge.data.reading.BLOCK", block)
-    monkeypatch.setattr("gptforge.data.survey.STEP", 10 * block)
+    monkeypatch.setattr("gptforge.data.prepare.text_io.BLOCK", block)
+    monkeypatch.setattr("gptforge.data.prepare.scan.STEP", 10 * block)
     text = "\n\n".join(some_text(i) + "  \n\n  x" + "-" * i * i for i in range(40))
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", ending).encode())
     index = made(tmp_path / "out", tmp_path / "t.txt", shard_bytes=size, val_fraction=0.13)
     cut = int(len(text) * (1 - 0.13))
-    gpt2 = named("gpt2", "")
+    gpt2 = from_name("gpt2", "")
     assert stream(index, "train") == gpt2.encode(text[:cut]).tolist()
     assert stream(index, "val") == gpt2.encode(text[cut:]).tolist()
     assert index.total("train", "characters") == cut
@@ -147,11 +148,11 @@ def test_one_long_text_in_pieces_is_tokenized_as_a_whole(
 def test_a_long_packed_text_is_tokenized_as_a_whole(tmp_path, monkeypatch) -> None:
     text = "\n\n".join(some_text(i) for i in range(50))
     (tmp_path / "t.txt.xz").write_bytes(lzma.compress(text.encode()))
-    monkeypatch.setattr("gptforge.data.reading.BLOCK", 333)
+    monkeypatch.setattr("gptforge.data.prepare.text_io.BLOCK", 333)
     index = made(tmp_path / "out", tmp_path / "t.txt.xz", val_fraction=0.2)
     cut = int(len(text) * 0.8)
-    assert stream(index, "train") == named("gpt2", "").encode(text[:cut]).tolist()
-    assert stream(index, "val") == named("gpt2", "").encode(text[cut:]).tolist()
+    assert stream(index, "train") == from_name("gpt2", "").encode(text[:cut]).tolist()
+    assert stream(index, "val") == from_name("gpt2", "").encode(text[cut:]).tolist()
 
 
 def test_few_documents_are_cut_at_a_boundary(tmp_path) -> None:
@@ -166,11 +167,11 @@ def test_a_share_held_out_that_is_far_from_what_was_asked_is_said(tmp_path) -> N
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(some_text(1) + name, "utf-8")
     sources = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
-    prepare(tmp_path / "out", Request(sources, tokenizer="byte"), say=said.append)
+    prepare(tmp_path / "out", PrepareRequest(sources, tokenizer="byte"), log=said.append)
     assert any("note: 50% of the text are held out, not 10%" in text for text in said)
     said.clear()
     one = jsonl(tmp_path / "many.jsonl", MANY)
-    prepare(tmp_path / "many", Request((str(one),), tokenizer="byte"), say=said.append)
+    prepare(tmp_path / "many", PrepareRequest((str(one),), tokenizer="byte"), log=said.append)
     assert not any("held out" in text for text in said)
 
 
@@ -185,7 +186,7 @@ def test_more_data_moves_no_document_across(tmp_path) -> None:
 def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", MANY)
     whole = made(tmp_path / "whole", source, shard_bytes=3000)
-    real, ran = jobs_module.Worker.run, []
+    real, ran = jobs_module.JobRunner.run, []
 
     def run(self, job):
         if len(ran) == 4:
@@ -193,7 +194,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch) -> None:
         ran.append(job.number)
         return real(self, job)
 
-    monkeypatch.setattr(jobs_module.Worker, "run", run)
+    monkeypatch.setattr(jobs_module.JobRunner, "run", run)
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path / "cut", source, shard_bytes=3000, workers=1)
     assert read_index(tmp_path / "cut") is None
@@ -205,7 +206,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch) -> None:
         ran.append(job.number)
         return real(self, job)
 
-    monkeypatch.setattr(jobs_module.Worker, "run", run_on)
+    monkeypatch.setattr(jobs_module.JobRunner, "run", run_on)
     made(tmp_path / "cut", source, shard_bytes=3000, workers=1)
     jobs = {shard["file"].split("_")[1] for shard in whole.record["shards"]}
     assert len(ran) == len(jobs) - 4
@@ -216,7 +217,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch) -> None:
 def test_a_shard_that_was_lost_meanwhile_is_made_again(tmp_path, monkeypatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", MANY)
     whole = made(tmp_path / "whole", source, shard_bytes=3000)
-    monkeypatch.setattr("gptforge.data.finishing.write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr("gptforge.data.prepare.finalize.write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made(tmp_path / "cut", source, shard_bytes=3000, workers=1)
     monkeypatch.undo()
@@ -232,7 +233,7 @@ def test_the_same_request_on_a_finished_folder_does_nothing(tmp_path) -> None:
     made(tmp_path / "out", source)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     said: list[str] = []
-    prepare(tmp_path / "out", Request((str(source),)), say=said.append)
+    prepare(tmp_path / "out", PrepareRequest((str(source),)), log=said.append)
     assert said == [f"{(tmp_path / 'out').as_posix()} is prepared already"]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
@@ -248,7 +249,7 @@ def test_another_request_never_takes_what_lies_in_a_folder(tmp_path) -> None:
         made(tmp_path / "mine", source)
     made(tmp_path / "out", source, tokenizer="byte", overwrite=True)
     old = read_index(tmp_path / "out.old-1")
-    assert old is not None and old.tokenizer().name == "gpt2"
+    assert old is not None and old.load_tokenizer().name == "gpt2"
 
 
 def test_overwriting_does_not_move_the_sources_away(tmp_path) -> None:
@@ -263,7 +264,7 @@ def test_overwriting_does_not_move_the_sources_away(tmp_path) -> None:
 
 def test_an_unfinished_folder_starts_anew_when_the_data_changed(tmp_path, monkeypatch) -> None:
     source = jsonl(tmp_path / "a.jsonl", MANY)
-    monkeypatch.setattr("gptforge.data.finishing.write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr("gptforge.data.prepare.finalize.write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made(tmp_path / "out", source, shard_bytes=3000)
     monkeypatch.undo()
@@ -281,7 +282,7 @@ def test_nanogpts_form_is_one_file_a_side_without_a_header(tmp_path) -> None:
         ids = np.fromfile(tmp_path / "bare" / f"{side}.bin", dtype=np.uint16)
         assert ids.tolist() == stream(usual, side) == stream(bare, side)
     assert len(list((tmp_path / "bare").glob("*.bin"))) == 2
-    assert not (tmp_path / "bare" / NOTES).exists()
+    assert not (tmp_path / "bare" / PROGRESS_DIR).exists()
 
 
 def test_standard_input_is_a_text_like_any_other(tmp_path, monkeypatch) -> None:
@@ -290,7 +291,7 @@ def test_standard_input_is_a_text_like_any_other(tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
         index = made(tmp_path / str(number), "-")
         cut = int(len(text) * 0.9)
-        assert stream(index, "train") == named("gpt2", "").encode(text[:cut]).tolist()
+        assert stream(index, "train") == from_name("gpt2", "").encode(text[:cut]).tolist()
         assert index.record["sources"][0]["path"] == "standard input"
 
 
@@ -375,7 +376,7 @@ def test_a_preparation_that_was_killed_leaves_nobody_behind_and_goes_on(tmp_path
     killed = subprocess.Popen(
         [*command, str(tmp_path / "cut"), *options, "--shard_mb", "1"], stderr=subprocess.DEVNULL
     )
-    notes = tmp_path / "cut" / NOTES
+    notes = tmp_path / "cut" / PROGRESS_DIR
     while not list(notes.glob("job-*.json")) and killed.poll() is None:
         time.sleep(0.01)
     crew = children(killed.pid)

@@ -7,20 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.data import reading
-from gptforge.data.bad import RefusedError, Skipped
-from gptforge.data.documents import Form, documents
-from gptforge.data.fields import HOW_JOINED
-from gptforge.data.sources import find_sources
+from gptforge.data.input_errors import BadInputError, BadInputHandler
+from gptforge.data.prepare import text_io
+from gptforge.data.prepare.json_reader import CHAT_NOTICE
+from gptforge.data.prepare.readers import read_documents
+from gptforge.data.prepare.sources import find_sources
+from gptforge.data.prepare.text_io import TextFormat
 from tests.data.test_prepare import made, some_text, stream
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\nYes?"}]
 JOINED = "user: Hi\n\nassistant: Hello.\nYes?"
 
 
-def texts(path: Path, skipped: Skipped | None = None, **form) -> list[str]:
+def texts(path: Path, skipped: BadInputHandler | None = None, **form) -> list[str]:
     (source,) = find_sources([str(path)])
-    found = documents(source, Form(**form), skipped or Skipped(False))
+    found = read_documents(source, TextFormat(**form), skipped or BadInputHandler(False))
     return [document.text for document in found]
 
 
@@ -38,7 +39,7 @@ def test_an_array_of_objects_is_read_as_its_lines_are(
     (folder / "a.json").write_text(f" \n{json.dumps(records, indent=indent)}\n", "utf-8")
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "BLOCK", block)
+        patch.setattr(text_io, "BLOCK_BYTES", block)
         assert texts(folder / "a.json") == texts(folder / "a.jsonl")
 
 
@@ -58,7 +59,7 @@ def test_an_array_of_objects_is_read_as_its_lines_are(
 )
 def test_what_is_no_array_of_objects_is_named(tmp_path, raw, words) -> None:
     (tmp_path / "a.json").write_text(raw)
-    with pytest.raises(RefusedError, match=words):
+    with pytest.raises(BadInputError, match=words):
         texts(tmp_path / "a.json")
 
 
@@ -84,11 +85,11 @@ def test_a_chat_is_joined_by_role_and_content_and_it_is_said(tmp_path, record) -
     (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "c.json").write_text(json.dumps([record]))
     for name in ("c.jsonl", "c.json"):
-        skipped = Skipped(False)
+        skipped = BadInputHandler(False)
         assert texts(tmp_path / name, skipped) == [JOINED]
-        assert [HOW_JOINED in notice for notice in skipped.notices] == [True]
+        assert [CHAT_NOTICE in notice for notice in skipped.notices] == [True]
     assert any(
-        HOW_JOINED in said
+        CHAT_NOTICE in said
         for said in made(tmp_path / "o", tmp_path / "c.json", tokenizer="byte").record["notices"]
     )
 
@@ -105,7 +106,7 @@ def test_a_chat_is_joined_by_role_and_content_and_it_is_said(tmp_path, record) -
 )
 def test_a_chat_of_something_else_than_text_is_refused(tmp_path, messages) -> None:
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages, "n": 1}))
-    with pytest.raises(RefusedError, match="field 'messages' is a list, and no chat of texts"):
+    with pytest.raises(BadInputError, match="field 'messages' is a list, and no chat of texts"):
         texts(tmp_path / "c.jsonl")
 
 
@@ -113,19 +114,19 @@ def test_a_field_text_wins_and_a_field_asked_for_is_not_replaced_by_a_chat(tmp_p
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": CHAT, "text": "a", "b": "c"}))
     assert texts(tmp_path / "c.jsonl") == ["a"]
     assert texts(tmp_path / "c.jsonl", field="messages") == [JOINED]
-    with pytest.raises(RefusedError, match="no field 'x': it has messages, text, b: choose one"):
+    with pytest.raises(BadInputError, match="no field 'x': it has messages, text, b: choose one"):
         texts(tmp_path / "c.jsonl", field="x")
 
 
 def test_chats_and_categories_of_parquet_are_read(tmp_path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"n": [1], "messages": [CHAT]}), tmp_path / "c.parquet")
-    skipped = Skipped(False)
+    skipped = BadInputHandler(False)
     assert texts(tmp_path / "c.parquet", skipped) == [JOINED]
-    assert any(HOW_JOINED in notice for notice in skipped.notices)
+    assert any(CHAT_NOTICE in notice for notice in skipped.notices)
     labels = pa.array(["a", "b", "a"]).dictionary_encode()
     pq.write_table(pa.table({"text": labels}), tmp_path / "d.parquet")
     assert texts(tmp_path / "d.parquet") == ["a", "b", "a"]
     pq.write_table(pa.table({"text": [[1]], "b": ["x"]}), tmp_path / "e.parquet")
-    with pytest.raises(RefusedError, match=r"no text but of type list<.*it has b: choose"):
+    with pytest.raises(BadInputError, match=r"no text but of type list<.*it has b: choose"):
         texts(tmp_path / "e.parquet")

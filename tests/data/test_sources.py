@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.data import pipes
-from gptforge.data.sources import find_sources
+from gptforge.data.prepare import sources
+from gptforge.data.prepare.sources import find_sources
 from gptforge.errors import UserError
 
 
@@ -106,7 +106,7 @@ def pipe(tmp_path):
 def test_a_pipe_is_read_once_and_kept(pipe, tmp_path, size) -> None:
     content = b"some text\n" * size
     path = pipe(content)
-    (source,) = find_sources([str(path)], spool_folder=tmp_path / "spool")
+    (source,) = find_sources([str(path)], spool_dir=tmp_path / "spool")
     assert (source.path.read_bytes(), source.size) == (content, len(content))
     assert (source.name, source.kind) == (path.as_posix(), "text")
 
@@ -114,16 +114,16 @@ def test_a_pipe_is_read_once_and_kept(pipe, tmp_path, size) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_with_something_packed_is_unpacked(pipe, tmp_path) -> None:
     path = pipe(gzip.compress(b"text"))
-    (source,) = find_sources([str(path)], spool_folder=tmp_path / "spool")
-    assert source.packing == "gz"
+    (source,) = find_sources([str(path)], spool_dir=tmp_path / "spool")
+    assert source.compression == "gz"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pipes, "WAIT", 0.0)
+    monkeypatch.setattr(sources, "PIPE_TIMEOUT", 0.0)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe: no program has written to this pipe"):
-        find_sources([str(tmp_path / "pipe")], spool_folder=tmp_path / "spool")
+        find_sources([str(tmp_path / "pipe")], spool_dir=tmp_path / "spool")
     assert list((tmp_path / "spool").iterdir()) == []
 
 

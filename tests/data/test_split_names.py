@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptforge.data.corpus import Wanted, open_corpus
-from gptforge.data.request import Request
-from gptforge.data.split_names import split_by_name
+from gptforge.data.dataset import DatasetOptions, open_dataset
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.split import split_by_name
 from gptforge.errors import UserError
 from tests.data.test_corpus import shard
 from tests.data.test_prepare import jsonl, made, parquet, some_text, stream, texts_of
@@ -85,9 +85,9 @@ def test_files_named_one_by_one_and_by_a_pattern_are_told_apart_as_well(tmp_path
 
 def test_where_nothing_is_held_out_such_files_are_left_out(tmp_path) -> None:
     said: list[str] = []
-    wanted = Wanted(val_fraction=0.0, tokenizer="byte")
-    corpus = open_corpus(folder_of(tmp_path), wanted, say=said.append)
-    assert (corpus.documents, len(corpus.held_out)) == (150, 0)
+    wanted = DatasetOptions(val_fraction=0.0, tokenizer="byte")
+    corpus = open_dataset(folder_of(tmp_path), wanted, log=said.append)
+    assert (corpus.documents, len(corpus.val)) == (150, 0)
     assert any("left out, since nothing is held out: " in notice for notice in corpus.notices)
 
 
@@ -103,12 +103,12 @@ def test_the_cache_tells_names_apart(tmp_path) -> None:
     (tmp_path / "a").mkdir()
     for name, seed in (("train.txt", 1), ("x.txt", 2), ("y.txt", 3)):
         (tmp_path / "a" / name).write_text(some_text(seed), "utf-8")
-    wanted = Wanted(tokenizer="byte")
-    before = open_corpus(tmp_path / "a", wanted, say=lambda text: None)
+    wanted = DatasetOptions(tokenizer="byte")
+    before = open_dataset(tmp_path / "a", wanted, log=lambda text: None)
     (tmp_path / "a" / "x.txt").rename(tmp_path / "a" / "val.txt")
-    after = open_corpus(tmp_path / "a", wanted, say=lambda text: None)
+    after = open_dataset(tmp_path / "a", wanted, log=lambda text: None)
     assert before.sha256 != after.sha256
-    assert len(after.held_out) == len(some_text(2).encode()) + 1
+    assert len(after.val) == len(some_text(2).encode()) + 1
 
 
 def test_training_says_what_was_held_out_and_what_was_left_out(program, tmp_path) -> None:
@@ -130,9 +130,9 @@ def test_shards_of_others_are_held_out_by_whole_words(tmp_path) -> None:
     shard(tmp_path / "medieval_000.bin", range(200, 230))
     shard(tmp_path / "fineweb_val_000000.bin", range(50, 90))
     shard(tmp_path / "fineweb_test_000000.bin", range(5))
-    made = open_corpus(tmp_path, Wanted(), say=lambda text: None)
+    made = open_dataset(tmp_path, DatasetOptions(), log=lambda text: None)
     np.testing.assert_array_equal(made.train[:], [*range(100), *range(200, 230)])
-    np.testing.assert_array_equal(made.held_out[:], range(50, 90))
+    np.testing.assert_array_equal(made.val[:], range(50, 90))
     assert "1 shard whose name says test: left out" in made.notices
 
 
@@ -143,12 +143,12 @@ def test_shards_that_are_no_longer_held_out_are_other_data(tmp_path) -> None:
     for folder, name in (("a", "medieval.bin"), ("b", "medieva.bin")):
         shard(tmp_path / folder / "train.bin", range(100))
         shard(tmp_path / folder / name, range(30))
-    made = [open_corpus(tmp_path / name, Wanted(), say=lambda text: None) for name in "ab"]
+    made = [open_dataset(tmp_path / name, DatasetOptions(), log=lambda text: None) for name in "ab"]
     assert [len(corpus.train) for corpus in made] == [117, 117]
     assert made[0].sha256 != made[1].sha256
 
 
 def test_a_request_without_such_names_is_as_before(tmp_path) -> None:
     (tmp_path / "a.txt").write_text(some_text(1), "utf-8")
-    assert Request((str(tmp_path),)).split_by_name
+    assert PrepareRequest((str(tmp_path),)).split_by_name
     assert made(tmp_path / "out", tmp_path / "a.txt").record["split"]["rule"] == "character"

@@ -8,16 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptforge.data import reading
-from gptforge.data.bad import BadInput, RefusedError, Skipped
-from gptforge.data.documents import Form, documents
-from gptforge.data.sources import find_sources
+from gptforge.data.input_errors import BadInput, BadInputError, BadInputHandler
+from gptforge.data.prepare import text_io
+from gptforge.data.prepare.readers import read_documents
+from gptforge.data.prepare.sources import find_sources
+from gptforge.data.prepare.text_io import TextFormat
 from tests.data.test_prepare import made, texts_of
 
 
 def texts(path: Path, *, skip: bool = False, **form) -> list[str]:
     (source,) = find_sources([str(path)])
-    return [document.text for document in documents(source, Form(**form), Skipped(skip))]
+    return [
+        document.text
+        for document in read_documents(source, TextFormat(**form), BadInputHandler(skip))
+    ]
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")])
@@ -26,7 +30,7 @@ def test_the_column_text_is_read(tmp_path, monkeypatch, name, delimiter, block) 
     rows = [["1", 'a "quoted", text;\twith all'], ["2", "two\nlines"], ["3", ""], ["4", "é"]]
     with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *rows])
-    monkeypatch.setattr(reading, "BLOCK", block)
+    monkeypatch.setattr(text_io, "BLOCK_BYTES", block)
     assert texts(tmp_path / name) == [row[1] for row in rows if row[1]]
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
     assert texts(tmp_path / f"{name}.gz") == [row[1] for row in rows if row[1]]
@@ -42,17 +46,17 @@ def test_any_text_comes_back(tmp_path_factory, rows) -> None:
 
 def test_another_column_is_chosen_with_field_among_those_that_hold_text(tmp_path) -> None:
     (tmp_path / "t.csv").write_text("id,title,body,score\n1,One,Some words,0.5\n2,Two,More,1e-3\n")
-    with pytest.raises(RefusedError, match=r"t.csv: no column 'text': it has title, body: choose"):
+    with pytest.raises(BadInputError, match=r"t.csv: no column 'text': it has title, body: choose"):
         texts(tmp_path / "t.csv")
     assert texts(tmp_path / "t.csv", field="body") == ["Some words", "More"]
     (tmp_path / "n.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(RefusedError, match=r"none of its fields \(x, y\) is text, or read"):
+    with pytest.raises(BadInputError, match=r"none of its fields \(x, y\) is text, or read"):
         texts(tmp_path / "n.csv")
 
 
 def test_rows_of_another_length_are_refused_or_counted(tmp_path) -> None:
     (tmp_path / "t.csv").write_text("id,text\n1,good\n2,not, quoted\n\n3,good too\n4\n")
-    with pytest.raises(RefusedError, match=r"t.csv, line 3: 3 fields, and the first line names 2"):
+    with pytest.raises(BadInputError, match=r"t.csv, line 3: 3 fields, and the first line names 2"):
         texts(tmp_path / "t.csv")
     assert texts(tmp_path / "t.csv", skip=True) == ["good", "good too"]
 
@@ -60,7 +64,7 @@ def test_rows_of_another_length_are_refused_or_counted(tmp_path) -> None:
 @pytest.mark.parametrize("rest", ['"never closed\nmore\n', '"closed"too early\n'])
 def test_wrong_quotes_are_refused_with_their_line(tmp_path, rest) -> None:
     (tmp_path / "t.csv").write_text(f"text,n\ngood,1\n{rest}")
-    with pytest.raises(RefusedError, match=r"t.csv, line [34]: not CSV: .*--kind text"):
+    with pytest.raises(BadInputError, match=r"t.csv, line [34]: not CSV: .*--kind text"):
         texts(tmp_path / "t.csv")
     (source,) = find_sources([str(tmp_path / "t.csv")], kind="text")
     assert source.kind == "text"
@@ -89,7 +93,7 @@ def test_training_reads_the_column_not_the_file(program) -> None:
 
 def test_bad_bytes_of_a_table_are_named(tmp_path) -> None:
     (tmp_path / "t.csv").write_bytes(b"text\ncaf\xe9\n")
-    with pytest.raises(RefusedError, match="not utf-8: byte 0xe9 at offset 8"):
+    with pytest.raises(BadInputError, match="not utf-8: byte 0xe9 at offset 8"):
         texts(tmp_path / "t.csv")
     assert texts(tmp_path / "t.csv", encoding="latin-1") == ["café"]
-    assert BadInput("x", "y").remedy == ""
+    assert BadInput("x", "y").hint == ""

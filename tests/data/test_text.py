@@ -2,17 +2,17 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.data import text
-from gptforge.data.text import find_text
+from gptforge.data import dataset
+from gptforge.data.dataset import resolve_input
 from tests.programs import DEBUG
 
 
 def test_the_text_in_the_working_folder_comes_before_the_packages(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "ROMEO" in find_text("").read_text(encoding="utf-8").upper()
+    assert "ROMEO" in resolve_input("").read_text(encoding="utf-8").upper()
     Path("input.txt").write_text("mine")
-    assert find_text("").read_text() == "mine"
-    assert find_text("other.txt") == Path("other.txt")
+    assert resolve_input("").read_text() == "mine"
+    assert resolve_input("other.txt") == Path("other.txt")
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def bundled(tmp_path, monkeypatch, play) -> Path:
     path = tmp_path / "site" / "gptforge" / "data" / "input.txt"
     path.parent.mkdir(parents=True)
     path.write_bytes(play.read_bytes())
-    monkeypatch.setattr(text, "COPIES", (path,))
+    monkeypatch.setattr(dataset, "BUNDLED_PATHS", (path,))
     return path
 
 
@@ -35,7 +35,7 @@ def test_the_bundled_text_is_called_the_same_wherever_the_program_lies(
     moved = bundled.parents[3] / "elsewhere" / "input.txt"
     moved.parent.mkdir()
     bundled.rename(moved)
-    monkeypatch.setattr(text, "COPIES", (moved,))
+    monkeypatch.setattr(dataset, "BUNDLED_PATHS", (moved,))
     # A text of the user's own does not take its place.
     Path("input.txt").write_text("mine")
     assert program("eval", "run", "--device", "cpu").code == 0

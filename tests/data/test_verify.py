@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 
 from gptforge import files
-from gptforge.data.cached import prepare_once
-from gptforge.data.corpus import Wanted, open_corpus
-from gptforge.data.documents import Form
-from gptforge.data.index import INDEX, TOKENIZER, read_index
-from gptforge.data.prepare import REQUEST, prepare
-from gptforge.data.request import Request
-from gptforge.data.verify import STAMP, find_damage
+from gptforge.data.cache import prepare_cached
+from gptforge.data.dataset import DatasetOptions, open_dataset
+from gptforge.data.index import (
+    INDEX_FILE,
+    TOKENIZER_FILE,
+    VERIFIED_FILE,
+    find_corruption,
+    read_index,
+)
+from gptforge.data.prepare.pipeline import REQUEST_FILE, prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 
 SHARD = "train_000000.bin"
@@ -27,8 +32,8 @@ def cached(play, tmp_path, monkeypatch):
 
     def open_again() -> tuple[Path, list[str]]:
         said: list[str] = []
-        index, _ = prepare_once(
-            play.as_posix(), tokenizer="char", val_fraction=0.1, form=Form(), say=said.append
+        index, _ = prepare_cached(
+            play.as_posix(), tokenizer="char", val_fraction=0.1, form=TextFormat(), log=said.append
         )
         return index.folder, said
 
@@ -48,20 +53,32 @@ def other_alphabet(path: Path) -> None:
 
 
 DAMAGE = {
-    "flipped byte": (lambda f: flip(f / SHARD, 2000), f"{SHARD} is not what {INDEX} says"),
+    "flipped byte": (lambda f: flip(f / SHARD, 2000), f"{SHARD} is not what {INDEX_FILE} says"),
     "truncated shard": (lambda f: os.truncate(f / SHARD, 1500), f"{SHARD} is not what"),
     "missing shard": (lambda f: (f / SHARD).unlink(), "No such file"),
     "shard is a folder": (
         lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()),
         "not a regular file",
     ),
-    "other tokenizer": (lambda f: other_alphabet(f / TOKENIZER), f"{TOKENIZER} is not what"),
-    "missing tokenizer": (lambda f: (f / TOKENIZER).unlink(), f"{TOKENIZER}: No such file"),
-    "truncated index": (lambda f: os.truncate(f / INDEX, 100), "not a readable index"),
-    "changed index": (lambda f: flip(f / INDEX, (f / INDEX).read_text().index("fraction")), INDEX),
-    "missing index": (lambda f: (f / INDEX).unlink(), f"{INDEX} is missing"),
-    "missing request": (lambda f: (f / REQUEST).unlink(), f"{REQUEST} is missing"),
-    "binary request": (lambda f: (f / REQUEST).write_bytes(b"\xff\0"), f"{REQUEST} is missing"),
+    "other tokenizer": (
+        lambda f: other_alphabet(f / TOKENIZER_FILE),
+        f"{TOKENIZER_FILE} is not what",
+    ),
+    "missing tokenizer": (
+        lambda f: (f / TOKENIZER_FILE).unlink(),
+        f"{TOKENIZER_FILE}: No such file",
+    ),
+    "truncated index": (lambda f: os.truncate(f / INDEX_FILE, 100), "not a readable index"),
+    "changed index": (
+        lambda f: flip(f / INDEX_FILE, (f / INDEX_FILE).read_text().index("fraction")),
+        INDEX_FILE,
+    ),
+    "missing index": (lambda f: (f / INDEX_FILE).unlink(), f"{INDEX_FILE} is missing"),
+    "missing request": (lambda f: (f / REQUEST_FILE).unlink(), f"{REQUEST_FILE} is missing"),
+    "binary request": (
+        lambda f: (f / REQUEST_FILE).write_bytes(b"\xff\0"),
+        f"{REQUEST_FILE} is missing",
+    ),
 }
 
 
@@ -69,7 +86,7 @@ DAMAGE = {
 def test_a_damaged_cache_is_prepared_again_and_says_so(cached, kind) -> None:
     folder, said = cached()
     assert not any("again" in line for line in said)
-    names = (SHARD, TOKENIZER, INDEX)
+    names = (SHARD, TOKENIZER_FILE, INDEX_FILE)
     whole = {name: (folder / name).read_bytes() for name in names}
     damage, words = DAMAGE[kind]
     damage(folder)
@@ -102,21 +119,21 @@ def test_intact_shards_are_hashed_only_after_they_changed(cached, monkeypatch) -
 
 def test_a_cache_without_a_stamp_is_verified_and_gets_one(cached) -> None:
     folder, _ = cached()
-    (folder / STAMP).unlink()
+    (folder / VERIFIED_FILE).unlink()
     assert cached()[1] == []
-    assert (folder / STAMP).is_file()
-    (folder / STAMP).unlink()
-    other_alphabet(folder / TOKENIZER)
-    assert f"{TOKENIZER} is not the one" in cached()[1][0]
+    assert (folder / VERIFIED_FILE).is_file()
+    (folder / VERIFIED_FILE).unlink()
+    other_alphabet(folder / TOKENIZER_FILE)
+    assert f"{TOKENIZER_FILE} is not the one" in cached()[1][0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"index.json": 3}', "null"])
 def test_a_stamp_that_is_no_stamp_is_no_stamp(cached, text) -> None:
     folder, _ = cached()
-    (folder / STAMP).write_text(text)
+    (folder / VERIFIED_FILE).write_text(text)
     assert cached()[1] == []
     flip(folder / SHARD, 2000)
-    (folder / STAMP).write_text(text)
+    (folder / VERIFIED_FILE).write_text(text)
     assert "prepared again" in cached()[1][0]
 
 
@@ -124,36 +141,36 @@ def test_a_stamp_that_is_no_stamp_is_no_stamp(cached, text) -> None:
 def test_damage_in_a_prepared_folder_stops_training_and_is_mended_by_preparing(
     play, tmp_path, headerless
 ) -> None:
-    out, request = tmp_path / "data", Request((play.as_posix(),), headerless=headerless)
+    out, request = tmp_path / "data", PrepareRequest((play.as_posix(),), raw_bin=headerless)
     prepare(out, request)
     name = "train.bin" if headerless else SHARD
     whole = (out / name).read_bytes()
     flip(out / name, 1500)
     with pytest.raises(UserError, match=f"{re.escape(name)} is not what .* given again, makes it"):
-        open_corpus(out, Wanted(), say=print)
+        open_dataset(out, DatasetOptions(), log=print)
     said: list[str] = []
-    prepare(out, request, say=said.append)
+    prepare(out, request, log=said.append)
     assert any("prepared again" in line for line in said)
     assert (out / name).read_bytes() == whole
-    open_corpus(out, Wanted(), say=print)
+    open_dataset(out, DatasetOptions(), log=print)
 
 
 def test_another_tokenizer_beside_prepared_shards_is_refused(play, tmp_path) -> None:
     out = tmp_path / "data"
-    prepare(out, Request((play.as_posix(),), tokenizer="char"))
-    (out / STAMP).unlink()
-    other_alphabet(out / TOKENIZER)
+    prepare(out, PrepareRequest((play.as_posix(),), tokenizer="char"))
+    (out / VERIFIED_FILE).unlink()
+    other_alphabet(out / TOKENIZER_FILE)
     with pytest.raises(UserError, match="not the one that the shards were made with"):
-        open_corpus(out, Wanted(), say=print)
+        open_dataset(out, DatasetOptions(), log=print)
 
 
 def test_more_than_the_limit_is_not_hashed(play, tmp_path) -> None:
-    index = prepare(tmp_path / "data", Request((play.as_posix(),), tokenizer="char"))
+    index = prepare(tmp_path / "data", PrepareRequest((play.as_posix(),), tokenizer="char"))
     flip(index.folder / SHARD, 2000)
-    assert find_damage(index, max_bytes=10) is None
-    assert SHARD in str(find_damage(index, max_bytes=10**6))
-    other_alphabet(index.folder / TOKENIZER)
-    assert TOKENIZER in str(find_damage(index, max_bytes=10))
+    assert find_corruption(index, max_hash_bytes=10) is None
+    assert SHARD in str(find_corruption(index, max_hash_bytes=10**6))
+    other_alphabet(index.folder / TOKENIZER_FILE)
+    assert TOKENIZER_FILE in str(find_corruption(index, max_hash_bytes=10))
 
 
 def test_a_shard_of_an_unfinished_preparation_is_made_again_if_it_changed(
@@ -161,13 +178,13 @@ def test_a_shard_of_an_unfinished_preparation_is_made_again_if_it_changed(
 ) -> None:
     source = tmp_path / "t.txt"
     source.write_text("".join(f"line {i} of many\n" for i in range(2000)))
-    request = Request((source.as_posix(),), tokenizer="byte", shard_bytes=4096)
+    request = PrepareRequest((source.as_posix(),), tokenizer="byte", shard_bytes=4096)
 
     def stop(*args, **kwargs) -> None:
         raise KeyboardInterrupt
 
     whole = prepare(tmp_path / "whole", request)
-    monkeypatch.setattr("gptforge.data.prepare.finish", stop)
+    monkeypatch.setattr("gptforge.data.prepare.pipeline.finish", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "data", request)
     monkeypatch.undo()
@@ -175,4 +192,4 @@ def test_a_shard_of_an_unfinished_preparation_is_made_again_if_it_changed(
     index = prepare(tmp_path / "data", request)
     assert index.digest == whole.digest
     assert (index.folder / SHARD).read_bytes() == (whole.folder / SHARD).read_bytes()
-    assert find_damage(index) is None
+    assert find_corruption(index) is None

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gptforge.demo.address import FIRST_PORT, free_port
+from gptforge.demo.port import FIRST_PORT, find_free_port
 from gptforge.errors import RunError, UserError
 
 
@@ -22,19 +22,19 @@ def test_an_impossible_host_is_refused_at_once_whatever_the_port(host) -> None:
     # It was once tried at a hundred ports, for eight minutes.
     for port in (0, 7999):
         with pytest.raises(UserError, match=r"--host .*give 127\.0\.0\.1"):
-            free_port(host, port)
+            find_free_port(host, port)
 
 
 def test_a_port_that_is_taken_is_no_mistake_of_the_host(taken, monkeypatch) -> None:
     for host in ("127.0.0.1", "0.0.0.0", "localhost"):
         with pytest.raises(RunError, match=f"--port {taken}: taken"):
-            free_port(host, taken)
-    monkeypatch.setattr("gptforge.demo.address.FIRST_PORT", taken)
-    assert free_port("127.0.0.1", 0) > taken
-    monkeypatch.setattr("gptforge.demo.address.PORTS", 1)
+            find_free_port(host, taken)
+    monkeypatch.setattr("gptforge.demo.port.FIRST_PORT", taken)
+    assert find_free_port("127.0.0.1", 0) > taken
+    monkeypatch.setattr("gptforge.demo.port.PORTS", 1)
     with pytest.raises(RunError, match="all taken"):
-        free_port("127.0.0.1", 0)
+        find_free_port("127.0.0.1", 0)
 
 
 def test_one_after_the_other_is_tried_from_the_first_on() -> None:
-    assert FIRST_PORT <= free_port("127.0.0.1", 0) < FIRST_PORT + 100
+    assert FIRST_PORT <= find_free_port("127.0.0.1", 0) < FIRST_PORT + 100

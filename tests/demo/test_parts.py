@@ -5,47 +5,56 @@ from math import log
 
 import pytest
 
-from gptforge.build import load
-from gptforge.demo.curves import training
-from gptforge.demo.paper import STEPS, note, paper
-from gptforge.demo.writing import LONGEST_PROMPT, MOST_TOKENS, Writers, write
+from gptforge.builders import load
+from gptforge.demo.sessions import (
+    MAX_NEW_TOKENS,
+    MAX_PROMPT_CHARS,
+    ModelCache,
+    generate_with_limits,
+)
+from gptforge.demo.token_html import PROBABILITY_BINS, render_status, render_tokens
+from gptforge.demo.training_tab import render_training
 from gptforge.errors import UserError
 from gptforge.files import json_line
-from gptforge.generate.language_model import Token
-from gptforge.generate.sampling import Sampling
+from gptforge.inference.language_model import Token
+from gptforge.inference.sampling import SamplingParams
 from tests.train.conftest import config as config
 from tests.train.runs import build
 
 
 @pytest.fixture
 def model(config):
-    build(config).run()
+    build(config).fit()
     return load(config.out_dir, device="cpu")
 
 
 def ask(model, prompt="ROMEO:", tokens=20, **more):
-    return list(write(model, prompt, max_new_tokens=tokens, sampling=Sampling(), seed=1, **more))
+    return list(
+        generate_with_limits(
+            model, prompt, max_new_tokens=tokens, params=SamplingParams(), seed=1, **more
+        )
+    )
 
 
 def test_text_from_a_model_is_never_markup() -> None:
     tricky = Token(0, '<img src=x onerror="alert(1)">', log(0.5), (('"><b>', log(0.5)),))
-    page = paper("<script>alert(2)</script>", [tricky], is_writing=False)
+    page = render_tokens("<script>alert(2)</script>", [tricky], is_generating=False)
     assert "<img" not in page
     assert "<script" not in page
     assert '"><b>' not in page
-    assert "<script" not in note("<script>")
+    assert "<script" not in render_status("<script>")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.2, 0.5, 0.7, 0.9, 1.0])
 def test_the_tint_tells_the_probability(share) -> None:
-    page = paper("", [Token(0, "a", log(share), (("b", log(share)),))], is_writing=False)
-    assert f'class="t s{sum(share >= step for step in STEPS)}"' in page
+    page = render_tokens("", [Token(0, "a", log(share), (("b", log(share)),))], is_generating=False)
+    assert f'class="t s{sum(share >= step for step in PROBABILITY_BINS)}"' in page
     assert f"was given {share:.1%}" in page
 
 
 def test_the_page_holds_the_text_that_was_written(model) -> None:
     *_, last = ask(model)
-    page = paper("ROMEO:", last.tokens, is_writing=False)
+    page = render_tokens("ROMEO:", last.tokens, is_generating=False)
     plain = re.sub(r"<b class=\"line\">↵</b>|<[^>]+>", "", page)
     assert plain == "ROMEO:" + model.generate("ROMEO:", 20, seed=1)
     assert last.is_done
@@ -53,26 +62,30 @@ def test_the_page_holds_the_text_that_was_written(model) -> None:
 
 
 def test_bounds_are_kept_whatever_is_sent(model) -> None:
-    for prompt, tokens in (("R" * (LONGEST_PROMPT + 1), 5), ("R", MOST_TOKENS + 1), ("R", 0)):
+    for prompt, tokens in (("R" * (MAX_PROMPT_CHARS + 1), 5), ("R", MAX_NEW_TOKENS + 1), ("R", 0)):
         with pytest.raises(UserError):
             ask(model, prompt, tokens)
-    for sampling in (Sampling(temperature=-1), Sampling(top_p=0), Sampling(top_k=-3)):
+    for sampling in (
+        SamplingParams(temperature=-1),
+        SamplingParams(top_p=0),
+        SamplingParams(top_k=-3),
+    ):
         with pytest.raises(UserError):
-            list(write(model, "R", max_new_tokens=5, sampling=sampling, seed=1))
-    *_, last = ask(model, tokens=MOST_TOKENS, seconds=0)
+            list(generate_with_limits(model, "R", max_new_tokens=5, params=sampling, seed=1))
+    *_, last = ask(model, tokens=MAX_NEW_TOKENS, seconds=0)
     assert len(last.tokens) == 1
-    assert "the most that one text may take" in last.remark
+    assert "the most that one text may take" in last.note
 
 
 def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(config) -> None:
-    build(config).run()
+    build(config).fit()
     asked = []
 
     def opened(folder, say):
         asked.append(folder)
         return load(folder, device="cpu")
 
-    writers = Writers(opened, config.out_dir)
+    writers = ModelCache(opened, config.out_dir)
     names = writers.names()
     assert names[:2] == ["best", "last"]
     assert names[2] == "step-000020"
@@ -87,12 +100,12 @@ def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(config) -> Non
 
 def test_curves_grow_with_the_run(tmp_path) -> None:
     metrics, lines = tmp_path / "metrics.jsonl", []
-    assert "no figures" in training(tmp_path, total=100)
+    assert "no figures" in render_training(tmp_path, max_steps=100)
     for step in range(60):
         shown = {"loss": 4 - step / 50, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
         lines.append(json_line({"event": "train", "step": step, **shown}))
     metrics.write_text("".join(lines))
-    page = training(tmp_path, total=100)
+    page = render_training(tmp_path, max_steps=100)
     assert "<b>60</b>" in page
     assert "4 seconds" in page
     assert "best held-out" not in page
@@ -100,7 +113,7 @@ def test_curves_grow_with_the_run(tmp_path) -> None:
     lines.append(json_line({"event": "eval", "step": 60, **score}))
     lines.append(json_line({"event": "eval", "step": 61, "val_loss": None, "val_bpb": None}))
     metrics.write_text("".join(lines))
-    page = training(tmp_path, total=100)
+    page = render_training(tmp_path, max_steps=100)
     assert "3.210" in page
     assert "nan" not in page
 
@@ -108,7 +121,7 @@ def test_curves_grow_with_the_run(tmp_path) -> None:
 def test_without_gradio_it_says_what_to_install(program, config, monkeypatch) -> None:
     from gptforge.convert import extras
 
-    build(config).run()
+    build(config).fit()
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     done = program("demo", config.out_dir)
     assert done.code == 2
@@ -125,4 +138,4 @@ def test_a_loss_near_the_smallest_float_is_drawn(tmp_path) -> None:
     event = {"event": "train", "dt_ms": 1.0, "tok_per_sec": 1.0, "norm": 1.0, "lr": 1.0}
     lines = [json_line({**event, "step": i, "loss": loss}) for i, loss in enumerate((1e-320, 2.0))]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert "<svg" in training(tmp_path, total=2)
+    assert "<svg" in render_training(tmp_path, max_steps=2)

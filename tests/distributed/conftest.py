@@ -4,18 +4,18 @@ from pathlib import Path
 import pytest
 
 from gptforge.config import Config
-from gptforge.presets import preset
+from gptforge.presets import get_preset
 
 
 @pytest.fixture
 def config(play: Path, tmp_path: Path) -> Config:
     return dataclasses.replace(
-        preset("debug"),
+        get_preset("debug"),
         input=str(play),
         out_dir=str(tmp_path / "run"),
         device="cpu",
         eval_every=5,
         save_every=6,
         sample_every=10,
-        keep=9,
+        keep_checkpoints=9,
     )

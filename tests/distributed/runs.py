@@ -2,25 +2,25 @@
 
 import torch
 
-from gptforge.build import build_trainer
+from gptforge.builders import build_trainer
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
-from gptforge.distributed import ALONE, Ranks
+from gptforge.distributed import SINGLE_PROCESS, Comm
 from tests.distributed.spawn import on_ranks
 from tests.train.runs import StopAfter, events, last
 
 
-def run(ranks: Ranks, values: dict, stop_after: int = 0, stopping: int = 0) -> str:
+def run(ranks: Comm, values: dict, stop_after: int = 0, stopping: int = 0) -> str:
     """A run; `stopping` is the rank that wishes to stop."""
-    trainer = build_trainer(Config(**values), given=(), say=lambda _: None, ranks=ranks)
+    trainer = build_trainer(Config(**values), explicit=(), log=lambda _: None, comm=ranks)
     if stop_after and ranks.rank == stopping:
-        trainer.guard = StopAfter(stop_after)
-    return trainer.run()
+        trainer.stop_signal = StopAfter(stop_after)
+    return trainer.fit()
 
 
 def on(count: int, config: Config, *args: int) -> set[str]:
     return set(on_ranks(count, run, vars(config), *args)) if count > 1 else {
-        run(ALONE, vars(config), *args)
+        run(SINGLE_PROCESS, vars(config), *args)
     }  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from gptforge.distributed import join
+from gptforge.distributed import init_distributed
 from gptforge.errors import RunError, UserError
 
 # A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
 _context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    _context.set_forkserver_preload(["gptforge.build", "torch.distributed.fsdp", "matplotlib"])
+    _context.set_forkserver_preload(["gptforge.builders", "torch.distributed.fsdp", "matplotlib"])
 
 
 def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
@@ -129,14 +129,14 @@ def _child(
     try:
         if before is not None:
             before(rank)
-        ranks = join("cpu")
+        ranks = init_distributed("cpu")
     except (UserError, RunError) as error:
         print(f"error: {error}", flush=True)
         os._exit(2 if isinstance(error, UserError) else 1)
     try:
         result = do(ranks, *args)
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-        ranks.leave()
+        ranks.shutdown()
     except BaseException as error:
         traceback.print_exc()
-        ranks.fail(error)
+        ranks.abort(error)

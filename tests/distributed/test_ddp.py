@@ -5,19 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.build import build_trainer
-from gptforge.build.parallel import check_shares
+from gptforge.builders import build_trainer
+from gptforge.builders.parallel import check_global_batch
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
-from gptforge.data.loader import Loader
-from gptforge.distributed import ALONE, Ranks
+from gptforge.data.dataloader import DataLoader
+from gptforge.device import Precision
+from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
-from gptforge.evaluate.heldout import HeldOut, PartialLoss
-from gptforge.hardware import PLAIN, Kernels, Precision
+from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator
+from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.train import parallel
-from gptforge.train.step import TrainStep
+from gptforge.train.parallel import grad_reducer
+from gptforge.train.train_step import TrainStep
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, on
 from tests.distributed.spawn import on_ranks
@@ -62,27 +63,27 @@ def test_a_wish_to_stop_on_one_rank_stops_all_behind_the_same_step(config) -> No
     assert last(config).name == "step-000004"
 
 
-def batch(ranks: Ranks, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(ranks: Comm, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's part of a batch that is the same for any number of ranks."""
     tokens = torch.randint(0, 64, (rows, 17), generator=torch.Generator().manual_seed(5))
-    each = rows // ranks.size
+    each = rows // ranks.world_size
     tokens = tokens[ranks.rank * each : (ranks.rank + 1) * each]
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def make(ranks: Ranks, *, by_hand: bool, micro_batch: int = 1) -> TrainStep:
-    parallel.PIECE = 4096  # several messages even for a tiny model
-    model = GPT(TINY).initialize(torch.Generator().manual_seed(0))
+def make(ranks: Comm, *, by_hand: bool, micro_batch: int = 1) -> TrainStep:
+    grad_reducer.BUCKET_BYTES = 4096  # several messages even for a tiny model
+    model = GPT(TINY).init_weights(torch.Generator().manual_seed(0))
     return TrainStep(
         model,
         build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1),
         precision=FLOAT32,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch,
         grad_clip=1.0,
-        kernels=Kernels(by_hand=True) if by_hand else PLAIN,
-        may_shrink=True,
-        say=lambda text: None,
-        ranks=ranks,
+        kernels=KernelConfig(manual_backward=True) if by_hand else DEFAULT_KERNELS,
+        halve_on_oom=True,
+        log=lambda text: None,
+        comm=ranks,
     )
 
 
@@ -90,7 +91,7 @@ def weights(step: TrainStep) -> list[float]:
     return torch.cat([p.detach().flatten() for p in step.model.parameters()]).tolist()
 
 
-def steps(ranks: Ranks, by_hand: bool) -> list:
+def steps(ranks: Comm, by_hand: bool) -> list:
     step = make(ranks, by_hand=by_hand)
     seen = [[float(x) for x in step(*batch(ranks), lr=1e-2)] for _ in range(5)]
     return [seen, weights(step)]
@@ -98,18 +99,18 @@ def steps(ranks: Ranks, by_hand: bool) -> list:
 
 @pytest.mark.parametrize("by_hand", [True, False], ids=["written out", "autograd"])
 def test_each_way_of_an_update_adds_up_over_the_ranks(by_hand) -> None:
-    seen, final = steps(ALONE, by_hand)
+    seen, final = steps(SINGLE_PROCESS, by_hand)
     for count in (2, 4):
         for theirs, end in on_ranks(count, steps, by_hand):
             torch.testing.assert_close(torch.tensor(theirs), torch.tensor(seen))
             torch.testing.assert_close(torch.tensor(end), torch.tensor(final), rtol=1e-5, atol=1e-4)
 
 
-def sending(ranks: Ranks, by_hand: bool) -> list:
+def sending(ranks: Comm, by_hand: bool) -> list:
     """Which micro-batch each message was sent in, and how many gradients were made before it."""
     step = make(ranks, by_hand=by_hand)
     micro_batch, made, sent = 0, 0, []
-    begin, learn, sync = ranks.begin_sum, step._learn, step._sync
+    begin, learn, sync = ranks.all_reduce_async, step._forward_backward, step.reducer
 
     def count_micro_batches(*args):
         nonlocal micro_batch
@@ -119,17 +120,17 @@ def sending(ranks: Ranks, by_hand: bool) -> list:
     def note_made(groups: int) -> None:
         nonlocal made
         made = groups
-        type(sync).made(sync, groups)
+        type(sync).grads_ready(sync, groups)
 
     def note_sent(tensor):
         sent.append([micro_batch, made, tensor.numel()])
         return begin(tensor)
 
-    step._learn, ranks.begin_sum = count_micro_batches, note_sent
+    step._forward_backward, ranks.all_reduce_async = count_micro_batches, note_sent
     if by_hand:
-        step._way.made = note_made
+        step.backend.on_grads_ready = note_made
     else:
-        step._gradients_in_a_row.made = note_made
+        step._gradients_in_a_row.on_grads_ready = note_made
     step(*batch(ranks), lr=1e-2)
     return [sent, sum(p.numel() for p in step.model.parameters())]
 
@@ -142,17 +143,17 @@ def test_gradients_set_out_while_others_are_made_in_the_last_micro_batch_only(by
         assert sum(size for _, _, size in sent) >= numbers
 
 
-def broken(ranks: Ranks, by_hand: bool) -> list:
+def broken(ranks: Comm, by_hand: bool) -> list:
     """One good update, and one in which rank 1 meets what is no number."""
     step = make(ranks, by_hand=by_hand)
     step(*batch(ranks), lr=1e-2)
     before = weights(step)
-    learn = step._learn
+    learn = step._forward_backward
 
     def no_number(x, y, scale):
         return learn(x, y, float("nan") if ranks.rank == 1 else scale)
 
-    step._learn = no_number
+    step._forward_backward = no_number
     loss, norm = step(*batch(ranks), lr=1e-2)
     return [weights(step) == before, str(float(loss)), str(float(norm))]
 
@@ -165,12 +166,12 @@ def test_no_number_on_one_rank_leaves_the_update_out_on_all(by_hand) -> None:
     assert one[2] == "nan"
 
 
-def short_of_memory(ranks: Ranks, by_hand: bool, late: bool) -> list:
+def short_of_memory(ranks: Comm, by_hand: bool, late: bool) -> list:
     """Rank 1 runs out of memory in the second update, before or after it sent anything."""
     step = make(ranks, by_hand=by_hand, micro_batch=2)
     step(*batch(ranks), lr=1e-2)
     before = weights(step)
-    learn, calls = step._learn, 0
+    learn, calls = step._forward_backward, 0
 
     def fail_once(*args):
         nonlocal calls
@@ -182,16 +183,16 @@ def short_of_memory(ranks: Ranks, by_hand: bool, late: bool) -> list:
             raise torch.OutOfMemoryError("no memory")
         return loss
 
-    step._learn = fail_once
+    step._forward_backward = fail_once
     loss, _ = step(*batch(ranks), lr=1e-2)
     second = weights(step)
     step(*batch(ranks), lr=1e-2)
-    return [second == before, float(loss), second, weights(step), step.micro_batch]
+    return [second == before, float(loss), second, weights(step), step.micro_batch_size]
 
 
 @pytest.mark.parametrize("by_hand", [True, False], ids=["written out", "autograd"])
 def test_memory_that_runs_out_on_one_rank_does_not_change_what_is_learned(by_hand) -> None:
-    seen, _ = steps(ALONE, by_hand)
+    seen, _ = steps(SINGLE_PROCESS, by_hand)
     one, two = on_ranks(2, short_of_memory, by_hand, False)
     assert one[:4] == two[:4]
     assert one[0] is False
@@ -207,24 +208,24 @@ def test_memory_that_runs_out_too_late_leaves_the_update_out_on_all(by_hand) -> 
     assert two[4] == 1
 
 
-def judge(ranks: Ranks) -> list:
-    model = GPT(TINY).initialize(torch.Generator().manual_seed(0))
+def judge(ranks: Comm) -> list:
+    model = GPT(TINY).init_weights(torch.Generator().manual_seed(0))
     tokens = torch.arange(16 * 11 + 5).numpy() % 60
-    held_out = HeldOut(tokens, tokens * 0 + 1, context_length=16, batch_size=3)
+    held_out = ValEvaluator(tokens, tokens * 0 + 1, context_length=16, batch_size=3)
     score = held_out.evaluate(model, FLOAT32, ranks)
-    return [score.loss, score.bits_per_byte, score.tokens, score.bytes]
+    return [score.loss, score.bits_per_byte, score.num_tokens, score.num_bytes]
 
 
 def test_an_evaluation_is_spread_over_the_ranks_and_scores_the_same() -> None:
-    alone = judge(ALONE)
+    alone = judge(SINGLE_PROCESS)
     for count in (2, 4):
         for score in on_ranks(count, judge):
             assert score == pytest.approx(alone, rel=1e-6)
 
 
-def different(ranks: Ranks) -> str:
+def different(ranks: Comm) -> str:
     try:
-        ranks.require_same({"text": "this" if ranks.rank != 2 else "that"})
+        ranks.assert_same({"text": "this" if ranks.rank != 2 else "that"})
     except UserError as error:
         return str(error)
     return ""
@@ -240,26 +241,26 @@ def test_a_rank_with_another_text_is_named() -> None:
 def test_what_a_rank_was_started_with_is_compared_not_what_rank_0_made_of_it(config) -> None:
     noted: dict[str, str] = {}
 
-    class Second(Ranks):
-        def on_first(self, do):
-            said = do()
+    class Second(Comm):
+        def broadcast_from_rank0(self, compute):
+            said = compute()
             is_config = isinstance(said, dict) and "max_lr" in said
             return said | {"max_lr": 1e-3} if is_config else said
 
-        def require_same(self, facts):
-            noted.update(facts)
+        def assert_same(self, values):
+            noted.update(values)
 
     config = dataclasses.replace(config, max_lr=0.5)
-    trainer = build_trainer(config, given=(), say=lambda _: None, ranks=Second())
+    trainer = build_trainer(config, explicit=(), log=lambda _: None, comm=Second())
     assert trainer is not None and trainer.config.max_lr == 1e-3
-    trainer.lock.close()
+    trainer.lock.release()
     assert noted["--max_lr"] == "0.5"
 
 
-def give_up(ranks: Ranks) -> list:
+def give_up(ranks: Comm) -> list:
     """Rank 1 gives up in its third round; in which round each hears of it."""
-    model = GPT(TINY).initialize(torch.Generator().manual_seed(0))
-    held_out = HeldOut(
+    model = GPT(TINY).init_weights(torch.Generator().manual_seed(0))
+    held_out = ValEvaluator(
         torch.zeros(16 * 40).numpy().astype("uint16"), torch.ones(64).numpy().astype("int64"),
         context_length=16, batch_size=1,
     )  # fmt: skip
@@ -270,7 +271,7 @@ def give_up(ranks: Ranks) -> list:
         return ranks.rank == 1 and len(rounds) >= 3
 
     score = held_out.evaluate_until(gives_up, model, FLOAT32, ranks)
-    return [isinstance(score, PartialLoss), len(rounds)]
+    return [isinstance(score, PartialValLoss), len(rounds)]
 
 
 def test_one_rank_that_gives_up_ends_an_evaluation_on_all_in_the_same_round() -> None:
@@ -281,27 +282,27 @@ def test_ranks_see_the_rows_that_one_process_would_see() -> None:
     tokens = torch.arange(400).numpy().astype("uint16")
 
     def rows(rank: int, size: int) -> torch.Tensor:
-        loader = Loader(
+        loader = DataLoader(
             tokens, context_length=7, global_batch=8, seed=1, shuffle=True,
             device=torch.device("cpu"), rank=rank, world_size=size,
         )  # fmt: skip
-        return torch.stack([loader.next()[0] for _ in range(9)], 1)
+        return torch.stack([loader.next_batch()[0] for _ in range(9)], 1)
 
     for size in (2, 4):
         assert torch.equal(torch.cat([rows(rank, size) for rank in range(size)]), rows(0, 1))
 
 
-class Three(Ranks):
-    size = 3
+class Three(Comm):
+    world_size = 3
 
 
 def test_a_global_batch_that_cannot_be_shared_says_what_could_be() -> None:
     config = dataclasses.replace(Config(), batch_size=8, gradient_accumulation_steps=5)
     with pytest.raises(UserError, match="40 windows, which 3 ranks") as caught:
-        check_shares(config, Three())
+        check_global_batch(config, Three())
     assert "use 2, 4, 5, 8, 10, 20, 40 ranks, or, unless a run" in str(caught.value)
     assert "--gradient_accumulation_steps 6" in str(caught.value)
-    check_shares(dataclasses.replace(config, gradient_accumulation_steps=6), Three())
+    check_global_batch(dataclasses.replace(config, gradient_accumulation_steps=6), Three())
 
 
 @pytest.mark.parametrize(
@@ -314,17 +315,19 @@ def test_a_global_batch_that_cannot_be_shared_says_what_could_be() -> None:
     ],
 )
 def test_a_launch_that_does_not_fit_together_is_refused(device, env, says) -> None:
-    from gptforge.distributed import join
+    from gptforge.distributed import init_distributed
 
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     whole = dict.fromkeys(names, "0") | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     whole |= {"MASTER_PORT": "29500"} | env
     with pytest.raises(UserError, match=says):
-        join(device, env={name: value for name, value in whole.items() if value is not None})
+        init_distributed(
+            device, env={name: value for name, value in whole.items() if value is not None}
+        )
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
-    from gptforge.distributed.join import _local_device
+    from gptforge.distributed.init import _local_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

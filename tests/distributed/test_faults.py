@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.build import build_trainer
+from gptforge.builders import build_trainer
 from gptforge.config import Config
-from gptforge.distributed import Ranks, heartbeat
-from gptforge.distributed.heartbeat import _Others, is_lost_contact
+from gptforge.distributed import Comm, watchdog
+from gptforge.distributed.watchdog import _RankMonitor, is_connection_error
 from gptforge.errors import RunError, UserError
 from tests.distributed.spawn import End, ends_of, free_port
 from tests.environment import python_path
@@ -27,13 +27,13 @@ HOST = socket.gethostname()
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
-def trouble(ranks: Ranks, values: dict, what: str) -> None:
+def trouble(ranks: Comm, values: dict, what: str) -> None:
     """A run in which something happens to rank 1 in its fifth step."""
-    trainer = build_trainer(Config(**values), given=(), say=lambda _: None, ranks=ranks)
-    learn = trainer.learn
+    trainer = build_trainer(Config(**values), explicit=(), log=lambda _: None, comm=ranks)
+    learn = trainer.train_step
 
     def with_trouble():
-        if ranks.rank == 1 and trainer.progress.step == 5:
+        if ranks.rank == 1 and trainer.state.step == 5:
             match what:
                 case "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -47,8 +47,8 @@ def trouble(ranks: Ranks, values: dict, what: str) -> None:
                     raise UserError("--flag is wrong")
         return learn()
 
-    trainer.learn = with_trouble
-    trainer.run()
+    trainer.train_step = with_trouble
+    trainer.fit()
 
 
 def ends(config: Config, what: str, *, silence: float = 30.0, count: int = 2) -> list[End]:
@@ -97,7 +97,7 @@ def life(host: str = "far", *, beat: float = 0, progress: int = 1, busy: int = 0
 @pytest.fixture
 def clock(monkeypatch) -> Callable[[float], None]:
     now = [100.0]
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
 
     def forward(seconds: float) -> None:
         now[0] += seconds
@@ -106,50 +106,52 @@ def clock(monkeypatch) -> Callable[[float], None]:
 
 
 def test_signs_of_life_that_stay_the_same_count_as_none(clock) -> None:
-    others = _Others(30)
-    assert others.wrong({1: life(beat=1)}, None, "here") is None
+    others = _RankMonitor(30)
+    assert others.find_failure({1: life(beat=1)}, None, "here") is None
     clock(20)
-    assert others.wrong({1: life(beat=2)}, None, "here") is None
+    assert others.find_failure({1: life(beat=2)}, None, "here") is None
     clock(29)
-    assert others.wrong({1: life(beat=2)}, None, "here") is None
+    assert others.find_failure({1: life(beat=2)}, None, "here") is None
     clock(2)
-    said = others.wrong({1: life(beat=2)}, None, "here")
+    said = others.find_failure({1: life(beat=2)}, None, "here")
     assert said == "rank 1 on far has given no sign of life for 31 seconds"
 
 
 def test_standing_still_is_no_fault_before_the_first_step_or_while_one_is_busy(clock) -> None:
-    others = _Others(30)
+    others = _RankMonitor(30)
     for beat in range(100):
         clock(10)
         lives = {1: life(beat=beat, progress=0)}
-        assert others.wrong(lives, life(progress=0), "here") is None
+        assert others.find_failure(lives, life(progress=0), "here") is None
     for beat in range(100, 200):
         clock(10)
         lives = {1: life(beat=beat, progress=7)}
-        assert others.wrong(lives, life(progress=9, busy=1), "here") is None
+        assert others.find_failure(lives, life(progress=9, busy=1), "here") is None
     for beat in range(200, 203):
         clock(10)
-        said = others.wrong({1: life(beat=beat, progress=7)}, life(progress=9), "here")
+        said = others.find_failure({1: life(beat=beat, progress=7)}, life(progress=9), "here")
     assert said == "rank 1 on far stood still for 30 seconds while the others waited"
 
 
 def test_a_machine_whose_steps_take_minutes_does_not_hang(clock) -> None:
-    others = _Others(30)
+    others = _RankMonitor(30)
     for beat in range(90):
         clock(10)
         # A step every 20 seconds; then one that takes 80.
         progress = 1 + min(beat // 2, 10) + (beat > 28)
-        said = others.wrong({1: life(beat=beat, progress=progress)}, life(progress=progress), "x")
+        said = others.find_failure(
+            {1: life(beat=beat, progress=progress)}, life(progress=progress), "x"
+        )
         if beat < 40:
             assert said is None
     assert said is not None and said.startswith("all ranks have stood still for")
 
 
 def test_only_a_lost_connection_is_blamed_on_others() -> None:
-    assert is_lost_contact(torch.distributed.DistBackendError("NCCL"))
-    assert is_lost_contact(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [::1]:4"))
-    assert not is_lost_contact(RuntimeError("shapes do not match"))
-    assert not is_lost_contact(RunError("Connection closed by peer"))
+    assert is_connection_error(torch.distributed.DistBackendError("NCCL"))
+    assert is_connection_error(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [::1]:4"))
+    assert not is_connection_error(RuntimeError("shapes do not match"))
+    assert not is_connection_error(RunError("Connection closed by peer"))
 
 
 def start(folder: Path, *flags: str, env: dict[str, str], before: tuple[str, ...] = ()):

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from gptforge import load
-from gptforge.build import build_trainer
-from gptforge.build import parallel as building
-from gptforge.build.parallel import wants_shards
+from gptforge.builders import build_trainer
+from gptforge.builders import parallel as building
+from gptforge.builders.parallel import use_fsdp
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
-from gptforge.distributed import ALONE, Ranks
+from gptforge.device import Precision
+from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
-from gptforge.hardware import Precision
 from tests.distributed.runs import assert_same_run, on
 from tests.distributed.spawn import on_ranks
 from tests.train.runs import events, last
@@ -78,26 +78,26 @@ def test_narrow_shards_learn_nearly_what_a_whole_narrow_model_learns(config, tmp
     }
 
 
-def pieces(ranks: Ranks, values: dict) -> list:
+def pieces(ranks: Comm, values: dict) -> list:
     """Shares of weights and moments that lie on this rank, and what a bad step changes."""
-    trainer = build_trainer(Config(**values), given=(), say=lambda _: None, ranks=ranks)
-    step, model = trainer.train_step, trainer.train_step.model
-    inputs, targets = trainer.loader.next()
+    trainer = build_trainer(Config(**values), explicit=(), log=lambda _: None, comm=ranks)
+    step, model = trainer.step_fn, trainer.step_fn.model
+    inputs, targets = trainer.dataloader.next_batch()
     step(inputs, targets, lr=1e-3)
     every = list(model.parameters())
     moments = [step.optimizer.state[p]["exp_avg"] for p in every]
     whole = sum(p.numel() for p in every)
     shares = [sum(t.to_local().numel() for t in group) / whole for group in (every, moments)]
     before = [p.to_local().clone() for p in every]
-    learn = step._learn
+    learn = step._forward_backward
 
     def no_number(x, y, scale):
         return learn(x, y, float("nan") if ranks.rank == 1 else scale)
 
-    step._learn = no_number
+    step._forward_backward = no_number
     _, norm = step(inputs, targets, lr=1e-3)
     same = all(torch.equal(p.to_local(), b) for p, b in zip(every, before, strict=True))
-    trainer.lock.close()
+    trainer.lock.release()
     return [*shares, same, str(float(norm))]
 
 
@@ -107,8 +107,8 @@ def test_each_rank_holds_its_piece_and_no_number_on_one_stops_all(config) -> Non
         assert (same, norm) == (True, "nan")
 
 
-class Two(Ranks):
-    size = 2
+class Two(Comm):
+    world_size = 2
 
 
 def test_a_model_that_does_not_fit_is_sharded_without_being_asked(monkeypatch) -> None:
@@ -117,19 +117,19 @@ def test_a_model_that_does_not_fit_is_sharded_without_being_asked(monkeypatch) -
     gpu = torch.device("cuda", 0)
     for free, expected in ((80e9, False), (24e9, True)):
         monkeypatch.setattr(building, "usable_memory", lambda device, free=free: int(free))
-        assert wants_shards(config, gpu, BF16, Two(), said.append) is expected
+        assert use_fsdp(config, gpu, BF16, Two(), said.append) is expected
     assert "ddp" in said[0] and "fsdp" in said[1] and "a whole one takes" in said[1]
     whole = dataclasses.replace(config, parallel="ddp")
-    assert not wants_shards(whole, gpu, BF16, Two(), said.append)
+    assert not use_fsdp(whole, gpu, BF16, Two(), said.append)
 
 
 def test_shards_that_cannot_work_are_refused() -> None:
     config = dataclasses.replace(Config(), parallel="fsdp")
     with pytest.raises(UserError, match="--parallel fsdp shares a model among several ranks"):
-        wants_shards(config, torch.device("cpu"), BF16, ALONE, print)
+        use_fsdp(config, torch.device("cpu"), BF16, SINGLE_PROCESS, print)
     half = Precision(torch.float16, "")
     with pytest.raises(UserError, match="--dtype float16 does not go with --parallel fsdp"):
-        wants_shards(config, torch.device("cpu"), half, Two(), print)
+        use_fsdp(config, torch.device("cpu"), half, Two(), print)
     muon = dataclasses.replace(config, optimizer="muon")
     with pytest.raises(UserError, match="--optimizer muon needs whole matrices"):
-        wants_shards(muon, torch.device("cpu"), BF16, Two(), print)
+        use_fsdp(muon, torch.device("cpu"), BF16, Two(), print)

@@ -6,18 +6,19 @@ from unittest import mock
 import pytest
 import torch
 
-from gptforge.build import build_trainer, fitting, step
-from gptforge.build.fitting import has_room_to_gather
+from gptforge.builders import build_trainer, memory_fit, train_step
+from gptforge.builders.memory_fit import fits_zero1
 from gptforge.config import Config
-from gptforge.distributed import ALONE, Ranks
-from gptforge.distributed.ranks import ManyRanks
-from gptforge.distributed.shards import own_rows, whole
-from gptforge.hardware import Kernels, Precision
+from gptforge.device import Precision
+from gptforge.distributed import SINGLE_PROCESS, Comm
+from gptforge.distributed.comm import DistributedComm
+from gptforge.distributed.dtensor import gather_full_tensor, local_tensor
+from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.train.savings import NO_SAVINGS, Savings
-from gptforge.train.sharded import shard
-from gptforge.train.step import TrainStep
+from gptforge.train.parallel.fsdp import apply_fsdp
+from gptforge.train.savings import DEFAULT_SAVINGS, Savings
+from gptforge.train.train_step import TrainStep
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, on
 from tests.distributed.spawn import on_ranks
@@ -30,47 +31,47 @@ ROWS = 12
 
 
 def make(
-    ranks: Ranks, width: int = 16, savings: Savings = NO_SAVINGS, dtype: str = "float32"
+    ranks: Comm, width: int = 16, savings: Savings = DEFAULT_SAVINGS, dtype: str = "float32"
 ) -> TrainStep:
     precision = DTYPES[dtype]
     model = GPT(dataclasses.replace(TINY, n_embd=width))
-    model.initialize(torch.Generator().manual_seed(0))
-    root = shard(model, precision, ranks) if ranks.size > 1 else None
+    model.init_weights(torch.Generator().manual_seed(0))
+    root = apply_fsdp(model, precision, ranks) if ranks.world_size > 1 else None
     optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
     return TrainStep(
-        model, optimizer, precision=precision, micro_batch=1, grad_clip=1.0,
-        kernels=Kernels(by_hand=True), savings=savings, ranks=ranks, root=root,
+        model, optimizer, precision=precision, micro_batch_size=1, grad_clip=1.0,
+        kernels=KernelConfig(manual_backward=True), savings=savings, comm=ranks, root=root,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def judge(update: TrainStep, ranks: Ranks) -> float:
-    update.judged.eval()
-    return float(ranks.sum(update.judged(*batch(ranks, ROWS)).detach().clone()))
+def judge(update: TrainStep, ranks: Comm) -> float:
+    update.root_module.eval()
+    return float(ranks.all_reduce(update.root_module(*batch(ranks, ROWS)).detach().clone()))
 
 
-def steps(ranks: Ranks, width: int, savings: Savings, dtype: str) -> list:
+def steps(ranks: Comm, width: int, savings: Savings, dtype: str) -> list:
     """Losses and norms, an evaluation behind each update, and the weights that came of it."""
     update, seen = make(ranks, width, savings, dtype), []
     parameters = list(update.model.parameters())
     for _ in range(5):
         loss, norm = update(*batch(ranks, ROWS), lr=1e-2)
         seen.append([float(loss), float(norm), judge(update, ranks)])
-    wholes = [whole(p, ranks) for p in parameters]
+    wholes = [gather_full_tensor(p, ranks) for p in parameters]
     final = [x for w in wholes if w is not None for x in w.flatten().tolist()]
-    return [update.way, seen, final]
+    return [update.backend_name, seen, final]
 
 
 @pytest.mark.parametrize(
     ("width", "savings", "dtype"),
     [
-        (16, NO_SAVINGS, "float32"),
-        (14, NO_SAVINGS, "float32"),  # which ranks cannot cut evenly
-        (14, Savings(recompute=True), "bfloat16"),
+        (16, DEFAULT_SAVINGS, "float32"),
+        (14, DEFAULT_SAVINGS, "float32"),  # which ranks cannot cut evenly
+        (14, Savings(activation_checkpointing=True), "bfloat16"),
     ],
 )
 def test_shards_that_are_put_together_learn_what_one_process_learns(width, savings, dtype) -> None:
-    _, seen, final = steps(ALONE, width, savings, dtype)
+    _, seen, final = steps(SINGLE_PROCESS, width, savings, dtype)
     for count in (2, 3):
         for rank, (way, theirs, end) in enumerate(on_ranks(count, steps, width, savings, dtype)):
             assert way == "written out, in shards"
@@ -85,14 +86,16 @@ def test_shards_that_are_put_together_learn_what_one_process_learns(width, savin
                 )
 
 
-def run(ranks: Ranks, values: dict, stop_after: int = 0) -> str:
+def run(ranks: Comm, values: dict, stop_after: int = 0) -> str:
     """A whole run as a GPU would do it, on a CPU."""
-    with mock.patch.object(step, "kernels_of", lambda *_, **__: Kernels(by_hand=True)):
-        trainer = build_trainer(Config(**values), given=(), say=lambda _: None, ranks=ranks)
-    assert trainer.train_step.way == "written out, in shards"
-    if stop_after and ranks.is_first:
-        trainer.guard = StopAfter(stop_after)
-    return trainer.run()
+    with mock.patch.object(
+        train_step, "kernels_of", lambda *_, **__: KernelConfig(manual_backward=True)
+    ):
+        trainer = build_trainer(Config(**values), explicit=(), log=lambda _: None, comm=ranks)
+    assert trainer.step_fn.backend_name == "written out, in shards"
+    if stop_after and ranks.is_main:
+        trainer.stop_signal = StopAfter(stop_after)
+    return trainer.fit()
 
 
 def test_a_run_is_judged_sampled_saved_and_gone_on_with_in_any_form(config, tmp_path) -> None:
@@ -115,18 +118,18 @@ def test_a_cut_changes_no_bit_of_what_they_learn(config, tmp_path) -> None:
     assert_same_run(config, cut, bits=True)
 
 
-def messages(ranks: Ranks) -> list:
+def messages(ranks: Comm) -> list:
     """What is sent in which micro-batch of an update; 0 is before the first one."""
     update, sent, now = make(ranks), [], [0]
-    learn = update._learn
+    learn = update._forward_backward
 
     def counted(*args: object) -> torch.Tensor:
         now[0] += 1
         return learn(*args)
 
-    update._learn = counted
+    update._forward_backward = counted
     for name in ("begin_gather", "begin_sum_to_own", "begin_sum"):
-        real = getattr(ManyRanks, name)
+        real = getattr(DistributedComm, name)
 
         def noted(tensor: torch.Tensor, name: str = name, real=real):
             sent.append((name, now[0]))
@@ -148,18 +151,22 @@ def test_weights_are_sent_once_an_update_and_gradients_in_its_last_micro_batch()
         assert set(kinds["begin_sum"]) == {last_one}
 
 
-def broken(ranks: Ranks) -> list:
+def broken(ranks: Comm) -> list:
     update = make(ranks)
     update(*batch(ranks, ROWS), lr=1e-2)
     every = [p for group in update.optimizer.param_groups for p in group["params"]]
     moments = [update.optimizer.state[p]["exp_avg"] for p in every]
     whole_size = sum(p.numel() for p in every)
-    shares = [sum(own_rows(t).numel() for t in group) / whole_size for group in (every, moments)]
-    before = [own_rows(p).clone() for p in every]
-    learn = update._learn
-    update._learn = lambda x, y, scale: learn(x, y, float("nan") if ranks.rank == 1 else scale)
+    shares = [
+        sum(local_tensor(t).numel() for t in group) / whole_size for group in (every, moments)
+    ]
+    before = [local_tensor(p).clone() for p in every]
+    learn = update._forward_backward
+    update._forward_backward = lambda x, y, scale: learn(
+        x, y, float("nan") if ranks.rank == 1 else scale
+    )
     _, norm = update(*batch(ranks, ROWS), lr=1e-2)
-    same = all(torch.equal(own_rows(p), b) for p, b in zip(every, before, strict=True))
+    same = all(torch.equal(local_tensor(p), b) for p, b in zip(every, before, strict=True))
     return [*shares, same, str(float(norm))]
 
 
@@ -169,30 +176,30 @@ def test_each_rank_keeps_its_piece_and_no_number_on_one_stops_all() -> None:
         assert (same, norm) == (True, "nan")
 
 
-class Two(Ranks):
-    size = 2
+class Two(Comm):
+    world_size = 2
 
 
 def test_what_computes_is_whole_only_where_there_is_room_for_it(monkeypatch) -> None:
     config = dataclasses.replace(Config(), vocab_size=50304, n_layer=48, n_embd=1600, n_head=25)
     gpu = torch.device("cuda", 0)
     for free, expected in ((80e9, True), (40e9, True), (24e9, False)):
-        monkeypatch.setattr(fitting, "usable_memory", lambda device, free=free: int(free))
-        assert has_room_to_gather(config, gpu, (), Two()) is expected
-    monkeypatch.setattr(fitting, "usable_memory", lambda device: int(40e9))
+        monkeypatch.setattr(memory_fit, "usable_memory", lambda device, free=free: int(free))
+        assert fits_zero1(config, gpu, (), Two()) is expected
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda device: int(40e9))
     large = dataclasses.replace(config, batch_size=32)
-    assert not has_room_to_gather(large, gpu, ("batch_size",), Two())
+    assert not fits_zero1(large, gpu, ("batch_size",), Two())
 
 
-def rehearsing(ranks: Ranks) -> list:
+def rehearsing(ranks: Comm) -> list:
     update, seen = make(ranks), []
     for _ in range(3):
         seen.append([float(x) for x in update(*batch(ranks, ROWS), lr=1e-2)])
-        update.rehearse(1, 16)
+        update.dry_run(1, 16)
     return seen
 
 
 def test_a_rehearsal_between_updates_leaves_no_trace() -> None:
-    expected = rehearsing(ALONE)
+    expected = rehearsing(SINGLE_PROCESS)
     for seen in on_ranks(2, rehearsing):
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))

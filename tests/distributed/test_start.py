@@ -15,8 +15,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from gptforge.distributed import Ranks, heartbeat, join, ranks
-from gptforge.distributed.heartbeat import DEADLOCK, Heartbeat
+from gptforge.distributed import (
+    Comm,
+    comm,
+    init_distributed,
+    watchdog,
+)
+from gptforge.distributed.watchdog import DEADLOCK_FACTOR, Watchdog
 from gptforge.errors import UserError
 from tests.distributed.spawn import End, ends_of, ends_of_start, free_port
 from tests.environment import python_path
@@ -181,17 +186,17 @@ def test_ranks_that_count_differently_are_told_so() -> None:
 
 def test_a_number_without_the_number_of_all_is_a_mistake() -> None:
     with pytest.raises(UserError, match="RANK is 1 but WORLD_SIZE is not set"):
-        join("cpu", env={"RANK": "1"})
+        init_distributed("cpu", env={"RANK": "1"})
 
 
-def hangs_before_the_first_step(own: Ranks) -> None:
+def hangs_before_the_first_step(own: Comm) -> None:
     # Preparing a text may take longer than any one wait for it.
-    ranks.WAIT = timedelta(seconds=0.5)
+    comm.STORE_WAIT = timedelta(seconds=0.5)
     if own.rank == 1:
         time.sleep(8)
-    own.on_first(lambda: None)
-    own.require_same({"text": "this"})
-    own.all_of(True)
+    own.broadcast_from_rank0(lambda: None)
+    own.assert_same({"text": "this"})
+    own.all_true(True)
 
 
 @LINUX
@@ -203,8 +208,8 @@ def test_a_rank_that_keeps_others_waiting_before_the_first_step_is_named() -> No
 
 def test_ranks_that_all_wait_for_each_other_before_the_first_step_end(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
-    own = Heartbeat(0, size=2, host="here", store=None, is_loudest=True, silence=30)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    own = Watchdog(0, world_size=2, host="here", store=None, is_local_main=True, timeout=30)
 
     def look(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
         now[0] += seconds
@@ -212,11 +217,11 @@ def test_ranks_that_all_wait_for_each_other_before_the_first_step_end(monkeypatc
         return own._wait_before_first_step({0: life, 1: life})
 
     for waits in range(100):
-        assert look(29 * DEADLOCK, waits=waits) is None
+        assert look(29 * DEADLOCK_FACTOR, waits=waits) is None
     assert look(9999, waits=99, waiting=0) is None
     assert look(9999, waits=99, progress=1) is None
-    assert look(29 * DEADLOCK, waits=99) is None
-    said = look(DEADLOCK, waits=99)
+    assert look(29 * DEADLOCK_FACTOR, waits=99) is None
+    said = look(DEADLOCK_FACTOR, waits=99)
     assert said is not None
     assert "all 2 ranks have waited for each other for 120 seconds" in said
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptforge.data import reading
-from gptforge.data.prepare import prepare
-from gptforge.data.request import Request
-from gptforge.data.shards import ShardWriter
-from gptforge.data.stream import ShardStream
-from gptforge.tokenizers import named, save
+from gptforge.data.prepare import text_io
+from gptforge.data.prepare.pipeline import prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.token_dataset import ShardDataset
+from gptforge.tokenizers import from_name, save
 
 WORDS = ["what", "light", "through", "yonder", "window", "breaks", "it", "is", "the", "east"]
 
@@ -91,7 +91,7 @@ def test_what_is_not_there_is_an_error(doctor) -> None:
 
 def test_a_tiny_text_is_told_what_to_change(tmp_path, doctor) -> None:
     (tmp_path / "t.txt").write_text("Wherefore art thou Romeo?")
-    n = len(named("gpt2", "").encode("Wherefore art thou Romeo?"))
+    n = len(from_name("gpt2", "").encode("Wherefore art thou Romeo?"))
     said = doctor("t.txt", code=1)
     assert f"error   {n} tokens, 0 windows of 1024: use --context_length {n - 1} at most" in said
     (tmp_path / "t.txt").write_text(some_text(1, 500))
@@ -127,7 +127,7 @@ def test_marks_that_lie_across_the_border_of_two_pieces_are_counted(
     ]
     text = mark.join(parts)
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(reading, "BLOCK", block)
+    monkeypatch.setattr(text_io, "BLOCK_BYTES", block)
     said = doctor("t.txt", "--context_length", 4, "--tokenizer", "byte")
     assert f"{mark} stands in the text {text.count(mark)} times" in said
 
@@ -167,7 +167,7 @@ def test_a_vocabulary_for_other_text_shows_in_bytes_a_token(tmp_path, doctor) ->
 
 
 def test_a_character_that_is_not_in_the_tokenizer_is_named(tmp_path, doctor) -> None:
-    save(named("char", "abc "), tmp_path / "abc.json")
+    save(from_name("char", "abc "), tmp_path / "abc.json")
     (tmp_path / "t.txt").write_text("a cab, a cab")
     said = doctor("t.txt", "--tokenizer", "abc.json", code=1)
     assert "',' is not in this model's alphabet" in said
@@ -177,7 +177,7 @@ def test_a_character_that_is_not_in_the_tokenizer_is_named(tmp_path, doctor) -> 
 def prepared(tmp_path) -> Path:
     texts = [some_text(i) for i in range(150)]
     jsonl(tmp_path / "d.jsonl", texts)
-    prepare(tmp_path / "shards", Request((str(tmp_path / "d.jsonl"),), val_fraction=0.2))
+    prepare(tmp_path / "shards", PrepareRequest((str(tmp_path / "d.jsonl"),), val_fraction=0.2))
     return tmp_path / "shards"
 
 
@@ -203,7 +203,7 @@ def test_a_shard_with_other_content_or_cut_short_is_found(prepared, doctor) -> N
 
 
 def test_another_tokenizer_beside_the_shards_is_found(prepared, doctor) -> None:
-    save(named("byte", ""), prepared / "tokenizer.json")
+    save(from_name("byte", ""), prepared / "tokenizer.json")
     said = doctor("shards", "--context_length", 16, code=1)
     assert "tokenizer.json is not the one that the shards were made with" in said
 
@@ -227,7 +227,7 @@ def test_ids_outside_the_vocabulary_are_found_wherever_they_stand(tmp_path, doct
 
 
 def test_shards_made_with_another_vocabulary_show_in_bytes_a_token(tmp_path, doctor) -> None:
-    ids = named("byte", "").encode(some_text(1, 9000))
+    ids = from_name("byte", "").encode(some_text(1, 9000))
     shard(tmp_path / "train.bin", ids)
     said = doctor("train.bin", "--val_fraction", 0)
     assert (
@@ -252,16 +252,16 @@ def test_the_same_documents_in_train_and_val_shards_are_counted(tmp_path, doctor
 
 
 def test_a_document_over_many_blocks_is_one(tmp_path, monkeypatch) -> None:
-    from gptforge.data.shards import read_header
+    from gptforge.data.token_dataset import read_shard_header
     from gptforge.doctor import shards as module
 
     ids = [9, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 9, 9, 1, 2]
     shard(tmp_path / "t.bin", ids)
-    stream = ShardStream([read_header(tmp_path / "t.bin")], size=10)
+    stream = ShardDataset([read_shard_header(tmp_path / "t.bin")], vocab_size=10)
     expected = list(module._digests(stream, 9))
     assert len(expected) == 3 and expected[0] == expected[1] != expected[2]
     for block in (1, 2, 3, 5):
-        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(module, "BLOCK_TOKENS", block)
         assert list(module._digests(stream, 9)) == expected
 
 

@@ -11,7 +11,7 @@ from gptforge.doctor import machine
 
 
 def lines() -> list[str]:
-    return [f"{finding.level} {finding}" for finding in machine.examine()]
+    return [f"{finding.level} {finding}" for finding in machine.check_machine()]
 
 
 def test_this_machine_is_described(program) -> None:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from gptforge.config import GPTConfig
+from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import write_hf
-from gptforge.convert.parts import Parts
+from gptforge.device import Precision
 from gptforge.evaluate import tasks
-from gptforge.evaluate.tasks import Question
-from gptforge.generate.language_model import LanguageModel
-from gptforge.hardware import Precision
+from gptforge.evaluate.tasks import Example
+from gptforge.inference.language_model import LanguageModel
 from gptforge.model import GPT
-from gptforge.tokenizers import named
+from gptforge.tokenizers import from_name
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 SCENES, PAGES = 20, 20
@@ -52,40 +52,40 @@ def test_questions_answers_and_scores_are_the_harness_s(tmp_path) -> None:
         }
         for number in range(SCENES)
     ]
-    questions = [tasks.read_hellaswag(row) for row in rows]
+    questions = [tasks.parse_hellaswag(row) for row in rows]
     theirs = process_docs(Rows(rows))
     asked = []
     for question, doc in zip(questions, theirs, strict=True):
-        assert (question.beginning, question.right) == (doc["query"], doc["gold"])
-        assert [ending[1:] for ending in question.endings] == doc["choices"]
+        assert (question.context, question.label) == (doc["query"], doc["gold"])
+        assert [ending[1:] for ending in question.choices] == doc["choices"]
         asked += [(doc["query"], f" {choice}") for choice in doc["choices"]]
-    assert any(question.beginning.endswith(" ") for question in questions)
+    assert any(question.context.endswith(" ") for question in questions)
     # Longer than the model has places for, some of them.
     for text in (some(5, 70) for _ in range(PAGES)):
-        questions.append(tasks.read_lambada({"text": text}))
+        questions.append(tasks.parse_lambada({"text": text}))
         *before, last = text.split(" ")
         asked.append((" ".join(before), f" {last}"))
     # Beginnings that end in blanks, and none at all: the harness puts the end-of-text mark there.
     for blanks in (" ", "  ", "\n", " \n\t", ""):
         beginning = f"{some(3, 9)}{blanks}" if blanks else ""
-        questions.append(Question(beginning, (f" {some(1, 3)}", some(1, 2))))
-        asked += [(beginning, ending) for ending in questions[-1].endings]
+        questions.append(Example(beginning, (f" {some(1, 3)}", some(1, 2))))
+        asked += [(beginning, ending) for ending in questions[-1].choices]
 
-    tokenizer = named("gpt2", "")
-    tokenizer.marks_documents = True
-    model = GPT(GPTConfig(64, 50304, 2, 4, 64)).initialize(torch.Generator().manual_seed(0))
+    tokenizer = from_name("gpt2", "")
+    tokenizer.prepends_eot = True
+    model = GPT(GPTConfig(64, 50304, 2, 4, 64)).init_weights(torch.Generator().manual_seed(0))
     tensors = {name: t.detach() for name, t in model.state_dict().items() if "lm_head" not in name}
-    write_hf(tmp_path, Parts(model.config, tensors, tokenizer), card="# A model\n")
+    write_hf(tmp_path, ModelBundle(model.config, tensors, tokenizer), card="# A model\n")
     harness = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", max_length=64)
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)]
     right = harness.loglikelihood(requests, disable_tqdm=True)
 
     writer = LanguageModel(model, tokenizer)
-    answers = tasks.answer(writer, questions, Precision(torch.float32, "to compare"))
+    answers = tasks.score_choices(writer, questions, Precision(torch.float32, "to compare"))
     flat = [one for given in answers for one in given]
     for one, (logprob, is_greedy) in zip(flat, right, strict=True):
-        assert one.logprob == pytest.approx(logprob, abs=1e-3)
-        assert one.is_likeliest == is_greedy
+        assert one.loglikelihood == pytest.approx(logprob, abs=1e-3)
+        assert one.is_greedy == is_greedy
     score = tasks.score_hellaswag(questions[:SCENES], answers[:SCENES])
     sums = np.array([logprob for logprob, _ in right[: 4 * SCENES]]).reshape(SCENES, 4)
     lengths = np.array([[len(choice) for choice in doc["choices"]] for doc in theirs])

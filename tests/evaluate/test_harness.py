@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.evaluate.harness import _figure
+from gptforge.evaluate.harness import _metric_name
 from tests.programs import DEBUG
 
 EVAL = ("eval", "run", "--device", "cpu", "--tasks")
@@ -53,13 +53,13 @@ def run(program, play) -> None:
 @pytest.fixture
 def tasks(run, tmp_path) -> None:
     from gptforge import load
-    from gptforge.generate.sampling import Sampling
+    from gptforge.inference.sampling import SamplingParams
 
     writer = load("run", device="cpu")
     starts = ["What light is", "JULIET:", "in yonder window? " * 20]
     # The harness leaves room for what is to be written: 27 of 32 tokens.
     fits = [writer.decode(writer.encode(start)[-27:]) for start in starts]
-    texts = [one.text for one in writer.write(fits, 5, Sampling(0), stop="\n")]
+    texts = [one.text for one in writer.generate_batch(fits, 5, SamplingParams(0), stop="\n")]
     texts[0] = "something else"
     rows = [
         {"start": start, "endings": [" light", " 7 in yonder"], "label": i % 2, "written": text}
@@ -145,7 +145,7 @@ def test_what_goes_with_no_harness_is_refused(program, args, words) -> None:
 
 
 def test_figures_are_named_by_metric_and_filter() -> None:
-    assert _figure("acc,none") == "acc"
-    assert _figure("acc_stderr,none") == "acc_stderr"
-    assert _figure("exact_match,strict") == "exact_match,strict"
-    assert _figure("exact_match_stderr,strict") == "exact_match,strict_stderr"
+    assert _metric_name("acc,none") == "acc"
+    assert _metric_name("acc_stderr,none") == "acc_stderr"
+    assert _metric_name("exact_match,strict") == "exact_match,strict"
+    assert _metric_name("exact_match_stderr,strict") == "exact_match,strict_stderr"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptforge.evaluate.heldout import HeldOut, HeldOutLoss, PartialLoss
-from gptforge.hardware import Precision
+from gptforge.device import Precision
+from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
 
 FLOAT32 = Precision(torch.float32, "")
 
@@ -24,22 +24,24 @@ def plain_loop(model, ids, length) -> list[float]:
 def test_every_token_but_the_first_is_scored_once(tiny_model, n) -> None:
     ids = np.random.default_rng(n).integers(0, 64, n).astype(np.uint16)
     lengths = np.arange(64) % 4 + 1
-    held_out = HeldOut(ids, lengths, context_length=16, batch_size=3)
+    held_out = ValEvaluator(ids, lengths, context_length=16, batch_size=3)
     score = held_out.evaluate(tiny_model, FLOAT32)
     with torch.no_grad():
         losses = plain_loop(tiny_model.eval(), ids.tolist(), 16)
-    assert score.tokens == n - 1 == len(losses)
+    assert score.num_tokens == n - 1 == len(losses)
     assert score.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert score.bytes == lengths[ids[1:]].sum()
-    assert score.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / score.bytes, rel=1e-5)
+    assert score.num_bytes == lengths[ids[1:]].sum()
+    assert score.bits_per_byte == pytest.approx(
+        sum(losses) / math.log(2) / score.num_bytes, rel=1e-5
+    )
     assert score.perplexity == pytest.approx(math.exp(score.loss))
-    assert held_out.share == 1.0
+    assert held_out.fraction == 1.0
 
 
 def test_the_size_of_the_batches_does_not_matter(tiny_model) -> None:
     ids = np.random.default_rng(0).integers(0, 64, 200).astype(np.uint16)
     losses = [
-        HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=size)
+        ValEvaluator(ids, np.ones(64, np.int64), context_length=16, batch_size=size)
         .evaluate(tiny_model, FLOAT32)
         .loss
         for size in (1, 4, 100)
@@ -49,24 +51,26 @@ def test_the_size_of_the_batches_does_not_matter(tiny_model) -> None:
 
 def test_a_limit_reads_windows_spread_over_the_text(tiny_model) -> None:
     ids = np.zeros(1601, np.uint16)
-    held_out = HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=8, limit=160)
-    assert held_out.evaluate(tiny_model, FLOAT32).tokens == held_out.tokens == 160
-    assert held_out.share == 0.1
-    assert np.diff(held_out._starts).tolist() == [10] * 9
+    held_out = ValEvaluator(
+        ids, np.ones(64, np.int64), context_length=16, batch_size=8, max_tokens=160
+    )
+    assert held_out.evaluate(tiny_model, FLOAT32).num_tokens == held_out.num_tokens == 160
+    assert held_out.fraction == 0.1
+    assert np.diff(held_out._sequence_indices).tolist() == [10] * 9
 
 
 def test_stopped_evaluation_resumes_with_the_same_score(tiny_model) -> None:
     tiny_model.train()
     ids = np.random.default_rng(1).integers(0, 64, 16 * 10).astype(np.uint16)
-    held_out = HeldOut(ids, np.arange(64) % 3 + 1, context_length=16, batch_size=2)
+    held_out = ValEvaluator(ids, np.arange(64) % 3 + 1, context_length=16, batch_size=2)
     whole = held_out.evaluate(tiny_model, FLOAT32)
     partial = None
     for sessions in range(1, 6):
         partial = held_out.evaluate_until(lambda: True, tiny_model, FLOAT32, partial=partial)
         assert tiny_model.training
-        if isinstance(partial, HeldOutLoss):
+        if isinstance(partial, ValLoss):
             break
-        assert partial.windows == 2 * sessions
+        assert partial.sequences_done == 2 * sessions
     # Stopped after each batch; after the last one there is nothing left to stop.
     assert (partial, sessions) == (whole, 5)
 
@@ -74,10 +78,10 @@ def test_stopped_evaluation_resumes_with_the_same_score(tiny_model) -> None:
 def test_sums_of_another_evaluation_are_not_continued(tiny_model) -> None:
     ids = np.random.default_rng(1).integers(0, 64, 16 * 10).astype(np.uint16)
     lengths = np.ones(64, np.int64)
-    held_out = HeldOut(ids, lengths, context_length=16, batch_size=2)
+    held_out = ValEvaluator(ids, lengths, context_length=16, batch_size=2)
     partial = held_out.evaluate_until(lambda: True, tiny_model, FLOAT32)
-    assert isinstance(partial, PartialLoss)
-    fewer = HeldOut(ids, lengths, context_length=16, batch_size=2, limit=80)
+    assert isinstance(partial, PartialValLoss)
+    fewer = ValEvaluator(ids, lengths, context_length=16, batch_size=2, max_tokens=80)
     score = fewer.evaluate_until(lambda: False, tiny_model, FLOAT32, partial=partial)
     assert score == fewer.evaluate(tiny_model, FLOAT32)
 
@@ -86,7 +90,7 @@ def test_judging_leaves_no_trace(tiny_model) -> None:
     tiny_model.train()
     dice = torch.get_rng_state()
     ids = np.zeros(40, np.uint16)
-    HeldOut(ids, np.ones(64, np.int64), context_length=16, batch_size=2).evaluate(
+    ValEvaluator(ids, np.ones(64, np.int64), context_length=16, batch_size=2).evaluate(
         tiny_model, FLOAT32
     )
     assert tiny_model.training

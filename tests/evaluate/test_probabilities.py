@@ -10,13 +10,13 @@ import torch.nn.functional as F
 import transformers
 
 from gptforge import load
-from gptforge.build.exported import export_hf
-from gptforge.evaluate.heldout import HeldOut
-from gptforge.evaluate.tasks import Question, answer
-from gptforge.generate.language_model import LanguageModel
-from gptforge.generate.sampling import Sampling
-from gptforge.hardware import Precision
-from gptforge.model import IGNORE
+from gptforge.builders.export_model import export_hf
+from gptforge.device import Precision
+from gptforge.evaluate.tasks import Example, score_choices
+from gptforge.evaluate.val_loss import ValEvaluator
+from gptforge.inference.language_model import LanguageModel
+from gptforge.inference.sampling import SamplingParams
+from gptforge.model import IGNORE_INDEX
 from gptforge.tokenizers.char import CharTokenizer
 from tests.train.conftest import config as config
 from tests.train.runs import build, events, last
@@ -44,7 +44,7 @@ def expected(writer: LanguageModel, ids: list[int]) -> list[float]:
 
 def test_padding_rows_have_no_share_in_the_held_out_loss(writer) -> None:
     ids = writer.encode(TEXT[:17])
-    held_out = HeldOut(
+    held_out = ValEvaluator(
         np.array(ids, np.uint16), np.ones(len(ALPHABET), np.int64), context_length=16, batch_size=1
     )
     score = held_out.evaluate(writer.model, FLOAT32)
@@ -65,24 +65,24 @@ def test_logits_are_of_the_tokenizers_ids_alone(writer) -> None:
 
 
 def test_the_certainty_of_what_is_written_is_that_of_the_logits(writer) -> None:
-    tokens = list(writer.tokens("to be", 8, Sampling(temperature=1.0), seed=3))
+    tokens = list(writer.tokens("to be", 8, SamplingParams(temperature=1.0), seed=3))
     ids = writer.encode("to be") + [token.id for token in tokens]
     logprobs = [token.logprob for token in tokens]
     assert logprobs == pytest.approx(expected(writer, ids)[4:], abs=1e-4)
 
 
 def test_tasks_ask_for_the_same_probability(writer) -> None:
-    [[one]] = answer(writer, [Question("to be", (" or",))], FLOAT32)
+    [[one]] = score_choices(writer, [Example("to be", (" or",))], FLOAT32)
     known = expected(writer, writer.encode("to be or"))
-    assert one.logprob == pytest.approx(sum(known[-3:]), abs=1e-4)
+    assert one.loglikelihood == pytest.approx(sum(known[-3:]), abs=1e-4)
 
 
 def test_a_run_is_evaluated_alike_in_training_afterwards_and_by_hand(config, program) -> None:
     config = dataclasses.replace(config, dropout=0.0, eval_tokens=0)
-    build(config).run()
+    build(config).fit()
     held_out = build_held_out(config)
     writer = load(config.out_dir + "/checkpoints/last", device="cpu")
-    assert writer.tokenizer.size < writer.model.config.vocab_size
+    assert writer.tokenizer.vocab_size < writer.model.config.vocab_size
     losses, length = [], config.context_length
     for start in range(0, len(held_out) - 1, length):
         part = held_out[start : start + length + 1].tolist()
@@ -97,19 +97,19 @@ def test_a_run_is_evaluated_alike_in_training_afterwards_and_by_hand(config, pro
 def build_held_out(config) -> np.ndarray:
     longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
     trainer = build(longer)
-    trainer.lock.close()
-    assert trainer.held_out is not None
-    return np.asarray(trainer.held_out._tokens[:])
+    trainer.lock.release()
+    assert trainer.val_evaluator is not None
+    return np.asarray(trainer.val_evaluator._tokens[:])
 
 
 def test_an_export_has_the_same_probabilities(config, tmp_path) -> None:
-    build(config).run()
-    export_hf(config.out_dir, tmp_path / "out", say=lambda _: None)
+    build(config).fit()
+    export_hf(config.out_dir, tmp_path / "out", log=lambda _: None)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", local_files_only=True)
     ours = load(config.out_dir, device="cpu")
     ids = ours.encode("What light is 7 in")
     with torch.no_grad():
-        logprobs = theirs.eval()(torch.tensor([ids])).logits[0, :, : ours.tokenizer.size]
+        logprobs = theirs.eval()(torch.tensor([ids])).logits[0, :, : ours.tokenizer.vocab_size]
     torch.testing.assert_close(
         ours.logits(ids).softmax(-1), logprobs.softmax(-1), rtol=1e-4, atol=1e-6
     )
@@ -118,11 +118,13 @@ def test_an_export_has_the_same_probabilities(config, tmp_path) -> None:
 def test_training_still_counts_all_rows(config) -> None:
     # The loss of a seed stays what it was: the padding rows learn to be unlikely.
     trainer = build(dataclasses.replace(config, dropout=0.0))
-    inputs, targets = trainer.loader.next()
+    inputs, targets = trainer.dataloader.next_batch()
     with torch.no_grad():
-        logits = trainer.train_step.model(inputs)
-    loss, _ = trainer.train_step(inputs, targets, lr=0.0)
-    trainer.lock.close()
+        logits = trainer.step_fn.model(inputs)
+    loss, _ = trainer.step_fn(inputs, targets, lr=0.0)
+    trainer.lock.release()
     assert logits.size(-1) == 64
-    whole = F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORE)
+    whole = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten().long(), ignore_index=IGNORE_INDEX
+    )
     assert float(loss) == pytest.approx(float(whole), rel=1e-5)

@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from gptforge.config import GPTConfig
+from gptforge.device import Precision
 from gptforge.evaluate import tasks
-from gptforge.evaluate.tasks import Answer, Question, answer, read_hellaswag, read_lambada
-from gptforge.generate.language_model import LanguageModel
-from gptforge.hardware import Precision
+from gptforge.evaluate.tasks import (
+    Example,
+    LogLikelihood,
+    parse_hellaswag,
+    parse_lambada,
+    score_choices,
+)
+from gptforge.inference.language_model import LanguageModel
 from gptforge.model import GPT
-from gptforge.tokenizers import named
+from gptforge.tokenizers import from_name
 from gptforge.tokenizers.char import CharTokenizer
 from tests.programs import DEBUG
 
@@ -34,27 +40,27 @@ ROW = {
 def writer(device) -> LanguageModel:
     # More rows than bytes: none of them counts.
     model = GPT(GPTConfig(block_size=24, vocab_size=320, n_layer=2, n_head=2, n_embd=16))
-    model.initialize(torch.Generator().manual_seed(3))
+    model.init_weights(torch.Generator().manual_seed(3))
     with torch.no_grad():
         for parameter in model.parameters():
             # As drawn, it finds all letters about equally likely.
             parameter.mul_(4)
-    return LanguageModel(model.to(device), named("byte", ""))
+    return LanguageModel(model.to(device), from_name("byte", ""))
 
 
-def by_a_plain_loop(writer: LanguageModel, beginning: str, ending: str) -> Answer:
+def by_a_plain_loop(writer: LanguageModel, beginning: str, ending: str) -> LogLikelihood:
     ids = writer.encode(beginning + ending)
     count = len(writer.encode(ending))
     ids = ids[-(writer.model.config.block_size + 1) :]
     logprobs = writer.logits(ids[:-1]).double().log_softmax(-1)
     its = range(len(ids) - 1 - count, len(ids) - 1)
     total = sum(float(logprobs[i, ids[i + 1]]) for i in its)
-    return Answer(total, all(int(logprobs[i].argmax()) == ids[i + 1] for i in its))
+    return LogLikelihood(total, all(int(logprobs[i].argmax()) == ids[i + 1] for i in its))
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 8192])
 def test_answers_are_those_of_a_plain_loop(writer, monkeypatch, at_once) -> None:
-    monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(tasks, "MAX_BATCH_TOKENS", at_once)
     dice = torch.Generator().manual_seed(at_once)
 
     def words(least: int, most: int) -> str:
@@ -63,23 +69,25 @@ def test_answers_are_those_of_a_plain_loop(writer, monkeypatch, at_once) -> None
 
     # Some are longer than the model has places for.
     questions = [
-        Question(words(1, 40), tuple(f" {words(1, 12)}" for _ in range(n))) for n in (1, 4, 2, 4)
+        Example(words(1, 40), tuple(f" {words(1, 12)}" for _ in range(n))) for n in (1, 4, 2, 4)
     ]
     # And one ending is what the model itself would write, if that is a letter to be written.
     for start in (f"{letter}b" for letter in "abcdefghijklmnopqrstuvwxyz"):
         next_id = int(writer.logits(writer.encode(start))[-1, :256].argmax())
         if 32 < next_id < 127:
-            questions.append(Question(start, (chr(next_id),)))
+            questions.append(Example(start, (chr(next_id),)))
             break
     told: list[tuple[int, int]] = []
-    found = answer(writer, questions, FLOAT32, asked=lambda *told_of: told.append(told_of))
+    found = score_choices(
+        writer, questions, FLOAT32, progress=lambda *told_of: told.append(told_of)
+    )
     assert told[-1] == (12, 12)
     for question, given in zip(questions, found, strict=True):
-        for ending, one in zip(question.endings, given, strict=True):
-            plain = by_a_plain_loop(writer, question.beginning, ending)
-            assert one.logprob == pytest.approx(plain.logprob, abs=1e-3)
-            assert one.is_likeliest == plain.is_likeliest
-    assert found[-1][0].is_likeliest
+        for ending, one in zip(question.choices, given, strict=True):
+            plain = by_a_plain_loop(writer, question.context, ending)
+            assert one.loglikelihood == pytest.approx(plain.loglikelihood, abs=1e-3)
+            assert one.is_greedy == plain.is_greedy
+    assert found[-1][0].is_greedy
 
 
 def harness_pair(writer: LanguageModel, context: str, continuation: str) -> tuple[list, list]:
@@ -96,7 +104,7 @@ def harness_pair(writer: LanguageModel, context: str, continuation: str) -> tupl
 @pytest.mark.parametrize("blanks", ["", " ", "  ", "\n", " \n ", "\t"])
 @pytest.mark.parametrize("ending", [" roof", "roof", " 's", "  two"])
 def test_blanks_at_the_end_of_a_beginning_are_the_endings(tiny_model, blanks, ending) -> None:
-    gpt2 = LanguageModel(tiny_model, named("gpt2", ""))
+    gpt2 = LanguageModel(tiny_model, from_name("gpt2", ""))
     beginning = f"A man{blanks}"
     context, continuation = harness_pair(gpt2, beginning, ending)
     assert tasks._encoded(gpt2, beginning, ending) == ([*context, *continuation], len(continuation))
@@ -106,8 +114,8 @@ def test_blanks_at_the_end_of_a_beginning_are_the_endings(tiny_model, blanks, en
 def test_an_ending_without_a_beginning_is_asked_behind_an_empty_prompt(
     tiny_model, beginning
 ) -> None:
-    tokenizer = named("gpt2", "")
-    tokenizer.marks_documents = True
+    tokenizer = from_name("gpt2", "")
+    tokenizer.prepends_eot = True
     gpt2 = LanguageModel(tiny_model, tokenizer)
     ids = gpt2.encode(f"{beginning}a roof")
     assert tasks._encoded(gpt2, beginning, "a roof") == ([50256, *ids], len(ids))
@@ -122,35 +130,37 @@ def test_the_likeliest_is_told_apart_where_bfloat16_would_not(tiny_model) -> Non
         table[5], table[3] = 1.0005, 1.0
     writer = LanguageModel(tiny_model, CharTokenizer("abcdefgh"))
     bf16 = Precision(torch.bfloat16, "")
-    [[f, d]] = answer(writer, [Question("a", ("f", "d"))], bf16)
-    assert (f.is_likeliest, d.is_likeliest) == (True, False)
+    [[f, d]] = score_choices(writer, [Example("a", ("f", "d"))], bf16)
+    assert (f.is_greedy, d.is_greedy) == (True, False)
 
 
 def test_hellaswags_rows_are_cleaned_as_the_harness_does() -> None:
-    question = read_hellaswag(ROW)
-    assert question.beginning == "Roof shingle removal: A man is sitting on a roof. He"
+    question = parse_hellaswag(ROW)
+    assert question.context == "Roof shingle removal: A man is sitting on a roof. He"
     # A mark at the beginning leaves its blank there.
     kept = (" is using wrap. Then rest", "  rips level tiles off.", " a", " bb")
-    assert question.endings == kept
-    assert question.right == 3
+    assert question.choices == kept
+    assert question.label == 3
     with pytest.raises(ValueError, match="label 4"):
-        read_hellaswag(ROW | {"label": 4})
+        parse_hellaswag(ROW | {"label": 4})
 
 
 def test_lambadas_last_word_is_the_ending() -> None:
-    assert read_lambada({"text": "he said to  her"}) == Question("he said to ", (" her",))
+    assert parse_lambada({"text": "he said to  her"}) == Example("he said to ", (" her",))
     with pytest.raises(ValueError, match="no last word"):
-        read_lambada({"text": "word"})
+        parse_lambada({"text": "word"})
 
 
 def test_scores_by_likelihood_and_by_likelihood_a_character() -> None:
-    questions = [Question("a", (" b", " cccc"), 1), Question("a", (" b", " cccc"), 0)]
-    answers = [[Answer(-2.0, False), Answer(-4.0, True)]] * 2
+    questions = [Example("a", (" b", " cccc"), 1), Example("a", (" b", " cccc"), 0)]
+    answers = [[LogLikelihood(-2.0, False), LogLikelihood(-4.0, True)]] * 2
     score = tasks.score_hellaswag(questions, answers)
     assert (score["acc"], score["acc_norm"]) == (0.5, 0.5)
     assert tasks.score_hellaswag(questions[:1], answers[:1])["acc_norm"] == 1.0
     assert score["acc_stderr"] == 0.5
-    last = tasks.score_lambada([questions[0]] * 2, [[Answer(-1.0, True)], [Answer(-3.0, False)]])
+    last = tasks.score_lambada(
+        [questions[0]] * 2, [[LogLikelihood(-1.0, True)], [LogLikelihood(-3.0, False)]]
+    )
     assert (last["acc"], last["perplexity"]) == (0.5, math.exp(2))
 
 

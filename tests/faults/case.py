@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptforge.checkpoint.store import CheckpointStore, damage
+from gptforge.checkpoint.store import CheckpointStore, find_corruption
 
 STEPS, SAVE_EVERY, EVAL_EVERY, KEEP = 30, 5, 7, 2
 OUT_DIR = "disk/run"
@@ -54,7 +54,7 @@ class Case:
 
     def newest(self) -> int:
         """Steps in the newest whole checkpoint; 0 if there is none. Changes nothing."""
-        whole = [path for path in self.store.steps() if damage(path) is None]
+        whole = [path for path in self.store.checkpoints() if find_corruption(path) is None]
         return int(whole[-1].name.removeprefix("step-")) if whole else 0
 
     def complain(self, kind: str, what: str) -> None:
@@ -118,7 +118,7 @@ def announced(run: Path) -> int:
 
 def hashes_of(case: Case) -> dict[str, str]:
     """SHA-256 of what the last checkpoint has learned; nothing if there is none."""
-    last = case.store.pointed("last")
+    last = case.store.read_link("last")
     if last is None:
         return {}
     return {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in COMPARED}
@@ -126,7 +126,7 @@ def hashes_of(case: Case) -> dict[str, str]:
 
 def pointers_of(case: Case) -> dict[str, str | None]:
     """Names that best and last lead to."""
-    found = {which: case.store.pointed(which) for which in ("best", "last")}
+    found = {which: case.store.read_link(which) for which in ("best", "last")}
     return {which: path.name if path else None for which, path in found.items()}
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch._dynamo
 
-import gptforge.build
+import gptforge.builders
 import gptforge.cli
-from gptforge.evaluate.heldout import HeldOut
-from gptforge.train import guards
+from gptforge.evaluate.val_loss import ValEvaluator
+from gptforge.train import signals
 
 OPERATIONS = "operations.txt"
 OUT, ERR = "out.txt", "err.txt"
@@ -104,7 +104,7 @@ class Faults:
 
         for strike in self.strikes:
             if strike.action == "limit":
-                guards.MIN_SECONDS = float(strike.detail)
+                signals.MIN_TRAIN_SECONDS = float(strike.detail)
         in_evaluation = [strike for strike in self.strikes if strike.in_evaluation]
         self.strikes = [s for s in self.strikes if not s.in_evaluation and s.action != "limit"]
         if in_evaluation:
@@ -169,9 +169,9 @@ class Faults:
 
 def _count_batches(strikes: Sequence[Strike]) -> None:
     """Send a signal, or kill, while the n-th batch of held-out text is on its way."""
-    real_batch, count = HeldOut._batch, [0]
+    real_batch, count = ValEvaluator._batch, [0]
 
-    def batch(held_out: HeldOut, windows: Any) -> Any:
+    def batch(held_out: ValEvaluator, windows: Any) -> Any:
         count[0] += 1
         for strike in strikes:
             if strike.at == count[0]:
@@ -180,7 +180,7 @@ def _count_batches(strikes: Sequence[Strike]) -> None:
                 os.kill(os.getpid(), signal.Signals[strike.action])
         return real_batch(held_out, windows)
 
-    HeldOut._batch = batch  # type: ignore[method-assign]
+    ValEvaluator._batch = batch  # type: ignore[method-assign]
 
 
 def end_now() -> None:

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptforge import files
-from gptforge.checkpoint.store import CONTENTS, MANIFEST
+from gptforge.checkpoint.store import CHECKPOINT_FILES, MANIFEST
 from tests.faults.case import Case, one_error_line
 from tests.faults.child import BALLAST, Strike, remount
 from tests.faults.harness import BATCHES, Bench, can_mount, send
 
 Fault = Callable[[Bench, random.Random], Case]
 
-CHECKPOINT_FILES = (*CONTENTS, MANIFEST)
+CHECKPOINT_FILES = (*CHECKPOINT_FILES, MANIFEST)
 SPOILERS = ("flip", "cut", "empty", "delete")
 POINTER_SPOILERS = ("missing", "dangling", "garbage", "folder")
 FINAL = 30
@@ -174,7 +174,7 @@ def damage_one(bench: Bench, dice: random.Random, name: str, how: str) -> Case:
     """Spoil one file of the newest checkpoint of a run that was cut short."""
     case = bench.halfway()
     newest = case.newest()
-    spoil(case.store.steps()[-1] / name, how, dice)
+    spoil(case.store.checkpoints()[-1] / name, how, dice)
     if case.newest() == newest:
         case.complain("rough", f"{name}, {how}: the damage is not noticed")
     ended = bench.finish(case, is_damaged=True)
@@ -197,7 +197,7 @@ def damage_pointer(bench: Bench, which: str, how: str) -> Case:
     link.unlink()
     match how:
         case "dangling":
-            files.point(link, "step-999999")
+            files.set_link(link, "step-999999")
         case "garbage":
             link.write_bytes(b"\xff\x00 nonsense\n")
         case "folder":

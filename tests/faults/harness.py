@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from gptforge.checkpoint.store import damage
+from gptforge.checkpoint.store import find_corruption
 from tests.faults.case import (
     EVAL_EVERY,
     KEEP,
@@ -174,7 +174,7 @@ class Bench:
             case = self.case()
             # In the second half: best, last and two others are there.
             self.go(case, Strike(int(0.7 * self.reference.operations), "kill"))
-            assert len(case.store.steps()) > 2, "too few checkpoints"
+            assert len(case.store.checkpoints()) > 2, "too few checkpoints"
             self._halfway = case
         return self.copy(self._halfway)
 
@@ -186,8 +186,8 @@ class Bench:
                 case.complain("differs", f"{name} of the last checkpoint")
         if pointers != self.reference.pointers:
             case.complain("lost", f"pointers {pointers}, not {self.reference.pointers}")
-        for path in case.store.steps():
-            if reason := damage(path):
+        for path in case.store.checkpoints():
+            if reason := find_corruption(path):
                 case.complain("lost", f"{path.name} was left damaged: {reason}")
         left = [
             path.relative_to(case.run).as_posix()

@@ -19,28 +19,34 @@ import torch
 import zstandard
 
 from gptforge import files, tokenizers
-from gptforge.build.questions import _questions
-from gptforge.build.trained import open_parts
+from gptforge.builders.evaluate import _load_examples
+from gptforge.builders.load_model import load_parts
 from gptforge.checkpoint import store
-from gptforge.checkpoint.tensors import load_generator_tensors, write_tensors
-from gptforge.commands.prepare import describe
-from gptforge.config import Config, GPTConfig, check, merge, read_toml, to_toml
-from gptforge.convert.card import Origin, model_card
-from gptforge.convert.hf import FIXED, read_hf
-from gptforge.convert.hf_tokenizer import hf_tokenizer, read_hf_tokenizer
+from gptforge.checkpoint.state_dict import load_rng_state_dict, save_safetensors
+from gptforge.cli.prepare import describe
+from gptforge.config import (
+    Config,
+    GPTConfig,
+    merge,
+    read_toml,
+    to_toml,
+    validate,
+)
+from gptforge.convert.bundle import ModelBundle
+from gptforge.convert.hf import FIXED_CONFIG, read_hf
+from gptforge.convert.hf_tokenizer import load_hf_tokenizer, tokenizer_json
+from gptforge.convert.model_card import Origin, model_card
 from gptforge.convert.nanogpt import read_nanogpt
-from gptforge.convert.parts import Parts
-from gptforge.data.bad import BadInput, Skipped
-from gptforge.data.corpus import Wanted, check_length, open_corpus
-from gptforge.data.documents import Form
-from gptforge.data.index import read_index
-from gptforge.data.prepare import prepare
-from gptforge.data.request import Request
-from gptforge.data.sources import find_sources
-from gptforge.data.survey import texts
-from gptforge.data.verify import STAMP, find_damage
-from gptforge.demo.curves import training
-from gptforge.doctor.shards import examine_shards
+from gptforge.data.dataset import DatasetOptions, check_length, open_dataset
+from gptforge.data.index import VERIFIED_FILE, find_corruption, read_index
+from gptforge.data.input_errors import BadInput, BadInputHandler
+from gptforge.data.prepare.pipeline import prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.scan import iter_text
+from gptforge.data.prepare.sources import find_sources
+from gptforge.data.prepare.text_io import TextFormat
+from gptforge.demo.training_tab import render_training
+from gptforge.doctor.shards import check_shards
 from gptforge.errors import UserError
 from gptforge.model import GPT
 from gptforge.report.metrics import read_history
@@ -48,7 +54,7 @@ from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 from gptforge.train.micro_batch import find_micro_batch
-from gptforge.train.progress import Progress, read_progress
+from gptforge.train.state import TrainState, read_train_state
 from tests.fuzz import mutate
 
 SHAPE = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8)
@@ -57,7 +63,9 @@ ALPHABET = "".join(sorted(set(TEXT)))
 MERGES = ["Ġ t", "h e", "Ġt o", "b e", "o n"]
 STATE = {
     "version": 1,
-    **Progress(step=2, best_step=2, best_loss=1.4, recent_losses=[2.0], pending=["save"]).to_json(),
+    **TrainState(
+        step=2, best_step=2, best_loss=1.4, recent_losses=[2.0], pending=["save"]
+    ).to_json(),
     "loader": {"position": 16},
     "scaler": {},
     "file_sizes": {"log.md": 10, "metrics.jsonl": 20, "samples.md": 0},
@@ -89,24 +97,26 @@ def furnished() -> Iterator[Path]:
 
 def furnish(folder: Path) -> None:
     """What lies around the mutated file: a checkpoint, a model of transformers', shards."""
-    model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    model = GPT(SHAPE).init_weights(torch.Generator().manual_seed(0))
     tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
     checkpoint, hf = folder / "run/checkpoints/step-000002", folder / "hf"
     for place in (checkpoint, hf, folder / "in"):
         place.mkdir(parents=True)
     config = config_text()
-    store.write_model(checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config)
-    write_tensors(checkpoint / store.GENERATORS, {"cpu": torch.get_rng_state()})
+    store.save_inference_checkpoint(
+        checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config
+    )
+    save_safetensors(checkpoint / store.RNG_STATE, {"cpu": torch.get_rng_state()})
     (checkpoint / store.STATE).write_text(json.dumps(STATE))
     (folder / "run/config.toml").write_text(config)
     (folder / "run/metrics.jsonl").write_bytes(metrics())
-    write_tensors(hf / "model.safetensors", turned(tensors))
+    save_safetensors(hf / "model.safetensors", turned(tensors))
     (hf / "config.json").write_bytes(hf_config())
-    (hf / "tokenizer.json").write_bytes(json.dumps(hf_tokenizer(ByteTokenizer())).encode())
+    (hf / "tokenizer.json").write_bytes(json.dumps(tokenizer_json(ByteTokenizer())).encode())
     tokenizers.save(CharTokenizer(ALPHABET), hf / "gptforge_tokenizer.json")
     (folder / "in/text.txt").write_text(TEXT * 30)
-    request = Request((str(folder / "in/text.txt"),), tokenizer="byte", val_fraction=0.1)
-    prepare(folder / "shards", request, workers=1)
+    request = PrepareRequest((str(folder / "in/text.txt"),), tokenizer="byte", val_fraction=0.1)
+    prepare(folder / "shards", request, num_workers=1)
     (folder / "in/text.txt").unlink()
     (folder / "foreign").mkdir()
 
@@ -126,7 +136,9 @@ def config_text() -> str:
 
 def hf_config() -> bytes:
     sizes = {"n_positions": 8, "n_ctx": 8, "vocab_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 8}
-    return json.dumps({**{n: v[0] for n, v in FIXED.items()}, **sizes, "n_inner": 32}).encode()
+    return json.dumps(
+        {**{n: v[0] for n, v in FIXED_CONFIG.items()}, **sizes, "n_inner": 32}
+    ).encode()
 
 
 def metrics() -> bytes:
@@ -146,7 +158,7 @@ def metrics() -> bytes:
 
 
 def ckpt() -> dict[str, Any]:
-    model = GPT(SHAPE).initialize(torch.Generator().manual_seed(0))
+    model = GPT(SHAPE).init_weights(torch.Generator().manual_seed(0))
     sizes = {**vars(SHAPE), "bias": True}
     return {
         "model": dict(model.state_dict()),
@@ -212,33 +224,33 @@ def read_checkpoint(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
     manifest = {
         name: {"bytes": (path / name).stat().st_size, "sha256": files.sha256(path / name)}
-        for name in store.TO_WRITE_WITH
+        for name in store.INFERENCE_FILES
     }
     (path / store.MANIFEST).write_text(json.dumps({"files": manifest}))
-    open_parts(path)
+    load_parts(path)
 
 
 def read_state(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
-    read_progress(path, store.read_state(path))
-    store.CheckpointStore(path.parent).mend_pointers(path)
+    read_train_state(path, store.read_state(path))
+    store.CheckpointStore(path.parent).repair_links(path)
 
 
 def read_generators(folder: Path) -> None:
-    tensors = store.read_tensors(folder / "run/checkpoints/step-000002", store.GENERATORS)
+    tensors = store.read_tensors(folder / "run/checkpoints/step-000002", store.RNG_STATE)
     with torch.random.fork_rng([]):
-        load_generator_tensors(tensors, torch.device("cpu"))
+        load_rng_state_dict(tensors, torch.device("cpu"))
 
 
 def read_manifest(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
-    store.damage(path)
-    open_parts(path)
+    store.find_corruption(path)
+    load_parts(path)
 
 
 def read_flags_file(folder: Path) -> None:
     values, _ = read_toml(folder / "c.toml")
-    check(merge(Config(), values, source="--config c.toml"))
+    validate(merge(Config(), values, source="--config c.toml"))
 
 
 def read_shards(folder: Path) -> None:
@@ -246,24 +258,26 @@ def read_shards(folder: Path) -> None:
     index = read_index(folder / "shards")
     if index is not None:
         describe(index)
-        examine_shards(folder / "shards", Wanted(tokenizer="byte"), context_length=8)
-        find_damage(index)
+        check_shards(folder / "shards", DatasetOptions(tokenizer="byte"), context_length=8)
+        find_corruption(index)
         # Its hash in the stamp would refuse every index that is another.
-        wanted = Wanted(tokenizer="byte", verify=False)
-        check_length(open_corpus(folder / "shards", wanted, say=lambda _: None), 8)
+        wanted = DatasetOptions(tokenizer="byte", verify=False)
+        check_length(open_dataset(folder / "shards", wanted, log=lambda _: None), 8)
 
 
 def read_verified(folder: Path) -> None:
-    check_length(open_corpus(folder / "shards", Wanted(tokenizer="byte"), say=lambda _: None), 8)
+    check_length(
+        open_dataset(folder / "shards", DatasetOptions(tokenizer="byte"), log=lambda _: None), 8
+    )
 
 
 def read_foreign(folder: Path) -> None:
     for headerless in (True, False):
-        wanted = Wanted(tokenizer="byte", headerless=headerless, insists_on_tokenizer=True)
+        wanted = DatasetOptions(tokenizer="byte", raw_bin=headerless, require_tokenizer=True)
         try:
-            corpus = open_corpus(folder / "foreign", wanted, say=lambda _: None)
+            corpus = open_dataset(folder / "foreign", wanted, log=lambda _: None)
             corpus.train[:]
-            corpus.held_out[:]
+            corpus.val[:]
         except UserError:
             if not headerless:
                 raise
@@ -271,28 +285,30 @@ def read_foreign(folder: Path) -> None:
 
 def read_metrics(folder: Path) -> None:
     history = read_history(folder / "run/metrics.jsonl")
-    verdict(history, total_steps=4, epochs=1.0, out_dir="run", is_judged=True)
-    verdict(history, total_steps=4, epochs=1.0, out_dir="run", is_judged=False)
-    training(folder / "run", total=4)
+    verdict(history, total_steps=4, epochs=1.0, out_dir="run", has_val=True)
+    verdict(history, total_steps=4, epochs=1.0, out_dir="run", has_val=False)
+    render_training(folder / "run", max_steps=4)
     origin = Origin(merge(Config(), {}, source="fuzz"), 4, history, None)
-    model_card(Parts(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front={})
+    model_card(
+        ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front_matter={}
+    )
 
 
-def read_texts(folder: Path, name: str, form: Form | None = None) -> None:
+def read_texts(folder: Path, name: str, form: TextFormat | None = None) -> None:
     [source] = find_sources([str(folder / "in" / name)])
     for is_allowed in (True, False):
-        skipped = Skipped(is_allowed)
+        skipped = BadInputHandler(is_allowed)
         try:
-            for _ in islice(texts(source, form or Form(), skipped), 1000):
+            for _ in islice(iter_text(source, form or TextFormat(), skipped), 1000):
                 pass
         except BadInput as bad:
-            skipped.add(bad)
+            skipped.handle(bad)
 
 
 def read_answers(folder: Path) -> None:
     path = folder / "micro.json"
     fits = {"estimate": lambda count: count, "fits": lambda count: True, "free": None}
-    assert 1 <= find_micro_batch(8, **fits, remembered=path, key="k") <= 8
+    assert 1 <= find_micro_batch(8, **fits, cache_path=path, key="k") <= 8
 
 
 def merges_file() -> bytes:
@@ -339,7 +355,7 @@ FORMATS: dict[str, Format] = {
     ),
     "hf_bpe": Format(
         "tokenizer.json",
-        lambda: json.dumps(hf_tokenizer(GPT2Tokenizer(MERGES))).encode(),
+        lambda: json.dumps(tokenizer_json(GPT2Tokenizer(MERGES))).encode(),
         mutate.json_file,
         read_tokenizer,
     ),
@@ -348,18 +364,18 @@ FORMATS: dict[str, Format] = {
     ),
     "char": Format(
         "tokenizer.json",
-        lambda: of(CharTokenizer(ALPHABET, marks=True)),
+        lambda: of(CharTokenizer(ALPHABET, with_eot=True)),
         mutate.json_file,
         read_tokenizer,
     ),
     "byte": Format(
         "tokenizer.json",
-        lambda: of(ByteTokenizer(marks=True)),
+        lambda: of(ByteTokenizer(with_eot=True)),
         mutate.json_file,
         read_tokenizer,
     ),
     "merges": Format(
-        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(read_hf_tokenizer(f / "bpe"))
+        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(load_hf_tokenizer(f / "bpe"))
     ),
     "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state),
     "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest),
@@ -372,7 +388,7 @@ FORMATS: dict[str, Format] = {
         "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file
     ),
     "index": Format("shards/index.json", None, mutate.json_file, read_shards),
-    "stamp": Format(f"shards/{STAMP}", None, mutate.json_file, read_verified),
+    "stamp": Format(f"shards/{VERIFIED_FILE}", None, mutate.json_file, read_verified),
     "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign),
     "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics),
     "nanogpt": Format(
@@ -390,13 +406,13 @@ FORMATS: dict[str, Format] = {
         "in/t.txt",
         lambda: TEXT.encode() * 3,
         mutate.raw,
-        lambda f: read_texts(f, "t.txt", Form(split_on="\n")),
+        lambda f: read_texts(f, "t.txt", TextFormat(split_on="\n")),
     ),
     "utf16": Format(
         "in/t.txt",
         lambda: TEXT.encode("utf-16"),
         mutate.raw,
-        lambda f: read_texts(f, "t.txt", Form(encoding="utf-16")),
+        lambda f: read_texts(f, "t.txt", TextFormat(encoding="utf-16")),
     ),
     "jsonl": Format(
         "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl")
@@ -421,7 +437,7 @@ FORMATS: dict[str, Format] = {
         "in/t.tsv",
         lambda: TABLE.replace(b",", b"\t"),
         mutate.raw,
-        lambda f: read_texts(f, "t.tsv", Form(encoding="utf-8:replace")),
+        lambda f: read_texts(f, "t.tsv", TextFormat(encoding="utf-8:replace")),
     ),
     "gz": Format(
         "in/t.txt.gz",
@@ -446,13 +462,13 @@ FORMATS: dict[str, Format] = {
         "q.jsonl",
         hellaswag,
         mutate.json_lines,
-        lambda f: _questions("hellaswag", str(f / "q.jsonl"), 0),
+        lambda f: _load_examples("hellaswag", str(f / "q.jsonl"), 0),
     ),
     "lambada": Format(
         "q.jsonl",
         lambda: LINES,
         mutate.json_lines,
-        lambda f: _questions("lambada", str(f / "q.jsonl"), 0),
+        lambda f: _load_examples("lambada", str(f / "q.jsonl"), 0),
     ),
     "answers": Format(
         "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gptforge.errors import UserError
-from gptforge.generate.language_model import LanguageModel
-from gptforge.generate.sampling import Sampling
+from gptforge.inference.language_model import LanguageModel
+from gptforge.inference.sampling import SamplingParams
 from gptforge.tokenizers.char import CharTokenizer
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz"
@@ -26,7 +26,7 @@ def test_a_string_is_one_stop_text_not_its_characters(writer) -> None:
     assert writer.generate("to be", 50, seed=1, stop=stop) == expected
     assert "".join(writer.stream("to be", 50, seed=1, stop=stop)) == expected
     [writing] = writer.write("to be", 50, seeds=1, stop=stop)
-    assert (writing.text, writing.ended) == (expected, "stop")
+    assert (writing.text, writing.finish_reason) == (expected, "stop")
     assert writer.generate("to be", 50, seed=1, stop=None) == whole
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_that_is_no_text_is_refused(writer, way, prompt) -> None:
         (lambda writer: writer.write(["a", None]), "each of the prompts must be a string"),
         (lambda writer: writer.write(["a", "b"], seeds=1), "2 prompts, 1 seeds"),
         (lambda writer: writer.write("a", 3, 0.8), "sampling must be Sampling"),
-        (lambda writer: writer.write("a", 3, Sampling(top_k=None)), "--top_k"),
+        (lambda writer: writer.write("a", 3, SamplingParams(top_k=None)), "--top_k"),
         (lambda writer: writer.write("a", 3, stop_ids="b"), "each of stop_ids"),
         (lambda writer: writer.tokens("a", alternatives=-1), "alternatives must be"),
         (lambda writer: writer.decode([28]), "each of the ids must be below 28, not 28"),

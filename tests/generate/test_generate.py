@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge.errors import UserError
-from gptforge.generate.language_model import LanguageModel
-from gptforge.generate.streaming import until
+from gptforge.inference.detokenizer import truncate_at_stop
+from gptforge.inference.language_model import LanguageModel
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz"
@@ -32,7 +32,7 @@ def test_a_prompt_longer_than_the_context_slides(writer) -> None:
 
 def test_the_window_slides_aloud_and_says_so_once(tiny_model) -> None:
     said = []
-    writer = LanguageModel(tiny_model, CharTokenizer(ALPHABET), say=said.append)
+    writer = LanguageModel(tiny_model, CharTokenizer(ALPHABET), log=said.append)
     writer.generate("to be", 11, seed=0)
     assert said == []
     writer.generate("to be", 60, seed=0)
@@ -45,7 +45,7 @@ def test_a_batch_of_prompts_of_any_lengths_writes_what_each_alone_would(writer) 
     together = writer.write(prompts, 30, seeds=seeds, stop=["q"], logprobs=True)
     for prompt, seed, writing in zip(prompts, seeds, together, strict=True):
         assert writing.text == writer.generate(prompt, 30, seed=seed, stop=["q"])
-        assert writing.ended == ("stop" if len(writing.ids) < 30 else "length")
+        assert writing.finish_reason == ("stop" if len(writing.ids) < 30 else "length")
         tokens = list(writer.tokens(prompt, len(writing.ids), seed=seed))
         assert [token.id for token in tokens] == writing.ids
         expected = [token.logprob for token in tokens]
@@ -59,19 +59,19 @@ def test_a_stop_token_ends_it_and_stays_out_of_the_text(writer) -> None:
     end = whole.ids.index(stop)
     assert ended.ids == whole.ids[: end + 1]
     assert ended.text == whole.text[:end]
-    assert ended.ended == "stop"
+    assert ended.finish_reason == "stop"
 
 
 def test_an_end_of_text_mark_ends_every_way_of_writing(tiny_model) -> None:
     marked = CharTokenizer(ALPHABET)
-    marked.end_of_text = 3
+    marked.eot_token = 3
     writer = LanguageModel(tiny_model, marked)
     plain = LanguageModel(tiny_model, CharTokenizer(ALPHABET))
     seed = next(n for n in range(99) if ALPHABET[3] in plain.generate("a", 40, seed=n)[1:])
     expected = plain.generate("a", 40, seed=seed).split(ALPHABET[3])[0]
     assert writer.generate("a", 40, seed=seed) == expected
     assert "".join(writer.stream("a", 40, seed=seed)) == expected
-    assert "".join(token.text for token in writer.tokens("a", 40, seed=seed)) == expected
+    assert "".join(token.text for token in writer.stream_tokens("a", 40, seed=seed)) == expected
 
 
 def test_an_empty_prompt_starts_a_line(writer) -> None:
@@ -96,7 +96,7 @@ def test_greedy_takes_the_likeliest(writer) -> None:
 
 def test_a_character_is_never_cut_in_a_stream(tiny_model) -> None:
     class Wide(ByteTokenizer):
-        size = 64
+        vocab_size = 64
 
         def decode_bytes(self, ids):
             # Half of the ids are the first byte of é, half the second.
@@ -135,4 +135,4 @@ def test_writing_ends_before_the_first_stop_text(pieces, stop) -> None:
         if found := [text for text in stop if expected.endswith(text)]:
             expected = expected.removesuffix(max(found, key=len))
             break
-    assert "".join(until(iter(pieces), stop)) == expected
+    assert "".join(truncate_at_stop(iter(pieces), stop)) == expected

@@ -4,13 +4,18 @@ import pytest
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.generate import quick
-from gptforge.generate.decode import Decoder
-from gptforge.generate.engine import Engine
-from gptforge.generate.quick import FewSequences, ManySequences, QuickStep, quick_step
-from gptforge.generate.sampling import Sampling, throw_dice
-from gptforge.generate.session import Session
-from gptforge.kernels.decode import ByTorch, ByTriton, comes_early
+from gptforge.inference import fused_decode
+from gptforge.inference.decode_session import DecodeSession
+from gptforge.inference.fused_decode import (
+    FusedDecode,
+    LargeBatchDecode,
+    SmallBatchDecode,
+    build_fused_decode,
+)
+from gptforge.inference.generate import TokenGenerator
+from gptforge.inference.model import InferenceModel
+from gptforge.inference.sampling import SamplingParams, draw_uniforms
+from gptforge.kernels.decode import TorchDecodeOps, TritonDecodeOps, supports_pdl
 from gptforge.model import GPT
 
 SIZE = 50
@@ -20,7 +25,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no
 
 
 def model(shape: GPTConfig = SHAPE, *, scale: float = 3) -> GPT:
-    made = GPT(shape).initialize(torch.Generator().manual_seed(0))
+    made = GPT(shape).init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         # Larger than they are drawn, so that what came before matters.
         for parameter in made.parameters():
@@ -33,9 +38,14 @@ def random_ids(rows: int, columns: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def of_the_engine(engine: Engine, ids: torch.Tensor, starts: torch.Tensor) -> list[torch.Tensor]:
+def of_the_engine(
+    engine: InferenceModel, ids: torch.Tensor, starts: torch.Tensor
+) -> list[torch.Tensor]:
     """Logits of each step, one token a step, by `Engine.forward` with a mask."""
-    cache, everything = engine.cache(*ids.shape), torch.arange(ids.size(1), device=engine.device)
+    cache, everything = (
+        engine.allocate_cache(*ids.shape),
+        torch.arange(ids.size(1), device=engine.device),
+    )
     logits = []
     for n in range(int(starts.max()), ids.size(1)):
         slot = torch.tensor([n], device=engine.device)
@@ -49,9 +59,9 @@ def of_the_engine(engine: Engine, ids: torch.Tensor, starts: torch.Tensor) -> li
 
 @torch.inference_mode()
 def of_the_quick(
-    engine: Engine, step: QuickStep, ids: torch.Tensor, starts: torch.Tensor
+    engine: InferenceModel, step: FusedDecode, ids: torch.Tensor, starts: torch.Tensor
 ) -> list[torch.Tensor]:
-    cache = engine.cache(*ids.shape)
+    cache = engine.allocate_cache(*ids.shape)
     places = torch.arange(ids.size(1), device=engine.device)
     return [
         step(ids[:, n : n + 1].contiguous(), starts, cache, places[n : n + 1])
@@ -61,8 +71,8 @@ def of_the_quick(
 
 @pytest.mark.parametrize("few", [True, False])
 def test_step_by_step_the_logits_are_the_engines_whatever_the_starts(few) -> None:
-    engine = Engine(model(), size=SIZE)
-    step = FewSequences(engine, ByTorch()) if few else ManySequences(engine)
+    engine = InferenceModel(model(), vocab_size=SIZE)
+    step = SmallBatchDecode(engine, TorchDecodeOps()) if few else LargeBatchDecode(engine)
     ids, starts = random_ids(3, 96), torch.tensor([[0], [5], [9]])
     theirs = of_the_engine(engine, ids, starts)
     ours = of_the_quick(engine, step, ids, starts)
@@ -70,49 +80,51 @@ def test_step_by_step_the_logits_are_the_engines_whatever_the_starts(few) -> Non
 
 
 def test_only_what_agrees_with_the_engine_is_taken(monkeypatch) -> None:
-    engine = Engine(model(), size=SIZE)
+    engine = InferenceModel(model(), vocab_size=SIZE)
 
-    class Right(ByTorch):
+    class Right(TorchDecodeOps):
         def __init__(self, *, early: bool = False) -> None:
             pass
 
     class Wrong(Right):
-        def product_onto(self, y, product, x) -> None:
+        def linear_add(self, y, linear, x) -> None:
             pass
 
     class Failing(Right):
-        def embed(self, at, wte, wpe):
+        def embedding(self, inputs, wte, wpe):
             raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(quick, "fits", lambda cache: True)
-    monkeypatch.setattr(quick, "comes_early", lambda device: False)
+    monkeypatch.setattr(fused_decode, "fits", lambda cache: True)
+    monkeypatch.setattr(fused_decode, "comes_early", lambda device: False)
     for way, works in [(Right, True), (Wrong, False), (Failing, False)]:
-        monkeypatch.setattr(quick, "ByTriton", way)
-        cache = engine.cache(2, 64)
+        monkeypatch.setattr(fused_decode, "ByTriton", way)
+        cache = engine.allocate_cache(2, 64)
         with torch.inference_mode():
-            assert (quick_step(engine, cache) is not None) == works
-    monkeypatch.setattr(quick, "fits", lambda cache: False)
-    monkeypatch.setattr(quick, "ByTriton", Right)
-    assert quick_step(engine, engine.cache(2, 64)) is None
+            assert (build_fused_decode(engine, cache) is not None) == works
+    monkeypatch.setattr(fused_decode, "fits", lambda cache: False)
+    monkeypatch.setattr(fused_decode, "ByTriton", Right)
+    assert build_fused_decode(engine, engine.allocate_cache(2, 64)) is None
 
 
-def sampled(session: Session, quick: QuickStep | None) -> list[list[int]]:
+def sampled(session: DecodeSession, quick: FusedDecode | None) -> list[list[int]]:
     with torch.inference_mode():
-        session.begin(throw_dice([1, 2], 20))
-        session.read([[1, 2, 3], [4]])
+        session.reset(draw_uniforms([1, 2], 20))
+        session.prefill([[1, 2, 3], [4]])
         for _ in range(19):
             session._captured_step(quick)
-    return session.taken(0, 20)[0][:, :, 0].tolist()
+    return session.read_tokens(0, 20)[0][:, :, 0].tolist()
 
 
 def test_a_captured_step_is_the_same_either_way() -> None:
-    engine = Engine(model(), size=SIZE)
-    how = {"batch": 2, "slots": 64, "steps": 20, "sampling": Sampling(0.9, 10)}
-    plain = sampled(Session(engine, **how), None)
-    assert sampled(Session(engine, **how), FewSequences(engine, ByTorch())) == plain
-    assert sampled(Session(engine, **how), ManySequences(engine)) == plain
-    dice = throw_dice([1, 2], 20)
-    steps = list(Decoder(engine).decode([[1, 2, 3], [4]], dice, how["sampling"]))
+    engine = InferenceModel(model(), vocab_size=SIZE)
+    how = {"batch": 2, "slots": 64, "steps": 20, "sampling": SamplingParams(0.9, 10)}
+    plain = sampled(DecodeSession(engine, **how), None)
+    assert (
+        sampled(DecodeSession(engine, **how), SmallBatchDecode(engine, TorchDecodeOps())) == plain
+    )
+    assert sampled(DecodeSession(engine, **how), LargeBatchDecode(engine)) == plain
+    dice = draw_uniforms([1, 2], 20)
+    steps = list(TokenGenerator(engine).generate([[1, 2, 3], [4]], dice, how["sampling"]))
     assert [[i for step in steps for i in step.ids[row]] for row in (0, 1)] == plain
 
 
@@ -126,15 +138,15 @@ def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(
     pytest.importorskip("triton")
     # Weights that bfloat16 holds exactly: what is left is the rounding on the way.
     ours = model(shape, scale=2).bfloat16().cuda()
-    narrow = Engine(ours, size=SIZE)
-    exact = Engine(ours, size=SIZE, dtype=torch.float32)
-    if early and not comes_early(narrow.device):
+    narrow = InferenceModel(ours, vocab_size=SIZE)
+    exact = InferenceModel(ours, vocab_size=SIZE, dtype=torch.float32)
+    if early and not supports_pdl(narrow.device):
         pytest.skip("this GPU starts kernels one after the other")
-    way = ByTriton(early=early)
+    way = TritonDecodeOps(pdl=early)
     ids = random_ids(rows, 96).cuda()
     starts = torch.tensor([[0], [7], [3], [12]])[:rows].cuda()
-    assert quick_step(narrow, narrow.cache(rows, 96)) is not None
-    quick_ones = torch.stack(of_the_quick(narrow, FewSequences(narrow, way), ids, starts))
+    assert build_fused_decode(narrow, narrow.allocate_cache(rows, 96)) is not None
+    quick_ones = torch.stack(of_the_quick(narrow, SmallBatchDecode(narrow, way), ids, starts))
     plain_ones = torch.stack(of_the_engine(narrow, ids, starts))
     reference = torch.stack(of_the_engine(exact, ids, starts))
 
@@ -150,11 +162,11 @@ def test_on_a_gpu_the_logits_are_nearer_to_the_exact_ones_than_the_engines(
 def test_on_a_gpu_many_sequences_come_as_near_to_the_exact_logits_as_the_engine(shape) -> None:
     pytest.importorskip("triton")
     ours = model(shape, scale=2).bfloat16().cuda()
-    narrow = Engine(ours, size=SIZE)
-    exact = Engine(ours, size=SIZE, dtype=torch.float32)
+    narrow = InferenceModel(ours, vocab_size=SIZE)
+    exact = InferenceModel(ours, vocab_size=SIZE, dtype=torch.float32)
     ids, starts = random_ids(9, 96).cuda(), torch.arange(9, device="cuda")[:, None]
-    assert isinstance(quick_step(narrow, narrow.cache(9, 96)), ManySequences)
-    quick_ones = torch.stack(of_the_quick(narrow, ManySequences(narrow), ids, starts)).float()
+    assert isinstance(build_fused_decode(narrow, narrow.allocate_cache(9, 96)), LargeBatchDecode)
+    quick_ones = torch.stack(of_the_quick(narrow, LargeBatchDecode(narrow), ids, starts)).float()
     plain_ones = torch.stack(of_the_engine(narrow, ids, starts))
     reference = torch.stack(of_the_engine(exact, ids, starts))
     plain = (plain_ones - reference).norm()
@@ -171,13 +183,13 @@ def test_on_a_gpu_many_sequences_come_as_near_to_the_exact_logits_as_the_engine(
 def test_on_a_gpu_a_replayed_graph_takes_what_is_likeliest_by_exact_logits(rows, near) -> None:
     pytest.importorskip("triton")
     ours = model(WIDE, scale=2).bfloat16().cuda()
-    engine = Engine(ours, size=SIZE)
-    exact = Engine(ours, size=SIZE, dtype=torch.float32)
+    engine = InferenceModel(ours, vocab_size=SIZE)
+    exact = InferenceModel(ours, vocab_size=SIZE, dtype=torch.float32)
     prompts = [random_ids(1, 30)[0, 3 * row :].tolist() for row in range(rows)]
-    decoder = Decoder(engine, captured=True)
-    dice = throw_dice(range(rows), 150)
-    steps = list(decoder.decode(prompts, dice, Sampling(0)))
-    assert decoder.keeps_a_graph
+    decoder = TokenGenerator(engine, cuda_graph=True)
+    dice = draw_uniforms(range(rows), 150)
+    steps = list(decoder.generate(prompts, dice, SamplingParams(0)))
+    assert decoder.has_cuda_graph
     with torch.inference_mode():
         for row, prompt in enumerate(prompts):
             chosen = [i for step in steps for i in step.ids[row]]

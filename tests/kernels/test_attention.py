@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from gptforge.kernels.attention import LONGEST, attend, attend_by_products
+from gptforge.kernels.attention import MAX_MATMUL_TOKENS, causal_attention, matmul_attention
 
 
 @settings(max_examples=25, deadline=None)
@@ -19,7 +19,7 @@ def test_values_and_gradients_are_those_of_double_precision(B, H, T, D, dtype) -
     packed = torch.randn(B, T, 3, H, D).to(dtype)
     upstream = torch.randn(B, H, T, D)
     ours, exact = packed.clone().requires_grad_(), packed.double().requires_grad_()
-    y = attend_by_products(*ours.permute(2, 0, 3, 1, 4), 0.0)
+    y = matmul_attention(*ours.permute(2, 0, 3, 1, 4), 0.0)
     expected = F.scaled_dot_product_attention(*exact.permute(2, 0, 3, 1, 4), is_causal=True)
     y.backward(upstream.to(dtype))
     expected.backward(upstream.to(dtype).double())
@@ -31,14 +31,14 @@ def test_values_and_gradients_are_those_of_double_precision(B, H, T, D, dtype) -
 def test_under_autocast_the_scores_stay_narrow_and_dropout_drops() -> None:
     q = torch.randn(2, 2, 16, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        y = attend(q, q, q, 0.0)
-        dropped = attend(q, q, q, 0.5)
+        y = causal_attention(q, q, q, 0.0)
+        dropped = causal_attention(q, q, q, 0.5)
     assert y.dtype == dropped.dtype == torch.bfloat16
     assert not torch.equal(y, dropped)
 
 
-@pytest.mark.parametrize("T", [LONGEST, LONGEST + 1])
+@pytest.mark.parametrize("T", [MAX_MATMUL_TOKENS, MAX_MATMUL_TOKENS + 1])
 def test_long_sequences_are_left_to_torch(T) -> None:  # noqa: N803
     q = torch.randn(1, 1, T, 8).bfloat16()
     torch_own = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert torch.equal(attend(q, q, q, 0.0), torch_own) == (T > LONGEST)
+    assert torch.equal(causal_attention(q, q, q, 0.0), torch_own) == (T > MAX_MATMUL_TOKENS)

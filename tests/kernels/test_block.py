@@ -4,16 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels.block import (
-    add_norm,
-    add_rows,
-    embed,
-    gelu,
-    gelu_backward,
-    norm_backward,
-    pack,
-)
-from gptforge.kernels.dropout import kept, throw
+from gptforge.kernels.attention import pack_qkv
+from gptforge.kernels.dropout import draw_dropout_seeds, keep_mask
+from gptforge.kernels.embedding import embedding, embedding_backward
+from gptforge.kernels.gelu import gelu, gelu_backward
+from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
 from tests.kernels.near import distance
 
 SHAPES = [(5, 32), (64, 48), (1000, 384), (70, 768), (33, 1600)]
@@ -30,7 +25,7 @@ def test_embed_adds_up_rows_of_both_tables(place, count, length, columns, dtype)
     wte, wpe = torch.randn(50, columns, device=place), torch.randn(300, columns, device=place)
     idx = torch.randint(0, 50, (count, length + 1), device=place)[:, 1:]
     exact = wte.double()[idx] + wpe.double()[:length]
-    torch.testing.assert_close(embed(idx, wte, wpe, dtype), exact.flatten(0, 1).to(dtype))
+    torch.testing.assert_close(embedding(idx, wte, wpe, dtype), exact.flatten(0, 1).to(dtype))
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -41,7 +36,7 @@ def test_rows_are_added_where_their_ids_say(place, rows, columns) -> None:
     idx = torch.randint(0, 39, (rows,), device=place)
     exact = table.double().index_add(0, idx, x.double())
     last = table[39].clone()
-    add_rows(x, idx, table)
+    embedding_backward(x, idx, table)
     assert distance(table, exact) < 1e-6
     assert torch.equal(table[39], last)
 
@@ -54,12 +49,12 @@ def test_add_norm_is_the_sum_and_its_layer_norm(place, rows, columns, has_branch
     branch = narrow(rows, columns, place=place) if has_branch else None
     weight, bias = (torch.randn(columns, device=place) for _ in range(2))
     total = stream.double() if branch is None else stream.double() + branch.double()
-    out, norm = add_norm(stream, branch, weight, bias)
+    out, norm = add_layer_norm(stream, branch, weight, bias)
     expected = F.layer_norm(total, (columns,), weight.double(), bias.double())
     assert distance(out, expected) < 1e-2
-    assert distance(norm.stream, total) < 5e-3
-    assert out.dtype == norm.stream.dtype == torch.bfloat16
-    assert norm.stream is (stream if branch is None else branch)
+    assert distance(norm.residual, total) < 5e-3
+    assert out.dtype == norm.residual.dtype == torch.bfloat16
+    assert norm.residual is (stream if branch is None else branch)
 
 
 @pytest.mark.parametrize("has_beside", [True, False])
@@ -70,14 +65,16 @@ def test_norm_backward_is_the_gradient_and_adds_the_vectors(
     torch.manual_seed(rows)
     stream, upstream, beside = (narrow(rows, columns, place=place) for _ in range(3))
     weight, bias = (torch.randn(columns, device=place) for _ in range(2))
-    _, norm = add_norm(stream, None, weight, bias)
+    _, norm = add_layer_norm(stream, None, weight, bias)
     exact = [x.double().requires_grad_() for x in (stream, weight, bias)]
     F.layer_norm(exact[0], (columns,), *exact[1:]).backward(upstream.double())
     to_stream = exact[0].grad + beside.double() if has_beside else exact[0].grad
 
     before = torch.randn(3 * columns, device=place)
     sums = before.clone()
-    out, to_branch = norm_backward(upstream, norm, weight, beside if has_beside else None, sums)
+    out, to_branch = layer_norm_backward(
+        upstream, norm, weight, beside if has_beside else None, sums
+    )
     grown = (sums - before).split(columns)
     assert out is upstream and to_branch is upstream
     assert distance(out, to_stream) < 1e-2
@@ -86,7 +83,7 @@ def test_norm_backward_is_the_gradient_and_adds_the_vectors(
     assert distance(grown[2], out.double().sum(0)) < 1e-3
     # Room for two sums only: there is no bias in front.
     fewer = torch.zeros(2 * columns, device=place)
-    norm_backward(narrow(rows, columns, place=place), norm, weight, None, fewer)
+    layer_norm_backward(narrow(rows, columns, place=place), norm, weight, None, fewer)
     assert fewer.all()
 
 
@@ -99,18 +96,20 @@ def test_what_is_dropped_from_a_branch_is_dropped_from_its_gradient(
     stream, upstream, beside = (narrow(rows, columns, place=place) for _ in range(3))
     branch = narrow(rows, columns, place=place) if has_branch else None
     weight, bias = (torch.randn(columns, device=place) for _ in range(2))
-    [drop] = throw(1, 0.25, torch.device(place))
-    mask = kept(drop, rows, columns)
+    [drop] = draw_dropout_seeds(1, 0.25, torch.device(place))
+    mask = keep_mask(drop, rows, columns)
     total = stream.double()
     if branch is not None:
         total += branch.double() * mask / 0.75
-    _, norm = add_norm(stream, branch, weight, bias, drop)
-    assert distance(norm.stream, total) < 5e-3
+    _, norm = add_layer_norm(stream, branch, weight, bias, drop)
+    assert distance(norm.residual, total) < 5e-3
 
     sums = torch.zeros(3 * columns, device=place)
-    undropped = norm_backward(upstream.clone(), norm._replace(drop=None), weight, beside, sums)[0]
+    undropped = layer_norm_backward(
+        upstream.clone(), norm._replace(drop=None), weight, beside, sums
+    )[0]
     sums.zero_()
-    out, to_branch = norm_backward(upstream, norm, weight, beside, sums)
+    out, to_branch = layer_norm_backward(upstream, norm, weight, beside, sums)
     torch.testing.assert_close(out, undropped)
     torch.testing.assert_close(to_branch, (out.float() * mask / 0.75).bfloat16())
     assert distance(sums[2 * columns :], to_branch.double().sum(0)) < 1e-3
@@ -119,9 +118,9 @@ def test_what_is_dropped_from_a_branch_is_dropped_from_its_gradient(
 def test_an_embedding_is_dropped_from(place) -> None:
     wte, wpe = torch.rand(50, 48, device=place) + 1, torch.zeros(16, 48, device=place)
     idx = torch.randint(0, 50, (3, 16), device=place)
-    [drop] = throw(1, 0.5, torch.device(place))
-    exact = wte[idx].flatten(0, 1) * kept(drop, 48, 48) * 2
-    torch.testing.assert_close(embed(idx, wte, wpe, torch.float32, drop), exact)
+    [drop] = draw_dropout_seeds(1, 0.5, torch.device(place))
+    exact = wte[idx].flatten(0, 1) * keep_mask(drop, 48, 48) * 2
+    torch.testing.assert_close(embedding(idx, wte, wpe, torch.float32, drop), exact)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -133,9 +132,9 @@ def test_gelu_and_its_way_back(place, rows, columns) -> None:
     expected.backward(upstream.double())
     assert distance(gelu(x), expected.detach()) < 5e-3
     sums = torch.ones(columns, device=place)
-    slope, same = gelu_backward(x, upstream.clone(), sums.clone(), again=False)
+    slope, same = gelu_backward(x, upstream.clone(), sums.clone(), recompute=False)
     assert same is x and torch.equal(x.double(), exact)
-    gradient, again = gelu_backward(x, upstream, sums, again=True)
+    gradient, again = gelu_backward(x, upstream, sums, recompute=True)
     assert gradient is upstream and again is x
     assert distance(again, expected.detach()) < 5e-3
     assert distance(gradient, exact.grad) < 1e-2
@@ -147,7 +146,7 @@ def test_gelu_and_its_way_back(place, rows, columns) -> None:
 def test_pack_puts_three_side_by_side_and_adds_them_up(place, rows, columns) -> None:
     parts = [narrow(rows, columns, place=place) for _ in range(3)]
     sums = torch.ones(3 * columns, device=place)
-    out = pack(*parts, sums)
+    out = pack_qkv(*parts, sums)
     assert torch.equal(out, torch.cat(parts, 1))
     assert distance(sums - 1, out.double().sum(0)) < 1e-3
 
@@ -155,5 +154,7 @@ def test_pack_puts_three_side_by_side_and_adds_them_up(place, rows, columns) -> 
 def test_numbers_far_out_stay_finite(place) -> None:
     x = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=place).bfloat16()
     torch.testing.assert_close(gelu(x), x.clamp(min=0))
-    gradient, _ = gelu_backward(x, torch.ones_like(x), torch.zeros(5, device=place), again=False)
+    gradient, _ = gelu_backward(
+        x, torch.ones_like(x), torch.zeros(5, device=place), recompute=False
+    )
     torch.testing.assert_close(gradient.float(), torch.tensor([[0, 0, 0.5, 1, 1]], device=place))

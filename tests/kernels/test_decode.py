@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.kernels import decode_attention
-from gptforge.kernels.decode import ByTorch, ByTriton, Parts, Way, Written, fits
-from gptforge.kernels.product import Product
+from gptforge.kernels import decode
+from gptforge.kernels.decode import (
+    AttentionPartials,
+    DecodeInputs,
+    DecodeOps,
+    TorchDecodeOps,
+    TritonDecodeOps,
+    supports_fused_decode,
+)
+from gptforge.kernels.packed_linear import PackedLinear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [
@@ -49,9 +56,9 @@ def narrow(*shape: int, place: str, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape) * scale).to(place, torch.bfloat16)
 
 
-def product(outputs: int, columns: int, place: str, *, bias: bool = True) -> Product:
+def product(outputs: int, columns: int, place: str, *, bias: bool = True) -> PackedLinear:
     weight = narrow(outputs, columns, place=place, scale=columns**-0.5)
-    return Product(weight, narrow(outputs, place=place) if bias else None)
+    return PackedLinear(weight, narrow(outputs, place=place) if bias else None)
 
 
 def norm(columns: int, place: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,10 +70,10 @@ def stream(rows: int, columns: int, place: str) -> torch.Tensor:
     return (torch.randn(rows, columns) + 3).to(place)
 
 
-def written(rows: int, slot: int, place: str) -> Written:
+def written(rows: int, slot: int, place: str) -> DecodeInputs:
     starts = torch.tensor([[0], [slot], [slot // 2], [min(1, slot)]])[:rows]
     ids = torch.tensor([[1], [2], [0], [39]])[:rows]
-    return Written(ids.to(place), starts.to(place), torch.tensor([slot], device=place))
+    return DecodeInputs(ids.to(place), starts.to(place), torch.tensor([slot], device=place))
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -77,7 +84,7 @@ def test_piece_embed(place, shape) -> None:
     B, H, D, S = shape  # noqa: N806
     wte, wpe = narrow(40, H * D, place=place), narrow(S, H * D, place=place)
     at = written(B, S - 1, place)
-    same(ByTriton().embed(at, wte, wpe), ByTorch().embed(at, wte, wpe))
+    same(TritonDecodeOps().embedding(at, wte, wpe), TorchDecodeOps().embedding(at, wte, wpe))
 
 
 def test_piece_norm_qkv_writes_its_slot_and_no_other(place, shape) -> None:
@@ -87,8 +94,8 @@ def test_piece_norm_qkv_writes_its_slot_and_no_other(place, shape) -> None:
     memory = narrow(2, B, H, S, D, place=place)
     copy = memory.clone()
     same(
-        ByTriton().norm_qkv(x, weights, c_attn, memory, at),
-        ByTorch().norm_qkv(x, weights, c_attn, copy, at),
+        TritonDecodeOps().layer_norm_qkv(x, weights, c_attn, memory, at),
+        TorchDecodeOps().layer_norm_qkv(x, weights, c_attn, copy, at),
     )
     # Rounded to bfloat16 from sums in another order.
     torch.testing.assert_close(memory, copy, rtol=1e-2, atol=1e-4)
@@ -107,11 +114,11 @@ def test_piece_attend_looks_from_the_start_to_the_slot(place, shape, filled) -> 
     q, layer = stream(B, H * D, place), product(H * D, H * D, place)
     x = stream(B, H * D, place)
     for_parts, for_torch, crossed = x.clone(), x.clone(), x.clone()
-    parts = ByTriton().attend(q, memory, at)
-    plain = ByTorch().attend(q, clean, at)
-    ByTriton().attended_onto(parts, layer, for_parts)
-    ByTorch().attended_onto(plain, layer, for_torch)
-    ByTorch().attended_onto(parts, layer, crossed)
+    parts = TritonDecodeOps().split_kv_attention(q, memory, at)
+    plain = TorchDecodeOps().split_kv_attention(q, clean, at)
+    TritonDecodeOps().combine_proj_add(parts, layer, for_parts)
+    TorchDecodeOps().combine_proj_add(plain, layer, for_torch)
+    TorchDecodeOps().combine_proj_add(parts, layer, crossed)
     same(for_parts, for_torch)
     same(crossed, for_torch)
     assert not torch.equal(for_parts, x)
@@ -127,8 +134,8 @@ def test_piece_attend_next_looks_from_the_start_to_itself(place, shape, filled) 
     # What is behind the slot, and in it, is not to be looked at.
     memory[..., filled - 1 :, :] = torch.nan
     wide = memory.nan_to_num().float()
-    ours = decode_attention.by_triton(qkv, memory, at.starts, at.slot)
-    theirs = decode_attention.by_torch(qkv.float(), wide, at.starts, at.slot)
+    ours = decode.triton_decode_attention(qkv, memory, at.starts, at.slot)
+    theirs = decode.torch_decode_attention(qkv.float(), wide, at.starts, at.slot)
     # Rounded once, on the way out.
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-2, atol=1e-3)
     filled_slots = memory[..., :filled, :]
@@ -143,16 +150,16 @@ def test_piece_norm_product(place, shape, gelu) -> None:
     # Not a multiple of the rows that a program takes, and no bias: the output layer.
     layer = product(4 * H * D, H * D, place) if gelu else product(333, H * D, place, bias=False)
     same(
-        ByTriton().norm_product(x, weights, layer, gelu=gelu),
-        ByTorch().norm_product(x, weights, layer, gelu=gelu),
+        TritonDecodeOps().layer_norm_linear(x, weights, layer, gelu=gelu),
+        TorchDecodeOps().layer_norm_linear(x, weights, layer, gelu=gelu),
     )
 
 
 def test_piece_norm_product_with_a_large_table(place) -> None:
     x, weights, layer = stream(2, 48, place), norm(48, place), product(16385, 48, place, bias=False)
     same(
-        ByTriton().norm_product(x, weights, layer, gelu=False),
-        ByTorch().norm_product(x, weights, layer, gelu=False),
+        TritonDecodeOps().layer_norm_linear(x, weights, layer, gelu=False),
+        TorchDecodeOps().layer_norm_linear(x, weights, layer, gelu=False),
     )
 
 
@@ -160,38 +167,38 @@ def test_piece_product_onto(place, shape) -> None:
     B, H, D, _ = shape  # noqa: N806
     y, x = stream(B, 4 * H * D, place), stream(B, H * D, place)
     layer, copy = product(H * D, 4 * H * D, place), x.clone()
-    ByTriton().product_onto(y, layer, x)
-    ByTorch().product_onto(y, layer, copy)
+    TritonDecodeOps().linear_add(y, layer, x)
+    TorchDecodeOps().linear_add(y, layer, copy)
     same(x, copy)
 
 
 def test_piece_product_onto_from_more_than_a_program_holds(place) -> None:
     y, x = stream(2, 4616, place), stream(2, 24, place)
     layer, copy = product(24, 4616, place), x.clone()
-    ByTriton().product_onto(y, layer, x)
-    ByTorch().product_onto(y, layer, copy)
+    TritonDecodeOps().linear_add(y, layer, x)
+    TorchDecodeOps().linear_add(y, layer, copy)
     same(x, copy)
 
 
 def test_attention_in_parts_is_that_of_the_whole() -> None:
     B, H, D, S = 2, 3, 16, 20  # noqa: N806
-    way: Way = ByTorch()
+    way: DecodeOps = TorchDecodeOps()
     memory, q = torch.randn(2, B, H, S, D), torch.randn(B, H * D)
     at = written(B, S - 1, "cpu")
     at.starts.zero_()
     halves = []
     for part in memory.split(S // 2, 3):
-        here = Written(at.ids, at.starts, torch.tensor([S // 2 - 1]))
-        halves.append(way.attend(q, part, here))
-    joined = Parts(*(torch.cat(pair, 1) for pair in zip(*halves, strict=True)))
-    x, layer = torch.zeros(B, H * D), Product(torch.eye(H * D))
-    way.attended_onto(joined, layer, x)
+        here = DecodeInputs(at.ids, at.starts, torch.tensor([S // 2 - 1]))
+        halves.append(way.split_kv_attention(q, part, here))
+    joined = AttentionPartials(*(torch.cat(pair, 1) for pair in zip(*halves, strict=True)))
+    x, layer = torch.zeros(B, H * D), PackedLinear(torch.eye(H * D))
+    way.combine_proj_add(joined, layer, x)
     expected = torch.nn.functional.scaled_dot_product_attention(q.view(B, H, 1, D), *memory)
     same(x, expected.reshape(B, -1))
 
 
 def test_what_does_not_fit_is_left_to_torch() -> None:
-    assert not fits(torch.zeros(1, 2, 1, 1, 8, 16, dtype=torch.bfloat16))
+    assert not supports_fused_decode(torch.zeros(1, 2, 1, 1, 8, 16, dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -199,10 +206,14 @@ def test_a_gpu_takes_small_batches_in_bfloat16() -> None:
     def cache(B: int, D: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:  # noqa: N803
         return torch.zeros(1, 2, B, 2, 8, D, dtype=dtype, device="cuda")
 
-    assert fits(cache(1, 64)) and fits(cache(4, 16)) and fits(cache(2, 128))
-    assert not fits(cache(5, 64))
-    assert not fits(cache(1, 8)) and not fits(cache(1, 256))
-    assert not fits(cache(1, 64, torch.float32))
+    assert (
+        supports_fused_decode(cache(1, 64))
+        and supports_fused_decode(cache(4, 16))
+        and supports_fused_decode(cache(2, 128))
+    )
+    assert not supports_fused_decode(cache(5, 64))
+    assert not supports_fused_decode(cache(1, 8)) and not supports_fused_decode(cache(1, 256))
+    assert not supports_fused_decode(cache(1, 64, torch.float32))
 
 
 def test_attention_of_a_next_token_is_that_of_the_whole_sequence() -> None:
@@ -211,7 +222,8 @@ def test_attention_of_a_next_token_is_that_of_the_whole_sequence() -> None:
     qkv = torch.randn(S, B, 3 * H * D)
     starts = torch.tensor([[0], [4]])
     steps = [
-        decode_attention.by_torch(qkv[n], memory, starts, torch.tensor([n])) for n in range(4, S)
+        decode.torch_decode_attention(qkv[n], memory, starts, torch.tensor([n]))
+        for n in range(4, S)
     ]
     q, k, v = qkv.view(S, B, 3, H, D).permute(2, 1, 3, 0, 4)
     # What was never put there is zeros.

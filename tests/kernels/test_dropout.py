@@ -3,14 +3,24 @@
 import pytest
 import torch
 
-from gptforge.kernels.dropout import ALL, Drop, apply, kept, throw
+from gptforge.kernels.dropout import (
+    THRESHOLD_RANGE,
+    DropoutSeed,
+    apply_dropout,
+    draw_dropout_seeds,
+    keep_mask,
+)
 
 CPU = torch.device("cpu")
 
 
 def test_as_many_are_dropped_as_asked_and_all_tensors_differ() -> None:
     torch.manual_seed(1)
-    masks = torch.stack([kept(drop, 500, 400) for drop in throw(6, 0.2, CPU)]).flatten(1).double()
+    masks = (
+        torch.stack([keep_mask(drop, 500, 400) for drop in draw_dropout_seeds(6, 0.2, CPU)])
+        .flatten(1)
+        .double()
+    )
     # Five standard deviations of what fair dice do.
     assert (masks.mean(1) - 0.8).abs().max() < 5 * (0.16 / 200_000) ** 0.5
     others = torch.corrcoef(masks) - torch.eye(6)
@@ -19,8 +29,8 @@ def test_as_many_are_dropped_as_asked_and_all_tensors_differ() -> None:
 
 def signs(rows: int, columns: int, share: float) -> torch.Tensor:
     """A mask's numbers, centred and of variance one."""
-    [drop] = throw(1, share, CPU)
-    return (kept(drop, rows, columns).double() - (1 - share)) / (share * (1 - share)) ** 0.5
+    [drop] = draw_dropout_seeds(1, share, CPU)
+    return (keep_mask(drop, rows, columns).double() - (1 - share)) / (share * (1 - share)) ** 0.5
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -48,18 +58,18 @@ def test_a_mask_has_no_pattern(rows, columns, share) -> None:
 
 def test_the_dice_are_torchs_so_that_a_seed_repeats_them() -> None:
     torch.manual_seed(3)
-    first = throw(2, 0.1, CPU)
-    second = throw(2, 0.1, CPU)
+    first = draw_dropout_seeds(2, 0.1, CPU)
+    second = draw_dropout_seeds(2, 0.1, CPU)
     torch.manual_seed(3)
-    again = throw(2, 0.1, CPU)
-    assert torch.equal(kept(first[1], 9, 9), kept(again[1], 9, 9))
-    assert not torch.equal(kept(first[1], 9, 9), kept(second[1], 9, 9))
-    assert throw(2, 0.0, CPU) == [] == throw(2, 1e-12, CPU)
+    again = draw_dropout_seeds(2, 0.1, CPU)
+    assert torch.equal(keep_mask(first[1], 9, 9), keep_mask(again[1], 9, 9))
+    assert not torch.equal(keep_mask(first[1], 9, 9), keep_mask(second[1], 9, 9))
+    assert draw_dropout_seeds(2, 0.0, CPU) == [] == draw_dropout_seeds(2, 1e-12, CPU)
 
 
 def test_the_mean_stays_as_it_is() -> None:
-    [drop] = throw(1, 0.3, CPU)
+    [drop] = draw_dropout_seeds(1, 0.3, CPU)
     x = torch.ones(300, 300)
-    assert abs(apply(drop, x).mean() - 1) < 0.01
-    assert apply(None, x) is x
-    assert Drop(drop.keys, ALL // 2).factor == 2
+    assert abs(apply_dropout(drop, x).mean() - 1) < 0.01
+    assert apply_dropout(None, x) is x
+    assert DropoutSeed(drop.seeds, THRESHOLD_RANGE // 2).scale == 2

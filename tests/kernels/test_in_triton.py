@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels import block
-from gptforge.kernels.dropout import Drop, throw
+from gptforge.kernels import gelu, launch, layer_norm
+from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs where Triton interprets"
@@ -23,11 +23,11 @@ SHAPES = [(1, 8), (5, 32), (100, 48), (9, 1600), (3, 2049)]
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch) -> None:
-    monkeypatch.setattr(block, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(layer_norm, "num_sms", lambda device: 3)
 
 
-def drops() -> list[Drop | None]:
-    return [None, *throw(1, 0.3, torch.device("cpu"))]
+def drops() -> list[DropoutSeed | None]:
+    return [None, *draw_dropout_seeds(1, 0.3, torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("has_branch", [True, False])
@@ -38,13 +38,15 @@ def test_layer_norm_both_ways(rows, columns, has_branch) -> None:
     weight, bias = torch.randn(columns), torch.randn(columns)
     for drop in drops():
         given = [branch.clone() if has_branch else None for _ in range(2)]
-        out, norm = block.add_norm(stream.clone(), given[0], weight, bias, drop)
-        ours, our_norm = block._add_norm_on_cuda(stream.clone(), given[1], weight, bias, drop)
-        torch.testing.assert_close((ours, our_norm.stream), (out, norm.stream))
+        out, norm = layer_norm.add_layer_norm(stream.clone(), given[0], weight, bias, drop)
+        ours, our_norm = layer_norm._add_layer_norm_cuda(
+            stream.clone(), given[1], weight, bias, drop
+        )
+        torch.testing.assert_close((ours, our_norm.residual), (out, norm.residual))
         for more in (beside, None):
             sums, our_sums = torch.zeros(2, 3 * columns)
-            both = block.norm_backward(upstream.clone(), norm, weight, more, sums)
-            ours = block._norm_backward_on_cuda(
+            both = layer_norm.layer_norm_backward(upstream.clone(), norm, weight, more, sums)
+            ours = layer_norm._layer_norm_backward_cuda(
                 upstream.clone(), our_norm, weight, more, our_sums, None
             )
             torch.testing.assert_close((*ours, our_sums), (*both, sums), rtol=1e-4, atol=1e-4)
@@ -56,8 +58,8 @@ def test_the_way_back_through_a_gelu(rows, columns, again) -> None:
     torch.manual_seed(rows)
     x, upstream = torch.randn(rows, columns), torch.randn(rows, columns)
     sums, our_sums = torch.zeros(2, columns)
-    both = block.gelu_backward(x.clone(), upstream.clone(), sums, again=again)
-    ours = block._gelu_backward_on_cuda(x.clone(), upstream.clone(), our_sums, None, again)
+    both = gelu.gelu_backward(x.clone(), upstream.clone(), sums, recompute=again)
+    ours = gelu._gelu_backward_cuda(x.clone(), upstream.clone(), our_sums, None, again)
     torch.testing.assert_close((*ours, our_sums), (*both, sums), rtol=1e-4, atol=1e-4)
 
 
@@ -70,7 +72,7 @@ def test_rows_added_to_a_table(rows, columns) -> None:
         torch.randint(0, 4, (rows,)),
         torch.zeros(5, columns),
     )
-    wide, height = block._tile(columns, numbers=2048)
+    wide, height = launch.tile_shape(columns, numel=2048)
     in_triton.add_rows[(math.ceil(rows / height),)](
         x, idx, table, rows, columns=columns, BLOCK=wide, ROWS=height
     )

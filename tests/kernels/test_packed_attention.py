@@ -6,15 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels import dropout, packed_attention
-from gptforge.kernels.dropout import throw
-from gptforge.kernels.packed_attention import ByTorch, ByTriton, PackedAttention, fastest
+from gptforge.kernels import attention, dropout
+from gptforge.kernels.attention import (
+    PackedAttention,
+    SdpaAttention,
+    TritonAttention,
+    select_attention,
+)
+from gptforge.kernels.dropout import draw_dropout_seeds
 
 
 def ways(device: torch.device, size: int) -> list[PackedAttention]:
-    found: list[PackedAttention] = [ByTorch()]
-    if isinstance(fastest(device, torch.bfloat16, head_size=size, dropout=0.0), ByTriton):
-        found.append(ByTriton())
+    found: list[PackedAttention] = [SdpaAttention()]
+    if isinstance(
+        select_attention(device, torch.bfloat16, head_size=size, dropout=0.0), TritonAttention
+    ):
+        found.append(TritonAttention())
     return found
 
 
@@ -64,16 +71,16 @@ def test_what_is_dropped_from_the_shares_follows_from_the_keys(
     torch.manual_seed(length)
     qkv = torch.randn(count, length, 3, heads, size, device=device).bfloat16()
     upstream = torch.randn(count * length, heads * size, device=device).bfloat16()
-    [drop] = throw(1, 0.25, device)
-    mask = dropout.kept(drop, count * heads * length, length) * drop.factor
+    [drop] = draw_dropout_seeds(1, 0.25, device)
+    mask = dropout.keep_mask(drop, count * heads * length, length) * drop.scale
     exact = qkv.double().requires_grad_()
     rows = dropped_attention(exact, mask.view(count, heads, length, length).double())
     rows.backward(upstream.double())
     gradient = exact.grad.view(count * length, -1)
     sums = torch.zeros(3 * heads * size, device=device)
-    out, kept = ByTriton().forward(qkv, drop)
+    out, kept = TritonAttention().forward(qkv, drop)
     assert (out.double() - rows).norm() < 1e-2 * rows.norm()
-    wide = ByTriton().backward(upstream, kept, sums)
+    wide = TritonAttention().backward(upstream, kept, sums)
     assert (wide.double() - gradient).norm() < 2e-2 * gradient.norm()
     torch.testing.assert_close(sums, wide.float().sum(0), rtol=1e-4, atol=1e-3)
 
@@ -83,11 +90,11 @@ def test_a_way_back_of_our_own_gives_the_same_bits_each_time(device) -> None:
         pytest.skip("there is none for this device")
     qkv = torch.randn(2, 300, 3, 4, 64, device=device).bfloat16()
     upstream = torch.randn(600, 256, device=device).bfloat16()
-    _, kept = ByTriton().forward(qkv, None)
+    _, kept = TritonAttention().forward(qkv, None)
     found = []
     for _ in range(2):
         sums = torch.zeros(768, device=device)
-        found.append((ByTriton().backward(upstream, kept, sums), sums))
+        found.append((TritonAttention().backward(upstream, kept, sums), sums))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -95,12 +102,14 @@ def test_the_way_back_of_our_own_is_taken_where_it_was_measured(monkeypatch) -> 
     hopper = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     what = {"head_size": 64, "dropout": 0.0}
-    assert isinstance(fastest(hopper, torch.bfloat16, **what), ByTriton)
-    assert isinstance(fastest(torch.device("cpu"), torch.bfloat16, **what), ByTorch)
-    assert isinstance(fastest(hopper, torch.float16, **what), ByTorch)
-    assert isinstance(fastest(hopper, torch.bfloat16, **{**what, "head_size": 80}), ByTorch)
+    assert isinstance(select_attention(hopper, torch.bfloat16, **what), TritonAttention)
+    assert isinstance(select_attention(torch.device("cpu"), torch.bfloat16, **what), SdpaAttention)
+    assert isinstance(select_attention(hopper, torch.float16, **what), SdpaAttention)
+    assert isinstance(
+        select_attention(hopper, torch.bfloat16, **{**what, "head_size": 80}), SdpaAttention
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert isinstance(fastest(hopper, torch.bfloat16, **what), ByTorch)
+    assert isinstance(select_attention(hopper, torch.bfloat16, **what), SdpaAttention)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,16 +122,18 @@ def test_without_a_gpu_the_kernels_compute_the_same(length, share) -> None:
     count, heads, size = 2, 2, 32
     qkv = torch.randn(count, length, 3, heads, size)
     exact = qkv.double().requires_grad_()
-    drop = next(iter(throw(1, share, torch.device("cpu"))), None)
+    drop = next(iter(draw_dropout_seeds(1, share, torch.device("cpu"))), None)
     mask = torch.ones(count, heads, length, length, dtype=torch.float64)
     if drop is not None:
-        mask *= dropout.kept(drop, count * heads * length, length).view(mask.shape) * drop.factor
+        mask *= (
+            dropout.keep_mask(drop, count * heads * length, length).view(mask.shape) * drop.scale
+        )
     rows = dropped_attention(exact, mask)
     upstream = torch.randn(count * length, heads * size)
     rows.backward(upstream.double())
-    out, lse = packed_attention.attention_forward(qkv, drop)
+    out, lse = attention.attention_forward(qkv, drop)
     torch.testing.assert_close(out.double(), rows, rtol=1e-4, atol=1e-5)
-    gradient, parts = packed_attention.attention_backward(qkv, out, lse, upstream, drop)
+    gradient, parts = attention.attention_backward(qkv, out, lse, upstream, drop)
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-5)
     expected = exact.grad.sum((0, 1)).flatten()
     torch.testing.assert_close(parts.double().sum(0), expected, rtol=1e-4, atol=1e-4)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels import product
-from gptforge.kernels.product import Product, can_pack
+from gptforge.kernels import packed_linear
+from gptforge.kernels.packed_linear import PackedLinear, can_pack
 
 SIDE = 640
 """Large enough to be packed."""
@@ -23,7 +23,7 @@ def test_a_packed_product_is_the_plain_one(dtype, rows) -> None:
     weight, bias = layer(dtype)
     if not can_pack(weight):
         pytest.skip("this torch, or this CPU, has no packed products")
-    packed = Product(weight, bias, packed=True)
+    packed = PackedLinear(weight, bias, pack=True)
     assert packed.is_packed
     x, other = torch.randn(2, 2, rows, SIDE).to(dtype)
     exact = F.linear(x.double(), weight.double(), bias.double())
@@ -31,9 +31,9 @@ def test_a_packed_product_is_the_plain_one(dtype, rows) -> None:
     most = 2e-6 if dtype == torch.float32 else 1e-2
     for got, expected in (
         (packed(x), exact),
-        (packed.gelu(x), gelu),
-        (packed.onto(x, other), exact + other.double()),
-        (Product(weight, packed=True)(x), exact - bias.double()),
+        (packed.forward_gelu(x), gelu),
+        (packed.forward_add(x, other), exact + other.double()),
+        (PackedLinear(weight, pack=True)(x), exact - bias.double()),
     ):
         assert got.dtype == dtype
         assert (got.double() - expected).norm() <= most * expected.norm()
@@ -41,7 +41,7 @@ def test_a_packed_product_is_the_plain_one(dtype, rows) -> None:
 
 def test_what_is_not_packed_shares_its_weight_and_sees_it_change() -> None:
     weight, bias = layer(torch.float32)
-    plain, small = Product(weight, bias), Product(weight[:8], bias[:8], packed=True)
+    plain, small = PackedLinear(weight, bias), PackedLinear(weight[:8], bias[:8], pack=True)
     assert not plain.is_packed
     assert not small.is_packed
     x = torch.randn(1, SIDE)
@@ -69,8 +69,8 @@ def test_operators_that_are_missing_or_wrong_are_done_without(monkeypatch, fault
 
     weight, bias = layer(torch.float32)
     expected = F.linear(weight, weight, bias)
-    monkeypatch.setattr(product, "_packs", product._packs.__wrapped__)
+    monkeypatch.setattr(packed_linear, "_packing_works", packed_linear._packing_works.__wrapped__)
     monkeypatch.setattr(torch.ops, "mkldnn", Broken())
-    made = Product(weight, bias, packed=True)
+    made = PackedLinear(weight, bias, pack=True)
     assert not made.is_packed
     assert torch.equal(made(weight), expected)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gptforge.model import GPT
+from gptforge.optim import build_optimizer
 from gptforge.optim.adamw import build_adamw
-from gptforge.optim.choice import build_optimizer
-from gptforge.optim.muon import orthogonal
+from gptforge.optim.muon import newton_schulz
 from gptforge.optim.optimizer import Optimizer
 
 
@@ -80,7 +80,7 @@ def test_what_is_no_matrix_of_a_block_moves_as_by_adamw(tiny_model) -> None:
 @pytest.mark.parametrize("shape", [(2, 16, 48), (2, 48, 16), (1, 32, 32)])
 def test_singular_values_end_near_one(shape) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(x).float())
+    values = torch.linalg.svdvals(newton_schulz(x).float())
     assert values.min() > 0.5 and values.max() < 1.3
 
 
@@ -97,6 +97,6 @@ def test_an_update_that_is_not_finite_leaves_weights_and_momentum(tiny_model, de
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for parameter, state in kept.items():
-        assert set(state) == set(optimizer.slots(parameter))
+        assert set(state) == set(optimizer.state_keys(parameter))
         for slot, value in state.items():
             assert torch.equal(optimizer.state[parameter][slot], value), slot

@@ -99,7 +99,7 @@ def test_updates_are_bit_for_bit_those_of_torchs_fused_adamw(tiny_model, device,
         reference.step()
     for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(left, right)
-        for slot in optimizer.slots(left):
+        for slot in optimizer.state_keys(left):
             assert torch.equal(optimizer.state[left][slot], reference.state[right][slot]), slot
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from gptforge.build import rehearsal
-from gptforge.build.fitting import memory_of
-from gptforge.commands.plan import _run
+from gptforge.builders import memory_fit, plan, step_timing
+from gptforge.builders.memory_fit import estimate_memory
+from gptforge.cli.plan import _run
 from gptforge.config import Config
-from gptforge.data.shards import ShardWriter
-from gptforge.hardware import PLAIN, Precision
-from gptforge.plan import memory, planning
-from gptforge.plan.figures import Run
-from gptforge.presets import preset
+from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.device import Precision
+from gptforge.estimate.plan import RunPlan
+from gptforge.kernel_select import DEFAULT_KERNELS
+from gptforge.presets import get_preset
 from tests.train.runs import build
 
 DEBUG = ("--preset", "debug", "--device", "cpu")
@@ -49,15 +49,15 @@ def all_files(folder: Path) -> dict[str, tuple[int, int]]:
 def test_the_figures_are_those_of_the_run(plan, play, tmp_path, stagger) -> None:
     found = plan("--stagger", str(stagger).lower(), "--n_layer", 3, "--max_steps", 37)
     config = dataclasses.replace(
-        preset("debug"), input=str(play), out_dir=str(tmp_path / "run"), device="cpu"
+        get_preset("debug"), input=str(play), out_dir=str(tmp_path / "run"), device="cpu"
     )
-    trainer = build(dataclasses.replace(config, stagger=stagger, n_layer=3, max_steps=37))
-    step, loader = trainer.train_step, trainer.loader
+    trainer = build(dataclasses.replace(config, random_offset=stagger, n_layer=3, max_steps=37))
+    step, loader = trainer.step_fn, trainer.dataloader
     assert found["model"]["parameters"] == sum(p.numel() for p in step.model.parameters())
     tables = step.model.transformer.wte.weight.numel() + step.model.transformer.wpe.weight.numel()
     assert found["model"]["parameters_without_tables"] == found["model"]["parameters"] - tables
-    assert found["step"]["micro_batch"] == step.micro_batch
-    batches = [loader.next() for _ in range(37)]
+    assert found["step"]["micro_batch"] == step.micro_batch_size
+    batches = [loader.next_batch() for _ in range(37)]
     assert found["run"]["epochs"] == pytest.approx(loader.epoch, rel=1e-12)
     assert found["run"]["tokens"] == sum(inputs.numel() for inputs, _ in batches)
     assert found["step"]["tokens"] == batches[0][0].numel()
@@ -67,12 +67,12 @@ def test_the_figures_are_those_of_the_run(plan, play, tmp_path, stagger) -> None
 
 def test_memory_names_what_the_objects_really_take(play, tmp_path) -> None:
     config = dataclasses.replace(
-        preset("debug"), input=str(play), out_dir=str(tmp_path / "run"), device="cpu"
+        get_preset("debug"), input=str(play), out_dir=str(tmp_path / "run"), device="cpu"
     )
     trainer = build(config)
-    step = trainer.train_step
-    parts = memory_of(trainer.config, 4, step.precision, step.kernels)
-    step(*trainer.loader.next(), lr=1e-3)
+    step = trainer.step_fn
+    parts = estimate_memory(trainer.config, 4, step.precision, step.kernels)
+    step(*trainer.dataloader.next_batch(), lr=1e-3)
     weights = list(step.model.parameters())
     assert parts["weights"] == parts["gradients"] == sum(p.nbytes for p in weights)
     moments = [t for state in step.optimizer.state.values() for t in state.values()]
@@ -117,7 +117,7 @@ def test_the_table_has_a_row_for_each_thing(program, play) -> None:
 
 
 def test_a_run_that_reads_little_of_its_text_reads_more_than_nothing() -> None:
-    told = [dict(_run(Run(20, 5120, epochs, 0.17)))["the run"] for epochs in (0.00119, 51.12)]
+    told = [dict(_run(RunPlan(20, 5120, epochs, 0.17)))["the run"] for epochs in (0.00119, 51.12)]
     assert "0.0012 epochs" in told[0]
     assert "51.1 epochs" in told[1]
 
@@ -197,7 +197,7 @@ def test_a_mistake_is_told_in_the_words_of_training(program, play, args) -> None
 
 
 def test_memory_that_is_not_there_is_said_with_what_would_fit(plan, monkeypatch) -> None:
-    monkeypatch.setattr(planning, "rehearse", None)
+    monkeypatch.setattr(plan, "dry_run", None)
     big = (
         "--n_layer",
         9,
@@ -211,13 +211,13 @@ def test_memory_that_is_not_there_is_said_with_what_would_fit(plan, monkeypatch)
         1,
     )
     big = (*big, "--warmup_steps", 1)
-    monkeypatch.setattr(memory, "usable_memory", lambda _: None)
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda _: None)
     needed = plan_without_time(plan, big, monkeypatch)["memory"]
     assert (needed["free_bytes"], needed["fits"]) == (None, True)
     state = sum(size for name, size in needed["parts"].items() if name != "activations")
 
     def with_free(free: int, *args, code: int = 1) -> tuple[dict, str]:
-        monkeypatch.setattr(memory, "usable_memory", lambda _: free)
+        monkeypatch.setattr(memory_fit, "usable_memory", lambda _: free)
         found = plan(*big, *args, code=code)
         return found, "\n".join(found["warnings"])
 
@@ -234,7 +234,7 @@ def test_memory_that_is_not_there_is_said_with_what_would_fit(plan, monkeypatch)
 
 def plan_without_time(plan, args, monkeypatch) -> dict:
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "rehearse", lambda *a, **b: rehearsal.Rehearsal(1.0, "faked"))
+        patch.setattr(plan, "dry_run", lambda *a, **b: step_timing.StepTiming(1.0, "faked"))
         found: dict = plan(*args)
     return found
 
@@ -243,12 +243,12 @@ def test_the_micro_batch_is_cut_to_the_memory_as_training_cuts_it(plan, monkeypa
     parts = plan()["memory"]["parts"]
     state = sum(size for name, size in parts.items() if name != "activations")
     two = state + parts["activations"] // 2
-    monkeypatch.setattr(memory, "usable_memory", lambda _: int(1.01 * two / 0.92))
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda _: int(1.01 * two / 0.92))
     assert plan()["step"] | {"micro_batch_asked": 4, "micro_batch": 2} == plan()["step"]
 
 
 def test_the_command_ends_with_1_where_memory_is_short(program, play, monkeypatch) -> None:
-    monkeypatch.setattr(memory, "usable_memory", lambda _: 1000)
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda _: 1000)
     done = program("plan", *DEBUG, "--input", play)
     assert done.code == 1
     assert "it does not fit" in " ".join(done.out.split())
@@ -257,10 +257,10 @@ def test_the_command_ends_with_1_where_memory_is_short(program, play, monkeypatc
 
 
 def test_a_smaller_preset_that_fits_is_named(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "usable_memory", lambda _: 8 * 10**9)
-    config = dataclasses.replace(preset("gpt2-xl"), vocab_size=50304)
-    need = memory.Need(config, Precision(torch.bfloat16, ""), torch.device("cpu"))
-    assert "--preset gpt2 would fit" in need.remedy(1, by_hand=False)
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda _: 8 * 10**9)
+    config = dataclasses.replace(get_preset("gpt2-xl"), vocab_size=50304)
+    need = memory_fit.MemoryEstimator(config, Precision(torch.bfloat16, ""), torch.device("cpu"))
+    assert "--preset gpt2 would fit" in need.suggest_fix(1, is_explicit=False)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_disk_without_room_is_said(plan, monkeypatch, free, words) -> None:
     assert needed["checkpoints"] == 4
     assert needed["needed_bytes"] > 4 * needed["checkpoint_bytes"] > 10**7
     usage = shutil._ntuple_diskusage(10**9, 0, max(free, 0))
-    monkeypatch.setattr(planning, "SPARE_BYTES", 0)
+    monkeypatch.setattr(plan, "SPARE_BYTES", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert words in plan(code=1)["warnings"][-1]
 
@@ -298,26 +298,26 @@ def test_prepared_data_and_shards_of_others_are_planned_with(program, plan, play
 
 def advice(config: Config, *, epochs: float, tokens: int, vocab_size: int = 50304) -> str:
     config = dataclasses.replace(config, vocab_size=vocab_size)
-    return planning.advice_on_reading(config, Run(1, 1, epochs, 1.0), tokens=tokens)
+    return plan.memorization_warning(config, RunPlan(1, 1, epochs, 1.0), tokens=tokens)
 
 
 def test_learning_by_heart_is_foretold_where_it_was_seen() -> None:
     # GPT-2 small on all of Shakespeare: the verdict of that run says that it came to be so.
-    assert "by heart" in advice(preset("gpt2"), epochs=51, tokens=1_282_289)
+    assert "by heart" in advice(get_preset("gpt2"), epochs=51, tokens=1_282_289)
     # The two character models on the same text still got better at their ends.
     characters = 4_314_609
     for name, epochs in (("shakespeare-cpu", 1.4), ("shakespeare", 19.0)):
-        assert advice(preset(name), epochs=epochs, tokens=characters, vocab_size=128) == ""
+        assert advice(get_preset(name), epochs=epochs, tokens=characters, vocab_size=128) == ""
     # Read a few times only, or far more text than the model has room for.
-    assert advice(preset("gpt2"), epochs=3.9, tokens=1_282_289) == ""
-    assert advice(preset("gpt2"), epochs=51, tokens=2 * 10**9) == ""
+    assert advice(get_preset("gpt2"), epochs=3.9, tokens=1_282_289) == ""
+    assert advice(get_preset("gpt2"), epochs=51, tokens=2 * 10**9) == ""
 
 
 def test_a_large_model_is_timed_by_a_line_through_two_small_ones(monkeypatch) -> None:
     built = []
 
     class Step:
-        kernels = PLAIN
+        kernels = DEFAULT_KERNELS
 
         def __init__(self, layers: int) -> None:
             self.layers = layers
@@ -331,43 +331,43 @@ def test_a_large_model_is_timed_by_a_line_through_two_small_ones(monkeypatch) ->
         assert (config.init_from, config.device) == ("", "cpu")
         return Step(config.n_layer)
 
-    monkeypatch.setattr(rehearsal, "build_step", build_step)
-    config = dataclasses.replace(preset("gpt2-xl"), vocab_size=50304, init_from="somewhere")
-    found = rehearsal.rehearse(config, (), device=torch.device("cpu"), micro_batch=8)
-    assert found.seconds_a_window == pytest.approx(3.0 + 2.0 * 48)
+    monkeypatch.setattr(step_timing, "build_step", build_step)
+    config = dataclasses.replace(get_preset("gpt2-xl"), vocab_size=50304, init_from="somewhere")
+    found = step_timing.time_step(config, (), device=torch.device("cpu"), micro_batch=8)
+    assert found.seconds_per_sequence == pytest.approx(3.0 + 2.0 * 48)
     assert built == [1, 4]
     assert "through 1 and 4 of 48 layers" in found.how
     small = dataclasses.replace(config, n_layer=12, n_embd=768)
     built.clear()
-    found = rehearsal.rehearse(small, (), device=torch.device("cpu"), micro_batch=8)
-    assert (built, found.seconds_a_window) == ([12], pytest.approx(3.0 + 2.0 * 12))
+    found = step_timing.time_step(small, (), device=torch.device("cpu"), micro_batch=8)
+    assert (built, found.seconds_per_sequence) == ([12], pytest.approx(3.0 + 2.0 * 12))
 
 
 @pytest.mark.parametrize(("share", "is_said"), [(0.5, True), (1.0, False)])
 def test_a_figure_taken_beside_other_programs_says_so(monkeypatch, share, is_said) -> None:
     class Step:
-        kernels = PLAIN
+        kernels = DEFAULT_KERNELS
 
         def rehearse(self, windows: int, context_length: int) -> float:
             clock[0] += 10.0 * share * torch.get_num_threads()
             return 10.0
 
     clock = [0.0]
-    monkeypatch.setattr(rehearsal, "build_step", lambda *_: Step())
-    monkeypatch.setattr(rehearsal.time, "process_time", lambda: clock[0])
-    config = dataclasses.replace(preset("debug"), vocab_size=64)
-    found = rehearsal.rehearse(config, (), device=torch.device("cpu"), micro_batch=4)
+    monkeypatch.setattr(step_timing, "build_step", lambda *_: Step())
+    monkeypatch.setattr(step_timing.time, "process_time", lambda: clock[0])
+    config = dataclasses.replace(get_preset("debug"), vocab_size=64)
+    found = step_timing.time_step(config, (), device=torch.device("cpu"), micro_batch=4)
     assert ("other programs took 50% of the cores" in found.how) == is_said
 
 
 def test_the_way_of_the_update_decides_what_it_keeps() -> None:
-    config = dataclasses.replace(preset("gpt2"), vocab_size=50304)
-    mixed = memory_of(config, 1, Precision(torch.bfloat16, ""), PLAIN)
-    plain = memory_of(config, 1, Precision(torch.float32, ""), PLAIN)
+    config = dataclasses.replace(get_preset("gpt2"), vocab_size=50304)
+    mixed = estimate_memory(config, 1, Precision(torch.bfloat16, ""), DEFAULT_KERNELS)
+    plain = estimate_memory(config, 1, Precision(torch.float32, ""), DEFAULT_KERNELS)
     assert mixed["activations"] < plain["activations"]
     saving = dataclasses.replace(config, activation_checkpointing=True)
     assert (
-        memory_of(saving, 1, Precision(torch.float32, ""), PLAIN)["activations"]
+        estimate_memory(saving, 1, Precision(torch.float32, ""), DEFAULT_KERNELS)["activations"]
         < plain["activations"]
     )
 

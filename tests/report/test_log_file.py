@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.report import log_file
-from gptforge.report.log_file import LogFile
+from gptforge.report import buffered_log
+from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.run_report import RunReport
 from tests.programs import events
 
@@ -23,7 +23,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk, real = Disk(), log_file.open_regular
+    disk, real = Disk(), buffered_log.open_regular
 
     class Limited(io.FileIO):
         def write(self, data: bytes) -> int:
@@ -36,24 +36,24 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     def limited(path: Path, mode: str = "r", **how: object) -> object:
         return Limited(str(path), "ab") if mode == "ab" else real(path, mode, **how)
 
-    monkeypatch.setattr(log_file, "open_regular", limited)
+    monkeypatch.setattr(buffered_log, "open_regular", limited)
     return disk
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> LogFile:
-    return LogFile(tmp_path / "log.md", lambda path, error: None)
+def log(tmp_path: Path) -> BufferedLog:
+    return BufferedLog(tmp_path / "log.md", lambda path, error: None)
 
 
 def test_a_full_disk_leaves_no_half_of_a_line_and_gets_the_rest_later(log, disk) -> None:
     log.add("one\n")
-    disk.room = 2
+    disk.workspace_bytes = 2
     log.add("two\n")
     assert log.path.read_text() == "one\n"
     log.add("three\n")
     assert log.path.read_text() == "one\n"
     assert log.waiting == "two\nthree\n"
-    disk.room = 100
+    disk.workspace_bytes = 100
     log.add("four\n")
     assert log.path.read_text() == "one\ntwo\nthree\nfour\n"
     assert log.waiting == ""
@@ -61,12 +61,12 @@ def test_a_full_disk_leaves_no_half_of_a_line_and_gets_the_rest_later(log, disk)
 
 def test_half_a_line_that_could_not_be_taken_back_is_taken_back_later(log, disk) -> None:
     log.add("one\n")
-    disk.room = 2
+    disk.workspace_bytes = 2
     log.add("two\n")
     # A disk that refuses everything, even that.
     log.path.write_text("one\ntw")
     assert log.size == 8
-    disk.room = 100
+    disk.workspace_bytes = 100
     log.add("three\n")
     assert log.path.read_text() == "one\ntwo\nthree\n"
 
@@ -74,15 +74,15 @@ def test_half_a_line_that_could_not_be_taken_back_is_taken_back_later(log, disk)
 @pytest.mark.parametrize("is_written", [True, False])
 def test_a_length_that_counts_what_waits_is_where_it_is_cut(log, disk, is_written) -> None:
     log.add("one\n")
-    disk.room = 0
+    disk.workspace_bytes = 0
     log.add("two\n")
     size = log.size
     log.add("three\n")
     if is_written:
-        disk.room = 100
+        disk.workspace_bytes = 100
         log.add("four\n")
     log.cut(size)
-    disk.room = 100
+    disk.workspace_bytes = 100
     log.add("again\n")
     assert log.path.read_text() == "one\ntwo\nagain\n"
 
@@ -96,7 +96,7 @@ def event(step: int) -> dict[str, float]:
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RunReport]:
     monkeypatch.setattr("gptforge.report.run_report.draw_curves", lambda *_, **__: None)
     report = RunReport(tmp_path, title="t")
-    report.begin("SUMMARY", command="c", facts={})
+    report.start("SUMMARY", command="c", facts={})
     return report
 
 
@@ -104,21 +104,21 @@ def test_logs_that_cannot_be_written_are_told_of_once_and_made_up_for(
     report, disk, tmp_path, capsys
 ) -> None:
     report.step(event(0))
-    disk.room = 10
+    disk.workspace_bytes = 10
     for step in range(1, 5):
         report.step(event(step))
     said = capsys.readouterr().out
     assert said.count("warning:") == 1
     assert "log.md cannot be written (No space left on device): training goes on" in said
-    disk.room = 10**6
+    disk.workspace_bytes = 10**6
     report.step(event(5))
     assert [e["step"] for e in events(tmp_path) if e["event"] == "train"] == list(range(6))
 
 
 def test_the_verdict_knows_what_the_disk_did_not_take(report, disk, capsys) -> None:
-    disk.room = 0
+    disk.workspace_bytes = 0
     report.step(event(0))
-    report.evaluated(1, loss=2.5, bits_per_byte=1.0, epoch=1.0, is_best=True)
+    report.log_eval(1, loss=2.5, bits_per_byte=1.0, epoch=1.0, is_best=True)
     report.end("finished", step=1, epochs=1.0, seconds=1, is_judged=True)
     said = capsys.readouterr().out
     assert "Best held-out loss 2.5000" in said

@@ -1,7 +1,7 @@
 import pytest
 
-from gptforge.report import meter as module
-from gptforge.report.meter import PlainMeter, TerminalMeter, open_meter
+from gptforge.report import progress as module
+from gptforge.report.progress import PlainMeter, TerminalMeter, open_meter
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_bar_takes_the_same_calls(clock, capsys) -> None:
         meter.start(100, 10)
         clock[0] += 2
         meter.add(50, 4_000_000)
-        meter.say("note: [brackets] stay as they are")
+        meter.log("note: [brackets] stay as they are")
         task = meter._progress.tasks[0]
         assert (task.total, task.completed, task.fields["speed"]) == (100, 60, "2.0 MB/s")
     assert "note: [brackets] stay as they are" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
 from gptforge.report import metrics
-from gptforge.report.duration import in_words
+from gptforge.report.format import format_duration
 from gptforge.report.metrics import History, read_history, step_line
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
@@ -64,7 +64,7 @@ def test_a_step_line_is_the_seeds() -> None:
 )
 def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
     history = History(train=[event(149, 0.05)], evals=evals)
-    text = verdict(history, total_steps=150, epochs=3, out_dir="runs/x", is_judged=True)
+    text = verdict(history, total_steps=150, epochs=3, out_dir="runs/x", has_val=True)
     assert words in text
     best = min(e["val_loss"] for e in evals)
     assert f"{best:.4f}" in text
@@ -88,7 +88,7 @@ def test_the_verdict_tells_what_the_curve_shows(evals, words) -> None:
 def test_the_verdict_goes_by_steps_however_they_were_judged(evals, words) -> None:
     end = int(evals[-1]["step"])
     history = History(train=[event(end - 1)], evals=evals)
-    assert words in verdict(history, total_steps=end, epochs=1, out_dir="r", is_judged=True)
+    assert words in verdict(history, total_steps=end, epochs=1, out_dir="r", has_val=True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_verdict_says_by_heart_only_where_the_text_was_learned_better(
     train = [event(50 * i + j, loss) for i, loss in enumerate(losses) for j in range(30, 50)]
     text = verdict(
         History(train=train, evals=evals), total_steps=150, epochs=epochs, out_dir="r",
-        is_judged=True,
+        has_val=True,
     )  # fmt: skip
     assert "After that it got worse, 7.0000" in text and words in text
     assert "The best" in text
@@ -119,21 +119,21 @@ def test_the_verdict_says_by_heart_only_where_the_text_was_learned_better(
 
 def test_the_verdict_does_not_praise_what_was_never_judged() -> None:
     text = verdict(
-        History(train=[event(9, 0.005)]), total_steps=10, epochs=60, out_dir="r", is_judged=False
+        History(train=[event(9, 0.005)]), total_steps=10, epochs=60, out_dir="r", has_val=False
     )
     assert "Nothing was held out" in text
 
 
 def test_the_verdict_of_a_run_that_stopped_early_does_not_say_nothing_was_held_out() -> None:
     history = History(train=[event(9)])
-    text = verdict(history, total_steps=10, epochs=1, out_dir="r", is_judged=True)
+    text = verdict(history, total_steps=10, epochs=1, out_dir="r", has_val=True)
     assert "not judged yet" in text
     assert "Nothing was held out" not in text
 
 
 def test_a_picture_that_cannot_be_drawn_is_no_reason_to_stop(tmp_path, monkeypatch, capsys) -> None:
     report = RunReport(tmp_path, title=r"a$\frac$.txt")
-    report.redraw(force=True)
+    report.plot(force=True)
     assert (tmp_path / "training_curves.png").is_file()
 
     def fail(*_: object, **__: object) -> None:
@@ -141,25 +141,25 @@ def test_a_picture_that_cannot_be_drawn_is_no_reason_to_stop(tmp_path, monkeypat
 
     monkeypatch.setattr("gptforge.report.run_report.draw_curves", fail)
     for _ in range(2):
-        report.redraw(force=True)
-    report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
+        report.plot(force=True)
+    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
     said = capsys.readouterr().out
     assert said.count("no fonts here") == 1
     assert "Curves:" not in said
     monkeypatch.undo()
-    report.redraw(force=True)
-    report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
+    report.plot(force=True)
+    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
     assert "Curves: " in capsys.readouterr().out
 
 
 def test_going_on_cuts_the_files_back_to_the_checkpoint(tmp_path, capsys) -> None:
     report = RunReport(tmp_path, title="t")
-    report.begin("SUMMARY", command="c", facts={})
-    report.step(event(0))
-    sizes = report.sizes()
+    report.start("SUMMARY", command="c", facts={})
+    report.log_step(event(0))
+    sizes = report.file_sizes()
     kept = {name: (tmp_path / name).read_bytes() for name in sizes}
-    report.step(event(1))
-    report.sampled(2, "words", is_last=False)
+    report.log_step(event(1))
+    report.log_sample(2, "words", is_last=False)
     report.resume(1, sizes, checkpoint="step-000001", is_best=True, command="c")
     assert (tmp_path / "log.md").read_bytes() == kept["log.md"]
     assert (tmp_path / "samples.md").read_bytes() == kept["samples.md"]
@@ -169,10 +169,10 @@ def test_going_on_cuts_the_files_back_to_the_checkpoint(tmp_path, capsys) -> Non
 
 def test_the_log_is_markdown_whose_fence_closes(tmp_path, capsys) -> None:
     report = RunReport(tmp_path, title="t")
-    report.begin("SUMMARY", command="c", facts={})
-    report.step(event(0))
-    report.sampled(1, "~~~ not a fence", is_last=True)
-    report.end("finished", step=1, epochs=0.1, seconds=2, is_judged=False)
+    report.start("SUMMARY", command="c", facts={})
+    report.log_step(event(0))
+    report.log_sample(1, "~~~ not a fence", is_last=True)
+    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
     assert (tmp_path / "log.md").read_text().count("```") == 2
     assert "~~~~text" in (tmp_path / "samples.md").read_text()
 
@@ -213,7 +213,7 @@ def test_of_many_train_events_an_even_selection_is_read(tmp_path, monkeypatch, c
      (12 * 86400, "12 days")],
 )  # fmt: skip
 def test_durations_are_said_as_people_say_them(seconds, words) -> None:
-    assert in_words(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_a_history_is_read_of_a_file_alone_and_of_its_end(tmp_path, monkeypatch) -> None:
@@ -221,7 +221,7 @@ def test_a_history_is_read_of_a_file_alone_and_of_its_end(tmp_path, monkeypatch)
     lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in range(100)]
     path.write_text("".join(lines) + "x" * 10**6 + "\n" + lines[0])
     assert len(read_history(path).train) == 101
-    monkeypatch.setattr(metrics, "MOST_BYTES", 10**6 + 2 * len(lines[0]))
+    monkeypatch.setattr(metrics, "MAX_BYTES", 10**6 + 2 * len(lines[0]))
     assert [event["step"] for event in read_history(path).train] == [0]
     if os.name != "nt":
         (tmp_path / "link").symlink_to(path)

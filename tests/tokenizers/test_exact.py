@@ -6,15 +6,15 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.tokenizers import bulk as bulk_module
+from gptforge.tokenizers import fast_encode as bulk_module
 from gptforge.tokenizers.base import END_OF_TEXT
-from gptforge.tokenizers.bulk import BulkEncoder, is_assigned
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
+from gptforge.tokenizers.fast_encode import FastEncoder, is_assigned
 from gptforge.tokenizers.gpt2 import PATTERN, GPT2Tokenizer
 
 GPT2 = GPT2Tokenizer()
-BULK = BulkEncoder(GPT2)
-PLAIN = BulkEncoder(GPT2, fast=False)
+BULK = FastEncoder(GPT2)
+PLAIN = FastEncoder(GPT2, fast=False)
 REFERENCE = tiktoken.Encoding(
     "gpt2", pat_str=PATTERN, mergeable_ranks=GPT2.ranks, special_tokens={END_OF_TEXT: 50256}
 )
@@ -131,16 +131,16 @@ def test_a_fast_encoder_that_errs_is_found_out_and_not_used_again(monkeypatch) -
         return np.array([ord(char) for char in text], np.uint32)
 
     monkeypatch.setattr(bulk_module, "_gigatoken", lambda tokenizer: wrong)
-    assert BulkEncoder(GPT2).name == "tiktoken"
+    assert FastEncoder(GPT2).name == "tiktoken"
 
     def wrong_about_hello(text: str) -> np.ndarray:
         return wrong(text) if "hello" in text else np.array(reference(text), np.uint32)
 
     monkeypatch.setattr(bulk_module, "_gigatoken", lambda tokenizer: wrong_about_hello)
-    encoder = BulkEncoder(GPT2)
+    encoder = FastEncoder(GPT2)
     assert encoder.name == "gigatoken"
-    assert encoder.agrees("goodbye")
-    assert not encoder.agrees("hello")
+    assert encoder.matches_reference("goodbye")
+    assert not encoder.matches_reference("hello")
     assert encoder.name == "tiktoken"
     assert encoder.encode("hello").tolist() == reference("hello")
 
@@ -153,8 +153,8 @@ def test_the_fast_encoder_is_made_anew_now_and_then(monkeypatch) -> None:
         return lambda text: np.array(reference(text), np.uint32)
 
     monkeypatch.setattr(bulk_module, "_gigatoken", fast)
-    monkeypatch.setattr(bulk_module, "FORGETS", 2000)
-    encoder = BulkEncoder(GPT2)
+    monkeypatch.setattr(bulk_module, "MAX_CACHED_CHARS", 2000)
+    encoder = FastEncoder(GPT2)
     for _ in range(100):
         assert encoder.encode("word " * 20).tolist() == reference("word " * 20)
     # It would remember every word that it met, and grow with the data.
@@ -171,10 +171,10 @@ def test_characters_that_unicode_has_not_assigned_are_left_to_tiktoken() -> None
     "tokenizer", [CharTokenizer(" abcé", marks=True), ByteTokenizer(marks=True)]
 )
 def test_characters_and_bytes_have_no_faster_way(tokenizer) -> None:
-    encoder = BulkEncoder(tokenizer)
+    encoder = FastEncoder(tokenizer)
     assert encoder.name == tokenizer.name
     assert encoder.encode("cab é").tolist() == tokenizer.encode("cab é").tolist()
-    mark = tokenizer.end_of_text
+    mark = tokenizer.eot_token
     assert encoder.encode_documents(["a", "b"]).tolist() == [
         mark,
         *tokenizer.encode("a"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptforge import tokenizers
 from gptforge.errors import UserError
-from gptforge.tokenizers import byte_lengths, decode, named
+from gptforge.tokenizers import byte_lengths, decode, from_name
 from gptforge.tokenizers import gpt2 as gpt2_module
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
@@ -27,7 +27,7 @@ def test_the_ranks_are_those_that_tiktoken_publishes() -> None:
     # SHA-256 of the file r50k_base.tiktoken.
     published = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
     assert hashlib.sha256(b"".join(lines)).hexdigest() == published
-    assert (GPT2.size, GPT2.end_of_text) == (50257, 50256)
+    assert (GPT2.vocab_size, GPT2.eot_token) == (50257, 50256)
 
 
 def test_known_ids() -> None:
@@ -43,7 +43,7 @@ def test_gpt2_gives_back_every_text(text: str) -> None:
 
 def test_the_end_of_text_mark_in_a_text_is_only_characters() -> None:
     ids = GPT2.encode("a<|endoftext|>b")
-    assert GPT2.end_of_text not in ids
+    assert GPT2.eot_token not in ids
     assert decode(GPT2, ids) == "a<|endoftext|>b"
 
 
@@ -58,17 +58,17 @@ def test_the_end_of_text_mark_in_a_text_is_only_characters() -> None:
 def test_cutting_a_long_text_changes_no_id(pieces: list[str]) -> None:
     text = "".join(pieces)
     whole = GPT2.encoding.encode_ordinary(text)
-    saved, gpt2_module.CHUNK = gpt2_module.CHUNK, 3
+    saved, gpt2_module.CHUNK_CHARS = gpt2_module.CHUNK_CHARS, 3
     try:
         assert list(GPT2.encode(text)) == whole
     finally:
-        gpt2_module.CHUNK = saved
+        gpt2_module.CHUNK_CHARS = saved
 
 
 @settings(deadline=None)
 @given(anything)
 def test_char_and_byte_give_back_every_text(text: str) -> None:
-    char, byte = CharTokenizer.of(text), ByteTokenizer()
+    char, byte = CharTokenizer.from_text(text), ByteTokenizer()
     assert decode(char, char.encode(text)) == text
     assert decode(byte, byte.encode(text)) == text
     assert len(char.encode(text)) == len(text)
@@ -76,7 +76,7 @@ def test_char_and_byte_give_back_every_text(text: str) -> None:
 
 
 def test_a_character_that_was_never_seen_is_named() -> None:
-    tokenizer = CharTokenizer.of("abc")
+    tokenizer = CharTokenizer.from_text("abc")
     for stranger in ("z", "A", "é", "\U0001f600"):
         with pytest.raises(UserError, match=repr(stranger)):
             tokenizer.encode(f"ab{stranger}c")
@@ -85,20 +85,20 @@ def test_a_character_that_was_never_seen_is_named() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "char", "byte"])
 def test_a_saved_tokenizer_is_the_same_one(tmp_path, name) -> None:
     text = "To be, or not to be: ça va? 日本\n"
-    before = named(name, text)
+    before = from_name(name, text)
     tokenizers.save(before, tmp_path / "tokenizer.json")
     for after in (
         tokenizers.load(tmp_path / "tokenizer.json"),
-        named(str(tmp_path / "tokenizer.json"), "another text"),
+        from_name(str(tmp_path / "tokenizer.json"), "another text"),
     ):
-        assert (after.name, after.size) == (before.name, before.size)
+        assert (after.name, after.vocab_size) == (before.name, before.vocab_size)
         np.testing.assert_array_equal(after.encode(text), before.encode(text))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "char", "byte"])
 def test_byte_lengths_add_up_to_the_text(name) -> None:
     text = "Wherefore art thou — naïve? 日本\n" * 3
-    tokenizer = named(name, text)
+    tokenizer = from_name(name, text)
     assert byte_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
 
 
@@ -139,7 +139,7 @@ def test_a_byte_order_mark_in_front_of_a_tokenizer_does_no_harm(tmp_path) -> Non
 
 def test_an_unknown_tokenizer_is_refused_with_the_names() -> None:
     with pytest.raises(UserError, match="gpt2, char or byte"):
-        named("bert", "text")
+        from_name("bert", "text")
 
 
 def test_the_saved_form_is_plain_json(tmp_path) -> None:
@@ -148,18 +148,24 @@ def test_the_saved_form_is_plain_json(tmp_path) -> None:
     assert (record["kind"], record["alphabet"]) == ("char", "ab")
 
 
-@pytest.mark.parametrize("made", [CharTokenizer("abc", marks=True), ByteTokenizer(marks=True)])
+@pytest.mark.parametrize(
+    "made", [CharTokenizer("abc", with_eot=True), ByteTokenizer(with_eot=True)]
+)
 def test_a_mark_between_documents_is_an_id_that_no_text_becomes(made, tmp_path) -> None:
     plain = CharTokenizer("abc") if made.name == "char" else ByteTokenizer()
-    assert (made.size, made.end_of_text, plain.end_of_text) == (plain.size + 1, plain.size, None)
+    assert (made.size, made.eot_token, plain.eot_token) == (
+        plain.vocab_size + 1,
+        plain.vocab_size,
+        None,
+    )
     np.testing.assert_array_equal(made.encode("abba"), plain.encode("abba"))
-    assert decode(made, [*made.encode("ab"), made.end_of_text]) == "ab<|endoftext|>"
+    assert decode(made, [*made.encode("ab"), made.eot_token]) == "ab<|endoftext|>"
     # It stands for no text, so it takes no part in bits per byte.
-    assert byte_lengths(made)[made.end_of_text] == 0
+    assert byte_lengths(made)[made.eot_token] == 0
     tokenizers.save(made, tmp_path / "t.json")
     assert tokenizers.load(tmp_path / "t.json").to_json() == made.to_json() != plain.to_json()
 
 
 def test_a_character_is_never_mistaken_for_the_mark() -> None:
     with pytest.raises(UserError, match="'d' is not in this model's alphabet"):
-        CharTokenizer("abc", marks=True).encode("abcd")
+        CharTokenizer("abc", with_eot=True).encode("abcd")

@@ -8,11 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge import tokenizers
-from gptforge.convert.hf_tokenizer import hf_tokenizer
+from gptforge.convert.hf_tokenizer import tokenizer_json
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths, decode
-from gptforge.tokenizers.bulk import BulkEncoder
-from gptforge.tokenizers.hf_json import is_sound, read_hf_json, sound, spell
+from gptforge.tokenizers.fast_encode import FastEncoder
+from gptforge.tokenizers.hf_loader import (
+    are_unambiguous,
+    bpe,
+    load_hf_tokenizer,
+    unambiguous_merges,
+)
 from gptforge.tokenizers.train_bpe import train_bpe
 
 pytest.importorskip("tokenizers")
@@ -25,12 +30,12 @@ def theirs(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    path.write_text(json.dumps(hf_tokenizer(OURS)), encoding="utf-8")
+    path.write_text(json.dumps(tokenizer_json(OURS)), encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
 def test_it_has_the_size_that_was_asked_for_and_says_more_with_less() -> None:
-    assert (OURS.size, OURS.end_of_text, OURS.name) == (1500, 1499, "bpe")
+    assert (OURS.vocab_size, OURS.eot_token, OURS.name) == (1500, 1499, "bpe")
     text = SHAKESPEARE[1000:3000]
     assert decode(OURS, OURS.encode(text)) == text
     assert len(OURS.encode(text)) < 0.5 * len(text)
@@ -50,22 +55,22 @@ def test_transformers_gives_the_same_ids(theirs, text) -> None:
     # It would take the mark in a text for the mark between documents; we never do.
     expected = theirs(text.replace(END_OF_TEXT, ""), add_special_tokens=False)["input_ids"]
     assert OURS.encode(text.replace(END_OF_TEXT, "")).tolist() == expected
-    assert BulkEncoder(OURS).encode(text).tolist() == OURS.encode(text).tolist()
+    assert FastEncoder(OURS).encode(text).tolist() == OURS.encode(text).tolist()
 
 
 def test_the_file_and_our_own_form_both_bring_it_back(tmp_path) -> None:
-    (tmp_path / "hf.json").write_text(json.dumps(hf_tokenizer(OURS)))
+    (tmp_path / "hf.json").write_text(json.dumps(tokenizer_json(OURS)))
     tokenizers.save(OURS, tmp_path / "own.json")
     for name in ("hf.json", "own.json"):
-        back = tokenizers.named(str(tmp_path / name), "")
+        back = tokenizers.from_name(str(tmp_path / name), "")
         assert back.to_json() == OURS.to_json()
-        assert (back.name, back.size) == ("bpe", 1500)
+        assert (back.name, back.vocab_size) == ("bpe", 1500)
     assert byte_lengths(OURS)[OURS.encode("naïve 日本")].sum() == len("naïve 日本".encode())
 
 
 def test_gpt2s_own_file_is_gpt2() -> None:
-    gpt2 = tokenizers.named("gpt2", "")
-    assert read_hf_json(json.loads(json.dumps(hf_tokenizer(gpt2)))).name == "gpt2"
+    gpt2 = tokenizers.from_name("gpt2", "")
+    assert load_hf_tokenizer(json.loads(json.dumps(tokenizer_json(gpt2)))).name == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -79,18 +84,18 @@ def test_gpt2s_own_file_is_gpt2() -> None:
     ],
 )
 def test_a_tokenizer_that_works_otherwise_is_refused(tmp_path, change, words) -> None:
-    (tmp_path / "t.json").write_text(json.dumps({**hf_tokenizer(OURS), **change}))
+    (tmp_path / "t.json").write_text(json.dumps({**tokenizer_json(OURS), **change}))
     with pytest.raises(UserError, match=words):
         tokenizers.load(tmp_path / "t.json")
 
 
 def test_merges_that_programs_would_read_differently_are_left_out() -> None:
     # abc comes about in two ways: tokenizers looks for the pair, tiktoken for what it makes.
-    assert sound(["a b", "b c", "ab c", "a bc"]) == ["a b", "b c", "ab c"]
+    assert unambiguous_merges(["a b", "b c", "ab c", "a bc"]) == ["a b", "b c", "ab c"]
     # bc is learned before ab, so ab never stands before c.
-    assert sound(["b c", "a b", "ab c"]) == ["b c", "a b"]
+    assert unambiguous_merges(["b c", "a b", "ab c"]) == ["b c", "a b"]
     # What is built on such a merge goes with it.
-    assert sound(["b c", "a b", "ab c", "abc d"]) == ["b c", "a b"]
+    assert unambiguous_merges(["b c", "a b", "ab c", "abc d"]) == ["b c", "a b"]
 
 
 @pytest.mark.parametrize("size", [0, 256, 2**21])
@@ -176,14 +181,14 @@ def test_a_text_is_spelled_as_bpe_defines_it(choices, text) -> None:
         pair = tokens[left % len(tokens)], tokens[right % len(tokens)]
         merges.setdefault(" ".join(pair), len(merges))
         tokens.append("".join(pair))
-    assert spell(text, merges) == by_definition(text, merges)
+    assert bpe(text, merges) == by_definition(text, merges)
 
 
 def test_a_token_of_thousands_of_letters_takes_a_few_looks_for_each() -> None:
     merges = [f"{'a' * 2**k} {'a' * 2**k}" for k in range(13)]
-    assert is_sound(merges)
+    assert are_unambiguous(merges)
     ranks = CountedRanks({merge: rank for rank, merge in enumerate(merges)})
-    assert spell("a" * 2**13, ranks) == ["a" * 2**13]
+    assert bpe("a" * 2**13, ranks) == ["a" * 2**13]
     assert ranks.looked_up < 4 * 2**13
 
 
@@ -194,4 +199,4 @@ def test_merges_are_sound_if_none_is_left_out() -> None:
         ["a b", "c d", "ab cd"],
         ["a a", "a a"],
     ):
-        assert is_sound(merges) == (sound(merges) == merges), merges
+        assert are_unambiguous(merges) == (unambiguous_merges(merges) == merges), merges

@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 
 from gptforge.config import Config
-from gptforge.presets import preset
+from gptforge.presets import get_preset
 
 
 @pytest.fixture
 def config(play: Path, tmp_path: Path) -> Config:
     return dataclasses.replace(
-        preset("debug"),
+        get_preset("debug"),
         input=str(play),
         out_dir=str(tmp_path / "run"),
         device="cpu",
@@ -18,5 +18,5 @@ def config(play: Path, tmp_path: Path) -> Config:
         eval_every=4,
         save_every=6,
         sample_every=0,
-        keep=9,
+        keep_checkpoints=9,
     )

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-from gptforge.build import build_trainer
+from gptforge.builders import build_trainer
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
-from gptforge.train.guards import StopGuard
+from gptforge.train.signals import StopSignal
 from gptforge.train.trainer import Trainer
 
 
 def build(config: Config) -> Trainer:
-    trainer = build_trainer(config, given=(), say=lambda _: None)
+    trainer = build_trainer(config, explicit=(), log=lambda _: None)
     assert trainer is not None
     return trainer
 
@@ -22,18 +22,18 @@ def events(config: Config, kind: str) -> list[dict]:
 
 
 def last(config: Config) -> Path:
-    path = CheckpointStore(Path(config.out_dir) / "checkpoints").pointed("last")
+    path = CheckpointStore(Path(config.out_dir) / "checkpoints").read_link("last")
     assert path is not None
     return path
 
 
-class StopAfter(StopGuard):
+class StopAfter(StopSignal):
     """A wish to stop that comes true behind step `steps`."""
 
     def __init__(self, steps: int) -> None:
-        super().__init__(0, say=lambda _: None)
+        super().__init__(0, log=lambda _: None)
         self.steps = steps
 
-    def wish(self):
+    def stop_reason(self):
         self.steps -= 1
         return "interrupted" if self.steps == 0 else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.build import build_trainer
+from gptforge.builders import build_trainer
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from tests.train.runs import StopAfter, build, events, last
@@ -34,12 +34,12 @@ def test_a_deterministic_run_cut_in_two_is_the_run_in_one_bit_for_bit(
 ) -> None:
     config = dataclasses.replace(repeatable, dtype=dtype)
     straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
-    build(straight).run()
+    build(straight).fit()
     first = build(config)
-    first.guard = StopAfter(8)
-    first.run()
+    first.stop_signal = StopAfter(8)
+    first.fit()
     torch.cuda.manual_seed(99)
-    build(config).run()
+    build(config).fit()
     for name in ("model", "optimizer", "rng"):
         one = read_tensors(last(straight), f"{name}.safetensors")
         two = read_tensors(last(config), f"{name}.safetensors")
@@ -53,14 +53,14 @@ def test_a_checkpoint_holds_the_weights_of_its_own_step(config) -> None:
     config = dataclasses.replace(config, save_every=1, keep=99, eval_every=99)
     trainer = build(config)
     weights = {}
-    submit = trainer.saver.submit
+    submit = trainer.saver.save_async
 
     def noting(step, snapshot, *, is_best) -> None:
-        weights[step] = trainer.train_step.model.transformer["wte"].weight.detach().cpu().clone()
+        weights[step] = trainer.step_fn.model.transformer["wte"].weight.detach().cpu().clone()
         submit(step, snapshot, is_best=is_best)
 
-    trainer.saver.submit = noting
-    trainer.run()
+    trainer.saver.save_async = noting
+    trainer.fit()
     for step, expected in weights.items():
         path = Path(config.out_dir) / "checkpoints" / f"step-{step:06d}"
         saved = read_tensors(path, "model.safetensors")["transformer.wte.weight"]
@@ -70,17 +70,17 @@ def test_a_checkpoint_holds_the_weights_of_its_own_step(config) -> None:
 
 def test_a_batch_whose_gradient_is_not_finite_changes_nothing_and_is_reported(config) -> None:
     trainer = build(config)
-    step = trainer.train_step
-    plain, weights = step._learn, []
+    step = trainer.step_fn
+    plain, weights = step._forward_backward, []
 
     def poisoned(x, y, scale):
-        if trainer.progress.step in (6, 7):
+        if trainer.state.step in (6, 7):
             weights.append(step.model.transformer["wte"].weight.detach().clone())
             return plain(x, y, scale * math.nan) * math.nan
         return plain(x, y, scale)
 
-    step._learn = poisoned
-    assert trainer.run() == "finished"
+    step._forward_backward = poisoned
+    assert trainer.fit() == "finished"
     assert len(weights) == 4
     assert all(torch.equal(weights[0], other) for other in weights)
     found = [event["step"] for event in events(config, "anomaly")]
@@ -98,11 +98,13 @@ def test_memory_that_runs_out_at_the_start_makes_smaller_micro_batches(config) -
     held = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((held + 220 * 2**20) / total)
     try:
-        trainer = build_trainer(config, given=("gradient_accumulation_steps",), say=lambda _: None)
+        trainer = build_trainer(
+            config, explicit=("gradient_accumulation_steps",), log=lambda _: None
+        )
         assert trainer is not None
-        assert 1 < trainer.train_step.micro_batch < 512
-        assert trainer.run() == "finished"
+        assert 1 < trainer.step_fn.micro_batch_size < 512
+        assert trainer.fit() == "finished"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    assert trainer.loader.position == 2 * 512
+    assert trainer.dataloader.position == 2 * 512

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.build import build_trainer
+from gptforge.builders import build_trainer
 from gptforge.checkpoint.store import TOKENIZER, read_tokenizer
 from gptforge.config import Config
 from gptforge.errors import UserError
@@ -20,7 +20,7 @@ from tests.train.runs import build, last
 def first(config: Config) -> Config:
     """A finished run on the characters of a play."""
     config = dataclasses.replace(config, dropout=0.0, max_steps=8, warmup_steps=2)
-    build(config).run()
+    build(config).fit()
     return config
 
 
@@ -118,13 +118,13 @@ def test_a_run_begun_with_another_tokenizer_by_an_earlier_version_resumes(
     with monkeypatch.context() as earlier:
         for module in ("settled", "training"):
             earlier.setattr(f"gptforge.build.{module}.check_tokenizer", lambda *_, **__: None)
-        trainer = build_trainer(second, given=("tokenizer",), say=lambda _: None)
+        trainer = build_trainer(second, explicit=("tokenizer",), log=lambda _: None)
         assert trainer is not None
-        trainer.run()
+        trainer.fit()
     longer = dataclasses.replace(second, max_steps=6)
-    trainer = build_trainer(longer, given=("tokenizer",), say=lambda _: None)
-    assert trainer is not None and trainer.progress.step == 4
-    trainer.lock.close()
+    trainer = build_trainer(longer, explicit=("tokenizer",), log=lambda _: None)
+    assert trainer is not None and trainer.state.step == 4
+    trainer.lock.release()
 
 
 def test_shards_that_a_model_is_evaluated_on_are_refused_with_what_helps(first, program) -> None:
@@ -142,9 +142,9 @@ def test_a_gpt2_model_refuses_characters(tmp_path, play) -> None:
         n_head=1, n_embd=8, block_size=16, context_length=16, batch_size=2,
         gradient_accumulation_steps=1, max_steps=1, warmup_steps=1, sample_every=0,
     )  # fmt: skip
-    build(small).run()
+    build(small).fit()
     other = dataclasses.replace(
         small, init_from=small.out_dir, tokenizer="char", out_dir=str(tmp_path / "two")
     )
     with pytest.raises(UserError, match=r"--tokenizer char \(char, \d+ ids\) is not the one of"):
-        build_trainer(other, given=("tokenizer",), say=lambda _: None)
+        build_trainer(other, explicit=("tokenizer",), log=lambda _: None)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.build import build_trainer, evaluate_run
-from gptforge.data.prepare import prepare
-from gptforge.data.request import Request
+from gptforge.builders import build_trainer, evaluate_run
+from gptforge.data.prepare.pipeline import prepare
+from gptforge.data.prepare.request import PrepareRequest
 from gptforge.errors import UserError
 from tests.train.runs import StopAfter, build, events
 
 
 def finish(config) -> list[float]:
-    assert build(config).run() == "finished"
+    assert build(config).fit() == "finished"
     return [event["loss"] for event in events(config, "train")]
 
 
@@ -32,7 +32,7 @@ def test_a_text_and_its_shards_teach_the_same(config, tmp_path) -> None:
     from_text = finish(config)
     prepare(
         tmp_path / "shards",
-        Request((config.input,), tokenizer="char", val_fraction=0.2),
+        PrepareRequest((config.input,), tokenizer="char", val_fraction=0.2),
     )
     shards = dataclasses.replace(
         config, input=str(tmp_path / "shards"), out_dir=str(tmp_path / "b"), tokenizer="gpt2"
@@ -49,8 +49,8 @@ def test_a_run_on_documents_goes_on_as_if_it_had_never_stopped(config, tmp_path,
     config = dataclasses.replace(config, input=str(jsonl(tmp_path / "d.jsonl", count)))
     straight = finish(dataclasses.replace(config, out_dir=str(tmp_path / "straight")))
     trainer = build(config)
-    trainer.guard = StopAfter(7)
-    assert trainer.run() == "interrupted"
+    trainer.stop_signal = StopAfter(7)
+    assert trainer.fit() == "interrupted"
     assert finish(config) == straight
     score = evaluate_run(config.out_dir, device="cpu")
     last = events(config, "eval")
@@ -61,18 +61,18 @@ def test_other_documents_are_not_gone_on_with(config, tmp_path) -> None:
     path = jsonl(tmp_path / "d.jsonl", 130)
     config = dataclasses.replace(config, input=str(path))
     trainer = build(config)
-    trainer.guard = StopAfter(7)
-    trainer.run()
+    trainer.stop_signal = StopAfter(7)
+    trainer.fit()
     path.write_text(path.read_text().replace("juliet", "julia"))
     with pytest.raises(UserError, match="the text is not the one"):
         build(config)
 
 
 def test_a_tokenizer_that_is_not_the_shards_own_is_refused(config, tmp_path) -> None:
-    prepare(tmp_path / "shards", Request((config.input,), tokenizer="byte"))
+    prepare(tmp_path / "shards", PrepareRequest((config.input,), tokenizer="byte"))
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     with pytest.raises(UserError, match="prepared with the tokenizer byte"):
-        build_trainer(config, given=["tokenizer"], say=lambda _: None)
+        build_trainer(config, explicit=["tokenizer"], log=lambda _: None)
     assert finish(config)
 
 
@@ -84,7 +84,7 @@ def test_a_bad_id_in_a_shard_stops_training_with_its_name(config, tmp_path) -> N
         config, input=str(tmp_path / "train.bin"), headerless=True, tokenizer="byte"
     )
     with pytest.raises(UserError, match=r"train.bin: token id 9999 is outside"):
-        build_trainer(config, given=["tokenizer"], say=lambda _: None)
+        build_trainer(config, explicit=["tokenizer"], log=lambda _: None)
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
@@ -93,7 +93,9 @@ def test_advice_to_hold_out_a_part_says_what_helps_with_such_an_input(
 ) -> None:
     config = dataclasses.replace(config, val_fraction=0.0)
     if is_prepared:
-        prepare(tmp_path / "shards", Request((config.input,), tokenizer="char", val_fraction=0.0))
+        prepare(
+            tmp_path / "shards", PrepareRequest((config.input,), tokenizer="char", val_fraction=0.0)
+        )
         config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     assert finish(config)
     advice = "prepare the text anew with" if is_prepared else "use"
@@ -101,7 +103,9 @@ def test_advice_to_hold_out_a_part_says_what_helps_with_such_an_input(
 
 
 def test_shards_that_hold_out_too_little_are_to_be_prepared_anew(config, tmp_path) -> None:
-    prepare(tmp_path / "shards", Request((config.input,), tokenizer="char", val_fraction=0.0001))
+    prepare(
+        tmp_path / "shards", PrepareRequest((config.input,), tokenizer="char", val_fraction=0.0001)
+    )
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     with pytest.raises(UserError, match="prepare the text anew with a larger --val_fraction"):
         build(config)

@@ -6,33 +6,34 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.build import packages
-from gptforge.build.packages import choose_packages
+from gptforge.builders import optional_kernels
+from gptforge.builders.optional_kernels import choose_packages
 from gptforge.config import Config
-from gptforge.distributed.ranks import Ranks
+from gptforge.device import Precision
+from gptforge.distributed.comm import Comm
 from gptforge.errors import UserError
-from gptforge.hardware import Kernels, Precision
+from gptforge.kernel_select import KernelConfig
 from gptforge.optim.adamw import build_adamw
-from gptforge.presets import preset
-from gptforge.train.step import TrainStep
+from gptforge.presets import get_preset
+from gptforge.train.train_step import TrainStep
 
-BY_HAND = Kernels(by_hand=True)
+BY_HAND = KernelConfig(manual_backward=True)
 
 
-class Doubters(Ranks):
+class Doubters(Comm):
     """Ranks of which another one may have something against it."""
 
     def __init__(self, others: bool) -> None:
         self.others, self.asked = others, 0
 
-    def all_of(self, fact: bool) -> bool:
+    def all_true(self, flag: bool) -> bool:
         self.asked += 1
-        return fact and self.others
+        return flag and self.others
 
 
 @pytest.fixture
 def config() -> Config:
-    return dataclasses.replace(preset("debug"), max_steps=10**9, context_length=16)
+    return dataclasses.replace(get_preset("debug"), max_steps=10**9, context_length=16)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def step(tiny_model) -> TrainStep:
         copy.deepcopy(tiny_model),
         build_adamw(tiny_model, betas=(0.9, 0.95), weight_decay=0.1),
         precision=Precision(torch.float32, "test"),
-        micro_batch=2,
+        micro_batch_size=2,
         grad_clip=1.0,
         kernels=BY_HAND,
     )
@@ -51,22 +52,24 @@ def step(tiny_model) -> TrainStep:
 def installed(monkeypatch) -> list[str]:
     """quack is there; when it is imported, that is noted."""
     imported: list[str] = []
-    monkeypatch.setattr(packages, "LONG_RUN", 1.0)
-    monkeypatch.setattr(packages, "why_not_quack", lambda *_: "")
-    monkeypatch.setattr(packages, "prepare_quack", lambda _: imported.append("quack"))
-    monkeypatch.setattr(packages, "trouble_of", lambda step, config: "")
-    monkeypatch.setattr(TrainStep, "use", lambda self, kernels: setattr(self, "kernels", kernels))
+    monkeypatch.setattr(optional_kernels, "LONG_RUN", 1.0)
+    monkeypatch.setattr(optional_kernels, "why_not_quack", lambda *_: "")
+    monkeypatch.setattr(optional_kernels, "prepare_quack", lambda _: imported.append("quack"))
+    monkeypatch.setattr(optional_kernels, "find_failure", lambda step, config: "")
+    monkeypatch.setattr(
+        TrainStep, "set_kernels", lambda self, kernels: setattr(self, "kernels", kernels)
+    )
     return imported
 
 
-def chosen(step: TrainStep, config: Config, ranks: Ranks) -> list[str]:
+def chosen(step: TrainStep, config: Config, ranks: Comm) -> list[str]:
     said: list[str] = []
     choose_packages(step, config, ranks, say=said.append)
     return said
 
 
 def test_on_a_long_run_it_is_taken(step, config, installed) -> None:
-    said = chosen(step, config, Ranks())
+    said = chosen(step, config, Comm())
     assert installed == ["quack"]
     assert step.kernels == dataclasses.replace(BY_HAND, quack=True)
     assert said == ["the MLP's products: with its GELU inside, by quack"]
@@ -77,14 +80,14 @@ def test_a_short_run_and_one_that_wants_none_import_nothing(
     step, config, installed, monkeypatch, products
 ) -> None:
     if products == "auto":
-        monkeypatch.setattr(packages, "LONG_RUN", 1e99)
-    chosen(step, dataclasses.replace(config, products=products), Ranks())
+        monkeypatch.setattr(optional_kernels, "LONG_RUN", 1e99)
+    chosen(step, dataclasses.replace(config, products=products), Comm())
     assert installed == [] and step.kernels == BY_HAND
 
 
 def test_what_does_not_run_is_named_and_dropped(step, config, installed, monkeypatch) -> None:
-    monkeypatch.setattr(packages, "trouble_of", lambda step, config: "no kernel")
-    said = chosen(step, config, Ranks())
+    monkeypatch.setattr(optional_kernels, "find_failure", lambda step, config: "no kernel")
+    said = chosen(step, config, Comm())
     assert step.kernels == BY_HAND
     assert "quack do not run here: no kernel" in said[0]
 
@@ -95,20 +98,20 @@ def test_a_package_that_fails_to_load_is_no_error_unless_it_was_asked_for(
     def fail(_: object) -> None:
         raise TypeError("another compiler")
 
-    monkeypatch.setattr(packages, "prepare_quack", fail)
-    chosen(step, config, Ranks())
+    monkeypatch.setattr(optional_kernels, "prepare_quack", fail)
+    chosen(step, config, Comm())
     assert step.kernels == BY_HAND
     with pytest.raises(UserError, match=r"--products quack cannot be: .*another compiler"):
-        chosen(step, dataclasses.replace(config, products="quack"), Ranks())
+        chosen(step, dataclasses.replace(config, products="quack"), Comm())
 
 
 def test_what_is_not_installed_is_an_error_only_where_it_was_asked_for(
     step, config, installed, monkeypatch
 ) -> None:
-    monkeypatch.setattr(packages, "why_not_quack", lambda *_: "not installed")
-    assert chosen(step, config, Ranks()) == []
+    monkeypatch.setattr(optional_kernels, "why_not_quack", lambda *_: "not installed")
+    assert chosen(step, config, Comm()) == []
     with pytest.raises(UserError, match="--products quack cannot be: not installed"):
-        chosen(step, dataclasses.replace(config, products="quack"), Ranks())
+        chosen(step, dataclasses.replace(config, products="quack"), Comm())
 
 
 @pytest.mark.parametrize("is_here", [True, False])
@@ -116,7 +119,7 @@ def test_all_ranks_do_the_same_and_ask_as_often(
     step, config, installed, monkeypatch, is_here
 ) -> None:
     if not is_here:
-        monkeypatch.setattr(packages, "why_not_quack", lambda *_: "not installed")
+        monkeypatch.setattr(optional_kernels, "why_not_quack", lambda *_: "not installed")
     ranks = Doubters(others=False)
     chosen(step, config, ranks)
     assert step.kernels == BY_HAND

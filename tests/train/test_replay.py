@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptforge.hardware import Kernels, Precision
+from gptforge.device import Precision
+from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
-from gptforge.optim.choice import build_optimizer
-from gptforge.train import replay
-from gptforge.train.step import TrainStep
+from gptforge.optim import build_optimizer
+from gptforge.train.backends import cuda_graph
+from gptforge.train.train_step import TrainStep
 
 Pair = tuple[TrainStep, TrainStep]
 MakePair = Callable[..., Pair]
@@ -49,7 +50,7 @@ def pair(tiny_model: GPT, device: torch.device, monkeypatch) -> MakePair:
     if device.type == "cuda":
         pytest.importorskip("triton")
     else:
-        monkeypatch.setattr(replay, "_record", pretend_to_record)
+        monkeypatch.setattr(cuda_graph, "_capture", pretend_to_record)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def make(optimizer: str = "adamw", clip: float = 1.0) -> Pair:
@@ -58,14 +59,14 @@ def pair(tiny_model: GPT, device: torch.device, monkeypatch) -> MakePair:
                 model,
                 build_optimizer(optimizer, model, betas=(0.9, 0.95), weight_decay=0.1),
                 precision=Precision(dtype, "test"),
-                micro_batch=4,
+                micro_batch_size=4,
                 grad_clip=clip,
-                kernels=Kernels(by_hand=True),
+                kernels=KernelConfig(manual_backward=True),
             )
             for model in (copy.deepcopy(tiny_model).to(device) for _ in range(2))
         )
-        assert recorded.record(16)
-        assert recorded.way == "written out, recorded"
+        assert recorded.capture_cuda_graph(16)
+        assert recorded.backend_name == "written out, recorded"
         return recorded, plain
 
     return make
@@ -154,8 +155,8 @@ def test_it_goes_on_with_smaller_micro_batches(pair: MakePair) -> None:
     recorded, plain = pair()
     for turn in range(5):
         if turn == 2:
-            recorded._shrink()
-            assert recorded.micro_batch == 2
+            recorded._halve_micro_batch()
+            assert recorded.micro_batch_size == 2
         losses = [update(*batch(update), lr=1e-2)[0] for update in (recorded, plain)]
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
     assert_alike(recorded, plain)
@@ -176,12 +177,12 @@ def test_what_was_recorded_goes_at_once_with_the_way_or_the_update(
     """There may be no room for two of them: none may wait for the collector of garbage."""
     if device.type == "cpu":
         # A recording knows no more what it was made of.
-        monkeypatch.setattr(replay, "_record", lambda work: (Mock(), work()))
+        monkeypatch.setattr(cuda_graph, "_capture", lambda work: (Mock(), work()))
     recorded, plain = pair(optimizer=optimizer)
-    way = weakref.ref(recorded._way._by_hand)
-    recorded.use(recorded.kernels)
+    way = weakref.ref(recorded.backend._backend)
+    recorded.set_kernels(recorded.kernels)
     assert way() is None
-    assert recorded.record(16)
+    assert recorded.capture_cuda_graph(16)
     whole = weakref.ref(recorded.model)
     del recorded
     assert whole() is None

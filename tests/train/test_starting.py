@@ -8,31 +8,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.build import build_trainer
-from gptforge.build.step import estimate
-from gptforge.checkpoint.store import CheckpointStore, read_config, read_tensors, read_tokenizer
+from gptforge.builders import build_trainer
+from gptforge.builders.train_step import estimate_duration
+from gptforge.checkpoint.store import (
+    CheckpointStore,
+    read_config,
+    read_tensors,
+    read_tokenizer,
+)
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.tokenizers import save
 from gptforge.tokenizers.char import CharTokenizer
-from gptforge.train.step import TrainStep
+from gptforge.train.train_step import TrainStep
 from tests.train.runs import StopAfter, build, events, last
 
 
 def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
-    build(config).run()
+    build(config).fit()
     said: list[str] = []
-    assert build_trainer(config, given=(), say=said.append) is None
+    assert build_trainer(config, explicit=(), log=said.append) is None
     assert "is finished" in said[-1]
     longer = dataclasses.replace(config, max_steps=30)
-    trainer = build_trainer(longer, given=(), say=said.append)
+    trainer = build_trainer(longer, explicit=(), log=said.append)
     assert any("follows the new schedule" in line for line in said)
-    trainer.run()
+    trainer.fit()
     assert [event["step"] for event in events(config, "train")] == list(range(30))
 
 
 def test_a_run_begun_for_more_steps_is_told_how_it_goes_on(config) -> None:
-    build(config).run()
+    build(config).fit()
     steps = config.max_steps
     with pytest.raises(UserError, match=f"go on with --max_steps {steps}, choose another"):
         build(dataclasses.replace(config, max_steps=steps - 1))
@@ -41,14 +46,14 @@ def test_a_run_begun_for_more_steps_is_told_how_it_goes_on(config) -> None:
 
 
 def test_another_configuration_is_refused_by_name(config) -> None:
-    build(config).run()
+    build(config).fit()
     for change in ({"n_layer": 3}, {"max_lr": 0.5}, {"batch_size": 5}, {"seed": 3}):
         with pytest.raises(UserError, match=next(iter(change))):
             build(dataclasses.replace(config, **change))
 
 
 def test_another_text_is_refused(config, play) -> None:
-    build(config).run()
+    build(config).fit()
     play.write_text(play.read_text().replace("light", "night"))
     with pytest.raises(UserError, match="the text is not the one"):
         build(dataclasses.replace(config, max_steps=30))
@@ -56,15 +61,15 @@ def test_another_text_is_refused(config, play) -> None:
 
 def test_a_run_whose_tokenizer_file_is_gone_goes_on_with_its_own_copy(config, tmp_path) -> None:
     path = tmp_path / "own.json"
-    save(CharTokenizer.of(Path(config.input).read_text()), path)
+    save(CharTokenizer.from_text(Path(config.input).read_text()), path)
     config = dataclasses.replace(config, tokenizer=str(path))
     trainer = build(config)
-    trainer.guard = StopAfter(7)
-    trainer.run()
+    trainer.stop_signal = StopAfter(7)
+    trainer.fit()
     path.unlink()
     said: list[str] = []
-    trainer = build_trainer(config, given=["tokenizer"], say=said.append)
-    assert trainer.run() == "finished"
+    trainer = build_trainer(config, explicit=["tokenizer"], log=said.append)
+    assert trainer.fit() == "finished"
     assert f"note: {path} is not there any more: the run's own copy is used" in "\n".join(said)
     # The run is still the one that was begun with that file.
     assert read_config(last(config)).tokenizer == str(path)
@@ -74,8 +79,8 @@ def test_a_run_whose_tokenizer_file_is_gone_goes_on_with_its_own_copy(config, tm
 
 
 def test_overwriting_moves_the_old_run_aside(config) -> None:
-    build(config).run()
-    build(dataclasses.replace(config, overwrite=True, n_layer=1)).run()
+    build(config).fit()
+    build(dataclasses.replace(config, overwrite=True, n_layer=1)).fit()
     aside = Path(config.out_dir + ".old-1")
     assert (aside / "checkpoints" / "last" / "manifest.json").exists() or (
         aside / "checkpoints" / "last"
@@ -90,15 +95,15 @@ def test_a_run_folder_is_trained_by_one_process_whatever_path_leads_to_it(config
     for same in (config.out_dir, str(tmp_path / "link")):
         with pytest.raises(UserError, match="is being trained by another process"):
             build(dataclasses.replace(config, out_dir=same))
-    assert first.run() == "finished"
+    assert first.fit() == "finished"
 
 
 def test_a_run_that_was_begun_anew_is_held_as_well(config) -> None:
-    build(config).run()
+    build(config).fit()
     anew = build(dataclasses.replace(config, overwrite=True))
     with pytest.raises(UserError, match="is being trained by another process"):
         build(config)
-    assert anew.run() == "finished"
+    assert anew.fit() == "finished"
     assert not list(Path(config.out_dir).parent.rglob(".lock"))
 
 
@@ -114,7 +119,7 @@ def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
 def test_a_folder_is_not_moved_aside_with_what_the_run_needs(config, play, flag) -> None:
     folder = Path(config.out_dir)
     first = build(config)
-    first.run()
+    first.fit()
     if flag == "input":
         needed = folder / "play.txt"
         shutil.copy(play, needed)
@@ -147,7 +152,7 @@ def test_a_folder_is_not_moved_aside_with_other_runs_in_it(config) -> None:
     for folder in (config.out_dir, f"{config.out_dir}/deep"):
         with pytest.raises(UserError, match="holds the run inner"):
             build(dataclasses.replace(config, out_dir=folder, overwrite=True))
-    assert running.run() == "finished"
+    assert running.fit() == "finished"
     # Nor when nobody trains into it: it may be all that somebody has.
     with pytest.raises(UserError, match="holds the run inner"):
         build(dataclasses.replace(config, overwrite=True))
@@ -155,11 +160,11 @@ def test_a_folder_is_not_moved_aside_with_other_runs_in_it(config) -> None:
 
 @pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/best", "checkpoints/mine/more"])
 def test_no_run_begins_among_anothers_checkpoints(config, inside) -> None:
-    build(config).run()
+    build(config).fit()
     with pytest.raises(UserError, match="among the checkpoints of a run"):
         build(dataclasses.replace(config, out_dir=f"{config.out_dir}/{inside}"))
     again: list[str] = []
-    assert build_trainer(config, given=(), say=again.append) is None
+    assert build_trainer(config, explicit=(), log=again.append) is None
     assert "is finished" in again[-1]
 
 
@@ -167,11 +172,11 @@ def test_no_run_begins_inside_one_that_is_being_trained(config) -> None:
     running = build(config)
     with pytest.raises(UserError, match="which another process trains into"):
         build(dataclasses.replace(config, out_dir=f"{config.out_dir}/more"))
-    assert running.run() == "finished"
+    assert running.fit() == "finished"
 
 
 def test_what_cannot_be_moved_aside_is_told_before_anything_is_made(config, monkeypatch) -> None:
-    build(config).run()
+    build(config).fit()
     anew = dataclasses.replace(config, overwrite=True)
     with monkeypatch.context() as patch:
         patch.setattr(os.path, "ismount", lambda path: Path(path) == Path(config.out_dir))
@@ -184,13 +189,13 @@ def test_what_cannot_be_moved_aside_is_told_before_anything_is_made(config, monk
 
 
 def test_a_finished_run_that_can_only_be_read_is_finished_all_the_same(config, monkeypatch) -> None:
-    build(config).run()
+    build(config).fit()
     folder, able = Path(config.out_dir), os.access
     monkeypatch.setattr(
         os, "access", lambda path, mode: not Path(path).is_relative_to(folder) and able(path, mode)
     )
     said: list[str] = []
-    assert build_trainer(config, given=frozenset(), say=said.append) is None
+    assert build_trainer(config, explicit=frozenset(), log=said.append) is None
     assert "is finished" in said[-1]
     longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
     with pytest.raises(UserError, match="cannot be written to"):
@@ -209,11 +214,11 @@ def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "rehearse", interrupt)
+        patched.setattr(TrainStep, "dry_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(config)
     assert not Path(config.out_dir).exists()
-    assert build(config).run() == "finished"
+    assert build(config).fit() == "finished"
 
 
 def test_what_a_failed_start_left_is_not_taken_for_somebody_elses(config) -> None:
@@ -222,7 +227,7 @@ def test_what_a_failed_start_left_is_not_taken_for_somebody_elses(config) -> Non
         path = Path(config.out_dir) / name
         path.parent.mkdir(exist_ok=True)
         path.mkdir() if name == "checkpoints" else path.write_text("half")
-    assert build(config).run() == "finished"
+    assert build(config).fit() == "finished"
     assert "half" not in (Path(config.out_dir) / "log.md").read_text()
 
 
@@ -230,34 +235,34 @@ def test_a_run_that_never_saved_starts_over(config) -> None:
     build(config)
     assert not (Path(config.out_dir) / "checkpoints" / "last").exists()
     trainer = build(dataclasses.replace(config, max_lr=0.02))
-    trainer.run()
+    trainer.fit()
     assert len(events(config, "start")) == 1
 
 
 def test_a_damaged_last_checkpoint_costs_only_the_steps_behind_it(config) -> None:
-    build(config).run()
+    build(config).fit()
     (last(config) / "optimizer.safetensors").write_bytes(b"broken")
     said: list[str] = []
-    trainer = build_trainer(config, given=(), say=said.append)
+    trainer = build_trainer(config, explicit=(), log=said.append)
     assert any("step-000020 is damaged" in line for line in said)
-    assert trainer.progress.step == 18
-    assert trainer.run() == "finished"
+    assert trainer.state.step == 18
+    assert trainer.fit() == "finished"
 
 
 def test_pointers_that_a_crash_left_behind_are_mended(config) -> None:
-    build(config).run()
+    build(config).fit()
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
-    right = store.pointed("best"), store.pointed("last")
-    store.point("best", "step-000006")
-    store.point("last", "step-000006")
-    assert build_trainer(config, given=(), say=lambda _: None) is None
-    assert (store.pointed("best"), store.pointed("last")) == right
+    right = store.read_link("best"), store.read_link("last")
+    store.set_link("best", "step-000006")
+    store.set_link("last", "step-000006")
+    assert build_trainer(config, explicit=(), log=lambda _: None) is None
+    assert (store.read_link("best"), store.read_link("last")) == right
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_started_over_in_silence(config) -> None:
-    build(config).run()
+    build(config).fit()
     log = (Path(config.out_dir) / "log.md").read_bytes()
-    for path in CheckpointStore(Path(config.out_dir) / "checkpoints").steps():
+    for path in CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints():
         (path / "model.safetensors").write_bytes(b"broken")
     for _ in range(2):
         with pytest.raises(UserError, match="--overwrite"):
@@ -269,49 +274,49 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over_in_silence(config)
 
 
 def test_a_start_that_fails_has_not_moved_the_old_run(config, tmp_path) -> None:
-    build(config).run()
+    build(config).fit()
     wrong = dataclasses.replace(config, overwrite=True, init_from=config.out_dir, n_embd=64)
     with pytest.raises(UserError):
-        build_trainer(wrong, given={"n_embd"}, say=lambda _: None)
+        build_trainer(wrong, explicit={"n_embd"}, log=lambda _: None)
     assert (Path(config.out_dir) / "log.md").is_file()
     assert not Path(f"{config.out_dir}.old-1").exists()
     # Starting from the very run that is moved aside works: its weights are read first.
     again = dataclasses.replace(config, overwrite=True, init_from=config.out_dir)
-    assert build(again).run() == "finished"
+    assert build(again).fit() == "finished"
 
 
 def test_a_run_begun_from_another_goes_on_when_that_one_has_moved(config, tmp_path) -> None:
-    build(config).run()
+    build(config).fit()
     other = dataclasses.replace(config, init_from=config.out_dir, out_dir=str(tmp_path / "two"))
     first = build(other)
-    first.guard = StopAfter(8)
-    first.run()
+    first.stop_signal = StopAfter(8)
+    first.fit()
     Path(config.out_dir).rename(tmp_path / "elsewhere")
-    assert build(other).run() == "finished"
+    assert build(other).fit() == "finished"
 
 
 def test_an_end_that_a_crash_prevented_is_made_up_for(config) -> None:
-    build(config).run()
+    build(config).fit()
     metrics = Path(config.out_dir) / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"end"' not in line))
-    assert build(config).run() == "finished"
+    assert build(config).fit() == "finished"
     assert len(events(config, "end")) == 1
-    assert build_trainer(config, given=(), say=lambda _: None) is None
+    assert build_trainer(config, explicit=(), log=lambda _: None) is None
 
 
 def test_saves_stay_in_the_events_when_a_run_goes_on(config) -> None:
     first = build(config)
-    first.guard = StopAfter(8)
-    first.run()
-    build(config).run()
+    first.stop_signal = StopAfter(8)
+    first.fit()
+    build(config).fit()
     steps = [event["step"] for event in events(config, "save")]
     assert 8 in steps
     assert steps == sorted(set(steps))
 
 
 def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
-    build(config).run()
+    build(config).fit()
     other = Config(
         init_from=config.out_dir, input=config.input, out_dir=str(tmp_path / "two"), device="cpu",
         dtype="float32", context_length=32, batch_size=4, warmup_steps=1, max_steps=2,
@@ -319,23 +324,23 @@ def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
     trainer = build(other)
     assert trainer.config.n_embd == config.n_embd
     assert trainer.tokenizer.to_json() == read_tokenizer(last(config)).to_json()
-    best = CheckpointStore(Path(config.out_dir) / "checkpoints").pointed("best")
+    best = CheckpointStore(Path(config.out_dir) / "checkpoints").read_link("best")
     source = read_tensors(best, "model.safetensors")
-    weight = trainer.train_step.model.transformer["wpe"].weight
+    weight = trainer.step_fn.model.transformer["wpe"].weight
     assert torch.equal(weight, source["transformer.wpe.weight"])
-    assert trainer.progress.step == 0
+    assert trainer.state.step == 0
     with pytest.raises(UserError, match=r"--n_embd 64, but .* has 32: leave --n_embd out"):
         build_trainer(
             dataclasses.replace(other, n_embd=64, out_dir=str(tmp_path / "three")),
-            given={"n_embd"},  say=lambda _: None,
+            explicit={"n_embd"},  log=lambda _: None,
         )  # fmt: skip
 
 
 def test_what_long_evaluations_take_is_told_beforehand(config, monkeypatch) -> None:
-    monkeypatch.setattr(TrainStep, "rehearse", lambda *_: 8.0)
+    monkeypatch.setattr(TrainStep, "dry_run", lambda *_: 8.0)
     config = dataclasses.replace(config, eval_every=5, max_steps=20)
     trainer = build(config)
-    trainer.lock.close()
-    told = estimate(trainer.train_step, config, steps=20, judged=10**6)
+    trainer.lock.release()
+    told = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
     assert "judging it 4 times by 1,000,000 held-out tokens about" in told
-    assert "judging" not in estimate(trainer.train_step, config, steps=20, judged=10)
+    assert "judging" not in estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)

@@ -4,15 +4,16 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.build.fitting import what_would_fit
+from gptforge.builders.memory_fit import out_of_memory_hint
 from gptforge.config import Config
+from gptforge.device import Precision
 from gptforge.errors import RunError
-from gptforge.hardware import PLAIN, Kernels, Precision
+from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
-from gptforge.optim.choice import build_optimizer
+from gptforge.optim import build_optimizer
 from gptforge.train.micro_batch import find_micro_batch
-from gptforge.train.savings import NO_SAVINGS, Savings
-from gptforge.train.step import TrainStep
+from gptforge.train.savings import DEFAULT_SAVINGS, Savings
+from gptforge.train.train_step import TrainStep
 
 FLOAT32 = Precision(torch.float32, "")
 
@@ -23,15 +24,15 @@ def make(
     micro_batch: int = 8,
     precision=FLOAT32,
     clip: float = 1.0,
-    kernels=PLAIN,
-    savings=NO_SAVINGS,
+    kernels=DEFAULT_KERNELS,
+    savings=DEFAULT_SAVINGS,
     optimizer="adamw",
 ) -> TrainStep:
     return TrainStep(
         model,
         build_optimizer(optimizer, model, betas=(0.9, 0.95), weight_decay=0.1),
         precision=precision,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch,
         grad_clip=clip,
         kernels=kernels,
         savings=savings,
@@ -108,30 +109,30 @@ def test_float16_scales_its_loss_and_its_state_travels(tiny_model) -> None:
     for _ in range(3):
         loss, _ = step(*batch("cuda"), lr=1e-2)
     assert loss.isfinite()
-    state = step.scaler_state()
+    state = step.scaler_state_dict()
     assert state["scale"] > 1
     other = make(GPT(tiny_model.config).to("cuda"), precision=Precision(torch.float16, "test"))
-    other.load_scaler_state(state)
-    assert other.scaler_state() == state
+    other.load_scaler_state_dict(state)
+    assert other.scaler_state_dict() == state
 
 
 class SmallMemory(TrainStep):
     """A device on which more than three windows at once do not fit."""
 
-    def _learn(self, x, y, scale):
+    def _forward_backward(self, x, y, scale):
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._learn(x, y, scale)
+        return super()._forward_backward(x, y, scale)
 
 
 def test_when_memory_runs_out_the_same_batch_is_learned_in_smaller_parts(tiny_model) -> None:
     roomy, small = make(copy.deepcopy(tiny_model)), make(copy.deepcopy(tiny_model))
     said: list[str] = []
-    small.__class__, small._may_shrink, small._say = SmallMemory, True, said.append
+    small.__class__, small._halve_on_oom, small._log = SmallMemory, True, said.append
     for _ in range(3):
         expected = roomy(*batch("cpu"), lr=1e-2)
         torch.testing.assert_close(small(*batch("cpu"), lr=1e-2), expected)
-    assert small.micro_batch == 2
+    assert small.micro_batch_size == 2
     assert [line.split()[-1] for line in said] == ["4", "2"]
     for left, right in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
@@ -143,18 +144,18 @@ def test_when_memory_runs_out_for_the_optimizer_micro_batches_shrink_too(
     tiny_model, monkeypatch
 ) -> None:
     roomy, small = make(copy.deepcopy(tiny_model)), make(copy.deepcopy(tiny_model))
-    small._may_shrink = True
-    prepare = small.optimizer.prepare
+    small._halve_on_oom = True
+    prepare = small.optimizer.init_state
 
     def short_of_memory() -> None:
-        if small.micro_batch > 4:
+        if small.micro_batch_size > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         prepare()
 
-    monkeypatch.setattr(small.optimizer, "prepare", short_of_memory)
+    monkeypatch.setattr(small.optimizer, "init_state", short_of_memory)
     expected = roomy(*batch("cpu"), lr=1e-2)
     torch.testing.assert_close(small(*batch("cpu"), lr=1e-2), expected)
-    assert small.micro_batch == 4
+    assert small.micro_batch_size == 4
 
 
 def test_a_batch_size_given_by_hand_is_not_changed_behind_ones_back(tiny_model) -> None:
@@ -162,7 +163,7 @@ def test_a_batch_size_given_by_hand_is_not_changed_behind_ones_back(tiny_model) 
     small.__class__ = SmallMemory
     with pytest.raises(torch.OutOfMemoryError):
         small(*batch("cpu"), lr=1e-2)
-    assert small.micro_batch == 8
+    assert small.micro_batch_size == 8
 
 
 @pytest.mark.parametrize(("limit", "words"), [(3, "--batch_size 3 --gradient_accumulation_steps 4"),
@@ -171,8 +172,8 @@ def test_the_error_says_what_would_fit_and_learn_the_same(tiny_model, limit, wor
     step = make(tiny_model, micro_batch=6)
     step.fits = lambda windows, _: windows <= limit
     config = dataclasses.replace(Config(), batch_size=6, gradient_accumulation_steps=2)
-    assert words in what_would_fit(step, config)
-    assert "--batch_size 6 does not fit" in what_would_fit(step, config)
+    assert words in out_of_memory_hint(step, config)
+    assert "--batch_size 6 does not fit" in out_of_memory_hint(step, config)
 
 
 def find(tmp_path, limit: int, *, free: int = 10**12, most: int = 32, tried=None) -> int:
@@ -182,8 +183,8 @@ def find(tmp_path, limit: int, *, free: int = 10**12, most: int = 32, tried=None
         return windows <= limit
 
     return find_micro_batch(
-        most, estimate=lambda n: n * 10**9, free=free, fits=fits,
-        remembered=tmp_path / "cache" / "answers.json", key=f"{free}",
+        most, estimate=lambda n: n * 10**9, free_memory=free, fits=fits,
+        cache_path=tmp_path / "cache" / "answers.json", key=f"{free}",
     )  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def test_a_rehearsal_leaves_no_trace(tiny_model) -> None:
     step = make(tiny_model)
     before = copy.deepcopy(tiny_model.state_dict())
     dice = torch.get_rng_state()
-    assert step.rehearse(2, 16) > 0
+    assert step.dry_run(2, 16) > 0
     assert torch.equal(dice, torch.get_rng_state())
     assert all(p.grad is None for p in tiny_model.parameters())
     assert not step.optimizer.state
@@ -233,14 +234,14 @@ def test_compiled_steps_learn_the_same(tiny_model) -> None:
 def test_the_fast_paths_learn_what_the_plain_one_learns(tiny_model, device, way) -> None:
     if device.type == "cpu" and way in ("recorded", "compiled"):
         pytest.skip("for GPUs")
-    kernels = Kernels(by_hand=True)
+    kernels = KernelConfig(manual_backward=True)
     if way in ("fused head", "compiled"):
-        kernels = Kernels(fused_head=True, stream=torch.bfloat16)
+        kernels = KernelConfig(fused_cross_entropy=True, residual_dtype=torch.bfloat16)
     plain = make(copy.deepcopy(tiny_model).to(device))
     precision = Precision(torch.bfloat16, "test")
     fast = make(tiny_model.to(device), precision=precision, kernels=kernels, micro_batch=4)
     if way == "recorded":
-        assert fast.record(16)
+        assert fast.capture_cuda_graph(16)
     if way == "compiled":
         fast.compile()
     for _ in range(20):
@@ -251,21 +252,21 @@ def test_the_fast_paths_learn_what_the_plain_one_learns(tiny_model, device, way)
 
 
 def test_an_update_that_no_recording_fits_beside_goes_on_without(tiny_model, monkeypatch) -> None:
-    kernels = Kernels(by_hand=True)
+    kernels = KernelConfig(manual_backward=True)
     plain = make(copy.deepcopy(tiny_model), kernels=kernels)
     full = make(tiny_model, kernels=kernels)
     monkeypatch.setattr(full, "fits", lambda windows, length: False)
-    assert not full.record(16)
-    full.use(full.kernels)
-    assert full.way == "written out"
+    assert not full.capture_cuda_graph(16)
+    full.set_kernels(full.kernels)
+    assert full.backend_name == "written out"
     for _ in range(2):
         assert torch.equal(full(*batch("cpu"), lr=1e-2)[0], plain(*batch("cpu"), lr=1e-2)[0])
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-@pytest.mark.parametrize("savings", [Savings(recompute=True), Savings(loss_chunk=7)])
+@pytest.mark.parametrize("savings", [Savings(activation_checkpointing=True), Savings(loss_chunk=7)])
 def test_saving_memory_changes_no_loss(tiny_model, savings, by_hand) -> None:
-    kernels = Kernels(by_hand=by_hand)
+    kernels = KernelConfig(manual_backward=by_hand)
     plain = make(copy.deepcopy(tiny_model), kernels=kernels)
     saving = make(tiny_model, kernels=kernels, savings=savings)
     for _ in range(3):
@@ -273,9 +274,9 @@ def test_saving_memory_changes_no_loss(tiny_model, savings, by_hand) -> None:
 
 
 def test_recomputing_drops_the_same_activations_again(tiny_model) -> None:
-    model = GPT(dataclasses.replace(tiny_model.config, dropout=0.3)).initialize()
+    model = GPT(dataclasses.replace(tiny_model.config, dropout=0.3)).init_weights()
     losses = []
-    for savings in (Savings(), Savings(recompute=True)):
+    for savings in (Savings(), Savings(activation_checkpointing=True)):
         torch.manual_seed(5)
         step = make(copy.deepcopy(model), savings=savings)
         losses.append([step(*batch("cpu"), lr=1e-2)[0] for _ in range(3)])

@@ -1,1 +1,0 @@
-"""Commands with more to say than a few lines: what each takes, and what it does."""
