@@ -1,0 +1,169 @@
+"""The words of PyTorch, transformers and nanoGPT: no private vocabulary in code, docs or output.
+
+`WORDS` are searched in all text, `NAMES` in the identifiers of Python files. Run it on some files
+with `pytest tests/test_language.py -k "gptforge/train"`.
+"""
+
+import io
+import keyword
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("gptforge", "tests", "benchmarks", "examples", "scripts", "docs")
+SUFFIXES = {".py", ".md", ".sh", ".ipynb", ".css"}
+
+# Private word -> the field's word. A space stands for a space, an underscore or a hyphen.
+WORDS = {
+    r"dice": "RNG state, draw",
+    r"nought": "zero",
+    r"no number": "NaN or Inf",
+    r"way (?:back|forward)": "backward, forward",
+    r"by hand": "explicit; manual backward",
+    r"written out": "manual backward",
+    r"upstream": "grad_output",
+    r"products": "matmul, GEMM",
+    r"by heart": "memorized, overfit",
+    r"remed(?:y|ies)": "hint",
+    r"mend(?:s|ed|ing)?": "fix",
+    r"judg(?:e|es|ed|ing|ement|ements|ment|ments)": "evaluate",
+    r"anew": "from scratch",
+    r"(?:to go|going|goes|went|gone) on": "resume, continue",
+    r"as begun": "started",
+    r"is loudest": "is_main",
+    r"savings": "config",
+    r"descent": "optimizer_step",
+    r"lumber room": "utils",
+    r"once more stops": "Ctrl-C again quits",
+    r"what it writes now": "Sample",
+    r"tables of tokens": "embeddings",
+    r"not known here": "unknown",
+    r"whoever": "name the person or program",
+    r"nobody": "no one; name the thing",
+    r"to the letter": "exactly",
+    r"all told": "in total",
+    r"the house": "the package",
+}
+CONSTANTS = r"(?:MOST|LONGEST|LEAST|FEWEST|FEW)(?:_[A-Z0-9_]+)?"
+
+# Identifiers, whole or one of the words between underscores and capitals.
+NAME_WORDS = {
+    *("asked", "told", "tell", "nought", "dice", "wish", "wishes", "begun", "judged", "judge"),
+    *("mended", "mend", "patience", "cleft", "anew"),
+}
+NAMES = {
+    *(
+        "say",
+        "said",
+        "who",
+        "whole",
+        "is_whole",
+        "nowhere",
+        "own",
+        "its",
+        "given",
+        "wanted",
+        "settled",
+        "way",
+        "ways",
+        "room",
+    ),
+    *("holding", "waking", "descent", "savings", "throw", "throw_dice", "drops", "shares", "apart"),
+    *("by_hand", "ByHand", "by_autograd", "ByAutograd", "has_broken_down", "go_back", "give_up"),
+    *("in_words", "in_short", "set_aside", "outlined", "unfilled", "norm_backward", "to_queries"),
+    *(
+        "to_keys",
+        "rehearse",
+        "rehearsal",
+        "in_turns",
+        "time_in_turns",
+        "ours",
+        "theirs",
+        "how_to_part",
+    ),
+    *("held_out", "HeldOut", "heldout", "Unfinished", "Ending", "Hold", "NoHold", "hold"),
+    *("upstream", "beside", "slope", "wide", "narrow", "mixed"),
+}
+
+# Where a word is what it says it is: file -> patterns that are removed before the search.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "gptforge/cli/flags.py": (r'"products"',),
+    "gptforge/config.py": (r'"products"',),
+    "tests/test_language.py": (r"(?s).*",),
+}
+
+
+def files() -> list[Path]:
+    found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    found += [*ROOT.glob("*.md"), *ROOT.glob("*.py")]
+    return sorted(path for path in found if path.suffix in SUFFIXES)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def read(path: Path) -> str:
+    text = path.read_text("utf-8")
+    for pattern in (r"(?i)gradient\s+descent", *ALLOWED.get(name(path), ())):
+        text = re.sub(pattern, "", text)
+    return text
+
+
+def identifiers(text: str) -> list[tuple[int, str]]:
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [
+        (token.start[0], token.string)
+        for token in tokens
+        if token.type == tokenize.NAME and not keyword.iskeyword(token.string)
+    ]
+
+
+def words_of(identifier: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", identifier)}
+
+
+@pytest.mark.parametrize("path", files(), ids=name)
+def test_text_uses_the_words_of_the_field(path: Path) -> None:
+    text = read(path)
+    found = []
+    for pattern, better in WORDS.items():
+        spaced = pattern.replace(" ", r"[ _\n-]+")
+        for match in re.finditer(rf"(?<![A-Za-z])(?:{spaced})(?![A-Za-z])", text, re.IGNORECASE):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(f"{name(path)}:{line}: '{match[0]}', better: {better}")
+    for match in re.finditer(rf"(?<![A-Za-z_]){CONSTANTS}(?![A-Za-z])", text):
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(f"{name(path)}:{line}: '{match[0]}', better: MAX_, MIN_")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", [path for path in files() if path.suffix == ".py"], ids=name)
+def test_names_are_those_of_the_field(path: Path) -> None:
+    found = [
+        f"{name(path)}:{line}: {identifier}"
+        for line, identifier in identifiers(read(path))
+        if identifier.strip("_") in NAMES or words_of(identifier) & NAME_WORDS
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_no_module_has_a_private_name() -> None:
+    stems = {path.stem for path in (ROOT / "gptforge").rglob("*.py")}
+    stems |= {path.name for path in (ROOT / "gptforge").iterdir() if path.is_dir()}
+    old = {
+        *("holding", "waking", "costs", "hardware", "by_hand", "block_by_hand", "by_autograd"),
+        *("replay", "descent", "savings", "gradients", "gathered", "anomalies", "guards"),
+        *("in_triton", "products", "product", "sums", "head", "gelu_products", "choice", "slots"),
+        *("ranks", "join", "heartbeat", "run_folder", "order", "stream", "ahead", "corpus", "bad"),
+        *("cached", "chosen", "crew", "finding", "finishing", "job", "jobs", "side", "survey"),
+        *("bulk", "hf_json", "asked", "quick", "settled", "fitting", "rehearsal", "questions"),
+        *("heldout", "paper", "gate", "patience", "meter", "digits", "duration", "log_file"),
+        *("unwritten", "peers", "writing", "build", "commands", "generate", "plan"),
+        *("utils", "util", "helpers", "common", "misc"),
+    }
+    # What these names mean elsewhere is plain: `gptforge/cli/plan.py` is `gptforge plan`.
+    assert sorted(stems & (old - {"plan"})) == []
