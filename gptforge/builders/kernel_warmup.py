@@ -16,7 +16,6 @@ from gptforge.kernels.attention import (
     attention_backward,
     attention_forward,
     causal_attention,
-    pack_qkv,
     select_attention,
 )
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
@@ -89,7 +88,7 @@ class KernelWarmup:
                 attention_forward(qkv, drop)
             attention_backward(qkv, flat, lse, flat, drop)
         else:
-            pack_qkv(rows, rows, rows, to_qkv)
+            accumulate_column_sums(self._zeros(WARMUP_TOKENS, 3 * width), to_qkv)
         ids = torch.zeros(1, WARMUP_TOKENS, dtype=torch.long, device=device)
         embedding(
             ids, vector[None], torch.zeros(WARMUP_TOKENS, width, device=device), rows.dtype, drop

@@ -13,7 +13,6 @@ from torch import Tensor
 from gptforge.inference.model import InferenceModel
 from gptforge.kernels.decode import (
     DecodeInputs,
-    DecodeOps,
     TritonDecodeOps,
     decode_attention,
     supports_decode_attention,
@@ -51,7 +50,7 @@ class SmallBatchDecode:
         way: how the pieces are computed.
     """
 
-    def __init__(self, engine: InferenceModel, way: DecodeOps) -> None:
+    def __init__(self, engine: InferenceModel, way: TritonDecodeOps) -> None:
         self.model, self.ops = engine, way
 
     def __call__(self, ids: Tensor, starts: Tensor, cache: Tensor, slot: Tensor) -> Tensor:

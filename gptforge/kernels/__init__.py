@@ -1,1 +1,5 @@
-"""Our own ways to compute, each beside a plain reference; only what measured faster is here."""
+"""Fused operations: one a file, its torch reference beside it and its Triton kernel in `triton/`.
+
+Only what was measured to be faster than torch's own is here. Importing Triton takes a second, so
+wrappers import their kernels when they are called.
+"""

@@ -1,123 +1,84 @@
-"""Causal attention over q, k and v side by side, with its way back called by hand.
+"""Causal self-attention, for autograd or with an explicit backward on packed q, k, v.
 
-Two ways: torch's attention and its autograd; or cuDNN's way forward and a way back of our own in
-Triton (in_triton_attention.py), which writes the three gradients side by side, where they are
-wanted, with their sums for the bias. With dropout both ways are ours: then the mask is made again
-on the way back. docs/results/gpu-speed.md has what it gains.
+`causal_attention` is what the model calls. The classes are for the manual backward: torch's SDPA
+and its autograd, or cuDNN's forward with a FlashAttention-2 backward in Triton, which writes the
+gradients of q, k and v packed, as the next GEMM reads them, together with their bias gradient. With
+dropout the Triton forward runs too, so that the backward recomputes the same mask.
 
-Shapes: B windows, T tokens each, N = B * T, H heads of D channels, C = H * D.
+Shapes: B sequences, T tokens each, N = B * T, H heads of D channels, C = H * D.
 """
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptforge.kernels.dropout import DropoutSeed, dropout_kernel_args
-from gptforge.kernels.layer_norm import _block_kernels
-from gptforge.kernels.reductions import PendingReductions, accumulate_partials
+from gptforge.kernels.reductions import (
+    PendingReductions,
+    accumulate_column_sums,
+    accumulate_partials,
+)
 
 MAX_MATMUL_TOKENS = 512
-"""Tokens up to which the (T, T) scores are made: beyond, their memory outweighs the gain."""
+"""Longest sequence for `matmul_attention`: beyond, the (T, T) scores cost more than they gain."""
+HEAD_SIZES = (32, 64)
+"""Channels of a head for which the Triton backward was measured to be faster."""
+BLOCK = 64
+"""Tokens of a tile."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Each token's mix of the values up to its own; all (B, H, T, D)."""
+    """Scaled dot-product attention with a causal mask; all are (B, H, T, D)."""
+    # torch's CPU kernel does not use the CPU's bfloat16 instructions: its backward takes up to ten
+    # times as long as two batched matmuls.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= MAX_MATMUL_TOKENS:
         return matmul_attention(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """The same from batched matrix products, the scores written out."""
+    """The same by batched matmuls that materialize the (T, T) scores."""
     B, H, T, D = q.shape  # noqa: N806
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    # One product makes the scores, scales them and rules the future out.
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D**-0.5)
-    # Autocast would turn them into float32, and back.
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    # One baddbmm computes, scales and masks the scores.
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5)
+    # Autocast would convert the softmax to float32 and back.
     with torch.autocast(q.device.type, enabled=False):
-        shares = F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0)
-        return (shares @ v).view(B, H, T, D)
-
-
-def pack_qkv(
-    q: Tensor, k: Tensor, v: Tensor, bias_grad: Tensor, pending: PendingReductions | None = None
-) -> Tensor:
-    """(N, 3 * C) from three (N, C); `sums` (3 * C,) grows by its sum over the rows."""
-    if q.is_cuda:
-        return _pack_qkv_cuda(q, k, v, bias_grad, pending)
-    out = torch.cat([q, k, v], dim=1)
-    bias_grad += out.sum(0, dtype=bias_grad.dtype)
-    return out
-
-
-def _pack_qkv_cuda(
-    q: Tensor, k: Tensor, v: Tensor, sums: Tensor, unfinished: PendingReductions | None
-) -> Tensor:
-    rows, columns = q.shape
-    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-    out = torch.empty(rows, 3 * columns, dtype=q.dtype, device=q.device)
-    programs = min(256, math.ceil(rows / 64))
-    parts = torch.empty(programs, 3 * columns, dtype=torch.float32, device=q.device)
-    _block_kernels().pack[(programs, math.ceil(columns / 512), 3)](
-        q, k, v, out, parts, rows, math.ceil(rows / programs), columns, BLOCK=512, ROWS=16,
-    )  # fmt: skip
-    accumulate_partials(parts, sums, unfinished)
-    return out
-
-
-HEAD_SIZES = (32, 64)
-"""Channels of a head for which the way back of our own was found to be faster."""
-BLOCK = 64
-"""Tokens that it works on at a time."""
+        probs = F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0)
+        return (probs @ v).view(B, H, T, D)
 
 
 class SavedAttention(NamedTuple):
-    """What the way back needs besides what went in."""
+    """What the backward pass needs."""
 
     qkv: tuple[Tensor, ...]
-    """q, k and v, (B, H, T, D) each, or all of them in one (B, T, 3, H, D)."""
+    """q, k and v, (B, H, T, D) each; or all of them in one (B, T, 3, H, D)."""
     out: Tensor
-    """(B, H, T, D)"""
+    """(B, H, T, D)."""
     lse: Tensor | None = None
-    """(B, H, T) float32, logarithms of the softmax's sums, where autograd does not keep them."""
+    """(B, H, T) float32, log-sum-exp of the scores; None if autograd saves it."""
     dropout: DropoutSeed | None = None
-    """What was dropped from the shares (B, H, T, T), where autograd does not keep it."""
-
-
-class PackedAttention(Protocol):
-    """Both ways through attention."""
-
-    def forward(self, qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, SavedAttention]:
-        """(B, T, 3, H, D) to (N, C), with some of the shares dropped."""
-
-    def backward(
-        self,
-        grad_output: Tensor,
-        saved: SavedAttention,
-        bias_grad: Tensor,
-        pending: PendingReductions | None = None,
-    ) -> Tensor:
-        """(N, C) to the gradient of qkv (N, 3 * C), whose column sums are added to `sums`."""
+    """Of the probabilities (B, H, T, T); None if autograd saves the mask."""
 
 
 class SdpaAttention:
-    """torch picks the kernel, and its autograd knows that kernel's way back.
+    """torch's SDPA, with whichever kernel it selects, and its autograd.
 
-    It drops by dice of its own, whatever `drop` says.
+    Dropout uses torch's own RNG; the seeds are ignored.
     """
 
-    def __init__(self, dropout: float = 0.0) -> None:
-        self._dropout = dropout
+    def __init__(self, dropout_p: float = 0.0) -> None:
+        self._dropout_p = dropout_p
 
     def forward(self, qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, SavedAttention]:
-        """As `PackedAttention.forward`."""
+        """(B, T, 3, H, D) to (N, C), and what the backward needs."""
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
         with torch.enable_grad():
-            out = causal_attention(q, k, v, self._dropout)
+            out = causal_attention(q, k, v, self._dropout_p)
         return _merge_heads(out.detach()), SavedAttention((q, k, v), out)
 
     def backward(
@@ -127,29 +88,28 @@ class SdpaAttention:
         bias_grad: Tensor,
         pending: PendingReductions | None = None,
     ) -> Tensor:
-        """As `PackedAttention.backward`."""
-        outs = torch.autograd.grad(
-            saved.out, saved.qkv, _split_heads(grad_output, *saved.out.shape[:2])
-        )
-        to_q, to_k, to_v = (_merge_heads(x) for x in outs)
-        return pack_qkv(to_q, to_k, to_v, bias_grad, pending)
+        """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
+        grad_heads = _split_heads(grad_output, *saved.out.shape[:2])
+        grads = torch.autograd.grad(saved.out, saved.qkv, grad_heads)
+        grad_qkv = torch.cat([_merge_heads(x) for x in grads], dim=1)
+        accumulate_column_sums(grad_qkv, bias_grad, pending)
+        return grad_qkv
 
 
 class TritonAttention:
-    """Triton back; forward too where anything is dropped, otherwise cuDNN."""
+    """Triton's backward; cuDNN's forward, or with dropout Triton's."""
 
     def forward(self, qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, SavedAttention]:
-        """As `PackedAttention.forward`."""
+        """(B, T, 3, H, D) to (N, C), and what the backward needs."""
         if dropout is not None:
-            rows, lse = attention_forward(qkv, dropout)
-            return rows, SavedAttention(
-                (qkv,), _split_heads(rows, qkv.size(0), qkv.size(3)), lse, dropout
-            )
+            out, lse = attention_forward(qkv, dropout)
+            heads = _split_heads(out, qkv.size(0), qkv.size(3))
+            return out, SavedAttention((qkv,), heads, lse, dropout)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        heads, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, compute_log_sumexp=True, is_causal=True
         )
-        return _merge_heads(out), SavedAttention((qkv,), out, lse.view(out.shape[:3]))
+        return _merge_heads(heads), SavedAttention((qkv,), heads, lse.view(heads.shape[:3]))
 
     def backward(
         self,
@@ -158,80 +118,81 @@ class TritonAttention:
         bias_grad: Tensor,
         pending: PendingReductions | None = None,
     ) -> Tensor:
-        """As `PackedAttention.backward`."""
-        assert saved.lse is not None, "the way forward was another one"
-        gradient, parts = attention_backward(
+        """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
+        assert saved.lse is not None, "saved by another implementation's forward"
+        grad_qkv, partials = attention_backward(
             saved.qkv[0], _merge_heads(saved.out), saved.lse, grad_output, saved.dropout
         )
-        accumulate_partials(parts, bias_grad, pending)
-        return gradient.view(len(grad_output), -1)
+        accumulate_partials(partials, bias_grad, pending)
+        return grad_qkv.view(len(grad_output), -1)
+
+
+PackedAttention = SdpaAttention | TritonAttention
+
+
+def select_attention(
+    device: torch.device, dtype: torch.dtype, *, head_size: int, dropout: float
+) -> PackedAttention:
+    """The fastest implementation measured for these arguments."""
+    has_triton_backward = (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and head_size in HEAD_SIZES
+        and not torch.version.hip
+        # Measured on Hopper only.
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    )
+    return TritonAttention() if has_triton_backward else SdpaAttention(dropout)
 
 
 def attention_forward(qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, Tensor]:
-    """Attention (N, C) over q, k and v (B, T, 3, H, D), and logarithms of its sums (B, H, T)."""
-    count, length, _, heads, size = qkv.shape
+    """FlashAttention-2 forward: (B, T, 3, H, D) to (N, C), and the scores' LSE (B, H, T)."""
+    from gptforge.kernels.triton import attention as kernels
+
+    B, T, _, H, D = qkv.shape  # noqa: N806
     assert qkv.is_contiguous()
-    out = qkv.new_empty(count * length, heads * size)
-    lse = torch.empty(count, heads, length, dtype=torch.float32, device=qkv.device)
-    keys, dropped = dropout_kernel_args(dropout, lse)
-    grid, shape = _launch_args(qkv, dropped)
-    _attention_kernels().forward[grid](
-        qkv, out, lse, keys, length, size**-0.5, **shape, num_warps=4, num_stages=3
-    )
+    out = qkv.new_empty(B * T, H * D)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=qkv.device)
+    seeds, threshold = dropout_kernel_args(dropout, lse)
+    grid, shape = _launch_args(qkv, threshold)
+    kernels.attn_fwd[grid](qkv, out, lse, seeds, T, D**-0.5, **shape, num_warps=4, num_stages=3)
     return out, lse
 
 
 def attention_backward(
     qkv: Tensor, out: Tensor, lse: Tensor, grad_output: Tensor, dropout: DropoutSeed | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of q, k and v (B, T, 3, H, D), and sums over its tokens, in parts (P, 3 * C).
+    """FlashAttention-2 backward; `out` and `grad_output` are (N, C), the rest as in the forward.
 
-    Args:
-        qkv: (B, T, 3, H, D).
-        out: (N, C), of the way forward.
-        lse: (B, H, T) float32, logarithms of the softmax's sums.
-        upstream: (N, C), the gradient of `out`.
-        drop: what the way forward dropped.
+    Returns:
+        The gradient of qkv (B, T, 3, H, D), and its sum over tokens as partial sums (P, 3 * C).
     """
-    count, _, _, heads, size = qkv.shape
+    from gptforge.kernels.triton import attention as kernels
+
+    B, T, _, H, D = qkv.shape  # noqa: N806
     assert all(x.is_contiguous() for x in (qkv, out, lse, grad_output))
-    keys, dropped = dropout_kernel_args(dropout, lse)
-    grid, shape = _launch_args(qkv, dropped)
-    gradient, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    parts = lse.new_empty(count * grid[0], 3 * heads * size)
-    # Held to so many registers, more of its programs run beside each other.
-    kernels = _attention_kernels()
-    kernels.to_queries[grid](
-        qkv, out, grad_output, lse, delta, gradient, parts, keys, qkv.size(1), size**-0.5, **shape,
+    seeds, threshold = dropout_kernel_args(dropout, lse)
+    grid, shape = _launch_args(qkv, threshold)
+    grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    partials = lse.new_empty(B * grid[0], 3 * H * D)
+    # Capping registers lets more programs share an SM.
+    kernels.attn_bwd_dq[grid](
+        qkv, out, grad_output, lse, delta, grad_qkv, partials, seeds, T, D**-0.5, **shape,
         num_warps=4, num_stages=2, maxnreg=128,
     )  # fmt: skip
-    kernels.to_keys[grid](
-        qkv, grad_output, lse, delta, gradient, parts, keys, qkv.size(1), size**-0.5, **shape,
+    kernels.attn_bwd_dkdv[grid](
+        qkv, grad_output, lse, delta, grad_qkv, partials, seeds, T, D**-0.5, **shape,
         num_warps=4, num_stages=1, maxnreg=168,
     )  # fmt: skip
-    return gradient, parts
+    return grad_qkv, partials
 
 
-def _launch_args(qkv: Tensor, dropped: int) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
-    count, length, _, heads, size = qkv.shape
-    shape = {"H": heads, "D": size, "BLOCK": BLOCK, "IS_EVEN": length % BLOCK == 0}
-    return (math.ceil(length / BLOCK), heads, count), {**shape, "DROPPED": dropped}
-
-
-def select_attention(
-    device: torch.device, dtype: torch.dtype, *, head_size: int, dropout: float
-) -> PackedAttention:
-    """The fastest way that was measured for this."""
-    is_ours = (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and head_size in HEAD_SIZES
-        and not torch.version.hip
-        # Tried on Hopper GPUs only.
-        and torch.cuda.get_device_capability(device)[0] == 9
-        and torch.backends.cuda.cudnn_sdp_enabled()
-    )
-    return TritonAttention() if is_ours else SdpaAttention(dropout)
+def _launch_args(qkv: Tensor, threshold: int) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
+    """Grid and compile-time arguments."""
+    B, T, _, H, D = qkv.shape  # noqa: N806
+    shape = {"H": H, "D": D, "BLOCK": BLOCK, "IS_EVEN": T % BLOCK == 0, "THRESHOLD": threshold}
+    return (math.ceil(T / BLOCK), H, B), shape
 
 
 def _merge_heads(x: Tensor) -> Tensor:
@@ -239,13 +200,6 @@ def _merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _split_heads(x: Tensor, count: int, heads: int) -> Tensor:
+def _split_heads(x: Tensor, batch: int, heads: int) -> Tensor:
     """(N, C) to (B, H, T, D)."""
-    return x.view(count, len(x) // count, heads, -1).transpose(1, 2)
-
-
-def _attention_kernels() -> Any:
-    """The kernels; importing Triton takes a second, so it waits until here."""
-    from gptforge.kernels import in_triton_attention
-
-    return in_triton_attention
+    return x.view(batch, len(x) // batch, heads, -1).transpose(1, 2)

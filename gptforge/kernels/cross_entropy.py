@@ -1,122 +1,111 @@
-"""The output layer and its loss in one: the gradient takes the place of the logits.
+"""Cross-entropy whose gradient overwrites the logits, and the output layer fused with it.
 
-The logits are the largest tensor of a GPT-2: 3.3 GB for 32,768 tokens in bfloat16. A plain
-cross-entropy writes them, reads them for the loss, and writes as many gradients, on a CPU three
-times over in float32. Here each row is read, and its gradient left where it was; the second look at
-a row comes from the cache. On a GPU that is one kernel, on a CPU plain torch, a few rows at a time.
-Known from Liger Kernel (Hsu et al., 2024) and llm.c; unlike Liger's, the rows are not cut into
-chunks, which costs large matrix products their speed.
+Logits are a GPT-2's largest tensor: 3.3 GB for 32,768 tokens in bfloat16. A plain cross-entropy
+writes them, reads them, and writes gradients of the same size, on a CPU three times over in
+float32. Here a row is read, and its gradient written in place while the row is still in the cache.
+After Liger Kernel (Hsu et al., 2024) and llm.c; unlike Liger's, `fused_linear_cross_entropy` does
+not chunk the rows, which would slow the GEMMs down.
 
-Shapes: N tokens, C channels, V rows of the token table.
+Shapes: N tokens, C channels, V vocabulary.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.kernels.launch import num_sms
+from gptforge.kernels.launch import next_power_of_2, num_sms, uses_triton
 
-
-def fused_linear_cross_entropy_reference(
-    hidden: Tensor, table: Tensor, targets: Tensor, ignore: int
-) -> Tensor:
-    """What `head_loss` computes, in plain torch."""
-    logits = F.linear(hidden, table.to(hidden.dtype))
-    return F.cross_entropy(logits.float(), targets, ignore_index=ignore, reduction="sum")
-
-
-def fused_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> Tensor:
-    """Cross-entropy of `hidden @ table.T` against `targets`, in nats, summed over the tokens.
-
-    Args:
-        hidden: (N, C) bfloat16, or float32 on a CPU.
-        table: (V, C) float32; its gradient is summed in float32 too.
-        targets: (N,) ids; those equal to `ignore` count for nothing.
-        ignore: the id that is no target.
-
-    Returns:
-        A float32 scalar.
-
-    Raises:
-        ImportError: on a GPU, if Triton is missing.
-    """
-    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index)  # type: ignore[no-untyped-call]
-    return loss
-
-
-_PIECE = 2**20
-"""Logits that a CPU works on at a time: 4 MB of float32."""
-
-
-class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """Autograd's view of it: the forward pass leaves the logits' gradient for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, ignore: int) -> Tensor:
-        narrow = table.to(hidden.dtype)
-        logits = hidden @ narrow.t()  # (N, V)
-        losses = cross_entropy_in_place(logits, targets, ignore)
-        ctx.save_for_backward(hidden, narrow, logits)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, narrow, gradient = ctx.saved_tensors
-        # A kernel first: a product as the first thing that torch's backward thread does warns.
-        scale = upstream[0].clone()
-        # In float32 until it is scaled: the scale itself, rounded, would bend every gradient.
-        to_hidden = _wide_product(gradient, narrow).mul_(scale)
-        to_table = _wide_product(gradient.t(), hidden).mul_(scale)
-        return to_hidden.to(hidden.dtype), to_table, None, None
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """A product in float32 of narrow factors."""
-    # Only CUDA's product can be told to give a wider type than its factors have.
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+_CPU_CHUNK = 2**20
+"""Logits that a CPU works on at a time: 4 MB of float32 stay in its cache."""
 
 
 def cross_entropy_in_place(
     logits: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """Losses (N,) of logits (N, V), which become `scale` times the gradient of the losses' sum."""
-    if not logits.is_cuda:
-        return _in_place_on_cpu(logits, targets, ignore_index, scale)
-    rows, columns = logits.shape
-    assert logits.stride(1) == 1, "a row must lie in one piece"
-    from gptforge.kernels import in_triton_head
+    """Losses (N,) in nats; the logits (N, V) become `scale` times the gradient of their sum.
 
+    Where the target is `ignore_index`, loss and gradient are zero.
+    """
+    if not uses_triton(logits):
+        return _cross_entropy_torch(logits, targets, ignore_index, scale)
+    from gptforge.kernels.triton import cross_entropy as kernels
+
+    rows, columns = logits.shape
+    assert logits.stride(1) == 1, "rows must be contiguous"
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, device=logits.device)
-    # No more rows at a time than the cache holds, by far.
+    # So few rows at a time that they stay in the L2 cache for their second read.
     programs = min(rows, 2 * num_sms(logits.device) * max(1, 2**16 // columns))
-    block = min(4096, max(8, 1 << (columns - 1).bit_length()))
-    in_triton_head.cross_entropy[(programs,)](
+    block = min(4096, max(8, next_power_of_2(columns)))
+    kernels.cross_entropy[(programs,)](
         logits, targets.contiguous(), losses, logits.stride(0), ignore_index, scale, rows, programs,
         columns=columns, BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip
     return losses
 
 
-def _in_place_on_cpu(logits: Tensor, targets: Tensor, ignore: int, scale: float | Tensor) -> Tensor:
-    """The same a few rows at a time, so that they stay in the cache."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = torch.empty(len(logits), dtype=wide)
-    rows = max(1, _PIECE // logits.size(1))
-    pieces = zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True)
-    for piece, target, loss in pieces:
-        counts = (target != ignore)[:, None]
-        chosen = torch.where(counts, target[:, None], 0)
-        # A copy, whatever the type: the logits are still wanted when their place is written.
-        x = piece.to(wide, copy=True)
+def _cross_entropy_torch(
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor
+) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    losses = torch.empty(len(logits), dtype=dtype)
+    rows = max(1, _CPU_CHUNK // logits.size(1))
+    chunks = zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True)
+    for chunk, target, loss in chunks:
+        counts = (target != ignore_index)[:, None]
+        index = torch.where(counts, target[:, None], 0)
+        # A copy even if the type is the same: the logits are overwritten below.
+        x = chunk.to(dtype, copy=True)
         x -= x.logsumexp(1, keepdim=True)
-        loss.copy_(torch.where(counts, -x.gather(1, chosen), 0)[:, 0])
+        loss.copy_(torch.where(counts, -x.gather(1, index), 0)[:, 0])
         x.exp_()
-        x.scatter_add_(1, chosen, x.new_full(chosen.shape, -1.0))
-        piece.copy_(x.mul_(counts * scale))
+        x.scatter_add_(1, index, x.new_full(index.shape, -1.0))
+        chunk.copy_(x.mul_(counts * scale))
     return losses
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` in nats, summed over the tokens; differentiable.
+
+    Args:
+        hidden: (N, C) bfloat16, or float32 on a CPU.
+        weight: (V, C) float32; so is its gradient.
+        targets: (N,) ids.
+        ignore_index: targets equal to it do not count.
+    """
+    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """The forward pass leaves the logits' gradient for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+    ) -> Tensor:
+        weight = weight.to(hidden.dtype)
+        logits = hidden @ weight.t()  # (N, V)
+        losses = cross_entropy_in_place(logits, targets, ignore_index)
+        ctx.save_for_backward(hidden, weight, logits)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, grad_logits = ctx.saved_tensors
+        # cuBLAS warns if a GEMM is the first call in autograd's thread; this clone comes before it.
+        scale = grad_output[0].clone()
+        # Scaled in float32: rounding the scale first would bias every gradient alike.
+        grad_hidden = _mm_fp32(grad_logits, weight).mul_(scale)
+        grad_weight = _mm_fp32(grad_logits.t(), hidden).mul_(scale)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """A matmul with a float32 result."""
+    # Only CUDA's takes an output type.
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()

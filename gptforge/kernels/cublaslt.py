@@ -1,104 +1,121 @@
-"""cuBLASLt, called by its C interface: products with an epilogue, by the fastest of its kernels.
+"""cuBLASLt through its C interface: GEMMs with an epilogue, by the fastest of its kernels.
 
-torch calls the same library, but always runs the kernel that the library's heuristic puts first,
-and of the epilogues offers the bias alone. At GPT-2's shapes on an H100 the heuristic's second to
-eighth choices are up to 17% faster, so each shape is tried out once. docs/log.md has the figures.
+torch calls the same library, but always runs the heuristic's first choice, and offers no epilogue
+but the bias. At GPT-2's shapes on an H100 the second to eighth choices are up to 17% faster, so
+each shape is autotuned once (docs/log.md has the figures).
 
-The library is the one that torch has loaded. Its constants are those of cublasLt.h, CUDA 12 and 13.
+The library is the one torch has loaded; constants are cublasLt.h's, of CUDA 12 and 13.
 
-All tensors are row by row, as torch has them; cuBLAS counts column by column, so it sees each of
-them transposed, and computes the transposed product of the factors in the other order.
+cuBLAS is column-major. It sees a row-major tensor as its transpose, so that it is asked for
+(left @ right).T = right.T @ left.T: operands swap, shapes do not.
 """
 
 import ctypes
 import statistics
+from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_COMPUTE_FLOAT32, _REAL_FLOAT32, _REAL_BFLOAT16 = 68, 0, 14
-_TRANSPOSE_A, _TRANSPOSE_B, _EPILOGUE, _BIAS, _AUX, _AUX_STRIDE = 3, 4, 7, 8, 11, 12
-_WORKSPACE_BYTES = 1
-EPILOGUE_DEFAULT, EPILOGUE_BIAS, EPILOGUE_GELU_AUX_BIAS, EPILOGUE_DGELU = 1, 4, 164, 192
-"""Epilogues: none; bias; bias and GELU, the GELU's input kept; times the GELU's slope."""
+# cublasLt.h: cublasComputeType_t, cudaDataType_t, cublasLtMatmulDescAttributes_t,
+# cublasLtMatmulPreferenceAttributes_t
+_COMPUTE_32F = 68
+_R_32F, _R_16BF = 0, 14
+_TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _EPILOGUE_AUX_POINTER, _EPILOGUE_AUX_LD = (
+    3,
+    4,
+    7,
+    8,
+    11,
+    12,
+)
+_PREF_MAX_WORKSPACE_BYTES = 1
 
-WORKSPACE = 32 * 2**20
-"""Bytes that kernels may use beside their output; what cuBLAS recommends for Hopper."""
-CANDIDATES = 16
-FINALISTS, ROUNDS = 4, 4
-"""Candidates that are timed again, those that were fastest once, and how often."""
-COUNTERS = 4096
-"""Bytes: a workspace no larger holds counters only, by which a kernel hands its tiles out. They are
-cleared beforehand, which costs a small product a tenth of its time; without a workspace most of
-these kernels hand out by a rule."""
-SMALL = 5e10
-"""FLOPs of a product up to which it is tried without: a larger one hardly feels the clearing."""
-LOOKED_AT = 2**16
-"""Numbers of an output that are compared."""
-HEAD_START = 2_000_000
-"""Cycles, about a millisecond, that the device waits before a trial: kernels stand in line then,
-and the clock does not measure how fast they are asked for."""
+WORKSPACE_BYTES = 32 * 2**20
+"""What cuBLAS recommends for Hopper."""
+MAX_CANDIDATES = 16
+NUM_FINALISTS, NUM_REPEATS = 4, 4
+"""All candidates are timed once, the fastest of them again."""
+COUNTER_BYTES = 4096
+"""A workspace no larger holds only counters for stream-K scheduling. Clearing them costs a small
+GEMM a tenth of its time; without a workspace most such kernels schedule tiles statically."""
+SMALL_GEMM_FLOPS = 5e10
+"""Up to here such kernels are tried without a workspace too."""
+NUM_COMPARED = 2**16
+"""Elements of an output that are compared."""
+SLEEP_CYCLES = 2_000_000
+"""About a millisecond, in which all launches are queued, so that their overhead is not timed."""
 ALIGNMENT = 256
-"""Bytes: what the heuristic takes for granted of an address."""
-
+"""Bytes; the heuristic assumes pointers aligned to this."""
 
 _Value = ctypes.c_int | ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_void_p
 
 
-class _Choice(ctypes.Structure):
-    """cublasLtMatmulHeuristicResult_t: a kernel with its settings."""
+class Epilogue(IntEnum):
+    """cublasLtEpilogue_t: what is applied to the result."""
+
+    DEFAULT = 1
+    BIAS = 4
+    GELU_AUX_BIAS = 164
+    """Bias, then GELU; the GELU's input is written to aux."""
+    DGELU = 192
+    """Times the GELU's derivative at aux."""
+
+
+class _HeuristicResult(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
 
     _fields_ = (
-        ("algorithm", ctypes.c_uint64 * 8),
-        ("workspace", ctypes.c_size_t),
+        ("algo", ctypes.c_uint64 * 8),
+        ("workspace_size", ctypes.c_size_t),
         ("state", ctypes.c_int),
-        ("waves", ctypes.c_float),
+        ("waves_count", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
 
 
-class _Kernel(NamedTuple):
-    """A choice, and bytes of workspace that it is given."""
+class _Candidate(NamedTuple):
+    """A kernel with its settings, and the workspace it gets."""
 
-    choice: _Choice
+    result: _HeuristicResult
     workspace_bytes: int
 
 
 class _Library:
-    """The loaded library, with a handle for one device."""
+    """The loaded library, with a handle and a workspace for one device."""
 
     def __init__(self, device: torch.device) -> None:
         version = (torch.version.cuda or "").partition(".")[0]
-        # By its name alone, the loader gives back what is in memory already.
-        self._calls = ctypes.CDLL(f"libcublasLt.so.{version}")
+        # By its soname the loader returns the copy that torch has loaded.
+        self._lib = ctypes.CDLL(f"libcublasLt.so.{version}")
         with torch.cuda.device(device):
-            # A cuBLAS handle serves as one of cuBLASLt.
+            # A cuBLAS handle is a valid cuBLASLt handle.
             self.handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
-        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+        self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def call(self, name: str, *args: object) -> None:
-        """Call a function by its name behind `cublasLt`.
+        """Call `cublasLt<name>`.
 
         Raises:
-            RuntimeError: with cuBLAS's number, if it does not succeed.
+            RuntimeError: with cuBLAS's status, if it is not success.
         """
-        status = getattr(self._calls, f"cublasLt{name}")(*args)
+        status = getattr(self._lib, f"cublasLt{name}")(*args)
         if status:
-            raise RuntimeError(f"cuBLASLt's {name} gave status {status}")
+            raise RuntimeError(f"cublasLt{name} returned status {status}")
 
 
 class MatmulPlan:
-    """A product of two bfloat16 tensors of fixed shapes, ready to be run.
+    """A GEMM of two bfloat16 tensors of fixed shapes; autotuned on its first call.
 
     Args:
         device: of all tensors.
-        left: shape of the first factor.
-        right: shape of the second factor.
-        turned: whether each of the two is transposed before it is multiplied.
-        epilogue: what is done to the result.
-        adds: whether the product is added to what is there, in float32; otherwise it is bfloat16.
+        left: shape of the first operand.
+        right: shape of the second operand.
+        transpose: whether each of the two is transposed before the GEMM.
+        epilogue: applied to the result.
+        accumulate: add the result to a float32 output, instead of writing bfloat16.
 
     Raises:
         RuntimeError: if the library has no kernel for it.
@@ -112,36 +129,33 @@ class MatmulPlan:
         right: torch.Size,
         *,
         transpose: tuple[bool, bool] = (False, False),
-        epilogue: int = EPILOGUE_DEFAULT,
+        epilogue: Epilogue = Epilogue.DEFAULT,
         accumulate: bool = False,
     ) -> None:
         self._lib = _library(device)
         rows, columns = left[transpose[0]], right[not transpose[1]]
-        self._description = ctypes.c_void_p()
-        self._lib.call(
-            "MatmulDescCreate", ctypes.byref(self._description), _COMPUTE_FLOAT32, _REAL_FLOAT32
-        )
-        # The second factor is cuBLAS's first.
-        self._set(_TRANSPOSE_A, ctypes.c_int(transpose[1]))
-        self._set(_TRANSPOSE_B, ctypes.c_int(transpose[0]))
+        self._desc = ctypes.c_void_p()
+        self._lib.call("MatmulDescCreate", ctypes.byref(self._desc), _COMPUTE_32F, _R_32F)
+        # cuBLAS's A is our second operand.
+        self._set(_TRANSA, ctypes.c_int(transpose[1]))
+        self._set(_TRANSB, ctypes.c_int(transpose[0]))
         self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
-        # The library looks at the addresses, or at their alignment, before there are any.
-        somewhere = ctypes.c_void_p(self._lib.workspace.data_ptr())
-        if epilogue in (EPILOGUE_BIAS, EPILOGUE_GELU_AUX_BIAS):
-            self._set(_BIAS, somewhere)
-        if epilogue in (EPILOGUE_GELU_AUX_BIAS, EPILOGUE_DGELU):
-            self._set(_AUX, somewhere)
-            self._set(_AUX_STRIDE, ctypes.c_int64(columns))
-        self._left, self._right = (self._layout(x, _REAL_BFLOAT16) for x in (left, right))
-        self._output = self._layout(
-            torch.Size((rows, columns)), _REAL_FLOAT32 if accumulate else _REAL_BFLOAT16
-        )
+        # The heuristic looks at these pointers' alignment, so it needs some before the first call.
+        placeholder = ctypes.c_void_p(self._lib.workspace.data_ptr())
+        if epilogue in (Epilogue.BIAS, Epilogue.GELU_AUX_BIAS):
+            self._set(_BIAS_POINTER, placeholder)
+        if epilogue in (Epilogue.GELU_AUX_BIAS, Epilogue.DGELU):
+            self._set(_EPILOGUE_AUX_POINTER, placeholder)
+            self._set(_EPILOGUE_AUX_LD, ctypes.c_int64(columns))
+        self._left, self._right = self._layout(left, _R_16BF), self._layout(right, _R_16BF)
+        out_shape = torch.Size((rows, columns))
+        self._out = self._layout(out_shape, _R_32F if accumulate else _R_16BF)
         flops = 2 * rows * columns * left[not transpose[0]]
-        self._kernels = self._candidates(is_small=flops <= SMALL)
-        self._chosen = self._kernels[0]
-        self._is_tried = len(self._kernels) == 1
-        self._adds = accumulate
-        self._one, self._kept = ctypes.c_float(1), ctypes.c_float(accumulate)
+        self._candidates = self._query_heuristic(is_small=flops <= SMALL_GEMM_FLOPS)
+        self._best = self._candidates[0]
+        self._is_tuned = len(self._candidates) == 1
+        self._accumulate = accumulate
+        self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(accumulate)
 
     def __call__(
         self,
@@ -152,126 +166,124 @@ class MatmulPlan:
         bias: Tensor | None = None,
         aux: Tensor | None = None,
     ) -> Tensor:
-        """Compute the product into `out`, or onto it; at first by all, to find the fastest.
+        """Write or, with `accumulate`, add to `out`; all tensors are contiguous.
 
-        All are contiguous. `aux` (as `out`) is the GELU's input: written where the epilogue keeps
-        it, read where it takes its slope.
+        `aux` is shaped like `out`: the GELU's input, written by GELU_AUX_BIAS, read by DGELU.
         """
         if bias is not None:
-            self._set(_BIAS, ctypes.c_void_p(bias.data_ptr()))
+            self._set(_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
         if aux is not None:
-            self._set(_AUX, ctypes.c_void_p(aux.data_ptr()))
-        if not self._is_tried and not torch.cuda.is_current_stream_capturing():
-            self._choose(left, right, out)
-        self._run(self._chosen, left, right, out)
+            self._set(_EPILOGUE_AUX_POINTER, ctypes.c_void_p(aux.data_ptr()))
+        if not self._is_tuned and not torch.cuda.is_current_stream_capturing():
+            self._autotune(left, right, out)
+        self._run(self._best, left, right, out)
         return out
 
-    def _run(self, kernel: _Kernel, left: Tensor, right: Tensor, out: Tensor) -> None:
+    def _run(self, candidate: _Candidate, left: Tensor, right: Tensor, out: Tensor) -> None:
         pointer, lib = ctypes.c_void_p, self._lib
-        result = pointer(out.data_ptr())
-        workspace = lib.workspace.data_ptr() if kernel.workspace_bytes else None
+        out_ptr = pointer(out.data_ptr())
+        workspace = lib.workspace.data_ptr() if candidate.workspace_bytes else None
         lib.call(
-            "Matmul", lib.handle, self._description, ctypes.byref(self._one),
+            "Matmul", lib.handle, self._desc, ctypes.byref(self._alpha),
             pointer(right.data_ptr()), self._right, pointer(left.data_ptr()), self._left,
-            ctypes.byref(self._kept), result, self._output, result, self._output,
-            ctypes.byref(kernel.choice.algorithm), pointer(workspace),
-            ctypes.c_size_t(kernel.workspace_bytes),
+            ctypes.byref(self._beta), out_ptr, self._out, out_ptr, self._out,
+            ctypes.byref(candidate.result.algo), pointer(workspace),
+            ctypes.c_size_t(candidate.workspace_bytes),
             pointer(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip
 
-    def _choose(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """Time the candidates, in turns, and keep the fastest."""
-        self._is_tried = True
+    def _autotune(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        self._is_tuned = True
         if torch.are_deterministic_algorithms_enabled():
-            # The clock must not decide about bits.
+            # Timings vary, and kernels differ in their last bits.
             return
-        if self._adds:
+        if self._accumulate:
             try:
                 out = torch.zeros_like(out)
             except torch.OutOfMemoryError:
-                # There is room for the product, if not for trials beside what it is added to.
                 return
-        able = []
-        for kernel in self._kernels:
+        usable = []
+        for candidate in self._candidates:
             try:
-                self._run(kernel, left, right, out)
+                self._run(candidate, left, right, out)
             except RuntimeError:
                 continue
-            if kernel.workspace_bytes or self._is_right(kernel, left, right, out):
-                able.append(kernel)
-        if not able:
-            # The product itself says why.
-            return
-        able = self._by_time(able, 1, left, right, out)
-        self._chosen = self._by_time(able[:FINALISTS], ROUNDS, left, right, out)[0]
+            if candidate.workspace_bytes or self._is_correct(candidate, left, right, out):
+                usable.append(candidate)
+        if usable:
+            # Otherwise the call itself raises.
+            usable = self._sort_by_time(usable, 1, left, right, out)
+            finalists = usable[:NUM_FINALISTS]
+            self._best = self._sort_by_time(finalists, NUM_REPEATS, left, right, out)[0]
 
-    def _is_right(self, kernel: _Kernel, left: Tensor, right: Tensor, out: Tensor) -> bool:
-        """Whether a kernel that was refused its workspace gives what it gives with it, to the bit.
+    def _is_correct(self, candidate: _Candidate, left: Tensor, right: Tensor, out: Tensor) -> bool:
+        """Whether a kernel gives the same bits without the workspace it requested.
 
-        No manual says that it may go without. Some numbers of the output tell: there may be no room
-        for all of them twice.
+        No manual promises that it works without. A sample of the output is compared, since there
+        may be no memory for a second one.
         """
-        seen = []
-        for room in (WORKSPACE, kernel.workspace_bytes):
-            if self._adds:
+        samples = []
+        for size in (WORKSPACE_BYTES, candidate.workspace_bytes):
+            if self._accumulate:
                 out.zero_()
-            self._run(kernel._replace(workspace_bytes=room), left, right, out)
-            seen.append(out.view(-1)[:: max(1, out.numel() // LOOKED_AT)].clone())
-        return torch.equal(*seen)
+            self._run(candidate._replace(workspace_bytes=size), left, right, out)
+            samples.append(out.view(-1)[:: max(1, out.numel() // NUM_COMPARED)].clone())
+        return torch.equal(*samples)
 
-    def _by_time(
-        self, kernels: list[_Kernel], rounds: int, left: Tensor, right: Tensor, out: Tensor
-    ) -> list[_Kernel]:
-        """The same, the fastest first."""
-        marks = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(len(kernels) + 1)]
-            for _ in range(rounds)
+    def _sort_by_time(
+        self, candidates: list[_Candidate], repeats: int, left: Tensor, right: Tensor, out: Tensor
+    ) -> list[_Candidate]:
+        """Fastest first, by the median of interleaved repeats."""
+        events = [
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(candidates) + 1)]
+            for _ in range(repeats)
         ]
-        torch.cuda._sleep(HEAD_START)
-        for row in marks:
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for row in events:
             row[0].record()
-            for mark, kernel in zip(row[1:], kernels, strict=True):
-                self._run(kernel, left, right, out)
-                mark.record()
+            for event, candidate in zip(row[1:], candidates, strict=True):
+                self._run(candidate, left, right, out)
+                event.record()
         torch.cuda.synchronize(out.device)
         times = [
-            statistics.median(row[i].elapsed_time(row[i + 1]) for row in marks)
-            for i in range(len(kernels))
+            statistics.median(row[i].elapsed_time(row[i + 1]) for row in events)
+            for i in range(len(candidates))
         ]
-        return [kernels[i] for i in sorted(range(len(kernels)), key=times.__getitem__)]
+        return [candidates[i] for i in sorted(range(len(candidates)), key=times.__getitem__)]
 
-    def _candidates(self, *, is_small: bool) -> list[_Kernel]:
+    def _query_heuristic(self, *, is_small: bool) -> list[_Candidate]:
         preference = ctypes.c_void_p()
         self._lib.call("MatmulPreferenceCreate", ctypes.byref(preference))
-        size = ctypes.c_uint64(WORKSPACE)
+        size = ctypes.c_uint64(WORKSPACE_BYTES)
         self._lib.call(
-            "MatmulPreferenceSetAttribute", preference, _WORKSPACE_BYTES, ctypes.byref(size),
-            ctypes.sizeof(size),
+            "MatmulPreferenceSetAttribute", preference, _PREF_MAX_WORKSPACE_BYTES,
+            ctypes.byref(size), ctypes.sizeof(size),
         )  # fmt: skip
-        found, count = (_Choice * CANDIDATES)(), ctypes.c_int()
+        results, count = (_HeuristicResult * MAX_CANDIDATES)(), ctypes.c_int()
         self._lib.call(
-            "MatmulAlgoGetHeuristic", self._lib.handle, self._description, self._right,
-            self._left, self._output, self._output, preference, CANDIDATES, found,
-            ctypes.byref(count),
+            "MatmulAlgoGetHeuristic", self._lib.handle, self._desc, self._right, self._left,
+            self._out, self._out, preference, MAX_CANDIDATES, results, ctypes.byref(count),
         )  # fmt: skip
         if not count.value:
-            raise RuntimeError("cuBLASLt has no kernel for this product")
-        choices = found[: count.value]
-        frugal = [x for x in choices if is_small and 0 < x.workspace <= COUNTERS]
-        return [_Kernel(x, WORKSPACE) for x in choices] + [_Kernel(x, 0) for x in frugal]
+            raise RuntimeError("cuBLASLt has no kernel for this GEMM")
+        found = results[: count.value]
+        stream_k = [x for x in found if is_small and 0 < x.workspace_size <= COUNTER_BYTES]
+        return [_Candidate(x, WORKSPACE_BYTES) for x in found] + [
+            _Candidate(x, 0) for x in stream_k
+        ]
 
     def _set(self, attribute: int, value: _Value) -> None:
         self._lib.call(
-            "MatmulDescSetAttribute", self._description, attribute, ctypes.byref(value),
+            "MatmulDescSetAttribute", self._desc, attribute, ctypes.byref(value),
             ctypes.sizeof(value),
         )  # fmt: skip
 
-    def _layout(self, shape: torch.Size, kind: int) -> ctypes.c_void_p:
-        """Of a tensor row by row; cuBLAS calls its rows columns."""
+    def _layout(self, shape: torch.Size, dtype: int) -> ctypes.c_void_p:
+        """Layout of a row-major tensor: to cuBLAS, its transpose."""
         rows, columns = shape
         layout = ctypes.c_void_p()
         self._lib.call(
-            "MatrixLayoutCreate", ctypes.byref(layout), kind, ctypes.c_uint64(columns),
+            "MatrixLayoutCreate", ctypes.byref(layout), dtype, ctypes.c_uint64(columns),
             ctypes.c_uint64(rows), ctypes.c_int64(columns),
         )  # fmt: skip
         return layout

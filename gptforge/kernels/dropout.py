@@ -1,12 +1,10 @@
-"""Which numbers are dropped: a hash of each number's place, so that nothing has to be kept.
+"""Dropout masks that the backward pass recomputes from two seeds.
 
-The way back makes the same mask again from two keys; a mask in memory would be written, read twice,
-and need passes of its own. Each row and each column has an odd word of 32 bits, a hash of its
-number and a key. Their product, whose upper bits are as good as random, says what becomes of the
-number where they cross: one multiplication for each, since a GPU's units for whole numbers are what
-attention would wait for. tests/kernels/test_dropout.py looks for patterns.
-
-in_triton_dropout.py has the same for a GPU's kernels.
+A stored mask would be written once, read twice and cost passes of its own. Instead each row and
+each column gets an odd 32-bit word, a hash of its index and a seed. The high bits of the product of
+two such words are as good as random, and decide about the element at (row, column). That is one
+integer multiplication per element; Philox needs ten rounds of two, which attention would wait for.
+tests/kernels/test_dropout.py checks the masks for patterns.
 """
 
 from typing import NamedTuple
@@ -15,61 +13,62 @@ import torch
 from torch import Tensor
 
 THRESHOLD_RANGE = 2**31
-"""Shares are counted in parts of this."""
-_WORD = 2**32 - 1
+"""The threshold that stands for a dropout probability of one."""
+_UINT32 = 2**32 - 1
 
 
 class DropoutSeed(NamedTuple):
-    """How numbers are dropped from one tensor."""
+    """Determines one tensor's dropout mask."""
 
     seeds: Tensor
-    """(2,) int32, anything; on the tensor's device, so that a recording can be played again."""
+    """(2,) int32, for rows and columns; on the device, so that a CUDA graph can redraw them."""
     threshold: int
-    """How many parts of `ALL`."""
+    """Dropout probability, as a multiple of 1 / THRESHOLD_RANGE."""
 
     @property
     def scale(self) -> float:
-        """What the numbers that stay are multiplied by, so that means stay as they are."""
+        """Factor of the elements that are kept, which preserves the mean."""
         return THRESHOLD_RANGE / (THRESHOLD_RANGE - self.threshold)
 
 
 def dropout_threshold(p: float) -> int:
-    """`Drop.dropped` for a probability."""
+    """`DropoutSeed.threshold` for a dropout probability."""
     return round(p * THRESHOLD_RANGE)
 
 
 def draw_dropout_seeds(count: int, p: float, device: torch.device) -> list[DropoutSeed]:
-    """New keys for so many tensors, from torch's generator; none if `share` drops nothing."""
-    dropped = dropout_threshold(p)
-    if not dropped:
+    """Seeds for `count` tensors, drawn from torch's generator; an empty list if `p` is zero."""
+    threshold = dropout_threshold(p)
+    if not threshold:
         return []
-    # Every 16 bytes: Triton compiles a kernel once more for an address that is no multiple of that.
-    keys = torch.empty(count, 4, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
-    return [DropoutSeed(four[:2], dropped) for four in keys]
+    # Rows of four, for their alignment: Triton compiles again for pointers not on 16 bytes.
+    seeds = torch.empty(count, 4, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
+    return [DropoutSeed(row[:2], threshold) for row in seeds]
 
 
-def dropout_kernel_args(drop: DropoutSeed | None, anything: Tensor) -> tuple[Tensor, int]:
-    """Keys and `dropped` as the kernels in Triton take them, where there may be nothing to drop."""
-    return (anything, 0) if drop is None else drop
+def dropout_kernel_args(dropout: DropoutSeed | None, placeholder: Tensor) -> tuple[Tensor, int]:
+    """Seeds and threshold as the Triton kernels take them; threshold 0 drops nothing."""
+    return (placeholder, 0) if dropout is None else dropout
 
 
 def keep_mask(dropout: DropoutSeed, rows: int, columns: int) -> Tensor:
-    """Which numbers of a (rows, columns) tensor stay; on a GPU the kernels draw by themselves.
+    """(rows, columns) bool, False where an element is dropped; the kernels compute the same.
 
-    For attention's shares (B, H, T, T) there are B * H * T rows.
+    Attention probabilities (B, H, T, T) count as B * H * T rows of T columns.
     """
-    one, two = (int(key) & _WORD for key in dropout.seeds)
-    drawn = _words(rows, one, dropout)[:, None] * _words(columns, two, dropout) & _WORD
-    return drawn >= 2 * dropout.threshold
-
-
-def _words(count: int, key: int, drop: DropoutSeed) -> Tensor:
-    # A 64-bit product that runs over is right in its lower half.
-    x = torch.arange(count, device=drop.seeds.device) * 0x9E3779B1 + key & _WORD
-    x = (x ^ (x >> 15)) * 0x735A2D97 & _WORD
-    return (x ^ (x >> 16)) | 1
+    row_seed, column_seed = (int(seed) & _UINT32 for seed in dropout.seeds)
+    device = dropout.seeds.device
+    row_words, column_words = _hash(rows, row_seed, device), _hash(columns, column_seed, device)
+    return (row_words[:, None] * column_words & _UINT32) >= 2 * dropout.threshold
 
 
 def apply_dropout(dropout: DropoutSeed | None, x: Tensor) -> Tensor:
-    """x (N, C) with numbers dropped, and the rest made larger; the reference of the kernels."""
+    """`x` (N, C) with elements dropped and the others scaled up; the kernels' reference."""
     return x if dropout is None else x * keep_mask(dropout, *x.shape) * dropout.scale
+
+
+def _hash(count: int, seed: int, device: torch.device) -> Tensor:
+    # uint32 arithmetic in int64: products may overflow, but their low 32 bits are right.
+    x = torch.arange(count, device=device) * 0x9E3779B1 + seed & _UINT32
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _UINT32
+    return (x ^ (x >> 16)) | 1

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Backward of the GELU in GPT-2's tanh form; the forward is torch's, or in a GEMM's epilogue."""
 
 import math
 
@@ -6,19 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.kernels.launch import num_sms
-from gptforge.kernels.layer_norm import _block_kernels
+from gptforge.kernels.launch import num_sms, uses_triton
 from gptforge.kernels.reductions import PendingReductions, accumulate_partials
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, of (N, C)."""
-    if not x.is_cuda:
-        return F.gelu(x, approximate="tanh")
-    out = torch.empty_like(x)
-    block = 2048
-    _block_kernels().gelu[(math.ceil(x.numel() / block),)](x, out, x.numel(), BLOCK=block)
-    return out
 
 
 def gelu_backward(
@@ -29,31 +18,35 @@ def gelu_backward(
     *,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x in `upstream`'s place, and x; if `again`, the GELU of x in that of x.
+    """The gradient of `x`, which overwrites `grad_output`, and `x` or, with `recompute`, GELU(x).
 
-    Making it again costs a third of this pass, and saves a quarter of all that is kept.
-    `sums` (C,) grows by the gradient's sum over the rows.
+    Recomputing the activation costs a third of this pass and saves a quarter of a block's
+    activation memory.
+
+    Args:
+        x: (N, C), the GELU's input; overwritten by GELU(x) with `recompute`.
+        grad_output: (N, C).
+        bias_grad: (C,) float32, to which the sum of the gradient over its rows is added.
+        pending: defers that sum.
+        recompute: whether the caller needs GELU(x).
     """
-    if x.is_cuda:
-        return _gelu_backward_cuda(x, grad_output, bias_grad, pending, recompute)
-    activated = F.gelu(x, approximate="tanh") if recompute else x
-    grad_output.copy_(torch.ops.aten.gelu_backward(grad_output, x, approximate="tanh"))
-    bias_grad += grad_output.sum(0, dtype=bias_grad.dtype)
-    return grad_output, x.copy_(activated)
+    if not uses_triton(x):
+        act = F.gelu(x, approximate="tanh") if recompute else x
+        grad_output.copy_(torch.ops.aten.gelu_backward(grad_output, x, approximate="tanh"))
+        bias_grad += grad_output.sum(0, dtype=bias_grad.dtype)
+        return grad_output, x.copy_(act)
+    from gptforge.kernels.triton import gelu as kernels
 
-
-def _gelu_backward_cuda(
-    x: Tensor, upstream: Tensor, sums: Tensor, unfinished: PendingReductions | None, again: bool
-) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    assert x.is_contiguous() and upstream.is_contiguous()
-    chunks = math.ceil(columns / 512)
-    stages, each = (2, 16) if columns <= 2048 else (3, 6)
-    programs = min(max(1, each * num_sms(x.device) // chunks), math.ceil(rows / 16))
-    parts = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    _block_kernels().gelu_backward[(chunks, programs)](
-        x, upstream, parts, rows, math.ceil(rows / (programs * 4)), columns,
-        BLOCK=512, ROWS=4, AGAIN=again, STAGES=stages, num_warps=2,
+    assert x.is_contiguous() and grad_output.is_contiguous()
+    column_blocks = math.ceil(columns / 512)
+    stages, programs_per_sm = (2, 16) if columns <= 2048 else (3, 6)
+    programs = max(1, programs_per_sm * num_sms(x.device) // column_blocks)
+    programs = min(programs, math.ceil(rows / 16))
+    partials = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    kernels.gelu_backward[(column_blocks, programs)](
+        x, grad_output, partials, rows, math.ceil(rows / (programs * 4)), columns,
+        BLOCK=512, ROWS=4, RECOMPUTE=recompute, STAGES=stages, num_warps=2,
     )  # fmt: skip
-    accumulate_partials(parts, sums, unfinished)
-    return upstream, x
+    accumulate_partials(partials, bias_grad, pending)
+    return grad_output, x

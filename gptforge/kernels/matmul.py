@@ -1,9 +1,9 @@
-"""The products of a layer, both ways, and what comes right behind them: bias, GELU, its slope.
+"""The GEMMs of a linear layer, forward and backward, with bias or GELU in their epilogue.
 
-On a CUDA device in bfloat16 cuBLASLt does both in one pass (see cublaslt.py), elsewhere torch one
-after the other. The GELU is the tanh form.
+On CUDA in bfloat16 cuBLASLt computes GEMM and epilogue in one kernel (cublaslt.py); elsewhere torch
+computes one after the other. The GELU is the tanh form.
 
-Shapes: N tokens; a weight is (out, in), as torch's linear layers keep it.
+Shapes: N tokens; a weight is (out, in), as in `nn.Linear`.
 """
 
 from functools import cache
@@ -13,51 +13,87 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptforge.kernels import cublaslt
-from gptforge.kernels.gelu import gelu
+from gptforge.kernels.cublaslt import Epilogue
+from gptforge.kernels.gelu import gelu_backward
+from gptforge.kernels.reductions import PendingReductions, accumulate_column_sums
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: (N, in) to (N, out)."""
-    epilogue = cublaslt.EPILOGUE_DEFAULT if bias is None else cublaslt.EPILOGUE_BIAS
-    if plan := _plan(x, weight, turned=(False, True), epilogue=epilogue):
+    epilogue = Epilogue.DEFAULT if bias is None else Epilogue.BIAS
+    if plan := _plan(x, weight, transpose=(False, True), epilogue=epilogue):
         return plan(x, weight, x.new_empty(len(x), len(weight)), bias=bias)
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What `linear` gives, and the GELU of that: two (N, out)."""
-    if plan := _plan(x, weight, turned=(False, True), epilogue=cublaslt.EPILOGUE_GELU_AUX_BIAS):
-        inner = x.new_empty(len(x), len(weight))
-        return inner, plan(x, weight, torch.empty_like(inner), bias=bias, aux=inner)
-    inner = linear(x, weight, bias)
-    return inner, gelu(inner)
+    """`linear(x, weight, bias)` and the GELU of it: two (N, out)."""
+    if plan := _plan(x, weight, transpose=(False, True), epilogue=Epilogue.GELU_AUX_BIAS):
+        pre_act = x.new_empty(len(x), len(weight))
+        return pre_act, plan(x, weight, torch.empty_like(pre_act), bias=bias, aux=pre_act)
+    pre_act = linear(x, weight, bias)
+    return pre_act, F.gelu(pre_act, approximate="tanh")
 
 
 def linear_dgrad(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """upstream @ weight, the gradient of a linear layer's input: (N, out) to (N, in)."""
+    """Gradient of a linear layer's input, grad_output @ weight: (N, out) to (N, in)."""
     if plan := _plan(grad_output, weight):
         return plan(grad_output, weight, grad_output.new_empty(len(grad_output), weight.size(1)))
     return grad_output @ weight
 
 
 def linear_dgrad_dgelu(grad_output: Tensor, weight: Tensor, pre_act: Tensor) -> Tensor:
-    """The gradient of `inner` (N, in), whose GELU went into the linear layer."""
-    if plan := _plan(grad_output, weight, epilogue=cublaslt.EPILOGUE_DGELU):
+    """Gradient of `pre_act` (N, in), whose GELU is the linear layer's input."""
+    if plan := _plan(grad_output, weight, epilogue=Epilogue.DGELU):
         return plan(grad_output, weight, torch.empty_like(pre_act), aux=pre_act)
-    slope: Tensor = torch.ops.aten.gelu_backward(grad_output @ weight, pre_act, approximate="tanh")
-    return slope
+    grad: Tensor = torch.ops.aten.gelu_backward(grad_output @ weight, pre_act, approximate="tanh")
+    return grad
+
+
+def linear_gelu_backward(
+    grad_output: Tensor,
+    weight: Tensor,
+    pre_act: Tensor,
+    act: Tensor | None,
+    bias_grad: Tensor,
+    pending: PendingReductions | None = None,
+    *,
+    separate_dgelu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Backward through the MLP's second linear layer and its GELU.
+
+    Args:
+        grad_output: (N, C) gradient of the MLP's output.
+        weight: (C, d_ff) of the second layer.
+        pre_act: (N, d_ff), the GELU's input; may be overwritten.
+        act: (N, d_ff), the GELU's output; None recomputes it.
+        bias_grad: (d_ff,) float32 of the first layer, to which the row sum is added.
+        pending: defers that sum.
+        separate_dgelu: with `act`, take the GELU's derivative in the pass that sums for the bias,
+            instead of in the GEMM's epilogue (DGELU).
+
+    Returns:
+        The gradient of `pre_act`, and the GELU's output: two (N, d_ff).
+    """
+    if act is not None and not separate_dgelu:
+        grad = linear_dgrad_dgelu(grad_output, weight, pre_act)
+        accumulate_column_sums(grad, bias_grad, pending)
+        return grad, act
+    grad = linear_dgrad(grad_output, weight)
+    grad, x = gelu_backward(pre_act, grad, bias_grad, pending, recompute=act is None)
+    return grad, x if act is None else act
 
 
 def accumulate_wgrad(weight_grad: Tensor, grad_output: Tensor, x: Tensor) -> None:
-    """Add upstream.T (out, N) @ x (N, in) to the gradient of a weight (out, in), in its type."""
+    """weight_grad += grad_output.T @ x: (out, N) @ (N, in) onto (out, in), in its dtype."""
     if (
         weight_grad.dtype == torch.float32
         and _is_aligned(weight_grad)
-        and (plan := _plan(grad_output, x, turned=(True, False), adds=True))
+        and (plan := _plan(grad_output, x, transpose=(True, False), accumulate=True))
     ):
         plan(grad_output, x, weight_grad)
     elif x.is_cuda and x.dtype != weight_grad.dtype:
-        # Summed in float32 inside the product, and never rounded to the factors' type.
+        # float32 out of the GEMM, never rounded to bfloat16.
         torch.addmm(weight_grad, grad_output.t(), x, out_dtype=weight_grad.dtype, out=weight_grad)
     else:
         weight_grad += grad_output.t() @ x
@@ -67,20 +103,20 @@ def _plan(
     left: Tensor,
     right: Tensor,
     *,
-    turned: tuple[bool, bool] = (False, False),
-    epilogue: int = cublaslt.EPILOGUE_DEFAULT,
-    adds: bool = False,
+    transpose: tuple[bool, bool] = (False, False),
+    epilogue: Epilogue = Epilogue.DEFAULT,
+    accumulate: bool = False,
 ) -> cublaslt.MatmulPlan | None:
-    """How cuBLASLt computes it; None where it does not."""
+    """A cuBLASLt plan for this GEMM; None leaves it to torch."""
     if not left.is_cuda or left.dtype != torch.bfloat16 or right.dtype != torch.bfloat16:
         return None
     if torch.version.hip or not (_is_aligned(left) and _is_aligned(right)):
         return None
-    return _cached_plan(left.device, left.shape, right.shape, turned, epilogue, adds)
+    return _cached_plan(left.device, left.shape, right.shape, transpose, epilogue, accumulate)
 
 
-def _is_aligned(factor: Tensor) -> bool:
-    return factor.is_contiguous() and factor.data_ptr() % cublaslt.ALIGNMENT == 0
+def _is_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % cublaslt.ALIGNMENT == 0
 
 
 @cache
@@ -88,14 +124,14 @@ def _cached_plan(
     device: torch.device,
     left: torch.Size,
     right: torch.Size,
-    turned: tuple[bool, bool],
-    epilogue: int,
-    adds: bool,
+    transpose: tuple[bool, bool],
+    epilogue: Epilogue,
+    accumulate: bool,
 ) -> cublaslt.MatmulPlan | None:
     try:
         return cublaslt.MatmulPlan(
-            device, left, right, transpose=turned, epilogue=epilogue, accumulate=adds
+            device, left, right, transpose=transpose, epilogue=epilogue, accumulate=accumulate
         )
     except (OSError, RuntimeError):
-        # No library by that name (Windows), or no kernel for an odd shape.
+        # No library of that name (Windows), or no kernel for an odd shape.
         return None

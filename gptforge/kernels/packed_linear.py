@@ -1,9 +1,8 @@
-"""A layer's product with weights that no longer change: on a CPU, laid out as oneDNN likes them.
+"""Linear layers with frozen weights, on a CPU prepacked into oneDNN's blocked layout.
 
-`F.linear` reads a weight as it is stored. For the few rows of a step of writing, where a CPU does
-little but fetch weights from memory, that reaches a third to a half of the memory's speed;
-docs/log.md has the figures. oneDNN's own layout, made once, doubles it, and its products add the
-bias, GELU or what the layer is added to on their way out. `torch.compile` uses the same operators
+A decode step has few rows, so it is bound by reading weights, and `F.linear` on plain weights
+reaches a third to a half of the memory bandwidth (docs/log.md has the figures). Prepacked weights
+double that, and bias, GELU or residual are fused as post-ops. torch.compile uses the same operators
 when it freezes a model.
 
 Shapes: x (..., in), weight (out, in), bias (out,).
@@ -16,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_NUMEL = 2**18
-"""Numbers in a weight from which the layout pays: smaller ones stay in the CPU's cache anyway."""
+"""Elements of a weight from which packing pays: smaller ones stay in the CPU's cache anyway."""
 BATCH_SIZE_HINT = 8
-"""Rows that the layout is made for; it serves fewer and more of them as well."""
+"""Rows that the layout is optimized for; other counts work as well."""
 
 
 class PackedLinear:
-    """`F.linear`, and what usually follows it.
+    """`F.linear` with an optional epilogue.
 
     Args:
-        weight: used as it is, and seen to change, unless it is packed.
-        bias: likewise.
-        packed: make a copy in oneDNN's layout where there is one and it pays.
+        weight: used in place, unless it is packed.
+        bias: used in place.
+        pack: copy the weight into oneDNN's layout, where that is available and pays.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = False) -> None:
@@ -37,14 +36,14 @@ class PackedLinear:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, BATCH_SIZE_HINT)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` through the layer."""
+        """x @ weight.T + bias."""
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
     def forward_gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
-        """`x` through the layer and GELU; `approximate` is torch's, tanh (GPT-2's) or none."""
+        """GELU of the layer's output; `approximate` as in `F.gelu`."""
         if not self.is_packed:
             return F.gelu(F.linear(x, self.weight, self.bias), approximate=approximate)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -53,7 +52,7 @@ class PackedLinear:
         return y
 
     def forward_add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`other` plus `x` through the layer."""
+        """`residual` plus the layer's output."""
         if not self.is_packed:
             return residual + F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
@@ -63,26 +62,27 @@ class PackedLinear:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this torch, on this CPU, computes such products from packed weights, and rightly."""
+    """Whether this torch on this CPU computes correctly with packed weights of this dtype."""
     return weight.device.type == "cpu" and _packing_works(weight.dtype)
 
 
 @functools.cache
 def _packing_works(dtype: torch.dtype) -> bool:
-    # These operators are torch's own affair: asked for an example before they are relied on.
-    dice = torch.Generator().manual_seed(0)
-    x, other = (torch.randn(2, 64, generator=dice).to(dtype) for _ in range(2))
-    weight = torch.randn(64, 64, generator=dice).to(dtype)
+    # These operators are private to torch, so they are tested before use.
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 64, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(64, 64, generator=generator).to(dtype)
     plain, packed = PackedLinear(weight, weight[0]), PackedLinear(weight, weight[0])
     try:
         packed.weight = torch.ops.mkldnn._reorder_linear_weight(weight, BATCH_SIZE_HINT)
         packed.is_packed = True
-        pairs = [
-            (p(x), p.forward_gelu(x), p.forward_gelu(x, "none"), p.forward_add(x, other))
+        expected, outputs = (
+            (p(x), p.forward_gelu(x), p.forward_gelu(x, "none"), p.forward_add(x, residual))
             for p in (plain, packed)
-        ]
+        )
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
-    # Sums of 64 products: a few units of the last place apart, not more.
-    near = 16 * torch.finfo(dtype).eps
-    return all(torch.allclose(a, b, rtol=near, atol=16 * near) for a, b in zip(*pairs, strict=True))
+    # Sums of 64 terms in another order: a few units in the last place.
+    tol = 16 * torch.finfo(dtype).eps
+    pairs = zip(outputs, expected, strict=True)
+    return all(torch.allclose(a, b, rtol=tol, atol=16 * tol) for a, b in pairs)

@@ -15,8 +15,9 @@ from gptforge.inference.fused_decode import (
 from gptforge.inference.generate import TokenGenerator
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, draw_uniforms
-from gptforge.kernels.decode import TorchDecodeOps, TritonDecodeOps, supports_pdl
+from gptforge.kernels.decode import TritonDecodeOps, supports_pdl
 from gptforge.model import GPT
+from tests.kernels.decode_reference import TorchDecodeOps
 
 SIZE = 50
 SHAPE = GPTConfig(block_size=96, vocab_size=64, n_layer=3, n_head=2, n_embd=32)

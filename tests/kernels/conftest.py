@@ -3,8 +3,8 @@ import torch
 
 
 @pytest.fixture
-def place(device: torch.device) -> str:
-    """Where tensors lie, if the kernels can run there."""
+def device(device: torch.device) -> torch.device:
+    """A device on which the kernels can run."""
     if device.type == "cuda":
         pytest.importorskip("triton")
-    return device.type
+    return device

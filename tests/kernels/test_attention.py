@@ -1,4 +1,4 @@
-"""Attention by products against torch's own, in higher precision."""
+"""Attention against autograd in double precision."""
 
 import hypothesis.strategies as st
 import pytest
@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from gptforge.kernels.attention import MAX_MATMUL_TOKENS, causal_attention, matmul_attention
+from gptforge.kernels.attention import (
+    MAX_MATMUL_TOKENS,
+    PackedAttention,
+    SdpaAttention,
+    TritonAttention,
+    attention_backward,
+    attention_forward,
+    causal_attention,
+    matmul_attention,
+    select_attention,
+)
+from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds, keep_mask
+from tests.kernels.helpers import INTERPRETED, bf16, rel_error
 
 
 @settings(max_examples=25, deadline=None)
@@ -14,21 +26,21 @@ from gptforge.kernels.attention import MAX_MATMUL_TOKENS, causal_attention, matm
     B=st.integers(1, 3), H=st.integers(1, 4), T=st.integers(1, 70), D=st.sampled_from([8, 32]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_values_and_gradients_are_those_of_double_precision(B, H, T, D, dtype) -> None:  # noqa: N803
+def test_matmul_attention_matches_double_precision(B, H, T, D, dtype) -> None:  # noqa: N803
     torch.manual_seed(T)
-    packed = torch.randn(B, T, 3, H, D).to(dtype)
-    upstream = torch.randn(B, H, T, D)
-    ours, exact = packed.clone().requires_grad_(), packed.double().requires_grad_()
+    qkv = torch.randn(B, T, 3, H, D).to(dtype)
+    dy = torch.randn(B, H, T, D).to(dtype)
+    ours, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
     y = matmul_attention(*ours.permute(2, 0, 3, 1, 4), 0.0)
     expected = F.scaled_dot_product_attention(*exact.permute(2, 0, 3, 1, 4), is_causal=True)
-    y.backward(upstream.to(dtype))
-    expected.backward(upstream.to(dtype).double())
-    most = 1e-5 if dtype == torch.float32 else 2e-2
-    assert (y.double() - expected).norm() <= most * expected.norm()
-    assert (ours.grad.double() - exact.grad).norm() <= most * exact.grad.norm()
+    y.backward(dy)
+    expected.backward(dy.double())
+    tol = 1e-5 if dtype == torch.float32 else 2e-2
+    assert rel_error(y, expected) <= tol
+    assert rel_error(ours.grad, exact.grad) <= tol
 
 
-def test_under_autocast_the_scores_stay_narrow_and_dropout_drops() -> None:
+def test_autocast_keeps_bfloat16_and_dropout_drops() -> None:
     q = torch.randn(2, 2, 16, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         y = causal_attention(q, q, q, 0.0)
@@ -38,7 +50,91 @@ def test_under_autocast_the_scores_stay_narrow_and_dropout_drops() -> None:
 
 
 @pytest.mark.parametrize("T", [MAX_MATMUL_TOKENS, MAX_MATMUL_TOKENS + 1])
-def test_long_sequences_are_left_to_torch(T) -> None:  # noqa: N803
+def test_long_sequences_use_sdpa(T) -> None:  # noqa: N803
     q = torch.randn(1, 1, T, 8).bfloat16()
-    torch_own = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert torch.equal(causal_attention(q, q, q, 0.0), torch_own) == (T > MAX_MATMUL_TOKENS)
+    sdpa = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert torch.equal(causal_attention(q, q, q, 0.0), sdpa) == (T > MAX_MATMUL_TOKENS)
+
+
+def implementations(device: torch.device, head_size: int) -> list[PackedAttention]:
+    selected = select_attention(device, torch.bfloat16, head_size=head_size, dropout=0.0)
+    return [SdpaAttention(), *([selected] if isinstance(selected, TritonAttention) else [])]
+
+
+def exact_attention(qkv: torch.Tensor, dropout: DropoutSeed | None) -> torch.Tensor:
+    """Output (N, C) of attention over (B, T, 3, H, D), probabilities times the dropout mask."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    B, H, T, D = q.shape  # noqa: N806
+    future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+    probs = (q @ k.mT * D**-0.5).masked_fill(future, -torch.inf).softmax(-1)
+    if dropout is not None:
+        probs = probs * keep_mask(dropout, B * H * T, T).view(B, H, T, T) * dropout.scale
+    return (probs @ v).transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D"),
+    [(3, 24, 4, 8), (2, 256, 3, 64), (3, 1, 1, 64), (2, 65, 2, 64), (1, 1000, 2, 32)],
+)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_packed_attention_matches_autograd(B, T, H, D, p, device) -> None:  # noqa: N803
+    torch.manual_seed(T)
+    qkv, dy = bf16(B, T, 3, H, D, device=device), bf16(B * T, H * D, device=device)
+    dropout = next(iter(draw_dropout_seeds(1, p, device)), None)
+    exact = qkv.double().requires_grad_()
+    expected = exact_attention(exact, dropout)
+    expected.backward(dy.double())
+    for attention in implementations(device, D):
+        if dropout is not None and isinstance(attention, SdpaAttention):
+            continue  # uses torch's own RNG
+        bias_grad = torch.ones(3 * H * D, device=device)
+        out, saved = attention.forward(qkv, dropout)
+        assert rel_error(out, expected) < 1e-2
+        grad_qkv = attention.backward(dy, saved, bias_grad)
+        assert rel_error(grad_qkv, exact.grad.view(B * T, -1)) < 2e-2
+        torch.testing.assert_close(bias_grad - 1, grad_qkv.float().sum(0), rtol=1e-4, atol=1e-3)
+
+
+def test_triton_backward_is_deterministic(device) -> None:
+    if len(implementations(device, 64)) == 1:
+        pytest.skip("not for this device")
+    qkv, dy = bf16(2, 300, 3, 4, 64, device=device), bf16(600, 256, device=device)
+    _, saved = TritonAttention().forward(qkv, None)
+    results = []
+    for _ in range(2):
+        bias_grad = torch.zeros(768, device=device)
+        results.append((TritonAttention().backward(dy, saved, bias_grad), bias_grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_triton_backward_is_selected_where_it_was_measured(monkeypatch) -> None:
+    hopper, bfloat16 = torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    args = {"head_size": 64, "dropout": 0.0}
+    assert isinstance(select_attention(hopper, bfloat16, **args), TritonAttention)
+    assert isinstance(select_attention(torch.device("cpu"), bfloat16, **args), SdpaAttention)
+    assert isinstance(select_attention(hopper, torch.float16, **args), SdpaAttention)
+    args["head_size"] = 80
+    assert isinstance(select_attention(hopper, bfloat16, **args), SdpaAttention)
+    args["head_size"] = 64
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert isinstance(select_attention(hopper, bfloat16, **args), SdpaAttention)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("T", [64, 130])
+def test_interpreted_kernels_on_cpu(T, p) -> None:  # noqa: N803
+    B, H, D = 2, 2, 32  # noqa: N806
+    qkv = torch.randn(B, T, 3, H, D)
+    exact = qkv.double().requires_grad_()
+    dropout = next(iter(draw_dropout_seeds(1, p, torch.device("cpu"))), None)
+    expected = exact_attention(exact, dropout)
+    dy = torch.randn(B * T, H * D)
+    expected.backward(dy.double())
+    out, lse = attention_forward(qkv, dropout)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    grad_qkv, partials = attention_backward(qkv, out, lse, dy, dropout)
+    torch.testing.assert_close(grad_qkv.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    bias_grad = exact.grad.sum((0, 1)).flatten()
+    torch.testing.assert_close(partials.double().sum(0), bias_grad, rtol=1e-4, atol=1e-4)

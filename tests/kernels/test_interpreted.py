@@ -1,0 +1,31 @@
+"""The Triton kernels on CPU tensors, by Triton's interpreter.
+
+Triton decides on its import whether to interpret, so this folder's tests run again in a child
+process. To run one of them by hand: TRITON_INTERPRET=1 pytest tests/kernels/test_decode.py
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.helpers import INTERPRETED
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the child process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_pass_when_interpreted() -> None:
+    folder = Path(__file__).parent
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "cpu", folder],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout
+    assert " passed" in child.stdout
