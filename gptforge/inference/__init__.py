@@ -1,1 +1,1 @@
-"""Writing text with a trained model."""
+"""Text generation: prefill, decode with a KV cache, sample, detokenize."""

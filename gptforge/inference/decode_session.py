@@ -1,9 +1,9 @@
-"""Writing a batch of sequences step by step, in memory that is laid out beforehand.
+"""Prefill and decode steps of a batch, in buffers allocated once.
 
-All that a step reads and writes stays on the device in the same place, so that on a GPU one step is
-captured as a CUDA graph and replayed: a few hundred small kernels then cost one call.
+All inputs and outputs of a decode step stay at fixed addresses on the device, so that on a GPU the
+step is captured as a CUDA graph and replayed: a few hundred small kernels for one launch.
 
-Shapes: B sequences, S slots of the cache, N tokens to write, A alternatives.
+Shapes: B sequences, S cache slots, N new tokens, A alternatives (`top_logprobs`).
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, sample
 
 WARMUP_STEPS = 3
-"""Steps before a capture: libraries set themselves up in the first, outside the graph."""
+"""Steps before the capture: libraries initialize in the first, which a graph cannot hold."""
 
 
 class DecodeSession:
-    """Room for B sequences.
+    """Buffers and KV cache for a batch of B sequences.
 
     Args:
-        engine: what computes.
-        batch: sequences, B.
-        slots: tokens that the longest of them may come to, S.
-        steps: tokens to write at most, N.
-        sampling: how they are chosen.
-        alternatives: likeliest tokens to note beside each chosen one, A; None: no probabilities.
-        captured: replay steps as a CUDA graph; where that fails they run one by one.
+        model: the model to run.
+        batch_size: number of sequences, B.
+        max_seq_length: prompt and new tokens of the longest sequence, S.
+        max_new_tokens: new tokens per sequence, N.
+        sampling: how tokens are sampled.
+        top_logprobs: most likely tokens to return per position, A; None: no log probabilities.
+        cuda_graph: replay decode steps as a CUDA graph; without effect where capture fails.
     """
 
     def __init__(
@@ -48,128 +48,127 @@ class DecodeSession:
         device = model.device
         self.cache = model.allocate_cache(batch_size, max_seq_length)
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        # First slot of each sequence: the length of its left padding.
         self.starts = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(batch_size, max_new_tokens, device=device)
-        columns = 1 + (top_logprobs or 0)
-        # Column 0 is what was chosen, the others what was likeliest.
-        self.token_ids = torch.zeros(
-            batch_size, max_new_tokens, columns, dtype=torch.long, device=device
-        )
-        self.logprobs = torch.zeros(batch_size, max_new_tokens, columns, device=device)
-        self._all_slots = torch.arange(max_seq_length, device=device)
-        self._used = 0
-        self._padded = False
+        # Column 0 is the sampled token, the others are the most likely ones.
+        shape = (batch_size, max_new_tokens, 1 + (top_logprobs or 0))
+        self.token_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self._slots = torch.arange(max_seq_length, device=device)
+        self._length = 0
+        self._is_padded = False
         self._graph = self._capture() if cuda_graph and device.type == "cuda" else None
 
     @property
     def has_cuda_graph(self) -> bool:
-        """Whether steps are replayed as a CUDA graph."""
+        """Whether decode steps are replayed as a CUDA graph."""
         return self._graph is not None
 
     def reset(self, uniforms: Tensor) -> None:
-        """Start over, with other dice, (B, N)."""
+        """Start at step 0 with the random numbers (B, N) to sample with."""
         self.step.zero_()
         self.uniforms[:, : uniforms.size(1)] = uniforms.to(self.uniforms.device)
 
-    def prefill(self, windows: Sequence[Sequence[int]]) -> None:
-        """Read the sequences afresh, each of them not empty, and choose the token behind each."""
-        longest = max(len(window) for window in windows)
-        padding = [longest - len(window) for window in windows]
-        rows = [[0] * pad + list(window) for pad, window in zip(padding, windows, strict=True)]
-        device = self.model.device
-        ids = torch.tensor(rows).to(device)
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Fill the cache from B non-empty prompts and sample the first token of each."""
+        length = max(len(prompt) for prompt in prompts)
+        padding = [length - len(prompt) for prompt in prompts]
+        rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        ids = torch.tensor(rows).to(self.model.device)
         self.starts.copy_(torch.tensor(padding)[:, None])
-        self._used, self._padded = longest, any(padding)
-        slots = self._all_slots[:longest]
+        self._length, self._is_padded = length, any(padding)
+        slots = self._slots[:length]
         mask = None
-        if self._padded:
-            # A pad looks at itself: a row that looked at nothing would turn into NaN.
+        if self._is_padded:
+            # Padding attends to itself: softmax over no slots at all is NaN.
             key, query = slots[None, None, :], slots[None, :, None]
-            seen = ((key <= query) & (key >= self.starts[:, :, None])) | (key == query)
-            mask = self._additive(seen)
-        cache = self.cache[..., :longest, :]
-        positions = (slots[None] - self.starts).clamp(min=0)
-        self._choose(self.model.forward(ids, positions, cache, slots, mask))
-        self.cache_position.fill_(longest)
+            visible = ((key <= query) & (key >= self.starts[:, :, None])) | (key == query)
+            mask = self._additive_mask(visible)
+        position_ids = (slots[None] - self.starts).clamp(min=0)
+        cache = self.cache.prefix(length)
+        self._sample(self.model.forward(ids, position_ids, cache, slots, mask))
+        self.cache_position.fill_(length)
 
     def decode(self, steps: int) -> None:
-        """Read what was chosen last and choose the next; on a GPU this does not wait for it."""
+        """Run decode steps, one token per sequence each; does not wait for a GPU."""
         for _ in range(steps):
             if self._graph is not None:
                 self._graph.replay()
             else:
-                self._advance(self._used + 1, padded=self._padded)
-            self._used += 1
+                self._decode_one_token(self._length + 1, use_mask=self._is_padded)
+            self._length += 1
 
     def read_tokens(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Ids and natural log probabilities of steps first .. last-1, both (B, n, 1 + A)."""
+        """Ids and log probabilities of steps first to last - 1, both (B, n, 1 + A)."""
         return self.token_ids[:, first:last].cpu(), self.logprobs[:, first:last].cpu()
 
-    def _advance(self, visible: int, *, padded: bool) -> None:
-        """One step that looks at the first `visible` slots, masked if padded or not all used."""
+    def _decode_one_token(self, length: int, *, use_mask: bool) -> None:
+        """One step over the first `length` slots, masked if there is padding or unused slots."""
         mask = None
-        if padded:
-            slots = self._all_slots[None, :visible]
-            seen = (slots <= self.cache_position) & (slots >= self.starts)  # (B, visible)
-            mask = self._additive(seen[:, None])
-        cache = self.cache[..., :visible, :]
-        positions = self.cache_position - self.starts
-        self._choose(self.model.forward(self.ids, positions, cache, self.cache_position, mask))
+        if use_mask:
+            slots = self._slots[None, :length]
+            visible = (slots <= self.cache_position) & (slots >= self.starts)  # (B, length)
+            mask = self._additive_mask(visible[:, None])
+        position_ids = self.cache_position - self.starts
+        cache = self.cache.prefix(length)
+        self._sample(self.model.forward(self.ids, position_ids, cache, self.cache_position, mask))
         self.cache_position += 1
 
-    def _captured_step(self, quick: FusedDecode | None) -> None:
-        """One step over all slots, which a graph can hold."""
-        if quick is None:
-            self._advance(self.cache.size(-2), padded=True)
+    def _static_step(self, fused: FusedDecode | None) -> None:
+        """One step over all slots: the same shapes each time, as a CUDA graph needs them."""
+        if fused is None:
+            self._decode_one_token(len(self._slots), use_mask=True)
             return
-        self._choose(quick(self.ids, self.starts, self.cache, self.cache_position))
+        self._sample(fused(self.ids, self.starts, self.cache, self.cache_position))
         self.cache_position += 1
 
-    def _choose(self, logits: Tensor) -> None:
-        dice = self.uniforms.index_select(1, self.step).squeeze(1)
-        ids = sample(logits, dice, self.sampling)[:, None]  # (B, 1)
+    def _sample(self, logits: Tensor) -> None:
+        uniforms = self.uniforms.index_select(1, self.step).squeeze(1)
+        ids = sample(logits, uniforms, self.sampling)[:, None]  # (B, 1)
         self.ids.copy_(ids)
         if self.top_logprobs is not None:
-            known = logits.float().log_softmax(-1)
+            logprobs = logits.float().log_softmax(-1)
             if self.top_logprobs:
-                ids = torch.cat([ids, known.topk(self.top_logprobs).indices], 1)
-            self.logprobs.index_copy_(1, self.step, known.gather(1, ids)[:, None])
+                ids = torch.cat([ids, logprobs.topk(self.top_logprobs).indices], 1)
+            self.logprobs.index_copy_(1, self.step, logprobs.gather(1, ids)[:, None])
         self.token_ids.index_copy_(1, self.step, ids[:, None])
         self.step += 1
 
-    def _additive(self, seen: Tensor) -> Tensor:
-        """(B, T, S) booleans as a mask for all heads, (B, 1, T, S)."""
-        mask = torch.zeros(seen.shape, dtype=self.model.cache_dtype, device=seen.device)
-        return mask.masked_fill(~seen, float("-inf"))[:, None]
+    def _additive_mask(self, visible: Tensor) -> Tensor:
+        """(B, T, S) booleans to 0 and -inf, (B, 1, T, S)."""
+        mask = torch.zeros(visible.shape, dtype=self.model.cache_dtype, device=visible.device)
+        return mask.masked_fill(~visible, float("-inf"))[:, None]
 
     def _capture(self) -> "torch.cuda.CUDAGraph | None":
-        """One step over all slots as a graph, or None where the system will not have it."""
-        quick = build_fused_decode(self.model, self.cache)
-        graph = None if quick is None else self._captured(quick)
-        return graph or self._captured(None)
+        """A graph of the fastest step that can be captured, or None."""
+        fused = build_fused_decode(self.model, self.cache)
+        graph = None if fused is None else self._capture_step(fused)
+        return graph or self._capture_step(None)
 
-    def _captured(self, quick: FusedDecode | None) -> "torch.cuda.CUDAGraph | None":
+    def _capture_step(self, fused: FusedDecode | None) -> "torch.cuda.CUDAGraph | None":
+        device = self.model.device
         try:
-            side = torch.cuda.Stream(self.model.device)
-            side.wait_stream(torch.cuda.current_stream(self.model.device))
-            with torch.cuda.stream(side):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
                 for _ in range(WARMUP_STEPS):
                     self.cache_position.zero_()
                     self.step.zero_()
-                    self._captured_step(quick)
-            torch.cuda.current_stream(self.model.device).wait_stream(side)
+                    self._static_step(fused)
+            torch.cuda.current_stream(device).wait_stream(stream)
             self.cache_position.zero_()
             self.step.zero_()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile: only this one's mistakes count.
+            # Other threads may use the GPU during the capture: only this thread's errors count.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._captured_step(quick)
+                self._static_step(fused)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             with suppress(RuntimeError):
-                torch.cuda.synchronize(self.model.device)
+                torch.cuda.synchronize(device)
             return None
         return graph

@@ -1,4 +1,4 @@
-"""Text as it comes: pieces that end between characters, and before stop texts."""
+"""Token ids to text: incrementally, up to a stop string."""
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ from gptforge.tokenizers import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Ids to text, one at a time; bytes of a character that is not whole yet are held back."""
+    """Decodes one id at a time; holds back the bytes of an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -20,67 +20,66 @@ class IncrementalDetokenizer:
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """What is left: U+FFFD for a character that stayed unfinished."""
+        """U+FFFD if the text ends with an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
 
 class StopMatcher:
-    """Watches a text for the first stop text that is complete; of several there, the longest."""
+    """Finds the first complete stop string in a text; the longest, if several end there."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [text for text in stop if text]
-        self._reach = max((len(text) for text in self._stop), default=1) - 1
-        self._held = ""
+        self._max_prefix = max((len(text) for text in self._stop), default=1) - 1
+        self._pending = ""
         self.is_stopped = False
 
-    def add(self, piece: str) -> str:
-        """What of the text so far is settled: it cannot be the beginning of a stop text."""
-        self._held += piece
-        found = [at + len(text) for text in self._stop if (at := self._held.find(text)) >= 0]
-        if found:
+    def add(self, text: str) -> str:
+        """The text that is certain not to belong to a stop string."""
+        self._pending += text
+        ends = [at + len(text) for text in self._stop if (at := self._pending.find(text)) >= 0]
+        if ends:
             self.is_stopped = True
-            written = self._held[: min(found)]
-            self._held = ""
-            return min((written.removesuffix(text) for text in self._stop), key=len)
-        settled = max(0, len(self._held) - self._reach)
-        text, self._held = self._held[:settled], self._held[settled:]
+            text, self._pending = self._pending[: min(ends)], ""
+            return min((text.removesuffix(stop) for stop in self._stop), key=len)
+        certain = max(0, len(self._pending) - self._max_prefix)
+        text, self._pending = self._pending[:certain], self._pending[certain:]
         return text
 
     def flush(self) -> str:
-        """What was held back, if nothing ended the text."""
-        return self._held
+        """The text held back; empty after a stop string."""
+        return self._pending
 
 
-def truncate_at_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pieces up to the first stop text; what may be its beginning is held back until settled."""
-    ending = StopMatcher(stop)
-    for piece in pieces:
-        if text := ending.add(piece):
+def truncate_at_stop(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pass texts on up to the first stop string; a possible prefix of one is held back."""
+    matcher = StopMatcher(stop)
+    for text in texts:
+        if text := matcher.add(text):
             yield text
-        if ending.is_stopped:
+        if matcher.is_stopped:
             return
-    if text := ending.flush():
+    if text := matcher.flush():
         yield text
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A continuation as a whole."""
+    """The continuation of a prompt."""
 
     text: str
-    """Without the stop text that ended it."""
+    """Without the stop string."""
     ids: list[int]
-    """All that were chosen, with those of a stop text."""
+    """All sampled ids, including those of the stop string."""
     logprobs: list[float]
-    """As in `Token`, one an id."""
+    """As in `Token`, one per id; empty if not requested."""
     finish_reason: Literal["length", "stop"]
 
 
 class CompletionBuilder:
-    """One sequence of a batch: ids to text, until it ends."""
+    """Collects the tokens of one sequence until it is finished."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: set[int]) -> None:
-        self._unfinished, self._ending = IncrementalDetokenizer(tokenizer), StopMatcher(stop)
+        self._detokenizer, self._matcher = IncrementalDetokenizer(tokenizer), StopMatcher(stop)
         self._stop_ids = stop_ids
         self._text = ""
         self._ids: list[int] = []
@@ -88,7 +87,7 @@ class CompletionBuilder:
         self.is_finished = False
 
     def add(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Take more tokens, up to the one that ends the text."""
+        """Add tokens; ignores those after the end."""
         for token, logprob in zip(ids, logprobs, strict=True):
             if self.is_finished:
                 return
@@ -96,15 +95,15 @@ class CompletionBuilder:
             self._logprobs.append(logprob)
             self.is_finished = token in self._stop_ids
             if not self.is_finished:
-                self._text += self._ending.add(self._unfinished.add(token))
-                self.is_finished = self._ending.is_stopped
+                self._text += self._matcher.add(self._detokenizer.add(token))
+                self.is_finished = self._matcher.is_stopped
 
     def completion(self, with_logprobs: bool) -> Completion:
-        """What has been written."""
-        if not self._ending.is_stopped:
-            # The last bytes may complete a stop text as well.
-            self._text += self._ending.add(self._unfinished.flush())
-            self._text += "" if self._ending.is_stopped else self._ending.flush()
-        is_stopped = self.is_finished or self._ending.is_stopped
+        """The result; call once."""
+        if not self._matcher.is_stopped:
+            # The last bytes may complete a stop string.
+            self._text += self._matcher.add(self._detokenizer.flush())
+            self._text += self._matcher.flush()
+        is_stopped = self.is_finished or self._matcher.is_stopped
         logprobs = self._logprobs if with_logprobs else []
         return Completion(self._text, self._ids, logprobs, "stop" if is_stopped else "length")

@@ -1,7 +1,6 @@
-"""A step of writing for a captured graph, by kernels made for it, where they can be had.
+"""Decode steps for CUDA graphs, by fused kernels where the device and the shape allow them.
 
-Captured or not makes the difference: launched one by one, these kernels cost the host more time
-than torch's own.
+Only for graphs: launched one by one, these kernels cost the host more time than torch's.
 """
 
 from typing import Protocol
@@ -9,8 +8,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
-from gptforge.inference.model import InferenceModel
+from gptforge.inference.model import InferenceModel, KVCache
 from gptforge.kernels.decode import (
     DecodeInputs,
     TritonDecodeOps,
@@ -22,98 +22,103 @@ from gptforge.kernels.decode import (
 from gptforge.kernels.layer_norm import add_layer_norm
 
 LOGIT_TOLERANCE = 0.1
-"""Distance of logits, relative to their length, that bfloat16 explains; other numbers are at 1."""
+"""Relative error of the logits that bfloat16 explains; unrelated logits are at 1."""
 
 
 class FusedDecode(Protocol):
-    """An engine's `forward` for one token a sequence."""
+    """`InferenceModel.forward` for one token per sequence."""
 
-    def __call__(self, ids: Tensor, starts: Tensor, cache: Tensor, slot: Tensor) -> Tensor:
-        """Logits behind `ids`, which the cache then holds.
+    def __call__(
+        self, ids: Tensor, starts: Tensor, cache: KVCache, cache_position: Tensor
+    ) -> Tensor:
+        """Logits of the next token; keys and values of `ids` go into the cache.
 
         Args:
             ids: (B, 1).
-            starts: (B, 1) the first slot of each sequence.
-            cache: (layers, 2, B, H, S, D).
-            slot: (1,) where in the cache the ids go; they look from their start up to here.
+            starts: (B, 1), first slot of each sequence.
+            cache: all slots.
+            cache_position: (1,), slot of `ids`. Attention covers starts to cache_position.
 
         Returns:
-            (B, V) float32 logits.
+            (B, V) float32.
         """
 
 
-class SmallBatchDecode:
-    """Five kernels a layer, each of which reads a weight for a handful of numbers.
+class SmallBatchDecode(FusedDecode):
+    """Five matrix-vector kernels per layer, with norms, GELU and residual sums fused in.
 
     Args:
-        engine: its weights are used as they are.
-        way: how the pieces are computed.
+        model: weights are used in place.
+        ops: the kernels.
     """
 
-    def __init__(self, engine: InferenceModel, way: TritonDecodeOps) -> None:
-        self.model, self.ops = engine, way
+    def __init__(self, model: InferenceModel, ops: TritonDecodeOps) -> None:
+        self.model, self.ops = model, ops
 
-    def __call__(self, ids: Tensor, starts: Tensor, cache: Tensor, slot: Tensor) -> Tensor:
-        """See QuickStep."""
-        way, at = self.ops, DecodeInputs(ids, starts, slot)
-        x = way.embedding(at, self.model.wte, self.model.wpe)
-        for layer, memory in zip(self.model.layers, cache, strict=True):
-            q = way.layer_norm_qkv(x, layer.ln_1, layer.c_attn, memory, at)
-            way.combine_proj_add(way.split_kv_attention(q, memory, at), layer.attn_c_proj, x)
-            y = way.layer_norm_linear(x, layer.ln_2, layer.c_fc, gelu=True)
-            way.linear_add(y, layer.mlp_c_proj, x)
-        logits = way.layer_norm_linear(x, self.model.ln_f, self.model.lm_head, gelu=False)
-        return logits[:, : self.model.vocab_size]
-
-
-class LargeBatchDecode:
-    """torch's products, with one kernel for attention and one for each norm and sum."""
-
-    def __init__(self, engine: InferenceModel) -> None:
-        self.model = engine
-
-    def __call__(self, ids: Tensor, starts: Tensor, cache: Tensor, slot: Tensor) -> Tensor:
-        """See QuickStep."""
-        engine, branch = self.model, None
-        stream = F.embedding(ids[:, 0], engine.wte) + F.embedding(
-            (slot - starts)[:, 0], engine.wpe
-        )  # (B, C)
-        for layer, memory in zip(engine.layers, cache, strict=True):
-            normal, norm = add_layer_norm(stream, branch, *layer.ln_1)
-            mixed = decode_attention(layer.c_attn(normal), memory, starts, slot)
-            normal, norm = add_layer_norm(norm.residual, layer.attn_c_proj(mixed), *layer.ln_2)
-            stream, branch = norm.residual, layer.mlp_c_proj(engine.mlp_hidden(layer, normal))
-        normal, _ = add_layer_norm(stream, branch, *engine.ln_f)
-        return engine.logits(normal)
+    @override
+    def __call__(
+        self, ids: Tensor, starts: Tensor, cache: KVCache, cache_position: Tensor
+    ) -> Tensor:
+        model, ops, inputs = self.model, self.ops, DecodeInputs(ids, starts, cache_position)
+        x = ops.embedding(inputs, model.wte, model.wpe)
+        for layer, kv in zip(model.layers, cache.data, strict=True):
+            q = ops.layer_norm_qkv(x, layer.ln_1, layer.c_attn, kv, inputs)
+            ops.combine_proj_add(ops.split_kv_attention(q, kv, inputs), layer.attn_c_proj, x)
+            h = ops.layer_norm_linear(x, layer.ln_2, layer.c_fc, gelu=True)
+            ops.linear_add(h, layer.mlp_c_proj, x)
+        logits = ops.layer_norm_linear(x, model.ln_f, model.lm_head, gelu=False)
+        return logits[:, : model.vocab_size]
 
 
-def build_fused_decode(engine: InferenceModel, cache: Tensor) -> FusedDecode | None:
-    """A step by kernels made for it, tried out with an empty cache; None where none works.
+class LargeBatchDecode(FusedDecode):
+    """cuBLAS matmuls, one kernel for attention, and one for each residual sum with layer norm."""
 
-    It is a matter of speed alone, so whatever stands in its way (no Triton, no C compiler for it, a
-    GPU that it does not know) is no error.
+    def __init__(self, model: InferenceModel) -> None:
+        self.model = model
+
+    @override
+    def __call__(
+        self, ids: Tensor, starts: Tensor, cache: KVCache, cache_position: Tensor
+    ) -> Tensor:
+        model, positions = self.model, (cache_position - starts)[:, 0]
+        residual = F.embedding(ids[:, 0], model.wte) + F.embedding(positions, model.wpe)  # (B, C)
+        x = None
+        for layer, kv in zip(model.layers, cache.data, strict=True):
+            ln_out, saved = add_layer_norm(residual, x, *layer.ln_1)
+            y = decode_attention(layer.c_attn(ln_out), kv, starts, cache_position)
+            ln_out, saved = add_layer_norm(saved.residual, layer.attn_c_proj(y), *layer.ln_2)
+            residual, x = saved.residual, layer.mlp_c_proj(model.mlp_hidden(layer, ln_out))
+        ln_out, _ = add_layer_norm(residual, x, *model.ln_f)
+        return model.logits(ln_out)
+
+
+def build_fused_decode(model: InferenceModel, cache: KVCache) -> FusedDecode | None:
+    """The fused step for this model and batch, checked on an empty cache; None if there is none.
+
+    It only saves time, so whatever prevents it (no Triton, no C compiler, an unknown GPU) is not an
+    error.
     """
     try:
         step: FusedDecode
-        if supports_fused_decode(cache) and engine.config.activation == "gelu_tanh":
-            step = SmallBatchDecode(engine, TritonDecodeOps(pdl=supports_pdl(cache.device)))
-        elif supports_decode_attention(cache):
-            step = LargeBatchDecode(engine)
+        if supports_fused_decode(cache.data) and model.config.activation == "gelu_tanh":
+            step = SmallBatchDecode(model, TritonDecodeOps(pdl=supports_pdl(model.device)))
+        elif supports_decode_attention(cache.data):
+            step = LargeBatchDecode(model)
         else:
             return None
-        return step if _agrees(step, engine, cache) else None
+        return step if _matches_forward(step, model, cache) else None
     except Exception:
         return None
 
 
-def _agrees(step: FusedDecode, engine: InferenceModel, cache: Tensor) -> bool:
-    """Whether the engine itself comes to these logits from random memories; empties `cache`."""
-    dice = torch.Generator(cache.device).manual_seed(0)
-    cache.normal_(generator=dice)
-    ids = torch.zeros(cache.size(2), 1, dtype=torch.long, device=cache.device)
-    last = torch.full((1,), cache.size(-2) - 1, dtype=torch.long, device=cache.device)
+def _matches_forward(step: FusedDecode, model: InferenceModel, cache: KVCache) -> bool:
+    """Whether step and forward agree on a random cache; zeroes the cache."""
+    data = cache.data
+    data.normal_(generator=torch.Generator(data.device).manual_seed(0))
+    ids = torch.zeros(data.size(2), 1, dtype=torch.long, device=data.device)
+    last = torch.full((1,), data.size(-2) - 1, dtype=torch.long, device=data.device)
     starts = torch.zeros_like(ids)
-    ours = step(ids, starts, cache, last).float()
-    theirs = engine.forward(ids, last - starts, cache, last, None).float()
-    cache.zero_()
-    return bool((ours - theirs).norm() <= LOGIT_TOLERANCE * theirs.norm())
+    logits = step(ids, starts, cache, last).float()
+    expected = model.forward(ids, last - starts, cache, last, None).float()
+    data.zero_()
+    return bool((logits - expected).norm() <= LOGIT_TOLERANCE * expected.norm())

@@ -1,4 +1,4 @@
-"""From prompts to tokens: reads them, writes on, and moves the window where the context ends."""
+"""From prompt ids to sampled ids: prefill, decode, and shift the context where it is full."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,11 @@ from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams
 
 DECODE_CHUNK = 16
-"""Steps handed to a GPU before it is waited for: waiting for each would leave it idle between."""
+"""Decode steps queued on a GPU between synchronizations: one at a time would leave it idle."""
 CACHE_MULTIPLE = 64
-"""The cache comes in multiples of so many slots, which suits the attention kernels."""
+"""The cache length is a multiple of this, which suits the attention kernels."""
+GRAPH_STEP_MULTIPLE = 256
+"""Steps of a captured session are rounded up, so that the next call can reuse its graph."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,19 @@ class SampledTokens:
     """Some steps of a batch: B sequences, n steps, A alternatives."""
 
     ids: list[list[int]]
-    """(B, n) what was chosen."""
+    """(B, n), sampled."""
     logprobs: Tensor
-    """(B, n, 1 + A) natural logarithms: of what was chosen, then of the likeliest, in order."""
+    """(B, n, 1 + A) natural logarithms: of the sampled token, then of `top_ids`."""
     top_ids: Tensor
-    """(B, n, A) ids."""
+    """(B, n, A), most likely first."""
 
 
 class TokenGenerator:
-    """Writes on from prompts; keeps the last session, whose captured graph is worth keeping.
+    """Continues prompts; keeps the last session for reuse if it has a CUDA graph.
 
     Args:
-        engine: what computes.
-        captured: replay steps as CUDA graphs where there is CUDA.
+        model: the model to run.
+        cuda_graph: replay decode steps as a CUDA graph where there is CUDA.
     """
 
     def __init__(self, model: InferenceModel, *, cuda_graph: bool = False) -> None:
@@ -43,9 +45,10 @@ class TokenGenerator:
 
     @property
     def has_cuda_graph(self) -> bool:
-        """Whether the last session was captured, and waits for the next call like it."""
+        """Whether the last session has a CUDA graph that a call of the same shape can reuse."""
         return self._idle is not None
 
+    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -55,89 +58,86 @@ class TokenGenerator:
         top_logprobs: int | None = None,
         on_context_shift: Callable[[], None] = lambda: None,
     ) -> Iterator[SampledTokens]:
-        """Write a token for each column of `dice`, (B, N), some steps at a time.
+        """Yield N new tokens per prompt, some steps at a time.
 
         Args:
-            prompts: ids, B rows of any lengths above 0.
-            dice: as `throw_dice` gives them.
-            sampling: how tokens are chosen.
-            alternatives: likeliest tokens to give beside each; None: no probabilities.
-            on_slide: called when a sequence first passes the model's positions.
+            prompts: B non-empty lists of ids.
+            uniforms: (B, N), from `draw_uniforms`.
+            sampling: how tokens are sampled.
+            top_logprobs: most likely tokens to return per position; None: no log probabilities.
+            on_context_shift: called when a sequence first exceeds the model's context.
         """
-        rows, steps, block = [list(row) for row in prompts], uniforms.size(1), self._block
-        starts = [0] * len(rows)
-        session, key = self._session(rows, steps, sampling, top_logprobs)
-        with torch.inference_mode():
-            session.reset(uniforms)
-        done, has_slid = 0, False
+        sequences, steps = [list(prompt) for prompt in prompts], uniforms.size(1)
+        block_size = self.model.config.block_size
+        starts = [0] * len(sequences)
+        max_length = min(max(map(len, sequences)) + steps, block_size)
+        session, key = self._get_session(len(prompts), max_length, steps, sampling, top_logprobs)
+        session.reset(uniforms)
+        done, has_shifted = 0, False
         while done < steps:
-            moved = [window_start(s, len(row), block) for s, row in zip(starts, rows, strict=True)]
-            if moved != starts and not has_slid:
+            shifted = [
+                window_start(start, len(ids), block_size)
+                for start, ids in zip(starts, sequences, strict=True)
+            ]
+            if shifted != starts and not has_shifted:
                 on_context_shift()
-                has_slid = True
-            starts = moved
-            windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
-            with torch.inference_mode():
-                session.prefill(windows)
-            written, room = 1, block - max(len(window) for window in windows)
-            until = min(steps - done, 1 + room)
+                has_shifted = True
+            starts = shifted
+            windows = [ids[start:] for start, ids in zip(starts, sequences, strict=True)]
+            session.prefill(windows)
+            count, free = 1, block_size - max(map(len, windows))
+            remaining = min(steps - done, 1 + free)
             while True:
-                chosen = _chosen(session, done, done + written, top_logprobs)
-                for row, ids in zip(rows, chosen.ids, strict=True):
-                    row += ids
-                done, until = done + written, until - written
-                yield chosen
-                if not until:
+                ids, logprobs = session.read_tokens(done, done + count)
+                new_ids = ids[:, :, 0].tolist()
+                for sequence, row in zip(sequences, new_ids, strict=True):
+                    sequence += row
+                done, remaining = done + count, remaining - count
+                yield SampledTokens(new_ids, logprobs, ids[:, :, 1:])
+                if not remaining:
                     break
-                written = min(until, DECODE_CHUNK if self.model.device.type == "cuda" else 1)
-                with torch.inference_mode():
-                    session.decode(written)
+                chunk = DECODE_CHUNK if self.model.device.type == "cuda" else 1
+                count = min(remaining, chunk)
+                session.decode(count)
         self._idle = (key, session) if session.has_cuda_graph else None
 
-    @property
-    def _block(self) -> int:
-        return self.model.config.block_size
-
-    def _session(
+    def _get_session(
         self,
-        rows: Sequence[Sequence[int]],
+        batch_size: int,
+        max_length: int,
         steps: int,
         sampling: SamplingParams,
-        alternatives: int | None,
+        top_logprobs: int | None,
     ) -> tuple[DecodeSession, object]:
-        longest = min(max(map(len, rows)) + steps, self._block)
-        slots = min(-(-longest // CACHE_MULTIPLE) * CACHE_MULTIPLE, self._block)
+        """The idle session if it fits, else a new one; and the key to keep it under."""
+        max_length = min(_round_up(max_length, CACHE_MULTIPLE), self.model.config.block_size)
         if self.cuda_graph:
-            steps = -(-steps // 256) * 256
-        key = (len(rows), slots, steps, sampling, alternatives)
-        # Taken, not shared: two threads may write at once.
+            steps = _round_up(steps, GRAPH_STEP_MULTIPLE)
+        key = (batch_size, max_length, steps, sampling, top_logprobs)
+        # Taken, not shared: two threads may generate at the same time.
         idle, self._idle = self._idle, None
         if idle is not None and idle[0] == key:
             return idle[1], key
-        with torch.inference_mode():
-            session = DecodeSession(
-                self.model,
-                batch_size=len(rows),
-                max_seq_length=slots,
-                max_new_tokens=steps,
-                sampling=sampling,
-                top_logprobs=alternatives,
-                cuda_graph=self.cuda_graph,
-            )
+        session = DecodeSession(
+            self.model,
+            batch_size=batch_size,
+            max_seq_length=max_length,
+            max_new_tokens=steps,
+            sampling=sampling,
+            top_logprobs=top_logprobs,
+            cuda_graph=self.cuda_graph,
+        )
         return session, key
 
 
 def window_start(start: int, length: int, block_size: int) -> int:
-    """Where in a sequence of `length` ids the window begins that began at `start`.
+    """Where the context window of a sequence of `length` ids begins, if it began at `start`.
 
-    Positions are learned for each place, so a window cannot move without being read anew. It stays
-    until its `block` positions are used up, then leaves the older quarter behind.
+    Position embeddings are absolute, so that a shifted window needs a new prefill. It stays until
+    its `block_size` positions are used up, then drops the oldest quarter.
     """
     return start if length - start <= block_size else length - (block_size - block_size // 4)
 
 
-def _chosen(
-    session: DecodeSession, first: int, last: int, alternatives: int | None
-) -> SampledTokens:
-    ids, logprobs = session.read_tokens(first, last)
-    return SampledTokens(ids[:, :, 0].tolist(), logprobs, ids[:, :, 1:])
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

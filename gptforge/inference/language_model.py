@@ -31,32 +31,32 @@ from gptforge.tokenizers import decode as decode_ids
 from gptforge.tokenizers.base import END_OF_TEXT
 
 MAX_TOKENS = 10_000_000
-"""Of a call: their dice and ids are laid out beforehand."""
+"""New tokens of one call: their buffers are allocated beforehand."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token that was written."""
+    """A sampled token."""
 
     id: int
     text: str
-    """The characters that it completes; empty inside a character of several bytes."""
+    """The characters that it completes; empty inside a multi-byte character."""
     logprob: float
-    """Natural logarithm of the probability that the model gave it, before any sampling setting."""
+    """Natural logarithm of the model's probability, before any sampling parameter."""
     top_logprobs: tuple[tuple[str, float], ...]
-    """The likeliest tokens there, each with its log probability."""
+    """The most likely tokens at this position, with their log probabilities."""
 
 
 class LanguageModel:
-    """What `gptforge.load` gives.
+    """What `gptforge.load` returns.
 
     Args:
-        model: any weights, in training or not.
-        tokenizer: the one it was trained with.
-        dtype: type to write in; None: the model's own. Weights are copied if it is another one.
-        settled: the weights no longer change, and much will be written: they may be laid out anew
-            on a CPU, and steps are replayed as CUDA graphs on a GPU.
-        say: told when the window slides.
+        model: any GPT, in training or not.
+        tokenizer: the tokenizer that the model was trained with.
+        dtype: to generate in; None: the model's. Weights are copied if it differs.
+        frozen: the weights no longer change, and speed matters: weights may be repacked on a CPU,
+            and decode steps are replayed as CUDA graphs on a GPU.
+        log: called with a note when the context window shifts.
     """
 
     def __init__(
@@ -72,69 +72,67 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         self.log = log
-        self._dtype, self._settled = dtype, frozen
+        self._dtype, self._frozen = dtype, frozen
 
     @functools.cached_property
     def generator(self) -> TokenGenerator:
-        """What writes; made when it is first needed, for it may copy the weights."""
-        engine = InferenceModel(
+        """Built on first use, since it may copy the weights."""
+        model = InferenceModel(
             self.model,
             vocab_size=self.tokenizer.vocab_size,
             dtype=self._dtype,
-            frozen=self._settled,
+            frozen=self._frozen,
         )
-        return TokenGenerator(engine, cuda_graph=self._settled)
+        return TokenGenerator(model, cuda_graph=self._frozen)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text.
+        """Token ids of a text.
 
         Raises:
-            UserError: for a character that the tokenizer cannot write, or half of one.
+            UserError: for a character that the tokenizer does not have, or that is not UTF-8.
         """
         text = check_str(text, "the text")
         check_utf8(text, "the text")
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, never none.
+        """Token ids of a prompt, never empty.
 
-        `<|endoftext|>` is the mark between documents, where the tokenizer has one. An empty prompt
-        stands for the beginning of a document if the model was trained on documents with that mark
-        between them, else for the beginning of a line.
+        `<|endoftext|>` is the end-of-text token if the tokenizer has one. An empty prompt is that
+        token if the model was trained on documents separated by it, else a line break.
 
         Raises:
-            UserError: for a character that the tokenizer cannot write, or half of one.
+            UserError: as `encode`.
         """
-        mark = self.tokenizer.eot_token
+        eot = self.tokenizer.eot_token
         if prompt == "":
-            return self._opening()
-        if mark is None:
+            return self._empty_prompt()
+        if eot is None:
             return self.encode(prompt)
         first, *others = check_str(prompt, "the prompt").split(END_OF_TEXT)
         ids = self.encode(first)
-        for part in others:
-            ids += [mark, *self.encode(part)]
+        for text in others:
+            ids += [eot, *self.encode(text)]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids.
+        """Text of token ids.
 
         Raises:
             UserError: for an id that the tokenizer does not have.
         """
-        return decode_ids(
-            self.tokenizer, as_int_list(ids, "the ids", below=self.tokenizer.vocab_size)
-        )
+        ids = as_int_list(ids, "the ids", below=self.tokenizer.vocab_size)
+        return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Float32 logits behind each id: (T, vocab) on the CPU.
+        """Logits after each id: (T, vocab) float32 on the CPU.
 
-        vocab is the tokenizer's size: rows that only pad the embedding are left out, so that a
-        softmax gives the probabilities that sampling and evaluation use.
+        vocab is the tokenizer's size: padding rows of the embedding are left out, so that a softmax
+        gives the probabilities that sampling and evaluation use.
 
         Raises:
-            UserError: for no ids, more than the model's positions, or one that is not a token.
+            UserError: for no ids, more than the context holds, or an id that is not a token.
         """
         size = self.tokenizer.vocab_size
         ids = as_int_list(ids, "the ids", below=size)
@@ -157,11 +155,13 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> str:
-        """The continuation of `prompt`, in one piece; see `stream`."""
+        """The continuation of `prompt`; see `stream`."""
         sampling = SamplingParams(temperature, top_k, top_p)
-        prompt = check_str(prompt, "the prompt")
-        [writing] = self.generate_batch([prompt], max_new_tokens, sampling, stop=stop, seeds=[seed])
-        return writing.text
+        prompts = [check_str(prompt, "the prompt")]
+        [completion] = self.generate_batch(
+            prompts, max_new_tokens, sampling, stop=stop, seeds=[seed]
+        )
+        return completion.text
 
     def stream(
         self,
@@ -174,23 +174,23 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The continuation of `prompt`, piece by piece, no piece ending inside a character.
+        """The continuation of `prompt` as it is generated, in whole characters.
 
         Args:
-            prompt: text to go on from, see `prompt_ids`; empty starts a document, or else a line.
-            max_new_tokens: tokens to write; a model that knows an end-of-text mark may end earlier.
-            temperature: below 1 is tamer, above 1 wilder; 0 always takes the likeliest.
-            top_k: draw among the k likeliest tokens; 0 among all.
-            top_p: draw among the likeliest tokens that hold this much probability; 1 among all.
-            stop: end before this text, or any of these.
-            seed: the same seed writes the same text; None rolls fresh dice.
+            prompt: text to continue, see `encode_prompt`; empty starts a document or a line.
+            max_new_tokens: tokens to generate; an end-of-text token may end the text earlier.
+            temperature: below 1 is more predictable, above 1 more random; 0 is greedy.
+            top_k: sample from the k most likely tokens; 0 from all.
+            top_p: sample from the most likely tokens with this probability together; 1 from all.
+            stop: end before this string, or any of these.
+            seed: the same seed gives the same text; None a random one.
 
         Raises:
-            UserError: for settings out of range or a prompt the tokenizer cannot write.
+            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         sampling = SamplingParams(temperature, top_k, top_p)
-        chosen = self._chosen([prompt], max_new_tokens, sampling, [seed], None)
-        return truncate_at_stop(self._pieces(chosen), as_str_list(stop, "stop"))
+        steps = self._generate([prompt], max_new_tokens, sampling, [seed], None)
+        return truncate_at_stop(self._detokenize(steps), as_str_list(stop, "stop"))
 
     def generate_batch(
         self,
@@ -203,39 +203,37 @@ class LanguageModel:
         seeds: int | Sequence[int | None] | None = None,
         logprobs: bool = False,
     ) -> list[Completion]:
-        """Continuations of several prompts at once, which is faster than one after the other.
+        """Continuations of several prompts, faster than one at a time.
 
-        What a prompt becomes depends on its own seed, not on its neighbours, as far as products of
-        larger batches round alike.
+        A completion depends on its prompt and seed, not on the batch, up to the rounding of larger
+        matmuls.
 
         Args:
-            prompts: of any lengths, see `prompt_ids`; an empty one starts a document, or else a
-                line; a text alone is one.
-            max_new_tokens: tokens to write for each.
-            sampling: how tokens are chosen.
-            stop: end before this text, or any of these.
-            stop_ids: end at any of these tokens, besides an end-of-text mark.
-            seeds: one a prompt; None rolls fresh dice.
-            logprobs: note the probability of each token; else `Writing.logprobs` are empty.
+            prompts: of any lengths, see `encode_prompt`; a string is one prompt.
+            max_new_tokens: tokens to generate for each.
+            sampling: how tokens are sampled.
+            stop: end before this string, or any of these.
+            stop_token_ids: end at any of these tokens, besides the end-of-text token.
+            seeds: one per prompt; None for random ones.
+            logprobs: return the log probability of each token.
 
         Raises:
-            UserError: for settings out of range or a prompt the tokenizer cannot write.
+            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         prompts = as_str_list(prompts, "the prompts")
         if not prompts:
-            raise UserError("give one prompt at least; an empty one starts a document or a line")
+            raise UserError("give at least one prompt; an empty one starts a document or a line")
         seeds = as_seed_list(seeds, len(prompts))
-        stop, stop_token_ids = as_str_list(stop, "stop"), as_int_list(stop_token_ids, "stop_ids")
-        rows = [
-            CompletionBuilder(self.tokenizer, stop, self._stop_ids(stop_token_ids)) for _ in prompts
-        ]
-        alternatives = 0 if logprobs else None
-        for chosen in self._chosen(prompts, max_new_tokens, sampling, seeds, alternatives):
-            for number, row in enumerate(rows):
-                row.add(chosen.ids[number], chosen.logprobs[number, :, 0].tolist())
-            if all(row.is_finished for row in rows):
+        stop = as_str_list(stop, "stop")
+        stop_ids = {*as_int_list(stop_token_ids, "stop_token_ids"), *self._eot_ids()}
+        builders = [CompletionBuilder(self.tokenizer, stop, stop_ids) for _ in prompts]
+        top_logprobs = 0 if logprobs else None
+        for step in self._generate(prompts, max_new_tokens, sampling, seeds, top_logprobs):
+            for row, builder in enumerate(builders):
+                builder.add(step.ids[row], step.logprobs[row, :, 0].tolist())
+            if all(builder.is_finished for builder in builders):
                 break
-        return [row.completion(logprobs) for row in rows]
+        return [builder.completion(logprobs) for builder in builders]
 
     def stream_tokens(
         self,
@@ -246,62 +244,66 @@ class LanguageModel:
         seed: int | None = None,
         top_logprobs: int = 5,
     ) -> Iterator[Token]:
-        """What is written token by token, with how likely each was and what else might have been.
+        """Tokens as they are sampled, with their probability and the most likely alternatives.
 
         Raises:
-            UserError: for settings out of range or a prompt the tokenizer cannot write.
+            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
-        top_logprobs = min(
-            check_non_negative_int(top_logprobs, "alternatives"), self.tokenizer.vocab_size
+        top_logprobs = check_non_negative_int(top_logprobs, "top_logprobs")
+        top_logprobs = min(top_logprobs, self.tokenizer.vocab_size)
+        return self._tokens(
+            self._generate([prompt], max_new_tokens, sampling, [seed], top_logprobs)
         )
-        chosen = self._chosen([prompt], max_new_tokens, sampling, [seed], top_logprobs)
-        return self._tokens(chosen)
 
-    def _chosen(
+    def _generate(
         self,
         prompts: Sequence[str],
         max_new_tokens: int,
         sampling: SamplingParams,
         seeds: Sequence[int | None],
-        alternatives: int | None,
+        top_logprobs: int | None,
     ) -> Iterator[SampledTokens]:
-        """Checks everything now, not when the first token is asked for."""
+        """Check the arguments now rather than with the first token, then generate."""
         max_new_tokens = check_non_negative_int(max_new_tokens, "--max_new_tokens")
         if max_new_tokens * len(prompts) > MAX_TOKENS:
             raise UserError(
-                f"--max_new_tokens {max_new_tokens}: a call writes {MAX_TOKENS:,} tokens at most"
+                f"--max_new_tokens {max_new_tokens}: at most {MAX_TOKENS:,} tokens in one call"
             )
         if not isinstance(sampling, SamplingParams):
-            raise UserError(f"sampling must be Sampling(temperature, top_k, top_p), not {sampling}")
+            raise UserError(
+                f"sampling must be SamplingParams(temperature, top_k, top_p), not {sampling}"
+            )
         sampling.validate()
         ids = [self.encode_prompt(prompt) for prompt in prompts]
-        dice = draw_uniforms(seeds, max_new_tokens)
+        uniforms = draw_uniforms(seeds, max_new_tokens)
         return self.generator.generate(
-            ids, dice, sampling, top_logprobs=alternatives, on_context_shift=self._tell_of_sliding
+            ids,
+            uniforms,
+            sampling,
+            top_logprobs=top_logprobs,
+            on_context_shift=self._log_context_shift,
         )
 
-    def _pieces(self, steps: Iterator[SampledTokens]) -> Iterator[str]:
-        unfinished, stop_ids = IncrementalDetokenizer(self.tokenizer), self._stop_ids(())
-        for chosen in steps:
-            for token in chosen.ids[0]:
-                if token in stop_ids:
-                    yield unfinished.flush()
-                    return
-                yield unfinished.add(token)
-        yield unfinished.flush()
+    def _detokenize(self, steps: Iterator[SampledTokens]) -> Iterator[str]:
+        detokenizer, eot_ids = IncrementalDetokenizer(self.tokenizer), self._eot_ids()
+        for token in (token for step in steps for token in step.ids[0]):
+            if token in eot_ids:
+                break
+            yield detokenizer.add(token)
+        yield detokenizer.flush()
 
     def _tokens(self, steps: Iterator[SampledTokens]) -> Iterator[Token]:
-        unfinished, stop_ids = IncrementalDetokenizer(self.tokenizer), self._stop_ids(())
-        for chosen in steps:
-            logprobs, likeliest = chosen.logprobs[0].tolist(), chosen.top_ids[0].tolist()
-            for token, known, others in zip(chosen.ids[0], logprobs, likeliest, strict=True):
-                if token in stop_ids:
+        detokenizer, eot_ids = IncrementalDetokenizer(self.tokenizer), self._eot_ids()
+        for step in steps:
+            rows = (step.ids[0], step.logprobs[0].tolist(), step.top_ids[0].tolist())
+            for token, logprobs, top_ids in zip(*rows, strict=True):
+                if token in eot_ids:
                     return
-                spelled = [decode_ids(self.tokenizer, [other]) for other in others]
-                pairs = tuple(zip(spelled, known[1:], strict=True))
-                yield Token(token, unfinished.add(token), known[0], pairs)
+                texts = [decode_ids(self.tokenizer, [i]) for i in top_ids]
+                top_logprobs = tuple(zip(texts, logprobs[1:], strict=True))
+                yield Token(token, detokenizer.add(token), logprobs[0], top_logprobs)
 
-    def _opening(self) -> list[int]:
+    def _empty_prompt(self) -> list[int]:
         if self.tokenizer.prepends_eot and self.tokenizer.eot_token is not None:
             return [self.tokenizer.eot_token]
         try:
@@ -309,12 +311,12 @@ class LanguageModel:
         except UserError:
             return [0]
 
-    def _stop_ids(self, more: Sequence[int]) -> set[int]:
-        end_of_text = getattr(self.tokenizer, "eot_token", None)
-        return {*more} if end_of_text is None else {*more, int(end_of_text)}
+    def _eot_ids(self) -> set[int]:
+        eot = self.tokenizer.eot_token
+        return set() if eot is None else {eot}
 
-    def _tell_of_sliding(self) -> None:
+    def _log_context_shift(self) -> None:
         self.log(
             f"note: longer than the model's {self.model.config.block_size} tokens of context: the "
-            "window slides, and what it leaves behind is forgotten"
+            "window shifts, and the oldest tokens are forgotten"
         )

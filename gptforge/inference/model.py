@@ -1,16 +1,16 @@
-"""A model's weights laid out for writing, and the keys and values that it remembers.
+"""GPT-2's forward pass with a KV cache, for generation.
 
-Sequences of a batch end at the same slot of the cache and start at different ones, so that a step
-writes all of them at one place: those that are shorter are padded on the left.
+Sequences of a batch are padded on the left, so that they all end at the same cache slot and a
+decode step writes one slot for the whole batch.
 
-Shapes: B sequences, T tokens each, C channels, H heads of D = C / H, S slots, V ids with a token.
+Shapes: B sequences, T tokens, C channels, H heads of D = C / H, S cache slots, V token ids.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptforge.device import free_memory
 from gptforge.kernels.attention import causal_attention
@@ -18,12 +18,30 @@ from gptforge.kernels.packed_linear import PackedLinear
 from gptforge.model import GPT, Block
 
 ROW_MULTIPLE = 64
-"""GPUs multiply by a table of so many rows, or a multiple; an odd number is far slower."""
+"""GEMMs are far slower with an odd number of output rows."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, (n_layer, 2, B, H, S, D)."""
+
+    data: Tensor
+
+    def prefix(self, length: int) -> "KVCache":
+        """A view of the first `length` slots."""
+        return KVCache(self.data[..., :length, :])
+
+    def update(self, layer: int, cache_position: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v, (B, H, T, D), to slots (T,); returns the layer's (2, B, H, S, D)."""
+        kv = self.data[layer]
+        kv[0].index_copy_(2, cache_position, k.to(kv.dtype))
+        kv[1].index_copy_(2, cache_position, v.to(kv.dtype))
+        return kv
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block: its norms' weights and biases, its products."""
+    """Weights of one block; each layer norm as (weight, bias)."""
 
     ln_1: tuple[Tensor, Tensor]
     c_attn: PackedLinear
@@ -34,14 +52,14 @@ class LayerWeights:
 
 
 class InferenceModel:
-    """Reads ids, remembers them in a cache, and says what may come next.
+    """A GPT's weights in the layout and dtype for generation.
 
     Args:
-        model: its weights are used as they are, or copied if `dtype` is another one.
-        size: ids that have a token, V; logits of the rows behind them are cut off.
-        dtype: type of weights and products; None: the model's own.
-        settled: the weights will not change: on a CPU, a copy of the large ones is laid out for
-            speed, if there is memory for it.
+        model: weights are shared with it, or copied if `dtype` differs.
+        vocab_size: number of token ids, V; padding rows of the embedding are cut off the logits.
+        dtype: of weights and activations; None: the model's.
+        frozen: the weights will not change. On a CPU, large weights are copied into oneDNN's packed
+            layout if there is memory for it.
     """
 
     def __init__(
@@ -54,123 +72,119 @@ class InferenceModel:
     ) -> None:
         self.config = model.config
         self.vocab_size = vocab_size
-        table = model.lm_head.weight.detach()
-        self.dtype = dtype = dtype or table.dtype
-        self.device = table.device
-        # torch's attention for CPUs takes five times as long with bfloat16 keys as with float32.
-        self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
-        packed = frozen and self._has_room(model)
+        embedding = model.lm_head.weight.detach()
+        self.dtype = dtype = dtype or embedding.dtype
+        self.device = embedding.device
+        is_cpu = self.device.type == "cpu"
+        # On a CPU, attention with bfloat16 keys takes five times as long as with float32.
+        self.cache_dtype = torch.float32 if is_cpu else dtype
+        pack = frozen and self._has_memory_for_copy(model)
 
         def cast(module: object) -> tuple[Tensor, Tensor]:
-            assert isinstance(module, torch.nn.Linear | torch.nn.LayerNorm)
+            assert isinstance(module, nn.Linear | nn.LayerNorm)
             return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
 
-        def product(module: object) -> PackedLinear:
-            return PackedLinear(*cast(module), pack=packed)
+        def linear(module: object) -> PackedLinear:
+            return PackedLinear(*cast(module), pack=pack)
 
-        whole = table.to(dtype)
-        self.wte = whole[:vocab_size]  # (V, C)
+        wte = embedding.to(dtype)
+        self.wte = wte[:vocab_size]  # (V, C)
         self.wpe = model.get_parameter("transformer.wpe.weight").detach().to(dtype)
         self.ln_f = cast(model.transformer["ln_f"])
-        # Of half-precision factors CUDA's products can give float32; others need float32 factors.
-        self._widens = self.device.type == "cuda" and not torch.version.hip
-        if self.device.type == "cpu":
-            self.lm_head = PackedLinear(table[:vocab_size].float(), pack=packed)
+        # cuBLAS multiplies half-precision matrices into float32; elsewhere the inputs are cast.
+        self._float32_output = self.device.type == "cuda" and not torch.version.hip
+        if is_cpu:
+            self.lm_head = PackedLinear(embedding[:vocab_size].float(), pack=pack)
         else:
-            rows = _rounded(whole, vocab_size)
-            self.lm_head = PackedLinear(rows if self._widens else rows.float())
+            rows = _pad_rows(wte, vocab_size)
+            self.lm_head = PackedLinear(rows if self._float32_output else rows.float())
         self.layers = []
         for block in model.blocks():
             assert isinstance(block, Block)
-            attn, mlp = block.attn, block.mlp
             self.layers.append(
                 LayerWeights(
                     cast(block.ln_1),
-                    product(attn.c_attn),
-                    product(attn.c_proj),
+                    linear(block.attn.c_attn),
+                    linear(block.attn.c_proj),
                     cast(block.ln_2),
-                    product(mlp.c_fc),
-                    product(mlp.c_proj),
+                    linear(block.mlp.c_fc),
+                    linear(block.mlp.c_proj),
                 )
             )
 
-    def allocate_cache(self, batch_size: int, max_seq_length: int) -> Tensor:
-        """Empty keys and values: (layers, 2, B, H, S, D)."""
+    def allocate_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
+        """An empty KV cache."""
         c = self.config
         shape = (c.n_layer, 2, batch_size, c.n_head, max_seq_length, c.n_embd // c.n_head)
-        return torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
+        return KVCache(torch.zeros(shape, dtype=self.cache_dtype, device=self.device))
 
     def forward(
         self,
         ids: Tensor,
         position_ids: Tensor,
-        cache: Tensor,
+        cache: KVCache,
         cache_position: Tensor,
         attn_mask: Tensor | None,
     ) -> Tensor:
-        """Logits behind the last of `ids`, which the cache then holds.
+        """Logits of the last token; keys and values of all tokens go into the cache.
 
         Args:
             ids: (B, T).
-            positions: (B, T), each id's place in its own sequence.
-            cache: (layers, 2, B, H, S, D); the slots to look at, those of `ids` included.
-            slots: (T,) where in the cache the ids go.
-            mask: (B, 1, T, S), 0 where a token looks and minus infinity elsewhere. None: with T = 1
-                it looks at all slots; else the ids are all there is, each looking at those before.
+            position_ids: (B, T), the row of the position embedding for each token.
+            cache: the slots to attend to, those of `ids` included.
+            cache_position: (T,), slots of `ids`.
+            attn_mask: (B, 1, T, S), added to the scores: 0 or -inf. None: a single token attends to
+                all slots; several tokens are the whole sequence and attend causally.
 
         Returns:
-            (B, V) float32 logits.
+            (B, V) float32.
         """
         B, T = ids.shape  # noqa: N806
         x = F.embedding(ids, self.wte) + F.embedding(position_ids, self.wpe)  # (B, T, C)
-        for layer, memory in zip(self.layers, cache, strict=True):
-            q, k, v = self._projected(_normed(x, layer.ln_1), layer)  # (B, H, T, D)
-            memory[0].index_copy_(2, cache_position, k.to(self.cache_dtype))
-            memory[1].index_copy_(2, cache_position, v.to(self.cache_dtype))
+        for i, layer in enumerate(self.layers):
+            qkv = layer.c_attn(_layer_norm(x, layer.ln_1))
+            qkv = qkv.view(B, T, 3, self.config.n_head, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+            kv = cache.update(i, cache_position, k, v)
             if attn_mask is None and T > 1:
                 y = causal_attention(q, k, v, 0.0)
             else:
-                q = q.to(self.cache_dtype)
-                y = F.scaled_dot_product_attention(q, memory[0], memory[1], attn_mask=attn_mask)
+                q = q.to(kv.dtype)
+                y = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=attn_mask)
             y = y.transpose(1, 2).reshape(B, T, -1).to(self.dtype)
             x = layer.attn_c_proj.forward_add(y, x)
-            x = layer.mlp_c_proj.forward_add(self.mlp_hidden(layer, _normed(x, layer.ln_2)), x)
-        return self.logits(_normed(x[:, -1], self.ln_f))
+            h = self.mlp_hidden(layer, _layer_norm(x, layer.ln_2))
+            x = layer.mlp_c_proj.forward_add(h, x)
+        return self.logits(_layer_norm(x[:, -1], self.ln_f))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (B, V) of the last norm's output (B, C).
+        """Float32 logits (B, V) of the final layer norm's output (B, C).
 
-        Rounded to bfloat16, the largest of them are often equal: one position in a hundred.
+        In bfloat16, the two largest logits would be equal at one position in a hundred.
         """
-        if not self._widens or hidden.dtype == torch.float32:
+        if not self._float32_output or hidden.dtype == torch.float32:
             return self.lm_head(hidden.float())[:, : self.vocab_size]
-        table = self.lm_head.weight
-        return torch.mm(hidden, table.t(), out_dtype=torch.float32)[:, : self.vocab_size]
+        weight = self.lm_head.weight
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)[:, : self.vocab_size]
 
     def mlp_hidden(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """What the MLP has inside: `x` through its first layer and the model's GELU."""
+        """The MLP's hidden activations: c_fc and GELU."""
         return layer.c_fc.forward_gelu(x, self.config.gelu_approximate)
 
-    def _projected(self, x: Tensor, layer: LayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, _ = x.shape  # noqa: N806
-        qkv = layer.c_attn(x).view(B, T, 3, self.config.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def _has_room(self, model: GPT) -> bool:
-        """Whether twice the weights, for the copy and as much again, fit into what is left."""
+    def _has_memory_for_copy(self, model: GPT) -> bool:
+        """Whether twice the weights are free: the copy, and as much again for the rest."""
         free = free_memory(self.device)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        return free is None or 2 * count * self.dtype.itemsize < free
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        return free is None or 2 * numel * self.dtype.itemsize < free
 
 
-def _normed(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+def _layer_norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
     return F.layer_norm(x, (x.size(-1),), *weights)
 
 
-def _rounded(table: Tensor, size: int) -> Tensor:
-    """The first `size` rows, and some more that mean nothing, up to a round number."""
+def _pad_rows(weight: Tensor, size: int) -> Tensor:
+    """The first `size` rows, padded to a multiple of ROW_MULTIPLE with rows or zeros."""
     rows = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
-    if rows <= len(table):
-        return table[:rows]
-    return F.pad(table[:size], (0, 0, 0, rows - size))
+    if rows <= len(weight):
+        return weight[:rows]
+    return F.pad(weight[:size], (0, 0, 0, rows - size))

@@ -1,7 +1,7 @@
-"""Picking the next token from logits: pure functions of tensors.
+"""Sampling the next token from logits.
 
-The dice are numbers thrown beforehand, so that a seed gives the same draws on every device, in any
-batch, streamed or not, and so that a CUDA graph can hold the whole step.
+The random numbers are drawn beforehand on the CPU, so that a seed gives the same draws on every
+device and in every batch, and so that a CUDA graph can hold the whole decode step.
 """
 
 from collections.abc import Sequence
@@ -18,33 +18,33 @@ from gptforge.inference.validation import is_int, is_number
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose among the likely tokens."""
+    """How the next token is sampled."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest."""
+    """Divides the logits; 0 is greedy."""
     top_k: int = 200
-    """Draw among the k likeliest; 0 among all."""
+    """Sample from the k most likely tokens; 0 from all."""
     top_p: float = 1.0
-    """Draw among the fewest that hold this much probability (Holtzman et al., 2020)."""
+    """Sample from the smallest set with at least this probability (Holtzman et al., 2020)."""
 
     def validate(self) -> None:
-        """Raise a UserError that names the setting that is out of range."""
+        """Raise a UserError that names the parameter that is out of range."""
         if not is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature must be a number, 0 or more, not {self.temperature}")
         if not is_int(self.top_k) or self.top_k < 0:
             raise UserError(
-                f"--top_k must be a whole number, 0 or more (0: draw among all), not {self.top_k}"
+                f"--top_k must be a whole number, 0 or more (0: all tokens), not {self.top_k}"
             )
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise UserError(
-                f"--top_p must be a number above 0 and at most 1 (1: all), not {self.top_p}"
+                f"--top_p must be a number above 0 and at most 1 (1: all tokens), not {self.top_p}"
             )
 
 
 def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
-    """Numbers in [0, 1), one row a seed: (len(seeds), count) float32; None throws fresh ones.
+    """Random numbers in [0, 1), (len(seeds), count) float32; None seeds from the system.
 
-    A row depends on its seed alone, and more throws only make it longer.
+    A row depends only on its seed, and a larger count only makes it longer.
     """
     for seed in seeds:
         if seed is not None and not (is_int(seed) and 0 <= seed < SEED_LIMIT):
@@ -56,12 +56,12 @@ def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
 
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    """One id for each row of logits.
+    """Sample one token id per row by inverting the cumulative distribution.
 
     Args:
-        logits: (B, V) float32, ids without a token already cut off.
-        dice: (B,) numbers in [0, 1).
-        sampling: its top-k is applied first, top-p to what that leaves.
+        logits: (B, V) float32.
+        uniforms: (B,) in [0, 1).
+        params: top-k is applied first, then top-p.
 
     Returns:
         (B,) ids.
@@ -74,15 +74,15 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
         logits, ids = logits.sort(-1, descending=True)
     else:
         ids = None
-    # From the top down: however small the temperature, the largest stays a number.
+    # Subtract the maximum first: a tiny temperature would make it infinite.
     logits = logits - logits.amax(-1, keepdim=True)
-    shares = (logits / params.temperature).softmax(-1)
-    up_to = shares.cumsum(-1)  # (B, K)
-    last = torch.full_like(uniforms, up_to.size(-1) - 1, dtype=torch.long)
+    probs = (logits / params.temperature).softmax(-1)
+    cdf = probs.cumsum(-1)  # (B, K)
+    last = torch.full_like(uniforms, cdf.size(-1) - 1, dtype=torch.long)
     if params.top_p < 1:
-        # The first one always stays: nothing lies before it.
-        last = ((up_to - shares) < params.top_p).sum(-1).clamp(min=1) - 1
-    whole = up_to.gather(-1, last[:, None]).squeeze(-1)
-    # Where the sum of all shares below passes the dice; rounding may not pass the last one.
-    place = (up_to <= (uniforms * whole)[:, None]).sum(-1).minimum(last)
-    return place if ids is None else ids.gather(-1, place[:, None]).squeeze(-1)
+        # Keep tokens with less than top_p before them, and always the first.
+        last = ((cdf - probs) < params.top_p).sum(-1).clamp(min=1) - 1
+    total = cdf.gather(-1, last[:, None]).squeeze(-1)
+    # Rounding must not lead past the last token.
+    index = (cdf <= (uniforms * total)[:, None]).sum(-1).minimum(last)
+    return index if ids is None else ids.gather(-1, index[:, None]).squeeze(-1)

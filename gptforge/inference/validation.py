@@ -1,6 +1,6 @@
-"""What a caller gives, in the form that is worked with, or a UserError that says what is wanted.
+"""Arguments of the library's calls, checked and converted; a UserError says what is expected.
 
-One text where several may stand is that text, not its characters; likewise one number.
+Where several strings or numbers are accepted, one alone stands for a list of one.
 """
 
 import contextlib
@@ -12,85 +12,82 @@ from typing import Any
 from gptforge.errors import UserError
 
 
-def check_str(given: Any, name: str) -> str:
-    """A text."""
-    if not isinstance(given, str):
-        raise UserError(f"{name} must be a string, not {_shown(given)}")
-    return given
+def check_str(value: Any, name: str) -> str:
+    """The value, if it is a string."""
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a string, not {_short(value)}")
+    return value
 
 
 def check_utf8(text: str, name: str) -> None:
-    """Raise a UserError for halves of characters, as bytes that are no UTF-8 come to be."""
+    """Raise a UserError for lone surrogates, which undecodable bytes become."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"{name} is not UTF-8 text, at character {error.start}") from None
 
 
-def as_str_list(given: str | Iterable[str] | None, name: str) -> list[str]:
-    """Texts, of one or of several; None is none."""
-    if given is None:
+def as_str_list(value: str | Iterable[str] | None, name: str) -> list[str]:
+    """A list of strings from one, several or None."""
+    if value is None:
         return []
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise UserError(f"{name} must be a string or several, not {_shown(given)}")
-    return [check_str(text, f"each of {name}") for text in given]
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise UserError(f"{name} must be a string or several, not {_short(value)}")
+    return [check_str(text, f"each of {name}") for text in value]
 
 
-def check_non_negative_int(given: Any, name: str) -> int:
-    """A whole number that is not negative."""
-    if not is_int(given) or given < 0:
-        raise UserError(f"{name} must be a whole number, 0 or more, not {_shown(given)}")
-    return int(given)
+def check_non_negative_int(value: Any, name: str) -> int:
+    """The value as an int, if it is a whole number from 0."""
+    if not is_int(value) or value < 0:
+        raise UserError(f"{name} must be a whole number, 0 or more, not {_short(value)}")
+    return int(value)
 
 
-def as_int_list(given: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
-    """Whole numbers from 0, of one or of several."""
-    several = given if isinstance(given, Iterable) else [given]
-    numbers = [check_non_negative_int(_plain(number), f"each of {name}") for number in several]
-    if below is not None and (high := max(numbers, default=0)) >= below:
-        raise UserError(f"each of {name} must be below {below}, not {high}")
+def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
+    """A list of whole numbers from 0, of one or several."""
+    values = value if isinstance(value, Iterable) else [value]
+    # Elements of a torch tensor are tensors.
+    plain = (number.item() if hasattr(number, "item") else number for number in values)
+    numbers = [check_non_negative_int(number, f"each of {name}") for number in plain]
+    if below is not None and (largest := max(numbers, default=0)) >= below:
+        raise UserError(f"each of {name} must be below {below}, not {largest}")
     return numbers
 
 
-def as_seed_list(given: int | Sequence[int | None] | None, count: int) -> list[int | None]:
-    """One seed a prompt; None throws fresh dice."""
-    if given is None:
+def as_seed_list(value: int | Sequence[int | None] | None, count: int) -> list[int | None]:
+    """One seed per prompt; None for a random one."""
+    if value is None:
         return [None] * count
-    seeds: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    seeds: list[Any] = list(value) if isinstance(value, Iterable) else [value]
     if len(seeds) != count:
-        raise UserError(f"give one seed a prompt: {count} prompts, {len(seeds)} seeds")
+        raise UserError(f"give one seed per prompt: {count} prompts, {len(seeds)} seeds")
     return seeds
 
 
-def is_int(given: Any) -> bool:
-    """Whether it is a whole number, numpy's among them; True and False are none."""
-    return isinstance(given, Integral) and not isinstance(given, bool)
+def is_int(value: Any) -> bool:
+    """Whether the value is a Python or NumPy integer, and not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_number(given: Any) -> bool:
-    """Whether it is a number, numpy's among them; True and False are none."""
-    return isinstance(given, Real) and not isinstance(given, bool)
+def is_number(value: Any) -> bool:
+    """Whether the value is a real Python or NumPy number, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _plain(number: Any) -> Any:
-    """A number of torch's in Python's form."""
-    return number.item() if hasattr(number, "item") else number
-
-
-def _shown(given: Any) -> str:
-    shown = repr(given)
+def _short(value: Any) -> str:
+    shown = repr(value)
     return shown if len(shown) < 50 else f"{shown[:50]}…"
 
 
 def prompt_from_argv(text: str) -> str:
-    """A prompt given as a flag: the bytes of a command line are UTF-8, whatever the locale."""
+    """A prompt from the command line, whose bytes are UTF-8 whatever the locale says."""
     with contextlib.suppress(UnicodeError):
         text = os.fsencode(text).decode("utf-8")
     return normalize_prompt(text)
 
 
 def normalize_prompt(text: str) -> str:
-    """The text as it would be if a file held it: a byte order mark is dropped, CRLF becomes LF."""
+    """Text as the data pipeline reads it: without a byte order mark, with LF for CRLF."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n")

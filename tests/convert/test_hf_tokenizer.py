@@ -32,7 +32,7 @@ def test_transformers_takes_the_mark_for_one_id_and_writes_it(tokenizer, tmp_pat
 def test_llama_cpp_gets_the_mark_as_the_end_of_text(tokenizer) -> None:
     table = torch.zeros(320, 16)
     made, end = with_eos_token(ModelBundle(TINY, {WTE: table}, tokenizer))
-    assert (end, made.config.vocab_size) == (tokenizer.eot_token, tokenizer.size)
+    assert (end, made.config.vocab_size) == (tokenizer.eot_token, tokenizer.vocab_size)
     spelled, _ = _vocabulary(tokenizer, end)
-    assert len(spelled) == tokenizer.size
+    assert len(spelled) == tokenizer.vocab_size
     assert spelled[end] == "<|endoftext|>"

@@ -117,7 +117,7 @@ def test_lm_eval_finds_the_same_likelihoods(export) -> None:
     found = harness.loglikelihood(requests, disable_tqdm=True)
     end = parts.tokenizer.eot_token
     for (context, ending), (logprob, _) in zip(pairs, found, strict=True):
-        opening = encode(parts, context) or [parts.tokenizer.size if end is None else end]
+        opening = encode(parts, context) or [parts.tokenizer.vocab_size if end is None else end]
         ids, count = opening + encode(parts, ending), len(encode(parts, ending))
         rows = logits(parts, ids[:-1])[-count:].log_softmax(-1)
         ours = float(rows[torch.arange(count), ids[-count:]].sum())

@@ -25,22 +25,22 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium o
 
 SLOW = """
 import sys, time
-import gptforge.demo.writing as bounds
+import gptforge.demo.sessions as limits
 from gptforge.demo.launch import launch
-from gptforge.generate.language_model import LanguageModel
+from gptforge.inference.language_model import LanguageModel
 
 # One visitor at a time, one more waits, and each token takes its time.
-bounds.AT_ONCE, bounds.WAITING = 1, 1
-tokens = LanguageModel.tokens
+limits.MAX_CONCURRENT, limits.MAX_QUEUED = 1, 1
+stream_tokens = LanguageModel.stream_tokens
 
 
 def slowly(*args, **more):
-    for token in tokens(*args, **more):
+    for token in stream_tokens(*args, **more):
         time.sleep(0.03)
         yield token
 
 
-LanguageModel.tokens = slowly
+LanguageModel.stream_tokens = slowly
 launch("run", port=int(sys.argv[1]), device="cpu")
 """
 

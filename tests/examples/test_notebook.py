@@ -12,7 +12,7 @@ pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "write.ipynb"
 
 
-def test_the_notebook_runs_from_nothing(tmp_path, monkeypatch) -> None:
+def test_the_notebook_runs_in_an_empty_folder(tmp_path, monkeypatch) -> None:
     # The kernel is another process: it finds the package by itself, wherever it is installed.
     path = os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path.rstrip(os.pathsep))
@@ -34,12 +34,12 @@ def test_the_notebook_runs_from_nothing(tmp_path, monkeypatch) -> None:
     assert shown(cells[2]).startswith("ROMEO:")
     assert len(shown(cells[2])) == len("ROMEO:") + 200 + 1
     assert len(shown(cells[3])) == 100
-    assert shown(cells[4]).count("ended by") == 3
+    assert shown(cells[4]).count("finish_reason:") == 3
     assert len(shown(cells[5]).splitlines()) == 12
-    assert "nats a token" in cells[6].outputs[-1]["data"]["text/plain"]
+    assert "nats per token" in cells[6].outputs[-1]["data"]["text/plain"]
 
 
-def test_it_is_kept_without_output() -> None:
+def test_the_notebook_is_committed_without_output() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)

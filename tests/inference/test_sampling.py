@@ -6,18 +6,18 @@ from hypothesis import strategies as st
 from gptforge.errors import UserError
 from gptforge.inference.sampling import SamplingParams, draw_uniforms, sample
 
-SHARES = torch.tensor([0.3, 0.5, 0.05, 0.15])
+PROBS = torch.tensor([0.3, 0.5, 0.05, 0.15])
 
 
-def shares_drawn(sampling: SamplingParams, draws: int = 1000) -> list[float]:
-    """How often each id is drawn by dice spread evenly: exact, but for the grid."""
-    dice = (torch.arange(draws) + 0.5) / draws
-    ids = sample(SHARES.log().expand(draws, 4), dice, sampling)
+def sampled_frequencies(params: SamplingParams, draws: int = 1000) -> list[float]:
+    """How often each id is sampled with evenly spaced numbers: exact up to their spacing."""
+    uniforms = (torch.arange(draws) + 0.5) / draws
+    ids = sample(PROBS.log().expand(draws, 4), uniforms, params)
     return (torch.bincount(ids, minlength=4) / draws).tolist()
 
 
 @pytest.mark.parametrize(
-    ("sampling", "expected"),
+    ("params", "expected"),
     [
         (SamplingParams(1.0, 0, 1.0), [0.3, 0.5, 0.05, 0.15]),
         (SamplingParams(1.0, 2, 1.0), [0.375, 0.625, 0, 0]),
@@ -27,14 +27,14 @@ def shares_drawn(sampling: SamplingParams, draws: int = 1000) -> list[float]:
         (SamplingParams(1.0, 0, 1e-12), [0, 1, 0, 0]),
         (SamplingParams(1.0, 1, 1.0), [0, 1, 0, 0]),
         (SamplingParams(0.5, 2, 1.0), [0.09 / 0.34, 0.25 / 0.34, 0, 0]),
-        # Of what top-k leaves, 0.625 and 0.375, the first alone holds six tenths.
+        # Top-k leaves 0.625 and 0.375: the first alone has more than top_p.
         (SamplingParams(1.0, 2, 0.6), [0, 1, 0, 0]),
         (SamplingParams(1e-40, 0, 1.0), [0, 1, 0, 0]),
         (SamplingParams(0, 0, 1.0), [0, 1, 0, 0]),
     ],
 )
-def test_draws_follow_the_probabilities_that_the_settings_leave(sampling, expected) -> None:
-    assert shares_drawn(sampling) == pytest.approx(expected, abs=0.002)
+def test_frequencies_follow_the_filtered_distribution(params, expected) -> None:
+    assert sampled_frequencies(params) == pytest.approx(expected, abs=0.002)
 
 
 @settings(deadline=None)
@@ -45,14 +45,14 @@ def test_draws_follow_the_probabilities_that_the_settings_leave(sampling, expect
     st.integers(0, 12),
     st.floats(0.001, 1),
 )
-def test_one_of_the_k_likeliest_is_drawn_whatever_the_dice(logits, dice, heat, k, p) -> None:
+def test_the_sample_is_among_the_top_k(logits, uniform, temperature, k, p) -> None:
     row = torch.tensor([logits])
-    drawn = int(sample(row, torch.tensor([dice]), SamplingParams(heat, k, p)))
-    better = sum(other > row[0, drawn] for other in row[0])
+    sampled = int(sample(row, torch.tensor([uniform]), SamplingParams(temperature, k, p)))
+    better = sum(other > row[0, sampled] for other in row[0])
     assert better < (k or len(logits))
 
 
-def test_dice_depend_on_their_own_seed_alone() -> None:
+def test_draws_depend_only_on_their_seed() -> None:
     both = draw_uniforms([7, 8], 40)
     assert torch.equal(draw_uniforms([8], 25)[0], both[1, :25])
     assert not torch.equal(both[0], both[1])

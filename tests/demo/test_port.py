@@ -31,7 +31,7 @@ def test_a_port_that_is_taken_is_no_mistake_of_the_host(taken, monkeypatch) -> N
             find_free_port(host, taken)
     monkeypatch.setattr("gptforge.demo.port.FIRST_PORT", taken)
     assert find_free_port("127.0.0.1", 0) > taken
-    monkeypatch.setattr("gptforge.demo.port.PORTS", 1)
+    monkeypatch.setattr("gptforge.demo.port.NUM_PORTS", 1)
     with pytest.raises(RunError, match="all taken"):
         find_free_port("127.0.0.1", 0)
 

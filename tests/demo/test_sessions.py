@@ -72,7 +72,7 @@ def test_bounds_are_kept_whatever_is_sent(model) -> None:
     ):
         with pytest.raises(UserError):
             list(generate_with_limits(model, "R", max_new_tokens=5, params=sampling, seed=1))
-    *_, last = ask(model, tokens=MAX_NEW_TOKENS, seconds=0)
+    *_, last = ask(model, tokens=MAX_NEW_TOKENS, max_seconds=0)
     assert len(last.tokens) == 1
     assert "the most that one text may take" in last.note
 
@@ -119,10 +119,8 @@ def test_curves_grow_with_the_run(tmp_path) -> None:
 
 
 def test_without_gradio_it_says_what_to_install(program, config, monkeypatch) -> None:
-    from gptforge.convert import extras
-
     build(config).fit()
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = program("demo", config.out_dir)
     assert done.code == 2
     assert "pip install -e '.[demo]'" in done.err
