@@ -1,6 +1,6 @@
-"""Batches for training: windows of one token stream, in a resumable order, some batches ahead.
+"""Training batches: sequences of one token dataset in a resumable order, prefetched.
 
-Shapes: G windows in a global batch, g of them this rank's, T tokens in a window.
+Shapes: B sequences in a global batch, b of them this rank's, T tokens in a sequence.
 """
 
 from collections.abc import Mapping
@@ -14,34 +14,32 @@ from gptforge.data.prefetch import Prefetcher
 from gptforge.data.shuffle import epoch_offset, shuffled_index
 from gptforge.data.token_dataset import TokenDataset
 
-MAX_PREFETCH = 4
-"""Batches read beforehand: a disk may be slow for one of them without anybody waiting."""
-MAX_PREFETCH_BYTES = 2**26
-"""What they may take, of which one is always allowed."""
+MAX_PREFETCH = 4  # batches: hides a disk that is slow for one of them
+MAX_PREFETCH_BYTES = 2**26  # of all prefetched batches; one is always allowed
+# Sequences whose order is computed at a time: for a few, the overhead of numpy's calls would exceed
+# their work, and hold the GIL, which the steps of a small model need as well.
 INDEX_CHUNK = 2048
-"""Windows that are looked up in the order at a time: for a few of them alone numpy's calls would
-take longer than their work, and hold Python, which a small model's updates want as well."""
 
 
 class DataLoader:
-    """An endless stream of global batches; its position is its whole state.
+    """An endless iterator over global batches, whose state is its position.
 
-    Windows start at 0, T, 2T, ... of the tokens, targets lie one further on, and a last, partial
-    window is dropped. Staggered, all windows of an epoch start later by as much as chance says for
-    that epoch, less than T: a text is cut anew each time. A batch may reach from one epoch into the
-    next. Every rank counts by the same global batches and takes its own rows of each: how many
-    ranks there are never changes which windows a step sees.
+    Sequences start at 0, T, 2T, ... of the tokens, targets are shifted by one, and a last, partial
+    sequence is dropped. With `random_offset`, all sequences of an epoch are shifted by a random
+    number of tokens below T, so that each epoch cuts the text differently. A batch may span two
+    epochs. All ranks count the same global batches and take their rows of each, so the number of
+    ranks does not change which sequences a step trains on.
 
     Args:
-        tokens: the stream, long enough for a window.
+        tokens: at least one sequence.
         context_length: T.
-        global_batch: G.
-        seed: with the epoch, it picks the order.
+        global_batch: B.
+        seed: picks the order, together with the epoch.
         shuffle: False keeps the order of the text.
-        stagger: whether each epoch cuts the text at other places.
+        random_offset: whether each epoch cuts the text differently.
         device: where batches go.
         rank: this process, from 0.
-        world_size: how many processes share a batch; at most G.
+        world_size: how many processes share a batch; at most B.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class DataLoader:
         self.num_sequences = sequences_per_epoch(
             len(tokens), context_length, random_offset=random_offset
         )
-        assert self.num_sequences > 0, "the text's length is checked before a loader is built"
+        assert self.num_sequences > 0, "the length of the text is checked earlier"
         assert 0 <= rank < world_size <= global_batch
         self.position = 0
         self.rows = rank_rows(rank, world_size, global_batch)
@@ -69,114 +67,112 @@ class DataLoader:
         self._global_batch = global_batch
         self._seed = seed
         self._shuffle = shuffle
-        self._stagger = random_offset
+        self._random_offset = random_offset
         self._device = device
-        # Copies travel on a stream of their own, beside the computation.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Copies have their own CUDA stream, to overlap with computation.
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         batch_bytes = 8 * len(self.rows) * (context_length + 1)
         depth = max(1, min(MAX_PREFETCH, MAX_PREFETCH_BYTES // batch_bytes))
-        self._read = Prefetcher(self._gather, step=global_batch, depth=depth)
-        self._ahead: Tensor | None = None
+        self._prefetcher = Prefetcher(self._load_batch, step=global_batch, depth=depth)
+        self._on_device: Tensor | None = None
+        # First tokens of sequences by the batch's position; only the prefetching thread uses it.
         self._starts: dict[int, NDArray[np.int64]] = {}
-        """First tokens of windows by the batch's position; the reading thread's own."""
 
     @property
     def epoch(self) -> float:
-        """How many times the text has been seen so far."""
+        """How many times the text has been seen."""
         return self.position / self.num_sequences
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the next update, this rank's (g, T) int64 on the device."""
-        batch = self._ahead if self._ahead is not None else self._send(self.position)
-        self._ahead = None
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        """Inputs and targets of the next step, this rank's (b, T) int64 on the device."""
+        batch = self._on_device if self._on_device is not None else self._to_device(self.position)
+        self._on_device = None
+        if self._copy_stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
             batch.record_stream(torch.cuda.current_stream(self._device))
         self.position += self._global_batch
         return batch[:, :-1], batch[:, 1:]
 
     def prefetch_to_device(self) -> None:
-        """Have the next batch set out already, to arrive while the last one is computed on.
+        """Start to copy the next batch to the device.
 
-        Best once that has begun: a device that waits for work should not wait for this as well.
+        Call it when the current step has been launched, so that the device need not wait for it.
         """
-        if self._ahead is None:
-            self._ahead = self._send(self.position)
+        if self._on_device is None:
+            self._on_device = self._to_device(self.position)
 
     def sequence_ids_at(self, position: int) -> list[int]:
-        """Numbers of the windows in the whole global batch at a position; window w starts at
-        token w * T.
-        """
-        places = _numbers(range(position, position + self._global_batch))
-        windows = shuffled_index(places, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
-        return [int(window) for window in windows]
+        """Sequences of the whole global batch at a position; i starts at token i * T."""
+        positions = _arange(range(position, position + self._global_batch))
+        ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
+        return [int(i) for i in ids]
 
     def state_dict(self) -> dict[str, int]:
-        """Windows handed out so far, to all ranks together."""
+        """The number of sequences consumed by all ranks together."""
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to a position, in constant time."""
+        """Continue at another position, in constant time."""
         self.position = state["position"]
-        self._ahead = None
+        self._on_device = None
 
-    def _gather(self, position: int) -> Tensor:
+    def _load_batch(self, position: int) -> Tensor:
         if position not in self._starts:
-            self._starts = self._look_up(position)
+            self._starts = self._sequence_starts(position)
         return read_sequences(self._tokens, self._starts.pop(position), self._context_length)
 
-    def _look_up(self, position: int) -> dict[int, NDArray[np.int64]]:
-        """Where this rank's windows begin, in the batch at a position and in some after it."""
-        count = -(-INDEX_CHUNK // len(self.rows))
-        positions = range(position, position + count * self._global_batch, self._global_batch)
-        places = np.add.outer(_numbers(positions), _numbers(self.rows))
-        windows = shuffled_index(places, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
-        starts = windows * self._context_length
-        if self._stagger:
-            epochs = places // self.num_sequences
+    def _sequence_starts(self, position: int) -> dict[int, NDArray[np.int64]]:
+        """First tokens of this rank's sequences in the batch at a position and some after it."""
+        num_batches = -(-INDEX_CHUNK // len(self.rows))
+        batches = range(position, position + num_batches * self._global_batch, self._global_batch)
+        positions = np.add.outer(_arange(batches), _arange(self.rows))
+        ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
+        starts = ids * self._context_length
+        if self._random_offset:
+            epochs = positions // self.num_sequences
             starts += epoch_offset(epochs, self._context_length, seed=self._seed)
-        return dict(zip(positions, starts, strict=True))
+        return dict(zip(batches, starts, strict=True))
 
-    def _send(self, position: int) -> Tensor:
-        """This rank's rows of the batch at `position`, (g, T + 1), on their way to the device."""
-        batch = self._read.get(position)
-        if self._stream is None:
+    def _to_device(self, position: int) -> Tensor:
+        """This rank's rows of the batch at a position, (b, T + 1), being copied to the device."""
+        batch = self._prefetcher.get(position)
+        if self._copy_stream is None:
             return batch.to(self._device)
-        # Pinned here and not by the reader: nobody else may ask CUDA for memory while this
-        # process records a graph.
-        with torch.cuda.stream(self._stream):
+        # Pinned here, not in the prefetching thread: no other thread may allocate CUDA memory
+        # while this one captures a graph.
+        with torch.cuda.stream(self._copy_stream):
             return batch.pin_memory().to(self._device, non_blocking=True)
 
 
 def rank_rows(rank: int, world_size: int, global_batch: int) -> range:
-    """Rows of a global batch that a rank learns: as even as can be, in order, none left out."""
+    """Rows of a global batch that a rank trains on, split as evenly as possible."""
     first = global_batch * rank // world_size
     return range(first, global_batch * (rank + 1) // world_size)
 
 
 def count_sequences(tokens: int, context_length: int) -> int:
-    """Whole windows in so many tokens, each with a target for its last token."""
+    """Full sequences in a number of tokens, each with a target for its last token."""
     return max(0, (tokens - 1) // context_length)
 
 
+def sequences_per_epoch(tokens: int, context_length: int, *, random_offset: bool) -> int:
+    """Full sequences in an epoch, whatever its offset."""
+    max_offset = context_length - 1 if random_offset else 0
+    return count_sequences(tokens - max_offset, context_length)
+
+
 def too_short_hint(tokens: int) -> str:
-    """What to do about a text shorter than a window: a window has a token more to be foretold."""
+    """What to do about a text shorter than a sequence and its last target."""
     return f"use {f'--context_length {tokens - 1} at most, or ' if tokens > 1 else ''}more text"
 
 
-def sequences_per_epoch(tokens: int, context_length: int, *, random_offset: bool) -> int:
-    """Windows that an epoch has: as many in each, however late they start."""
-    latest = context_length - 1 if random_offset else 0
-    return count_sequences(tokens - latest, context_length)
-
-
-def _numbers(span: range) -> NDArray[np.int64]:
-    return np.arange(span.start, span.stop, span.step, dtype=np.int64)
-
-
 def read_sequences(tokens: TokenDataset, starts: NDArray[np.int64], context_length: int) -> Tensor:
-    """Windows with one token more, for the targets: (len(starts), T + 1) int64."""
+    """Sequences with one more token, for the targets: (len(starts), T + 1) int64."""
     batch = np.empty((len(starts), context_length + 1), np.int64)
     for row, start in enumerate(starts.tolist()):
         batch[row] = tokens[start : start + context_length + 1]
     return torch.from_numpy(batch)
+
+
+def _arange(span: range) -> NDArray[np.int64]:
+    return np.arange(span.start, span.stop, span.step, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What cannot be read: an error that says where, or, if asked, left out and counted."""
+"""Unusable input: an error that names the place, or, with --skip_bad, skipped and counted."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,55 +6,69 @@ from dataclasses import dataclass, field
 from gptforge.errors import UserError
 from gptforge.printable import printable
 
-MAX_EXAMPLES = 5
-"""Places of each kind that are named at the end."""
+MAX_EXAMPLES = 5  # locations listed for each kind of problem
 
 
-class BadInput(Exception):  # noqa: N818 (it is not always an error)
-    """Something in the input that is no text; the message says where."""
+class BadInput(Exception):  # noqa: N818 (with --skip_bad it is counted, not an error)
+    """Input that is not usable text.
 
-    def __init__(self, problem: str, location: str, hint: str = "") -> None:
+    Args:
+        problem: what is wrong; equal problems are counted together.
+        location: file, and line or row group if known; see `BadInputHandler.handle`.
+        hint: how to fix it.
+    """
+
+    def __init__(self, problem: str, location: str = "", hint: str = "") -> None:
         super().__init__(problem, location, hint)
         self.problem, self.location, self.hint = problem, location, hint
 
 
 class BadInputError(UserError):
-    """Bad input that nobody asked to leave out; the message names flags of `gptforge prepare`.
+    """Bad input without --skip_bad.
 
     Args:
-        what: where something is wrong, and what it is.
-        remedy: what can be done about it.
-        leaves_some: whether anything would be left without it.
+        problem: the location and what is wrong there.
+        hint: how to fix it.
+        can_skip: whether any input is left if this is skipped.
     """
 
     def __init__(self, problem: str, hint: str, can_skip: bool = True) -> None:
-        # Its arguments are what another process makes it from.
+        # Exception.args must rebuild it: errors of worker processes are pickled.
         super().__init__(problem, hint, can_skip)
         self.problem, self.hint, self.can_skip = problem, hint, can_skip
 
     def __str__(self) -> str:
-        skip = ", or leave such things out with --skip_bad true" if self.can_skip else ""
+        skip = ", or skip such input with --skip_bad true" if self.can_skip else ""
         return printable(f"{self.problem}: {self.hint}{skip}")
 
 
 @dataclass
 class BadInputHandler:
-    """The judge of bad input, and the count of what was left out."""
+    """Counts bad input if `skip` is set, otherwise raises at the first.
+
+    Attributes:
+        counts: skipped inputs by problem.
+        examples: the first few of each problem, with their locations.
+        hints: how to fix each of the examples.
+        notices: what was repaired while reading, such as replaced bytes.
+    """
 
     skip: bool
-    """Whether to go on without it; otherwise the first one is an error."""
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
-    """What can be done about each example."""
     notices: set[str] = field(default_factory=set)
-    """What was put right on the way, in words."""
 
-    def handle(self, bad: BadInput) -> None:
-        """Count it, or raise RefusedError."""
+    def handle(self, bad: BadInput, location: str = "") -> None:
+        """Count bad input, at `location` if it does not know its own.
+
+        Raises:
+            BadInputError: unless `skip` is set.
+        """
+        example, hint = f"{location or bad.location}: {bad.problem}", bad.hint or "fix it"
         if not self.skip:
-            raise BadInputError(f"{bad.location}: {bad.problem}", bad.hint or "mend it")
+            raise BadInputError(example, hint)
         self.counts[bad.problem] += 1
         if self.counts[bad.problem] <= MAX_EXAMPLES:
-            self.examples.append(f"{bad.location}: {bad.problem}")
-            self.hints.append(bad.hint or "mend it")
+            self.examples.append(example)
+            self.hints.append(hint)

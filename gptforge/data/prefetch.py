@@ -1,4 +1,4 @@
-"""Reading ahead: a thread of its own makes the batches that come next."""
+"""Background prefetching: a thread loads the next batches while the current one is used."""
 
 import queue
 import threading
@@ -13,48 +13,52 @@ Task = tuple[Callable[[int], Tensor], int, Future[Tensor]]
 
 
 class Prefetcher:
-    """Batches by position, `step` apart, `depth` of them made before they are asked for.
+    """Loads batches in a daemon thread, which never delays the exit of the process.
 
-    The thread is a daemon: a process that ends, however it does, never waits for it.
+    Args:
+        load: makes the batch at a position.
+        step: distance between the positions of consecutive batches.
+        depth: how many batches to load ahead.
     """
 
     def __init__(self, load: Callable[[int], Tensor], *, step: int, depth: int) -> None:
-        self._make, self._step, self._depth = load, step, depth
-        self._begun: deque[tuple[int, Future[Tensor]]] = deque()
+        self._load, self._step, self._depth = load, step, depth
+        self._pending: deque[tuple[int, Future[Tensor]]] = deque()
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self._tasks.put, None)
 
     def get(self, position: int) -> Tensor:
-        """The batch at a position; at once, if it is the one that follows the last.
+        """The batch at a position; re-raises what went wrong while loading it.
 
-        Whatever went wrong while it was made is raised here.
+        It is ready, or being loaded, if `position` follows that of the previous call; any other
+        position discards what was prefetched.
         """
-        if not self._begun or self._begun[0][0] != position:
-            self._begun.clear()
-            self._begin(position)
-        _, wanted = self._begun.popleft()
-        for number in range(len(self._begun), self._depth):
-            self._begin(position + self._step * (number + 1))
-        return wanted.result()
+        if not self._pending or self._pending[0][0] != position:
+            self._pending.clear()
+            self._submit(position)
+        _, batch = self._pending.popleft()
+        for i in range(len(self._pending), self._depth):
+            self._submit(position + self._step * (i + 1))
+        return batch.result()
 
-    def _begin(self, position: int) -> None:
+    def _submit(self, position: int) -> None:
         if self._thread is None:
             self._thread = threading.Thread(
-                target=_load_batches, args=(self._tasks,), name="reading ahead", daemon=True
+                target=_run_tasks, args=(self._tasks,), name="prefetch", daemon=True
             )
             self._thread.start()
         future: Future[Tensor] = Future()
-        self._begun.append((position, future))
-        self._tasks.put((self._make, position, future))
+        self._pending.append((position, future))
+        self._tasks.put((self._load, position, future))
 
 
-def _load_batches(tasks: "queue.SimpleQueue[Task | None]") -> None:
-    """Until None comes. It holds nothing between tasks, so that a loader can be thrown away."""
+def _run_tasks(tasks: "queue.SimpleQueue[Task | None]") -> None:
     while (task := tasks.get()) is not None:
-        make, position, future = task
+        load, position, future = task
         try:
-            future.set_result(make(position))
+            future.set_result(load(position))
         except BaseException as error:
             future.set_exception(error)
-        del task, make, future
+        # Keep no reference while waiting, so that an unused data loader is freed.
+        del task, load, future

@@ -1,4 +1,9 @@
-"""A stream of tokens: what a loader cuts its windows from, wherever the tokens lie."""
+"""Token shards in the format of llm.c, modded-nanogpt and the ready-made FineWeb shards.
+
+A header of 256 int32 (magic, version, number of tokens, zeros), then the ids: uint16 with magic
+20240520 and version 1, uint32 with magic 20240801 and version 7. All little-endian.
+See github.com/karpathy/llm.c, dev/data.
+"""
 
 import os
 import sys
@@ -12,19 +17,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gptforge import files
 from gptforge.errors import UserError, parsing
 from gptforge.files import open_regular
 from gptforge.tokenizers.base import Tokens
 
-MAX_OPEN_SHARDS = 256
-"""Shards open at a time: a system gives out about a thousand file handles."""
-MAX_IN_MEMORY_BYTES = 2**26
-"""Bytes of a stream that is read into memory as a whole."""
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+SHARD_DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
+    (20240520, 1): np.dtype("<u2"),
+    (20240801, 7): np.dtype("<u4"),
+}
+"""The type of the ids, by magic and version."""
+RAW_BIN_HINT = "(nanoGPT's .bin has none: --raw_bin true)"
+MAX_OPEN_SHARDS = 256  # file handles; systems give a process about a thousand
+MAX_IN_MEMORY_BYTES = 2**26  # datasets up to this size are read into memory
 
 
 class TokenDataset(Protocol):
-    """Ids in a row. A plain array is one."""
+    """A sequence of token ids, sliced without a step; a numpy array is one."""
 
     def __len__(self) -> int: ...
 
@@ -33,20 +43,66 @@ class TokenDataset(Protocol):
 
 @dataclass(frozen=True)
 class ShardFile:
-    """Where the tokens of one shard lie."""
+    """Where the tokens of a shard are: `num_tokens` ids of `dtype`, `offset` bytes into a file."""
 
     path: Path
     dtype: np.dtype[Any]
     num_tokens: int
     offset: int
-    """Bytes before the first token."""
+
+
+def read_shard_header(path: Path) -> ShardFile:
+    """Read the header of a shard and compare the file's size with it.
+
+    Raises:
+        UserError: if it is not a complete shard.
+    """
+    name, (size, raw) = path.as_posix(), _size_and_head(path, HEADER_BYTES)
+    if len(raw) < HEADER_BYTES:
+        raise UserError(f"{name}: {size} bytes: too few for a token shard's header {RAW_BIN_HINT}")
+    magic, version, count = (int(number) for number in np.frombuffer(raw, "<i4", 3))
+    if (magic, version) not in SHARD_DTYPES:
+        raise UserError(
+            f"{name}: not a token shard: it begins with magic {magic} and version {version}, not "
+            f"20240520 and 1, or 20240801 and 7 {RAW_BIN_HINT}"
+        )
+    dtype = SHARD_DTYPES[magic, version]
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if count < 0 or size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise UserError(
+            f"{name}: {state}: its header counts {count:,} tokens, which take {expected:,} bytes, "
+            f"and the file has {size:,}; create or download it again"
+        )
+    return ShardFile(path, dtype, count, HEADER_BYTES)
+
+
+def read_raw_bin(path: Path) -> ShardFile:
+    """nanoGPT's format: uint16 ids without a header.
+
+    Raises:
+        UserError: if its size is odd, or it has a header after all.
+    """
+    name, (size, raw) = path.as_posix(), _size_and_head(path, 8)
+    if len(raw) == 8 and tuple(np.frombuffer(raw, "<i4")) in SHARD_DTYPES:
+        raise UserError(f"{name} has a header: leave --raw_bin out")
+    if size % 2:
+        raise UserError(f"{name}: {size:,} bytes are not a whole number of uint16 ids")
+    return ShardFile(path, np.dtype("<u2"), size // 2, 0)
+
+
+def _size_and_head(path: Path, length: int) -> tuple[int, bytes]:
+    with parsing(path.as_posix(), "a readable token shard"):
+        size = path.stat().st_size
+        with open_regular(path) as file:
+            return size, file.read(length)
 
 
 class ShardReader:
-    """A shard that is open for reading at any offset, by several threads at once.
+    """An open shard, readable at any offset by several threads at once.
 
-    It is not memory-mapped: a file that is truncated while it is mapped ends the process with
-    SIGBUS. Reading costs about a microsecond more per window than copying out of a mapping.
+    It is not memory-mapped: truncating a mapped file kills the process with SIGBUS. Reading costs
+    about a microsecond more per sequence than copying from a mapping.
 
     Args:
         shard: what to open.
@@ -75,33 +131,32 @@ class ShardReader:
         """Tokens `start` to `stop` of the shard."""
         if self._tokens is not None:
             return self._tokens[start:stop]
-        shard, width = self._shard, self._shard.dtype.itemsize
-        wanted, offset = width * (stop - start), shard.offset + width * start
+        itemsize = self._shard.dtype.itemsize
+        length, offset = itemsize * (stop - start), self._shard.offset + itemsize * start
         try:
-            data = _pread(self._descriptor, wanted, offset)
-            while 0 < len(data) < wanted and (more := self._more(data, wanted, offset)):
-                # A system reads 2 GB at a time.
+            data = _pread(self._descriptor, length, offset)
+            # Systems read at most 2 GB at a time.
+            while 0 < len(data) < length and (
+                more := _pread(self._descriptor, length - len(data), offset + len(data))
+            ):
                 data += more
         except OSError as error:
             raise self._unreadable(str(error.strerror)) from None
-        if len(data) < wanted:
-            raise self._unreadable("it was truncated while it was in use")
-        tokens: Tokens = np.frombuffer(data, shard.dtype)
+        if len(data) < length:
+            raise self._unreadable("it was truncated while in use")
+        tokens: Tokens = np.frombuffer(data, self._shard.dtype)
         return tokens
 
-    def _more(self, data: bytes, wanted: int, offset: int) -> bytes:
-        return _pread(self._descriptor, wanted - len(data), offset + len(data))
-
-    def _unreadable(self, why: str) -> UserError:
+    def _unreadable(self, reason: str) -> UserError:
         name = self._shard.path.as_posix()
-        return UserError(f"{name}: cannot be read any more: {why}; make or fetch it again")
+        return UserError(f"{name}: no longer readable: {reason}; create or download it again")
 
 
 if sys.platform == "win32":
     _lock = threading.Lock()
 
     def _pread(descriptor: int, length: int, offset: int) -> bytes:
-        """The same as os.pread, which Windows lacks."""
+        """os.pread, which Windows lacks."""
         with _lock:
             os.lseek(descriptor, offset, os.SEEK_SET)
             return os.read(descriptor, length)
@@ -110,16 +165,13 @@ else:
 
 
 class ShardDataset:
-    """The tokens of many shards, one behind the other, read where they lie.
-
-    A large stream holds nothing in memory but the list of files; a window may reach over their
-    borders.
+    """The concatenated tokens of many shards, read from disk on demand; slices may span shards.
 
     Args:
-        shards: in the order of the stream.
-        size: ids of the vocabulary; a larger id in a shard is a UserError when it is read.
-        start: first token of the stream that belongs to it.
-        stop: one behind its last; None: the end.
+        shards: in the order of the tokens.
+        vocab_size: a larger id in a shard is a UserError when it is read.
+        start: first token of the shards that belongs to the dataset.
+        stop: one past the last token; None: the end.
     """
 
     def __init__(
@@ -131,118 +183,60 @@ class ShardDataset:
         stop: int | None = None,
     ) -> None:
         self.shards = tuple(shard for shard in shards if shard.num_tokens)
-        self._size = vocab_size
-        self._begins = [0]
+        self._vocab_size = vocab_size
+        self._shard_starts = [0]
         for shard in self.shards:
-            self._begins.append(self._begins[-1] + shard.num_tokens)
+            self._shard_starts.append(self._shard_starts[-1] + shard.num_tokens)
         sizes = (shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
         self._in_memory = sum(sizes) <= MAX_IN_MEMORY_BYTES
         self._start = start
-        self._stop = self._begins[-1] if stop is None else stop
-        assert 0 <= self._start <= self._stop <= self._begins[-1]
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._stop = self._shard_starts[-1] if stop is None else stop
+        assert 0 <= self._start <= self._stop <= self._shard_starts[-1]
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def subset(self, start: int, stop: int) -> "ShardDataset":
-        """A stretch of this stream, as a stream of its own."""
-        first = self._start + start
+        """Tokens `start` to `stop` as a dataset."""
         return ShardDataset(
-            self.shards, vocab_size=self._size, start=first, stop=self._start + stop
+            self.shards,
+            vocab_size=self._vocab_size,
+            start=self._start + start,
+            stop=self._start + stop,
         )
 
     def __getitem__(self, where: slice, /) -> Tokens:
         start, stop, step = where.indices(len(self))
-        assert step == 1, "a stream is read in its order"
+        assert step == 1, "tokens are read in order"
         start, stop = self._start + start, self._start + max(start, stop)
-        number = bisect_right(self._begins, start) - 1
+        i = bisect_right(self._shard_starts, start) - 1
         parts: list[Tokens] = []
         while start < stop:
-            begin, end = self._begins[number], min(stop, self._begins[number + 1])
-            part = self._file(number).read(start - begin, end - begin)
-            self._check(part, number)
+            shard_start, end = self._shard_starts[i], min(stop, self._shard_starts[i + 1])
+            part = self._reader(i).read(start - shard_start, end - shard_start)
+            self._check_ids(part, i)
             parts.append(part)
-            start, number = max(start, end), number + 1
+            start, i = max(start, end), i + 1
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
-    def _file(self, number: int) -> ShardReader:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        while len(self._open) >= MAX_OPEN_SHARDS:
-            # Closed once nobody reads from it any more.
-            self._open.popitem(last=False)
-        self._open[number] = file = ShardReader(self.shards[number], in_memory=self._in_memory)
-        return file
+    def _reader(self, i: int) -> ShardReader:
+        if i in self._readers:
+            self._readers.move_to_end(i)
+            return self._readers[i]
+        while len(self._readers) >= MAX_OPEN_SHARDS:
+            # The file closes when no other thread reads from it any more.
+            self._readers.popitem(last=False)
+        self._readers[i] = reader = ShardReader(self.shards[i], in_memory=self._in_memory)
+        return reader
 
-    def _check(self, part: Tokens, number: int) -> None:
-        """A GPU answers an id that is not in the table with nothing but a device-side assert."""
-        if len(part) and (worst := int(part.max())) >= self._size:
+    def _check_ids(self, part: Tokens, i: int) -> None:
+        # On a GPU, an id beyond the embedding is just a device-side assert.
+        if len(part) and (largest := int(part.max())) >= self._vocab_size:
             raise UserError(
-                f"{self.shards[number].path.as_posix()}: token id {worst} is outside the "
-                f"vocabulary of {self._size}: the shard is damaged, or was made with another "
-                "tokenizer; say which with --tokenizer"
+                f"{self.shards[i].path.as_posix()}: token id {largest} is outside the "
+                f"vocabulary of {self._vocab_size}: the shard is damaged, or was made with another "
+                "tokenizer; name that one with --tokenizer"
             )
-
-
-HEADER_INTS = 256
-"""int32 numbers before the tokens."""
-HEADER_BYTES = 4 * HEADER_INTS
-SHARD_DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
-    (20240520, 1): np.dtype("<u2"),
-    (20240801, 7): np.dtype("<u4"),
-}
-"""Magic and version, and the type of the ids."""
-RAW_BIN_HINT = "(nanoGPT's .bin has none: --headerless true)"
-
-
-def read_shard_header(path: Path) -> ShardFile:
-    """Where the tokens of a shard lie. Only the header is read, and the file's size is compared.
-
-    Raises:
-        UserError: for a file that is no shard, or not a whole one.
-    """
-    with parsing(path.as_posix(), "a readable token shard"):
-        size = path.stat().st_size
-        with files.open_regular(path) as file:
-            raw = file.read(HEADER_BYTES)
-    name = path.as_posix()
-    if len(raw) < HEADER_BYTES:
-        raise UserError(
-            f"{name}: {size} bytes are too few for a token shard's header {RAW_BIN_HINT}"
-        )
-    magic, version, count = (int(number) for number in np.frombuffer(raw, "<i4", 3))
-    if (magic, version) not in SHARD_DTYPES:
-        raise UserError(
-            f"{name}: not a token shard: it begins with magic {magic} and version {version}, not "
-            f"20240520 and 1, or 20240801 and 7 {RAW_BIN_HINT}"
-        )
-    dtype = SHARD_DTYPES[magic, version]
-    expected = HEADER_BYTES + count * dtype.itemsize
-    if count < 0 or size != expected:
-        state = "truncated" if size < expected else "longer than it should be"
-        raise UserError(
-            f"{name}: {state}: its header counts {count:,} tokens, which take {expected:,} bytes, "
-            f"and the file has {size:,}; make or fetch it again"
-        )
-    return ShardFile(path, dtype, count, HEADER_BYTES)
-
-
-def read_raw_bin(path: Path) -> ShardFile:
-    """nanoGPT's form: uint16 ids and nothing else.
-
-    Raises:
-        UserError: for an odd number of bytes, or a file that has a header after all.
-    """
-    with parsing(path.as_posix(), "a readable token shard"):
-        size = path.stat().st_size
-        with files.open_regular(path) as file:
-            raw = file.read(8)
-    if len(raw) == 8 and tuple(np.frombuffer(raw, "<i4")) in SHARD_DTYPES:
-        raise UserError(f"{path.as_posix()} has a header: leave --headerless out")
-    if size % 2:
-        raise UserError(f"{path.as_posix()}: {size:,} bytes are not a whole number of uint16 ids")
-    return ShardFile(path, np.dtype("<u2"), size // 2, 0)

@@ -1,1 +1,1 @@
-"""What this machine can do, and what is wrong with data, before time is spent on either."""
+"""Checks of the machine and of data, before time is spent on either."""

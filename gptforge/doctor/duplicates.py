@@ -1,28 +1,36 @@
-"""Documents that stand twice, by 64 bits of their hash."""
+"""Duplicate documents, by 64 bits of their hash."""
 
 from dataclasses import dataclass, field
 
-MAX_DOCUMENTS = 4_000_000
-"""Documents that are remembered: with more, memory would grow with the data."""
+from gptforge.data.checks import Finding, warning
+from gptforge.printable import pluralize
+
+MAX_DOCUMENTS = 4_000_000  # remembered: with more, memory would grow with the data
 
 
 @dataclass
 class Duplicates:
-    """Counts documents that were seen before, on the same side and on the other."""
+    """Counts documents that were seen before.
+
+    Attributes:
+        repeated: all of them.
+        in_both_splits: those seen before in the other split.
+        first_in_both: where the first of these is.
+        is_full: whether not all documents could be remembered.
+    """
 
     repeated: int = 0
     in_both_splits: int = 0
-    is_full: bool = False
     first_in_both: str = ""
-    """Where the first that stands on both sides was found."""
-    _seen: dict[int, str] = field(default_factory=dict)
+    is_full: bool = False
+    _split_by_digest: dict[int, str] = field(default_factory=dict)
 
     def add(self, digest: int, split: str, where: str) -> None:
-        """One more document."""
-        before = self._seen.get(digest)
+        """Count one more document."""
+        before = self._split_by_digest.get(digest)
         if before is None:
-            if len(self._seen) < MAX_DOCUMENTS:
-                self._seen[digest] = split
+            if len(self._split_by_digest) < MAX_DOCUMENTS:
+                self._split_by_digest[digest] = split
             else:
                 self.is_full = True
             return
@@ -30,3 +38,21 @@ class Duplicates:
         if before != split:
             self.in_both_splits += 1
             self.first_in_both = self.first_in_both or where
+
+    def findings(self) -> list[Finding]:
+        """A warning for each kind of duplicates."""
+        found = []
+        if self.in_both_splits:
+            count = pluralize(self.in_both_splits, "document is", "documents are")
+            found.append(
+                warning(
+                    f"{count} in both splits, first {self.first_in_both}",
+                    "the validation loss will look better than it is; remove the duplicates",
+                )
+            )
+        if within := self.repeated - self.in_both_splits:
+            count = pluralize(within, "document is a duplicate", "documents are duplicates")
+            found.append(warning(count, "the model will memorize them; remove the duplicates"))
+        if self.is_full:
+            found.append(warning("too many documents to search all of them for duplicates"))
+        return found

@@ -1,4 +1,4 @@
-"""What this machine can do, and why not."""
+"""Checks of the machine: what it can do, and why not."""
 
 import importlib.metadata
 import importlib.util
@@ -12,12 +12,7 @@ import torch
 
 from gptforge.data.checks import Finding, ok, warning
 from gptforge.data.prepare.workers import num_cpus
-from gptforge.device import (
-    free_memory,
-    peak_flops,
-    select_device,
-    select_precision,
-)
+from gptforge.device import free_memory, peak_flops, select_device, select_precision
 from gptforge.errors import install_hint
 from gptforge.files import cache_dir
 from gptforge.kernel_select import select_kernels
@@ -33,100 +28,96 @@ LOW_DISK_BYTES = 10 * 10**9
 
 
 def check_machine() -> list[Finding]:
-    """Device, precision, compiler, memory, disk, packages; each with its reason."""
-    device, note = select_device("auto")
+    """Device, precision, compiler, memory, disk and packages, each with the reason."""
+    device, reason = select_device("auto")
     precision = select_precision("auto", device)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     found = [
         ok(f"{versions}, {platform.system()} on {platform.machine()}, {num_cpus()} cores"),
-        ok(f"device: {device} ({note})"),
+        ok(f"device: {device} ({reason})"),
         ok(f"precision: {precision.name}, {precision.reason}"),
-        *_gpus(),
-        *_compiler(device),
-        *_memory(device),
-        *_disk(),
-        *_extras(),
     ]
-    kernels = select_kernels(device, precision)
-    if kernels.fused_cross_entropy:
-        found.insert(3, ok("kernels: our own for this device, beside torch's"))
-    return found
+    if select_kernels(device, precision).fused_cross_entropy:
+        found.append(ok("kernels: GPT-Forge's own for this device, beside torch's"))
+    return [
+        *found,
+        *_check_gpus(),
+        _check_compiler(device),
+        *_check_memory(device),
+        *_check_disk(),
+        *_check_extras(),
+    ]
 
 
-def _gpus() -> list[Finding]:
+def _check_gpus() -> list[Finding]:
     if not torch.cuda.is_available():
         if torch.version.cuda or torch.version.hip:
-            why = "torch was built for GPUs, and finds none"
-            return [warning(why, "look for a driver with `nvidia-smi`, if there should be one")]
+            hint = "look for a driver with `nvidia-smi`, if there should be one"
+            return [warning("torch was built for GPUs, and finds none", hint)]
         if shutil.which("nvidia-smi"):
-            return [
-                warning(
-                    "there is an NVIDIA driver, and this torch was built without CUDA",
-                    "install the CUDA build: https://pytorch.org/get-started/locally",
-                )
-            ]
-        return [ok("GPU: none that torch could use")]
+            hint = "install the CUDA build: https://pytorch.org/get-started/locally"
+            return [warning("there is an NVIDIA driver, but torch was built without CUDA", hint)]
+        return [ok("GPU: none that torch can use")]
     found = []
-    for number in range(torch.cuda.device_count()):
-        place = torch.device("cuda", number)
-        major, minor = torch.cuda.get_device_capability(place)
-        total = torch.cuda.get_device_properties(place).total_memory
-        peak = peak_flops(place)
-        speed = f", {peak / 1e12:,.0f} TFLOP/s at most" if peak else ""
-        name = torch.cuda.get_device_name(place)
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.device("cuda", i)
+        major, minor = torch.cuda.get_device_capability(gpu)
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        peak = peak_flops(gpu)
+        speed = f", at most {peak / 1e12:,.0f} TFLOP/s" if peak else ""
+        name = torch.cuda.get_device_name(gpu)
         found.append(
-            ok(f"GPU {number}: {name}, {total / 1e9:.0f} GB, capability {major}.{minor}{speed}")
+            ok(f"GPU {i}: {name}, {total / 1e9:.0f} GB, capability {major}.{minor}{speed}")
         )
     return found
 
 
-def _compiler(device: torch.device) -> list[Finding]:
+def _check_compiler(device: torch.device) -> Finding:
     if device.type != "cuda":
-        return [ok(f"torch.compile: left out on {device.type}, it takes longer than it saves")]
+        return ok(f"torch.compile: off on {device.type}, where it takes longer than it saves")
     if importlib.util.find_spec("triton") is None:
-        return [warning("torch.compile: there is no Triton here", "training goes on without it")]
+        return warning("torch.compile: Triton is missing", "training runs without it")
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")):
-        return [warning("torch.compile: there is no C compiler", "install gcc or clang")]
-    return [ok("torch.compile: Triton and a C compiler are here; each run tries it out first")]
+        return warning("torch.compile: there is no C compiler", "install gcc or clang")
+    return ok("torch.compile: Triton and a C compiler are installed; each run tests it first")
 
 
-def _memory(device: torch.device) -> list[Finding]:
-    found = []
-    for place, name in ((torch.device("cpu"), "memory"), (device, "memory of the GPU")):
-        free = free_memory(place) if place.type in ("cpu", "cuda") else None
-        if free is not None and not (name != "memory" and place.type == "cpu"):
-            found.append(ok(f"{name}: {free / 1e9:.1f} GB free"))
-    return found
+def _check_memory(device: torch.device) -> list[Finding]:
+    names = {torch.device("cpu"): "memory"}
+    if device.type == "cuda":
+        names[device] = "GPU memory"
+    free = {name: free_memory(place) for place, name in names.items()}
+    return [ok(f"{name}: {n / 1e9:.1f} GB free") for name, n in free.items() if n is not None]
 
 
-def _disk() -> list[Finding]:
+def _check_disk() -> list[Finding]:
     found = []
     for path, name in ((Path.cwd(), "this folder"), (cache_dir(), "the cache")):
-        place = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(place).free
-        what = f"disk of {name}: {free / 1e9:.0f} GB free"
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        message = f"disk of {name}: {free / 1e9:.0f} GB free"
         if free < LOW_DISK_BYTES:
-            remedy = "a checkpoint of GPT-2 small takes 1.5 GB, and three are kept"
-            found.append(warning(what, remedy))
+            hint = "a checkpoint of GPT-2 small takes 1.5 GB, and three are kept"
+            found.append(warning(message, hint))
         else:
-            found.append(ok(what))
-        if not os.access(place, os.W_OK):
-            found.append(warning(f"{place} cannot be written to", "choose another --out_dir"))
+            found.append(ok(message))
+        if not os.access(existing, os.W_OK):
+            found.append(warning(f"{existing} is not writable", "choose another --out_dir"))
     return found
 
 
-def _extras() -> list[Finding]:
+def _check_extras() -> list[Finding]:
     found = []
     for extra, (purpose, packages) in EXTRAS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if extra == "data" and sys.version_info >= (3, 14) and "zstandard" in missing:
             missing.remove("zstandard")
         if missing:
-            what = f"not here: {', '.join(missing)}, for {purpose}"
-            found.append(Finding("ok", what, install_hint(extra)))
+            message = f"not installed: {', '.join(missing)}, for {purpose}"
+            found.append(Finding("ok", message, install_hint(extra)))
         else:
-            named = ", ".join(f"{name} {_version(name)}" for name in packages)
-            found.append(ok(f"{purpose}: {named}"))
+            versions = ", ".join(f"{name} {_version(name)}" for name in packages)
+            found.append(ok(f"{purpose}: {versions}"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with texts: every file is read to its end."""
+"""Checks of texts: reads every file to its end."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,15 +23,12 @@ from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunk
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
-from gptforge.tokenizers import Tokenizer, from_name
+from gptforge.tokenizers import from_name
 from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.fast_encode import FastEncoder
 
-MAX_SAMPLE_CHARS = 2**22
-"""Characters that are encoded to tell how many tokens there are."""
-
-TAIL = len(END_OF_TEXT) - 1
-"""Characters on either side of a border in which there is room for a mark that lies across."""
+MAX_SAMPLE_CHARS = 2**22  # encoded to estimate the number of tokens
+OVERLAP = len(END_OF_TEXT) - 1  # characters of an <|endoftext|> that spans two chunks
 
 
 def check_texts(
@@ -56,175 +53,177 @@ def check_texts(
                 split_by_name=split_by_name,
                 sources=sources,
             )
-            chosen = select_files(request)
-        except UserError as mistake:
-            return [error(str(mistake))]
-        return _examine(path, chosen, request, tokenizer, context_length)
+            selection = select_files(request)
+        except UserError as problem:
+            return [error(str(problem))]
+        return _check(path, selection, request, tokenizer, context_length)
 
 
-def _examine(
-    path: Path, chosen: FileSelection, request: PrepareRequest, tokenizer: str, context_length: int
+def _check(
+    path: Path,
+    selection: FileSelection,
+    request: PrepareRequest,
+    tokenizer: str,
+    context_length: int,
 ) -> list[Finding]:
-    sources, form, val_fraction = chosen.sources, request.form, request.val_fraction
-    look = _Look(form, chosen)
-    for number, source in enumerate(sources):
-        look.at(number, source)
-    found = [*look.findings(), *(warning(notice) for notice in chosen.notices)]
-    if not look.documents:
-        return [*found, error(f"{path.as_posix()}: there is no text to learn")]
-    found += _tokens(look, sources, tokenizer, context_length, form)
-    if val_fraction:
-        found += _sides(look, chosen, request)
-    return found
+    text_scan = _TextScan(request.form, selection)
+    for i, source in enumerate(selection.sources):
+        text_scan.read(i, source)
+    found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
+    if not text_scan.num_documents:
+        return [*found, error(f"{path.as_posix()}: there is no text to train on")]
+    found += _check_tokens(text_scan, selection.sources, tokenizer, context_length)
+    return found + _check_split(text_scan, selection, request)
 
 
-class _Look:
-    """Counts, and what stood out."""
+class _TextScan:
+    """Counts, samples and problems of all texts."""
 
-    def __init__(self, form: TextFormat, chosen: FileSelection) -> None:
-        self.form, self.held_out = form, frozenset(chosen.val_sources)
-        self.only_source = chosen.sources[0].name if len(chosen.sources) == 1 else ""
-        self.is_text = any(source.kind == "text" for source in chosen.sources)
-        self.skipped = BadInputHandler(skip=True)
-        self.mended: set[str] = set()
+    def __init__(self, text_format: TextFormat, selection: FileSelection) -> None:
+        self.text_format, self.val_sources = text_format, frozenset(selection.val_sources)
+        sources = selection.sources
+        self.only_source = sources[0].name if len(sources) == 1 else ""
+        self.has_plain_text = any(source.kind == "text" for source in sources)
+        self.bad_input = BadInputHandler(skip=True)
+        self.fixes: set[str] = set()
         self.sample: list[str] = []
-        self.sampled = self.documents = self.characters = self.bytes = self.marks = 0
-        self.places: list[tuple[tuple[int, int], int]] = []
+        self.num_sampled = self.num_documents = self.num_chars = self.num_bytes = 0
+        self.num_eot_literals = 0
+        self.digests: list[tuple[tuple[int, int], int]] = []
+        """Ids and hashes of the documents, if there are few."""
         self.duplicates = Duplicates()
 
-    def at(self, number: int, source: Source) -> None:
-        if has_many_documents(source, self.form):
-            for document in read_documents(source, self.form, self.skipped):
-                self._count(document.text)
-                self._document((number, document.index), text_digest(document.text), source.name)
+    def read(self, i: int, source: Source) -> None:
+        """Read one file."""
+        if has_many_documents(source, self.text_format):
+            for document in read_documents(source, self.text_format, self.bad_input):
+                self._add_text(document.text)
+                self._add_document((i, document.index), text_digest(document.text), source.name)
             return
         try:
-            facts = scan_text(source, self.form.encoding)
+            stats = scan_text(source, self.text_format.encoding)
         except BadInput as bad:
-            self.skipped.handle(bad)
+            self.bad_input.handle(bad)
             return
-        if facts.is_blank:
+        if stats.is_blank:
             return
-        before = ""
-        for chunk in read_chunks(source, encoding=self.form.encoding):
-            self.mended |= {f"{source.name}: {words}" for words in describe_fixes(chunk)}
-            self._count(chunk.text, before)
-            before = (before + chunk.text[-TAIL:])[-TAIL:]
-        self._document((number, 0), facts.digest, source.name)
+        tail = ""
+        for chunk in read_chunks(source, encoding=self.text_format.encoding):
+            self.fixes |= {f"{source.name}: {fix}" for fix in describe_fixes(chunk)}
+            self._add_text(chunk.text, tail)
+            tail = (tail + chunk.text[-OVERLAP:])[-OVERLAP:]
+        self._add_document((i, 0), stats.digest, source.name)
+
+    def _add_document(self, document_id: tuple[int, int], digest: int, name: str) -> None:
+        self.num_documents += 1
+        split = "val" if document_id[0] in self.val_sources else ""
+        self.duplicates.add(digest, split, name)
+        if len(self.digests) < MIN_HASH_DOCUMENTS:
+            self.digests.append((document_id, digest))
+
+    def _add_text(self, text: str, tail: str = "") -> None:
+        """Count a chunk of a document; `tail` is the end of the text before it."""
+        self.num_chars += len(text)
+        self.num_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
+        if not self.text_format.split_on:
+            spanning = (tail + text[:OVERLAP]).count(END_OF_TEXT)
+            self.num_eot_literals += text.count(END_OF_TEXT) + spanning
+        if self.num_sampled < MAX_SAMPLE_CHARS:
+            self.sample.append(text[: MAX_SAMPLE_CHARS - self.num_sampled])
+            self.num_sampled += len(self.sample[-1])
 
     def findings(self) -> list[Finding]:
-        documents, characters, n_bytes = self.documents, self.characters, self.bytes
-        of = pluralize(documents, "document", "documents")
-        counts = f"{of}, {characters:,} characters, {n_bytes:,} bytes"
-        found = [ok(counts)] if documents or not self.skipped.examples else []
-        notices = sorted(self.mended | self.skipped.notices)
-        found += [warning(f"{words} when it is read") for words in notices[:MAX_EXAMPLES]]
-        for example, remedy in zip(self.skipped.examples, self.skipped.hints, strict=True):
-            if not example.startswith(f"{self.only_source}: "):
-                # Without its only file nothing would be left.
-                remedy += ", or leave it out with `prepare --skip_bad true`"
-            found.append(error(example, remedy))
-        more = sum(self.skipped.counts.values()) - len(self.skipped.examples)
+        """Counts and problems, without those of tokens and splits."""
+        found = []
+        if self.num_documents or not self.bad_input.examples:
+            documents = pluralize(self.num_documents, "document", "documents")
+            found = [ok(f"{documents}, {self.num_chars:,} characters, {self.num_bytes:,} bytes")]
+        notices = sorted(self.fixes | self.bad_input.notices)
+        found += [warning(f"{notice} while reading") for notice in notices[:MAX_EXAMPLES]]
+        for example, hint in zip(self.bad_input.examples, self.bad_input.hints, strict=True):
+            # Without its only file nothing would be left.
+            can_skip = not example.startswith(f"{self.only_source}: ")
+            skip = ", or skip it with `prepare --skip_bad true`" if can_skip else ""
+            found.append(error(example, hint + skip))
+        more = sum(self.bad_input.counts.values()) - len(self.bad_input.examples)
         if more > 0:
             found.append(error(f"and {more:,} more of these"))
-        if self.marks:
-            of = pluralize(self.marks, "time", "times")
-            what = f"{END_OF_TEXT} stands in the text {of}, as plain characters"
-            way = f"`prepare --split_on '{END_OF_TEXT}'` makes documents of what lies between"
-            found.append(warning(what, way if self.is_text else "remove it from the texts"))
-        if self.duplicates.repeated:
-            what = pluralize(self.duplicates.repeated, "document stands", "documents stand")
-            found.append(
-                warning(
-                    f"{what} there a second time",
-                    "the model will learn them by heart; leave them out",
-                )
-            )
-        if self.duplicates.is_full:
-            found.append(warning("not all documents could be remembered to look for doubles"))
+        if self.num_eot_literals:
+            times = pluralize(self.num_eot_literals, "time", "times")
+            hint = "remove it from the texts"
+            if self.has_plain_text:
+                hint = f"`prepare --split_on '{END_OF_TEXT}'` splits the text into documents there"
+            found.append(warning(f"the text contains {END_OF_TEXT} {times}, as characters", hint))
         return found
 
-    def _document(self, place: tuple[int, int], digest: int, where: str) -> None:
-        self.documents += 1
-        side = "val" if place[0] in self.held_out else ""
-        self.duplicates.add(digest, side, where)
-        if len(self.places) < MIN_HASH_DOCUMENTS:
-            self.places.append((place, digest))
 
-    def _count(self, text: str, before: str = "") -> None:
-        """Count a piece of a document; `before` is the end of what stands in front of it."""
-        self.characters += len(text)
-        self.bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
-        if not self.form.split_on:
-            # A mark may lie across the border of two pieces.
-            self.marks += text.count(END_OF_TEXT) + (before + text[:TAIL]).count(END_OF_TEXT)
-        if self.sampled < MAX_SAMPLE_CHARS:
-            self.sample.append(text[: MAX_SAMPLE_CHARS - self.sampled])
-            self.sampled += len(self.sample[-1])
-
-
-def _tokens(
-    look: _Look, sources: list[Source], name: str, context_length: int, form: TextFormat
+def _check_tokens(
+    text_scan: _TextScan, sources: list[Source], name: str, context_length: int
 ) -> list[Finding]:
-    known: Tokenizer = from_name(
-        name, collect_alphabet(sources, form, skip_bad=True) if name == "char" else ""
-    )
-    encoder = FastEncoder(known)
+    """Estimate the number of tokens from a sample, and judge the vocabulary by it."""
+    alphabet = ""
+    if name == "char":
+        alphabet = collect_alphabet(sources, text_scan.text_format, skip_bad=True)
+    tokenizer = from_name(name, alphabet)
+    encoder = FastEncoder(tokenizer)
     try:
-        tokens = sum(len(encoder.encode(text)) for text in look.sample)
-    except UserError as mistake:
-        return [error(f"the tokenizer {name} cannot write it", str(mistake))]
-    ratio = look.sampled / max(1, tokens)
-    total = round(look.characters / ratio) if ratio else 0
-    about = "about " if look.sampled < look.characters else ""
-    windows = count_sequences(total, context_length)
-    what = f"{about}{pluralize(total, 'token', 'tokens')}, {windows:,} windows of {context_length}"
-    found = [ok(what)]
-    if windows == 0:
-        remedy = (
-            f"{too_short_hint(total)} (this is by the tokenizer {known.name}; --preset judges by "
-            "another preset's)"
+        num_sampled = sum(len(encoder.encode(text)) for text in text_scan.sample)
+    except UserError as problem:
+        return [error(f"the tokenizer {name} cannot encode it", str(problem))]
+    chars_per_token = text_scan.num_sampled / max(1, num_sampled)
+    num_tokens = round(text_scan.num_chars / chars_per_token) if chars_per_token else 0
+    about = "about " if text_scan.num_sampled < text_scan.num_chars else ""
+    num_sequences = count_sequences(num_tokens, context_length)
+    message = (
+        f"{about}{pluralize(num_tokens, 'token', 'tokens')}, {num_sequences:,} sequences of "
+        f"{context_length}"
+    )
+    if num_sequences == 0:
+        hint = (
+            f"{too_short_hint(num_tokens)} (with the tokenizer {tokenizer.name}; --preset chooses "
+            "that of another preset)"
         )
-        found = [error(what, remedy)]
-    elif windows < 100:
-        remedy = "a model of any size will soon know it by heart; more text helps most"
-        found = [warning(what, remedy)]
-    sample_bytes = sum(len(text.encode("utf-8")) for text in look.sample)
-    if known.vocab_size >= LARGE_VOCAB and tokens:
-        found += check_bytes_per_token(sample_bytes / tokens, known.name)
+        found = [error(message, hint)]
+    elif num_sequences < 100:
+        hint = "a model of any size will soon memorize it; more text helps most"
+        found = [warning(message, hint)]
+    else:
+        found = [ok(message)]
+    if tokenizer.vocab_size >= LARGE_VOCAB and num_sampled:
+        sample_bytes = sum(len(text.encode("utf-8")) for text in text_scan.sample)
+        found += check_bytes_per_token(sample_bytes / num_sampled, tokenizer.name)
     return found
 
 
-def _sides(look: _Look, chosen: FileSelection, asked: PrepareRequest) -> list[Finding]:
-    fraction, sources = asked.val_fraction, chosen.sources
+def _check_split(
+    text_scan: _TextScan, selection: FileSelection, request: PrepareRequest
+) -> list[Finding]:
+    """Duplicates, and what is held out."""
+    duplicates, sources, fraction = text_scan.duplicates, selection.sources, request.val_fraction
+    if not fraction:
+        return duplicates.findings()
     try:
-        split = scan(
+        rule = scan(
             sources,
-            asked.form,
+            request.form,
             fraction,
             skip_bad=True,
-            val_sources=chosen.val_sources,
-            split_duplicates=not asked.split_by_name,
+            val_sources=selection.val_sources,
+            split_duplicates=not request.split_by_name,
         ).split_rule
-    except UserError as mistake:
-        return [error(str(mistake))]
-    both = look.duplicates
-    if split.rule == "boundary":
-        both = Duplicates()
-        for place, digest in look.places:
-            both.add(digest, split.assign(place, digest), sources[place[0]].name)
-    if both.in_both_splits:
-        what = pluralize(both.in_both_splits, "document stands", "documents stand")
-        return [
-            warning(
-                f"{what} on both sides of the split, first {both.first_in_both}",
-                "the held-out loss will look better than it is; leave the doubles out",
-            )
-        ]
-    words = {
-        "character": f"the last {fraction:.0%} of the text, cut at character {split.cut:,}",
-        "boundary": "the last documents, and all copies of one on one side",
+    except UserError as problem:
+        return [*duplicates.findings(), error(str(problem))]
+    if rule.rule == "boundary":
+        duplicates = Duplicates()
+        for document_id, digest in text_scan.digests:
+            split = rule.assign(document_id, digest)
+            duplicates.add(digest, split, sources[document_id[0]].name)
+    if duplicates.in_both_splits:
+        return duplicates.findings()
+    held_out = {
+        "character": f"the last {fraction:.0%} of the text, cut at character {rule.cut:,}",
+        "boundary": "the last documents, with all duplicates of a document in one split",
         "files": "the files whose names say so",
-        "hash": "documents chosen by their hash, so that none is on both sides",
+        "hash": "documents chosen by their hash, so that none is in both splits",
     }
-    return [ok(f"held out: {words[split.rule]}")]
+    return [*duplicates.findings(), ok(f"held out: {held_out[rule.rule]}")]

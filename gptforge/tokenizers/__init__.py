@@ -1,5 +1,6 @@
-"""Tokenizers: GPT-2's or a user's own byte-level BPE, characters, bytes. One protocol, one JSON
-form, and Hugging Face's tokenizer.json for a BPE.
+"""Tokenizers behind one protocol: byte-level BPE (GPT-2's or your own), characters, bytes.
+
+All are saved in one JSON format; a BPE can also be read from Hugging Face's tokenizer.json.
 """
 
 import json
@@ -9,33 +10,26 @@ from typing import Any
 from gptforge.errors import UserError, parsing
 from gptforge.files import atomic_write, read_text
 from gptforge.printable import short_repr
-from gptforge.tokenizers.base import (
-    Tokenizer,
-    Tokens,
-    byte_lengths,
-    decode,
-)
+from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 __all__ = ["NAMES", "Tokenizer", "Tokens", "byte_lengths", "decode", "from_name", "load", "save"]
 
 FORMAT, VERSION = "gptforge-tokenizer", 1
 NAMES = ("gpt2", "char", "byte")
-"""What `--tokenizer` knows without a file."""
+"""Values of `--tokenizer` that are not files."""
 
 
 def from_name(name: str, text: str) -> Tokenizer:
-    """The tokenizer that `--tokenizer` asks for; `text` gives the char tokenizer its alphabet.
+    """The tokenizer of `--tokenizer`; the alphabet of a char tokenizer is taken from `text`.
 
     Raises:
-        UserError: if `name` is neither a known name nor a file that `load` reads.
+        UserError: if `name` is neither in NAMES nor a file that `load` reads.
     """
-    if name == "gpt2":
-        return _gpt2(None)
     if name == "char":
         return CharTokenizer.from_text(text)
-    if name == "byte":
-        return ByteTokenizer()
+    if name in NAMES:
+        return _from_record(name, {})
     if not Path(name).is_file():
         raise UserError(
             f"--tokenizer {name}: neither gpt2, char or byte, nor the path of a tokenizer.json"
@@ -44,7 +38,7 @@ def from_name(name: str, text: str) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, path: Path) -> None:
-    """Write the tokenizer down, whole."""
+    """Write a self-contained JSON file."""
     record = {"format": FORMAT, "version": VERSION, **tokenizer.to_json()}
     if tokenizer.eot_token is not None:
         record["marks_documents"] = tokenizer.prepends_eot
@@ -52,7 +46,7 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read what `save` wrote, or `gptforge tokenizer train`.
+    """Read a file that `save` or `gptforge tokenizer train` wrote.
 
     Raises:
         UserError: if the file is something else.
@@ -60,37 +54,29 @@ def load(path: Path) -> Tokenizer:
     with parsing(path, "a tokenizer that can be used here"):
         record = json.loads(read_text(path))
         if isinstance(record, dict) and "model" in record:
-            return _from_hf(record)
+            from gptforge.tokenizers.hf_loader import load_hf_tokenizer
+
+            return load_hf_tokenizer(record)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError("neither ours nor Hugging Face's form")
+            raise ValueError("neither GPT-Forge's nor Hugging Face's format")
         if record.get("version") != VERSION:
-            version = short_repr(record.get("version"))
-            raise ValueError(f"version {version} of our form: {VERSION} is known here")
-        tokenizer = _of_kind(record["kind"], record)
-        # Files of earlier versions do not say it.
+            raise ValueError(f"version {short_repr(record.get('version'))}, not {VERSION}")
+        tokenizer = _from_record(record["kind"], record)
+        # Files of earlier versions lack it.
         if tokenizer.eot_token is not None and "marks_documents" in record:
             tokenizer.prepends_eot = record["marks_documents"] is True
         return tokenizer
 
 
-def _of_kind(kind: object, record: dict[str, Any]) -> Tokenizer:
+def _from_record(kind: object, record: dict[str, Any]) -> Tokenizer:
+    with_eot = record.get("marks") is True
     if kind == "char":
-        return CharTokenizer(str(record["alphabet"]), with_eot=record.get("marks") is True)
-    if kind == "gpt2":
-        return _gpt2([str(merge) for merge in record["merges"]])
+        return CharTokenizer(str(record["alphabet"]), with_eot=with_eot)
     if kind == "byte":
-        return ByteTokenizer(with_eot=record.get("marks") is True)
-    raise ValueError(f"its kind is {short_repr(kind)}, which is not known here")
+        return ByteTokenizer(with_eot=with_eot)
+    if kind == "gpt2":
+        # Imported late: it loads tiktoken, which other tokenizers do not need.
+        from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 
-
-def _from_hf(record: dict[str, object]) -> Tokenizer:
-    from gptforge.tokenizers.hf_loader import load_hf_tokenizer
-
-    return load_hf_tokenizer(record)
-
-
-def _gpt2(merges: list[str] | None) -> Tokenizer:
-    # Imported here: it brings in tiktoken, which a character model does not need.
-    from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-
-    return GPT2Tokenizer(merges)
+        return GPT2Tokenizer([str(merge) for merge in record["merges"]] if record else None)
+    raise ValueError(f"unknown kind {short_repr(kind)}")

@@ -1,6 +1,6 @@
-"""One id for each distinct character of the training text, or one for each byte.
+"""One id per distinct character of the training text, or one per byte.
 
-Either may have one id more, behind the others, for the mark between documents.
+Either may have one more id, the last, for the end-of-text token between documents.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class CharTokenizer:
         if sorted(set(alphabet)) != list(alphabet):
             raise UserError("an alphabet is distinct characters in code point order")
         if any("\ud800" <= char <= "\udfff" for char in alphabet):
-            raise UserError("an alphabet has no halves of surrogate pairs: UTF-8 cannot write them")
+            raise UserError("an alphabet cannot contain lone surrogates: UTF-8 cannot encode them")
         self.alphabet = alphabet
         self.eot_token = len(alphabet) if with_eot else None
         self.prepends_eot = with_eot
@@ -29,37 +29,37 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """The tokenizer that knows the characters of `text`."""
+        """The tokenizer of the characters in a text."""
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> Tokens:
-        """Ids of `text`; a UserError names the first character that is not in the alphabet."""
+        """Ids of a text; a UserError names the first character that is not in the alphabet."""
         points = _code_points(text)
         ids = np.searchsorted(self._points, points)
         known = np.zeros(len(points), bool)
         inside = ids < len(self.alphabet)
         known[inside] = self._points[ids[inside]] == points[inside]
         if not known.all():
-            stranger = text[int(np.argmin(known))]
+            unknown = text[int(np.argmin(known))]
             raise UserError(
-                f"the character {stranger!r} is not in this model's alphabet, which is the "
-                f"{len(self.alphabet)} characters of the text it learned: leave it out"
+                f"the character {unknown!r} is not in this model's alphabet, the "
+                f"{len(self.alphabet)} characters of its training text: leave it out"
             )
         return ids.astype(smallest_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 bytes of `ids`."""
+        """UTF-8 bytes of ids."""
         return "".join(
             END_OF_TEXT if i == self.eot_token else self.alphabet[i] for i in ids
         ).encode("utf-8")
 
     def to_json(self) -> dict[str, object]:
-        """Kind, alphabet, and whether there is a mark between documents."""
+        """The alphabet, and whether there is an end-of-text token."""
         return {"kind": "char", "alphabet": self.alphabet, **_eot_entry(self.eot_token)}
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8: any text, no vocabulary."""
+    """The 256 bytes of UTF-8: encodes any text, needs no vocabulary."""
 
     name = "byte"
 
@@ -69,24 +69,24 @@ class ByteTokenizer:
         self.vocab_size = 256 + with_eot
 
     def encode(self, text: str) -> Tokens:
-        """UTF-8 bytes of `text`."""
+        """UTF-8 bytes of a text."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes themselves."""
+        """The ids as bytes."""
         if self.eot_token is None:
             return bytes(int(i) for i in ids)
-        mark = END_OF_TEXT.encode()
-        return b"".join(mark if i == self.eot_token else bytes([int(i)]) for i in ids)
+        eot = END_OF_TEXT.encode()
+        return b"".join(eot if i == self.eot_token else bytes([int(i)]) for i in ids)
 
     def to_json(self) -> dict[str, object]:
-        """Kind, and whether there is a mark between documents."""
+        """Whether there is an end-of-text token."""
         return {"kind": "byte", **_eot_entry(self.eot_token)}
 
 
-def _eot_entry(end_of_text: int | None) -> dict[str, object]:
-    # Left out where there is none, as in every file that earlier versions wrote.
-    return {} if end_of_text is None else {"marks": True}
+def _eot_entry(eot_token: int | None) -> dict[str, object]:
+    # Absent rather than false, as in the files of earlier versions.
+    return {} if eot_token is None else {"marks": True}
 
 
 def _code_points(text: str) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:

@@ -1,4 +1,4 @@
-"""Reading Hugging Face's tokenizer.json, where it says what our own byte-level BPE says."""
+"""Loading a Hugging Face tokenizer.json that is GPT-2's byte-level BPE with any merges."""
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,86 +10,90 @@ from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
 
 
 class AddedTokensError(ValueError):
-    """A tokenizer that is known here but for tokens added behind its own."""
+    """A supported tokenizer, except for added tokens.
+
+    Attributes:
+        is_gpt2: whether all other tokens are GPT-2's.
+    """
 
     def __init__(self, tokens: Sequence[str], *, is_gpt2: bool) -> None:
         shown = ", ".join(repr(token[:40]) for token in tokens[:8])
         more = f" and {len(tokens) - 8:,} more" if len(tokens) > 8 else ""
-        super().__init__(f"its tokenizer has added tokens, {shown}{more}")
+        super().__init__(f"the tokenizer has added tokens, {shown}{more}")
         self.is_gpt2 = is_gpt2
-        """Whether all its others are GPT-2's own."""
 
 
 def load_hf_tokenizer(record: dict[str, Any]) -> GPT2Tokenizer:
-    """The tokenizer of a tokenizer.json.
+    """Convert a parsed tokenizer.json.
 
     Raises:
-        AddedTokensError: if there are tokens behind the end-of-text mark.
-        ValueError: if it is of another kind; the message says in what.
+        AddedTokensError: if there are tokens after the end-of-text token.
+        ValueError: if it differs from GPT-2's algorithm in another way.
     """
-    model, before = record["model"], record.get("pre_tokenizer") or {}
-    is_byte_level = before.get("type") == "ByteLevel" and before.get("use_regex", True)
-    if model.get("type") != "BPE" or not is_byte_level or before.get("add_prefix_space"):
-        raise ValueError("only byte-level BPE with GPT-2's pattern is known here")
+    model, splitter = record["model"], record.get("pre_tokenizer") or {}
+    is_byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    if model.get("type") != "BPE" or not is_byte_level or splitter.get("add_prefix_space"):
+        raise ValueError("only byte-level BPE with GPT-2's pattern is supported")
     if record.get("normalizer") or model.get("byte_fallback") or model.get("ignore_merges"):
-        raise ValueError("it changes the text or skips merges, which is not known here")
-    pairs = normalize_merges(model["merges"])
-    wanted = {**build_vocab(pairs), END_OF_TEXT: 256 + len(pairs)}
-    vocab = {**model["vocab"], **{t["content"]: t["id"] for t in record.get("added_tokens") or ()}}
-    behind = {token: i for token, i in vocab.items() if i >= len(wanted) and token not in wanted}
-    if behind and vocab == wanted | behind:
-        names = sorted(behind, key=lambda token: behind[token])
-        raise AddedTokensError(names, is_gpt2=GPT2Tokenizer(pairs).name == "gpt2")
-    if vocab != wanted:
-        raise ValueError(f"its ids are not bytes, merges and {END_OF_TEXT}, in this order")
-    made = GPT2Tokenizer(pairs)
-    if made.name != "gpt2" and not are_unambiguous(pairs):
-        raise ValueError("some of its tokens come about in two ways")
-    return made
+        raise ValueError("changing the text or skipping merges is not supported")
+    merges = normalize_merges(model["merges"])
+    expected = {**build_vocab(merges), END_OF_TEXT: 256 + len(merges)}
+    added = {token["content"]: token["id"] for token in record.get("added_tokens") or ()}
+    vocab = {**model["vocab"], **added}
+    extra = {t: i for t, i in vocab.items() if i >= len(expected) and t not in expected}
+    if extra and vocab == expected | extra:
+        tokens = sorted(extra, key=lambda token: extra[token])
+        raise AddedTokensError(tokens, is_gpt2=GPT2Tokenizer(merges).name == "gpt2")
+    if vocab != expected:
+        raise ValueError(f"the ids are not bytes, merges and {END_OF_TEXT}, in this order")
+    tokenizer = GPT2Tokenizer(merges)
+    if tokenizer.name != "gpt2" and not are_unambiguous(merges):
+        raise ValueError("some tokens result from more than one sequence of merges")
+    return tokenizer
 
 
 def normalize_merges(merges: Sequence[str | Sequence[str]]) -> list[str]:
-    """Each as 'left right', whether a file has it so or as a pair."""
+    """Merges as "left right", which some files store as pairs."""
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def unambiguous_merges(merges: Sequence[str]) -> list[str]:
-    """The merges without those that would make programs disagree.
+    """Drop the merges for which implementations of BPE disagree.
 
-    Some look for the pair that was learned first, others for the token that was. Both find the
-    same as long as every token comes about in one way, and comes about when it stands alone.
+    Some rank the pairs, others the tokens that these make. Both agree if every token results from
+    one sequence of merges only, and from encoding its own text.
     """
     while True:
         kept = list(_unambiguous(merges))
         if len(kept) == len(merges):
             return kept
-        # What was left out may have been a part of others.
+        # Others may have been built on a merge that was dropped.
         merges = kept
 
 
 def are_unambiguous(merges: Sequence[str]) -> bool:
-    """Whether `sound` would keep all of them: found in one pass, and up to the first it drops."""
+    """Whether `unambiguous_merges` would keep all; stops at the first that it would drop."""
     return all(kept == merge for kept, merge in zip_longest(_unambiguous(merges), merges))
 
 
 def _unambiguous(merges: Sequence[str]) -> Iterator[str]:
     ranks = {merge: rank for rank, merge in enumerate(merges)}
-    made: set[str] = set()
+    tokens: set[str] = set()
     for merge in merges:
         token = merge.replace(" ", "", 1)
-        if token not in made and bpe(token, ranks) == [token]:
-            made.add(token)
+        if token not in tokens and bpe(token, ranks) == [token]:
+            tokens.add(token)
             yield merge
 
 
 def bpe(text: str, ranks: Mapping[str, int]) -> list[str]:
-    """The tokens of a text: the pair of least rank is merged first, of equal ones the leftmost.
+    """The tokens of a text: merges the pair of lowest rank first, the leftmost among equals.
 
-    O(n log n) merges, with the pairs in a heap: a token may be as long as a file.
+    O(n log n) by a heap of pairs: a token may be as long as a file.
     """
     parts: list[str] = list(text)
-    after = [*range(1, len(parts)), -1]
-    before = list(range(-1, len(parts) - 1))
+    next_part = [*range(1, len(parts)), -1]
+    previous_part = list(range(-1, len(parts) - 1))
     heap: list[tuple[int, int, str]] = []
 
     def push(left: int, right: int) -> None:
@@ -98,18 +102,17 @@ def bpe(text: str, ranks: Mapping[str, int]) -> list[str]:
             if (rank := ranks.get(pair)) is not None:
                 heapq.heappush(heap, (rank, left, pair))
 
-    for place in range(len(parts) - 1):
-        push(place, place + 1)
+    for i in range(len(parts) - 1):
+        push(i, i + 1)
     while heap:
         _, left, pair = heapq.heappop(heap)
-        right = after[left]
+        right = next_part[left]
         if not parts[left] or right < 0 or pair != f"{parts[left]} {parts[right]}":
-            # One of the two was merged with another in the meantime.
-            continue
+            continue  # stale: one of the two was merged with another part
         parts[left], parts[right] = parts[left] + parts[right], ""
-        after[left] = after[right]
-        if after[right] >= 0:
-            before[after[right]] = left
-        push(before[left], left)
-        push(left, after[left])
+        next_part[left] = next_part[right]
+        if next_part[right] >= 0:
+            previous_part[next_part[right]] = left
+        push(previous_part[left], left)
+        push(left, next_part[left])
     return [part for part in parts if part]

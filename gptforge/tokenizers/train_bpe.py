@@ -1,4 +1,4 @@
-"""A byte-level BPE of the user's own, by Hugging Face's trainer (package `tokenizers`)."""
+"""Training a byte-level BPE with Hugging Face's trainer (package `tokenizers`)."""
 
 import json
 from collections.abc import Iterable
@@ -7,39 +7,37 @@ from gptforge.errors import UserError, install_hint
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 from gptforge.tokenizers.hf_loader import normalize_merges, unambiguous_merges
 
-MIN_VOCAB_SIZE = 257
-"""256 bytes and the mark between documents."""
+MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-text token
 MAX_VOCAB_SIZE = 2**20
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
-    """Learn merges from texts; the ids are in GPT-2's order: bytes, merges, the mark.
+    """Learn merges from texts; ids are ordered as GPT-2's: bytes, merges, end-of-text token.
 
     Args:
-        texts: read once; memory grows with how many different words they have.
-        vocab_size: ids to make, all told; a small text may give fewer.
+        texts: read once; memory grows with the number of distinct words.
+        vocab_size: total number of ids; a small text may give fewer.
 
     Raises:
-        UserError: for a size that is out of reach, or if the package is missing.
+        UserError: for a size out of range, or if the package is missing.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size must be from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}, not {vocab_size}"
-        )
+        limits = f"from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}"
+        raise UserError(f"--vocab_size must be {limits}, not {vocab_size}")
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
         raise UserError(
             f"training a tokenizer needs the package tokenizers: {install_hint('bpe')}"
         ) from None
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         special_tokens=[],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
+    tokenizer.train_from_iterator(texts, trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return GPT2Tokenizer(unambiguous_merges(normalize_merges(merges)))

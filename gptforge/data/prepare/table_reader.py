@@ -1,8 +1,8 @@
-"""The column of texts of a CSV or TSV file."""
+"""Texts in a column of a CSV, TSV or Parquet file."""
 
 import csv
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from gptforge.data.input_errors import BadInput, BadInputError, BadInputHandler
@@ -14,67 +14,66 @@ from gptforge.data.prepare.json_reader import (
     text_from_value,
 )
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.text_io import (
-    REPLACED_NOTICE,
-    TextFormat,
-    read_chunks,
-)
+from gptforge.data.prepare.text_io import TextFormat, read_chunks
 from gptforge.errors import UserError, error_reason
 
-MAX_CSV_FIELD_CHARS = 64 * 2**20
-"""Characters of a field: an open quote must not take the rest of a large file into memory."""
+MAX_CSV_FIELD_CHARS = 64 * 2**20  # so that an unclosed quote does not read a large file to its end
 DELIMITERS = ",;\t|"
-PEEK_ROWS = 20
-"""Rows that are looked at to tell which columns hold text."""
+PEEK_ROWS = 20  # searched for the columns that contain text
 KIND_TEXT_HINT = "or read the file as plain text with --kind text"
+ROWS_PER_BATCH = 16  # of Parquet: each may be a copy of one long text that is stored once
+MAX_BATCH_BYTES = 2**28  # of a batch in which every row is as long as its whole row group
+MAX_RATIO = 1000  # of decompressed to compressed size of a large row group; text has about 10
 
 
 def read_csv(
-    source: Source, field: str, encoding: str, skipped: BadInputHandler
+    source: Source, text_format: TextFormat, bad_input: BadInputHandler
 ) -> Iterator[tuple[str, int]]:
     """The texts of a column, and how many bytes of the file were read up to each.
 
     The first line names the columns. A .tsv is delimited by tabs, any other file by whichever of
-    , ; tab and | its first line has most of. Fields are quoted as RFC 4180 has it.
+    , ; tab and | is most frequent in its first line. Quoting follows RFC 4180.
     """
     csv.field_size_limit(MAX_CSV_FIELD_CHARS)
-    lines = _Lines(source, encoding, skipped.notices)
+    lines = _Lines(source, text_format.encoding, bad_input.notices)
     try:
         first = next(lines, "")
-        rows = csv.reader(_prepend(first, lines), delimiter=_delimiter(first, source), strict=True)
+        is_tsv = ".tsv" in [suffix.lower() for suffix in source.path.suffixes[-2:]]
+        delimiter = "\t" if is_tsv else max(DELIMITERS, key=first.count)
+        rows = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
         try:
-            yield from _column(rows, field, source, skipped, lines)
+            yield from _column_texts(rows, source, text_format.field, bad_input, lines)
         except csv.Error as error:
-            where = f"{source.name}, line {lines.number}"
-            what = f"not CSV: {error}"
-            raise BadInput(what, where, f"correct the quotes, {KIND_TEXT_HINT}") from None
+            location = f"{source.name}, line {lines.number}"
+            hint = f"correct the quotes, {KIND_TEXT_HINT}"
+            raise BadInput(f"not CSV: {error}", location, hint) from None
     except BadInput as bad:
-        skipped.handle(bad)
+        bad_input.handle(bad)
 
 
-def _column(
-    rows: Iterator[list[str]], field: str, source: Source, skipped: BadInputHandler, lines: "_Lines"
+def _column_texts(
+    rows: Iterator[list[str]],
+    source: Source,
+    field: str,
+    bad_input: BadInputHandler,
+    lines: "_Lines",
 ) -> Iterator[tuple[str, int]]:
     header = next(rows, [])
     if not header:
         return
     if field not in header:
         texts = _text_columns(header, list(islice(rows, PEEK_ROWS)))
-        raise BadInput(
-            f"no column '{field}'",
-            source.name,
-            f"{available_fields_hint(header, texts)}, {KIND_TEXT_HINT}",
-        )
+        hint = f"{available_fields_hint(header, texts)}, {KIND_TEXT_HINT}"
+        raise BadInput(f"no column '{field}'", source.name, hint)
     column = header.index(field)
     for row in rows:
         if len(row) == len(header):
-            yield row[column], lines.reached
+            yield row[column], lines.bytes_read
         elif row:
-            where = f"{source.name}, line {lines.number}"
-            what = f"{len(row)} fields, and the first line names {len(header)}"
-            skipped.handle(
-                BadInput(what, where, f"put fields with a delimiter in quotes, {KIND_TEXT_HINT}")
-            )
+            problem = f"{len(row)} fields, and the first line names {len(header)}"
+            location = f"{source.name}, line {lines.number}"
+            hint = f"put fields that contain a delimiter in quotes, {KIND_TEXT_HINT}"
+            bad_input.handle(BadInput(problem, location, hint))
 
 
 def _text_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -93,69 +92,47 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def _delimiter(first: str, source: Source) -> str:
-    if ".tsv" in [suffix.lower() for suffix in source.path.suffixes[-2:]]:
-        return "\t"
-    return max(DELIMITERS, key=first.count)
-
-
-def _prepend(first: str, lines: Iterator[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from lines
-
-
 class _Lines(Iterator[str]):
-    """The lines of a text, with their line feeds; knows how far it is."""
+    """The lines of a text, with their line feeds; counts lines and bytes read."""
 
     def __init__(self, source: Source, encoding: str, notices: set[str]) -> None:
-        self.number = self.reached = 0
-        self._notices = notices
-        self._lines = self._read(source, encoding)
+        self.number = self.bytes_read = 0
+        self._lines = self._read(source, encoding, notices)
 
     def __next__(self) -> str:
         line = next(self._lines)
         self.number += 1
         return line
 
-    def _read(self, source: Source, encoding: str) -> Iterator[str]:
-        kept: list[str] = []
+    def _read(self, source: Source, encoding: str, notices: set[str]) -> Iterator[str]:
+        parts: list[str] = []
         length = 0
-        for chunk in read_chunks(source, encoding=encoding):
-            self.reached = chunk.bytes_read
-            if chunk.has_replacements:
-                self._notices.add(f"{source.name}: {REPLACED_NOTICE}")
-            first, feed, rest = chunk.text.partition("\n")
-            kept.append(first + feed)
+        for chunk in read_chunks(source, encoding=encoding, notices=notices):
+            self.bytes_read = chunk.bytes_read
+            first, newline, rest = chunk.text.partition("\n")
+            parts.append(first + newline)
             length += len(first)
             if length > MAX_CSV_FIELD_CHARS:
-                what = f"a line longer than {MAX_CSV_FIELD_CHARS // 2**20} MB"
-                raise BadInput(what, f"{source.name}, line {self.number + 1}", KIND_TEXT_HINT[3:])
-            if not feed:
+                problem = f"a line longer than {MAX_CSV_FIELD_CHARS // 2**20} MB"
+                location = f"{source.name}, line {self.number + 1}"
+                raise BadInput(problem, location, KIND_TEXT_HINT.removeprefix("or "))
+            if not newline:
                 continue
-            yield "".join(kept)
-            *whole, last = rest.split("\n")
-            for line in whole:
+            yield "".join(parts)
+            *lines, last = rest.split("\n")
+            for line in lines:
                 yield line + "\n"
-            kept, length = [last], len(last)
+            parts, length = [last], len(last)
         if length:
-            yield "".join(kept)
-
-
-ROWS_PER_BATCH = 16
-"""Parquet rows that are read at a time. Each may be a copy of one long text that is stored once."""
-MAX_BATCH_BYTES = 2**28
-"""What so many rows may take if each is as long as all of its row group."""
-MAX_RATIO = 1000
-"""Times its packed size that a large row group may unpack to; text unpacks to ten times at most."""
+            yield "".join(parts)
 
 
 def open_parquet(source: Source, text_format: TextFormat) -> Any:
-    """A Parquet file whose column of texts is there.
+    """Open a Parquet file, and check that it has the column of texts.
 
     Raises:
-        BadInput: for a file that is none, or a column that is not there or not of text.
-        UserError: if the package that reads it is missing.
+        BadInput: if it is damaged, or the column is missing or contains something else.
+        UserError: if pyarrow is missing.
     """
     try:
         import pyarrow.parquet as pq
@@ -164,91 +141,93 @@ def open_parquet(source: Source, text_format: TextFormat) -> Any:
     try:
         file = pq.ParquetFile(source.path)
     except Exception as error:
-        what = f"damaged Parquet file ({error_reason(error)})"
-        raise BadInput(what, source.name, "fetch it again") from None
+        problem = f"damaged Parquet file ({error_reason(error)})"
+        raise BadInput(problem, source.name, "download it again") from None
     schema = file.schema_arrow
     texts = [column.name for column in schema if _is_text_column(column.type)]
     found = find_field(schema.names, text_format.field)
-    if not found:
-        what = f"no column '{text_format.field}'"
-        raise BadInput(what, source.name, available_fields_hint(schema.names, texts))
-    if found not in texts:
-        what = f"column '{found}' is no text but of type {schema.field(found).type}"
-        raise BadInput(what, source.name, available_fields_hint(schema.names, texts))
-    return file
+    if found in texts:
+        return file
+    problem = f"no column '{text_format.field}'"
+    if found:
+        problem = f"column '{found}' is not text but of type {schema.field(found).type}"
+    raise BadInput(problem, source.name, available_fields_hint(schema.names, texts))
 
 
 def _is_text_column(kind: Any) -> bool:
-    """Whether a column's values are strings, or chats."""
+    """Whether the values are strings or chats."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        names = (
-            {field.name for field in kind.value_type}
-            if pa.types.is_struct(kind.value_type)
-            else set()
-        )
+        is_struct = pa.types.is_struct(kind.value_type)
+        names = {field.name for field in kind.value_type} if is_struct else set()
         return {"role", "content"} <= names or {"from", "value"} <= names
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def read_parquet(
-    source: Source, form: TextFormat, skipped: BadInputHandler, start: int, stop: int | None
+    source: Source,
+    text_format: TextFormat,
+    bad_input: BadInputHandler,
+    start: int,
+    stop: int | None,
 ) -> Iterator[tuple[str, int]]:
+    """The texts of row groups `start` to `stop`, and how many bytes were read up to each."""
     try:
-        file = open_parquet(source, form)
+        file = open_parquet(source, text_format)
     except BadInput as bad:
-        skipped.handle(bad)
+        bad_input.handle(bad)
         return
-    column = find_field(file.schema_arrow.names, form.field)
+    column = find_field(file.schema_arrow.names, text_format.field)
     with file:
-        groups = file.metadata.num_row_groups
-        for group in range(start, groups if stop is None else stop):
-            reached = source.size * (group + 1 - start) // max(1, groups)
-            where = f"{source.name}, row group {group + 1} of {groups}"
+        num_groups = file.metadata.num_row_groups
+        for group in range(start, num_groups if stop is None else stop):
+            bytes_read = source.size * (group + 1 - start) // max(1, num_groups)
+            location = f"{source.name}, row group {group + 1} of {num_groups}"
             try:
                 rows = rows_per_batch(file.metadata, group, column)
-                # A row group may be gigabytes: it is taken by its pages.
+                # A row group may have gigabytes: it is read page by page.
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
-                    for text in batch.column(0).to_pylist():
-                        if text is None:
-                            skipped.handle(BadInput(f"'{column}' is null", where, "fill it in"))
-                        elif is_text(text):
-                            text, is_chat = text_from_value(text, column, "")
+                    for value in batch.column(0).to_pylist():
+                        if value is None:
+                            bad_input.handle(
+                                BadInput(f"'{column}' is null", location, "fill it in")
+                            )
+                        elif is_text(value):
+                            text, is_chat = text_from_value(value, column, "")
                             if is_chat:
-                                skipped.notices.add(f"{source.name}: {CHAT_NOTICE}")
-                            yield text, reached
+                                bad_input.notices.add(f"{source.name}: {CHAT_NOTICE}")
+                            yield text, bytes_read
                         else:
-                            what = f"'{column}' is a chat with more than text"
-                            skipped.handle(BadInput(what, where))
+                            problem = f"'{column}' is a chat with more than text"
+                            bad_input.handle(BadInput(problem, location))
             except BadInput as bad:
-                skipped.handle(BadInput(bad.problem, where, bad.hint))
+                bad_input.handle(bad, location)
             except BadInputError:
                 raise
             except Exception as error:
-                what = "damaged row group"
-                remedy = f"fetch it again ({error_reason(error)})"
-                skipped.handle(BadInput(what, where, remedy))
+                hint = f"download it again ({error_reason(error)})"
+                bad_input.handle(BadInput("damaged row group", location, hint))
 
 
-def rows_per_batch(metadata: Any, group: int, field: str) -> int:
-    """How many rows fit into memory, whatever they are.
+def rows_per_batch(metadata: Any, group: int, column: str) -> int:
+    """How many rows of a row group fit into memory, whatever their lengths.
 
-    A dictionary stores a text once for any number of rows: the size of the row group says how long
-    its longest text may be, not how long all are together.
+    A dictionary stores a text once for any number of rows: the size of a row group limits the
+    length of one text, not the sum of all.
 
     Raises:
-        BadInput: for a row group that unpacks to far more than any text does.
+        BadInput: if the row group decompresses to far more than text does.
     """
     row_group = metadata.row_group(group)
     columns = [row_group.column(i) for i in range(row_group.num_columns)]
-    # A chat has several: messages.list.element.content and others.
-    columns = [c for c in columns if f"{c.path_in_schema}.".startswith(f"{field}.")]
+    # A chat has several columns, such as messages.list.element.content.
+    columns = [c for c in columns if f"{c.path_in_schema}.".startswith(f"{column}.")]
     size = sum(column.total_uncompressed_size for column in columns)
-    packed = sum(column.total_compressed_size for column in columns)
-    if size > MAX_BATCH_BYTES and size > MAX_RATIO * packed:
-        what = f"unpacks from {packed:,} to {size:,} bytes"
-        raise BadInput(what, "", "this is no text: leave the file out")
+    compressed = sum(column.total_compressed_size for column in columns)
+    if size > MAX_BATCH_BYTES and size > MAX_RATIO * compressed:
+        problem = f"decompresses from {compressed:,} to {size:,} bytes"
+        raise BadInput(problem, hint="this is not text: leave the file out")
     return int(max(1, min(ROWS_PER_BATCH, MAX_BATCH_BYTES // max(1, size))))
