@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def _check_extras() -> list[Finding]:
             missing.remove("zstandard")
         if missing:
             message = f"not installed: {', '.join(missing)}, for {purpose}"
-            found.append(Finding("ok", message, install_hint(extra)))
+            found.append(replace(ok(message), fix=install_hint(extra)))
         else:
             versions = ", ".join(f"{name} {_version(name)}" for name in packages)
             found.append(ok(f"{purpose}: {versions}"))

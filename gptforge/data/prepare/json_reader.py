@@ -7,13 +7,14 @@ from typing import Any
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.text_io import (
-    MAX_LINE_BYTES,
+    MAX_LINE_LENGTH,
     REPLACED_NOTICE,
     TextFormat,
     describe_decode_error,
     parse_encoding,
     read_blocks,
     read_chunks,
+    split_lines,
 )
 from gptforge.errors import error_reason
 from gptforge.printable import printable
@@ -40,7 +41,7 @@ def read_json_lines(
         return
     offset = start
     try:
-        for line, bytes_read in _read_lines(source, start, stop):
+        for line, bytes_read in split_lines(read_blocks(source, start, stop), b"\n"):
             line_start, offset = offset, offset + len(line)
             if line.isspace():
                 continue
@@ -63,31 +64,11 @@ def _is_line_based(encoding: str) -> bool:
         return False
 
 
-def _read_lines(source: Source, start: int, stop: int | None) -> Iterator[tuple[bytes, int]]:
-    """Lines with their line feeds; of one that is too long, a prefix that is too long as well."""
-    parts: list[bytes] = []
-    length = bytes_read = 0
-    for block, bytes_read in read_blocks(source, start, stop):
-        first, newline, rest = block.partition(b"\n")
-        if length <= MAX_LINE_BYTES:
-            parts.append(first + newline)
-        length += len(first) + len(newline)
-        if not newline:
-            continue
-        yield b"".join(parts), bytes_read
-        *lines, last = rest.split(b"\n")
-        for line in lines:
-            yield line + b"\n", bytes_read
-        parts, length = [last], len(last)
-    if length:
-        yield b"".join(parts), bytes_read
-
-
 def _parse_line(
     line: bytes, source: Source, text_format: TextFormat, bad_input: BadInputHandler
 ) -> Any:
-    if len(line) > MAX_LINE_BYTES:
-        problem = f"longer than {MAX_LINE_BYTES // 2**20} MB"
+    if len(line) > MAX_LINE_LENGTH:
+        problem = f"longer than {MAX_LINE_LENGTH // 2**20} MB"
         raise BadInput(problem, hint="divide it into documents")
     encoding = text_format.encoding
     try:

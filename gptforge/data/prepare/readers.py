@@ -7,7 +7,7 @@ from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.json_reader import is_json_array, read_json_array, read_json_lines
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.table_reader import read_csv, read_parquet
-from gptforge.data.prepare.text_io import MAX_LINE_BYTES, TextFormat, read_chunks
+from gptforge.data.prepare.text_io import MAX_LINE_LENGTH, TextFormat, read_chunks
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _read_delimited(
             bytes_read = chunk.bytes_read
             for text in texts:
                 yield text.strip("\n"), bytes_read
-            if len(rest) > MAX_LINE_BYTES:
+            if len(rest) > MAX_LINE_LENGTH:
                 raise BadInput(
-                    f"no {separator!r} in {MAX_LINE_BYTES:,} characters",
+                    f"no {separator!r} in {MAX_LINE_LENGTH:,} characters",
                     source.name,
                     "give the separator of this file with --split_on, or leave it out",
                 )

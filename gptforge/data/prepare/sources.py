@@ -134,7 +134,7 @@ def _expand(name: str) -> list[Path]:
         return [path]
     found = [file for file in files.expand_glob(name) if file.is_file()]
     if not found:
-        what = "nothing matches this pattern" if glob.has_magic(name) else "no such file"
+        what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
         raise UserError(f"{name}: {what}")
     return found
 

@@ -14,10 +14,14 @@ from gptforge.data.prepare.json_reader import (
     text_from_value,
 )
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.text_io import TextFormat, read_chunks
+from gptforge.data.prepare.text_io import (
+    MAX_LINE_LENGTH,
+    TextFormat,
+    read_chunks,
+    split_lines,
+)
 from gptforge.errors import UserError, error_reason
 
-MAX_CSV_FIELD_CHARS = 64 * 2**20  # so that an unclosed quote does not read a large file to its end
 DELIMITERS = ",;\t|"
 PEEK_ROWS = 20  # searched for the columns that contain text
 KIND_TEXT_HINT = "or read the file as plain text with --kind text"
@@ -34,46 +38,49 @@ def read_csv(
     The first line names the columns. A .tsv is delimited by tabs, any other file by whichever of
     , ; tab and | is most frequent in its first line. Quoting follows RFC 4180.
     """
-    csv.field_size_limit(MAX_CSV_FIELD_CHARS)
-    lines = _Lines(source, text_format.encoding, bad_input.notices)
+    csv.field_size_limit(MAX_LINE_LENGTH)  # an unclosed quote must not read the whole file
+    field, bytes_read, line_number = text_format.field, 0, 0
+
+    def read_lines() -> Iterator[str]:
+        nonlocal bytes_read, line_number
+        chunks = read_chunks(source, encoding=text_format.encoding, notices=bad_input.notices)
+        lines = split_lines(((chunk.text, chunk.bytes_read) for chunk in chunks), "\n")
+        for line, read_so_far in lines:
+            line_number, bytes_read = line_number + 1, read_so_far
+            if len(line) > MAX_LINE_LENGTH:
+                problem = f"a line longer than {MAX_LINE_LENGTH // 2**20} MB"
+                raise BadInput(problem, location(), KIND_TEXT_HINT.removeprefix("or "))
+            yield line
+
+    def location() -> str:
+        return f"{source.name}, line {line_number}"
+
+    lines = read_lines()
     try:
         first = next(lines, "")
         is_tsv = ".tsv" in [suffix.lower() for suffix in source.path.suffixes[-2:]]
         delimiter = "\t" if is_tsv else max(DELIMITERS, key=first.count)
         rows = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
-        try:
-            yield from _column_texts(rows, source, text_format.field, bad_input, lines)
-        except csv.Error as error:
-            location = f"{source.name}, line {lines.number}"
-            hint = f"correct the quotes, {KIND_TEXT_HINT}"
-            raise BadInput(f"not CSV: {error}", location, hint) from None
+        header = next(rows, [])
+        if not header:
+            return
+        if field not in header:
+            texts = _text_columns(header, list(islice(rows, PEEK_ROWS)))
+            hint = f"{available_fields_hint(header, texts)}, {KIND_TEXT_HINT}"
+            raise BadInput(f"no column '{field}'", source.name, hint)
+        column = header.index(field)
+        for row in rows:
+            if len(row) == len(header):
+                yield row[column], bytes_read
+            elif row:
+                problem = f"{len(row)} fields, and the first line names {len(header)}"
+                hint = f"put fields that contain a delimiter in quotes, {KIND_TEXT_HINT}"
+                bad_input.handle(BadInput(problem, location(), hint))
+    except csv.Error as error:
+        hint = f"correct the quotes, {KIND_TEXT_HINT}"
+        bad_input.handle(BadInput(f"not CSV: {error}", location(), hint))
     except BadInput as bad:
         bad_input.handle(bad)
-
-
-def _column_texts(
-    rows: Iterator[list[str]],
-    source: Source,
-    field: str,
-    bad_input: BadInputHandler,
-    lines: "_Lines",
-) -> Iterator[tuple[str, int]]:
-    header = next(rows, [])
-    if not header:
-        return
-    if field not in header:
-        texts = _text_columns(header, list(islice(rows, PEEK_ROWS)))
-        hint = f"{available_fields_hint(header, texts)}, {KIND_TEXT_HINT}"
-        raise BadInput(f"no column '{field}'", source.name, hint)
-    column = header.index(field)
-    for row in rows:
-        if len(row) == len(header):
-            yield row[column], lines.bytes_read
-        elif row:
-            problem = f"{len(row)} fields, and the first line names {len(header)}"
-            location = f"{source.name}, line {lines.number}"
-            hint = f"put fields that contain a delimiter in quotes, {KIND_TEXT_HINT}"
-            bad_input.handle(BadInput(problem, location, hint))
 
 
 def _text_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -90,41 +97,6 @@ def _is_number(value: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-class _Lines(Iterator[str]):
-    """The lines of a text, with their line feeds; counts lines and bytes read."""
-
-    def __init__(self, source: Source, encoding: str, notices: set[str]) -> None:
-        self.number = self.bytes_read = 0
-        self._lines = self._read(source, encoding, notices)
-
-    def __next__(self) -> str:
-        line = next(self._lines)
-        self.number += 1
-        return line
-
-    def _read(self, source: Source, encoding: str, notices: set[str]) -> Iterator[str]:
-        parts: list[str] = []
-        length = 0
-        for chunk in read_chunks(source, encoding=encoding, notices=notices):
-            self.bytes_read = chunk.bytes_read
-            first, newline, rest = chunk.text.partition("\n")
-            parts.append(first + newline)
-            length += len(first)
-            if length > MAX_CSV_FIELD_CHARS:
-                problem = f"a line longer than {MAX_CSV_FIELD_CHARS // 2**20} MB"
-                location = f"{source.name}, line {self.number + 1}"
-                raise BadInput(problem, location, KIND_TEXT_HINT.removeprefix("or "))
-            if not newline:
-                continue
-            yield "".join(parts)
-            *lines, last = rest.split("\n")
-            for line in lines:
-                yield line + "\n"
-            parts, length = [last], len(last)
-        if length:
-            yield "".join(parts)
 
 
 def open_parquet(source: Source, text_format: TextFormat) -> Any:

@@ -7,9 +7,9 @@ import importlib.util
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, AnyStr, cast
 
 from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.sources import Source
@@ -18,7 +18,7 @@ from gptforge.errors import UserError
 # Strings of megabytes, with one, two and four bytes a character by turns, fragment the heap of the
 # C library, which then grows with the text; small ones hardly do.
 BLOCK_BYTES = 2**15
-MAX_LINE_BYTES = 64 * 2**20  # of a JSON line or a document: several copies must fit into memory
+MAX_LINE_LENGTH = 64 * 2**20  # of a line or a document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
@@ -211,6 +211,33 @@ def read_chunks(
             if has_replacements and notices is not None:
                 notices.add(f"{source.name}: {REPLACED_NOTICE}")
             yield Chunk(offset, raw, text, bytes_read, has_replacements)
+
+
+def split_lines(
+    parts: Iterable[tuple[AnyStr, int]], newline: AnyStr
+) -> Iterator[tuple[AnyStr, int]]:
+    """Lines with their newlines, and the number that comes with the part where each ends.
+
+    Of a line longer than MAX_LINE_LENGTH, only a prefix that is too long as well.
+    """
+    empty = newline[:0]
+    kept: list[AnyStr] = []
+    length = number = 0
+    for part, number in parts:
+        first, end, rest = part.partition(newline)
+        if length <= MAX_LINE_LENGTH:
+            kept.append(first + end)
+        length += len(first) + len(end)
+        if not end:
+            continue
+        yield empty.join(kept), number
+        lines = rest.split(newline)
+        last = lines.pop()
+        for line in lines:
+            yield line + newline, number
+        kept, length = [last], len(last)
+    if length:
+        yield empty.join(kept), number
 
 
 def describe_fixes(chunk: Chunk) -> set[str]:
