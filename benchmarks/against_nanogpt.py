@@ -164,7 +164,7 @@ class Ours:
         if is_small and not self.step.capture_cuda_graph(length):
             self.step.set_kernels(self.step.kernels)
         self.loader = DataLoader(
-            tokens, context_length=length, global_batch=recipe.windows * recipe.parts, seed=1,
+            tokens, context_length=length, global_batch_size=recipe.windows * recipe.parts, seed=1,
             shuffle=True, device=device,
         )  # fmt: skip
         self.made = 0

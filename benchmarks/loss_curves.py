@@ -56,7 +56,7 @@ def train(
         kernels=kernels,
     )
     loader = DataLoader(
-        tokens, context_length=shape.block_size, global_batch=windows, seed=0, shuffle=True,
+        tokens, context_length=shape.block_size, global_batch_size=windows, seed=0, shuffle=True,
         device=device,
     )  # fmt: skip
     losses = []

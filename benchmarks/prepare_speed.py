@@ -270,7 +270,7 @@ def loader(here: Path, megabytes: int, batches: int) -> None:
     print(f"\n{len(tokens):,} tokens in {len(tokens.shards)} shards")
     batch, rate, steps = 128, 500_000, 100
     step_time = batch * 1024 / rate
-    stream = DataLoader(tokens, global_batch=batch, **options)
+    stream = DataLoader(tokens, global_batch_size=batch, **options)
     stream.next_batch()
     waited = []
     for _ in range(steps):
@@ -284,7 +284,7 @@ def loader(here: Path, megabytes: int, batches: int) -> None:
         f"({1e3 * sum(waited) / steps:.2f} ms a step of {1e3 * step_time:.0f}, at most "
         f"{1e3 * max(waited):.2f})"
     )
-    stream = DataLoader(tokens, global_batch=32, **options)
+    stream = DataLoader(tokens, global_batch_size=32, **options)
     begin = time.perf_counter()
     print("\n| batches of 32 x 1024 | private memory, MB | mapped files, MB |")
     print("| --- | --- | --- |")

@@ -162,7 +162,7 @@ def build_trainer(
         loader = DataLoader(
             corpus.train,
             context_length=config.context_length,
-            global_batch=config.global_batch_size,
+            global_batch_size=config.global_batch_size,
             seed=config.seed,
             shuffle=config.shuffle,
             random_offset=config.random_offset,

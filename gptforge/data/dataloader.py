@@ -33,7 +33,7 @@ class DataLoader:
     Args:
         tokens: at least one sequence.
         context_length: T.
-        global_batch: B.
+        global_batch_size: B.
         seed: picks the order, together with the epoch.
         shuffle: False keeps the order of the text.
         random_offset: whether each epoch cuts the text differently.
@@ -47,7 +47,7 @@ class DataLoader:
         tokens: TokenDataset,
         *,
         context_length: int,
-        global_batch: int,
+        global_batch_size: int,
         seed: int,
         shuffle: bool,
         device: torch.device,
@@ -59,12 +59,12 @@ class DataLoader:
             len(tokens), context_length, random_offset=random_offset
         )
         assert self.num_sequences > 0, "the length of the text is checked earlier"
-        assert 0 <= rank < world_size <= global_batch
+        assert 0 <= rank < world_size <= global_batch_size
         self.position = 0
-        self.rows = rank_rows(rank, world_size, global_batch)
+        self.rows = rank_rows(rank, world_size, global_batch_size)
         self._tokens = tokens
         self._context_length = context_length
-        self._global_batch = global_batch
+        self._global_batch_size = global_batch_size
         self._seed = seed
         self._shuffle = shuffle
         self._random_offset = random_offset
@@ -73,7 +73,7 @@ class DataLoader:
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         batch_bytes = 8 * len(self.rows) * (context_length + 1)
         depth = max(1, min(MAX_PREFETCH, MAX_PREFETCH_BYTES // batch_bytes))
-        self._prefetcher = Prefetcher(self._load_batch, step=global_batch, depth=depth)
+        self._prefetcher = Prefetcher(self._load_batch, step=global_batch_size, depth=depth)
         self._on_device: Tensor | None = None
         # First tokens of sequences by the batch's position; only the prefetching thread uses it.
         self._starts: dict[int, NDArray[np.int64]] = {}
@@ -90,7 +90,7 @@ class DataLoader:
         if self._copy_stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
             batch.record_stream(torch.cuda.current_stream(self._device))
-        self.position += self._global_batch
+        self.position += self._global_batch_size
         return batch[:, :-1], batch[:, 1:]
 
     def prefetch_to_device(self) -> None:
@@ -103,7 +103,7 @@ class DataLoader:
 
     def sequence_ids_at(self, position: int) -> list[int]:
         """Sequences of the whole global batch at a position; i starts at token i * T."""
-        positions = _arange(range(position, position + self._global_batch))
+        positions = _arange(range(position, position + self._global_batch_size))
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         return [int(i) for i in ids]
 
@@ -124,7 +124,9 @@ class DataLoader:
     def _sequence_starts(self, position: int) -> dict[int, NDArray[np.int64]]:
         """First tokens of this rank's sequences in the batch at a position and some after it."""
         num_batches = -(-INDEX_CHUNK // len(self.rows))
-        batches = range(position, position + num_batches * self._global_batch, self._global_batch)
+        batches = range(
+            position, position + num_batches * self._global_batch_size, self._global_batch_size
+        )
         positions = np.add.outer(_arange(batches), _arange(self.rows))
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         starts = ids * self._context_length
@@ -144,10 +146,10 @@ class DataLoader:
             return batch.pin_memory().to(self._device, non_blocking=True)
 
 
-def rank_rows(rank: int, world_size: int, global_batch: int) -> range:
+def rank_rows(rank: int, world_size: int, global_batch_size: int) -> range:
     """Rows of a global batch that a rank trains on, split as evenly as possible."""
-    first = global_batch * rank // world_size
-    return range(first, global_batch * (rank + 1) // world_size)
+    first = global_batch_size * rank // world_size
+    return range(first, global_batch_size * (rank + 1) // world_size)
 
 
 def count_sequences(tokens: int, context_length: int) -> int:

@@ -283,7 +283,7 @@ def test_ranks_see_the_rows_that_one_process_would_see() -> None:
 
     def rows(rank: int, size: int) -> torch.Tensor:
         loader = DataLoader(
-            tokens, context_length=7, global_batch=8, seed=1, shuffle=True,
+            tokens, context_length=7, global_batch_size=8, seed=1, shuffle=True,
             device=torch.device("cpu"), rank=rank, world_size=size,
         )  # fmt: skip
         return torch.stack([loader.next_batch()[0] for _ in range(9)], 1)
