@@ -9,7 +9,7 @@ from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.split import split_by_name
 from gptforge.errors import UserError
-from tests.data.test_dataset import shard
+from tests.data.test_dataset import write_shard as shard
 from tests.data.test_prepare import jsonl, made, parquet, some_text, stream, texts_of
 
 

@@ -1,4 +1,4 @@
-"""`doctor PATH`: each thing that can be wrong with data is found, named, and has a remedy."""
+"""`gptforge doctor PATH`: finds and names what can be wrong with data, and says how to fix it."""
 
 import json
 import random
@@ -11,23 +11,27 @@ from gptforge.data.prepare import text_io
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.split_writer import ShardWriter
-from gptforge.data.token_dataset import ShardDataset
+from gptforge.doctor import shards
 from gptforge.tokenizers import from_name, save
+from gptforge.tokenizers.base import END_OF_TEXT as EOT
 
 WORDS = ["what", "light", "through", "yonder", "window", "breaks", "it", "is", "the", "east"]
 
 
-def some_text(seed: int, words: int = 60) -> str:
-    dice = random.Random(seed)
-    return " ".join(dice.choice(WORDS) for _ in range(words))
+def make_text(seed: int, words: int = 60) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(words))
 
 
-def jsonl(path: Path, texts: list[str]) -> Path:
+TEXTS = [make_text(i) for i in range(150)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return path
 
 
-def shard(path: Path, ids) -> None:
+def write_shard(path: Path, ids) -> None:
     writer = ShardWriter(path, np.dtype(np.uint16))
     writer.write(np.array(ids, np.uint16))
     writer.close()
@@ -35,272 +39,237 @@ def shard(path: Path, ids) -> None:
 
 @pytest.fixture
 def doctor(program):
-    def examine(*args, code: int = 0) -> str:
+    """The output of the command, whose exit code must be `code`."""
+
+    def run(*args, code: int = 0) -> str:
         done = program("doctor", *args)
         assert (done.code, done.err) == (code, "")
         return done.out
 
-    return examine
+    return run
 
 
-def test_a_text_is_judged_by_the_preset_that_is_named(tmp_path, doctor) -> None:
-    text = some_text(1, 9000)
+def test_preset_determines_tokenizer_and_context_length(tmp_path, doctor) -> None:
+    text = make_text(1, 9000)
     (tmp_path / "t.txt").write_text(text)
-    assert "windows of 1024" in doctor("t.txt")
-    small = doctor("t.txt", "--preset", "shakespeare-cpu")
-    assert f"{len(text):,} tokens, {(len(text) - 1) // 128} windows of 128" in small
-    assert "windows of 64" in doctor("t.txt", "--preset", "shakespeare-cpu", "--context_length", 64)
-    (tmp_path / "one.txt").write_text("x")
-    assert "1 token, 0 windows of 128: use more text (" in doctor(
-        "one.txt", "--preset", "shakespeare-cpu", code=1
-    )
+    assert "sequences of 1024" in doctor("t.txt")
+    flags = ("t.txt", "--preset", "shakespeare-cpu")
+    out = doctor(*flags)
+    assert f"{len(text):,} tokens, {(len(text) - 1) // 128} sequences of 128" in out
+    assert "sequences of 64" in doctor(*flags, "--context_length", 64)
+    (tmp_path / "t.txt").write_text("x")
+    assert "1 token, 0 sequences of 128: use more text (" in doctor(*flags, code=1)
 
 
-def test_a_good_text_gets_no_complaint(tmp_path, doctor) -> None:
-    (tmp_path / "t.txt").write_text(some_text(1, 9000))
-    said = doctor("t.txt", "--context_length", 64)
-    assert "warning" not in said and "error" not in said
-    assert "1 document, " in said
-    assert "bytes a token with the tokenizer gpt2" in said
-    assert "held out: the last 10% of the text" in said
+def test_good_text(tmp_path, doctor) -> None:
+    (tmp_path / "t.txt").write_text(make_text(1, 9000))
+    out = doctor("t.txt", "--context_length", 64)
+    assert "warning" not in out and "error" not in out
+    assert "1 document, " in out
+    assert "with the tokenizer gpt2" in out
+    assert "held out: the last 10% of the text" in out
+    record = json.loads(doctor("t.txt", "--context_length", 64, "--json"))
+    assert record["ok"] is True
+    assert "level" in record["findings"][0]
 
 
-def test_every_bad_place_is_listed_not_only_the_first(tmp_path, doctor) -> None:
+def test_all_bad_input_is_listed(tmp_path, doctor) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.txt").write_bytes(b"a\0b")
-    lines = [json.dumps({"text": some_text(i)}) for i in range(9)]
+    lines = [json.dumps({"text": text}) for text in TEXTS[:9]]
     lines[3], lines[6] = "not json", '{"body": 1}'
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    said = doctor(".", "--context_length", 8, code=1)
-    assert "a.txt: not utf-8: byte 0xe9 at offset 3" in said
-    assert "b.txt: NUL byte at offset 1" in said
-    assert "c.jsonl, line 4: not JSON" in said
-    assert "c.jsonl, line 7: no field 'text'" in said
-    assert "7 documents" in said
+    out = doctor(".", "--context_length", 8, code=1)
+    assert "a.txt: not utf-8: byte 0xe9 at offset 3" in out
+    assert "b.txt: NUL byte at offset 1" in out
+    assert "c.jsonl, line 4: not JSON" in out
+    assert "c.jsonl, line 7: no field 'text'" in out
+    assert "7 documents" in out
 
 
 @pytest.mark.parametrize("content", ["", " \n"])
-def test_an_empty_text_is_an_error(tmp_path, doctor, content) -> None:
+def test_empty_text(tmp_path, doctor, content) -> None:
     (tmp_path / "t.txt").write_text(content)
     assert "error" in doctor("t.txt", code=1)
 
 
-def test_what_is_not_there_is_an_error(doctor) -> None:
+def test_missing_file(doctor) -> None:
     assert "there is no such file" in doctor("nothing.txt", code=1)
 
 
-def test_a_tiny_text_is_told_what_to_change(tmp_path, doctor) -> None:
-    (tmp_path / "t.txt").write_text("Wherefore art thou Romeo?")
-    n = len(from_name("gpt2", "").encode("Wherefore art thou Romeo?"))
-    said = doctor("t.txt", code=1)
-    assert f"error   {n} tokens, 0 windows of 1024: use --context_length {n - 1} at most" in said
-    (tmp_path / "t.txt").write_text(some_text(1, 500))
-    assert "soon know it by heart" in doctor("t.txt", "--context_length", 32)
+def test_tiny_text(tmp_path, doctor) -> None:
+    text = "Wherefore art thou Romeo?"
+    (tmp_path / "t.txt").write_text(text)
+    n = len(from_name("gpt2", "").encode(text))
+    out = doctor("t.txt", code=1)
+    assert f"error   {n} tokens, 0 sequences of 1024: use --context_length {n - 1} at most" in out
+    (tmp_path / "t.txt").write_text(make_text(1, 500))
+    assert "soon memorize it" in doctor("t.txt", "--context_length", 32)
 
 
-def test_mended_text_and_plain_marks_are_pointed_out(tmp_path, doctor) -> None:
-    mark = "<|endoftext|>"
-    text = f"\ufeff{some_text(1)}\r\n{mark}\r\n{some_text(2)}"
+def test_normalization_and_literal_eot(tmp_path, doctor) -> None:
+    text = f"\ufeff{TEXTS[1]}\r\n{EOT}\r\n{TEXTS[2]}"
     (tmp_path / "t.txt").write_bytes(text.encode())
-    said = doctor("t.txt", "--context_length", 4)
-    assert "dropped the byte order mark" in said
-    assert "turned CRLF line ends into LF" in said
-    assert f"{mark} stands in the text 1 time," in said
-    assert "stands in the text" not in doctor("t.txt", "--context_length", 4, "--split_on", mark)
+    out = doctor("t.txt", "--context_length", 4)
+    assert "dropped the byte order mark" in out
+    assert "turned CRLF line ends into LF" in out
+    assert f"the text contains {EOT} 1 time," in out
+    assert "text contains" not in doctor("t.txt", "--context_length", 4, "--split_on", EOT)
 
 
 @pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 29, 64])
-def test_marks_that_lie_across_the_border_of_two_pieces_are_counted(
-    tmp_path, doctor, monkeypatch, block
-) -> None:
-    # Texts are read in pieces, and each was once searched by itself.
-    mark = "<|endoftext|>"
-    parts = [
-        "One",
-        "Two twos",
-        "",
-        "Three",
-        "Four \u00e9 and <|endof",
-        "text|>",
-        "Six" * 9,
-        "Seven",
-    ]
-    text = mark.join(parts)
+def test_literal_eot_across_chunks(tmp_path, doctor, monkeypatch, block) -> None:
+    parts = ("One", "Two twos", "", "Three", "Four \u00e9 and <|endof", "text|>", "Six" * 9, "Seven")
+    text = EOT.join(parts)
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_io, "BLOCK_BYTES", block)
-    said = doctor("t.txt", "--context_length", 4, "--tokenizer", "byte")
-    assert f"{mark} stands in the text {text.count(mark)} times" in said
+    out = doctor("t.txt", "--context_length", 4, "--tokenizer", "byte")
+    assert f"the text contains {EOT} {text.count(EOT)} times" in out
 
 
-def test_documents_that_stand_twice_are_counted(tmp_path, doctor) -> None:
-    texts = [some_text(i) for i in range(150)]
-    jsonl(tmp_path / "d.jsonl", [*texts, *texts[:7]])
-    said = doctor("d.jsonl", "--context_length", 16)
-    assert "7 documents stand there a second time" in said
-    assert "chosen by their hash" in said
+def test_literal_eot_in_json_lines_is_not_split_on(tmp_path, doctor) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [f"{text} {EOT}" for text in TEXTS[:9]])
+    out = doctor("d.jsonl", "--context_length", 16)
+    assert f"the text contains {EOT} 9 times" in out
+    assert "--split_on" not in out
 
 
-def test_copies_of_a_few_documents_are_told_to_be_on_one_side(tmp_path, doctor) -> None:
-    texts = [some_text(i) for i in range(10)]
-    jsonl(tmp_path / "d.jsonl", [*texts, texts[0]])
-    said = doctor("d.jsonl", "--context_length", 16)
-    assert "1 document stands there a second time" in said
-    assert "held out: the last documents, and all copies of one on one side" in said
+def test_duplicates_among_many_documents(tmp_path, doctor) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [*TEXTS, *TEXTS[:7]])
+    out = doctor("d.jsonl", "--context_length", 16)
+    assert "7 documents are duplicates" in out
+    assert "chosen by their hash" in out
 
 
-def test_a_document_learned_and_held_out_by_name_is_pointed_out(tmp_path, doctor) -> None:
-    (tmp_path / "d").mkdir()
-    jsonl(tmp_path / "d" / "train.jsonl", [some_text(i) for i in range(10)])
-    jsonl(tmp_path / "d" / "valid.jsonl", [some_text(i) for i in range(9, 12)])
-    said = doctor("d", "--context_length", 16)
-    assert "held out as named: d/valid.jsonl" in said
-    assert "1 document stands on both sides of the split, first d/valid.jsonl" in said
+def test_duplicates_among_few_documents(tmp_path, doctor) -> None:
+    write_jsonl(tmp_path / "d.jsonl", [*TEXTS[:10], TEXTS[0]])
+    out = doctor("d.jsonl", "--context_length", 16)
+    assert "1 document is a duplicate" in out
+    assert "held out: the last documents, with all duplicates of a document in one split" in out
 
 
-def test_a_vocabulary_for_other_text_shows_in_bytes_a_token(tmp_path, doctor) -> None:
-    dice = random.Random(0)
-    text = "".join(chr(dice.randrange(0xAC00, 0xD7A0)) for _ in range(9000))
+def test_duplicates_across_files_held_out_by_name(tmp_path, doctor) -> None:
+    write_jsonl(tmp_path / "d" / "train.jsonl", TEXTS[:10])
+    write_jsonl(tmp_path / "d" / "valid.jsonl", TEXTS[9:12])
+    out = doctor("d", "--context_length", 16)
+    assert "d/valid.jsonl" in out
+    assert "1 document is in both splits, first d/valid.jsonl" in out
+
+
+def test_vocabulary_of_other_text(tmp_path, doctor) -> None:
+    rng = random.Random(0)
+    text = "".join(chr(rng.randrange(0xAC00, 0xD7A0)) for _ in range(9000))
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    said = doctor("t.txt", "--context_length", 16)
-    assert "warning" in said and "gptforge tokenizer train" in said
+    out = doctor("t.txt", "--context_length", 16)
+    assert "warning" in out and "gptforge tokenizer train" in out
     assert "warning" not in doctor("t.txt", "--context_length", 16, "--tokenizer", "byte")
 
 
-def test_a_character_that_is_not_in_the_tokenizer_is_named(tmp_path, doctor) -> None:
+def test_character_that_the_tokenizer_lacks(tmp_path, doctor) -> None:
     save(from_name("char", "abc "), tmp_path / "abc.json")
     (tmp_path / "t.txt").write_text("a cab, a cab")
-    said = doctor("t.txt", "--tokenizer", "abc.json", code=1)
-    assert "',' is not in this model's alphabet" in said
+    out = doctor("t.txt", "--tokenizer", "abc.json", code=1)
+    assert "',' is not in this model's alphabet" in out
+
+
+def test_unknown_tokenizer_is_a_usage_error(tmp_path, program) -> None:
+    (tmp_path / "t.txt").write_text(TEXTS[0])
+    assert program("doctor", "t.txt", "--tokenizer", "bert").code == 2
+
+
+def test_skip_bad_is_not_suggested_for_the_only_file(tmp_path, doctor) -> None:
+    raw = "é".encode() * 99 + b"\xff"
+    (tmp_path / "a.txt").write_bytes(raw)
+    assert "--skip_bad" not in doctor("a.txt", code=1)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_bytes(raw)
+    (tmp_path / "d" / "b.txt").write_text(TEXTS[1])
+    (tmp_path / "d" / "c.pdf").write_text("PDF")
+    out = doctor("d", "--context_length", 4, code=1)
+    assert "--skip_bad true" in out
+    assert "1 .pdf" in out
 
 
 @pytest.fixture
 def prepared(tmp_path) -> Path:
-    texts = [some_text(i) for i in range(150)]
-    jsonl(tmp_path / "d.jsonl", texts)
+    write_jsonl(tmp_path / "d.jsonl", TEXTS)
     prepare(tmp_path / "shards", PrepareRequest((str(tmp_path / "d.jsonl"),), val_fraction=0.2))
     return tmp_path / "shards"
 
 
-def test_good_shards_get_no_complaint(prepared, doctor) -> None:
-    said = doctor("shards", "--context_length", 16)
-    assert "warning" not in said and "error" not in said
-    assert "2 shards, all as index.json has them" in said
-    assert "150 documents, each behind <|endoftext|>" in said
+def test_good_shards(prepared, doctor) -> None:
+    out = doctor("shards", "--context_length", 16)
+    assert "warning" not in out and "error" not in out
+    assert "2 shards, with the hashes in index.json" in out
+    assert f"150 documents, each after {EOT}" in out
 
 
-def test_a_shard_with_other_content_or_cut_short_is_found(prepared, doctor) -> None:
+def test_changed_and_truncated_shards(prepared, doctor) -> None:
     path = prepared / "train_000000.bin"
     raw = bytearray(path.read_bytes())
     raw[2000] ^= 1
     path.write_bytes(raw)
-    assert "train_000000.bin: its content is not what index.json says" in doctor(
-        "shards", "--context_length", 16, code=1
-    )
+    out = doctor("shards", "--context_length", 16, code=1)
+    assert "train_000000.bin: its content differs from its hash in index.json" in out
     path.write_bytes(raw[:-2])
     assert "train_000000.bin: truncated" in doctor("shards", code=1)
     path.write_bytes(b"\0" * len(raw))
     assert "not a token shard" in doctor("shards", code=1)
 
 
-def test_another_tokenizer_beside_the_shards_is_found(prepared, doctor) -> None:
+def test_other_tokenizer_than_that_of_the_shards(prepared, doctor) -> None:
+    out = doctor("shards", "--tokenizer", "byte", code=1)
+    assert "prepared with the tokenizer gpt2" in out
     save(from_name("byte", ""), prepared / "tokenizer.json")
-    said = doctor("shards", "--context_length", 16, code=1)
-    assert "tokenizer.json is not the one that the shards were made with" in said
+    out = doctor("shards", "--context_length", 16, code=1)
+    assert "tokenizer.json is not the one that the shards were made with" in out
 
 
-def test_another_tokenizer_than_the_shards_own_is_refused(prepared, doctor) -> None:
-    said = doctor("shards", "--tokenizer", "byte", code=1)
-    assert "prepared with the tokenizer gpt2" in said
-
-
-def test_ids_outside_the_vocabulary_are_found_wherever_they_stand(tmp_path, doctor) -> None:
+@pytest.mark.parametrize("position", [1, 1_000_000])
+def test_ids_outside_the_vocabulary(tmp_path, doctor, position) -> None:
     ids = np.full(2_000_000, 7, np.uint16)
-    ids[0] = 50256
-    ids[1_000_000] = 60000
-    shard(tmp_path / "train.bin", ids)
-    said = doctor("train.bin", "--val_fraction", 0, code=1)
-    assert "token id 60000 is outside the vocabulary of 50257" in said
-    ids[1] = 50300
-    shard(tmp_path / "train.bin", ids)
-    said = doctor("train.bin", "--val_fraction", 0, code=1)
-    assert "token id 50300 is outside the vocabulary of 50257" in said
+    ids[0], ids[position] = 50256, 60000
+    write_shard(tmp_path / "train.bin", ids)
+    out = doctor("train.bin", "--val_fraction", 0, code=1)
+    assert "token id 60000 is outside the vocabulary of 50257" in out
 
 
-def test_shards_made_with_another_vocabulary_show_in_bytes_a_token(tmp_path, doctor) -> None:
-    ids = from_name("byte", "").encode(some_text(1, 9000))
-    shard(tmp_path / "train.bin", ids)
-    said = doctor("train.bin", "--val_fraction", 0)
-    assert (
-        "warning 1.00 bytes a token with the tokenizer gpt2: this vocabulary was made for other"
-        in said
-    )
-    assert "bytes a token" not in doctor("train.bin", "--val_fraction", 0, "--tokenizer", "byte")
+def test_shards_of_another_vocabulary(tmp_path, doctor) -> None:
+    write_shard(tmp_path / "train.bin", from_name("byte", "").encode(make_text(1, 9000)))
+    flags = ("train.bin", "--val_fraction", 0)
+    assert "warning 1.00 bytes" in doctor(*flags)
+    assert "1.00 bytes" not in doctor(*flags, "--tokenizer", "byte")
 
 
-def test_shards_without_any_mark_are_pointed_out(tmp_path, doctor) -> None:
-    shard(tmp_path / "train.bin", np.arange(300_000) % 50000)
-    said = doctor("train.bin", "--val_fraction", 0)
-    assert "no <|endoftext|> in the first and last" in said
+def test_duplicates_across_shards(tmp_path, doctor) -> None:
+    documents = [[50256, *range(i, i + 50)] for i in range(40)]
+    write_shard(tmp_path / "x_train_1.bin", [i for ids in documents for i in ids])
+    write_shard(tmp_path / "x_val_1.bin", [i for ids in documents[5:8] for i in ids])
+    out = doctor(".", "--context_length", 8)
+    assert "3 documents are in both splits, first document 1 of val" in out
 
 
-def test_the_same_documents_in_train_and_val_shards_are_counted(tmp_path, doctor) -> None:
-    texts = [[50256, *range(i, i + 50)] for i in range(40)]
-    shard(tmp_path / "x_train_1.bin", [i for text in texts for i in text])
-    shard(tmp_path / "x_val_1.bin", [i for text in texts[5:8] for i in text])
-    said = doctor(".", "--context_length", 8)
-    assert "3 documents stand on both sides, first document 1 of val" in said
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 2**20])
+def test_digests_of_documents_across_blocks(monkeypatch, block) -> None:
+    monkeypatch.setattr(shards, "BLOCK_TOKENS", block)
+    tokens = np.array([9, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 9, 9, 1, 2], np.uint16)
+    digests = list(shards._document_digests(tokens, 9))
+    assert len(digests) == 3 and digests[0] == digests[1] != digests[2]
 
 
-def test_a_document_over_many_blocks_is_one(tmp_path, monkeypatch) -> None:
-    from gptforge.data.token_dataset import read_shard_header
-    from gptforge.doctor import shards as module
-
-    ids = [9, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 9, 9, 1, 2]
-    shard(tmp_path / "t.bin", ids)
-    stream = ShardDataset([read_shard_header(tmp_path / "t.bin")], vocab_size=10)
-    expected = list(module._digests(stream, 9))
-    assert len(expected) == 3 and expected[0] == expected[1] != expected[2]
-    for block in (1, 2, 3, 5):
-        monkeypatch.setattr(module, "BLOCK_TOKENS", block)
-        assert list(module._digests(stream, 9)) == expected
-
-
-def test_the_findings_are_also_json(tmp_path, doctor) -> None:
-    (tmp_path / "t.txt").write_text(some_text(1, 9000))
-    record = json.loads(doctor("t.txt", "--context_length", 64, "--json"))
-    assert record["ok"] is True
-    assert {"level", "what", "remedy"} == set(record["findings"][0])
-
-
-def test_training_says_and_refuses_the_same(tmp_path, program) -> None:
+def test_training_reports_the_same(tmp_path, program, doctor) -> None:
     ids = np.full(400_000, 7, np.uint16)
-    shard(tmp_path / "train.bin", ids)
+    write_shard(tmp_path / "train.bin", ids)
+    warning = f"warning no {EOT} in the first and last"
+    assert warning in doctor("train.bin", "--val_fraction", 0)
     flags = ("--preset", "debug", "--device", "cpu", "--max_steps", 1, "--warmup_steps", 1)
-    run = program("--input", "train.bin", "--tokenizer", "gpt2", "--out_dir", "a", *flags)
-    assert run.code == 0
-    assert "warning: no <|endoftext|> in the first and last" in run.out
+    flags += ("--input", "train.bin", "--tokenizer", "gpt2", "--val_fraction", 0, "--out_dir")
+    done = program(*flags, "a")
+    assert done.code == 0
+    assert warning.replace("warning ", "warning: ") in done.out
     ids[5] = 60000
-    shard(tmp_path / "train.bin", ids)
-    run = program("--input", "train.bin", "--tokenizer", "gpt2", "--out_dir", "b", *flags)
-    assert run.code == 2
-    assert "token id 60000 is outside the vocabulary of 50257" in run.err
+    write_shard(tmp_path / "train.bin", ids)
+    done = program(*flags, "b")
+    assert done.code == 2
+    assert "token id 60000 is outside the vocabulary of 50257" in done.err
     assert not (tmp_path / "b").exists()
-
-
-def test_a_file_that_is_all_there_is_is_not_advised_to_be_left_out(tmp_path, doctor) -> None:
-    (tmp_path / "a.txt").write_bytes("é".encode() * 99 + b"\xff")
-    assert "--skip_bad" not in doctor("a.txt", code=1)
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "a.txt").write_bytes("é".encode() * 99 + b"\xff")
-    (tmp_path / "d" / "b.txt").write_text(some_text(1))
-    (tmp_path / "d" / "c.pdf").write_text("PDF")
-    said = doctor("d", "--context_length", 4, code=1)
-    assert "--skip_bad true" in said
-    assert "1 file is left aside in d, by suffix: 1 .pdf" in said
-
-
-def test_marks_in_json_lines_are_not_advised_to_be_split_on(tmp_path, doctor) -> None:
-    jsonl(tmp_path / "d.jsonl", [f"{some_text(i)} <|endoftext|>" for i in range(9)])
-    said = doctor("d.jsonl", "--context_length", 16)
-    assert "stands in the text 9 times" in said
-    assert "--split_on" not in said

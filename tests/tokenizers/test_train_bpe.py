@@ -1,4 +1,4 @@
-"""A vocabulary of the user's own: what transformers reads, and what we do without the trainer."""
+"""A BPE of one's own, trained, saved, exported, and the algorithm behind it."""
 
 import json
 from pathlib import Path
@@ -22,23 +22,23 @@ from gptforge.tokenizers.train_bpe import train_bpe
 
 pytest.importorskip("tokenizers")
 SHAKESPEARE = (Path(__file__).parents[2] / "input.txt").read_text(encoding="utf-8")[:300_000]
-OURS = train_bpe([SHAKESPEARE, "naïve café 日本語 🙂 " * 50], 1500)
+TRAINED = train_bpe([SHAKESPEARE, "naïve café 日本語 🙂 " * 50], 1500)
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def hf_tokenizer(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    path.write_text(json.dumps(tokenizer_json(OURS)), encoding="utf-8")
+    path.write_text(json.dumps(tokenizer_json(TRAINED)), encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
-def test_it_has_the_size_that_was_asked_for_and_says_more_with_less() -> None:
-    assert (OURS.vocab_size, OURS.eot_token, OURS.name) == (1500, 1499, "bpe")
+def test_vocab_size_and_compression() -> None:
+    assert (TRAINED.vocab_size, TRAINED.eot_token, TRAINED.name) == (1500, 1499, "bpe")
     text = SHAKESPEARE[1000:3000]
-    assert decode(OURS, OURS.encode(text)) == text
-    assert len(OURS.encode(text)) < 0.5 * len(text)
+    assert decode(TRAINED, TRAINED.encode(text)) == text
+    assert len(TRAINED.encode(text)) < 0.5 * len(text)
 
 
 @settings(deadline=None, max_examples=300)
@@ -51,24 +51,26 @@ def test_it_has_the_size_that_was_asked_for_and_says_more_with_less() -> None:
         ).map("".join),
     )
 )
-def test_transformers_gives_the_same_ids(theirs, text) -> None:
-    # It would take the mark in a text for the mark between documents; we never do.
-    expected = theirs(text.replace(END_OF_TEXT, ""), add_special_tokens=False)["input_ids"]
-    assert OURS.encode(text.replace(END_OF_TEXT, "")).tolist() == expected
-    assert FastEncoder(OURS).encode(text).tolist() == OURS.encode(text).tolist()
+def test_transformers_gives_the_same_ids(hf_tokenizer, text) -> None:
+    # transformers encodes <|endoftext|> in a text as the special token.
+    text = text.replace(END_OF_TEXT, "")
+    expected = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert TRAINED.encode(text).tolist() == expected
+    assert FastEncoder(TRAINED).encode(text).tolist() == expected
 
 
-def test_the_file_and_our_own_form_both_bring_it_back(tmp_path) -> None:
-    (tmp_path / "hf.json").write_text(json.dumps(tokenizer_json(OURS)))
-    tokenizers.save(OURS, tmp_path / "own.json")
+def test_load_from_both_formats(tmp_path) -> None:
+    (tmp_path / "hf.json").write_text(json.dumps(tokenizer_json(TRAINED)))
+    tokenizers.save(TRAINED, tmp_path / "own.json")
     for name in ("hf.json", "own.json"):
-        back = tokenizers.from_name(str(tmp_path / name), "")
-        assert back.to_json() == OURS.to_json()
-        assert (back.name, back.vocab_size) == ("bpe", 1500)
-    assert byte_lengths(OURS)[OURS.encode("naïve 日本")].sum() == len("naïve 日本".encode())
+        loaded = tokenizers.from_name(str(tmp_path / name), "")
+        assert loaded.to_json() == TRAINED.to_json()
+        assert (loaded.name, loaded.vocab_size) == ("bpe", 1500)
+    text = "naïve 日本"
+    assert byte_lengths(TRAINED)[TRAINED.encode(text)].sum() == len(text.encode())
 
 
-def test_gpt2s_own_file_is_gpt2() -> None:
+def test_gpt2_from_hugging_face_is_gpt2() -> None:
     gpt2 = tokenizers.from_name("gpt2", "")
     assert load_hf_tokenizer(json.loads(json.dumps(tokenizer_json(gpt2)))).name == "gpt2"
 
@@ -78,54 +80,42 @@ def test_gpt2s_own_file_is_gpt2() -> None:
     [
         ({"pre_tokenizer": {"type": "Whitespace"}}, "GPT-2's pattern"),
         ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "GPT-2's pattern"),
-        ({"normalizer": {"type": "NFC"}}, "changes the text"),
+        ({"normalizer": {"type": "NFC"}}, "changing the text"),
         ({"added_tokens": [{"id": 0, "content": "<s>"}]}, "in this order"),
         ({"model": {"type": "WordPiece", "vocab": {}}}, "GPT-2's pattern"),
     ],
 )
-def test_a_tokenizer_that_works_otherwise_is_refused(tmp_path, change, words) -> None:
-    (tmp_path / "t.json").write_text(json.dumps({**tokenizer_json(OURS), **change}))
+def test_unsupported_hf_tokenizer(tmp_path, change, words) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({**tokenizer_json(TRAINED), **change}))
     with pytest.raises(UserError, match=words):
         tokenizers.load(tmp_path / "t.json")
 
 
-def test_merges_that_programs_would_read_differently_are_left_out() -> None:
-    # abc comes about in two ways: tokenizers looks for the pair, tiktoken for what it makes.
-    assert unambiguous_merges(["a b", "b c", "ab c", "a bc"]) == ["a b", "b c", "ab c"]
-    # bc is learned before ab, so ab never stands before c.
-    assert unambiguous_merges(["b c", "a b", "ab c"]) == ["b c", "a b"]
-    # What is built on such a merge goes with it.
-    assert unambiguous_merges(["b c", "a b", "ab c", "abc d"]) == ["b c", "a b"]
-
-
-@pytest.mark.parametrize("size", [0, 256, 2**21])
-def test_a_size_out_of_reach_is_refused(size) -> None:
+@pytest.mark.parametrize("vocab_size", [0, 256, 2**21])
+def test_vocab_size_out_of_range(vocab_size) -> None:
     with pytest.raises(UserError, match="--vocab_size must be from 257"):
-        train_bpe(["text"], size)
+        train_bpe(["text"], vocab_size)
 
 
-def test_the_command_trains_on_files_and_training_takes_what_it_made(tmp_path, program) -> None:
+def test_train_then_use_in_training_and_export(tmp_path, program) -> None:
     (tmp_path / "a.txt").write_text(SHAKESPEARE[:20_000])
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": SHAKESPEARE[20_000:40_000]}))
-    done = program(
-        "tokenizer", "train", "a.txt", "b.jsonl", "--vocab_size", "400", "--out", "t/tok.json"
-    )
+    train = ("tokenizer", "train", "a.txt", "b.jsonl", "--out", "t/tok.json")
+    done = program(*train, "--vocab_size", "400")
     assert (done.code, done.err) == (0, "")
-    again = program("tokenizer", "train", "a.txt", "--out", "t/tok.json")
-    assert again.code == 2 and "is there already" in again.err
+    again = program(*train)
+    assert again.code == 2 and "t/tok.json" in again.err
     flags = ("--preset", "debug", "--max_steps", 2, "--warmup_steps", 1, "--device", "cpu")
-    assert (
-        program("--input", "a.txt", "--tokenizer", "t/tok.json", "--out_dir", "run", *flags).code
-        == 0
-    )
-    written = program("sample", "run", "--prompt", "ROMEO", "--max_new_tokens", 5)
-    assert written.code == 0 and written.out.startswith("ROMEO")
+    flags += ("--input", "a.txt", "--tokenizer", "t/tok.json", "--out_dir", "run")
+    assert program(*flags).code == 0
+    sample = program("sample", "run", "--prompt", "ROMEO", "--max_new_tokens", 5)
+    assert sample.code == 0 and sample.out.startswith("ROMEO")
     assert program("export", "run", "hf", "--to", "hf").code == 0
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    own = tokenizers.load(tmp_path / "t" / "tok.json")
-    assert theirs(SHAKESPEARE[:500])["input_ids"] == own.encode(SHAKESPEARE[:500]).tolist()
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    trained = tokenizers.load(tmp_path / "t" / "tok.json")
+    assert exported(SHAKESPEARE[:500])["input_ids"] == trained.encode(SHAKESPEARE[:500]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -135,11 +125,11 @@ def test_the_command_trains_on_files_and_training_takes_what_it_made(tmp_path, p
         (("encode", "x"), "tokenizer train SRC"),
         (("train", "--out", "t.json"), "name at least one file"),
         (("train", "nothing.txt", "--out", "t.json"), "no such file"),
-        (("train", "empty.txt", "--out", "t.json"), "empty.txt: empty: there is no text to learn"),
-        (("train", "bad.jsonl", "--out", "t.json", "--skip_bad"), "left out (1 x not JSON)"),
+        (("train", "empty.txt", "--out", "t.json"), "empty.txt: empty: there is no text"),
+        (("train", "bad.jsonl", "--out", "t.json", "--skip_bad"), "(1 x not JSON)"),
     ],
 )
-def test_mistakes_are_said_in_a_line(program, tmp_path, args, words) -> None:
+def test_usage_errors_are_one_line(program, tmp_path, args, words) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bad.jsonl").write_text("not json")
     done = program("tokenizer", *args)
@@ -148,25 +138,16 @@ def test_mistakes_are_said_in_a_line(program, tmp_path, args, words) -> None:
     assert len(done.err.splitlines()) == 1
 
 
-class CountedRanks(dict):
-    """Ranks that count how often one is looked up."""
-
-    looked_up = 0
-
-    def get(self, pair, default=None):
-        self.looked_up += 1
-        return super().get(pair, default)
-
-
-def by_definition(text: str, ranks: dict[str, int]) -> list[str]:
+def slow_bpe(text: str, ranks: dict[str, int]) -> list[str]:
+    """The definition of BPE, in quadratic time."""
     parts = list(text)
     while pairs := [
-        (ranks[pair], place)
-        for place in range(len(parts) - 1)
-        if (pair := f"{parts[place]} {parts[place + 1]}") in ranks
+        (ranks[pair], i)
+        for i in range(len(parts) - 1)
+        if (pair := f"{parts[i]} {parts[i + 1]}") in ranks
     ]:
-        _, place = min(pairs)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
@@ -175,28 +156,48 @@ def by_definition(text: str, ranks: dict[str, int]) -> list[str]:
     choices=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), max_size=12),
     text=st.text("abc", max_size=40),
 )
-def test_a_text_is_spelled_as_bpe_defines_it(choices, text) -> None:
-    tokens, merges = list("abc"), {}
+def test_bpe_matches_its_definition(choices, text) -> None:
+    tokens, ranks = list("abc"), {}
     for left, right in choices:
         pair = tokens[left % len(tokens)], tokens[right % len(tokens)]
-        merges.setdefault(" ".join(pair), len(merges))
+        ranks.setdefault(" ".join(pair), len(ranks))
         tokens.append("".join(pair))
-    assert bpe(text, merges) == by_definition(text, merges)
+    assert bpe(text, ranks) == slow_bpe(text, ranks)
 
 
-def test_a_token_of_thousands_of_letters_takes_a_few_looks_for_each() -> None:
+class CountingRanks(dict):
+    """Counts the lookups."""
+
+    lookups = 0
+
+    def get(self, pair, default=None):
+        self.lookups += 1
+        return super().get(pair, default)
+
+
+def test_bpe_of_a_long_token_needs_few_lookups() -> None:
     merges = [f"{'a' * 2**k} {'a' * 2**k}" for k in range(13)]
     assert are_unambiguous(merges)
-    ranks = CountedRanks({merge: rank for rank, merge in enumerate(merges)})
+    ranks = CountingRanks({merge: rank for rank, merge in enumerate(merges)})
     assert bpe("a" * 2**13, ranks) == ["a" * 2**13]
-    assert ranks.looked_up < 4 * 2**13
+    assert ranks.lookups < 4 * 2**13
 
 
-def test_merges_are_sound_if_none_is_left_out() -> None:
-    for merges in (
-        ["a b", "ab c"],
-        ["a b", "b c", "a bc"],
-        ["a b", "c d", "ab cd"],
-        ["a a", "a a"],
-    ):
-        assert are_unambiguous(merges) == (unambiguous_merges(merges) == merges), merges
+@pytest.mark.parametrize(
+    ("merges", "kept"),
+    [
+        (["a b", "ab c"], ["a b", "ab c"]),
+        (["a b", "c d", "ab cd"], ["a b", "c d", "ab cd"]),
+        (["a a", "a a"], ["a a"]),
+        # abc has two merges: tokenizers ranks the pairs, tiktoken the tokens.
+        (["a b", "b c", "ab c", "a bc"], ["a b", "b c", "ab c"]),
+        # bc has the lower rank, so ab is never followed by c.
+        (["b c", "a b", "ab c"], ["b c", "a b"]),
+        (["a b", "b c", "a bc"], ["a b", "b c"]),
+        # Merges of a dropped token are dropped.
+        (["b c", "a b", "ab c", "abc d"], ["b c", "a b"]),
+    ],
+)
+def test_ambiguous_merges_are_dropped(merges, kept) -> None:
+    assert unambiguous_merges(merges) == kept
+    assert are_unambiguous(merges) == (kept == merges)
