@@ -68,7 +68,7 @@ def prepare(args: list[str]) -> int:
         asked.sources,
         tokenizer=asked.tokenizer,
         val_fraction=asked.val_fraction,
-        form=TextFormat(asked.field, asked.encoding, asked.split_on),
+        text_format=TextFormat(asked.field, asked.encoding, asked.split_on),
         kind=asked.kind,
         split_by_name=asked.split_by_name,
         shard_bytes=asked.shard_mb * 2**20,
@@ -81,7 +81,7 @@ def prepare(args: list[str]) -> int:
                 Path(asked.out),
                 request,
                 num_workers=asked.workers,
-                overwrite=asked.restart,
+                restart=asked.restart,
                 log=meter.log,
                 progress=meter,
             )

@@ -36,10 +36,10 @@ def prepare_cached(
     *,
     tokenizer: str | Tokenizer,
     val_fraction: float,
-    form: TextFormat,
+    text_format: TextFormat,
     kind: FileKind | Literal["auto"] = "auto",
     split_by_name: bool = True,
-    for_eval: bool = False,
+    needs_val: bool = False,
     log: Callable[[str], None],
     progress: ProgressBar | None = None,
 ) -> tuple[Index, tuple[str, ...]]:
@@ -58,10 +58,10 @@ def prepare_cached(
             (name,),
             tokenizer=tokenizer,
             val_fraction=val_fraction,
-            form=form,
+            text_format=text_format,
             kind=kind,
             split_by_name=split_by_name,
-            for_eval=for_eval,
+            needs_val=needs_val,
             sources=find_sources([name], kind=kind, spool_dir=spool_folder),
         )
         chosen = select_files(request)
@@ -70,7 +70,7 @@ def prepare_cached(
         if isinstance(vocabulary, str) and Path(vocabulary).is_file():
             vocabulary = files.sha256(Path(vocabulary))
         how = [CACHE_VERSION, val_fraction, split_by_name, *chosen.val_sources]
-        asked = [PREPARE_VERSION, contents, vocabulary, how, asdict(form)]
+        asked = [PREPARE_VERSION, contents, vocabulary, how, asdict(text_format)]
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         request = replace(request, cache_key=identity)
         folder = cache / request.cache_key[:24]
@@ -83,7 +83,7 @@ def prepare_cached(
 def _prepare(
     folder: Path, request: PrepareRequest, *, say: Callable[[str], None], meter: ProgressBar | None
 ) -> Index:
-    form = request.form
+    text_format = request.text_format
     try:
         return prepare(folder, request, wait=True, progress=meter, log=say)
     except BadInputError as bad:
@@ -91,7 +91,7 @@ def _prepare(
         has_flag = any(f"--{flag}" in bad.hint for flag in ("encoding", "field", "kind"))
         if has_flag or not bad.can_skip:
             raise UserError(f"{bad.problem}: {bad.hint}") from None
-        flags = {"field": form.field, "encoding": form.encoding, "kind": request.kind}
+        flags = {"field": text_format.field, "encoding": text_format.encoding, "kind": request.kind}
         usual = {"field": TextFormat.field, "encoding": TextFormat.encoding, "kind": "auto"}
         named = "".join(
             f" --{flag} {quote(value)}" for flag, value in flags.items() if value != usual[flag]

@@ -19,7 +19,7 @@ from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths
 class Finding:
     """One thing, and what to do about it."""
 
-    level: Literal["ok", "warning", "error"]
+    level: Literal["good", "warning", "error"]
     message: str
     fix: str = ""
 
@@ -29,7 +29,7 @@ class Finding:
 
 def ok(message: str) -> Finding:
     """As it should be."""
-    return Finding("ok", message)
+    return Finding("good", message)
 
 
 def warning(message: str, fix: str = "") -> Finding:

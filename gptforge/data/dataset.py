@@ -175,10 +175,10 @@ def open_dataset(
         path.as_posix(),
         tokenizer=options.tokenizer,
         val_fraction=options.val_fraction,
-        form=options.text_format,
+        text_format=options.text_format,
         kind=options.kind,
         split_by_name=options.split_by_name,
-        for_eval=options.needs_val,
+        needs_val=options.needs_val,
         log=log,
         progress=progress,
     )

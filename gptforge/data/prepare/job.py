@@ -116,12 +116,12 @@ class JobRunner:
         out_dir: Path,
         tokenizer: Tokenizer,
         split_rule: SplitRule,
-        form: TextFormat,
+        text_format: TextFormat,
         *,
         skip_bad: bool,
         progress: Callable[[int, int], None] = lambda read, text: None,
     ) -> None:
-        self._folder, self._split, self._form = out_dir, split_rule, form
+        self._folder, self._split, self._form = out_dir, split_rule, text_format
         self._skip_bad, self._progress = skip_bad, progress
         self._tokenizer = tokenizer
         self._encoder = FastEncoder(tokenizer)
@@ -213,11 +213,11 @@ class JobRunner:
 
     def _take_long(self, piece: FileSpan) -> None:
         """A text that does not fit into memory, or a part of one: written as it is read."""
-        source, form, side = piece.source, self._form, piece.split
+        source, text_format, side = piece.source, self._form, piece.split
         cut: int | None = None
         if side is None:
             try:
-                facts = scan_text(source, form.encoding)
+                facts = scan_text(source, text_format.encoding)
             except BadInput as bad:
                 self._skipped.handle(bad)
                 return

@@ -25,7 +25,7 @@ from gptforge.data.prepare.text_io import TextFormat
 def partition(
     sources: Sequence[Source],
     scan: ScanResult,
-    form: TextFormat,
+    text_format: TextFormat,
     skipped: BadInputHandler,
     *,
     job_bytes: int,
@@ -35,7 +35,7 @@ def partition(
     pieces: list[FileSpan] = []
     weight = 0
     for number, source in enumerate(sources):
-        for piece in _pieces(number, source, scan, form, skipped, job_bytes):
+        for piece in _pieces(number, source, scan, text_format, skipped, job_bytes):
             pieces.append(piece)
             weight += piece.num_bytes
             if weight >= job_bytes:
@@ -50,31 +50,35 @@ def _pieces(
     number: int,
     source: Source,
     survey: ScanResult,
-    form: TextFormat,
+    text_format: TextFormat,
     skipped: BadInputHandler,
     size: int,
 ) -> Iterator[FileSpan]:
     whole = FileSpan(number, source, num_bytes=source.size)
-    is_plain = not source.compression and form.encoding == "utf-8" and source.size > size
+    is_plain = not source.compression and text_format.encoding == "utf-8" and source.size > size
     # With few documents their numbers count, and those are known only from a file's beginning.
     is_counted = survey.split_rule.rule in ("character", "boundary")
-    if not has_many_documents(source, form):
-        found = _long_text(whole, survey, form, skipped, size) if is_plain else [whole]
+    if not has_many_documents(source, text_format):
+        found = _long_text(whole, survey, text_format, skipped, size) if is_plain else [whole]
     elif source.kind == "jsonl" and is_plain and not is_counted:
-        found = [whole] if is_json_array(source, form.encoding) else _lines(whole, size)
+        found = [whole] if is_json_array(source, text_format.encoding) else _lines(whole, size)
     elif source.kind == "parquet" and not is_counted:
-        found = _row_groups(whole, form, size)
+        found = _row_groups(whole, text_format, size)
     else:
         found = [whole]
     yield from found
 
 
 def _long_text(
-    whole: FileSpan, survey: ScanResult, form: TextFormat, skipped: BadInputHandler, size: int
+    whole: FileSpan,
+    survey: ScanResult,
+    text_format: TextFormat,
+    skipped: BadInputHandler,
+    size: int,
 ) -> Iterator[FileSpan]:
     source, split = whole.source, survey.split_rule
     try:
-        facts = survey.text_stats.get(whole.source_index) or scan_text(source, form.encoding)
+        facts = survey.text_stats.get(whole.source_index) or scan_text(source, text_format.encoding)
     except BadInput as bad:
         skipped.handle(bad)
         return
@@ -107,9 +111,9 @@ def _stretches(whole: FileSpan, start: int, stop: int, borders: list[int]) -> It
         yield replace(whole, start=begin, stop=end, num_bytes=end - begin)
 
 
-def _row_groups(whole: FileSpan, form: TextFormat, size: int) -> Iterator[FileSpan]:
+def _row_groups(whole: FileSpan, text_format: TextFormat, size: int) -> Iterator[FileSpan]:
     try:
-        file = open_parquet(whole.source, form)
+        file = open_parquet(whole.source, text_format)
     except BadInput:
         # The job that takes it says so, or counts it.
         yield whole

@@ -61,7 +61,7 @@ def prepare(
     request: PrepareRequest,
     *,
     num_workers: int = 0,
-    overwrite: bool = False,
+    restart: bool = False,
     wait: bool = False,
     log: Log = lambda text: None,
     progress: ProgressBar | None = None,
@@ -72,7 +72,7 @@ def prepare(
         out: folder of the shards.
         request: what is to be made of what.
         workers: processes; 0: one a core, where the data is large enough for them.
-        overwrite: move aside what lies in the folder.
+        restart: move aside what lies in the folder.
         wait: whether to wait for another process that prepares the same folder.
         say: told what should be known.
         meter: shows how far it is.
@@ -94,7 +94,7 @@ def prepare(
     if held is None:
         raise UserError(f"{out_dir.as_posix()} is being prepared by another process: wait for it")
     with held:
-        if overwrite and _holds_something(out_dir):
+        if restart and _holds_something(out_dir):
             _refuse_to_move_sources(out_dir, request)
             log(f"note: moved the old {out_dir} to {held.move_to_backup('old')}")
         return _Preparation(out_dir, request, num_workers, log, progress or NoProgressBar()).run()
@@ -147,7 +147,7 @@ class _Preparation:
             self.say(f"note: {notice}")
         seen = scan(
             sources,
-            self.request.form,
+            self.request.text_format,
             self.request.val_fraction,
             skip_bad=self.request.skip_bad,
             val_sources=chosen.val_sources,
@@ -165,7 +165,11 @@ class _Preparation:
         tokenizers.save(tokenizer, self.out / TOKENIZER_FILE)
         skipped = BadInputHandler(self.request.skip_bad)
         jobs = partition(
-            sources, seen, self.request.form, skipped, job_bytes=max(1, self.request.shard_bytes)
+            sources,
+            seen,
+            self.request.text_format,
+            skipped,
+            job_bytes=max(1, self.request.shard_bytes),
         )
         done = self._work(jobs, split)
         results = [done[job.index] for job in jobs]
@@ -212,7 +216,7 @@ class _Preparation:
                 "version": PREPARE_VERSION,
                 "sources": [[s.name, s.kind, s.compression, s.size, s.stamp] for s in sources],
                 "tokenizer": tokenizer,
-                "form": asdict(asked.form),
+                "form": asdict(asked.text_format),
                 "how": [asked.val_fraction, asked.shard_bytes, asked.skip_bad, asked.raw_bin],
                 **({"held_out": chosen.val_sources} if chosen.val_sources else {}),
             }
@@ -268,7 +272,7 @@ class _Preparation:
         if not isinstance(asked.tokenizer, str):
             return asked.tokenizer
         if asked.tokenizer == "char":
-            letters = collect_alphabet(sources, asked.form, skip_bad=asked.skip_bad)
+            letters = collect_alphabet(sources, asked.text_format, skip_bad=asked.skip_bad)
             return CharTokenizer(letters, with_eot=split.prepend_eot)
         if asked.tokenizer == "byte":
             return ByteTokenizer(with_eot=split.prepend_eot)
@@ -292,14 +296,14 @@ class _Preparation:
     ) -> Iterator[tuple[Job, JobResult]]:
         workers = min(len(jobs), self.workers or num_cpus())
         tokenizer = self.out / TOKENIZER_FILE
-        form, skip_bad, add = self.request.form, self.request.skip_bad, self.meter.add
+        text_format, skip_bad, add = self.request.text_format, self.request.skip_bad, self.meter.add
         if workers <= 1 or (weight < MIN_PARALLEL_BYTES and not self.workers):
             return run_in_process(
                 jobs,
                 self.out,
                 tokenizer,
                 split_rule=split,
-                form=form,
+                text_format=text_format,
                 skip_bad=skip_bad,
                 progress=add,
             )
@@ -308,7 +312,7 @@ class _Preparation:
             self.out,
             tokenizer,
             split_rule=split,
-            form=form,
+            text_format=text_format,
             skip_bad=skip_bad,
             progress=add,
             num_workers=workers,

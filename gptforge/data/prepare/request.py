@@ -46,13 +46,13 @@ class PrepareRequest:
     """Files, folders, patterns, pipes, - for standard input."""
     tokenizer: str | Tokenizer = "gpt2"
     val_fraction: float = 0.1
-    form: TextFormat = field(default_factory=TextFormat)
+    text_format: TextFormat = field(default_factory=TextFormat)
     kind: FileKind | Literal["auto"] = "auto"
     shard_bytes: int = 2**26
     """Bytes of the files that go into a shard, more or less."""
     split_by_name: bool = True
     """Whether files whose names say validation are held out, and those that say test left out."""
-    for_eval: bool = False
+    needs_val: bool = False
     """Whether such files are held out though no share is asked for."""
     skip_bad: bool = False
     raw_bin: bool = False
@@ -98,7 +98,7 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
     if request.split_by_name:
         paths = [source.path for source in sources]
         named = split_by_name(paths)
-        holds_out = request.val_fraction > 0 or request.for_eval
+        holds_out = request.val_fraction > 0 or request.needs_val
         left_out = {*named.test, *(() if holds_out else named.val)}
         kept = [number for number in range(len(sources)) if number not in left_out]
         held_out = tuple(i for i, number in enumerate(kept) if holds_out and number in named.val)

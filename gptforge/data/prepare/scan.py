@@ -84,7 +84,7 @@ class ScanResult:
 
 def scan(
     sources: Sequence[Source],
-    form: TextFormat,
+    text_format: TextFormat,
     val_fraction: float,
     *,
     skip_bad: bool,
@@ -110,15 +110,15 @@ def scan(
     # Counted anew when the work is done; here it is passed over.
     skipped = BadInputHandler(skip_bad)
     for number, source in enumerate(sources):
-        if has_many_documents(source, form):
-            for document in read_documents(source, form, skipped):
+        if has_many_documents(source, text_format):
+            for document in read_documents(source, text_format, skipped):
                 seen.append(_seen(number, document))
                 sha256 = hashlib.sha256(document.text.encode("utf-8")).hexdigest()
                 if len(seen) == MIN_HASH_DOCUMENTS:
                     break
         else:
             try:
-                found = facts[number] = scan_text(source, form.encoding)
+                found = facts[number] = scan_text(source, text_format.encoding)
             except BadInput as bad:
                 skipped.handle(bad)
                 continue
@@ -130,7 +130,7 @@ def scan(
     if not seen:
         raise UserError(no_text_message([source.name for source in sources], skipped))
     if val_sources:
-        _check_sides(sources, form, skip_bad, val_sources)
+        _check_sides(sources, text_format, skip_bad, val_sources)
         return ScanResult(SplitRule("files", val_fraction, val_sources=val_sources), "", facts)
     split = make_split_rule(seen, val_fraction, split_duplicates=split_duplicates)
     return ScanResult(split, sha256 if len(seen) == 1 else "", facts, _on_copies(seen, split))
@@ -154,23 +154,25 @@ def _on_copies(seen: Sequence[DocumentStats], split: SplitRule) -> tuple[str, ..
 
 
 def _check_sides(
-    sources: Sequence[Source], form: TextFormat, skip_bad: bool, held_out: tuple[int, ...]
+    sources: Sequence[Source], text_format: TextFormat, skip_bad: bool, held_out: tuple[int, ...]
 ) -> None:
     """Raise a UserError if the files of either side hold no text."""
     judged = [sources[number] for number in held_out]
     learned = [source for number, source in enumerate(sources) if number not in set(held_out)]
     for side, what in ((learned, "to learn from"), (judged, "held out by their names")):
         skipped = BadInputHandler(skip_bad)
-        if not any(text.strip() for source in side for text in _readable(source, form, skipped)):
+        if not any(
+            text.strip() for source in side for text in _readable(source, text_format, skipped)
+        ):
             raise UserError(
                 f"{no_text_message([source.name for source in side], skipped)}; these are the files "
                 f"{what}: --split_by_name false takes them like all others"
             )
 
 
-def _readable(source: Source, form: TextFormat, skipped: BadInputHandler) -> Iterator[str]:
+def _readable(source: Source, text_format: TextFormat, skipped: BadInputHandler) -> Iterator[str]:
     try:
-        yield from iter_text(source, form, skipped)
+        yield from iter_text(source, text_format, skipped)
     except BadInput as bad:
         skipped.handle(bad)
 
@@ -192,25 +194,25 @@ def _seen(number: int, document: Document) -> DocumentStats:
     return DocumentStats((number, document.index), len(document.text), text_digest(document.text))
 
 
-def collect_alphabet(sources: Sequence[Source], form: TextFormat, *, skip_bad: bool) -> str:
+def collect_alphabet(sources: Sequence[Source], text_format: TextFormat, *, skip_bad: bool) -> str:
     """Every character of the data, in code point order."""
     known = np.zeros(0x110000, bool)
     for source in sources:
         skipped = BadInputHandler(skip_bad)
         try:
-            for text in iter_text(source, form, skipped):
+            for text in iter_text(source, text_format, skipped):
                 known[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
         except BadInput as bad:
             skipped.handle(bad)
     return "".join(map(chr, np.flatnonzero(known).tolist()))
 
 
-def iter_text(source: Source, form: TextFormat, skipped: BadInputHandler) -> Iterator[str]:
+def iter_text(source: Source, text_format: TextFormat, skipped: BadInputHandler) -> Iterator[str]:
     """All text of a file, in pieces; documents whole."""
-    if has_many_documents(source, form):
-        yield from (document.text for document in read_documents(source, form, skipped))
+    if has_many_documents(source, text_format):
+        yield from (document.text for document in read_documents(source, text_format, skipped))
     else:
-        yield from (chunk.text for chunk in read_chunks(source, encoding=form.encoding))
+        yield from (chunk.text for chunk in read_chunks(source, encoding=text_format.encoding))
 
 
 def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:

@@ -32,13 +32,15 @@ def run_in_process(
     tokenizer: Path,
     *,
     split_rule: SplitRule,
-    form: TextFormat,
+    text_format: TextFormat,
     skip_bad: bool,
     progress: ProgressCallback,
 ) -> Iterator[tuple[Job, JobResult]]:
     """Jobs and what they made, in this process."""
     known = tokenizers.load(tokenizer)
-    worker = JobRunner(out_dir, known, split_rule, form, skip_bad=skip_bad, progress=progress)
+    worker = JobRunner(
+        out_dir, known, split_rule, text_format, skip_bad=skip_bad, progress=progress
+    )
     for job in jobs:
         yield job, worker.run(job)
 
@@ -49,7 +51,7 @@ def run_in_workers(
     tokenizer: Path,
     *,
     split_rule: SplitRule,
-    form: TextFormat,
+    text_format: TextFormat,
     skip_bad: bool,
     progress: ProgressCallback,
     num_workers: int,
@@ -68,7 +70,7 @@ def run_in_workers(
         num_workers,
         mp_context=context,
         initializer=_begin,
-        initargs=(out_dir, tokenizer, split_rule, form, skip_bad, counts, stop),
+        initargs=(out_dir, tokenizer, split_rule, text_format, skip_bad, counts, stop),
     )
     try:
         waiting: dict[Future[JobResult], Job] = {crew.submit(_do, job): job for job in jobs}
@@ -97,7 +99,7 @@ def _begin(
     folder: Path,
     tokenizer: Path,
     split: SplitRule,
-    form: TextFormat,
+    text_format: TextFormat,
     skip_bad: bool,
     counts: tuple[Any, Any],
     stop: Any,
@@ -116,7 +118,7 @@ def _begin(
 
     global _worker
     _worker = JobRunner(
-        folder, tokenizers.load(tokenizer), split, form, skip_bad=skip_bad, progress=told
+        folder, tokenizers.load(tokenizer), split, text_format, skip_bad=skip_bad, progress=told
     )
 
 
