@@ -49,7 +49,7 @@ def check_texts(
                 (path.as_posix(),),
                 val_fraction=val_fraction,
                 kind=kind,
-                form=text_format,
+                text_format=text_format,
                 split_by_name=split_by_name,
                 sources=sources,
             )
@@ -66,7 +66,7 @@ def _check(
     tokenizer: str,
     context_length: int,
 ) -> list[Finding]:
-    text_scan = _TextScan(request.form, selection)
+    text_scan = _TextScan(request.text_format, selection)
     for i, source in enumerate(selection.sources):
         text_scan.read(i, source)
     found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
@@ -205,7 +205,7 @@ def _check_split(
     try:
         rule = scan(
             sources,
-            request.form,
+            request.text_format,
             fraction,
             skip_bad=True,
             val_sources=selection.val_sources,

@@ -1,4 +1,4 @@
-"""Token shards: compatible with llm.c and modded-nanogpt, and safe to read whatever they contain."""
+"""Token shards: compatible with llm.c and modded-nanogpt, safe whatever the file contains."""
 
 import os
 import resource

@@ -119,7 +119,16 @@ def test_normalization_and_literal_eot(tmp_path, doctor) -> None:
 
 @pytest.mark.parametrize("block", [1, 5, 12, 13, 14, 29, 64])
 def test_literal_eot_across_chunks(tmp_path, doctor, monkeypatch, block) -> None:
-    parts = ("One", "Two twos", "", "Three", "Four \u00e9 and <|endof", "text|>", "Six" * 9, "Seven")
+    parts = (
+        "One",
+        "Two twos",
+        "",
+        "Three",
+        "Four \u00e9 and <|endof",
+        "text|>",
+        "Six" * 9,
+        "Seven",
+    )
     text = EOT.join(parts)
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_io, "BLOCK_BYTES", block)

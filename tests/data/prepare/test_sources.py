@@ -59,7 +59,9 @@ def test_runs_models_and_urls_are_refused(files, name, words) -> None:
 
 
 def test_patterns_match_like_glob(tmp_path) -> None:
-    create("a.txt", "b.md", ".h.txt", "x/a.txt", "x/y/z/a.txt", "x/.h/a.txt", ".g/a.txt", "x1/b.txt")
+    create(
+        "a.txt", "b.md", ".h.txt", "x/a.txt", "x/y/z/a.txt", "x/.h/a.txt", ".g/a.txt", "x1/b.txt"
+    )
     patterns = ["*.txt", "**/*.txt", "x/**/*.txt", "**", "x/**", "?/a.txt", "x[0-9]/*", ".*.txt"]
     for pattern in [*patterns, "**/y/**/*.txt", "*/*.txt", f"{tmp_path}/**/a.txt", "[!x]*.txt"]:
         found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (the reference)
