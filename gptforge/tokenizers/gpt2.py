@@ -99,7 +99,7 @@ def _mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
         if " " not in merge[1:-1]:
             raise UserError(f"{merge!r} is not a BPE merge: it merges nothing")
         if token in ranks:
-            raise UserError(f"{merge!r} makes a token that exists already: leave one out")
+            raise UserError(f"{merge!r} makes a token that is there already: leave one out")
         ranks[token] = len(ranks)
     return ranks
 
