@@ -1,4 +1,4 @@
-"""A rank that is lost before all have met is named by the others, and nobody waits for long."""
+"""Ranks that do not join are named by the others, and nobody waits for long."""
 
 import os
 import signal
@@ -13,217 +13,208 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from gptforge.distributed import (
-    Comm,
-    comm,
-    init_distributed,
-    watchdog,
-)
+from gptforge.distributed import Comm, comm, init_distributed, is_distributed_launch, watchdog
+from gptforge.distributed.init import _local_device
 from gptforge.distributed.watchdog import DEADLOCK_FACTOR, Watchdog
 from gptforge.errors import UserError
-from tests.distributed.spawn import End, ends_of, ends_of_start, free_port
+from tests.distributed.spawn import RankExit, exits_of, exits_of_start, free_port
 from tests.environment import python_path
 
 ROOT = Path(__file__).parents[2]
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-SILENCE = 3.0
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+TIMEOUT = 3.0
 """Ranks wait for one and a half times as long."""
-never: list[socket.socket] = []
+sockets: list[socket.socket] = []
 
 
 def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def stops(rank: int) -> None:
+def rank1_stops(rank: int) -> None:
     if rank == 1:
         freeze()
 
 
-def dies(rank: int) -> None:
+def rank1_dies(rank: int) -> None:
     if rank == 1:
         os._exit(9)
 
 
-def makes_a_mistake(rank: int) -> None:
+def rank1_raises(rank: int) -> None:
     if rank == 1:
         raise UserError("--max_stepz is unknown")
 
 
-def lacks_its_number(rank: int) -> None:
+def rank1_lacks_rank(rank: int) -> None:
     if rank == 1:
         del os.environ["RANK"]
 
 
-def lacks_the_number_of_all(rank: int) -> None:
+def rank1_lacks_world_size(rank: int) -> None:
     if rank == 1:
         del os.environ["WORLD_SIZE"]
 
 
-def goes_elsewhere(rank: int) -> None:
+def rank1_connects_elsewhere(rank: int) -> None:
     if rank == 1:
         os.environ["MASTER_PORT"] = "1"
 
 
-def goes_to_a_port_that_never_answers(rank: int) -> None:
+def rank1_connects_to_a_silent_port(rank: int) -> None:
     if rank == 1:
-        listening = socket.create_server(("localhost", 0))
-        never.append(listening)
-        os.environ["MASTER_PORT"] = str(listening.getsockname()[1])
+        sockets.append(socket.create_server(("localhost", 0)))
+        os.environ["MASTER_PORT"] = str(sockets[0].getsockname()[1])
 
 
-def on_hosts_of_their_own(rank: int) -> None:
+def rank1_stops_on_another_host(rank: int) -> None:
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     socket.gethostname = lambda: f"host-{rank}"
-    stops(rank)
+    rank1_stops(rank)
 
 
-def first_one_stops(rank: int) -> None:
+def rank0_stops(rank: int) -> None:
     if rank == 0:
         freeze()
 
 
-def first_one_stops_with_the_store(rank: int) -> None:
+def rank0_stops_with_the_store(rank: int) -> None:
     if rank == 0:
         threading.Timer(2, freeze).start()
     if rank == 1:
         os._exit(9)
 
 
-def stops_in_the_setup(rank: int) -> None:
+def rank1_stops_in_setup(rank: int) -> None:
     if rank == 1:
-        dist.init_process_group = lambda *args, **more: freeze()
+        dist.init_process_group = lambda *args, **options: freeze()
 
 
-def is_there_twice(rank: int) -> None:
+def rank2_claims_rank1(rank: int) -> None:
     if rank == 2:
         os.environ["RANK"] = "1"
 
 
-def counts_the_others_differently(rank: int) -> None:
+def rank1_has_another_world_size(rank: int) -> None:
     if rank == 1:
         os.environ["WORLD_SIZE"] = "4"
 
 
 ABSENT = [
-    stops,
-    dies,
-    makes_a_mistake,
-    lacks_its_number,
-    lacks_the_number_of_all,
-    goes_elsewhere,
-    goes_to_a_port_that_never_answers,
+    rank1_stops,
+    rank1_dies,
+    rank1_raises,
+    rank1_lacks_rank,
+    rank1_lacks_world_size,
+    rank1_connects_elsewhere,
+    rank1_connects_to_a_silent_port,
 ]
-RANK_0_LOST = [first_one_stops, first_one_stops_with_the_store]
-OTHERS = [on_hosts_of_their_own, stops_in_the_setup, is_there_twice]
-Ends = dict[object, Future[list[End]]]
+RANK0_LOST = [rank0_stops, rank0_stops_with_the_store]
+OTHERS = [rank1_stops_on_another_host, rank1_stops_in_setup, rank2_claims_rank1]
+Exits = dict[object, Future[list[RankExit]]]
 
 
 @pytest.fixture(scope="module")
-def ends() -> Iterator[Ends]:
-    """How three ranks end with each trouble. They mostly wait, so several run at once."""
+def exits() -> Iterator[Exits]:
+    """How three ranks exit with each fault. They mostly wait, so several run at once."""
     if sys.platform != "linux":
         pytest.skip("needs Linux")
     with ThreadPoolExecutor(5) as pool:
         yield {
-            trouble: pool.submit(ends_of_start, 3, trouble, silence=SILENCE)
-            for trouble in ABSENT + OTHERS + RANK_0_LOST
+            fault: pool.submit(exits_of_start, 3, fault, timeout=TIMEOUT)
+            for fault in ABSENT + OTHERS + RANK0_LOST
         }
 
 
-@pytest.mark.parametrize("trouble", ABSENT)
-def test_absent_rank_is_named(ends: Ends, trouble) -> None:
-    first, lost, other = ends[trouble].result()
+@pytest.mark.parametrize("fault", ABSENT)
+def test_absent_rank_is_named(exits: Exits, fault) -> None:
+    first, lost, other = exits[fault].result()
     assert first.code == 1
-    assert "rank 1 of 3 did not start within 4 seconds" in first.said
+    assert "rank 1 of 3 did not start within 4 seconds" in first.output
     assert other.code == 1
-    if trouble in (makes_a_mistake, lacks_its_number, lacks_the_number_of_all):
+    if fault in (rank1_raises, rank1_lacks_rank, rank1_lacks_world_size):
         assert lost.code == 2
-        assert "error: " in lost.said
-    if trouble in (goes_elsewhere, goes_to_a_port_that_never_answers):
+        assert "error: " in lost.output
+    if fault in (rank1_connects_elsewhere, rank1_connects_to_a_silent_port):
         assert lost.code == 1
-        assert "cannot join the other ranks: rank 0 did not answer at localhost:" in lost.said
-        assert "the same MASTER_ADDR and MASTER_PORT" in lost.said
+        assert "cannot join the other ranks: rank 0 did not answer at localhost:" in lost.output
+        assert "the same MASTER_ADDR and MASTER_PORT" in lost.output
 
 
-def test_every_host_names_the_absent_rank(ends: Ends) -> None:
-    first, _, other = ends[on_hosts_of_their_own].result()
+def test_every_host_names_the_absent_rank(exits: Exits) -> None:
+    first, _, other = exits[rank1_stops_on_another_host].result()
     for end in (first, other):
         assert end.code == 1
-        assert "error: rank 1 of 3 did not start within 4 seconds" in end.said
+        assert "error: rank 1 of 3 did not start within 4 seconds" in end.output
 
 
-@pytest.mark.parametrize("trouble", RANK_0_LOST)
-def test_lost_rank_0_is_named(ends: Ends, trouble) -> None:
-    _, *others = ends[trouble].result()
-    for other in others if trouble is first_one_stops else others[1:]:
+@pytest.mark.parametrize("fault", RANK0_LOST)
+def test_lost_rank0_is_named(exits: Exits, fault) -> None:
+    _, *others = exits[fault].result()
+    for other in others if fault is rank0_stops else others[1:]:
         assert other.code == 1
-        says = "rank 0 did not answer at" if trouble is first_one_stops else "cannot reach"
-        assert says in other.said
+        message = "rank 0 did not answer at" if fault is rank0_stops else "can no longer reach"
+        assert message in other.output
 
 
-def test_rank_lost_in_setup_is_named(ends: Ends) -> None:
-    first, _, other = ends[stops_in_the_setup].result()
+def test_rank_lost_in_setup_is_named(exits: Exits) -> None:
+    first, _, other = exits[rank1_stops_in_setup].result()
     assert first.code == other.code == 1
-    assert "error: rank 1 on" in first.said
-    assert "has given no sign of life for" in first.said
+    assert "error: rank 1 on" in first.output
+    assert "has sent no heartbeat for" in first.output
 
 
-def test_duplicate_and_missing_rank(ends: Ends) -> None:
-    three = ends[is_there_twice].result()
-    said = "".join(end.said for end in three)
-    assert "rank 2 of 3 did not start" in said
-    assert 0 not in [end.code for end in three]
+def test_duplicate_and_missing_rank(exits: Exits) -> None:
+    ranks = exits[rank2_claims_rank1].result()
+    output = "".join(rank.output for rank in ranks)
+    assert "rank 2 of 3 did not start" in output
+    assert 0 not in [rank.code for rank in ranks]
 
 
-def test_ranks_that_count_differently_are_told_so() -> None:
-    first, second = ends_of_start(2, counts_the_others_differently, silence=SILENCE)
+def test_different_world_sizes_are_reported() -> None:
+    first, second = exits_of_start(2, rank1_has_another_world_size, timeout=TIMEOUT)
     assert first.code == second.code == 2
-    assert "error: WORLD_SIZE is 4 in rank 1, and 2 in rank 0" in first.said
+    assert "error: WORLD_SIZE is 4 in rank 1, and 2 in rank 0" in first.output
 
 
-def test_a_number_without_the_number_of_all_is_a_mistake() -> None:
-    with pytest.raises(UserError, match="RANK is 1 but WORLD_SIZE is not set"):
-        init_distributed("cpu", env={"RANK": "1"})
-
-
-def hangs_before_the_first_step(own: Comm) -> None:
+def wait_before_first_step(ranks: Comm) -> None:
     # Preparing a text may take longer than any one wait for it.
     comm.STORE_WAIT = timedelta(seconds=0.5)
-    if own.rank == 1:
+    if ranks.rank == 1:
         time.sleep(8)
-    own.broadcast_from_rank0(lambda: None)
-    own.assert_same({"text": "this"})
-    own.all_true(True)
+    ranks.broadcast_from_rank0(lambda: None)
+    ranks.assert_same({"text": "this"})
+    ranks.all_true(True)
 
 
-@LINUX
-def test_a_rank_that_keeps_others_waiting_before_the_first_step_is_named() -> None:
-    first, second = ends_of(2, hangs_before_the_first_step, silence=2)
+@needs_linux
+def test_slow_rank_before_the_first_step_is_named() -> None:
+    first, second = exits_of(2, wait_before_first_step, timeout=2)
     assert (first.code, second.code) == (0, 0)
-    assert "the other ranks are waiting for rank 1 on" in first.said
+    assert "the other ranks are waiting for rank 1 on" in first.output
 
 
-def test_ranks_that_all_wait_for_each_other_before_the_first_step_end(monkeypatch) -> None:
+def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    own = Watchdog(0, world_size=2, host="here", store=None, is_local_main=True, timeout=30)
+    dog = Watchdog(0, world_size=2, host="here", store=None, is_local_main=True, timeout=30)
 
-    def look(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
+    def check(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
         now[0] += seconds
-        life = {"waiting": waiting, "waits": waits, "progress": progress, "host": "here"}
-        return own._wait_before_first_step({0: life, 1: life})
+        beat = {"waiting": waiting, "wait_count": waits, "progress": progress, "host": "here"}
+        return dog._check_before_first_step({0: beat, 1: beat})
 
     for waits in range(100):
-        assert look(29 * DEADLOCK_FACTOR, waits=waits) is None
-    assert look(9999, waits=99, waiting=0) is None
-    assert look(9999, waits=99, progress=1) is None
-    assert look(29 * DEADLOCK_FACTOR, waits=99) is None
-    said = look(DEADLOCK_FACTOR, waits=99)
-    assert said is not None
-    assert "all 2 ranks have waited for each other for 120 seconds" in said
+        assert check(29 * DEADLOCK_FACTOR, waits=waits) is None
+    assert check(9999, waits=99, waiting=0) is None
+    assert check(9999, waits=99, progress=1) is None
+    assert check(29 * DEADLOCK_FACTOR, waits=99) is None
+    problem = check(DEADLOCK_FACTOR, waits=99)
+    assert problem is not None
+    assert "all 2 ranks have waited for each other for 120 seconds" in problem
 
 
 ABSENT_AT_FIRST = """
@@ -233,8 +224,8 @@ if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK"
 """
 
 
-@LINUX
-def test_torchrun_starts_again_where_a_rank_did_not_come(play, tmp_path) -> None:
+@needs_linux
+def test_torchrun_restarts_after_a_rank_did_not_join(play, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABSENT_AT_FIRST)
     env = {"PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1", "GPTFORGE_SILENCE": "4"}
     launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
@@ -248,3 +239,48 @@ def test_torchrun_starts_again_where_a_rank_did_not_come(play, tmp_path) -> None
     assert done.returncode == 0, done.stderr
     assert "error: rank 1 of 2 did not start within 6 seconds" in done.stderr
     assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "changed", "message"),
+    [
+        ("cuda:1", {}, "--device cuda:1: torchrun assigns each rank a device"),
+        ("mps", {}, "--device mps: torchrun assigns each rank a device"),
+        ("cpu", {"MASTER_PORT": None}, "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        ("cpu", {"WORLD_SIZE": None, "RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
+        ("cpu", {"GPTFORGE_SILENCE": "long"}, "GPTFORGE_SILENCE=long: give seconds, such as 120"),
+        ("cpu", {"GPTFORGE_SILENCE": "nan"}, "GPTFORGE_SILENCE=nan: give seconds"),
+        ("cpu", {"RANK": "x"}, "RANK is 'x', not a whole number"),
+        ("cpu", {"RANK": "-1"}, "RANK is '-1'"),
+        ("cpu", {"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ("cpu", {"LOCAL_RANK": "1e3"}, "LOCAL_RANK is '1e3'"),
+        ("cpu", {"LOCAL_RANK": "5"}, "LOCAL_RANK is 5 and LOCAL_WORLD_SIZE 2"),
+        ("cpu", {"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is ''"),
+        ("cpu", {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ("cpu", {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999: give a port"),
+        ("cpu", {"WORLD_SIZE": "²"}, "WORLD_SIZE is '²'"),
+        ("cpu", {"WORLD_SIZE": "9" * 400}, "WORLD_SIZE is '999"),
+    ],
+)
+def test_contradictory_launch_is_refused(device, changed, message) -> None:
+    env = {name: value for name, value in {**LAUNCHED, **changed}.items() if value is not None}
+    with pytest.raises(UserError) as caught:
+        init_distributed(device, env=env)
+    assert message in str(caught.value)
+
+
+def test_without_a_launcher_there_is_one_process() -> None:
+    assert not is_distributed_launch({})
+    assert init_distributed("cpu", env={}).world_size == 1
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _local_device("auto", 1, local_world_size=2) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="4 ranks were started here and torch finds 2 CUDA GPUs"):
+        _local_device("auto", 3, local_world_size=4)

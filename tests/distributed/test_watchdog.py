@@ -1,4 +1,4 @@
-"""A rank that is lost ends the run on all, by name, and a restart goes on from what was saved."""
+"""A lost rank is named and ends the run on all; a restart resumes from the last checkpoint."""
 
 import os
 import shutil
@@ -18,23 +18,23 @@ from gptforge.config import Config
 from gptforge.distributed import Comm, watchdog
 from gptforge.distributed.watchdog import _RankMonitor, is_connection_error
 from gptforge.errors import RunError, UserError
-from tests.distributed.spawn import End, ends_of, free_port
+from tests.distributed.spawn import RankExit, exits_of, free_port
 from tests.environment import python_path
 from tests.train.runs import events, last
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
-def trouble(ranks: Comm, values: dict, what: str) -> None:
+def run_with_fault(comm: Comm, config: dict, fault: str) -> None:
     """A run in which something happens to rank 1 in its fifth step."""
-    trainer = build_trainer(Config(**values), explicit=(), log=lambda _: None, comm=ranks)
-    learn = trainer.train_step
+    trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
+    train_step = trainer.train_step
 
-    def with_trouble():
-        if ranks.rank == 1 and trainer.state.step == 5:
-            match what:
+    def train_step_with_fault():
+        if comm.rank == 1 and trainer.state.step == 5:
+            match fault:
                 case "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "stopped":
@@ -43,54 +43,57 @@ def trouble(ranks: Comm, values: dict, what: str) -> None:
                     time.sleep(600)
                 case "fails":
                     raise RunError("no disk here")
-                case "a mistake":
+                case "user error":
                     raise UserError("--flag is wrong")
-        return learn()
+        return train_step()
 
-    trainer.train_step = with_trouble
+    trainer.train_step = train_step_with_fault
     trainer.fit()
 
 
-def ends(config: Config, what: str, *, silence: float = 30.0, count: int = 2) -> list[End]:
-    found = ends_of(count, trouble, vars(config), what, silence=silence)
-    assert (Path(config.out_dir) / "metrics.jsonl").is_file(), "it had not even begun"
+def exits(
+    config: Config, fault: str, *, timeout: float = 30.0, world_size: int = 2
+) -> list[RankExit]:
+    found = exits_of(world_size, run_with_fault, vars(config), fault, timeout=timeout)
+    assert (Path(config.out_dir) / "metrics.jsonl").is_file(), "it ended before the first step"
     return found
 
 
-@LINUX
-def test_a_rank_that_is_killed_is_named_at_once(config) -> None:
-    one, two, *others = ends(config, "killed", count=4)
-    assert two.code == -signal.SIGKILL
-    assert {one.code, *(other.code for other in others)} == {1}
-    assert f"error: rank 1 on {HOST} has died (process " in one.said
+@needs_linux
+def test_killed_rank_is_named_at_once(config) -> None:
+    first, second, *others = exits(config, "killed", world_size=4)
+    assert second.code == -signal.SIGKILL
+    assert {first.code, *(other.code for other in others)} == {1}
+    assert f"error: rank 1 on {HOST} has died (process " in first.output
 
 
-@LINUX
-def test_a_rank_that_stands_still_as_a_whole_is_named(config) -> None:
-    one, _ = ends(config, "stopped", silence=3)
-    assert one.code == 1
-    assert f"error: rank 1 on {HOST} has given no sign of life for " in one.said
+@needs_linux
+def test_stopped_rank_is_named(config) -> None:
+    first, _ = exits(config, "stopped", timeout=3)
+    assert first.code == 1
+    assert f"error: rank 1 on {HOST} has sent no heartbeat for " in first.output
 
 
-def test_a_rank_that_lives_but_hangs_is_named(config) -> None:
-    one, two = ends(config, "hangs", silence=3)
-    assert one.code == two.code == 1
-    assert f"error: rank 1 on {HOST} stood still for " in one.said + two.said
-    assert "while the others waited" in one.said + two.said
+def test_hanging_rank_is_named(config) -> None:
+    first, second = exits(config, "hangs", timeout=3)
+    assert first.code == second.code == 1
+    assert f"error: rank 1 on {HOST} stalled for " in first.output + second.output
+    assert "while the others waited" in first.output + second.output
 
 
 @pytest.mark.parametrize(
-    ("what", "code", "text"), [("fails", 1, "no disk here"), ("a mistake", 2, "--flag is wrong")]
+    ("fault", "code", "message"),
+    [("fails", 1, "no disk here"), ("user error", 2, "--flag is wrong")],
 )
-def test_a_rank_that_fails_ends_all_with_its_words_and_exit_code(config, what, code, text) -> None:
-    one, two = ends(config, what)
-    assert one.code == two.code == code
-    assert f"error: rank 1 on {HOST}: {text}" in two.said
-    # One machine says it once.
-    assert "error: rank" not in one.said
+def test_failing_rank_ends_all_with_one_message_and_code(config, fault, code, message) -> None:
+    first, second = exits(config, fault)
+    assert first.code == second.code == code
+    assert f"error: rank 1 on {HOST}: {message}" in second.output
+    # Once per machine.
+    assert "error: rank" not in first.output
 
 
-def life(host: str = "far", *, beat: float = 0, progress: int = 1, busy: int = 0) -> dict:
+def heartbeat(host: str = "far", *, beat: float = 0, progress: int = 1, busy: int = 0) -> dict:
     return {"pid": 1, "host": host, "beat": beat, "progress": progress, "busy": busy}
 
 
@@ -105,49 +108,51 @@ def clock(monkeypatch) -> Callable[[float], None]:
     return forward
 
 
-def test_signs_of_life_that_stay_the_same_count_as_none(clock) -> None:
-    others = _RankMonitor(30)
-    assert others.find_failure({1: life(beat=1)}, None, "here") is None
+def test_unchanged_heartbeats_count_as_none(clock) -> None:
+    monitor = _RankMonitor(30)
+    assert monitor.find_failure({1: heartbeat(beat=1)}, None, "here") is None
     clock(20)
-    assert others.find_failure({1: life(beat=2)}, None, "here") is None
+    assert monitor.find_failure({1: heartbeat(beat=2)}, None, "here") is None
     clock(29)
-    assert others.find_failure({1: life(beat=2)}, None, "here") is None
+    assert monitor.find_failure({1: heartbeat(beat=2)}, None, "here") is None
     clock(2)
-    said = others.find_failure({1: life(beat=2)}, None, "here")
-    assert said == "rank 1 on far has given no sign of life for 31 seconds"
+    problem = monitor.find_failure({1: heartbeat(beat=2)}, None, "here")
+    assert problem == "rank 1 on far has sent no heartbeat for 31 seconds"
 
 
-def test_standing_still_is_no_fault_before_the_first_step_or_while_one_is_busy(clock) -> None:
-    others = _RankMonitor(30)
+def test_stall_is_allowed_before_the_first_step_and_while_a_rank_is_busy(clock) -> None:
+    monitor = _RankMonitor(30)
     for beat in range(100):
         clock(10)
-        lives = {1: life(beat=beat, progress=0)}
-        assert others.find_failure(lives, life(progress=0), "here") is None
+        beats = {1: heartbeat(beat=beat, progress=0)}
+        assert monitor.find_failure(beats, heartbeat(progress=0), "here") is None
     for beat in range(100, 200):
         clock(10)
-        lives = {1: life(beat=beat, progress=7)}
-        assert others.find_failure(lives, life(progress=9, busy=1), "here") is None
+        beats = {1: heartbeat(beat=beat, progress=7)}
+        assert monitor.find_failure(beats, heartbeat(progress=9, busy=1), "here") is None
     for beat in range(200, 203):
         clock(10)
-        said = others.find_failure({1: life(beat=beat, progress=7)}, life(progress=9), "here")
-    assert said == "rank 1 on far stood still for 30 seconds while the others waited"
+        problem = monitor.find_failure(
+            {1: heartbeat(beat=beat, progress=7)}, heartbeat(progress=9), "here"
+        )
+    assert problem == "rank 1 on far stalled for 30 seconds while the others waited"
 
 
-def test_a_machine_whose_steps_take_minutes_does_not_hang(clock) -> None:
-    others = _RankMonitor(30)
+def test_slow_machine_does_not_count_as_stalled(clock) -> None:
+    monitor = _RankMonitor(30)
     for beat in range(90):
         clock(10)
         # A step every 20 seconds; then one that takes 80.
         progress = 1 + min(beat // 2, 10) + (beat > 28)
-        said = others.find_failure(
-            {1: life(beat=beat, progress=progress)}, life(progress=progress), "x"
+        problem = monitor.find_failure(
+            {1: heartbeat(beat=beat, progress=progress)}, heartbeat(progress=progress), "x"
         )
         if beat < 40:
-            assert said is None
-    assert said is not None and said.startswith("all ranks have stood still for")
+            assert problem is None
+    assert problem is not None and problem.startswith("all ranks have stalled for")
 
 
-def test_only_a_lost_connection_is_blamed_on_others() -> None:
+def test_only_a_connection_error_is_blamed_on_other_ranks() -> None:
     assert is_connection_error(torch.distributed.DistBackendError("NCCL"))
     assert is_connection_error(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [::1]:4"))
     assert not is_connection_error(RuntimeError("shapes do not match"))
@@ -155,12 +160,12 @@ def test_only_a_lost_connection_is_blamed_on_others() -> None:
 
 
 def start(folder: Path, *flags: str, env: dict[str, str], before: tuple[str, ...] = ()):
-    """gpt.py on a tiny model, with its words in `folder`/said."""
-    words = [sys.executable, str(ROOT / "gpt.py"), *FLAGS, *flags]
+    """Start gpt.py on a tiny model, with its output in `folder`/out.txt."""
+    command = [sys.executable, str(ROOT / "gpt.py"), *FLAGS, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **env}
-    with (folder / "said").open("w") as said:
+    with (folder / "out.txt").open("w") as out:
         return subprocess.Popen(
-            [*before, *words], env=environment, stdout=said, stderr=said, cwd=folder
+            [*before, *command], env=environment, stdout=out, stderr=out, cwd=folder
         )
 
 
@@ -170,11 +175,13 @@ FLAGS = (
 )
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120
+) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it took too long"
-        assert process.poll() is None, "it ended before"
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        assert process.poll() is None, "the process ended"
         time.sleep(0.05)
 
 
@@ -183,74 +190,73 @@ def process_of_rank(rank: int, out_dir: str) -> int:
         if entry.name.isdecimal():
             try:
                 env = (entry / "environ").read_bytes().split(b"\0")
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                args = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if f"RANK={rank}".encode() in env and out_dir.encode() in words:
+            if f"RANK={rank}".encode() in env and out_dir.encode() in args:
                 return int(entry.name)
     raise AssertionError(f"there is no rank {rank}")
 
 
-@LINUX
-def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_goes_on(play, tmp_path) -> None:
+@needs_linux
+def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes(play, tmp_path) -> None:
     flags = ("--input", str(play), "--max_steps", "60")
-    straight = start(tmp_path, *flags, "--out_dir", "straight", env={})
+    uninterrupted = start(tmp_path, *flags, "--out_dir", "uninterrupted", env={})
     out = str(tmp_path / "run")
-    # Thrown away once, at the first start: a restart must not throw away what that one saved.
-    own = (*flags, "--out_dir", out, "--overwrite")
-    # Slow enough that there is something left to go on with.
+    # --restart only applies to the first start: after that there are checkpoints to resume from.
+    own = (*flags, "--out_dir", out, "--restart")
+    # Slow enough that there are steps left to resume.
     slow = ("--batch_size", "4", "--gradient_accumulation_steps", "2", "--max_steps", "60")
     folder = tmp_path / "launch"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SLOWLY)
+    (folder / "sitecustomize.py").write_text(SLOW_STEPS)
     env = {"PYTHONPATH": python_path(folder), "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
               "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
-    with (folder / "said").open("w") as said:
+    with (folder / "out.txt").open("w") as out_file:
         run = subprocess.Popen(
             [sys.executable, *launch, str(ROOT / "gpt.py"), *FLAGS, *own, *slow],
-            env={**os.environ, **env}, stdout=said, stderr=said,
+            env={**os.environ, **env}, stdout=out_file, stderr=out_file,
         )  # fmt: skip
     wait_for(lambda: (Path(out) / "checkpoints" / "step-000020").is_dir(), run)
     os.kill(process_of_rank(1, out), signal.SIGKILL)
     code = run.wait(120)
-    said = (folder / "said").read_text()
-    assert code == 0, said
-    assert straight.wait(120) == 0
-    assert f"error: rank 1 on {HOST} has died" in said
-    assert "going on from step-0000" in said
-    one = Config(out_dir=str(tmp_path / "straight"))
-    two = Config(out_dir=out)
-    assert last(two).name == "step-000060"
-    losses = [{e["step"]: e["loss"] for e in events(c, "train")} for c in (one, two)]
+    output = (folder / "out.txt").read_text()
+    assert code == 0, output
+    assert uninterrupted.wait(120) == 0
+    assert f"error: rank 1 on {HOST} has died" in output
+    assert "from step-0000" in output
+    configs = Config(out_dir=str(tmp_path / "uninterrupted")), Config(out_dir=out)
+    assert last(configs[1]).name == "step-000060"
+    losses = [{e["step"]: e["loss"] for e in events(c, "train")} for c in configs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert len(events(two, "resume")) == 1
+    assert len(events(configs[1], "resume")) == 1
 
 
-SLOWLY = """
+SLOW_STEPS = """
 import os
 if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
     import gptforge.train.trainer as trainer
     import time
-    learn = trainer.Trainer.learn
-    def slowly(self):
-        time.sleep(0.1 if self.progress.step > 20 else 0)
-        return learn(self)
-    trainer.Trainer.learn = slowly
+    train_step = trainer.Trainer.train_step
+    def slow_step(self):
+        time.sleep(0.1 if self.state.step > 20 else 0)
+        return train_step(self)
+    trainer.Trainer.train_step = slow_step
 """
 
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[tuple[str, ...]]]:
-    """Commands that run what follows them on one of two hosts with a wire between them."""
+    """Prefixes of commands that run on one of two hosts (network namespaces) with a wire between."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("network namespaces need Linux and root")
     if not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("network namespaces need iproute2 and unshare")
     names = [f"gf{os.getpid()}{side}" for side in "ab"]
 
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    def ip(*args: str) -> None:
+        done = subprocess.run(["ip", *args], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
 
@@ -273,7 +279,7 @@ def two_hosts() -> Iterator[list[tuple[str, ...]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_hosts_train_together_and_one_cut_off_is_named_on_both(play, tmp_path, two_hosts):
+def test_host_that_is_cut_off_is_named_on_both_hosts(play, tmp_path, two_hosts):
     address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(free_port())}
     world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     more = {"GLOO_SOCKET_IFNAME": "wire0", "GPTFORGE_SILENCE": "4"}
@@ -284,13 +290,13 @@ def test_two_hosts_train_together_and_one_cut_off_is_named_on_both(play, tmp_pat
         env = {**address, **world, **more, "RANK": str(rank)}
         flags = ("--input", str(play), "--out_dir", "run", "--max_steps", "1000000")
         processes.append(start(folder, *flags, env=env, before=before))
-    said = [tmp_path / f"host-{rank}" / "said" for rank in range(2)]
-    wait_for(lambda: "step 20 |" in said[0].read_text(), processes[0])
+    outputs = [tmp_path / f"host-{rank}" / "out.txt" for rank in range(2)]
+    wait_for(lambda: "step 20 |" in outputs[0].read_text(), processes[0])
     assert not (tmp_path / "host-1" / "run").exists()
     names = [before[-1] for before in two_hosts]
     cut = ["ip", "-n", names[1], "link", "set", "wire0", "down"]
     subprocess.run(cut, check=True)
     assert [process.wait(60) for process in processes] == [1, 1]
-    one, two = (path.read_text() for path in said)
-    assert f"error: rank 1 on {names[1]} has given no sign of life for " in one
-    assert f"error: rank 1 on {names[1]} cannot reach the other ranks, at 10.77.0.1" in two
+    first, second = (path.read_text() for path in outputs)
+    assert f"error: rank 1 on {names[1]} has sent no heartbeat for " in first
+    assert f"error: rank 1 on {names[1]} can no longer reach the other ranks at 10.77" in second
