@@ -248,7 +248,7 @@ if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[tuple[str, ...]]]:
-    """Prefixes of commands that run on one of two hosts (network namespaces) with a wire between."""
+    """Command prefixes for two hosts (network namespaces) with a wire between them."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("network namespaces need Linux and root")
     if not (shutil.which("ip") and shutil.which("unshare")):
