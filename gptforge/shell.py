@@ -1,6 +1,4 @@
-"""Commands that are printed to be copied: how this program was called, and paths as a shell reads
-them.
-"""
+"""The command that started this program, shell quoting, and integers from the environment."""
 
 import os
 import shlex
@@ -14,34 +12,34 @@ from gptforge.printable import short_repr
 
 
 def program_name() -> str:
-    """How this program was called."""
+    """How this program was started: `python gpt.py` or `gptforge`."""
     return f"python {torchrun_target()}" if Path(sys.argv[0]).suffix == ".py" else "gptforge"
 
 
 def torchrun_target() -> str:
-    """The same, as another program may start it in Python's place."""
-    called = Path(sys.argv[0])
-    is_script = called.suffix == ".py" and called.name != "__main__.py"
-    return quote(called.as_posix()) if is_script else "-m gptforge"
+    """What torchrun is given to start this program: `gpt.py` or `-m gptforge`."""
+    path = Path(sys.argv[0])
+    is_script = path.suffix == ".py" and path.name != "__main__.py"
+    return quote(path.as_posix()) if is_script else "-m gptforge"
 
 
 def quote(path: str) -> str:
-    """A path as a shell takes it for one word, which is no flag."""
+    """A path as one shell word that is not taken for a flag."""
     if path.startswith("-") and path != "-":
         path = f"./{path}"
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)
 
 
 def env_int(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
-    """A whole number, 0 or more, from an environment variable.
+    """A non-negative integer from an environment variable, as launchers set them.
 
     Raises:
-        UserError: if it is set to anything else.
+        UserError: if the variable holds anything else.
     """
-    word = env.get(name, str(default))
-    if not (word.isascii() and word.isdecimal() and len(word) < 10):
+    text = env.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise UserError(
-            f"the environment variable {name} is {short_repr(word)}, not a whole number: unset it, "
+            f"the environment variable {name} is {short_repr(text)}, not a whole number: unset it, "
             "or start several processes with torchrun"
         )
-    return int(word)
+    return int(text)

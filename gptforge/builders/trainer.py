@@ -25,7 +25,7 @@ from gptforge.builders.resolve import (
 )
 from gptforge.builders.train_step import attention_backend, build_train_step, estimate_duration
 from gptforge.checkpoint import store as checkpoints
-from gptforge.checkpoint.async_saver import AsyncSaver, NullSaver
+from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.run_dir import (
     OpenedRun,
     check_out_dir,
@@ -46,7 +46,7 @@ from gptforge.device import select_device, select_precision
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate import formulas
 from gptforge.evaluate.val_loss import ValEvaluator
-from gptforge.lock import FolderLock, NullLock
+from gptforge.lock import FolderLock
 from gptforge.model import GPT
 from gptforge.presets import PRESETS, get_preset
 from gptforge.report.console import NullConsole, open_console
@@ -117,9 +117,10 @@ def build_trainer(
     )
     config = resolve_config(config, corpus)
     is_read_only = is_finished_read_only(Path(config.out_dir))
-    lock = lock_run_dir(Path(config.out_dir)) if comm.is_main and not is_read_only else NullLock()
+    lock = lock_run_dir(Path(config.out_dir)) if comm.is_main and not is_read_only else None
     with contextlib.ExitStack() as unless_built:
-        unless_built.callback(lock.release)
+        if lock is not None:
+            unless_built.callback(lock.release)
         opening = open_run_on_all_ranks(config, corpus, explicit, comm, requested=asked)
         config = opening.config
         for notice in (*corpus.notices, *opening.notices):
@@ -198,8 +199,12 @@ def build_trainer(
             dataloader=loader,
             val_evaluator=held_out,
             tokenizer=corpus.tokenizer,
-            saver=(AsyncSaver if comm.is_main else NullSaver)(
-                store, tokenizer=corpus.tokenizer, config=config_text, keep=config.keep_checkpoints
+            saver=AsyncSaver(
+                store,
+                tokenizer=corpus.tokenizer,
+                config=config_text,
+                keep=config.keep_checkpoints,
+                enabled=comm.is_main,
             ),
             report=report,
             stop_signal=StopSignal(
@@ -232,7 +237,7 @@ def seed_everything(config: Config, *, rank: int = 0) -> None:
 
 def _open_report(
     report: RunReport,
-    lock: FolderLock,
+    lock: FolderLock | None,
     config: Config,
     opening: OpenedRun,
     step: TrainStep,
@@ -247,6 +252,7 @@ def _open_report(
     """
     folder = report.run_dir
     if opening.moves_old_run:
+        assert lock is not None, "a folder that cannot be written to is not moved"
         aside = lock.move_to_backup("old")
         report.console.log(f"note: moved the old {folder.as_posix()} to {aside.as_posix()}")
     folder.mkdir(parents=True, exist_ok=True)

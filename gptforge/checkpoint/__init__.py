@@ -1,1 +1,1 @@
-"""Checkpoints: folders that are whole or absent."""
+"""Checkpoints that are complete or absent, and the run folders that hold them."""

@@ -1,4 +1,4 @@
-"""Saving while training goes on: one checkpoint at a time, in a thread of its own."""
+"""Saves checkpoints in a background thread, one at a time."""
 
 import threading
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from gptforge.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that is whole and on the disk."""
+    """A complete checkpoint on disk."""
 
     step: int
     name: str
@@ -21,69 +21,79 @@ class SavedCheckpoint:
 
 
 class AsyncSaver:
-    """Writes snapshots to a store.
+    """Writes snapshots to a store while training continues.
 
-    A snapshot's tensors are copies on the training device, so taking one costs little; they travel
-    to the CPU and the disk beside the training. `last`, `best` and what is pruned change only when
-    a checkpoint is whole.
+    A snapshot holds copies on the training device, which are cheap; they are moved to the CPU and
+    to disk in the background. `last`, `best` and pruning follow only once a checkpoint is complete.
 
     Args:
-        store: where to.
-        tokenizer: goes into every checkpoint.
+        store: where to save.
+        tokenizer: saved with every checkpoint.
         config: text of config.toml, likewise.
-        keep: checkpoints to keep besides best and last.
+        keep: number of checkpoints to keep besides best and last.
+        enabled: False on ranks other than 0, which save nothing.
     """
 
     def __init__(
-        self, store: CheckpointStore, *, tokenizer: Tokenizer, config: str, keep: int
+        self,
+        store: CheckpointStore,
+        *,
+        tokenizer: Tokenizer,
+        config: str,
+        keep: int,
+        enabled: bool = True,
     ) -> None:
         self.store = store
         self._tokenizer = tokenizer
         self._config = config
         self._keep = keep
+        self._enabled = enabled
         self._thread: threading.Thread | None = None
         self._saved: list[SavedCheckpoint] = []
         self._error: BaseException | None = None
 
     def save_async(self, step: int, snapshot: Snapshot, *, is_best: bool) -> None:
-        """Begin to write; waits for the one before.
+        """Start to save a snapshot, once the previous save is complete.
 
         Raises:
-            RunError: if the disk has no room, or had none for the one before.
+            RunError: if there is not enough disk space, or the previous save failed.
         """
+        if not self._enabled:
+            return
         self.wait()
         self.store.check_disk_space(snapshot.nbytes)
-        ready = _event(snapshot)
-        # Not a daemon: a program that ends by an error still finishes its save.
+        copied = _record_event(snapshot)
+        # Not a daemon: a program that ends with an error still completes its save.
         self._thread = threading.Thread(
-            target=self._write, args=(step, snapshot, is_best, ready), name="saver"
+            target=self._save, args=(step, snapshot, is_best, copied), name="saver"
         )
         self._thread.start()
 
     def poll(self) -> list[SavedCheckpoint]:
-        """What was finished since the last call; raises the error of a save that failed."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Checkpoints completed since the last call; raises the error of a failed save."""
+        self._raise_error()
         saved = self._saved[:]
-        # The thread may append meanwhile: take away no more than was seen.
+        # The thread may append meanwhile.
         del self._saved[: len(saved)]
         return saved
 
     def wait(self) -> None:
-        """Come back when nothing is being written."""
+        """Wait for a running save; raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._raise_error()
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def _write(
-        self, step: int, snapshot: Snapshot, is_best: bool, ready: torch.cuda.Event | None
+    def _save(
+        self, step: int, snapshot: Snapshot, is_best: bool, copied: torch.cuda.Event | None
     ) -> None:
         try:
-            with _behind(ready):
+            with _side_stream(copied):
                 name = self.store.save(
                     step, snapshot, tokenizer=self._tokenizer, config=self._config
                 )
@@ -96,15 +106,8 @@ class AsyncSaver:
             self._error = error
 
 
-class NullSaver(AsyncSaver):
-    """What the ranks behind the first save with: rank 0 writes."""
-
-    def save_async(self, step: int, snapshot: Snapshot, *, is_best: bool) -> None:
-        """Rank 0 has the whole of it."""
-
-
-def _event(snapshot: Snapshot) -> torch.cuda.Event | None:
-    """A mark in the GPU's queue behind the copies that the snapshot is made of."""
+def _record_event(snapshot: Snapshot) -> torch.cuda.Event | None:
+    """An event after the copies that make up the snapshot."""
     tensors = list(snapshot.model.values())
     if not tensors or tensors[0].device.type != "cuda":
         return None
@@ -114,13 +117,13 @@ def _event(snapshot: Snapshot) -> torch.cuda.Event | None:
 
 
 @contextmanager
-def _behind(ready: torch.cuda.Event | None) -> Iterator[None]:
-    """Copy on a stream of its own: on the usual one each copy would wait for training."""
-    if ready is None:
+def _side_stream(after: torch.cuda.Event | None) -> Iterator[None]:
+    """Copy on a separate stream: on the default one each copy would wait for training."""
+    if after is None:
         yield
         return
-    stream = torch.cuda.Stream(ready.device)
+    stream = torch.cuda.Stream(after.device)
     with torch.cuda.stream(stream):
-        stream.wait_event(ready)
+        stream.wait_event(after)
         yield
     stream.synchronize()

@@ -1,4 +1,4 @@
-"""Opening a run folder: a new run, one to go on with, or one that is finished."""
+"""Opens a run folder: for a new run, to resume one, or to find it finished."""
 
 import dataclasses
 import os
@@ -25,82 +25,101 @@ from gptforge.tokenizers import Tokenizer
 RUN_FILES = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
 """What a run leaves in its folder."""
 MAX_SCAN_BYTES, MAX_LINE_BYTES = 2**28, 2**16
-"""Of metrics that are looked through, from the end, and of one line of them."""
+"""How much of the metrics is searched, from the end, and the longest line that is read at once."""
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What was found in a run folder."""
+    """What a run folder holds, and how to start from it."""
 
     status: Literal["new", "resume", "finished"]
     config: Config
-    """As asked, in step with what the folder holds."""
+    """The requested configuration, adapted to a run that resumes."""
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     moves_old_run: bool = False
-    """Whether an old run is to be moved aside before this one begins."""
+    """Whether an old run has to be moved to a backup before this one starts."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the ranks that cannot look for themselves: the folder may be on another machine."""
+        """For ranks that cannot look themselves: the folder may be on another machine."""
         path = None if self.checkpoint is None else self.checkpoint.as_posix()
         return vars(self) | {"config": vars(self.config), "checkpoint": path}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "OpenedRun":
-        """Read what `to_json` wrote."""
+        """Inverse of `to_json`."""
         path = record["checkpoint"]
-        own = {"config": Config(**record["config"]), "checkpoint": path and Path(path)}
-        return cls(**{**record, **own, "notices": tuple(record["notices"])})
+        values = {
+            **record,
+            "config": Config(**record["config"]),
+            "checkpoint": path and Path(path),
+            "notices": tuple(record["notices"]),
+        }
+        return cls(**values)
+
+
+def lock_run_dir(folder: Path) -> FolderLock:
+    """Lock a run folder against other processes that would train into it.
+
+    Raises:
+        UserError: if another process trains into it.
+    """
+    lock = lock_folder(folder)
+    if lock is None:
+        raise UserError(
+            f"{folder.as_posix()} is being trained by another process: wait for it, or choose "
+            "another --out_dir"
+        )
+    return lock
 
 
 def open_run(
     config: Config, *, explicit: Collection[str], tokenizer: Tokenizer, text_sha256: str
 ) -> OpenedRun:
-    """Look into `config.out_dir` and decide. What is there is only set right, never thrown away.
+    """Decide between a new run, resuming and a finished run; repairs but never deletes.
 
     Args:
-        config: settled, with out_dir.
-        given: fields that the user set by hand.
-        tokenizer: of this run.
-        text_sha256: of the text this run would learn.
+        config: resolved, with out_dir.
+        explicit: fields that the user set.
+        tokenizer: tokenizer of this run.
+        text_sha256: hash of the training text.
 
     Raises:
         UserError: if the folder holds something else, or a run with another configuration.
     """
     check_out_dir(config)
     folder = Path(config.out_dir)
-    if config.restart and _holds_something(folder):
+    if config.restart and _has_files(folder):
         return OpenedRun("new", config, moves_old_run=True)
     store = CheckpointStore(folder / "checkpoints")
-    newest, warnings = store.latest()
-    if newest is None:
-        if store.has_history() or _tells_of("save", folder / "metrics.jsonl"):
-            said = f"{'; '.join(warnings)}; " if warnings else ""
+    latest, notices = store.latest()
+    if latest is None:
+        if store.has_history() or _has_event("save", folder / "metrics.jsonl"):
+            problems = f"{'; '.join(notices)}; " if notices else ""
             raise UserError(
-                f"{said}{folder.as_posix()} holds a run without a whole checkpoint: put one back, "
-                "or start anew with --overwrite"
+                f"{problems}{folder.as_posix()} holds a run without an intact checkpoint: put one "
+                "back, or start from scratch with --restart"
             )
-        # Nothing was learned yet: it starts over in place.
+        # It ended before its first save: start from scratch in place.
         return OpenedRun("new", config)
-    old, state = read_config(newest), read_state(newest)
-    store.repair_links(newest)
+    old, state = read_config(latest), read_state(latest)
+    store.repair_links(latest)
     config = resume_config(
-        newest, config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
+        latest, config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
     )
     if config.max_steps > old.max_steps:
-        warnings.append(
+        notices.append(
             f"--max_steps raised from {old.max_steps} to {config.max_steps}: "
             "the learning rate follows the new schedule from here"
         )
     progress = state["progress"]
     is_pending = progress.get("unjudged") or state.get("pending")
     is_finished = progress["step"] >= config.max_steps and not is_pending
-    is_finished &= _tells_of("end", folder / "metrics.jsonl")
-    status: Literal["resume", "finished"] = "finished" if is_finished else "resume"
-    if status == "resume":
+    is_finished &= _has_event("end", folder / "metrics.jsonl")
+    if not is_finished:
         check_writable(folder)
-    return OpenedRun(status, config, newest, state, tuple(warnings))
+    return OpenedRun("finished" if is_finished else "resume", config, latest, state, tuple(notices))
 
 
 def resume_config(
@@ -111,54 +130,55 @@ def resume_config(
     tokenizer: Tokenizer,
     text_sha256: str,
 ) -> Config:
-    """`config` as it goes on with the run that a checkpoint is of; only looks.
+    """The configuration with which `config` resumes the run of a checkpoint; changes no file.
 
     Raises:
-        UserError: if the run was begun with another configuration, tokenizer or text.
+        UserError: if the run was started with another configuration, tokenizer or text.
     """
     old, folder = read_config(checkpoint), Path(config.out_dir)
     if "warmup_steps" not in explicit:
         config = dataclasses.replace(config, warmup_steps=old.warmup_steps)
-    # Where a tokenizer lies is of no matter; what it says is.
+    # A tokenizer is compared by content, not by path.
     config = dataclasses.replace(config, tokenizer=old.tokenizer)
-    found = resume_conflicts(old, config)
+    conflicts = resume_conflicts(old, config)
     if read_tokenizer(checkpoint).to_json() != tokenizer.to_json():
-        found.append("tokenizer: not the one that the run was begun with")
+        conflicts.append("tokenizer: not the one that the run was started with")
     if read_state(checkpoint)["text_sha256"] != text_sha256:
-        found.append(f"input: the text is not the one that {folder.as_posix()} learned")
-    if found:
-        is_longer = len(found) == 1 and config.max_steps < old.max_steps
-        go_on = f"go on with --max_steps {old.max_steps}, " if is_longer else ""
+        conflicts.append(f"input: not the text that {folder.as_posix()} was trained on")
+    if conflicts:
+        is_shorter = len(conflicts) == 1 and config.max_steps < old.max_steps
+        hint = f"resume with --max_steps {old.max_steps}, " if is_shorter else ""
         raise UserError(
-            f"{folder.as_posix()} holds a run with another configuration ({'; '.join(found)}): "
-            f"{go_on}choose another --out_dir, or --overwrite to move it aside"
+            f"{folder.as_posix()} holds a run with another configuration "
+            f"({'; '.join(conflicts)}): {hint}choose another --out_dir, or --restart to move it "
+            "to a backup"
         )
     return config
 
 
 def check_writable(folder: Path) -> None:
-    """Raise a UserError if no folder can be made there; only looks."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        if place.is_symlink():
-            raise UserError(f"--out_dir {folder}: {place} is a link that leads nowhere")
-        place = place.parent
-    if not place.is_dir():
-        where = f"{folder} is" if place == folder else f"{folder} cannot be: {place} is"
-        raise UserError(f"--out_dir {where} a file: choose another")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--out_dir {folder}: {place} cannot be written to: choose another")
+    """Raise a UserError if the folder cannot be created or written to; changes no file."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        if existing.is_symlink():
+            raise UserError(f"--out_dir {folder}: {existing} is a dangling link")
+        existing = existing.parent
+    if not existing.is_dir():
+        problem = "is a file" if existing == folder else f"cannot be created: {existing} is a file"
+        raise UserError(f"--out_dir {folder} {problem}: choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out_dir {folder}: {existing} cannot be written to: choose another")
 
 
 def check_out_dir(config: Config) -> None:
-    """Raise a UserError if `config.out_dir` cannot be or holds what is no run; only looks."""
+    """Raise a UserError if out_dir cannot be used or holds no run; changes no file."""
     folder = Path(config.out_dir)
-    place = files.real_path(folder)
-    for above in (place, *place.parents):
-        if above.name == "checkpoints" and (above.parent / CONFIG).is_file():
+    real = files.real_path(folder)
+    for parent in (real, *real.parents):
+        if parent.name == "checkpoints" and (parent.parent / CONFIG).is_file():
             raise UserError(
-                f"--out_dir {folder} lies among the checkpoints of a run: choose another, or go on "
-                f"with that run by --out_dir {quote(above.parent.as_posix())}"
+                f"--out_dir {folder} lies among the checkpoints of a run: choose another, or "
+                f"resume that run with --out_dir {quote(parent.parent.as_posix())}"
             )
     if is_finished_read_only(folder) and not config.restart:
         return
@@ -167,29 +187,37 @@ def check_out_dir(config: Config) -> None:
         _refuse_links(folder)
     if (folder / "checkpoints").is_dir():
         check_writable(folder / "checkpoints")
-    if outer := next(filter(is_locked, files.real_path(folder).parents), None):
+    if outer := next(filter(is_locked, real.parents), None):
         raise UserError(
             f"--out_dir {folder} lies in {outer}, which another process trains into: choose another"
         )
-    needed = _needed_inside(config, folder)
-    if config.restart and _holds_something(folder):
-        if reason := _why_not_aside(folder):
-            raise UserError(f"--out_dir {folder} cannot be moved aside: {reason}")
-        if needed:
+    inputs = _inputs_inside(config, folder)
+    if config.restart and _has_files(folder):
+        if problem := _why_not_movable(folder):
+            raise UserError(f"--out_dir {folder} cannot be moved to a backup: {problem}")
+        if inputs:
             raise UserError(
-                f"--overwrite would move {folder} aside with {needed} in it: choose another "
+                f"--restart would move {folder} to a backup with {inputs} in it: choose another "
                 "--out_dir, or put that elsewhere first"
             )
-        return
-    if not (folder / CONFIG).is_file() and _holds_something(folder, besides=RUN_FILES):
-        remedy = "choose another, or give --overwrite to move it aside"
-        if needed:
-            remedy = f"choose another, for {needed} lies there"
-        raise UserError(f"--out_dir {folder} holds other files and no run: {remedy}")
+    elif not (folder / CONFIG).is_file() and _has_files(folder, ignore=RUN_FILES):
+        hint = "choose another, or give --restart to move it to a backup"
+        if inputs:
+            hint = f"choose another, as {inputs} lies there"
+        raise UserError(f"--out_dir {folder} holds other files and no run: {hint}")
+
+
+def is_finished_read_only(folder: Path) -> bool:
+    """Whether a finished run lies in a folder that cannot be written to."""
+    return (
+        (folder / CONFIG).is_file()
+        and not os.access(folder, os.W_OK)
+        and _has_event("end", folder / "metrics.jsonl")
+    )
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise a UserError for a link among a run's files: who unpacks a run did not choose it."""
+    """Raise a UserError for links among a run's files: a run from elsewhere may hold any."""
     for name in sorted(RUN_FILES):
         path = folder / name
         kind = files.nonregular_kind(path, follow_symlinks=False)
@@ -206,54 +234,41 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
-def is_finished_read_only(folder: Path) -> bool:
-    """Whether a run that came to its end lies where nothing can be written any more."""
-    return (
-        (folder / CONFIG).is_file()
-        and not os.access(folder, os.W_OK)
-        and _tells_of("end", folder / "metrics.jsonl")
-    )
-
-
-def _why_not_aside(folder: Path) -> str:
-    """What speaks against renaming a folder; empty if nothing does."""
+def _why_not_movable(folder: Path) -> str:
+    """Why a folder must not be renamed; else an empty string."""
     if files.real_path(folder) in (Path.cwd(), *Path.cwd().parents):
-        return "it is the folder we are in"
+        return "it is or contains the working directory"
     if os.path.ismount(folder):
         return "something is mounted there; choose a folder inside it"
     parent = folder.parent
     if not os.access(parent, os.W_OK | os.X_OK):
         return f"{files.real_path(parent)} cannot be written to"
-    # A run of its own in it may be somebody else's, or training at this moment.
+    # A run inside it may belong to somebody else or be training right now.
     for depth in ("*", "*/*"):
-        held = (
-            lock.parent for lock in folder.glob(f"{depth}/{LOCK_FILE}") if is_locked(lock.parent)
-        )
+        locked = filter(is_locked, (lock.parent for lock in folder.glob(f"{depth}/{LOCK_FILE}")))
         saved = (path.parents[1] for path in folder.glob(f"{depth}/checkpoints/step-*"))
-        if inner := next(chain(held, saved), None):
+        if inner := next(chain(locked, saved), None):
             return f"it holds the run {inner.name}; choose that, or another"
     return ""
 
 
-def _needed_inside(config: Config, folder: Path) -> str:
-    """The flag, with its value, that names something in a run folder; empty if none does.
+def _inputs_inside(config: Config, folder: Path) -> str:
+    """The flags, with values, that name files inside a run folder; else an empty string.
 
-    A run to start from may lie there: its weights and tokenizer are read before it is moved, and
-    saved with the new run.
+    `--init_from` may: its weights and tokenizer are read before the folder is moved, and saved
+    with the new run.
     """
-    named = {"input": config.input}
+    paths = {"input": config.input}
     starts_inside = config.init_from and files.is_inside(folder, config.init_from)
     if Path(config.tokenizer).is_file() and not starts_inside:
-        named["tokenizer"] = config.tokenizer
+        paths["tokenizer"] = config.tokenizer
     return " and ".join(
-        f"--{flag} {value}"
-        for flag, value in named.items()
-        if value and files.is_inside(folder, value)
+        f"--{flag} {path}" for flag, path in paths.items() if path and files.is_inside(folder, path)
     )
 
 
-def _tells_of(event: str, metrics: Path) -> bool:
-    """Whether there is such an event in a run's metrics."""
+def _has_event(event: str, metrics: Path) -> bool:
+    """Whether a run's metrics hold such an event."""
     wanted = f'"event": "{event}"'.encode()
     try:
         with files.open_regular(metrics, follow_symlinks=False) as file:
@@ -265,22 +280,7 @@ def _tells_of(event: str, metrics: Path) -> bool:
         return False
 
 
-def _holds_something(folder: Path, *, besides: Collection[str] = ()) -> bool:
-    """Whether there is a file in it that is not hidden: a crash may leave hidden ones of ours."""
+def _has_files(folder: Path, *, ignore: Collection[str] = ()) -> bool:
+    """Whether a folder holds files that are not hidden: a crash may leave hidden ones of ours."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return any(not name.startswith(".") for name in names.difference(besides))
-
-
-def lock_run_dir(folder: Path) -> FolderLock:
-    """Hold a run folder until what this returns is closed or the process ends.
-
-    Raises:
-        UserError: if another process holds it.
-    """
-    held = lock_folder(folder)
-    if held is None:
-        raise UserError(
-            f"{folder.as_posix()} is being trained by another process: wait for it, or choose "
-            "another --out_dir"
-        )
-    return held
+    return any(not name.startswith(".") for name in names.difference(ignore))

@@ -1,6 +1,6 @@
-"""Between live objects and named tensors: model, optimizer, random generators.
+"""Saves and restores model, optimizer and random generators as named tensors.
 
-Names are those of the model's parameters, so that no file depends on an order.
+Names are those of the model's parameters, so no file depends on an order.
 """
 
 import hashlib
@@ -21,79 +21,95 @@ from gptforge.printable import MAX_NAME, printable
 StateDict = dict[str, Tensor]
 
 TIED_WEIGHT = "lm_head.weight"
-"""The output layer: the token table under another name, so it is stored once, as the table."""
-
+"""Shares its storage with the token embedding and is stored once, under that name."""
 
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
-_PIECE = 16 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 
 
 def save_safetensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Write a safetensors file; gives its bytes and their SHA-256.
+    """Write a safetensors file without blocking other threads.
 
-    The library's own writer keeps Python from running anything else until the last byte is out, a
-    second and more for GPT-2; training beside it would stand still. Format: length of the header (8
-    bytes, little endian), the header (JSON, padded by spaces to a multiple of 8), the tensors.
+    safetensors' own writer holds the GIL until the last byte is written, more than a second for
+    GPT-2, during which training would stand still. The format is the length of the header (8 bytes,
+    little endian), the header (JSON, padded with spaces to a multiple of 8) and the tensors.
+
+    Returns:
+        Size in bytes and SHA-256 of the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    place = 0
+    offset = 0
     for name, tensor in tensors.items():
-        end = place + tensor.nbytes
-        kind, shape = _DTYPES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [place, end]}
-        place = end
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     size = 0
     with path.open("wb") as file:
-        for piece in _pieces(text, tensors):
-            # Both let other threads run meanwhile.
-            digest.update(piece)
-            file.write(piece)
-            size += len(piece)
+        for chunk in _chunks(text, tensors):
+            # Hashing and writing release the GIL.
+            digest.update(chunk)
+            file.write(chunk)
+            size += len(chunk)
     return size, digest.hexdigest()
 
 
-def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A file's bytes in order, a few megabytes at a time; a piece is gone when the next comes."""
+def _chunks(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file; a chunk is valid until the next one is requested."""
     yield len(header).to_bytes(8, "little") + header
-    landing = None
+    pinned = None
     for tensor in tensors.values():
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        for piece in flat.split(_PIECE):
-            if piece.device.type == "cuda":
-                # Into memory that the GPU writes by itself: a plain copy of a gigabyte would keep
-                # training from handing over its work until it is through.
-                if landing is None:
-                    landing = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
-                landed = landing[: len(piece)]
-                landed.copy_(piece, non_blocking=True)
-                torch.cuda.current_stream(piece.device).synchronize()
-                piece = landed
-            yield piece.cpu().numpy().data
+        for chunk in flat.split(_CHUNK_BYTES):
+            if chunk.device.type == "cuda":
+                # Into pinned memory, chunk by chunk: one large copy from pageable memory would
+                # keep training from launching kernels until it is complete.
+                if pinned is None:
+                    pinned = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+                host = pinned[: len(chunk)]
+                host.copy_(chunk, non_blocking=True)
+                torch.cuda.current_stream(chunk.device).synchronize()
+                chunk = host
+            yield chunk.cpu().numpy().data
 
 
 def model_state_dict(model: GPT, comm: Comm = SINGLE_PROCESS) -> StateDict:
-    """Copies of the weights, float32, on their device or where they were put together: on rank 0.
+    """Copies of the fp32 weights on rank 0, on their device (on the CPU if they were sharded).
 
-    Copies, for training goes on and would change the originals under the saver's hands.
+    Copies, as training changes the originals while they are being saved.
     """
-    return _on_first(((n, t) for n, t in model.state_dict().items() if n != TIED_WEIGHT), comm)
+    return _gather_on_rank0(_untied(model).items(), comm)
 
 
 def load_model_state_dict(
-    model: GPT, tensors: Mapping[str, Tensor], *, source: str, comm: Comm = SINGLE_PROCESS
+    model: GPT,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    comm: Comm = SINGLE_PROCESS,
 ) -> None:
-    """Fill a model; a UserError names the first tensor that is missing, strange or misshapen.
+    """Load weights into a model.
 
-    With several ranks, `tensors` are rank 0's; the others give none.
+    Args:
+        model: the model to fill.
+        tensors: rank 0's weights; other ranks pass none.
+        source: where they come from, for errors.
+        comm: the ranks that share or replicate the model.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown or of another shape or dtype.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if name != TIED_WEIGHT}
+    own = _untied(model)
     if comm.is_main:
-        _check_shapes(own, tensors, source)
+        _check_tensors(own, tensors, source)
     for name, tensor in own.items():
         copy_from_rank0(tensor, tensors.get(name), comm)
 
@@ -101,18 +117,13 @@ def load_model_state_dict(
 def optimizer_state_dict(
     model: GPT, optimizer: Optimizer, comm: Comm = SINGLE_PROCESS
 ) -> StateDict:
-    """The optimizer's state as '<parameter>.<slot>', such as 'transformer.wte.weight.exp_avg'."""
+    """Optimizer state as '<parameter>.<key>', such as 'transformer.wte.weight.exp_avg'."""
     state = (
-        (f"{name}.{slot}", value)
+        (f"{name}.{key}", value)
         for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     )
-    return _on_first(state, comm)
-
-
-def _on_first(named: Iterable[tuple[str, Tensor]], ranks: Comm) -> StateDict:
-    copies = ((name, gather_full_tensor(tensor, ranks)) for name, tensor in named)
-    return {name: copy for name, copy in copies if copy is not None}
+    return _gather_on_rank0(state, comm)
 
 
 def load_optimizer_state_dict(
@@ -123,31 +134,31 @@ def load_optimizer_state_dict(
     source: str,
     comm: Comm = SINGLE_PROCESS,
 ) -> None:
-    """Restore what `optimizer_tensors` took down.
+    """Restore the state that `optimizer_state_dict` saved; see `load_model_state_dict`.
 
-    Only the state travels: rates and decays come from the configuration.
+    Learning rates and weight decay are not part of it: they come from the configuration.
     """
-    wanted = {
-        f"{name}.{slot}": torch.zeros(()) if slot == "step" else parameter
+    expected = {
+        f"{name}.{key}": torch.zeros(()) if key == "step" else parameter
         for name, parameter in model.named_parameters()
-        for slot in optimizer.state_keys(parameter)
+        for key in optimizer.state_keys(parameter)
     }
     if comm.is_main:
-        _check_shapes(wanted, tensors, source)
+        _check_tensors(expected, tensors, source)
     optimizer.init_state()
     for name, parameter in model.named_parameters():
-        for slot in optimizer.state_keys(parameter):
-            copy_from_rank0(optimizer.state[parameter][slot], tensors.get(f"{name}.{slot}"), comm)
+        for key in optimizer.state_keys(parameter):
+            copy_from_rank0(optimizer.state[parameter][key], tensors.get(f"{name}.{key}"), comm)
 
 
 def rng_state_dict(device: torch.device, comm: Comm = SINGLE_PROCESS) -> StateDict:
-    """State of the random number generators that training draws from.
+    """State of the random generators that training draws from, on all ranks.
 
-    Rank 0's are called after their device, those of rank 3 'cpu.3' and 'cuda.3'.
+    Keys are 'cpu' and 'cuda' for rank 0, 'cpu.3' and 'cuda.3' for rank 3.
     """
     return {
         f"{kind}.{rank}" if rank else kind: state
-        for kind, own in _generators(device).items()
+        for kind, own in _rng_states(device).items()
         for rank, state in enumerate(comm.all_gather(own))
     }
 
@@ -159,23 +170,23 @@ def load_rng_state_dict(
     *,
     source: str = "a checkpoint",
 ) -> None:
-    """Restore the generators. A device or a rank that the run did not have before keeps its own."""
+    """Restore the generators; a device or rank that was not saved keeps its state."""
     names = comm.broadcast_from_rank0(lambda: sorted(tensors))
     if comm.is_main:
-        _check_generators(tensors, device, source)
-    for kind, own in _generators(device).items():
+        _check_rng_states(tensors, device, source)
+    for kind, own in _rng_states(device).items():
         for rank in range(comm.world_size):
             name = f"{kind}.{rank}" if rank else kind
             if name in names:
                 state = own.clone()
                 copy_from_rank0(state, tensors.get(name), comm)
                 if rank == comm.rank:
-                    _set_generator(kind, state, device)
+                    _set_rng_state(kind, state, device)
 
 
-def _check_generators(tensors: Mapping[str, Tensor], device: torch.device, source: str) -> None:
-    """Raise a UserError for a state that no generator takes, before any rank is given one."""
-    own = _generators(device)
+def _check_rng_states(tensors: Mapping[str, Tensor], device: torch.device, source: str) -> None:
+    """Raise a UserError for a state that no generator accepts, before any is changed."""
+    own = _rng_states(device)
     for name, state in tensors.items():
         kind = name.partition(".")[0]
         if kind not in own:
@@ -187,7 +198,7 @@ def _check_generators(tensors: Mapping[str, Tensor], device: torch.device, sourc
                 torch.Generator().set_state(state)
 
 
-def _generators(device: torch.device) -> StateDict:
+def _rng_states(device: torch.device) -> StateDict:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -196,7 +207,7 @@ def _generators(device: torch.device) -> StateDict:
     return states
 
 
-def _set_generator(kind: str, state: Tensor, device: torch.device) -> None:
+def _set_rng_state(kind: str, state: Tensor, device: torch.device) -> None:
     if kind == "cpu":
         torch.set_rng_state(state)
     elif kind == "cuda":
@@ -205,16 +216,26 @@ def _set_generator(kind: str, state: Tensor, device: torch.device) -> None:
         torch.mps.set_rng_state(state)
 
 
-def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    strangers = sorted(given.keys() - own.keys())
-    if strangers:
-        name = printable(strangers[0], MAX_NAME)
+def _untied(model: GPT) -> StateDict:
+    return {name: tensor for name, tensor in model.state_dict().items() if name != TIED_WEIGHT}
+
+
+def _gather_on_rank0(tensors: Iterable[tuple[str, Tensor]], comm: Comm) -> StateDict:
+    copies = ((name, gather_full_tensor(tensor, comm)) for name, tensor in tensors)
+    return {name: copy for name, copy in copies if copy is not None}
+
+
+def _check_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str
+) -> None:
+    if unknown := sorted(found.keys() - expected.keys()):
+        name = printable(unknown[0], MAX_NAME)
         raise UserError(f"{source}: this model has no tensor '{name}'")
-    for name, tensor in own.items():
-        if name not in given:
+    for name, tensor in expected.items():
+        if name not in found:
             raise UserError(f"{source}: the tensor '{name}' is missing")
-        if given[name].shape != tensor.shape:
-            shapes = f"{tuple(given[name].shape)}, this model's {tuple(tensor.shape)}"
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)}, this model's {tuple(tensor.shape)}"
             raise UserError(f"{source}: '{name}' has shape {shapes}")
-        if given[name].dtype != torch.float32:
-            raise UserError(f"{source}: '{name}' is {given[name].dtype}, not torch.float32")
+        if found[name].dtype != torch.float32:
+            raise UserError(f"{source}: '{name}' is {found[name].dtype}, not torch.float32")

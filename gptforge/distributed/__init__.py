@@ -1,7 +1,4 @@
-"""Processes that train one model: who they are, what they tell each other, and who is missing.
-
-torchrun starts them. Any number runs the same code, and a single one calls what does nothing.
-"""
+"""Several processes that train one model, started by torchrun, and a watchdog for lost ones."""
 
 from gptforge.distributed.comm import SINGLE_PROCESS, AsyncMax, Comm
 from gptforge.distributed.init import init_distributed, is_distributed_launch

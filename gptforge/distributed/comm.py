@@ -1,7 +1,6 @@
-"""A process among those that train together: its number, and what all of them do at once.
+"""Collectives and barriers between ranks, all of which must make the same calls in the same order.
 
-`Ranks` itself is a process on its own, for which nothing is to be done. Whatever is called here has
-to be called by all ranks, in the same order; nothing of it waits for a GPU unless it says so.
+No call waits for the GPU unless it says so. In a single process they do nothing.
 """
 
 import json
@@ -10,8 +9,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,340 +22,290 @@ from gptforge.distributed.watchdog import Watchdog
 from gptforge.errors import UserError
 
 if TYPE_CHECKING:
+    # Takes half a second to load; only FSDP needs it.
     from torch.distributed.device_mesh import DeviceMesh
 
-
 STORE_WAIT = timedelta(seconds=60)
-"""A wait for another rank's value in the store is begun anew after so long."""
+"""Timeout of one wait for a key of the store, which is then repeated."""
+
+# torch 2.13 renamed these and warns about the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Wait = Callable[[], None]
+"""Waits for an asynchronous collective."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """An initialized torch.distributed process group, and this process's place in it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    device: torch.device
+    store: Store
+    """Key-value store shared by all ranks."""
+    watchdog: Watchdog
 
 
 class Comm:
-    """One process."""
+    """Communication with the other ranks; with none if there is no process group."""
 
     rank = 0
     world_size = 1
     label = ""
     """Rank and host, for messages."""
 
+    def __init__(self, group: Group | None = None) -> None:
+        self._group = group
+        self._num_keys = 0
+        if group is not None:
+            self.rank, self.world_size = group.rank, group.world_size
+            self.label = f"rank {group.rank} on {group.host}"
+
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes, prints and decides."""
+        """Whether this is rank 0, which writes, prints and decides."""
         return self.rank == 0
 
     @property
     def local_device(self) -> str:
-        """As `--device` names the one that this rank was given; empty where it may choose."""
-        return ""
+        """The device assigned to this rank, as `--device` names it; empty if it may choose."""
+        return "" if self._group is None else str(self._group.device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over the ranks, the same bits on all; returns it."""
+        """Sum a tensor over the ranks in place, bitwise equal on all of them; returns it."""
+        if self._group is not None:
+            dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_async(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin such a sum beside the computation; the tensor is whole behind the call returned."""
-        return _nothing
+    def all_reduce_async(self, tensor: Tensor) -> Wait:
+        """Start `all_reduce`; the tensor is valid once the returned function has been called."""
+        return _wait(dist.all_reduce(tensor, async_op=True)) if self._group else _no_wait
 
     def local_rows(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of a tensor, of which every rank has as many."""
-        each = len(tensor) // self.world_size
-        return tensor[self.rank * each : (self.rank + 1) * each]
+        """The rows of a tensor that belong to this rank: one of `world_size` equal chunks."""
+        chunk = len(tensor) // self.world_size
+        return tensor[self.rank * chunk : (self.rank + 1) * chunk]
 
-    def reduce_scatter_async(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin a sum of which each rank gets its own rows, in their place.
+    def reduce_scatter_async(self, tensor: Tensor) -> Wait:
+        """Start a sum over the ranks of which each gets its `local_rows`, in place.
 
-        They are there behind the call returned; the other rows are then worth nothing.
+        The other rows are undefined afterwards.
         """
-        return _nothing
+        if self._group is None:
+            return _no_wait
+        return _wait(_reduce_scatter(self.local_rows(tensor), tensor, async_op=True))
 
-    def all_gather_async(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to fill a tensor with the rows that each rank has in it as its own.
-
-        It is whole behind the call returned.
-        """
-        return _nothing
+    def all_gather_async(self, tensor: Tensor) -> Wait:
+        """Start to fill a tensor with the `local_rows` of every rank, in place."""
+        if self._group is None:
+            return _no_wait
+        return _wait(_all_gather(tensor, self.local_rows(tensor), async_op=True))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by that of rank 0; returns it."""
-        return tensor
+        """Overwrite a tensor with that of rank 0; returns it."""
+        if self._group is None:
+            return tensor
+        on_device = tensor.to(self._group.device)
+        dist.broadcast(on_device, src=0)
+        return tensor if on_device is tensor else tensor.copy_(on_device)
 
     def all_true(self, flag: bool) -> bool:
-        """Whether it is so on every rank. Waits for the device."""
-        return flag
-
-    def all_reduce_min(self, value: int) -> int:
-        """The smallest of the ranks' numbers. Waits for the device."""
-        return value
-
-    def sum_scalars(self, values: Sequence[float]) -> list[float]:
-        """Sums of the ranks' numbers, in double precision. Waits for the device."""
-        return list(values)
-
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """A small tensor of every rank, in their order, on the CPU. Waits for the device."""
-        return [tensor]
-
-    def broadcast_from_rank0(self, compute: Callable[[], Any]) -> Any:
-        """What `do` gives on rank 0, where alone it is called, told to all: something for JSON."""
-        return compute()
-
-    @contextmanager
-    def local_main_process_first(self) -> Iterator[None]:
-        """On each machine one rank goes first: what it leaves there, the others find."""
-        yield
-
-    def assert_same(self, values: dict[str, str]) -> None:
-        """End the run where a rank has been started with something else than rank 0."""
-
-    def async_max(self, lag: int) -> "AsyncMax":
-        """A way to follow the largest of the ranks' numbers, step after step."""
-        return AsyncMax()
-
-    def device_mesh(self) -> "DeviceMesh | None":
-        """All ranks in a row, as sharding wants them; None for one process."""
-        return None
-
-    def tick(self) -> None:
-        """Say that this rank is getting on, so that nobody thinks it hangs."""
-
-    @contextmanager
-    def pause_stall_check(self) -> Iterator[None]:
-        """Take as long as is needed, while the others may be waiting."""
-        yield
-
-    def shutdown(self) -> None:
-        """The run is over: wait for the others, then part."""
-
-    def exit(self, code: int) -> int:
-        """The exit code of a run that is over; comes back only on a process of its own."""
-        return code
-
-    def abort(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; comes back only on a process of its own."""
-
-
-class AsyncMax:
-    """The largest of what the ranks say in each step; every rank hears it at the same step."""
-
-    def update(self, value: int) -> int:
-        """Say this rank's number; gives what was agreed on, perhaps a few steps ago."""
-        return value
-
-
-class DistributedComm(Comm):
-    """One of several processes, with torch.distributed set up.
-
-    Args:
-        rank: its number, from 0.
-        size: how many there are.
-        local_rank: its number on its machine.
-        host: that machine.
-        device: what it computes on.
-        store: key-value store that all ranks reach.
-        heartbeat: tells the others that it lives, and learns of those that do not.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        *,
-        world_size: int,
-        local_rank: int,
-        host: str,
-        device: torch.device,
-        store: Store,
-        watchdog: Watchdog,
-    ) -> None:
-        self.rank, self.world_size, self.label = rank, world_size, f"rank {rank} on {host}"
-        self._local_rank, self._host = local_rank, host
-        self._device, self._store, self._watchdog = device, store, watchdog
-        self._said = 0
-
-    @property
-    def local_device(self) -> str:
-        """As `Ranks.local_device`."""
-        return str(self._device)
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """As `Ranks.sum`."""
-        dist.all_reduce(tensor)
-        return tensor
-
-    def all_reduce_async(self, tensor: Tensor) -> Callable[[], None]:
-        """As `Ranks.begin_sum`."""
-        return _waiting(dist.all_reduce(tensor, async_op=True))
-
-    def reduce_scatter_async(self, tensor: Tensor) -> Callable[[], None]:
-        """As `Ranks.begin_sum_to_own`."""
-        return _waiting(_sum_to_own(self.local_rows(tensor), tensor, async_op=True))
-
-    def all_gather_async(self, tensor: Tensor) -> Callable[[], None]:
-        """As `Ranks.begin_gather`."""
-        return _waiting(_gather(tensor, self.local_rows(tensor), async_op=True))
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """As `Ranks.broadcast`."""
-        there = tensor.to(self._device)
-        dist.broadcast(there, src=0)
-        return tensor if there is tensor else tensor.copy_(there)
-
-    def all_true(self, flag: bool) -> bool:
-        """As `Ranks.all_of`."""
+        """Whether the flag is true on every rank. Waits for the device."""
         return self.all_reduce_min(int(flag)) == 1
 
     def all_reduce_min(self, value: int) -> int:
-        """As `Ranks.least`."""
-        least = torch.tensor(value, device=self._device)
-        with self._watchdog.wait_for_ranks():
-            dist.all_reduce(least, dist.ReduceOp.MIN)
-            return int(least)
+        """The smallest value of any rank. Waits for the device."""
+        if self._group is None:
+            return value
+        minimum = torch.tensor(value, device=self._group.device)
+        with self._group.watchdog.wait_for_ranks():
+            dist.all_reduce(minimum, dist.ReduceOp.MIN)
+            return int(minimum)
 
     def sum_scalars(self, values: Sequence[float]) -> list[float]:
-        """As `Ranks.totals`."""
-        found: list[float] = self.all_reduce(
-            torch.tensor(values, dtype=torch.float64, device=self._device)
-        ).tolist()
-        return found
+        """Sums over the ranks, in double precision. Waits for the device."""
+        if self._group is None:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self._group.device)
+        dist.all_reduce(sums)
+        result: list[float] = sums.tolist()
+        return result
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """As `Ranks.gather`."""
-        own = tensor.to(self._device)
-        found = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(found, own)
-        return [one.cpu() for one in found]
+        """Small tensors of all ranks, by rank, on the CPU. Waits for the device."""
+        if self._group is None:
+            return [tensor]
+        tensor = tensor.to(self._group.device)
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return [each.cpu() for each in gathered]
 
     def broadcast_from_rank0(self, compute: Callable[[], Any]) -> Any:
-        """As `Ranks.on_first`."""
-        # Over the store: it needs no GPU, and what it carries is text.
-        key, self._said = f"said/{self._said}", self._said + 1
+        """Call `compute` on rank 0 only and give all ranks its result, which must be JSON."""
+        if self._group is None:
+            return compute()
+        # Through the store: the result is text, and needs no GPU.
+        key = self._next_key("broadcast")
         if self.is_main:
-            self._store.set(key, json.dumps(compute()))
+            self._group.store.set(key, json.dumps(compute()))
         return json.loads(self._get(key))
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """As `Ranks.local_first`."""
-        key, self._said = f"local/{self._host}/{self._said}", self._said + 1
-        if self._local_rank:
+        """Run the body on the first rank of each machine before the others, to fill a cache."""
+        if self._group is None:
+            yield
+            return
+        key = self._next_key(f"local/{self._group.host}")
+        if self._group.local_rank:
             self._get(key)
         yield
-        if not self._local_rank:
-            self._store.set(key, "done")
+        if not self._group.local_rank:
+            self._group.store.set(key, "done")
 
     def assert_same(self, values: dict[str, str]) -> None:
-        """As `Ranks.require_same`."""
-        self._store.set(f"facts/{self.rank}", json.dumps({"where": self.label, **values}))
+        """Raise a UserError on rank 0 if another rank was started with other values."""
+        if self._group is None:
+            return
+        store = self._group.store
+        store.set(f"values/{self.rank}", json.dumps({"label": self.label, **values}))
         if not self.is_main:
-            # Not on to a sum, which has a time limit, while another prepares its text.
-            self._get("facts/compared")
+            # Wait here rather than in a collective, which would time out while another rank
+            # prepares its text.
+            self._get("values/compared")
             return
         try:
-            for other in range(1, self.world_size):
-                theirs = json.loads(self._get(f"facts/{other}"))
+            for rank in range(1, self.world_size):
+                other = json.loads(self._get(f"values/{rank}"))
                 for name, value in values.items():
-                    if theirs[name] != value:
+                    if other[name] != value:
                         raise UserError(
-                            f"{theirs['where']} has another {name} than rank 0: {theirs[name]}, "
+                            f"{other['label']} has another {name} than rank 0: {other[name]}, "
                             f"not {value}; all ranks need the same"
                         )
         finally:
-            self._store.set("facts/compared", "yes")
-
-    def async_max(self, lag: int) -> AsyncMax:
-        """As `Ranks.agreement`."""
-        return _DelayedMax(self._device, lag)
+            store.set("values/compared", "yes")
 
     def device_mesh(self) -> "DeviceMesh | None":
-        """As `Ranks.mesh`."""
+        """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""
+        if self._group is None:
+            return None
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(self._device.type, (self.world_size,), mesh_dim_names=("ranks",))
+        shape = (self.world_size,)
+        return init_device_mesh(self._group.device.type, shape, mesh_dim_names=("ranks",))
+
+    def async_max(self, lag: int) -> "AsyncMax":
+        """A maximum over the ranks in every step, read `lag` steps late."""
+        return AsyncMax(None if self._group is None else self._group.device, lag)
 
     def tick(self) -> None:
-        """As `Ranks.tick`."""
-        self._watchdog.progress += 1
+        """Tell the watchdog that this rank makes progress."""
+        if self._group is not None:
+            self._group.watchdog.progress += 1
 
     @contextmanager
     def pause_stall_check(self) -> Iterator[None]:
-        """As `Ranks.busy`."""
-        self._watchdog.busy += 1
+        """Take as long as needed in the body while other ranks may be waiting."""
+        if self._group is None:
+            yield
+            return
+        watchdog = self._group.watchdog
+        watchdog.busy += 1
         try:
             yield
         finally:
-            self._watchdog.busy -= 1
-            self._watchdog.progress += 1
-
-    def _get(self, key: str) -> bytes:
-        """Wait for a value in the store, as long as it takes: lost ranks are the heartbeat's."""
-        with self._watchdog.wait_for_ranks():
-            while not self._store.check([key]):
-                with suppress(dist.DistStoreError):
-                    self._store.wait([key], STORE_WAIT)
-            return self._store.get(key)
+            watchdog.busy -= 1
+            watchdog.progress += 1
 
     def shutdown(self) -> None:
-        """As `Ranks.leave`."""
+        """Wait for all ranks at the end of a run and destroy the process group."""
+        if self._group is None:
+            return
         with self.pause_stall_check():
             self.all_true(True)
-            self._watchdog.stop()
-            # Nobody is gone before all have stopped to look for those who are.
+            self._group.watchdog.stop()
+            # No rank leaves before all watchdogs have stopped looking for lost ones.
             self.all_true(True)
             dist.destroy_process_group()
 
-    def exit(self, code: int) -> NoReturn:
-        """As `Ranks.end`; ends the process without Python's own farewell.
+    def exit(self, code: int) -> int:
+        """End the process after a run; a single process only returns its exit code."""
+        if self._group is not None:
+            # Without Python's own shutdown: a torch thread that returns to the finalizing
+            # interpreter aborts it now and then. All files are written and all ranks have left.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
-        Everything is written and all have parted by now. torch keeps threads, and one of those that
-        comes back to a Python that is going away aborts it now and then.
-        """
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    def abort(self, error: BaseException) -> None:
+        """End all ranks because of an error on this one; returns only in a single process."""
+        if self._group is not None:
+            self._group.watchdog.abort(error)
 
-    def abort(self, error: BaseException) -> NoReturn:
-        """As `Ranks.fail`; ends the process: without all ranks a group never parts in peace."""
-        self._watchdog.abort(error)
+    def _next_key(self, prefix: str) -> str:
+        self._num_keys += 1
+        return f"{prefix}/{self._num_keys}"
+
+    def _get(self, key: str) -> bytes:
+        """Wait for a key of the store without a time limit: the watchdog finds lost ranks."""
+        assert self._group is not None
+        store = self._group.store
+        with self._group.watchdog.wait_for_ranks():
+            while not store.check([key]):
+                with suppress(dist.DistStoreError):
+                    store.wait([key], STORE_WAIT)
+            return store.get(key)
 
 
-class _DelayedMax(AsyncMax):
-    """Over the ranks, read `lag` steps late, when a GPU has long computed it."""
+class AsyncMax:
+    """A maximum over the ranks, the same on all of them at the same step.
 
-    def __init__(self, device: torch.device, lag: int) -> None:
+    Args:
+        device: of this rank; None for a single process.
+        lag: how many steps late it is read, when a GPU has long computed it.
+    """
+
+    def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:
         self._device, self._lag = device, lag
-        self._unread: deque[Callable[[], int]] = deque()
+        self._pending: deque[Callable[[], int]] = deque()
 
     def update(self, value: int) -> int:
-        self._unread.append(_send_largest(torch.full((), value, device=self._device)))
-        return self._unread.popleft()() if len(self._unread) > self._lag else 0
+        """Submit this step's value; returns the maximum of `lag` steps ago, 0 before that."""
+        if self._device is None:
+            return value
+        self._pending.append(_all_reduce_max(torch.full((), value, device=self._device)))
+        return self._pending.popleft()() if len(self._pending) > self._lag else 0
 
 
-def _send_largest(number: Tensor) -> Callable[[], int]:
-    """The largest over the ranks, on its way to the host; reading it waits for that alone."""
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    if number.device.type != "cuda":
-        return lambda: int(number)
-    host = torch.empty((), dtype=number.dtype, pin_memory=True)
-    host.copy_(number, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(number.device))
+def _all_reduce_max(value: Tensor) -> Callable[[], int]:
+    """Start a maximum and its copy to the host; the returned function waits for that copy only."""
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    if value.device.type != "cuda":
+        return lambda: int(value)
+    host = torch.empty((), dtype=value.dtype, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(value.device))
 
     def read() -> int:
-        arrived.synchronize()
+        copied.synchronize()
         return int(host)
 
     return read
 
 
-# By their names since torch 2.13, which warns about those before.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_sum_to_own = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def _nothing() -> None:
+def _no_wait() -> None:
     return None
 
 
-def _waiting(work: dist.Work | None) -> Callable[[], None]:
-    assert work is not None, "it was begun beside the computation"
+def _wait(work: dist.Work | None) -> Wait:
+    assert work is not None, "asynchronous collectives return a handle"
 
     def wait() -> None:
         work.wait()

@@ -1,6 +1,6 @@
-"""Tensors that lie in pieces on all ranks, and the whole of them: for checkpoints and for writing.
+"""Full copies of sharded tensors (DTensor), for checkpoints and sampling.
 
-A tensor that is not sharded is on every rank as a whole; rank 0's counts.
+A tensor that is not sharded is replicated on every rank; the one of rank 0 counts.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -11,13 +11,14 @@ from torch import Tensor
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm
 
 if TYPE_CHECKING:
+    # Takes half a second to load; only FSDP needs it.
     from torch.distributed.tensor import DTensor
 
 
 def gather_full_tensor(tensor: Tensor, comm: Comm = SINGLE_PROCESS) -> Tensor | None:
-    """A copy of a tensor on rank 0, None on the others, all of which have to ask.
+    """A full copy of a tensor on rank 0, None on the others; all ranks must call it.
 
-    What was sharded is put together on the CPU: the device may have no room for all of it.
+    A sharded tensor is gathered to the CPU, as the device may have no room for all of them.
     """
     tensor = tensor.detach()
     if is_sharded(tensor):
@@ -28,15 +29,15 @@ def gather_full_tensor(tensor: Tensor, comm: Comm = SINGLE_PROCESS) -> Tensor | 
 
 @torch.no_grad()
 def copy_from_rank0(tensor: Tensor, source: Tensor | None, comm: Comm = SINGLE_PROCESS) -> None:
-    """Give a tensor the values that rank 0 has in `source`, on every rank its own part of them."""
+    """Fill a tensor, or this rank's shard of it, with rank 0's `source` (None on other ranks)."""
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
         full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if source is not None:
             full.copy_(source)
-        own = distribute_tensor(full, tensor.device_mesh, tensor.placements)
-        tensor.to_local().copy_(own.to_local())
+        shard = distribute_tensor(full, tensor.device_mesh, tensor.placements)
+        tensor.to_local().copy_(shard.to_local())
         return
     if source is not None:
         tensor.copy_(source)
@@ -44,24 +45,24 @@ def copy_from_rank0(tensor: Tensor, source: Tensor | None, comm: Comm = SINGLE_P
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The rows of a sharded tensor that lie here."""
-    assert is_sharded(tensor), "it is on every rank as a whole"
-    rows: Tensor = tensor.to_local().detach()
-    return rows
-
-
-def dtensor_from_local(local: Tensor, like: Tensor) -> Tensor:
-    """A sharded tensor, cut as another one, of which this rank has these rows."""
-    from torch.distributed.tensor import DTensor
-
-    assert is_sharded(like), "there is nothing to be like"
-    shard: Tensor = DTensor.from_local(
-        local, like.device_mesh, like.placements,
-        run_check=False, shape=like.shape, stride=like.stride(),
-    )  # fmt: skip
+    """This rank's shard of a sharded tensor."""
+    assert is_sharded(tensor), "the tensor is replicated"
+    shard: Tensor = tensor.to_local().detach()
     return shard
 
 
+def dtensor_from_local(local: Tensor, like: Tensor) -> Tensor:
+    """A sharded tensor laid out like another one, with `local` as this rank's shard."""
+    from torch.distributed.tensor import DTensor
+
+    assert is_sharded(like), "the tensor is replicated"
+    tensor: Tensor = DTensor.from_local(
+        local, like.device_mesh, like.placements,
+        run_check=False, shape=like.shape, stride=like.stride(),
+    )  # fmt: skip
+    return tensor
+
+
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor lies in pieces."""
+    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "full_tensor")

@@ -1,14 +1,13 @@
-"""Joining the other processes that torchrun has started, from what it says in the environment."""
+"""Joins the processes that torchrun started, as its environment variables describe them."""
 
 import math
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -16,18 +15,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from gptforge.device import has_mps
-from gptforge.distributed.comm import SINGLE_PROCESS, Comm, DistributedComm
+from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
 from gptforge.errors import RunError, UserError
+from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 
 REQUIRED_ENV = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Timeout of a collective. Lost ranks are found by the heartbeat long before."""
+"""The watchdog finds lost ranks long before."""
 GRACE_SECONDS = 3.0
-"""Seconds after which a store that neither answers nor fails is given up."""
+"""How much longer than its timeout a store may take that neither answers nor fails."""
 POLL_SECONDS = 0.05
-"""Seconds between looks for the other ranks."""
 
 
 def is_distributed_launch(env: Mapping[str, str] = os.environ) -> bool:
@@ -36,16 +35,17 @@ def is_distributed_launch(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Comm:
-    """Meet the other processes; `ALONE` if there are none.
+    """Join the other ranks and start the watchdog; `SINGLE_PROCESS` without a launcher.
 
-    NCCL carries what GPUs say to each other, gloo what CPUs do.
+    The backend is NCCL for GPUs and gloo for CPUs.
 
     Args:
-        device: as `--device` has it.
-        env: where torchrun has left its facts.
+        device: value of `--device`.
+        env: environment variables set by torchrun.
 
     Raises:
-        UserError: if the launch does not fit together.
+        UserError: if the variables contradict each other.
+        RunError: if the other ranks cannot be reached.
     """
     if not is_distributed_launch(env):
         if "RANK" in env and "WORLD_SIZE" not in env:
@@ -59,97 +59,173 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
             f"WORLD_SIZE is {env['WORLD_SIZE']} but {missing[0]} is not set: start several "
             "processes with torchrun --nproc_per_node=N gpt.py ..."
         )
-    rank, size = _place(env, "RANK", "WORLD_SIZE")
-    local_rank, local_size = _place(env, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not 0 < (port := env_int("MASTER_PORT", 0, env)) < 2**16:
+    rank, world_size = _rank_and_size(env, "RANK", "WORLD_SIZE")
+    local_rank, local_world_size = _rank_and_size(env, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    address, port = env["MASTER_ADDR"], env_int("MASTER_PORT", 0, env)
+    if not 0 < port < 2**16:
         raise UserError(f"MASTER_PORT is {port}: give a port from 1 to 65535")
-    place = _local_device(device, local_rank, local_size=local_size)
+    local_device = _local_device(device, local_rank, local_world_size=local_world_size)
     host = socket.gethostname()
-    silence = _seconds(env.get("GPTFORGE_SILENCE", str(TIMEOUT)))
-    # Before all have met nobody listens for signs of life: a shorter wait stands in for them.
-    patience = 1.5 * silence
+    timeout = _parse_timeout(env.get("GPTFORGE_SILENCE", str(TIMEOUT)))
+    # Until all ranks have joined nobody reads heartbeats; this shorter wait replaces them.
+    join_timeout = 1.5 * timeout
     is_server = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     server_name = "rank 0" if rank else "the launcher's store"
-    out_of_reach = (
+    unreachable = (
         f"rank {rank} on {host} cannot join the other ranks: {server_name} did not answer at "
-        f"{address} within {patience:.0f} seconds: see what was printed there, and whether all "
-        "ranks have the same MASTER_ADDR and MASTER_PORT"
+        f"{address}:{port} within {join_timeout:.0f} seconds: see what was printed there, and "
+        "whether all ranks have the same MASTER_ADDR and MASTER_PORT"
     )
+
+    def connect(seconds: float, is_master: bool) -> Store:
+        return TCPStore(address, port, is_master=is_master, timeout=timedelta(seconds=seconds))
+
     try:
-        with _time_limit(patience + GRACE_SECONDS, out_of_reach):
-            server = _store(env, is_server=is_server, timeout=timedelta(seconds=patience))
-            own = _store(env, is_server=False, timeout=timedelta(seconds=silence))
-            attempt = join_rendezvous(server, rank, size, patience) if rank else _new_name()
+        with _exit_after(join_timeout + GRACE_SECONDS, unreachable):
+            server = connect(join_timeout, is_server)
+            watchdog_store = connect(timeout, False)
+            if rank:
+                attempt = join_rendezvous(server, rank, world_size, join_timeout)
+            else:
+                attempt = f"gptforge/{secrets.token_hex(8)}"
     except (RunError, UserError):
         raise
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[0][:200]
-        blame = f"cannot listen at {address}" if is_server else out_of_reach
-        raise RunError(f"{blame} ({first})") from None
-    heartbeat = Watchdog(
+        reason = str(error).strip().splitlines()[0][:200]
+        problem = f"cannot listen at {address}:{port}" if is_server else unreachable
+        raise RunError(f"{problem} ({reason})") from None
+    watchdog = Watchdog(
         rank,
-        world_size=size,
+        world_size=world_size,
         host=host,
-        store=PrefixStore(attempt, own),
+        store=PrefixStore(attempt, watchdog_store),
         is_local_main=local_rank == 0,
-        timeout=silence,
+        timeout=timeout,
         is_server=is_server,
     )
     try:
-        heartbeat.start()
+        watchdog.start()
         if rank == 0:
-            if wrong := host_rendezvous(server, attempt, size, patience):
-                heartbeat.exit(*wrong)
-            heartbeat.all_joined()
-        # A rank 0 that serves the store answers as long as it lives; the heartbeat watches it.
+            if failure := host_rendezvous(server, attempt, world_size, join_timeout):
+                watchdog.exit(*failure)
+            watchdog.all_joined()
+        # A rank 0 that serves the store answers as long as it lives; the watchdog checks on it.
         server.set_timeout(COLLECTIVE_TIMEOUT)
         store = PrefixStore(attempt, server)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        with heartbeat.wait_for_ranks():
+        is_cuda = local_device.type == "cuda"
+        if is_cuda:
+            torch.cuda.set_device(local_device)
+        with watchdog.wait_for_ranks():
             dist.init_process_group(
-                "nccl" if place.type == "cuda" else "gloo",
+                "nccl" if is_cuda else "gloo",
                 store=PrefixStore("torch", store),
                 rank=rank,
-                world_size=size,
+                world_size=world_size,
                 timeout=COLLECTIVE_TIMEOUT,
-                device_id=place if place.type == "cuda" else None,
+                device_id=local_device if is_cuda else None,
             )
     except BaseException as error:
-        heartbeat.abort(error)
-    return DistributedComm(
-        rank,
-        world_size=size,
-        local_rank=local_rank,
-        host=host,
-        device=place,
-        store=store,
-        watchdog=heartbeat,
+        watchdog.abort(error)
+    return Comm(Group(rank, world_size, local_rank, host, local_device, store, watchdog))
+
+
+def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) -> str:
+    """Meet rank 0 in the launcher's store; returns the key prefix of this attempt.
+
+    The launcher's store outlives a restart, with all keys of earlier attempts, and launchers on
+    several machines count restarts independently. So every rank posts a random token and waits
+    until rank 0 answers with the same token and the prefix.
+
+    Args:
+        store: the launcher's store.
+        rank: rank of this process, not 0.
+        world_size: number of ranks.
+        timeout: seconds to wait for rank 0.
+
+    Raises:
+        RunError: if rank 0 does not answer.
+        UserError: if another process has the same rank.
+    """
+    token, deadline = secrets.token_hex(8), time.monotonic() + timeout
+    store.set(f"gptforge/hello/{rank}", token)
+    key = f"gptforge/welcome/{rank}"
+    while time.monotonic() < deadline:
+        answer = store.get(key).decode() if store.check([key]) else ""
+        answered, _, attempt = answer.partition(" ")
+        if answered == token:
+            # Each process counts once, which reveals two of the same rank.
+            if store.add(f"{attempt}/count/{rank}", 1) > 1:
+                raise UserError(f"RANK is {rank} in two processes of this launch")
+            store.set(f"{attempt}/{rank}", str(world_size))
+            return attempt
+        time.sleep(POLL_SECONDS)
+    raise RunError(_did_not_start([0], world_size, timeout))
+
+
+def host_rendezvous(
+    store: Store, attempt: str, world_size: int, timeout: float
+) -> tuple[str, int] | None:
+    """On rank 0, answer the other ranks until all have joined.
+
+    Returns:
+        None, or a problem and the exit code for it.
+    """
+    deadline = time.monotonic() + timeout
+    answered: dict[int, str] = {}
+    others = range(1, world_size)
+    while not store.check([f"{attempt}/{rank}" for rank in others]):
+        if time.monotonic() > deadline:
+            late = [rank for rank in others if not store.check([f"{attempt}/{rank}"])]
+            return _did_not_start(late, world_size, timeout), EXIT_FAILURE
+        for rank in others:
+            key = f"gptforge/hello/{rank}"
+            token = store.get(key).decode() if store.check([key]) else ""
+            if token and answered.get(rank) != token:
+                store.set(f"gptforge/welcome/{rank}", f"{token} {attempt}")
+                answered[rank] = token
+        time.sleep(POLL_SECONDS)
+    for rank in others:
+        if (size := store.get(f"{attempt}/{rank}").decode()) != str(world_size):
+            return f"WORLD_SIZE is {size} in rank {rank}, and {world_size} in rank 0", 2
+    return None
+
+
+def _parse_timeout(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise UserError(f"GPTFORGE_SILENCE={text}: give seconds, such as 120")
+
+
+def _did_not_start(late: Sequence[int], world_size: int, timeout: float) -> str:
+    plural = "s" * (len(late) > 1)
+    return (
+        f"rank{plural} {', '.join(map(str, late))} of {world_size} did not start within "
+        f"{timeout:.0f} seconds: see what was printed there; if starting takes longer, set "
+        f"GPTFORGE_SILENCE={2 * timeout:.0f}"
     )
 
 
-def _place(env: Mapping[str, str], number: str, count: str) -> tuple[int, int]:
-    """Which of how many: a number below its count."""
-    which, of = env_int(number, 0, env), env_int(count, 1, env)
-    if which >= of:
-        raise UserError(f"{number} is {which} and {count} {of}: ranks are counted from 0")
-    return which, of
+def _rank_and_size(env: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    rank, size = env_int(rank_name, 0, env), env_int(size_name, 1, env)
+    if rank >= size:
+        raise UserError(f"{rank_name} is {rank} and {size_name} {size}: ranks are counted from 0")
+    return rank, size
 
 
 @contextmanager
-def _time_limit(seconds: float, text: str) -> Iterator[None]:
+def _exit_after(seconds: float, message: str) -> Iterator[None]:
     """End this process with an error if the body takes longer.
 
-    A request to a store that is frozen, or to another server at that port, never returns, and no
-    timeout of torch's applies to it.
+    A request to a store that is frozen, or to another kind of server at that port, never returns,
+    and no timeout of torch applies to it.
     """
 
-    def end() -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+    def exit_process() -> None:
+        print_stderr(f"error: {message}")
         os._exit(EXIT_FAILURE)
 
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(seconds, exit_process)
     timer.daemon = True
     timer.start()
     try:
@@ -158,106 +234,21 @@ def _time_limit(seconds: float, text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _seconds(word: str) -> float:
-    try:
-        seconds = float(word)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise UserError(f"GPTFORGE_SILENCE={word}: give seconds, such as 120")
-    return seconds
-
-
-def _store(env: Mapping[str, str], *, is_server: bool, timeout: timedelta) -> Store:
-    """A connection of its own to the launcher's store."""
-    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    return TCPStore(address, port, is_master=is_server, timeout=timeout)
-
-
-def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) -> str:
-    """Have rank 0 tell the name of this attempt, under which the ranks meet in the store.
-
-    The launcher's store outlives a restart, with all that was said before, and launchers count
-    restarts each for itself. So every rank says hello with a word of its own, and waits until rank
-    0 answers that very word.
-
-    Args:
-        store: the launcher's.
-        rank: of this process, not 0.
-        size: of all.
-        patience: seconds to wait for rank 0.
-
-    Raises:
-        RunError: if rank 0 does not answer.
-        UserError: if another process has the same rank.
-    """
-    word, deadline = secrets.token_hex(8), time.monotonic() + timeout
-    store.set(f"gptforge/hello/{rank}", word)
-    key = f"gptforge/welcome/{rank}"
-    while time.monotonic() < deadline:
-        said, _, name = (store.get(key).decode() if store.check([key]) else "").partition(" ")
-        if said == word:
-            # Each process confirms once, so a second one of the same number shows.
-            if store.add(f"{name}/count/{rank}", 1) > 1:
-                raise UserError(f"RANK is {rank} in two processes of this launch")
-            store.set(f"{name}/{rank}", str(world_size))
-            return name
-        time.sleep(POLL_SECONDS)
-    raise RunError(_did_not_start([0], world_size, timeout))
-
-
-def _new_name() -> str:
-    """A name for an attempt to meet that no earlier one had."""
-    return f"gptforge/{secrets.token_hex(8)}"
-
-
-def host_rendezvous(
-    store: Store, name: str, world_size: int, timeout: float
-) -> tuple[str, int] | None:
-    """On rank 0, answer the others until all have joined; else say what is wrong, and exit code."""
-    deadline = time.monotonic() + timeout
-    answered: dict[int, str] = {}
-    others = range(1, world_size)
-    while not store.check([f"{name}/{other}" for other in others]):
-        if time.monotonic() > deadline:
-            late = [other for other in others if not store.check([f"{name}/{other}"])]
-            return _did_not_start(late, world_size, timeout), EXIT_FAILURE
-        for other in others:
-            key = f"gptforge/hello/{other}"
-            hello = store.get(key).decode() if store.check([key]) else ""
-            if hello and answered.get(other) != hello:
-                store.set(f"gptforge/welcome/{other}", f"{hello} {name}")
-                answered[other] = hello
-        time.sleep(POLL_SECONDS)
-    for other in others:
-        if (theirs := store.get(f"{name}/{other}").decode()) != str(world_size):
-            return f"WORLD_SIZE is {theirs} in rank {other}, and {world_size} in rank 0", 2
-    return None
-
-
-def _did_not_start(late: Sequence[int], size: int, patience: float) -> str:
-    many = "s" * (len(late) > 1)
-    return (
-        f"rank{many} {', '.join(map(str, late))} of {size} did not start within {patience:.0f} "
-        "seconds: see what was printed there; where starting takes longer, set GPTFORGE_SILENCE="
-        f"{2 * patience:.0f}"
-    )
-
-
-def _local_device(flag: str, local_rank: int, *, local_size: int) -> torch.device:
+def _local_device(flag: str, local_rank: int, *, local_world_size: int) -> torch.device:
     kind, _, index = flag.partition(":")
     if index or kind == "mps":
-        raise UserError(f"--device {flag}: torchrun gives each rank its own; leave it out")
+        raise UserError(f"--device {flag}: torchrun assigns each rank a device; leave it out")
     if flag == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         if flag == "auto" and has_mps():
             raise UserError("several processes train on CUDA GPUs or on CPUs: add --device cpu")
         return torch.device("cpu")
-    there = torch.cuda.device_count()
-    if local_size > there:
-        remedy = f"use --nproc_per_node={there}" if there else "add --device cpu"
+    available = torch.cuda.device_count()
+    if local_world_size > available:
+        hint = f"use --nproc_per_node={available}" if available else "add --device cpu"
         raise UserError(
-            f"{local_size} ranks were started here and torch finds {there} CUDA GPUs: {remedy}"
+            f"{local_world_size} ranks were started here and torch finds {available} CUDA GPUs: "
+            f"{hint}"
         )
     return torch.device("cuda", local_rank)

@@ -1,10 +1,9 @@
-"""Who is missing: each rank says every second that it lives, and all hear it when one does not.
+"""Finds ranks that died, hang or were cut off, and ends all others with an error that names them.
 
-A rank that dies, stands still or is cut off leaves the others waiting for it, on a GPU without an
-error. So each process has a thread that writes to the store of the launcher; rank 0 reads what all
-have written, the others what rank 0 has. The first to find out, or to fail itself, leaves word, and
-every rank ends on it. A network that is cut shows as a store that does not answer, which a second
-thread notices.
+NCCL would leave them waiting on the GPU without an error. A thread of each rank writes a heartbeat
+to the launcher's store every second; rank 0 reads those of all ranks, the others that of rank 0.
+The first rank that finds a problem, or fails itself, posts an abort message that ends every rank.
+A second thread notices a store that no longer answers, as when the network is cut.
 """
 
 import json
@@ -26,28 +25,30 @@ from torch._C._distributed_c10d import Store
 from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, printable
 
+Heartbeat = Mapping[str, Any]
+
 BEAT_INTERVAL = 1.0
-"""Seconds between signs of life."""
+"""Seconds between heartbeats."""
 TIMEOUT = 30.0
-"""Seconds without one, after which a rank counts as lost."""
+"""Seconds without a heartbeat, or without progress, after which a rank counts as lost."""
 DEADLOCK_FACTOR = 4
-"""Times as long may all ranks wait at once before the first step: connecting takes time."""
+"""All ranks may wait for each other for so many timeouts before step 1: connecting takes time."""
 EXIT_FAILURE = 1
-ABORT_KEY = "word"
+ABORT_KEY = "abort"
 
 
 class Watchdog:
-    """The thread, and what it tells.
+    """The heartbeat threads of one rank.
 
     Args:
-        rank: of this process.
-        size: of all.
-        host: this machine's name.
-        store: a connection of the thread's own: others' long waits must not hold it up.
-        is_loudest: whether this rank prints what others have found, for its host.
-        silence: seconds after which a rank counts as lost.
+        rank: global rank.
+        world_size: number of ranks.
+        host: name of this machine.
+        store: a connection used by nothing else, as others block in long waits.
+        is_local_main: whether this rank prints what ranks on other machines have found.
+        timeout: seconds after which a rank counts as lost.
         is_server: whether the store ends with this process.
-        leave: ends the process; a test's own does not.
+        exit_process: ends the process; replaced by tests.
     """
 
     def __init__(
@@ -63,31 +64,31 @@ class Watchdog:
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.progress = 0
-        """Grows while this rank is getting on."""
+        """Grows with each step of this rank."""
         self.busy = 0
-        """Above 0 while it does what the others have to wait for."""
+        """Above 0 while other ranks may have to wait for this one."""
         self.waiting = 0
-        """Above 0 while it waits for another rank."""
+        """Above 0 while this rank waits for another one."""
         self.wait_count = 0
-        """How often it has waited for another rank so far."""
-        self._rank, self._size, self._host = rank, world_size, host
-        self._where = f"rank {rank} on {host}"
-        self._store, self._is_loudest, self._silence = store, is_local_main, timeout
-        self._is_server, self._leave = is_server, exit_process
-        self._ends = False
-        self._quiet = threading.Event()
-        self._others = _RankMonitor(timeout)
-        self._heard = self._named = self._all_wait = time.monotonic()
-        self._started = math.inf
-        self._waits: list[int] = []
+        """Number of such waits so far."""
+        self._rank, self._world_size, self._host = rank, world_size, host
+        self._label = f"rank {rank} on {host}"
+        self._store, self._is_local_main, self._timeout = store, is_local_main, timeout
+        self._is_server, self._exit_process = is_server, exit_process
+        self._is_aborting = False
+        self._stopped = threading.Event()
+        self._monitor = _RankMonitor(timeout)
+        self._last_answer = self._last_note = self._last_change = time.monotonic()
+        self._all_joined_at = math.inf
+        self._wait_counts: list[int] = []
         self._threads = [
-            threading.Thread(target=do, name="heartbeat", daemon=True)
-            for do in (self._talk, self._watch)
+            threading.Thread(target=run, name="watchdog", daemon=True)
+            for run in (self._beat, self._watch_store)
         ]
 
     @contextmanager
     def wait_for_ranks(self) -> Iterator[None]:
-        """Wait for other ranks in the body."""
+        """Mark the body as waiting for other ranks."""
         self.waiting += 1
         self.wait_count += 1
         try:
@@ -96,232 +97,233 @@ class Watchdog:
             self.waiting -= 1
 
     def start(self) -> None:
-        """Begin to tell and to listen."""
-        self._tell()
-        self._heard = time.monotonic()
+        """Send the first heartbeat and start the threads."""
+        self._send_heartbeat()
+        self._last_answer = time.monotonic()
         if self._rank:
-            self._started = self._heard
+            self._all_joined_at = self._last_answer
         for thread in self._threads:
             thread.start()
 
     def all_joined(self) -> None:
-        """On rank 0: from now on each rank has to give signs of life."""
-        self._started = time.monotonic()
+        """On rank 0: expect heartbeats of all ranks from now on."""
+        self._all_joined_at = time.monotonic()
 
     def stop(self) -> None:
-        """No more: the run is over.
+        """Stop the threads at the end of a run.
 
-        A thread that Python's end met in the middle of a question to the store would abort it.
+        A thread inside a request to the store would abort an interpreter that shuts down.
         """
-        self._quiet.set()
+        self._stopped.set()
         for thread in self._threads:
-            thread.join(self._silence)
+            thread.join(self._timeout)
 
     def abort(self, error: BaseException) -> NoReturn:
-        """End this process for an error, and with it all the others."""
+        """End this process, and through it all ranks, because of an error."""
         if threading.current_thread() is threading.main_thread():
-            # The launcher ends everybody at once; who is to blame has to be said first.
+            # torchrun terminates all ranks as soon as one fails; report the cause first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if is_connection_error(error):
-            # Somebody else is to blame: the thread finds out who, and ends this process.
-            time.sleep(self._silence + 10 * BEAT_INTERVAL)
+            # Another rank is the cause: the threads find out which one and end this process.
+            time.sleep(self._timeout + 10 * BEAT_INTERVAL)
+        text = " ".join(f"{error or type(error).__name__}".split())
         code = getattr(error, "code", None)
         if isinstance(error, UserError):
             code = 2
-        text = " ".join(f"{error or type(error).__name__}".split())
-        if isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, KeyboardInterrupt):
             code, text = 130, "interrupted"
-        elif not isinstance(error, (UserError, RunError)):
+        elif not isinstance(error, RunError):
             text = f"{type(error).__name__}: {text}"
         self.exit(
-            f"{self._where}: {text}", code if isinstance(code, int) and code else EXIT_FAILURE
+            f"{self._label}: {text}", code if isinstance(code, int) and code else EXIT_FAILURE
         )
 
     def exit(self, text: str, code: int) -> NoReturn:
-        """Leave word, unless another rank has, and end this process."""
-        self._ends = True
-        word = {"text": text, "code": code, "host": self._host}
+        """Post an abort message, unless another rank already has, and end this process."""
+        self._is_aborting = True
+        message = {"text": text, "code": code, "host": self._host}
         try:
-            left = post_abort(self._store, text, code, self._host)
+            posted = post_abort(self._store, text, code, self._host)
         except (RuntimeError, ValueError):
-            left = word
-        if left == word:
-            self._print(text)
+            posted = message
+        if posted == message:
+            self._print_error(text)
             if self._is_server:
-                # The others look once a second.
+                # The other ranks read the store once a second.
                 time.sleep(2 * BEAT_INTERVAL)
-            self._part(code)
+            self._exit(code)
         else:
-            self._obey(left)
-        raise AssertionError("a process that has ended")
+            self._exit_as_told(posted)
+        raise AssertionError("the process has ended")
 
-    def _talk(self) -> None:
-        """Tell and listen, until something is wrong or the run is over."""
-        while not self._quiet.wait(BEAT_INTERVAL):
+    def _beat(self) -> None:
+        while not self._stopped.wait(BEAT_INTERVAL):
             try:
-                found = self._look()
+                problem = self._check()
             except (RuntimeError, ValueError) as error:
-                if _is_refused(error):
-                    # There is nobody left: no need to wait.
-                    self._heard -= self._silence
+                if any(text in str(error) for text in ("refused", "Broken pipe", "reset by peer")):
+                    # The store's server is gone: do not wait for the timeout.
+                    self._last_answer -= self._timeout
                 continue
-            self._heard = time.monotonic()
-            if found and not self._quiet.is_set():
-                self.exit(found, EXIT_FAILURE)
+            self._last_answer = time.monotonic()
+            if problem and not self._stopped.is_set():
+                self.exit(problem, EXIT_FAILURE)
 
-    def _watch(self) -> None:
-        """End this rank when the store is silent: a question to it may then wait for ever."""
-        while not self._quiet.wait(BEAT_INTERVAL):
-            silent = time.monotonic() - self._heard
-            if silent > self._silence:
-                where = os.environ.get("MASTER_ADDR")
-                self._print(
-                    f"{self._where} cannot reach the other ranks, at {where}, any more: rank 0, "
-                    "its machine or its launcher stands still or is gone, or the network"
+    def _watch_store(self) -> None:
+        """End this rank when the store stops answering; a request to it may then block forever."""
+        while not self._stopped.wait(BEAT_INTERVAL):
+            if time.monotonic() - self._last_answer > self._timeout:
+                self._print_error(
+                    f"{self._label} can no longer reach the other ranks at "
+                    f"{os.environ.get('MASTER_ADDR')}: rank 0, its machine or its launcher hangs "
+                    "or has ended, or the network is down"
                 )
-                self._part(EXIT_FAILURE)
+                self._exit(EXIT_FAILURE)
 
-    def _look(self) -> str | None:
-        """Tell, and look around; gives what is wrong, in words."""
-        if self._store.check([ABORT_KEY]) and not self._ends:
-            self._obey(json.loads(self._store.get(ABORT_KEY)))
-        own = self._tell()
-        watched = range(1, self._size) if self._rank == 0 else [0]
-        keys = [f"life/{other}" for other in watched]
+    def _check(self) -> str | None:
+        """Send a heartbeat and read those of other ranks; returns a problem as text."""
+        if self._store.check([ABORT_KEY]) and not self._is_aborting:
+            self._exit_as_told(json.loads(self._store.get(ABORT_KEY)))
+        own = self._send_heartbeat()
+        watched = range(1, self._world_size) if self._rank == 0 else [0]
+        keys = [f"life/{rank}" for rank in watched]
         if not self._store.check(keys):
-            # Some have only just met the others.
-            silent = time.monotonic() - self._started
-            gone = [n for n in watched if not self._store.check([f"life/{n}"])]
-            if silent > self._silence and gone:
-                return f"rank {gone[0]} has given no sign of life for {silent:.0f} seconds"
+            # Ranks that have just joined.
+            silent = time.monotonic() - self._all_joined_at
+            missing = [rank for rank in watched if not self._store.check([f"life/{rank}"])]
+            if silent > self._timeout and missing:
+                return f"rank {missing[0]} has sent no heartbeat for {silent:.0f} seconds"
             return None
-        lives = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
-        if self._rank == 0 and (deadlock := self._wait_before_first_step({0: own, **lives})):
+        beats = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
+        if self._rank == 0 and (deadlock := self._check_before_first_step({0: own, **beats})):
             return deadlock
-        return self._others.find_failure(lives, own if self._rank == 0 else None, self._host)
+        return self._monitor.find_failure(beats, own if self._rank == 0 else None, self._host)
 
-    def _wait_before_first_step(self, lives: Mapping[int, Mapping[str, Any]]) -> str | None:
-        """Say now and then whom the others wait for, which may take long; give a deadlock."""
-        late = [rank for rank, life in lives.items() if not life["waiting"]]
-        waits = [life["waits"] for life in lives.values()]
-        begun = min(int(life["progress"]) for life in lives.values()) > 0
+    def _check_before_first_step(self, beats: Mapping[int, Heartbeat]) -> str | None:
+        """Print now and then which ranks the others wait for; returns a deadlock as text.
+
+        Preparing a text may take long, so waiting for a rank that lives is no failure.
+        """
+        late = [rank for rank, beat in beats.items() if not beat["waiting"]]
+        counts = [beat["wait_count"] for beat in beats.values()]
+        started = min(int(beat["progress"]) for beat in beats.values()) > 0
         now = time.monotonic()
-        if begun or late or waits != self._waits:
-            self._waits, self._all_wait = waits, now
-        if begun or not late or len(late) == len(lives):
-            self._named = now
-        elif now - self._named > self._silence:
-            names = ", ".join(f"rank {rank} on {lives[rank]['host']}" for rank in late)
-            seconds = now - self._started
-            text = f"note: after {seconds:.0f} seconds the other ranks are waiting for {names}"
-            print(text, file=sys.stderr, flush=True)
-            self._named = now
-        if (seconds := now - self._all_wait) < DEADLOCK_FACTOR * self._silence:
+        if started or late or counts != self._wait_counts:
+            self._wait_counts, self._last_change = counts, now
+        if started or not late or len(late) == len(beats):
+            self._last_note = now
+        elif now - self._last_note > self._timeout:
+            names = ", ".join(f"rank {rank} on {beats[rank]['host']}" for rank in late)
+            print_stderr(
+                f"note: after {now - self._all_joined_at:.0f} seconds the other ranks are "
+                f"waiting for {names}"
+            )
+            self._last_note = now
+        seconds = now - self._last_change
+        if seconds < DEADLOCK_FACTOR * self._timeout:
             return None
         return (
-            f"all {self._size} ranks have waited for each other for {seconds:.0f} seconds: they "
-            "live, but their data does not arrive. On several machines, GLOO_SOCKET_IFNAME or "
+            f"all {self._world_size} ranks have waited for each other for {seconds:.0f} seconds: "
+            "they live, but their data does not arrive. On several machines, GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME names the network interface that reaches the others"
         )
 
-    def _tell(self) -> dict[str, Any]:
-        """Say that this rank lives."""
-        own = {"pid": os.getpid(), "host": self._host, "busy": self.busy}
-        own |= {"waiting": self.waiting, "waits": self.wait_count}
-        own |= {"progress": self.progress, "beat": time.time()}
-        self._store.set(f"life/{self._rank}", json.dumps(own))
-        return own
+    def _send_heartbeat(self) -> dict[str, Any]:
+        beat = {
+            "pid": os.getpid(),
+            "host": self._host,
+            "busy": self.busy,
+            "waiting": self.waiting,
+            "wait_count": self.wait_count,
+            "progress": self.progress,
+            "beat": time.time(),
+        }
+        self._store.set(f"life/{self._rank}", json.dumps(beat))
+        return beat
 
-    def _obey(self, word: Mapping[str, Any]) -> None:
-        """End as another rank has said."""
-        # Whoever left word has printed it, for its own machine.
-        if self._is_loudest and word["host"] != self._host:
-            self._print(word["text"])
-        self._part(word["code"])
+    def _exit_as_told(self, message: Mapping[str, Any]) -> None:
+        # The rank that posted the message has printed it on its own machine.
+        if self._is_local_main and message["host"] != self._host:
+            self._print_error(message["text"])
+        self._exit(message["code"])
 
-    def _print(self, text: str) -> None:
+    def _print_error(self, text: str) -> None:
         print_stderr(f"error: {printable(text)}")
 
-    def _part(self, code: int) -> None:
-        """End the process; a save that is under way is finished first."""
-        self._quiet.set()
+    def _exit(self, code: int) -> None:
+        """End the process once a running save is complete."""
+        self._stopped.set()
         for thread in threading.enumerate():
             if thread.name == "saver":
                 thread.join(20)
         sys.stdout.flush()
-        self._leave(code)
+        self._exit_process(code)
 
 
 def post_abort(store: Store, text: str, code: int, host: str) -> dict[str, Any]:
-    """Tell all ranks to end with an error, unless one has already; gives what stands there now."""
-    word = {"text": text, "code": code, "host": host}
-    left: dict[str, Any] = json.loads(store.compare_set(ABORT_KEY, "", json.dumps(word)))
-    return left
+    """Tell all ranks to end with an error; returns the message of the first rank that did so."""
+    message = {"text": text, "code": code, "host": host}
+    posted: dict[str, Any] = json.loads(store.compare_set(ABORT_KEY, "", json.dumps(message)))
+    return posted
 
 
 class _RankMonitor:
-    """What is known of the other ranks, and since when nothing has changed."""
+    """The latest heartbeats of other ranks, and since when they have not changed."""
 
     def __init__(self, timeout: float) -> None:
-        self._silence = timeout
+        self._timeout = timeout
         self._beats: dict[int, tuple[float, float]] = {}
-        self._getting_on = time.monotonic()
-        self._last: dict[int, int] = {}
-        self._longest = 0.0
+        self._last_change = time.monotonic()
+        self._progress: dict[int, int] = {}
+        self._longest_step = 0.0
 
     def find_failure(
-        self, lives: Mapping[int, Mapping[str, Any]], rank0: Mapping[str, Any] | None, host: str
+        self, beats: Mapping[int, Heartbeat], rank0: Heartbeat | None, host: str
     ) -> str | None:
-        """Who has died or gone silent; with the `own` life of rank 0 also who stands still."""
+        """A rank that died or went silent; on rank 0, given `rank0`, also ranks that stall."""
         now = time.monotonic()
-        for rank, life in lives.items():
-            who = f"rank {rank} on {life['host']}"
-            if life["host"] == host and not _is_alive(life["pid"]):
-                return f"{who} has died (process {life['pid']})"
-            beat, since = self._beats.get(rank, (None, now))
-            if beat != life["beat"]:
-                self._beats[rank] = (life["beat"], now)
-            elif now - since > self._silence:
-                return f"{who} has given no sign of life for {now - since:.0f} seconds"
-        return self._standing_still({0: rank0, **lives}, now) if rank0 else None
+        for rank, beat in beats.items():
+            label = f"rank {rank} on {beat['host']}"
+            if beat["host"] == host and not _is_alive(beat["pid"]):
+                return f"{label} has died (process {beat['pid']})"
+            last, since = self._beats.get(rank, (None, now))
+            if last != beat["beat"]:
+                self._beats[rank] = (beat["beat"], now)
+            elif now - since > self._timeout:
+                return f"{label} has sent no heartbeat for {now - since:.0f} seconds"
+        return self._find_stall({0: rank0, **beats}, now) if rank0 else None
 
-    def _standing_still(self, lives: Mapping[int, Mapping[str, Any]], now: float) -> str | None:
-        progress = {rank: int(life["progress"]) for rank, life in lives.items()}
-        begun = min(progress.values()) > 0
-        if progress != self._last or any(life["busy"] for life in lives.values()) or not begun:
-            was_one_step = progress != self._last and self._last and min(self._last.values()) > 0
-            if begun and was_one_step:
-                self._longest = max(self._longest, now - self._getting_on)
-            self._last, self._getting_on = progress, now
+    def _find_stall(self, beats: Mapping[int, Heartbeat], now: float) -> str | None:
+        progress = {rank: int(beat["progress"]) for rank, beat in beats.items()}
+        previous, self._progress = self._progress, progress
+        is_busy = any(beat["busy"] for beat in beats.values())
+        if progress != previous or is_busy or not min(progress.values()):
+            if progress != previous and min(previous.values(), default=0) > 0:
+                self._longest_step = max(self._longest_step, now - self._last_change)
+            self._last_change = now
             return None
-        still = now - self._getting_on
-        # A slow machine is not one that hangs.
-        if still < max(self._silence, 5 * self._longest):
+        stalled = now - self._last_change
+        # Steps of a slow machine may take longer than the timeout.
+        if stalled < max(self._timeout, 5 * self._longest_step):
             return None
-        least = min(progress.values())
-        behind = [r for r, p in progress.items() if p == least]
-        if len(behind) == len(lives):
-            return f"all ranks have stood still for {still:.0f} seconds"
-        names = ", ".join(f"rank {r} on {lives[r]['host']}" for r in behind)
-        return f"{names} stood still for {still:.0f} seconds while the others waited"
+        behind = [rank for rank, p in progress.items() if p == min(progress.values())]
+        if len(behind) == len(beats):
+            return f"all ranks have stalled for {stalled:.0f} seconds"
+        names = ", ".join(f"rank {rank} on {beats[rank]['host']}" for rank in behind)
+        return f"{names} stalled for {stalled:.0f} seconds while the others waited"
 
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether an error only says that another rank did not answer."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo")
+    texts = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo")
     is_plain = type(error) is RuntimeError or isinstance(error, torch.AcceleratorError)
-    return is_plain and any(word in str(error) for word in words)
-
-
-def _is_refused(error: BaseException) -> bool:
-    """Whether there is nobody left where the store was."""
-    return any(word in str(error) for word in ("refused", "Broken pipe", "reset by peer"))
+    return is_plain and any(text in str(error) for text in texts)
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; a dead one that nobody has fetched does not."""
+    """Whether a process of this machine runs; a zombie does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

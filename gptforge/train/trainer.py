@@ -85,7 +85,7 @@ class Trainer:
     inputs: Sequence[str]
     """Fingerprints of the files that the training text comes from."""
     state: TrainState
-    lock: FolderLock
+    lock: FolderLock | None
     """Not closed as long as no other process may train into the same folder."""
     comm: Comm
     """Who trains together; report, saver and lock of all but the first do nothing."""
@@ -134,7 +134,8 @@ class Trainer:
             seconds=self.state.seconds,
             has_val=self.val_evaluator is not None,
         )
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
         p = self.state
         if reason == "finished" and not (math.isfinite(p.loss) or math.isfinite(p.best_loss)):
             raise RunError(

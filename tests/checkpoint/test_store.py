@@ -17,18 +17,14 @@ from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 
 
-def snapshot(mark: float = 0.0) -> Snapshot:
-    return Snapshot(
-        model={"weight": torch.full((3, 4), mark)},
+def save(store: CheckpointStore, step: int) -> Path:
+    snapshot = Snapshot(
+        model={"weight": torch.full((3, 4), float(step))},
         optimizer={"weight.exp_avg": torch.zeros(3, 4)},
         rng_state={"cpu": torch.get_rng_state()},
-        state={"progress": {"step": int(mark)}},
+        state={"progress": {"step": step}},
     )
-
-
-def save(store: CheckpointStore, step: int) -> Path:
-    tokenizer = CharTokenizer("abc")
-    name = store.save(step, snapshot(step), tokenizer=tokenizer, config="n_layer = 9\n")
+    name = store.save(step, snapshot, tokenizer=CharTokenizer("abc"), config="n_layer = 9\n")
     return store.folder / name
 
 
@@ -37,15 +33,14 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "run" / "checkpoints")
 
 
-def test_a_saved_checkpoint_is_whole_and_last(store) -> None:
+def test_saved_checkpoint_is_intact_and_last(store) -> None:
     path = save(store, 250)
     assert path.name == "step-000250"
     assert find_corruption(path) is None
     assert store.read_link("last") == path
     assert store.read_link("best") is None
-    assert sorted(entry.name for entry in path.iterdir()) == sorted(
-        [*CHECKPOINT_FILES, "manifest.json"]
-    )
+    names = sorted(entry.name for entry in path.iterdir())
+    assert names == sorted([*CHECKPOINT_FILES, "manifest.json"])
     listed = json.loads((path / "manifest.json").read_text())["files"]
     assert listed["model.safetensors"]["bytes"] == (path / "model.safetensors").stat().st_size
     with pytest.raises(UserError, match="describes a model of"):
@@ -55,27 +50,27 @@ def test_a_saved_checkpoint_is_whole_and_last(store) -> None:
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINT_FILES, "manifest.json"])
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
-def test_any_harm_to_any_file_is_seen(store, name, harm) -> None:
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_any_corruption_of_any_file_is_found(store, name, how) -> None:
     file = save(store, 1) / name
     raw = file.read_bytes()
-    if harm == "flip":
+    if how == "flip":
         file.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
-    elif harm == "truncate":
+    elif how == "truncate":
         file.write_bytes(raw[:-1] if name != "manifest.json" else raw[: len(raw) // 2])
     else:
         file.unlink()
     assert find_corruption(store.folder / "step-000001") is not None
 
 
-def test_a_step_saved_again_replaces_the_first_one(store) -> None:
+def test_saving_a_step_again_replaces_it(store) -> None:
     save(store, 3)
     path = save(store, 3)
-    assert [p.name for p in store.folder.iterdir() if p.name.startswith("step")] == [path.name]
+    assert store.checkpoints() == [path]
     assert find_corruption(path) is None
 
 
-def test_a_crash_while_a_step_is_replaced_loses_neither(store) -> None:
+def test_crash_while_a_step_is_replaced_loses_neither(store) -> None:
     path = save(store, 3)
     path.rename(store.folder / f".{path.name}.replaced")
     assert store.latest() == (path, [])
@@ -85,7 +80,7 @@ def test_a_crash_while_a_step_is_replaced_loses_neither(store) -> None:
     assert not list(store.folder.glob(".*"))
 
 
-def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_used(store) -> None:
+def test_corrupt_checkpoint_is_renamed_and_the_previous_one_used(store) -> None:
     first, second = save(store, 1), save(store, 2)
     (second / "model.safetensors").write_bytes(b"nothing")
     found, warnings = store.latest()
@@ -96,7 +91,7 @@ def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_used(store) -> 
     assert store.latest() == (first, [])
 
 
-def test_an_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
+def test_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
     first = save(store, 1)
 
     def crash(*_: object) -> None:
@@ -105,13 +100,13 @@ def test_an_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
     monkeypatch.setattr(checkpoints, "_write_manifest", crash)
     with pytest.raises(KeyboardInterrupt):
         save(store, 2)
-    assert store.steps() == [first]
+    assert store.checkpoints() == [first]
     assert store.read_link("last") == first
     assert find_corruption(first) is None
     assert not list(store.folder.glob(".*"))
 
 
-def test_a_full_disk_is_noticed_before_the_save(store, monkeypatch) -> None:
+def test_full_disk_is_noticed_before_the_save(store, monkeypatch) -> None:
     first = save(store, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(RunError, match="step-000001 is kept"):
@@ -119,13 +114,13 @@ def test_a_full_disk_is_noticed_before_the_save(store, monkeypatch) -> None:
     assert store.latest() == (first, [])
 
 
-def test_a_disk_that_fills_up_while_saving_keeps_the_last_one(store, monkeypatch) -> None:
+def test_disk_that_fills_up_while_saving_keeps_the_last_checkpoint(store, monkeypatch) -> None:
     first = save(store, 1)
 
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_tensors", no_space)
+    monkeypatch.setattr(checkpoints, "save_safetensors", no_space)
     with pytest.raises(RunError, match=r"disk filled up.*step-000001 is kept"):
         save(store, 2)
     assert store.latest() == (first, [])
@@ -137,17 +132,10 @@ def test_pruning_spares_best_and_last(store, keep, left) -> None:
         save(store, step)
     store.set_link("best", "step-000002")
     store.prune(keep)
-    assert [int(path.name[5:]) for path in store.steps()] == left
+    assert [int(path.name[5:]) for path in store.checkpoints()] == left
 
 
-def test_saving_the_same_step_again_replaces_it(store) -> None:
-    save(store, 1)
-    path = save(store, 1)
-    assert find_corruption(path) is None
-    assert store.steps() == [path]
-
-
-def test_a_run_stands_for_its_best_checkpoint(store) -> None:
+def test_run_resolves_to_its_best_checkpoint(store) -> None:
     run = store.folder.parent
     first, second = save(store, 1), save(store, 2)
     assert resolve_checkpoint(str(run)) == second
@@ -156,17 +144,14 @@ def test_a_run_stands_for_its_best_checkpoint(store) -> None:
     assert resolve_checkpoint(str(second)) == second
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path) -> None:
+def test_path_without_a_checkpoint_is_refused_with_a_hint(store, tmp_path) -> None:
     with pytest.raises(UserError, match="has no checkpoint yet"):
         resolve_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         resolve_checkpoint(str(tmp_path / "missing"))
-
-
-def test_a_path_that_is_nearly_right_gets_a_hint(store, tmp_path) -> None:
-    newest = save(store, 3)
-    assert resolve_checkpoint(str(store.folder)) == newest
-    with pytest.raises(UserError, match="is not there; the newest is step-000003"):
+    latest = save(store, 3)
+    assert resolve_checkpoint(str(store.folder)) == latest
+    with pytest.raises(UserError, match="does not exist; the latest is step-000003"):
         resolve_checkpoint(str(store.folder / "step-000002"))
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="is a file"):

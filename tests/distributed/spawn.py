@@ -1,4 +1,4 @@
-"""Running a function on several gloo ranks, each a process of its own, forked from a warm one."""
+"""Runs a function on several gloo ranks, each a process forked from a server that loaded torch."""
 
 import json
 import multiprocessing
@@ -23,60 +23,61 @@ if os.name == "posix":
     _context.set_forkserver_preload(["gptforge.builders", "torch.distributed.fsdp", "matplotlib"])
 
 
-def on_ranks(count: int, do: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `do(ranks, *args)` gives on each of `count` ranks, something for JSON."""
-    with TemporaryDirectory() as folder:
-        codes = _run(count, do, args, folder, {})
-        for rank, code in enumerate(codes):
-            if code != 0:
-                pytest.fail(f"rank {rank}, exit code {code}: {_said(folder, rank)}")
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
-
-
 @dataclass
-class End:
-    """How a rank ended."""
+class RankExit:
+    """Exit code and output of a rank."""
 
     code: int | None
-    said: str
+    output: str
 
 
-def ends_of_start(count: int, do: Callable[[int], Any], *, silence: float) -> list[End]:
-    """How each rank ends, where `do(rank)` happens before it joins the others."""
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(comm, *args)` returns on each rank, which must be JSON."""
     with TemporaryDirectory() as folder:
-        env = {"GPTFORGE_SILENCE": silence}
-        codes = _run(count, nothing, (), folder, env, before=do)
-        return [End(code, _said(folder, rank)) for rank, code in enumerate(codes)]
+        for rank, end in enumerate(_run(world_size, function, args, folder)):
+            if end.code != 0:
+                pytest.fail(f"rank {rank}, exit code {end.code}: {end.output}")
+        results = [Path(folder) / f"{rank}.json" for rank in range(world_size)]
+        return [json.loads(path.read_text()) for path in results]
 
 
-def nothing(ranks: Any) -> None:
-    """Nothing: a function that another process can be told of."""
-
-
-def ends_of(count: int, do: Callable[..., Any], *args: Any, silence: float) -> list[End]:
-    """How each rank ends, where something goes wrong on one of them."""
+def exits_of(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float
+) -> list[RankExit]:
+    """How each rank exits where something goes wrong in `function(comm, *args)`."""
     with TemporaryDirectory() as folder:
-        codes = _run(count, do, args, folder, {"GPTFORGE_SILENCE": silence})
-        return [End(code, _said(folder, rank)) for rank, code in enumerate(codes)]
+        return _run(world_size, function, args, folder, timeout=timeout)
 
 
-def _said(folder: str, rank: int) -> str:
-    return (Path(folder) / f"{rank}.said").read_text()
+def exits_of_start(
+    world_size: int, function: Callable[[int], Any], *, timeout: float
+) -> list[RankExit]:
+    """How each rank exits where `function(rank)` runs before it joins the others."""
+    with TemporaryDirectory() as folder:
+        return _run(world_size, do_nothing, (), folder, timeout=timeout, before=function)
+
+
+def do_nothing(comm: Any) -> None:
+    """A function that another process can import."""
 
 
 def _run(
-    count: int,
-    do: Callable[..., Any],
+    world_size: int,
+    function: Callable[..., Any],
     args: Any,
     folder: str,
-    env: dict[str, Any],
+    *,
+    timeout: float | None = None,
     before: Callable[[int], Any] | None = None,
-) -> list[int | None]:
-    """Exit codes. When the first or two others have ended, those that do not follow are killed."""
-    port = free_port()
+) -> list[RankExit]:
+    """Once rank 0 or two ranks have exited, those that do not follow are killed."""
+    env = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    if timeout is not None:
+        env["GPTFORGE_SILENCE"] = timeout
     children = [
-        _context.Process(target=_child, args=(rank, count, port, folder, do, args, env, before))
-        for rank in range(count)
+        _context.Process(target=_child, args=(rank, folder, function, args, env, before))
+        for rank in range(world_size)
     ]
     for child in children:
         child.start()
@@ -86,7 +87,7 @@ def _run(
         if ended[0] or sum(ended) > 1:
             break
         time.sleep(0.05)
-    # One that is left alone is the lost one, which does not follow.
+    # A single one that is left is the lost rank, which does not follow.
     deadline = time.monotonic() + 8
     last = time.monotonic() + 4
     while (left := [c for c in children if c.exitcode is None]) and time.monotonic() < deadline:
@@ -98,7 +99,10 @@ def _run(
     for child in left:
         child.kill()
         child.join()
-    return [child.exitcode for child in children]
+    outputs = [(Path(folder) / f"{rank}.out").read_text() for rank in range(world_size)]
+    return [
+        RankExit(child.exitcode, output) for child, output in zip(children, outputs, strict=True)
+    ]
 
 
 def free_port() -> int:
@@ -109,34 +113,31 @@ def free_port() -> int:
 
 def _child(
     rank: int,
-    count: int,
-    port: int,
     folder: str,
-    do: Callable[..., Any],
+    function: Callable[..., Any],
     args: Any,
     env: Any,
-    before: Callable[[int], Any] | None = None,
+    before: Callable[[int], Any] | None,
 ) -> None:
-    said = os.open(Path(folder) / f"{rank}.said", os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    facts |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    os.environ.update({name: str(value) for name, value in (facts | env).items()})
+    output = os.open(Path(folder) / f"{rank}.out", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    env |= {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in env.items()})
     import torch
 
     torch.set_num_threads(1)
     try:
         if before is not None:
             before(rank)
-        ranks = init_distributed("cpu")
+        comm = init_distributed("cpu")
     except (UserError, RunError) as error:
         print(f"error: {error}", flush=True)
         os._exit(2 if isinstance(error, UserError) else 1)
     try:
-        result = do(ranks, *args)
+        result = function(comm, *args)
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-        ranks.shutdown()
+        comm.shutdown()
     except BaseException as error:
         traceback.print_exc()
-        ranks.abort(error)
+        comm.abort(error)

@@ -1,4 +1,4 @@
-"""The recipes under examples/ start what they say they start."""
+"""The scripts under examples/ start the runs that they describe."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_recipe_has_no_mistake_that_shellcheck_finds(script) -> None:
+def test_shellcheck_finds_no_mistake(script) -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
@@ -30,11 +30,11 @@ def test_a_recipe_has_no_mistake_that_shellcheck_finds(script) -> None:
 
 def start(script: str, *flags: object, **env: object) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    words = ["bash", str(EXAMPLES / script), "--preset", "debug", "--device", "cpu"]
-    own = {"PATH": path, "OMP_NUM_THREADS": 1, "RESTARTS": 0, **env}
+    command = ["bash", str(EXAMPLES / script), "--preset", "debug", "--device", "cpu"]
+    env = {"PATH": path, "OMP_NUM_THREADS": 1, "RESTARTS": 0, **env}
     return subprocess.Popen(
-        [*words, *map(str, flags)],
-        env=os.environ | {name: str(value) for name, value in own.items()},
+        [*command, *map(str, flags)],
+        env=os.environ | {name: str(value) for name, value in env.items()},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -46,26 +46,26 @@ def wait_until_open(port: int) -> None:
             with socket.create_connection(("localhost", port), 1):
                 return
         except OSError:
-            assert time.monotonic() < deadline, "nobody listens"
+            assert time.monotonic() < deadline, "nothing listens"
             time.sleep(0.1)
 
 
-def test_two_machines_meet_and_train_as_one(play, tmp_path) -> None:
-    """Two launchers on one machine, as two machines have one each."""
-    meeting = {"FIRST": "localhost", "PORT": free_port(), "GPUS": 1, "RUN": tmp_path.name}
+def test_two_machines_train_together(play, tmp_path) -> None:
+    """Two launchers on one machine stand for two machines."""
+    env = {"FIRST": "localhost", "PORT": free_port(), "GPUS": 1, "RUN": tmp_path.name}
     flags = ("--input", play, "--out_dir", tmp_path / "run", "--sample_every", 0)
-    launchers = [start("two_nodes.sh", *flags, **meeting)]
+    launchers = [start("two_nodes.sh", *flags, **env)]
     try:
-        # On one machine both take FIRST for themselves, and the later one has to find it taken.
-        wait_until_open(meeting["PORT"])
-        launchers.append(start("two_nodes.sh", *flags, **meeting))
-        said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+        # Both launchers take themselves for FIRST; the later one must find the port taken.
+        wait_until_open(env["PORT"])
+        launchers.append(start("two_nodes.sh", *flags, **env))
+        outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.kill()
-    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(said)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], "\n".join(outputs)
     config = Config(out_dir=str(tmp_path / "run"))
     assert last(config).name == "step-000020"
     assert events(config, "start")[0]["ranks"] == 2
-    # One of the two machines speaks.
-    assert sorted("step 19 |" in text for text in said) == [False, True]
+    # Only one of the two logs.
+    assert sorted("step 19 |" in text for text in outputs) == [False, True]

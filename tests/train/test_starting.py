@@ -39,7 +39,7 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
 def test_a_run_begun_for_more_steps_is_told_how_it_goes_on(config) -> None:
     build(config).fit()
     steps = config.max_steps
-    with pytest.raises(UserError, match=f"go on with --max_steps {steps}, choose another"):
+    with pytest.raises(UserError, match=f"resume with --max_steps {steps}, choose another"):
         build(dataclasses.replace(config, max_steps=steps - 1))
     with pytest.raises(UserError, match="it may only be raised\\)\\): choose another"):
         build(dataclasses.replace(config, max_steps=steps - 1, seed=3))
@@ -205,7 +205,7 @@ def test_a_finished_run_that_can_only_be_read_is_finished_all_the_same(config, m
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
 def test_a_link_that_leads_nowhere_is_named(config, tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="link is a link that leads nowhere"):
+    with pytest.raises(UserError, match="link is a dangling link"):
         build(dataclasses.replace(config, out_dir=str(tmp_path / "link" / "run")))
 
 

@@ -69,7 +69,7 @@ class AutogradBackend:
 
     def zero_grad(self) -> None:
         """Before the first micro-batch of an update."""
-        self._gradients.clear()
+        self._gradients.zero_()
 
     def __call__(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
         """As `ByHand.__call__`."""

@@ -106,7 +106,7 @@ class BucketedAllReduce(GradReducer):
 class LooseGrads:
     """Gradients wherever autograd puts them: what one process needs."""
 
-    def clear(self) -> None:
+    def zero_(self) -> None:
         """Before an update."""
 
     def begin(self) -> None:

@@ -141,7 +141,7 @@ def test_odd_checkpoints_are_told_and_never_looked_for_again(made, tmp_path, kin
         with pytest.raises(UserError, match=expected):
             use()
     if kind == "empty":
-        with pytest.raises(UserError, match=r"damaged, for manifest\.json is missing"):
+        with pytest.raises(UserError, match=r"damaged: manifest\.json is missing"):
             resolve_checkpoint(str(step))
     # A whole one beside it is found, and named where the newest is damaged.
     shutil.copytree(made / "run" / "checkpoints" / "step-000002", step.parent / "step-000000")

@@ -1,4 +1,5 @@
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -17,36 +18,29 @@ from gptforge.errors import RunError
 from gptforge.tokenizers.char import CharTokenizer
 
 
-class SlowStore(CheckpointStore):
-    """Saves when it is told to."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.go = threading.Event()
-
-    def save(self, *args, **kwargs) -> str:
-        assert self.go.wait(timeout=60)
-        return super().save(*args, **kwargs)
-
-
 def snapshot(value: float, device: torch.device | str = "cpu") -> Snapshot:
     tensor = torch.full((4, 4), value, device=device)
     return Snapshot({"w": tensor}, {"w.exp_avg": tensor.clone()}, {"cpu": torch.zeros(1)}, {})
 
 
-def make(store: CheckpointStore, keep: int = 0) -> AsyncSaver:
-    return AsyncSaver(store, tokenizer=CharTokenizer("ab"), config="", keep=keep)
+def make_saver(store: CheckpointStore, **options: bool) -> AsyncSaver:
+    return AsyncSaver(store, tokenizer=CharTokenizer("ab"), config="", keep=0, **options)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path) -> None:
-    store = SlowStore(tmp_path)
-    saver = make(store)
+def test_training_continues_while_a_checkpoint_is_saved(tmp_path, monkeypatch) -> None:
+    store, may_save = CheckpointStore(tmp_path), threading.Event()
+    save = store.save
+
+    def wait_and_save(*args, **options) -> str:
+        assert may_save.wait(timeout=60)
+        return save(*args, **options)
+
+    monkeypatch.setattr(store, "save", wait_and_save)
+    saver = make_saver(store)
     saver.save_async(1, snapshot(1.0), is_best=True)
-    # It came back though nothing is written; no pointer leads to what is not there.
     assert saver.poll() == []
-    assert store.read_link("last") is None
-    assert store.read_link("best") is None
-    store.go.set()
+    assert store.read_link("last") is store.read_link("best") is None
+    may_save.set()
     saver.wait()
     assert saver.poll() == [SavedCheckpoint(1, "step-000001", True)]
     assert saver.poll() == []
@@ -54,9 +48,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path) -> None:
     assert find_corruption(tmp_path / "step-000001") is None
 
 
-def test_saves_follow_each_other_and_prune_what_is_not_kept(tmp_path, device) -> None:
+def test_saves_run_one_by_one_and_prune(tmp_path, device) -> None:
     store = CheckpointStore(tmp_path)
-    saver = make(store)
+    saver = make_saver(store)
     for step in range(1, 5):
         saver.save_async(step, snapshot(step, device), is_best=step == 2)
     saver.wait()
@@ -65,16 +59,23 @@ def test_saves_follow_each_other_and_prune_what_is_not_kept(tmp_path, device) ->
     assert read_tensors(tmp_path / "step-000004", MODEL)["w"].eq(4).all()
 
 
-def test_a_save_that_fails_is_heard_of_and_what_was_there_stays(tmp_path, monkeypatch) -> None:
+def test_disabled_saver_saves_nothing(tmp_path) -> None:
+    saver = make_saver(CheckpointStore(tmp_path), enabled=False)
+    saver.save_async(1, snapshot(1.0), is_best=True)
+    saver.wait()
+    assert saver.poll() == [] and not any(tmp_path.iterdir())
+
+
+def test_failed_save_raises_and_keeps_what_was_there(tmp_path, monkeypatch) -> None:
     store = CheckpointStore(tmp_path)
-    saver = make(store)
+    saver = make_saver(store)
     saver.save_async(1, snapshot(1.0), is_best=True)
     saver.wait()
 
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gptforge.checkpoint.store.write_tensors", no_space)
+    monkeypatch.setattr("gptforge.checkpoint.store.save_safetensors", no_space)
     saver.save_async(2, snapshot(2.0), is_best=True)
     with pytest.raises(RunError, match="disk filled up"):
         saver.wait()
@@ -83,32 +84,30 @@ def test_a_save_that_fails_is_heard_of_and_what_was_there_stays(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "message"),
     [
         (28, "last: the disk filled up while saving step-000002: step-000002 is kept: make room, "
-         "and the same command goes on from there"),
-        (5, "last: Input/output error while saving step-000002: step-000002 is kept: mend the "),
+         "and the same command resumes from it"),
+        (5, "last: Input/output error while saving step-000002: step-000002 is kept: repair the "),
     ],
 )  # fmt: skip
-def test_an_error_behind_a_save_says_what_is_kept_and_how_to_go_on(
-    tmp_path, monkeypatch, number, words
+def test_error_after_a_save_says_what_is_kept_and_how_to_resume(
+    tmp_path, monkeypatch, number, message
 ) -> None:
-    saver = make(CheckpointStore(tmp_path))
+    saver = make_saver(CheckpointStore(tmp_path))
     saver.save_async(1, snapshot(1.0), is_best=False)
     saver.wait()
 
-    def refused(link, target) -> None:
+    def refuse(link: Path, target: str) -> None:
         raise OSError(number, os.strerror(number), str(link))
 
-    monkeypatch.setattr("gptforge.files.point", refused)
+    monkeypatch.setattr("gptforge.files.set_link", refuse)
     saver.save_async(2, snapshot(2.0), is_best=False)
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(RunError, match=message):
         saver.wait()
 
 
-def test_a_full_disk_is_said_before_the_save_begins(tmp_path, monkeypatch) -> None:
-    import shutil
-
+def test_full_disk_is_reported_before_the_save_starts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(RunError, match="make room"):
-        make(CheckpointStore(tmp_path)).save_async(1, snapshot(1.0), is_best=False)
+        make_saver(CheckpointStore(tmp_path)).save_async(1, snapshot(1.0), is_best=False)

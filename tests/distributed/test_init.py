@@ -1,0 +1,286 @@
+"""Ranks that do not join are named by the others, and nobody waits for long."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gptforge.distributed import Comm, comm, init_distributed, is_distributed_launch, watchdog
+from gptforge.distributed.init import _local_device
+from gptforge.distributed.watchdog import DEADLOCK_FACTOR, Watchdog
+from gptforge.errors import UserError
+from tests.distributed.spawn import RankExit, exits_of, exits_of_start, free_port
+from tests.environment import python_path
+
+ROOT = Path(__file__).parents[2]
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+TIMEOUT = 3.0
+"""Ranks wait for one and a half times as long."""
+sockets: list[socket.socket] = []
+
+
+def freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def rank1_stops(rank: int) -> None:
+    if rank == 1:
+        freeze()
+
+
+def rank1_dies(rank: int) -> None:
+    if rank == 1:
+        os._exit(9)
+
+
+def rank1_raises(rank: int) -> None:
+    if rank == 1:
+        raise UserError("--max_stepz is unknown")
+
+
+def rank1_lacks_rank(rank: int) -> None:
+    if rank == 1:
+        del os.environ["RANK"]
+
+
+def rank1_lacks_world_size(rank: int) -> None:
+    if rank == 1:
+        del os.environ["WORLD_SIZE"]
+
+
+def rank1_connects_elsewhere(rank: int) -> None:
+    if rank == 1:
+        os.environ["MASTER_PORT"] = "1"
+
+
+def rank1_connects_to_a_silent_port(rank: int) -> None:
+    if rank == 1:
+        sockets.append(socket.create_server(("localhost", 0)))
+        os.environ["MASTER_PORT"] = str(sockets[0].getsockname()[1])
+
+
+def rank1_stops_on_another_host(rank: int) -> None:
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    socket.gethostname = lambda: f"host-{rank}"
+    rank1_stops(rank)
+
+
+def rank0_stops(rank: int) -> None:
+    if rank == 0:
+        freeze()
+
+
+def rank0_stops_with_the_store(rank: int) -> None:
+    if rank == 0:
+        threading.Timer(2, freeze).start()
+    if rank == 1:
+        os._exit(9)
+
+
+def rank1_stops_in_setup(rank: int) -> None:
+    if rank == 1:
+        dist.init_process_group = lambda *args, **options: freeze()
+
+
+def rank2_claims_rank1(rank: int) -> None:
+    if rank == 2:
+        os.environ["RANK"] = "1"
+
+
+def rank1_has_another_world_size(rank: int) -> None:
+    if rank == 1:
+        os.environ["WORLD_SIZE"] = "4"
+
+
+ABSENT = [
+    rank1_stops,
+    rank1_dies,
+    rank1_raises,
+    rank1_lacks_rank,
+    rank1_lacks_world_size,
+    rank1_connects_elsewhere,
+    rank1_connects_to_a_silent_port,
+]
+RANK0_LOST = [rank0_stops, rank0_stops_with_the_store]
+OTHERS = [rank1_stops_on_another_host, rank1_stops_in_setup, rank2_claims_rank1]
+Exits = dict[object, Future[list[RankExit]]]
+
+
+@pytest.fixture(scope="module")
+def exits() -> Iterator[Exits]:
+    """How three ranks exit with each fault. They mostly wait, so several run at once."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+    with ThreadPoolExecutor(5) as pool:
+        yield {
+            fault: pool.submit(exits_of_start, 3, fault, timeout=TIMEOUT)
+            for fault in ABSENT + OTHERS + RANK0_LOST
+        }
+
+
+@pytest.mark.parametrize("fault", ABSENT)
+def test_absent_rank_is_named(exits: Exits, fault) -> None:
+    first, lost, other = exits[fault].result()
+    assert first.code == 1
+    assert "rank 1 of 3 did not start within 4 seconds" in first.output
+    assert other.code == 1
+    if fault in (rank1_raises, rank1_lacks_rank, rank1_lacks_world_size):
+        assert lost.code == 2
+        assert "error: " in lost.output
+    if fault in (rank1_connects_elsewhere, rank1_connects_to_a_silent_port):
+        assert lost.code == 1
+        assert "cannot join the other ranks: rank 0 did not answer at localhost:" in lost.output
+        assert "the same MASTER_ADDR and MASTER_PORT" in lost.output
+
+
+def test_every_host_names_the_absent_rank(exits: Exits) -> None:
+    first, _, other = exits[rank1_stops_on_another_host].result()
+    for end in (first, other):
+        assert end.code == 1
+        assert "error: rank 1 of 3 did not start within 4 seconds" in end.output
+
+
+@pytest.mark.parametrize("fault", RANK0_LOST)
+def test_lost_rank0_is_named(exits: Exits, fault) -> None:
+    _, *others = exits[fault].result()
+    for other in others if fault is rank0_stops else others[1:]:
+        assert other.code == 1
+        message = "rank 0 did not answer at" if fault is rank0_stops else "can no longer reach"
+        assert message in other.output
+
+
+def test_rank_lost_in_setup_is_named(exits: Exits) -> None:
+    first, _, other = exits[rank1_stops_in_setup].result()
+    assert first.code == other.code == 1
+    assert "error: rank 1 on" in first.output
+    assert "has sent no heartbeat for" in first.output
+
+
+def test_duplicate_and_missing_rank(exits: Exits) -> None:
+    ranks = exits[rank2_claims_rank1].result()
+    output = "".join(rank.output for rank in ranks)
+    assert "rank 2 of 3 did not start" in output
+    assert 0 not in [rank.code for rank in ranks]
+
+
+def test_different_world_sizes_are_reported() -> None:
+    first, second = exits_of_start(2, rank1_has_another_world_size, timeout=TIMEOUT)
+    assert first.code == second.code == 2
+    assert "error: WORLD_SIZE is 4 in rank 1, and 2 in rank 0" in first.output
+
+
+def wait_before_first_step(ranks: Comm) -> None:
+    # Preparing a text may take longer than any one wait for it.
+    comm.STORE_WAIT = timedelta(seconds=0.5)
+    if ranks.rank == 1:
+        time.sleep(8)
+    ranks.broadcast_from_rank0(lambda: None)
+    ranks.assert_same({"text": "this"})
+    ranks.all_true(True)
+
+
+@needs_linux
+def test_slow_rank_before_the_first_step_is_named() -> None:
+    first, second = exits_of(2, wait_before_first_step, timeout=2)
+    assert (first.code, second.code) == (0, 0)
+    assert "the other ranks are waiting for rank 1 on" in first.output
+
+
+def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    dog = Watchdog(0, world_size=2, host="here", store=None, is_local_main=True, timeout=30)
+
+    def check(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
+        now[0] += seconds
+        beat = {"waiting": waiting, "wait_count": waits, "progress": progress, "host": "here"}
+        return dog._check_before_first_step({0: beat, 1: beat})
+
+    for waits in range(100):
+        assert check(29 * DEADLOCK_FACTOR, waits=waits) is None
+    assert check(9999, waits=99, waiting=0) is None
+    assert check(9999, waits=99, progress=1) is None
+    assert check(29 * DEADLOCK_FACTOR, waits=99) is None
+    problem = check(DEADLOCK_FACTOR, waits=99)
+    assert problem is not None
+    assert "all 2 ranks have waited for each other for 120 seconds" in problem
+
+
+ABSENT_AT_FIRST = """
+import os, time
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
+    time.sleep(600)
+"""
+
+
+@needs_linux
+def test_torchrun_restarts_after_a_rank_did_not_join(play, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ABSENT_AT_FIRST)
+    env = {"PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1", "GPTFORGE_SILENCE": "4"}
+    launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
+              "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
+    train = ["--preset", "debug", "--device", "cpu", "--input", str(play), "--max_steps", "5",
+             "--warmup_steps", "2", "--out_dir", "run", "--sample_every", "0"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "gpt.py"), *train],
+        cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "error: rank 1 of 2 did not start within 6 seconds" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "changed", "message"),
+    [
+        ("cuda:1", {}, "--device cuda:1: torchrun assigns each rank a device"),
+        ("mps", {}, "--device mps: torchrun assigns each rank a device"),
+        ("cpu", {"MASTER_PORT": None}, "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        ("cpu", {"WORLD_SIZE": None, "RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
+        ("cpu", {"GPTFORGE_SILENCE": "long"}, "GPTFORGE_SILENCE=long: give seconds, such as 120"),
+        ("cpu", {"GPTFORGE_SILENCE": "nan"}, "GPTFORGE_SILENCE=nan: give seconds"),
+        ("cpu", {"RANK": "x"}, "RANK is 'x', not a whole number"),
+        ("cpu", {"RANK": "-1"}, "RANK is '-1'"),
+        ("cpu", {"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ("cpu", {"LOCAL_RANK": "1e3"}, "LOCAL_RANK is '1e3'"),
+        ("cpu", {"LOCAL_RANK": "5"}, "LOCAL_RANK is 5 and LOCAL_WORLD_SIZE 2"),
+        ("cpu", {"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is ''"),
+        ("cpu", {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ("cpu", {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999: give a port"),
+        ("cpu", {"WORLD_SIZE": "²"}, "WORLD_SIZE is '²'"),
+        ("cpu", {"WORLD_SIZE": "9" * 400}, "WORLD_SIZE is '999"),
+    ],
+)
+def test_contradictory_launch_is_refused(device, changed, message) -> None:
+    env = {name: value for name, value in {**LAUNCHED, **changed}.items() if value is not None}
+    with pytest.raises(UserError) as caught:
+        init_distributed(device, env=env)
+    assert message in str(caught.value)
+
+
+def test_without_a_launcher_there_is_one_process() -> None:
+    assert not is_distributed_launch({})
+    assert init_distributed("cpu", env={}).world_size == 1
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _local_device("auto", 1, local_world_size=2) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="4 ranks were started here and torch finds 2 CUDA GPUs"):
+        _local_device("auto", 3, local_world_size=4)
