@@ -1,12 +1,12 @@
-"""Train a GPT-2 and write with it.
+"""Train a GPT-2 and generate text with it.
 
-    python gpt.py                                    train on input.txt as this machine allows
-    python gpt.py --preset gpt2                      the full GPT-2 small, 124M parameters
+    python gpt.py                                    train on input.txt, as fits this machine
+    python gpt.py --preset gpt2                      GPT-2 small, 124M parameters
     python gpt.py --input book.txt --out_dir runs/b  your own text
     python gpt.py sample runs/shakespeare-cpu --prompt "Romeo:"
-    python gpt.py --help                             every flag and command
+    python gpt.py --help                             all flags and commands
 
-Start reading at gptforge/train/trainer.py: that is the training loop.
+The training loop is in gptforge/train/trainer.py.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""GPT-Forge: train a true GPT-2 from any text, on whatever machine you have.
+"""GPT-Forge: train GPT-2 on any text, on any machine.
 
 `from gptforge import load; load("runs/shakespeare-cpu").generate("Romeo:")`
 """
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptforge.builders import load
 
-
 __version__ = "0.2.0"
 __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: torch takes a second, and `--help` does without.
+    # Lazy, since importing torch takes a second and `--help` does not need it.
     if name == "load":
         from gptforge.builders import load
 

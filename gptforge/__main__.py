@@ -1,4 +1,4 @@
-"""`python -m gptforge` is `gptforge`."""
+"""`python -m gptforge`: the command line."""
 
 import sys
 

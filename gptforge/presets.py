@@ -1,4 +1,4 @@
-"""Named configurations. Each lists only what it changes from the defaults, the seed's own."""
+"""Presets: named configurations, as differences from the defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from gptforge.errors import UserError
 
 @dataclass(frozen=True)
 class Preset:
-    """A name's meaning: one line about it, and the fields it sets."""
+    """A one-line description and the fields that differ from the defaults."""
 
     description: str
     values: Mapping[str, Value]
 
 
-# Larger models take smaller micro-batches, which shrink further where memory is short; the global
-# batch of 128 windows stays the same.
+# Larger models have smaller micro-batches, which shrink further if memory is short; the global
+# batch size of all GPT-2 presets is 128.
 PRESETS: dict[str, Preset] = {
     "gpt2": Preset("GPT-2 small, 124M parameters", {}),
     "gpt2-medium": Preset(
@@ -50,7 +50,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "shakespeare": Preset(
-        "characters, 25M parameters: the best there is on text of Shakespeare's size, on one GPU",
+        "characters, 25M parameters: best quality on one GPU for a text of Shakespeare's size",
         {
             "tokenizer": "char",
             "n_layer": 8,
@@ -93,7 +93,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "debug": Preset(
-        "a tiny model: seconds on a CPU, to see that everything works",
+        "a tiny model: seconds on a CPU, to test the installation",
         {
             "tokenizer": "char",
             "n_layer": 2,
@@ -117,11 +117,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Config:
-    """The Config a preset stands for.
+    """Build the Config of a preset.
 
     Raises:
-        UserError: for a name that is not a preset; the message lists those that are.
+        UserError: for an unknown name; the message lists the known ones.
     """
     if name not in PRESETS:
-        raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
+        raise UserError(f"--preset {name}: unknown preset; there are {', '.join(PRESETS)}")
     return merge(Config(preset=name), PRESETS[name].values, source=f"preset {name}")

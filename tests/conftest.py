@@ -1,10 +1,10 @@
-"""Shared fixtures: a small text, a small model, the command line in this process."""
+"""Shared fixtures: a small text, a small model, and the command line in this process."""
 
 import os
 
-# Two OpenMP threads a worker on a busy machine can be fifty times slower than one.
+# On a busy machine, two OpenMP threads per worker can be fifty times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# cuBLAS reads this once; deterministic runs need it from the process's first product on.
+# cuBLAS reads this once; deterministic runs need it from the first matmul on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import signal
@@ -20,26 +20,25 @@ from gptforge.config import GPTConfig
 from gptforge.model import GPT
 
 torch.set_num_threads(1)
-# nohup, and shells behind an &, have these ignored, by every program that is started as well.
+# nohup, and shells for background jobs, ignore these signals, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prepared texts of tests stay out of the user's cache."""
+def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep prepared texts of tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
-TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
-
-
 @pytest.fixture(autouse=True)
-def exact_products() -> None:
-    """A run trains with TF32; what comes after it in this process is compared digit by digit."""
+def exact_matmul() -> None:
+    """Undo the TF32 setting of a training run in this process."""
     torch.set_float32_matmul_precision("highest")
 
 
@@ -55,21 +54,25 @@ def tiny_model() -> GPT:
     return GPT(TINY).init_weights(torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def play(tmp_path: Path) -> Path:
+def play_text() -> str:
     """A small text with some structure, about 9,000 characters."""
     lines = [
         f"{'ROMEO' if i % 2 else 'JULIET'}:\nWhat light is {i * 7 % 41} in yonder window?\n\n"
         for i in range(160)
     ]
+    return "".join(lines)
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Path:
     path = tmp_path / "play.txt"
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text(play_text(), encoding="utf-8")
     return path
 
 
 @dataclass
 class Outcome:
-    """What a call of the program did."""
+    """Exit code and output of a call of the program."""
 
     code: int
     out: str
@@ -80,7 +83,7 @@ class Outcome:
 def program(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., Outcome]:
-    """Call the command line with arguments, in an empty working folder and without a GPU."""
+    """Call the command line with arguments, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*args: object) -> Outcome:

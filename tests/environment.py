@@ -1,4 +1,4 @@
-"""Where other processes find this checkout."""
+"""PYTHONPATH for child processes."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python_path(*first: Path) -> str:
-    """PYTHONPATH with `first`, this checkout, and whatever was in it before."""
-    places = [*map(str, first), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(filter(None, places))
+    """PYTHONPATH with `first`, this checkout, and its previous value."""
+    paths = [*map(str, first), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))

@@ -1,4 +1,4 @@
-"""Starting the program in a process of its own, and reading what a run of it left."""
+"""Start the program in a child process, and read a run's metrics."""
 
 import json
 import os

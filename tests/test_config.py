@@ -40,7 +40,7 @@ from gptforge.errors import UserError
         ({"seed": -1}, ["--seed"]),
     ],
 )
-def test_a_wrong_number_is_named_with_its_flag_and_value(
+def test_invalid_values_are_named_with_their_flag(
     values: dict[str, object], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -49,7 +49,7 @@ def test_a_wrong_number_is_named_with_its_flag_and_value(
         assert word in str(caught.value)
 
 
-def test_the_defaults_are_the_seeds() -> None:
+def test_defaults_are_gpt2_small() -> None:
     c = Config()
     validate(c)
     shape = (c.block_size, c.n_layer, c.n_head, c.n_embd, c.context_length)
@@ -65,12 +65,12 @@ def test_an_unknown_field_gets_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize("value", ["3", 3.5, True, None, [3]])
-def test_a_value_of_the_wrong_type_is_refused(value: object) -> None:
+def test_a_value_of_the_wrong_type_is_an_error(value: object) -> None:
     with pytest.raises(UserError, match="max_steps takes a whole number"):
         merge(Config(), {"max_steps": value}, source="x.toml")
 
 
-def test_whole_numbers_are_fine_where_fractions_are_meant() -> None:
+def test_integers_are_accepted_for_floats() -> None:
     assert merge(Config(), {"dropout": 0}, source="x").dropout == 0.0
 
 
@@ -83,7 +83,7 @@ values = {
 
 
 @given(st.fixed_dictionaries({name: values[kind] for name, kind in FIELDS.items()}))
-def test_toml_gives_back_every_field(fields: dict[str, object]) -> None:
+def test_toml_round_trip(fields: dict[str, object]) -> None:
     fields |= {"restart": False, "config": ""}
     config = dataclasses.replace(Config(), **fields)  # type: ignore[arg-type]
     written = to_toml(config, {"command": 'python gpt.py --prompt "x"'})
@@ -91,14 +91,14 @@ def test_toml_gives_back_every_field(fields: dict[str, object]) -> None:
     assert merge(Config(), read, source="x") == config
 
 
-def test_a_broken_toml_file_is_a_users_mistake(tmp_path) -> None:
+def test_an_invalid_toml_file_is_a_user_error(tmp_path) -> None:
     (tmp_path / "bad.toml").write_text("max_steps = = 3")
     for path in (tmp_path / "bad.toml", tmp_path / "missing.toml", tmp_path):
         with pytest.raises(UserError, match="--config"):
             read_toml(path)
 
 
-def test_what_does_not_change_learning_may_differ_on_resume() -> None:
+def test_resume_conflicts() -> None:
     old = Config()
     new = dataclasses.replace(
         old,
@@ -114,12 +114,18 @@ def test_what_does_not_change_learning_may_differ_on_resume() -> None:
     assert resume_conflicts(old, dataclasses.replace(old, max_steps=100))
 
 
-def test_runs_of_earlier_versions_read_their_files_as_they_did(tmp_path) -> None:
-    (tmp_path / "old.toml").write_text('input = "d/t.CSV"\n[made_by]\ngptforge = "0.1"\n')
-    values, is_a_runs = read_toml(tmp_path / "old.toml")
-    assert (is_a_runs, values["kind"], values["split_by_name"]) == (True, "text", False)
+def test_config_of_a_version_0_1_run(tmp_path) -> None:
+    (tmp_path / "old.toml").write_text(
+        'input = "d/t.CSV"\nproducts = "auto"\nstagger = true\nkeep = 2\nheaderless = true\n'
+        '[made_by]\ngptforge = "0.1"\n'
+    )
+    values, is_from_run = read_toml(tmp_path / "old.toml")
+    assert is_from_run
+    config = merge(Config(), values, source="old.toml")
+    assert (config.kind, config.split_by_name) == ("text", False)
+    assert (config.random_offset, config.keep_checkpoints, config.raw_bin) == (True, 2, True)
     (tmp_path / "new.toml").write_text(to_toml(Config(input="t.csv"), {}))
     values, _ = read_toml(tmp_path / "new.toml")
     assert (values["kind"], values["split_by_name"]) == ("auto", True)
-    (tmp_path / "own.toml").write_text('input = "t.csv"\n')
-    assert read_toml(tmp_path / "own.toml") == ({"input": "t.csv"}, False)
+    (tmp_path / "user.toml").write_text('input = "t.csv"\n')
+    assert read_toml(tmp_path / "user.toml") == ({"input": "t.csv"}, False)

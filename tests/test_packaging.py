@@ -1,4 +1,4 @@
-"""What people install: the extras that messages and docs name, and how they are told to."""
+"""Extras, install commands, the source archive, and links in the docs."""
 
 import email
 import re
@@ -15,27 +15,27 @@ from gptforge.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-PLACES = ("gptforge", "docs", "tests", "benchmarks", "examples", "scripts")
+FOLDERS = ("gptforge", "docs", "tests", "benchmarks", "examples", "scripts")
 TEXTS = sorted(
     path
     for pattern in ("*.py", "*.md", "*.ipynb", "*.toml")
-    for place in PLACES
-    for path in (ROOT / place).rglob(pattern)
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob(pattern)
 ) + sorted(ROOT.glob("*.md"))
 
 
-def test_nobody_is_told_to_install_the_name_from_an_index() -> None:
-    # The name there may be somebody else's: everything is installed from a checkout.
+def test_nothing_says_to_install_from_a_package_index() -> None:
+    # The name may belong to another project there: install from a checkout.
     pattern = re.compile(r"(pip install|uv add|pipx? \w+)[^\n`]*[ '\"]gptforge(?![\w./-])", re.I)
-    named = [
+    found = [
         path.relative_to(ROOT).as_posix()
         for path in TEXTS
         if path != Path(__file__) and pattern.search(path.read_text("utf-8"))
     ]
-    assert named == []
+    assert found == []
 
 
-def test_every_extra_that_is_named_exists() -> None:
+def test_extras_in_texts_exist() -> None:
     extras = set(PROJECT["optional-dependencies"])
     named = {
         extra
@@ -46,34 +46,34 @@ def test_every_extra_that_is_named_exists() -> None:
     assert {"test", "demo", "hf"} <= named <= extras
 
 
-def test_a_space_requires_what_the_package_does() -> None:
-    wanted = set(REQUIREMENTS.splitlines())
-    assert set(PROJECT["dependencies"]) < wanted
-    assert wanted - set(PROJECT["dependencies"]) == set(PROJECT["optional-dependencies"]["demo"])
+def test_requirements_of_a_space() -> None:
+    required = set(REQUIREMENTS.splitlines())
+    assert set(PROJECT["dependencies"]) < required
+    assert required - set(PROJECT["dependencies"]) == set(PROJECT["optional-dependencies"]["demo"])
 
 
-def test_an_extra_that_is_repeated_for_the_tests_has_the_same_floor() -> None:
+def test_repeated_requirements_have_the_same_version() -> None:
     extras = PROJECT["optional-dependencies"]
-    floors: dict[str, set[str]] = {}
+    versions: dict[str, set[str]] = {}
     for line in (line for lines in extras.values() for line in lines):
-        floors.setdefault(re.split(r"[<>=]", line)[0], set()).add(line)
-    assert {name: lines for name, lines in floors.items() if len(lines) > 1} == {}
+        versions.setdefault(re.split(r"[<>=]", line)[0], set()).add(line)
+    assert {name: lines for name, lines in versions.items() if len(lines) > 1} == {}
 
 
 @pytest.mark.parametrize("is_checkout", [True, False])
-def test_an_install_hint_names_the_checkout(monkeypatch, tmp_path, is_checkout) -> None:
+def test_install_hint_names_the_checkout(monkeypatch, tmp_path, is_checkout) -> None:
     from gptforge import errors
 
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "gptforge/errors.py"))
     if is_checkout:
         (tmp_path / "pyproject.toml").touch()
-    place = tmp_path.as_posix() if is_checkout else "a checkout of GPT-Forge"
-    assert install_hint("hf") == f"pip install -e '.[hf]' in {place}"
+    folder = tmp_path.as_posix() if is_checkout else "a checkout of GPT-Forge"
+    assert install_hint("hf") == f"pip install -e '.[hf]' in {folder}"
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> dict[str, bytes]:
-    """Files of the source archive, by their names in it."""
+    """Names and contents of the files in the source archive."""
     sdist = pytest.importorskip("hatchling.builders.sdist", reason="hatchling is not installed")
     pytest.importorskip("hatch_fancy_pypi_readme", reason="its plugin is not installed")
     folder = tmp_path_factory.mktemp("dist")
@@ -86,7 +86,7 @@ def archive(tmp_path_factory) -> dict[str, bytes]:
         }
 
 
-def test_the_source_archive_has_every_file_of_the_repository(archive) -> None:
+def test_source_archive_is_complete(archive) -> None:
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
@@ -95,15 +95,14 @@ def test_the_source_archive_has_every_file_of_the_repository(archive) -> None:
     assert tracked - {".gitattributes"} <= set(archive)
 
 
-def test_the_description_for_a_package_index_has_no_link_that_leads_nowhere(archive) -> None:
+def test_package_description_has_no_relative_links(archive) -> None:
     text = email.message_from_bytes(archive["PKG-INFO"]).get_payload(decode=True).decode()
     assert "# GPT-Forge" in text
-    assert "Use what you trained has the rest" in text
     targets = re.findall(r"\]\(([^)]*)\)", text)
     assert [link for link in targets if not link.startswith("https://")] == []
 
 
-def test_links_of_readme_and_docs_lead_to_files_that_exist() -> None:
+def test_links_in_the_docs_exist() -> None:
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text("utf-8")):
             if not link.startswith(("https://", "http://", "mailto:")):

@@ -12,7 +12,7 @@ def test_every_preset_is_a_valid_configuration(name: str) -> None:
     assert get_preset(name).preset == name
 
 
-def test_gpt2_changes_nothing_from_the_defaults() -> None:
+def test_gpt2_is_the_default() -> None:
     assert get_preset("gpt2") == Config(preset="gpt2")
 
 
@@ -25,13 +25,13 @@ def test_gpt2_changes_nothing_from_the_defaults() -> None:
         ("gpt2-xl", 1_557_686_400),
     ],
 )
-def test_the_four_sizes_of_gpt2(name: str, parameters: int) -> None:
+def test_sizes_of_gpt2(name: str, parameters: int) -> None:
     config = get_preset(name)
-    shape = {**vars(config.model), "vocab_size": 50304}
-    assert formulas.num_params(type(config.model)(**shape)) == parameters
+    model = {**vars(config.model), "vocab_size": 50304}
+    assert formulas.num_params(type(config.model)(**model)) == parameters
     assert config.global_batch_size == 128
 
 
-def test_an_unknown_preset_is_refused_with_the_names() -> None:
+def test_an_unknown_preset_is_an_error_with_the_names() -> None:
     with pytest.raises(UserError, match="gpt2-medium"):
         get_preset("gpt3")

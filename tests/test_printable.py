@@ -27,7 +27,7 @@ from gptforge.printable import (
     printable_text,
     short_repr,
 )
-from gptforge.report.console import PlainConsole
+from gptforge.report.console import Console
 from gptforge.report.metrics import History
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
@@ -100,7 +100,7 @@ def test_the_logs_titles_and_samples_are_printable(tmp_path) -> None:
 
 
 def test_the_console_shows_what_a_model_writes_without_obeying_it(capsys) -> None:
-    PlainConsole().log(f"Sample:\n\t{ESCAPES}")
+    Console().log(f"Sample:\n\t{ESCAPES}")
     assert capsys.readouterr().out == f"Sample:\n\t{SHOWN}\n"
 
 

@@ -50,15 +50,15 @@ class GenerateSpeed:
         """The figures, with what they are made of: what `--json` prints."""
         tokens, first = self.batch * self.new_tokens, statistics.median(self.first_token_seconds)
         return {
-            "who": self.implementation,
+            "implementation": self.implementation,
             "batch": self.batch,
             "prompt": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "tokens_per_second": tokens / self.median,
-            "tokens_per_second_from": tokens / max(self.seconds),
-            "tokens_per_second_to": tokens / min(self.seconds),
+            "tokens_per_second_min": tokens / max(self.seconds),
+            "tokens_per_second_max": tokens / min(self.seconds),
             "ms_to_first": first * 1e3 if first == first else None,
-            "ours_is_faster_by": self.median / reference.median,
+            "gptforge_speedup": self.median / reference.median,
         }
 
 

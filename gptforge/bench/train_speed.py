@@ -88,12 +88,12 @@ def summarize(
     per_token = formulas.flops_per_token(config.model, config.context_length)
     peak = peak_flops(device)
     return {
-        "who": speed.implementation,
-        "ours_is_faster_by": speed.median / reference.median,
+        "implementation": speed.implementation,
+        "gptforge_speedup": speed.median / reference.median,
         "tokens_per_second": rate,
-        "ms_a_step": speed.median * 1e3,
-        "ms_from": min(speed.seconds) * 1e3,
-        "ms_to": max(speed.seconds) * 1e3,
+        "ms_per_step": speed.median * 1e3,
+        "ms_min": min(speed.seconds) * 1e3,
+        "ms_max": max(speed.seconds) * 1e3,
         "flops_per_token": per_token,
         "tflops_per_second": rate * per_token / 1e12,
         "peak_tflops_per_second": peak / 1e12 if peak else None,

@@ -39,7 +39,7 @@ from gptforge.estimate.plan import (
     TimePlan,
     TrainingPlan,
 )
-from gptforge.report.progress import open_meter
+from gptforge.report.progress import ProgressMeter
 
 Say = Callable[[str], None]
 
@@ -66,7 +66,7 @@ def make_plan(config: Config, explicit: Collection[str], log: Say) -> TrainingPl
         check_out_dir(dataclasses.replace(config, out_dir=resolve_out_dir(config)))
         device, device_note = select_device(config.device)
         precision = select_precision(config.dtype, device)
-        with open_meter("preparing the text") as meter:
+        with ProgressMeter("preparing the text") as meter:
             corpus = load_dataset(config, explicit, log, meter)
         check_tokenizer(config, corpus.tokenizer, prepared_path=corpus.prepared_dir)
     config = resolve_config(config, corpus)

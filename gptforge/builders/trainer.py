@@ -49,9 +49,9 @@ from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
 from gptforge.model import GPT
 from gptforge.presets import PRESETS, get_preset
-from gptforge.report.console import NullConsole, open_console
-from gptforge.report.progress import open_meter
-from gptforge.report.run_report import NullReport, RunReport
+from gptforge.report.console import Console
+from gptforge.report.progress import ProgressMeter
+from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths
@@ -110,7 +110,7 @@ def build_trainer(
         told.append(text)
         log(text)
 
-    with comm.local_main_process_first(), open_meter("preparing the text") as meter:
+    with comm.local_main_process_first(), ProgressMeter("preparing the text") as meter:
         corpus = load_dataset(config, explicit, tell, meter)
     comm.broadcast_from_rank0(
         lambda: check_tokenizer(config, corpus.tokenizer, prepared_path=corpus.prepared_dir)
@@ -180,18 +180,17 @@ def build_trainer(
 
         whole_command = f"{program} {command}".strip()
         config_text = to_toml(config, {**_versions(), "command": whole_command})
-        report = (RunReport if comm.is_main else NullReport)(
+        report = RunReport(
             Path(config.out_dir),
             title=f"{config.preset or 'GPT-2'} on {corpus.path.name}",
             program=program,
             split_hint=corpus.split_hint,
+            enabled=comm.is_main,
         )
         if comm.is_main:
             _open_report(
                 report, lock, config, opening, step, progress, comm, config_text=config_text
             )
-        else:
-            report.console = NullConsole()
         lag = 2 if device.type == "cuda" else 0
         trainer = Trainer(
             config=config,
@@ -207,9 +206,7 @@ def build_trainer(
                 enabled=comm.is_main,
             ),
             report=report,
-            stop_signal=StopSignal(
-                config.time_limit, log=lambda text: report.console.log(text), started=start_time
-            ),
+            stop_signal=StopSignal(config.time_limit, log=report.log, started=start_time),
             # A GPU works behind our backs: two steps later its numbers are ready to be read.
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=precision.needs_scaler),
             text_sha256=corpus.sha256,
@@ -279,7 +276,7 @@ def _open_report(
         is_best = progress.best_step == progress.step
         report.resume(progress.step, sizes, checkpoint=name, is_best=is_best, command=command)
         report.console.log(f"going on from {name}: step {progress.step} of {config.max_steps}")
-    report.console = open_console(total=config.max_steps, done=progress.step)
+    report.console = Console(config.max_steps, progress.step)
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`gptforge bench`: how fast this machine trains a configuration, beside others if asked."""
+"""`gptforge bench`: how fast this machine trains or generates, compared with other code."""
 
 import dataclasses
 import json
@@ -13,69 +13,67 @@ from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import UserError
 from gptforge.printable import print_stderr, safe_print
+from gptforge.report.format import format_count
 
 if TYPE_CHECKING:
     import torch
 
     from gptforge.train.train_step import TrainStep
 
-
-VOCABULARIES = {"gpt2": 50304, "char": 128, "byte": 320}
-"""Rows of the token table where none are asked for: there is no text to count them in."""
-TOKENS = {"gpt2": 50257}
-"""Rows of the table that have a token, where it is known beforehand."""
-MFU = "MFU = tokens/s x (6 N + 12 L C T) / peak"
-BEGUN = time.perf_counter()
+VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320}
+"""Default --vocab_size, as there is no text to derive it from."""
+NUM_TOKENS = {"gpt2": 50257}
+"""Ids that stand for a token, where fewer than vocab_size."""
+MFU_FORMULA = "MFU = tokens/s x (6 N + 12 L C T) / peak"
+START_TIME = time.perf_counter()
 
 
 @dataclass(frozen=True)
 class BenchConfig(Config):
-    """Measure how fast this machine trains: takes all flags of training, and these."""
+    """Measure how fast this machine trains. Takes all flags of train, and these."""
 
     peer: Literal["", "hf", "plain"] = ""
-    """Time this too, in turns: hf is transformers' GPT-2, plain a plain training loop."""
+    """Baseline to compare with: hf is transformers' GPT-2, plain a plain training loop."""
     repeats: int = 5
-    """Times each is timed, for a second or more; medians are printed."""
+    """Measurements of each implementation, alternating; medians are printed."""
     profile: str = ""
-    """Folder for a trace of one update; prints where its time goes."""
+    """Folder for a profiler trace of one step; prints the slowest kernels."""
     generate: bool = False
-    """Measure writing instead of training: prompts of 32 tokens, 128 new ones."""
+    """Measure generation instead of training: prompts of 32 tokens, 128 new ones."""
     json: bool = False
-    """Print one JSON object on standard output, and the rest on standard error."""
+    """Print one JSON object on stdout, and the rest on stderr."""
 
 
-def bench(args: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parsed, given = parse_train_args(args, cls=BenchConfig, prog="gptforge bench")
-    assert isinstance(parsed, BenchConfig)
-    if parsed.repeats < 1:
-        raise UserError(f"--turns must be 1 or more, not {parsed.repeats}")
-    if parsed.generate and (parsed.peer == "plain" or parsed.profile):
-        raise UserError("--generate writes: it goes with --peer hf, not with plain or --profile")
-    if parsed.profile:
-        # Before minutes of measuring, not after.
+    args, explicit = parse_train_args(argv, cls=BenchConfig, prog="gptforge bench")
+    if args.repeats < 1:
+        raise UserError(f"--repeats must be 1 or more, not {args.repeats}")
+    if args.generate and (args.peer == "plain" or args.profile):
+        raise UserError("--generate can be compared with --peer hf only, and has no --profile")
+    if args.profile:
+        # Checked before the measurement, which takes minutes.
         try:
-            Path(parsed.profile).mkdir(parents=True, exist_ok=True)
+            Path(args.profile).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--profile {parsed.profile}: no folder can be made there ({error.strerror})"
+                f"--profile {args.profile}: cannot create the folder ({error.strerror})"
             ) from None
-    prewarm_cuda(parsed.device)
-    say = print_stderr if parsed.json else safe_print
-    names = [field.name for field in dataclasses.fields(Config)]
-    config = resolve_preset(Config(**{n: getattr(parsed, n) for n in names}), given, log=say)
+    prewarm_cuda(args.device)
+    log = print_stderr if args.json else safe_print
+    config = resolve_preset(args, explicit, log=log)
     if not config.vocab_size:
-        rows = VOCABULARIES.get(config.tokenizer, VOCABULARIES["gpt2"])
-        config = dataclasses.replace(config, vocab_size=rows)
-    measure = _writing if parsed.generate else _training
-    found = measure(config, given, parsed, say)
-    if parsed.json:
-        print(json.dumps(found))
+        vocab_size = VOCAB_SIZES.get(config.tokenizer, VOCAB_SIZES["gpt2"])
+        config = dataclasses.replace(config, vocab_size=vocab_size)
+    measure = _measure_generation if args.generate else _measure_training
+    results = measure(config, explicit, args, log)
+    if args.json:
+        print(json.dumps(results))
     return 0
 
 
-def _training(
-    config: Config, given: Collection[str], asked: BenchConfig, say: Callable[[str], None]
+def _measure_training(
+    config: Config, explicit: Collection[str], args: BenchConfig, log: Callable[[str], None]
 ) -> dict[str, Any]:
     from gptforge.bench.baselines import build_baseline, describe_baseline
     from gptforge.bench.train_speed import (
@@ -86,54 +84,55 @@ def _training(
         time_interleaved,
     )
     from gptforge.builders.step_timing import build_bench_step
-    from gptforge.report.format import format_count
 
-    step = build_bench_step(config, given, say)
+    step = build_bench_step(config, explicit, log)
     batch = random_batch(config, step.device)
 
-    def update(inputs: "torch.Tensor", targets: "torch.Tensor") -> object:
+    def run_step(inputs: "torch.Tensor", targets: "torch.Tensor") -> object:
         return step(inputs, targets, lr=config.max_lr)
 
-    update(*batch)
-    ready = time.perf_counter() - BEGUN
-    makers: dict[str, Callable[[], StepFn]] = {"gptforge": lambda: update}
-    if asked.peer:
+    run_step(*batch)
+    first_step_seconds = time.perf_counter() - START_TIME
+    factories: dict[str, Callable[[], StepFn]] = {"gptforge": lambda: run_step}
+    if args.peer:
 
-        def make_peer() -> StepFn:
-            peer = build_baseline(asked.peer, step.model, config, step.precision)
-            return lambda inputs, targets: peer(inputs, targets, lr=config.max_lr)
+        def make_baseline() -> StepFn:
+            baseline = build_baseline(args.peer, step.model, config, step.precision)
+            return lambda inputs, targets: baseline(inputs, targets, lr=config.max_lr)
 
-        say(f"beside it: {describe_baseline(asked.peer, step.device, step.precision)}")
-        makers[asked.peer] = make_peer
-    speeds = time_interleaved(makers, batch, repeats=asked.repeats, device=step.device)
-    figures = [summarize(speed, speeds[0], config, step.device) for speed in speeds]
-    figures[0]["first_step_seconds"] = ready
-    found: dict[str, Any] = {"machine": _machine(step, config), "formula": MFU, "results": figures}
-    say("")
-    say(
-        "| who | tokens/s | ms a step (from, to) | TFLOP/s | MFU | first step, s | peak GB "
-        "| ours to it |"
+        log(f"baseline: {describe_baseline(args.peer, step.device, step.precision)}")
+        factories[args.peer] = make_baseline
+    speeds = time_interleaved(factories, batch, repeats=args.repeats, device=step.device)
+    results = [summarize(speed, speeds[0], config, step.device) for speed in speeds]
+    results[0]["first_step_seconds"] = first_step_seconds
+    found: dict[str, Any] = {
+        "machine": _machine(step, config),
+        "formula": MFU_FORMULA,
+        "results": results,
+    }
+    log(
+        "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
+        "| peak GB | speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
-    say("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for figure in figures:
-        say(_row(figure))
-    per_token = figures[0]["flops_per_token"]
-    peak = figures[0]["peak_tflops_per_second"]
-    of = f"peak {peak:,.0f} TFLOP/s" if peak else "peak not known here, so none is given"
-    say(f"\n{MFU}, here {format_count(per_token)}FLOP a token; {of}")
-    if asked.profile:
-        seen = profile(update, batch, Path(asked.profile))
-        found["profile"] = seen
-        total = sum(ms for _, ms, _ in seen)
-        say("\n| what | ms | calls | share of these |\n| --- | --- | --- | --- |")
-        for name, ms, calls in seen:
-            say(f"| {name[:80]} | {ms:.2f} | {calls:.0f} | {ms / total:.1%} |")
-        say(f"\nthe whole of it: {(Path(asked.profile) / 'trace.json').as_posix()}")
+    for result in results:
+        log(_train_row(result))
+    peak = results[0]["peak_tflops_per_second"]
+    note = f"peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
+    per_token = format_count(results[0]["flops_per_token"])
+    log(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
+    if args.profile:
+        kernels = profile(run_step, batch, Path(args.profile))
+        found["profile"] = kernels
+        total = sum(ms for _, ms, _ in kernels)
+        log("\n| kernel | ms | calls | share |\n| --- | --- | --- | --- |")
+        for name, ms, calls in kernels:
+            log(f"| {name[:80]} | {ms:.2f} | {calls:.0f} | {ms / total:.1%} |")
+        log(f"\nfull trace: {(Path(args.profile) / 'trace.json').as_posix()}")
     return found
 
 
-def _writing(
-    config: Config, given: Collection[str], asked: BenchConfig, say: Callable[[str], None]
+def _measure_generation(
+    config: Config, explicit: Collection[str], args: BenchConfig, log: Callable[[str], None]
 ) -> dict[str, Any]:
     import torch
 
@@ -149,70 +148,67 @@ def _writing(
     from gptforge.inference.generate import TokenGenerator
     from gptforge.inference.model import InferenceModel
 
-    prompt = min(PROMPT_TOKENS, config.block_size // 2)
-    new_tokens = min(NEW_TOKENS, config.block_size - prompt)
-    if not prompt:
+    prompt_tokens = min(PROMPT_TOKENS, config.block_size // 2)
+    new_tokens = min(NEW_TOKENS, config.block_size - prompt_tokens)
+    if not prompt_tokens:
         raise UserError("--generate needs a --block_size of 2 or more")
-    model = build_random_model(config, say)
+    model = build_random_model(config, log)
     device = next(model.parameters()).device
-    size = min(model.config.vocab_size, TOKENS.get(config.tokenizer, model.config.vocab_size))
+    vocab_size = model.config.vocab_size
+    num_tokens = min(vocab_size, NUM_TOKENS.get(config.tokenizer, vocab_size))
     dtype = inference_dtype(config.dtype, device, model.config)
-    decoder = TokenGenerator(
-        InferenceModel(model, vocab_size=size, dtype=dtype, frozen=True), cuda_graph=True
+    generator = TokenGenerator(
+        InferenceModel(model, vocab_size=num_tokens, dtype=dtype, frozen=True), cuda_graph=True
     )
-    writers = {f"gptforge, {_plain(dtype)}": gptforge_generator(decoder)}
-    if asked.peer:
-        # As transformers loads a GPT-2, and in the type that ours writes in.
-        for kind in dict.fromkeys((torch.float32, dtype)):
-            writers[f"hf, {_plain(kind)}"] = transformers_generator(model, kind)
-    say(f"\n{prompt} tokens of prompt, {new_tokens} new ones, temperature 0.8, top-k 200\n")
-    say("| who | batch | new tokens/s (from, to) | ms to the first | ours to it |")
-    say("| --- | --- | --- | --- | --- |")
-    figures = []
+    generators = {f"gptforge, {_dtype_name(dtype)}": gptforge_generator(generator)}
+    if args.peer:
+        # In float32, as transformers loads a GPT-2, and in the dtype used above.
+        for hf_dtype in dict.fromkeys((torch.float32, dtype)):
+            generators[f"hf, {_dtype_name(hf_dtype)}"] = transformers_generator(model, hf_dtype)
+    log(
+        f"\n{prompt_tokens} prompt tokens, {new_tokens} new ones, temperature 0.8, top-k 200\n\n"
+        "| implementation | batch | new tokens/s (min, max) | ms to first token | speedup |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
+    results = []
     for batch in (1, 256) if device.type == "cuda" else (1, 8):
         speeds = time_generation(
-            writers,
+            generators,
             batch=batch,
-            vocab_size=size,
-            prompt_tokens=prompt,
+            vocab_size=num_tokens,
+            prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            repeats=asked.repeats,
+            repeats=args.repeats,
             device=device,
         )
         for speed in speeds:
-            f = speed.summarize(speeds[0])
-            figures.append(f)
-            first = f"{f['ms_to_first']:.1f}" if f["ms_to_first"] else ""
-            say(
-                f"| {f['who']} | {batch} | {f['tokens_per_second']:,.0f} "
-                f"({f['tokens_per_second_from']:,.0f}, {f['tokens_per_second_to']:,.0f}) | {first} "
-                f"| {f['ours_is_faster_by']:.2f} x |"
-            )
-    graph = "CUDA graph" if decoder.has_cuda_graph else "no CUDA graph"
-    say(f"\nsteps of ours: {graph}")
-    machine = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda_graph": decoder.has_cuda_graph,
-    }
-    return {"machine": machine, "results": figures}
+            results.append(speed.summarize(speeds[0]))
+            log(_generate_row(results[-1]))
+    graph = "CUDA graph" if generator.has_cuda_graph else "no CUDA graph"
+    log(f"\ngptforge's decode steps: {graph}")
+    machine = {**_device_facts(device), "cuda_graph": generator.has_cuda_graph}
+    return {"machine": machine, "results": results}
 
 
-def _plain(dtype: object) -> str:
+def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:
+def _device_facts(device: "torch.device") -> dict[str, Any]:
     import torch
 
-    from gptforge.builders.train_step import attention_backend
-
-    is_gpu = step.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(step.device) if is_gpu else str(step.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+    }
+
+
+def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:
+    from gptforge.builders.train_step import attention_backend
+
+    return {
+        **_device_facts(step.device),
         "dtype": step.precision.name,
         "way": step.backend_name,
         "compiled": step.is_compiled,
@@ -222,11 +218,21 @@ def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:
     }
 
 
-def _row(f: dict[str, Any]) -> str:
-    mfu = f"{f['mfu']:.1%}" if f["mfu"] else ""
-    memory = f"{f['peak_memory_bytes'] / 1e9:.1f}" if f["peak_memory_bytes"] else ""
+def _train_row(r: dict[str, Any]) -> str:
+    mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
+    memory = f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else ""
     return (
-        f"| {f['who']} | {f['tokens_per_second']:,.0f} | {f['ms_a_step']:.1f} ({f['ms_from']:.1f}, "
-        f"{f['ms_to']:.1f}) | {f['tflops_per_second']:.3g} | {mfu} | "
-        f"{f['first_step_seconds']:.1f} | {memory} | {f['ours_is_faster_by']:.2f} x |"
+        f"| {r['implementation']} | {r['tokens_per_second']:,.0f} "
+        f"| {r['ms_per_step']:.1f} ({r['ms_min']:.1f}, {r['ms_max']:.1f}) "
+        f"| {r['tflops_per_second']:.3g} | {mfu} | {r['first_step_seconds']:.1f} | {memory} "
+        f"| {r['gptforge_speedup']:.2f} x |"
+    )
+
+
+def _generate_row(r: dict[str, Any]) -> str:
+    first = f"{r['ms_to_first']:.1f}" if r["ms_to_first"] else ""
+    return (
+        f"| {r['implementation']} | {r['batch']} | {r['tokens_per_second']:,.0f} "
+        f"({r['tokens_per_second_min']:,.0f}, {r['tokens_per_second_max']:,.0f}) | {first} "
+        f"| {r['gptforge_speedup']:.2f} x |"
     )

@@ -1,4 +1,4 @@
-"""`gptforge doctor [PATH]`: what this machine can do, what is wrong with this data."""
+"""`gptforge doctor [PATH]`: check this machine or a dataset for problems."""
 
 import dataclasses
 import json
@@ -16,92 +16,85 @@ from gptforge.printable import printable
 if TYPE_CHECKING:
     from gptforge.data.checks import Finding
 
-
-SIGNS = {"good": "ok     ", "warning": "warning", "error": "error  "}
+LABELS = {"good": "ok     ", "warning": "warning", "error": "error  "}
 
 
 @dataclass(frozen=True)
 class DoctorArgs:
-    """Look at this machine, or at data: texts, or token shards, to their end."""
+    """Check this machine, or all of a dataset: texts or token shards."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PATH]")] = ""
     """File or folder; empty: the machine."""
     preset: str = "gpt2"
-    """Whose tokenizer and windows to judge a text by."""
+    """Preset whose tokenizer and context_length a text is checked for."""
     tokenizer: str = ""
-    """gpt2, char, byte, or a tokenizer.json; empty: the preset's, or what shards bring along."""
+    """gpt2, char, byte, or a tokenizer.json; empty: the preset's, or the shards' own."""
     val_fraction: float = 0.1
-    """Share that a run would hold out."""
+    """Fraction that a run would hold out."""
     context_length: int = 0
-    """Tokens in a window; 0: as many as the preset's."""
+    """Tokens in a training sequence; 0: as in the preset."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     encoding: str = "utf-8"
-    """Of text files and JSON lines."""
+    """Encoding of text files and JSON lines."""
     kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
-    """What the files hold; auto goes by their names."""
+    """Format of the files; auto: by their names."""
     split_by_name: bool = True
-    """Hold out files whose names say val, valid, validation or dev, and leave out test, if others
-    say train."""
+    """If file names say train, hold out those that say val, valid, validation or dev and skip those
+    that say test."""
     split_on: str = ""
-    """What stands between the documents of a text file."""
+    """Separator between the documents of a text file."""
     raw_bin: bool = False
-    """Take .bin files for bare uint16 ids, as nanoGPT writes them."""
+    """Read .bin files as raw uint16 ids without a header, as nanoGPT writes them."""
     json: bool = False
     """Print one JSON object."""
 
 
-def doctor(args: list[str]) -> int:
-    """Parse, look, print; 1 if there is an error among what was found."""
-    asked = parse_args(DoctorArgs, args, "gptforge doctor")
-    if asked.context_length < 0 or not 0 <= asked.val_fraction < 1:
+def main(argv: list[str]) -> int:
+    """Check and print the findings; returns 1 if there is an error among them."""
+    args = parse_args(DoctorArgs, argv, "gptforge doctor")
+    if args.context_length < 0 or not 0 <= args.val_fraction < 1:
         raise UserError("--context_length must be 0 or more, --val_fraction from 0 to below 1")
-    usual = get_preset(asked.preset)
-    asked = dataclasses.replace(asked, context_length=asked.context_length or usual.context_length)
-    found = _data(asked) if asked.path else _machine()
-    is_well = all(finding.level != "error" for finding in found)
-    if asked.json:
-        print(json.dumps({"ok": is_well, "findings": [dataclasses.asdict(f) for f in found]}))
+    if args.path:
+        findings = _check_data(args)
     else:
-        for finding in found:
-            print(f"{SIGNS[finding.level]} {printable(finding)}")
-    return 0 if is_well else 1
+        from gptforge.doctor.machine import check_machine
+
+        findings = check_machine()
+    is_ok = all(finding.level != "error" for finding in findings)
+    if args.json:
+        print(json.dumps({"ok": is_ok, "findings": [dataclasses.asdict(f) for f in findings]}))
+    else:
+        for finding in findings:
+            print(f"{LABELS[finding.level]} {printable(finding)}")
+    return 0 if is_ok else 1
 
 
-def _machine() -> "list[Finding]":
-    from gptforge.doctor.machine import check_machine
-
-    return check_machine()
-
-
-def _data(asked: DoctorArgs) -> "list[Finding]":
+def _check_data(args: DoctorArgs) -> "list[Finding]":
     from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
     from gptforge.data.index import INDEX_FILE
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.doctor.shards import check_shards
     from gptforge.doctor.texts import check_texts
 
-    path = Path(asked.path)
-    is_shards = (
-        path.suffix == SHARD_SUFFIX
-        or (path / INDEX_FILE).is_file()
-        or any(path.glob(f"*{SHARD_SUFFIX}"))
-    )
-    form = TextFormat(asked.field, asked.encoding, asked.split_on)
-    if is_shards:
-        wanted = DatasetOptions(
-            tokenizer=asked.tokenizer or "gpt2",
-            val_fraction=asked.val_fraction,
-            raw_bin=asked.raw_bin,
-            require_tokenizer=bool(asked.tokenizer),
+    path = Path(args.path)
+    preset = get_preset(args.preset)
+    context_length = args.context_length or preset.context_length
+    is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
+    if is_prepared or path.suffix == SHARD_SUFFIX:
+        options = DatasetOptions(
+            tokenizer=args.tokenizer or "gpt2",
+            val_fraction=args.val_fraction,
+            raw_bin=args.raw_bin,
+            require_tokenizer=bool(args.tokenizer),
         )
-        return check_shards(path, wanted, context_length=asked.context_length)
+        return check_shards(path, options, context_length=context_length)
     return check_texts(
         path,
-        tokenizer=asked.tokenizer or get_preset(asked.preset).tokenizer,
-        val_fraction=asked.val_fraction,
-        context_length=asked.context_length,
-        text_format=form,
-        kind=asked.kind,
-        split_by_name=asked.split_by_name,
+        tokenizer=args.tokenizer or preset.tokenizer,
+        val_fraction=args.val_fraction,
+        context_length=context_length,
+        text_format=TextFormat(args.field, args.encoding, args.split_on),
+        kind=args.kind,
+        split_by_name=args.split_by_name,
     )

@@ -1,4 +1,4 @@
-"""`gptforge eval RUN`: judge a trained model, by held-out text or by questions."""
+"""`gptforge eval RUN`: evaluate a trained model on held-out text or on tasks."""
 
 import json
 import math
@@ -16,77 +16,77 @@ from gptforge.printable import safe_print
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Judge a trained model: loss, perplexity and bits per byte on text it has not learned."""
+    """Evaluate a trained model: loss, perplexity and bits per byte on held-out text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder, checkpoint folder, or a model that `export --to hf` or transformers wrote."""
     data: str = ""
-    """Text to judge by, all of it, or token shards, by what they hold out; empty: the part that the
-    run held out."""
+    """Text to evaluate on, all of it, or token shards with a validation split; empty: the run's own
+    validation split."""
     encoding: str = ""
-    """Of the text of --data, for instance latin-1; empty: utf-8."""
+    """Encoding of --data, for instance latin-1; empty: utf-8."""
     field: str = ""
     """Field of a JSON line, or column, that holds the text of --data; empty: text."""
     kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
-    """What --data holds; auto goes by its name."""
+    """Format of --data; auto: by its name."""
     tasks: str = ""
-    """hellaswag, lambada or both: questions to be answered instead, or as well as --data. They come
-    from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file. Other names are tasks of
-    lm-evaluation-harness, where the package lm_eval is installed."""
+    """hellaswag, lambada or both, instead of held-out text or in addition to --data. They are
+    downloaded from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file. Other names are
+    tasks of lm-evaluation-harness, if the package lm_eval is installed."""
     include_path: str = ""
-    """Folder with more tasks for lm-evaluation-harness, in its own form."""
+    """Folder with further tasks in the format of lm-evaluation-harness."""
     limit: int = 0
-    """Ask the first so many questions of each task; 0: all."""
+    """Evaluate only the first examples of each task, this many; 0: all."""
     json: bool = False
     """Print one JSON object."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
 
-def evaluate(args: list[str]) -> int:
-    """`gptforge eval RUN`: judge a trained model by held-out text."""
-    asked = parse_args(EvalArgs, args, "gptforge eval")
-    prewarm_cuda(asked.device)
-    facts: dict[str, object] = {}
-    if not asked.tasks or asked.data:
-        facts |= _judge_by_text(asked)
-    if asked.tasks:
+def main(argv: list[str]) -> int:
+    """Evaluate and print; returns the exit code."""
+    args = parse_args(EvalArgs, argv, "gptforge eval")
+    prewarm_cuda(args.device)
+    results: dict[str, object] = {}
+    if not args.tasks or args.data:
+        results |= _evaluate_text(args)
+    if args.tasks:
         from gptforge.builders.evaluate import evaluate_tasks
 
         scores = evaluate_tasks(
-            asked.run,
-            asked.tasks,
-            limit=asked.limit,
-            device=asked.device,
-            include_path=asked.include_path,
+            args.run,
+            args.tasks,
+            limit=args.limit,
+            device=args.device,
+            include_path=args.include_path,
         )
-        facts["tasks"] = scores
-        if not asked.json:
+        results["tasks"] = scores
+        if not args.json:
             for name, score in scores.items():
-                print(f"{name}: {_in_words(score)}")
-    if asked.json:
-        print(json.dumps(facts))
+                print(f"{name}: {_format_scores(score)}")
+    if args.json:
+        print(json.dumps(results))
     return 0
 
 
-def _judge_by_text(asked: EvalArgs) -> dict[str, object]:
-    from gptforge.builders import evaluate_run
+def _evaluate_text(args: EvalArgs) -> dict[str, object]:
+    from gptforge.builders.evaluate import evaluate_run
 
-    what = f"loss on {asked.data}" if asked.data else "held-out loss"
     score = evaluate_run(
-        asked.run,
-        data=asked.data,
-        encoding=asked.encoding,
-        field=asked.field,
-        kind=asked.kind,
-        device=asked.device,
+        args.run,
+        data=args.data,
+        encoding=args.encoding,
+        field=args.field,
+        kind=args.kind,
+        device=args.device,
     )
     if not math.isfinite(score.loss):
         raise RunError(
-            f"{asked.run}: its loss is no number: the training of this model broke down, or its "
-            "weights are too large for this device"
+            f"{args.run}: loss is NaN or Inf: the training of this model diverged, or its weights "
+            "are too large for this device"
         )
-    if not asked.json:
+    if not args.json:
+        what = f"loss on {args.data}" if args.data else "held-out loss"
         safe_print(
             f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
             f"{score.bits_per_byte:.4f} bits per byte, over {score.num_tokens:,} tokens"
@@ -100,14 +100,15 @@ def _judge_by_text(asked: EvalArgs) -> dict[str, object]:
     }
 
 
-def _in_words(score: Mapping[str, float]) -> str:
-    """A task's scores in a line, as the harness names them."""
-    words = []
-    for name, value in score.items():
+def _format_scores(scores: Mapping[str, float]) -> str:
+    """A task's metrics in one line, under the names of lm-evaluation-harness."""
+    parts = []
+    for name, value in scores.items():
         if name == "questions" or name.endswith("_stderr"):
             continue
-        form = ".2%" if name.startswith("acc") else ".2f" if "perplexity" in name else ".4f"
-        error = score.get(f"{name}_stderr")
-        words.append(f"{name} {value:{form}}" + (f" ± {error:{form}}" if error is not None else ""))
-    count = f", of {score['questions']:,} questions" if "questions" in score else ""
-    return ", ".join(words) + count
+        spec = ".2%" if name.startswith("acc") else ".2f" if "perplexity" in name else ".4f"
+        stderr = scores.get(f"{name}_stderr")
+        error = "" if stderr is None else f" ± {stderr:{spec}}"
+        parts.append(f"{name} {value:{spec}}{error}")
+    count = f", of {scores['questions']:,} examples" if "questions" in scores else ""
+    return ", ".join(parts) + count

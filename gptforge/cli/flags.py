@@ -1,77 +1,87 @@
-"""Flags into configurations: precedence, spelling, and mistakes said in one line."""
+"""Command line flags: parsing, spelling, precedence, and errors in one line."""
 
 import contextlib
-import dataclasses
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gptforge.config import (
-    FIELDS,
-    Config,
-    merge,
-    read_toml,
-)
+from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge, read_toml
 from gptforge.errors import UserError
 from gptforge.presets import PRESETS, get_preset
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 BOOLEANS = {"true": True, "false": False}
+RENAMED_FLAGS = RENAMED_FIELDS | {"turns": "repeats"}
+"""Old spelling -> flag. Aliases are accepted but not shown by `--help`."""
 
 
 def parse_train_args(
     args: Sequence[str],
     *,
-    cls: type[Config] = Config,
+    cls: type[C] = Config,  # type: ignore[assignment]
     prog: str = "gptforge",
     epilog: str = "",
-) -> tuple[Config, frozenset[str]]:
-    """Built-in values, preset, file and flags, laid over each other in this order.
+) -> tuple[C, frozenset[str]]:
+    """Build a training configuration: defaults < preset < file < flags.
 
     Args:
-        args: the words behind the command.
-        kind: the configuration, perhaps with fields that a command adds.
-        prog: how the command is called, for its help and its errors.
-        more: said in its help, below what there is to say of the presets.
+        args: arguments after the command's name.
+        cls: the configuration, perhaps a subclass with further flags.
+        prog: name of the command in its help and errors.
+        epilog: end of the help text.
 
     Returns:
-        The configuration, with an empty `preset` where none was named, and the names of the fields
-        set by hand, in the file or by flags.
+        The configuration, with an empty `preset` if none was named, and the fields set explicitly,
+        by flags or in the file.
     """
+    args = rename_flags(cls, args)
     flags = flag_values(args)
-    from_file, is_a_runs = read_toml(Path(flags["config"])) if flags.get("config") else ({}, False)
+    from_file: dict[str, object] = {}
+    is_from_run = False
+    if flags.get("config"):
+        from_file, is_from_run = read_toml(Path(flags["config"]))
     name = flags.get("preset") or from_file.get("preset")
     base = get_preset(str(name)) if name else Config()
     base = merge(base, from_file, source=f"--config {flags.get('config')}")
     description = f"{(cls.__doc__ or '').strip()} Presets: {', '.join(PRESETS)}.{epilog}"
     default = cls(**vars(base))
     parsed = parse_args(cls, args, prog, default=default, description=description)
-    return parsed, frozenset(flags) | (frozenset() if is_a_runs else frozenset(from_file))
+    return parsed, frozenset(flags) | (frozenset() if is_from_run else frozenset(from_file))
 
 
 def resolve_preset(
     config: Config, explicit: frozenset[str], *, log: Callable[[str], None]
 ) -> Config:
-    """Choose the preset where none was named, and make its warmup fit; says what it does."""
-    if not config.preset:
+    """Choose a preset if none was named, and shorten a default warmup that exceeds max_steps.
+
+    Args:
+        config: as `parse_train_args` returns it; fields of subclasses are dropped.
+        explicit: fields set by flags or in the file; they override the preset.
+        log: called with the preset and the reason for it.
+    """
+    config = Config(**{name: getattr(config, name) for name in FIELDS})
+    if config.preset:
+        log(f"preset: {config.preset} ({PRESETS[config.preset].description})")
+    else:
         import torch
 
         has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
         has_cuda |= config.device.startswith("cuda:")
         name = "gpt2" if has_cuda else "shakespeare-cpu"
-        why = "there is a CUDA GPU" if has_cuda else "no CUDA GPU is used"
+        reason = "there is a CUDA GPU" if has_cuda else "no CUDA GPU is used"
         log(
-            f"preset: {name} ({PRESETS[name].description}), because {why}; choose with --preset: "
-            f"{', '.join(PRESETS)}"
+            f"preset: {name} ({PRESETS[name].description}), because {reason}; choose with "
+            f"--preset: {', '.join(PRESETS)}"
         )
-        by_hand = {field: getattr(config, field) for field in explicit}
-        config = merge(get_preset(name), by_hand | {"preset": name}, source="flags")
-    else:
-        log(f"preset: {config.preset} ({PRESETS[config.preset].description})")
+        overrides = {field: getattr(config, field) for field in explicit}
+        config = merge(get_preset(name), overrides | {"preset": name}, source="flags")
     if "warmup_steps" not in explicit and config.warmup_steps > config.max_steps >= 1:
         shorter = max(1, config.max_steps // 10)
         config = merge(config, {"warmup_steps": shorter}, source="flags")
@@ -79,13 +89,13 @@ def resolve_preset(
 
 
 def flag_values(args: Sequence[str]) -> dict[str, str]:
-    """Training flags that stand in `args`, with underscores, and the values that follow them."""
+    """Find training flags in `args`: names with underscores -> the values after them."""
     found = {}
-    for place, word in enumerate(args):
-        name, equals, value = word.removeprefix("--").partition("=")
+    for index, arg in enumerate(args):
+        name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if word.startswith("--") and name in FIELDS:
-            following = args[place + 1] if place + 1 < len(args) else ""
+        if arg.startswith("--") and name in FIELDS:
+            following = args[index + 1] if index + 1 < len(args) else ""
             found[name] = value if equals else following
     return found
 
@@ -93,45 +103,60 @@ def flag_values(args: Sequence[str]) -> dict[str, str]:
 def parse_args(
     cls: type[T], args: Sequence[str], prog: str, *, default: Any = None, description: str = ""
 ) -> T:
-    """Flags into a dataclass, by tyro; its boxed errors become one UserError."""
+    """Parse flags into a dataclass with tyro.
+
+    Raises:
+        UserError: for any mistake, in one line instead of tyro's box.
+    """
     registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(_boolean_rule)
+    registry.primitive_rule(_bool_rule)
     registry.primitive_rule(_number_rule)
-    boxed = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
+    stderr = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
     if description:
-        extra["description"] = description
+        options["description"] = description
     try:
-        with contextlib.redirect_stderr(boxed):
+        with contextlib.redirect_stderr(stderr):
             parsed: T = tyro.cli(
                 cls,
-                args=expand_bool_flags(cls, args),
+                args=expand_bool_flags(cls, rename_flags(cls, args)),
                 prog=prog,
                 use_underscores=True,
                 registry=registry,
                 config=(tyro.conf.FlagConversionOff,),
-                **extra,
+                **options,
             )
             return parsed
-    except SystemExit as leaving:
-        if leaving.code in (0, None):
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
             raise
-    raise UserError(_unboxed(boxed.getvalue(), prog))
+    raise UserError(_one_line(stderr.getvalue(), prog))
 
 
-def _boolean_rule(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+def rename_flags(cls: type, args: Sequence[str]) -> list[str]:
+    """Replace old spellings of flags that `cls` has under a new name."""
+    fields = _field_types(cls)
+    renamed = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        old = flag.removeprefix("--").replace("-", "_")
+        new = RENAMED_FLAGS.get(old, "")
+        is_alias = flag.startswith("--") and new in fields and old not in fields
+        renamed.append(f"--{new}{equals}{value}" if is_alias else arg)
+    return renamed
+
+
+def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     """Booleans take `true` or `false`."""
     if info.type is not bool:
         return None
 
-    def parse(words: list[str]) -> bool:
-        if words[0].lower() not in BOOLEANS:
-            raise ValueError(f"give true or false, not {words[0]}")
-        return BOOLEANS[words[0].lower()]
+    def parse(args: list[str]) -> bool:
+        if args[0].lower() not in BOOLEANS:
+            raise ValueError(f"must be true or false, not {args[0]}")
+        return BOOLEANS[args[0].lower()]
 
-    return tyro.constructors.PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="{true,false}",
         instance_from_str=parse,
@@ -140,22 +165,20 @@ def _boolean_rule(
     )
 
 
-def _number_rule(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
-    """Numbers, with a mistake said in our words."""
+def _number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    """Numbers, with an error message of our own."""
     kinds: dict[object, str] = {int: "a whole number", float: "a number"}
     if info.type not in kinds:
         return None
 
-    def parse(words: list[str]) -> float:
+    def parse(args: list[str]) -> float:
         try:
-            number: float = info.type(words[0])
+            number: float = info.type(args[0])
         except ValueError:
-            raise ValueError(f"give {kinds[info.type]}, not {words[0]}") from None
+            raise ValueError(f"must be {kinds[info.type]}, not {args[0]}") from None
         return number
 
-    return tyro.constructors.PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT" if info.type is int else "FLOAT",
         instance_from_str=parse,
@@ -165,34 +188,34 @@ def _number_rule(
 
 
 def expand_bool_flags(cls: type, args: Sequence[str]) -> list[str]:
-    """`--overwrite` alone means `--overwrite true`; likewise `--compile`."""
-    hints = {name: hint for c in cls.__mro__ for name, hint in _own_hints(c).items()}
-    switches = {name for name, hint in hints.items() if hint is bool} | {"compile"} & set(hints)
-    spelled = []
-    for place, word in enumerate(args):
-        spelled.append(word)
-        following = args[place + 1] if place + 1 < len(args) else "--"
-        # Where a command takes a RUN, the word behind a switch may be that.
+    """Insert the value that a bare flag stands for: `--restart` is `--restart true`."""
+    types = _field_types(cls)
+    switches = {name for name, hint in types.items() if hint is bool} | {"compile"} & set(types)
+    expanded = []
+    for index, arg in enumerate(args):
+        expanded.append(arg)
+        following = args[index + 1] if index + 1 < len(args) else "--"
+        # Commands other than train take a RUN, which may follow a switch.
         is_value = following in BOOLEANS or (
             issubclass(cls, Config) and not following.startswith("--")
         )
-        name = word.removeprefix("--").replace("-", "_")
-        # A value may be called as a switch is: `--out_dir shuffle`.
-        if word.startswith("--") and name in switches and not is_value:
-            spelled.append("true")
-    return spelled
+        name = arg.removeprefix("--").replace("-", "_")
+        # Only with --: `--out_dir shuffle` has a value that is named like a switch.
+        if arg.startswith("--") and name in switches and not is_value:
+            expanded.append("true")
+    return expanded
 
 
-def _own_hints(kind: type) -> dict[str, Any]:
-    return kind.__annotations__ if dataclasses.is_dataclass(kind) else {}
+def _field_types(cls: type) -> dict[str, Any]:
+    bases = [base for base in cls.__mro__ if is_dataclass(base)]
+    return {name: hint for base in bases for name, hint in base.__annotations__.items()}
 
 
-def _unboxed(text: str, prog: str) -> str:
-    """The words of tyro's boxed message: what is wrong, and what was perhaps meant."""
+def _one_line(text: str, prog: str) -> str:
+    """Extract the mistake, and tyro's suggestion, from its boxed message."""
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
-    # Rules part the box: the mistake stands above the first one.
+    # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
-    what = sections[0].strip()
-    meant = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
-    hint = f"; did you mean {meant[1]}?" if meant else ""
-    return f"{what}{hint} (see {prog} --help)"
+    suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
+    hint = f"; did you mean {suggestion[1]}?" if suggestion else ""
+    return f"{sections[0].strip()}{hint} (see {prog} --help)"

@@ -1,7 +1,7 @@
-"""`gptforge sample RUN`: write with a trained model.
+"""`gptforge sample RUN`: generate text with a trained model.
 
-Text goes to standard output and nothing else does, so that a pipe gets only that; notes and the
-prompt sign of `--interactive` go to standard error.
+Only text goes to stdout, so that it can be piped; notes and the prompt sign of `--interactive` go
+to stderr.
 """
 
 import json
@@ -21,143 +21,141 @@ if TYPE_CHECKING:
     from gptforge.inference.language_model import LanguageModel
     from gptforge.inference.sampling import SamplingParams
 
-
-AT_ONCE = 64
-"""Samples written as one batch."""
+MAX_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Write with a trained model: the prompt and its continuation go to standard output."""
+    """Generate text with a trained model: the prompt and its continuation go to stdout."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder, checkpoint folder or exported model."""
     prompt: str = ""
-    """Text to go on from, in which <|endoftext|> is the mark between documents; empty: a document's
-    beginning, or a line's if the model was not trained on documents; -: standard input."""
+    """Text to continue, in which <|endoftext|> separates documents; empty: the beginning of a
+    document, or of a line if the model was not trained on documents; -: standard input."""
     max_new_tokens: int = 300
-    """Tokens to write."""
+    """Tokens to generate."""
     temperature: float = 0.8
-    """Below 1 tamer, above 1 wilder; 0: always the likeliest token."""
+    """Below 1: more predictable, above 1: more random; 0: greedy."""
     top_k: int = 200
-    """Draw among the k likeliest tokens; 0: among all."""
+    """Sample among the k most likely tokens; 0: among all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this much probability."""
+    """Sample among the most likely tokens that hold this much probability."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this text; may be given several times."""
+    """Stop before this text; may be given several times."""
     seed: int = 1337
-    """The same seed writes the same text."""
+    """The same seed generates the same text."""
     num_samples: int = 1
-    """Texts to write, with seeds that follow each other."""
+    """Number of texts, with consecutive seeds."""
     interactive: bool = False
-    """Go on from one line after another, as you type them."""
+    """Continue one line after another, as you type them."""
     json: bool = False
-    """Print a JSON object a text: prompt, text, seed, ended, ids and their log probabilities."""
+    """Print one JSON object per text: prompt, text, seed, ended, ids and their logprobs."""
     dtype: str = "auto"
-    """Type to compute in: auto, float32, bfloat16 or float16."""
+    """Compute dtype: auto, float32, bfloat16 or float16."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
 
-def sample(args: list[str]) -> int:
-    """Parse, load, write; returns the exit code."""
-    asked = parse_args(SampleArgs, args, "gptforge sample")
-    if asked.num_samples < 1:
-        raise UserError(f"--num_samples must be 1 or more, not {asked.num_samples}")
-    if asked.interactive and (asked.json or asked.prompt or asked.num_samples > 1):
-        raise UserError("--interactive takes its prompts from you, one at a time, and prints text")
-    if not 0 <= asked.seed < SEED_LIMIT:
-        raise UserError(f"--seed must be 0 or more and below 2**63, not {asked.seed}")
-    prewarm_cuda(asked.device)
+def main(argv: list[str]) -> int:
+    """Load a model and generate; returns the exit code."""
+    args = parse_args(SampleArgs, argv, "gptforge sample")
+    if args.num_samples < 1:
+        raise UserError(f"--num_samples must be 1 or more, not {args.num_samples}")
+    if args.interactive and (args.json or args.prompt or args.num_samples > 1):
+        raise UserError("--interactive reads prompts from stdin: leave out the other flags")
+    if not 0 <= args.seed < SEED_LIMIT:
+        raise UserError(f"--seed must be 0 or more and below 2**63, not {args.seed}")
+    prewarm_cuda(args.device)
     from gptforge.builders.load_model import limit_threads, load
     from gptforge.inference.sampling import SamplingParams
     from gptforge.inference.validation import normalize_prompt, prompt_from_argv
 
-    asked = replace(asked, stop=tuple(prompt_from_argv(text) for text in asked.stop))
-    writer = load(asked.run, device=asked.device, dtype=asked.dtype)
-    limit_threads(writer)
-    if not writer.logits([0]).isfinite().all():
-        raise RunError(
-            f"{asked.run} writes nothing: its weights are no use, for training broke down"
-        )
-    sampling = SamplingParams(asked.temperature, asked.top_k, asked.top_p)
-    if asked.interactive:
-        return _interactive(writer, asked)
-    prompt = asked.prompt
+    args = replace(args, stop=tuple(prompt_from_argv(text) for text in args.stop))
+    model = load(args.run, device=args.device, dtype=args.dtype)
+    limit_threads(model)
+    if not model.logits([0]).isfinite().all():
+        raise RunError(f"{args.run}: logits are NaN or Inf, since training diverged")
+    if args.interactive:
+        return _interactive(model, args)
+    prompt = args.prompt
     prompt = normalize_prompt(sys.stdin.read()) if prompt == "-" else prompt_from_argv(prompt)
-    if asked.num_samples == 1 and not asked.json:
-        _stream(writer, asked, prompt, asked.seed)
+    if args.num_samples == 1 and not args.json:
+        _stream(model, args, prompt, args.seed)
     else:
-        _batches(writer, asked, prompt, sampling)
+        params = SamplingParams(args.temperature, args.top_k, args.top_p)
+        _generate_batches(model, args, prompt, params)
     return 0
 
 
-def _stream(writer: "LanguageModel", asked: SampleArgs, prompt: str, seed: int) -> None:
-    pieces = writer.stream(
+def _stream(model: "LanguageModel", args: SampleArgs, prompt: str, seed: int) -> None:
+    chunks = model.stream(
         prompt,
-        asked.max_new_tokens,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        stop=asked.stop,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=args.stop,
         seed=seed,
     )
-    # Only now: what is wrong with the settings or the prompt has been said.
+    # Printed after `stream` has validated its arguments.
     print(terminal_safe(prompt), end="", flush=True)
-    for piece in pieces:
-        print(terminal_safe(piece), end="", flush=True)
+    for chunk in chunks:
+        print(terminal_safe(chunk), end="", flush=True)
     print(flush=True)
 
 
-def _batches(
-    writer: "LanguageModel", asked: SampleArgs, prompt: str, sampling: "SamplingParams"
+def _generate_batches(
+    model: "LanguageModel", args: SampleArgs, prompt: str, params: "SamplingParams"
 ) -> None:
-    for first in range(0, asked.num_samples, AT_ONCE):
-        numbers = range(first, min(first + AT_ONCE, asked.num_samples))
-        some = [(asked.seed + number) % SEED_LIMIT for number in numbers]
-        writings = writer.generate_batch(
-            [prompt] * len(some),
-            asked.max_new_tokens,
-            sampling,
-            stop=asked.stop,
-            seeds=some,
-            logprobs=asked.json,
+    for first in range(0, args.num_samples, MAX_BATCH_SIZE):
+        numbers = range(first, min(first + MAX_BATCH_SIZE, args.num_samples))
+        seeds = [(args.seed + number) % SEED_LIMIT for number in numbers]
+        completions = model.generate_batch(
+            [prompt] * len(seeds),
+            args.max_new_tokens,
+            params,
+            stop=args.stop,
+            seeds=seeds,
+            logprobs=args.json,
         )
-        for number, seed, writing in zip(numbers, some, writings, strict=True):
-            if asked.json:
-                record = {"prompt": prompt, "text": writing.text, "seed": seed}
-                record |= {
-                    "ended": writing.finish_reason,
-                    "ids": writing.ids,
-                    "logprobs": writing.logprobs,
+        for number, seed, completion in zip(numbers, seeds, completions, strict=True):
+            if args.json:
+                record = {
+                    "prompt": prompt,
+                    "text": completion.text,
+                    "seed": seed,
+                    "ended": completion.finish_reason,
+                    "ids": completion.ids,
+                    "logprobs": completion.logprobs,
                 }
                 print(json.dumps(record, ensure_ascii=sys.stdout.isatty()), flush=True)
             else:
-                rule = "---\n" if number else ""
-                print(terminal_safe(f"{rule}{prompt}{writing.text}"), flush=True)
+                separator = "---\n" if number else ""
+                print(terminal_safe(f"{separator}{prompt}{completion.text}"), flush=True)
 
 
-def _interactive(writer: "LanguageModel", asked: SampleArgs) -> int:
-    """A line in, its continuation out, until the input ends. Ctrl-C ends only the writing."""
+def _interactive(model: "LanguageModel", args: SampleArgs) -> int:
+    """Continue each line of stdin. Ctrl-C only ends the current completion."""
     from gptforge.inference.validation import normalize_prompt
 
-    is_watched = sys.stdin.isatty()
-    if is_watched:
-        print("Type a beginning; Ctrl-C stops the writing, Ctrl-D leaves.", file=sys.stderr)
-    seed = asked.seed
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("Type a prompt; Ctrl-C stops generation, Ctrl-D quits.", file=sys.stderr)
+    seed = args.seed
     while True:
-        if is_watched:
+        if is_terminal:
             print("\n> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             return 0
         try:
-            _stream(writer, asked, normalize_prompt(line).rstrip("\r\n"), seed)
+            _stream(model, args, normalize_prompt(line).rstrip("\r\n"), seed)
         except UserError as error:
-            # A stray character should not end the conversation.
+            # For instance a character that the tokenizer does not know: ask for the next line.
             print_stderr(f"error: {error}")
         except KeyboardInterrupt:
-            if not is_watched:
+            if not is_terminal:
                 raise
             print(flush=True)
         seed = (seed + 1) % SEED_LIMIT

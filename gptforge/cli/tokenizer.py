@@ -1,7 +1,6 @@
-"""`gptforge tokenizer train`: a vocabulary learned from the user's own text."""
+"""`gptforge tokenizer train`: a BPE tokenizer trained on the user's own text."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,74 +11,72 @@ import tyro
 from gptforge.cli.flags import parse_args
 from gptforge.errors import UserError
 from gptforge.files import atomic_write
-from gptforge.printable import safe_print
+from gptforge.printable import print_stderr, safe_print
 from gptforge.shell import quote
 
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Learn a byte-level BPE from texts; transformers reads the file, and so does --tokenizer."""
+    """Train a byte-level BPE tokenizer; --tokenizer and transformers read the file."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
-    """Files, folders and patterns, as `gptforge prepare` takes them."""
+    """Files, folders and patterns, as for `gptforge prepare`."""
     out: str
     """The tokenizer.json to write."""
     vocab_size: int = 8192
-    """Ids, all told: 256 bytes, merges, and the mark between documents."""
+    """Number of ids: 256 bytes, the merges, and <|endoftext|>."""
     field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
-    """What the files hold; auto goes by their names."""
+    """Format of the files; auto: by their names."""
     encoding: str = "utf-8"
-    """Of text files and JSON lines, for instance latin-1."""
+    """Encoding of text files and JSON lines, for instance latin-1."""
     skip_bad: bool = False
-    """Leave out what cannot be read instead of stopping."""
+    """Skip what cannot be read instead of stopping."""
     overwrite: bool = False
-    """Replace the file, if it is there."""
+    """Replace an existing file."""
 
 
-def tokenizer(args: list[str]) -> int:
-    """Parse, learn, write; returns the exit code."""
-    if args[:1] != ["train"] and not {"-h", "--help"} & set(args):
-        raise UserError("gptforge tokenizer: the one thing it can do is `tokenizer train SRC...`")
-    asked = parse_args(TrainArgs, args[args[:1] == ["train"] :], "gptforge tokenizer train")
-    out = Path(asked.out)
-    if not asked.sources:
+def main(argv: list[str]) -> int:
+    """Train the tokenizer and write it; returns the exit code."""
+    if argv[:1] != ["train"] and not {"-h", "--help"} & set(argv):
+        raise UserError("gptforge tokenizer: the only subcommand is `tokenizer train SRC...`")
+    args = parse_args(TrainArgs, argv[argv[:1] == ["train"] :], "gptforge tokenizer train")
+    out = Path(args.out)
+    if not args.sources:
         raise UserError("gptforge tokenizer train: name at least one file, folder or pattern")
-    if out.exists() and (out.is_dir() or not asked.overwrite):
-        raise UserError(f"--out {out} is there already: choose another name, or --overwrite true")
+    if out.exists() and (out.is_dir() or not args.overwrite):
+        raise UserError(f"--out {out} exists: choose another name, or --overwrite true")
     from gptforge.convert.hf_tokenizer import tokenizer_json
     from gptforge.tokenizers import load
     from gptforge.tokenizers.train_bpe import train_bpe
 
-    made = train_bpe(_texts(asked), asked.vocab_size)
-    if made.vocab_size < asked.vocab_size:
-        print(
-            f"note: this text gave {made.vocab_size} ids, not {asked.vocab_size}", file=sys.stderr
-        )
+    trained = train_bpe(_iter_text(args), args.vocab_size)
+    if trained.vocab_size < args.vocab_size:
+        print_stderr(f"note: this text gave {trained.vocab_size} ids, not {args.vocab_size}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, json.dumps(tokenizer_json(made), ensure_ascii=False, indent=1) + "\n")
-    assert load(out).to_json() == made.to_json()
-    where = out.as_posix()
-    safe_print(f"{where}: {made.vocab_size} ids. Use it with --tokenizer {quote(where)}")
+    atomic_write(out, json.dumps(tokenizer_json(trained), ensure_ascii=False, indent=1) + "\n")
+    assert load(out).to_json() == trained.to_json()
+    path = out.as_posix()
+    safe_print(f"{path}: {trained.vocab_size} ids. Use it with --tokenizer {quote(path)}")
     return 0
 
 
-def _texts(asked: TrainArgs) -> Iterator[str]:
+def _iter_text(args: TrainArgs) -> Iterator[str]:
     from gptforge.data.input_errors import BadInput, BadInputHandler
     from gptforge.data.prepare.scan import iter_text, no_text_message
     from gptforge.data.prepare.sources import open_sources
     from gptforge.data.prepare.text_io import TextFormat
 
-    skipped = BadInputHandler(asked.skip_bad)
+    bad_input = BadInputHandler(args.skip_bad)
     is_empty = True
-    with open_sources(asked.sources, kind=asked.kind) as sources:
+    with open_sources(args.sources, kind=args.kind) as sources:
         for source in sources:
             try:
-                for text in iter_text(source, TextFormat(asked.field, asked.encoding), skipped):
+                for text in iter_text(source, TextFormat(args.field, args.encoding), bad_input):
                     is_empty = is_empty and not text.strip()
                     yield text
-            except BadInput as bad:
-                skipped.handle(bad)
+            except BadInput as error:
+                bad_input.handle(error)
     if is_empty:
-        raise UserError(no_text_message(asked.sources, skipped))
+        raise UserError(no_text_message(args.sources, bad_input))

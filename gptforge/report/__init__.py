@@ -1,1 +1,1 @@
-"""What a run tells: summary, step lines, log, metrics, curves, verdict."""
+"""What a run reports: model summary, step lines, log files, metrics, curves and verdict."""

@@ -1,4 +1,4 @@
-"""A file that grows line by line, and whose lines a full disk does not lose."""
+"""An append-only text file that loses no line when the disk is full."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,93 +7,93 @@ from typing import IO
 from gptforge.files import open_regular
 
 BLOCK_BYTES = 2**16
-"""Bytes that are looked at together for the end of a line."""
+"""Read at a time when searching backwards for a newline."""
 
 
 class BufferedLog:
-    """Lines that are written at once, or as soon as the disk takes them.
+    """Appends text at once, or as soon as the disk accepts it.
 
-    No line is worth a training: one that is refused waits in memory, in front of those that come
-    after it. So the file never has a gap, and what it will hold has a length at any time.
+    A failed write must not stop training: the text stays in memory, ahead of what is written later.
+    So the file never has a gap, and its final length is known at any time.
 
     Args:
         path: the file.
-        refused: told each time that it cannot be written.
+        on_error: called with the path and the error after each failed write.
     """
 
     def __init__(self, path: Path, on_error: Callable[[Path, OSError], None]) -> None:
         self.path = path
-        self._refused = on_error
-        self._waiting = b""
-        self._whole: int | None = None
-        """Bytes that are good, where an attempt failed and may have left half a line."""
+        self._on_error = on_error
+        self._pending = b""
+        self._valid_size: int | None = None
+        """Size before a failed write, which may have left part of a line behind; else None."""
 
     @property
     def pending(self) -> str:
-        """What the disk has not taken yet."""
-        return self._waiting.decode()
+        """Text that is not on disk yet."""
+        return self._pending.decode()
 
     @property
     def size(self) -> int:
-        """Bytes of the file, those that wait included."""
-        return self._written() + len(self._waiting)
+        """Bytes of the file once all pending text is written."""
+        return self._written() + len(self._pending)
 
     def write(self, text: str) -> None:
-        """Put text behind what is there."""
-        self._waiting += text.encode()
+        """Append text."""
+        self._pending += text.encode()
         try:
-            self._write()
+            self._flush()
         except OSError as error:
-            self._refused(self.path, error)
+            self._on_error(self.path, error)
 
     def truncate(self, size: int) -> None:
-        """Keep the lines that end within the first `size` bytes."""
+        """Keep only the lines that end within the first `size` bytes."""
         written = self._written()
-        self._waiting = self._waiting[: max(0, size - written)]
+        self._pending = self._pending[: max(0, size - written)]
         if not self.path.is_file():
             return
         with open_regular(self.path, "rb+", follow_symlinks=False) as file:
-            kept = min(size, written)
-            # A crash may have left half a line; what comes next would be glued to it.
-            file.truncate(kept if self._waiting else _end_of_lines(file, kept))
-        self._whole = None
+            size = min(size, written)
+            # A crash may have left part of a line, which the next write would be appended to.
+            file.truncate(size if self._pending else _end_of_last_line(file, size))
+        self._valid_size = None
 
     def delete(self) -> None:
-        """Delete the file."""
+        """Delete the file and drop pending text."""
         self.path.unlink(missing_ok=True)
-        self._waiting, self._whole = b"", None
+        self._pending, self._valid_size = b"", None
 
     def _written(self) -> int:
-        if self._whole is not None:
-            return self._whole
+        if self._valid_size is not None:
+            return self._valid_size
         return self.path.stat().st_size if self.path.is_file() else 0
 
-    def _write(self) -> None:
-        # Unbuffered: a buffer that the disk refused would be tried again when the file is closed.
+    def _flush(self) -> None:
+        # Unbuffered: Python would retry a failed buffered write when it closes the file.
         with open_regular(self.path, "ab", follow_symlinks=False, buffering=0) as file:
             end = file.seek(0, 2)
-            if self._whole is not None and self._whole < end:
-                file.truncate(self._whole)
-            elif self._whole is None:
-                self._whole = end
-            left = self._waiting
+            if self._valid_size is not None and self._valid_size < end:
+                file.truncate(self._valid_size)
+            elif self._valid_size is None:
+                self._valid_size = end
+            left = self._pending
             try:
                 while left:
                     left = left[file.write(left) :]
             except OSError:
-                file.truncate(self._whole)
+                file.truncate(self._valid_size)
                 raise
-        self._waiting, self._whole = b"", None
+        self._pending, self._valid_size = b"", None
 
 
-def _end_of_lines(file: IO[bytes], size: int) -> int:
-    """Where the last whole line within the first `size` bytes ends."""
+def _end_of_last_line(file: IO[bytes], size: int) -> int:
+    """Offset just after the last newline within the first `size` bytes."""
     end = size
     while end > 0:
         begin = max(0, end - BLOCK_BYTES)
         file.seek(begin)
-        place = file.read(end - begin).rfind(b"\n")
-        if place >= 0:
-            return begin + place + 1
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
         end = begin
     return 0

@@ -1,10 +1,9 @@
-"""What people watch: plain lines, and a progress bar that exists only on a terminal."""
+"""Log lines on stdout, with a progress bar if stdout is a terminal."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import rich.console
 from rich.progress import (
@@ -20,105 +19,72 @@ from gptforge import files
 from gptforge.printable import printable_text, safe_print
 
 
-class Console(Protocol):
-    """Somewhere to say lines and show progress; a context, so that a bar is always cleared."""
+class Console:
+    """Prints lines to stdout; on a terminal, above a progress bar with the time left.
 
-    def log(self, text: str) -> None:
-        """Print a line, or several."""
-        ...
+    A closed pipe or a full disk behind stdout does not stop training: later output is discarded.
 
-    def update(self, step: int, status: str) -> None:
-        """So many steps are done; `note` stands beside the bar."""
-        ...
+    Args:
+        total: steps of the whole run; 0 for no progress bar.
+        step: steps done so far.
+        enabled: False on all ranks but 0, which print nothing.
+    """
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
-class PlainConsole:
-    """For pipes and files: the lines, and nothing else."""
-
-    def log(self, text: str) -> None:
-        """Print at once: somebody may be following the pipe.
-
-        A reader that has gone, such as `head`, or a full disk behind the pipe must not end a
-        training: it goes on in its files.
-        """
-        with _going_on_unseen():
-            safe_print(text)
-
-    def update(self, step: int, status: str) -> None:
-        """A pipe has no bar."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class TerminalConsole:
-    """Lines above a bar with the time left."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            transient=True,
-            refresh_per_second=4,
-            console=rich.console.Console(file=sys.stdout),
-        )
-        self._task = self._progress.add_task("training", total=total, completed=done, note="")
-
-    def log(self, text: str) -> None:
-        """Print as it is: no colours, no wrapping, so that lines can be copied."""
-        with _going_on_unseen():
-            self._progress.console.print(
-                printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
+    def __init__(self, total: int = 0, step: int = 0, *, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        if enabled and total and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("[dim]left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                transient=True,
+                refresh_per_second=4,
+                console=rich.console.Console(file=sys.stdout),
             )
+            self._task = self._bar.add_task("training", total=total, completed=step, status="")
+
+    def log(self, text: str) -> None:
+        """Print one or more lines and flush."""
+        with _ignore_broken_stdout():
+            if self._bar is not None:
+                print_above(self._bar, text)
+            elif self._enabled:
+                safe_print(text)
 
     def update(self, step: int, status: str) -> None:
-        """Move the bar."""
-        with _going_on_unseen():
-            self._progress.update(self._task, completed=step, note=status)
+        """Advance the progress bar to `step`; `status` is shown next to it."""
+        if self._bar is not None:
+            with _ignore_broken_stdout():
+                self._bar.update(self._task, completed=step, status=status)
 
     def __enter__(self) -> Self:
-        with _going_on_unseen():
-            self._progress.start()
+        if self._bar is not None:
+            with _ignore_broken_stdout():
+                self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _going_on_unseen():
-            self._progress.stop()
+        if self._bar is not None:
+            with _ignore_broken_stdout():
+                self._bar.stop()
+
+
+def print_above(bar: Progress, text: str) -> None:
+    """Print above a progress bar without colors or wrapping, so that lines can be copied."""
+    bar.console.print(
+        printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
+    )
 
 
 @contextmanager
-def _going_on_unseen() -> Iterator[None]:
-    """Where nobody takes what is written any more, the rest of it goes nowhere."""
+def _ignore_broken_stdout() -> Iterator[None]:
+    """Redirect stdout to the null device after the first write error."""
     try:
         yield
     except OSError:
         files.redirect_to_devnull(sys.stdout)
-
-
-def open_console(*, total: int, done: int) -> Console:
-    """The console that fits standard output."""
-    return TerminalConsole(total, done) if sys.stdout.isatty() else PlainConsole()
-
-
-class NullConsole(PlainConsole):
-    """A console that nobody looks at."""
-
-    def log(self, text: str) -> None:
-        """Rank 0 says it."""

@@ -1,8 +1,8 @@
-"""Large numbers, as short as they can be read."""
+"""Counts and durations in readable form."""
 
 
 def format_count(count: float) -> str:
-    """861 M, 113 T, 28.6 K: three digits and a prefix."""
+    """'861 M', '113 T', '28.6 K': three digits and an SI prefix."""
     value, prefixes = float(count), iter(("", " K", " M", " G", " T", " P", " E", " Z"))
     prefix = next(prefixes)
     while value >= 999.5:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one event a line, and reading them back for the curves and the verdict."""
+"""metrics.jsonl: one event per line, read back for the curves and the verdict."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,36 +10,42 @@ from typing import Any
 from gptforge.files import is_finite_number, open_regular
 
 MAX_BYTES = 2**28
-"""Read of a metrics file: its end, which a million lines do not fill."""
+"""Only this much of the file's end is read: more than a million lines."""
 MAX_LINE_BYTES = 2**16
-"""Bytes of a line; one that is longer is none of ours."""
+MAX_TRAIN_EVENTS = 2**14
+"""Longer runs are downsampled to between half as many and this many."""
 EVENT_FIELDS = {
     "train": ("step", "loss", "dt_ms", "tok_per_sec", "norm", "lr", "epoch"),
     "eval": ("step", "val_loss", "val_bpb", "epoch"),
 }
-"""What is read of an event: numbers, or null."""
-MAX_TRAIN_EVENTS = 2**14
-"""Train events that are taken of a longer run: half as many at least."""
+"""Fields read per event: numbers, or null."""
+
+Event = dict[str, Any]
 
 
 @dataclass
 class History:
-    """The eval events of a run, in order, and its train events or an even selection of them."""
+    """A run's eval events in order, and its train events, downsampled evenly if there are many."""
 
-    train: list[dict[str, Any]] = field(default_factory=list)
-    evals: list[dict[str, Any]] = field(default_factory=list)
+    train: list[Event] = field(default_factory=list)
+    evals: list[Event] = field(default_factory=list)
+
+    @property
+    def scored_evals(self) -> list[Event]:
+        """Evaluations whose loss was finite."""
+        return [event for event in self.evals if event["val_loss"] is not None]
 
 
 def read_history(path: Path, *, pending: str = "") -> History:
-    """Events from a metrics file. What is no event, as a crash may leave, is passed over.
+    """Read events from a metrics file, skipping malformed lines such as a crash may leave.
 
     Args:
-        path: the file, if there is one. A link is not followed.
-        unwritten: lines that are to be added to it.
+        path: the file; it may be missing. A link is not followed.
+        pending: lines that are not in the file yet.
     """
     history = History()
     for line in downsample(chain(_lines(path), pending.splitlines())):
-        event = _event(line)
+        event = _parse_event(line)
         if event.get("event") == "train":
             history.train.append(event)
         elif event.get("event") == "eval":
@@ -59,27 +65,27 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.decode("utf-8", "replace")
 
 
-def _event(line: str) -> dict[str, Any]:
-    """A train or eval event with all its numbers, null where they are missing; {} for the rest."""
+def _parse_event(line: str) -> Event:
+    """A train or eval event with all its fields, None where one is missing; {} if malformed."""
     try:
         event = json.loads(line)
         fields = EVENT_FIELDS[event["event"]]
         event = {"event": event["event"], **{name: event.get(name) for name in fields}}
         event["epoch"] = event["epoch"] or 0.0
     except Exception:
-        # A crash leaves half a line; a stranger, anything.
+        # A crash may leave part of a line; a file from elsewhere may hold anything.
         return {}
     numbers = [event[name] for name in fields if event[name] is not None]
-    is_whole = type(event["step"]) is int and 0 <= event["step"] < 2**62
-    is_scored = event.get("val_loss") is None or None not in event.values()
-    return event if is_whole and is_scored and all(map(is_finite_number, numbers)) else {}
+    has_step = type(event["step"]) is int and 0 <= event["step"] < 2**62
+    is_complete = event.get("val_loss") is None or None not in event.values()
+    return event if has_step and is_complete and all(map(is_finite_number, numbers)) else {}
 
 
 def downsample(lines: Iterable[str]) -> list[str]:
-    """The lines that may be evals, all of them, and evenly spaced ones that may be train events.
+    """All lines that may be eval events, and evenly spaced ones that may be train events.
 
-    A picture shows about a thousand points, and to parse a million lines takes ten seconds. The
-    first and the last train event are always there.
+    A plot shows about a thousand points, and parsing a million lines takes ten seconds. The first
+    and the last train event are always kept.
     """
     train: list[str] = []
     evals: list[str] = []
@@ -90,7 +96,7 @@ def downsample(lines: Iterable[str]) -> list[str]:
             evals.append(line)
         elif '"train"' in line:
             if train and (count - 1) % stride:
-                # What was the last is so no more, and lies between two that are kept.
+                # Kept only while it was the last one; it lies between two multiples of stride.
                 train.pop()
             train.append(line)
             count += 1
@@ -100,14 +106,14 @@ def downsample(lines: Iterable[str]) -> list[str]:
     return [*train, *evals]
 
 
-def series(events: Iterable[dict[str, Any]], name: str) -> list[float]:
-    """One field of many events; what is missing or null becomes NaN, a gap in a curve."""
+def series(events: Iterable[Event], name: str) -> list[float]:
+    """One field of all events; NaN, a gap in a curve, where it is missing or null."""
     values = (event.get(name) for event in events)
     return [float("nan") if value is None else float(value) for value in values]
 
 
-def step_line(event: dict[str, Any]) -> str:
-    """A train event in the seed's words."""
+def step_line(event: Event) -> str:
+    """A train event as a line of the log."""
     return (
         f"step {event['step']} | loss: {event['loss']:.4f} | dt: {event['dt_ms']:.2f}ms"
         f" | tok/sec: {event['tok_per_sec']:.2f} | norm: {event['norm']:.2f}"

@@ -1,163 +1,112 @@
-"""How far a preparation is: megabytes a second and the time left."""
+"""Progress of work before and after training: a bar or lines on stderr, with the time left."""
 
 import sys
 import time
-from typing import Protocol, Self
+from typing import Self
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gptforge.printable import print_stderr, printable_text
+from gptforge.printable import print_stderr
+from gptforge.report.console import print_above
 from gptforge.report.format import format_duration
 
 PRINT_EVERY = 10.0
-"""Seconds between lines where there is no terminal."""
-
-
-class ProgressMeter(Protocol):
-    """Hears how far the work is, and says lines; a context, so that a bar is always cleared."""
-
-    total: int
-    """Bytes there are to be done; 0 as long as no work has begun."""
-
-    def start(self, total: int, done: int) -> None:
-        """So many bytes there are, and so many were done before."""
-        ...
-
-    def add(self, file_bytes: int, text_bytes: int) -> None:
-        """So many more bytes of the files are done, and so many bytes of text."""
-        ...
-
-    def log(self, text: str) -> None:
-        """Print a line."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class _Count:
-    """Bytes and seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.start(0, 0)
-
-    def start(self, total: int, done: int) -> None:
-        self.total, self.read, self.begun_at, self.text = total, done, done, 0
-        self.begin = time.perf_counter()
-
-    def add(self, file_bytes: int, text_bytes: int) -> None:
-        self.read += file_bytes
-        self.text += text_bytes
-
-    @property
-    def seconds(self) -> float:
-        return max(1e-9, time.perf_counter() - self.begin)
-
-    @property
-    def speed(self) -> str:
-        return f"{self.text / 1e6 / self.seconds:.1f} MB/s"
-
-
-class PlainMeter(_Count):
-    """For pipes and files: a line now and then."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self._said = time.perf_counter()
-
-    def log(self, text: str) -> None:
-        """Print at once, beside the results."""
-        print_stderr(text)
-
-    def add(self, file_bytes: int, text_bytes: int) -> None:
-        """Count; say so if that was not done for a while."""
-        super().add(file_bytes, text_bytes)
-        if time.perf_counter() - self._said < PRINT_EVERY or self.read <= self.begun_at:
-            return
-        self._said = time.perf_counter()
-        left = self.seconds / (self.read - self.begun_at) * (self.total - self.read)
-        share = self.read / max(1, self.total)
-        self.log(f"{self.what}: {share:.0%}, {self.speed}, about {format_duration(left)} left")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class TerminalMeter(_Count):
-    """A bar."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self._progress = Progress(
-            TextColumn(what),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("[dim]{task.fields[speed]}"),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(),
-            transient=True,
-            refresh_per_second=4,
-            console=rich.console.Console(file=sys.stderr),
-        )
-        self._task = self._progress.add_task(what, total=None, speed="")
-
-    def start(self, total: int, done: int) -> None:
-        """Know how long the bar is."""
-        super().start(total, done)
-        if hasattr(self, "_task"):
-            self._progress.update(self._task, total=total, completed=done)
-
-    def add(self, file_bytes: int, text_bytes: int) -> None:
-        """Move the bar."""
-        super().add(file_bytes, text_bytes)
-        self._progress.update(self._task, completed=self.read, speed=self.speed)
-
-    def log(self, text: str) -> None:
-        """Print above the bar, as it is."""
-        self._progress.console.print(
-            printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
-        )
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
-def open_meter(what: str) -> ProgressMeter:
-    """The meter that fits standard error."""
-    return TerminalMeter(what) if sys.stderr.isatty() else PlainMeter(what)
-
-
+"""Seconds between lines if stderr is not a terminal."""
 MIN_CALLS = 3
-"""Parts behind which a guess is made: the first one pays for warming up."""
+"""Calls before `EtaNotice` estimates: the first ones include warmup."""
 MIN_SECONDS = 5.0
-"""Seconds from which on it is said."""
+"""`EtaNotice` is silent if less time is left."""
+
+
+class ProgressMeter:
+    """Shows how much of the input files has been read: a bar on a terminal, else a line at times.
+
+    Args:
+        description: what is being done, e.g. "preparing the text".
+    """
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._bar: Progress | None = None
+        self._last_print = time.perf_counter()
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn(description),
+                BarColumn(bar_width=30),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("[dim]{task.fields[speed]}"),
+                TextColumn("[dim]left"),
+                TimeRemainingColumn(),
+                transient=True,
+                refresh_per_second=4,
+                console=rich.console.Console(file=sys.stderr),
+            )
+            self._task = self._bar.add_task(description, total=None, speed="")
+        self.total = self._read = self._resumed_from = self._text_bytes = 0
+        self._begin = time.perf_counter()
+
+    def start(self, total: int, done: int) -> None:
+        """Start the clock.
+
+        Args:
+            total: bytes of all input files.
+            done: bytes of them that an earlier, interrupted call has finished.
+        """
+        self.total, self._read, self._resumed_from, self._text_bytes = total, done, done, 0
+        self._begin = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done)
+
+    def add(self, file_bytes: int, text_bytes: int) -> None:
+        """Count bytes read from the files, and bytes of text found in them."""
+        self._read += file_bytes
+        self._text_bytes += text_bytes
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._begin)
+        speed = f"{self._text_bytes / 1e6 / seconds:.1f} MB/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._read, speed=speed)
+        elif now - self._last_print >= PRINT_EVERY and self._read > self._resumed_from:
+            self._last_print = now
+            left = seconds / (self._read - self._resumed_from) * (self.total - self._read)
+            share = self._read / max(1, self.total)
+            self.log(
+                f"{self._description}: {share:.0%}, {speed}, about {format_duration(left)} left"
+            )
+
+    def log(self, text: str) -> None:
+        """Print a line to stderr."""
+        if self._bar is None:
+            print_stderr(text)
+        else:
+            print_above(self._bar, text)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
 
 class EtaNotice:
-    """Called behind each part of a work; tells on standard error.
+    """Prints the time left once, on stderr, if a task turns out to take long.
 
     Args:
-        what: takes so long.
+        description: the task, e.g. "the evaluation".
     """
 
-    def __init__(self, what: str) -> None:
-        self._what, self._begun = what, time.perf_counter()
-        self._parts, self._is_told = 0, False
+    def __init__(self, description: str) -> None:
+        self._description, self._begin = description, time.perf_counter()
+        self._calls, self._printed = 0, False
 
     def __call__(self, done: int, total: int) -> None:
-        """So much is done, of so much."""
-        self._parts += 1
-        seconds = (time.perf_counter() - self._begun) / done * (total - done)
-        if self._parts >= MIN_CALLS and seconds > MIN_SECONDS and not self._is_told:
-            self._is_told = True
-            print_stderr(f"{self._what} takes about {format_duration(seconds)} more")
+        """Call after each part of the task, with the amount done so far."""
+        self._calls += 1
+        seconds = (time.perf_counter() - self._begin) / done * (total - done)
+        if self._calls >= MIN_CALLS and seconds > MIN_SECONDS and not self._printed:
+            self._printed = True
+            print_stderr(f"{self._description} takes about {format_duration(seconds)} more")

@@ -1,15 +1,15 @@
-"""The model summary, drawn by our own code: torch's own print changes between versions."""
+"""The model summary. Torch's own `print(model)` differs between versions."""
 
 from torch import nn
 
-from gptforge.model import GPT, Block
+from gptforge.model import GPT
 
 RULE = "=" * 50
 THIN_RULE = "-" * 50
 
 
 def model_summary(model: GPT) -> str:
-    """Parameter counts and architecture of a GPT, as text."""
+    """Parameter counts and module tree of a GPT, as text."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = _count(model)
     lines = [
@@ -24,9 +24,17 @@ def model_summary(model: GPT) -> str:
     ]
     for name, child in model.named_children():
         lines.append(f"{name}: {type(child).__name__} ({_count(child):,} parameters)")
-        if isinstance(child, nn.ModuleDict):
-            for inner_name, inner in child.items():
-                lines += _layer_lines(inner_name, inner)
+        if not isinstance(child, nn.ModuleDict):
+            continue
+        for layer, module in child.items():
+            kind = type(module).__name__
+            lines.append(f"  └─{layer}: {kind} ({_count(module):,} parameters)")
+            if isinstance(module, nn.ModuleList):
+                lines.append("    └─Transformer Blocks:")
+                lines += [
+                    f"      └─Block {index}: ({_count(block):,} parameters)"
+                    for index, block in enumerate(module)
+                ]
     lines += ["", "Model Architecture:", THIN_RULE, *_tree("", model, depth=0), RULE]
     return "\n".join(lines)
 
@@ -35,26 +43,15 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _layer_lines(name: str, module: nn.Module) -> list[str]:
-    lines = [f"  └─{name}: {type(module).__name__} ({_count(module):,} parameters)"]
-    if isinstance(module, nn.ModuleList):
-        lines.append("    └─Transformer Blocks:")
-        lines += [
-            f"      └─Block {index}: ({_count(block):,} parameters)"
-            for index, block in enumerate(module)
-        ]
-    return lines
-
-
 def _tree(label: str, module: nn.Module, *, depth: int) -> list[str]:
-    """A module and its children, in the form that torch prints them."""
+    """A module and its children, in the format of torch's `print(model)`."""
     indent = "  " * depth
     children = list(module.named_children())
     if isinstance(module, nn.ModuleList):
-        # The blocks are all alike: one stands for all.
-        blocks = list(module)
-        span = f"(0-{len(blocks) - 1}): {len(blocks)} x " if len(blocks) > 1 else "(0): "
-        inner = _tree(span, blocks[0], depth=depth + 1)
+        # All blocks are equal, so the first one is shown.
+        count = len(module)
+        span = f"(0-{count - 1}): {count} x " if count > 1 else "(0): "
+        inner = _tree(span, module[0], depth=depth + 1)
     elif not children:
         return [f"{indent}{label}{_describe(module)}"]
     else:
@@ -78,4 +75,4 @@ def _describe(module: nn.Module) -> str:
             return f"LayerNorm({shape}, eps={module.eps}, elementwise_affine=True)"
         case nn.GELU():
             return f"GELU(approximate='{module.approximate}')"
-    raise AssertionError(f"the summary does not know {type(module).__name__} in a {Block.__name__}")
+    raise AssertionError(f"the summary cannot describe a {type(module).__name__}")

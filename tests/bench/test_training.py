@@ -22,8 +22,8 @@ def test_a_peer_is_called_compiled_only_where_it_is() -> None:
 def test_the_flops_of_a_tiny_model_are_not_rounded_to_nothing(program) -> None:
     done = program("bench", *TINY, "--n_head", 2, "--peer", "plain")
     assert done.code == 0, done.err
-    assert "beside it: a plain loop" in done.out
-    assert " KFLOP a token" in done.out
+    assert "baseline: a plain loop" in done.out
+    assert " KFLOP per token" in done.out
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_a_profile_that_has_no_place_is_refused_before_anything_is_timed(program
     (tmp_path / "file").write_text("taken")
     done = program("bench", *TINY, "--n_head", 2, "--profile", "file")
     assert (done.code, done.out) == (2, "")
-    assert "--profile file: no folder can be made there" in done.err
+    assert "--profile file: cannot create the folder" in done.err

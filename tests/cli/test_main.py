@@ -1,0 +1,141 @@
+"""The command line: errors, exit codes, help, and the processes of torchrun."""
+
+import errno
+import os
+import re
+import sys
+
+import pytest
+
+from gptforge import cli
+from gptforge.cli import train
+from gptforge.config import FIELDS
+from gptforge.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--max_stps", "3"), "did you mean --max_steps?"),
+        (("--max_steps", "many"), "--max_steps: must be a whole number, not many"),
+        (("--max_lr", "high"), "--max_lr: must be a number, not high"),
+        (("bench", "--repeats", "1.5"), "a whole number, not 1.5 (see gptforge bench --help)"),
+        (("bench", "--turns", "0"), "--repeats must be 1 or more"),
+        (("--max_steps",), "--max_steps"),
+        (("--shuffle", "maybe"), "must be true or false"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--preset", "gpt5"), "gpt2-medium"),
+        (("--config", "missing.toml"), "no such file"),
+        (("--n_embd", "100", "--n_head", "12"), "--n_embd 100"),
+        (("--warmup_steps", "600"), "--warmup_steps 600"),
+        (("--input", "missing.txt"), "missing.txt"),
+        (("--device", "tpu"), "--device tpu"),
+        (("--vocab_size", "10"), "--vocab_size 10"),
+        (("--context_length", "9999", "--block_size", "9999"), "--context_length 9999"),
+        (("--init_from", "missing"), "missing"),
+        (("--tokenizer", "bert"), "--tokenizer bert"),
+        (("--out_dir", ".", "--restart"), "--out_dir ."),
+        (("--out_dir", "play.txt/run"), "--out_dir play.txt/run"),
+        (("--out_dir", "caf\udce9"), "UTF-8"),
+        (("--batch_size", 10**12), "--batch_size 1000000000000"),
+        (("trian",), "did you mean 'train'?"),
+        (("play.txt",), "--input play.txt"),
+        (("sample",), "RUN"),
+        (("sample", "missing"), "missing"),
+        (("eval", "missing"), "missing"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(program, play, args, words) -> None:
+    flags = ("--input", play, "--preset", "debug", "--device", "cpu")
+    done = program(*(flags if args[0].startswith("--") else ()), *args)
+    assert done.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", done.err)
+    assert words in done.err
+
+
+def test_debug_mode_shows_the_traceback(program, monkeypatch) -> None:
+    monkeypatch.setenv("GPTFORGE_DEBUG", "1")
+    with pytest.raises(UserError):
+        program("--max_stps", "3")
+
+
+def test_a_full_disk_is_one_line_with_the_file(program, monkeypatch) -> None:
+    def fail(args) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/index.json")
+
+    monkeypatch.setitem(cli.COMMANDS, "prepare", (fail, ""))
+    done = program("prepare")
+    assert done.code == 1
+    assert done.err == (
+        "error: out/index.json: the disk is full: free some space, then run the same command "
+        "again\n"
+    )
+
+
+def test_help_shows_all_fields_and_commands(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code in (0, None)
+    shown = capsys.readouterr().out
+    for name in FIELDS:
+        assert f"--{name}" in shown
+    for name, (_, about) in cli.COMMANDS.items():
+        assert re.search(rf"{name} +{re.escape(about)}", shown)
+
+
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"train"}))
+def test_every_command_has_help(command, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert f"gptforge {command}" in shown
+    assert command != "doctor" or "[OPTIONS] [PATH]" in shown
+
+
+@pytest.mark.parametrize(
+    ("env", "command"),
+    [
+        ({}, "python gpt.py"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc_per_node=2 gpt.py"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "torchrun ... --nproc_per_node=2 gpt.py"),
+    ],
+)
+def test_launch_command(monkeypatch, env, command) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpt.py"])
+    assert train._launch_command(env) == command
+
+
+def test_resume_args_are_without_restart() -> None:
+    args = ["--preset", "debug", "--restart", "--overwrite=true", "--out_dir", "a b"]
+    assert train._resume_args(args) == "--preset debug --out_dir 'a b'"
+
+
+def test_under_torchrun_only_rank_0_runs_other_commands(program, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    args = ("plan", "--preset", "debug", "--device", "cpu")
+    # Other launchers than torchrun set RANK, too.
+    assert program(*args).out != ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = program(*args)
+    assert (done.code, done.out) == (0, "")
+
+
+def test_several_processes_need_torchrun(program, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = program("--preset", "debug")
+    assert done.code == 2
+    assert "torchrun" in done.err
+
+
+def test_openmp_spinning_is_limited_unless_configured(monkeypatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    cli.limit_openmp_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == cli.GOMP_SPINCOUNT
+    for name, value in (("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")):
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+        monkeypatch.setenv(name, value)
+        cli.limit_openmp_spinning()
+        assert os.environ.get("GOMP_SPINCOUNT") == (value if name == "GOMP_SPINCOUNT" else None)
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")

@@ -1,0 +1,80 @@
+"""`gptforge train`: what it prints and writes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gptforge.builders import memory_fit
+from tests.programs import DEBUG, events, start
+
+
+def test_the_default_preset_is_explained(program, play) -> None:
+    done = program("--device", "cpu", "--input", play, "--max_steps", 2, "--eval_tokens", 200)
+    assert done.code == 0, done.err
+    first, *rest = done.out.splitlines()
+    assert "shakespeare-cpu" in first
+    assert "because" in first
+    assert "--preset" in first
+    assert any("warmup" in line and "cut to 1" in line for line in rest)
+    assert any("this will take about" in line for line in rest)
+    assert Path("runs/shakespeare-cpu/checkpoints/step-000002").is_dir()
+
+
+def test_a_run_writes_all_its_files(program, play) -> None:
+    done = program(*DEBUG, "--input", play, "--out_dir", "run")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    for name in ("config.toml", "log.md", "metrics.jsonl", "training_curves.png", "samples.md"):
+        assert (Path("run") / name).stat().st_size > 0, name
+    lines = re.findall(
+        r"^step \d+ \| loss: \d+\.\d{4} \| dt: \d+\.\d{2}ms \| tok/sec: \d+\.\d{2} \| "
+        r"norm: \d+\.\d{2} \| lr: \d\.\d{6}$",
+        done.out,
+        re.MULTILINE,
+    )
+    assert len(lines) == 20
+    log = Path("run/log.md").read_text(encoding="utf-8")
+    assert all(line in log for line in lines)
+    assert "Total Parameters:" in log
+    assert "\x1b" not in done.out + log
+    assert {event["event"] for event in events()} == {"start", "train", "eval", "save", "end"}
+    assert "Best held-out loss" in log
+
+    # config.toml starts the same run again, also after --restart: it is finished.
+    assert program(*DEBUG, "--input", play, "--out_dir", "run", "--restart=true").code == 0
+    again = program("--config", "run/config.toml")
+    assert again.code == 0
+    assert "is finished" in again.out
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path, play, program) -> None:
+    command = (*DEBUG, "--input", play, "--out_dir", tmp_path / "run", "--max_steps", 10**6)
+    process = start(*command, cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3 "):
+            break
+    second = program(*command)
+    process.kill()
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert second.code == 2
+    assert "another process" in second.err
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "flags", "words"),
+    [
+        (10**9, ("--batch_size", 10**6), r"--batch_size 1000000 .* [\d.]+ GB"),
+        (10**4, (), "memory"),
+    ],
+)
+def test_too_little_memory_is_found_before_the_model_is_built(
+    program, play, monkeypatch, free_bytes, flags, words
+) -> None:
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda device: free_bytes)
+    done = program(*DEBUG, "--input", play, "--out_dir", "run", *flags)
+    assert done.code == 2
+    assert re.search(words, done.err)
+    assert not Path("run/log.md").exists()

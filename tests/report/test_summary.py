@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import torch
+
+from gptforge.config import GPTConfig
+from gptforge.model import GPT
+from gptforge.report.summary import model_summary
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_summary_of_gpt2() -> None:
+    config = GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
+    expected = (GOLDEN / "summary-gpt2.txt").read_text(encoding="utf-8")
+    with torch.device("meta"):
+        model = GPT(config)
+    assert model_summary(model) + "\n" == expected
+
+
+def test_summary_of_a_single_block() -> None:
+    lines = model_summary(GPT(GPTConfig(8, 16, 1, 1, 4))).splitlines()
+    assert "      (0): Block(" in lines
+    assert "      └─Block 0: (244 parameters)" in lines

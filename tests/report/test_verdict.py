@@ -1,0 +1,79 @@
+import pytest
+
+from gptforge.report.metrics import History
+from gptforge.report.verdict import verdict
+from tests.report.events import eval_events, train_event
+
+
+def summarize(evals, *, train=None, total_steps=150, epochs=3, has_val=True) -> str:
+    history = History(train=train or [train_event(total_steps - 1, 0.05)], evals=evals)
+    return verdict(
+        history, total_steps=total_steps, epochs=epochs, out_dir="runs/x", has_val=has_val
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        (((50, 5.0), (100, 4.0), (150, 3.0)), "still improving"),
+        (((50, 5.0), (100, 4.0), (150, 3.999)), "almost stopped"),
+        (((50, 5.0), (100, 4.0), (150, 7.0)), "it may be temporary"),
+        (((50, 5.0), (100, 4.0), (150, 4.01), (200, 4.0)), "stayed level"),
+        (((50, 5.0), (120, 4.0), (150, 4.01)), "In the 30 steps after that it stayed level"),
+        (((50, 5.0), (100, 4.0), (150, 4.01)), "stayed level"),
+        (((50, 5.0),), "evaluated only once"),
+        # Each difference is small at the end of a cosine schedule; their sum is not.
+        ([(i, 3 - i / 200 + (i / 200) ** 2 / 4) for i in range(50, 400, 50)], "still improving"),
+        # Ten steps after an evaluation that was stopped early, nothing improves much.
+        (((250, 5.0), (260, 4.99)), "too late to tell"),
+        (((250, 5.0), (260, 4.0)), "too late to tell"),
+        (((500, 4.0), (800, 3.0), (1000, 2.9)), "still improving"),
+        (((100, 4.0), (900, 2.0), (1000, 1.999)), "evaluated too rarely"),
+        (((100, 2.0), (900, 2.0), (1000, 1.999)), "almost stopped"),
+        (((250, 4.0), (255, 4.001), (260, 4.002)), "is unknown"),
+        # Steps count, not the number of evaluations.
+        (((10, 5.0), (20, 3.0), (28, 2.01), (29, 2.005), (30, 2.0)), "still improving"),
+    ],
+)
+def test_verdict_describes_the_curve(losses, words) -> None:
+    text = summarize(eval_events(*losses), total_steps=losses[-1][0])
+    assert words in text
+    assert f"{min(loss for _, loss in losses):.4f}" in text
+    assert "python gpt.py sample runs/x" in text
+
+
+@pytest.mark.parametrize(
+    ("train_losses", "epochs", "words"),
+    [
+        ((5.0, 3.9, 0.5), 14, "began to overfit"),
+        # Within the first epoch nothing can be memorized.
+        ((5.0, 3.9, 3.5), 0.4, "it may be temporary"),
+        ((5.0, 3.9, 6.5), 14, "a smaller --max_lr may help"),
+        ((5.0, 3.9, 7.5), 0.4, "a smaller --max_lr may help"),
+        # The training loss did not improve either, after many epochs.
+        ((5.0, 3.9, 3.9), 14, "it may be temporary"),
+    ],
+)
+def test_overfitting_needs_a_falling_training_loss(train_losses, epochs, words) -> None:
+    evals = eval_events((50, 5.0), (100, 4.0), (150, 7.0))
+    evals[-1]["epoch"] = epochs
+    train = [
+        train_event(50 * i + j, loss) for i, loss in enumerate(train_losses) for j in range(30, 50)
+    ]
+    text = summarize(evals, train=train, epochs=epochs)
+    assert "After that it got worse, 7.0000" in text and words in text
+    assert "The best checkpoint was kept" in text
+
+
+def test_without_val_split_and_without_evaluation() -> None:
+    assert "No text was held out" in summarize([], total_steps=10, has_val=False)
+    stopped_early = summarize([], total_steps=10)
+    assert "was not evaluated" in stopped_early
+    assert "held out" not in stopped_early
+
+
+def test_a_diverged_run_has_no_sample_command() -> None:
+    train = [train_event(9) | {"loss": None}]
+    evals = [eval_events((10, 1.0))[0] | {"val_loss": None}]
+    text = summarize(evals, train=train, total_steps=10)
+    assert text == "The held-out loss was always NaN or Inf: training diverged."
