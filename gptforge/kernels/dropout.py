@@ -68,7 +68,7 @@ def apply_dropout(dropout: DropoutSeed | None, x: Tensor) -> Tensor:
 
 
 def _hash(count: int, seed: int, device: torch.device) -> Tensor:
-    # uint32 arithmetic in int64: products may overflow, but their low 32 bits are right.
+    # uint32 arithmetic in int64: a multiplication may overflow, but its low 32 bits are right.
     x = torch.arange(count, device=device) * 0x9E3779B1 + seed & _UINT32
     x = (x ^ (x >> 15)) * 0x735A2D97 & _UINT32
     return (x ^ (x >> 16)) | 1

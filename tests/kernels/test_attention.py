@@ -30,14 +30,14 @@ def test_matmul_attention_matches_double_precision(B, H, T, D, dtype) -> None:  
     torch.manual_seed(T)
     qkv = torch.randn(B, T, 3, H, D).to(dtype)
     dy = torch.randn(B, H, T, D).to(dtype)
-    ours, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    y = matmul_attention(*ours.permute(2, 0, 3, 1, 4), 0.0)
+    copy, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    y = matmul_attention(*copy.permute(2, 0, 3, 1, 4), 0.0)
     expected = F.scaled_dot_product_attention(*exact.permute(2, 0, 3, 1, 4), is_causal=True)
     y.backward(dy)
     expected.backward(dy.double())
     tol = 1e-5 if dtype == torch.float32 else 2e-2
     assert rel_error(y, expected) <= tol
-    assert rel_error(ours.grad, exact.grad) <= tol
+    assert rel_error(copy.grad, exact.grad) <= tol
 
 
 def test_autocast_keeps_bfloat16_and_dropout_drops() -> None:

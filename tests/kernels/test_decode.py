@@ -56,8 +56,8 @@ def decode_inputs(rows: int, slot: int, device: torch.device) -> DecodeInputs:
     return DecodeInputs(ids.to(device), starts.to(device), torch.tensor([slot], device=device))
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_embedding(triton_device, shape) -> None:
@@ -122,8 +122,8 @@ def test_decode_attention_reads_from_start_to_itself(triton_device, shape, fille
     slots = torch.arange(S, device=triton_device)
     mask = (slots >= inputs.starts) & (slots < filled)
     expected = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None])
-    ours = decode_attention(qkv, cache, inputs.starts, inputs.slot)
-    torch.testing.assert_close(ours.float(), expected.flatten(1), rtol=1e-2, atol=1e-3)
+    out = decode_attention(qkv, cache, inputs.starts, inputs.slot)
+    torch.testing.assert_close(out.float(), expected.flatten(1), rtol=1e-2, atol=1e-3)
     assert torch.equal(cache[..., :filled, :].float(), torch.stack([keys, values])[..., :filled, :])
     assert bool(cache[..., filled:, :].isnan().all())
 
@@ -191,8 +191,8 @@ def test_decode_attention_step_by_step_matches_the_full_sequence() -> None:
         full = F.scaled_dot_product_attention(
             q[row, :, start:], k[row, :, start:], v[row, :, start:], is_causal=True
         )  # (H, S - start, D)
-        ours = torch.stack([step[row] for step in steps])  # (S - 4, C)
-        assert_close(ours.view(-1, H, D), full[:, 4 - start :].transpose(0, 1))
+        out = torch.stack([step[row] for step in steps])  # (S - 4, C)
+        assert_close(out.view(-1, H, D), full[:, 4 - start :].transpose(0, 1))
 
 
 def test_fused_decode_needs_a_gpu() -> None:

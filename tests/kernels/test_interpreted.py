@@ -1,7 +1,7 @@
 """The Triton kernels on CPU tensors, by Triton's interpreter.
 
 Triton decides on its import whether to interpret, so this folder's tests run again in a child
-process. To run one of them by hand: TRITON_INTERPRET=1 pytest tests/kernels/test_decode.py
+process. To run one of them directly: TRITON_INTERPRET=1 pytest tests/kernels/test_decode.py
 """
 
 import importlib.util

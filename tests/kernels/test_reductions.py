@@ -25,16 +25,16 @@ def test_column_sums_are_added(device, rows, columns) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
 def test_deferred_sums_match_immediate_ones(device, count) -> None:
-    """Of several sizes, some with more columns than are wanted."""
+    """Of several sizes, some with more columns than are needed."""
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("torch sums at once on a CPU")
     torch.manual_seed(count)
     sizes = [(1, 8, 8), (700, 96, 64), (33, 1600, 1600), (513, 40, 7), (2, 33, 33)]
     pending, expected, deferred, repeated, immediate = PendingReductions(), [], [], [], []
-    for rows, columns, wanted in (sizes * 2)[:count]:
+    for rows, columns, out_columns in (sizes * 2)[:count]:
         partials = torch.randn(rows, columns, device=device)
-        before = torch.randn(wanted, device=device)
-        expected.append(before.double() + partials.double().sum(0)[:wanted])
+        before = torch.randn(out_columns, device=device)
+        expected.append(before.double() + partials.double().sum(0)[:out_columns])
         deferred.append((partials, before.clone()))
         repeated.append((partials, before.clone()))
         accumulate_partials(partials, deferred[-1][1], pending)
