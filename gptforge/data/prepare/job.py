@@ -265,7 +265,7 @@ class JobRunner:
                 pending, is_val = pending[position:], False
             elif len(pending) > MAX_UNBROKEN_CHARS:
                 raise UserError(
-                    f"{span.source.name}: {MAX_UNBROKEN_CHARS:,} characters without whitespace: "
+                    f"{span.source.name}: {MAX_UNBROKEN_CHARS:,} characters without a space: "
                     "this is not text; leave the file out"
                 )
         if pending:
