@@ -1,1 +1,1 @@
-"""From a text to the batches of a run."""
+"""The data path: from text files to the batches of a run."""

@@ -1,6 +1,6 @@
-"""What can be told about data at a glance, before a device is touched.
+"""Quick checks of a data set, from its index and both ends of its tokens.
 
-Training looks at this each time; `gptforge doctor` looks at all of the data.
+They run before each training; `gptforge doctor` reads all of the data.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,15 @@ from gptforge.data.token_dataset import TokenDataset
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths
 
+SAMPLE_TOKENS = 2**18  # read at each end of the tokens
+# A vocabulary of thousands that fits the text is in between; GPT-2's has 3.4 on plays.
+MIN_BYTES_PER_TOKEN, MAX_BYTES_PER_TOKEN = 2.0, 12.0
+LARGE_VOCAB = 1000  # ids from which on a vocabulary holds words and parts of words
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing, and what to do about it."""
+    """Something found about data or a machine, how bad it is, and how to fix it."""
 
     level: Literal["good", "warning", "error"]
     message: str
@@ -28,83 +33,69 @@ class Finding:
 
 
 def ok(message: str) -> Finding:
-    """As it should be."""
+    """Return a finding that needs no action."""
     return Finding("good", message)
 
 
 def warning(message: str, fix: str = "") -> Finding:
-    """Worth a look; work goes on."""
+    """Return a finding that work can continue with."""
     return Finding("warning", message, fix)
 
 
 def error(message: str, fix: str = "") -> Finding:
-    """Nothing good would come of it."""
+    """Return a finding that must be fixed first."""
     return Finding("error", message, fix)
 
 
-SAMPLE_TOKENS = 2**18
-"""Tokens that are looked at, at either end of a stream."""
-MIN_BYTES_PER_TOKEN, MAX_BYTES_PER_TOKEN = 2.0, 12.0
-"""Bytes a token, between which a vocabulary of thousands fits a text; GPT-2's: 3.4 on plays."""
-LARGE_VOCAB = 1000
-"""Ids from which on a vocabulary is one of words and parts of words."""
+def quick_check(dataset: Dataset, *, context_length: int, global_batch: int = 1) -> list[Finding]:
+    """Check a data set's size, ids, end-of-text ids and bytes per token."""
+    try:
+        ends = _ends(dataset.train)
+        _ends(dataset.val)
+    except UserError as mistake:  # an id outside the vocabulary
+        return [error(str(mistake))]
+    return [
+        *_check_size(dataset, context_length, global_batch),
+        *_check_eot(dataset, ends),
+        *_check_vocab(dataset, ends),
+    ]
 
 
-def quick_check(corpus: Dataset, *, context_length: int, global_batch: int = 1) -> list[Finding]:
-    """Findings about a corpus from its index, its headers and a look at both ends of it."""
-    if bad := _ids(corpus):
-        return bad
-    return [*_size(corpus, context_length, global_batch), *_marks(corpus), *_fit(corpus)]
-
-
-def _size(corpus: Dataset, context_length: int, global_batch: int) -> list[Finding]:
-    train, held_out = len(corpus.train), len(corpus.val)
-    windows = count_sequences(train, context_length)
-    what = f"{train:,} tokens to learn from, {windows:,} windows of {context_length}"
-    if windows == 0:
-        return [
-            error(what, too_short_hint(train)),
-        ]
-    found = [ok(what)]
-    if windows < global_batch:
-        found = [
+def _check_size(dataset: Dataset, context_length: int, global_batch: int) -> list[Finding]:
+    num_train, num_val = len(dataset.train), len(dataset.val)
+    sequences = count_sequences(num_train, context_length)
+    size = f"{num_train:,} training tokens, {sequences:,} sequences of {context_length}"
+    if sequences == 0:
+        return [error(size, too_short_hint(num_train))]
+    findings = [ok(size)]
+    if sequences < global_batch:
+        findings = [
             warning(
-                f"{what}, fewer than the {global_batch} of one update",
-                "each update sees some of the text twice; use more text, a smaller "
-                "--context_length or a smaller --batch_size",
+                f"{size}, fewer than the {global_batch} of one step",
+                "each step sees some of the text twice; use more text, a smaller --context_length "
+                "or a smaller --batch_size",
             )
         ]
-    if corpus.val_fraction and held_out < 2:
-        found.append(error(f"{held_out} tokens held out", corpus.more_val_hint))
-    elif 0 < held_out <= context_length:
-        found.append(
+    if dataset.val_fraction and num_val < 2:
+        findings.append(error(f"{num_val} tokens held out", dataset.more_val_hint))
+    elif 0 < num_val <= context_length:
+        findings.append(
             warning(
-                f"only {held_out:,} tokens are held out, not one window",
-                f"the judgement will be rough; {corpus.more_val_hint}",
+                f"only {num_val:,} tokens are held out, less than one sequence",
+                f"the validation loss will be noisy; {dataset.more_val_hint}",
             )
         )
-    elif held_out:
-        found.append(ok(f"{held_out:,} tokens held out"))
-    return found
+    elif num_val:
+        findings.append(ok(f"{num_val:,} tokens held out"))
+    return findings
 
 
-def _ids(corpus: Dataset) -> list[Finding]:
-    try:
-        for stream in (corpus.train, corpus.val):
-            _ends(stream)
-    except UserError as mistake:
-        return [error(str(mistake))]
-    return []
-
-
-def _marks(corpus: Dataset) -> list[Finding]:
-    mark = corpus.tokenizer.eot_token
-    if mark is None or corpus.documents == 1 or len(corpus.train) < SAMPLE_TOKENS:
+def _check_eot(dataset: Dataset, ends: list[np.ndarray]) -> list[Finding]:
+    eot_token = dataset.tokenizer.eot_token
+    # A data set that is known to hold documents may hold long ones.
+    if eot_token is None or dataset.documents or len(dataset.train) < SAMPLE_TOKENS:
         return []
-    if any(bool(np.any(part == mark)) for part in _ends(corpus.train)):
-        return []
-    if corpus.documents:
-        # It is known to hold documents, and they may be long ones.
+    if any(bool(np.any(ids == eot_token)) for ids in ends):
         return []
     return [
         warning(
@@ -114,34 +105,36 @@ def _marks(corpus: Dataset) -> list[Finding]:
     ]
 
 
-def _fit(corpus: Dataset) -> list[Finding]:
-    """Whether the vocabulary was made for such text, or the shards with this vocabulary."""
-    known = corpus.tokenizer
-    if known.vocab_size < LARGE_VOCAB:
+def _check_vocab(dataset: Dataset, ends: list[np.ndarray]) -> list[Finding]:
+    """Check that the vocabulary was made for such text, and the shards with it."""
+    tokenizer = dataset.tokenizer
+    if tokenizer.vocab_size < LARGE_VOCAB:
         return []
-    if corpus.bytes:
-        tokens = len(corpus.train) + len(corpus.val)
-        return check_bytes_per_token(corpus.bytes / max(1, tokens), known.name)
-    # Shards of others do not say how much text they stand for.
-    lengths = byte_lengths(known)
-    seen = np.concatenate([lengths[part] for part in _ends(corpus.train)])
-    return check_bytes_per_token(float(seen.mean()), known.name)
+    if dataset.bytes:
+        num_tokens = len(dataset.train) + len(dataset.val)
+        return check_bytes_per_token(dataset.bytes / max(1, num_tokens), tokenizer.name)
+    # Shards of other programs do not say how much text they hold.
+    lengths = byte_lengths(tokenizer)
+    sample = np.concatenate([lengths[ids] for ids in ends])
+    return check_bytes_per_token(float(sample.mean()), tokenizer.name)
 
 
 def check_bytes_per_token(ratio: float, name: str) -> list[Finding]:
-    """What bytes a token say about a vocabulary of thousands."""
-    what = f"{ratio:.2f} bytes a token with the tokenizer {name}"
+    """Check the bytes per token of a vocabulary of thousands."""
+    message = f"{ratio:.2f} bytes per token with the tokenizer {name}"
     if MIN_BYTES_PER_TOKEN <= ratio <= MAX_BYTES_PER_TOKEN:
-        return [ok(what)]
-    remedy = (
-        "this vocabulary was made for other text, or shards for another vocabulary: "
-        "`gptforge tokenizer train` makes one for yours"
-    )
+        return [ok(message)]
     if ratio > MAX_BYTES_PER_TOKEN:
-        remedy = "that is too good for text: is it all the same, or not text at all?"
-    return [warning(what, remedy)]
+        return [warning(message, "too good for text: is it all the same, or not text at all?")]
+    return [
+        warning(
+            message,
+            "this vocabulary was made for other text, or the shards for another vocabulary: "
+            "`gptforge tokenizer train` makes one for your text",
+        )
+    ]
 
 
-def _ends(stream: TokenDataset) -> list[np.ndarray]:
-    length = len(stream)
-    return [stream[:SAMPLE_TOKENS], stream[max(0, length - SAMPLE_TOKENS) : length]]
+def _ends(tokens: TokenDataset) -> list[np.ndarray]:
+    length = len(tokens)
+    return [tokens[:SAMPLE_TOKENS], tokens[max(0, length - SAMPLE_TOKENS) : length]]

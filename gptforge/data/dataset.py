@@ -265,7 +265,7 @@ def _from_index(
         val_fraction=index.val_fraction,
         **totals,
         notices=(*notices, *index.record.get("notices", ())),
-        input_splits=index.inputs,
+        input_splits=index.input_splits,
         is_split_by_name=index.record["split"].get("rule") == "files",
         is_prepared=is_prepared,
     )

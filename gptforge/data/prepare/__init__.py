@@ -1,1 +1,1 @@
-"""TODO"""
+"""Prepare text: files of any kind and size into token shards."""

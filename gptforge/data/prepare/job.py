@@ -1,17 +1,14 @@
-"""One job of a preparation: a stretch of the data into shards of its own.
+"""One job of a preparation: encode spans of the input files into shards of their own.
 
-Jobs know nothing of each other, so any number of processes gives the same bytes.
+Jobs are independent, so the shards do not depend on the number of processes.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gptforge import files
+from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.readers import has_many_documents, read_documents
 from gptforge.data.prepare.scan import scan_text
@@ -20,335 +17,291 @@ from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
 from gptforge.data.prepare.split_writer import BATCH_CHARS, SplitWriter
 from gptforge.data.prepare.text_io import Chunk, TextFormat, describe_fixes, read_chunks
 from gptforge.errors import RunError, UserError
-from gptforge.tokenizers.base import (
-    END_OF_TEXT,
-    SAFE_CUT,
-    Tokenizer,
-    smallest_dtype,
-)
+from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT
 from gptforge.tokenizers.fast_encode import FastEncoder
 
-SMALL_FILE_BYTES = 2**23
-"""Bytes of a text file that is read whole."""
-MAX_UNBROKEN_CHARS = 2**26
-"""Characters without a blank that are still taken for text."""
-SELF_CHECK_CHARS = 2**16
-"""Characters at a job's beginning that both encoders are shown."""
+SMALL_FILE_BYTES = 2**23  # text files up to this size are read into memory
+MAX_UNBROKEN_CHARS = 2**26  # more characters without whitespace are not text
 
 
 @dataclass(frozen=True)
 class FileSpan:
-    """A file, or a part of one."""
+    """A file or a part of one.
+
+    Attributes:
+        source_index: number of the source in the request.
+        source: the file.
+        start: byte of a text or of JSON lines, row group of a Parquet file.
+        stop: where the span ends, in the same unit; None is the end of the file.
+        split: where all of it belongs, known for parts of a long text.
+        starts_document: whether a document starts with it.
+        num_bytes: its share of the file's size, for the progress bar.
+    """
 
     source_index: int
-    """Of the source."""
     source: Source
     start: int = 0
-    """Byte of a text or of JSON lines, row group of Parquet."""
     stop: int | None = None
     split: SplitName | None = None
-    """Set where the piece is a part of one long text."""
     starts_document: bool = True
-    """Whether a document begins with it."""
     num_bytes: int = 0
-    """Bytes of the file that it stands for."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pieces that make shards of their own."""
+    """Spans that are encoded into shards of their own."""
 
     index: int
     spans: tuple[FileSpan, ...]
 
 
+@dataclass(frozen=True)
+class JobSettings:
+    """What all jobs of a preparation share."""
+
+    out_dir: Path
+    tokenizer_file: Path
+    split_rule: SplitRule
+    text_format: TextFormat
+    skip_bad: bool
+
+
 @dataclass
 class JobResult:
-    """What a job made: all that the index needs."""
+    """What the index needs to know about a finished job.
+
+    Attributes:
+        shards: records of the shards.
+        skipped: number of skipped inputs by problem.
+        examples: some of the skipped inputs, with their locations.
+        notices: what was repaired while reading.
+        encoder: name of the encoder.
+        splits: the splits that text of each source went to, by source index.
+        num_eot_literals: how often the end-of-text mark stands in the text as characters.
+    """
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     encoder: str = ""
-    splits: dict[str, list[SplitName]] = field(default_factory=dict)
-    """By the number of a source, as text: the sides that text of it went to."""
+    splits: dict[int, list[SplitName]] = field(default_factory=dict)
     num_eot_literals: int = 0
-    """Literal end-of-text marks in the text."""
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept until all jobs are done."""
-        return asdict(self)
+        """Return the record that is kept until all jobs are finished."""
+        record = asdict(self)
+        return record | {"sides": record.pop("splits"), "marks": record.pop("num_eot_literals")}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "JobResult":
-        """Read what `to_json` wrote; a ValueError or whatever comes first if it is not that."""
-        done = cls(**record)
-        texts = [done.encoder, *done.examples, *done.notices]
-        counts = list(done.skipped.values())
-        for shard in done.shards:
+        """Read the record of `to_json`; any exception means that it is something else."""
+        fields = dict(record)
+        splits = {int(index): splits for index, splits in fields.pop("sides").items()}
+        result = cls(splits=splits, num_eot_literals=fields.pop("marks"), **fields)
+        texts = [result.encoder, *result.examples, *result.notices]
+        counts = [*result.skipped.values(), result.num_eot_literals]
+        for shard in result.shards:
             texts += [shard["file"], shard["sha256"]]
             counts += [shard[name] for name in ("documents", "characters", "bytes", "tokens")]
             if Path(shard["file"]).name != shard["file"] or shard["split"] not in ("train", "val"):
                 raise ValueError("not a shard of this folder")
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a text was expected")
+            raise TypeError("expected a string")
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
-            raise TypeError("a count was expected")
-        return done
+            raise TypeError("expected a count")
+        return result
 
 
 class JobRunner:
-    """Does jobs, one after the other.
+    """Runs jobs, one after the other.
 
     Args:
-        folder: where the shards go.
-        tokenizer: what encodes.
-        split: which side a document belongs to.
-        form: how text is found.
-        skip_bad: whether to leave out what cannot be read.
-        progress: told how many bytes of the files are done, and how many bytes of text; may raise
-            to stop the work.
+        settings: what all jobs share.
+        progress: called with further bytes of the files and of text that are done; an exception
+            that it raises stops the job.
     """
 
-    def __init__(
-        self,
-        out_dir: Path,
-        tokenizer: Tokenizer,
-        split_rule: SplitRule,
-        text_format: TextFormat,
-        *,
-        skip_bad: bool,
-        progress: Callable[[int, int], None] = lambda read, text: None,
-    ) -> None:
-        self._folder, self._split, self._form = out_dir, split_rule, text_format
-        self._skip_bad, self._progress = skip_bad, progress
-        self._tokenizer = tokenizer
-        self._encoder = FastEncoder(tokenizer)
-        self._dtype = smallest_dtype(tokenizer.vocab_size)
+    def __init__(self, settings: JobSettings, progress: Callable[[int, int], None]) -> None:
+        self._settings, self._progress = settings, progress
+        self._split_rule, self._text_format = settings.split_rule, settings.text_format
+        self._tokenizer = tokenizers.load(settings.tokenizer_file)
+        self._encoder = FastEncoder(self._tokenizer)
 
     def run(self, job: Job) -> JobResult:
-        """Make the shards of a job; all of them are whole when this returns."""
-        self._skipped, self._notices = BadInputHandler(self._skip_bad), set[str]()
-        self._sides: dict[SplitName, SplitWriter] = {
-            "train": SplitWriter(self._folder, "train", job.index, self._dtype),
-            "val": SplitWriter(self._folder, "val", job.index, self._dtype),
+        """Write the shards of a job; all of them are complete when this returns.
+
+        Raises:
+            UserError: for input that is not usable text.
+            RunError: if the disk is full.
+        """
+        out_dir = self._settings.out_dir
+        self._bad_input = BadInputHandler(self._settings.skip_bad)
+        self._splits: dict[int, set[SplitName]] = {}
+        self._num_eot_literals = 0
+        names: tuple[SplitName, ...] = ("train", "val")
+        self._writers = {
+            name: SplitWriter(
+                out_dir,
+                name,
+                job.index,
+                self._tokenizer,
+                self._encoder,
+                prepend_eot=self._split_rule.prepend_eot,
+            )
+            for name in names
         }
-        self._waiting: dict[SplitName, list[str]] = {"train": [], "val": []}
-        self._names: dict[SplitName, list[str]] = {"train": [], "val": []}
-        self._is_checked = False
-        self._sides_of: dict[int, set[SplitName]] = {}
-        self._marks = 0
         try:
-            for piece in job.spans:
-                self._take(piece)
-            for side in self._sides:
-                self._flush(side)
-                self._sides[side].close()
-        except OSError as error:
-            self._abandon()
-            if error.errno not in files.DISK_FULL_ERRNOS:
+            for span in job.spans:
+                self._encode_span(span)
+            for writer in self._writers.values():
+                writer.close()
+        except BaseException as error:
+            for writer in self._writers.values():
+                writer.abort()
+            if not isinstance(error, OSError) or error.errno not in files.DISK_FULL_ERRNOS:
                 raise
-            where = Path(error.filename or self._folder).as_posix()
+            path = Path(error.filename or out_dir).as_posix()
             raise RunError(
-                f"{where}: the disk is full: make room; what is finished was kept, and the same "
-                "command goes on"
+                f"{path}: the disk is full: free some space; finished parts are kept, and the same "
+                "command resumes"
             ) from None
-        except BaseException:
-            self._abandon()
-            raise
-        made = [shard for shards in self._sides.values() for shard in shards.shards]
-        skipped = self._skipped
         return JobResult(
-            made,
-            dict(skipped.counts),
-            skipped.examples,
-            sorted(self._notices | skipped.notices),
+            [shard for writer in self._writers.values() for shard in writer.shards],
+            dict(self._bad_input.counts),
+            self._bad_input.examples,
+            sorted(self._bad_input.notices),
             self._encoder.name,
-            {str(number): sorted(sides) for number, sides in sorted(self._sides_of.items())},
-            self._marks,
+            {index: sorted(splits) for index, splits in sorted(self._splits.items())},
+            self._num_eot_literals,
         )
 
-    def _abandon(self) -> None:
-        for shards in self._sides.values():
-            shards.abort()
-
-    def _take(self, piece: FileSpan) -> None:
-        if has_many_documents(piece.source, self._form):
-            self._take_documents(piece)
-        elif (
-            piece.split is None
-            and not piece.source.compression
-            and piece.source.size <= SMALL_FILE_BYTES
-        ):
-            self._take_whole(piece)
+    def _encode_span(self, span: FileSpan) -> None:
+        source = span.source
+        if has_many_documents(source, self._text_format):
+            self._encode_documents(span)
+        elif span.split is None and not source.compression and source.size <= SMALL_FILE_BYTES:
+            self._encode_small_file(span)
         else:
-            self._take_long(piece)
+            self._encode_long_text(span)
 
-    def _take_documents(self, piece: FileSpan) -> None:
-        found = read_documents(
-            piece.source, self._form, self._skipped, start=piece.start, stop=piece.stop
-        )
-        told = text_bytes = 0
-        for document in found:
-            self._add(piece.source, (piece.source_index, document.index), document.text)
+    def _encode_documents(self, span: FileSpan) -> None:
+        reported = text_bytes = 0
+        for document in read_documents(
+            span.source, self._text_format, self._bad_input, start=span.start, stop=span.stop
+        ):
+            self._add_document(span, document.index, document.text)
             text_bytes += len(document.text)
             if text_bytes >= BATCH_CHARS:
-                self._progress(document.bytes_read - told, text_bytes)
-                told, text_bytes = document.bytes_read, 0
-        self._progress(piece.num_bytes - told, text_bytes)
+                self._progress(document.bytes_read - reported, text_bytes)
+                reported, text_bytes = document.bytes_read, 0
+        self._progress(span.num_bytes - reported, text_bytes)
 
-    def _take_whole(self, piece: FileSpan) -> None:
+    def _encode_small_file(self, span: FileSpan) -> None:
         try:
-            parts = list(read_chunks(piece.source, encoding=self._form.encoding))
+            chunks = list(read_chunks(span.source, encoding=self._text_format.encoding))
         except BadInput as bad:
-            self._skipped.handle(bad)
+            self._bad_input.handle(bad)
             return
-        text = "".join(chunk.text for chunk in parts)
-        for chunk in parts:
-            self._notice(piece.source, chunk)
+        for chunk in chunks:
+            self._note_fixes(span.source, chunk)
+        text = "".join(chunk.text for chunk in chunks)
         if text.strip():
-            self._add(piece.source, (piece.source_index, 0), text)
-        self._progress(piece.num_bytes, len(text))
+            self._add_document(span, 0, text)
+        self._progress(span.num_bytes, len(text))
 
-    def _take_long(self, piece: FileSpan) -> None:
-        """A text that does not fit into memory, or a part of one: written as it is read."""
-        source, text_format, side = piece.source, self._form, piece.split
-        cut: int | None = None
-        if side is None:
+    def _encode_long_text(self, span: FileSpan) -> None:
+        """Encode a text that may not fit into memory, or a part of one, while reading it."""
+        split, cut = span.split, None
+        if split is None:
             try:
-                facts = scan_text(source, text_format.encoding)
+                stats = scan_text(span.source, self._text_format.encoding)
             except BadInput as bad:
-                self._skipped.handle(bad)
+                self._bad_input.handle(bad)
                 return
-            if facts.is_blank:
+            if stats.is_blank:
                 return
-            side = self._split.assign((piece.source_index, 0), facts.digest)
-            cut = self._split.cut if self._split.rule == "character" else None
-        self._flush(side)
-        is_first, told = piece.starts_document, 0
-        for text, reached, is_held_out in self._long_parts(piece, cut):
-            if is_held_out:
-                side, is_first = "val", True
-            self._sides_of.setdefault(piece.source_index, set()).add(side)
-            self._marks += text.count(END_OF_TEXT)
-            with _told_of(source.name):
-                ids = self._encode(text)
-            if is_first and self._split.prepend_eot:
-                assert self._tokenizer.eot_token is not None
-                mark = np.array([self._tokenizer.eot_token], self._dtype)
-                self._sides[side].write(mark, num_documents=0, num_chars=0, num_bytes=0)
-            self._write(side, ids, [text], documents=int(is_first))
-            is_first = False
-            self._progress(reached - told, len(text))
-            told = reached
-        self._progress(piece.num_bytes - told, 0)
+            split = self._split_rule.assign((span.source_index, 0), stats.digest)
+            cut = self._split_rule.cut if self._split_rule.rule == "character" else None
+        starts_document, reported = span.starts_document, 0
+        for text, bytes_read, is_val in self._independent_parts(span, cut):
+            if is_val:
+                split, starts_document = "val", True
+            self._count(span, split, text)
+            writer = self._writers[split]
+            writer.add_part(text, span.source.name, starts_document=starts_document)
+            starts_document = False
+            self._progress(bytes_read - reported, len(text))
+            reported = bytes_read
+        self._progress(span.num_bytes - reported, 0)
 
-    def _long_parts(self, piece: FileSpan, cut: int | None) -> Iterator[tuple[str, int, bool]]:
-        """Pieces of a long text that are encoded for themselves; at `cut` the other side begins."""
-        kept, passed, begins = "", 0, False
+    def _independent_parts(
+        self, span: FileSpan, cut: int | None
+    ) -> Iterator[tuple[str, int, bool]]:
+        """Split a long text where the ids of its parts are those of the text.
+
+        Yields:
+            A part, the bytes of the file read so far, and whether validation starts with it, at
+            character `cut`.
+        """
+        pending, num_chars, is_val = "", 0, False
         for chunk in read_chunks(
-            piece.source, encoding=self._form.encoding, start=piece.start, stop=piece.stop
+            span.source, encoding=self._text_format.encoding, start=span.start, stop=span.stop
         ):
-            self._notice(piece.source, chunk)
-            text, passed_before = chunk.text, passed
-            passed += len(text)
-            if cut is not None and passed_before <= cut < passed:
-                head = kept + text[: cut - passed_before]
+            self._note_fixes(span.source, chunk)
+            text, chunk_start = chunk.text, num_chars
+            num_chars += len(text)
+            if cut is not None and chunk_start <= cut < num_chars:
+                head = pending + text[: cut - chunk_start]
                 if head:
-                    yield head, chunk.bytes_read, begins
-                kept, text, begins = "", text[cut - passed_before :], True
-            since = max(1, len(kept) - 1)
-            kept += text
-            place = last_safe_cut(kept, since)
-            if place is not None:
-                yield kept[:place], chunk.bytes_read, begins
-                kept, begins = kept[place:], False
-            elif len(kept) > MAX_UNBROKEN_CHARS:
+                    yield head, chunk.bytes_read, is_val
+                pending, text, is_val = "", text[cut - chunk_start :], True
+            # A blank at the old end may become a safe cut by what follows it.
+            search_start = max(1, len(pending) - 1)
+            pending += text
+            position = last_safe_cut(pending, search_start)
+            if position is not None:
+                yield pending[:position], chunk.bytes_read, is_val
+                pending, is_val = pending[position:], False
+            elif len(pending) > MAX_UNBROKEN_CHARS:
                 raise UserError(
-                    f"{piece.source.name}: {MAX_UNBROKEN_CHARS:,} characters without a blank: this is no "
-                    "text; leave the file out"
+                    f"{span.source.name}: {MAX_UNBROKEN_CHARS:,} characters without a space: "
+                    "this is not text; leave the file out"
                 )
-        if kept:
-            yield kept, piece.num_bytes, begins
+        if pending:
+            yield pending, span.num_bytes, is_val
 
-    def _notice(self, source: Source, chunk: Chunk) -> None:
-        self._notices |= {f"{source.name}: {words}" for words in describe_fixes(chunk)}
-
-    def _add(self, source: Source, place: tuple[int, int], text: str) -> None:
-        if self._split.rule == "character":
+    def _add_document(self, span: FileSpan, document_index: int, text: str) -> None:
+        rule = self._split_rule
+        if rule.rule == "character":
             parts: list[tuple[SplitName, str]] = [
-                ("train", text[: self._split.cut]),
-                ("val", text[self._split.cut :]),
+                ("train", text[: rule.cut]),
+                ("val", text[rule.cut :]),
             ]
         else:
-            is_by_hash = self._split.rule == "hash" or self._split.exceptions
-            digest = text_digest(text) if is_by_hash else 0
-            parts = [(self._split.assign(place, digest), text)]
-        for side, part in parts:
+            # Hashing every document costs time, and few rules need it.
+            digest = text_digest(text) if rule.rule == "hash" or rule.exceptions else 0
+            parts = [(rule.assign((span.source_index, document_index), digest), text)]
+        for split, part in parts:
             if part:
-                self._sides_of.setdefault(place[0], set()).add(side)
-            self._marks += part.count(END_OF_TEXT)
-            waiting = self._waiting[side]
-            waiting.append(part)
-            self._names[side].append(source.name)
-            if len(part) >= BATCH_CHARS or sum(map(len, waiting)) >= BATCH_CHARS:
-                self._flush(side)
+                self._count(span, split, part)
+            self._writers[split].add_document(part, span.source.name)
 
-    def _flush(self, side: SplitName) -> None:
-        texts, self._waiting[side] = self._waiting[side], []
-        names, self._names[side] = self._names[side], []
-        if not texts:
-            return
-        try:
-            if self._split.prepend_eot:
-                self._check(texts[0])
-                ids = self._encoder.encode_documents(texts)
-            else:
-                ids = np.concatenate([self._encode(text) for text in texts])
-        except UserError:
-            for name, text in zip(names, texts, strict=True):
-                with _told_of(name):
-                    self._encoder.encode(text)
-            raise
-        self._write(side, ids, texts, documents=len(texts))
+    def _count(self, span: FileSpan, split: SplitName, text: str) -> None:
+        self._splits.setdefault(span.source_index, set()).add(split)
+        self._num_eot_literals += text.count(END_OF_TEXT)
 
-    def _encode(self, text: str) -> Any:
-        self._check(text)
-        return self._encoder.encode(text)
-
-    def _check(self, text: str) -> None:
-        if not self._is_checked:
-            self._encoder.matches_reference(text[:SELF_CHECK_CHARS])
-            self._is_checked = True
-
-    def _write(self, side: SplitName, ids: Any, texts: Sequence[str], *, documents: int) -> None:
-        self._sides[side].write(
-            ids,
-            num_documents=documents,
-            num_chars=sum(map(len, texts)),
-            num_bytes=sum(
-                len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts
-            ),
-        )
-
-
-@contextlib.contextmanager
-def _told_of(name: str) -> Iterator[None]:
-    """Put the name of a file in front of what is wrong with its text."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    def _note_fixes(self, source: Source, chunk: Chunk) -> None:
+        self._bad_input.notices |= {f"{source.name}: {fix}" for fix in describe_fixes(chunk)}
 
 
 def last_safe_cut(text: str, start: int = 1) -> int | None:
-    """The last place, from `since` on, where a text may be cut so that no id changes, if any."""
+    """Find the last index, at least `start`, where cutting a text changes none of its ids."""
     end = len(text)
     while end > start:
         begin = max(start, end - 4096)
-        places = [match.start() for match in SAFE_CUT.finditer(text, begin, end + 1)]
-        if places:
-            return places[-1]
+        cuts = [match.start() for match in SAFE_CUT.finditer(text, begin, end + 1)]
+        if cuts:
+            return cuts[-1]
         end = begin
     return None

@@ -1,9 +1,9 @@
-"""Dividing the work: which stretches of the data become shards of their own.
+"""Partition the input files into jobs.
 
-It depends on the data and the size asked for alone, not on how many processes there are.
+The jobs depend on the data and `job_bytes` alone, not on the number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,12 +11,7 @@ from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.job import FileSpan, Job
 from gptforge.data.prepare.json_reader import is_json_array
 from gptforge.data.prepare.readers import has_many_documents
-from gptforge.data.prepare.scan import (
-    ScanResult,
-    byte_offset,
-    find_safe_cuts,
-    scan_text,
-)
+from gptforge.data.prepare.scan import ScanResult, byte_offset, find_safe_cuts, scan_text
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.table_reader import open_parquet
 from gptforge.data.prepare.text_io import TextFormat
@@ -26,105 +21,107 @@ def partition(
     sources: Sequence[Source],
     scan: ScanResult,
     text_format: TextFormat,
-    skipped: BadInputHandler,
+    bad_input: BadInputHandler,
     *,
     job_bytes: int,
 ) -> list[Job]:
-    """Jobs of about `size` bytes of the files each, in the order of the data."""
+    """Partition the sources, in order, into jobs of about `job_bytes` bytes of the files each."""
     jobs: list[Job] = []
-    pieces: list[FileSpan] = []
-    weight = 0
-    for number, source in enumerate(sources):
-        for piece in _pieces(number, source, scan, text_format, skipped, job_bytes):
-            pieces.append(piece)
-            weight += piece.num_bytes
-            if weight >= job_bytes:
-                jobs.append(Job(len(jobs), tuple(pieces)))
-                pieces, weight = [], 0
-    if pieces:
-        jobs.append(Job(len(jobs), tuple(pieces)))
+    spans: list[FileSpan] = []
+    num_bytes = 0
+    for index, source in enumerate(sources):
+        file = FileSpan(index, source, num_bytes=source.size)
+        for span in _spans(file, scan, text_format, bad_input, job_bytes):
+            spans.append(span)
+            num_bytes += span.num_bytes
+            if num_bytes >= job_bytes:
+                jobs.append(Job(len(jobs), tuple(spans)))
+                spans, num_bytes = [], 0
+    if spans:
+        jobs.append(Job(len(jobs), tuple(spans)))
     return jobs
 
 
-def _pieces(
-    number: int,
-    source: Source,
-    survey: ScanResult,
+def _spans(
+    file: FileSpan,
+    scan: ScanResult,
     text_format: TextFormat,
-    skipped: BadInputHandler,
-    size: int,
-) -> Iterator[FileSpan]:
-    whole = FileSpan(number, source, num_bytes=source.size)
-    is_plain = not source.compression and text_format.encoding == "utf-8" and source.size > size
-    # With few documents their numbers count, and those are known only from a file's beginning.
-    is_counted = survey.split_rule.rule in ("character", "boundary")
+    bad_input: BadInputHandler,
+    job_bytes: int,
+) -> Iterable[FileSpan]:
+    source = file.source
+    is_seekable = (
+        not source.compression and text_format.encoding == "utf-8" and source.size > job_bytes
+    )
+    # These rules look at a document's index in its file, known only when reading from the start.
+    needs_index = scan.split_rule.rule in ("character", "boundary")
     if not has_many_documents(source, text_format):
-        found = _long_text(whole, survey, text_format, skipped, size) if is_plain else [whole]
-    elif source.kind == "jsonl" and is_plain and not is_counted:
-        found = [whole] if is_json_array(source, text_format.encoding) else _lines(whole, size)
-    elif source.kind == "parquet" and not is_counted:
-        found = _row_groups(whole, text_format, size)
-    else:
-        found = [whole]
-    yield from found
+        if is_seekable:
+            return _split_text(file, scan, text_format, bad_input, job_bytes)
+    elif source.kind == "jsonl" and is_seekable and not needs_index:
+        if not is_json_array(source, text_format.encoding):
+            return _split_lines(file, job_bytes)
+    elif source.kind == "parquet" and not needs_index:
+        return _split_row_groups(file, text_format, job_bytes)
+    return [file]
 
 
-def _long_text(
-    whole: FileSpan,
-    survey: ScanResult,
+def _split_text(
+    file: FileSpan,
+    scan: ScanResult,
     text_format: TextFormat,
-    skipped: BadInputHandler,
-    size: int,
+    bad_input: BadInputHandler,
+    job_bytes: int,
 ) -> Iterator[FileSpan]:
-    source, split = whole.source, survey.split_rule
+    source, rule = file.source, scan.split_rule
     try:
-        facts = survey.text_stats.get(whole.source_index) or scan_text(source, text_format.encoding)
+        stats = scan.text_stats.get(file.source_index) or scan_text(source, text_format.encoding)
     except BadInput as bad:
-        skipped.handle(bad)
+        bad_input.handle(bad)
         return
-    if facts.is_blank:
+    if stats.is_blank:
         return
-    parts = [(0, source.size, split.assign((whole.source_index, 0), facts.digest))]
-    if split.rule == "character":
-        cut = byte_offset(source, facts, split.cut)
+    parts = [(0, source.size, rule.assign((file.source_index, 0), stats.digest))]
+    if rule.rule == "character":
+        cut = byte_offset(source, stats, rule.cut)
         parts = [(0, cut, "train"), (cut, source.size, "val")]
-    for start, stop, side in parts:
-        for piece in _stretches(whole, start, stop, find_safe_cuts(source, start, stop, size)):
-            yield replace(piece, split=side, starts_document=piece.start == start)
+    for start, stop, split in parts:
+        cuts = find_safe_cuts(source, start, stop, job_bytes)
+        for span in _cut(file, start, stop, cuts):
+            yield replace(span, split=split, starts_document=span.start == start)
 
 
-def _lines(whole: FileSpan, size: int) -> Iterator[FileSpan]:
-    borders: list[int] = []
-    with whole.source.path.open("rb") as file:
-        while (wanted := (borders[-1] if borders else 0) + size) < whole.source.size:
-            file.seek(wanted - 1)
-            file.readline()
-            if file.tell() >= whole.source.size:
+def _split_lines(file: FileSpan, job_bytes: int) -> Iterator[FileSpan]:
+    size, cuts = file.source.size, [0]
+    with file.source.path.open("rb") as lines:
+        while (target := cuts[-1] + job_bytes) < size:
+            lines.seek(target - 1)
+            lines.readline()
+            if lines.tell() >= size:
                 break
-            borders.append(file.tell())
-    return _stretches(whole, 0, whole.source.size, borders)
+            cuts.append(lines.tell())
+    return _cut(file, 0, size, cuts[1:])
 
 
-def _stretches(whole: FileSpan, start: int, stop: int, borders: list[int]) -> Iterator[FileSpan]:
-    places = [start, *borders, stop]
-    for begin, end in pairwise(places):
-        yield replace(whole, start=begin, stop=end, num_bytes=end - begin)
+def _cut(file: FileSpan, start: int, stop: int, cuts: list[int]) -> Iterator[FileSpan]:
+    for begin, end in pairwise([start, *cuts, stop]):
+        yield replace(file, start=begin, stop=end, num_bytes=end - begin)
 
 
-def _row_groups(whole: FileSpan, text_format: TextFormat, size: int) -> Iterator[FileSpan]:
+def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> Iterator[FileSpan]:
     try:
-        file = open_parquet(whole.source, text_format)
+        parquet = open_parquet(file.source, text_format)
     except BadInput:
-        # The job that takes it says so, or counts it.
-        yield whole
+        # The job that reads the file raises this again, or counts it.
+        yield file
         return
-    with file:
-        facts = file.metadata
-        sizes = [facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)]
-    total, begin, taken = max(1, sum(sizes)), 0, 0
-    for group, group_size in enumerate(sizes, 1):
-        taken += group_size
-        if taken >= size or group == len(sizes):
-            weight = whole.source.size * sum(sizes[begin:group]) // total
-            yield replace(whole, start=begin, stop=group, num_bytes=weight)
-            begin, taken = group, 0
+    with parquet:
+        metadata = parquet.metadata
+        sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    total, begin, num_bytes = max(1, sum(sizes)), 0, 0
+    for end, group_bytes in enumerate(sizes, 1):
+        num_bytes += group_bytes
+        if num_bytes >= size or end == len(sizes):
+            share = file.source.size * sum(sizes[begin:end]) // total
+            yield replace(file, start=begin, stop=end, num_bytes=share)
+            begin, num_bytes = end, 0

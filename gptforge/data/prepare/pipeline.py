@@ -1,11 +1,11 @@
-"""Text of any kind and size into token shards: in constant memory, by all cores, once.
+"""Prepare text of any kind and size: encode it into token shards, in constant memory, once.
 
-What is asked for, how far it has come and what it made all lie in the folder: shards appear whole,
-each job leaves a note behind them, and the index comes last.
+All state is in the output folder: shards appear when they are complete, each job leaves its result,
+and the index comes last. So an interrupted preparation resumes.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,20 +24,12 @@ from gptforge.data.index import (
 )
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
-from gptforge.data.prepare.job import Job, JobResult
+from gptforge.data.prepare.job import Job, JobResult, JobSettings
 from gptforge.data.prepare.partition import partition
-from gptforge.data.prepare.request import (
-    FileSelection,
-    Log,
-    NoProgressBar,
-    PrepareRequest,
-    ProgressBar,
-    select_files,
-)
+from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
 from gptforge.data.prepare.scan import collect_alphabet, scan
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.split import SplitRule
-from gptforge.data.prepare.workers import num_cpus, run_in_process, run_in_workers
+from gptforge.data.prepare.workers import num_cpus, run_jobs
 from gptforge.data.token_dataset import read_shard_header
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, lock_folder
@@ -46,14 +38,10 @@ from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
-PROGRESS_DIR = ".preparing"
-"""Folder with the notes of an unfinished preparation."""
-REQUEST_FILE = ".request"
-"""What was asked for, as a hash."""
-MIN_PARALLEL_BYTES = 2**24
-"""Bytes that are done sooner than other processes are started."""
-PREPARE_VERSION = 1
-"""Raised when the same request would give other tokens than before."""
+PROGRESS_DIR = ".preparing"  # results of the jobs of an unfinished preparation
+REQUEST_FILE = ".request"  # hash of the request
+MIN_PARALLEL_BYTES = 2**24  # less is done before worker processes have started
+PREPARE_VERSION = 1  # raise it when the same request would give other tokens
 
 
 def prepare(
@@ -63,298 +51,293 @@ def prepare(
     num_workers: int = 0,
     restart: bool = False,
     wait: bool = False,
-    log: Log = lambda text: None,
+    log: Callable[[str], None] = lambda line: None,
     progress: ProgressBar | None = None,
 ) -> Index:
-    """Make the shards, or go on making them; the same request on a finished folder does nothing.
+    """Write token shards, or resume; the same request on a finished folder does nothing.
 
     Args:
-        out: folder of the shards.
-        request: what is to be made of what.
-        workers: processes; 0: one a core, where the data is large enough for them.
-        restart: move aside what lies in the folder.
-        wait: whether to wait for another process that prepares the same folder.
-        say: told what should be known.
-        meter: shows how far it is.
+        out_dir: folder of the shards.
+        request: what to prepare.
+        num_workers: processes; 0 is one per CPU, if there is enough data for them.
+        restart: move the old content of the folder away.
+        wait: wait for another process that prepares the same folder.
+        log: called with each line for the user.
+        progress: shows how far the work is.
 
     Raises:
-        UserError: for anything that the user can mend, or if the folder holds something else.
-        RunError: if the disk is full; what is finished stays.
+        UserError: for anything that the user can fix, or if the folder holds something else.
+        RunError: if the disk is full; finished parts are kept.
     """
     if not 0 <= request.val_fraction < 1:
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")
     if request.cache_key and out_dir.is_file():
-        # In the cache, nothing but a preparation belongs there.
+        # The cache belongs to the program: the file is there by mistake.
         out_dir.unlink()
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out {out_dir} is a file: choose another")
     if out_dir.is_symlink() and not out_dir.exists():
-        raise UserError(f"--out {out_dir} is a link that leads nowhere: choose another")
-    held = lock_folder(out_dir, wait=wait)
-    if held is None:
+        raise UserError(f"--out {out_dir} is a broken link: choose another")
+    lock = lock_folder(out_dir, wait=wait)
+    if lock is None:
         raise UserError(f"{out_dir.as_posix()} is being prepared by another process: wait for it")
-    with held:
-        if restart and _holds_something(out_dir):
-            _refuse_to_move_sources(out_dir, request)
-            log(f"note: moved the old {out_dir} to {held.move_to_backup('old')}")
-        return _Preparation(out_dir, request, num_workers, log, progress or NoProgressBar()).run()
+    with lock:
+        if restart and _is_in_use(out_dir):
+            _check_sources_stay(out_dir, request)
+            log(f"note: moved the old {out_dir} to {lock.move_to_backup('old')}")
+        return _Preparation(out_dir, request, num_workers, log, progress).run()
 
 
 class _Preparation:
     def __init__(
-        self, out: Path, request: PrepareRequest, workers: int, say: Log, meter: ProgressBar
+        self,
+        out_dir: Path,
+        request: PrepareRequest,
+        num_workers: int,
+        log: Callable[[str], None],
+        progress: ProgressBar | None,
     ) -> None:
-        self.out, self.request, self.workers = out, request, workers
-        self.say, self.meter = say, meter
-        self.notes = out / PROGRESS_DIR
+        self.out_dir, self.request, self.num_workers = out_dir, request, num_workers
+        self.log, self.progress = log, progress
+        self.progress_dir = out_dir / PROGRESS_DIR
         self._is_cache = bool(request.cache_key)
-        self._was_finished = False
-        self.only_source = ""
-        """Its name, where there is only one."""
+        self._only_source = ""  # its name, if there is only one
 
     def run(self) -> Index:
-        is_fresh = not (self.out / REQUEST_FILE).is_file() and not self.notes.is_dir()
-        self._was_finished = not self.notes.is_dir() and any(self.out.glob("*.bin"))
+        is_started = (self.out_dir / REQUEST_FILE).is_file() or self.progress_dir.is_dir()
         if not self._is_cache:
-            self._refuse_strangers()
+            self._refuse_foreign_folder(is_started=is_started)
         try:
             return self._run()
         except UserError as error:
-            if is_fresh and not any(self.notes.glob("job-*")):
-                # Refused before anything was made: no trace of it either.
-                files.remove(self.notes)
+            if not is_started and not any(self.progress_dir.glob("job-*")):
+                # Refused before there was any result: leave no trace.
+                files.remove(self.progress_dir)
                 for name in (REQUEST_FILE, TOKENIZER_FILE):
-                    (self.out / name).unlink(missing_ok=True)
+                    (self.out_dir / name).unlink(missing_ok=True)
             if isinstance(error, BadInputError) and error.problem.startswith(
-                f"{self.only_source}: "
+                f"{self._only_source}: "
             ):
-                # Without its only file nothing would be left.
+                # Skipping the only file would leave nothing.
                 raise BadInputError(error.problem, error.hint, can_skip=False) from None
             raise
 
     def _run(self) -> Index:
+        request = self.request
         self._refuse_shards()
-        self.notes.mkdir(parents=True, exist_ok=True)
-        chosen = select_files(self.request, spool_dir=self.notes)
-        sources = chosen.sources
-        self.only_source = sources[0].name if len(sources) == 1 else ""
-        key = self._key(chosen)
-        if (index := self._finished(key)) is not None:
-            files.remove(self.notes)
+        was_finished = not self.progress_dir.is_dir() and any(self.out_dir.glob("*.bin"))
+        self.progress_dir.mkdir(parents=True, exist_ok=True)
+        selection = select_files(request, spool_dir=self.progress_dir)
+        sources = selection.sources
+        self._only_source = sources[0].name if len(sources) == 1 else ""
+        key = self._request_key(selection)
+        if (index := self._find_finished(key, was_finished=was_finished)) is not None:
+            files.remove(self.progress_dir)
             return index
-        self._begin(key)
-        for notice in chosen.notices:
-            self.say(f"note: {notice}")
-        seen = scan(
+        self._discard_other_results(key)
+        for notice in selection.notices:
+            self.log(f"note: {notice}")
+        scanned = scan(
             sources,
-            self.request.text_format,
-            self.request.val_fraction,
-            skip_bad=self.request.skip_bad,
-            val_sources=chosen.val_sources,
-            split_duplicates=not self.request.split_by_name,
+            request.text_format,
+            request.val_fraction,
+            skip_bad=request.skip_bad,
+            val_sources=selection.val_sources,
+            split_duplicates=not request.split_by_name,
         )
-        tokenizer = self._tokenizer(sources, seen.split_rule)
-        split = seen.split_rule
-        if split.prepend_eot and tokenizer.eot_token is None:
-            self.say(
-                f"note: {tokenizer.name} has no end-of-text mark: documents are not kept apart"
+        rule = scanned.split_rule
+        tokenizer = self._make_tokenizer(sources, with_eot=rule.prepend_eot)
+        if rule.prepend_eot and tokenizer.eot_token is None:
+            self.log(f"note: {tokenizer.name} has no end-of-text id: documents are not separated")
+            rule = replace(rule, prepend_eot=False)
+        if request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
+            raise UserError(
+                f"--raw_bin stores ids as uint16, and a vocabulary of {tokenizer.vocab_size} does "
+                "not fit"
             )
-            split = replace(split, prepend_eot=False)
-        if self.request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
-            raise UserError(f"--headerless holds uint16 ids, and {tokenizer.vocab_size} do not fit")
-        tokenizers.save(tokenizer, self.out / TOKENIZER_FILE)
-        skipped = BadInputHandler(self.request.skip_bad)
+        tokenizers.save(tokenizer, self.out_dir / TOKENIZER_FILE)
+        bad_input = BadInputHandler(request.skip_bad)
         jobs = partition(
-            sources,
-            seen,
-            self.request.text_format,
-            skipped,
-            job_bytes=max(1, self.request.shard_bytes),
+            sources, scanned, request.text_format, bad_input, job_bytes=max(1, request.shard_bytes)
         )
-        done = self._work(jobs, split)
-        results = [done[job.index] for job in jobs]
-        made = PreparedData(sources, split, tokenizer, results, skipped, seen.sha256, seen.notices)
-        log_summary(made, self.say)
-        index = finalize(self.out, made, raw_bin=self.request.raw_bin)
+        settings = JobSettings(
+            self.out_dir,
+            self.out_dir / TOKENIZER_FILE,
+            rule,
+            request.text_format,
+            request.skip_bad,
+        )
+        results = self._run_jobs(jobs, settings)
+        prepared = PreparedData(sources, rule, tokenizer, results, bad_input, scanned)
+        log_summary(prepared, self.log)
+        index = finalize(self.out_dir, prepared, raw_bin=request.raw_bin)
         mark_verified(index)
-        files.remove(self.notes)
+        files.remove(self.progress_dir)
         return index
 
-    def _refuse_strangers(self) -> None:
-        """Whatever is there and not ours stays."""
-        if self.notes.is_symlink():
-            raise UserError(f"{self.notes.as_posix()} is a symbolic link: delete it")
-        if (self.out / REQUEST_FILE).is_file() or self.notes.is_dir():
-            return
-        if _holds_something(self.out):
+    def _refuse_foreign_folder(self, *, is_started: bool) -> None:
+        if self.progress_dir.is_symlink():
+            raise UserError(f"{self.progress_dir.as_posix()} is a symbolic link: delete it")
+        if not is_started and _is_in_use(self.out_dir):
             raise UserError(
-                f"--out {self.out} holds other files: choose another, or give --overwrite to move "
-                "it aside"
+                f"--out {self.out_dir} holds other files: choose another, or give --restart to "
+                "move them away"
             )
 
     def _refuse_shards(self) -> None:
-        """They are what comes out, and not what goes in."""
         for name in self.request.names:
             if read_index(Path(name)) is not None:
                 raise UserError(
                     f"{name} holds shards, prepared already: train on them with --input "
-                    f"{quote(name)}, or name the texts that they were made of to prepare them in "
-                    "another way"
+                    f"{quote(name)}, or name the texts that they were made of to prepare them "
+                    "differently"
                 )
 
-    def _key(self, chosen: FileSelection) -> str:
-        asked, sources = self.request, chosen.sources
-        if asked.cache_key:
-            return asked.cache_key
-        tokenizer = asked.tokenizer
+    def _request_key(self, selection: FileSelection) -> str:
+        request = self.request
+        if request.cache_key:
+            return request.cache_key
+        tokenizer = request.tokenizer
         if not isinstance(tokenizer, str):
             tokenizer = json_sha256(tokenizer.to_json())
         elif Path(tokenizer).is_file():
             tokenizer = files.sha256(Path(tokenizer))
-        return json_sha256(
-            {
-                "version": PREPARE_VERSION,
-                "sources": [[s.name, s.kind, s.compression, s.size, s.stamp] for s in sources],
-                "tokenizer": tokenizer,
-                "form": asdict(asked.text_format),
-                "how": [asked.val_fraction, asked.shard_bytes, asked.skip_bad, asked.raw_bin],
-                **({"held_out": chosen.val_sources} if chosen.val_sources else {}),
-            }
-        )
+        record = {
+            "version": PREPARE_VERSION,
+            "sources": [
+                [s.name, s.kind, s.compression, s.size, s.stamp] for s in selection.sources
+            ],
+            "tokenizer": tokenizer,
+            "form": asdict(request.text_format),
+            "how": [request.val_fraction, request.shard_bytes, request.skip_bad, request.raw_bin],
+        }
+        if selection.val_sources:
+            record["held_out"] = selection.val_sources
+        return json_sha256(record)
 
-    def _finished(self, key: str) -> Index | None:
-        """What was made before, if it is this and intact; if it is damaged, it is made again."""
-        is_same, damage = _read(self.out / REQUEST_FILE) == key, None
+    def _find_finished(self, key: str, *, was_finished: bool) -> Index | None:
+        """Return the index if this request is finished; discard it if it is corrupt.
+
+        Raises:
+            UserError: if the folder holds another data set.
+        """
+        is_same, corruption = _read(self.out_dir / REQUEST_FILE) == key, None
         try:
-            index = read_index(self.out)
+            index = read_index(self.out_dir)
         except UserError as error:
             if not is_same and not self._is_cache:
                 raise
-            index, damage = None, str(error)
+            index, corruption = None, str(error)
         if index is not None and not is_same and not self._is_cache:
             raise UserError(
-                f"--out {self.out} holds data that was prepared from something else, or in another "
-                "way: choose another, or give --overwrite to move it aside"
+                f"--out {self.out_dir} holds data that was prepared from something else, or "
+                "differently: choose another, or give --restart to move it away"
             )
         if index is not None:
-            damage = find_corruption(index) if is_same else f"{REQUEST_FILE} is missing or damaged"
-        elif self._was_finished:
-            damage = damage or f"{INDEX_FILE} is missing"
-        if damage is not None:
-            self.say(f"note: {damage}: {self.out.as_posix()} is prepared again")
-            self._discard()
+            corruption = f"{REQUEST_FILE} is missing or damaged"
+            if is_same:
+                corruption = find_corruption(index)
+        elif was_finished:
+            corruption = corruption or f"{INDEX_FILE} is missing"
+        if corruption is not None:
+            self.log(f"note: {corruption}: {self.out_dir.as_posix()} is prepared again")
+            # The shards stay until new ones replace them: a training run may be reading them.
+            for path in self.out_dir.glob("*.bin"):
+                if path.is_dir():
+                    files.remove(path)
+            for name in (INDEX_FILE, VERIFIED_FILE, TOKENIZER_FILE):
+                files.remove(self.out_dir / name)
             return None
         if index is not None and not self._is_cache:
-            self.say(f"{self.out.as_posix()} is prepared already")
+            self.log(f"{self.out_dir.as_posix()} is prepared already")
         return index
 
-    def _discard(self) -> None:
-        """Shards stay until the new ones replace them: a training may be reading them."""
-        for name in (INDEX_FILE, VERIFIED_FILE, TOKENIZER_FILE):
-            files.remove(self.out / name)
-        for path in self.out.glob("*.bin"):
-            if path.is_dir():
-                files.remove(path)
-
-    def _begin(self, key: str) -> None:
-        """Keep what an unfinished preparation of the same made; of anything else, nothing."""
-        if (before := _read(self.out / REQUEST_FILE)) and before != key:
-            if any(self.notes.glob("job-*")):
-                self.say("note: the data or the options have changed since: starting anew")
-            for path in [*self.out.glob("*.bin"), *self.notes.glob("job-*")]:
+    def _discard_other_results(self, key: str) -> None:
+        """Delete what an unfinished preparation of another request left."""
+        if (old_key := _read(self.out_dir / REQUEST_FILE)) and old_key != key:
+            if any(self.progress_dir.glob("job-*")):
+                self.log("note: the data or the options have changed: starting from scratch")
+            for path in [*self.out_dir.glob("*.bin"), *self.progress_dir.glob("job-*")]:
                 path.unlink()
-        for path in self.out.glob(".*.partial.bin"):
+        for path in self.out_dir.glob(".*.partial.bin"):
             path.unlink()
-        files.atomic_write(self.out / REQUEST_FILE, key)
+        files.atomic_write(self.out_dir / REQUEST_FILE, key)
 
-    def _tokenizer(self, sources: Sequence[Source], split: SplitRule) -> Tokenizer:
-        asked = self.request
-        if not isinstance(asked.tokenizer, str):
-            return asked.tokenizer
-        if asked.tokenizer == "char":
-            letters = collect_alphabet(sources, asked.text_format, skip_bad=asked.skip_bad)
-            return CharTokenizer(letters, with_eot=split.prepend_eot)
-        if asked.tokenizer == "byte":
-            return ByteTokenizer(with_eot=split.prepend_eot)
-        return tokenizers.from_name(asked.tokenizer, "")
+    def _make_tokenizer(self, sources: Sequence[Source], *, with_eot: bool) -> Tokenizer:
+        request = self.request
+        if not isinstance(request.tokenizer, str):
+            return request.tokenizer
+        if request.tokenizer == "char":
+            alphabet = collect_alphabet(sources, request.text_format, skip_bad=request.skip_bad)
+            return CharTokenizer(alphabet, with_eot=with_eot)
+        if request.tokenizer == "byte":
+            return ByteTokenizer(with_eot=with_eot)
+        return tokenizers.from_name(request.tokenizer, "")
 
-    def _work(self, jobs: Sequence[Job], split: SplitRule) -> dict[int, JobResult]:
-        done = {job.index: note for job in jobs if (note := self._noted(job)) is not None}
-        if done:
-            self.say(f"going on: {len(done)} of {len(jobs)} parts are finished")
-        weights = {job.index: sum(piece.num_bytes for piece in job.spans) for job in jobs}
-        self.meter.start(sum(weights.values()), sum(weights[number] for number in done))
-        left = [job for job in jobs if job.index not in done]
-        for job, made in self._results(left, split, sum(weights[job.index] for job in left)):
-            text = json.dumps(made.to_json(), ensure_ascii=False)
-            files.atomic_write(self.notes / f"job-{job.index:06d}.json", text)
-            done[job.index] = made
-        return done
+    def _run_jobs(self, jobs: Sequence[Job], settings: JobSettings) -> list[JobResult]:
+        """Run the jobs that have no result yet; returns the results of all, in order."""
+        results = {job.index: result for job in jobs if (result := self._load_result(job))}
+        if results:
+            self.log(f"resuming: {len(results)} of {len(jobs)} parts are finished")
+        num_bytes = {job.index: sum(span.num_bytes for span in job.spans) for job in jobs}
+        remaining = [job for job in jobs if job.index not in results]
+        if self.progress:
+            self.progress.start(sum(num_bytes.values()), sum(num_bytes[i] for i in results))
+        num_workers = min(len(remaining), self.num_workers or num_cpus())
+        remaining_bytes = sum(num_bytes[job.index] for job in remaining)
+        if remaining_bytes < MIN_PARALLEL_BYTES and not self.num_workers:
+            num_workers = 1
+        for job, result in run_jobs(
+            remaining,
+            settings,
+            progress=self.progress.add if self.progress else lambda file_bytes, text_bytes: None,
+            num_workers=num_workers,
+        ):
+            text = json.dumps(result.to_json(), ensure_ascii=False)
+            files.atomic_write(self._result_file(job), text)
+            results[job.index] = result
+        return [results[job.index] for job in jobs]
 
-    def _results(
-        self, jobs: Sequence[Job], split: SplitRule, weight: int
-    ) -> Iterator[tuple[Job, JobResult]]:
-        workers = min(len(jobs), self.workers or num_cpus())
-        tokenizer = self.out / TOKENIZER_FILE
-        text_format, skip_bad, add = self.request.text_format, self.request.skip_bad, self.meter.add
-        if workers <= 1 or (weight < MIN_PARALLEL_BYTES and not self.workers):
-            return run_in_process(
-                jobs,
-                self.out,
-                tokenizer,
-                split_rule=split,
-                text_format=text_format,
-                skip_bad=skip_bad,
-                progress=add,
-            )
-        return run_in_workers(
-            jobs,
-            self.out,
-            tokenizer,
-            split_rule=split,
-            text_format=text_format,
-            skip_bad=skip_bad,
-            progress=add,
-            num_workers=workers,
-        )
-
-    def _noted(self, job: Job) -> JobResult | None:
-        """What a job made before, if it is all there."""
-        text = _read(self.notes / f"job-{job.index:06d}.json")
+    def _load_result(self, job: Job) -> JobResult | None:
+        """Return the result of a finished job if its shards are intact."""
+        text = _read(self._result_file(job))
         if not text:
             return None
         try:
-            note = JobResult.from_json(json.loads(text))
-            for shard in note.shards:
-                path = self.out / shard["file"]
+            result = JobResult.from_json(json.loads(text))
+            for shard in result.shards:
+                path = self.out_dir / shard["file"]
                 if read_shard_header(path).num_tokens != shard["tokens"]:
                     return None
                 if files.sha256(path) != shard["sha256"]:
                     return None
-            return note
+            return result
         except Exception:
-            # Not a note that a job left: the job is done again.
+            # The file may hold anything: run the job again.
             return None
 
+    def _result_file(self, job: Job) -> Path:
+        return self.progress_dir / f"job-{job.index:06d}.json"
 
-def _refuse_to_move_sources(out: Path, request: PrepareRequest) -> None:
-    named = [name for name in request.names if name != "-"]
+
+def _check_sources_stay(out_dir: Path, request: PrepareRequest) -> None:
+    names = [name for name in request.names if name != "-"]
     if isinstance(request.tokenizer, str) and Path(request.tokenizer).is_file():
-        named.append(request.tokenizer)
-    for name in named:
-        if files.is_inside(out, name):
+        names.append(request.tokenizer)
+    for name in names:
+        if files.is_inside(out_dir, name):
             raise UserError(
-                f"--overwrite would move {out} aside with {name} in it: choose another --out, or "
-                "put that elsewhere first"
+                f"--restart would move {out_dir} away with {name} in it: choose another --out, or "
+                "move that file first"
             )
 
 
-def _holds_something(folder: Path) -> bool:
+def _is_in_use(folder: Path) -> bool:
     return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def _read(path: Path) -> str:
-    """A small file of a preparation; empty where there is none that can be read."""
+    """Return a small file's text; empty if it cannot be read."""
     try:
         return files.read_text(path, follow_symlinks=False)
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Which of the files that were named are read, which of them are held out, and why."""
+"""What to prepare: the request, and the files that it selects."""
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -11,81 +11,73 @@ from gptforge import files
 from gptforge.data.prepare.sources import FileKind, Source, count_ignored_files, find_sources
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.printable import pluralize
 from gptforge.tokenizers import Tokenizer
 
-Log = Callable[[str], None]
+FINGERPRINT_BYTES = 2**16  # at each end of a file
+MAX_SUFFIXES = 5  # suffixes of ignored files that are listed
 
 
 class ProgressBar(Protocol):
     """Shows how far the work is."""
 
     def start(self, total: int, done: int) -> None:
-        """So many bytes there are, and so many were done before."""
+        """Show the total bytes of the files, and those done by an earlier process."""
         ...
 
     def add(self, file_bytes: int, text_bytes: int) -> None:
-        """So many more bytes of the files are done, and so many bytes of text."""
+        """Add bytes of the files, and of their text, that are done."""
         ...
-
-
-class NoProgressBar:
-    """No meter."""
-
-    def start(self, total: int, done: int) -> None:
-        """Show nothing."""
-
-    def add(self, file_bytes: int, text_bytes: int) -> None:
-        """Show nothing."""
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """What is to be made of what."""
+    """A data set to prepare.
+
+    Attributes:
+        names: files, folders, patterns and pipes; - is standard input.
+        tokenizer: a tokenizer, its name or its file; "char" is made from the text.
+        val_fraction: share of the text to hold out.
+        text_format: how to read text from the files.
+        kind: what the files hold; auto goes by their names.
+        shard_bytes: about so many bytes of the files go into a shard.
+        split_by_name: hold out files whose names say validation, and ignore those that say test.
+        needs_val: hold out such files even if `val_fraction` is 0.
+        skip_bad: skip what cannot be read.
+        raw_bin: write one file for each split, without a header, as nanoGPT does.
+        sources: the files, if they are known already.
+        cache_key: identifies the request; empty: names and dates of the files, and the options.
+    """
 
     names: tuple[str, ...]
-    """Files, folders, patterns, pipes, - for standard input."""
     tokenizer: str | Tokenizer = "gpt2"
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
     kind: FileKind | Literal["auto"] = "auto"
     shard_bytes: int = 2**26
-    """Bytes of the files that go into a shard, more or less."""
     split_by_name: bool = True
-    """Whether files whose names say validation are held out, and those that say test left out."""
     needs_val: bool = False
-    """Whether such files are held out though no share is asked for."""
     skip_bad: bool = False
     raw_bin: bool = False
-    """One file for each side, without a header, as nanoGPT reads them."""
     sources: Sequence[Source] = ()
-    """The files behind the names, where they are known already."""
     cache_key: str = ""
-    """What tells this request from others; empty: names and dates of the files, and the rest."""
-
-
-FINGERPRINT_BYTES = 2**16
-"""Bytes at either end of a file that its fingerprint is made of."""
-MAX_SUFFIXES = 5
-"""Suffixes of files left aside that are named."""
 
 
 @dataclass(frozen=True)
 class FileSelection:
-    """The files to read."""
+    """The files to read, the indices of those held out by name, and notices for the user."""
 
     sources: list[Source]
     val_sources: tuple[int, ...]
-    """Indices of those that are held out by their names."""
     notices: tuple[str, ...]
-    """What should be known about the choice, in words."""
 
 
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
-    """The files that a request reads.
+    """Select the files that a request reads.
 
     Args:
-        request: what is to be made of what.
-        spool_folder: where the content of standard input and of pipes is kept.
+        request: names the files.
+        spool_dir: folder for the content of standard input and pipes.
 
     Raises:
         UserError: as `find_sources`.
@@ -93,67 +85,66 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
     sources = list(request.sources) or find_sources(
         request.names, kind=request.kind, spool_dir=spool_dir
     )
-    notices = [text for name in request.names if (text := _left_aside(name))]
-    held_out: tuple[int, ...] = ()
+    notices = [notice for name in request.names if (notice := _describe_ignored_files(name))]
+    val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]
         named = split_by_name(paths)
-        holds_out = request.val_fraction > 0 or request.needs_val
-        left_out = {*named.test, *(() if holds_out else named.val)}
-        kept = [number for number in range(len(sources)) if number not in left_out]
-        held_out = tuple(i for i, number in enumerate(kept) if holds_out and number in named.val)
-        if text := describe_filename_splits(named, paths, uses_val=holds_out):
-            notices.append(text)
-        sources = [sources[number] for number in kept]
-    return FileSelection(sources, held_out, (*notices, *_copies(sources, held_out)))
+        uses_val = request.val_fraction > 0 or request.needs_val
+        ignored = {*named.test, *(() if uses_val else named.val)}
+        selected = [index for index in range(len(sources)) if index not in ignored]
+        if uses_val:
+            val_sources = tuple(i for i, index in enumerate(selected) if index in named.val)
+        if notice := describe_filename_splits(named, paths, uses_val=uses_val):
+            notices.append(notice)
+        sources = [sources[index] for index in selected]
+    notices += _describe_copies(sources, val_sources)
+    return FileSelection(sources, val_sources, tuple(notices))
 
 
 def fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that a file is known by: of its size, its first and its last bytes.
+    """Return 16 hexadecimal digits that identify a file: of its size, its first and last bytes.
 
-    Cheap for a file of any size. A file that differs from another in the middle only has the same.
+    It is cheap for a file of any size, but misses changes in the middle.
     """
-    known, size = hashlib.sha256(), path.stat().st_size
-    known.update(f"{size}\n".encode())
+    sha256, size = hashlib.sha256(), path.stat().st_size
+    sha256.update(f"{size}\n".encode())
     with path.open("rb") as file:
-        known.update(file.read(FINGERPRINT_BYTES))
+        sha256.update(file.read(FINGERPRINT_BYTES))
         file.seek(max(0, size - FINGERPRINT_BYTES))
-        known.update(file.read(FINGERPRINT_BYTES))
-    return known.hexdigest()[:16]
+        sha256.update(file.read(FINGERPRINT_BYTES))
+    return sha256.hexdigest()[:16]
 
 
-def _copies(sources: Sequence[Source], held_out: Sequence[int]) -> list[str]:
-    """A line on files with the same content, if there are any."""
-    judged = {sources[number] for number in held_out}
-    alike: dict[tuple[int, str], list[Source]] = defaultdict(list)
+def _describe_copies(sources: Sequence[Source], val_sources: Sequence[int]) -> list[str]:
+    val = {sources[index] for index in val_sources}
     sizes = Counter(source.size for source in sources)
+    candidates: dict[tuple[int, str], list[Source]] = defaultdict(list)
     for source in sources:
         if source.size and sizes[source.size] > 1:
-            alike[source.size, fingerprint(source.path)].append(source)
-    more, example, is_apart = 0, "", False
-    for group in alike.values():
-        seen: dict[str, Source] = {}
+            candidates[source.size, fingerprint(source.path)].append(source)
+    num_copies, example, in_both_splits = 0, "", False
+    for group in candidates.values():
+        originals: dict[str, Source] = {}
         for source in group if len(group) > 1 else ():
-            first = seen.setdefault(files.sha256(source.path), source)
-            if first is not source:
-                more += 1
-                is_apart |= (first in judged) != (source in judged)
-                example = example or f"{source.name} is a copy of {first.name}"
-    if not more:
+            original = originals.setdefault(files.sha256(source.path), source)
+            if original is not source:
+                num_copies += 1
+                in_both_splits |= (original in val) != (source in val)
+                example = example or f"{source.name} is a copy of {original.name}"
+    if not num_copies:
         return []
-    several = "" if more == 1 else f", and so are {more - 1:,} more files of others"
-    what = "what is held out is learned as well" if is_apart else "the text of a copy is read again"
-    return [f"{example}{several}: {what}"]
+    more = "" if num_copies == 1 else f", and so are {num_copies - 1:,} more files"
+    effect = "held-out text is trained on" if in_both_splits else "the text is read again"
+    return [f"{example}{more}: {effect}"]
 
 
-def _left_aside(name: str) -> str:
-    """A line on the files of a folder that are not read."""
+def _describe_ignored_files(name: str) -> str:
     counts = count_ignored_files(name)
     if not counts:
         return ""
     listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
-    if more := sum(counts.values()) - sum(count for _, count in counts.most_common(MAX_SUFFIXES)):
-        listed.append(f"{more:,} others")
-    total = sum(counts.values())
-    of = "file is" if total == 1 else "files are"
-    return f"{total:,} {of} left aside in {name}, by suffix: {', '.join(listed)}"
+    if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
+        listed.append(f"{others:,} others")
+    subject = pluralize(counts.total(), "file is", "files are")
+    return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}"

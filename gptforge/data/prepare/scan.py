@@ -1,4 +1,4 @@
-"""A first look at the data: how many documents there are, and what a long text is like inside."""
+"""A first pass over the data: the split rule, and where a long text may be cut."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
-from gptforge.data.prepare.readers import Document, has_many_documents, read_documents
+from gptforge.data.prepare.readers import has_many_documents, read_documents
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import (
     MIN_HASH_DOCUMENTS,
@@ -24,62 +24,52 @@ from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunk
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
 
+# GPT-2's pattern never merges across such a place; of several blanks it is before the last.
 SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
-"""Before the last blank of several, GPT-2's pattern parts a text anyway."""
 SEARCH_BLOCK = 2**16
-MAX_SEARCH_BYTES = 2**26
-"""Bytes behind which the search for such a place is given up."""
-OFFSET_STRIDE = 2**20
-"""Bytes between places that are remembered: every block of a long text would be too many."""
+MAX_SEARCH_BYTES = 2**26  # give up looking for a safe cut after so many bytes
+OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
 
 
 @dataclass
 class TextStats:
-    """What one look through a text file tells."""
+    """Statistics of a text file.
+
+    Attributes:
+        num_chars: characters of the text as it is trained on.
+        sha256: its hash, in UTF-8.
+        fixes: what was repaired while reading.
+        is_blank: whether it is all whitespace.
+        offsets: bytes of the file where a chunk starts, and characters before it.
+    """
 
     num_chars: int = 0
     sha256: bytes = b""
-    """Of the text as it is learned, in UTF-8."""
     fixes: set[str] = field(default_factory=set)
     is_blank: bool = True
     offsets: list[tuple[int, int]] = field(default_factory=list)
-    """Bytes of the file where a chunk begins, and characters before it."""
 
     @property
     def digest(self) -> int:
-        """As documents are known by."""
+        """The digest of the text as a document."""
         return digest_from_sha256(self.sha256)
-
-
-def scan_text(source: Source, encoding: str) -> TextStats:
-    """Look through a text file, in constant memory.
-
-    Raises:
-        BadInput: where it is not text.
-    """
-    facts, running = TextStats(), hashlib.sha256()
-    for chunk in read_chunks(source, encoding=encoding):
-        if not facts.offsets or chunk.offset - facts.offsets[-1][0] >= OFFSET_STRIDE:
-            facts.offsets.append((chunk.offset, facts.num_chars))
-        facts.num_chars += len(chunk.text)
-        facts.fixes |= describe_fixes(chunk)
-        facts.is_blank = facts.is_blank and not chunk.text.strip()
-        running.update(chunk.text.encode("utf-8"))
-    facts.sha256 = running.digest()
-    return facts
 
 
 @dataclass
 class ScanResult:
-    """What was seen before the work begins."""
+    """What the first pass found.
+
+    Attributes:
+        split_rule: which documents are held out.
+        sha256: hash of the text if there is only one, else empty.
+        text_stats: statistics of the text files that were read, by source index.
+        notices: what the user should know about the split.
+    """
 
     split_rule: SplitRule
     sha256: str
-    """Of the text, where there is only one; empty otherwise."""
     text_stats: dict[int, TextStats]
-    """Of text files that were looked through, by the number of the source."""
     notices: tuple[str, ...] = ()
-    """What should be known about the split, in words."""
 
 
 def scan(
@@ -91,167 +81,182 @@ def scan(
     val_sources: tuple[int, ...] = (),
     split_duplicates: bool = False,
 ) -> ScanResult:
-    """Look at the first documents, as many as the rule for holding out needs.
+    """Read as many documents as the split rule needs, and make the rule.
 
     Args:
         sources: the files.
-        form: how text is found in them.
-        fraction: share to hold out.
-        skip_bad: whether to pass over what cannot be read.
-        held_out: indices of the files that are held out by their names, if any are.
-        part_copies: whether copies of one of a few documents may land on both sides.
+        text_format: how to read text from them.
+        val_fraction: share of the text to hold out.
+        skip_bad: skip what cannot be read.
+        val_sources: indices of the files that are held out by name, if any.
+        split_duplicates: allow copies of a document in both splits, if there are few documents.
 
     Raises:
-        UserError: if there is no text, or what there is cannot be read.
+        UserError: if there is no text, or it cannot be read.
     """
-    facts: dict[int, TextStats] = {}
-    seen: list[DocumentStats] = []
+    text_stats: dict[int, TextStats] = {}
+    documents: list[DocumentStats] = []
     sha256 = ""
-    # Counted anew when the work is done; here it is passed over.
-    skipped = BadInputHandler(skip_bad)
-    for number, source in enumerate(sources):
+    bad_input = BadInputHandler(skip_bad)  # the jobs count it for the report
+    for index, source in enumerate(sources):
         if has_many_documents(source, text_format):
-            for document in read_documents(source, text_format, skipped):
-                seen.append(_seen(number, document))
-                sha256 = hashlib.sha256(document.text.encode("utf-8")).hexdigest()
-                if len(seen) == MIN_HASH_DOCUMENTS:
+            for document in read_documents(source, text_format, bad_input):
+                text = document.text
+                documents.append(
+                    DocumentStats((index, document.index), len(text), text_digest(text))
+                )
+                sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+                if len(documents) == MIN_HASH_DOCUMENTS:
                     break
         else:
             try:
-                found = facts[number] = scan_text(source, text_format.encoding)
+                stats = text_stats[index] = scan_text(source, text_format.encoding)
             except BadInput as bad:
-                skipped.handle(bad)
+                bad_input.handle(bad)
                 continue
-            if not found.is_blank:
-                seen.append(DocumentStats((number, 0), found.num_chars, found.digest))
-                sha256 = found.sha256.hex()
-        if len(seen) == MIN_HASH_DOCUMENTS:
+            if not stats.is_blank:
+                documents.append(DocumentStats((index, 0), stats.num_chars, stats.digest))
+                sha256 = stats.sha256.hex()
+        if len(documents) == MIN_HASH_DOCUMENTS:
             break
-    if not seen:
-        raise UserError(no_text_message([source.name for source in sources], skipped))
+    if not documents:
+        raise UserError(no_text_message([source.name for source in sources], bad_input))
     if val_sources:
-        _check_sides(sources, text_format, skip_bad, val_sources)
-        return ScanResult(SplitRule("files", val_fraction, val_sources=val_sources), "", facts)
-    split = make_split_rule(seen, val_fraction, split_duplicates=split_duplicates)
-    return ScanResult(split, sha256 if len(seen) == 1 else "", facts, _on_copies(seen, split))
-
-
-def _on_copies(seen: Sequence[DocumentStats], split: SplitRule) -> tuple[str, ...]:
-    """What becomes of copies of one of a few documents."""
-    if split.rule != "boundary":
-        return ()
-    if twice := len(split.exceptions):
-        of = pluralize(twice, "document stands", "documents stand")
-        return (f"{of} in the text more than once: all copies are on one side",)
-    sides: dict[int, set[str]] = {}
-    for document in seen:
-        side = split.assign(document.id, document.digest)
-        sides.setdefault(document.digest, set()).add(side)
-    if twice := sum(len(both) > 1 for both in sides.values()):
-        of = pluralize(twice, "document is", "documents are")
-        return (f"{of} both learned and held out, for copies: the held-out loss says too little",)
-    return ()
-
-
-def _check_sides(
-    sources: Sequence[Source], text_format: TextFormat, skip_bad: bool, held_out: tuple[int, ...]
-) -> None:
-    """Raise a UserError if the files of either side hold no text."""
-    judged = [sources[number] for number in held_out]
-    learned = [source for number, source in enumerate(sources) if number not in set(held_out)]
-    for side, what in ((learned, "to learn from"), (judged, "held out by their names")):
-        skipped = BadInputHandler(skip_bad)
-        if not any(
-            text.strip() for source in side for text in _readable(source, text_format, skipped)
-        ):
-            raise UserError(
-                f"{no_text_message([source.name for source in side], skipped)}; these are the files "
-                f"{what}: --split_by_name false takes them like all others"
-            )
-
-
-def _readable(source: Source, text_format: TextFormat, skipped: BadInputHandler) -> Iterator[str]:
-    try:
-        yield from iter_text(source, text_format, skipped)
-    except BadInput as bad:
-        skipped.handle(bad)
-
-
-def no_text_message(names: Sequence[str], skipped: BadInputHandler) -> str:
-    """Why there is no text in files, in words."""
-    more = f" and {len(names[3:]):,} more" if len(names) > 3 else ""
-    where = ", ".join(names[:3]) + more
-    if not skipped.counts:
-        return f"{where}: empty: there is no text to learn"
-    kinds = ", ".join(f"{count:,} x {kind}" for kind, count in skipped.counts.items())
-    return (
-        f"{where}: all that is in there was left out ({kinds}), and there is no text to learn; "
-        f"first {skipped.examples[0]}: {skipped.hints[0]}"
+        _require_text_in_both_splits(sources, text_format, skip_bad, val_sources)
+        return ScanResult(SplitRule("files", val_fraction, val_sources=val_sources), "", text_stats)
+    rule = make_split_rule(documents, val_fraction, split_duplicates=split_duplicates)
+    return ScanResult(
+        rule,
+        sha256 if len(documents) == 1 else "",
+        text_stats,
+        _describe_duplicates(documents, rule),
     )
 
 
-def _seen(number: int, document: Document) -> DocumentStats:
-    return DocumentStats((number, document.index), len(document.text), text_digest(document.text))
+def scan_text(source: Source, encoding: str) -> TextStats:
+    """Read a text file in constant memory.
+
+    Raises:
+        BadInput: if it is not text.
+    """
+    stats, sha256 = TextStats(), hashlib.sha256()
+    for chunk in read_chunks(source, encoding=encoding):
+        if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
+            stats.offsets.append((chunk.offset, stats.num_chars))
+        stats.num_chars += len(chunk.text)
+        stats.fixes |= describe_fixes(chunk)
+        stats.is_blank = stats.is_blank and not chunk.text.strip()
+        sha256.update(chunk.text.encode("utf-8"))
+    stats.sha256 = sha256.digest()
+    return stats
+
+
+def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) -> tuple[str, ...]:
+    if rule.rule != "boundary":
+        return ()
+    if repeated := len(rule.exceptions):
+        subject = pluralize(repeated, "document appears", "documents appear")
+        return (f"{subject} in the text more than once: all copies are in one split",)
+    splits: dict[int, set[str]] = {}
+    for document in documents:
+        split = rule.assign(document.id, document.digest)
+        splits.setdefault(document.digest, set()).add(split)
+    if in_both := sum(len(names) > 1 for names in splits.values()):
+        subject = pluralize(in_both, "document is", "documents are")
+        return (f"{subject} in both splits, as copies: the validation loss will be too low",)
+    return ()
+
+
+def _require_text_in_both_splits(
+    sources: Sequence[Source],
+    text_format: TextFormat,
+    skip_bad: bool,
+    val_sources: tuple[int, ...],
+) -> None:
+    val = [sources[index] for index in val_sources]
+    train = [source for index, source in enumerate(sources) if index not in set(val_sources)]
+    for split, use in ((train, "to train on"), (val, "held out by name")):
+        bad_input = BadInputHandler(skip_bad)
+        texts = (text for source in split for text in iter_text(source, text_format, bad_input))
+        if not any(text.strip() for text in texts):
+            message = no_text_message([source.name for source in split], bad_input)
+            raise UserError(
+                f"{message}; these are the files {use}: --split_by_name false treats them like all "
+                "others"
+            )
+
+
+def no_text_message(names: Sequence[str], bad_input: BadInputHandler) -> str:
+    """Explain why there is no text in some files."""
+    more = f" and {len(names[3:]):,} more" if len(names) > 3 else ""
+    where = ", ".join(names[:3]) + more
+    if not bad_input.counts:
+        return f"{where}: empty: there is no text to train on"
+    problems = ", ".join(f"{count:,} x {problem}" for problem, count in bad_input.counts.items())
+    return (
+        f"{where}: all input was skipped ({problems}), and there is no text to train on; first "
+        f"{bad_input.examples[0]}: {bad_input.hints[0]}"
+    )
 
 
 def collect_alphabet(sources: Sequence[Source], text_format: TextFormat, *, skip_bad: bool) -> str:
-    """Every character of the data, in code point order."""
-    known = np.zeros(0x110000, bool)
+    """Return every character of the data, in code point order."""
+    seen = np.zeros(0x110000, bool)
     for source in sources:
-        skipped = BadInputHandler(skip_bad)
-        try:
-            for text in iter_text(source, text_format, skipped):
-                known[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
-        except BadInput as bad:
-            skipped.handle(bad)
-    return "".join(map(chr, np.flatnonzero(known).tolist()))
+        for text in iter_text(source, text_format, BadInputHandler(skip_bad)):
+            seen[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
+    return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
-def iter_text(source: Source, text_format: TextFormat, skipped: BadInputHandler) -> Iterator[str]:
-    """All text of a file, in pieces; documents whole."""
-    if has_many_documents(source, text_format):
-        yield from (document.text for document in read_documents(source, text_format, skipped))
-    else:
-        yield from (chunk.text for chunk in read_chunks(source, encoding=text_format.encoding))
+def iter_text(source: Source, text_format: TextFormat, bad_input: BadInputHandler) -> Iterator[str]:
+    """Yield all text of a file: one document at a time, or chunks of a text."""
+    try:
+        if has_many_documents(source, text_format):
+            for document in read_documents(source, text_format, bad_input):
+                yield document.text
+        else:
+            for chunk in read_chunks(source, encoding=text_format.encoding):
+                yield chunk.text
+    except BadInput as bad:
+        bad_input.handle(bad)
 
 
 def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
-    """Byte of a UTF-8 file where a character of its text begins."""
-    before = [characters for _, characters in stats.offsets]
-    start, passed = stats.offsets[bisect_right(before, char_index) - 1]
+    """Return the byte of a UTF-8 file where a character of its text starts."""
+    num_chars_before = [num_chars for _, num_chars in stats.offsets]
+    start, num_chars = stats.offsets[bisect_right(num_chars_before, char_index) - 1]
     for chunk in read_chunks(source, start=start):
-        if char_index <= passed + len(chunk.text):
+        if char_index <= num_chars + len(chunk.text):
             break
-        passed += len(chunk.text)
-    wanted = char_index - passed
-    # The mark and each CR were taken out of the text, and are bytes of the file all the same.
-    skip = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
-    place, position = skip, chunk.raw.find("\r\n")
-    returns = 0
-    while position >= 0 and position - skip - returns < wanted:
-        returns += 1
+        num_chars += len(chunk.text)
+    target = char_index - num_chars
+    # The BOM and the CR of each CRLF are bytes of the file, but not characters of the text.
+    bom = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
+    carriage_returns, position = 0, chunk.raw.find("\r\n")
+    while position >= 0 and position - bom - carriage_returns < target:
+        carriage_returns += 1
         position = chunk.raw.find("\r\n", position + 2)
-    return chunk.offset + len(chunk.raw[: place + wanted + returns].encode("utf-8"))
+    return chunk.offset + len(chunk.raw[: bom + target + carriage_returns].encode("utf-8"))
 
 
 def find_safe_cuts(source: Source, start: int, stop: int, stride: int) -> list[int]:
-    """Bytes where a UTF-8 text may be cut so that no token changes, about `every` bytes apart."""
-    found: list[int] = []
+    """Find bytes, about `stride` apart, where cutting a UTF-8 text changes none of its ids."""
+    cuts: list[int] = []
     with source.path.open("rb") as file:
-        wanted = start + stride
-        while wanted < stop and (place := _cleft(file, wanted, stop)) is not None:
-            found.append(place)
-            wanted = place + stride
-    return found
+        target = start + stride
+        while target < stop and (cut := _next_safe_cut(file, target, stop)) is not None:
+            cuts.append(cut)
+            target = cut + stride
+    return cuts
 
 
-def _cleft(file: IO[bytes], wanted: int, stop: int) -> int | None:
-    for begin in range(wanted, min(stop, wanted + MAX_SEARCH_BYTES), SEARCH_BLOCK):
+def _next_safe_cut(file: IO[bytes], target: int, stop: int) -> int | None:
+    for begin in range(target, min(stop, target + MAX_SEARCH_BYTES), SEARCH_BLOCK):
+        # One byte before the block for the lookbehind, and all bytes of the character after it.
         file.seek(begin - 1)
-        # What stands before it, and all bytes of the character behind it.
-        part = file.read(min(SEARCH_BLOCK + 8, stop - begin + 1))
-        for match in SAFE_CUT_BYTES.finditer(part, 1, SEARCH_BLOCK):
-            following = part[match.end() : match.end() + 4].decode("utf-8", errors="ignore")
+        block = file.read(min(SEARCH_BLOCK + 8, stop - begin + 1))
+        for match in SAFE_CUT_BYTES.finditer(block, 1, SEARCH_BLOCK):
+            following = block[match.end() : match.end() + 4].decode("utf-8", errors="ignore")
             if following and not following[0].isspace():
                 return begin - 1 + match.start()
     return None

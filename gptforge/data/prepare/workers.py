@@ -1,4 +1,4 @@
-"""Jobs done by several processes: started afresh, told to stop, never left behind."""
+"""Run the jobs of a preparation in worker processes."""
 
 import multiprocessing
 import os
@@ -7,134 +7,104 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
-from gptforge import tokenizers
-from gptforge.data.prepare.job import Job, JobResult, JobRunner
-from gptforge.data.prepare.split import SplitRule
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.job import Job, JobResult, JobRunner, JobSettings
 from gptforge.errors import RunError
 
-ProgressCallback = Callable[[int, int], None]
-"""Hears how many more bytes of the files are done, and how many bytes of text."""
 POLL_SECONDS = 0.2
-"""Seconds between looks at how far the others are."""
 
 
-class StopRequested(Exception):  # noqa: N818 (it is a wish, not an error)
-    """Somebody asked the work to stop."""
+class StopRequested(Exception):  # noqa: N818 (not an error: the parent process stops the work)
+    """The parent process asked the workers to stop."""
 
 
-def run_in_process(
+def run_jobs(
     jobs: Sequence[Job],
-    out_dir: Path,
-    tokenizer: Path,
+    settings: JobSettings,
     *,
-    split_rule: SplitRule,
-    text_format: TextFormat,
-    skip_bad: bool,
-    progress: ProgressCallback,
-) -> Iterator[tuple[Job, JobResult]]:
-    """Jobs and what they made, in this process."""
-    known = tokenizers.load(tokenizer)
-    worker = JobRunner(
-        out_dir, known, split_rule, text_format, skip_bad=skip_bad, progress=progress
-    )
-    for job in jobs:
-        yield job, worker.run(job)
-
-
-def run_in_workers(
-    jobs: Sequence[Job],
-    out_dir: Path,
-    tokenizer: Path,
-    *,
-    split_rule: SplitRule,
-    text_format: TextFormat,
-    skip_bad: bool,
-    progress: ProgressCallback,
+    progress: Callable[[int, int], None],
     num_workers: int,
 ) -> Iterator[tuple[Job, JobResult]]:
-    """Jobs and what they made, by several processes, as they are finished.
+    """Run jobs and yield each with its result as it finishes.
+
+    Args:
+        jobs: to run, in any order.
+        settings: what all jobs share.
+        progress: called with further bytes of the files and of text that are done.
+        num_workers: number of processes; 1 runs the jobs in this one.
 
     Raises:
-        UserError: what a job found wrong; the others stop.
-        RunError: if a process was ended from outside.
+        UserError: the error of a job; the others stop.
+        RunError: if a worker process was killed.
     """
+    if num_workers <= 1:
+        runner = JobRunner(settings, progress)
+        for job in jobs:
+            yield job, runner.run(job)
+        return
     context = multiprocessing.get_context("spawn")
     counts = context.Value("q", 0), context.Value("q", 0)
-    # No lock: one who was ended while holding it would never give it back.
+    # Without a lock: a worker that is killed while it holds one would never release it.
     stop = context.RawValue("b", 0)
-    crew = ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_workers,
         mp_context=context,
-        initializer=_begin,
-        initargs=(out_dir, tokenizer, split_rule, text_format, skip_bad, counts, stop),
+        initializer=_init_worker,
+        initargs=(settings, counts, stop),
     )
     try:
-        waiting: dict[Future[JobResult], Job] = {crew.submit(_do, job): job for job in jobs}
-        told = [0, 0]
-        while waiting:
-            done, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-            now = [count.value for count in counts]
-            progress(now[0] - told[0], now[1] - told[1])
-            told = now
-            for future in done:
-                yield waiting.pop(future), future.result()
+        running: dict[Future[JobResult], Job] = {pool.submit(_run_job, job): job for job in jobs}
+        reported = [0, 0]
+        while running:
+            finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            totals = [count.value for count in counts]
+            progress(totals[0] - reported[0], totals[1] - reported[1])
+            reported = totals
+            for future in finished:
+                yield running.pop(future), future.result()
     except BrokenProcessPool:
         raise RunError(
-            "a process of the preparation was ended from outside, perhaps for want of memory: "
-            "the same command goes on, with fewer at a time by --workers"
+            "a worker process was killed, perhaps because memory ran out: the same command "
+            "resumes, with fewer processes if you lower --workers"
         ) from None
     finally:
         stop.value = 1
-        crew.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: JobRunner
+def num_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _begin(
-    folder: Path,
-    tokenizer: Path,
-    split: SplitRule,
-    text_format: TextFormat,
-    skip_bad: bool,
-    counts: tuple[Any, Any],
-    stop: Any,
-) -> None:
-    """Make a process ready for jobs."""
-    # Ctrl-C reaches every process of the terminal; the first one tells the others.
+_runner: JobRunner
+
+
+def _init_worker(settings: JobSettings, counts: tuple[Any, Any], stop: Any) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent alone handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
-    def told(read: int, text: int) -> None:
+    def progress(file_bytes: int, text_bytes: int) -> None:
         if stop.value:
             raise StopRequested
-        for count, more in zip(counts, (read, text), strict=True):
+        for count, more in zip(counts, (file_bytes, text_bytes), strict=True):
             with count.get_lock():
                 count.value += more
 
-    global _worker
-    _worker = JobRunner(
-        folder, tokenizers.load(tokenizer), split, text_format, skip_bad=skip_bad, progress=told
-    )
+    global _runner
+    _runner = JobRunner(settings, progress)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _do(job: Job) -> JobResult:
-    return _worker.run(job)
-
-
-def num_cpus() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _run_job(job: Job) -> JobResult:
+    return _runner.run(job)
