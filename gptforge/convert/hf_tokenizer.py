@@ -58,7 +58,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
     """
     if (folder / NATIVE_TOKENIZER).is_file():
         return load_tokenizer(folder / NATIVE_TOKENIZER)
-    from gptforge.tokenizers.hf_loader import AddedTokensError, load_hf_tokenizer
+    from gptforge.tokenizers.hf_loader import AddedTokensError, parse_tokenizer_json
 
     where = folder.as_posix()
     otherwise = f"gptforge import {shlex.quote(where)} OUT --tokenizer"
@@ -66,7 +66,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
     with parsing(where, "a tokenizer that can be used here", hint):
         try:
             if (folder / "tokenizer.json").is_file():
-                return load_hf_tokenizer(json.loads(read_text(folder / "tokenizer.json")))
+                return parse_tokenizer_json(json.loads(read_text(folder / "tokenizer.json")))
             if (folder / "merges.txt").is_file():
                 return _of_older_files(folder)
         except AddedTokensError as error:
@@ -86,7 +86,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
 def _of_older_files(folder: Path) -> Tokenizer:
     """The tokenizer of merges.txt, and of vocab.json and added_tokens.json where they are."""
     from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
-    from gptforge.tokenizers.hf_loader import load_hf_tokenizer
+    from gptforge.tokenizers.hf_loader import parse_tokenizer_json
 
     lines = read_text(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
@@ -99,7 +99,7 @@ def _of_older_files(folder: Path) -> Tokenizer:
     if not vocab and not added:
         return GPT2Tokenizer(merges)
     vocab = vocab or {**build_vocab(merges), END_OF_TEXT: 256 + len(merges)}
-    return load_hf_tokenizer(
+    return parse_tokenizer_json(
         {
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
             "pre_tokenizer": {"type": "ByteLevel"},

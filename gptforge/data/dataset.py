@@ -296,7 +296,9 @@ def _open_shards(path: Path, names: Sequence[Path], options: DatasetOptions) -> 
         tokenizer = copy.copy(tokenizer_name)
     train_shards, val_shards = _split_shards(shards)
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
-        notices.append(f"{pluralize(num_ignored, 'shard', 'shards')} whose name says test: left out")
+        notices.append(
+            f"{pluralize(num_ignored, 'shard', 'shards')} whose name says test: left out"
+        )
     train = ShardDataset(train_shards, vocab_size=tokenizer.vocab_size)
     tokenizer.prepends_eot = _has_eot(train, tokenizer)
     holds_out = options.val_fraction > 0 or options.needs_val

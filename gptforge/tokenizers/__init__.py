@@ -54,9 +54,9 @@ def load(path: Path) -> Tokenizer:
     with parsing(path, "a tokenizer that can be used here"):
         record = json.loads(read_text(path))
         if isinstance(record, dict) and "model" in record:
-            from gptforge.tokenizers.hf_loader import load_hf_tokenizer
+            from gptforge.tokenizers.hf_loader import parse_tokenizer_json
 
-            return load_hf_tokenizer(record)
+            return parse_tokenizer_json(record)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError("neither GPT-Forge's nor Hugging Face's format")
         if record.get("version") != VERSION:

@@ -23,7 +23,7 @@ class AddedTokensError(ValueError):
         self.is_gpt2 = is_gpt2
 
 
-def load_hf_tokenizer(record: dict[str, Any]) -> GPT2Tokenizer:
+def parse_tokenizer_json(record: dict[str, Any]) -> GPT2Tokenizer:
     """Convert a parsed tokenizer.json.
 
     Raises:

@@ -192,8 +192,8 @@ def test_hint_for_too_little_held_out_by_name(tmp_path) -> None:
     # The end-of-text token and a character: too few for a sequence.
     assert not found.val[2:].size
     assert found.more_val_hint.endswith("or use --split_by_name false")
-    mixed = open_input(tmp_path, tokenizer="char", split_by_name=False)
-    assert "--val_fraction" in mixed.more_val_hint
+    unnamed = open_input(tmp_path, tokenizer="char", split_by_name=False)
+    assert "--val_fraction" in unnamed.more_val_hint
 
 
 def test_cache_folder_that_is_not_writable(play, tmp_path, monkeypatch) -> None:

@@ -1,16 +1,16 @@
-"""Mutated files, for as long as you like.
+"""Fuzz the readers of all file formats.
 
 python -m tests.fuzz --rounds 20000                 every format
 python -m tests.fuzz --rounds 20000 --only parquet  one of them
-python -m tests.fuzz --only state --seed 77 --rounds 1   the round that was called "state 77"
+python -m tests.fuzz --only state --seed 77 --rounds 1   repeat the failure "state 77"
 """
 
 import argparse
 import time
 from collections import Counter
 
-from tests.fuzz.formats import FORMATS, furnished
-from tests.fuzz.harness import Found, Trial
+from tests.fuzz.formats import FORMATS, make_folder
+from tests.fuzz.harness import FuzzFailure, Trial
 
 
 def main() -> int:
@@ -21,28 +21,28 @@ def main() -> int:
         "--seed", type=int, default=0, help="of the first round; then one more each"
     )
     parser.add_argument("--only", choices=FORMATS, action="append", help="may be given repeatedly")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     total: Counter[str] = Counter()
-    for name in asked.only or FORMATS:
-        begin, counts, told = time.perf_counter(), Counter(), set()
-        with furnished() as folder:
+    for name in args.only or FORMATS:
+        start, counts, reported = time.perf_counter(), Counter(), set()
+        with make_folder() as folder:
             trial = Trial(name, folder)
-            for seed in range(asked.seed, asked.seed + asked.rounds):
+            for seed in range(args.seed, args.seed + args.rounds):
                 try:
                     is_refused = trial.attempt(seed)
                     counts["refused" if is_refused else "worked"] += 1
-                except Found as found:
-                    counts["found"] += 1
-                    lines = str(found).splitlines()
-                    if (where := lines[-2:][0]) not in told and len(told) < 5:
-                        told.add(where)
-                        print(found, flush=True)
-        seconds = time.perf_counter() - begin
-        words = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-        print(f"{name:<12}{words}; {1e3 * seconds / asked.rounds:.2f} ms each", flush=True)
+                except FuzzFailure as failure:
+                    counts["failed"] += 1
+                    lines = str(failure).splitlines()
+                    if (summary := lines[-2:][0]) not in reported and len(reported) < 5:
+                        reported.add(summary)
+                        print(failure, flush=True)
+        seconds = time.perf_counter() - start
+        summary = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+        print(f"{name:<12}{summary}; {1e3 * seconds / args.rounds:.2f} ms each", flush=True)
         total.update(counts)
-    print(f"in all: {dict(total)}")
-    return 1 if total["found"] else 0
+    print(f"total: {dict(total)}")
+    return 1 if total["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Every format that is read: a good file, how it is mutated, and all that reads it."""
+"""Every file format that is read: a valid file, how to mutate it, and its readers."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -75,28 +76,31 @@ STATE = {
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file."""
+    """A file format.
+
+    Attributes:
+        path: of the mutated file in the scratch folder.
+        make: gives a valid file; None: `fill_folder` wrote one.
+        read: calls all readers, given the scratch folder.
+    """
 
     path: str
-    """Where the mutated file lies in the scratch folder."""
-    good: Callable[[], bytes] | None
-    """None: what `furnish` put there."""
+    make: Callable[[], bytes] | None
     mutate: mutate.Mutate
     read: Callable[[Path], Any]
-    """All that reads it, given the scratch folder."""
 
 
 @contextlib.contextmanager
-def furnished() -> Iterator[Path]:
-    """A scratch folder with what lies around the mutated file, in memory where that can be."""
+def make_folder() -> Iterator[Path]:
+    """A scratch folder with all other files that the readers need, in memory if possible."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
-        furnish(Path(scratch))
+        fill_folder(Path(scratch))
         yield Path(scratch)
 
 
-def furnish(folder: Path) -> None:
-    """What lies around the mutated file: a checkpoint, a model of transformers', shards."""
+def fill_folder(folder: Path) -> None:
+    """Write a checkpoint, a Hugging Face model and shards."""
     model = GPT(SHAPE).init_weights(torch.Generator().manual_seed(0))
     tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
     checkpoint, hf = folder / "run/checkpoints/step-000002", folder / "hf"
@@ -110,7 +114,7 @@ def furnish(folder: Path) -> None:
     (checkpoint / store.STATE).write_text(json.dumps(STATE))
     (folder / "run/config.toml").write_text(config)
     (folder / "run/metrics.jsonl").write_bytes(metrics())
-    save_safetensors(hf / "model.safetensors", turned(tensors))
+    save_safetensors(hf / "model.safetensors", transpose_linear(tensors))
     (hf / "config.json").write_bytes(hf_config())
     (hf / "tokenizer.json").write_bytes(json.dumps(tokenizer_json(ByteTokenizer())).encode())
     tokenizers.save(CharTokenizer(ALPHABET), hf / "gptforge_tokenizer.json")
@@ -121,8 +125,8 @@ def furnish(folder: Path) -> None:
     (folder / "foreign").mkdir()
 
 
-def turned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As transformers stores them."""
+def transpose_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Linear weights as transformers stores them."""
     from gptforge.convert.hf import TRANSPOSED
 
     return {n: t.t().contiguous() if n.endswith(TRANSPOSED) else t for n, t in tensors.items()}
@@ -157,7 +161,8 @@ def metrics() -> bytes:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
-def ckpt() -> dict[str, Any]:
+@functools.cache
+def make_nanogpt_checkpoint() -> dict[str, Any]:
     model = GPT(SHAPE).init_weights(torch.Generator().manual_seed(0))
     sizes = {**vars(SHAPE), "bias": True}
     return {
@@ -183,32 +188,33 @@ ODD_TENSORS = (
 )
 
 
-def ckpt_file(data: bytes, dice: random.Random) -> bytes:
-    """nanoGPT's record with odd values or tensors in it, or bytes."""
-    if dice.random() < 0.3:
-        return mutate.raw(data, dice)
-    record = ckpt()
-    if dice.random() < 0.4:
-        record["model"][dice.choice(list(record["model"]))] = dice.choice(ODD_TENSORS)
+def mutate_nanogpt_checkpoint(data: bytes, rng: random.Random) -> bytes:
+    """Put odd values or tensors into nanoGPT's checkpoint, or mutate bytes."""
+    if rng.random() < 0.3:
+        return mutate.raw(data, rng)
+    record = make_nanogpt_checkpoint()
+    record = {**record, "model": dict(record["model"])}
+    if rng.random() < 0.4:
+        record["model"][rng.choice(list(record["model"]))] = rng.choice(ODD_TENSORS)
     else:
-        record = mutate.tree(record, dice)
-    made = io.BytesIO()
+        record = mutate.tree(record, rng)
+    file = io.BytesIO()
     try:
-        torch.save(record, made)  # noqa: TID251
+        torch.save(record, file)  # noqa: TID251
     except (ValueError, RecursionError):
         return b""
-    return made.getvalue()
+    return file.getvalue()
 
 
 def parquet() -> bytes:
-    made = io.BytesIO()
+    file = io.BytesIO()
     table = pa.table({"text": [TEXT, TEXT * 2, "", "x"] * 3, "n": list(range(12))})
-    pq.write_table(table, made, row_group_size=4)
-    return made.getvalue()
+    pq.write_table(table, file, row_group_size=4)
+    return file.getvalue()
 
 
-def used(tokenizer: tokenizers.Tokenizer) -> None:
-    """What a tokenizer is asked for."""
+def use_tokenizer(tokenizer: tokenizers.Tokenizer) -> None:
+    """Call all methods of a tokenizer."""
     ids = [int(i) for i in tokenizer.encode("to be")]
     tokenizers.decode(tokenizer, ids)
     tokenizers.byte_lengths(tokenizer)
@@ -216,11 +222,11 @@ def used(tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    used(tokenizers.load(folder / "tokenizer.json"))
+    use_tokenizer(tokenizers.load(folder / "tokenizer.json"))
 
 
 def read_checkpoint(folder: Path) -> None:
-    """A checkpoint whose manifest agrees with what was mutated."""
+    """Read a checkpoint whose manifest has the hash of the mutated file."""
     path = folder / "run/checkpoints/step-000002"
     manifest = {
         name: {"bytes": (path / name).stat().st_size, "sha256": files.sha256(path / name)}
@@ -236,7 +242,7 @@ def read_state(folder: Path) -> None:
     store.CheckpointStore(path.parent).repair_links(path)
 
 
-def read_generators(folder: Path) -> None:
+def read_rng_state(folder: Path) -> None:
     tensors = store.read_tensors(folder / "run/checkpoints/step-000002", store.RNG_STATE)
     with torch.random.fork_rng([]):
         load_rng_state_dict(tensors, torch.device("cpu"))
@@ -254,15 +260,15 @@ def read_flags_file(folder: Path) -> None:
 
 
 def read_shards(folder: Path) -> None:
-    """Index and shards as training, `prepare` and `doctor` read them."""
+    """Read index and shards like training, `prepare` and `doctor`."""
     index = read_index(folder / "shards")
     if index is not None:
         describe(index)
         check_shards(folder / "shards", DatasetOptions(tokenizer="byte"), context_length=8)
         find_corruption(index)
-        # Its hash in the stamp would refuse every index that is another.
-        wanted = DatasetOptions(tokenizer="byte", verify=False)
-        check_length(open_dataset(folder / "shards", wanted, log=lambda _: None), 8)
+        # With `verify`, the hash of the index would refuse every mutation.
+        options = DatasetOptions(tokenizer="byte", verify=False)
+        check_length(open_dataset(folder / "shards", options, log=lambda _: None), 8)
 
 
 def read_verified(folder: Path) -> None:
@@ -271,15 +277,15 @@ def read_verified(folder: Path) -> None:
     )
 
 
-def read_foreign(folder: Path) -> None:
-    for headerless in (True, False):
-        wanted = DatasetOptions(tokenizer="byte", raw_bin=headerless, require_tokenizer=True)
+def read_shards_of_others(folder: Path) -> None:
+    for raw_bin in (True, False):
+        options = DatasetOptions(tokenizer="byte", raw_bin=raw_bin, require_tokenizer=True)
         try:
-            corpus = open_dataset(folder / "foreign", wanted, log=lambda _: None)
-            corpus.train[:]
-            corpus.val[:]
+            dataset = open_dataset(folder / "foreign", options, log=lambda _: None)
+            dataset.train[:]
+            dataset.val[:]
         except UserError:
-            if not headerless:
+            if not raw_bin:
                 raise
 
 
@@ -294,31 +300,25 @@ def read_metrics(folder: Path) -> None:
     )
 
 
-def read_texts(folder: Path, name: str, form: TextFormat | None = None) -> None:
+def read_texts(folder: Path, name: str, options: TextFormat | None) -> None:
     [source] = find_sources([str(folder / "in" / name)])
-    for is_allowed in (True, False):
-        skipped = BadInputHandler(is_allowed)
+    for skip in (True, False):
+        bad_input = BadInputHandler(skip)
         try:
-            for _ in islice(iter_text(source, form or TextFormat(), skipped), 1000):
+            for _ in islice(iter_text(source, options or TextFormat(), bad_input), 1000):
                 pass
         except BadInput as bad:
-            skipped.handle(bad)
+            bad_input.handle(bad)
 
 
-def read_answers(folder: Path) -> None:
+def read_micro_batch_cache(folder: Path) -> None:
     path = folder / "micro.json"
-    fits = {"estimate": lambda count: count, "fits": lambda count: True, "free": None}
+    fits = {"estimate": lambda count: count, "fits": lambda count: True, "free_memory": None}
     assert 1 <= find_micro_batch(8, **fits, cache_path=path, key="k") <= 8
 
 
 def merges_file() -> bytes:
     return ("#version: 0.2\n" + "\n".join(MERGES) + "\n").encode()
-
-
-def of(tokenizer: tokenizers.Tokenizer) -> bytes:
-    return json.dumps(
-        {"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}
-    ).encode()
 
 
 def hellaswag() -> bytes:
@@ -348,10 +348,41 @@ CHATS = (
 ).encode()
 TABLE = b'id,text\n1,"some words, quoted"\n2,more words\n3,"a ""quote"" and\na line"\n' * 2
 STEP = "run/checkpoints/step-000002"
+
+
+def text_format(
+    name: str,
+    data: bytes | Callable[[], bytes],
+    mutation: mutate.Mutate = mutate.raw,
+    options: TextFormat | None = None,
+) -> Format:
+    make = data if callable(data) else lambda: data
+    return Format(f"in/{name}", make, mutation, lambda folder: read_texts(folder, name, options))
+
+
+def tokenizer_format(tokenizer: tokenizers.Tokenizer) -> Format:
+    record = {"format": "gptforge-tokenizer", "version": 1, **tokenizer.to_json()}
+    return Format(
+        "tokenizer.json", lambda: json.dumps(record).encode(), mutate.json_file, read_tokenizer
+    )
+
+
+def task_format(task: str, data: bytes) -> Format:
+    return Format(
+        "q.jsonl",
+        lambda: data,
+        mutate.json_lines,
+        lambda folder: _load_examples(task, str(folder / "q.jsonl"), 0),
+    )
+
+
+BYTES = TEXT.encode()
 FORMATS: dict[str, Format] = {
-    "hf_config": Format("hf/config.json", None, mutate.json_file, lambda f: read_hf(f / "hf")),
+    "hf_config": Format(
+        "hf/config.json", None, mutate.json_file, lambda folder: read_hf(folder / "hf")
+    ),
     "hf_weights": Format(
-        "hf/model.safetensors", None, mutate.safetensors_file, lambda f: read_hf(f / "hf")
+        "hf/model.safetensors", None, mutate.safetensors_file, lambda folder: read_hf(folder / "hf")
     ),
     "hf_bpe": Format(
         "tokenizer.json",
@@ -359,23 +390,14 @@ FORMATS: dict[str, Format] = {
         mutate.json_file,
         read_tokenizer,
     ),
-    "bpe": Format(
-        "tokenizer.json", lambda: of(GPT2Tokenizer(MERGES)), mutate.json_file, read_tokenizer
-    ),
-    "char": Format(
-        "tokenizer.json",
-        lambda: of(CharTokenizer(ALPHABET, with_eot=True)),
-        mutate.json_file,
-        read_tokenizer,
-    ),
-    "byte": Format(
-        "tokenizer.json",
-        lambda: of(ByteTokenizer(with_eot=True)),
-        mutate.json_file,
-        read_tokenizer,
-    ),
+    "bpe": tokenizer_format(GPT2Tokenizer(MERGES)),
+    "char": tokenizer_format(CharTokenizer(ALPHABET, with_eot=True)),
+    "byte": tokenizer_format(ByteTokenizer(with_eot=True)),
     "merges": Format(
-        "bpe/merges.txt", merges_file, mutate.raw, lambda f: used(load_hf_tokenizer(f / "bpe"))
+        "bpe/merges.txt",
+        merges_file,
+        mutate.raw,
+        lambda folder: use_tokenizer(load_hf_tokenizer(folder / "bpe")),
     ),
     "state": Format(f"{STEP}/state.json", None, mutate.json_file, read_state),
     "manifest": Format(f"{STEP}/manifest.json", None, mutate.json_file, read_manifest),
@@ -383,94 +405,42 @@ FORMATS: dict[str, Format] = {
     "run_weights": Format(
         f"{STEP}/model.safetensors", None, mutate.safetensors_file, read_checkpoint
     ),
-    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_generators),
+    "rng": Format(f"{STEP}/rng.safetensors", None, mutate.safetensors_file, read_rng_state),
     "flags_file": Format(
         "c.toml", lambda: config_text().encode(), mutate.toml_file, read_flags_file
     ),
     "index": Format("shards/index.json", None, mutate.json_file, read_shards),
     "stamp": Format(f"shards/{VERIFIED_FILE}", None, mutate.json_file, read_verified),
-    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_foreign),
+    "shard": Format("foreign/a_val.bin", shard_file, mutate.numbers, read_shards_of_others),
     "metrics": Format("run/metrics.jsonl", None, mutate.json_lines, read_metrics),
     "nanogpt": Format(
         "ckpt.pt",
         lambda: b"PK",
-        ckpt_file,
-        lambda f: read_nanogpt(
-            f / "ckpt.pt", tokenizer=CharTokenizer("".join(map(chr, range(64))))
+        mutate_nanogpt_checkpoint,
+        lambda folder: read_nanogpt(
+            folder / "ckpt.pt", tokenizer=CharTokenizer("".join(map(chr, range(64))))
         ),
     ),
-    "text": Format(
-        "in/t.txt", lambda: TEXT.encode() * 3, mutate.raw, lambda f: read_texts(f, "t.txt")
+    "text": text_format("t.txt", BYTES * 3),
+    "split_on": text_format("t.txt", BYTES * 3, options=TextFormat(split_on="\n")),
+    "utf16": text_format("t.txt", TEXT.encode("utf-16"), options=TextFormat(encoding="utf-16")),
+    "jsonl": text_format("t.jsonl", LINES, mutate.json_lines),
+    "chats": text_format("t.jsonl", CHATS, mutate.json_lines),
+    "json_array": text_format(
+        "t.json", b"[%s]" % b",".join(LINES.splitlines() + CHATS.splitlines()), mutate.json_file
     ),
-    "marked": Format(
-        "in/t.txt",
-        lambda: TEXT.encode() * 3,
-        mutate.raw,
-        lambda f: read_texts(f, "t.txt", TextFormat(split_on="\n")),
+    "json_array_raw": text_format("t.json", b"[%s]" % b",".join(LINES.splitlines())),
+    "csv": text_format("t.csv", TABLE),
+    "csv_replaced": text_format(
+        "t.tsv", TABLE.replace(b",", b"\t"), options=TextFormat(encoding="utf-8:replace")
     ),
-    "utf16": Format(
-        "in/t.txt",
-        lambda: TEXT.encode("utf-16"),
-        mutate.raw,
-        lambda f: read_texts(f, "t.txt", TextFormat(encoding="utf-16")),
-    ),
-    "jsonl": Format(
-        "in/t.jsonl", lambda: LINES, mutate.json_lines, lambda f: read_texts(f, "t.jsonl")
-    ),
-    "chats": Format(
-        "in/t.jsonl", lambda: CHATS, mutate.json_lines, lambda f: read_texts(f, "t.jsonl")
-    ),
-    "json_array": Format(
-        "in/t.json",
-        lambda: b"[" + b",".join(LINES.splitlines() + CHATS.splitlines()) + b"]",
-        mutate.json_file,
-        lambda f: read_texts(f, "t.json"),
-    ),
-    "json_array_raw": Format(
-        "in/t.json",
-        lambda: b"[" + b",".join(LINES.splitlines()) + b"]",
-        mutate.raw,
-        lambda f: read_texts(f, "t.json"),
-    ),
-    "csv": Format("in/t.csv", lambda: TABLE, mutate.raw, lambda f: read_texts(f, "t.csv")),
-    "csv_replaced": Format(
-        "in/t.tsv",
-        lambda: TABLE.replace(b",", b"\t"),
-        mutate.raw,
-        lambda f: read_texts(f, "t.tsv", TextFormat(encoding="utf-8:replace")),
-    ),
-    "gz": Format(
-        "in/t.txt.gz",
-        lambda: gzip.compress(TEXT.encode() * 9),
-        mutate.raw,
-        lambda f: read_texts(f, "t.txt.gz"),
-    ),
-    "xz": Format(
-        "in/t.txt.xz",
-        lambda: lzma.compress(TEXT.encode() * 9),
-        mutate.raw,
-        lambda f: read_texts(f, "t.txt.xz"),
-    ),
-    "zst": Format(
-        "in/t.txt.zst",
-        lambda: zstandard.compress(TEXT.encode() * 9),
-        mutate.raw,
-        lambda f: read_texts(f, "t.txt.zst"),
-    ),
-    "parquet": Format("in/t.parquet", parquet, mutate.raw, lambda f: read_texts(f, "t.parquet")),
-    "hellaswag": Format(
-        "q.jsonl",
-        hellaswag,
-        mutate.json_lines,
-        lambda f: _load_examples("hellaswag", str(f / "q.jsonl"), 0),
-    ),
-    "lambada": Format(
-        "q.jsonl",
-        lambda: LINES,
-        mutate.json_lines,
-        lambda f: _load_examples("lambada", str(f / "q.jsonl"), 0),
-    ),
-    "answers": Format(
-        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_answers
+    "gz": text_format("t.txt.gz", gzip.compress(BYTES * 9)),
+    "xz": text_format("t.txt.xz", lzma.compress(BYTES * 9)),
+    "zst": text_format("t.txt.zst", zstandard.compress(BYTES * 9)),
+    "parquet": text_format("t.parquet", parquet),
+    "hellaswag": task_format("hellaswag", hellaswag()),
+    "lambada": task_format("lambada", LINES),
+    "micro_batch": Format(
+        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_micro_batch_cache
     ),
 }

@@ -1,4 +1,4 @@
-"""Runs mutations of a format in this process; reports what is neither refused nor works."""
+"""Reads mutated files in this process: each must work, or be refused in one line."""
 
 import contextlib
 import io
@@ -14,53 +14,52 @@ from gptforge.errors import RunError, UserError
 from gptforge.printable import printable
 from tests.fuzz.formats import FORMATS
 
-HANGS = 30
-"""Seconds after which a reader is taken to hang."""
+TIMEOUT = 30  # seconds for one file
 
 
-class Found(AssertionError):  # noqa: N818
-    """A mutation that raised something else, hung, or gave a message that is not one clean line."""
+class FuzzFailure(AssertionError):  # noqa: N818 (an assertion)
+    """A reader raised something else, hung, or gave more than one printable line."""
 
 
 class Trial:
-    """Mutations of one format; the good file is put back at the end.
+    """Mutates the file of one format, and restores it at the end.
 
     Args:
         name: of the format.
-        folder: furnished scratch folder.
+        folder: from `make_folder`.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.kind, self.folder = name, FORMATS[name], folder
-        self.path = folder / self.kind.path
+        self.name, self.format, self.folder = name, FORMATS[name], folder
+        self.path = folder / self.format.path
         self.path.parent.mkdir(exist_ok=True)
-        self.before = self.path.read_bytes() if self.path.is_file() else None
-        self.good = self.kind.good() if self.kind.good else self.before
-        assert self.good
+        self.original = self.path.read_bytes() if self.path.is_file() else None
+        self.valid = self.format.make() if self.format.make else self.original
+        assert self.valid
 
     def attempt(self, seed: int) -> bool:
-        """One mutation; whether it was refused.
+        """Read one mutated file, and return whether it was refused.
 
         Raises:
-            Found: with the round to repeat.
+            FuzzFailure: with the format and seed to repeat.
         """
-        dice = random.Random(f"{self.name} {seed}")
-        self.path.write_bytes(self.kind.mutate(self.good, dice))
-        where = f"{self.name} {seed}"
+        rng = random.Random(f"{self.name} {seed}")
+        self.path.write_bytes(self.format.mutate(self.valid, rng))
+        case = f"{self.name} {seed}"
         try:
-            with _not_for_ever(), contextlib.redirect_stderr(io.StringIO()):
-                self.kind.read(self.folder)
+            with _time_limit(), contextlib.redirect_stderr(io.StringIO()):
+                self.format.read(self.folder)
         except (UserError, RunError) as error:
             line = str(error)
             if not line or line != printable(line) or any(char in line for char in "\n\t"):
-                raise Found(f"{where}: not one printable line: {line!r}") from None
+                raise FuzzFailure(f"{case}: not one printable line: {line!r}") from None
             return True
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            told = "".join(traceback.format_exception(error)[-6:])
-            what = f"{type(error).__name__}: {printable(error, 200)}"
-            raise Found(f"{where}: {what}\n{told}") from None
+            trace = "".join(traceback.format_exception(error)[-6:])
+            summary = f"{type(error).__name__}: {printable(error, 200)}"
+            raise FuzzFailure(f"{case}: {summary}\n{trace}") from None
         return False
 
     def __enter__(self) -> Self:
@@ -68,21 +67,21 @@ class Trial:
 
     def __exit__(self, *_: object) -> None:
         self.path.unlink(missing_ok=True)
-        if self.before is not None:
-            self.path.write_bytes(self.before)
+        if self.original is not None:
+            self.path.write_bytes(self.original)
 
 
 @contextlib.contextmanager
-def _not_for_ever() -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
     if not hasattr(signal, "SIGALRM") or threading.current_thread() != threading.main_thread():
         yield
         return
 
-    def ring(number: int, frame: object) -> None:
-        raise TimeoutError(f"no answer in {HANGS} seconds")
+    def raise_timeout(number: int, frame: object) -> None:
+        raise TimeoutError(f"no result in {TIMEOUT} seconds")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(HANGS)
+    before = signal.signal(signal.SIGALRM, raise_timeout)
+    signal.alarm(TIMEOUT)
     try:
         yield
     finally:

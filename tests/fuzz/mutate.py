@@ -1,4 +1,4 @@
-"""Seeded mutations: of a tree of values, of bytes, and of a tree inside bytes."""
+"""Seeded mutations of JSON values, of bytes, and of values in a file."""
 
 import json
 import random
@@ -28,113 +28,113 @@ RAW = (
 Mutate = Callable[[bytes, random.Random], bytes]
 
 
-def tree(value: Any, dice: random.Random) -> Any:
-    """A copy of a tree with one to three values replaced, dropped, added or doubled."""
-    for _ in range(dice.choice((1, 1, 1, 2, 3))):
-        value = _once(value, dice)
+def tree(value: Any, rng: random.Random) -> Any:
+    """Replace, drop, add or duplicate one to three values of a tree."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        value = _mutate_once(value, rng)
     return value
 
 
-def _once(value: Any, dice: random.Random) -> Any:
-    # Long lists, such as merges, would otherwise take all the mutations.
-    is_branch = isinstance(value, dict | list) and len(value) > 0
-    if not is_branch or dice.random() < 0.12:
-        return dice.choice(LONG if dice.random() < 0.04 else VALUES)
+def _mutate_once(value: Any, rng: random.Random) -> Any:
+    # A long list, such as merges, must not get all the mutations.
+    is_container = isinstance(value, dict | list) and len(value) > 0
+    if not is_container or rng.random() < 0.12:
+        return rng.choice(LONG if rng.random() < 0.04 else VALUES)
     copy = dict(value) if isinstance(value, dict) else list(value)
     keys = list(copy) if isinstance(copy, dict) else range(len(copy))
-    key, what = dice.choice(keys), dice.random()
-    if what < 0.12:
+    key, action = rng.choice(keys), rng.random()
+    if action < 0.12:
         del copy[key]
-    elif what < 0.2 and isinstance(copy, list):
-        copy.insert(key, copy[dice.randrange(len(copy))])
-    elif what < 0.2:
-        copy[dice.choice(("", "x", "step", "\x1b]0;x\x07", "a" * 300))] = dice.choice(VALUES)
-    elif what < 0.28:
-        copy[key] = copy[dice.choice(keys)]
-    elif what < 0.36 and isinstance(copy[key], int | float) and not isinstance(copy[key], bool):
-        copy[key] = copy[key] + dice.choice((-1, 1, 10**6))
+    elif action < 0.2 and isinstance(copy, list):
+        copy.insert(key, copy[rng.randrange(len(copy))])
+    elif action < 0.2:
+        copy[rng.choice(("", "x", "step", "\x1b]0;x\x07", "a" * 300))] = rng.choice(VALUES)
+    elif action < 0.28:
+        copy[key] = copy[rng.choice(keys)]
+    elif action < 0.36 and isinstance(copy[key], int | float) and not isinstance(copy[key], bool):
+        copy[key] = copy[key] + rng.choice((-1, 1, 10**6))
     else:
-        copy[key] = _once(copy[key], dice)
+        copy[key] = _mutate_once(copy[key], rng)
     return copy
 
 
-def raw(data: bytes, dice: random.Random) -> bytes:
-    """Bytes flipped, cut off, taken out, put in or doubled."""
-    for _ in range(dice.choice((1, 1, 1, 2, 5))):
-        at = dice.randrange(len(data) + 1)
-        end = min(len(data), at + dice.choice((1, 1, 2, 4, 16, 300)))
-        what = dice.randrange(6)
-        if what == 0:
+def raw(data: bytes, rng: random.Random) -> bytes:
+    """Change, truncate, remove, insert or duplicate bytes."""
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        at = rng.randrange(len(data) + 1)
+        end = min(len(data), at + rng.choice((1, 1, 2, 4, 16, 300)))
+        action = rng.randrange(6)
+        if action == 0:
             data = data[:at]
-        elif what == 1:
+        elif action == 1:
             data = data[:at] + data[end:]
-        elif what == 2:
-            data = data[:at] + dice.choice(RAW) + data[at:]
-        elif what == 3:
+        elif action == 2:
+            data = data[:at] + rng.choice(RAW) + data[at:]
+        elif action == 3:
             data = data[:end] + data[at:]
         elif data:
             at = min(at, len(data) - 1)
-            data = data[:at] + bytes([dice.randrange(256)]) + data[at + 1 :]
+            data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
     return data
 
 
-def json_file(data: bytes, dice: random.Random) -> bytes:
-    """A JSON file: three times in four its values, else its bytes."""
-    if dice.random() < 0.25:
-        return raw(data, dice)
-    return _dump(tree(json.loads(data), dice))
+def json_file(data: bytes, rng: random.Random) -> bytes:
+    """Mutate the values of a JSON file in three cases of four, otherwise the bytes."""
+    if rng.random() < 0.25:
+        return raw(data, rng)
+    return _dump(tree(json.loads(data), rng))
 
 
-def json_lines(data: bytes, dice: random.Random) -> bytes:
-    """One line of JSON lines, or bytes."""
-    if dice.random() < 0.25:
-        return raw(data, dice)
+def json_lines(data: bytes, rng: random.Random) -> bytes:
+    """Mutate one of the JSON lines, or bytes."""
+    if rng.random() < 0.25:
+        return raw(data, rng)
     lines = data.splitlines()
-    at = dice.randrange(len(lines))
-    lines[at] = _dump(tree(json.loads(lines[at]), dice))
+    at = rng.randrange(len(lines))
+    lines[at] = _dump(tree(json.loads(lines[at]), rng))
     return b"\n".join(lines) + b"\n"
 
 
-def toml_file(data: bytes, dice: random.Random) -> bytes:
-    """One value of a flat TOML file, or bytes."""
-    if dice.random() < 0.25:
-        return raw(data, dice)
+def toml_file(data: bytes, rng: random.Random) -> bytes:
+    """Mutate one value of a flat TOML file, or bytes."""
+    if rng.random() < 0.25:
+        return raw(data, rng)
     lines = data.decode().splitlines()
-    at = dice.choice([i for i, line in enumerate(lines) if "=" in line])
+    at = rng.choice([i for i, line in enumerate(lines) if "=" in line])
     name, _, text = lines[at].partition(" = ")
-    value = tree(tomllib.loads(f"v = {text}")["v"], dice)
-    spelled = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
+    value = tree(tomllib.loads(f"v = {text}")["v"], rng)
+    literal = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
     odd = ("0x" + "f" * 5000, "nan", "-inf", "1979-05-27", "{a = 1}", "[[1], [2]]", '"\\u0000"')
     text = (
-        dice.choice(odd)
-        if dice.random() < 0.15
-        else spelled or _dump(value).decode("utf-8", "surrogatepass")
+        rng.choice(odd)
+        if rng.random() < 0.15
+        else literal or _dump(value).decode("utf-8", "surrogatepass")
     )
-    lines[at] = dice.choice((f"{name} = {text}", f"{name} = {text}", f"[{name}]\nx = {text}"))
+    lines[at] = rng.choice((f"{name} = {text}", f"{name} = {text}", f"[{name}]\nx = {text}"))
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
-def safetensors_file(data: bytes, dice: random.Random) -> bytes:
-    """The header of a safetensors file, its length, or bytes."""
+def safetensors_file(data: bytes, rng: random.Random) -> bytes:
+    """Mutate the header of a safetensors file, the header's length, or bytes."""
     size = int.from_bytes(data[:8], "little")
-    what = dice.random()
-    if what < 0.2:
-        return raw(data[: 8 + size], dice) + data[8 + size :]
-    if what < 0.3:
+    action = rng.random()
+    if action < 0.2:
+        return raw(data[: 8 + size], rng) + data[8 + size :]
+    if action < 0.3:
         odd = (0, 1, size - 1, size + 1, 2**31, 2**62, 2**64 - 1, 10**8)
-        return struct.pack("<Q", dice.choice(odd)) + data[8:]
-    if what < 0.4:
-        return raw(data, dice)
-    header = _dump(tree(json.loads(data[8 : 8 + size]), dice))
+        return struct.pack("<Q", rng.choice(odd)) + data[8:]
+    if action < 0.4:
+        return raw(data, rng)
+    header = _dump(tree(json.loads(data[8 : 8 + size]), rng))
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
 
-def numbers(data: bytes, dice: random.Random) -> bytes:
-    """One of the int32 at the beginning of a file, or bytes."""
-    if dice.random() < 0.4:
-        return raw(data, dice)
-    at = 4 * dice.randrange(4)
-    value = dice.choice((0, 1, -1, 7, 2**31 - 1, -(2**31), 20240520, 20240801, 65535))
+def numbers(data: bytes, rng: random.Random) -> bytes:
+    """Replace one of the first int32 of a file, or mutate bytes."""
+    if rng.random() < 0.4:
+        return raw(data, rng)
+    at = 4 * rng.randrange(4)
+    value = rng.choice((0, 1, -1, 7, 2**31 - 1, -(2**31), 20240520, 20240801, 65535))
     return data[:at] + struct.pack("<i", value) + data[at + 4 :]
 
 

@@ -1,4 +1,4 @@
-"""A stranger's file is refused in one line that names what is wrong, or it works."""
+"""A damaged or hostile file works, or is refused in one line that names the problem."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,21 +8,22 @@ import pytest
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pytest.importorskip("zstandard", reason="zstandard is not installed")
 
-from tests.fuzz.formats import FORMATS, furnished
+from tests.fuzz.formats import FORMATS, make_folder
 from tests.fuzz.harness import Trial
 
 MUTATIONS = 2000
+SLOW = {"nanogpt": 500}  # 17 ms each, most of them in torch.load
 
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    with furnished() as place:
-        yield place
+    with make_folder() as path:
+        yield path
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_mutated_files_are_refused_in_words_or_work(folder: Path, name: str) -> None:
+def test_mutated_file_works_or_is_refused(folder: Path, name: str) -> None:
     with Trial(name, folder) as trial:
-        refused = [trial.attempt(seed) for seed in range(MUTATIONS)]
-    # Mutations that are all refused, or none, would not test much.
-    assert len(set(refused)) == 2 or name in ("answers", "metrics")
+        refused = [trial.attempt(seed) for seed in range(SLOW.get(name, MUTATIONS))]
+    # If all mutations are refused, or none is, they test little.
+    assert len(set(refused)) == 2 or name in ("micro_batch", "metrics")

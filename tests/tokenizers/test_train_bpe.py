@@ -15,7 +15,7 @@ from gptforge.tokenizers.fast_encode import FastEncoder
 from gptforge.tokenizers.hf_loader import (
     are_unambiguous,
     bpe,
-    load_hf_tokenizer,
+    parse_tokenizer_json,
     unambiguous_merges,
 )
 from gptforge.tokenizers.train_bpe import train_bpe
@@ -72,7 +72,7 @@ def test_load_from_both_formats(tmp_path) -> None:
 
 def test_gpt2_from_hugging_face_is_gpt2() -> None:
     gpt2 = tokenizers.from_name("gpt2", "")
-    assert load_hf_tokenizer(json.loads(json.dumps(tokenizer_json(gpt2)))).name == "gpt2"
+    assert parse_tokenizer_json(json.loads(json.dumps(tokenizer_json(gpt2)))).name == "gpt2"
 
 
 @pytest.mark.parametrize(

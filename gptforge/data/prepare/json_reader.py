@@ -131,64 +131,73 @@ def array_elements(source: Source, encoding: str, notices: set[str]) -> Iterator
     """
     decode = json.JSONDecoder().raw_decode
     chunks = read_chunks(source, encoding=encoding, notices=notices)
-    state = "["  # what comes next: [, then "first" (or ]), "comma" (or ]), "element", "end"
-    number, chars_needed, bytes_read, text = 0, 0, 0, ""
-    unparsed: list[str] = []
-    is_end = False
-    while not is_end:
-        chunk = next(chunks, None)
-        if chunk is None:
-            is_end = True
-        else:
-            bytes_read = chunk.bytes_read
-            unparsed.append(chunk.text)
-            chars_needed -= len(chunk.text)
-            if chars_needed > 0:
-                continue
-        text, unparsed = "".join([text, *unparsed]), []
-        position = _skip_whitespace(text, 0)
-        while position < len(text):
-            char = text[position]
-            if char == {"[": "[", "first": "]", "comma": ","}.get(state):
-                state = {"[": "first", "first": "end", "comma": "element"}[state]
-                position += 1
-            elif state == "comma" and char == "]":
-                state, position = "end", position + 1
-            elif state in ("comma", "end"):
-                problem = "text after the array" if state == "end" else "not JSON: no comma"
-                location = f"{source.name}, after element {number}"
-                hint = "one array of objects is read, or one object a line"
-                raise BadInput(problem, location, hint)
+    text, position, number, bytes_read, is_end = "", 0, 0, 0, False
+
+    def read(min_chars: int) -> None:
+        nonlocal text, position, bytes_read, is_end
+        parts = [text[position:]]
+        while min_chars > 0 and not is_end:
+            if (chunk := next(chunks, None)) is None:
+                is_end = True
             else:
-                try:
-                    value, stop = decode(text, position)
-                except Exception as error:
-                    rest = len(text) - position
-                    if isinstance(error, ValueError) and rest <= MAX_ELEMENT_CHARS and not is_end:
-                        # It may continue in the next chunk; doubling keeps the cost linear.
-                        chars_needed = rest
-                        break
-                    location = f"{source.name}, element {number + 1}"
+                parts.append(chunk.text)
+                min_chars -= len(chunk.text)
+                bytes_read = chunk.bytes_read
+        text, position = "".join(parts), 0
+
+    def peek() -> str:
+        """The next character after whitespace; empty at the end of the file."""
+        nonlocal position
+        while True:
+            while position < len(text) and text[position] in JSON_WHITESPACE:
+                position += 1
+            if position < len(text) or is_end:
+                return text[position : position + 1]
+            read(1)
+
+    def parse_element() -> Any:
+        nonlocal position
+        while True:
+            try:
+                value, end = decode(text, position)
+            except Exception as error:
+                rest = len(text) - position
+                if is_end or rest > MAX_ELEMENT_CHARS or not isinstance(error, ValueError):
+                    location = f"{source.name}, element {number}"
                     hint = f"correct it ({error_reason(error)})"
                     raise BadInput("not JSON", location, hint) from None
-                if stop == len(text) and not is_end:
-                    break  # a number may continue as well
-                number, position, state = number + 1, stop, "comma"
-                yield value, bytes_read
-            position = _skip_whitespace(text, position)
-        text = text[position:]
-    if state != "end":
-        raise BadInput(
-            "the array has no end: no ] after the last element",
-            source.name,
-            "the file was truncated: download it again, or add what is missing",
-        )
+                # It may continue in the next chunk; doubling keeps the total cost linear.
+                read(rest)
+                continue
+            if end < len(text) or is_end:
+                position = end
+                return value
+            read(1)  # a number may continue as well
 
-
-def _skip_whitespace(text: str, position: int) -> int:
-    while position < len(text) and text[position] in JSON_WHITESPACE:
+    truncated = BadInput(
+        "the array has no end: no ] after the last element",
+        source.name,
+        "the file was truncated: download it again, or add what is missing",
+    )
+    hint = "one array of objects is read, or one object a line"
+    peek()
+    position += 1  # the opening bracket
+    char = peek()
+    if char == "]":
         position += 1
-    return position
+    while char != "]":
+        if not peek():
+            raise truncated
+        number += 1
+        yield parse_element(), bytes_read
+        char = peek()
+        position += 1
+        if not char:
+            raise truncated
+        if char not in ",]":
+            raise BadInput("not JSON: no comma", f"{source.name}, after element {number}", hint)
+    if peek():
+        raise BadInput("text after the array", f"{source.name}, after element {number}", hint)
 
 
 def _record_text(
