@@ -56,9 +56,7 @@ def all_files(folder: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("random_offset", [False, True])
 def test_the_plan_agrees_with_the_run(plan, play, tmp_path, random_offset) -> None:
-    found = plan(
-        "--random_offset", str(random_offset).lower(), "--n_layer", 3, "--max_steps", 37
-    )
+    found = plan("--random_offset", str(random_offset).lower(), "--n_layer", 3, "--max_steps", 37)
     config = dataclasses.replace(
         get_preset("debug"), input=str(play), out_dir=str(tmp_path / "run"), device="cpu"
     )

@@ -56,10 +56,10 @@ def test_activation_memory_is_what_autograd_saves() -> None:
 def test_activations_are_smaller_in_mixed_precision_and_with_checkpointing() -> None:
     config = dataclasses.replace(get_preset("gpt2"), vocab_size=50304)
     checkpointing = dataclasses.replace(config, activation_checkpointing=True)
-    mixed = formulas.training_memory(config, 1, mixed_precision=True)["activations"]
+    half = formulas.training_memory(config, 1, mixed_precision=True)["activations"]
     full = formulas.training_memory(config, 1, mixed_precision=False)["activations"]
     less = formulas.training_memory(checkpointing, 1, mixed_precision=False)["activations"]
-    assert mixed < full and less < full
+    assert half < full and less < full
 
 
 def test_flops_of_gpt2_small_by_the_published_convention() -> None:
