@@ -1,7 +1,7 @@
-"""A GPU's driver wakes up while Python is busy with importing torch: both take seconds.
+"""Initialize the CUDA driver in a thread while Python imports torch: both take seconds.
 
-CUDA has one primary context on each device, and torch uses the one that it finds. To make it takes
-as long here as it would there, but meanwhile torch is imported.
+CUDA has one primary context per device, and torch uses the one it finds. Creating it takes as long
+here as in torch, but overlaps with the import.
 """
 
 import atexit
@@ -14,26 +14,26 @@ import threading
 from pathlib import Path
 
 MAX_EXIT_WAIT = 2.0
-"""Seconds that a program which is over waits for its driver: an end in the middle of its start
-could take the program down, and some drivers need half a minute."""
+"""Seconds to wait for the driver at exit: exiting in the middle of initialization can crash the
+process, and some drivers take half a minute."""
 
 
 def prewarm_cuda(device: str) -> threading.Thread | None:
-    """Begin to make the context that torch will look for; None where there is nothing to wake.
+    """Start creating the CUDA context that torch will use; None if there is nothing to do.
 
     Args:
-        device: as `--device` has it. With torchrun, each process wakes its own.
+        device: `--device`. Under torchrun each process prewarms the GPU of its local rank.
     """
-    kind, _, number = device.partition(":")
+    kind, _, index = device.partition(":")
     if (device != "auto" and kind != "cuda") or not _torch_has_cuda():
         return None
-    if not number and os.environ.get("WORLD_SIZE", "1") != "1":
-        number = os.environ.get("LOCAL_RANK", "")
-    if number and not number.isdecimal():
-        # Refused in words further on.
+    if not index and os.environ.get("WORLD_SIZE", "1") != "1":
+        index = os.environ.get("LOCAL_RANK", "")
+    if index and not index.isdecimal():
+        # select_device reports it.
         return None
     thread = threading.Thread(
-        target=_retain_primary_context, args=(int(number or 0),), name="waking the GPU", daemon=True
+        target=_retain_primary_context, args=(int(index or 0),), name="cuda-prewarm", daemon=True
     )
     thread.start()
     atexit.register(_wait_briefly, thread)
@@ -46,15 +46,15 @@ def _wait_briefly(thread: threading.Thread) -> None:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the torch that is installed is made for CUDA, on Linux; without importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None or sys.platform != "linux":
+    """Whether a CUDA build of torch is installed, on Linux; does not import it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None or sys.platform != "linux":
         return False
-    return (Path(found.origin).parent / "lib" / "libtorch_cuda.so").exists()
+    return (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def _retain_primary_context(index: int) -> None:
-    # Whatever fails here fails again where torch does it, and is told there.
+    # Errors are ignored: torch runs into the same ones later, and reports them.
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

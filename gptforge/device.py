@@ -1,4 +1,4 @@
-"""What this machine can do, each choice with its reason in a few words."""
+"""The device to run on, the precision to compute in, and how much memory is free."""
 
 import platform
 from contextlib import AbstractContextManager, nullcontext
@@ -12,14 +12,14 @@ from gptforge.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """The type of matrix products, and why. Weights and optimizer state are always float32."""
+    """The dtype of matmuls and why it was selected. Weights and optimizer state are float32."""
 
     dtype: torch.dtype
     reason: str
 
     @property
     def name(self) -> str:
-        """As `--dtype` has it."""
+        """The dtype as `--dtype` spells it."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
@@ -29,15 +29,15 @@ class Precision:
 
     @property
     def needs_scaler(self) -> bool:
-        """float16 reaches only down to 6e-8: without scaling, small gradients vanish."""
+        """Whether gradients need loss scaling: float16 underflows below 6e-8."""
         return self.dtype == torch.float16
 
 
 def select_device(flag: str) -> tuple[torch.device, str]:
-    """The device that `--device` asks for, or the best there is, and what it is.
+    """Resolve `--device` to a device and a short description of it.
 
     Raises:
-        UserError: if the device is not there, with those that are.
+        UserError: if there is no such device on this machine.
     """
     kind, _, index = flag.partition(":")
     if flag == "auto":
@@ -45,7 +45,7 @@ def select_device(flag: str) -> tuple[torch.device, str]:
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
         raise UserError(f"--device {flag}: give auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda":
-        return _cuda(flag, int(index or 0))
+        return _select_cuda(flag, int(index or 0))
     if kind == "mps":
         if not has_mps():
             raise UserError(f"--device {flag}: torch finds no Apple GPU here; use --device auto")
@@ -54,13 +54,13 @@ def select_device(flag: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"{threads} threads" if threads > 1 else "1 thread"
 
 
-def _cuda(flag: str, index: int) -> tuple[torch.device, str]:
+def _select_cuda(flag: str, index: int) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         raise UserError(f"--device {flag}: torch finds no CUDA GPU here; use --device auto")
     if index >= torch.cuda.device_count():
         raise UserError(f"--device {flag}: the GPUs here are 0 to {torch.cuda.device_count() - 1}")
-    # Triton's kernels start on the current device. Making 0 the current one, as it is from the
-    # beginning, would wait for the driver.
+    # Triton launches on the current device. GPU 0 is current by default, and setting it before
+    # CUDA is initialized would block on the driver.
     if index or torch.cuda.is_initialized():
         torch.cuda.set_device(index)
     return torch.device("cuda", index), torch.cuda.get_device_name(index)
@@ -72,9 +72,9 @@ def has_mps() -> bool:
 
 
 def select_precision(flag: str, device: torch.device) -> Precision:
-    """bfloat16 where the hardware computes in it, else float16 on a GPU, else float32."""
+    """Resolve `--dtype`: bfloat16 where it is native, else float16 on a GPU, else float32."""
     if flag != "auto":
-        return Precision(getattr(torch, flag), "as asked")
+        return Precision(getattr(torch, flag), "as requested")
     if device.type == "cuda":
         return _cuda_precision(device)
     if device.type == "cpu":
@@ -84,8 +84,8 @@ def select_precision(flag: str, device: torch.device) -> Precision:
 
 def _cuda_precision(device: torch.device) -> Precision:
     if torch.version.hip:
-        return Precision(torch.bfloat16, "AMD GPUs that torch supports compute in it")
-    # torch.cuda.is_bf16_supported() also says yes where bfloat16 is only emulated, and slow.
+        return Precision(torch.bfloat16, "native on the AMD GPUs that torch supports")
+    # torch.cuda.is_bf16_supported() is also true where bfloat16 is emulated, and slow.
     major, minor = torch.cuda.get_device_capability(device)
     if major >= 8:
         return Precision(torch.bfloat16, f"native at compute capability {major}.{minor}")
@@ -97,21 +97,20 @@ def _cuda_precision(device: torch.device) -> Precision:
 
 
 def _cpu_precision() -> Precision:
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    able = ask() if ask else {}
-    # Arm's are left out until somebody has measured them.
-    if able.get("amx_bf16", False):
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = get_capabilities() if get_capabilities else {}
+    # Arm's bfloat16 instructions have not been measured yet.
+    if capabilities.get("amx_bf16", False):
         return Precision(torch.bfloat16, "this CPU has AMX")
-    if not able.get("avx512_bf16", False):
+    if not capabilities.get("avx512_bf16", False):
         return Precision(torch.float32, "this CPU has no AVX512 or AMX bfloat16 instructions")
     if "Intel" in _cpu_vendor():
-        # Products of 2048: 177 GFLOP/s on two cores, 339 in float32. AMD's are 4 times as fast.
+        # 2048^3 matmul on two cores: 177 GFLOP/s, against 339 in float32. AMD: 4x float32.
         return Precision(torch.float32, "without AMX, Intel's bfloat16 instructions are slower")
     return Precision(torch.bfloat16, "this CPU has bfloat16 instructions")
 
 
 def _cpu_vendor() -> str:
-    """As it names itself, such as GenuineIntel."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
         return next(line for line in lines if line.startswith("vendor_id"))
@@ -136,42 +135,45 @@ PEAK_FLOPS = {
     "T4": 65e12,
     "V100": 125e12,
 }
-"""Dense half-precision FLOP/s with float32 sums, from NVIDIA's data sheets (SXM where both are)."""
+"""Dense 16-bit FLOP/s with float32 accumulation, from NVIDIA's data sheets (SXM variants)."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The most FLOP/s that this device's matrix units could do; None where that is not known."""
+    """Peak FLOP/s of the device's tensor cores; None if unknown."""
     if device.type != "cuda":
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ") + " "
-    if "PCIe" in words and "H100" in words:
+    name = torch.cuda.get_device_name(device).replace("-", " ") + " "
+    if "PCIe" in name and "H100" in name:
         return 756e12
-    return next((peak for name, peak in PEAK_FLOPS.items() if f"{name} " in words), None)
+    return next((peak for model, peak in PEAK_FLOPS.items() if f"{model} " in name), None)
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second between a CUDA device and its memory, by its clock and width; 0 if unknown."""
+    """Bytes/s between a CUDA device and its memory, from clock and bus width; 0 if unknown."""
     if device.type != "cuda":
         return 0.0
-    its = torch.cuda.get_device_properties(device)
-    # In kHz, twice in a cycle; and in bits.
-    return getattr(its, "memory_clock_rate", 0) * 2e3 * getattr(its, "memory_bus_width", 0) / 8
+    properties = torch.cuda.get_device_properties(device)
+    # The clock is in kHz, with two transfers a cycle; the bus width is in bits.
+    clock = getattr(properties, "memory_clock_rate", 0)
+    return clock * 2e3 * getattr(properties, "memory_bus_width", 0) / 8
 
 
 def usable_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU, or this machine, has for us, with those that we hold; None if unknown."""
+    """Bytes this process can use: free memory plus what torch's allocator holds; None if unknown.
+
+    On a GPU, capped by `torch.cuda.set_per_process_memory_fraction`.
+    """
     free = free_memory(device)
     if free is None or device.type != "cuda":
         return free
-    held = torch.cuda.memory_reserved(device)
-    whole = torch.cuda.get_device_properties(device).total_memory
-    # What `set_per_process_memory_fraction` grants.
-    most = int(whole * torch.cuda.get_per_process_memory_fraction(device))
-    return min(free + held, most)
+    reserved = torch.cuda.memory_reserved(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + reserved, limit)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU, or this machine, has left; None where there is no way to know."""
+    """Free bytes of the GPU's memory, or of this machine's for a CPU; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -179,25 +181,25 @@ def free_memory(device: torch.device) -> int | None:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
     except (OSError, ValueError, StopIteration):
         return None
-    return min(free, _container_memory())
+    return min(free, _free_container_memory())
 
 
-def _container_memory() -> int:
-    """Bytes that the container around us may still take; without one, more than there are."""
+def _free_container_memory() -> int:
+    """Bytes left of the cgroup's memory limit; a huge number if there is no limit."""
     try:
         folder = Path("/sys/fs/cgroup")
-        most = int((folder / "memory.max").read_text())
-        taken = int((folder / "memory.current").read_text())
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
         lines = (folder / "memory.stat").read_text().splitlines()
-        # Files that were read are counted as taken, and given back when needed.
+        # The page cache counts as used, and is reclaimed when memory is needed.
         cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        return most - taken + cached
+        return limit - used + cached
     except (OSError, ValueError, StopIteration):
         return 2**62
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock tells the truth."""
+    """Wait for all queued work of the device, before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -205,5 +207,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Matrix products in the chosen type, the rest in float32."""
+    """torch.autocast if the precision is mixed, else a null context."""
     return torch.autocast(device.type, precision.dtype) if precision.is_mixed else nullcontext()

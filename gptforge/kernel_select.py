@@ -1,4 +1,4 @@
-"""TODO"""
+"""Which kernels and which backward to train with: the fastest that were measured per device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from gptforge.device import Precision
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How an update is computed where there is a choice; the plain way unless said otherwise."""
+    """How a training step is computed; the default is plain autograd."""
 
     manual_backward: bool = False
-    """Forward and backward written out, see train/by_hand.py."""
+    """Use the manual backward of train/backends/manual.py instead of autograd."""
     fused_cross_entropy: bool = False
-    """The output layer and its loss in one, see kernels/head.py."""
+    """Fuse the output layer with the loss, see kernels/cross_entropy.py."""
     quack: bool = False
-    """The MLP's products by quack, where an update is written out."""
     residual_dtype: torch.dtype | None = None
-    """Type of the residual stream, float32 where none is given."""
+    """Dtype of the residual stream; None: float32."""
 
 
 DEFAULT_KERNELS = KernelConfig()
@@ -35,33 +34,35 @@ def select_kernels(
     activation_checkpointing: bool = False,
     activation: str = "gelu_tanh",
 ) -> KernelConfig:
-    """The fastest that were measured on this kind of device."""
-    narrow = precision.dtype == torch.bfloat16
-    if device.type == "cpu" and (narrow or precision.dtype == torch.float32):
-        return KernelConfig(
-            fused_cross_entropy=True, residual_dtype=torch.bfloat16 if narrow else None
-        )
-    if not narrow or device.type != "cuda" or torch.version.hip:
+    """Select the fastest kernels measured on this kind of device."""
+    is_bf16 = precision.dtype == torch.bfloat16
+    residual_dtype = torch.bfloat16 if is_bf16 else None
+    if device.type == "cpu" and (is_bf16 or precision.dtype == torch.float32):
+        return KernelConfig(fused_cross_entropy=True, residual_dtype=residual_dtype)
+    if not is_bf16 or device.type != "cuda" or torch.version.hip:
         return DEFAULT_KERNELS
-    # The products with a GELU inside have the tanh form only.
-    by_hand = (
+    # cuBLASLt fuses only the tanh form of GELU into a matmul.
+    manual_backward = (
         compile_flag != "true"
         and not (dropout and activation_checkpointing)
         and activation == "gelu_tanh"
     )
     return KernelConfig(
-        manual_backward=by_hand, fused_cross_entropy=True, residual_dtype=torch.bfloat16
+        manual_backward=manual_backward, fused_cross_entropy=True, residual_dtype=residual_dtype
     )
 
 
 def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:
-    """Whether to compile, and why: `attempt` runs the compiled model once and may raise.
+    """Whether to use torch.compile, and why.
 
-    The compiler leans on Triton, a C++ compiler and the driver; where one is missing or too old
-    it raises whatever it likes. Training goes on without it then.
+    Args:
+        flag: `--compile`: auto, true or false.
+        device: of the model.
+        attempt: compiles the model and runs it once; may raise. The compiler needs Triton, a C++
+            compiler and a recent driver, and raises anything where one is missing.
     """
     if flag == "false":
-        return False, "as asked"
+        return False, "as requested"
     if flag == "auto" and device.type != "cuda":
         return False, f"takes longer than it saves on {device.type}"
     try:
@@ -70,18 +71,18 @@ def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) ->
         raise
     except Exception as error:
         return False, f"it failed here: {first_line(error)}"
-    return True, "as asked" if flag == "true" else "faster after the first step"
+    return True, "as requested" if flag == "true" else "faster after the first step"
 
 
 def first_line(error: Exception) -> str:
-    """What an error of the compiler's, which can be pages long, begins with."""
+    """The first line of an error's message; the compiler's can be pages long."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def sdpa_backend(
     device: torch.device, dtype: torch.dtype, *, n_head: int, head_size: int, context_length: int
 ) -> str:
-    """Which of its attention kernels torch picks for this shape: flash, cudnn, efficient, math."""
+    """The SDPA backend torch selects for this shape: flash, cudnn, efficient, math or unknown."""
     q = torch.zeros(1, n_head, context_length, head_size, device=device, dtype=dtype)
     try:
         choice = torch._fused_sdp_choice(q, q, q, None, 0.0, True)

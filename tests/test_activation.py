@@ -13,7 +13,7 @@ from gptforge import load
 from gptforge.bench.baselines import transformers_model
 from gptforge.builders.export_model import export_gguf, export_hf
 from gptforge.builders.import_model import import_if_needed, import_model
-from gptforge.builders.load_model import load_parts
+from gptforge.builders.load_model import load_bundle
 from gptforge.builders.memory_fit import kernels_for
 from gptforge.checkpoint.store import read_config
 from gptforge.config import Config, GPTConfig
@@ -132,7 +132,7 @@ def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, pl
     assert (refused.code, "--activation gelu_tanh, but the model of" in refused.err) == (2, True)
     done = program(*more)
     assert done.code == 0, done.err
-    assert load_parts("run").config.activation == "gelu"
+    assert load_bundle("run").config.activation == "gelu"
     export_hf("nano", Path("hf"), log=lambda _: None)
     assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
     assert read_hf(Path("hf")).config.activation == "gelu"
@@ -192,7 +192,7 @@ def test_an_import_by_an_earlier_version_is_made_again(ckpt, program, monkeypatc
             lambda **sizes: GPTConfig(**sizes | {"activation": "gelu_tanh"}),
         )
         import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte", log=print)
-    assert load_parts("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
+    assert load_bundle("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
     with pytest.raises(UserError, match="256 ids, and the file does not say of what"):
         import_if_needed("ckpt.pt", log=print)
 

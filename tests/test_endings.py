@@ -48,7 +48,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, play, number, cod
     process = start(*command, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("going on from"):
+        if line.startswith("Resuming from"):
             assert int(line.split()[5]) == end["step"]
             break
     else:

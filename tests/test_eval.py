@@ -43,7 +43,7 @@ def test_an_encoding_without_a_text_is_refused(program, play) -> None:
     program(*FEW, "--input", play, "--out_dir", "run")
     done = program(*EVAL, "--encoding", "latin-1")
     assert done.code == 2
-    assert "--encoding is that of the text of --data" in done.err
+    assert "--encoding describes the text of --data" in done.err
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
@@ -58,7 +58,7 @@ def test_shards_are_judged_by_what_they_hold_out_without_a_word_of_having_learne
     assert program(*FEW, "--input", "shards", "--tokenizer=byte", "--out_dir=run").code == 0
     done = program(*EVAL, "--data", "shards")
     assert done.code == 0
-    assert "note: judged by the part that shards holds out" in done.err
+    assert "note: evaluating the validation split of shards" in done.err
     assert "warning" not in done.err
     numbers = re.compile(r"[\d.,]+")
     assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
@@ -69,7 +69,7 @@ def test_a_part_that_the_run_learned_is_called_learned(program, play) -> None:
     learns_all = ("--val_fraction", 0, "--tokenizer", "byte", "--out_dir", "run")
     assert program(*FEW, "--input", play, *learns_all).code == 0
     done = program(*EVAL, "--data", "shards")
-    assert "warning: shards is what run learned from" in done.err
+    assert "warning: run was trained on shards" in done.err
     # Nothing was held out, so there is nothing better to judge by.
     assert "without --data" not in done.err
 
@@ -100,14 +100,14 @@ def test_any_file_that_training_read_is_called_learned_wherever_it_lies(program,
     for name in ("d/train.txt", "copy.txt"):
         done = program(*EVAL, "--data", name)
         assert done.code == 0
-        assert f"warning: {name} went into the training of run, whole or in part" in done.err
+        assert f"warning: run was trained on {name}, or on a part of it" in done.err
     for name in ("d/valid.txt", "d/test.txt"):
         done = program(*EVAL, "--data", name)
         assert done.code == 0
         assert "warning" not in done.err
     # Of the folder, what it holds out is judged.
     done = program(*EVAL, "--data", "d")
-    assert "note: judged by the part that d holds out" in done.err
+    assert "note: evaluating the validation split of d" in done.err
     assert "warning" not in done.err
     numbers = re.compile(r"[\d.,]+")
     assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
@@ -122,7 +122,7 @@ def test_a_file_of_mixed_documents_is_called_learned(program) -> None:
     assert program("prepare", "d", "--out", "shards", "--tokenizer", "byte").code == 0
     assert program(*FEW, "--input", "shards", *options).code == 0
     done = program(*EVAL, "--data", "d/1.jsonl")
-    assert "warning: d/1.jsonl went into the training of run, whole or in part" in done.err
+    assert "warning: run was trained on d/1.jsonl, or on a part of it" in done.err
     Path("other.jsonl").write_text(json.dumps({"body": "other words", "n": 2}))
     refused = program(*EVAL, "--data", "other.jsonl")
     assert "it has body: choose one with --field" in refused.err

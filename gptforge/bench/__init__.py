@@ -1,1 +1,1 @@
-"""How fast a configuration trains here, and where the time goes; beside others in the same run."""
+"""Benchmarks of training and generation, with other implementations in the same process."""

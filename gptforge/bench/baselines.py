@@ -1,8 +1,7 @@
-"""Others that learn from the same batches, to be timed beside ours.
+"""Other implementations of the same training step, to be timed beside ours.
 
-Each has the same shape, begins with the same weights, and makes the same update: mean loss over the
-global batch, clipping, fused AdamW. Each is compiled where a GPU is used, and mixes precision in
-the way that is usual for it.
+Each has the same shape, starts from the same weights and does the same step: mean loss over the
+global batch, clipping, fused AdamW. On a GPU each is compiled and uses autocast.
 """
 
 from collections.abc import Callable
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gptforge.config import Config
 from gptforge.device import Precision, autocast
-from gptforge.errors import UserError, install_hint
+from gptforge.errors import require_package
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 
@@ -23,21 +23,17 @@ BASELINES = {
     "plain": "a plain loop with cross-entropy over all logits",
 }
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-"""Kept as (in, out) by transformers, after the first GPT-2's code."""
-
-
-def _is_compiled(device: torch.device) -> bool:
-    return device.type == "cuda"
+"""Weights that transformers stores as (in, out), like OpenAI's GPT-2."""
 
 
 def describe_baseline(kind: str, device: torch.device, precision: Precision) -> str:
-    """What a peer is on this device, in words."""
-    how = "compiled" if _is_compiled(device) else "not compiled"
-    return f"{BASELINES[kind]}; {how}, {precision.name}, AdamW"
+    """Describe a baseline on this device in a line."""
+    compiled = "compiled" if device.type == "cuda" else "not compiled"
+    return f"{BASELINES[kind]}; {compiled}, {precision.name}, AdamW"
 
 
 class Baseline:
-    """One update, as a plain loop makes it, over any model that gives logits."""
+    """A training step as a plain loop does it, over any model that returns logits."""
 
     def __init__(self, model: nn.Module, config: Config, precision: Precision) -> None:
         self._model, self._config, self._precision = model, config, precision
@@ -46,18 +42,17 @@ class Baseline:
             model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self._forward: Callable[[Tensor], Tensor] = model
-        if _is_compiled(self._device):
+        if self._device.type == "cuda":
             self._forward = torch.compile(model)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> Tensor:
-        """Learn from one global batch, both (G, T); the mean loss, still on the device."""
-        parts = self._config.gradient_accumulation_steps
-        size = self._config.batch_size
+        """Train on one global batch, both (G, T); return the mean loss without a sync."""
+        accumulation, size = self._config.gradient_accumulation_steps, self._config.batch_size
         total = torch.zeros((), device=self._device)
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
             with autocast(self._device, self._precision):
                 logits = self._forward(x)
-                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) / parts
+                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) / accumulation
             loss.backward()
             total += loss.detach()
         if self._config.grad_clip:
@@ -70,44 +65,45 @@ class Baseline:
 
 
 class _Logits(nn.Module):
-    """transformers' model, giving the logits alone."""
+    """A transformers model that returns the logits alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
+    @override
     def forward(self, idx: Tensor) -> Tensor:
         logits: Tensor = self.model(idx, use_cache=False).logits
         return logits
 
 
 def build_baseline(kind: str, model: GPT, config: Config, precision: Precision) -> Baseline:
-    """A peer with the weights of `model`.
+    """Build a baseline with the weights of `model`.
 
     Raises:
-        UserError: if transformers is wanted and not there.
+        UserError: if transformers is needed and not installed.
     """
+    copy: nn.Module
     if kind == "plain":
-        own = GPT(model.config).to(next(model.parameters()).device)
-        own.load_state_dict(model.state_dict())
-        return Baseline(own.train(), config, precision)
-    peer = transformers_model(model).train()
-    return Baseline(_Logits(peer).to(next(model.parameters()).device), config, precision)
+        copy = GPT(model.config)
+        copy.load_state_dict(model.state_dict())
+    else:
+        copy = _Logits(transformers_model(model))
+    return Baseline(copy.to(next(model.parameters()).device).train(), config, precision)
 
 
 def transformers_model(model: GPT) -> Any:
-    """transformers' GPT2LMHeadModel with the weights of `model`, float32, on the CPU.
+    """Build a transformers GPT2LMHeadModel with the weights of `model`, in float32 on the CPU.
 
     Raises:
-        UserError: if transformers is not there.
+        UserError: if transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(f"--peer hf needs transformers: {install_hint('hf')}") from None
+    require_package("transformers", extra="hf")
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     c = model.config
-    peer = transformers.GPT2LMHeadModel(
+    hf_model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=c.vocab_size,
             n_positions=c.block_size,
@@ -119,7 +115,7 @@ def transformers_model(model: GPT) -> Any:
             resid_pdrop=c.dropout,
             embd_pdrop=c.dropout,
             attn_pdrop=c.dropout,
-            # There is no token to end or begin with among random ones.
+            # Random prompts have no such tokens.
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -128,5 +124,5 @@ def transformers_model(model: GPT) -> Any:
         name: tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in model.state_dict().items()
     }
-    peer.load_state_dict(weights)
-    return peer
+    hf_model.load_state_dict(weights)
+    return hf_model

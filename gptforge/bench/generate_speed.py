@@ -1,9 +1,9 @@
-"""Writing from random prompts, timed in turns; beside transformers' `generate` with its cache.
+"""Time generation from random prompts, interleaved with transformers' `generate` and its KV cache.
 
-Those who take turns have the same weights, the same prompts and as many tokens to write, and draw
-them in the same way.
+All implementations have the same weights, prompts, number of new tokens and sampling parameters.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,34 +20,34 @@ from gptforge.model import GPT
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
-"""Both fewer where the model has fewer positions."""
+"""Both are reduced for a model with fewer positions."""
 SAMPLING = SamplingParams()
 
 Prompts = list[list[int]]
 GenerateFn = Callable[[Prompts, int], float]
-"""Writes so many tokens to each prompt; gives the seconds to the first, or NaN if it cannot say."""
+"""Generates so many tokens for each prompt; returns the seconds to the first, NaN if unknown."""
 
 
 @dataclass(frozen=True)
 class GenerateSpeed:
-    """What was measured of one of those who took turns."""
+    """Measurements of one implementation."""
 
     implementation: str
     batch: int
     prompt_tokens: int
     new_tokens: int
     seconds: tuple[float, ...]
-    """Of a whole batch, the reading of the prompts included; one figure a turn."""
+    """Of a batch, with the prefill; one value per repeat."""
     first_token_seconds: tuple[float, ...]
-    """From the call to the first token on the host."""
+    """From the call to the first token on the host; NaN if unknown."""
 
     @property
     def median(self) -> float:
-        """Seconds of a whole batch."""
+        """Median seconds of a batch."""
         return statistics.median(self.seconds)
 
     def summarize(self, reference: "GenerateSpeed") -> dict[str, Any]:
-        """The figures, with what they are made of: what `--json` prints."""
+        """The results, as `--json` prints them."""
         tokens, first = self.batch * self.new_tokens, statistics.median(self.first_token_seconds)
         return {
             "implementation": self.implementation,
@@ -57,7 +57,7 @@ class GenerateSpeed:
             "tokens_per_second": tokens / self.median,
             "tokens_per_second_min": tokens / max(self.seconds),
             "tokens_per_second_max": tokens / min(self.seconds),
-            "ms_to_first": first * 1e3 if first == first else None,
+            "ms_to_first": None if math.isnan(first) else first * 1e3,
             "gptforge_speedup": self.median / reference.median,
         }
 
@@ -72,63 +72,66 @@ def time_generation(
     repeats: int,
     device: torch.device,
 ) -> list[GenerateSpeed]:
-    """Let each write once, which does not count, and then in turns, so that drift hits all."""
-    dice = torch.Generator().manual_seed(0)
-    prompts: Prompts = torch.randint(0, vocab_size, (batch, prompt_tokens), generator=dice).tolist()
-    for write in generators.values():
-        write(prompts, new_tokens)
-    seconds: dict[str, list[float]] = {who: [] for who in generators}
-    first: dict[str, list[float]] = {who: [] for who in generators}
+    """Time implementations in alternation, after one run of each as a warmup."""
+    rng = torch.Generator().manual_seed(0)
+    shape = (batch, prompt_tokens)
+    prompts: Prompts = torch.randint(0, vocab_size, shape, generator=rng).tolist()
+    for generate in generators.values():
+        generate(prompts, new_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in generators}
+    first: dict[str, list[float]] = {name: [] for name in generators}
     for _ in range(repeats):
-        for who, write in generators.items():
+        for name, generate in generators.items():
             synchronize(device)
-            begin = time.perf_counter()
-            first[who].append(write(prompts, new_tokens))
+            start = time.perf_counter()
+            first[name].append(generate(prompts, new_tokens))
             synchronize(device)
-            seconds[who].append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - start)
     return [
-        GenerateSpeed(who, batch, prompt_tokens, new_tokens, tuple(seconds[who]), tuple(first[who]))
-        for who in generators
+        GenerateSpeed(
+            name, batch, prompt_tokens, new_tokens, tuple(seconds[name]), tuple(first[name])
+        )
+        for name in generators
     ]
 
 
-def gptforge_generator(decoder: TokenGenerator) -> GenerateFn:
-    """The way that `sample` writes."""
+def gptforge_generator(generator: TokenGenerator) -> GenerateFn:
+    """Generate as `gptforge sample` does."""
 
-    def write(prompts: Prompts, new_tokens: int) -> float:
-        dice = draw_uniforms(range(len(prompts)), new_tokens)
-        begin = time.perf_counter()
-        steps = decoder.generate(prompts, dice, SAMPLING)
+    def generate(prompts: Prompts, new_tokens: int) -> float:
+        uniforms = draw_uniforms(range(len(prompts)), new_tokens)
+        start = time.perf_counter()
+        steps = generator.generate(prompts, uniforms, SAMPLING)
         next(steps)
-        first = time.perf_counter() - begin
+        first = time.perf_counter() - start
         for _ in steps:
             pass
         return first
 
-    return write
+    return generate
 
 
 def transformers_generator(model: GPT, dtype: torch.dtype) -> GenerateFn:
-    """`generate` of transformers' GPT2LMHeadModel with its cache, on the same weights.
+    """Generate with transformers' GPT2LMHeadModel and KV cache, from the same weights.
 
     Raises:
-        UserError: if transformers is not there.
+        UserError: if transformers is not installed.
     """
     device = next(model.parameters()).device
-    peer = transformers_model(model).to(device, dtype).eval()
-    how = {"do_sample": True, "temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k}
+    hf_model = transformers_model(model).to(device, dtype).eval()
+    sampling = {"do_sample": True, "temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k}
 
-    def write(prompts: Prompts, new_tokens: int) -> float:
+    def generate(prompts: Prompts, new_tokens: int) -> float:
         ids = torch.tensor(prompts, device=device)
-        peer.generate(
+        hf_model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             use_cache=True,
             pad_token_id=0,
-            **how,
+            **sampling,
         )
-        return float("nan")
+        return math.nan
 
-    return write
+    return generate

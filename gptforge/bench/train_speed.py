@@ -1,4 +1,4 @@
-"""Updates on random tokens, timed: warmed up, in turns, medians."""
+"""Time training steps on random tokens: after a warmup, interleaved, medians of repeats."""
 
 import statistics
 import time
@@ -12,37 +12,37 @@ from torch import Tensor
 
 from gptforge.config import Config
 from gptforge.device import peak_flops, synchronize
-from gptforge.estimate import formulas
+from gptforge.estimate.formulas import flops_per_token
 
 StepFn = Callable[[Tensor, Tensor], object]
 MIN_REPEAT_SECONDS = 1.0
-"""Seconds that a turn takes at least: a clock, and waiting for the device, cost little then."""
+"""Least duration of a repeat, so that clocks and synchronization cost little."""
 WARMUP_STEPS = 3
 
 
 @dataclass(frozen=True)
 class TrainSpeed:
-    """What was measured of one of those who took turns."""
+    """Measurements of one implementation."""
 
     implementation: str
     seconds: tuple[float, ...]
-    """Of an update, one figure a turn."""
+    """Of a step, one value per repeat."""
     first_step_seconds: float
-    """Of the first update: compiling, and finding kernels, included."""
+    """Of the first step, with compilation and kernel selection."""
     peak_memory: int | None
-    """Most memory that tensors took on the GPU while this one was alone there."""
+    """Most bytes that tensors of this implementation took on the GPU."""
 
     @property
     def median(self) -> float:
-        """Seconds of an update."""
+        """Median seconds of a step."""
         return statistics.median(self.seconds)
 
 
 def random_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, each (G, T): the time does not depend on what the tokens say."""
-    dice = torch.Generator().manual_seed(config.seed)
+    """Draw inputs and targets, each (G, T); the time does not depend on the tokens."""
+    generator = torch.Generator().manual_seed(config.seed)
     shape = (config.global_batch_size, config.context_length + 1)
-    tokens = torch.randint(0, config.vocab_size, shape, generator=dice).to(device)
+    tokens = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -53,39 +53,50 @@ def time_interleaved(
     repeats: int,
     device: torch.device,
 ) -> list[TrainSpeed]:
-    """Make each, warm it up, and let them take turns, so that a drift of the machine hits all.
+    """Time implementations in alternation, so that a drift of the machine affects all alike.
 
-    The first is the one whose weights are on the device already.
+    Args:
+        factories: build each implementation; the weights of the first are on the device already.
+        batch: inputs and targets, each (G, T).
+        repeats: of each implementation.
+        device: of the batch.
     """
-    first: dict[str, float] = {}
-    peak: dict[str, int] = {}
-    updates: dict[str, StepFn] = {}
-    for who, make in factories.items():
-        # What those before it hold is not this one's.
-        held = torch.cuda.memory_allocated(device) if updates and device.type == "cuda" else 0
-        if device.type == "cuda":
+    is_gpu = device.type == "cuda"
+    first_step: dict[str, float] = {}
+    peak_memory: dict[str, int] = {}
+    steps: dict[str, StepFn] = {}
+    for name, build in factories.items():
+        # Memory of the implementations before this one is not counted.
+        allocated = torch.cuda.memory_allocated(device) if steps and is_gpu else 0
+        if is_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        begin = time.perf_counter()
-        updates[who] = make()
-        _run(updates[who], batch, 1, device)
-        first[who] = time.perf_counter() - begin
-        _run(updates[who], batch, WARMUP_STEPS - 1, device)
-        if device.type == "cuda":
-            peak[who] = torch.cuda.max_memory_allocated(device) - held
-    counts = {who: _steps_in_a_turn(update, batch, device) for who, update in updates.items()}
-    seconds: dict[str, list[float]] = {who: [] for who in updates}
+        start = time.perf_counter()
+        steps[name] = build()
+        _run(steps[name], batch, 1, device)
+        first_step[name] = time.perf_counter() - start
+        _run(steps[name], batch, WARMUP_STEPS - 1, device)
+        if is_gpu:
+            peak_memory[name] = torch.cuda.max_memory_allocated(device) - allocated
+    counts = {
+        name: max(1, round(MIN_REPEAT_SECONDS / _run(step, batch, 1, device)))
+        for name, step in steps.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
-        for who, update in updates.items():
-            seconds[who].append(_run(update, batch, counts[who], device) / counts[who])
-    return [TrainSpeed(who, tuple(seconds[who]), first[who], peak.get(who)) for who in updates]
+        for name, step in steps.items():
+            seconds[name].append(_run(step, batch, counts[name], device) / counts[name])
+    return [
+        TrainSpeed(name, tuple(seconds[name]), first_step[name], peak_memory.get(name))
+        for name in steps
+    ]
 
 
 def summarize(
     speed: TrainSpeed, reference: TrainSpeed, config: Config, device: torch.device
 ) -> dict[str, Any]:
-    """The figures of one, with what they are made of: what `--json` prints."""
+    """The results of one implementation, as `--json` prints them."""
     rate = config.tokens_per_step / speed.median
-    per_token = formulas.flops_per_token(config.model, config.context_length)
+    flops = flops_per_token(config.model, config.context_length)
     peak = peak_flops(device)
     return {
         "implementation": speed.implementation,
@@ -94,10 +105,10 @@ def summarize(
         "ms_per_step": speed.median * 1e3,
         "ms_min": min(speed.seconds) * 1e3,
         "ms_max": max(speed.seconds) * 1e3,
-        "flops_per_token": per_token,
-        "tflops_per_second": rate * per_token / 1e12,
+        "flops_per_token": flops,
+        "tflops_per_second": rate * flops / 1e12,
         "peak_tflops_per_second": peak / 1e12 if peak else None,
-        "mfu": rate * per_token / peak if peak else None,
+        "mfu": rate * flops / peak if peak else None,
         "first_step_seconds": speed.first_step_seconds,
         "peak_memory_bytes": speed.peak_memory,
     }
@@ -106,37 +117,33 @@ def summarize(
 def profile(
     step_fn: StepFn, batch: tuple[Tensor, Tensor], folder: Path, *, rows: int = 25
 ) -> list[tuple[str, float, float]]:
-    """Where the time of an update goes: name, ms and calls of each kernel, the longest first.
+    """Profile a step: name, ms and calls of each kernel, the longest first.
 
     Writes `trace.json` into the folder, for chrome://tracing or Perfetto.
     """
-    on_gpu = batch[0].is_cuda
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    is_gpu = batch[0].is_cuda
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if is_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     _run(step_fn, batch, 1, batch[0].device)
-    with torch.profiler.profile(activities=kinds) as seen:
+    with torch.profiler.profile(activities=activities) as profiler:
         _run(step_fn, batch, 1, batch[0].device)
     folder.mkdir(parents=True, exist_ok=True)
-    seen.export_chrome_trace(str(folder / "trace.json"))
-    averages = seen.key_averages()
-    if on_gpu:
-        # What runs on the CPU has no time of its own on the device, but for notes on waiting.
-        kernels = [e for e in averages if str(e.device_type).endswith("CUDA")]
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = profiler.key_averages()
+    if is_gpu:
+        kernels = [e for e in events if str(e.device_type).endswith("CUDA")]
         found = [(e.key, e.self_device_time_total / 1e3, float(e.count)) for e in kernels]
     else:
-        found = [(e.key, e.self_cpu_time_total / 1e3, float(e.count)) for e in averages]
+        found = [(e.key, e.self_cpu_time_total / 1e3, float(e.count)) for e in events]
     return sorted(found, key=lambda row: -row[1])[:rows]
 
 
-def _run(update: StepFn, batch: tuple[Tensor, Tensor], steps: int, device: torch.device) -> float:
+def _run(step_fn: StepFn, batch: tuple[Tensor, Tensor], count: int, device: torch.device) -> float:
+    """Seconds of `count` steps."""
     synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        update(*batch)
+    start = time.perf_counter()
+    for _ in range(count):
+        step_fn(*batch)
     synchronize(device)
-    return time.perf_counter() - begin
-
-
-def _steps_in_a_turn(update: StepFn, batch: tuple[Tensor, Tensor], device: torch.device) -> int:
-    return max(1, round(MIN_REPEAT_SECONDS / _run(update, batch, 1, device)))
+    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The only room that turns a Config, or a run on the disk, into objects."""
+"""The only package that turns a Config, or a saved run, into objects."""
 
 from gptforge.builders.evaluate import evaluate_run
 from gptforge.builders.load_model import load

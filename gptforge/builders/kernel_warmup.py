@@ -1,4 +1,4 @@
-"""What a first step on a GPU would wait for, begun beside all else: seconds."""
+"""Compile Triton kernels and build cuDNN plans in threads, while texts are read: saves seconds."""
 
 import contextlib
 import threading
@@ -28,106 +28,104 @@ from gptforge.model import IGNORE_INDEX
 from gptforge.train.backends.manual_layers import prefer_separate_dgelu
 
 WARMUP_TOKENS = 64
-"""Tokens of a trial: Triton's kernels are the same for any number of them."""
+"""Rows of the warmup's tensors: Triton compiles the same kernels for any number of them."""
 
 
 class KernelWarmup:
-    """A GPU makes itself ready, with Triton and cuDNN, while texts are read and weights are drawn.
+    """Warms up the kernels that the first step on a GPU would wait for.
 
     Args:
         device: nothing happens on a CPU.
-        config: says what attention and the layers will look like.
-        precision: of the products.
+        config: with the shapes of attention and layers.
+        precision: of the matmuls.
     """
 
     def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
-        self._device, self._config, self._precision = device, config, precision
+        self._device, self._config, self._dtype = device, config, precision.dtype
         self._threads: list[threading.Thread] = []
-        self._is_by_hand = kernels_for(config, device, precision).manual_backward
+        self._is_manual = kernels_for(config, device, precision).manual_backward
+        self._head_size = config.n_embd // config.n_head
         if device.type != "cuda":
             return
-        # Triton in one of them only: its compiler was not made for several at once.
-        for work in [self.run_attention, *([self.run_triton_kernels] if self._is_by_hand else [])]:
-            # No daemon: a process that ended under it would take the driver down as it starts.
-            thread = threading.Thread(target=self._run, args=(work,), name="warming up")
+        # Triton's compiler is not thread-safe: one thread has all of its kernels.
+        works = [self.run_attention] + [self.run_triton_kernels] * self._is_manual
+        for work in works:
+            # Not a daemon: exiting while the driver initializes can crash the process.
+            thread = threading.Thread(target=self._run, args=(work,), name="kernel-warmup")
             self._threads.append(thread)
             thread.start()
 
     def wait(self) -> None:
-        """Until all is ready."""
+        """Wait until all kernels are ready."""
         for thread in self._threads:
             thread.join()
 
     def run_attention(self) -> None:
-        """Products and attention, as torch does it: cuDNN's plans are for one shape."""
+        """Run a matmul, and attention in its full shape: cuDNN's plans are for one shape."""
         square = torch.zeros(64, 64, device=self._device)
         square.mm(square)
         c = self._config
-        # As training has them: q, k and v side by side.
-        qkv = self._zeros(c.batch_size, c.context_length, 3, c.n_head, c.n_embd // c.n_head)
-        if self._is_by_hand and isinstance(self._way, TritonAttention):
-            if self._drop is None:
-                self._way.forward(qkv, None)
+        qkv = self._zeros(c.batch_size, c.context_length, 3, c.n_head, self._head_size)
+        if self._is_manual and isinstance(self._attention, TritonAttention):
+            if self._dropout_seed() is None:
+                self._attention.forward(qkv, None)
             return
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
-        # Without dropout, which would throw dice.
+        # Without dropout, which would advance the RNG.
         out = causal_attention(q, k, v, 0.0)
         torch.autograd.grad(out, (q, k, v), out.detach())
 
     def run_triton_kernels(self) -> None:
-        """Every kernel of Triton's that an update takes, in shapes that are compiled the same."""
-        c, device = self._config, self._device
-        width, inner = c.n_embd, c.mlp_ratio * c.n_embd
-        vector, to_qkv = torch.ones(width, device=device), torch.zeros(3 * width, device=device)
-        rows, drop = self._zeros(WARMUP_TOKENS, width), self._drop
-        if isinstance(self._way, TritonAttention):
-            qkv = self._zeros(1, c.context_length, 3, c.n_head, width // c.n_head)
-            flat = self._zeros(c.context_length, width)
+        """Run every Triton kernel of a training step, in shapes that compile to the same code."""
+        c, device, n_embd = self._config, self._device, self._config.n_embd
+        d_ff = c.mlp_ratio * n_embd
+        vector, qkv_bias = torch.ones(n_embd, device=device), torch.zeros(3 * n_embd, device=device)
+        rows, dropout = self._zeros(WARMUP_TOKENS, n_embd), self._dropout_seed()
+        if isinstance(self._attention, TritonAttention):
+            qkv = self._zeros(1, c.context_length, 3, c.n_head, self._head_size)
+            out = self._zeros(c.context_length, n_embd)
             lse = torch.zeros(1, c.n_head, c.context_length, device=device)
-            if drop is not None:
-                attention_forward(qkv, drop)
-            attention_backward(qkv, flat, lse, flat, drop)
+            if dropout is not None:
+                attention_forward(qkv, dropout)
+            attention_backward(qkv, out, lse, out, dropout)
         else:
-            accumulate_column_sums(self._zeros(WARMUP_TOKENS, 3 * width), to_qkv)
+            accumulate_column_sums(self._zeros(WARMUP_TOKENS, 3 * n_embd), qkv_bias)
         ids = torch.zeros(1, WARMUP_TOKENS, dtype=torch.long, device=device)
-        embedding(
-            ids, vector[None], torch.zeros(WARMUP_TOKENS, width, device=device), rows.dtype, drop
-        )
-        embedding_backward(rows, ids[0], torch.zeros(1, width, device=device))
-        for branch in (None, rows.clone()):
-            _, norm = add_layer_norm(rows, branch, vector, vector, drop)
-            layer_norm_backward(rows.clone(), norm, vector, branch, to_qkv)
-        wide, sums = self._zeros(WARMUP_TOKENS, inner), torch.zeros(inner, device=device)
-        if gelu_save_interval(width) > 1:
-            gelu_backward(wide, wide.clone(), sums, recompute=True)
-        if prefer_separate_dgelu(device, width):
-            gelu_backward(wide, wide.clone(), sums, recompute=False)
+        positions = torch.zeros(WARMUP_TOKENS, n_embd, device=device)
+        embedding(ids, vector[None], positions, rows.dtype, dropout)
+        embedding_backward(rows, ids[0], torch.zeros(1, n_embd, device=device))
+        for sublayer_output in (None, rows.clone()):
+            _, saved = add_layer_norm(rows, sublayer_output, vector, vector, dropout)
+            layer_norm_backward(rows.clone(), saved, vector, sublayer_output, qkv_bias)
+        hidden, bias_grad = self._zeros(WARMUP_TOKENS, d_ff), torch.zeros(d_ff, device=device)
+        if gelu_save_interval(n_embd) > 1:
+            gelu_backward(hidden, hidden.clone(), bias_grad, recompute=True)
+        if prefer_separate_dgelu(device, n_embd):
+            gelu_backward(hidden, hidden.clone(), bias_grad, recompute=False)
         else:
-            accumulate_column_sums(wide, sums)
+            accumulate_column_sums(hidden, bias_grad)
         if c.vocab_size:
-            # Otherwise it follows from the text.
+            # 0 until the text is tokenized.
             cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0], IGNORE_INDEX)
 
     def _run(self, work: Callable[[], None]) -> None:
-        # Whatever fails here fails again where it is wanted, and is told there. The current device,
-        # on which Triton starts its kernels, is each thread's own.
+        # Errors are ignored: training runs into the same ones, and reports them. The current
+        # device, on which Triton launches, is set per thread.
         with contextlib.suppress(Exception), torch.cuda.device(self._device):
             work()
 
     @property
-    def _drop(self) -> DropoutSeed | None:
-        """Something to drop with. Dice are for the model: any keys will do."""
-        dropped = dropout_threshold(self._config.dropout)
-        keys = torch.zeros(2, dtype=torch.int32, device=self._device)
-        return DropoutSeed(keys, dropped) if dropped else None
-
-    @property
-    def _way(self) -> PackedAttention:
-        c = self._config
-        size = c.n_embd // c.n_head
+    def _attention(self) -> PackedAttention:
+        dropout = self._config.dropout
         return select_attention(
-            self._device, self._precision.dtype, head_size=size, dropout=c.dropout
+            self._device, self._dtype, head_size=self._head_size, dropout=dropout
         )
 
+    def _dropout_seed(self) -> DropoutSeed | None:
+        """Any seed will do; drawing one would advance the RNG of training."""
+        threshold = dropout_threshold(self._config.dropout)
+        seed = torch.zeros(2, dtype=torch.int32, device=self._device)
+        return DropoutSeed(seed, threshold) if threshold else None
+
     def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=self._device, dtype=self._precision.dtype)
+        return torch.zeros(shape, device=self._device, dtype=self._dtype)

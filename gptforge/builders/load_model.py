@@ -1,4 +1,4 @@
-"""From a run on the disk back to a model that writes."""
+"""Load the model of a run, a checkpoint or an exported folder, for inference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,14 @@ from gptforge.convert.hf import is_hf_dir, read_hf
 from gptforge.convert.hub import OPENAI_MODELS
 from gptforge.device import select_device, select_precision
 from gptforge.errors import UserError
-from gptforge.estimate import formulas
+from gptforge.estimate.formulas import num_params
 from gptforge.inference.language_model import LanguageModel
 from gptforge.printable import print_stderr
 
 MAX_FLOAT32_PARAMS = 30_000_000
-"""Parameters below which a CPU writes faster in float32: the weights fit its caches anyway."""
+"""Below, a CPU generates faster in float32: the weights fit into its caches anyway."""
 MAX_SINGLE_THREAD_PARAMS = 4_000_000
-"""Parameters below which one CPU thread writes a text as fast as two."""
+"""Below, one CPU thread generates as fast as two."""
 
 
 def load(
@@ -29,92 +29,94 @@ def load(
     dtype: str = "auto",
     log: Callable[[str], None] | None = None,
 ) -> LanguageModel:
-    """The model that a run made, ready to write.
+    """Load a trained model for inference.
 
     Args:
-        run: a run folder (its best checkpoint is taken, else its last), a checkpoint folder, or a
-            folder that transformers or `export --to hf` wrote.
+        run: a run folder (its best checkpoint, else the last), a checkpoint folder, or a folder
+            that transformers or `export --to hf` wrote.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: type to write in: auto, float32, bfloat16 or float16. Logits are always float32.
-        say: told what should be known while writing; None: standard error is.
+        dtype: auto, float32, bfloat16 or float16. Logits are always float32.
+        log: is called with notes while generating; None: they go to standard error.
 
     Raises:
-        UserError: if there is no checkpoint there, or it is damaged.
+        UserError: if there is no checkpoint, or it is damaged.
     """
-    parts = load_parts(run)
-    place, _ = select_device(str(device))
+    bundle = load_bundle(run)
+    torch_device, _ = select_device(str(device))
     return LanguageModel(
-        parts.build_model().to(place),
-        parts.tokenizer,
-        dtype=inference_dtype(dtype, place, parts.config),
+        bundle.build_model().to(torch_device),
+        bundle.tokenizer,
+        dtype=inference_dtype(dtype, torch_device, bundle.config),
         frozen=True,
         log=log or print_stderr,
     )
 
 
 def limit_threads(model: LanguageModel) -> None:
-    """Give this process one CPU thread if its model is small; for programs, not for libraries.
+    """Use one CPU thread if the model is small; for programs, not for libraries.
 
-    A text from a small model takes no longer on one: its steps are microseconds. On more, wherever
-    other programs want the cores too, each step waits for the last of them: 10 to 60 times longer.
+    Decoding steps of a small model take microseconds, and no longer on one thread. With more, and
+    other programs on the same cores, each step waits for the slowest thread: 10 to 60 times longer.
     """
-    if (
-        model.device.type == "cpu"
-        and formulas.num_params(model.model.config) < MAX_SINGLE_THREAD_PARAMS
-    ):
+    if model.device.type == "cpu" and num_params(model.model.config) < MAX_SINGLE_THREAD_PARAMS:
         torch.set_num_threads(1)
 
 
-def load_parts(run: str | Path) -> ModelBundle:
-    """Shape, weights and tokenizer of a run, a checkpoint or an exported model.
+def load_bundle(run: str | Path) -> ModelBundle:
+    """Load shape, weights and tokenizer of a run, a checkpoint or an exported model.
 
     Raises:
         UserError: if there is none, or it is damaged.
     """
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is no run: give the path of a run folder or a checkpoint folder")
-    if is_hf_dir(Path(run)):
-        return read_hf(Path(run))
-    if not Path(run).exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:
+    path = Path(run)
+    if is_hf_dir(path):
+        return read_hf(path)
+    if not path.exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:
         raise UserError(
-            f"{run} does not exist here: fetch it once, gptforge import {run} runs/{Path(run).name}"
-            f", and give runs/{Path(run).name}"
+            f"{run} does not exist here: download it once, gptforge import {run} runs/{path.name}, "
+            f"and give runs/{path.name}"
         )
     tried: set[Path] = set()
     while True:
-        path = checkpoints.resolve_checkpoint(str(run))
+        checkpoint = checkpoints.resolve_checkpoint(str(run))
         try:
-            return _parts_of(path)
+            return _load_checkpoint(checkpoint)
         except (UserError, OSError):
-            # A training beside us may have deleted it since: then there is a newer one.
-            if path.is_dir() or path in tried:
+            # A training in progress may have deleted it; then there is a newer one.
+            if checkpoint.is_dir() or checkpoint in tried:
                 raise
-            tried.add(path)
+            tried.add(checkpoint)
 
 
-def _parts_of(path: Path) -> ModelBundle:
+def _load_checkpoint(path: Path) -> ModelBundle:
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
-        others = [
+        intact = (
             other.as_posix()
             for other in sorted(path.parent.glob("step-*"), reverse=True)
             if other != path and not checkpoints.find_corruption(other, checkpoints.INFERENCE_FILES)
-        ]
-        which = f"{others[0]} is whole" if others else "give another checkpoint folder"
-        raise UserError(f"{path.as_posix()} is damaged: {reason}; {which}")
+        )
+        other = next(intact, None)
+        hint = f"{other} is intact" if other else "give another checkpoint folder"
+        raise UserError(f"{path.as_posix()} is damaged: {reason}; {hint}")
     config = checkpoints.read_config(path)
     tokenizer = checkpoints.read_tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the model has rows")
+        raise UserError(f"{path.as_posix()}: the tokenizer has more ids than the embedding")
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL)
-    return ModelBundle(
-        config.model, validate_state_dict(tensors, config.model, source=path.as_posix()), tokenizer
-    )
+    state_dict = validate_state_dict(tensors, config.model, source=path.as_posix())
+    return ModelBundle(config.model, state_dict, tokenizer)
 
 
 def inference_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.dtype:
-    """The type to write in that `--dtype` asks for, or the one that is fastest here."""
+    """Resolve `--dtype` for inference; auto is the fastest for this device and model size.
+
+    Raises:
+        UserError: for an unknown dtype.
+    """
     if flag not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {flag}: give auto, float32, bfloat16 or float16")
-    if flag == "auto" and device.type == "cpu" and formulas.num_params(config) < MAX_FLOAT32_PARAMS:
+    if flag == "auto" and device.type == "cpu" and num_params(config) < MAX_FLOAT32_PARAMS:
         return torch.float32
     return select_precision(flag, device).dtype

@@ -1,4 +1,4 @@
-"""What fits into a device's memory: how many windows at a time, and what would where none do."""
+"""Does it fit into memory: the micro-batch to train with, and what would fit if nothing does."""
 
 import dataclasses
 from collections.abc import Collection
@@ -9,20 +9,22 @@ from gptforge.config import Config
 from gptforge.device import Precision, usable_memory
 from gptforge.distributed import Comm
 from gptforge.errors import UserError
-from gptforge.estimate import formulas
+from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.files import cache_dir
-from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
+from gptforge.kernel_select import KernelConfig, select_kernels
 from gptforge.presets import PRESETS, get_preset
 from gptforge.train.micro_batch import MAX_MEMORY_FRACTION, find_micro_batch
 from gptforge.train.train_step import TrainStep
 
 MIN_BUSY_TOKENS = 4096
-"""Tokens at a time that keep a large GPU busy with a model that needs several of them."""
+"""Tokens in a micro-batch that keep a large GPU busy."""
+MIN_CONTEXT_LENGTH = 64
+"""Shortest context length that is suggested."""
 
 
 def kernels_for(config: Config, device: torch.device, precision: Precision) -> KernelConfig:
-    """How updates of a configuration are computed, before anything is tried."""
+    """Select the kernels of a configuration, before any of them is tried."""
     return select_kernels(
         device,
         precision,
@@ -34,215 +36,196 @@ def kernels_for(config: Config, device: torch.device, precision: Precision) -> K
 
 
 def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explicit: bool) -> int:
-    """Windows that go through the model at once: those asked for, fewer where memory is short."""
-    device, length = step.device, config.context_length
-    own = config.global_batch_size // comm.world_size
-    most = min(config.batch_size, own)
+    """Sequences per forward pass: `--batch_size`, or less if memory is short.
+
+    Args:
+        step: is tried on a GPU, unless the model is sharded.
+        config: of the run.
+        comm: all ranks.
+        is_explicit: whether the user set `--batch_size`, which is then used as it is.
+    """
+    device, manual = step.device, step.kernels.manual_backward
+    per_rank = config.global_batch_size // comm.world_size
+    batch_size = min(config.batch_size, per_rank)
     is_gpu = device.type == "cuda"
     if is_explicit:
-        return most
-    name = str(device)
+        return batch_size
+
+    def estimate(sequences: int) -> int:
+        is_mixed, ranks = step.precision.is_mixed, comm.world_size
+        if not step.is_sharded:
+            memory = training_memory(
+                config, sequences, mixed_precision=is_mixed, manual_backward=manual
+            )
+            return sum(memory.values())
+        if manual:
+            return zero1_memory(config, sequences, world_size=ranks)
+        return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
+
     if step.is_sharded:
-        # A trial that failed on one rank would leave the others waiting: the estimate decides. With
-        # the memory that sharding frees, more windows go through at a time, and weights are fetched
-        # less often.
+        # Not tried: the other ranks would wait for one that runs out of memory. May exceed
+        # batch_size: sharding frees memory, and larger micro-batches gather weights less often.
         return find_micro_batch(
-            own if is_gpu else most,
-            estimate=lambda windows: _sharded_memory_of(step, config, windows, comm),
+            per_rank if is_gpu else batch_size,
+            estimate=estimate,
             free_memory=usable_memory(device),
-            fits=lambda n: True,
+            fits=lambda sequences: True,
             cache_path=None,
             key="",
         )
-    if is_gpu:
-        name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if is_gpu else str(device)
     return find_micro_batch(
-        most,
-        estimate=lambda n: sum(estimate_memory(config, n, step.precision, step.kernels).values()),
+        batch_size,
+        estimate=estimate,
         free_memory=usable_memory(device),
-        # A machine that runs out of memory gives no error: it kills. So a CPU is not tried.
-        fits=lambda n: not is_gpu or step.fits(n, length),
+        # Not tried on a CPU: out of memory, the kernel kills the process.
+        fits=lambda sequences: not is_gpu or step.fits(sequences, config.context_length),
         cache_path=cache_dir() / "micro_batches.json" if is_gpu else None,
-        key=f"{config.model} {length} {step.precision.dtype} {step.kernels.manual_backward} "
+        key=f"{config.model} {config.context_length} {step.precision.dtype} {manual} "
         f"{config.activation_checkpointing} {config.loss_chunk} {torch.__version__} {name}",
     )
 
 
-def estimate_memory(
-    config: Config, sequences: int, precision: Precision, kernels: KernelConfig
-) -> dict[str, int]:
-    """Bytes to train with so many windows at a time, by what they hold: an estimate from above."""
-    return formulas.training_memory(
-        config.model,
-        config.context_length,
-        sequences,
-        mixed_precision=precision.is_mixed,
-        manual_backward=kernels.manual_backward,
-        activation_checkpointing=config.activation_checkpointing,
-        loss_chunk=config.loss_chunk,
-    )
-
-
-def _sharded_memory_of(step: TrainStep, config: Config, windows: int, ranks: Comm) -> int:
-    """The same, in all, for a model that several ranks share."""
-    if step.kernels.manual_backward:
-        return _gathered_memory_of(config, windows, ranks)
-    return formulas.fsdp_memory(
-        config.model,
-        config.context_length,
-        windows,
-        world_size=ranks.world_size,
-        mixed_precision=step.precision.is_mixed,
-        activation_checkpointing=config.activation_checkpointing,
-        loss_chunk=config.loss_chunk,
-    )
-
-
-def _gathered_memory_of(config: Config, windows: int, ranks: Comm) -> int:
-    return formulas.zero1_memory(
-        config.model,
-        config.context_length,
-        windows,
-        world_size=ranks.world_size,
-        activation_checkpointing=config.activation_checkpointing,
-        loss_chunk=config.loss_chunk,
-    )
-
-
 def fits_zero1(config: Config, device: torch.device, explicit: Collection[str], comm: Comm) -> bool:
-    """Whether shards leave every rank room for whole narrow weights and gradients: it is faster.
+    """Whether every rank has memory for unsharded compute weights and gradients, which is faster.
 
-    Room for fewer tokens at a time than keep a GPU's products busy is none.
+    Only if a micro-batch of at least MIN_BUSY_TOKENS fits beside them.
     """
-    own = config.global_batch_size // comm.world_size
-    enough = -(-MIN_BUSY_TOKENS // config.context_length)
-    windows = min(own, config.batch_size if "batch_size" in explicit else enough)
-    needed = _gathered_memory_of(config, windows, comm)
-    free = usable_memory(device)
-    return comm.all_true(free is None or needed <= MAX_MEMORY_FRACTION * free)
+    per_rank = config.global_batch_size // comm.world_size
+    min_sequences = -(-MIN_BUSY_TOKENS // config.context_length)
+    if "batch_size" in explicit:
+        min_sequences = config.batch_size
+    needed = zero1_memory(config, min(per_rank, min_sequences), world_size=comm.world_size)
+    return comm.all_true(_fits(needed, usable_memory(device)))
+
+
+def _fits(needed: int, free: int | None) -> bool:
+    return free is None or needed <= MAX_MEMORY_FRACTION * free
 
 
 def check_fits_memory(
     config: Config, device: torch.device, precision: Precision, *, is_explicit: bool
 ) -> None:
-    """Raise a UserError if a CPU's memory cannot hold a run, which would be killed without a word.
+    """Raise a UserError if a CPU's memory is too small, where the kernel would kill the process.
 
-    The estimate is from above, so that only what is far too large is refused. A GPU says by itself
-    when its memory is full.
+    Only what is far too large is refused, since the estimate is an upper one. A GPU raises
+    OutOfMemoryError itself.
     """
     free = usable_memory(device)
     if device.type == "cuda" or free is None:
         return
-    windows = config.batch_size if is_explicit else 1
-    parts = estimate_memory(config, windows, precision, DEFAULT_KERNELS)
-    needed = sum(parts.values()) - parts["snapshot"] - parts["activations"] // 2
+    sequences = config.batch_size if is_explicit else 1
+    memory = training_memory(config, sequences, mixed_precision=precision.is_mixed)
+    needed = sum(memory.values()) - memory["snapshot"] - memory["activations"] // 2
     if needed <= free:
         return
-    figures = f"at least {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-    if windows > 1:
+    sizes = f"at least {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    if sequences > 1:
         raise UserError(
-            f"--batch_size {windows} takes {figures}: leave it out, and the program finds one that "
-            "fits and learns the same"
+            f"--batch_size {sequences} takes {sizes}: leave it out to use the largest micro-batch "
+            "that fits, with the same result"
         )
     raise UserError(
-        f"this model takes {figures}, even with one window at a time: use a smaller one, or a "
+        f"this model takes {sizes}, even with a micro-batch of 1: use a smaller model or a "
         "shorter --context_length; gptforge plan says what would fit"
     )
 
 
 def out_of_memory_hint(step: TrainStep, config: Config) -> str:
-    """Words for a micro-batch that is too large, with one that is not; tried out, not compiled."""
+    """Say that a micro-batch is too large, and which one fits; tries them without torch.compile."""
+    size = step.micro_batch_size
     if step.is_sharded:
         return (
-            f"micro-batches of {step.micro_batch_size} do not fit into the memory of {step.device}: "
-            "give a smaller --batch_size with more --gradient_accumulation_steps, or "
+            f"micro-batches of {size} do not fit into the memory of {step.device}: "
+            "use a smaller --batch_size with more --gradient_accumulation_steps, or "
             "--activation_checkpointing true"
         )
     step.set_kernels(step.kernels)
-    # Only a divisor keeps the global batch, and with it what is learned.
-    smaller = [
-        n for n in range(step.micro_batch_size - 1, 0, -1) if config.global_batch_size % n == 0
-    ]
+    smaller = _smaller_micro_batches(config, size)
     fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)
-    too_large = (
-        f"--batch_size {step.micro_batch_size} does not fit into the memory of {step.device}"
-    )
+    too_large = f"--batch_size {size} does not fit into the memory of {step.device}"
     if fitting is None:
         return f"{too_large}, nor does less: use a smaller --context_length or model"
+    return f"{too_large}; {_equivalent_flags(config, fitting)}"
+
+
+def _smaller_micro_batches(config: Config, size: int) -> list[int]:
+    """Micro-batches below `size`, largest first, that keep the global batch."""
+    return [n for n in range(size - 1, 0, -1) if config.global_batch_size % n == 0]
+
+
+def _equivalent_flags(config: Config, micro_batch: int) -> str:
     return (
-        f"{too_large}; --batch_size {fitting} --gradient_accumulation_steps "
-        f"{config.global_batch_size // fitting} would, and learns the same"
+        f"--batch_size {micro_batch} --gradient_accumulation_steps "
+        f"{config.global_batch_size // micro_batch} would, with the same result"
     )
-
-
-MIN_CONTEXT_LENGTH = 64
-"""Tokens of a window below which no shorter one is advised."""
 
 
 class MemoryEstimator:
-    """Memory that a configuration takes on a device, by the formula; nothing is tried out."""
+    """Memory that a configuration takes on a device, estimated without running it."""
 
     def __init__(self, config: Config, precision: Precision, device: torch.device) -> None:
         self._config, self._precision, self._device = config, precision, device
         self._free = usable_memory(device)
 
     def estimate(self, sequences: int, device_name: str) -> MemoryPlan:
-        """What so many windows at a time take, of what there is."""
-        parts = self._parts(self._config, sequences)
-        fits = self._do_fit(self._config, sequences)
-        return MemoryPlan(device_name, sum(parts.values()), parts, self._free, fits)
+        """Needed and free memory with micro-batches of `sequences`."""
+        memory = self._memory(self._config, sequences)
+        needed = sum(memory.values())
+        return MemoryPlan(device_name, needed, memory, self._free, _fits(needed, self._free))
 
     def micro_batch(self) -> int:
-        """As training chooses it, before it tries it out on a GPU."""
+        """The micro-batch that training starts with, before it tries it on a GPU."""
         return find_micro_batch(
             self._config.batch_size,
-            estimate=lambda windows: sum(self._parts(self._config, windows).values()),
+            estimate=lambda sequences: sum(self._memory(self._config, sequences).values()),
             free_memory=self._free,
-            fits=lambda windows: True,
+            fits=lambda sequences: True,
             cache_path=None,
             key="",
         )
 
     def suggest_fix(self, sequences: int, *, is_explicit: bool) -> str:
-        """What would fit, of what can be changed; the least first."""
-        c, total = self._config, self._config.global_batch_size
-        smaller = [n for n in range(sequences - 1, 0, -1) if total % n == 0] if is_explicit else []
-        for n in smaller:
-            if self._do_fit(c, n):
-                return (
-                    f"micro-batches of {sequences} do not fit; --batch_size {n} "
-                    f"--gradient_accumulation_steps {total // n} would, and learns the same"
-                )
-        changes: list[dict[str, bool | int]] = [{"activation_checkpointing": True}]
-        changes.append({"activation_checkpointing": True, "loss_chunk": 1024})
+        """Say what would fit, with the smallest change first."""
+        c = self._config
+        for n in _smaller_micro_batches(c, sequences) if is_explicit else ():
+            if self._does_fit(c, n):
+                return f"micro-batches of {sequences} do not fit; {_equivalent_flags(c, n)}"
+        checkpointing: dict[str, bool | int] = {"activation_checkpointing": True}
         lengths = [c.context_length // 2**n for n in range(1, 20)]
-        changes += [{**changes[0], "context_length": n} for n in lengths if n >= MIN_CONTEXT_LENGTH]
+        changes = [checkpointing, {**checkpointing, "loss_chunk": 1024}] + [
+            {**checkpointing, "context_length": n} for n in lengths if n >= MIN_CONTEXT_LENGTH
+        ]
         for change in changes:
-            if self._do_fit(dataclasses.replace(c, **change), 1):  # type: ignore[arg-type]
+            if self._does_fit(dataclasses.replace(c, **change), 1):
                 flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
-                own = " --batch_size 1" if is_explicit else ""
-                return f"not even one window fits; {flags}{own} would"
-        least = sum(self._parts(c, 0).values())
+                batch_size = " --batch_size 1" if is_explicit else ""
+                return f"not even a micro-batch of 1 fits; {flags}{batch_size} would"
+        state = sum(self._memory(c, 0).values())
         return (
-            f"weights, gradients, optimizer and a snapshot alone take {least / 1e9:.1f} GB; use a "
-            f"smaller model{self._smaller_preset()}, or several GPUs that share this one (torchrun)"
+            f"weights, gradients, optimizer and a snapshot alone take {state / 1e9:.1f} GB; use a "
+            f"smaller model{self._smaller_preset()}, or shard it over several GPUs (torchrun)"
         )
 
     def _smaller_preset(self) -> str:
-        here = formulas.num_params(self._config.model)
-        others = {
+        configs = {
             name: dataclasses.replace(get_preset(name), vocab_size=self._config.vocab_size)
             for name in PRESETS
         }
-        sizes = {name: formulas.num_params(other.model) for name, other in others.items()}
-        fitting = [n for n in others if sizes[n] < here and self._do_fit(others[n], 1)]
+        sizes = {name: num_params(config.model) for name, config in configs.items()}
+        limit = num_params(self._config.model)
+        fitting = [n for n in configs if sizes[n] < limit and self._does_fit(configs[n], 1)]
         largest = max(fitting, key=lambda name: sizes[name], default="")
         return f" (--preset {largest} would fit)" if largest else ""
 
-    def _do_fit(self, config: Config, windows: int) -> bool:
-        needed = sum(self._parts(config, windows).values())
-        return self._free is None or needed <= MAX_MEMORY_FRACTION * self._free
+    def _does_fit(self, config: Config, sequences: int) -> bool:
+        return _fits(sum(self._memory(config, sequences).values()), self._free)
 
-    def _parts(self, config: Config, windows: int) -> dict[str, int]:
+    def _memory(self, config: Config, sequences: int) -> dict[str, int]:
         kernels = kernels_for(config, self._device, self._precision)
-        return estimate_memory(config, windows, self._precision, kernels)
+        return training_memory(
+            config,
+            sequences,
+            mixed_precision=self._precision.is_mixed,
+            manual_backward=kernels.manual_backward,
+        )

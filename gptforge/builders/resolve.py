@@ -1,4 +1,4 @@
-"""What a configuration leaves open, filled in: by the checkpoint to start from, and by the text."""
+"""Fill in what a configuration leaves open, from `--init_from`, the run folder and the text."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -26,19 +26,28 @@ from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, Tokenizer, from_name
 
-Say = Callable[[str], None]
-
 MODEL_FIELDS = frozenset(field.name for field in dataclasses.fields(GPTConfig)) - {"dropout"}
 
 
 def resolve_init_from(
-    config: Config, explicit: Collection[str], log: Say, *, temp_dir: Path | None = None
+    config: Config,
+    explicit: Collection[str],
+    log: Callable[[str], None],
+    *,
+    temp_dir: Path | None = None,
 ) -> Config:
-    """With `--init_from`, shape and tokenizer are the checkpoint's, unless set by hand.
+    """Take shape and tokenizer from the checkpoint of `--init_from`, unless set explicitly.
 
-    With `scratch` another program's model is read by way of that folder, and not kept.
+    Args:
+        config: as merged from preset, file and flags.
+        explicit: names of the fields that the user set.
+        log: is called with notes.
+        temp_dir: where to import another program's model, without keeping it; None: into `runs`.
+
+    Raises:
+        UserError: if the checkpoint is damaged, or does not match an explicit flag.
     """
-    config = _read_as_before(_with_its_tokenizer(config, log), explicit)
+    config = _with_input_options_of_run(config, explicit, log)
     if not config.init_from:
         return config
     source = import_if_needed(config.init_from, log=log, temp_dir=temp_dir)
@@ -46,137 +55,135 @@ def resolve_init_from(
     path = _initial_checkpoint(config)
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
-    shape = checkpoints.read_config(path)
+    pretrained = checkpoints.read_config(path)
     for name in sorted(MODEL_FIELDS.intersection(explicit)):
-        wanted, there = getattr(config, name), getattr(shape, name)
-        if wanted != there and (name, wanted) != ("vocab_size", 0):
+        requested, actual = getattr(config, name), getattr(pretrained, name)
+        if requested != actual and (name, requested) != ("vocab_size", 0):
             raise UserError(
-                f"--{name} {wanted}, but the model of --init_from {config.init_from} has {there}: "
-                f"leave --{name} out"
+                f"--{name} {requested}, but the model of --init_from {config.init_from} has "
+                f"{actual}: leave --{name} out"
             )
-    taken = {name: getattr(shape, name) for name in MODEL_FIELDS if name not in explicit}
+    fields = {name: getattr(pretrained, name) for name in MODEL_FIELDS if name not in explicit}
     if "tokenizer" not in explicit:
-        taken["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
+        fields["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
     elif config.tokenizer not in ("char", "byte"):
-        # What these two are depends on the text; any other is known before that is prepared.
+        # Fail before a long preparation. char and byte depend on the text, and are checked later.
         is_prepared = (Path(config.input) / INDEX_FILE).is_file()
-        prepared = config.input if is_prepared else ""
-        check_tokenizer(config, from_name(config.tokenizer, ""), prepared_path=prepared)
+        prepared_path = config.input if is_prepared else ""
+        check_tokenizer(config, from_name(config.tokenizer, ""), prepared_path=prepared_path)
     if "context_length" not in explicit:
-        taken["context_length"] = min(config.context_length, shape.block_size)
-    return dataclasses.replace(config, **taken)
+        fields["context_length"] = min(config.context_length, pretrained.block_size)
+    return dataclasses.replace(config, **fields)
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared_path: str = "") -> None:
-    """Refuse a tokenizer that is not that of `--init_from`, id for id.
-
-    Every id would mean something else to the model, and nothing of what it knows be of use.
+    """Raise a UserError if a tokenizer differs from that of `--init_from` in any id.
 
     Args:
-        config: with `init_from` as `start_from` left it.
+        config: as `resolve_init_from` returned it.
         tokenizer: that the text is encoded with.
-        prepared: the shards that were made with it, if they were.
-
-    Raises:
-        UserError: if some id means something else, or there are more or fewer of them.
+        prepared_path: the shards that were made with it, if any.
     """
     if not config.init_from:
         return
     path = _initial_checkpoint(config) / checkpoints.TOKENIZER
-    own = checkpoints.read_tokenizer(path.parent)
-    if own.to_json() == tokenizer.to_json():
+    expected = checkpoints.read_tokenizer(path.parent)
+    if expected.to_json() == tokenizer.to_json():
         return
-    what, fix = f"--tokenizer {config.tokenizer}", "leave --tokenizer out"
+    subject, fix = f"--tokenizer {config.tokenizer}", "leave --tokenizer out"
     if prepared_path:
-        what = f"{prepared_path} was prepared with a tokenizer that"
+        subject = f"{prepared_path} was prepared with a tokenizer that"
         fix = f"prepare the text again with --tokenizer {quote(path.as_posix())}"
     raise UserError(
-        f"{what} ({tokenizer.name}, {tokenizer.vocab_size:,} ids) is not the one of --init_from "
-        f"{config.init_from} ({own.name}, {own.vocab_size:,} ids): the same ids would mean something "
-        f"else; {fix}"
+        f"{subject} ({tokenizer.name}, {tokenizer.vocab_size:,} ids) is not the one of --init_from "
+        f"{config.init_from} ({expected.name}, {expected.vocab_size:,} ids): the same ids would "
+        f"mean something else; {fix}"
     )
 
 
+def _last_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that a run in the run folder would resume from; None for a new run."""
+    store = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints")
+    return None if config.restart else store.read_link("last")
+
+
 def _initial_checkpoint(config: Config) -> Path:
-    """Where the weights of a run with `--init_from` come from."""
-    # A run that was begun this way has a tokenizer and a shape of its own by now.
-    own = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints").read_link("last")
-    return own if own and not config.restart else checkpoints.resolve_checkpoint(config.init_from)
+    """The run's checkpoint, which has its shape and tokenizer, else that of `--init_from`."""
+    return _last_checkpoint(config) or checkpoints.resolve_checkpoint(config.init_from)
 
 
-def _read_as_before(config: Config, given: Collection[str]) -> Config:
-    """How the files are read stays as it is in a run that goes on."""
-    own = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints").read_link("last")
-    if own is None or config.restart or checkpoints.find_corruption(own, (checkpoints.CONFIG,)):
+def _with_input_options_of_run(
+    config: Config, explicit: Collection[str], log: Callable[[str], None]
+) -> Config:
+    """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
+    last = _last_checkpoint(config)
+    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
         return config
-    old = checkpoints.read_config(own, with_model=False)
-    names = {"field", "kind", "split_by_name"}.difference(given)
+    old = checkpoints.read_config(last, with_model=False)
+    is_gone = config.tokenizer not in NAMES and not Path(config.tokenizer).exists()
+    if (
+        is_gone
+        and old.tokenizer == config.tokenizer
+        and not checkpoints.find_corruption(last, (checkpoints.TOKENIZER,))
+    ):
+        copy = (last / checkpoints.TOKENIZER).as_posix()
+        log(f"note: {config.tokenizer} does not exist any more: using the run's copy, {copy}")
+        config = dataclasses.replace(config, tokenizer=copy)
+    names = {"field", "kind", "split_by_name"}.difference(explicit)
     return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
 
 
-def _with_its_tokenizer(config: Config, say: Say) -> Config:
-    """Where the file of a run's tokenizer is gone, the copy in its checkpoint."""
-    is_there = config.tokenizer in NAMES or Path(config.tokenizer).exists()
-    own = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints").read_link("last")
-    if is_there or own is None or config.restart:
-        return config
-    is_whole = not checkpoints.find_corruption(own, (checkpoints.TOKENIZER, checkpoints.CONFIG))
-    if not is_whole:
-        return config
-    if checkpoints.read_config(own, with_model=False).tokenizer != config.tokenizer:
-        return config
-    copy = (own / checkpoints.TOKENIZER).as_posix()
-    say(f"note: {config.tokenizer} is not there any more: the run's own copy is used, {copy}")
-    return dataclasses.replace(config, tokenizer=copy)
-
-
 def load_dataset(
-    config: Config, explicit: Collection[str], log: Say, progress: ProgressMeter
+    config: Config,
+    explicit: Collection[str],
+    log: Callable[[str], None],
+    progress: ProgressMeter,
 ) -> Dataset:
-    """What `--input` names, ready to be read, and fit to learn from; says what is doubtful.
+    """Open the text of `--input`, preparing it if needed, and check that it can be trained on.
 
     Raises:
-        UserError: if it cannot be read, or is no good.
+        UserError: if it cannot be read or trained on.
     """
-    wanted = DatasetOptions(
+    is_finetuning = bool(config.init_from)
+    options = DatasetOptions(
         tokenizer=config.tokenizer,
         val_fraction=config.val_fraction,
         text_format=TextFormat(config.field, config.encoding),
         kind=config.kind,
         split_by_name=config.split_by_name,
         raw_bin=config.raw_bin,
-        # A model that is begun from another one reads with that one's eyes.
-        require_tokenizer="tokenizer" in explicit or bool(config.init_from),
-        model_tokenizer=config.tokenizer
-        if config.init_from and "tokenizer" not in explicit
-        else "",
+        require_tokenizer="tokenizer" in explicit or is_finetuning,
+        model_tokenizer=config.tokenizer if is_finetuning and "tokenizer" not in explicit else "",
         require_val_fraction="val_fraction" in explicit,
     )
     name = config.input
     if "input" not in explicit and may_be_bundled_input(name):
-        log(
-            f"note: {name} is not here: the text that comes with the program is used, {BUNDLED_INPUT}"
-        )
+        log(f"note: {name} does not exist here: using the bundled text, {BUNDLED_INPUT}")
         name = BUNDLED_INPUT
-    corpus = open_dataset(resolve_input(name), wanted, log=log, progress=progress)
-    check_length(corpus, config.context_length, random_offset=config.random_offset)
-    batch = config.global_batch_size
-    for finding in quick_check(corpus, context_length=config.context_length, global_batch=batch):
+    dataset = open_dataset(resolve_input(name), options, log=log, progress=progress)
+    check_length(dataset, config.context_length, random_offset=config.random_offset)
+    for finding in quick_check(
+        dataset, context_length=config.context_length, global_batch=config.global_batch_size
+    ):
         if finding.level == "error":
             raise UserError(str(finding))
         if finding.level == "warning":
             log(f"warning: {finding}")
-    return corpus
+    return dataset
 
 
 def resolve_config(config: Config, dataset: Dataset) -> Config:
-    """Fill in what was left to the program: vocabulary, run folder, text."""
-    size = dataset.tokenizer.vocab_size
-    vocab_size = config.vocab_size or -(-size // 64) * 64
-    if vocab_size < size:
+    """Fill in vocabulary size, run folder, and how the text was found.
+
+    Raises:
+        UserError: if `--vocab_size` is too small for the tokenizer.
+    """
+    num_ids = dataset.tokenizer.vocab_size
+    vocab_size = config.vocab_size or -(-num_ids // 64) * 64
+    if vocab_size < num_ids:
         raise UserError(
-            f"--vocab_size {vocab_size} is less than the {size} ids of --tokenizer "
-            f"{config.tokenizer}: give {size} or more, or 0 for as many as it needs"
+            f"--vocab_size {vocab_size} is less than the {num_ids} ids of --tokenizer "
+            f"{config.tokenizer}: give {num_ids} or more, or 0 for as many as it needs"
         )
     return dataclasses.replace(
         config,
@@ -189,20 +196,20 @@ def resolve_config(config: Config, dataset: Dataset) -> Config:
 
 
 def resolve_out_dir(config: Config) -> str:
-    """The run folder, named or not."""
+    """The run folder: `--out_dir`, or one named after the preset."""
     return config.out_dir or f"runs/{config.preset or 'custom'}"
 
 
 def describe_dataset(dataset: Dataset, config: Config) -> str:
-    """A line on the text: its size, what is held out, and how often it will be read."""
-    train, held_out = len(dataset.train), len(dataset.val)
+    """Describe the text in one line: size, split, and the epochs that training will take."""
+    train, val = len(dataset.train), len(dataset.val)
     epochs = config.max_steps * config.tokens_per_step / train
-    held = f"{held_out:,} held out" if held_out else "none held out"
-    if 0 < config.eval_tokens < held_out:
-        held += f", of which {config.eval_tokens:,}, evenly spread, judge as it goes"
-    many = f" in {dataset.documents:,} documents" if dataset.documents > 2 else ""
-    size = f", {dataset.characters:,} characters{many}" if dataset.characters else ""
+    split = f"{val:,} held out" if val else "none held out"
+    if 0 < config.eval_tokens < val:
+        split += f", evaluated on {config.eval_tokens:,} of them, evenly spaced"
+    documents = f" in {dataset.documents:,} documents" if dataset.documents > 2 else ""
+    size = f", {dataset.characters:,} characters{documents}" if dataset.characters else ""
     return (
-        f"{dataset.path.as_posix()}{size}; {train:,} "
-        f"{dataset.tokenizer.name} tokens to learn from, {held}; about {epochs:.1f} epochs"
+        f"{dataset.path.as_posix()}{size}; {train:,} {dataset.tokenizer.name} tokens to train on, "
+        f"{split}; about {epochs:.1f} epochs"
     )

@@ -1,4 +1,4 @@
-"""How long an update takes here: measured in a few seconds, however large the model is."""
+"""Build a training step without a run, and time it in seconds however large the model is."""
 
 import dataclasses
 import time
@@ -13,88 +13,86 @@ from gptforge.builders.trainer import seed_everything
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config, validate
 from gptforge.device import select_device, select_precision
-from gptforge.estimate import formulas
+from gptforge.estimate.formulas import flops_per_token
 from gptforge.model import GPT
 from gptforge.train.train_step import TrainStep
 
-
-def build_bench_step(
-    config: Config, explicit: Collection[str], log: Callable[[str], None]
-) -> TrainStep:
-    """Model, optimizer and kernels, chosen as for training; writes nothing anywhere.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    validate(config)
-    device, note = select_device(config.device)
-    precision = select_precision(config.dtype, device)
-    log(f"device: {device} ({note}), {precision.name}: {precision.reason}")
-    seed_everything(config)
-    # Behind what cuBLAS reads when it starts.
-    warm_up = KernelWarmup(device, config, precision)
-    opening = OpenedRun("new", config)
-    return build_train_step(
-        config, opening, device, precision, explicit=explicit, log=log, wait_for_warmup=warm_up.wait
-    )
-
-
-def build_random_model(config: Config, log: Callable[[str], None]) -> GPT:
-    """A model with random weights, on its device, to write with.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    validate(config)
-    device, note = select_device(config.device)
-    log(f"device: {device} ({note})")
-    seed_everything(config)
-    with device:
-        return GPT(config.model).init_weights().eval()
-
-
-MAX_FLOPS = {"cuda": 1e14}
-"""FLOPs that a pass may take on a device."""
-DEFAULT_MAX_FLOPS = 1e12
-"""The same on all others: 2 seconds on two cores with bfloat16."""
+MAX_FLOPS, MAX_FLOPS_CUDA = 1e12, 1e14
+"""FLOPs of one timed pass; on a CPU about 2 seconds, with two cores and bfloat16."""
 MIN_LAYERS = 4
-"""Of a model too large for a pass: with fewer, an error grows too much on the way to all layers."""
-MAX_SECONDS = 4.0
-"""Seconds after which no pass is made again; the first over a shape pays for warming up."""
-MIN_SECONDS = 1.0
-"""Seconds after which three passes are enough."""
+"""Layers of the deeper of two models to extrapolate from: with fewer, the error grows too large."""
+MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
+"""Three passes are enough after the first, and one after the second."""
 MIN_CPU_SHARE = 0.8
-"""Share of the cores' time below which others must have wanted them: 0.97 to 1 was seen with nobody
-else there, and 0.5 beside one busy program, which made a pass three to five times as slow."""
+"""CPU time over wall time below which other programs use the cores: an idle machine gave 0.97 to 1,
+one busy program beside it 0.5, with passes three to five times as slow."""
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """What was measured, and how."""
+    """Seconds to train on one sequence, and how they were measured."""
 
     seconds_per_sequence: float
     how: str
 
 
+def build_bench_step(
+    config: Config, explicit: Collection[str], log: Callable[[str], None]
+) -> TrainStep:
+    """Build model, optimizer and kernels as for training; write nothing to disk.
+
+    Raises:
+        UserError: for a configuration that cannot be trained.
+    """
+    validate(config)
+    device, description = select_device(config.device)
+    precision = select_precision(config.dtype, device)
+    log(f"device: {device} ({description}), {precision.name}: {precision.reason}")
+    seed_everything(config)  # sets what cuBLAS reads when the warmup starts it
+    return build_train_step(
+        config,
+        OpenedRun("new", config),
+        device,
+        precision,
+        explicit=explicit,
+        log=log,
+        wait_for_warmup=KernelWarmup(device, config, precision).wait,
+    )
+
+
+def build_random_model(config: Config, log: Callable[[str], None]) -> GPT:
+    """Build a model with random weights on its device, for inference.
+
+    Raises:
+        UserError: for an invalid configuration.
+    """
+    validate(config)
+    device, description = select_device(config.device)
+    log(f"device: {device} ({description})")
+    seed_everything(config)
+    with device:
+        return GPT(config.model).init_weights().eval()
+
+
 def time_step(
     config: Config, explicit: Collection[str], *, device: torch.device, micro_batch: int
 ) -> StepTiming:
-    """Time forward and backward of a model like this one, and leave no trace.
+    """Time forward and backward of a configuration.
 
-    All layers of GPT-2 are alike: of a model that is too large to be tried in seconds, one layer
-    and a few are timed, and the line through both is followed to the whole.
+    All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
+    are timed, and the line through both is extrapolated to all layers.
 
     Args:
-        config: settled; it has to fit into memory.
-        given: fields set by hand.
-        device: where.
-        micro_batch: windows that would go through at once; no more are tried.
+        config: resolved; has to fit into memory.
+        explicit: names of the fields that the user set.
+        device: to run on.
+        micro_batch: sequences that training would run at once; at most so many are run.
 
     Raises:
-        RunError: if memory runs out all the same.
+        RunError: if memory runs out nevertheless.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
-    may_be_compiled = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")
+    would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")
     config = dataclasses.replace(
         config,
         init_from="",
@@ -103,47 +101,46 @@ def time_step(
         batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
     )
-    total = config.n_layer
-    windows, depths = _few(config, micro_batch, MAX_FLOPS.get(device.type, DEFAULT_MAX_FLOPS))
-    seconds, share, is_plain = [], 1.0, False
-    for depth in depths:
-        part = dataclasses.replace(config, n_layer=depth)
-        step = build_bench_step(part, {*explicit, "batch_size"}, lambda _: None)
-        fastest, share = _passes(step, windows, config.context_length)
-        seconds.append(fastest / windows)
-        is_plain = not step.kernels.manual_backward
+    max_flops = MAX_FLOPS_CUDA if device.type == "cuda" else MAX_FLOPS
+    sequences, depths = _affordable(config, micro_batch, max_flops)
+    seconds, cpu_share, is_manual = [], 1.0, True
+    for n_layer in depths:
+        shallow = dataclasses.replace(config, n_layer=n_layer)
+        step = build_bench_step(shallow, {*explicit, "batch_size"}, lambda _: None)
+        fastest, cpu_share = _time_passes(step, sequences, config.context_length)
+        seconds.append(fastest / sequences)
+        is_manual = step.kernels.manual_backward
         del step
-    whole = seconds[-1]
-    how = f"forward and backward of {windows} window{'s' * (windows > 1)}"
+    total = seconds[-1]
+    how = f"forward and backward of {sequences} sequence{'s' * (sequences > 1)}"
     if len(depths) > 1:
-        a_layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
-        whole += max(0.0, a_layer) * (total - depths[1])
-        how += f" through {depths[0]} and {depths[1]} of {total} layers, continued to all"
-    if may_be_compiled and is_plain:
-        how += ", not compiled: that would have taken longer than all of this"
-    if device.type == "cpu" and share < MIN_CPU_SHARE:
-        how += f"; other programs took {1 - share:.0%} of the cores meanwhile: alone it is faster"
-    return StepTiming(whole, how)
+        per_layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
+        total += max(0.0, per_layer) * (config.n_layer - depths[1])
+        how += f" through {depths[0]} and {depths[1]} of {config.n_layer} layers, extrapolated"
+    if would_compile and not is_manual:
+        how += ", without torch.compile, which takes longer than this plan"
+    if device.type == "cpu" and cpu_share < MIN_CPU_SHARE:
+        how += f"; other programs took {1 - cpu_share:.0%} of the cores: without them it is faster"
+    return StepTiming(total, how)
 
 
-def _few(config: Config, micro_batch: int, flops: float) -> tuple[int, list[int]]:
-    """Windows and numbers of layers that so many FLOPs are enough for."""
-    length, total = config.context_length, config.n_layer
-    one, two, whole = (
-        length * formulas.flops_per_token(dataclasses.replace(config, n_layer=n).model, length)
-        for n in (1, 2, total)
+def _affordable(config: Config, micro_batch: int, max_flops: float) -> tuple[int, list[int]]:
+    """Sequences, and depths of the models to time, for passes of at most `max_flops`."""
+    length, n_layer = config.context_length, config.n_layer
+    one, two, full = (
+        length * flops_per_token(dataclasses.replace(config, n_layer=n).model, length)
+        for n in (1, 2, n_layer)
     )
-    if total <= MIN_LAYERS or whole <= flops:
-        return max(1, min(micro_batch, int(flops // whole))), [total]
-    most = max(MIN_LAYERS, 1 + int((flops - one) // (two - one)))
-    return 1, [1, most]
+    if n_layer <= MIN_LAYERS or full <= max_flops:
+        return max(1, min(micro_batch, int(max_flops // full))), [n_layer]
+    return 1, [1, max(MIN_LAYERS, 1 + int((max_flops - one) // (two - one)))]
 
 
-def _passes(step: TrainStep, windows: int, context_length: int) -> tuple[float, float]:
-    """Seconds of the fastest pass, and the share of the cores' time that all of them had."""
-    taken: list[float] = []
-    begun = time.process_time()
-    while sum(taken) < MAX_SECONDS and (len(taken) < 3 or sum(taken) < MIN_SECONDS):
-        taken.append(step.dry_run(windows, context_length))
-    share = (time.process_time() - begun) / (sum(taken) * torch.get_num_threads())
-    return min(taken), share
+def _time_passes(step: TrainStep, sequences: int, context_length: int) -> tuple[float, float]:
+    """Seconds of the fastest pass, and the share of the cores' time that the passes got."""
+    seconds: list[float] = []
+    start = time.process_time()
+    while sum(seconds) < MAX_SECONDS and (len(seconds) < 3 or sum(seconds) < MIN_SECONDS):
+        seconds.append(step.dry_run(sequences, context_length))
+    cpu_share = (time.process_time() - start) / (sum(seconds) * torch.get_num_threads())
+    return min(seconds), cpu_share

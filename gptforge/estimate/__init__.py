@@ -1,1 +1,1 @@
-"""What a run will be and cost, and whether it fits, before anything is trained."""
+"""Parameters, FLOPs and memory of a configuration, computed without torch."""

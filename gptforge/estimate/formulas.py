@@ -2,41 +2,41 @@
 
 import math
 
-from gptforge.config import GPTConfig
+from gptforge.config import Config, GPTConfig
 
 LOSS_CHUNK_TOKENS, LOSS_CHUNK_VOCAB_SIZE = 8192, 50304
-"""Tokens whose logits of so many ids are made at a time where they are made in pieces: more is
-hardly faster."""
+"""Tokens in a chunk of logits for a vocabulary of this size; larger chunks are hardly faster."""
 SMALL_N_EMBD = 512
-"""Width up to which a model is small: its passes take long beside its products."""
+"""Up to this width, elementwise kernels take long compared with the matmuls beside them."""
 
 
 def gelu_save_interval(n_embd: int) -> int:
-    """Of so many blocks one keeps the GELU's output, where an update is written out."""
+    """N where the manual backward saves the GELU output of every Nth block, recomputing others."""
     return 1 if n_embd <= SMALL_N_EMBD else 2
 
 
 def default_loss_chunk(vocab_size: int) -> int:
-    """Tokens whose logits are made at a time, where an update is written out."""
+    """Tokens whose logits the manual backward computes at once."""
     return LOSS_CHUNK_TOKENS * max(1, LOSS_CHUNK_VOCAB_SIZE // max(1, vocab_size))
 
 
 def num_params(config: GPTConfig) -> int:
-    """Distinct parameters; the tied output layer counts once."""
-    c, wide = config.n_embd, config.mlp_ratio * config.n_embd
+    """Parameters; the tied output layer counts once."""
+    c, d_ff = config.n_embd, config.mlp_ratio * config.n_embd
     attention = (c * 3 * c + 3 * c) + (c * c + c)
-    mlp = (c * wide + wide) + (wide * c + c)
-    block = attention + mlp + 2 * 2 * c
+    mlp = (c * d_ff + d_ff) + (d_ff * c + c)
+    layer_norms = 2 * 2 * c
+    block = attention + mlp + layer_norms
     return num_embedding_params(config) + config.n_layer * block + 2 * c
 
 
 def num_embedding_params(config: GPTConfig) -> int:
-    """Parameters of the token table, which is the output layer as well, and the position table."""
+    """Parameters of the token embedding, tied to the output layer, and the position embedding."""
     return (config.vocab_size + config.block_size) * config.n_embd
 
 
 def flops_per_token(config: GPTConfig, context_length: int) -> int:
-    """FLOPs to learn from one token, forward and backward: 6N + 12 * L * C * T.
+    """FLOPs to train on one token, forward and backward: 6N + 12 * L * C * T.
 
     nanoGPT's convention, after PaLM's appendix B (Chowdhery et al., 2022); N is all parameters.
     """
@@ -45,125 +45,75 @@ def flops_per_token(config: GPTConfig, context_length: int) -> int:
 
 
 def training_memory(
-    config: GPTConfig,
-    context_length: int,
-    sequences: int,
-    *,
-    mixed_precision: bool,
-    manual_backward: bool = False,
-    activation_checkpointing: bool = False,
-    loss_chunk: int = 0,
+    config: Config, sequences: int, *, mixed_precision: bool, manual_backward: bool = False
 ) -> dict[str, int]:
-    """Memory to train with so many windows at a time, by what it holds: an estimate from above.
+    """Upper estimate of the bytes to train with micro-batches of `sequences`, by what holds them.
 
-    Weights, gradients and AdamW's moments take 16 bytes a parameter, a snapshot for saving 12 more,
-    and narrow copies of the weights 2. What the backward pass needs is counted layer by layer for
-    flash attention, in units of C bytes a token: the two normalised inputs (the residual stream is
-    float32), their outputs, q, k and v, the attention's output, and both sides of the GELU. Written
-    out (`by_hand`), the stream is narrow, and wide models keep both sides of some GELUs only. With
-    `recompute` only the stream is kept, and one layer's worth of the rest.
+    Master weights, gradients and AdamW's moments take 16 bytes a parameter, the snapshot of an
+    asynchronous save another 12, and the compute copy of the manual backward 2. Activations are
+    counted for each layer with flash attention, in multiples of C per token: two LayerNorm inputs
+    (the residual stream, float32 under autograd), their outputs, q, k and v, the attention output,
+    and both sides of the GELU. The manual backward keeps the residual stream in the compute dtype,
+    and in wide models the GELU output of some blocks only. With activation checkpointing only the
+    residual stream is saved, plus one layer's worth of the rest.
     """
+    model, checkpointing = config.model, config.activation_checkpointing
     width = 2 if mixed_precision else 4
-    tokens = sequences * context_length
-    stream = width if manual_backward else 4
-    gelu_sides = (
-        1 + 1 / gelu_save_interval(config.n_embd)
-        if manual_backward and not activation_checkpointing
-        else 2
-    )
-    inner = width * (2 + 3 + 1 + gelu_sides * config.mlp_ratio)
-    a_layer = 2 * stream + inner
-    # On the way back a layer needs about as much again for gradients.
-    layers = (
-        config.n_layer * stream + 2 * a_layer
-        if activation_checkpointing
-        else config.n_layer * a_layer
-    )
+    tokens = sequences * config.context_length
+    residual = width if manual_backward else 4
+    gelu_tensors: float = 2
+    if manual_backward and not checkpointing:
+        gelu_tensors = 1 + 1 / gelu_save_interval(model.n_embd)
+    layer = 2 * residual + width * (2 + 3 + 1 + gelu_tensors * model.mlp_ratio)
+    # In the backward of a layer its gradients take about as much as its activations.
+    layers = model.n_layer * residual + 2 * layer if checkpointing else model.n_layer * layer
     if manual_backward:
-        layers += width * 2 * config.mlp_ratio
-    chunk = min(
-        tokens, loss_chunk or (default_loss_chunk(config.vocab_size) if manual_backward else tokens)
-    )
-    logits = chunk * config.vocab_size * (width if manual_backward else 4 + width)
-    count = num_params(config)
+        layers += width * 2 * model.mlp_ratio
+    default_chunk = default_loss_chunk(model.vocab_size) if manual_backward else tokens
+    logit_bytes = width if manual_backward else 4 + width
+    logits = min(tokens, config.loss_chunk or default_chunk) * model.vocab_size * logit_bytes
+    params = num_params(model)
     return {
-        "weights": (4 + 2 * manual_backward) * count,
-        "gradients": 4 * count,
-        "optimizer": 8 * count,
-        "snapshot": 12 * count,
-        "activations": math.ceil(tokens * layers * config.n_embd) + logits,
+        "weights": (4 + 2 * manual_backward) * params,
+        "gradients": 4 * params,
+        "optimizer": 8 * params,
+        "snapshot": 12 * params,
+        "activations": math.ceil(tokens * layers * model.n_embd) + logits,
     }
 
 
-def fsdp_memory(
-    config: GPTConfig,
-    context_length: int,
-    sequences: int,
-    *,
-    world_size: int,
-    mixed_precision: bool,
-    activation_checkpointing: bool = False,
-    loss_chunk: int = 0,
-) -> int:
-    """Memory on each of several ranks that share a model (FSDP2): an estimate from above.
+def fsdp_memory(config: Config, sequences: int, *, world_size: int, mixed_precision: bool) -> int:
+    """Upper estimate of the bytes on each rank under FSDP2.
 
-    Weights, gradients and moments are cut to pieces. Whole at a time are the tables and three
-    blocks, in the narrow type, with gradients in it and once more in float32. Activations are those
-    of one process; a save puts one tensor together at a time.
+    Weights, gradients and moments are sharded. The embeddings and up to three blocks are gathered
+    at a time: weights and gradients in the compute dtype, and gradients again in float32.
     """
+    model = config.model
     width = 2 if mixed_precision else 4
-    block = (num_params(config) - num_embedding_params(config)) // config.n_layer
-    whole = (2 * width + 4) * (num_embedding_params(config) + 3 * block)
-    lone = training_memory(
-        config,
-        context_length,
-        sequences,
-        mixed_precision=mixed_precision,
-        activation_checkpointing=activation_checkpointing,
-        loss_chunk=loss_chunk,
-    )
-    activations = lone["activations"]
+    embeddings = num_embedding_params(model)
+    block = (num_params(model) - embeddings) // model.n_layer
+    gathered = (2 * width + 4) * (embeddings + 3 * block)
+    activations = training_memory(config, sequences, mixed_precision=mixed_precision)["activations"]
     if mixed_precision:
-        # The residual stream is as narrow as the weights.
-        layers = config.n_layer + (4 if activation_checkpointing else config.n_layer)
-        activations -= 2 * layers * sequences * context_length * config.n_embd
-    return 16 * num_params(config) // world_size + whole + activations
+        # FSDP casts the residual stream to the compute dtype too.
+        layers = model.n_layer + (4 if config.activation_checkpointing else model.n_layer)
+        activations -= 2 * layers * sequences * config.context_length * model.n_embd
+    return 16 * num_params(model) // world_size + gathered + activations
 
 
-def zero1_memory(
-    config: GPTConfig,
-    context_length: int,
-    sequences: int,
-    *,
-    world_size: int,
-    activation_checkpointing: bool = False,
-    loss_chunk: int = 0,
-) -> int:
-    """Memory on each of several ranks that share a model whose updates are written out.
+def zero1_memory(config: Config, sequences: int, *, world_size: int) -> int:
+    """Upper estimate of the bytes on each rank with the manual backward and sharded weights.
 
-    Weights and moments are cut to pieces; narrow weights, gradients and the tables are whole.
+    Master weights and moments are sharded; compute weights, gradients and embeddings are not.
     """
-    parts = training_memory(
-        config,
-        context_length,
-        sequences,
-        mixed_precision=True,
-        manual_backward=True,
-        activation_checkpointing=activation_checkpointing,
-        loss_chunk=loss_chunk,
-    )
-    count, tokens = num_params(config), sequences * context_length
-    # What LayerNorms and attention keep of each token, and libraries take to work in.
-    small = 4 * config.n_layer * (config.n_head + 4) * tokens + 2**28
-    return (
-        12 * count // world_size
-        + 6 * count
-        + 4 * num_embedding_params(config)
-        + parts["activations"]
-        + small
-    )
+    model, tokens = config.model, sequences * config.context_length
+    memory = training_memory(config, sequences, mixed_precision=True, manual_backward=True)
+    # What LayerNorm and attention save of each token, and the libraries' workspaces.
+    small = 4 * model.n_layer * (model.n_head + 4) * tokens + 2**28
+    unsharded = 6 * num_params(model) + 4 * num_embedding_params(model)
+    return 12 * num_params(model) // world_size + unsharded + memory["activations"] + small
 
 
 def checkpoint_bytes(config: GPTConfig) -> int:
-    """Size of a checkpoint: weights and AdamW's two moments, float32 each, and a little more."""
+    """Size of a checkpoint: weights and AdamW's two moments in float32, and 4 MiB for the rest."""
     return 3 * 4 * num_params(config) + 4 * 2**20

@@ -1,18 +1,18 @@
-"""The figures of a plan."""
+"""What `gptforge plan` computes; the field names are the keys of `--json`."""
 
 from dataclasses import dataclass
 
 MAX_USEFUL_EPOCHS = 4
-"""Times that a text is read about as well as so much new text: Muennighoff et al., "Scaling
-data-constrained language models", 2023."""
+"""Up to so many epochs a repeated text is about as good as new text (Muennighoff et al., "Scaling
+data-constrained language models", 2023)."""
 CHINCHILLA_TOKENS_PER_PARAM = 20
-"""To be learned from for the lowest loss by so many FLOPs: Hoffmann et al., "Training
-compute-optimal large language models", 2022."""
+"""Compute-optimal training tokens per parameter (Hoffmann et al., "Training compute-optimal large
+language models", 2022)."""
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Its shape."""
+    """Shape and size of the model."""
 
     preset: str
     n_layer: int
@@ -22,28 +22,27 @@ class ModelPlan:
     vocab_size: int
     parameters: int
     non_embedding_parameters: int
-    """Neither tokens nor positions."""
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What is learned from."""
+    """The text to train on."""
 
     path: str
     characters: int
-    """0 where that is not known, as with another program's shards."""
+    """0 if unknown, as with shards of another program."""
     bytes: int
     tokenizer: str
     tokenizer_ids: int
     tokens: int
     held_out_tokens: int
     prepared_now: bool
-    """Whether it had to be turned into tokens, which are kept for the training."""
+    """Whether the text was tokenized for this plan; training finds the result in the cache."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One update."""
+    """One training step."""
 
     sequences: int
     context_length: int
@@ -54,7 +53,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All updates."""
+    """All training steps."""
 
     steps: int
     tokens: int
@@ -64,30 +63,29 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class FlopsPlan:
-    """By the convention of `costs.flops_per_token`."""
+    """FLOPs by `formulas.flops_per_token`."""
 
     per_token: int
     per_step: int
     run: int
     formula: str = "6 N + 12 L C T"
-    """A token; N parameters, L layers, C wide, windows of T."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """An estimate from above, with the micro-batch of `Step`."""
+    """Upper estimate of the memory that training takes."""
 
     device: str
     needed_bytes: int
     parts: dict[str, int]
     free_bytes: int | None
-    """None where it is not known."""
+    """None if unknown."""
     fits: bool
 
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """Checkpoints at their most: those that stay, and one that is being written."""
+    """Checkpoints: the most that are kept, and one that is being written."""
 
     out_dir: str
     checkpoint_bytes: int
@@ -96,12 +94,12 @@ class DiskPlan:
     free_bytes: int
     fits: bool
     steps_saved: int
-    """Of a run that lies there already."""
+    """Step of the run that is already in `out_dir`; 0 if there is none."""
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Updates alone; None where they were not measured."""
+    """Time of the training steps alone; None if it was not measured."""
 
     seconds: float | None
     seconds_per_step: float | None
@@ -111,10 +109,10 @@ class TimePlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything, with what was said on the way and what should be thought over."""
+    """The size and cost of a training run, and whether it fits."""
 
     ok: bool
-    """Whether it fits into memory and onto the disk."""
+    """Whether it fits into memory and on the disk."""
     model: ModelPlan
     text: DatasetPlan
     step: StepPlan

@@ -148,7 +148,7 @@ def test_odd_checkpoints_are_told_and_never_looked_for_again(made, tmp_path, kin
     if expected == "has no checkpoint yet":
         assert gptforge.load(tmp_path / "run", device="cpu").generate_batch("To", 2)
     else:
-        with pytest.raises(UserError, match="step-000000 is whole"):
+        with pytest.raises(UserError, match="step-000000 is intact"):
             gptforge.load(tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from gptforge import load
 from gptforge.builders.export_model import export_gguf
-from gptforge.builders.load_model import load_parts
+from gptforge.builders.load_model import load_bundle
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
     ModelBundle,
@@ -138,7 +138,7 @@ def test_the_probability_of_an_id_that_only_the_file_has_is_said(config, program
     said: list[str] = []
     export_gguf(config.out_dir, Path("m.gguf"), dtype="f32", log=said.append)
     share = float(said[1].split("gives up to ")[1].split(" ")[0])
-    opened = load_parts(config.out_dir)
+    opened = load_bundle(config.out_dir)
     ids, size = probe_ids(opened.config, opened.tokenizer.vocab_size), opened.tokenizer.vocab_size
     with torch.no_grad():
         probabilities = opened.build_model()(ids)[..., : size + 1].softmax(-1)
@@ -150,4 +150,4 @@ def test_the_probability_of_an_id_that_only_the_file_has_is_said(config, program
 
 def test_what_is_opened_is_what_was_saved(config) -> None:
     build(config).fit()
-    assert load_parts(config.out_dir).tokenizer.name == "char"
+    assert load_bundle(config.out_dir).tokenizer.name == "char"

@@ -194,10 +194,10 @@ def test_questions_of_files_are_put_to_a_run(program, run, play) -> None:
     ("tasks", "words"),
     [
         ("lambada=none.jsonl", "none.jsonl: there is no such file"),
-        ("lambada=bad.jsonl", "bad.jsonl, line 1: not a question of lambada ('text' is missing)"),
+        ("lambada=bad.jsonl", "bad.jsonl, line 1: not an example of lambada ('text' is missing)"),
         ("lambada=list.jsonl", "line 1: not a JSON object"),
         ("lambada=broken.jsonl", "not JSON lines"),
-        ("lambada=empty.jsonl", "there are no questions"),
+        ("lambada=empty.jsonl", "there are no examples"),
     ],
 )
 def test_questions_that_cannot_be_read_are_refused_with_the_place(program, tasks, words) -> None:
@@ -227,7 +227,7 @@ def test_without_a_file_they_come_from_the_hub(program, run, monkeypatch) -> Non
     assert program(*EVAL, "lambada").out.endswith("of 1 questions\n")
     done = program(*EVAL, "hellaswag")
     assert done.code == 2
-    assert "not to be had: no route: try again" in done.err
+    assert "cannot be downloaded: no route: try again" in done.err
     assert "--tasks hellaswag=FILE.jsonl" in done.err
     assert asked == [("EleutherAI/lambada_openai", "test"), ("Rowan/hellaswag", "validation")]
 

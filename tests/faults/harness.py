@@ -198,7 +198,7 @@ class Bench:
             case.complain("rough", f"left behind: {', '.join(left)}")
 
     def _check_start(self, case: Case, ended: Ended, before: int) -> None:
-        going_on = f"going on from step-{before:06d}: step {before} of {STEPS}"
+        going_on = f"Resuming from step-{before:06d}: step {before} of {STEPS}"
         if before == STEPS:
             # Behind the last save only the log's end may be missing: it is made up for.
             wanted = ["is finished", going_on]

@@ -21,7 +21,7 @@ import zstandard
 
 from gptforge import files, tokenizers
 from gptforge.builders.evaluate import _load_examples
-from gptforge.builders.load_model import load_parts
+from gptforge.builders.load_model import load_bundle
 from gptforge.checkpoint import store
 from gptforge.checkpoint.state_dict import load_rng_state_dict, save_safetensors
 from gptforge.cli.prepare import describe
@@ -233,7 +233,7 @@ def read_checkpoint(folder: Path) -> None:
         for name in store.INFERENCE_FILES
     }
     (path / store.MANIFEST).write_text(json.dumps({"files": manifest}))
-    load_parts(path)
+    load_bundle(path)
 
 
 def read_state(folder: Path) -> None:
@@ -251,7 +251,7 @@ def read_rng_state(folder: Path) -> None:
 def read_manifest(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
     store.find_corruption(path)
-    load_parts(path)
+    load_bundle(path)
 
 
 def read_flags_file(folder: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_run_itself_resumes_with_the_flags_it_was_begun_with(
     flags = start(first, tmp_path, sonnet, "--tokenizer", "copy.json")
     assert program(*flags).code == 0
     done = program(*flags[:-4], "--max_steps", 4, "--tokenizer", "copy.json")
-    assert (done.code, "going on from step-000002" in done.out) == (0, True), done.err
+    assert (done.code, "Resuming from step-000002" in done.out) == (0, True), done.err
 
 
 def test_a_run_begun_with_another_tokenizer_by_an_earlier_version_resumes(

@@ -70,7 +70,7 @@ def test_a_run_whose_tokenizer_file_is_gone_goes_on_with_its_own_copy(config, tm
     said: list[str] = []
     trainer = build_trainer(config, explicit=["tokenizer"], log=said.append)
     assert trainer.fit() == "finished"
-    assert f"note: {path} is not there any more: the run's own copy is used" in "\n".join(said)
+    assert f"note: {path} does not exist any more: using the run's copy" in "\n".join(said)
     # The run is still the one that was begun with that file.
     assert read_config(last(config)).tokenizer == str(path)
     for other in ({"tokenizer": str(tmp_path / "other.json")}, {"out_dir": str(tmp_path / "b")}):
@@ -342,5 +342,5 @@ def test_what_long_evaluations_take_is_told_beforehand(config, monkeypatch) -> N
     trainer = build(config)
     trainer.lock.release()
     told = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
-    assert "judging it 4 times by 1,000,000 held-out tokens about" in told
+    assert "4 evaluations on 1,000,000 held-out tokens about" in told
     assert "judging" not in estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)

@@ -29,7 +29,7 @@ def test_what_is_said_to_be_compiled_stays_compiled(config, monkeypatch) -> None
     config = dataclasses.replace(config, compile="true", dropout=0.0)
     trainer = build_trainer(config, explicit=(), log=said.append)
     assert trainer is not None
-    assert "torch.compile: on, as asked" in said
+    assert "torch.compile: on, as requested" in said
     assert trainer.step_fn.is_compiled
 
 

@@ -1,4 +1,4 @@
-"""What is made ready beside all else."""
+"""Kernels are warmed up in threads, without side effects."""
 
 import contextlib
 import dataclasses
@@ -14,58 +14,58 @@ from gptforge.device import Precision
 from gptforge.presets import get_preset
 
 
-def test_on_a_cpu_there_is_nothing_to_wait_for() -> None:
+def test_cpu_has_no_warmup() -> None:
     before = threading.active_count()
-    nothing = KernelWarmup(
+    warmup = KernelWarmup(
         torch.device("cpu"), get_preset("debug"), Precision(torch.float32, "test")
     )
     assert threading.active_count() == before
-    nothing.wait()
+    warmup.wait()
 
 
-def test_what_fails_in_it_is_left_to_those_who_want_it(monkeypatch) -> None:
-    calls, complaints = [], []
+def test_failures_are_ignored(monkeypatch) -> None:
+    calls, uncaught = [], []
 
     def fail(*_: object, **__: object) -> None:
         calls.append(1)
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
     monkeypatch.setattr(torch, "zeros", fail)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    failing = KernelWarmup(
+    warmup = KernelWarmup(
         torch.device("cuda"), get_preset("debug"), Precision(torch.bfloat16, "test")
     )
-    failing.wait()
-    assert calls and not complaints
+    warmup.wait()
+    assert calls and not uncaught
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("vocab_size", [0, 64])
-def test_all_that_is_tried_out_can_be_computed(vocab_size, dropout, monkeypatch) -> None:
+def test_all_warmed_up_kernels_run(vocab_size, dropout, monkeypatch) -> None:
     config = dataclasses.replace(get_preset("debug"), vocab_size=vocab_size, dropout=dropout)
-    tried = KernelWarmup(torch.device("cpu"), config, Precision(torch.bfloat16, "test"))
-    called = []
-    monkeypatch.setattr(kernel_warmup, "cross_entropy_in_place", lambda *_: called.append(1))
-    tried.run_attention()
-    tried.run_triton_kernels()
-    assert len(called) == bool(vocab_size)
+    warmup = KernelWarmup(torch.device("cpu"), config, Precision(torch.bfloat16, "test"))
+    calls = []
+    monkeypatch.setattr(kernel_warmup, "cross_entropy_in_place", lambda *_: calls.append(1))
+    warmup.run_attention()
+    warmup.run_triton_kernels()
+    assert len(calls) == bool(vocab_size)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-def test_it_takes_no_numbers_from_the_dice_and_keeps_no_memory() -> None:
-    def do() -> None:
+def test_rng_and_memory_are_unchanged() -> None:
+    def warm_up() -> None:
         KernelWarmup(
             torch.device("cuda"), get_preset("debug"), Precision(torch.bfloat16, "test")
         ).wait()
 
-    # Libraries allocate workspaces once; what earlier tests left behind is freed first.
-    do()
+    # Libraries allocate workspaces once; garbage of earlier tests is freed first.
+    warm_up()
     gc.collect()
     torch.cuda.manual_seed(3)
     expected = torch.rand(4, device="cuda")
     torch.cuda.manual_seed(3)
     before = torch.cuda.memory_allocated()
-    do()
+    warm_up()
     assert torch.cuda.memory_allocated() == before
     assert torch.equal(torch.rand(4, device="cuda"), expected)

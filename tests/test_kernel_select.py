@@ -1,0 +1,72 @@
+"""Selection of kernels and of torch.compile, with fake devices."""
+
+import pytest
+import torch
+
+from gptforge.device import Precision
+from gptforge.kernel_select import (
+    DEFAULT_KERNELS,
+    KernelConfig,
+    sdpa_backend,
+    select_kernels,
+    try_compile,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_sdpa_backend(monkeypatch) -> None:
+    shape = {"n_head": 2, "head_size": 8, "context_length": 16}
+    assert sdpa_backend(CPU, torch.float32, **shape) in ("flash", "math")
+    monkeypatch.setattr(torch, "_fused_sdp_choice", None)
+    assert sdpa_backend(CPU, torch.float32, **shape) == "unknown"
+
+
+def test_failed_compilation_is_reported_in_one_line() -> None:
+    def fails() -> None:
+        raise RuntimeError("Cannot find a working triton installation.\nlong trace\nmore")
+
+    compiled, reason = try_compile("true", CPU, fails)
+    assert not compiled
+    assert "working triton" in reason
+    assert "\n" not in reason
+
+
+def test_compile_is_off_where_it_does_not_pay() -> None:
+    def must_not_run() -> None:
+        raise AssertionError
+
+    assert try_compile("auto", CPU, must_not_run)[0] is False
+    assert try_compile("false", CUDA, must_not_run) == (False, "as requested")
+    assert try_compile("auto", CUDA, lambda: None)[0] is True
+
+
+def test_out_of_memory_is_not_a_failed_compilation() -> None:
+    def too_big() -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        try_compile("true", CUDA, too_big)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_only_bfloat16_has_the_manual_backward(dtype) -> None:
+    assert select_kernels(CUDA, Precision(dtype, "")) == DEFAULT_KERNELS
+    # A CPU has the fused cross-entropy in float32 too.
+    expected = KernelConfig(fused_cross_entropy=True) if dtype == torch.float32 else DEFAULT_KERNELS
+    assert select_kernels(CPU, Precision(dtype, "")) == expected
+
+
+def test_manual_backward_is_selected_where_it_is_fast_and_supported(monkeypatch) -> None:
+    bf16 = Precision(torch.bfloat16, "")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert select_kernels(CUDA, bf16).manual_backward
+    assert select_kernels(CUDA, bf16, dropout=0.1).manual_backward
+    assert not select_kernels(
+        CUDA, bf16, dropout=0.1, activation_checkpointing=True
+    ).manual_backward
+    assert not select_kernels(CUDA, bf16, compile_flag="true").manual_backward
+    assert not select_kernels(CPU, bf16).manual_backward
+    assert select_kernels(torch.device("mps"), bf16) == DEFAULT_KERNELS
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert select_kernels(CUDA, bf16) == DEFAULT_KERNELS
