@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self, TextIO
+from typing import Literal, Self, TextIO
 
 import rich.console
 from rich.progress import (
@@ -28,18 +28,26 @@ class BarOrLines:
     discarded.
     """
 
-    def __init__(self, description: str, *columns: ProgressColumn, file: TextIO) -> None:
-        self._file = file
+    def __init__(
+        self, description: str, *columns: ProgressColumn, stream: Literal["stdout", "stderr"]
+    ) -> None:
+        self._stream = stream
         self._bar: Progress | None = None
-        if file.isatty() and columns:
+        if self._file.isatty() and columns:
             self._bar = Progress(
                 TextColumn(description),
                 BarColumn(bar_width=30),
                 *columns,
                 transient=True,
                 refresh_per_second=4,
-                console=rich.console.Console(file=file),
+                console=rich.console.Console(file=self._file),
             )
+
+    @property
+    def _file(self) -> TextIO:
+        # Looked up at each use: the file behind sys.stdout may be replaced.
+        file: TextIO = getattr(sys, self._stream)
+        return file
 
     def log(self, text: str) -> None:
         """Print one or more lines and flush."""
@@ -88,7 +96,7 @@ class Console(BarOrLines):
             TextColumn("[dim]left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        super().__init__("training", *(columns if enabled and total else ()), file=sys.stdout)
+        super().__init__("training", *(columns if enabled and total else ()), stream="stdout")
         self._enabled = enabled
         if self._bar is not None:
             self._task = self._bar.add_task("training", total=total, completed=step, status="")

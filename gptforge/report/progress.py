@@ -1,6 +1,5 @@
 """Progress of work before and after training: a bar or lines on stderr, with the time left."""
 
-import sys
 import time
 
 from rich.progress import TextColumn, TimeRemainingColumn
@@ -31,7 +30,7 @@ class ProgressMeter(BarOrLines):
             TextColumn("[dim]left"),
             TimeRemainingColumn(),
         )
-        super().__init__(description, *columns, file=sys.stderr)
+        super().__init__(description, *columns, stream="stderr")
         if self._bar is not None:
             self._task = self._bar.add_task(description, total=None, speed="")
         self._description = description
