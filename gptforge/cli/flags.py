@@ -98,6 +98,8 @@ def resolve_preset(
         log: called with the preset and the reason for it.
     """
     config = Config(**{name: getattr(config, name) for name in FIELDS})
+    if config.mlp_matmul == "quack":
+        log("note: --mlp_matmul quack has no effect: support for the quack package was removed")
     if config.preset:
         log(f"preset: {config.preset} ({PRESETS[config.preset].description})")
     else:
