@@ -152,7 +152,7 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
     mlp_matmul: Literal["auto", "cublas", "quack"] = "auto"
-    """Matmuls of the MLP; quack: a faster package, slow to start; auto: quack for long runs."""
+    """No effect: always cuBLAS. Accepted since commands for version 0.1 may contain it."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third slower."""
     loss_chunk: int = 0

@@ -4,11 +4,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.flags import DatasetArgs, parse_args
 from gptforge.errors import UserError
 from gptforge.presets import get_preset
 from gptforge.printable import printable
@@ -16,11 +16,9 @@ from gptforge.printable import printable
 if TYPE_CHECKING:
     from gptforge.data.checks import Finding
 
-LABELS = {"good": "ok     ", "warning": "warning", "error": "error  "}
-
 
 @dataclass(frozen=True)
-class DoctorArgs:
+class DoctorArgs(DatasetArgs):
     """Check this machine, or all of a dataset: texts or token shards."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PATH]")] = ""
@@ -29,23 +27,8 @@ class DoctorArgs:
     """Preset whose tokenizer and context_length a text is checked for."""
     tokenizer: str = ""
     """gpt2, char, byte, or a tokenizer.json; empty: the preset's, or the shards' own."""
-    val_fraction: float = 0.1
-    """Fraction that a run would hold out."""
     context_length: int = 0
     """Tokens in a training sequence; 0: as in the preset."""
-    field: str = "text"
-    """Field of a JSON line, or column of a Parquet file, that holds the text."""
-    encoding: str = "utf-8"
-    """Encoding of text files and JSON lines."""
-    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
-    """Format of the files; auto: by their names."""
-    split_by_name: bool = True
-    """If file names say train, hold out those that say val, valid, validation or dev and skip those
-    that say test."""
-    split_on: str = ""
-    """Separator between the documents of a text file."""
-    raw_bin: bool = False
-    """Read .bin files as raw uint16 ids without a header, as nanoGPT writes them."""
     json: bool = False
     """Print one JSON object."""
 
@@ -66,7 +49,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"ok": is_ok, "findings": [dataclasses.asdict(f) for f in findings]}))
     else:
         for finding in findings:
-            print(f"{LABELS[finding.level]} {printable(finding)}")
+            print(f"{finding.level:<7} {printable(finding)}")
     return 0 if is_ok else 1
 
 

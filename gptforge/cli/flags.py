@@ -4,9 +4,9 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -20,6 +20,37 @@ C = TypeVar("C", bound=Config)
 BOOLEANS = {"true": True, "false": False}
 RENAMED_FLAGS = RENAMED_FIELDS | {"turns": "repeats"}
 """Old spelling -> flag. Aliases are accepted but not shown by `--help`."""
+NUMBER_ERRORS = {
+    "invalid literal for int() with base 10:": "must be a whole number, not",
+    "could not convert string to float:": "must be a number, not",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFileArgs:
+    """Flags of commands that read text files."""
+
+    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
+    """Format of the files; auto: by their names."""
+    field: str = "text"
+    """Field of a JSON line, or column of a Parquet or CSV file, that holds the text."""
+    encoding: str = "utf-8"
+    """Encoding of text files and JSON lines, for instance latin-1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetArgs(TextFileArgs):
+    """Flags of commands that split text files into documents, and these into train and val."""
+
+    val_fraction: float = 0.1
+    """Fraction of the text held out for validation; 0: none."""
+    split_by_name: bool = True
+    """If file names say train, hold out those that say val, valid, validation or dev and skip those
+    that say test; false: treat all files alike."""
+    split_on: str = ""
+    """Cut text files into documents at this separator, for instance '<|endoftext|>'."""
+    raw_bin: bool = False
+    """Read and write .bin files as raw uint16 ids without a header, as nanoGPT does."""
 
 
 def parse_train_args(
@@ -67,6 +98,8 @@ def resolve_preset(
         log: called with the preset and the reason for it.
     """
     config = Config(**{name: getattr(config, name) for name in FIELDS})
+    if config.mlp_matmul == "quack":
+        log("note: --mlp_matmul quack has no effect: support for the quack package was removed")
     if config.preset:
         log(f"preset: {config.preset} ({PRESETS[config.preset].description})")
     else:
@@ -110,7 +143,6 @@ def parse_args(
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_bool_rule)
-    registry.primitive_rule(_number_rule)
     stderr = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     if description:
@@ -165,28 +197,6 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
     )
 
 
-def _number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
-    """Numbers, with an error message of our own."""
-    kinds: dict[object, str] = {int: "a whole number", float: "a number"}
-    if info.type not in kinds:
-        return None
-
-    def parse(args: list[str]) -> float:
-        try:
-            number: float = info.type(args[0])
-        except ValueError:
-            raise ValueError(f"must be {kinds[info.type]}, not {args[0]}") from None
-        return number
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT" if info.type is int else "FLOAT",
-        instance_from_str=parse,
-        is_instance=lambda value: type(value) in (int, info.type),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
 def expand_bool_flags(cls: type, args: Sequence[str]) -> list[str]:
     """Insert the value that a bare flag stands for: `--restart` is `--restart true`."""
     types = _field_types(cls)
@@ -216,6 +226,9 @@ def _one_line(text: str, prog: str) -> str:
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
+    mistake = sections[0].strip()
+    for python_words, words in NUMBER_ERRORS.items():
+        mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
     hint = f"; did you mean {suggestion[1]}?" if suggestion else ""
-    return f"{sections[0].strip()}{hint} (see {prog} --help)"
+    return f"{mistake}{hint} (see {prog} --help)"

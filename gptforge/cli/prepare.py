@@ -3,11 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.flags import DatasetArgs, parse_args
 from gptforge.errors import Terminated, UserError
 from gptforge.printable import pluralize, safe_print
 from gptforge.shell import program_name, quote
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PrepareArgs:
+class PrepareArgs(DatasetArgs):
     """Turn texts into token shards, which `--input` takes."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
@@ -27,27 +27,12 @@ class PrepareArgs:
     """Folder for the shards."""
     tokenizer: str = "gpt2"
     """gpt2, char, byte, or the path of a tokenizer.json."""
-    val_fraction: float = 0.1
-    """Fraction of the text held out for validation; 0: none."""
-    field: str = "text"
-    """Field of a JSON line, or column of a Parquet file, that holds the text."""
-    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
-    """Format of the files; auto: by their names."""
-    split_by_name: bool = True
-    """If file names say train, hold out those that say val, valid, validation or dev and skip those
-    that say test; false: treat all files alike."""
-    encoding: str = "utf-8"
-    """Encoding of text files and JSON lines, for instance latin-1."""
-    split_on: str = ""
-    """Cut text files into documents at this separator, for instance '<|endoftext|>'."""
     skip_bad: bool = False
     """Skip what cannot be read, and count it, instead of stopping."""
     workers: int = 0
     """Processes; 0: one per core."""
     shard_mb: int = 64
     """Approximate megabytes of input per shard."""
-    raw_bin: bool = False
-    """Write train.bin and val.bin without headers, as nanoGPT reads them."""
     restart: bool = False
     """Move an existing folder aside and start from scratch."""
 

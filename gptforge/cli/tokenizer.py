@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.flags import TextFileArgs, parse_args
 from gptforge.errors import UserError
 from gptforge.files import atomic_write
 from gptforge.printable import print_stderr, safe_print
@@ -16,7 +16,7 @@ from gptforge.shell import quote
 
 
 @dataclass(frozen=True)
-class TrainArgs:
+class TrainArgs(TextFileArgs):
     """Train a byte-level BPE tokenizer; --tokenizer and transformers read the file."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
@@ -25,12 +25,6 @@ class TrainArgs:
     """The tokenizer.json to write."""
     vocab_size: int = 8192
     """Number of ids: 256 bytes, the merges, and <|endoftext|>."""
-    field: str = "text"
-    """Field of a JSON line, or column of a Parquet file, that holds the text."""
-    kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
-    """Format of the files; auto: by their names."""
-    encoding: str = "utf-8"
-    """Encoding of text files and JSON lines, for instance latin-1."""
     skip_bad: bool = False
     """Skip what cannot be read instead of stopping."""
     overwrite: bool = False

@@ -3,26 +3,84 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Literal, Self, TextIO
 
 import rich.console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from typing_extensions import override
 
 from gptforge import files
 from gptforge.printable import printable_text, safe_print
 
 
-class Console:
-    """Prints lines to stdout; on a terminal, above a progress bar with the time left.
+class BarOrLines:
+    """Prints lines to a stream; on a terminal, above a progress bar.
 
-    A closed pipe or a full disk behind stdout does not stop training: later output is discarded.
+    A closed pipe or a full disk behind the stream does not end the program: later output is
+    discarded.
+    """
+
+    def __init__(
+        self, description: str, *columns: ProgressColumn, stream: Literal["stdout", "stderr"]
+    ) -> None:
+        self._stream = stream
+        self._bar: Progress | None = None
+        if self._file.isatty() and columns:
+            self._bar = Progress(
+                TextColumn(description),
+                BarColumn(bar_width=30),
+                *columns,
+                transient=True,
+                refresh_per_second=4,
+                console=rich.console.Console(file=self._file),
+            )
+
+    @property
+    def _file(self) -> TextIO:
+        # Looked up at each use: the file behind sys.stdout may be replaced.
+        file: TextIO = getattr(sys, self._stream)
+        return file
+
+    def log(self, text: str) -> None:
+        """Print one or more lines and flush."""
+        with self._discard_after_error():
+            if self._bar is None:
+                safe_print(text, file=self._file)
+            else:
+                # Without colors or wrapping, so that lines can be copied.
+                self._bar.console.print(
+                    printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
+                )
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            with self._discard_after_error():
+                self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            with self._discard_after_error():
+                self._bar.stop()
+
+    @contextmanager
+    def _discard_after_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            files.redirect_to_devnull(self._file)
+
+
+class Console(BarOrLines):
+    """The output of a training run.
 
     Args:
         total: steps of the whole run; 0 for no progress bar.
@@ -31,60 +89,25 @@ class Console:
     """
 
     def __init__(self, total: int = 0, step: int = 0, *, enabled: bool = True) -> None:
+        columns = (
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        super().__init__("training", *(columns if enabled and total else ()), stream="stdout")
         self._enabled = enabled
-        self._bar: Progress | None = None
-        if enabled and total and sys.stdout.isatty():
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn("[dim]{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("[dim]left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                transient=True,
-                refresh_per_second=4,
-                console=rich.console.Console(file=sys.stdout),
-            )
+        if self._bar is not None:
             self._task = self._bar.add_task("training", total=total, completed=step, status="")
 
+    @override
     def log(self, text: str) -> None:
-        """Print one or more lines and flush."""
-        with _ignore_broken_stdout():
-            if self._bar is not None:
-                print_above(self._bar, text)
-            elif self._enabled:
-                safe_print(text)
+        if self._enabled:
+            super().log(text)
 
     def update(self, step: int, status: str) -> None:
         """Advance the progress bar to `step`; `status` is shown next to it."""
         if self._bar is not None:
-            with _ignore_broken_stdout():
+            with self._discard_after_error():
                 self._bar.update(self._task, completed=step, status=status)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            with _ignore_broken_stdout():
-                self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            with _ignore_broken_stdout():
-                self._bar.stop()
-
-
-def print_above(bar: Progress, text: str) -> None:
-    """Print above a progress bar without colors or wrapping, so that lines can be copied."""
-    bar.console.print(
-        printable_text(text), markup=False, highlight=False, emoji=False, soft_wrap=True
-    )
-
-
-@contextmanager
-def _ignore_broken_stdout() -> Iterator[None]:
-    """Redirect stdout to the null device after the first write error."""
-    try:
-        yield
-    except OSError:
-        files.redirect_to_devnull(sys.stdout)

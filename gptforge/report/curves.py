@@ -121,12 +121,9 @@ def _plot_speed(axes: "Axes", train: list[Event]) -> None:
     events = train[1:] or train
     speeds = [speed for speed in series(events, "tok_per_sec") if math.isfinite(speed)]
     median = statistics.median(speeds) if speeds else 0.0
-    scale, unit = 1.0, ""
-    if median >= 1e4:
-        scale, unit = (1e-6, "million ") if median >= 1e6 else (1e-3, "thousand ")
-    _plot_series(axes, events, "tok_per_sec", color=SPEED_COLOR, is_noisy=True, scale=scale)
-    _start_at_zero(axes, [scale * min(speed, MAX_SPEED_RATIO * median) for speed in speeds])
-    _style(axes, f"{unit}tokens per second")
+    _plot_series(axes, events, "tok_per_sec", color=SPEED_COLOR, is_noisy=True)
+    _start_at_zero(axes, [min(speed, MAX_SPEED_RATIO * median) for speed in speeds])
+    _style(axes, "tokens per second", is_large=True)
 
 
 def _plot_series(
@@ -137,10 +134,9 @@ def _plot_series(
     color: str,
     label: str | None = None,
     is_noisy: bool = False,
-    scale: float = 1.0,
 ) -> None:
     """Plot one field of the events over their steps; a single point gets a marker."""
-    steps, values = series(events, "step"), np.array(series(events, name)) * scale
+    steps, values = series(events, "step"), np.array(series(events, name))
     if is_noisy and len(steps) >= SMOOTH_FROM:
         axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
         axes.plot(steps, _running_mean(values), color=color, linewidth=1.6, label=label)
@@ -173,8 +169,10 @@ def _start_at_zero(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_ylim(0, 1.15 * largest)
 
 
-def _style(axes: "Axes", title: str, *, max_ticks: int = 4, is_log: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+def _style(
+    axes: "Axes", title: str, *, max_ticks: int = 4, is_log: bool = False, is_large: bool = False
+) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_title(title, fontsize=10, loc="left", color=TEXT_COLOR)
     axes.spines[["top", "right"]].set_visible(False)
@@ -183,7 +181,7 @@ def _style(axes: "Axes", title: str, *, max_ticks: int = 4, is_log: bool = False
     axes.grid(axis="y", color="#e8eaee", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(max_ticks, integer=True, steps=TICK_STEPS))
-    axes.xaxis.set_major_formatter(FuncFormatter(_format_step))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if is_log:
         low, high = axes.get_ylim()
         subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 4, 5, 7)
@@ -191,11 +189,4 @@ def _style(axes: "Axes", title: str, *, max_ticks: int = 4, is_log: bool = False
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(max_ticks, steps=TICK_STEPS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
-def _format_step(step: float, _: int) -> str:
-    """250, 5,000, 20k, 1.5M."""
-    if step >= 1e6:
-        return f"{step / 1e6:g}M"
-    return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:,.0f}"
+    axes.yaxis.set_major_formatter(EngFormatter(sep="") if is_large else "{x:,g}")

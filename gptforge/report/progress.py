@@ -1,14 +1,11 @@
 """Progress of work before and after training: a bar or lines on stderr, with the time left."""
 
-import sys
 import time
-from typing import Self
 
-import rich.console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from gptforge.printable import print_stderr
-from gptforge.report.console import print_above
+from gptforge.report.console import BarOrLines
 from gptforge.report.format import format_duration
 
 PRINT_EVERY = 10.0
@@ -19,7 +16,7 @@ MIN_SECONDS = 5.0
 """`EtaNotice` is silent if less time is left."""
 
 
-class ProgressMeter:
+class ProgressMeter(BarOrLines):
     """Shows how much of the input files has been read: a bar on a terminal, else a line at times.
 
     Args:
@@ -27,24 +24,18 @@ class ProgressMeter:
     """
 
     def __init__(self, description: str) -> None:
-        self._description = description
-        self._bar: Progress | None = None
-        self._last_print = time.perf_counter()
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn(description),
-                BarColumn(bar_width=30),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("[dim]{task.fields[speed]}"),
-                TextColumn("[dim]left"),
-                TimeRemainingColumn(),
-                transient=True,
-                refresh_per_second=4,
-                console=rich.console.Console(file=sys.stderr),
-            )
+        columns = (
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("[dim]{task.fields[speed]}"),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+        )
+        super().__init__(description, *columns, stream="stderr")
+        if self._bar is not None:
             self._task = self._bar.add_task(description, total=None, speed="")
+        self._description = description
+        self._last_print = self._begin = time.perf_counter()
         self.total = self._read = self._resumed_from = self._text_bytes = 0
-        self._begin = time.perf_counter()
 
     def start(self, total: int, done: int) -> None:
         """Start the clock.
@@ -74,22 +65,6 @@ class ProgressMeter:
             self.log(
                 f"{self._description}: {share:.0%}, {speed}, about {format_duration(left)} left"
             )
-
-    def log(self, text: str) -> None:
-        """Print a line to stderr."""
-        if self._bar is None:
-            print_stderr(text)
-        else:
-            print_above(self._bar, text)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 class EtaNotice:

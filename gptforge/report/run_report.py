@@ -95,12 +95,12 @@ class RunReport:
         """Training went back to a checkpoint: truncate the files to it and log why.
 
         Args:
-            step: steps made at that checkpoint.
-            sizes: of the files at that checkpoint, in bytes.
-            checkpoint: its name.
+            step: step of the checkpoint.
+            sizes: `file_sizes` at that checkpoint.
+            checkpoint: name of the checkpoint.
             is_best: whether it has the best validation loss.
-            bad_steps: the steps without a finite loss.
-            skipped: begin and end of the training sequences that are skipped, in training order.
+            bad_steps: steps without a finite loss.
+            skipped: range of training sequences to skip, in training order.
         """
         self._truncate(step, sizes, checkpoint, is_best)
         self._log_line(

@@ -34,7 +34,7 @@ def test_training_text_and_changed_text_are_noticed(program, play) -> None:
 
 def test_the_bundled_text_is_found_from_any_folder(program, monkeypatch, tmp_path) -> None:
     Path("input.txt").write_bytes((Path(__file__).parents[2] / "input.txt").read_bytes())
-    few = ("--eval_tokens", 300, "--max_steps", 2)
+    few = ("--val_fraction", 0.002, "--max_steps", 2)
     assert program(*DEBUG, *few, "--out_dir", "run").code == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -60,20 +60,6 @@ def test_a_constant_speed_looks_constant() -> None:
     assert 1.05 * 9000 < top < 1.5 * 9000
 
 
-@pytest.mark.parametrize(
-    ("speed", "title", "value"),
-    [
-        (42.0, "tokens per second", 42),
-        (25e4, "thousand tokens per second", 250),
-        (3e6, "million tokens per second", 3),
-    ],
-)
-def test_large_speeds_get_a_prefix(speed, title, value) -> None:
-    *_, axes = plot_curves(history(9, tok_per_sec=speed), title="t").axes
-    assert axes.get_title(loc="left") == title
-    assert axes.lines[0].get_ydata() == pytest.approx(value)
-
-
 def test_an_outlier_does_not_squash_the_speed() -> None:
     events = history(50, tok_per_sec=9000.0)
     events.train[20]["tok_per_sec"] = 1e13
