@@ -1,1 +1,1 @@
-"""Models in other programs' forms: one table of names each."""
+"""Other programs' model formats: transformers, GGUF, nanoGPT, Hugging Face Hub and Spaces."""

@@ -15,6 +15,7 @@ from gptforge.checkpoint.store import MAX_EXTRA_BYTES
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
     LM_HEAD,
+    MAX_LOGIT_DIFFERENCE,
     ModelBundle,
     probe_ids,
     read_size,
@@ -31,25 +32,21 @@ from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import save as save_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT
 
-MAX_LOGIT_DIFFERENCE = 1e-4
-"""Of logits, in float32: what another order of additions explains, and nothing else."""
-
 PREFIX = "transformer."
-"""In front of our names and of those that transformers saves. OpenAI's own files have none: every
-program reads those, some read no others."""
-# But for that, their names are ours. These are stored (in, out) there, (out, in) here.
+"""Of tensor names in transformers and here. OpenAI's files have none, and every program reads
+those; some read no others."""
+# Conv1D weights, stored (in, out) there and (out, in) here.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CAUSAL_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
-"""Causal masks that old checkpoints carry as if they were weights."""
+"""In old checkpoints."""
 
 SAFETENSORS_WEIGHTS, PYTORCH_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 OTHER_FILES = (
     *("config.json", "tokenizer.json", "gptforge*.json"),
     *("merges.txt", "vocab.json", "added_tokens.json"),
 )
-"""What is read of a folder beside its weights."""
+"""Files that are read besides the weights."""
 
-# What the architecture fixes: setting in config.json, values that mean GPT-2 as it is here.
 FIXED_CONFIG: Mapping[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "layer_norm_epsilon": (1e-5,),
@@ -58,114 +55,102 @@ FIXED_CONFIG: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+"""Settings of config.json that are fixed here, with the supported values."""
 
-# Ours to theirs, the name to write first: the tanh form of GELU, and the exact one.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"),
     "gelu": ("gelu", "gelu_python"),
 }
+"""Our names to transformers'; the first is written."""
 
 
 def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> float:
-    """Fill an empty folder; returns the largest difference of its logits to ours.
+    """Fill an empty folder; returns the largest difference of transformers' logits to ours.
 
     Raises:
-        RunError: if transformers reads another model or tokenizer out of it than was put in.
+        RunError: if transformers loads a different model or tokenizer from it.
     """
     require_package("transformers", extra="hf")
-    bundle, end = with_eos_token(bundle)
+    bundle, eos_id = with_eos_token(bundle)
     tensors = {
-        name.removeprefix(PREFIX): _turned(name, tensor)
-        for name, tensor in bundle.state_dict.items()
+        name.removeprefix(PREFIX): (t.t() if name.endswith(TRANSPOSED) else t).contiguous()
+        for name, t in bundle.state_dict.items()
     }
     save_safetensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
-    _write_json(folder / "config.json", _config(bundle.config, end))
-    draws = {"do_sample": True, "temperature": 0.8, "top_k": min(200, bundle.tokenizer.vocab_size)}
-    _write_json(folder / "generation_config.json", {**draws, **_special_ids(end)})
-    _write_json(folder / "tokenizer.json", tokenizer_json(bundle.tokenizer, end))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
+    special_ids = {f"{name}_token_id": eos_id for name in ("bos", "eos", "pad")}
+    sampling = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": min(200, bundle.tokenizer.vocab_size),
+    }
+    for name, record in {
+        "config.json": _hf_config(bundle.config, special_ids),
+        "generation_config.json": {**sampling, **special_ids},
+        "tokenizer.json": tokenizer_json(bundle.tokenizer, eos_id),
+        "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": bundle.config.block_size,
             "clean_up_tokenization_spaces": False,
             **{f"{name}_token": END_OF_TEXT for name in ("bos", "eos", "unk", "pad")},
         },
-    )
+    }.items():
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
     save_tokenizer(bundle.tokenizer, folder / NATIVE_TOKENIZER)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return _check(folder, bundle, end)
+    return _check(folder, bundle, eos_id)
 
 
 def is_hf_dir(folder: Path) -> bool:
-    """Whether a folder has the form that transformers saves."""
+    """Whether a folder has the format of transformers' `save_pretrained`."""
     return (folder / "config.json").is_file()
 
 
 def model_files(folder: Path) -> list[Path]:
-    """All that `read_hf` may read of a folder."""
-    return sorted({*_weights(folder), *(p for name in OTHER_FILES for p in folder.glob(name))})
+    """All files that `read_hf` may read."""
+    others = (path for pattern in OTHER_FILES for path in folder.glob(pattern))
+    return sorted({*_weight_files(folder), *others})
 
 
 def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
-    """A GPT-2 that transformers, or `write_hf`, saved.
+    """A GPT-2 that transformers or `write_hf` saved.
 
     Raises:
-        UserError: if it is no GPT-2, or a tensor is missing or misshapen; the message names it.
+        UserError: if it is not a GPT-2, or a tensor is missing or misshapen.
     """
-    where = folder.as_posix()
-    with parsing(f"{where}/config.json", "a GPT-2's configuration"):
-        facts = json.loads(read_text(folder / "config.json"))
-        for name, allowed in FIXED_CONFIG.items():
-            if facts.get(name, allowed[0]) not in allowed:
-                given = short_repr(facts[name])
-                raise ValueError(f"{name} is {given}, GPT-2's is {allowed[0]!r}")
-        named = facts.get("activation_function", "gelu_new")
-        activation = next((ours for ours, names in ACTIVATIONS.items() if named in names), None)
-        if activation is None:
-            known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
-            given = short_repr(named)
-            raise ValueError(f"activation_function is {given}: GPT-2's is one of {known}")
-        width, inner = read_size(facts, "n_embd"), 0
-        if facts.get("n_inner") is not None and (inner := read_size(facts, "n_inner")) % width:
-            raise ValueError(f"n_inner {inner} is not a multiple of n_embd {width}")
-        config = GPTConfig(
-            block_size=read_size({"n_positions": facts.get("n_ctx", 1024), **facts}, "n_positions"),
-            vocab_size=read_size(facts, "vocab_size"),
-            n_layer=read_size(facts, "n_layer"),
-            n_head=read_size(facts, "n_head"),
-            n_embd=width,
-            mlp_ratio=inner // width if inner else 4,
-            activation=activation,
+    source = folder.as_posix()
+    with parsing(f"{source}/config.json", "a GPT-2's configuration"):
+        hf_config = json.loads(read_text(folder / "config.json"))
+        config = _parse_config(hf_config)
+    # A few bytes of an untrusted config.json must not make us allocate a terabyte.
+    num_params = formulas.num_params(config)
+    weight_bytes = sum(path.stat().st_size for path in _weight_files(folder))
+    if weight_bytes and 2 * num_params > weight_bytes:
+        raise UserError(
+            f"{source}/config.json describes {num_params:,} parameters, "
+            f"but the weights have {weight_bytes:,} bytes"
         )
-    _require_size(folder, config)
-    found = {}
-    for name, tensor in _tensors(folder, config).items():
+    tensors = {}
+    for name, tensor in _read_tensors(folder, config).items():
         name = name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
         if not name.endswith(CAUSAL_MASK_BUFFERS):
-            found[name] = tensor.t() if name.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
-    tensors = validate_state_dict(found, config, source=where)
+            is_transposed = name.endswith(TRANSPOSED) and tensor.ndim == 2
+            tensors[name] = tensor.t() if is_transposed else tensor
+    state_dict = validate_state_dict(tensors, config, source=source)
     tokenizer = tokenizer or load_hf_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size} rows"
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, "
+            f"the model {config.vocab_size} rows"
         )
     if not (folder / NATIVE_TOKENIZER).is_file() and tokenizer.eot_token is not None:
-        # OpenAI's models were trained on documents with this mark between them.
+        # OpenAI's models were trained on documents separated by this token.
         tokenizer = copy.copy(tokenizer)
-        tokenizer.prepends_eot = facts.get("bos_token_id") == tokenizer.eot_token
-    return ModelBundle(config, tensors, tokenizer)
+        tokenizer.prepends_eot = hf_config.get("bos_token_id") == tokenizer.eot_token
+    return ModelBundle(config, state_dict, tokenizer)
 
 
-def _turned(name: str, tensor: Tensor) -> Tensor:
-    return (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-
-
-def _special_ids(end: int) -> dict[str, int]:
-    return {f"{name}_token_id": end for name in ("bos", "eos", "pad")}
-
-
-def _config(config: GPTConfig, end: int) -> dict[str, Any]:
+def _hf_config(config: GPTConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED_CONFIG.items()},
@@ -181,86 +166,100 @@ def _config(config: GPTConfig, end: int) -> dict[str, Any]:
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
         "initializer_range": 0.02,
-        **_special_ids(end),
+        **special_ids,
         "torch_dtype": "float32",
         "use_cache": True,
     }
 
 
-def _tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
+def _parse_config(hf_config: dict[str, Any]) -> GPTConfig:
+    for name, supported in FIXED_CONFIG.items():
+        if hf_config.get(name, supported[0]) not in supported:
+            shown = short_repr(hf_config[name])
+            raise ValueError(f"{name} is {shown}, GPT-2's is {supported[0]!r}")
+    function = hf_config.get("activation_function", "gelu_new")
+    activation = next((ours for ours, names in ACTIVATIONS.items() if function in names), None)
+    if activation is None:
+        known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
+        shown = short_repr(function)
+        raise ValueError(f"activation_function is {shown}: GPT-2's is one of {known}")
+    n_embd, mlp_ratio = read_size(hf_config, "n_embd"), 4
+    if hf_config.get("n_inner") is not None:
+        mlp_ratio, rest = divmod(read_size(hf_config, "n_inner"), n_embd)
+        if rest:
+            raise ValueError(f"n_inner {hf_config['n_inner']} is not a multiple of n_embd {n_embd}")
+    positions = {"n_positions": hf_config.get("n_ctx", 1024), **hf_config}
+    return GPTConfig(
+        block_size=read_size(positions, "n_positions"),
+        vocab_size=read_size(hf_config, "vocab_size"),
+        n_layer=read_size(hf_config, "n_layer"),
+        n_head=read_size(hf_config, "n_head"),
+        n_embd=n_embd,
+        mlp_ratio=mlp_ratio,
+        activation=activation,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Safetensors files, or PyTorch's where there are none."""
+    return sorted(folder.glob(SAFETENSORS_WEIGHTS)) or sorted(folder.glob(PYTORCH_WEIGHTS))
+
+
+def _read_tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     """All tensors of a folder, in one file or several."""
-    # Float64 weights, an output layer of its own, and the causal masks that old ones have.
+    # At most: float64 weights, an untied output layer, and causal masks.
     masks = config.n_layer * config.block_size**2
-    most = 8 * (2 * formulas.num_params(config) + masks) + MAX_EXTRA_BYTES
-    paths = _weights(folder)
+    max_bytes = 8 * (2 * formulas.num_params(config) + masks) + MAX_EXTRA_BYTES
+    paths = _weight_files(folder)
     if not paths:
         raise UserError(
-            f"{folder.as_posix()} has neither model.safetensors nor pytorch_model.bin; other forms "
-            "of weights are not read"
+            f"{folder.as_posix()} has neither model.safetensors nor pytorch_model.bin; other "
+            "formats of weights are not supported"
         )
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in paths:
         is_safetensors = path.suffix == ".safetensors"
         what = "a readable safetensors file" if is_safetensors else "weights of transformers'"
         with parsing(path, what):
-            check_file_size(path, most)
-            found |= load_file(path) if is_safetensors else _pickled(path)
-    return found
+            check_file_size(path, max_bytes)
+            tensors |= load_file(path) if is_safetensors else _read_pytorch_weights(path)
+    return tensors
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights; the older form only where the newer is missing."""
-    return sorted(folder.glob(SAFETENSORS_WEIGHTS)) or sorted(folder.glob(PYTORCH_WEIGHTS))
-
-
-def _pickled(path: Path) -> dict[str, Tensor]:
+def _read_pytorch_weights(path: Path) -> dict[str, Tensor]:
     tensors = read_torch_file(path, what="weights of transformers'")
     if not isinstance(tensors, Mapping):
-        raise ValueError("no names with tensors")
+        raise ValueError("not a dictionary of tensors")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{short_repr(name)} is no tensor")
+            raise ValueError(f"{short_repr(name)} is not a tensor")
     check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != LM_HEAD})
     return dict(tensors)
 
 
-def _require_size(folder: Path, config: GPTConfig) -> None:
-    """A few bytes of a stranger's config.json must not make anybody build a terabyte."""
-    present = sum(path.stat().st_size for path in _weights(folder))
-    if present and 2 * formulas.num_params(config) > present:
-        raise UserError(
-            f"{folder.as_posix()}/config.json describes {formulas.num_params(config):,} parameters, "
-            f"but its weights have {present:,} bytes"
-        )
-
-
 @torch.inference_mode()
-def _check(folder: Path, parts: ModelBundle, end: int) -> float:
-    """Read the folder as transformers does, and compare."""
+def _check(folder: Path, bundle: ModelBundle, eos_id: int) -> float:
+    """Load the folder with transformers and compare tokenizer and logits."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    # The mark between documents is no text: ours reads one in a text letter by letter.
-    count = min(64, parts.config.block_size, parts.tokenizer.vocab_size)
-    ids = [i for i in range(count) if i != parts.tokenizer.eot_token]
-    text = parts.tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = theirs.encode(text, add_special_tokens=False)
-    if ids != parts.tokenizer.encode(text).tolist() or theirs.eos_token_id != end:
-        raise RunError("transformers reads another tokenizer out of the export: it was not kept")
-    peer = transformers.GPT2LMHeadModel.from_pretrained(
+    # Without the end-of-text token: as text, our tokenizers encode it letter by letter.
+    tokenizer = bundle.tokenizer
+    count = min(64, bundle.config.block_size, tokenizer.vocab_size)
+    ids = [i for i in range(count) if i != tokenizer.eot_token]
+    text = tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = hf_tokenizer.encode(text, add_special_tokens=False)
+    if ids != tokenizer.encode(text).tolist() or hf_tokenizer.eos_token_id != eos_id:
+        raise RunError("transformers loads a different tokenizer from the export: it was not kept")
+    hf_model = transformers.GPT2LMHeadModel.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32
     ).eval()
-    rows = probe_ids(parts.config, parts.config.vocab_size)
-    difference = float((peer(rows).logits - parts.build_model()(rows)).abs().max())
+    probe = probe_ids(bundle.config, bundle.config.vocab_size)
+    difference = float((hf_model(probe).logits - bundle.build_model()(probe)).abs().max())
     if not difference <= MAX_LOGIT_DIFFERENCE:
         raise RunError(
             f"the exported model's logits differ by {difference:.2e}, more than "
             f"{MAX_LOGIT_DIFFERENCE:.0e}: the export was not kept"
         )
     return difference
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: exported folders to it, models from it."""
+"""Upload exports to the Hugging Face Hub and download models from it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +9,11 @@ from gptforge.errors import RunError, UserError, require_package
 from gptforge.shell import quote
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-"""Models that the Hub knows by a name without an owner; their owner there is openai-community."""
+"""Names that stand for openai-community/NAME."""
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a UserError unless it is owner/name, in letters that the Hub takes."""
+    """Raise a UserError unless it is a valid owner/name."""
     owner, _, rest = repo_id.partition("/")
     if not owner or not rest or "/" in rest:
         raise UserError(f"--push {repo_id}: give owner/name")
@@ -22,25 +22,25 @@ def check_repo_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # Asks nobody, but checks the name.
+        # Validates the name without a request.
         huggingface_hub.hf_hub_url(repo_id, "README.md")
     except HFValidationError as error:
-        raise UserError(f"--push {repo_id}: not a name that the Hub takes: {error}") from None
+        raise UserError(f"--push {repo_id}: not a valid name on the Hub: {error}") from None
 
 
 def push_to_hub(
     folder: Path, repo_id: str, *, repo_type: Literal["model", "space"], private: bool
 ) -> str:
-    """Make the repository if it is not there, and upload the folder as one commit.
+    """Create the repository if it does not exist and upload the folder as one commit.
 
-    The account is the one that `hf auth login` or HF_TOKEN says; HF_ENDPOINT names another server.
+    Uses the account of `hf auth login` or HF_TOKEN, and the server of HF_ENDPOINT.
 
     Returns:
-        Where to see it.
+        The URL of the repository.
 
     Raises:
-        UserError: if the Hub does not take the token or the name.
-        RunError: if it cannot be reached.
+        UserError: if the Hub refuses the token or the name.
+        RunError: if the upload fails.
     """
     import huggingface_hub
     from huggingface_hub.errors import (
@@ -49,9 +49,9 @@ def push_to_hub(
         OfflineModeIsEnabled,
     )
 
-    again = f"hf upload {repo_id} {quote(folder.as_posix())}"
-    again += " --repo-type space" * (repo_type == "space") + " --private" * private
-    kept = f"{folder.as_posix()} is whole and kept; to send it: {again}"
+    command = f"hf upload {repo_id} {quote(folder.as_posix())}"
+    command += " --repo-type space" * (repo_type == "space") + " --private" * private
+    kept = f"{folder.as_posix()} is complete and kept; to upload it: {command}"
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(
@@ -78,28 +78,27 @@ def push_to_hub(
         if status in (401, 403):
             raise UserError(
                 f"--push {repo_id}: the Hub refuses this account ({status}): hf auth login with a "
-                f"token that may write there; {kept}"
+                f"token that has write access; {kept}"
             ) from None
         raise RunError(f"--push {repo_id}: the Hub answered {error}; {kept}") from None
     except Exception as error:
-        # What a lost connection raises depends on the client that huggingface_hub sends through,
-        # and that has changed from one version to the next.
-        raise RunError(f"--push {repo_id}: it did not get to the Hub ({error}); {kept}") from error
+        # The errors of a lost connection depend on huggingface_hub's HTTP client and version.
+        raise RunError(f"--push {repo_id}: the upload failed ({error}); {kept}") from error
     return str(url)
 
 
 def download_model(source: str, *, log: Callable[[str], None]) -> Path:
-    """The folder of a model that is on the Hugging Face Hub.
+    """Download a model from the Hugging Face Hub; returns its folder.
 
     Raises:
-        UserError: if there is none of that name, or no network; the message says the way on.
+        UserError: if there is no model of that name, or no network.
     """
     require_package("huggingface_hub", extra="hf")
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     name = f"openai-community/{source}" if source in OPENAI_MODELS else source
-    log(f"fetching {name} from the Hugging Face Hub")
+    log(f"downloading {name} from the Hugging Face Hub")
     try:
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=[SAFETENSORS_WEIGHTS, *OTHER_FILES]
@@ -108,14 +107,14 @@ def download_model(source: str, *, log: Callable[[str], None]) -> Path:
             huggingface_hub.snapshot_download(name, allow_patterns=[PYTORCH_WEIGHTS])
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f"{source} is neither a path here nor a model that the Hugging Face Hub shows you: "
-            "check the name; for a private or gated one, hf auth login first"
+            f"{source} is neither a path here nor a model that you can access on the Hugging Face "
+            "Hub: check the name; for a private or gated one, hf auth login first"
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         local = name.rpartition("/")[2]
         raise UserError(
-            f"{source} is not a path here, and could not be fetched from the Hugging Face Hub "
+            f"{source} is not a path here, and could not be downloaded from the Hugging Face Hub "
             f"({first}): try again with a network; or where there is one, hf download {name} "
             f"--local-dir {local}, copy that folder here and give its path"
         ) from None

@@ -1,4 +1,4 @@
-"""A model card: what the model is, what it learned from, what it scored. Only what is known."""
+"""Model cards: the model, its training and its evaluation, as far as they are known."""
 
 import json
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from gptforge.tokenizers import Tokenizer
 
 CURVES, METRICS = "training_curves.png", "metrics.jsonl"
 MAX_COPY_BYTES = 2**30
-"""Bytes of a run's picture or metrics that go into an export."""
+"""Of a file copied from a run folder."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a model came from, as far as its folder tells."""
+    """The run that a model comes from."""
 
     config: Config
     step: int
     history: History
     curves: Path | None
-    """The run's picture, if it has one."""
+    """Path of the picture, if there is one."""
 
 
 def model_card(
@@ -37,14 +37,14 @@ def model_card(
     usage: str,
     front_matter: dict[str, str],
 ) -> str:
-    """Markdown with the front matter that the Hub reads.
+    """A model card in Markdown, with front matter for the Hugging Face Hub.
 
     Args:
-        parts: the model.
-        origin: where it comes from; None: not from a run of this program.
-        title: its name.
+        bundle: the model.
+        origin: the run that it comes from; None: it was imported.
+        title: name of the model.
         usage: Markdown that says how to use it.
-        front: lines of front matter.
+        front_matter: YAML values by key.
     """
     c = bundle.config
     lines = ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""]
@@ -54,53 +54,54 @@ def model_card(
         "",
         "| | |",
         "| --- | --- |",
-        f"| Blocks, heads, width | {c.n_layer}, {c.n_head}, {c.n_embd} |",
+        f"| Layers, heads, embedding | {c.n_layer}, {c.n_head}, {c.n_embd} |",
         f"| Context | {c.block_size} tokens |",
         f"| Tokenizer | {bundle.tokenizer.name}, {bundle.tokenizer.vocab_size:,} ids |",
     ]
-    lines += _learned(origin) if origin else []
+    lines += _training_rows(origin) if origin else []
     lines += ["", "## Use", "", usage, ""]
     if origin and origin.curves:
         lines += ["## Training", "", f"![Training curves]({CURVES})", ""]
     lines += [
         "## Limits",
         "",
-        "The model goes on from text in the manner of what it read. It knows no facts, follows no "
-        "instructions and has not been made safe; it may repeat what it read, word for word.",
+        "The model continues text in the style of its training data. It is no source of facts, "
+        "follows no instructions and has not been made safe; it may repeat training text verbatim.",
         "",
     ]
     return "\n".join(lines)
 
 
 def one_line_description(bundle: ModelBundle, config: Config | None) -> str:
-    """One line about a model, for forms that have no room for a card; None: not from a run."""
+    """One line about a model; `config` is that of its run."""
+    num_params = formulas.num_params(bundle.config)
     text = f", on {printable(Path(config.input).name, MAX_NAME)}" if config else ""
-    return f"A GPT-2 with {formulas.num_params(bundle.config):,} parameters, trained with GPT-Forge{text}"
+    return f"A GPT-2 with {num_params:,} parameters, trained with GPT-Forge{text}"
 
 
 def example_prompt(tokenizer: Tokenizer) -> str:
-    """Something to begin with that this vocabulary can write, as a literal of Python's."""
+    """A prompt that the tokenizer can encode, as a Python string literal."""
     text = "Once"
     try:
         tokenizer.encode(text)
     except UserError:
-        # Only an alphabet lacks letters, and each of its ids is one.
-        letters = [tokenizer.decode_bytes([i]).decode("utf-8") for i in range(tokenizer.vocab_size)]
-        text = next((letter for letter in letters if letter.isalpha()), letters[0])
+        # A character tokenizer: each id is one character.
+        chars = [tokenizer.decode_bytes([i]).decode("utf-8") for i in range(tokenizer.vocab_size)]
+        text = next((char for char in chars if char.isalpha()), chars[0])
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def copy_run_file(path: Path, folder: Path) -> None:
-    """Copy a file of a run into an export; a link is not followed."""
+    """Copy a file of a run into an export; symlinks are not followed."""
     (folder / path.name).write_bytes(read_bounded(path, MAX_COPY_BYTES, follow_symlinks=False))
 
 
-def _learned(origin: Origin) -> list[str]:
+def _training_rows(origin: Origin) -> list[str]:
     config = origin.config
     tokens = origin.step * config.tokens_per_step
     lines = [
-        f"| Text | {escape_markdown(Path(config.input).name)} |",
-        f"| Updates | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
+        f"| Training text | {escape_markdown(Path(config.input).name)} |",
+        f"| Steps | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
         f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g} to {config.min_lr:g} |",
     ]
     scores = [event for event in origin.history.evals if event.get("step") == origin.step]

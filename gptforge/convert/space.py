@@ -1,7 +1,7 @@
-"""A folder that is a whole Hugging Face Space.
+"""Export to a Hugging Face Space.
 
-It is a run folder as well: the page's own program lies beside the model, so that the Space needs
-nothing that is not on the package index.
+The folder is a run folder too, with a copy of this package, so that the Space needs only packages
+from the package index.
 """
 
 import importlib.metadata
@@ -21,14 +21,14 @@ from gptforge.convert.model_card import (
 )
 from gptforge.files import set_link
 
-APP = '''"""The page of this Space; `python app.py` shows it on this machine as well."""
+APP = '''"""The page of this Space; `python app.py` shows it on this machine too."""
 
 import os
 from pathlib import Path
 
 from gptforge.demo.launch import launch
 
-# A Space is public under names of its host's; elsewhere the page is for this machine alone.
+# A Space is public, under its host's names; elsewhere the page is for this machine only.
 IS_SPACE = "SPACE_ID" in os.environ
 
 if __name__ == "__main__":
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     )
 '''
 
-# The Space's own image has Python; these are the core packages that the page imports, and Gradio.
+# The Space's image has Python; these are the packages that the page imports.
 REQUIREMENTS = """\
 torch>=2.11,<3
 numpy>=1.26,<3
@@ -53,17 +53,17 @@ matplotlib>=3.9,<4
 gradio>=6,<7
 """
 
-GRADIO = "6.31.0"
+GRADIO_VERSION = "6.31.0"
 
 USAGE = """\
-This folder is a Space: a page to write with the model. On your own machine:
+This folder is a Space: a page to generate text with the model. On your machine:
 
 ```bash
 pip install -r requirements.txt
 python app.py
 ```
 
-It is a run folder of GPT-Forge too: `from gptforge import load; load(".").generate(BEGINNING)`."""
+It is also a run folder of GPT-Forge: `from gptforge import load; load(".").generate(BEGINNING)`."""
 
 
 def write_space(
@@ -72,28 +72,30 @@ def write_space(
     """Fill an empty folder.
 
     Args:
-        folder: where.
-        parts: the model.
-        origin: the run that it comes from, with its metrics and curves.
-        title: the Space's name.
-        config: the run's config.toml.
+        folder: the folder to fill.
+        bundle: the model.
+        origin: the run that it comes from, with metrics and curves.
+        title: name of the Space.
+        config: content of the run's config.toml.
     """
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name
     checkpoint.mkdir(parents=True)
-    tensors = dict(bundle.state_dict)
     checkpoints.save_inference_checkpoint(
-        checkpoint, tensors, tokenizer=bundle.tokenizer, config=config
+        checkpoint, dict(bundle.state_dict), tokenizer=bundle.tokenizer, config=config
     )
-    for which in ("best", "last"):
-        set_link(checkpoint.parent / which, name)
+    for link in ("best", "last"):
+        set_link(checkpoint.parent / link, name)
     (folder / "config.toml").write_text(config, encoding="utf-8")
-    if origin:
-        _copy_history(folder, origin)
+    if origin and origin.curves:
+        copy_run_file(origin.curves, folder)
+        metrics = origin.curves.with_name(METRICS)
+        if metrics.is_file():
+            copy_run_file(metrics, folder)
     (folder / "app.py").write_text(APP.replace("TITLE", repr(title)), encoding="utf-8")
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-    front = {
-        # A JSON string is one in YAML too, whatever is in it.
+    front_matter = {
+        # A JSON string is a YAML string.
         "title": json.dumps(title, ensure_ascii=False),
         "emoji": "🪶",
         "colorFrom": "indigo",
@@ -104,13 +106,13 @@ def write_space(
         "pinned": "false",
     }
     usage = USAGE.replace("BEGINNING", example_prompt(bundle.tokenizer))
-    card = model_card(bundle, origin, title=title, usage=usage, front_matter=front)
+    card = model_card(bundle, origin, title=title, usage=usage, front_matter=front_matter)
     (folder / "README.md").write_text(card, encoding="utf-8")
     _copy_package(folder / "gptforge")
 
 
 def _copy_package(folder: Path) -> None:
-    """The program without its text; new files, for an installed package may be read-only."""
+    """Copy this package without input.txt; new files, since an installed one may be read-only."""
     package = Path(gptforge.__file__).parent
     for path in sorted(package.rglob("*")):
         if path.is_file() and path.suffix != ".pyc" and path.name != "input.txt":
@@ -120,16 +122,8 @@ def _copy_package(folder: Path) -> None:
 
 
 def _gradio_version() -> str:
-    """The Gradio that the page was seen with: this machine's, else the one it is tested with."""
+    """The installed version of Gradio, else the tested one."""
     try:
         return importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
-        return GRADIO
-
-
-def _copy_history(folder: Path, origin: Origin) -> None:
-    if origin.curves:
-        copy_run_file(origin.curves, folder)
-        metrics = origin.curves.with_name(METRICS)
-        if metrics.is_file():
-            copy_run_file(metrics, folder)
+        return GRADIO_VERSION

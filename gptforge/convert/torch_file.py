@@ -1,4 +1,4 @@
-"""A file of torch.save, looked at before it is loaded: what it would build, and how large."""
+"""Files of torch.save, checked before loading: what they would build, and how large."""
 
 import pickletools
 import re
@@ -15,18 +15,18 @@ from gptforge.errors import UserError
 MAX_PICKLE = 4 * 2**20
 """Bytes of names and plain values; GPT-2 XL with its optimizer takes less than one million."""
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How torch.save began a file before it wrote archives."""
+"""First bytes of a file of torch.save before it wrote zip archives."""
 ALLOWED_GLOBALS = re.compile(
     r"collections\.OrderedDict"
     r"|torch\.[A-Z]\w*Storage"
     r"|torch\._utils\._rebuild_(tensor_v2|parameter)"
 )
-"""What a state_dict of dense tensors names. torch.load takes more, and some of that can be asked
-for at any size, for example a bytearray or a sparse tensor."""
+"""Names in the pickle of a state_dict of dense tensors. torch.load allows more, some of which can
+allocate any amount of memory, such as a bytearray or a sparse tensor."""
 
 
 def read_torch_file(path: Path, *, what: str) -> Any:
-    """What is in a file of tensors and plain values, read without running any code of it.
+    """Load a file of tensors and plain values without running any code in it.
 
     Args:
         path: the file.
@@ -37,25 +37,25 @@ def read_torch_file(path: Path, *, what: str) -> Any:
     """
     check_torch_archive(path, what)
     try:
-        # weights_only reads tensors and plain containers, and refuses to import anything else.
+        # weights_only loads tensors and plain containers, and refuses to import anything else.
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:
-        # Its reader raises whatever strange bytes make it stumble over, and may advise to trust it.
-        stranger = re.search(r"GLOBAL (\S+)", str(error))
-        raise unsafe_file_error(path, stranger[1] if stranger else "", what) from None
+        # Malformed bytes raise all kinds of errors, and the message may advise to trust the file.
+        unknown = re.search(r"GLOBAL (\S+)", str(error))
+        raise unsafe_file_error(path, unknown[1] if unknown else "", what) from None
 
 
 def check_torch_archive(path: Path, what: str) -> None:
-    """Raise a UserError unless loading a file takes about as much memory as the file is long.
+    """Raise a UserError unless loading takes about as much memory as the file is long.
 
-    No code of the file is run: its opcodes are only looked at.
+    The pickle's opcodes are only inspected, not run.
     """
     try:
         with path.open("rb") as file:
             if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
                 raise UserError(
-                    f"{path}: in the form of PyTorch before 1.6, which is not read: load it with "
-                    "torch.load(..., weights_only=True) and save it again with torch.save"
+                    f"{path}: in the format of PyTorch before 1.6, which is not supported: load it "
+                    "with torch.load(..., weights_only=True) and save it again with torch.save"
                 )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -63,50 +63,46 @@ def check_torch_archive(path: Path, what: str) -> None:
                 raise UserError(f"{path}: compressed, which torch.save never does")
             total, size = sum(entry.file_size for entry in entries), path.stat().st_size
             if total > size:
-                raise UserError(f"{path}: it says that it holds {total:,} bytes, and has {size:,}")
-            pickled = next(e for e in entries if e.filename.rpartition("/")[2] == "data.pkl")
-            if pickled.file_size > MAX_PICKLE:
+                raise UserError(f"{path}: it claims to hold {total:,} bytes, but has {size:,}")
+            pickle = next(e for e in entries if e.filename.rpartition("/")[2] == "data.pkl")
+            if pickle.file_size > MAX_PICKLE:
                 raise UserError(
-                    f"{path}: {pickled.file_size:,} bytes of names and values, more than a "
+                    f"{path}: {pickle.file_size:,} bytes of names and values, more than a "
                     "checkpoint has"
                 )
-            strangers = [
-                name
-                for name in _globals(archive.read(pickled))
-                if not ALLOWED_GLOBALS.fullmatch(name)
-            ]
+            names = _globals(archive.read(pickle))
     except UserError:
         raise
     except Exception as error:
-        # Strange bytes make these readers stumble in many ways.
         raise unsafe_file_error(path, "", what) from error
-    if strangers:
-        raise unsafe_file_error(path, strangers[0], what)
+    for name in names:
+        if not ALLOWED_GLOBALS.fullmatch(name):
+            raise unsafe_file_error(path, name, what)
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise a UserError if tensors are larger than their file: many may share a few bytes."""
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if total > (size := path.stat().st_size):
-        raise UserError(f"{path}: its tensors have {total:,} bytes, and the file {size:,}")
+        raise UserError(f"{path}: the tensors have {total:,} bytes, but the file only {size:,}")
 
 
-def unsafe_file_error(path: Path, stranger: str, what: str) -> UserError:
-    """The error for a file that holds something else, by the first name that is not known."""
-    named = f" (it names {stranger})" if stranger else ""
+def unsafe_file_error(path: Path, name: str, what: str) -> UserError:
+    """The error for a file with other content, such as the global `name`."""
+    shown = f" (it names {name})" if name else ""
     return UserError(
-        f"{path}: not {what}, or not of tensors and plain values alone{named}: "
-        "anything else could run code when read"
+        f"{path}: not {what}, or not only tensors and plain values{shown}: "
+        "anything else could run code when loaded"
     )
 
 
-def _globals(pickled: bytes) -> list[str]:
+def _globals(pickle: bytes) -> list[str]:
     """The classes and functions that a pickle names, with dots."""
-    found = []
-    for opcode, argument, _ in pickletools.genops(pickled):
+    names = []
+    for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name == "GLOBAL":
-            found.append(str(argument).replace(" ", "."))
+            names.append(str(argument).replace(" ", "."))
         elif opcode.name in ("STACK_GLOBAL", "INST"):
             # torch.save writes none of these.
-            found.append(str(argument or opcode.name))
-    return found
+            names.append(str(argument or opcode.name))
+    return names

@@ -1,4 +1,4 @@
-"""One tokenizer of each kind, and rows of a table that has some to spare."""
+"""One tokenizer of each kind, and the number of embedding rows, padding included."""
 
 from gptforge.tokenizers import Tokenizer, from_name
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
@@ -17,10 +17,10 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "bpe": train_bpe([" ".join(TEXTS)] * 20, 300),
     "char": CharTokenizer(ALPHABET),
     "byte": ByteTokenizer(),
-    "char with marks": CharTokenizer(ALPHABET, with_eot=True),
-    "byte with marks": ByteTokenizer(with_eot=True),
+    "char with eot": CharTokenizer(ALPHABET, with_eot=True),
+    "byte with eot": ByteTokenizer(with_eot=True),
 }
-# A byte model may have no row to spare.
+# A byte model may have no padding row.
 ROWS = {"byte": 256} | {
     n: -(-t.vocab_size // 64) * 64 for n, t in TOKENIZERS.items() if n != "byte"
 }

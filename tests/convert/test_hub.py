@@ -1,4 +1,4 @@
-"""--push against a server on this machine that speaks the Hub's protocol as far as it goes."""
+"""`export --push` against a local server with the part of the Hub's API that it uses."""
 
 import base64
 import json
@@ -7,11 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.train.runs import build
-
 
 class Hub(ThreadingHTTPServer):
-    """Takes repositories and commits for one token."""
+    """Accepts repositories and commits for one token."""
 
     token = "hf_right"
 
@@ -33,10 +31,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self.answer(401, {"error": "Invalid username or password."})
         elif self.path == "/api/repos/create":
-            asked = json.loads(body)
-            self.server.created.append(asked)
-            name = f"{asked.get('organization', 'me')}/{asked['name']}"
-            kind = "spaces/" if asked.get("type") == "space" else ""
+            request = json.loads(body)
+            self.server.created.append(request)
+            name = f"{request.get('organization', 'me')}/{request['name']}"
+            kind = "spaces/" if request.get("type") == "space" else ""
             self.answer(200, {"url": f"{self.server.address}/{kind}{name}", "name": name})
         elif "/preupload/" in self.path:
             files = [
@@ -51,9 +49,9 @@ class Handler(BaseHTTPRequestHandler):
                     content = base64.b64decode(entry["value"]["content"])
                     self.server.files[entry["value"]["path"]] = content
             sha = "0" * 40
-            where = self.server.address + self.path.removeprefix("/api").replace("models/", "")
-            where = where.replace("/commit/main", f"/commit/{sha}")
-            self.answer(200, {"commitUrl": where, "commitOid": sha, "success": True})
+            url = self.server.address + self.path.removeprefix("/api").replace("models/", "")
+            url = url.replace("/commit/main", f"/commit/{sha}")
+            self.answer(200, {"commitUrl": url, "commitOid": sha, "success": True})
         else:
             self.answer(200, {})
 
@@ -88,51 +86,46 @@ def hub(monkeypatch):
     thread.join()
 
 
-@pytest.mark.parametrize(("kind", "told"), [("hf", "model"), ("space", "space")])
-def test_a_push_uploads_the_folder(config, program, hub, tmp_path, kind, told) -> None:
-    build(config).fit()
-    done = program("export", config.out_dir, "--to", kind, "out", "--push", "me/model")
+@pytest.mark.parametrize(("kind", "repo_type"), [("hf", "model"), ("space", "space")])
+def test_a_push_uploads_the_folder(run, program, hub, tmp_path, kind, repo_type) -> None:
+    done = program("export", run, "--to", kind, "out", "--push", "me/model")
     assert done.code == 0, done.err
     assert "me/model" in done.out
     [created] = hub.created
-    assert (created.get("type") or "model", created["name"]) == (told, "model")
+    assert (created.get("type") or "model", created["name"]) == (repo_type, "model")
     folder = tmp_path / "out"
-    sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert set(hub.files) == {name for name in sent if "__pycache__" not in name}
+    exported = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(hub.files) == {name for name in exported if "__pycache__" not in name}
     assert hub.files["README.md"] == (folder / "README.md").read_bytes()
     assert any(name.endswith("model.safetensors") for name in hub.files)
 
 
-def test_a_refused_account_is_a_plain_mistake_and_the_folder_is_kept(
-    config, program, hub, monkeypatch, tmp_path
-) -> None:
-    build(config).fit()
+def test_a_refused_token_keeps_the_folder(run, program, hub, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    done = program("export", config.out_dir, "--to", "space", "out", "--push", "me/model")
+    done = program("export", run, "--to", "space", "out", "--push", "me/model")
     assert done.code == 2
     assert "hf auth login" in done.err
     assert "hf upload me/model out --repo-type space" in done.err
     assert (tmp_path / "out/app.py").is_file()
 
 
-def test_without_a_network_it_says_what_is_kept_and_how_to_send_it(
-    config, program, hub, monkeypatch, tmp_path
+def test_a_failed_upload_keeps_the_folder_and_says_how_to_upload_it(
+    run, program, hub, monkeypatch, tmp_path
 ) -> None:
-    # The Hub's client once raised an error of its own, which came out as a traceback.
-    build(config).fit()
+    # Regression: an error of the Hub's client ended in a traceback.
     hub.server_close()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    done = program("export", config.out_dir, "--to", "space", "out", "--push", "me/model")
-    told, error = done.err.splitlines()
+    done = program("export", run, "--to", "space", "out", "--push", "me/model")
+    note, error = done.err.splitlines()
     assert done.code == 1
-    assert told.startswith("out: ")
-    assert error.startswith("error: --push me/model: it did not get to the Hub (")
-    assert "out is whole and kept; to send it: hf upload me/model out" in error
+    assert note.startswith("out: ")
+    assert error.startswith("error: --push me/model: the upload failed (")
+    assert "out is complete and kept; to upload it: hf upload me/model out" in error
     assert (tmp_path / "out/app.py").is_file()
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "/x", "me/my model"])
-def test_a_name_is_checked_before_anything_is_written(program, tmp_path, name) -> None:
+def test_the_repository_name_is_checked_first(program, tmp_path, name) -> None:
     pytest.importorskip("huggingface_hub")
     done = program("export", "run", "--to", "hf", "out", "--push", name)
     assert (done.code, f"--push {name}: " in done.err) == (2, True)

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt, written here as its train.py writes it."""
+"""Importing nanoGPT's ckpt.pt, written as in its train.py."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ TEXT = "To be, or not to be"
 
 
 @pytest.fixture
-def record(tiny_model: GPT) -> dict:
+def checkpoint(tiny_model: GPT) -> dict:
     state = {f"_orig_mod.{name}": tensor for name, tensor in tiny_model.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     return {
@@ -34,12 +34,12 @@ def record(tiny_model: GPT) -> dict:
     }  # fmt: skip
 
 
-def write(record: dict, path) -> None:
-    torch.save(record, path)  # noqa: TID251
+def save(checkpoint: dict, path) -> None:
+    torch.save(checkpoint, path)  # noqa: TID251
 
 
-def test_a_checkpoint_gives_the_same_logits(record, tiny_model, tmp_path) -> None:
-    write(record, tmp_path / "ckpt.pt")
+def test_a_checkpoint_gives_the_same_logits(checkpoint, tiny_model, tmp_path) -> None:
+    save(checkpoint, tmp_path / "ckpt.pt")
     model = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT)).build_model()
     ids = torch.arange(16)[None]
     exact = GPT(dataclasses.replace(tiny_model.config, activation="gelu")).eval()
@@ -47,28 +47,28 @@ def test_a_checkpoint_gives_the_same_logits(record, tiny_model, tmp_path) -> Non
     assert torch.equal(model(ids), exact(ids))
 
 
-def test_biases_that_were_left_out_are_zero(record, tmp_path) -> None:
-    record["model"] = {n: t for n, t in record["model"].items() if not n.endswith(".bias")}
-    record["model_args"]["bias"] = False
-    write(record, tmp_path / "ckpt.pt")
-    parts = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
-    assert not any(t.any() for n, t in parts.state_dict.items() if n.endswith("bias"))
+def test_missing_biases_are_zeros(checkpoint, tmp_path) -> None:
+    checkpoint["model"] = {n: t for n, t in checkpoint["model"].items() if not n.endswith(".bias")}
+    checkpoint["model_args"]["bias"] = False
+    save(checkpoint, tmp_path / "ckpt.pt")
+    bundle = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
+    assert not any(t.any() for n, t in bundle.state_dict.items() if n.endswith("bias"))
 
 
 @pytest.mark.parametrize(
     ("rows", "letters", "fits"), [(65, 65, True), (65, 62, False), (64, 62, True), (128, 62, False)]
 )
 def test_the_text_of_another_model_is_refused(tmp_path, rows, letters, fits) -> None:
-    # Its letters would stand for other ids, and the model write nonsense.
+    # With other ids, the model would generate nonsense.
     model = GPT(GPTConfig(block_size=8, vocab_size=rows, n_layer=1, n_head=1, n_embd=8))
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    shape = {name: getattr(model.config, name) for name in names}
-    write({"model": model.state_dict(), "model_args": shape}, tmp_path / "ckpt.pt")
+    model_args = {name: getattr(model.config, name) for name in names}
+    save({"model": model.state_dict(), "model_args": model_args}, tmp_path / "ckpt.pt")
     alphabet = from_name("char", "".join(chr(ord("0") + i) for i in range(letters)))
     if fits:
         read_nanogpt(tmp_path / "ckpt.pt", tokenizer=alphabet)
         return
-    with pytest.raises(UserError, match=f"{rows} ids, but the text given has {letters} characters"):
+    with pytest.raises(UserError, match=f"{rows} ids, but --text has {letters} characters"):
         read_nanogpt(tmp_path / "ckpt.pt", tokenizer=alphabet)
 
 
@@ -77,23 +77,23 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path) -> None:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
-    write({"model": Trap()}, tmp_path / "ckpt.pt")
+    save({"model": Trap()}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="could run code"):
         read_nanogpt(tmp_path / "ckpt.pt")
     assert not (tmp_path / "sprung").exists()
 
 
-def test_what_is_refused_is_not_recommended_by_the_way(tmp_path) -> None:
-    # torch's own message advises to read such a file with all checks off.
+def test_the_error_does_not_advise_to_trust_the_file(tmp_path) -> None:
+    # torch's message advises to load such a file without checks.
     (tmp_path / "ckpt.pt").write_text("# A note\n")
     with pytest.raises(UserError) as refused:
         read_nanogpt(tmp_path / "ckpt.pt")
     assert "weights_only" not in str(refused.value)
 
 
-def test_what_does_not_fit_is_named(record, tmp_path) -> None:
-    record["model"]["_orig_mod.transformer.wpe.weight"] = torch.zeros(9, 16)
-    write(record, tmp_path / "ckpt.pt")
+def test_a_misshapen_tensor_is_named(checkpoint, tmp_path) -> None:
+    checkpoint["model"]["_orig_mod.transformer.wpe.weight"] = torch.zeros(9, 16)
+    save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"'transformer.wpe.weight' has shape \(9, 16\)"):
         read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
     (tmp_path / "ckpt.pt").write_bytes(b"something else")
@@ -101,8 +101,8 @@ def test_what_does_not_fit_is_named(record, tmp_path) -> None:
         read_nanogpt(tmp_path / "ckpt.pt")
 
 
-def test_the_command_asks_for_the_alphabet_and_takes_it(record, program, tmp_path) -> None:
-    write(record, tmp_path / "ckpt.pt")
+def test_the_command_needs_the_text_of_a_character_model(checkpoint, program, tmp_path) -> None:
+    save(checkpoint, tmp_path / "ckpt.pt")
     (tmp_path / "text.txt").write_text(TEXT)
     refused = program("import", "ckpt.pt", "out")
     assert (refused.code, "--tokenizer char --text" in refused.err) == (2, True)
@@ -111,57 +111,59 @@ def test_the_command_asks_for_the_alphabet_and_takes_it(record, program, tmp_pat
     assert set(load("out", device="cpu").generate("To", 30, seed=0)) <= set(TEXT)
 
 
-def test_tensors_that_are_larger_than_their_file_are_refused(record, tmp_path) -> None:
-    # Not one is made: they are views of four bytes.
+def test_tensors_larger_than_their_file_are_refused(checkpoint, tmp_path) -> None:
+    # A view of four bytes.
     path = tmp_path / "ckpt.pt"
-    record["model_args"]["vocab_size"] = 10**9
-    record["model"]["_orig_mod.transformer.wte.weight"] = torch.zeros(1).expand(10**9, 16)
-    write(record, path)
+    checkpoint["model_args"]["vocab_size"] = 10**9
+    checkpoint["model"]["_orig_mod.transformer.wte.weight"] = torch.zeros(1).expand(10**9, 16)
+    save(checkpoint, path)
     assert path.stat().st_size < 10**5
-    with pytest.raises(UserError, match=r"its tensors have 64,\d+,\d+,\d+ bytes, and the file"):
+    with pytest.raises(UserError, match=r"the tensors have 64,\d+,\d+,\d+ bytes, but the file"):
         read_nanogpt(path)
 
 
-def test_layers_that_share_their_bytes_are_refused(record, tmp_path) -> None:
+def test_layers_that_share_storage_are_refused(checkpoint, tmp_path) -> None:
     first = "_orig_mod.transformer.h.0."
-    for name, tensor in list(record["model"].items()):
+    for name, tensor in list(checkpoint["model"].items()):
         if name.startswith(first):
             for layer in range(1, 60):
-                record["model"][name.replace(".h.0.", f".h.{layer}.")] = tensor
-    record["model_args"]["n_layer"] = 60
-    del record["optimizer"]
-    write(record, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="its tensors have"):
+                checkpoint["model"][name.replace(".h.0.", f".h.{layer}.")] = tensor
+    checkpoint["model_args"]["n_layer"] = 60
+    del checkpoint["optimizer"]
+    save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="the tensors have"):
         read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
 
 
 @pytest.mark.parametrize("kind", ["sparse", "bytearray"])
-def test_what_can_be_asked_for_at_any_size_is_refused(record, tmp_path, kind) -> None:
-    record["more"] = torch.zeros(3, 3).to_sparse() if kind == "sparse" else bytearray(3)
-    write(record, tmp_path / "ckpt.pt")
+def test_types_of_unbounded_size_are_refused(checkpoint, tmp_path, kind) -> None:
+    checkpoint["more"] = torch.zeros(3, 3).to_sparse() if kind == "sparse" else bytearray(3)
+    save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=rf"it names \S*{kind}"):
         read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
 
 
 @pytest.mark.parametrize("kind", ["compressed", "overlapping"])
-def test_an_archive_that_unpacks_to_more_than_it_is_long_is_refused(record, tmp_path, kind) -> None:
+def test_an_archive_larger_than_its_file_is_refused(checkpoint, tmp_path, kind) -> None:
     path = tmp_path / "ckpt.pt"
-    write(record, path)
+    save(checkpoint, path)
     with zipfile.ZipFile(path) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in contents.items():
-            packing = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
-            archive.writestr(name, content, compress_type=packing)
+            compression = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+            archive.writestr(name, content, compress_type=compression)
         if kind == "overlapping":
             largest = max(archive.infolist(), key=lambda entry: entry.file_size)
             archive.filelist += [copy.copy(largest) for _ in range(100)]
-    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "it says that"):
+    with pytest.raises(
+        UserError, match="compressed" if kind == "compressed" else "it claims to hold"
+    ):
         read_nanogpt(path, tokenizer=from_name("char", TEXT))
 
 
-def test_a_file_from_before_there_were_archives_says_how_to_save_it_again(record, tmp_path) -> None:
+def test_a_legacy_file_is_refused_with_a_hint(checkpoint, tmp_path) -> None:
     path = tmp_path / "ckpt.pt"
-    torch.save(record, path, _use_new_zipfile_serialization=False)  # noqa: TID251
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # noqa: TID251
     with pytest.raises(UserError, match=r"PyTorch before 1\.6.* save it again with torch.save"):
         read_nanogpt(path, tokenizer=from_name("char", TEXT))

@@ -1,4 +1,4 @@
-"""The Space: complete, and running where gptforge itself is not installed."""
+"""Exported Spaces are complete and run without gptforge being installed."""
 
 import importlib.metadata
 import json
@@ -13,41 +13,39 @@ from pathlib import Path
 import pytest
 
 from gptforge import load
-from tests.train.runs import build
 
 
 @pytest.fixture
-def space(config, program, tmp_path) -> Path:
-    build(config).fit()
-    done = program("export", config.out_dir, "--to", "space", "space")
+def space(run, program, tmp_path) -> Path:
+    done = program("export", run, "--to", "space", "space")
     assert (done.code, done.out) == (0, ""), done.err
     return tmp_path / "space"
 
 
-def test_it_is_complete_and_a_run_folder_too(space, config) -> None:
+def test_a_space_is_complete_and_a_run_folder(space, run) -> None:
     card = (space / "README.md").read_text(encoding="utf-8")
     front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
     assert front["sdk"] == "gradio"
     assert front["title"] == '"run"'
     assert "license" not in front
-    # The page is called as the run was, wherever the folder lies.
+    # The title is the name of the run, wherever the folder is.
     assert "title='run'" in (space / "app.py").read_text(encoding="utf-8")
     assert (space / front["app_file"]).is_file()
     assert "bits per byte" in card
-    # There is no c in the text.
+    # The text has no c.
     assert "Once" not in card
     assert "input.txt" not in {path.name for path in space.rglob("*")}
-    ours, theirs = load(config.out_dir, device="cpu"), load(space, device="cpu")
-    assert theirs.generate("ROMEO:", 20, seed=1) == ours.generate("ROMEO:", 20, seed=1)
-    # A copy without its symbolic links, as an upload makes it, is still a run.
-    for which in ("best", "last"):
-        (space / "checkpoints" / which).unlink()
+    original, copy = load(run, device="cpu"), load(space, device="cpu")
+    assert copy.generate("ROMEO:", 20, seed=1) == original.generate("ROMEO:", 20, seed=1)
+    # Uploads lose symbolic links.
+    for link in ("best", "last"):
+        (space / "checkpoints" / link).unlink()
     assert load(space, device="cpu").generate("ROMEO:", 20, seed=1)
 
 
 @pytest.fixture
-def elsewhere(tmp_path) -> Path:
-    """The Python of a fresh environment with the packages of this one, but without gptforge."""
+def other_python(tmp_path) -> Path:
+    """The Python of a virtual environment with our packages, but without gptforge."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=os.name != "nt")
     python = python_of(tmp_path / "venv")
     found = subprocess.run(
@@ -65,14 +63,14 @@ def python_of(folder: Path) -> Path:
     return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
 
 
-def quiet() -> dict[str, str]:
-    """Nothing of this project's own on the path."""
+def clean_environment() -> dict[str, str]:
+    """Without PYTHONPATH."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
-def serve_and_write(python: Path, space: Path) -> None:
-    """Start the app, fetch its page, and have a text written through it."""
+def serve_and_complete(python: Path, space: Path) -> None:
+    """Start the app, fetch its page and request a completion."""
     code = (
         "import gptforge; from pathlib import Path; import app\n"
         "assert Path(gptforge.__file__).parent.parent == Path.cwd(), gptforge.__file__\n"
@@ -80,7 +78,7 @@ def serve_and_write(python: Path, space: Path) -> None:
     )
     process = subprocess.Popen(
         [python, "-c", code], cwd=space, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=quiet(),
+        text=True, env=clean_environment(),
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -89,9 +87,9 @@ def serve_and_write(python: Path, space: Path) -> None:
         assert address, first + process.stdout.read()
         with urllib.request.urlopen(address[0], timeout=30) as page:
             assert "gradio" in page.read().decode()
-        asked = json.dumps({"prompt": "ROMEO:", "max_tokens": 20, "seed": 1}).encode()
+        body = json.dumps({"prompt": "ROMEO:", "max_tokens": 20, "seed": 1}).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{address[0]}/v1/completions", asked, headers)
+        request = urllib.request.Request(f"{address[0]}/v1/completions", body, headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 20
     finally:
@@ -99,18 +97,20 @@ def serve_and_write(python: Path, space: Path) -> None:
         process.communicate(timeout=30)
 
 
-def test_it_runs_where_gptforge_is_not_installed(space, elsewhere) -> None:
+def test_a_space_runs_without_gptforge(space, other_python) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    serve_and_write(elsewhere, space)
+    serve_and_complete(other_python, space)
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif("GPTFORGE_FRESH" not in os.environ, reason="GPTFORGE_FRESH=1 installs it all")
-def test_it_runs_in_an_environment_made_from_its_requirements(space, tmp_path) -> None:
-    # Minutes, and a package index: torch in the version that is here, the rest as it comes.
+@pytest.mark.skipif(
+    "GPTFORGE_FRESH" not in os.environ, reason="GPTFORGE_FRESH=1 installs all packages"
+)
+def test_a_space_runs_with_its_requirements(space, tmp_path) -> None:
+    # Takes minutes and a package index; torch in the installed version.
     venv.create(tmp_path / "fresh", with_pip=True)
     python = python_of(tmp_path / "fresh")
     torch = importlib.metadata.version("torch").split("+")[0]
-    for wanted in ([f"torch=={torch}"], ["-r", str(space / "requirements.txt")]):
-        subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
-    serve_and_write(python, space)
+    for packages in ([f"torch=={torch}"], ["-r", str(space / "requirements.txt")]):
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    serve_and_complete(python, space)

@@ -18,14 +18,13 @@ from gptforge.errors import UserError
 from gptforge.files import json_line
 from gptforge.inference.language_model import Token
 from gptforge.inference.sampling import SamplingParams
-from tests.train.conftest import config as config
-from tests.train.runs import build
+from tests.convert.conftest import run as run
+from tests.convert.conftest import trained_run as trained_run
 
 
 @pytest.fixture
-def model(config):
-    build(config).fit()
-    return load(config.out_dir, device="cpu")
+def model(run):
+    return load(run, device="cpu")
 
 
 def ask(model, prompt="ROMEO:", tokens=20, **more):
@@ -77,15 +76,14 @@ def test_bounds_are_kept_whatever_is_sent(model) -> None:
     assert "the most that one text may take" in last.note
 
 
-def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(config) -> None:
-    build(config).fit()
+def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(run) -> None:
     asked = []
 
     def opened(folder, say):
         asked.append(folder)
         return load(folder, device="cpu")
 
-    writers = ModelCache(opened, config.out_dir)
+    writers = ModelCache(opened, run)
     names = writers.names()
     assert names[:2] == ["best", "last"]
     assert names[2] == "step-000020"
@@ -118,10 +116,9 @@ def test_curves_grow_with_the_run(tmp_path) -> None:
     assert "nan" not in page
 
 
-def test_without_gradio_it_says_what_to_install(program, config, monkeypatch) -> None:
-    build(config).fit()
+def test_without_gradio_it_says_what_to_install(program, run, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    done = program("demo", config.out_dir)
+    done = program("demo", run)
     assert done.code == 2
     assert "pip install -e '.[demo]'" in done.err
 
