@@ -30,7 +30,6 @@ from gptforge.optim import build_optimizer
 from gptforge.printable import safe_print
 from gptforge.report.format import format_duration
 from gptforge.train.parallel.fsdp import apply_fsdp
-from gptforge.train.savings import Savings
 from gptforge.train.train_step import TrainStep
 
 Say = Callable[[str], None]
@@ -79,7 +78,8 @@ def build_train_step(
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
         kernels=kernels,
-        savings=Savings(config.activation_checkpointing, config.loss_chunk),
+        activation_checkpointing=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
         halve_on_oom=not by_hand and not shards,
         log=log if comm.is_main else lambda text: safe_print(f"{comm.label}: {text}"),
         comm=comm,
@@ -149,7 +149,7 @@ def attention_backend(step: TrainStep, config: Config) -> str:
 
 
 def _model(config: Config, opening: OpenedRun, ranks: Comm) -> GPT:
-    model = GPT.empty(config.model)
+    model = GPT(config.model)
     if opening.checkpoint is not None:
         # Restoring the run fills it, with all else that the checkpoint holds.
         return model

@@ -269,7 +269,8 @@ def _open_report(
             **_versions(),
         }
         # As it is before anything is wrapped around it.
-        summary = model_summary(GPT.on_meta(config.model))
+        with torch.device("meta"):
+            summary = model_summary(GPT(config.model))
         report.start(summary, command=command, facts=facts)
     else:
         sizes, name = opening.state["file_sizes"], opening.checkpoint.name

@@ -68,7 +68,8 @@ def validate_state_dict(
         )
     if config.n_layer > len(state_dict):
         raise UserError(f"{source}: {config.n_layer} layers, but only {len(state_dict)} tensors")
-    outline = GPT.on_meta(config).state_dict()
+    with torch.device("meta"):
+        outline = GPT(config).state_dict()
     wanted = {name: tensor.shape for name, tensor in outline.items() if name != LM_HEAD}
     strangers = sorted(state_dict.keys() - wanted.keys() - {LM_HEAD})
     if strangers:

@@ -40,7 +40,7 @@ def config() -> Config:
 def step(tiny_model) -> TrainStep:
     return TrainStep(
         copy.deepcopy(tiny_model),
-        build_adamw(tiny_model, betas=(0.9, 0.95), weight_decay=0.1),
+        build_adamw(tiny_model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
         precision=Precision(torch.float32, "test"),
         micro_batch_size=2,
         grad_clip=1.0,
