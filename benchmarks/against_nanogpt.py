@@ -152,7 +152,7 @@ class Ours:
         model = model.to(device)
         self.step = TrainStep(
             model,
-            build_adamw(model, betas=(0.9, 0.99), weight_decay=0.1),
+            build_adamw(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1),
             precision=precision,
             micro_batch_size=recipe.windows,
             grad_clip=1.0,

@@ -34,7 +34,9 @@ def main() -> None:
     model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": vocab})).init_weights().to(device)
     step = TrainStep(
         model,
-        build_adamw(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay),
+        build_adamw(
+            model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        ),
         precision=select_precision(config.dtype, device),
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,

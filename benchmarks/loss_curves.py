@@ -46,10 +46,10 @@ def train(
     kernels: KernelConfig,
 ) -> list[float]:
     """Losses of a run; weights depend on the seed, batches do not."""
-    model = GPT.empty(shape).init_weights(torch.Generator().manual_seed(seed)).to(device)
+    model = GPT(shape).init_weights(torch.Generator().manual_seed(seed)).to(device)
     step = TrainStep(
         model,
-        build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1),
+        build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
         precision=precision,
         micro_batch_size=windows,
         grad_clip=1.0,

@@ -42,7 +42,9 @@ def main() -> None:
     precision = select_precision(config.dtype, device)
     step = TrainStep(
         model,
-        build_adamw(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay),
+        build_adamw(
+            model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        ),
         precision=precision,
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,

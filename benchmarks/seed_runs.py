@@ -87,7 +87,7 @@ def published_weights(out: Path, seed: int) -> Path:
     """A checkpoint to start from, with the MLP's projections as wide as all other matrices."""
     tokenizer = from_name("gpt2", "")
     config = dataclasses.replace(get_preset("gpt2"), vocab_size=50304)
-    model = GPT.empty(config.model).init_weights(torch.Generator().manual_seed(seed))
+    model = GPT(config.model).init_weights(torch.Generator().manual_seed(seed))
     dice = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.c_proj.weight"):

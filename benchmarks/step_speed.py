@@ -42,7 +42,9 @@ class PlainLoop:
         self.device = next(model.parameters()).device
         self.precision = select_precision(config.dtype, self.device)
         betas = (config.beta1, config.beta2)
-        self.optimizer = build_adamw(model, betas=betas, weight_decay=config.weight_decay)
+        self.optimizer = build_adamw(
+            model.parameters(), betas=betas, weight_decay=config.weight_decay
+        )
         self.forward = torch.compile(model) if compiled else model
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, *, lr: float) -> None:
@@ -91,7 +93,7 @@ def main() -> None:
         betas = (config.beta1, config.beta2)
         step = TrainStep(
             own,
-            build_adamw(own, betas=betas, weight_decay=config.weight_decay),
+            build_adamw(own.parameters(), betas=betas, weight_decay=config.weight_decay),
             precision=precision,
             micro_batch_size=config.batch_size,
             grad_clip=config.grad_clip,

@@ -1,10 +1,10 @@
-"""GPT-2, after Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+"""GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
 
-Pre-norm blocks, tanh GELU (nanoGPT's models have the exact one), biases, learned positions, output
-layer tied to the token table. Module names are GPT-2's own, so that converting weights is a table
-of names.
+Pre-norm blocks, GELU in its tanh form (nanoGPT's checkpoints use the exact one), biases, learned
+position embeddings, and an output layer tied to the token embedding. Modules have the names of
+GPT-2's own checkpoints, so weights convert by name.
 
-Shapes: B sequences, T tokens each, C channels (n_embd), H heads of D = C / H, V vocabulary.
+Shapes: B sequences of T tokens, C channels (n_embd), H heads of D = C / H channels, V vocabulary.
 """
 
 import math
@@ -21,11 +21,11 @@ from gptforge.config import GPTConfig
 from gptforge.kernels.attention import causal_attention
 
 IGNORE_INDEX = -1
-"""A target with this value counts for nothing in the loss."""
+"""Targets with this value are left out of the loss."""
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and those before it."""
+    """Multi-head self-attention with a causal mask."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -35,19 +35,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape  # noqa: N806
         q, k, v = (
             self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         )  # (B, H, T, D)
-        # torch picks the kernel: flash or cuDNN on a GPU, its own flash on a CPU.
         y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Each token thinks on its own."""
+    """Two linear layers with a GELU in between."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -57,13 +56,13 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) -> (B, T, C)."""
         x = self.c_proj(self.gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy, each added to the residual stream."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -73,16 +72,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class _SkipInit(TorchFunctionMode):
-    """Has torch's layers not fill themselves.
+    """Turn `torch.nn.init` into no-ops while layers are constructed.
 
-    On the meta device there is nothing to fill, but drawing there imports torch's compiler.
+    torch's layers draw weights that `GPT.init_weights` or a checkpoint overwrites: more than a
+    second for GPT-2. On the meta device, drawing also imports torch's compiler.
     """
 
     def __torch_function__(
@@ -99,48 +99,38 @@ class _SkipInit(TorchFunctionMode):
 
 
 class GPT(nn.Module):
-    """The language model: ids in, logits or a loss out."""
+    """The language model.
+
+    The weights are uninitialized memory until `init_weights` or `load_state_dict` is called; under
+    `torch.device("meta")` there is no memory either.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        table = self.transformer["wte"].weight
-        assert isinstance(table, nn.Parameter)
-        self.lm_head.weight = table
-
-    @classmethod
-    def on_meta(cls, config: GPTConfig) -> "GPT":
-        """A model of names and shapes, on the meta device, which has no memory."""
-        with torch.device("meta"), _SkipInit():
-            return cls(config)
-
-    @classmethod
-    def empty(cls, config: GPTConfig) -> "GPT":
-        """A model whose weights are still to be set, by `initialize` or from a file.
-
-        torch's layers would fill themselves first: a second and more for GPT-2, for nothing.
-        """
         with _SkipInit():
-            return cls(config)
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                    "wpe": nn.Embedding(config.block_size, config.n_embd),
+                    "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                    "ln_f": nn.LayerNorm(config.n_embd),
+                }
+            )
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        wte = self.transformer["wte"].weight
+        assert isinstance(wte, nn.Parameter)
+        self.lm_head.weight = wte
 
     def init_weights(self, generator: torch.Generator | None = None) -> "GPT":
-        """Draw weights as GPT-2 does: normal 0.02, residual projections narrower with depth."""
+        """Draw GPT-2's initial weights: normal with std 0.02, smaller for residual projections."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif ".ln_" in name:
                 nn.init.ones_(parameter)
             else:
-                # 2 * n_layer branches add up in the residual stream (section 2.3).
+                # 2 * n_layer sublayer outputs add up in the residual (section 2.3 of the paper).
                 is_residual = name.endswith("c_proj.weight")
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
@@ -149,17 +139,17 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, num_tokens: int | None = None
     ) -> Tensor:
-        """Logits, or with `targets` the summed loss.
+        """Compute logits, or the summed loss if `targets` are given.
 
         Args:
-            idx: (B, T) token ids, T at most block_size.
-            targets: (B, T) ids one further on; IGNORE where there is none.
-            num_tokens: size of the tokenizer: the loss leaves out the padding rows behind it, which
-                are never sampled. None: all rows, as in training.
+            idx: (B, T) token ids, with T at most block_size.
+            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
+            num_tokens: the tokenizer's size, to leave the padding rows of the vocabulary, which are
+                never sampled, out of the loss. None keeps all rows, as training does.
 
         Returns:
-            (B, T, V) logits; with targets a float32 scalar, cross-entropy in nats summed over the
-            tokens, so that batches of any size add up.
+            (B, T, V) logits; with `targets` a float32 scalar, the cross-entropy in nats summed over
+            tokens, so that losses of batches of any size can be added.
         """
         hidden = self.forward_hidden(idx)
         if targets is not None:
@@ -168,7 +158,7 @@ class GPT(nn.Module):
         return logits
 
     def loss(self, hidden: Tensor, targets: Tensor, num_tokens: int | None = None) -> Tensor:
-        """The summed loss from what `hidden` gave and targets of the same shape; see `forward`."""
+        """Compute the summed loss from the output of `forward_hidden`; arguments as `forward`."""
         logits = self.lm_head(hidden).flatten(0, -2)
         if num_tokens is not None:
             logits = logits[:, :num_tokens]
@@ -183,13 +173,16 @@ class GPT(nn.Module):
         *,
         activation_checkpointing: bool = False,
     ) -> Tensor:
-        """What the output layer reads: (B, T) ids to (B, T, C).
+        """Compute the hidden states that the output layer reads: (B, T) ids to (B, T, C).
 
-        The residual stream is kept in `stream`, float32 unless said otherwise. With `recompute` the
-        backward pass finds only each block's input, and makes the rest again.
+        Args:
+            idx: (B, T) token ids.
+            residual_dtype: dtype of the residual; float32 if None.
+            activation_checkpointing: save only the input of each block and recompute the rest in
+                the backward pass.
         """
         T = idx.size(1)  # noqa: N806
-        assert self.config.block_size >= T, f"{T} tokens, {self.config.block_size} positions"
+        assert self.config.block_size >= T, f"{T} tokens, but block_size {self.config.block_size}"
         wte, wpe = self.transformer["wte"], self.transformer["wpe"]
         x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -201,7 +194,7 @@ class GPT(nn.Module):
         return y
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The transformer blocks, first to last."""
+        """Iterate over the transformer blocks, first to last."""
         blocks = self.transformer["h"]
         assert isinstance(blocks, nn.ModuleList)
         return iter(blocks)

@@ -1,4 +1,4 @@
-"""GELU in its two forms: GPT-2's by tanh, nanoGPT's by the error function, each kept as it is."""
+"""Both forms of GELU, GPT-2's tanh and nanoGPT's exact one, wherever a model can go."""
 
 import dataclasses
 import json
@@ -35,112 +35,112 @@ SHAPE = GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=64,
 
 
 @pytest.fixture
-def parts() -> ModelBundle:
-    """With activations large enough that the two forms tell apart."""
+def bundle() -> ModelBundle:
+    """A model with activations so large that the two forms differ clearly."""
     model = GPT(SHAPE).init_weights(torch.Generator().manual_seed(0))
     tensors = {n: 6 * t.detach() for n, t in model.state_dict().items() if "lm_head" not in n}
     return ModelBundle(SHAPE, tensors, ByteTokenizer())
 
 
 @pytest.fixture
-def ckpt(parts, tmp_path) -> Path:
-    """A ckpt.pt of nanoGPT's."""
+def ckpt(bundle, tmp_path) -> Path:
+    """The same model as nanoGPT saves it."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     shape = {name: getattr(SHAPE, name) for name in names} | {"bias": True, "dropout": 0.0}
-    state = {**parts.state_dict, "lm_head.weight": parts.state_dict["transformer.wte.weight"]}
+    state = {**bundle.state_dict, "lm_head.weight": bundle.state_dict["transformer.wte.weight"]}
     torch.save({"model": state, "model_args": shape}, tmp_path / "ckpt.pt")  # noqa: TID251
     return tmp_path / "ckpt.pt"
 
 
-def nanogpt_logits(parts: ModelBundle, ids: torch.Tensor) -> torch.Tensor:
-    """As nanoGPT's model.py computes them."""
-    w, (batch, length) = parts.state_dict, ids.shape
+def nanogpt_logits(bundle: ModelBundle, ids: torch.Tensor) -> torch.Tensor:
+    """Logits as nanoGPT's model.py computes them."""
+    w, (batch, length) = bundle.state_dict, ids.shape
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][:length]
 
-    def layer(name: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+    def layer_norm(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
 
     for n in range(SHAPE.n_layer):
         block = f"transformer.h.{n}"
-        qkv = layer(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).split(SHAPE.n_embd, 2)
+        qkv = linear(f"{block}.attn.c_attn", layer_norm(f"{block}.ln_1", x)).split(SHAPE.n_embd, 2)
         q, k, v = (t.view(batch, length, SHAPE.n_head, -1).transpose(1, 2) for t in qkv)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + layer(f"{block}.attn.c_proj", y.transpose(1, 2).reshape(batch, length, -1))
-        inner = torch.nn.GELU()(layer(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x)))
-        x = x + layer(f"{block}.mlp.c_proj", inner)
-    return norm("transformer.ln_f", x) @ w["transformer.wte.weight"].t()
+        x = x + linear(f"{block}.attn.c_proj", y.transpose(1, 2).reshape(batch, length, -1))
+        fch = linear(f"{block}.mlp.c_fc", layer_norm(f"{block}.ln_2", x))
+        x = x + linear(f"{block}.mlp.c_proj", torch.nn.GELU()(fch))
+    return layer_norm("transformer.ln_f", x) @ w["transformer.wte.weight"].t()
 
 
 IDS = torch.arange(64).view(2, 32) * 7 % 256
 
 
-def far(parts: ModelBundle) -> float:
-    """What taking one form for the other costs."""
+def gap(bundle: ModelBundle) -> float:
+    """How much the logits of the two forms differ."""
     other = dataclasses.replace(SHAPE, activation="gelu_tanh")
-    other_logits = ModelBundle(other, parts.state_dict, parts.tokenizer).build_model()(IDS)
-    return float((other_logits - parts.build_model()(IDS)).detach().abs().max())
+    other_logits = ModelBundle(other, bundle.state_dict, bundle.tokenizer).build_model()(IDS)
+    return float((other_logits - bundle.build_model()(IDS)).detach().abs().max())
 
 
-def test_nanogpts_logits_are_its_own(ckpt, parts) -> None:
+def test_imported_nanogpt_logits_match(ckpt, bundle) -> None:
     read = read_nanogpt(ckpt, tokenizer=ByteTokenizer())
     assert read.config.activation == "gelu"
-    near = float((read.build_model()(IDS) - nanogpt_logits(parts, IDS)).detach().abs().max())
-    assert near < far(parts) / 50
+    error = float((read.build_model()(IDS) - nanogpt_logits(bundle, IDS)).detach().abs().max())
+    assert error < gap(bundle) / 50
 
 
-def test_every_way_to_write_uses_it(parts) -> None:
-    model = parts.model()
-    for settled in (False, True):
-        engine = InferenceModel(model, vocab_size=256, frozen=settled)
-        cache = engine.allocate_cache(2, 32)
+def test_inference_model_uses_it(bundle) -> None:
+    model = bundle.build_model()
+    for frozen in (False, True):
+        inference = InferenceModel(model, vocab_size=256, frozen=frozen)
+        cache = inference.allocate_cache(2, 32)
         slots = torch.arange(32)
         with torch.inference_mode():
-            logits = engine.forward(IDS, slots.expand(2, 32), cache, slots, None)
-            assert float((logits - model(IDS)[:, -1]).abs().max()) < far(parts) / 50
+            logits = inference.forward(IDS, slots.expand(2, 32), cache, slots, None)
+            assert float((logits - model(IDS)[:, -1]).abs().max()) < gap(bundle) / 50
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_a_product_has_both_forms(packed, approximate) -> None:
-    dice = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 512, generator=dice), torch.randn(512, 512, generator=dice)
-    product = PackedLinear(weight, weight[0], pack=packed)
-    right = F.gelu(F.linear(x, weight, weight[0]), approximate=approximate)
-    torch.testing.assert_close(product.forward_gelu(x, approximate), right, rtol=1e-4, atol=1e-4)
+def test_packed_linear_has_both_forms(packed, approximate) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 512, generator=generator), torch.randn(512, 512, generator=generator)
+    linear = PackedLinear(weight, weight[0], pack=packed)
+    expected = F.gelu(F.linear(x, weight, weight[0]), approximate=approximate)
+    torch.testing.assert_close(linear.forward_gelu(x, approximate), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_kernels_with_the_tanh_form_inside_are_not_chosen_for_it() -> None:
+def test_kernels_with_tanh_gelu_are_not_selected_for_the_exact_one() -> None:
     gpu = torch.device("cuda")
     if torch.version.hip:
-        pytest.skip("no update is written out there")
+        pytest.skip("no manual backward on AMD GPUs")
     assert select_kernels(gpu, BF16).manual_backward
     assert not select_kernels(gpu, BF16, activation="gelu").manual_backward
     assert not kernels_for(Config(activation="gelu"), gpu, BF16).manual_backward
-    with pytest.raises(AssertionError, match="not written out"):
+    with pytest.raises(AssertionError, match="no exact GELU"):
         ManualBackend(GPT(SHAPE), torch.float32)
 
 
-def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, play) -> None:
+def test_import_train_export_keeps_it(ckpt, bundle, program, play) -> None:
     import_model(str(ckpt), Path("nano"), tokenizer="byte", log=lambda _: None)
     assert read_config(Path("nano")).activation == "gelu"
-    more = ("--input", play, "--max_steps", 2, "--out_dir", "run", "--init_from", "nano")
-    more = (*DEBUG, *more, "--n_embd", 64, "--n_layer", 2, "--n_head", 2)
-    refused = program(*more, "--activation", "gelu_tanh")
+    flags = ("--input", play, "--max_steps", 2, "--out_dir", "run", "--init_from", "nano")
+    flags = (*DEBUG, *flags, "--n_embd", 64, "--n_layer", 2, "--n_head", 2)
+    refused = program(*flags, "--activation", "gelu_tanh")
     assert (refused.code, "--activation gelu_tanh, but the model of" in refused.err) == (2, True)
-    done = program(*more)
+    done = program(*flags)
     assert done.code == 0, done.err
     assert load_bundle("run").config.activation == "gelu"
     export_hf("nano", Path("hf"), log=lambda _: None)
     assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
     assert read_hf(Path("hf")).config.activation == "gelu"
     theirs = transformers.GPT2LMHeadModel.from_pretrained("hf", local_files_only=True).eval()
-    # Behind the tokenizer's ids the export has one for the end of a text.
+    # The export adds an end-of-text token behind the vocabulary.
     logits = theirs(IDS).logits[..., : SHAPE.vocab_size]
-    near = float((logits - parts.model()(IDS)).detach().abs().max())
-    assert near < far(parts) / 50
+    error = float((logits - bundle.build_model()(IDS)).detach().abs().max())
+    assert error < gap(bundle) / 50
     assert load("hf", device="cpu").model.config.activation == "gelu"
 
 
@@ -148,31 +148,31 @@ def test_an_import_keeps_it_through_training_and_export(ckpt, parts, program, pl
     ("theirs", "ours"),
     [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu")],
 )
-def test_a_configuration_of_transformers_says_which(parts, tmp_path, theirs, ours) -> None:
-    write_hf(tmp_path, parts, card="# A model\n")
+def test_transformers_config_names_the_form(bundle, tmp_path, theirs, ours) -> None:
+    write_hf(tmp_path, bundle, card="# A model\n")
     facts = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"activation_function": theirs}))
     assert read_hf(tmp_path).config.activation == ours
     del facts["activation_function"]
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    # What transformers takes where nothing is said.
+    # The default of transformers.
     assert read_hf(tmp_path).config.activation == "gelu_tanh"
     (tmp_path / "config.json").write_text(json.dumps(facts | {"activation_function": "relu"}))
     with pytest.raises(UserError, match="activation_function is 'relu': GPT-2's is one of gelu_"):
         read_hf(tmp_path)
 
 
-def test_llama_cpps_difference_is_said(ckpt, parts, program) -> None:
+def test_gguf_export_reports_the_difference_to_llama_cpp(ckpt, bundle, program) -> None:
     pytest.importorskip("gguf")
     import_model(str(ckpt), Path("nano"), tokenizer="byte", log=lambda _: None)
-    said: list[str] = []
-    export_gguf("nano", Path("m.gguf"), dtype="f32", log=said.append)
-    assert "its logits differ by up to " in said[1]
-    number = float(said[1].split("differ by up to ")[1].split(" ")[0])
-    assert 0 < number < 3 * far(parts)
+    log: list[str] = []
+    export_gguf("nano", Path("m.gguf"), dtype="f32", log=log.append)
+    assert "its logits differ by up to " in log[1]
+    reported = float(log[1].split("differ by up to ")[1].split(" ")[0])
+    assert 0 < reported < 3 * gap(bundle)
 
 
-def test_configurations_of_earlier_versions_mean_the_tanh_form(tmp_path) -> None:
+def test_config_files_without_the_field_mean_tanh(tmp_path) -> None:
     import tomllib
 
     from gptforge.config import merge, to_toml
@@ -183,10 +183,10 @@ def test_configurations_of_earlier_versions_mean_the_tanh_form(tmp_path) -> None
     assert merge(Config(), values, source="x").activation == "gelu_tanh"
 
 
-def test_an_import_by_an_earlier_version_is_made_again(ckpt, program, monkeypatch) -> None:
-    """It had nanoGPT's exact GELU as the tanh form."""
+def test_import_by_an_earlier_version_is_repeated(ckpt, program, monkeypatch) -> None:
+    """That version read nanoGPT's exact GELU as the tanh form."""
     with monkeypatch.context() as earlier:
-        earlier.setattr("gptforge.builders.export_model.GELU_IS_KEPT", "")
+        earlier.setattr("gptforge.builders.import_model.GELU_DIGEST_TAG", "")
         earlier.setattr(
             "gptforge.convert.nanogpt.GPTConfig",
             lambda **sizes: GPTConfig(**sizes | {"activation": "gelu_tanh"}),
@@ -197,7 +197,7 @@ def test_an_import_by_an_earlier_version_is_made_again(ckpt, program, monkeypatc
         import_if_needed("ckpt.pt", log=print)
 
 
-def test_a_peer_to_measure_against_computes_the_same(parts) -> None:
-    peer = transformers_model(parts.model()).eval()
-    near = float((peer(IDS).logits - parts.model()(IDS)).detach().abs().max())
-    assert near < far(parts) / 50
+def test_transformers_baseline_computes_the_same(bundle) -> None:
+    baseline = transformers_model(bundle.build_model()).eval()
+    error = float((baseline(IDS).logits - bundle.build_model()(IDS)).detach().abs().max())
+    assert error < gap(bundle) / 50

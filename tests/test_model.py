@@ -10,8 +10,17 @@ from gptforge.model import GPT, IGNORE_INDEX
 from tests.conftest import TINY
 
 
+def copy_weights(model: GPT, reference) -> None:
+    """Copy a model of transformers, whose projections are Conv1D: the transposed matrix."""
+    theirs = reference.state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            transpose = any(layer in name for layer in ("c_attn.w", "c_proj.w", "c_fc.w"))
+            parameter.copy_(theirs[name].T if transpose else theirs[name])
+
+
 @pytest.mark.parametrize("n_layer", [1, 3])
-def test_logits_equal_those_of_transformers(device, n_layer) -> None:
+def test_logits_and_loss_match_transformers(device, n_layer) -> None:
     transformers = pytest.importorskip("transformers")
     shape = GPTConfig(block_size=64, vocab_size=320, n_layer=n_layer, n_head=4, n_embd=64)
     reference = transformers.GPT2LMHeadModel(
@@ -28,38 +37,31 @@ def test_logits_equal_those_of_transformers(device, n_layer) -> None:
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model = GPT(shape)
-    theirs = reference.state_dict()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Their projections are Conv1D: the same matrix, transposed.
-            turned = any(part in name for part in ("c_attn.w", "c_proj.w", "c_fc.w"))
-            parameter.copy_(theirs[name].T if turned else theirs[name])
+    copy_weights(model, reference)
     model, reference = model.to(device).eval(), reference.to(device).eval()
     idx = torch.randint(0, shape.vocab_size, (3, 64), device=device)
     with torch.no_grad():
-        ours, expected = model(idx), reference(idx).logits
+        logits, expected = model(idx), reference(idx).logits
         loss = model(idx[:, :-1], idx[:, 1:]) / (3 * 63)
         expected_loss = reference(idx, labels=idx).loss
-    # The logits here reach about 50, so this asks for five digits behind the point in float32.
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    # Logits reach about 50 here, so this asks for five decimals in float32.
+    atol = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=atol)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
 
 
-def test_logits_of_fresh_weights_equal_those_of_transformers_to_1e_5() -> None:
+def test_initial_logits_match_transformers_to_1e_5() -> None:
     transformers = pytest.importorskip("transformers")
     reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2)).eval()
     shape = GPTConfig(block_size=1024, vocab_size=50257, n_layer=2, n_head=12, n_embd=768)
     model = GPT(shape).eval()
-    theirs = reference.state_dict()
+    copy_weights(model, reference)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            turned = any(part in name for part in ("c_attn.w", "c_proj.w", "c_fc.w"))
-            parameter.copy_(theirs[name].T if turned else theirs[name])
         idx = torch.randint(0, 50257, (1, 128), generator=torch.Generator().manual_seed(1))
         assert (model(idx) - reference(idx).logits).abs().max() < 1e-5
 
 
-def test_a_token_sees_only_what_came_before(tiny_model, device) -> None:
+def test_attention_is_causal(tiny_model, device) -> None:
     model = tiny_model.to(device).eval()
     idx = torch.arange(12, device=device)[None]
     changed = idx.clone()
@@ -70,7 +72,7 @@ def test_a_token_sees_only_what_came_before(tiny_model, device) -> None:
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-def test_the_loss_is_the_sum_over_tokens_that_count(tiny_model) -> None:
+def test_loss_sums_over_tokens_and_ignores_ignore_index(tiny_model) -> None:
     idx = torch.randint(0, 64, (2, 9))
     targets = idx[:, 1:].clone()
     targets[0, 3:] = IGNORE_INDEX
@@ -84,7 +86,7 @@ def test_the_loss_is_the_sum_over_tokens_that_count(tiny_model) -> None:
     torch.testing.assert_close(tiny_model(idx[:, :-1], targets), expected)
 
 
-def test_initial_weights_follow_gpt2() -> None:
+def test_init_weights_has_gpt2s_distribution() -> None:
     shape = GPTConfig(block_size=128, vocab_size=512, n_layer=8, n_head=4, n_embd=128)
     model = GPT(shape).init_weights(torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
@@ -99,13 +101,13 @@ def test_initial_weights_follow_gpt2() -> None:
     assert model.lm_head.weight is model.transformer["wte"].weight
 
 
-def test_the_first_loss_is_that_of_a_blind_guess(tiny_model) -> None:
+def test_initial_loss_is_log_vocab_size(tiny_model) -> None:
     idx = torch.randint(0, 64, (8, 17))
     loss = tiny_model(idx[:, :-1], idx[:, 1:]) / (8 * 16)
     assert loss.item() == pytest.approx(math.log(64), rel=0.02)
 
 
-def test_dropout_acts_only_while_training() -> None:
+def test_dropout_only_in_training_mode() -> None:
     model = GPT(dataclasses.replace(TINY, dropout=0.5)).init_weights()
     idx = torch.arange(10)[None]
     assert not torch.allclose(model.train()(idx), model(idx))
@@ -113,12 +115,12 @@ def test_dropout_acts_only_while_training() -> None:
     assert {type(m) for m in model.modules()}.isdisjoint({torch.nn.Dropout})
 
 
-def test_feed_forward_width_follows_mlp_ratio() -> None:
+def test_mlp_ratio_sets_the_hidden_width() -> None:
     model = GPT(dataclasses.replace(TINY, mlp_ratio=3))
     assert model.transformer["h"][0].mlp.c_fc.weight.shape == (48, 16)
 
 
-def test_attention_equals_the_textbook_formula(tiny_model) -> None:
+def test_attention_matches_the_textbook_formula(tiny_model) -> None:
     attention = tiny_model.transformer["h"][0].attn
     x = torch.randn(2, 5, 16)
     q, k, v = attention.c_attn(x).split(16, dim=-1)
@@ -131,10 +133,13 @@ def test_attention_equals_the_textbook_formula(tiny_model) -> None:
     torch.testing.assert_close(attention(x), attention.c_proj(torch.cat(heads, -1)))
 
 
-def test_an_unfilled_model_initialized_is_the_model_initialized() -> None:
+def test_construction_draws_no_weights_and_init_weights_is_reproducible() -> None:
     shape = GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8)
-    ours = GPT.empty(shape).init_weights(torch.Generator().manual_seed(4))
-    expected = GPT(shape).init_weights(torch.Generator().manual_seed(4))
-    for (name, value), other in zip(ours.named_parameters(), expected.parameters(), strict=True):
+    rng_state = torch.get_rng_state()
+    models = [GPT(shape).init_weights(torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    for (name, value), other in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
         assert torch.equal(value, other), name
-    assert ours.lm_head.weight is ours.transformer["wte"].weight
+    assert models[0].lm_head.weight is models[0].transformer["wte"].weight

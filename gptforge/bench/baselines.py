@@ -39,7 +39,7 @@ class Baseline:
         self._model, self._config, self._precision = model, config, precision
         self._device = next(model.parameters()).device
         self._optimizer = build_adamw(
-            model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self._forward: Callable[[Tensor], Tensor] = model
         if self._device.type == "cuda":

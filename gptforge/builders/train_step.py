@@ -29,7 +29,6 @@ from gptforge.optim import build_optimizer
 from gptforge.printable import safe_print
 from gptforge.report.format import format_duration
 from gptforge.train.parallel.fsdp import apply_fsdp
-from gptforge.train.savings import Savings
 from gptforge.train.train_step import TrainStep
 
 SLOW_RUN_SECONDS = 6 * 3600
@@ -88,7 +87,8 @@ def build_train_step(
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
         kernels=kernels,
-        savings=Savings(config.activation_checkpointing, config.loss_chunk),
+        activation_checkpointing=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
         halve_on_oom=not is_explicit and root is None,
         log=log if comm.is_main else lambda text: safe_print(f"{comm.label}: {text}"),
         comm=comm,
@@ -126,7 +126,7 @@ def build_train_step(
 
 
 def _build_model(config: Config, opened: OpenedRun, comm: Comm) -> GPT:
-    model = GPT.empty(config.model)
+    model = GPT(config.model)
     if opened.checkpoint is not None:
         return model
     if not config.init_from:

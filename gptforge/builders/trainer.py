@@ -293,7 +293,9 @@ def _start_report(
             **_versions(),
         }
         # On the meta device: the step's model may be sharded.
-        report.start(model_summary(GPT.on_meta(config.model)), command=command, facts=facts)
+        with torch.device("meta"):
+            summary = model_summary(GPT(config.model))
+        report.start(summary, command=command, facts=facts)
     else:
         name = opened.checkpoint.name
         report.resume(

@@ -71,7 +71,8 @@ def validate_state_dict(
         )
     if config.n_layer > len(state_dict):
         raise UserError(f"{source}: {config.n_layer} layers, but only {len(state_dict)} tensors")
-    expected = {name: tensor.shape for name, tensor in GPT.on_meta(config).state_dict().items()}
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     if unknown := sorted(state_dict.keys() - expected.keys()):
         name = printable(unknown[0], MAX_NAME)
         raise UserError(f"{source}: a GPT-2 has no tensor '{name}'")

@@ -1,7 +1,7 @@
-"""What a training loop asks of an optimizer, and no more.
+"""The optimizer interface.
 
-torch's own base class imports torch's compiler when one is built, used or not: docs/log.md has the
-seconds. Its fused kernels need no more than lists of tensors.
+torch.optim.Optimizer imports torch's compiler when one is constructed, which takes seconds (figures
+in docs/log.md). Its fused kernels only need lists of tensors.
 """
 
 from abc import ABC, abstractmethod
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 class Optimizer(ABC):
-    """Groups of parameters and what is remembered of each, named as torch names them.
+    """Parameter groups and per-parameter state, with torch.optim's names.
 
     Args:
-        param_groups: each with its parameters under "params", and with the settings that they
-            share. The learning rate, "lr", is set before each step.
+        param_groups: dicts with the parameters under "params" and the settings that they share. The
+            learning rate, "lr", is set before each step.
     """
 
     found_inf: Tensor | None = None
-    """Set before a step: above zero, on the device, if the update is to be left out."""
-    # How torch's gradient scaler knows that the flag above is looked at. It sets `grad_scale`
-    # beside it, which is None for gradients that were brought to their size before.
+    """Set before a step: if above zero, the step is skipped, on the device."""
+    # Tells torch.amp.GradScaler that `step` reads `found_inf`, so that the scaler need not wait for
+    # the device. The scaler also sets `grad_scale`: None, since gradients are unscaled before.
     _step_supports_amp_scaling = True
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
@@ -31,19 +31,19 @@ class Optimizer(ABC):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
-        assert set_to_none, "gradients are added up anew in each update"
+        assert set_to_none, "gradients are freed, not zeroed"
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     @abstractmethod
     def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
-        """Names of what is remembered of a parameter."""
+        """Names of the tensors in a parameter's state."""
 
     @abstractmethod
     def init_state(self) -> None:
-        """Take the memory of all that will be remembered, which the first step does otherwise."""
+        """Allocate the state of all parameters; the first step does so otherwise."""
 
     @abstractmethod
     def step(self) -> None:
-        """Move the parameters by their gradients; those without one stay."""
+        """Update the parameters that have a gradient."""

@@ -1,4 +1,4 @@
-"""The learning rate, as a pure function of the step."""
+"""Learning-rate schedules, as pure functions of the step."""
 
 import math
 
@@ -6,7 +6,7 @@ import math
 def warmup_cosine(
     step: int, *, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
 ) -> float:
-    """Learning rate of update `step`, from 0: a line up to max_lr, half a cosine to min_lr."""
+    """Linear warmup to `max_lr`, then half a cosine down to `min_lr`; steps count from 0."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (max_steps - warmup_steps)

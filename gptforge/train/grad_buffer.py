@@ -1,78 +1,130 @@
-"""Gradients that are added up where products make them, all in one piece of memory."""
+"""Gradients of a whole model in one contiguous buffer, accumulated in place."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Numbers: products are fastest into memory that begins at a round address."""
+"""Elements: GEMMs write fastest to aligned addresses."""
 
 
 class GradBuffer:
-    """The gradients of a model in one piece of memory, in the order in which they are made."""
+    """One tensor with the gradients of all parameters, in the order the backward pass makes them.
+
+    Args:
+        groups: parameters whose gradients become ready together, in that order. Parameters of a
+            group are contiguous; each group starts at an aligned offset.
+    """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
         starts, end = [], 0
         for group in groups:
             starts.append(end)
-            end += round_up(sum(self._size_of(p) for p in group), ALIGNMENT)
+            end += round_up(sum(self._numel(p) for p in group), ALIGNMENT)
         self.group_ends = [*starts[1:], end]
-        """Where each group ends."""
+        """Offset of the end of each group."""
         first = groups[0][0]
         self.flat = torch.zeros(end, dtype=first.dtype, device=first.device)
         self._views: dict[Tensor, Tensor] = {}
-        for place, group in zip(starts, groups, strict=True):
+        for offset, group in zip(starts, groups, strict=True):
             for parameter in group:
-                view = self.flat[place : place + parameter.numel()]
+                view = self.flat[offset : offset + parameter.numel()]
                 self._views[parameter] = view.view(parameter.shape)
-                place += self._size_of(parameter)
+                offset += self._numel(parameter)
 
     def view(self, parameter: Tensor) -> Tensor:
-        """Where the gradient of a parameter is added up."""
+        """Return the part of the buffer that accumulates a parameter's gradient."""
         return self._views[parameter]
 
+    def contiguous_view(self, *parameters: Tensor) -> Tensor:
+        """Return one flat view over adjacent parameters of a group."""
+        views = [self._views[p] for p in parameters]
+        start, numel = views[0].storage_offset(), sum(p.numel() for p in parameters)
+        assert views[-1].storage_offset() + views[-1].numel() == start + numel
+        return self.flat[start : start + numel]
+
     def zero_(self) -> None:
-        """Set all to zero, and hand them over."""
+        """Set all gradients to zero, and assign them to the parameters."""
         self.flat.zero_()
         self.assign_grads()
 
     def assign_grads(self) -> None:
-        """Make them their parameters' gradients, where an optimizer looks for them."""
-        for parameter, gradient in self._for_optimizer.items():
-            parameter.grad = gradient
+        """Set each parameter's `grad` to its view, for the optimizer."""
+        for parameter, grad in self._optimizer_grads.items():
+            parameter.grad = grad
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Shorten the gradients if their norm is above `longest`; the norm before that."""
+        """Scale the gradients down to `max_norm`; returns the norm before that."""
         norm: Tensor = torch.linalg.vector_norm(self.flat)
-        # A plain product with a number on the device takes one that torch does not vectorize.
+        # `flat.mul_(scalar on the device)` takes a kernel that torch does not vectorize.
         torch._foreach_mul_([self.flat], clip_coef(norm, max_norm))
         return norm
 
-    def contiguous_view(self, *vectors: Tensor) -> Tensor:
-        """One tensor over the gradients of parameters that follow each other in a group."""
-        places = [self._views[p] for p in vectors]
-        start, size = places[0].storage_offset(), sum(p.numel() for p in places)
-        assert places[-1].storage_offset() + places[-1].numel() == start + size
-        return self.flat[start : start + size]
-
-    def _size_of(self, parameter: Tensor) -> int:
-        """Numbers that a parameter's gradient takes."""
+    def _numel(self, parameter: Tensor) -> int:
+        """Elements that a parameter's gradient takes in the buffer."""
         return parameter.numel()
 
     @functools.cached_property
-    def _for_optimizer(self) -> dict[Tensor, Tensor]:
+    def _optimizer_grads(self) -> dict[Tensor, Tensor]:
         """What each parameter gets as its `grad`."""
         return self._views
 
 
+class AutogradGradBuffer(GradBuffer):
+    """A `GradBuffer` that autograd accumulates into, one parameter a group.
+
+    Args:
+        model: its hooks report finished gradients; they stay on the parameters.
+    """
+
+    on_grads_ready: Callable[[int], None]
+    """Called with the number of leading groups that are final for this micro-batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = _backward_order(model)
+        super().__init__([[p] for p in parameters])
+        self._num_ready = 0
+        self._is_ready = [False] * len(parameters)
+        for i, parameter in enumerate(parameters):
+            parameter.register_post_accumulate_grad_hook(self._make_hook(i))
+
+    def start_micro_batch(self) -> None:
+        """Forget which gradients were ready in the previous micro-batch."""
+        self._num_ready = 0
+        self._is_ready = [False] * len(self._is_ready)
+
+    def _make_hook(self, i: int) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            self._is_ready[i] = True
+            while self._num_ready < len(self._is_ready) and self._is_ready[self._num_ready]:
+                self._num_ready += 1
+            self.on_grads_ready(self._num_ready)
+
+        return hook
+
+
+def _backward_order(model: nn.Module) -> list[Tensor]:
+    """Parameters in the order in which a backward pass finishes their gradients.
+
+    That is last layer first. The embeddings come last: the tied one is also the output layer, but
+    its gradient is only final once the backward pass reaches the input.
+    """
+    named = list(model.named_parameters())
+    embeddings = [p for name, p in named if ".wte." in name or ".wpe." in name]
+    rest: list[Tensor] = [p for _, p in reversed(named) if all(p is not e for e in embeddings)]
+    return rest + embeddings[::-1]
+
+
 def round_up(count: int, multiple: int) -> int:
-    """The next multiple."""
+    """Round up to the next multiple."""
     return -(-count // multiple) * multiple
 
 
 def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are to be multiplied by; nothing waits for the norm."""
-    # As torch's clip_grad_norm_ does it.
+    """Factor that scales gradients to `max_norm`, as torch's clip_grad_norm_ computes it.
+
+    It stays on the device, so nothing waits for the norm.
+    """
     return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)

@@ -1,27 +1,24 @@
-"""Watching the loss for what should not be there, without making the device wait.
+"""Detects NaN, Inf and spikes in the loss without making the device wait.
 
-A loss is read a few steps late, when the device has long computed it. The update itself needs no
-watcher: `TrainStep` leaves it out, on the device, where a gradient is not finite.
+A loss is read a few steps late, when the device has long computed it. Nothing depends on that: a
+step with NaN or Inf has already been skipped, on the device, by `OptimizerStep`.
 """
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-_Reading = Callable[[], tuple[float, float]]
-
 HISTORY = 64
-"""Losses that a new one is compared with."""
+"""Recent losses that a new one is compared with."""
 MIN_HISTORY = 16
-"""Fewer than these tell nothing."""
+"""With fewer losses, no spike is reported."""
 SPIKE_Z_SCORE = 8.0
-"""Robust standard deviations above the median that make a spike."""
 
 
 @dataclass(frozen=True)
@@ -31,100 +28,122 @@ class Anomaly:
     kind: Literal["not_finite", "spike"]
     step: int
     position: int
-    """Place of its batch in the loader's stream."""
+    """Of the step's batch in the dataloader's order."""
     loss: float
     norm: float
     z_score: float
-    """Robust standard deviations above the recent median; infinite where the loss is no number."""
+    """Robust standard deviations above the recent median; infinite if the loss is not finite."""
     bad_steps: int
-    """Steps in a row, up to this one, whose loss or gradient was not finite."""
+    """Consecutive steps, up to this one, whose loss or gradient was not finite."""
 
 
 class LossMonitor:
-    """Remembers recent losses and says which new one is out of line.
+    """Compares each loss with the recent ones.
 
     Args:
-        lag: steps to wait before a loss is read; 0 where the device computes at once.
-        scaled: whether a loss scaler is at work: it tries large scales on purpose, so a gradient
-            that overflows under a finite loss is none of our business.
+        lag: steps to wait before a loss is read; 0 where the device is synchronous.
+        uses_grad_scaler: a loss scaler tries large scales on purpose, so a gradient that overflows
+            under a finite loss is then no anomaly.
     """
 
     def __init__(self, *, lag: int, uses_grad_scaler: bool) -> None:
         self._lag = lag
-        self._scaled = uses_grad_scaler
-        self._unread: deque[tuple[int, int, _Reading]] = deque()
+        self._uses_grad_scaler = uses_grad_scaler
+        self._unread: deque[tuple[int, int, Callable[[], tuple[float, float]]]] = deque()
         self._recent: deque[float] = deque(maxlen=HISTORY)
-        self._in_a_row = 0
+        self.bad_steps = 0
+        """Consecutive steps, up to the last one read, whose loss or gradient was not finite."""
 
     def update(self, step: int, position: int, loss: Tensor, norm: Tensor) -> list[Anomaly]:
-        """Take note of a step; returns what is wrong with those old enough to be read."""
+        """Add a step; returns the anomalies among those old enough to be read."""
         self._unread.append((step, position, _copy_to_host_async(loss, norm)))
         return self._read(self._lag)
 
-    @property
-    def bad_steps(self) -> int:
-        """Steps in a row, up to the last one read, whose loss or gradient was not finite."""
-        return self._in_a_row
-
-    def reset(self, bad_steps: int = 0) -> None:
-        """Start over, in a streak of so many bad steps."""
-        self._unread.clear()
-        self._recent.clear()
-        self._in_a_row = bad_steps
-
     def flush(self) -> list[Anomaly]:
-        """Read all that is left."""
+        """Read all steps, which waits for the device; returns the anomalies among them."""
         return self._read(0)
 
-    def _read(self, leave: int) -> list[Anomaly]:
-        found = []
-        while len(self._unread) > leave:
-            step, position, reading = self._unread.popleft()
-            anomaly = self._examine(step, position, *reading())
-            if anomaly is not None:
-                found.append(anomaly)
-        return found
+    def reset(self, bad_steps: int = 0) -> None:
+        """Forget all losses, and start after so many consecutive bad steps."""
+        self._unread.clear()
+        self._recent.clear()
+        self.bad_steps = bad_steps
 
-    def _examine(self, step: int, position: int, loss: float, norm: float) -> Anomaly | None:
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self._scaled):
-            self._in_a_row += 1
-            return Anomaly("not_finite", step, position, loss, norm, math.inf, self._in_a_row)
-        self._in_a_row = 0
-        score = robust_z_score(loss, self._recent)
+    def _read(self, num_unread: int) -> list[Anomaly]:
+        anomalies = []
+        while len(self._unread) > num_unread:
+            step, position, read = self._unread.popleft()
+            anomaly = self._check(step, position, *read())
+            if anomaly is not None:
+                anomalies.append(anomaly)
+        return anomalies
+
+    def _check(self, step: int, position: int, loss: float, norm: float) -> Anomaly | None:
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self._uses_grad_scaler):
+            self.bad_steps += 1
+            return Anomaly("not_finite", step, position, loss, norm, math.inf, self.bad_steps)
+        self.bad_steps = 0
+        z_score = robust_z_score(loss, self._recent)
         self._recent.append(loss)
-        if score > SPIKE_Z_SCORE:
-            return Anomaly("spike", step, position, loss, norm, score, 0)
+        if z_score > SPIKE_Z_SCORE:
+            return Anomaly("spike", step, position, loss, norm, z_score, 0)
         return None
 
 
-def _copy_to_host_async(loss: Tensor, norm: Tensor) -> _Reading:
-    """Start two scalars on their way from the device; the result waits for their arrival alone.
+class RecentLosses:
+    """Training losses of the last steps, evaluated where there is no validation data.
 
-    Reading a scalar from the device itself would wait for all that was queued behind it, too.
+    Args:
+        losses: of earlier steps.
+        maxlen: losses to keep.
+        device: has the losses, so that adding one does not wait for it.
+    """
+
+    def __init__(self, losses: Iterable[float], *, maxlen: int, device: torch.device) -> None:
+        self._losses = deque((torch.tensor(x, device=device) for x in losses), maxlen=maxlen)
+
+    def append(self, loss: Tensor) -> None:
+        """Add the loss of a step."""
+        # A copy: a CUDA graph writes the next loss to the same address.
+        self._losses.append(loss.clone())
+
+    def tolist(self) -> list[float]:
+        """Return the losses; waits for the device."""
+        return [float(loss) for loss in self._losses]
+
+    def mean(self) -> float:
+        """Return the mean of the finite losses, or NaN; waits for the device."""
+        finite = [loss for loss in self.tolist() if math.isfinite(loss)]
+        return sum(finite) / len(finite) if finite else math.nan
+
+
+def _copy_to_host_async(loss: Tensor, norm: Tensor) -> Callable[[], tuple[float, float]]:
+    """Start to copy two scalars to the host; returns the function that waits for them.
+
+    `float(loss)` would also wait for all kernels queued since.
     """
     if loss.device.type != "cuda":
         return lambda: (float(loss), float(norm))
     host = torch.empty(2, pin_memory=True)
     host.copy_(torch.stack((loss.float(), norm.float())), non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(loss.device))
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(loss.device))
 
     def read() -> tuple[float, float]:
-        arrived.synchronize()
+        copied.synchronize()
         return float(host[0]), float(host[1])
 
     return read
 
 
-def robust_z_score(value: float, recent: "deque[float]") -> float:
-    """How far `value` lies above the median of `recent`, in robust standard deviations.
+def robust_z_score(value: float, recent: Collection[float]) -> float:
+    """Robust standard deviations of `value` above the median of `recent`.
 
-    The spread is 1.4826 times the median absolute deviation, which one wild value cannot move
-    (Rousseeuw and Croux, 1993), and at least one percent of the median: a loss that has come to
-    rest wobbles by less than that.
+    The deviation is 1.4826 times the median absolute deviation, which outliers do not move
+    (Rousseeuw and Croux, 1993), and at least 1% of the median: a converged loss varies by less.
     """
     if len(recent) < MIN_HISTORY:
         return 0.0
-    middle = statistics.median(recent)
-    spread = 1.4826 * statistics.median(abs(other - middle) for other in recent)
-    return (value - middle) / max(spread, 0.01 * abs(middle), 1e-12)
+    median = statistics.median(recent)
+    deviation = 1.4826 * statistics.median(abs(other - median) for other in recent)
+    return (value - median) / max(deviation, 0.01 * abs(median), 1e-12)

@@ -1,4 +1,4 @@
-"""How many windows go through a GPU at once: estimated, tried out, remembered."""
+"""Find the largest micro-batch that fits into memory: estimate it, try it, cache the answer."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from gptforge.errors import RunError
 from gptforge.files import atomic_write, read_text
 
 MAX_MEMORY_FRACTION = 0.92
-"""Share of the free memory that an estimate may fill: the allocator wastes a little."""
+"""Of the free memory, that an estimate may fill: the allocator wastes a little."""
 
 
 def find_micro_batch(
@@ -21,60 +21,53 @@ def find_micro_batch(
     cache_path: Path | None,
     key: str,
 ) -> int:
-    """The largest of most, most / 2, most / 4, ... that fits into memory.
+    """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
 
     Args:
-        most: windows to begin with.
-        estimate: bytes that so many windows take.
-        free: bytes there are; None where that is not known.
-        fits: tries so many windows out.
-        remembered: JSON file with earlier answers, or None; one that is broken or cannot be written
-            does no harm.
+        max_size: sequences to start with.
+        estimate: bytes that a micro-batch of so many sequences takes.
+        free_memory: bytes; None if unknown.
+        fits: tries a micro-batch of so many sequences.
+        cache_path: JSON file with earlier answers, or None. It may be corrupt or read-only.
         key: what the answer depends on: shape, precision, device, versions.
 
     Raises:
-        RunError: if not even one window fits.
+        RunError: if not even one sequence fits.
     """
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    answers = _read(cache_path) if cache_path else {}
-    windows = min(max_size, answers.get(digest, max_size))
-    while (
-        windows > 1
-        and free_memory is not None
-        and estimate(windows) > MAX_MEMORY_FRACTION * free_memory
-    ):
-        windows = -(-windows // 2)
-    # What other programs leave free today says nothing about tomorrow.
-    is_lasting = (
-        free_memory is None
-        or windows == max_size
-        or estimate(2 * windows) <= MAX_MEMORY_FRACTION * free_memory
-    )
-    while not fits(windows):
-        if windows == 1:
+    cache = _read_cache(cache_path) if cache_path else {}
+    size = min(max_size, cache.get(digest, max_size))
+    usable = None if free_memory is None else MAX_MEMORY_FRACTION * free_memory
+    while size > 1 and usable is not None and estimate(size) > usable:
+        size = -(-size // 2)
+    # An answer that is small because other programs hold memory now must not be cached.
+    is_cacheable = usable is None or size == max_size or estimate(2 * size) <= usable
+    while not fits(size):
+        if size == 1:
             raise RunError(
-                f"not even one window fits into the {(free_memory or 0) / 1e9:.1f} GB that are free: use "
-                "--activation_checkpointing true, a smaller --context_length or a smaller model"
+                f"not even one sequence fits into the {(free_memory or 0) / 1e9:.1f} GB of free "
+                "memory: use --activation_checkpointing true, a smaller --context_length or a "
+                "smaller model"
             )
-        windows = -(-windows // 2)
-    if cache_path and is_lasting and answers.get(digest) != windows:
-        _write(cache_path, {**answers, digest: windows})
-    return windows
+        size = -(-size // 2)
+    if cache_path and is_cacheable and cache.get(digest) != size:
+        _write_cache(cache_path, {**cache, digest: size})
+    return size
 
 
-def _read(path: Path) -> dict[str, int]:
+def _read_cache(path: Path) -> dict[str, int]:
     try:
-        answers = json.loads(read_text(path))
-        return {key: value for key, value in answers.items() if type(value) is int and value > 0}
+        cache = json.loads(read_text(path))
+        return {key: value for key, value in cache.items() if type(value) is int and value > 0}
     except Exception:
-        # Broken or absent: what fits is found again.
+        # Missing or corrupt: the answer is found again.
         return {}
 
 
-def _write(path: Path, answers: dict[str, int]) -> None:
+def _write_cache(path: Path, cache: dict[str, int]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(answers))
+        atomic_write(path, json.dumps(cache))
     except OSError:
-        # A home that cannot be written costs a second at the next start, nothing more.
+        # A read-only home directory costs a second at the next start, nothing more.
         return

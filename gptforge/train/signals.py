@@ -1,4 +1,4 @@
-"""What may end a run before its last step: a signal or the clock."""
+"""Reasons to stop before the last step: a signal or the time limit."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from gptforge import files
 StopReason = Literal["finished", "interrupted", "terminated", "time_limit"]
 
 STOP_REASONS: tuple[StopReason | None, ...] = (None, "time_limit", "interrupted", "terminated")
-"""What a rank may wish, numbered for the others; the largest number wins."""
+"""By rising priority: the ranks agree on the one with the largest index."""
 
 SIGHUP = getattr(signal, "SIGHUP", None)
-"""A terminal that was closed; Windows has none."""
+"""Sent when the terminal closes; Windows has none."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else []))
 
 MIN_TRAIN_SECONDS = 1.0
-"""A session trains at least so long, also where starting used up the time limit."""
+"""A process trains at least this long, even if startup used up the time limit."""
 
 EXIT_CODES: dict[StopReason, int] = {
     "finished": 0,
@@ -32,16 +32,16 @@ EXIT_CODES: dict[StopReason, int] = {
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a wish, which the loop asks about.
+    """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
-    It asks after each step. A second signal ends the process at once: what was saved is whole,
-    since saves are renamed into place.
+    The training loop polls it after each step. A second signal ends the process at once; that
+    leaves no half-written checkpoint, since saves are renamed into place.
 
     Args:
         time_limit: minutes; 0 for none.
-        started: when the time began to count, by `clock`; now if it is not given.
-        clock: seconds that only go forward.
-        say: tells the person who pressed Ctrl-C that it was heard.
+        log: called with a message when a signal arrives.
+        started: when the time began to count, by `clock`; now if None.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -53,31 +53,31 @@ class StopSignal:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._say = log
-        began = clock() if started is None else started
-        self._deadline = began + 60 * time_limit if time_limit else float("inf")
+        self._log = log
+        started = clock() if started is None else started
+        self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
         self._previous: dict[int, object] = {}
 
     def stop_reason(self) -> StopReason | None:
-        """Why to stop now, or None."""
+        """Return why to stop now, or None."""
         if self._signal is not None:
             return self._signal
         return "time_limit" if self._clock() >= self._deadline else None
 
     def should_stop(self) -> bool:
-        """Whether a signal has come, or the time is over."""
+        """Whether a signal has arrived or the time is up."""
         return StopSignal.stop_reason(self) is not None
 
     def __enter__(self) -> Self:
-        # Each session gets on, however long it took to start.
+        # However long the startup took, each process makes some progress.
         self._deadline = max(self._deadline, self._clock() + MIN_TRAIN_SECONDS)
-        # Python lets only the main thread listen to signals.
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                # nohup has a hang-up ignored, and is to be heeded.
+                # Under nohup SIGHUP is ignored, and has to stay so.
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._heard)
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,16 +85,16 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             if sys.stdout.isatty():
-                # The bar hid the cursor.
+                # The progress bar hid the cursor.
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
             os._exit(128 + number)
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
         if number == SIGHUP:
-            # The terminal is gone: whoever wrote to it would fail.
+            # The terminal is gone: writing to it would raise an error.
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
-        self._say("Stopping after this step, then saving; once more stops at once, without.")
+        self._log("Stopping after this step, then saving. Ctrl-C again quits without saving.")

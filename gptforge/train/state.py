@@ -1,4 +1,4 @@
-"""How far a run has come, and putting its parts back to where a checkpoint left them."""
+"""The state of a run: its counters, and saving and restoring all parts of a training process."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,11 @@ from gptforge.checkpoint.state_dict import (
     load_model_state_dict,
     load_optimizer_state_dict,
     load_rng_state_dict,
+    model_state_dict,
+    optimizer_state_dict,
+    rng_state_dict,
 )
+from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import parsing
@@ -21,79 +25,132 @@ from gptforge.train.train_step import TrainStep
 
 Action = Literal["evaluate", "sample", "save"]
 MAX_RECENT_LOSSES = 1000
-"""Training losses that are kept for an evaluation without held-out text."""
+"""Training losses kept for an evaluation without validation data."""
+
+PARTIAL_KEYS = {
+    "windows": "sequences_done",
+    "num_windows": "num_sequences",
+    "nats": "total_nats",
+    "tokens": "num_tokens",
+    "bytes": "num_bytes",
+}
+"""Keys of an unfinished evaluation in state.json, with the fields of `PartialValLoss`."""
 
 
 @dataclass
 class TrainState:
-    """The counters of a run; they travel in every checkpoint."""
+    """The counters of a run; they are part of every checkpoint."""
 
     step: int = 0
-    """Updates made."""
+    """Steps made."""
     loss: float = math.nan
-    """Mean training loss of the last update."""
+    """Mean training loss of the last step."""
     best_loss: float = math.inf
-    """Lowest loss evaluated: held-out, or training where nothing is held out."""
+    """Lowest validation loss, or training loss without validation data."""
     best_step: int = 0
-    """Updates made when it was evaluated."""
+    """Steps made when it was evaluated."""
     recent_losses: list[float] = field(default_factory=list)
-    """Training losses of the last steps, where nothing is held out: their mean is evaluated."""
+    """Training losses of the last steps, without validation data: their mean is evaluated."""
     rollbacks: int = 0
-    """Rollbacks to a checkpoint since the last one that lies behind `diverged_at`."""
+    """Rollbacks since the last checkpoint behind `diverged_at`."""
     diverged_at: int = 0
-    """The furthest step at which training had diverged before a rollback."""
+    """The last step at which training had diverged before a rollback."""
     bad_steps: int = 0
-    """Steps in a row, up to this one, whose loss or gradient was NaN or Inf."""
+    """Consecutive steps, up to this one, whose loss or gradient was not finite."""
     pending: list[Action] = field(default_factory=list)
-    """What is due at this step and not done yet, in this order."""
+    """What is due at this step and not done yet, in order."""
     partial: PartialValLoss | None = None
-    """How far the pending evaluation got."""
+    """The pending evaluation, as far as it got."""
     seconds: float = 0.0
-    """Wall time of training, over all sessions."""
+    """Wall time of training, over all processes of this run."""
+
+    def due_actions(self, config: Config, *, save_deferred: bool) -> list[Action]:
+        """Return what is due after the current step, in order; after the last step, all is."""
+        intervals: dict[Action, int] = {
+            "evaluate": config.eval_every,
+            "sample": config.sample_every,
+            "save": config.save_every,
+        }
+        is_last = self.step >= config.max_steps
+        due = [a for a, n in intervals.items() if is_last or (n > 0 and self.step % n == 0)]
+        return [*due, "save"] if save_deferred and "save" not in due else due
 
     def to_json(self) -> dict[str, Any]:
-        """The counters, as `state.json` holds them; NaN and infinity become null."""
+        """Return the counters for state.json; NaN and Inf become null."""
         record = asdict(self)
-        losses = record.pop("recent_losses")
-        extra = {name: record.pop(name) for name in ("pending", "partial")}
-        # The name it had in version 0.1.
-        record["returns"] = record.pop("rollbacks")
+        losses, pending = record.pop("recent_losses"), record.pop("pending")
+        partial = record.pop("partial")
+        record["returns"] = record.pop("rollbacks")  # the key since version 0.1
         return {
-            "progress": {name: _finite(value) for name, value in record.items()},
-            **extra,
-            "recent_losses": [_finite(loss) for loss in losses],
+            "progress": {name: _finite_or_none(value) for name, value in record.items()},
+            "pending": pending,
+            "partial": partial and {key: partial[name] for key, name in PARTIAL_KEYS.items()},
+            "recent_losses": [_finite_or_none(loss) for loss in losses],
         }
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
-        """Read what `to_json` wrote, or version 0.1."""
+        """Read what `to_json` of this version or of version 0.1 wrote."""
         record = {name: value for name, value in state["progress"].items() if value is not None}
         losses = [math.nan if loss is None else loss for loss in state.get("recent_losses", ())]
         partial, pending = state.get("partial"), list(state.get("pending", ()))
-        # Version 0.1 kept a sum of losses, and a mark where the closing evaluation was stopped.
+        # Version 0.1 had a sum of losses, and a flag for an interrupted final evaluation.
         count, total = int(record.pop("loss_count", 0)), record.pop("loss_sum", 0.0)
+        if count and not losses:
+            losses = [total / count] * min(count, MAX_RECENT_LOSSES)
         if record.pop("unjudged", 0):
             pending = ["evaluate", "sample", "save"]
+        if partial is not None:
+            partial = PartialValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
         return cls(
             **record | {"rollbacks": record.pop("returns", 0)},
-            recent_losses=losses or [total / count] * min(count, MAX_RECENT_LOSSES)
-            if count
-            else losses,
+            recent_losses=losses,
             pending=pending,
-            partial=None if partial is None else PartialValLoss(**partial),
+            partial=partial,
         )
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def restore(
-    path: Path, step: TrainStep, loader: DataLoader, comm: Comm = SINGLE_PROCESS
-) -> TrainState:
-    """Put weights, optimizer, scaler, loader and dice back to a checkpoint; gives its counters.
+def snapshot(
+    state: TrainState,
+    step: TrainStep,
+    dataloader: DataLoader,
+    comm: Comm,
+    **more: Any,
+) -> checkpoints.Snapshot:
+    """Copy all that a run needs to resume, for a checkpoint; a collective.
 
-    Rank 0 reads, and tells the others: they may have no such folder.
+    Args:
+        state: the counters.
+        step: has model, optimizer and loss scaler.
+        dataloader: its position.
+        comm: the ranks.
+        more: further entries of state.json.
+    """
+    record = {
+        "version": 1,
+        **state.to_json(),
+        "loader": dataloader.state_dict(),
+        "scaler": step.scaler_state_dict(),
+        **more,
+    }
+    return checkpoints.Snapshot(
+        model=model_state_dict(step.model, comm),
+        optimizer=optimizer_state_dict(step.model, step.optimizer, comm),
+        rng_state=rng_state_dict(step.device, comm),
+        state=record,
+    )
+
+
+def restore(
+    path: Path, step: TrainStep, dataloader: DataLoader, comm: Comm = SINGLE_PROCESS
+) -> TrainState:
+    """Restore weights, optimizer, scaler, dataloader and RNG state; returns the counters.
+
+    Rank 0 reads the checkpoint and sends it to the others, which may not have the folder.
     """
     source = path.as_posix()
 
@@ -101,10 +158,10 @@ def restore(
         return checkpoints.read_tensors(path, name) if comm.is_main else {}
 
     load_model_state_dict(step.model, read(checkpoints.MODEL), source=source, comm=comm)
-    moments = read(checkpoints.OPTIMIZER)
-    load_optimizer_state_dict(step.model, step.optimizer, moments, source=source, comm=comm)
+    optimizer_state = read(checkpoints.OPTIMIZER)
+    load_optimizer_state_dict(step.model, step.optimizer, optimizer_state, source=source, comm=comm)
     state = comm.broadcast_from_rank0(lambda: checkpoints.read_state(path))
-    loader.load_state_dict(state["loader"])
+    dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step.load_scaler_state_dict(state["scaler"])
     load_rng_state_dict(read(checkpoints.RNG_STATE), step.device, comm, source=source)
@@ -112,6 +169,10 @@ def restore(
 
 
 def read_train_state(path: Path, state: Mapping[str, Any]) -> TrainState:
-    """The counters in a checkpoint's state; a UserError if it has others."""
+    """Read the counters from a checkpoint's state.
+
+    Raises:
+        UserError: if they are not as `to_json` writes them.
+    """
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         return TrainState.from_json(state)

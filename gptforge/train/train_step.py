@@ -1,4 +1,4 @@
-"""One update: a global batch in micro-batches, gradients clipped, weights moved."""
+"""One optimizer step: forward and backward over micro-batches, reduction, clipping, update."""
 
 import functools
 import math
@@ -16,39 +16,34 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import AdamW
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
+from gptforge.train.backends.build import build_backend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
 from gptforge.train.backends.manual import ManualBackend
+from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep
-from gptforge.train.parallel.fsdp import FSDPReducer, FSDPRoot, gather_model
-from gptforge.train.parallel.grad_reducer import (
-    AutogradGradBuffer,
-    BucketedAllReduce,
-    GradReducer,
-    LooseGrads,
-)
-from gptforge.train.parallel.zero1 import (
-    AllGatheredWeights,
-    BucketedReduceScatter,
-    ShardedGradBuffer,
-)
-from gptforge.train.savings import DEFAULT_SAVINGS, Savings
+from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
+from gptforge.train.parallel.grad_reducer import GradReducer
+
+BYTES_PER_PARAM = 20
+"""Kept free by `TrainStep.fits` for AdamW's moments and the copy that a save makes."""
 
 
 class TrainStep:
-    """Model, optimizer and precision, put together for one purpose.
+    """A model and its optimizer, with a backend that computes gradients.
 
     Args:
         model: the plain module, whose weights are trained.
-        optimizer: over the model's parameters; its learning rate is set at each update.
-        precision: type of the matrix products.
-        micro_batch: windows that go through the model at once.
-        grad_clip: longest gradient norm let through; 0 lets all through.
-        kernels: how an update is computed where there is a choice.
-        savings: what is made twice, or in pieces, to take less memory.
-        may_shrink: whether to halve the micro-batch and try again when memory runs out.
-        say: told when that happens.
-        ranks: who learns from a global batch together, each from its part.
-        root: what the model is called through, if it lies in shards.
+        optimizer: over the model's parameters; its learning rate is set at each step.
+        precision: dtype of the matmuls.
+        micro_batch_size: sequences in a micro-batch.
+        grad_clip: maximum gradient norm; 0 disables clipping.
+        kernels: the kernels to use where there is a choice.
+        activation_checkpointing: save only each block's input, and recompute the rest.
+        loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
+        halve_on_oom: on an out-of-memory error, try again with half the micro-batch size.
+        log: called with a message when that happens.
+        comm: the ranks, each of which gets its part of a global batch.
+        root: the root module, if FSDP shards the model.
     """
 
     def __init__(
@@ -60,265 +55,221 @@ class TrainStep:
         micro_batch_size: int,
         grad_clip: float,
         kernels: KernelConfig = DEFAULT_KERNELS,
-        savings: Savings = DEFAULT_SAVINGS,
+        activation_checkpointing: bool = False,
+        loss_chunk: int = 0,
         halve_on_oom: bool = False,
         log: Callable[[str], None] = print,
         comm: Comm = SINGLE_PROCESS,
         root: FSDPRoot | None = None,
     ) -> None:
-        self.model = model
-        self.optimizer = optimizer
+        assert root is None or not halve_on_oom, "other ranks would wait for one that tries again"
+        self.model, self.optimizer, self.precision = model, optimizer, precision
         self.device = next(model.parameters()).device
-        self.precision = precision
-        self.micro_batch_size = micro_batch_size
-        self._savings = savings
-        assert root is None or not halve_on_oom, "the others would wait for a rank that tries again"
-        self._halve_on_oom = halve_on_oom
-        self._log = log
-        self._ranks, self._root = comm, root
-        self._is_short = False
-        """Whether memory ran out too late to begin the batch anew."""
+        self.micro_batch_size, self._grad_clip = micro_batch_size, grad_clip
+        self._activation_checkpointing, self._loss_chunk = activation_checkpointing, loss_chunk
+        self._halve_on_oom, self._log = halve_on_oom, log
+        self._comm, self._root = comm, root
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
-        self._optimizer_step = OptimizerStep(optimizer, grad_clip=grad_clip, scaler=self._scaler)
         self.set_kernels(kernels)
 
+    def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
+        """Train on this rank's part of a global batch.
+
+        A step whose loss or gradient is not finite is skipped: weights and optimizer state stay
+        unchanged.
+
+        Args:
+            inputs: (G, T) token ids.
+            targets: (G, T) next token ids.
+            lr: learning rate.
+
+        Returns:
+            The mean loss over the tokens of all ranks, and the gradient norm before clipping. Both
+            are scalars on the device, so that nothing waits for them.
+        """
+        if not self.root_module.training:
+            # train() visits every module, which takes as long as launching a hundred kernels.
+            self.root_module.train()
+        loss = torch.zeros((), device=self.device)
+        # The mean over the tokens of the global batch, however that is split.
+        scale = 1 / (targets.numel() * self._comm.world_size)
+        size, is_oom = self.micro_batch_size, False
+        micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+        try:
+            # Here, so that running out of memory for the optimizer's state is handled, too.
+            self.optimizer.init_state()
+            self.reducer.reset()
+            self.backend.zero_grad()
+            for i, (x, y) in enumerate(micro_batches):
+                if i == len(micro_batches) - 1:
+                    self.reducer.enable_sync()  # all-reduce only with the last micro-batch
+                loss += self.backend.forward_backward(x, y, scale) * scale
+                self._comm.tick()
+        except torch.OutOfMemoryError:
+            if not self._halve_on_oom or self.micro_batch_size == 1:
+                raise
+            is_oom = True
+        if is_oom and not self.reducer.has_sent():
+            # Other ranks only wait a little longer.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._halve_micro_batch()
+            return self(inputs, targets, lr=lr)
+        if is_oom:
+            self.reducer.poison()
+            loss.fill_(math.nan)
+        loss = self.reducer.finish(loss)
+        if is_oom:
+            self._halve_micro_batch()
+        grad_norm = self._optimizer_step(lr, loss)  # skipped on the device if not finite
+        return loss, grad_norm
+
     def set_kernels(self, kernels: KernelConfig) -> None:
-        """Compute updates with these kernels from now on, uncompiled."""
-        self.kernels = kernels
-        self.is_compiled = False
-        # Its gradients and weights first: there may be no room for those of two.
-        self.__dict__.pop("_way", None)
-        self._ending: CudaGraphOptimizerStep | None = None
+        """Build the backend for these kernels, uncompiled and without CUDA graphs."""
+        self.kernels, self.is_compiled = kernels, False
+        # Free the old backend first: there may be no memory for the buffers of two.
+        for name in ("backend", "reducer", "_optimizer_step"):
+            self.__dict__.pop(name, None)
         self.optimizer.zero_grad(set_to_none=True)
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend
-        self.reducer = GradReducer()
-        if kernels.manual_backward:
-            self.backend = self._written_out(kernels)
-            return
-        gradients = LooseGrads()
-        if self._root is not None:
-            self.reducer = FSDPReducer(self._ranks)
-        elif self._ranks.world_size > 1:
-            gradients = self._gradients_in_a_row
-            self.reducer = BucketedAllReduce(self._ranks, self._gradients_in_a_row)
-            self._gradients_in_a_row.on_grads_ready = self.reducer.grads_ready
-        self.backend = AutogradBackend(
+        self.reducer: GradReducer
+        self.backend, self.reducer = build_backend(
             self.model,
             self.precision,
             kernels,
             scaler=self._scaler,
-            savings=self._savings,
-            gradients=gradients,
+            activation_checkpointing=self._activation_checkpointing,
+            loss_chunk=self._loss_chunk,
+            comm=self._comm,
             root=self._root,
-            world_size=self._ranks.world_size,
-            compile_blocks=self._ranks.world_size > 1,
+            autograd_grads=lambda: self._autograd_grad_buffer,
         )
-
-    def _written_out(self, kernels: KernelConfig) -> ManualBackend:
-        dtype, ranks = self.precision.dtype, self._ranks
-        make = functools.partial(
-            ManualBackend, self.model, dtype, savings=self._savings, kernels=kernels
+        self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
+            self.optimizer, self.backend, grad_clip=self._grad_clip, scaler=self._scaler
         )
-        if self._root is not None:
-            way = make(
-                weights=AllGatheredWeights(dtype, self._root, ranks),
-                gradients=functools.partial(ShardedGradBuffer, ranks=ranks),
-            )
-            assert isinstance(way.grads, ShardedGradBuffer)
-            self.reducer = BucketedReduceScatter(ranks, way.grads)
-        else:
-            way = make()
-            if ranks.world_size > 1:
-                self.reducer = BucketedAllReduce(ranks, way.grads)
-        way.on_grads_ready = self.reducer.grads_ready
-        return way
 
     @functools.cached_property
-    def _gradients_in_a_row(self) -> AutogradGradBuffer:
-        """Made once: what it hangs on the parameters stays there."""
+    def _autograd_grad_buffer(self) -> AutogradGradBuffer:
+        """Made once: the hooks that it registers stay on the parameters."""
         return AutogradGradBuffer(self.model)
 
     @property
+    def backend_name(self) -> str:
+        """The backend, for messages."""
+        names = {
+            AutogradBackend: "autograd",
+            ManualBackend: "manual backward",
+            CudaGraphBackend: "manual backward, CUDA graph",
+        }
+        return names[type(self.backend)] + (", sharded" if self.is_sharded else "")
+
+    @property
     def is_sharded(self) -> bool:
-        """Whether each rank has a piece of the model only."""
+        """Whether each rank has only a shard of the model."""
         return self._root is not None
 
     @property
     def root_module(self) -> nn.Module:
-        """What gives the summed loss of inputs and targets in an evaluation."""
+        """What evaluation calls with inputs and targets, for their summed loss."""
         return self.model if self._root is None else self._root
 
     def unsharded_model(self) -> GPT | None:
-        """The model as one process can use it, on rank 0 only; all have to ask."""
+        """Return the model for inference on rank 0, None on other ranks; a collective."""
         if self._root is not None:
-            return gather_model(self.model, self.precision.dtype, self.device, self._ranks)
-        return self.model if self._ranks.is_main else None
-
-    @property
-    def backend_name(self) -> str:
-        """How an update is made, in words."""
-        ways = {
-            AutogradBackend: "autograd",
-            ManualBackend: "written out",
-            CudaGraphBackend: "written out, recorded",
-        }
-        return ways[type(self.backend)] + (", in shards" if self.is_sharded else "")
-
-    def capture_cuda_graph(self, context_length: int) -> bool:
-        """Play updates back from recordings from now on; whether there is memory for them.
-
-        All are made here, and leave no trace but room for the optimizer's state. A recording has
-        memory of its own, beside what an update takes that is not played back.
-        """
-        assert isinstance(self.backend, ManualBackend), "only what is written out can be recorded"
-        assert self._root is None, "others would have to be waited for in a recording"
-        # What is played back calls nobody: its gradients are sent when all are there.
-        self.backend.on_grads_ready = GradReducer().grads_ready
-        self.backend = CudaGraphBackend(self.backend)
-        if type(self.optimizer) is AdamW and not self.precision.needs_scaler:
-            self._ending = self.backend.capture_optimizer_step(self._optimizer_step)
-        # The first one warms up, the second one is recorded.
-        if not all(self.fits(self.micro_batch_size, context_length) for _ in range(2)):
-            return False
-        if self._ending is not None:
-            try:
-                for _ in range(2):
-                    # Left out, as any update is whose loss is no number: nothing moves.
-                    self._ending(torch.full((), math.nan, device=self.device), 0.0)
-            except torch.OutOfMemoryError:
-                return False
-            self.optimizer.zero_grad(set_to_none=True)
-        return True
+            return gather_model(self.model, self.precision.dtype, self.device, self._comm)
+        return self.model if self._comm.is_main else None
 
     def compile(self) -> None:
-        """Run the model compiled from now on."""
+        """Run the model through torch.compile from now on."""
         assert isinstance(self.backend, AutogradBackend), "there is nothing to compile"
         self.backend.compile()
         self.is_compiled = True
 
-    def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Learn from one global batch, or this rank's part of it, both (G, T).
+    def capture_cuda_graph(self, context_length: int) -> bool:
+        """Replay steps as CUDA graphs from now on; returns False if memory does not suffice.
 
-        An update whose gradient or loss is not finite is left out: weights and moments stay as they
-        are.
-
-        Returns:
-            Mean loss over the tokens of all ranks, and gradient norm before clipping: scalars that
-            stay on the device, so that nothing waits for them, and are the same on every rank.
+        Everything is captured here; nothing changes but that the optimizer's state is allocated.
+        Graphs have memory of their own, beside what a step without them takes.
         """
-        if not self.root_module.training:
-            # It asks every module by itself: as long as a hundred kernels take to launch.
-            self.root_module.train()
-        while (loss := self._gradients(inputs, targets)) is None:
-            self._halve_micro_batch()
-        if self._is_short:
-            self._halve_micro_batch()
-        if self._ending is not None:
-            return loss, self._ending(loss, lr)
-        norm = self._optimizer_step(self.backend.clip_grad_norm_, loss, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
-
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Gradients of a global batch in its parameters, and its loss; None if memory ran out."""
-        loss = torch.zeros((), device=self.device)
-        share = 1 / (targets.numel() * self._ranks.world_size)
-        parts = list(
-            zip(
-                inputs.split(self.micro_batch_size),
-                targets.split(self.micro_batch_size),
-                strict=True,
-            )
-        )
-        try:
-            # Once it is there it stays. What it takes, a trial of micro-batches did not see.
-            self.optimizer.init_state()
-            self.reducer.reset()
-            self.backend.zero_grad()
-            # Each micro-batch counts by its tokens, so the split never changes the sum.
-            for left, (x, y) in zip(reversed(range(len(parts))), parts, strict=True):
-                if not left:
-                    self.reducer.enable_sync()
-                loss += self._forward_backward(x, y, share) * share
-                self._ranks.tick()
-        except torch.OutOfMemoryError:
-            if not self._halve_on_oom or self.micro_batch_size == 1:
-                raise
-            if not self.reducer.has_sent():
-                # Other ranks wait a little longer, and never hear of it.
-                self.optimizer.zero_grad(set_to_none=True)
-                return None
-            self.reducer.poison()
-            loss.fill_(math.nan)
-            self._is_short = True
-        return self.reducer.finish(loss)
-
-    def _forward_backward(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
-        """Add `scale` times the gradients of a micro-batch's summed loss, which is returned."""
-        return self.backend(x, y, scale)
-
-    def _halve_micro_batch(self) -> None:
-        """Halve the micro-batch, after memory ran out."""
-        self._is_short = False
-        if isinstance(self.backend, CudaGraphBackend):
-            self.backend.release_graphs()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.micro_batch_size = -(-self.micro_batch_size // 2)
-        self._log(f"note: memory ran out; going on with micro-batches of {self.micro_batch_size}")
+        manual = self.backend
+        assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
+        assert isinstance(self._optimizer_step, OptimizerStep)
+        assert self._root is None, "a graph cannot wait for other ranks"
+        # A graph cannot send gradients on the way: all are sent when it is done.
+        manual.on_grads_ready = lambda num_groups: None
+        captures_optimizer = type(self.optimizer) is AdamW and not self.precision.needs_scaler
+        self.backend = CudaGraphBackend(manual, assign_grads=not captures_optimizer)
+        if captures_optimizer:
+            self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual)
+        # The first call warms up, the second one is captured.
+        if not all(self.fits(self.micro_batch_size, context_length) for _ in range(2)):
+            return False
+        if captures_optimizer:
+            try:
+                for _ in range(2):
+                    # A loss of NaN: the step is skipped, and nothing changes.
+                    self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
+            except torch.OutOfMemoryError:
+                return False
+        return True
 
     def dry_run(self, batch_size: int, context_length: int) -> float:
-        """Seconds for a forward and backward over some tokens, which leave no trace."""
-        count = batch_size * context_length
-        # Not all alike: adding up many gradients of one token takes far longer than of many.
-        tokens = torch.arange(count, device=self.device) % self.model.config.vocab_size
+        """Run forward and backward over made-up tokens, and leave no trace; returns the seconds."""
+        num_tokens = batch_size * context_length
+        # Different ones: adding up the gradients of many equal tokens takes far longer.
+        tokens = torch.arange(num_tokens, device=self.device) % self.model.config.vocab_size
         x = tokens.view(batch_size, context_length)
         self.root_module.train()
-        with _kept_dice(self.device):
+        with _preserve_rng_state(self.device):
             synchronize(self.device)
             start = time.perf_counter()
             self.backend.zero_grad()
-            self._forward_backward(x, x, 1 / count)
+            self.backend.forward_backward(x, x, 1 / num_tokens)
             synchronize(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
     def fits(self, batch_size: int, context_length: int) -> bool:
-        """Whether so many windows go through the device's memory at once; tried out.
-
-        Room is kept for AdamW's moments and for the copy that a save takes: 20 bytes a parameter.
-        """
-        kept = None
+        """Find out by a dry run whether a micro-batch fits into the device's memory."""
+        reserved, fits = None, True
         try:
             if self.device.type == "cuda" and not self.optimizer.state:
-                count = 20 * sum(p.numel() for p in self.model.parameters())
-                kept = torch.empty(count, dtype=torch.uint8, device=self.device)
+                nbytes = BYTES_PER_PARAM * sum(p.numel() for p in self.model.parameters())
+                reserved = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self.dry_run(batch_size, context_length)
         except torch.OutOfMemoryError:
-            fit = False
-        else:
-            fit = True
-        del kept
+            fits = False
+        del reserved
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return fit
+        return fits
 
     def scaler_state_dict(self) -> dict[str, float]:
         """The loss scaler's state; empty where there is none."""
-        return self._optimizer_step.scaler_state_dict()
+        return {name: float(value) for name, value in self._scaler.state_dict().items()}
 
     def load_scaler_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on with a saved scale."""
-        self._optimizer_step.load_scaler_state_dict(state)
+        """Restore the loss scaler's state."""
+        if state and self._scaler.is_enabled():
+            counts = {"growth_interval", "_growth_tracker"}
+            self._scaler.load_state_dict(
+                {name: int(value) if name in counts else value for name, value in state.items()}
+            )
+
+    def _halve_micro_batch(self) -> None:
+        if isinstance(self.backend, CudaGraphBackend):
+            self.backend.release_graphs()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch_size = -(-self.micro_batch_size // 2)
+        self._log(f"note: out of memory; continuing with micro-batches of {self.micro_batch_size}")
 
 
 @contextmanager
-def _kept_dice(device: torch.device) -> Iterator[None]:
-    """Put the random number generators back as they were: dropout must not notice a rehearsal."""
-    devices = [device] if device.type == "cuda" else []
-    apple = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng(devices):
+def _preserve_rng_state(device: torch.device) -> Iterator[None]:
+    """Restore the RNG state at the end, so that a dry run does not change later dropout masks."""
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-    if apple is not None:
-        torch.mps.set_rng_state(apple)
+    if mps_state is not None:
+        torch.mps.set_rng_state(mps_state)

@@ -23,7 +23,7 @@ from tests.conftest import TINY
 
 
 def trained(model: GPT) -> AdamW:
-    optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     update(model, optimizer)
     return optimizer
 
@@ -43,7 +43,7 @@ def test_model_and_optimizer_go_on_from_their_tensors_bit_for_bit(tiny_model, de
     optimizer = trained(model)
     copy = GPT(TINY).to(device)
     load_model_state_dict(copy, model_state_dict(model), source="x")
-    other = build_adamw(copy, betas=(0.9, 0.95), weight_decay=0.1)
+    other = build_adamw(copy.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     load_optimizer_state_dict(copy, other, optimizer_state_dict(model, optimizer), source="x")
     update(model, optimizer)
     update(copy, other)

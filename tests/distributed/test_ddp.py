@@ -75,7 +75,7 @@ def make_step(comm: Comm, *, manual: bool, micro_batch: int = 1) -> TrainStep:
     model = GPT(TINY).init_weights(torch.Generator().manual_seed(0))
     return TrainStep(
         model,
-        build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1),
+        build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
         precision=FLOAT32,
         micro_batch_size=micro_batch,
         grad_clip=1.0,
@@ -111,7 +111,7 @@ def record_buckets(comm: Comm, manual: bool) -> list:
     micro_batch, ready, sent = 0, 0, []
     all_reduce, forward_backward, reducer = (
         comm.all_reduce_async,
-        step._forward_backward,
+        step.backend.forward_backward,
         step.reducer,
     )
 
@@ -129,11 +129,11 @@ def record_buckets(comm: Comm, manual: bool) -> list:
         sent.append([micro_batch, ready, tensor.numel()])
         return all_reduce(tensor)
 
-    step._forward_backward, comm.all_reduce_async = count_micro_batches, record_sent
+    step.backend.forward_backward, comm.all_reduce_async = count_micro_batches, record_sent
     if manual:
         step.backend.on_grads_ready = record_ready
     else:
-        step._gradients_in_a_row.on_grads_ready = record_ready
+        step._autograd_grad_buffer.on_grads_ready = record_ready
     step(*batch(comm), lr=1e-2)
     return [sent, sum(p.numel() for p in step.model.parameters())]
 
@@ -151,8 +151,8 @@ def nan_on_rank1(comm: Comm, manual: bool) -> list:
     step = make_step(comm, manual=manual)
     step(*batch(comm), lr=1e-2)
     before = weights(step)
-    forward_backward = step._forward_backward
-    step._forward_backward = lambda x, y, scale: forward_backward(
+    forward_backward = step.backend.forward_backward
+    step.backend.forward_backward = lambda x, y, scale: forward_backward(
         x, y, float("nan") if comm.rank == 1 else scale
     )
     loss, norm = step(*batch(comm), lr=1e-2)
@@ -172,7 +172,7 @@ def out_of_memory_on_rank1(comm: Comm, manual: bool, late: bool) -> list:
     step = make_step(comm, manual=manual, micro_batch=2)
     step(*batch(comm), lr=1e-2)
     before = weights(step)
-    forward_backward, calls = step._forward_backward, 0
+    forward_backward, calls = step.backend.forward_backward, 0
 
     def fail_once(*args):
         nonlocal calls
@@ -184,7 +184,7 @@ def out_of_memory_on_rank1(comm: Comm, manual: bool, late: bool) -> list:
             raise torch.OutOfMemoryError("no memory")
         return loss
 
-    step._forward_backward = fail_once
+    step.backend.forward_backward = fail_once
     loss, _ = step(*batch(comm), lr=1e-2)
     second = weights(step)
     step(*batch(comm), lr=1e-2)

@@ -90,8 +90,8 @@ def nan_on_rank1(comm: Comm, config: dict) -> list:
         for group in (parameters, moments)
     ]
     before = [p.to_local().clone() for p in parameters]
-    forward_backward = step._forward_backward
-    step._forward_backward = lambda x, y, scale: forward_backward(
+    forward_backward = step.backend.forward_backward
+    step.backend.forward_backward = lambda x, y, scale: forward_backward(
         x, y, float("nan") if comm.rank == 1 else scale
     )
     _, norm = step(inputs, targets, lr=1e-3)

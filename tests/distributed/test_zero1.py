@@ -16,7 +16,6 @@ from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.train.parallel.fsdp import apply_fsdp
-from gptforge.train.savings import DEFAULT_SAVINGS, Savings
 from gptforge.train.train_step import TrainStep
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, train
@@ -31,16 +30,17 @@ ROWS = 12
 
 
 def make_step(
-    comm: Comm, width: int = 16, savings: Savings = DEFAULT_SAVINGS, dtype: str = "float32"
+    comm: Comm, width: int = 16, recompute: bool = False, dtype: str = "float32"
 ) -> TrainStep:
     precision = DTYPES[dtype]
     model = GPT(dataclasses.replace(TINY, n_embd=width))
     model.init_weights(torch.Generator().manual_seed(0))
     root = apply_fsdp(model, precision, comm) if comm.world_size > 1 else None
-    optimizer = build_adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     return TrainStep(
         model, optimizer, precision=precision, micro_batch_size=1, grad_clip=1.0,
-        kernels=KernelConfig(manual_backward=True), savings=savings, comm=comm, root=root,
+        kernels=KernelConfig(manual_backward=True), activation_checkpointing=recompute,
+        comm=comm, root=root,
     )  # fmt: skip
 
 
@@ -50,9 +50,9 @@ def evaluate(step: TrainStep, comm: Comm) -> float:
     return float(comm.all_reduce(step.root_module(*batch(comm, ROWS)).detach().clone()))
 
 
-def five_steps(comm: Comm, width: int, savings: Savings, dtype: str) -> list:
+def five_steps(comm: Comm, width: int, recompute: bool, dtype: str) -> list:
     """Loss, norm and evaluation of each step, and the final weights on rank 0."""
-    step, results = make_step(comm, width, savings, dtype), []
+    step, results = make_step(comm, width, recompute, dtype), []
     # Now: after an evaluation, the root module has its unsharded parameters.
     parameters = list(step.model.parameters())
     for _ in range(5):
@@ -64,20 +64,20 @@ def five_steps(comm: Comm, width: int, savings: Savings, dtype: str) -> list:
 
 
 @pytest.mark.parametrize(
-    ("width", "savings", "dtype"),
+    ("width", "recompute", "dtype"),
     [
-        (16, DEFAULT_SAVINGS, "float32"),
-        (14, DEFAULT_SAVINGS, "float32"),  # indivisible by the number of ranks
-        (14, Savings(activation_checkpointing=True), "bfloat16"),
+        (16, False, "float32"),
+        (14, False, "float32"),  # indivisible by the number of ranks
+        (14, True, "bfloat16"),
     ],
 )
-def test_zero1_trains_as_one_process(width, savings, dtype) -> None:
-    _, expected, expected_weights = five_steps(SINGLE_PROCESS, width, savings, dtype)
+def test_zero1_trains_as_one_process(width, recompute, dtype) -> None:
+    _, expected, expected_weights = five_steps(SINGLE_PROCESS, width, recompute, dtype)
     expected = torch.tensor(expected)
     # One process evaluates in float32 here, ZeRO-1 in the compute dtype.
     tolerance = {"rtol": 1e-3, "atol": 0} if dtype == "bfloat16" else {}
     for world_size in (2, 3):
-        all_ranks = on_ranks(world_size, five_steps, width, savings, dtype)
+        all_ranks = on_ranks(world_size, five_steps, width, recompute, dtype)
         for rank, (backend, results, weights) in enumerate(all_ranks):
             assert backend == BACKEND
             results = torch.tensor(results)
@@ -123,13 +123,13 @@ def test_resumed_run_is_bitwise_equal(config, tmp_path) -> None:
 def record_collectives(comm: Comm) -> list:
     """Each collective of a step with its micro-batch; 0 is before the first one."""
     step, sent, micro_batch = make_step(comm), [], [0]
-    forward_backward = step._forward_backward
+    forward_backward = step.backend.forward_backward
 
     def count_micro_batches(*args: object) -> torch.Tensor:
         micro_batch[0] += 1
         return forward_backward(*args)
 
-    step._forward_backward = count_micro_batches
+    step.backend.forward_backward = count_micro_batches
     for name in ("all_gather_async", "reduce_scatter_async", "all_reduce_async"):
 
         def record(tensor: torch.Tensor, name: str = name):
@@ -162,8 +162,8 @@ def nan_on_rank1(comm: Comm) -> list:
         sum(local_tensor(t).numel() for t in group) / total for group in (parameters, moments)
     ]
     before = [local_tensor(p).clone() for p in parameters]
-    forward_backward = step._forward_backward
-    step._forward_backward = lambda x, y, scale: forward_backward(
+    forward_backward = step.backend.forward_backward
+    step.backend.forward_backward = lambda x, y, scale: forward_backward(
         x, y, float("nan") if comm.rank == 1 else scale
     )
     _, norm = step(*batch(comm, ROWS), lr=1e-2)

@@ -1,4 +1,4 @@
-"""Building and reading whole runs of a tiny model, in this process."""
+"""Train a tiny model in this process, and read its run folder."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def last(config: Config) -> Path:
 
 
 class StopAfter(StopSignal):
-    """A wish to stop that comes true behind step `steps`."""
+    """Interrupts training after so many steps."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(0, log=lambda _: None)

@@ -1,5 +1,3 @@
-"""Whole runs of a tiny model, in this process."""
-
 import dataclasses
 import math
 from pathlib import Path
@@ -9,10 +7,11 @@ import torch
 
 from gptforge.builders import build_trainer
 from gptforge.checkpoint.store import CheckpointStore, read_state, read_tensors
+from gptforge.train.loss_monitor import RecentLosses
 from tests.train.runs import StopAfter, build, events, last
 
 
-def test_a_run_makes_exactly_max_steps_updates(config) -> None:
+def test_run_makes_max_steps_steps(config) -> None:
     trainer = build(config)
     assert trainer.fit() == "finished"
     assert [event["step"] for event in events(config, "train")] == list(range(20))
@@ -23,13 +22,13 @@ def test_a_run_makes_exactly_max_steps_updates(config) -> None:
     assert events(config, "end")[0]["reason"] == "finished"
 
 
-def test_what_is_said_to_be_compiled_stays_compiled(config, monkeypatch) -> None:
+def test_compile_flag(config, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    said: list[str] = []
+    log: list[str] = []
     config = dataclasses.replace(config, compile="true", dropout=0.0)
-    trainer = build_trainer(config, explicit=(), log=said.append)
+    trainer = build_trainer(config, explicit=(), log=log.append)
     assert trainer is not None
-    assert "torch.compile: on, as requested" in said
+    assert "torch.compile: on, as requested" in log
     assert trainer.step_fn.is_compiled
 
 
@@ -42,7 +41,7 @@ def test_what_is_said_to_be_compiled_stays_compiled(config, monkeypatch) -> None
         (0.1, "float32", "muon"),
     ],
 )
-def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     config, tmp_path, val_fraction, dtype, optimizer
 ) -> None:
     config = dataclasses.replace(
@@ -55,7 +54,7 @@ def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(
     first.stop_signal = StopAfter(8)
     assert first.fit() == "interrupted"
     assert last(config).name == "step-000008"
-    torch.manual_seed(99)  # a new process has other dice
+    torch.manual_seed(99)  # a new process has another RNG state
     assert build(config).fit() == "finished"
 
     for name in ("model", "optimizer", "rng"):
@@ -73,11 +72,11 @@ def test_a_run_cut_in_two_is_the_run_in_one_bit_for_bit(
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
-def test_losses_of_a_resumed_log_have_no_gap_and_no_double(config) -> None:
+def test_resumed_log_has_every_step_once(config) -> None:
     first = build(config)
     first.stop_signal = StopAfter(9)
     first.fit()
-    # As if the process had died two steps behind the checkpoint, with its lines written.
+    # As if the process had been killed two steps after the checkpoint, with its lines written.
     with (Path(config.out_dir) / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "step": 9, "loss": 1}\n{"event": "train", "st')
     build(config).fit()
@@ -86,7 +85,7 @@ def test_losses_of_a_resumed_log_have_no_gap_and_no_double(config) -> None:
     assert log.count("\nstep 9 |") == 1
 
 
-def test_another_micro_batch_goes_on_with_the_same_data(config) -> None:
+def test_resume_with_another_micro_batch_size(config) -> None:
     first = build(config)
     first.stop_signal = StopAfter(8)
     first.fit()
@@ -96,7 +95,7 @@ def test_another_micro_batch_goes_on_with_the_same_data(config) -> None:
     assert trainer.fit() == "finished"
 
 
-def test_best_is_the_lowest_held_out_loss_and_never_gets_worse(config) -> None:
+def test_best_checkpoint_has_the_lowest_val_loss(config) -> None:
     trainer = build(dataclasses.replace(config, max_steps=40, max_lr=0.05))
     trainer.fit()
     losses = {event["step"]: event["val_loss"] for event in events(config, "eval")}
@@ -105,13 +104,13 @@ def test_best_is_the_lowest_held_out_loss_and_never_gets_worse(config) -> None:
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
     assert store.read_link("best").name == f"step-{best:06d}"
     assert trainer.state.best_loss == losses[best]
-    so_far = math.inf
+    lowest = math.inf
     for event in [e for e in events(config, "save") if e["best"]]:
-        assert losses[event["step"]] < so_far
-        so_far = losses[event["step"]]
+        assert losses[event["step"]] < lowest
+        lowest = losses[event["step"]]
 
 
-def test_with_nothing_held_out_best_goes_by_the_mean_training_loss(config) -> None:
+def test_without_validation_data_best_is_the_lowest_mean_train_loss(config) -> None:
     config = dataclasses.replace(config, val_fraction=0.0)
     trainer = build(config)
     trainer.fit()
@@ -122,26 +121,28 @@ def test_with_nothing_held_out_best_goes_by_the_mean_training_loss(config) -> No
     assert trainer.state.best_step == 4 * (means.index(min(means)) + 1)
 
 
-def test_training_losses_are_averaged_over_as_many_steps_at_the_end(config) -> None:
+def test_mean_train_loss_covers_as_many_steps_at_the_end(config, monkeypatch) -> None:
     config = dataclasses.replace(config, val_fraction=0.0, max_steps=18, eval_every=8)
     trainer = build(config)
     means = {}
-    evaluate = trainer._recent_loss
-    trainer._recent_loss = lambda: means.setdefault(trainer.state.step, evaluate())
+    mean = RecentLosses.mean
+    monkeypatch.setattr(
+        RecentLosses, "mean", lambda self: means.setdefault(trainer.state.step, mean(self))
+    )
     trainer.fit()
     losses = [event["loss"] for event in events(config, "train")]
-    wanted = {step: sum(losses[step - 8 : step]) / 8 for step in (8, 16, 18)}
-    assert means == pytest.approx(wanted, rel=1e-5)
+    expected = {step: sum(losses[step - 8 : step]) / 8 for step in (8, 16, 18)}
+    assert means == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_last_step_is_logged_whatever_the_cadence(config) -> None:
+def test_last_step_is_always_logged(config) -> None:
     config = dataclasses.replace(config, log_every=7, eval_every=100)
     build(config).fit()
     assert [event["step"] for event in events(config, "train")] == [0, 7, 14, 19]
     assert [event["step"] for event in events(config, "eval")] == [20]
 
 
-def test_a_run_with_the_largest_seed_comes_to_its_end(config) -> None:
-    config = dataclasses.replace(config, seed=2**63 - 1, sample_every=2, stagger=True)
+def test_largest_seed(config) -> None:
+    config = dataclasses.replace(config, seed=2**63 - 1, sample_every=2, random_offset=True)
     assert build(config).fit() == "finished"
     assert (Path(config.out_dir) / "samples.md").read_text().count("## After") == 10

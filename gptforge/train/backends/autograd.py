@@ -1,4 +1,4 @@
-"""Loss and gradients of a GPT by autograd: on any device, with dropout, compiled or not."""
+"""Loss and gradients of a GPT by autograd: on any device, with any option, compiled or not."""
 
 from collections.abc import Callable
 
@@ -10,25 +10,26 @@ from gptforge.device import Precision, autocast
 from gptforge.kernel_select import KernelConfig
 from gptforge.kernels.cross_entropy import fused_linear_cross_entropy
 from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.parallel.fsdp import FSDPRoot, clip_grad_norm_
-from gptforge.train.parallel.grad_reducer import LooseGrads
-from gptforge.train.savings import DEFAULT_SAVINGS, Savings
 
 
 class AutogradBackend:
-    """The plain way, but for the kernels that are chosen; the same calls as `ByHand`.
+    """The reference backend.
 
     Args:
-        model: whose parameters get the gradients.
-        precision: type of the matrix products.
-        kernels: which of ours to use in between.
+        model: its parameters get the gradients.
+        precision: dtype of the matmuls.
+        kernels: the kernels to use where there is a choice.
         scaler: of the loss, for float16.
-        savings: what to make again in the backward pass.
-        gradients: where they go.
-        root: what a sharded model is called through; it has narrow weights of its own, and averages
-            gradients over `size` ranks.
-        by_block: compile each block by itself: gradients of the last are there while those of the
-            first are made, and shards are fetched block by block.
+        activation_checkpointing: save only each block's input, and recompute the rest.
+        loss_chunk: tokens whose logits are in memory at a time; 0 for all.
+        grads: the buffer that gradients accumulate in, if several ranks reduce it.
+        root: the root module, if FSDP shards the model: it casts weights by itself, and averages
+            gradients over `world_size` ranks.
+        world_size: ranks that train together.
+        compile_blocks: compile each block by itself, so that gradients of the last blocks are ready
+            while those of the first are computed, and FSDP gathers weights block by block.
     """
 
     def __init__(
@@ -38,101 +39,107 @@ class AutogradBackend:
         kernels: KernelConfig,
         *,
         scaler: torch.amp.GradScaler,
-        savings: Savings = DEFAULT_SAVINGS,
-        gradients: LooseGrads | None = None,
+        activation_checkpointing: bool = False,
+        loss_chunk: int = 0,
+        grads: AutogradGradBuffer | None = None,
         root: FSDPRoot | None = None,
         world_size: int = 1,
         compile_blocks: bool = False,
     ) -> None:
         self.model, self._precision, self._kernels = model, precision, kernels
-        self._scaler, self._savings = scaler, savings
-        self._gradients = gradients or LooseGrads()
-        self._by_block = compile_blocks
-        self._root, self._factor = root, world_size if root else 1
+        self._scaler, self._grads, self._root = scaler, grads, root
+        self._activation_checkpointing = activation_checkpointing
+        self._loss_chunk, self._compile_blocks = loss_chunk, compile_blocks
+        # FSDP divides the sum by the world size.
+        self._grad_factor = world_size if root else 1
         self._device = next(model.parameters()).device
-        self._is_apart = kernels.fused_cross_entropy or savings.loss_chunk > 0
-        self._forward: Callable[[Tensor, Tensor], Tensor] = self._whole
-        if self._is_apart:
-            self._forward = self._with_head_apart(self._hidden)
+        self._hidden: Callable[[Tensor], Tensor] = self._forward_hidden
+        self._loss: Callable[[Tensor, Tensor], Tensor] = self._forward_loss
         for block in model.blocks():
+            # What an earlier backend compiled.
             block.__dict__.pop("forward", None)
 
     def compile(self) -> None:
-        """Run the model compiled from now on. The saved weights' names stay those of the module."""
-        if self._by_block:
+        """Compile the model. Parameters keep the names of the plain module."""
+        if self._compile_blocks:
             for block in self.model.blocks():
-                block.forward = _compiled(block)
-        elif self._is_apart:
-            self._forward = self._with_head_apart(torch.compile(self._hidden, dynamic=False))
+                block.forward = _compile_for_training(block)
+        elif self._has_separate_loss:
+            self._hidden = torch.compile(self._forward_hidden, dynamic=False)
         else:
-            self._forward = torch.compile(self._whole, dynamic=False)
+            self._loss = torch.compile(self._forward_loss, dynamic=False)
 
     def zero_grad(self) -> None:
-        """Before the first micro-batch of an update."""
-        self._gradients.zero_()
+        """Start a step."""
+        if self._grads is not None:
+            self._grads.zero_()
 
-    def __call__(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """As `ByHand.__call__`."""
-        self._gradients.begin()
+    def forward_backward(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Compute the summed loss of a micro-batch, and accumulate its gradients times `scale`.
+
+        Args:
+            idx: (B, T) token ids.
+            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
+            scale: such as one over the tokens of a step.
+        """
+        if self._grads is not None:
+            self._grads.start_micro_batch()
         if self._root is not None:
-            self._root.train_forward = self._forward
+            self._root.train_forward = self._loss
             loss: Tensor = self._root(idx, targets)
         else:
             with autocast(self._device, self._precision):
-                loss = self._forward(idx, targets)
-        self._scaler.scale(loss * (scale * self._factor)).backward()
+                loss = self._loss(idx, targets)
+        self._scaler.scale(loss * (scale * self._grad_factor)).backward()
         return loss.detach()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Shorten the gradients if their norm is above `longest`; the norm before that."""
+        """Scale the gradients down to `max_norm`; returns the norm before that."""
         if self._root is not None:
             return clip_grad_norm_(self.model, max_norm)
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    @property
+    def _has_separate_loss(self) -> bool:
+        """Whether the output layer and the loss are not torch's own, and stay uncompiled."""
+        return self._kernels.fused_cross_entropy or self._loss_chunk > 0
+
+    def _forward_hidden(self, idx: Tensor) -> Tensor:
         return self.model.forward_hidden(
-            x,
+            idx,
             self._kernels.residual_dtype,
-            activation_checkpointing=self._savings.activation_checkpointing,
+            activation_checkpointing=self._activation_checkpointing,
         )
 
-    def _whole(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.model.loss(self._hidden(x), y)
+    def _forward_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        if not self._has_separate_loss:
+            return self.model.loss(self._hidden(idx), targets)
+        hidden, targets = self._hidden(idx).flatten(0, 1), targets.flatten()
+        if not self._loss_chunk:
+            return self._lm_head(hidden, targets)
+        chunks = zip(hidden.split(self._loss_chunk), targets.split(self._loss_chunk), strict=True)
+        losses = [checkpoint(self._lm_head, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
 
-    def _with_head_apart(
-        self, hidden: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        chunk = self._savings.loss_chunk
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            h, targets = hidden(x).flatten(0, 1), y.flatten()
-            if not chunk:
-                return self._head(h, targets)
-            pieces = zip(h.split(chunk), targets.split(chunk), strict=True)
-            losses = [checkpoint(self._head, *piece, use_reentrant=False) for piece in pieces]
-            return torch.stack(losses).sum()
-
-        return loss
-
-    def _head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _lm_head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Output layer and summed loss of (n, C) hidden states."""
         if self._kernels.fused_cross_entropy:
-            table = self.model.lm_head.weight
-            return fused_linear_cross_entropy(
-                hidden.to(self._precision.dtype), table, targets, IGNORE_INDEX
-            )
+            weight = self.model.lm_head.weight
+            hidden = hidden.to(self._precision.dtype)
+            return fused_linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
         return self.model.loss(hidden, targets)
 
 
-def _compiled(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A block's way forward, compiled for training: an evaluation has batches of other shapes.
+def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compile a block's forward for training only: evaluation batches have other shapes.
 
-    All blocks are alike to the compiler, so that it compiles one of them.
+    All blocks look alike to the compiler, so it compiles the code once.
     """
     plain = block.forward
-    fast = torch.compile(plain, dynamic=False)
+    compiled = torch.compile(plain, dynamic=False)
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = (fast if block.training else plain)(x)
+        y: Tensor = (compiled if block.training else plain)(x)
         return y
 
     return forward

@@ -1,11 +1,11 @@
-"""An update's kernels recorded once and played back: CUDA graphs.
+"""The manual backend and the optimizer step as CUDA graphs.
 
-In a small model a kernel takes less time than it takes Python to ask for it. A recording is asked
-for as a whole. It plays back at the same addresses: so the batch is copied to where that one was,
-and gradients go where those went.
+In a small model, launching a kernel from Python takes longer than the kernel. A graph launches all
+of them at once, at the same addresses each time: so a batch is copied to where the captured one
+was, and gradients stay in their buffer.
 
-There are three, for an update may have many micro-batches, and other ranks to wait for in between:
-of what begins it, of a micro-batch, and of what ends it.
+There are three graphs, since a step may have many micro-batches, and other ranks to wait for: one
+that zeroes gradients, one for a micro-batch, and one for the optimizer step.
 """
 
 from collections.abc import Callable
@@ -21,104 +21,114 @@ T = TypeVar("T")
 
 
 class CudaGraphBackend:
-    """`by_hand`, recorded at its second call with a shape: the first one warms everything up."""
+    """A `ManualBackend`, captured at the second call with a shape: the first one warms up.
 
-    def __init__(self, by_hand: ManualBackend) -> None:
-        self._backend = by_hand
-        self._scale = torch.zeros((), device=by_hand.grads.flat.device)
-        self._recorded: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
-        self._seen: set[torch.Size] = set()
-        self._begin = _CapturedCall(by_hand.zero_grad)
-        self._hands_over = True
+    Args:
+        backend: to capture.
+        assign_grads: whether `zero_grad` assigns the gradients to the parameters: it need not if
+            `CudaGraphOptimizerStep` does.
+    """
+
+    def __init__(self, backend: ManualBackend, *, assign_grads: bool) -> None:
+        self._backend = backend
+        self._assign_grads = assign_grads
+        self._scale = torch.zeros((), device=backend.grads.flat.device)
+        self._graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._warmed_up: set[torch.Size] = set()
+        self._zero_grad = _CapturedCall(backend.zero_grad)
 
     def zero_grad(self) -> None:
-        """As `ByHand.begin`."""
-        self._begin()
-        if self._hands_over:
+        """Start a step; see `ManualBackend.zero_grad`."""
+        self._zero_grad()
+        if self._assign_grads:
             self._backend.grads.assign_grads()
 
-    def capture_optimizer_step(self, descend: OptimizerStep) -> "CudaGraphOptimizerStep":
-        """The same for what ends an update; gradients are handed over there from now on."""
-        self._hands_over = False
-        return CudaGraphOptimizerStep(descend, self._backend)
+    def forward_backward(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """Replay a micro-batch; see `ManualBackend.forward_backward`."""
+        if idx.shape not in self._warmed_up:
+            self._warmed_up.add(idx.shape)
+            return self._backend.forward_backward(idx, targets, scale)
+        self._scale.fill_(scale)
+        if idx.shape not in self._graphs:
+            self._graphs[idx.shape] = self._capture_micro_batch(idx, targets)
+        return self._graphs[idx.shape](idx, targets)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """As `ByHand.clip`."""
+        """Scale the gradients down to `max_norm`; returns the norm before that."""
         return self._backend.clip_grad_norm_(max_norm)
 
-    def __call__(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """As `ByHand.__call__`."""
-        if idx.shape not in self._seen:
-            self._seen.add(idx.shape)
-            return self._backend(idx, targets, scale)
-        self._scale.fill_(scale)
-        if idx.shape not in self._recorded:
-            self._recorded[idx.shape] = self._record(idx, targets)
-        return self._recorded[idx.shape](idx, targets)
-
     def release_graphs(self) -> None:
-        """Give the memory of the recordings of micro-batches back."""
-        self._recorded.clear()
-        self._seen.clear()
+        """Free the memory of the micro-batches' graphs."""
+        self._graphs.clear()
+        self._warmed_up.clear()
 
-    def _record(self, idx: Tensor, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        fixed_idx, fixed_targets = idx.clone(), targets.clone()
-        graph, loss = _capture(lambda: self._backend(fixed_idx, fixed_targets, self._scale))
+    def _capture_micro_batch(
+        self, idx: Tensor, targets: Tensor
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        static_idx, static_targets = idx.clone(), targets.clone()
+        graph, loss = _capture(
+            lambda: self._backend.forward_backward(static_idx, static_targets, self._scale)
+        )
 
-        def play(idx: Tensor, targets: Tensor) -> Tensor:
-            fixed_idx.copy_(idx)
-            fixed_targets.copy_(targets)
+        def replay(idx: Tensor, targets: Tensor) -> Tensor:
+            static_idx.copy_(idx)
+            static_targets.copy_(targets)
             graph.replay()
             return loss.clone()
 
-        return play
+        return replay
 
 
 class CudaGraphOptimizerStep:
-    """A descent, recorded at its second call; for an optimizer that takes a rate on the device."""
+    """An `OptimizerStep`, captured at its second call.
 
-    def __init__(self, descend: OptimizerStep, by_hand: ManualBackend) -> None:
-        device = by_hand.grads.flat.device
-        self._loss, self._lr = loss, lr = [torch.zeros((), device=device) for _ in range(2)]
+    Args:
+        step: its optimizer takes a learning rate on the device.
+        backend: its gradients are assigned to the parameters once, when the step is captured.
+    """
 
-        # It holds nothing of this object, so that both go when the update does.
-        def end() -> Tensor:
-            by_hand.grads.assign_grads()
-            return descend(by_hand.clip_grad_norm_, loss, lr)
+    def __init__(self, step: OptimizerStep, backend: ManualBackend) -> None:
+        device = backend.grads.flat.device
+        self._lr, self._loss = lr, loss = [torch.zeros((), device=device) for _ in range(2)]
 
-        self._end = _CapturedCall(end)
+        # No reference to self: a cycle would keep the graph's memory until garbage collection.
+        def run() -> Tensor:
+            backend.grads.assign_grads()
+            return step(lr, loss)
 
-    def __call__(self, loss: Tensor, lr: float) -> Tensor:
-        """As `Descent.__call__`."""
+        self._run = _CapturedCall(run)
+
+    def __call__(self, lr: float, loss: Tensor) -> Tensor:
+        """Replay the step; see `OptimizerStep.__call__`."""
         self._loss.copy_(loss)
-        # From the first call on, not only in a recording: as float32 it is a little another number.
+        # Before the capture, too: rounded to fp32, the rate differs a little.
         self._lr.fill_(lr)
-        return self._end().clone()
+        return self._run().clone()
 
 
 class _CapturedCall(Generic[T]):
-    """Work at fixed addresses, recorded when it is done for the second time."""
+    """A function on fixed addresses, captured as a CUDA graph at its second call."""
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._is_warm = False
-        self._recorded: tuple[torch.cuda.CUDAGraph, T] | None = None
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._is_warmed_up = False
+        self._graph: tuple[torch.cuda.CUDAGraph, T] | None = None
 
     def __call__(self) -> T:
-        if not self._is_warm:
-            self._is_warm = True
-            return self._work()
-        if self._recorded is None:
-            self._recorded = _capture(self._work)
-        graph, result = self._recorded
+        if not self._is_warmed_up:
+            self._is_warmed_up = True
+            return self._function()
+        if self._graph is None:
+            self._graph = _capture(self._function)
+        graph, result = self._graph
         graph.replay()
         return result
 
 
-def _capture(work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A recording of some work, which is not done yet, and where it leaves its result."""
+def _capture(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Capture a function without running it; returns the graph, and where it puts its result."""
     graph = torch.cuda.CUDAGraph()
-    # Another thread may be writing a checkpoint, and ask for memory.
+    # thread_local: another thread may be allocating memory, to write a checkpoint.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = work()
+        result = function()
     return graph, result

@@ -1,11 +1,11 @@
-"""Loss and gradients of a GPT written out, forward and backward, without autograd.
+"""Loss and gradients of a GPT with a backward pass written by hand, without autograd.
 
-Written out, three things are possible that autograd and the compiler do not do: gradients are added
-in float32 where they are produced, by the product that makes them; what is not needed again is
-written over; and there is nothing to compile. After llm.c (Karpathy et al., 2024). The products are
-torch's, the rest is in `kernels`; `GPT.forward` is the reference that the tests hold it to.
+After llm.c (Karpathy et al., 2024). Three things are possible here that autograd and torch.compile
+do not do: GEMMs accumulate weight gradients in fp32 right where those are needed; activations that
+are not needed again are overwritten; and there is nothing to compile. The kernels are in `kernels`;
+the tests compare with `GPT.forward` and autograd.
 
-Shapes: B windows, T tokens each, N = B * T, C channels, H heads of D = C / H, V vocabulary.
+Shapes: B sequences of T tokens, N = B * T, C channels, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -28,22 +28,22 @@ from gptforge.train.backends.manual_layers import (
     SavedActivations,
 )
 from gptforge.train.grad_buffer import GradBuffer
-from gptforge.train.savings import DEFAULT_SAVINGS, Savings
 
 MAX_ONE_HOT_VOCAB = 1024
-"""Rows of a token table up to which its gradient as a first layer is made by a product."""
+"""Up to this vocabulary size, the token embedding's gradient is a GEMM with one-hot rows."""
 
 
 class ManualBackend:
-    """A GPT's loss and gradients, computed in `dtype` from its float32 weights.
+    """Computes in `dtype` from fp32 master weights, and accumulates fp32 gradients.
 
     Args:
-        model: whose parameters get the gradients.
-        dtype: of the products and of the residual stream.
-        savings: what to make again on the way back.
-        kernels: which of those there is a choice between.
-        weights: to compute with; by default the model's own, which lie whole on this device.
-        gradients: where they go, made of the groups of parameters that they are made in.
+        model: its parameters get the gradients.
+        dtype: of the GEMMs and of the residual.
+        activation_checkpointing: save only each block's input, and recompute the rest.
+        loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
+        kernels: the kernels to use where there is a choice.
+        weights: the weights to compute with; by default the model's, unsharded on this device.
+        make_grads: makes the gradient buffer from groups of parameters.
     """
 
     def __init__(
@@ -51,118 +51,125 @@ class ManualBackend:
         model: GPT,
         dtype: torch.dtype,
         *,
-        savings: Savings = DEFAULT_SAVINGS,
+        activation_checkpointing: bool = False,
+        loss_chunk: int = 0,
         kernels: KernelConfig = DEFAULT_KERNELS,
         weights: ComputeWeights | None = None,
-        gradients: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
+        make_grads: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
     ) -> None:
         self._dropout = model.config.dropout
-        # What torch's attention makes again it would drop anew.
-        assert not (self._dropout and savings.activation_checkpointing), "not written out here"
-        assert model.config.activation == "gelu_tanh", "not written out here"
+        # SDPA with dropout would draw another mask when it is recomputed.
+        assert not (self._dropout and activation_checkpointing), "the manual backward cannot"
+        assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
-        self._recompute = savings.activation_checkpointing
-        self._head_tokens = savings.loss_chunk or default_loss_chunk(model.config.vocab_size)
+        self._recompute = activation_checkpointing
+        self._loss_chunk = loss_chunk or default_loss_chunk(model.config.vocab_size)
         self._weights = weights = weights or ComputeWeights(dtype)
-        parts = model.transformer
-        wte, wpe, ln_f = parts["wte"], parts["wpe"], parts["ln_f"]
+        wte, wpe, ln_f = (model.transformer[name] for name in ("wte", "wpe", "ln_f"))
         assert isinstance(wte, nn.Embedding) and isinstance(wpe, nn.Embedding)
         assert isinstance(ln_f, nn.LayerNorm)
         self._wte, self._wpe = weights.master(wte.weight), weights.master(wpe.weight)
-        self._table = weights.compute_copy(wte.weight)  # (V, C)
+        self._lm_head_weight = weights.compute_copy(wte.weight)  # (V, C)
         self._blocks: list[ManualBlock] = []
-        before, every = None, gelu_save_interval(model.config.n_embd)
-        for number, block in enumerate(model.blocks()):
+        prev_bias, interval = None, gelu_save_interval(model.config.n_embd)
+        for i, block in enumerate(model.blocks()):
             assert isinstance(block, Block)
-            # One block's worth is no matter.
-            keeps_gelu = savings.activation_checkpointing or number % every == 0
-            one = ManualBlock(block, before, weights, save_gelu=keeps_gelu, kernels=kernels)
-            self._blocks.append(one)
-            before = block.mlp.c_proj.bias
-        assert before is not None
-        self._norm = ManualLayerNorm(ln_f, weights)
-        self._norm.grad_group.append(before)
+            # With checkpointing, one block's activations at a time take little memory.
+            save_gelu = activation_checkpointing or i % interval == 0
+            self._blocks.append(
+                ManualBlock(block, prev_bias, weights, save_gelu=save_gelu, kernels=kernels)
+            )
+            prev_bias = block.mlp.c_proj.bias
+        assert prev_bias is not None
+        self._ln_f = ManualLayerNorm(ln_f, weights)
+        self._ln_f.grad_group.append(prev_bias)
         groups = [group for block in reversed(self._blocks) for group in block.grad_groups()]
-        self.grads = gradients([self._norm.grad_group, *groups, [wpe.weight], [wte.weight]])
-        self.on_grads_ready: Callable[[int], None] = lambda groups: None
-        """Told how many groups of gradients have nothing more to come in this micro-batch."""
-        self._norm.bind(self.grads)
-        for one in self._blocks:
-            one.bind(self.grads)
-        self._to_wte, self._to_wpe = (self.grads.view(x.weight) for x in (wte, wpe))
+        self.grads = make_grads([self._ln_f.grad_group, *groups, [wpe.weight], [wte.weight]])
+        self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
+        """Called with the number of leading groups that are final for this micro-batch."""
+        self._ln_f.bind(self.grads)
+        for manual_block in self._blocks:
+            manual_block.bind(self.grads)
+        self._dwte, self._dwpe = self.grads.view(wte.weight), self.grads.view(wpe.weight)
 
     @torch.no_grad()
     def zero_grad(self) -> None:
-        """Before the first micro-batch of an update: no gradients, and the weights as they are."""
+        """Start a step: zero the gradients, and copy the weights to the compute dtype."""
         self.grads.zero_()
         self._weights.refresh()
 
     @torch.no_grad()
-    def __call__(self, idx: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
-        """The loss, summed over the tokens; `scale` times its gradients are added to what is there.
+    def forward_backward(self, idx: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
+        """Compute the summed loss of a micro-batch, and accumulate its gradients times `scale`.
 
         Args:
             idx: (B, T) token ids.
-            targets: (B, T) ids one further on; IGNORE where there is none.
-            scale: factor of the gradients, such as one over the tokens of an update; as a float32
-                scalar on the device it may change when a recording is played back.
+            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
+            scale: such as one over the tokens of a step. As an fp32 scalar on the device it may
+                change between replays of a CUDA graph.
         """
-        length = idx.size(1)
-        # Behind the embedding; in the attention, and behind both branches, of each block.
-        drops: list[DropoutSeed | None] = [None] * (1 + 3 * len(self._blocks))
-        drops = [*draw_dropout_seeds(len(drops), self._dropout, idx.device)] or drops
-        stream = embedding(idx, self._wte, self._wpe, self._weights.dtype, drops[0])  # (N, C)
-        branch = None
-        kept: list[SavedActivations | Tensor] = []
-        for number, block in enumerate(self._blocks):
-            its = BlockDropout(*drops[3 * number : 3 * number + 3])
-            branch, everything = block.forward(stream, branch, length, its)
-            stream = everything.norm_2.residual
-            kept.append(everything.norm_1.residual if self._recompute else everything)
-            del everything
-        normal, norm = self._norm.forward(stream, branch, drops[-1])
-        loss, upstream = self._head(normal, targets.flatten(), scale)
-        upstream, to_branch = self._norm.backward(upstream, norm, None)
-        made = 1
+        seq_len = idx.size(1)
+        # One for the embedding; in each block one for attention, and one for each sublayer.
+        num_seeds = 1 + 3 * len(self._blocks)
+        seeds: list[DropoutSeed | None] = [None] * num_seeds
+        seeds = [*draw_dropout_seeds(num_seeds, self._dropout, idx.device)] or seeds
+
+        residual = embedding(idx, self._wte, self._wpe, self._weights.dtype, seeds[0])  # (N, C)
+        mlp_out = None
+        saved: list[SavedActivations | Tensor] = []
+        for i, block in enumerate(self._blocks):
+            dropout = BlockDropout(*seeds[3 * i : 3 * i + 3])
+            mlp_out, activations = block.forward(residual, mlp_out, seq_len, dropout)
+            residual = activations.ln_2.residual
+            saved.append(activations.ln_1.residual if self._recompute else activations)
+            del activations  # frees memory if recomputed
+        ln_f_out, ln_f = self._ln_f.forward(residual, mlp_out, seeds[-1])
+
+        loss, dln_f = self._lm_head(ln_f_out, targets.flatten(), scale)
+        dresidual, dmlp_out = self._ln_f.backward(dln_f, ln_f, None)
+        num_ready = 1
         for block in reversed(self._blocks):
-            one = kept.pop()
-            if isinstance(one, Tensor):
-                _, one = block.forward(one, None, length, BlockDropout())
-            upstream, to_branch = block.backward(upstream, to_branch, one)
-            del one
-            made += len(block.grad_groups())
-            self.on_grads_ready(made)
-        # In front of the first block there is no branch: this is what the embedding was dropped to.
-        self._embed_backward(to_branch, idx)
+            item = saved.pop()
+            if isinstance(item, Tensor):
+                _, activations = block.forward(item, None, seq_len, BlockDropout())
+            else:
+                activations = item
+            dresidual, dmlp_out = block.backward(dresidual, dmlp_out, activations)
+            del item, activations
+            num_ready += len(block.grad_groups())
+            self.on_grads_ready(num_ready)
+        # The first block has no `mlp_out`: this is the gradient of the embedding before dropout.
+        self._embedding_backward(dmlp_out, idx)
         return loss
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Shorten the gradients if their norm is above `longest`; the norm before that."""
+        """Scale the gradients down to `max_norm`; returns the norm before that."""
         return self.grads.clip_grad_norm_(max_norm)
 
-    def _embed_backward(self, upstream: Tensor, idx: Tensor) -> None:
-        """Add the gradient of the first layer's output (N, C) to those of the tables."""
-        wide, tokens = self._to_wte.dtype, idx.flatten()
-        self._to_wpe[: idx.size(1)] += upstream.view(*idx.shape, -1).sum(0, dtype=wide)
-        size = len(self._to_wte)
-        if size <= MAX_ONE_HOT_VOCAB:
-            # Rows that many tokens share are slow to add to one by one. Ones and noughts are exact.
-            marks = upstream.new_zeros(len(tokens), size).scatter_(1, tokens[:, None], 1)
-            accumulate_wgrad(self._to_wte, marks, upstream)
-        else:
-            embedding_backward(upstream, tokens, self._to_wte)
-
-    def _head(
-        self, normal: Tensor, targets: Tensor, scale: float | Tensor
+    def _lm_head(
+        self, ln_f_out: Tensor, targets: Tensor, scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The summed loss, and `scale` times its gradient with respect to `normal` (N, C)."""
-        upstream = torch.empty_like(normal)
+        """Output layer and loss in chunks: the summed loss, and the gradient of `ln_f_out`."""
+        dln_f = torch.empty_like(ln_f_out)
         losses = []
-        for start in range(0, len(normal), self._head_tokens):
-            piece = slice(start, start + self._head_tokens)
-            logits = linear(normal[piece], self._table)  # (n, V)
-            losses.append(cross_entropy_in_place(logits, targets[piece], IGNORE_INDEX, scale).sum())
-            torch.mm(logits, self._table, out=upstream[piece])
-            accumulate_wgrad(self._to_wte, logits, normal[piece])
+        for start in range(0, len(ln_f_out), self._loss_chunk):
+            chunk = slice(start, start + self._loss_chunk)
+            logits = linear(ln_f_out[chunk], self._lm_head_weight)  # (n, V)
+            # In place: logits become their gradient.
+            losses.append(cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale).sum())
+            torch.mm(logits, self._lm_head_weight, out=dln_f[chunk])
+            accumulate_wgrad(self._dwte, logits, ln_f_out[chunk])
             del logits
-        return torch.stack(losses).sum(), upstream
+        return torch.stack(losses).sum(), dln_f
+
+    def _embedding_backward(self, dx: Tensor, idx: Tensor) -> None:
+        """Accumulate the gradients of both embeddings from that of their sum (N, C)."""
+        tokens = idx.flatten()
+        self._dwpe[: idx.size(1)] += dx.view(*idx.shape, -1).sum(0, dtype=self._dwte.dtype)
+        vocab_size = len(self._dwte)
+        if vocab_size <= MAX_ONE_HOT_VOCAB:
+            # Scatter-adding many tokens to few rows is slow. Ones and zeros are exact.
+            one_hot = dx.new_zeros(len(tokens), vocab_size).scatter_(1, tokens[:, None], 1)
+            accumulate_wgrad(self._dwte, one_hot, dx)
+        else:
+            embedding_backward(dx, tokens, self._dwte)

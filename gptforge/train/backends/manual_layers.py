@@ -1,6 +1,12 @@
-"""A transformer block written out, forward and backward; see by_hand.py.
+"""A transformer block with its backward pass written by hand; see manual.py.
 
-Shapes: N tokens, in windows of T, C channels, H heads of D = C / H.
+Gradients have llm.c's names: `dx` is the gradient of the loss with respect to `x`.
+
+Each residual addition is fused with the LayerNorm behind it. So a block takes and returns a
+residual and a sublayer output that is not added yet, and the bias of a projection into the residual
+gets its gradient from that LayerNorm's backward.
+
+Shapes: N = B * T tokens in sequences of T, C channels, H heads of D = C / H channels.
 """
 
 from typing import NamedTuple
@@ -22,39 +28,38 @@ from gptforge.train.grad_buffer import GradBuffer
 
 
 class ComputeWeights:
-    """A model's own weights, and narrow copies of them that are made once an update.
+    """A model's fp32 master weights, and copies in the compute dtype, refreshed once a step.
 
     Args:
-        dtype: of the copies.
+        dtype: the compute dtype.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        """Of the products, as well."""
         self._copies: list[Tensor] = []
         self._sources: list[Tensor] = []
 
     def master(self, parameter: Tensor) -> Tensor:
-        """A parameter's values in its own type."""
+        """Return a parameter's values in its own dtype."""
         return parameter
 
     def compute_copy(self, parameter: Tensor) -> Tensor:
-        """Make room for its narrow copy, which each update fills; asked for once a parameter."""
+        """Allocate the copy of a parameter in the compute dtype; call this once a parameter."""
         copy = torch.empty(parameter.shape, dtype=self.dtype, device=parameter.device)
         self._copies.append(copy)
         self._sources.append(self.master(parameter))
         return copy
 
     def refresh(self) -> None:
-        """Before an update: copy the weights as they are."""
+        """Copy the current weights; called at the start of each step."""
         torch._foreach_copy_(self._copies, self._sources)
 
     def wait_for(self, *copies: Tensor) -> None:
-        """Before the first use of narrow copies in an update."""
+        """Wait until copies have arrived, before their first use in a step."""
 
 
 class ManualLinear:
-    """A linear layer: a narrow copy of its weights to compute with, and where gradients go."""
+    """A linear layer."""
 
     weight_grad: Tensor
     bias_grad: Tensor
@@ -65,169 +70,196 @@ class ManualLinear:
         self.compute_bias = weights.compute_copy(layer.bias)  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in) to (N, out)."""
+        """(N, in) -> (N, out)."""
         return linear(x, self.compute_weight, self.compute_bias)
 
     def backward(self, x: Tensor, grad_output: Tensor) -> Tensor:
-        """The gradient of x; that of the weights is added to theirs, that of the bias is not."""
+        """Accumulate the weight's gradient, not the bias's; returns that of `x` (N, in)."""
         accumulate_wgrad(self.weight_grad, grad_output, x)
         return linear_dgrad(grad_output, self.compute_weight)
 
 
 class ManualLayerNorm:
-    """A LayerNorm with the addition in front of it."""
+    """A LayerNorm with the residual addition in front of it."""
 
-    _sums: Tensor
+    _grads: Tensor
 
     def __init__(self, layer: nn.LayerNorm, weights: ComputeWeights) -> None:
         self.grad_group: list[Tensor] = [layer.weight, layer.bias]
-        """Parameters whose gradients are made here, side by side."""
+        """Parameters whose gradients this layer's backward makes, adjacent in the buffer."""
         self._weight, self._bias = weights.master(layer.weight), weights.master(layer.bias)
 
-    def bind(self, gradients: GradBuffer) -> None:
-        """From now on gradients are added up there."""
-        self._sums = gradients.contiguous_view(*self.grad_group)
+    def bind(self, grads: GradBuffer) -> None:
+        """Accumulate gradients in a buffer from now on."""
+        self._grads = grads.contiguous_view(*self.grad_group)
 
     def forward(
-        self, stream: Tensor, branch: Tensor | None, drop: DropoutSeed | None
+        self, residual: Tensor, x: Tensor | None, dropout: DropoutSeed | None
     ) -> tuple[Tensor, SavedLayerNorm]:
-        """As `add_norm`."""
-        return add_layer_norm(stream, branch, self._weight, self._bias, drop)
+        """LayerNorm(residual + dropout(x)); the sum is the new residual, in the saved tensors."""
+        return add_layer_norm(residual, x, self._weight, self._bias, dropout)
 
     def backward(
         self,
-        upstream: Tensor,
-        norm: SavedLayerNorm,
-        beside: Tensor | None,
-        unfinished: PendingReductions | None = None,
+        grad_output: Tensor,
+        saved: SavedLayerNorm,
+        grad_residual: Tensor | None,
+        pending: PendingReductions | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `norm_backward`."""
-        return layer_norm_backward(upstream, norm, self._weight, beside, self._sums, unfinished)
+        """Return the gradients of `residual` and of `x`."""
+        return layer_norm_backward(
+            grad_output, saved, self._weight, grad_residual, self._grads, pending
+        )
 
 
 class BlockDropout(NamedTuple):
-    """What is dropped where, if anything is."""
+    """Dropout seeds of a block; None where nothing is dropped."""
 
     residual: DropoutSeed | None = None
-    """From the branch that the block is given, or from the embedding."""
+    """For the sublayer output that comes in; in the first block, for the embedding."""
     attn_probs: DropoutSeed | None = None
-    """In its attention."""
     attn_output: DropoutSeed | None = None
-    """From the attention's branch."""
+    """For the output of the attention sublayer."""
 
 
 class SavedActivations(NamedTuple):
-    """What a block's way back needs from its way forward: 12 or 16 C numbers a token in all."""
+    """What a block's backward needs from its forward: 12 or 16 C elements a token in all."""
 
-    norm_1: SavedLayerNorm
-    normal_1: Tensor
-    mixed: Tensor
-    attention: SavedAttention
-    norm_2: SavedLayerNorm
-    normal_2: Tensor
-    inner: Tensor
-    activated: Tensor | None
+    ln_1: SavedLayerNorm
+    ln_1_out: Tensor
+    atty: Tensor
+    attn: SavedAttention
+    ln_2: SavedLayerNorm
+    ln_2_out: Tensor
+    fch: Tensor
+    fch_gelu: Tensor | None
 
 
 class ManualBlock:
-    """A transformer block. `before` is the bias of what the block in front of it adds last.
+    """A transformer block.
 
-    With `keeps_gelu` the GELU's output is kept. Otherwise it is made again on the way back.
+    Args:
+        block: the module whose weights are used.
+        prev_bias: bias of the projection that makes the sublayer output coming in, if any.
+        weights: makes the copies in the compute dtype.
+        save_gelu: keep the GELU's output for the backward pass instead of recomputing it.
+        kernels: the kernels to use where there is a choice.
     """
 
     def __init__(
         self,
         block: Block,
-        before: Tensor | None,
+        prev_bias: Tensor | None,
         weights: ComputeWeights,
         *,
         save_gelu: bool,
         kernels: KernelConfig,
     ) -> None:
-        self._keeps_gelu = save_gelu
-        device, width = block.ln_1.weight.device, len(block.ln_1.weight)
-        apart = prefer_separate_dgelu(device, width)
-        self._gelu: GeluProducts = ByQuack() if kernels.quack else ByCublas(slope_apart=apart)
+        self._save_gelu = save_gelu
+        device, n_embd = block.ln_1.weight.device, len(block.ln_1.weight)
         self.n_head = block.attn.n_head
-        self._head_size = width // self.n_head
+        self._head_size = n_embd // self.n_head
+        self._mlp: GeluProducts = (
+            ByQuack()
+            if kernels.quack
+            else ByCublas(slope_apart=prefer_separate_dgelu(device, n_embd))
+        )
         self._attention = select_attention(
             device, weights.dtype, head_size=self._head_size, dropout=block.attn.dropout
         )
+        self._weights = weights
         self.ln_1 = ManualLayerNorm(block.ln_1, weights)
         self.ln_2 = ManualLayerNorm(block.ln_2, weights)
-        self._weights = weights
         self.c_attn = ManualLinear(block.attn.c_attn, weights)
         self.attn_proj = ManualLinear(block.attn.c_proj, weights)
         self.c_fc = ManualLinear(block.mlp.c_fc, weights)
         self.mlp_proj = ManualLinear(block.mlp.c_proj, weights)
         self.linears = (self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj)
-        # Whatever is added to the stream has its gradient from the LayerNorm behind the addition,
-        # and so has its bias.
+        # The gradient of such a bias is the sum of the gradient of what was added.
         self.ln_2.grad_group.append(self.attn_proj.bias)
-        if before is not None:
-            self.ln_1.grad_group.append(before)
+        if prev_bias is not None:
+            self.ln_1.grad_group.append(prev_bias)
 
     def grad_groups(self) -> list[list[Tensor]]:
-        """The parameters in the order in which their gradients are made."""
+        """Parameters in the order in which the backward pass makes their gradients."""
         return [
             [self.mlp_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.ln_2.grad_group,
-            [self.attn_proj.weight], [self.c_attn.bias], [self.c_attn.weight], self.ln_1.grad_group,
+            [self.attn_proj.weight], [self.c_attn.bias], [self.c_attn.weight],
+            self.ln_1.grad_group,
         ]  # fmt: skip
 
-    def bind(self, gradients: GradBuffer) -> None:
-        """From now on gradients are added up there."""
+    def bind(self, grads: GradBuffer) -> None:
+        """Accumulate gradients in a buffer from now on."""
         for layer in self.linears:
-            layer.weight_grad = gradients.view(layer.weight)
-            layer.bias_grad = gradients.view(layer.bias)
-        self.ln_1.bind(gradients)
-        self.ln_2.bind(gradients)
+            layer.weight_grad = grads.view(layer.weight)
+            layer.bias_grad = grads.view(layer.bias)
+        self.ln_1.bind(grads)
+        self.ln_2.bind(grads)
 
     def forward(
-        self, stream: Tensor, branch: Tensor | None, length: int, drops: BlockDropout
+        self, residual: Tensor, mlp_out: Tensor | None, seq_len: int, dropout: BlockDropout
     ) -> tuple[Tensor, SavedActivations]:
-        """The block's last branch (N, C), not yet added to the stream, which is among the kept."""
+        """Run the block.
+
+        Args:
+            residual: (N, C).
+            mlp_out: (N, C) MLP output of the previous block, not yet added to the residual.
+            seq_len: tokens in a sequence.
+            dropout: seeds.
+
+        Returns:
+            This block's MLP output (N, C), not yet added to the residual, which is
+            `saved.ln_2.residual`; and the saved activations.
+        """
         self._weights.wait_for(*(layer.compute_weight for layer in self.linears))
-        normal_1, norm_1 = self.ln_1.forward(stream, branch, drops.residual)
-        qkv = self.c_attn.forward(normal_1).view(-1, length, 3, self.n_head, self._head_size)
-        mixed, attention = self._attention.forward(qkv, drops.attn_probs)  # (N, C)
-        branch = self.attn_proj.forward(mixed)
-        normal_2, norm_2 = self.ln_2.forward(norm_1.residual, branch, drops.attn_output)
-        inner, activated = self._gelu.forward(
-            normal_2, self.c_fc.compute_weight, self.c_fc.compute_bias
-        )  # (N, 4 C)
-        branch = self.mlp_proj.forward(activated)
-        kept_gelu = activated if self._keeps_gelu else None
-        return branch, SavedActivations(
-            norm_1, normal_1, mixed, attention, norm_2, normal_2, inner, kept_gelu
+        ln_1_out, ln_1 = self.ln_1.forward(residual, mlp_out, dropout.residual)
+        qkv = self.c_attn.forward(ln_1_out).view(-1, seq_len, 3, self.n_head, self._head_size)
+        atty, attn = self._attention.forward(qkv, dropout.attn_probs)  # (N, C)
+        attn_out = self.attn_proj.forward(atty)
+        ln_2_out, ln_2 = self.ln_2.forward(ln_1.residual, attn_out, dropout.attn_output)
+        fch, fch_gelu = self._mlp.forward(
+            ln_2_out, self.c_fc.compute_weight, self.c_fc.compute_bias
+        )  # (N, 4C)
+        mlp_out = self.mlp_proj.forward(fch_gelu)
+        saved_gelu = fch_gelu if self._save_gelu else None
+        return mlp_out, SavedActivations(
+            ln_1, ln_1_out, atty, attn, ln_2, ln_2_out, fch, saved_gelu
         )
 
     def backward(
-        self, upstream: Tensor, to_branch: Tensor, kept: SavedActivations
+        self, dresidual: Tensor, dmlp_out: Tensor, saved: SavedActivations
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the stream and the branch behind the block to those before it: all (N, C).
+        """Backpropagate through the block, and accumulate its gradients.
 
-        The two may be one and the same.
+        Args:
+            dresidual: (N, C) gradient of the residual behind the block; overwritten.
+            dmlp_out: (N, C) gradient of the MLP output; the same tensor if nothing was dropped.
+            saved: from `forward`.
+
+        Returns:
+            The gradients of `forward`'s `residual` and `mlp_out`, (N, C) each.
         """
-        sums, to_bias = PendingReductions(), self.c_fc.bias_grad
-        wide, activated = self._gelu.backward(
-            to_branch, self.mlp_proj.compute_weight, kept.inner, kept.activated, to_bias, sums
-        )  # (N, 4 C)
-        accumulate_wgrad(self.mlp_proj.weight_grad, to_branch, activated)
-        narrow = self.c_fc.backward(kept.normal_2, wide)
-        upstream, to_branch = self.ln_2.backward(narrow, kept.norm_2, upstream, sums)
-        narrow = self.attn_proj.backward(kept.mixed, to_branch)
-        to_bias = self.c_attn.bias_grad
-        wide = self._attention.backward(narrow, kept.attention, to_bias, sums)  # (N, 3 C)
-        narrow = self.c_attn.backward(kept.normal_1, wide)
-        before = self.ln_1.backward(narrow, kept.norm_1, upstream, sums)
-        sums.flush()
-        return before
+        # The column sums for all vectors are finished together at the end, by one kernel.
+        pending = PendingReductions()
+        dfch, fch_gelu = self._mlp.backward(
+            dmlp_out, self.mlp_proj.compute_weight, saved.fch, saved.fch_gelu,
+            self.c_fc.bias_grad, pending,
+        )  # fmt: skip
+        accumulate_wgrad(self.mlp_proj.weight_grad, dmlp_out, fch_gelu)
+        dln_2 = self.c_fc.backward(saved.ln_2_out, dfch)
+        dresidual, dattn_out = self.ln_2.backward(dln_2, saved.ln_2, dresidual, pending)
+        datty = self.attn_proj.backward(saved.atty, dattn_out)
+        dqkv = self._attention.backward(datty, saved.attn, self.c_attn.bias_grad, pending)
+        dln_1 = self.c_attn.backward(saved.ln_1_out, dqkv)
+        dresidual, dmlp_out = self.ln_1.backward(dln_1, saved.ln_1, dresidual, pending)
+        pending.flush()
+        return dresidual, dmlp_out
 
 
-def prefer_separate_dgelu(device: torch.device, channels: int) -> bool:
-    """Whether a pass takes the GELU's slope faster than a product does on its way, by `ByCublas`.
+def prefer_separate_dgelu(device: torch.device, n_embd: int) -> bool:
+    """Whether a pass of its own is faster for the GELU's derivative than a GEMM epilogue.
 
-    On an H200 it does. An H100 has the same products and less bandwidth, and is the other way
-    round. Small products are slower for it everywhere.
+    It is on an H200. An H100 has the same GEMMs with less memory bandwidth, so there the epilogue
+    is faster. For small GEMMs the separate pass wins everywhere.
     """
-    return channels <= SMALL_N_EMBD or memory_bandwidth(device) > 4.5e12
+    return n_embd <= SMALL_N_EMBD or memory_bandwidth(device) > 4.5e12

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Data-parallel training: gradient reduction (DDP), FSDP and ZeRO-1."""

@@ -1,16 +1,16 @@
-"""A model too large for one GPU: every rank keeps a piece of each tensor (FSDP2).
+"""FSDP2: every rank keeps a shard of each parameter, for models too large for one GPU.
 
-A block's weights are put together when it is their turn, in the narrow type of the products, and
-dropped behind it; its gradients are added up, in float32, and cut to pieces as soon as they are
-made. `gathered.py` has a faster way, for models that need not lie in pieces all the time.
-After Zhao et al., "PyTorch FSDP" (2023), and Rajbhandari et al., "ZeRO" (2020). Weights and moments
-stay float32.
+A block's weights are all-gathered in the compute dtype when it runs and freed behind it; its
+gradients are reduce-scattered in fp32 as soon as they are made. Master weights and optimizer state
+stay fp32. After Zhao et al., "PyTorch FSDP" (2023), and Rajbhandari et al., "ZeRO" (2020).
+`zero1.py` is faster where there is memory for all weights in the compute dtype.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gptforge.checkpoint.state_dict import TIED_WEIGHT
 from gptforge.device import Precision, free_memory
@@ -21,66 +21,63 @@ from gptforge.train.parallel.grad_reducer import GradReducer
 
 
 class FSDPRoot(nn.Module):
-    """The outermost layer of a sharded model: what is called goes through it, or finds no weights.
-
-    Training calls `compute`, an evaluation the model itself.
-    """
+    """The root module: calls have to go through it for FSDP to gather the weights."""
 
     train_forward: Callable[[Tensor, Tensor], Tensor]
+    """(idx, targets) -> summed loss, in training mode."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, idx: Tensor, targets: Tensor, num_tokens: int | None = None) -> Tensor:
-        """The summed loss of (B, T) ids and targets; `num_tokens` as in `GPT.forward`."""
+        """Compute the summed loss; arguments as `GPT.forward`."""
         if self.training:
             return self.train_forward(idx, targets)
         loss: Tensor = self.model(idx, targets, num_tokens)
         return loss
 
     def reshard_root(self) -> None:
-        """Drop what an evaluation put together of this layer's own weights, and left so."""
+        """Free the root's own gathered parameters, which an evaluation leaves behind."""
         from torch.distributed.fsdp import FSDPModule
 
-        assert isinstance(self, FSDPModule), "shard() has seen it"
+        assert isinstance(self, FSDPModule), "call apply_fsdp first"
         self.reshard()
 
 
 def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
-    """Cut a model's tensors to pieces, of which this rank keeps its own, on its device."""
-    # Half a second to load: for those who shard.
+    """Shard a model's parameters over the ranks; this rank keeps its shards on its device."""
+    # The import takes half a second.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    narrow = precision.dtype if precision.is_mixed else None
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
+    param_dtype = precision.dtype if precision.is_mixed else None
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     mesh = comm.device_mesh()
-    assert mesh is not None, "a process on its own has nobody to share with"
+    assert mesh is not None, "sharding needs several processes"
     for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     root = FSDPRoot(model)
-    # The table is wanted at both ends of the model: it stays whole from one to the other.
+    # The tied embedding is needed at both ends of the model: keep it gathered in between.
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return root
 
 
 class FSDPReducer(GradReducer):
-    """Gradients of a sharded model: it adds them up by itself, in every micro-batch.
+    """FSDP reduces the gradients in every micro-batch by itself; only the loss is left.
 
-    Waiting for the last one would save messages, and take the memory of whole gradients.
+    Reducing in the last micro-batch only would save messages, but needs memory for full gradients.
     """
 
-    def __init__(self, ranks: Comm) -> None:
-        self.world_size = ranks.world_size
-        self._ranks = ranks
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
 
+    @override
     def finish(self, loss: Tensor) -> Tensor:
-        """As `GradientSync.finish`."""
-        return self._ranks.all_reduce(loss)
+        return self._comm.all_reduce(loss)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """As torch's clip_grad_norm_, over the pieces on all ranks."""
+    """torch.nn.utils.clip_grad_norm_ over the shards of all ranks."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if is_sharded(norm):
@@ -89,17 +86,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def gather_model(model: GPT, dtype: torch.dtype, device: torch.device, ranks: Comm) -> GPT | None:
-    """A narrow copy of a sharded model to write with, on rank 0; None on the others."""
-    pieces = ((n, t.detach().to(dtype)) for n, t in model.state_dict().items() if n != TIED_WEIGHT)
-    tensors = {name: gather_full_tensor(piece, ranks) for name, piece in pieces}
-    if not ranks.is_main:
+def gather_model(model: GPT, dtype: torch.dtype, device: torch.device, comm: Comm) -> GPT | None:
+    """Copy a sharded model to rank 0, in `dtype`, for inference; returns None on other ranks."""
+    shards = ((n, t.detach().to(dtype)) for n, t in model.state_dict().items() if n != TIED_WEIGHT)
+    tensors = {name: gather_full_tensor(shard, comm) for name, shard in shards}
+    if not comm.is_main:
         return None
-    copy = GPT.on_meta(model.config)
+    with torch.device("meta"):
+        copy = GPT(model.config)
     copy.load_state_dict({n: t for n, t in tensors.items() if t is not None}, False, assign=True)
-    table = copy.get_parameter("transformer.wte.weight")
-    copy.lm_head.weight = table
-    size = sum(p.nbytes for p in copy.parameters())
-    # Half as much again for what it remembers as it writes.
-    has_room = (free_memory(device) or 0) > 1.5 * size
-    return copy.to(device if has_room else "cpu").eval()
+    copy.lm_head.weight = copy.get_parameter("transformer.wte.weight")
+    nbytes = sum(p.nbytes for p in copy.parameters())
+    # Half as much again for the KV cache and activations.
+    fits = (free_memory(device) or 0) > 1.5 * nbytes
+    return copy.to(device if fits else "cpu").eval()

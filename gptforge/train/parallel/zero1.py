@@ -1,11 +1,11 @@
-"""A model in shards whose updates are written out: what lasts lies in pieces, what computes whole.
+"""ZeRO stage 1 for the manual backward, with the master weights sharded as well.
 
-Of the wide weights and the optimizer's state every rank has its rows. Once an update the narrow
-weights are put together, while the first blocks compute; gradients are added up as wholes over its
-micro-batches, and sent to those who keep their rows while the last one is on its way back. That is
-the first stage of ZeRO (Rajbhandari et al., 2020), with the wide weights in pieces as well, and
-takes 6 bytes a parameter on every rank; `sharded.py` takes less, and sends weights and gradients in
-every micro-batch.
+Every rank keeps its rows of the fp32 weights and of the optimizer state. Once a step, the weights
+are all-gathered in the compute dtype while the first blocks run. Full gradients are accumulated
+over the micro-batches, and reduce-scattered during the last one's backward pass.
+
+That takes 6 bytes a parameter on every rank (Rajbhandari et al., "ZeRO", 2020). `fsdp.py` takes
+less, but sends weights and gradients in every micro-batch.
 """
 
 import functools
@@ -13,179 +13,181 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from gptforge.distributed import Comm
 from gptforge.distributed.dtensor import dtensor_from_local, local_tensor
 from gptforge.train.backends.manual_layers import ComputeWeights
-from gptforge.train.grad_buffer import (
-    ALIGNMENT,
-    GradBuffer,
-    clip_coef,
-    round_up,
-)
+from gptforge.train.grad_buffer import ALIGNMENT, GradBuffer, clip_coef, round_up
 from gptforge.train.parallel.fsdp import FSDPRoot
 from gptforge.train.parallel.grad_reducer import BucketedAllReduce, make_buckets
 
 
 class AllGatheredWeights(ComputeWeights):
-    """Weights put together from all ranks' rows, once an update.
+    """Full weights, all-gathered from the ranks' shards once a step.
 
     Args:
-        dtype: of the narrow copies.
-        root: whose parameters lie in shards.
-        ranks: who have them.
+        dtype: the compute dtype.
+        root: has the sharded parameters.
+        comm: the ranks.
     """
 
-    def __init__(self, dtype: torch.dtype, root: FSDPRoot, ranks: Comm) -> None:
+    def __init__(self, dtype: torch.dtype, root: FSDPRoot, comm: Comm) -> None:
         super().__init__(dtype)
-        self._root, self._ranks = root, ranks
+        self._root, self._comm = root, comm
         root.reshard_root()
         vectors = [p for p in root.parameters() if p.dim() == 1]
-        self._vectors = _Vectors(vectors, ranks)
-        self._wide: dict[Tensor, Tensor] = {}
-        self._narrow: dict[Tensor, Tensor] = {}
+        self._vectors = _GatheredVectors(vectors, comm)
+        self._master: dict[Tensor, Tensor] = {}
+        self._compute: dict[Tensor, Tensor] = {}
         self._waits: dict[int, Callable[[], None]] = {}
 
+    @override
     def master(self, parameter: Tensor) -> Tensor:
-        """As `Weights.wide`; matrices take memory for it."""
         if parameter.dim() == 1:
-            return self._vectors.of(parameter)
-        if parameter not in self._wide:
-            self._wide[parameter] = self._padded(parameter, parameter.dtype)
-        return self._wide[parameter][: len(parameter)]
+            return self._vectors.view(parameter)
+        if parameter not in self._master:
+            self._master[parameter] = self._padded(parameter, parameter.dtype)
+        return self._master[parameter][: len(parameter)]
 
+    @override
     def compute_copy(self, parameter: Tensor) -> Tensor:
-        """As `Weights.narrow`."""
-        if parameter.dim() == 1 or parameter in self._wide:
+        if parameter.dim() == 1 or parameter in self._master:
             return super().compute_copy(parameter)
-        assert parameter not in self._narrow, "it has its place"
-        self._narrow[parameter] = self._padded(parameter, self.dtype)
-        return self._narrow[parameter][: len(parameter)]
+        assert parameter not in self._compute, "called twice for a parameter"
+        self._compute[parameter] = self._padded(parameter, self.dtype)
+        return self._compute[parameter][: len(parameter)]
 
+    @override
     def refresh(self) -> None:
-        """As `Weights.begin`; all ranks have to."""
+        """Gather the weights; a collective. Matrices arrive later: see `wait_for`."""
         self._root.reshard_root()
         self._vectors.gather()
-        for wait in self._gather(self._wide).values():
+        for wait in self._all_gather(self._master).values():
             wait()
         super().refresh()
-        self._waits = self._gather(self._narrow)
+        self._waits = self._all_gather(self._compute)
 
+    @override
     def wait_for(self, *copies: Tensor) -> None:
-        """As `Weights.wait_for`."""
         for copy in copies:
             wait = self._waits.pop(copy.data_ptr(), None)
             if wait is not None:
                 wait()
 
-    def _gather(self, wholes: dict[Tensor, Tensor]) -> dict[int, Callable[[], None]]:
-        """Begin to put matrices together; how to wait for each, by its address."""
-        pieces = [local_tensor(parameter) for parameter in wholes]
-        own = [self._ranks.local_rows(whole) for whole in wholes.values()]
-        torch._foreach_copy_([o[: len(p)] for o, p in zip(own, pieces, strict=True)], pieces)
-        return {whole.data_ptr(): self._ranks.all_gather_async(whole) for whole in wholes.values()}
+    def _all_gather(self, full: dict[Tensor, Tensor]) -> dict[int, Callable[[], None]]:
+        """Start to gather matrices; returns the function that waits for each, by its address."""
+        shards = [local_tensor(parameter) for parameter in full]
+        rows = [self._comm.local_rows(tensor) for tensor in full.values()]
+        torch._foreach_copy_([r[: len(s)] for r, s in zip(rows, shards, strict=True)], shards)
+        return {t.data_ptr(): self._comm.all_gather_async(t) for t in full.values()}
 
     def _padded(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = padded_rows(len(parameter), self._ranks)
+        rows = padded_rows(len(parameter), self._comm)
         return torch.zeros(rows, parameter.size(1), dtype=dtype, device=parameter.device)
 
 
-class _Vectors:
-    """All vectors of a model, which take one message together.
+class _GatheredVectors:
+    """All biases and norm weights of a model, gathered in one message.
 
-    `_pieces` holds, rank after rank, each one's numbers of every vector; `_places` says where each
-    number of `_whole`, in which vector lies behind vector, is among them.
+    `_gathered` holds each rank's shards of every vector, rank after rank. `_index` maps each
+    element of `_full`, vector after vector, to its place in `_gathered`.
 
     Args:
-        vectors: that lie in shards.
-        ranks: who have them.
+        vectors: the sharded parameters.
+        comm: the ranks.
     """
 
-    def __init__(self, vectors: Sequence[Tensor], ranks: Comm) -> None:
-        self._vectors, self._ranks = vectors, ranks
-        each = [padded_rows(len(v), ranks) // ranks.world_size for v in vectors]
-        self._starts = [sum(each[:n]) for n in range(len(each))]
+    def __init__(self, vectors: Sequence[Tensor], comm: Comm) -> None:
+        self._vectors, self._comm = vectors, comm
+        shard_sizes = [padded_rows(len(v), comm) // comm.world_size for v in vectors]
+        rank_size = sum(shard_sizes)
+        self._offsets = [sum(shard_sizes[:i]) for i in range(len(vectors))]
         first = vectors[0]
-        self._pieces = torch.zeros(
-            ranks.world_size * sum(each), dtype=first.dtype, device=first.device
+        self._gathered = torch.zeros(
+            comm.world_size * rank_size, dtype=first.dtype, device=first.device
         )
-        places, self._found, end = [], {}, 0
-        for vector, start, count in zip(vectors, self._starts, each, strict=True):
-            number = torch.arange(round_up(len(vector), ALIGNMENT)).clamp(max=len(vector) - 1)
-            places.append(number // count * sum(each) + start + number % count)
-            self._found[vector] = slice(end, end + len(vector))
-            end += len(number)
-        self._places = torch.cat(places).to(first.device)
-        self._whole = torch.zeros(end, dtype=first.dtype, device=first.device)
+        index, self._slices, end = [], {}, 0
+        for vector, offset, size in zip(vectors, self._offsets, shard_sizes, strict=True):
+            # Padded, so that each vector is aligned.
+            i = torch.arange(round_up(len(vector), ALIGNMENT)).clamp(max=len(vector) - 1)
+            index.append(i // size * rank_size + offset + i % size)
+            self._slices[vector] = slice(end, end + len(vector))
+            end += len(i)
+        self._index = torch.cat(index).to(first.device)
+        self._full = torch.zeros(end, dtype=first.dtype, device=first.device)
 
-    def of(self, vector: Tensor) -> Tensor:
-        """The whole of a vector, as it was last put together."""
-        return self._whole[self._found[vector]]
+    def view(self, vector: Tensor) -> Tensor:
+        """Return a full vector, as of the last `gather`."""
+        return self._full[self._slices[vector]]
 
     def gather(self) -> None:
-        """Put all together, as they are now."""
-        pieces, own = [local_tensor(v) for v in self._vectors], self._ranks.local_rows(self._pieces)
-        places = zip(self._starts, pieces, strict=True)
-        torch._foreach_copy_([own[start : start + len(p)] for start, p in places], pieces)
-        self._ranks.all_gather_async(self._pieces)()
-        torch.index_select(self._pieces, 0, self._places, out=self._whole)
+        """Gather all vectors from the ranks."""
+        shards = [local_tensor(v) for v in self._vectors]
+        local = self._comm.local_rows(self._gathered)
+        slots = zip(self._offsets, shards, strict=True)
+        torch._foreach_copy_([local[start : start + len(s)] for start, s in slots], shards)
+        self._comm.all_gather_async(self._gathered)()
+        torch.index_select(self._gathered, 0, self._index, out=self._full)
 
 
 class ShardedGradBuffer(GradBuffer):
-    """Gradients of a model in shards: made as wholes, of which each rank keeps its rows."""
+    """Full gradients of a sharded model, of which the optimizer sees this rank's rows."""
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], ranks: Comm) -> None:
-        self._ranks = ranks
+    def __init__(self, groups: Sequence[Sequence[Tensor]], comm: Comm) -> None:
+        self._comm = comm
         super().__init__(groups)
         self.matrices = {
-            start: self.flat[start : start + self._size_of(group[0])].view(-1, group[0].size(1))
+            start: self.flat[start : start + self._numel(group[0])].view(-1, group[0].size(1))
             for start, group in zip([0, *self.group_ends], groups, strict=False)
             if group[0].dim() > 1
         }
-        """Those that are a group of their own, by where they begin; with rows that pad them."""
+        """The matrices, each a group of its own, with padding rows, by offset."""
 
+    @override
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """As `Gradients.clip`, over the rows on all ranks."""
-        own = [local_tensor(gradient) for gradient in self._for_optimizer.values()]
-        squares = torch.stack(torch._foreach_norm(own)).square().sum()
-        norm = self._ranks.all_reduce(squares).sqrt()
-        torch._foreach_mul_(own, clip_coef(norm, max_norm))
+        shards = [local_tensor(grad) for grad in self._optimizer_grads.values()]
+        squares = torch.stack(torch._foreach_norm(shards)).square().sum()
+        norm = self._comm.all_reduce(squares).sqrt()
+        torch._foreach_mul_(shards, clip_coef(norm, max_norm))
         return norm
 
-    def _size_of(self, parameter: Tensor) -> int:
+    @override
+    def _numel(self, parameter: Tensor) -> int:
         if parameter.dim() == 1:
             return parameter.numel()
-        return padded_rows(len(parameter), self._ranks) * parameter.size(1)
+        return padded_rows(len(parameter), self._comm) * parameter.size(1)
 
     @functools.cached_property
-    def _for_optimizer(self) -> dict[Tensor, Tensor]:
+    def _optimizer_grads(self) -> dict[Tensor, Tensor]:
         found = {}
-        for parameter, gradient in self._views.items():
-            each = padded_rows(len(parameter), self._ranks) // self._ranks.world_size
-            own = gradient[self._ranks.rank * each : (self._ranks.rank + 1) * each]
-            found[parameter] = dtensor_from_local(own, parameter)
+        for parameter, grad in self._views.items():
+            size = padded_rows(len(parameter), self._comm) // self._comm.world_size
+            shard = grad[self._comm.rank * size : (self._comm.rank + 1) * size]
+            found[parameter] = dtensor_from_local(shard, parameter)
         return found
 
 
 class BucketedReduceScatter(BucketedAllReduce):
-    """Sums of gradients over the ranks, each matrix's rows only where they are kept.
+    """Reduce-scatters matrices, so that each rank gets the sums of its rows; the rest all-reduced.
 
     Args:
-        ranks: who add up.
-        gradients: where they lie.
+        comm: the ranks.
+        grads: this rank's gradients.
     """
 
-    def __init__(self, ranks: Comm, gradients: ShardedGradBuffer) -> None:
-        super().__init__(ranks, gradients)
-        self._matrices = gradients.matrices
-        self._pieces = make_buckets(gradients.group_ends, 0)
+    def __init__(self, comm: Comm, grads: ShardedGradBuffer) -> None:
+        super().__init__(comm, grads)
+        self._matrices = grads.matrices
+        self._buckets = make_buckets(grads.group_ends, 0)
 
-    def _begin(self, start: int, stop: int) -> Callable[[], None]:
+    @override
+    def _reduce_async(self, start: int, stop: int) -> Callable[[], None]:
         if start in self._matrices:
-            return self._ranks.reduce_scatter_async(self._matrices[start])
-        return super()._begin(start, stop)
+            return self._comm.reduce_scatter_async(self._matrices[start])
+        return super()._reduce_async(start, stop)
 
 
-def padded_rows(rows: int, ranks: Comm) -> int:
-    """Rows with which all ranks have as many of them; the last ones lie empty."""
-    return round_up(rows, ranks.world_size)
+def padded_rows(rows: int, comm: Comm) -> int:
+    """Rows of a matrix padded so that every rank has as many."""
+    return round_up(rows, comm.world_size)

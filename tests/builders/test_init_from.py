@@ -1,4 +1,4 @@
-"""Weights of another model as a start: the ids have to mean what they meant to that model."""
+"""--init_from: the tokenizer has to be that of the other model."""
 
 import dataclasses
 import shutil
@@ -26,24 +26,22 @@ def first(config: Config) -> Config:
 
 @pytest.fixture
 def sonnet(tmp_path: Path) -> Path:
-    """Another text, of fewer characters than the play."""
+    """A text with fewer characters than the play."""
     path = tmp_path / "sonnet.txt"
     path.write_text("What light in yonder window is?\n" * 60)
     return path
 
 
 def start(first: Config, tmp_path: Path, sonnet: Path, *flags: object) -> tuple[object, ...]:
-    own = ("--init_from", first.out_dir, "--input", sonnet, "--out_dir", tmp_path / "second")
-    return (*DEBUG, *own, "--max_steps", 2, *flags)
+    base = ("--init_from", first.out_dir, "--input", sonnet, "--out_dir", tmp_path / "second")
+    return (*DEBUG, *base, "--max_steps", 2, *flags)
 
 
 @pytest.mark.parametrize("name", ["char", "gpt2", "byte", "file"])
-def test_another_tokenizer_given_by_a_flag_is_refused(
-    first, tmp_path, sonnet, program, name
-) -> None:
+def test_other_tokenizer_by_flag_is_refused(first, tmp_path, sonnet, program, name) -> None:
     if name == "file":
-        name = "own.json"
-        # As many characters as the play has, and one of them another one.
+        name = "other.json"
+        # As many characters as the play has, but another one of them.
         letters = read_tokenizer(last(first)).to_json()["alphabet"]
         save(CharTokenizer(letters[:-1] + "~"), Path(name))
     done = program(*start(first, tmp_path, sonnet, "--tokenizer", name))
@@ -52,48 +50,46 @@ def test_another_tokenizer_given_by_a_flag_is_refused(
     assert f"is not the one of --init_from {first.out_dir} (char, " in done.err
     assert "leave --tokenizer out" in done.err
     assert not (tmp_path / "second").exists()
-    # What was advised works, and starts where the other run ended.
+    # The hint works, and training continues from the other run's loss.
     assert program(*start(first, tmp_path, sonnet)).code == 0
     assert events(tmp_path / "second")[1]["loss"] < 4.2
 
 
-def test_another_tokenizer_in_a_file_is_refused(first, tmp_path, sonnet, program) -> None:
+def test_other_tokenizer_by_config_file_is_refused(first, tmp_path, sonnet, program) -> None:
     Path("settings.toml").write_text('tokenizer = "char"\n')
     done = program(*start(first, tmp_path, sonnet, "--config", "settings.toml"))
     assert (done.code, "is not the one of --init_from" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize("flags", [(), ("--tokenizer", "gpt2")])
-def test_shards_of_another_tokenizer_are_refused(first, tmp_path, sonnet, program, flags) -> None:
+def test_shards_with_another_tokenizer_are_refused(first, tmp_path, sonnet, program, flags) -> None:
     assert program("prepare", sonnet, "--out", "shards", "--tokenizer", "gpt2").code == 0
     done = program(*start(first, tmp_path, Path("shards"), *flags))
     path = (last(first).parent / "best").resolve() / TOKENIZER
     assert done.code == 2
     assert "shards was prepared with " in done.err
-    advice = "prepare the text again with --tokenizer "
-    advised = done.err.split(advice)[1].strip()
-    assert Path(advised).resolve() == path
-    # The advice holds.
-    assert program("prepare", sonnet, "--out", "again", "--tokenizer", advised).code == 0
+    hint = "prepare the text again with --tokenizer "
+    tokenizer = done.err.split(hint)[1].strip()
+    assert Path(tokenizer).resolve() == path
+    # The hint works.
+    assert program("prepare", sonnet, "--out", "again", "--tokenizer", tokenizer).code == 0
     assert program(*start(first, tmp_path, Path("again"))).code == 0
 
 
-def test_a_plan_refuses_it_in_the_same_words(first, tmp_path, sonnet, program) -> None:
+def test_plan_refuses_it_with_the_same_message(first, tmp_path, sonnet, program) -> None:
     flags = start(first, tmp_path, sonnet, "--tokenizer", "char")
     assert program("plan", *flags).err == program(*flags).err != ""
 
 
-def test_the_same_tokenizer_under_another_name_passes(first, tmp_path, sonnet, program) -> None:
+def test_same_tokenizer_under_another_name_is_accepted(first, tmp_path, sonnet, program) -> None:
     shutil.copy(last(first) / TOKENIZER, "copy.json")
     assert program(*start(first, tmp_path, sonnet, "--tokenizer", "copy.json")).code == 0
     # A text with the same characters gives the same alphabet.
-    again = start(first, tmp_path, Path(first.input), "--tokenizer", "char", "--overwrite")
+    again = start(first, tmp_path, Path(first.input), "--tokenizer", "char", "--restart")
     assert program(*again).code == 0
 
 
-def test_the_run_itself_resumes_with_the_flags_it_was_begun_with(
-    first, tmp_path, sonnet, program
-) -> None:
+def test_resume_with_the_same_flags(first, tmp_path, sonnet, program) -> None:
     shutil.copy(last(first) / TOKENIZER, "copy.json")
     flags = start(first, tmp_path, sonnet, "--tokenizer", "copy.json")
     assert program(*flags).code == 0
@@ -101,10 +97,10 @@ def test_the_run_itself_resumes_with_the_flags_it_was_begun_with(
     assert (done.code, "Resuming from step-000002" in done.out) == (0, True), done.err
 
 
-def test_a_run_begun_with_another_tokenizer_by_an_earlier_version_resumes(
+def test_run_started_with_another_tokenizer_by_an_earlier_version_resumes(
     first, tmp_path, monkeypatch
 ) -> None:
-    """Such a run has learned with its own by now."""
+    """Its weights have been trained with that tokenizer since."""
     letters = read_tokenizer(last(first)).to_json()["alphabet"]
     save(CharTokenizer(letters[:-1] + "~"), tmp_path / "other.json")
     Path(first.input).write_text("What light is 7 in the window?\n" * 60)
@@ -116,8 +112,8 @@ def test_a_run_begun_with_another_tokenizer_by_an_earlier_version_resumes(
         max_steps=4,
     )
     with monkeypatch.context() as earlier:
-        for module in ("settled", "training"):
-            earlier.setattr(f"gptforge.build.{module}.check_tokenizer", lambda *_, **__: None)
+        for module in ("resolve", "trainer"):
+            earlier.setattr(f"gptforge.builders.{module}.check_tokenizer", lambda *_, **__: None)
         trainer = build_trainer(second, explicit=("tokenizer",), log=lambda _: None)
         assert trainer is not None
         trainer.fit()
@@ -127,16 +123,16 @@ def test_a_run_begun_with_another_tokenizer_by_an_earlier_version_resumes(
     trainer.lock.release()
 
 
-def test_shards_that_a_model_is_evaluated_on_are_refused_with_what_helps(first, program) -> None:
+def test_eval_refuses_shards_with_another_tokenizer(first, program) -> None:
     assert program("prepare", first.input, "--out", "shards", "--tokenizer", "gpt2").code == 0
     done = program("eval", first.out_dir, "--data", "shards", "--device", "cpu")
     assert done.code == 2
-    advised = done.err.split("prepare the text again with --tokenizer ")[1].strip()
-    assert program("prepare", first.input, "--out", "own", "--tokenizer", advised).code == 0
-    assert program("eval", first.out_dir, "--data", "own", "--device", "cpu").code == 0
+    tokenizer = done.err.split("prepare the text again with --tokenizer ")[1].strip()
+    assert program("prepare", first.input, "--out", "same", "--tokenizer", tokenizer).code == 0
+    assert program("eval", first.out_dir, "--data", "same", "--device", "cpu").code == 0
 
 
-def test_a_gpt2_model_refuses_characters(tmp_path, play) -> None:
+def test_gpt2_model_refuses_a_char_tokenizer(tmp_path, play) -> None:
     small = Config(
         preset="", input=str(play), out_dir=str(tmp_path / "gpt2"), device="cpu", n_layer=1,
         n_head=1, n_embd=8, block_size=16, context_length=16, batch_size=2,

@@ -1,4 +1,4 @@
-"""Training on each kind of input: it learns the same, and goes on where it stopped."""
+"""Training on each kind of input gives the same losses, and resumes."""
 
 import dataclasses
 import json
@@ -20,14 +20,14 @@ def finish(config) -> list[float]:
 
 
 def jsonl(path: Path, count: int) -> Path:
-    dice = random.Random(1)
+    rng = random.Random(1)
     words = ["what", "light", "through", "yonder", "window", "breaks", "juliet", "sun", "east"]
-    texts = [" ".join(dice.choice(words) for _ in range(40)) for _ in range(count)]
+    texts = [" ".join(rng.choice(words) for _ in range(40)) for _ in range(count)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return path
 
 
-def test_a_text_and_its_shards_teach_the_same(config, tmp_path) -> None:
+def test_text_and_its_shards_give_the_same_losses(config, tmp_path) -> None:
     config = dataclasses.replace(config, val_fraction=0.2)
     from_text = finish(config)
     prepare(
@@ -37,7 +37,7 @@ def test_a_text_and_its_shards_teach_the_same(config, tmp_path) -> None:
     shards = dataclasses.replace(
         config, input=str(tmp_path / "shards"), out_dir=str(tmp_path / "b"), tokenizer="gpt2"
     )
-    # The shards bring their tokenizer, since none was asked for by hand.
+    # The shards have their tokenizer with them; none was set explicitly.
     assert finish(shards) == from_text
     assert [e["val_loss"] for e in events(shards, "eval")] == [
         e["val_loss"] for e in events(config, "eval")
@@ -45,7 +45,7 @@ def test_a_text_and_its_shards_teach_the_same(config, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("count", [5, 130])
-def test_a_run_on_documents_goes_on_as_if_it_had_never_stopped(config, tmp_path, count) -> None:
+def test_run_on_documents_resumes(config, tmp_path, count) -> None:
     config = dataclasses.replace(config, input=str(jsonl(tmp_path / "d.jsonl", count)))
     straight = finish(dataclasses.replace(config, out_dir=str(tmp_path / "straight")))
     trainer = build(config)
@@ -57,7 +57,7 @@ def test_a_run_on_documents_goes_on_as_if_it_had_never_stopped(config, tmp_path,
     assert score.loss == pytest.approx(min(event["val_loss"] for event in last), rel=1e-5)
 
 
-def test_other_documents_are_not_gone_on_with(config, tmp_path) -> None:
+def test_resume_with_other_documents_is_refused(config, tmp_path) -> None:
     path = jsonl(tmp_path / "d.jsonl", 130)
     config = dataclasses.replace(config, input=str(path))
     trainer = build(config)
@@ -68,7 +68,7 @@ def test_other_documents_are_not_gone_on_with(config, tmp_path) -> None:
         build(config)
 
 
-def test_a_tokenizer_that_is_not_the_shards_own_is_refused(config, tmp_path) -> None:
+def test_tokenizer_other_than_the_shards_is_refused(config, tmp_path) -> None:
     prepare(tmp_path / "shards", PrepareRequest((config.input,), tokenizer="byte"))
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     with pytest.raises(UserError, match="prepared with the tokenizer byte"):
@@ -76,21 +76,19 @@ def test_a_tokenizer_that_is_not_the_shards_own_is_refused(config, tmp_path) -> 
     assert finish(config)
 
 
-def test_a_bad_id_in_a_shard_stops_training_with_its_name(config, tmp_path) -> None:
+def test_invalid_token_id_names_the_shard(config, tmp_path) -> None:
     import numpy as np
 
     np.full(3000, 9999, "<u2").tofile(tmp_path / "train.bin")
     config = dataclasses.replace(
-        config, input=str(tmp_path / "train.bin"), headerless=True, tokenizer="byte"
+        config, input=str(tmp_path / "train.bin"), raw_bin=True, tokenizer="byte"
     )
     with pytest.raises(UserError, match=r"train.bin: token id 9999 is outside"):
         build_trainer(config, explicit=["tokenizer"], log=lambda _: None)
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_advice_to_hold_out_a_part_says_what_helps_with_such_an_input(
-    config, tmp_path, capsys, is_prepared
-) -> None:
+def test_hint_to_hold_out_validation_data(config, tmp_path, capsys, is_prepared) -> None:
     config = dataclasses.replace(config, val_fraction=0.0)
     if is_prepared:
         prepare(
@@ -98,11 +96,11 @@ def test_advice_to_hold_out_a_part_says_what_helps_with_such_an_input(
         )
         config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     assert finish(config)
-    advice = "prepare the text anew with" if is_prepared else "use"
-    assert f"To know, {advice} --val_fraction 0.1." in capsys.readouterr().out
+    hint = "prepare the text anew with" if is_prepared else "use"
+    assert f"To know, {hint} --val_fraction 0.1." in capsys.readouterr().out
 
 
-def test_shards_that_hold_out_too_little_are_to_be_prepared_anew(config, tmp_path) -> None:
+def test_shards_with_too_little_validation_data(config, tmp_path) -> None:
     prepare(
         tmp_path / "shards", PrepareRequest((config.input,), tokenizer="char", val_fraction=0.0001)
     )
@@ -111,11 +109,11 @@ def test_shards_that_hold_out_too_little_are_to_be_prepared_anew(config, tmp_pat
         build(config)
 
 
-def test_a_vocabulary_of_a_configuration_file_that_is_too_small_has_a_way_on(program, play) -> None:
+def test_hint_for_a_vocab_size_too_small_works(program, play) -> None:
     options = ("--preset=debug", "--device=cpu", "--max_steps=1", "--input", play)
     assert program(*options, "--out_dir", "a").code == 0
-    own = (*options, "--config", "a/config.toml", "--out_dir", "b", "--tokenizer", "gpt2")
-    refused = program(*own)
+    flags = (*options, "--config", "a/config.toml", "--out_dir", "b", "--tokenizer", "gpt2")
+    refused = program(*flags)
     assert refused.code == 2
     assert "give 50257 or more, or 0 for as many as it needs" in refused.err
-    assert program(*own, "--vocab_size", 0).code == 0
+    assert program(*flags, "--vocab_size", 0).code == 0

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: what only its streams, its kernels and its memory can get wrong."""
+"""Runs on a GPU, for what only its streams, kernels and memory can get wrong."""
 
 import dataclasses
 import math
@@ -22,17 +22,17 @@ def config(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
 
 
 @pytest.fixture
-def repeatable(config: Config):
-    """Deterministic kernels, for one test only: the switch is global."""
+def deterministic(config: Config):
+    """Deterministic kernels for one test: the switch is global."""
     yield dataclasses.replace(config, deterministic=True)
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_deterministic_run_cut_in_two_is_the_run_in_one_bit_for_bit(
-    repeatable, tmp_path, dtype
+def test_resumed_deterministic_run_equals_an_uninterrupted_one(
+    deterministic, tmp_path, dtype
 ) -> None:
-    config = dataclasses.replace(repeatable, dtype=dtype)
+    config = dataclasses.replace(deterministic, dtype=dtype)
     straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
     build(straight).fit()
     first = build(config)
@@ -48,18 +48,18 @@ def test_a_deterministic_run_cut_in_two_is_the_run_in_one_bit_for_bit(
     assert losses[0] == losses[1]
 
 
-def test_a_checkpoint_holds_the_weights_of_its_own_step(config) -> None:
-    """Copies travel beside the training that changes the originals."""
-    config = dataclasses.replace(config, save_every=1, keep=99, eval_every=99)
+def test_checkpoint_has_the_weights_of_its_step(config) -> None:
+    """They are copied to the host while training changes the originals."""
+    config = dataclasses.replace(config, save_every=1, keep_checkpoints=99, eval_every=99)
     trainer = build(config)
     weights = {}
-    submit = trainer.saver.save_async
+    save_async = trainer.saver.save_async
 
-    def noting(step, snapshot, *, is_best) -> None:
+    def recorded(step, snapshot, *, is_best) -> None:
         weights[step] = trainer.step_fn.model.transformer["wte"].weight.detach().cpu().clone()
-        submit(step, snapshot, is_best=is_best)
+        save_async(step, snapshot, is_best=is_best)
 
-    trainer.saver.save_async = noting
+    trainer.saver.save_async = recorded
     trainer.fit()
     for step, expected in weights.items():
         path = Path(config.out_dir) / "checkpoints" / f"step-{step:06d}"
@@ -68,27 +68,26 @@ def test_a_checkpoint_holds_the_weights_of_its_own_step(config) -> None:
     assert set(weights) == set(range(1, 21))
 
 
-def test_a_batch_whose_gradient_is_not_finite_changes_nothing_and_is_reported(config) -> None:
+def test_step_with_nan_changes_nothing_and_is_reported(config) -> None:
     trainer = build(config)
     step = trainer.step_fn
-    plain, weights = step._forward_backward, []
+    forward_backward, weights = step.backend.forward_backward, []
 
     def poisoned(x, y, scale):
         if trainer.state.step in (6, 7):
             weights.append(step.model.transformer["wte"].weight.detach().clone())
-            return plain(x, y, scale * math.nan) * math.nan
-        return plain(x, y, scale)
+            return forward_backward(x, y, scale * math.nan) * math.nan
+        return forward_backward(x, y, scale)
 
-    step._forward_backward = poisoned
+    step.backend.forward_backward = poisoned
     assert trainer.fit() == "finished"
     assert len(weights) == 4
     assert all(torch.equal(weights[0], other) for other in weights)
-    found = [event["step"] for event in events(config, "anomaly")]
-    assert found == [6, 7]
+    assert [event["step"] for event in events(config, "anomaly")] == [6, 7]
 
 
-def test_memory_that_runs_out_at_the_start_makes_smaller_micro_batches(config) -> None:
-    """A GPU that has 6 MB left for activations learns the same batch in more parts."""
+def test_little_memory_makes_smaller_micro_batches(config) -> None:
+    """With 6 MB for activations, the batch is split into more micro-batches."""
     config = dataclasses.replace(
         config, n_embd=256, n_head=4, batch_size=512, gradient_accumulation_steps=1, max_steps=2,
         warmup_steps=1,

@@ -1,4 +1,4 @@
-"""How runs start: what their folder holds, what becomes of it, what is told beforehand."""
+"""Starting, resuming and restarting runs, and what happens to their folders."""
 
 import dataclasses
 import os
@@ -24,19 +24,19 @@ from gptforge.train.train_step import TrainStep
 from tests.train.runs import StopAfter, build, events, last
 
 
-def test_a_finished_run_is_left_alone_and_more_steps_go_on(config) -> None:
+def test_finished_run_is_left_alone_and_continues_with_more_steps(config) -> None:
     build(config).fit()
-    said: list[str] = []
-    assert build_trainer(config, explicit=(), log=said.append) is None
-    assert "is finished" in said[-1]
+    log: list[str] = []
+    assert build_trainer(config, explicit=(), log=log.append) is None
+    assert "is finished" in log[-1]
     longer = dataclasses.replace(config, max_steps=30)
-    trainer = build_trainer(longer, explicit=(), log=said.append)
-    assert any("follows the new schedule" in line for line in said)
+    trainer = build_trainer(longer, explicit=(), log=log.append)
+    assert any("follows the new schedule" in line for line in log)
     trainer.fit()
     assert [event["step"] for event in events(config, "train")] == list(range(30))
 
 
-def test_a_run_begun_for_more_steps_is_told_how_it_goes_on(config) -> None:
+def test_fewer_max_steps_than_before_is_refused(config) -> None:
     build(config).fit()
     steps = config.max_steps
     with pytest.raises(UserError, match=f"resume with --max_steps {steps}, choose another"):
@@ -45,51 +45,51 @@ def test_a_run_begun_for_more_steps_is_told_how_it_goes_on(config) -> None:
         build(dataclasses.replace(config, max_steps=steps - 1, seed=3))
 
 
-def test_another_configuration_is_refused_by_name(config) -> None:
+def test_other_configuration_is_refused_by_field(config) -> None:
     build(config).fit()
     for change in ({"n_layer": 3}, {"max_lr": 0.5}, {"batch_size": 5}, {"seed": 3}):
         with pytest.raises(UserError, match=next(iter(change))):
             build(dataclasses.replace(config, **change))
 
 
-def test_another_text_is_refused(config, play) -> None:
+def test_other_text_is_refused(config, play) -> None:
     build(config).fit()
     play.write_text(play.read_text().replace("light", "night"))
     with pytest.raises(UserError, match="the text is not the one"):
         build(dataclasses.replace(config, max_steps=30))
 
 
-def test_a_run_whose_tokenizer_file_is_gone_goes_on_with_its_own_copy(config, tmp_path) -> None:
-    path = tmp_path / "own.json"
+def test_resume_without_the_tokenizer_file_uses_the_runs_copy(config, tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
     save(CharTokenizer.from_text(Path(config.input).read_text()), path)
     config = dataclasses.replace(config, tokenizer=str(path))
     trainer = build(config)
     trainer.stop_signal = StopAfter(7)
     trainer.fit()
     path.unlink()
-    said: list[str] = []
-    trainer = build_trainer(config, explicit=["tokenizer"], log=said.append)
+    log: list[str] = []
+    trainer = build_trainer(config, explicit=["tokenizer"], log=log.append)
     assert trainer.fit() == "finished"
-    assert f"note: {path} does not exist any more: using the run's copy" in "\n".join(said)
-    # The run is still the one that was begun with that file.
+    assert f"note: {path} does not exist any more: using the run's copy" in "\n".join(log)
+    # The configuration still names that file.
     assert read_config(last(config)).tokenizer == str(path)
     for other in ({"tokenizer": str(tmp_path / "other.json")}, {"out_dir": str(tmp_path / "b")}):
         with pytest.raises(UserError, match="nor the path of a tokenizer"):
             build(dataclasses.replace(config, **other))
 
 
-def test_overwriting_moves_the_old_run_aside(config) -> None:
+def test_restart_moves_the_old_run(config) -> None:
     build(config).fit()
-    build(dataclasses.replace(config, overwrite=True, n_layer=1)).fit()
-    aside = Path(config.out_dir + ".old-1")
-    assert (aside / "checkpoints" / "last" / "manifest.json").exists() or (
-        aside / "checkpoints" / "last"
+    build(dataclasses.replace(config, restart=True, n_layer=1)).fit()
+    backup = Path(config.out_dir + ".old-1")
+    assert (backup / "checkpoints" / "last" / "manifest.json").exists() or (
+        backup / "checkpoints" / "last"
     ).is_file()
     assert (Path(config.out_dir) / "log.md").is_file()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
-def test_a_run_folder_is_trained_by_one_process_whatever_path_leads_to_it(config, tmp_path) -> None:
+def test_run_folder_is_locked_under_any_path(config, tmp_path) -> None:
     first = build(config)
     (tmp_path / "link").symlink_to(config.out_dir)
     for same in (config.out_dir, str(tmp_path / "link")):
@@ -98,16 +98,16 @@ def test_a_run_folder_is_trained_by_one_process_whatever_path_leads_to_it(config
     assert first.fit() == "finished"
 
 
-def test_a_run_that_was_begun_anew_is_held_as_well(config) -> None:
+def test_restarted_run_is_locked_too(config) -> None:
     build(config).fit()
-    anew = build(dataclasses.replace(config, overwrite=True))
+    restarted = build(dataclasses.replace(config, restart=True))
     with pytest.raises(UserError, match="is being trained by another process"):
         build(config)
-    assert anew.fit() == "finished"
+    assert restarted.fit() == "finished"
     assert not list(Path(config.out_dir).parent.rglob(".lock"))
 
 
-def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
+def test_folder_with_other_files_is_refused(config) -> None:
     Path(config.out_dir).mkdir()
     (Path(config.out_dir) / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds other files"):
@@ -116,7 +116,7 @@ def test_a_folder_with_other_things_is_not_trained_into(config) -> None:
 
 
 @pytest.mark.parametrize("flag", ["input", "tokenizer"])
-def test_a_folder_is_not_moved_aside_with_what_the_run_needs(config, play, flag) -> None:
+def test_restart_does_not_move_files_that_the_run_needs(config, play, flag) -> None:
     folder = Path(config.out_dir)
     first = build(config)
     first.fit()
@@ -124,92 +124,94 @@ def test_a_folder_is_not_moved_aside_with_what_the_run_needs(config, play, flag)
         needed = folder / "play.txt"
         shutil.copy(play, needed)
     else:
-        needed = folder / "own.json"
+        needed = folder / "tokenizer.json"
         shutil.copy(last(config) / "tokenizer.json", needed)
-    anew = dataclasses.replace(config, overwrite=True, **{flag: str(needed)})
+    restarted = dataclasses.replace(config, restart=True, **{flag: str(needed)})
     with pytest.raises(UserError, match=rf"would move .*run aside with --{flag} .* in it"):
-        build(anew)
+        build(restarted)
     assert needed.is_file()
     assert (folder / "log.md").is_file()
 
 
-def test_a_folder_of_texts_is_not_offered_to_be_moved_aside(config, play) -> None:
+def test_restart_is_not_offered_for_a_folder_of_texts(config, play) -> None:
     texts = Path(config.out_dir)
     texts.mkdir()
     shutil.copy(play, texts)
     with pytest.raises(UserError, match="choose another, for --input") as refused:
         build(dataclasses.replace(config, input=str(texts)))
     assert "--overwrite" not in str(refused.value)
-    # As a shell or a pattern would name it.
+    # The same folder, named by glob patterns.
     for pattern in (f"{texts}/*.txt", f"{str(texts)[:-1]}?/*.txt", f"{texts.parent}/**/*.txt"):
         with pytest.raises(UserError, match=r"aside with --input .*\*\.txt in it"):
-            build(dataclasses.replace(config, input=pattern, overwrite=True))
+            build(dataclasses.replace(config, input=pattern, restart=True))
 
 
-def test_a_folder_is_not_moved_aside_with_other_runs_in_it(config) -> None:
+def test_restart_does_not_move_other_runs(config) -> None:
     inner = dataclasses.replace(config, out_dir=f"{config.out_dir}/deep/inner")
     running = build(inner)
     for folder in (config.out_dir, f"{config.out_dir}/deep"):
         with pytest.raises(UserError, match="holds the run inner"):
-            build(dataclasses.replace(config, out_dir=folder, overwrite=True))
+            build(dataclasses.replace(config, out_dir=folder, restart=True))
     assert running.fit() == "finished"
-    # Nor when nobody trains into it: it may be all that somebody has.
+    # Nor when it is not being trained: there may be no other copy.
     with pytest.raises(UserError, match="holds the run inner"):
-        build(dataclasses.replace(config, overwrite=True))
+        build(dataclasses.replace(config, restart=True))
 
 
 @pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/best", "checkpoints/mine/more"])
-def test_no_run_begins_among_anothers_checkpoints(config, inside) -> None:
+def test_run_inside_another_runs_checkpoints_is_refused(config, inside) -> None:
     build(config).fit()
     with pytest.raises(UserError, match="among the checkpoints of a run"):
         build(dataclasses.replace(config, out_dir=f"{config.out_dir}/{inside}"))
-    again: list[str] = []
-    assert build_trainer(config, explicit=(), log=again.append) is None
-    assert "is finished" in again[-1]
+    log: list[str] = []
+    assert build_trainer(config, explicit=(), log=log.append) is None
+    assert "is finished" in log[-1]
 
 
-def test_no_run_begins_inside_one_that_is_being_trained(config) -> None:
+def test_run_inside_one_being_trained_is_refused(config) -> None:
     running = build(config)
     with pytest.raises(UserError, match="which another process trains into"):
         build(dataclasses.replace(config, out_dir=f"{config.out_dir}/more"))
     assert running.fit() == "finished"
 
 
-def test_what_cannot_be_moved_aside_is_told_before_anything_is_made(config, monkeypatch) -> None:
+def test_folder_that_cannot_be_moved_is_refused_early(config, monkeypatch) -> None:
     build(config).fit()
-    anew = dataclasses.replace(config, overwrite=True)
+    restarted = dataclasses.replace(config, restart=True)
     with monkeypatch.context() as patch:
         patch.setattr(os.path, "ismount", lambda path: Path(path) == Path(config.out_dir))
         with pytest.raises(UserError, match="something is mounted there"):
-            build(anew)
-    parent, able = Path(config.out_dir).parent, os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != parent and able(path, mode))
+            build(restarted)
+    parent, access = Path(config.out_dir).parent, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != parent and access(path, mode))
     with pytest.raises(UserError, match="cannot be written to"):
-        build(anew)
+        build(restarted)
 
 
-def test_a_finished_run_that_can_only_be_read_is_finished_all_the_same(config, monkeypatch) -> None:
+def test_finished_run_may_be_read_only(config, monkeypatch) -> None:
     build(config).fit()
-    folder, able = Path(config.out_dir), os.access
+    folder, access = Path(config.out_dir), os.access
     monkeypatch.setattr(
-        os, "access", lambda path, mode: not Path(path).is_relative_to(folder) and able(path, mode)
+        os,
+        "access",
+        lambda path, mode: not Path(path).is_relative_to(folder) and access(path, mode),
     )
-    said: list[str] = []
-    assert build_trainer(config, explicit=frozenset(), log=said.append) is None
-    assert "is finished" in said[-1]
+    log: list[str] = []
+    assert build_trainer(config, explicit=frozenset(), log=log.append) is None
+    assert "is finished" in log[-1]
     longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
     with pytest.raises(UserError, match="cannot be written to"):
         build(longer)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives links to few")
-def test_a_link_that_leads_nowhere_is_named(config, tmp_path) -> None:
+def test_dangling_link_is_named(config, tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="link is a dangling link"):
         build(dataclasses.replace(config, out_dir=str(tmp_path / "link" / "run")))
 
 
-def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monkeypatch) -> None:
+def test_interrupt_before_the_first_step_leaves_no_folder(config, monkeypatch) -> None:
     def interrupt(*_: object) -> float:
         raise KeyboardInterrupt
 
@@ -221,8 +223,8 @@ def test_stopping_before_the_first_step_leaves_no_folder_in_the_way(config, monk
     assert build(config).fit() == "finished"
 
 
-def test_what_a_failed_start_left_is_not_taken_for_somebody_elses(config) -> None:
-    # A disk that was full from the first byte on once left a folder that no start would touch.
+def test_leftovers_of_a_failed_start_are_removed(config) -> None:
+    # A full disk once left a folder that was then refused.
     for name in ("checkpoints", "log.md", ".config.partial.toml"):
         path = Path(config.out_dir) / name
         path.parent.mkdir(exist_ok=True)
@@ -231,7 +233,7 @@ def test_what_a_failed_start_left_is_not_taken_for_somebody_elses(config) -> Non
     assert "half" not in (Path(config.out_dir) / "log.md").read_text()
 
 
-def test_a_run_that_never_saved_starts_over(config) -> None:
+def test_run_without_a_checkpoint_starts_from_scratch(config) -> None:
     build(config)
     assert not (Path(config.out_dir) / "checkpoints" / "last").exists()
     trainer = build(dataclasses.replace(config, max_lr=0.02))
@@ -239,27 +241,27 @@ def test_a_run_that_never_saved_starts_over(config) -> None:
     assert len(events(config, "start")) == 1
 
 
-def test_a_damaged_last_checkpoint_costs_only_the_steps_behind_it(config) -> None:
+def test_corrupt_last_checkpoint_falls_back_to_the_one_before(config) -> None:
     build(config).fit()
     (last(config) / "optimizer.safetensors").write_bytes(b"broken")
-    said: list[str] = []
-    trainer = build_trainer(config, explicit=(), log=said.append)
-    assert any("step-000020 is damaged" in line for line in said)
+    log: list[str] = []
+    trainer = build_trainer(config, explicit=(), log=log.append)
+    assert any("step-000020 is damaged" in line for line in log)
     assert trainer.state.step == 18
     assert trainer.fit() == "finished"
 
 
-def test_pointers_that_a_crash_left_behind_are_mended(config) -> None:
+def test_outdated_links_are_repaired(config) -> None:
     build(config).fit()
     store = CheckpointStore(Path(config.out_dir) / "checkpoints")
-    right = store.read_link("best"), store.read_link("last")
+    expected = store.read_link("best"), store.read_link("last")
     store.set_link("best", "step-000006")
     store.set_link("last", "step-000006")
     assert build_trainer(config, explicit=(), log=lambda _: None) is None
-    assert (store.read_link("best"), store.read_link("last")) == right
+    assert (store.read_link("best"), store.read_link("last")) == expected
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_started_over_in_silence(config) -> None:
+def test_run_without_usable_checkpoints_is_not_restarted_silently(config) -> None:
     build(config).fit()
     log = (Path(config.out_dir) / "log.md").read_bytes()
     for path in CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints():
@@ -273,19 +275,19 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over_in_silence(config)
     assert (Path(config.out_dir) / "log.md").read_bytes() == log
 
 
-def test_a_start_that_fails_has_not_moved_the_old_run(config, tmp_path) -> None:
+def test_failed_restart_leaves_the_old_run_in_place(config, tmp_path) -> None:
     build(config).fit()
-    wrong = dataclasses.replace(config, overwrite=True, init_from=config.out_dir, n_embd=64)
+    wrong = dataclasses.replace(config, restart=True, init_from=config.out_dir, n_embd=64)
     with pytest.raises(UserError):
         build_trainer(wrong, explicit={"n_embd"}, log=lambda _: None)
     assert (Path(config.out_dir) / "log.md").is_file()
     assert not Path(f"{config.out_dir}.old-1").exists()
-    # Starting from the very run that is moved aside works: its weights are read first.
-    again = dataclasses.replace(config, overwrite=True, init_from=config.out_dir)
+    # A run can restart from its old weights: they are read first.
+    again = dataclasses.replace(config, restart=True, init_from=config.out_dir)
     assert build(again).fit() == "finished"
 
 
-def test_a_run_begun_from_another_goes_on_when_that_one_has_moved(config, tmp_path) -> None:
+def test_resume_does_not_need_the_init_from_run(config, tmp_path) -> None:
     build(config).fit()
     other = dataclasses.replace(config, init_from=config.out_dir, out_dir=str(tmp_path / "two"))
     first = build(other)
@@ -295,7 +297,7 @@ def test_a_run_begun_from_another_goes_on_when_that_one_has_moved(config, tmp_pa
     assert build(other).fit() == "finished"
 
 
-def test_an_end_that_a_crash_prevented_is_made_up_for(config) -> None:
+def test_end_event_is_written_after_a_crash(config) -> None:
     build(config).fit()
     metrics = Path(config.out_dir) / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -305,7 +307,7 @@ def test_an_end_that_a_crash_prevented_is_made_up_for(config) -> None:
     assert build_trainer(config, explicit=(), log=lambda _: None) is None
 
 
-def test_saves_stay_in_the_events_when_a_run_goes_on(config) -> None:
+def test_resume_keeps_the_save_events(config) -> None:
     first = build(config)
     first.stop_signal = StopAfter(8)
     first.fit()
@@ -315,7 +317,7 @@ def test_saves_stay_in_the_events_when_a_run_goes_on(config) -> None:
     assert steps == sorted(set(steps))
 
 
-def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
+def test_init_from_another_run(config, tmp_path) -> None:
     build(config).fit()
     other = Config(
         init_from=config.out_dir, input=config.input, out_dir=str(tmp_path / "two"), device="cpu",
@@ -336,11 +338,11 @@ def test_weights_of_another_run_are_a_start(config, tmp_path) -> None:
         )  # fmt: skip
 
 
-def test_what_long_evaluations_take_is_told_beforehand(config, monkeypatch) -> None:
+def test_estimate_mentions_long_evaluations(config, monkeypatch) -> None:
     monkeypatch.setattr(TrainStep, "dry_run", lambda *_: 8.0)
     config = dataclasses.replace(config, eval_every=5, max_steps=20)
     trainer = build(config)
     trainer.lock.release()
-    told = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
-    assert "4 evaluations on 1,000,000 held-out tokens about" in told
+    text = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
+    assert "4 evaluations on 1,000,000 held-out tokens about" in text
     assert "judging" not in estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)

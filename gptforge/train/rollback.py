@@ -1,0 +1,91 @@
+"""Recover from divergence: restore the last good checkpoint, and skip the data since then."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptforge.checkpoint.store import CheckpointStore, read_state, step_from_path
+from gptforge.distributed import Comm
+from gptforge.errors import RunError
+from gptforge.train.state import restore
+
+if TYPE_CHECKING:
+    from gptforge.train.trainer import Trainer
+
+MAX_BAD_STEPS = 5
+"""Consecutive steps without a finite loss and gradient, after which training rolls back."""
+MAX_ROLLBACKS = 3
+HINT = "a lower --max_lr, a longer --warmup_steps or a look at the text may help"
+
+
+def rollback(trainer: "Trainer") -> None:
+    """Roll a run back, with its logs; a collective.
+
+    Raises:
+        RunError: if there is nothing to roll back to, or it did not help several times.
+    """
+    old, comm, store = trainer.state, trainer.comm, trainer.saver.store
+    log, report = trainer.report.console.log, trainer.report
+    with trainer.untimed():
+        trainer.saver.wait()
+        report.log_saves(trainer.saver.poll())
+        position, rollbacks = trainer.dataloader.position, old.rollbacks + 1
+        path, warnings = _latest_good_checkpoint(store, comm, avoid_step=trainer.rolled_back_to)
+        for warning in warnings:
+            log(f"note: {warning}")
+        if path is None or rollbacks > MAX_ROLLBACKS:
+            why = f"{rollbacks - 1} rollbacks did not help" if path else "nothing was saved yet"
+            raise RunError(
+                f"no finite loss for {MAX_BAD_STEPS} steps in a row, and {why}: training diverged "
+                f"at step {old.step - 1}: {HINT}"
+            )
+        state = trainer.state = restore(path, trainer.step_fn, trainer.dataloader, comm)
+        state.rollbacks = rollbacks
+        state.diverged_at = max(old.diverged_at, old.step)
+        trainer.rolled_back_to, trainer.is_save_deferred = state.step, False
+        comm.broadcast_from_rank0(lambda: store.discard_after(state.step))
+        report.log_rollback(
+            state.step,
+            comm.broadcast_from_rank0(lambda: read_state(path)["file_sizes"]),
+            checkpoint=path.name,
+            is_best=state.best_step == state.step,
+            bad_steps=list(range(old.step - MAX_BAD_STEPS, old.step)),
+            skipped=(trainer.dataloader.position, position),
+        )
+        trainer.dataloader.load_state_dict({"position": position})
+        if old.best_loss < state.best_loss:
+            # The best checkpoint is later than the restored one, and stays the best.
+            state.best_loss, state.best_step = old.best_loss, old.best_step
+            log(
+                f"note: step {state.best_step} stays the best so far, with a loss of "
+                f"{state.best_loss:.4f}"
+            )
+    trainer.reset_history()
+
+
+def _latest_good_checkpoint(
+    store: CheckpointStore, comm: Comm, *, avoid_step: int
+) -> tuple[Path | None, list[str]]:
+    """Find the latest checkpoint that was not saved in a streak of bad steps.
+
+    Args:
+        store: the run's checkpoints.
+        comm: the ranks; the first one looks.
+        avoid_step: a step that training diverged from before: an older checkpoint is better.
+
+    Returns:
+        Its path, and warnings about corrupt checkpoints.
+    """
+
+    def is_good(path: Path) -> bool:
+        return not read_state(path)["progress"].get("bad_steps")
+
+    def find() -> tuple[str | None, list[str]]:
+        path, warnings = store.latest(is_good)
+        if path is not None and step_from_path(path) == avoid_step:
+            latest = path
+            older, more = store.latest(lambda path: path != latest and is_good(path))
+            path, warnings = older or latest, warnings + more
+        return None if path is None else path.as_posix(), warnings
+
+    path, warnings = comm.broadcast_from_rank0(find)
+    return path and Path(path), warnings

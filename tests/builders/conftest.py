@@ -1,0 +1,3 @@
+from tests.train.conftest import config
+
+__all__ = ["config"]

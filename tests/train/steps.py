@@ -1,0 +1,31 @@
+"""Training steps of a tiny model."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from gptforge.device import Precision
+from gptforge.model import GPT
+from gptforge.optim import build_optimizer
+from gptforge.train.train_step import TrainStep
+
+FLOAT32 = Precision(torch.float32, "test")
+BFLOAT16 = Precision(torch.bfloat16, "test")
+
+
+def make_step(model: GPT, *, optimizer: str = "adamw", **options) -> TrainStep:
+    """A step over a copy of the model, with defaults for all options of `TrainStep`."""
+    model = copy.deepcopy(model)
+    return TrainStep(
+        model,
+        build_optimizer(optimizer, model, betas=(0.9, 0.95), weight_decay=0.1),
+        **{"precision": FLOAT32, "micro_batch_size": 8, "grad_clip": 1.0} | options,
+    )
+
+
+def make_batch(device: str | torch.device, batch_size: int = 8) -> tuple[Tensor, Tensor]:
+    """The same inputs and targets each time, (batch_size, 16)."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, 64, (batch_size, 17), generator=generator).to(device)
+    return tokens[:, :-1], tokens[:, 1:]

@@ -1,0 +1,152 @@
+"""Signals and the time limit, also during evaluations."""
+
+import dataclasses
+import itertools
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.builders import build_trainer
+from gptforge.checkpoint.store import read_tensors
+from gptforge.train.signals import StopSignal
+from gptforge.train.trainer import Trainer
+from tests.train.runs import build, events, last
+
+
+def interrupt_evaluations(trainer: Trainer, after_batches: int) -> None:
+    """Send SIGTERM in each evaluation, behind so many batches."""
+    assert trainer.val_evaluator is not None
+    evaluate = trainer.val_evaluator.evaluate_until
+
+    def interrupted(should_stop, *args):
+        batches = itertools.count(1)
+
+        def should_stop_or_signal() -> bool:
+            if next(batches) == after_batches:
+                signal.raise_signal(signal.SIGTERM)
+            return should_stop()
+
+        return evaluate(should_stop_or_signal, *args)
+
+    trainer.val_evaluator.evaluate_until = interrupted
+
+
+def test_signal_in_the_final_evaluation(config, tmp_path) -> None:
+    config = dataclasses.replace(config, eval_every=1000)
+    assert build(config).fit() == "finished"
+    other = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
+    trainer = build(other)
+    interrupt_evaluations(trainer, after_batches=1)
+    assert trainer.fit() == "terminated"
+    assert last(other).name == f"step-{config.max_steps:06d}"
+    assert events(other, "eval") == []
+    assert build(other).fit() == "finished"
+    for key in ("val_loss", "step"):
+        assert [e[key] for e in events(other, "eval")] == [e[key] for e in events(config, "eval")]
+    assert build_trainer(other, explicit=(), log=lambda _: None) is None
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_interrupted_evaluations_change_no_result(config, tmp_path, batches) -> None:
+    config = dataclasses.replace(
+        config, max_steps=8, keep_checkpoints=0, save_every=1000, sample_every=4, max_lr=0.1,
+        val_fraction=0.2,
+    )  # fmt: skip
+    assert build(config).fit() == "finished"
+    other = dataclasses.replace(config, out_dir=str(tmp_path / "interrupted"))
+    reasons = []
+    while reasons[-1:] != ["finished"]:
+        trainer = build(other)
+        interrupt_evaluations(trainer, batches)
+        reasons.append(trainer.fit())
+        if len(reasons) == 1:
+            assert last(other).name == f"step-{config.eval_every:06d}"
+            assert events(other, "eval") == []
+        assert len(reasons) < 40
+    assert len(reasons) > 3
+    for kind in ("train", "eval"):
+        fields = ("step", "loss", "norm", "val_loss", "val_bpb")
+        left, right = (
+            [[e.get(name) for name in fields] for e in events(c, kind)] for c in (config, other)
+        )
+        assert left == right
+    for file in ("model", "optimizer"):
+        left, right = (read_tensors(last(c), f"{file}.safetensors") for c in (config, other))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    samples = [
+        (Path(c.out_dir) / "samples.md").read_text().split("\n", 1)[1] for c in (config, other)
+    ]
+    assert samples[0] == samples[1]
+    left, right = (last(c).parent for c in (config, other))
+    assert sorted(p.name for p in left.iterdir()) == sorted(p.name for p in right.iterdir())
+    assert (left / "best").readlink() == (right / "best").readlink()
+    assert build_trainer(other, explicit=(), log=lambda _: None) is None
+
+
+def test_time_limit_stops_an_evaluation(config) -> None:
+    now = [0.0]
+    trainer = build(config)
+    trainer.stop_signal = StopSignal(1, log=lambda _: None, clock=lambda: now[0])
+    assert trainer.val_evaluator is not None
+    evaluate = trainer.val_evaluator.evaluate_until
+
+    def late(*args):
+        now[0] = 61.0
+        return evaluate(*args)
+
+    trainer.val_evaluator.evaluate_until = late
+    assert trainer.fit() == "time_limit"
+    assert events(config, "eval") == []
+    assert last(config).name == f"step-{config.eval_every:06d}"
+
+
+def test_time_limit_counts_from_the_start_but_leaves_a_second() -> None:
+    now = [100.0]
+    stop_signal = StopSignal(1, log=lambda _: None, started=30.0, clock=lambda: now[0])
+    assert stop_signal.stop_reason() == "time_limit"
+    with stop_signal:
+        assert stop_signal.stop_reason() is None
+        now[0] += 1
+        assert stop_signal.stop_reason() == "time_limit"
+
+
+def test_time_limit_is_in_minutes() -> None:
+    now = [100.0]
+    stop_signal = StopSignal(2, log=lambda _: None, clock=lambda: now[0])
+    assert stop_signal.stop_reason() is None
+    now[0] += 119
+    assert stop_signal.stop_reason() is None
+    now[0] += 1
+    assert stop_signal.stop_reason() == "time_limit"
+    assert StopSignal(0, log=lambda _: None, clock=lambda: 1e18).stop_reason() is None
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "terminated"),
+        (getattr(signal, "SIGHUP", signal.SIGTERM), "terminated"),
+    ],
+)
+def test_signal_gives_a_stop_reason_and_the_old_handler_is_restored(number, reason) -> None:
+    before = signal.getsignal(number)
+    log: list[str] = []
+    with StopSignal(0, log=log.append) as stop_signal:
+        signal.raise_signal(number)
+        assert stop_signal.stop_reason() == reason
+    assert signal.getsignal(number) is before
+    assert len(log) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_ignored_sighup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(0, log=lambda _: None) as stop_signal:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop_signal.stop_reason() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

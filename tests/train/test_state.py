@@ -1,0 +1,40 @@
+import dataclasses
+import json
+import math
+
+from gptforge.evaluate.val_loss import PartialValLoss
+from gptforge.train.state import TrainState
+
+
+def test_state_of_version_0_1_with_an_interrupted_final_evaluation() -> None:
+    counters = {"step": 9, "loss": 1.0, "best_loss": None, "best_step": 0, "loss_sum": 6.0}
+    counters |= {"loss_count": 3.0, "returns": 2, "unjudged": 1, "seconds": 5.0}
+    state = TrainState.from_json({"progress": counters})
+    assert state.pending == ["evaluate", "sample", "save"]
+    assert state.recent_losses == [2.0, 2.0, 2.0]
+    assert (state.rollbacks, state.best_loss) == (2, math.inf)
+
+
+def test_json_round_trip() -> None:
+    state = TrainState(
+        step=7,
+        loss=math.nan,
+        recent_losses=[1.5, math.inf],
+        rollbacks=1,
+        diverged_at=5,
+        bad_steps=2,
+        pending=["evaluate", "save"],
+        partial=PartialValLoss(
+            sequences_done=3, num_sequences=9, total_nats=1.25, num_tokens=48, num_bytes=50
+        ),
+    )
+    record = json.loads(json.dumps(state.to_json()))
+    # The keys of earlier versions.
+    assert record["partial"] == {
+        "windows": 3, "num_windows": 9, "nats": 1.25, "tokens": 48, "bytes": 50
+    }  # fmt: skip
+    assert record["progress"]["returns"] == 1
+    read = TrainState.from_json(record)
+    assert math.isnan(read.loss) and math.isnan(read.recent_losses[1])
+    same = {"loss": 0.0, "recent_losses": []}
+    assert dataclasses.replace(read, **same) == dataclasses.replace(state, **same)
