@@ -14,7 +14,7 @@ def test_fused_linear_cross_entropy_matches_autograd(device, rows, columns, dtyp
     if device.type == "cuda" and dtype == torch.float32:
         pytest.skip("for CPUs")
     if INTERPRETED and rows * columns > 2**20:
-        pytest.skip("slow when interpreted")
+        pytest.skip("slow in the interpreter")
     torch.manual_seed(rows)
     hidden = torch.randn(rows, 64, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(columns, 64, device=device) * 0.3).requires_grad_()
