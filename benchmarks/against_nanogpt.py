@@ -37,9 +37,7 @@ from gptforge.device import (
     synchronize,
 )
 from gptforge.estimate import formulas
-from gptforge.files import cache_dir
 from gptforge.kernel_select import DEFAULT_KERNELS, select_kernels
-from gptforge.kernels.gelu_products import prepare_quack
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.tokenizers import from_name
@@ -142,13 +140,9 @@ class Ours:
         device: torch.device,
         *,
         plain: bool = False,
-        quack: bool = False,
     ) -> None:
         precision = FLOAT32 if plain else select_precision("auto", device)
         kernels = select_kernels(device, precision, dropout=recipe.shape.dropout)
-        if quack:
-            prepare_quack(cache_dir())
-            kernels = replace(kernels, quack=True)
         model = model.to(device)
         self.step = TrainStep(
             model,
@@ -183,9 +177,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=RECIPES)
     parser.add_argument("--only", default="", help="recipes whose names hold this")
-    parser.add_argument(
-        "--quack", action="store_true", help="ours with quack's products in the MLP"
-    )
     args = parser.parse_args()
     device, name = select_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -198,7 +189,7 @@ def main() -> None:
         rows = -(-recipe.shape.vocab_size // 64) * 64
         model = GPT(replace(recipe.shape, vocab_size=rows)).init_weights()
         theirs = NanoGPT(args.nanogpt, recipe, tokens, device)
-        ours = Ours(copy.deepcopy(model), recipe, tokens, device, quack=args.quack)
+        ours = Ours(copy.deepcopy(model), recipe, tokens, device)
         seconds: dict[str, list[float]] = {"nanoGPT": [], "gptforge": []}
         for turn in range(recipe.turns + 1):
             for who, update in (("nanoGPT", theirs), ("gptforge", ours)):

@@ -17,7 +17,6 @@ class KernelConfig:
     """Use the manual backward of train/backends/manual.py instead of autograd."""
     fused_cross_entropy: bool = False
     """Fuse the output layer with the loss, see kernels/cross_entropy.py."""
-    quack: bool = False
     residual_dtype: torch.dtype | None = None
     """Dtype of the residual stream; None: float32."""
 

@@ -81,7 +81,6 @@ def build_backend(
         precision.dtype,
         activation_checkpointing=activation_checkpointing,
         loss_chunk=loss_chunk,
-        kernels=kernels,
     )
     if root is not None:
         manual = build(

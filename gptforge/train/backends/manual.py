@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gptforge.estimate.formulas import default_loss_chunk, gelu_save_interval
-from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
 from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds
 from gptforge.kernels.embedding import embedding, embedding_backward
@@ -41,7 +40,6 @@ class ManualBackend:
         dtype: of the GEMMs and of the residual.
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
-        kernels: the kernels to use where there is a choice.
         weights: the weights to compute with; by default the model's, unsharded on this device.
         make_grads: makes the gradient buffer from groups of parameters.
     """
@@ -53,7 +51,6 @@ class ManualBackend:
         *,
         activation_checkpointing: bool = False,
         loss_chunk: int = 0,
-        kernels: KernelConfig = DEFAULT_KERNELS,
         weights: ComputeWeights | None = None,
         make_grads: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
     ) -> None:
@@ -76,9 +73,7 @@ class ManualBackend:
             assert isinstance(block, Block)
             # With checkpointing, one block's activations at a time take little memory.
             save_gelu = activation_checkpointing or i % interval == 0
-            self._blocks.append(
-                ManualBlock(block, prev_bias, weights, save_gelu=save_gelu, kernels=kernels)
-            )
+            self._blocks.append(ManualBlock(block, prev_bias, weights, save_gelu=save_gelu))
             prev_bias = block.mlp.c_proj.bias
         assert prev_bias is not None
         self._ln_f = ManualLayerNorm(ln_f, weights)

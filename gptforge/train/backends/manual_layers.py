@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from gptforge.device import memory_bandwidth
 from gptforge.estimate.formulas import SMALL_N_EMBD
-from gptforge.kernel_select import KernelConfig
 from gptforge.kernels.attention import SavedAttention, select_attention
 from gptforge.kernels.dropout import DropoutSeed
-from gptforge.kernels.gelu_products import ByCublas, ByQuack, GeluProducts
 from gptforge.kernels.layer_norm import SavedLayerNorm, add_layer_norm, layer_norm_backward
-from gptforge.kernels.matmul import accumulate_wgrad, linear, linear_dgrad
+from gptforge.kernels.matmul import (
+    accumulate_wgrad,
+    linear,
+    linear_dgrad,
+    linear_gelu,
+    linear_gelu_backward,
+)
 from gptforge.kernels.reductions import PendingReductions
 from gptforge.model import Block
 from gptforge.train.grad_buffer import GradBuffer
@@ -143,7 +147,6 @@ class ManualBlock:
         prev_bias: bias of the projection that makes the sublayer output coming in, if any.
         weights: makes the copies in the compute dtype.
         save_gelu: keep the GELU's output for the backward pass instead of recomputing it.
-        kernels: the kernels to use where there is a choice.
     """
 
     def __init__(
@@ -153,17 +156,12 @@ class ManualBlock:
         weights: ComputeWeights,
         *,
         save_gelu: bool,
-        kernels: KernelConfig,
     ) -> None:
         self._save_gelu = save_gelu
         device, n_embd = block.ln_1.weight.device, len(block.ln_1.weight)
         self.n_head = block.attn.n_head
         self._head_size = n_embd // self.n_head
-        self._mlp: GeluProducts = (
-            ByQuack()
-            if kernels.quack
-            else ByCublas(slope_apart=prefer_separate_dgelu(device, n_embd))
-        )
+        self._separate_dgelu = prefer_separate_dgelu(device, n_embd)
         self._attention = select_attention(
             device, weights.dtype, head_size=self._head_size, dropout=block.attn.dropout
         )
@@ -217,7 +215,7 @@ class ManualBlock:
         atty, attn = self._attention.forward(qkv, dropout.attn_probs)  # (N, C)
         attn_out = self.attn_proj.forward(atty)
         ln_2_out, ln_2 = self.ln_2.forward(ln_1.residual, attn_out, dropout.attn_output)
-        fch, fch_gelu = self._mlp.forward(
+        fch, fch_gelu = linear_gelu(
             ln_2_out, self.c_fc.compute_weight, self.c_fc.compute_bias
         )  # (N, 4C)
         mlp_out = self.mlp_proj.forward(fch_gelu)
@@ -241,9 +239,9 @@ class ManualBlock:
         """
         # The column sums for all vectors are finished together at the end, by one kernel.
         pending = PendingReductions()
-        dfch, fch_gelu = self._mlp.backward(
+        dfch, fch_gelu = linear_gelu_backward(
             dmlp_out, self.mlp_proj.compute_weight, saved.fch, saved.fch_gelu,
-            self.c_fc.bias_grad, pending,
+            self.c_fc.bias_grad, pending, separate_dgelu=self._separate_dgelu,
         )  # fmt: skip
         accumulate_wgrad(self.mlp_proj.weight_grad, dmlp_out, fch_gelu)
         dln_2 = self.c_fc.backward(saved.ln_2_out, dfch)
