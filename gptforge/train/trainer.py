@@ -56,7 +56,7 @@ class Trainer:
     """Makes all ranks stop at the same step."""
 
     _start_time: float = field(init=False)
-    _lap_start: float = field(init=False)
+    _lap_start: float = field(init=False, default=0.0)
     _last_logged: int = field(init=False)
     _loss: Tensor = field(init=False)
     _recent_losses: RecentLosses = field(init=False)
@@ -70,9 +70,8 @@ class Trainer:
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
         # If a crash came between the last save and the end, only the end is left to do.
-        reason: StopReason | None = None
-        if not self.steps_left and not self.state.pending:
-            reason = "finished"
+        is_done = not self.steps_left and not self.state.pending
+        reason: StopReason | None = "finished" if is_done else None
         with self.stop_signal, self.report.console:
             while reason is None:
                 # Actions left over from an interrupted run come before the next step.
@@ -111,12 +110,9 @@ class Trainer:
         """Make one optimizer step, and log it if that is due; returns the anomalies found."""
         c, step, position = self.config, self.state.step, self.dataloader.position
         lr = warmup_cosine(
-            step,
-            max_lr=c.max_lr,
-            min_lr=c.min_lr,
-            warmup_steps=c.warmup_steps,
+            step, max_lr=c.max_lr, min_lr=c.min_lr, warmup_steps=c.warmup_steps,
             max_steps=c.max_steps,
-        )
+        )  # fmt: skip
         inputs, targets = self.dataloader.next_batch()
         loss, norm = self.step_fn(inputs, targets, lr=lr)
         self._loss = loss
@@ -152,8 +148,8 @@ class Trainer:
 
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, the same on all ranks, or None."""
-        index = STOP_REASONS.index(self.stop_signal.stop_reason())
-        return STOP_REASONS[self.stop_consensus.update(index)]
+        priority = STOP_REASONS.index(self.stop_signal.stop_reason())
+        return STOP_REASONS[self.stop_consensus.update(priority)]
 
     @property
     def steps_left(self) -> int:
@@ -191,12 +187,9 @@ class Trainer:
                 loss = self._recent_losses.mean() if is_good else math.nan
             else:
                 result = self.val_evaluator.evaluate_until(
-                    self.stop_signal.should_stop,
-                    step_fn.root_module,
-                    step_fn.precision,
-                    self.comm,
-                    state.partial,
-                )
+                    self.stop_signal.should_stop, step_fn.root_module, step_fn.precision,
+                    self.comm, state.partial,
+                )  # fmt: skip
                 if isinstance(result, PartialValLoss):
                     state.partial = result
                     return None
@@ -286,7 +279,7 @@ class Trainer:
         """Start to time steps; returns the seconds since the last call, without untimed blocks."""
         synchronize(self.step_fn.device)
         now = time.perf_counter()
-        seconds, self._lap_start = now - getattr(self, "_lap_start", now), now
+        seconds, self._lap_start = now - self._lap_start, now
         return seconds
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:

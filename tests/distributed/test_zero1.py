@@ -24,7 +24,7 @@ from tests.distributed.test_ddp import batch
 from tests.train.runs import StopAfter, last
 
 DTYPES = {name: Precision(getattr(torch, name), "") for name in ("float32", "bfloat16")}
-BACKEND = "written out, in shards"
+BACKEND = "manual backward, sharded"
 ROWS = 12
 """Of a batch that 1, 2, 3 and 4 ranks can share."""
 
