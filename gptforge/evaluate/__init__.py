@@ -1,1 +1,1 @@
-"""Judging a model on text it has not learned from."""
+"""Evaluation: validation loss, and zero-shot tasks."""

@@ -1,4 +1,4 @@
-"""A model as EleutherAI's lm-evaluation-harness asks it, for the tasks that are not built in.
+"""Run EleutherAI's lm-evaluation-harness, for the tasks that are not built in.
 
 `lm_eval` is optional and slow to load: it is imported inside the functions.
 """
@@ -14,42 +14,40 @@ from gptforge.evaluate.tasks import TASKS, loglikelihoods
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
 
-BOOTSTRAP_ITERS = 1000
-"""For standard errors of figures that are no means; the harness's 100,000 take minutes."""
-MAX_GEN_TOKS = 256
-"""Written where a task does not say how much: the harness's own default."""
+BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the harness's 100,000 take minutes
+MAX_GEN_TOKS = 256  # the harness's default for tasks that do not say
 
 
 def load_task_manager(names: Sequence[str], include_path: str) -> Any:
-    """The harness's task manager, after checking that it knows the names and has their questions.
+    """Create the harness's task manager, after loading the data of the tasks.
 
     Raises:
-        UserError: if lm_eval is not installed, a name is unknown, or questions cannot be had.
+        UserError: if lm_eval is not installed, a task is unknown, or its data cannot be loaded.
     """
     try:
         from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError:
         raise UserError(
-            f"--tasks {names[0]}: built in are {', '.join(TASKS)}; others are asked by the package "
+            f"--tasks {names[0]}: built in are {', '.join(TASKS)}; others need the package "
             f"lm_eval, which is not installed: {install_hint('lm-eval')}"
         ) from None
     manager = TaskManager(include_path=include_path or None)
     for name in names:
         if name not in manager.all_tasks:
             close = get_close_matches(name, [*TASKS, *manager.all_tasks], n=3)
-            like = f"; like it are {', '.join(close)}" if close else ""
+            similar = f"; similar ones are {', '.join(close)}" if close else ""
             raise UserError(
-                f"--tasks {name}: neither built in ({', '.join(TASKS)}) nor known to lm_eval{like}"
+                f"--tasks {name}: neither built in ({', '.join(TASKS)}) nor in lm_eval{similar}"
             )
     for name in names:
         try:
             get_task_dict([name], manager)
         except Exception as error:
-            # A task fetches its questions here, and may run code of its own to read them.
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # It downloads data, and may run the task's code: any exception is possible.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"--tasks {name}: lm_eval cannot load its questions: {first}: they come from the "
-                "Hugging Face Hub, which takes a network"
+                f"--tasks {name}: lm_eval cannot load its questions: {reason}: they come from the "
+                "Hugging Face Hub, which needs a network"
             ) from None
     return manager
 
@@ -57,18 +55,21 @@ def load_task_manager(names: Sequence[str], include_path: str) -> Any:
 def run_harness(
     model: LanguageModel, names: Sequence[str], manager: Any, precision: Precision, limit: int
 ) -> dict[str, dict[str, float]]:
-    """Each task's figures, by their names in the harness; `questions` is how many were asked.
+    """Evaluate the harness's tasks.
 
     Args:
-        writer: model and tokenizer.
-        names: tasks that `harness_tasks` knew.
-        manager: what it returned.
-        precision: of the products.
-        limit: ask the first so many of each task; 0: all.
+        model: model and tokenizer.
+        names: of the tasks, as given to `load_task_manager`.
+        manager: its result.
+        precision: of the forward pass.
+        limit: examples of each task; 0 is all.
+
+    Returns:
+        The metrics of each task, by their names in the harness, and the number of `questions`.
     """
     from lm_eval import simple_evaluate
 
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=harness_model(model, precision),
         tasks=list(names),
         limit=limit or None,
@@ -76,13 +77,13 @@ def run_harness(
         bootstrap_iters=BOOTSTRAP_ITERS,
         log_samples=False,
     )
-    counts = found.get("n-samples", {})
+    counts = results.get("n-samples", {})
     scores = {}
-    for name, figures in found["results"].items():
+    for name, metrics in results["results"].items():
         scores[name] = {
             _metric_name(key): float(value)
-            for key, value in figures.items()
-            # Its standard errors are "N/A" where there is none.
+            for key, value in metrics.items()
+            # A missing standard error is "N/A".
             if "," in key and isinstance(value, int | float)
         }
         if name in counts:
@@ -91,19 +92,21 @@ def run_harness(
 
 
 def harness_model(model: LanguageModel, precision: Precision) -> Any:
-    """The model as one of the harness's own, for its `simple_evaluate`."""
+    """Wrap a model for the harness's `simple_evaluate`."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+    block_size = model.model.config.block_size
+
     class HarnessModel(TemplateLM):  # type: ignore[misc]
-        """Answers the three kinds of requests that tasks make."""
+        """Handles the three kinds of requests of the harness."""
 
         tokenizer_name = model.tokenizer.name
 
         @property
         def eot_token_id(self) -> int:
-            end = model.tokenizer.eot_token
-            return model.encode_prompt("")[-1] if end is None else end
+            eot_token = model.tokenizer.eot_token
+            return model.encode_prompt("")[-1] if eot_token is None else eot_token
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -113,60 +116,58 @@ def harness_model(model: LanguageModel, precision: Precision) -> Any:
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
-            pairs = []
-            for _texts, context, ending in requests:
-                ids = (context + ending)[-(model.model.config.block_size + 1) :]
-                pairs.append((ids, min(len(ending), len(ids) - 1)))
-            found = loglikelihoods(model, pairs, precision)
-            if any(math.isnan(one.loglikelihood) for one in found):
-                raise RunError("the answers are NaN: the training of this model broke down")
-            return [(one.loglikelihood, one.is_greedy) for one in found]
+            texts = []
+            for _strings, context, continuation in requests:
+                ids = (context + continuation)[-(block_size + 1) :]
+                texts.append((ids, min(len(continuation), len(ids) - 1)))
+            results = loglikelihoods(model, texts, precision)
+            if any(math.isnan(result.loglikelihood) for result in results):
+                raise RunError("the log-likelihoods are NaN: the training of this model diverged")
+            return [(result.loglikelihood, result.is_greedy) for result in results]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            sums = []
+            totals = []
             for request in requests:
                 windows = get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
-                    max_seq_len=model.model.config.block_size,
+                    max_seq_len=block_size,
                     context_len=1,
                 )
                 parts = [("", *make_disjoint_window(window)) for window in windows]
-                sums.append(sum(known for known, _ in self._loglikelihood_tokens(parts)))
-            return sums
+                totals.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+            return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            written = []
+            texts = []
             for request in requests:
-                context, how = request.args
-                count = int(how.get("max_gen_toks", MAX_GEN_TOKS))
-                stop = how.get("until") or []
-                draws = SamplingParams(
-                    float(how.get("temperature") or 0) if how.get("do_sample") else 0
-                )
-                [one] = model.generate_batch(
-                    [_last(model, context, model.model.config.block_size - count)],
-                    count,
-                    draws,
+                context, options = request.args
+                max_new_tokens = int(options.get("max_gen_toks", MAX_GEN_TOKS))
+                stop = options.get("until") or []
+                temperature = options.get("temperature") if options.get("do_sample") else 0
+                [completion] = model.generate_batch(
+                    [_truncate_left(model, context, block_size - max_new_tokens)],
+                    max_new_tokens,
+                    SamplingParams(float(temperature or 0)),
                     stop=[stop] if isinstance(stop, str) else [text for text in stop if text],
                     seeds=[0],
                 )
-                written.append(one.text)
-            return written
+                texts.append(completion.text)
+            return texts
 
     return HarnessModel()
 
 
-def _last(writer: LanguageModel, text: str, room: int) -> str:
-    """The end of a text that leaves room for what is to be written, as the harness cuts it."""
-    ids = writer.encode(text)
-    return writer.decode(ids[-room:]) if 0 < room < len(ids) else text
+def _truncate_left(model: LanguageModel, text: str, max_tokens: int) -> str:
+    """Cut the start of a context that is too long, as the harness does."""
+    ids = model.encode(text)
+    return model.decode(ids[-max_tokens:]) if 0 < max_tokens < len(ids) else text
 
 
 def _metric_name(key: str) -> str:
-    """`acc` of `acc,none`; another filter than none stays in the name."""
-    metric, _, filtered = key.partition(",")
-    if filtered == "none":
+    """Return `acc` for `acc,none`; other filters stay in the name."""
+    metric, _, filter_name = key.partition(",")
+    if filter_name == "none":
         return metric
-    plain = metric.removesuffix("_stderr")
-    return f"{plain},{filtered}" + "_stderr" * (plain != metric)
+    name = metric.removesuffix("_stderr")
+    return f"{name},{filter_name}" + "_stderr" * (name != metric)

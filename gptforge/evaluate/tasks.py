@@ -1,9 +1,7 @@
-"""HellaSwag and LAMBADA: which ending a model finds likeliest, and whether it knows the last word.
+"""HellaSwag (Zellers et al., 2019) and LAMBADA (Paperno et al., 2016, as in Radford et al., 2019).
 
-Asked and scored as EleutherAI's lm-evaluation-harness does with `hellaswag` and `lambada_openai`
-and no examples, so that figures can be compared with published ones.
-
-HellaSwag: Zellers et al., 2019. LAMBADA: Paperno et al., 2016, in the form of Radford et al., 2019.
+Examples and scores are those of EleutherAI's lm-evaluation-harness, tasks `hellaswag` and
+`lambada_openai`, zero-shot, so that scores can be compared with published ones.
 """
 
 import math
@@ -18,80 +16,80 @@ from torch import Tensor
 from gptforge.device import Precision, autocast
 from gptforge.inference.language_model import LanguageModel
 
-MAX_BATCH_TOKENS = 8192
-"""That go through the model together, padding and all."""
+MAX_BATCH_TOKENS = 8192  # in a forward pass, with padding
 
 
 @dataclass(frozen=True)
 class Example:
-    """A beginning and its possible endings, one of which is right."""
+    """A context and its possible continuations, each with its leading blank; `label` is right."""
 
     context: str
     choices: tuple[str, ...]
-    """Each with the blank before it."""
     label: int = 0
 
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """How likely the model finds an ending."""
+    """How likely a model finds a choice.
+
+    Attributes:
+        loglikelihood: of all its tokens, in nats.
+        is_greedy: whether each token is the most likely one.
+    """
 
     loglikelihood: float
-    """Of all its tokens, in nats."""
     is_greedy: bool
-    """Whether each token is the one that the model would have taken."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of question: how a row of its data reads, and what the answers come to."""
+    """How to parse a row of a task's data, and how to score the results of all examples."""
 
     parse: Callable[[Mapping[str, Any]], Example]
     score: Callable[[Sequence[Example], Sequence[Sequence[LogLikelihood]]], dict[str, float]]
 
 
 def parse_hellaswag(row: Mapping[str, Any]) -> Example:
-    """A row of HellaSwag's; those without a label are the test that nobody may know."""
+    """Parse a row of HellaSwag; those of the test split have no label and raise ValueError."""
     second = str(row["ctx_b"])
     context = f"{row['ctx_a']} {second[:1].upper()}{second[1:].lower()}"
-    beginning = _cleaned(f"{row['activity_label']}: {context}")
-    endings = tuple(f" {_cleaned(ending)}" for ending in row["endings"])
-    right = int(row["label"])
-    if not 0 <= right < len(endings):
-        raise ValueError(f"label {right}")
-    return Example(beginning, endings, right)
+    choices = tuple(f" {_clean_wikihow(ending)}" for ending in row["endings"])
+    label = int(row["label"])
+    if not 0 <= label < len(choices):
+        raise ValueError(f"label {label}")
+    return Example(_clean_wikihow(f"{row['activity_label']}: {context}"), choices, label)
 
 
 def parse_lambada(row: Mapping[str, Any]) -> Example:
-    """A row of LAMBADA's: the last word is the ending."""
-    beginning, blank, word = str(row["text"]).rpartition(" ")
-    if not word or not beginning:
+    """Parse a row of LAMBADA: the last word is the only choice."""
+    context, blank, word = str(row["text"]).rpartition(" ")
+    if not word or not context:
         raise ValueError("no last word")
-    return Example(beginning, (blank + word,))
+    return Example(context, (blank + word,))
 
 
 def score_hellaswag(
     examples: Sequence[Example], results: Sequence[Sequence[LogLikelihood]]
 ) -> dict[str, float]:
-    """Shares that were answered rightly, by likelihood and by likelihood a character."""
-    plain, by_length = [], []
-    for question, given in zip(examples, results, strict=True):
-        sums = [answer.loglikelihood for answer in given]
-        # The blank before an ending is none of its characters.
-        lengths = [max(1, len(ending) - 1) for ending in question.choices]
-        each = [total / length for total, length in zip(sums, lengths, strict=True)]
-        plain.append(sums.index(max(sums)) == question.label)
-        by_length.append(each.index(max(each)) == question.label)
-    return {**_share("acc", plain), **_share("acc_norm", by_length)}
+    """Return the accuracy by log-likelihood, and by log-likelihood per character."""
+    correct, correct_norm = [], []
+    for example, choices in zip(examples, results, strict=True):
+        sums = [choice.loglikelihood for choice in choices]
+        # The harness does not count the leading blank.
+        lengths = [max(1, len(choice) - 1) for choice in example.choices]
+        means = [total / length for total, length in zip(sums, lengths, strict=True)]
+        correct.append(sums.index(max(sums)) == example.label)
+        correct_norm.append(means.index(max(means)) == example.label)
+    return {**_accuracy("acc", correct), **_accuracy("acc_norm", correct_norm)}
 
 
 def score_lambada(
     examples: Sequence[Example], results: Sequence[Sequence[LogLikelihood]]
 ) -> dict[str, float]:
-    """Share of last words that the model would have written, and its perplexity over all."""
-    known = [given[0].is_greedy for given in results]
-    mean = sum(given[0].loglikelihood for given in results) / len(results)
-    return {**_share("acc", known), "perplexity": math.exp(min(-mean, 700.0))}
+    """Return the share of last words that greedy decoding gives, and their perplexity."""
+    mean = sum(choice.loglikelihood for [choice] in results) / len(results)
+    correct = [choice.is_greedy for [choice] in results]
+    return {**_accuracy("acc", correct), "perplexity": math.exp(min(-mean, 700.0))}
 
 
 TASKS = {
@@ -107,24 +105,24 @@ def score_choices(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[LogLikelihood]]:
-    """What the model makes of each question's endings.
+    """Return the log-likelihood of every choice of every example.
 
     Args:
-        writer: model and tokenizer.
-        questions: in any order.
-        precision: of the products.
-        asked: told behind each batch how many endings are done, of how many.
+        model: model and tokenizer.
+        examples: in any order.
+        precision: of the forward pass.
+        progress: called after each batch with the choices done, and all.
 
     Raises:
-        UserError: for characters that the tokenizer does not have.
+        UserError: for characters that the tokenizer lacks.
     """
-    pairs = [
-        _encoded(model, question.context, ending)
-        for question in examples
-        for ending in question.choices
+    requests = [
+        _encode_choice(model, example.context, choice)
+        for example in examples
+        for choice in example.choices
     ]
-    found = iter(loglikelihoods(model, pairs, precision, progress=progress))
-    return [[next(found) for _ in question.choices] for question in examples]
+    results = iter(loglikelihoods(model, requests, precision, progress=progress))
+    return [[next(results) for _ in example.choices] for example in examples]
 
 
 @torch.inference_mode()
@@ -135,74 +133,78 @@ def loglikelihoods(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LogLikelihood]:
-    """How likely endings are, each the last ids of a text: its ids, and how many are the ending's.
+    """Return the log-likelihood of the last ids of texts.
 
-    A text has at most one id more than the model has places for.
+    Args:
+        model: model and tokenizer.
+        requests: the ids of a text, at most block_size + 1, and how many of the last to score.
+        precision: of the forward pass.
+        progress: called after each batch with the requests done, and all.
     """
-    # Of like lengths together, the longest first: memory runs out at once or not at all.
+    # Sorted by length, to pad little; the longest first, so that memory runs out at once or never.
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
-    found: dict[int, LogLikelihood] = {}
+    results: dict[int, LogLikelihood] = {}
     model.model.eval()
     while order:
         width = len(requests[order[0]][0]) - 1
         size = max(1, MAX_BATCH_TOKENS // width)
         batch, order = order[:size], order[size:]
-        found |= zip(batch, _batch(model, [requests[i] for i in batch], precision), strict=True)
-        progress(len(found), len(requests))
-    return [found[number] for number in range(len(requests))]
+        scores = _score_batch(model, [requests[i] for i in batch], precision)
+        results |= zip(batch, scores, strict=True)
+        progress(len(results), len(requests))
+    return [results[i] for i in range(len(requests))]
 
 
-def _batch(
-    writer: LanguageModel, pairs: Sequence[tuple[list[int], int]], precision: Precision
+def _score_batch(
+    model: LanguageModel, requests: Sequence[tuple[list[int], int]], precision: Precision
 ) -> list[LogLikelihood]:
-    """Answers to endings, each the last ids of a text, so many of them."""
-    width = max(len(ids) for ids, _ in pairs) - 1
-    inputs = torch.zeros(len(pairs), width, dtype=torch.long)
-    asked, targets = torch.zeros(len(pairs), width, dtype=torch.bool), torch.zeros_like(inputs)
-    for row, (ids, count) in enumerate(pairs):
+    width = max(len(ids) for ids, _ in requests) - 1
+    inputs = torch.zeros(len(requests), width, dtype=torch.long)
+    targets = torch.zeros_like(inputs)
+    is_scored = torch.zeros(len(requests), width, dtype=torch.bool)
+    for row, (ids, count) in enumerate(requests):
+        # Padding on the right: attention is causal, so no scored position sees it.
         length = len(ids) - 1
-        # What lies behind a text's end, nothing before it sees.
         inputs[row, :length], targets[row, :length] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
-        asked[row, length - count : length] = True
-    device = writer.device
+        is_scored[row, length - count : length] = True
+    device = model.device
     with autocast(device, precision):
-        hidden = writer.model.forward_hidden(inputs.to(device))[asked.to(device)]
-    # In float32: rounded to bfloat16, the likeliest token is often one of several. The table may
-    # have more rows than there are ids.
-    table = writer.model.lm_head.weight[: writer.tokenizer.vocab_size]
-    logits: Tensor = hidden.float() @ table.float().t()
-    wanted = targets[asked].to(device)
-    chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].double().cpu()
-    likeliest = (logits.argmax(-1) == wanted).cpu()
-    counts = [count for _, count in pairs]
+        hidden = model.model.forward_hidden(inputs.to(device))[is_scored.to(device)]
+    # Logits in float32: rounded to bfloat16, several tokens would often share the maximum. Padding
+    # rows of the embedding are left out.
+    lm_head = model.model.lm_head.weight[: model.tokenizer.vocab_size]
+    logits: Tensor = hidden.float() @ lm_head.float().t()
+    labels = targets[is_scored].to(device)
+    logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0].double().cpu()
+    is_greedy = (logits.argmax(-1) == labels).cpu()
+    counts = [count for _, count in requests]
     return [
-        LogLikelihood(float(known.sum()), bool(is_first.all()))
-        for known, is_first in zip(chosen.split(counts), likeliest.split(counts), strict=True)
+        LogLikelihood(float(values.sum()), bool(greedy.all()))
+        for values, greedy in zip(logprobs.split(counts), is_greedy.split(counts), strict=True)
     ]
 
 
-def _encoded(writer: LanguageModel, beginning: str, ending: str) -> tuple[list[int], int]:
-    """The ids of both, as many as the model has places for, and how many are the ending's.
+def _encode_choice(model: LanguageModel, context: str, choice: str) -> tuple[list[int], int]:
+    """Return the last block_size + 1 ids of context and choice, and how many are the choice's.
 
-    Blanks at the end of the beginning belong to the ending: they are a part of its first token. An
-    empty beginning is that of an empty prompt.
+    As in the harness, blanks at the end of the context belong to the choice: they are part of its
+    first token. An empty context is an empty prompt.
     """
-    whole = writer.encode(beginning + ending)
-    known = writer.encode(beginning.rstrip())
-    count = max(1, len(whole) - len(known))
-    if not known:
-        whole = [*writer.encode_prompt(""), *whole]
-    whole = whole[-(writer.model.config.block_size + 1) :]
-    return whole, min(count, len(whole) - 1)
+    ids = model.encode(context + choice)
+    context_ids = model.encode(context.rstrip())
+    count = max(1, len(ids) - len(context_ids))
+    if not context_ids:
+        ids = [*model.encode_prompt(""), *ids]
+    ids = ids[-(model.model.config.block_size + 1) :]
+    return ids, min(count, len(ids) - 1)
 
 
-def _cleaned(text: str) -> str:
-    """Without the marks that WikiHow's texts have kept."""
+def _clean_wikihow(text: str) -> str:
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _share(name: str, right: Sequence[bool]) -> dict[str, float]:
-    """A share with its standard error."""
-    share = sum(right) / len(right)
-    return {name: share, f"{name}_stderr": math.sqrt(share * (1 - share) / max(1, len(right) - 1))}
+def _accuracy(name: str, correct: Sequence[bool]) -> dict[str, float]:
+    share = sum(correct) / len(correct)
+    stderr = math.sqrt(share * (1 - share) / max(1, len(correct) - 1))
+    return {name: share, f"{name}_stderr": stderr}

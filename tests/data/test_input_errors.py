@@ -252,7 +252,7 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch) -> None:
         return real_open(Path("/dev/full") if is_shard else path, *args, **options)
 
     monkeypatch.setattr(Path, "open", open_dev_full)
-    with pytest.raises(RunError, match=r"out/train_000000.bin: the disk is full: make room"):
+    with pytest.raises(RunError, match=r"out/train_000000.bin: the disk is full: free some space"):
         run_prepare(tmp_path, "t.txt")
 
 

@@ -96,10 +96,10 @@ def _split_lines(file: FileSpan, job_bytes: int) -> Iterator[FileSpan]:
     with file.source.path.open("rb") as lines:
         while (target := cuts[-1] + job_bytes) < size:
             lines.seek(target - 1)
-            lines.readline()
-            if lines.tell() >= size:
+            position = target - 1 + len(lines.readline())
+            if position >= size:
                 break
-            cuts.append(lines.tell())
+            cuts.append(position)
     return _cut(file, 0, size, cuts[1:])
 
 

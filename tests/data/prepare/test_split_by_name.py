@@ -43,9 +43,9 @@ def test_prepare_holds_out_validation_and_ignores_test(folder, tmp_path) -> None
     index = prepare_files(tmp_path / "out", folder)
     assert texts_of(index, "val") == [some_text(1000)]
     assert texts_of(index, "train") == [some_text(i) for i in range(150)]
-    mixed = prepare_files(tmp_path / "mixed", folder, split_by_name=False)
-    assert mixed.total("train", "documents") + mixed.total("val", "documents") == 152
-    assert texts_of(mixed, "val") != [some_text(1000)]
+    mixture = prepare_files(tmp_path / "mixture", folder, split_by_name=False)
+    assert mixture.total("train", "documents") + mixture.total("val", "documents") == 152
+    assert texts_of(mixture, "val") != [some_text(1000)]
 
 
 def test_small_shards_and_several_workers_hold_out_the_same(tmp_path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.test_prepare import made, texts_of
 
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import text_io

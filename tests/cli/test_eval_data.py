@@ -1,4 +1,4 @@
-"""`gptforge eval`: which text is judged, how it is read, and what is said of it."""
+"""`gptforge eval --data`: which text is evaluated, and the warnings about it."""
 
 import json
 import re
@@ -16,12 +16,12 @@ EVAL = ("eval", "run", "--device", "cpu")
 
 @pytest.fixture
 def accented(play) -> Path:
-    """A text that utf-8 and latin-1 write in different bytes, with each letter early on."""
+    """A text whose bytes differ in utf-8 and latin-1, with each letter early on."""
     play.write_text(play.read_text().replace("e", "é"), encoding="utf-8")
     return play
 
 
-def test_a_text_to_judge_by_is_read_in_its_own_encoding_not_in_the_runs(program, accented) -> None:
+def test_data_is_read_in_another_encoding_than_the_run(program, accented) -> None:
     text = accented.read_text(encoding="utf-8")
     Path("old.txt").write_bytes(text.encode("latin-1"))
     trained = program(
@@ -33,13 +33,15 @@ def test_a_text_to_judge_by_is_read_in_its_own_encoding_not_in_the_runs(program,
     refused = program(*EVAL, "--data", "old.txt")
     assert refused.code == 2
     assert "old.txt: not utf-8" in refused.err
-    named = json.loads(program(*EVAL, "--json", "--data", "old.txt", "--encoding", "latin-1").out)
-    assert named == score
-    # What it held out is still read as the run read it.
+    with_encoding = json.loads(
+        program(*EVAL, "--json", "--data", "old.txt", "--encoding", "latin-1").out
+    )
+    assert with_encoding == score
+    # The held-out text is still read as the run read it.
     assert program(*EVAL).code == 0
 
 
-def test_an_encoding_without_a_text_is_refused(program, play) -> None:
+def test_encoding_without_data_is_refused(program, play) -> None:
     program(*FEW, "--input", play, "--out_dir", "run")
     done = program(*EVAL, "--encoding", "latin-1")
     assert done.code == 2
@@ -47,12 +49,10 @@ def test_an_encoding_without_a_text_is_refused(program, play) -> None:
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_shards_are_judged_by_what_they_hold_out_without_a_word_of_having_learned_it(
-    program, play, is_prepared
-) -> None:
+def test_validation_split_of_shards_is_evaluated(program, play, is_prepared) -> None:
     assert program("prepare", play, "--out", "shards", "--tokenizer", "byte").code == 0
     if not is_prepared:
-        # As another program leaves them: by their names alone.
+        # Shards of another program are split by their names.
         Path("shards/index.json").unlink()
         shutil.rmtree("shards/.preparing", ignore_errors=True)
     assert program(*FEW, "--input", "shards", "--tokenizer=byte", "--out_dir=run").code == 0
@@ -64,32 +64,32 @@ def test_shards_are_judged_by_what_they_hold_out_without_a_word_of_having_learne
     assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
 
 
-def test_a_part_that_the_run_learned_is_called_learned(program, play) -> None:
+def test_warning_if_trained_on_the_validation_split(program, play) -> None:
     assert program("prepare", play, "--out", "shards", "--tokenizer", "byte").code == 0
-    learns_all = ("--val_fraction", 0, "--tokenizer", "byte", "--out_dir", "run")
-    assert program(*FEW, "--input", play, *learns_all).code == 0
+    train_on_all = ("--val_fraction", 0, "--tokenizer", "byte", "--out_dir", "run")
+    assert program(*FEW, "--input", play, *train_on_all).code == 0
     done = program(*EVAL, "--data", "shards")
     assert "warning: run was trained on shards" in done.err
-    # Nothing was held out, so there is nothing better to judge by.
+    # Nothing was held out, so there is nothing better to evaluate.
     assert "without --data" not in done.err
 
 
-def test_an_evaluation_that_takes_long_says_so(program, play, monkeypatch) -> None:
+def test_long_evaluation_prints_an_estimate(program, play, monkeypatch) -> None:
     assert program(*FEW, "--input", play, "--out_dir", "run", "--batch_size", 2).code == 0
-    words = r"judging by [\d,]+ tokens takes about .* more"
+    words = r"evaluating [\d,]+ tokens takes about .* more"
     assert not re.search(words, program(*EVAL, "--data", play).err)
     monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     assert len(re.findall(words, program(*EVAL, "--data", play).err)) == 1
 
 
-def test_what_was_put_right_in_a_text_is_told_once(program) -> None:
+def test_repairs_of_a_text_are_printed_once(program) -> None:
     Path("dos.txt").write_bytes(b"ROMEO:\r\nBut soft\r\n" * 300)
     for folder in ("fresh", "again"):
-        said = program(*FEW, "--input", "dos.txt", "--out_dir", folder).out
-        assert said.count("turned CRLF line ends into LF") == 1
+        out = program(*FEW, "--input", "dos.txt", "--out_dir", folder).out
+        assert out.count("turned CRLF line ends into LF") == 1
 
 
-def test_any_file_that_training_read_is_called_learned_wherever_it_lies(program, play) -> None:
+def test_warning_for_training_files_and_their_copies(program, play) -> None:
     Path("d").mkdir()
     text = play.read_text()
     third = len(text) // 3
@@ -105,7 +105,7 @@ def test_any_file_that_training_read_is_called_learned_wherever_it_lies(program,
         done = program(*EVAL, "--data", name)
         assert done.code == 0
         assert "warning" not in done.err
-    # Of the folder, what it holds out is judged.
+    # Of the folder, the validation split is evaluated.
     done = program(*EVAL, "--data", "d")
     assert "note: evaluating the validation split of d" in done.err
     assert "warning" not in done.err
@@ -113,7 +113,7 @@ def test_any_file_that_training_read_is_called_learned_wherever_it_lies(program,
     assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
 
 
-def test_a_file_of_mixed_documents_is_called_learned(program) -> None:
+def test_warning_for_a_file_with_documents_in_both_splits(program) -> None:
     Path("d").mkdir()
     for half in (0, 1):
         lines = [json.dumps({"text": f"words of line {half} {i}"}) for i in range(100)]
