@@ -1,1 +1,1 @@
-"""The web page: writing with a run's model, and watching it learn."""
+"""The web page: generate text with a run's model, and watch its training."""

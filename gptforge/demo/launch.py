@@ -1,4 +1,4 @@
-"""Starting the page, on this machine alone unless asked otherwise."""
+"""Start the page."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +14,10 @@ from gptforge.errors import RunError, require_package
 from gptforge.inference.language_model import LanguageModel
 from gptforge.printable import safe_print
 
+SERIF = ("Iowan Old Style", "Palatino Linotype", "Palatino", "Georgia", "serif")
+SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
+MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
 
 def launch(
     run: str,
@@ -24,60 +28,55 @@ def launch(
     title: str = "",
     allowed_hosts: Sequence[str] = (),
 ) -> None:
-    """Show the page until it is interrupted.
+    """Serve the page until it is interrupted.
 
     Args:
         run: run folder, checkpoint folder or exported model.
-        host: address to listen at; 0.0.0.0 lets others in.
-        port: 0: the first free one from 7860 on.
+        host: address to listen on; 0.0.0.0 is reachable from other machines.
+        port: 0: the first free one from 7860.
         device: auto, cpu, cuda, cuda:N or mps.
-        title: what the page is called; empty: as the run folder is.
-        allowed_hosts: names that the page may be asked for under, besides this machine's own;
-            `*` for any.
+        title: of the page; empty: the name of the run folder.
+        allowed_hosts: host names under which the page is served, besides this machine's; `*` for
+            any.
 
     Raises:
-        UserError: if there is no model, the host is none of this machine, or Gradio is not
-            installed.
+        UserError: if there is no model, the host is not an address of this machine, or Gradio is
+            not installed.
         RunError: if the port is taken.
     """
     require_package("gradio", extra="demo")
     port = find_free_port(host, port)
-    # Before it is imported: no word about us to anybody.
+    # Before the import: no telemetry.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from gptforge.demo.completions import routes
+    from gptforge.demo.api import routes
 
-    def open_model(folder: str, say: Callable[[str], None]) -> LanguageModel:
-        writer = load(folder, device=device, log=say)
-        limit_threads(writer)
-        return writer
+    def load_model(folder: str, log: Callable[[str], None]) -> LanguageModel:
+        model = load(folder, device=device, log=log)
+        limit_threads(model)
+        return model
 
     origin, title = read_origin(run), title or model_title(run)
-    writers, listeners = ModelCache(open_model, run), EventStreams()
-    page = build_page(
-        writers,
-        listeners,
-        run=run,
-        title=title,
-        max_steps=origin.config.max_steps if origin else 0,
-    )
-    serif = ["Iowan Old Style", "Palatino Linotype", "Palatino", "Georgia", "serif"]
-    sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
+    models, event_streams = ModelCache(load_model, run), EventStreams()
+    max_steps = origin.config.max_steps if origin else 0
+    page = build_page(models, event_streams, run=run, title=title, max_steps=max_steps)
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.indigo,
         neutral_hue=gr.themes.colors.stone,
         radius_size=gr.themes.sizes.radius_lg,
-        font=sans,
-        font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+        font=SANS,
+        font_mono=MONOSPACE,
     )
-    style = STYLE.read_text(encoding="utf-8").replace("SERIF", ", ".join(f'"{f}"' for f in serif))
-    hosts = {host, *allowed_hosts}
+    serif = ", ".join(f'"{font}"' for font in SERIF)
+    middleware = Middleware(
+        RequestFilter, allowed_hosts={host, *allowed_hosts}, event_streams=event_streams
+    )
     try:
         _, address, _ = page.launch(
-            # An address with colons can stand before a port only in brackets.
+            # An IPv6 address before a port needs brackets.
             server_name=f"[{host.strip('[]')}]" if ":" in host else host,
             server_port=port,
             share=False,
@@ -85,23 +84,18 @@ def launch(
             ssr_mode=False,
             footer_links=[],
             theme=theme,
-            css=style,
+            css=STYLE.read_text(encoding="utf-8").replace("SERIF", serif),
             favicon_path=Path(__file__).with_name("favicon.svg"),
-            # Mistakes are said by the page itself; what Python says of the rest is for nobody.
+            # The page shows user errors itself; Python's messages are not for visitors.
             show_error=False,
-            app_kwargs={
-                "middleware": [
-                    Middleware(RequestFilter, allowed_hosts=hosts, event_streams=listeners)
-                ],
-                "routes": routes(writers),
-            },
+            app_kwargs={"middleware": [middleware], "routes": routes(models, Path(run))},
             quiet=True,
             prevent_thread_lock=True,
         )
     except OSError as error:
-        # Somebody was faster.
+        # The port was taken meanwhile.
         raise RunError(
-            f"the page cannot be shown at {host}:{port}: try again, or choose another --port "
+            f"the page cannot be served at {host}:{port}: try again, or choose another --port "
             f"({error})"
         ) from None
     safe_print(f"{title}: {address} (Ctrl-C ends it)")

@@ -1,7 +1,7 @@
-"""What stands before the page: hosts, sizes and paths that no visitor of it sends are refused.
+"""A filter before the page: hosts, body sizes and paths that no visitor needs are refused.
 
-A visitor sends a prompt and a few numbers to Gradio's queue, or JSON to `/v1/completions`. Gradio
-would also take files of any size, and requests of any web site that the visitor has open.
+Visitors send a prompt and a few numbers to Gradio's queue, or JSON to `/v1/completions`. Gradio
+would also accept files of any size, and requests by other web sites open in the visitor's browser.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 MAX_BODY_BYTES = 64_000
-"""Bytes of a request: a prompt of four thousand characters, as JSON, and what goes with it."""
+"""A prompt of four thousand characters as JSON, and the other fields."""
 BODY_TIMEOUT = 20.0
-"""A body has to arrive within so many."""
+"""Seconds for a body to arrive."""
 POST_PATHS = ("/queue/join", "/run/predict", "/cancel", "/reset", "/v1/completions")
-"""Ends of the paths that take a body; Gradio has many more, for uploads and for its own clients."""
+"""Suffixes of the paths that accept a body; Gradio has many more, for uploads and API clients."""
 MAX_SESSIONS = 1000
 """Sessions whose last request is remembered."""
 DISCONNECT_SECONDS = 3.0
-"""A text that nobody has fetched for so long is not written any further."""
+"""A text whose events are not read for this long is stopped."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -31,124 +31,122 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class EventStreams:
-    """Who is fetching what is written: Gradio's sessions, by the event stream that each has open.
+    """The event streams that Gradio's sessions have open.
 
-    Gradio writes for sessions that nobody listens to as well, and keeps it all.
+    Gradio generates for disconnected sessions too, and keeps all of it in memory.
     """
 
     def __init__(self) -> None:
-        self._streams: dict[str, int] = {}
-        self._stuck: dict[str, float] = {}
-        self._joined: dict[str, float] = {}
+        self._open: dict[str, int] = {}
+        self._blocked_since: dict[str, float] = {}
+        self._joined_at: dict[str, float] = {}
 
     def record_join(self, body: bytes) -> None:
-        """Note when a session asked for a text, from the body of its request."""
+        """Note the time of a session's request, from the request's body."""
         try:
             session = json.loads(body)["session_hash"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return
         if isinstance(session, str) and len(session) < 100:
-            self._joined[session] = time.monotonic()
-            while len(self._joined) > MAX_SESSIONS:
-                del self._joined[next(iter(self._joined))]
+            self._joined_at[session] = time.monotonic()
+            while len(self._joined_at) > MAX_SESSIONS:
+                del self._joined_at[next(iter(self._joined_at))]
 
     def is_connected(self, session: str | None) -> bool:
-        """Whether a session has a stream open and takes what is sent."""
-        if session is None or not self._streams.get(session):
+        """Whether a session has a stream open and reads from it."""
+        if session is None or not self._open.get(session):
             return False
-        return time.monotonic() - self._stuck.get(session, time.monotonic()) < DISCONNECT_SECONDS
+        now = time.monotonic()
+        return now - self._blocked_since.get(session, now) < DISCONNECT_SECONDS
 
     def wait_until_connected(self, session: str | None) -> bool:
-        """Whether a session listens within `GONE_SECONDS` of asking; blocks the thread until then.
-
-        Who has waited in the queue for longer, without listening, is not waited for.
-        """
-        deadline = self._joined.get(session or "", 0.0) + DISCONNECT_SECONDS
-        while not (there := self.is_connected(session)) and time.monotonic() < deadline:
+        """Block until a session connects, at most `DISCONNECT_SECONDS` after its request."""
+        deadline = self._joined_at.get(session or "", 0.0) + DISCONNECT_SECONDS
+        while not (is_connected := self.is_connected(session)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return there
+        return is_connected
 
     async def track(self, app: App, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass an event stream on and watch it."""
+        """Pass an event stream on and note while it is open or blocked."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
         session = query.get("session_hash", [""])[0]
 
-        async def watched(message: Message) -> None:
-            self._stuck[session] = time.monotonic()
+        async def timed_send(message: Message) -> None:
+            self._blocked_since[session] = time.monotonic()
             await send(message)
-            self._stuck.pop(session, None)
+            self._blocked_since.pop(session, None)
 
-        self._streams[session] = self._streams.get(session, 0) + 1
+        self._open[session] = self._open.get(session, 0) + 1
         try:
-            await app(scope, receive, watched)
+            await app(scope, receive, timed_send)
         finally:
-            self._streams[session] -= 1
-            if not self._streams[session]:
-                del self._streams[session]
-                self._stuck.pop(session, None)
+            self._open[session] -= 1
+            if not self._open[session]:
+                del self._open[session]
+                self._blocked_since.pop(session, None)
 
 
 class RequestFilter:
-    """An ASGI application around another one.
+    """ASGI middleware that passes on only requests that the page makes.
 
     Args:
         app: the page.
-        hosts: names it may be asked for under, besides this machine's; `*` for all.
-        listeners: told of event streams.
+        allowed_hosts: host names besides this machine's; `*` for all.
+        event_streams: updated with the streams of all sessions.
     """
 
     def __init__(
         self, app: App, *, allowed_hosts: Collection[str], event_streams: EventStreams
     ) -> None:
-        self._app, self._listeners = app, event_streams
+        self._app, self._event_streams = app, event_streams
         self._hosts = {host.strip("[]").lower() for host in allowed_hosts} | {"localhost"}
         self._hosts |= {socket.gethostname().lower()}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass a request on, unless it is one that the page never makes."""
+        """Handle a request."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         host = [value for name, value in headers if name == b"host"]
-        if len(host) != 1 or not self._is_ours(host[0]):
-            # A web site can point its own name at this machine, and read what it answers.
+        if len(host) != 1 or not self._is_allowed(host[0]):
+            # DNS rebinding: a web site can point its name at this machine and read the answers.
             return await _refuse(send, 403, b"unknown host: see --allowed_hosts")
         if scope["type"] != "http":
             return await _refuse(send, 403, b"this page has no websockets")
         path = "/" + scope["path"].strip("/")
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             if path.endswith("/queue/data"):
-                return await self._listeners.track(self._app, scope, receive, send)
+                return await self._event_streams.track(self._app, scope, receive, send)
             return await self._app(scope, receive, send)
         for name, value in headers:
             if name == b"origin" and urlsplit(value).netloc.lower() != host[0].lower():
-                return await _refuse(send, 403, b"a page of another origin may not ask this")
+                return await _refuse(send, 403, b"cross-origin requests are not allowed")
         if not path.endswith(POST_PATHS):
-            return await _refuse(send, 403, b"this page takes no such request")
+            return await _refuse(send, 403, b"this page does not accept such requests")
         try:
-            body = await asyncio.wait_for(_body(receive), BODY_TIMEOUT)
+            body = await asyncio.wait_for(_read_body(receive), BODY_TIMEOUT)
         except TimeoutError:
             return await _refuse(send, 408, b"the request took too long to arrive")
         if body is None:
-            return await _refuse(send, 413, b"too much for one request")
+            return await _refuse(send, 413, b"the request is too large")
         if path.endswith("/queue/join"):
-            self._listeners.record_join(body)
+            self._event_streams.record_join(body)
         await self._app(scope, _replay(body, receive), send)
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_allowed(self, host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
         if "*" in self._hosts or name in self._hosts:
             return True
         try:
-            # An address cannot be rebound, as a name can.
+            # An IP address cannot be rebound.
             ipaddress.ip_address(name)
         except ValueError:
             return False
         return True
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """A request's body as it really arrives, whatever its headers say; None if it is too large."""
+async def _read_body(receive: Receive) -> bytes | None:
+    """The body as it arrives, whatever the headers say; None if it is too large."""
     body = bytearray()
     while True:
         message = await receive()
@@ -160,15 +158,16 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+    """A `receive` that gives the body again, then the messages after it."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
-        return waiting.pop() if waiting else await receive()
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return again
+    return replay
 
 
-async def _refuse(send: Send, status: int, why: bytes) -> None:
+async def _refuse(send: Send, status: int, reason: bytes) -> None:
     headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": why})
+    await send({"type": "http.response.body", "body": reason})

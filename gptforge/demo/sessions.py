@@ -1,4 +1,4 @@
-"""Writing for visitors: bounded in every way, so that nobody blocks or exhausts the page."""
+"""Text generation for visitors, with limits so that none of them blocks or exhausts the page."""
 
 import threading
 import time
@@ -15,35 +15,32 @@ from gptforge.inference.sampling import SamplingParams
 from gptforge.inference.validation import normalize_prompt
 
 MAX_PROMPT_CHARS = 4000
-"""Characters."""
 MAX_NEW_TOKENS = 1000
 MAX_SECONDS = 60.0
 MAX_CONCURRENT = 2
-"""Visitors who are written for at the same time; the others wait their turn."""
+"""Texts that are generated at the same time; the others wait in the queue."""
 MAX_QUEUED = 24
-"""Visitors in the queue; one more is told to come back."""
 MAX_LOADED_MODELS = 2
-"""Checkpoints that stay in memory."""
 FRAME_SECONDS = 0.08
-"""Seconds between two pictures of a page that grows: smooth to the eye, easy on a phone."""
+"""Between updates of a growing text."""
 
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """How far a text is."""
+    """A text so far."""
 
     tokens: list[Token]
     seconds: float
     is_done: bool
     note: str = ""
-    """What the reader should know: the window slid, the time was up."""
+    """For the visitor: the context window shifted, or the time limit was reached."""
 
 
 class ModelCache:
-    """Models by checkpoint, loaded when first asked for; the least recently used one goes.
+    """Models by checkpoint, loaded on first use; the least recently used one is dropped.
 
     Args:
-        load: gives a model for a folder, and takes somewhere to say notes.
+        load: loads the model of a folder; its second argument takes notes.
         run: the run that the page shows.
     """
 
@@ -55,12 +52,11 @@ class ModelCache:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """What a visitor may choose: best and last, then the steps, newest first."""
+        """The checkpoints: best and last, then the steps, newest first."""
         store = CheckpointStore(Path(self._run) / "checkpoints")
-        named = [which for which in ("best", "last") if store.read_link(which)]
-        return [*named, *(path.name for path in reversed(store.checkpoints()))] or [
-            Path(self._run).name
-        ]
+        links = [link for link in ("best", "last") if store.read_link(link)]
+        steps = [path.name for path in reversed(store.checkpoints())]
+        return [*links, *steps] or [Path(self._run).name]
 
     def get(self, name: str) -> LanguageModel:
         """The model of one of `names`.
@@ -71,7 +67,7 @@ class ModelCache:
         if name not in self.names():
             raise UserError(f"there is no checkpoint {name} here any more: choose another")
         store = CheckpointStore(Path(self._run) / "checkpoints")
-        # What best and last lead to moves on while a run learns.
+        # The targets of best and last change during training.
         path = store.read_link(name) or store.folder / name
         key = str(real_path(path) if path.is_dir() else Path(self._run))
         with self._lock:
@@ -92,29 +88,29 @@ def generate_with_limits(
     seed: int,
     max_seconds: float = MAX_SECONDS,
 ) -> Iterator[GenerationProgress]:
-    """The text so far, a few times a second; ends by itself when the time is up.
+    """The text so far, several times per second, until it is complete or the time is up.
 
     Raises:
-        UserError: for a prompt or settings beyond the bounds.
+        UserError: for a prompt or parameters beyond the limits.
     """
     prompt = normalize_prompt(prompt)
     if len(prompt) > MAX_PROMPT_CHARS:
-        raise UserError(f"{len(prompt):,} characters of prompt; {MAX_PROMPT_CHARS:,} are taken")
+        raise UserError(f"the prompt has {len(prompt):,} characters, at most {MAX_PROMPT_CHARS:,}")
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
-        raise UserError(f"{max_new_tokens} tokens; 1 to {MAX_NEW_TOKENS} can be had")
+        raise UserError(f"{max_new_tokens} tokens: give 1 to {MAX_NEW_TOKENS}")
     context = model.model.config.block_size
-    is_longer = len(model.encode_prompt(prompt)) + max_new_tokens > context
-    remark = f"beyond the model's {context} tokens of context the beginning is forgotten"
-    remark = remark if is_longer else ""
-    begin = shown = time.monotonic()
+    note = ""
+    if len(model.encode_prompt(prompt)) + max_new_tokens > context:
+        note = f"beyond the model's {context} tokens of context the oldest are forgotten"
+    start = last_update = time.monotonic()
     tokens: list[Token] = []
     for token in model.stream_tokens(prompt, max_new_tokens, params, seed=seed):
         tokens.append(token)
         now = time.monotonic()
-        if now - begin > max_seconds:
-            remark = f"stopped: {max_seconds:.0f} seconds are the most that one text may take"
+        if now - start > max_seconds:
+            note = f"stopped after {max_seconds:.0f} seconds, the limit for one text"
             break
-        if now - shown >= FRAME_SECONDS:
-            shown = now
-            yield GenerationProgress(tokens, now - begin, is_done=False)
-    yield GenerationProgress(tokens, time.monotonic() - begin, is_done=True, note=remark)
+        if now - last_update >= FRAME_SECONDS:
+            last_update = now
+            yield GenerationProgress(tokens, now - start, is_done=False)
+    yield GenerationProgress(tokens, time.monotonic() - start, is_done=True, note=note)

@@ -1,4 +1,4 @@
-"""The page as a process of its own, and a small run for it to show."""
+"""The page as a subprocess, and a small run to show."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "GPTFORGE_DEBUG": "1"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run to show: 20 steps on a made-up play."""
+    """A folder with a run of 20 steps."""
     folder = tmp_path_factory.mktemp("demo")
     line = "ROMEO:\nBut soft, what light through yonder window breaks?\n\n"
     (folder / "play.txt").write_text(line * 150)

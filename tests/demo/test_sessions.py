@@ -1,4 +1,4 @@
-"""What the page shows, and its bounds, without a browser."""
+"""Rendering and limits of the page, without a browser."""
 
 import re
 from math import log
@@ -13,7 +13,7 @@ from gptforge.demo.sessions import (
     generate_with_limits,
 )
 from gptforge.demo.token_html import PROBABILITY_BINS, render_status, render_tokens
-from gptforge.demo.training_tab import render_training
+from gptforge.demo.training_tab import render_training, training_tab
 from gptforge.errors import UserError
 from gptforge.files import json_line
 from gptforge.inference.language_model import Token
@@ -27,7 +27,7 @@ def model(run):
     return load(run, device="cpu")
 
 
-def ask(model, prompt="ROMEO:", tokens=20, **more):
+def generate(model, prompt="ROMEO:", tokens=20, **more):
     return list(
         generate_with_limits(
             model, prompt, max_new_tokens=tokens, params=SamplingParams(), seed=1, **more
@@ -35,24 +35,26 @@ def ask(model, prompt="ROMEO:", tokens=20, **more):
     )
 
 
-def test_text_from_a_model_is_never_markup() -> None:
-    tricky = Token(0, '<img src=x onerror="alert(1)">', log(0.5), (('"><b>', log(0.5)),))
-    page = render_tokens("<script>alert(2)</script>", [tricky], is_generating=False)
+def test_generated_text_is_escaped() -> None:
+    token = Token(0, '<img src=x onerror="alert(1)">', log(0.5), (('"><b>', log(0.5)),))
+    page = render_tokens("<script>alert(2)</script>", [token], is_generating=False)
     assert "<img" not in page
     assert "<script" not in page
     assert '"><b>' not in page
     assert "<script" not in render_status("<script>")
 
 
-@pytest.mark.parametrize("share", [0.001, 0.05, 0.2, 0.5, 0.7, 0.9, 1.0])
-def test_the_tint_tells_the_probability(share) -> None:
-    page = render_tokens("", [Token(0, "a", log(share), (("b", log(share)),))], is_generating=False)
-    assert f'class="t s{sum(share >= step for step in PROBABILITY_BINS)}"' in page
-    assert f"was given {share:.1%}" in page
+@pytest.mark.parametrize("probability", [0.001, 0.05, 0.2, 0.5, 0.7, 0.9, 1.0])
+def test_the_tint_shows_the_probability(probability) -> None:
+    page = render_tokens(
+        "", [Token(0, "a", log(probability), (("b", log(probability)),))], is_generating=False
+    )
+    assert f'class="t s{sum(probability >= bound for bound in PROBABILITY_BINS)}"' in page
+    assert f"probability {probability:.1%}" in page
 
 
-def test_the_page_holds_the_text_that_was_written(model) -> None:
-    *_, last = ask(model)
+def test_the_page_has_the_generated_text(model) -> None:
+    *_, last = generate(model)
     page = render_tokens("ROMEO:", last.tokens, is_generating=False)
     plain = re.sub(r"<b class=\"line\">↵</b>|<[^>]+>", "", page)
     assert plain == "ROMEO:" + model.generate("ROMEO:", 20, seed=1)
@@ -60,10 +62,10 @@ def test_the_page_holds_the_text_that_was_written(model) -> None:
     assert len(last.tokens) == 20
 
 
-def test_bounds_are_kept_whatever_is_sent(model) -> None:
+def test_limits_are_enforced(model) -> None:
     for prompt, tokens in (("R" * (MAX_PROMPT_CHARS + 1), 5), ("R", MAX_NEW_TOKENS + 1), ("R", 0)):
         with pytest.raises(UserError):
-            ask(model, prompt, tokens)
+            generate(model, prompt, tokens)
     for sampling in (
         SamplingParams(temperature=-1),
         SamplingParams(top_p=0),
@@ -71,44 +73,44 @@ def test_bounds_are_kept_whatever_is_sent(model) -> None:
     ):
         with pytest.raises(UserError):
             list(generate_with_limits(model, "R", max_new_tokens=5, params=sampling, seed=1))
-    *_, last = ask(model, tokens=MAX_NEW_TOKENS, max_seconds=0)
+    *_, last = generate(model, tokens=MAX_NEW_TOKENS, max_seconds=0)
     assert len(last.tokens) == 1
-    assert "the most that one text may take" in last.note
+    assert "the limit for one text" in last.note
 
 
-def test_a_visitor_chooses_among_the_checkpoints_and_nothing_else(run) -> None:
-    asked = []
+def test_only_checkpoints_of_the_run_can_be_loaded(run) -> None:
+    loaded = []
 
-    def opened(folder, say):
-        asked.append(folder)
+    def load_model(folder, log):
+        loaded.append(folder)
         return load(folder, device="cpu")
 
-    writers = ModelCache(opened, run)
-    names = writers.names()
+    models = ModelCache(load_model, run)
+    names = models.names()
     assert names[:2] == ["best", "last"]
     assert names[2] == "step-000020"
     for name in names:
-        writers.get(name)
-    # best and last lead to steps: none of them is read twice in a row.
-    assert len(set(asked)) == len(names) - 2
-    for stranger in ("../../etc", "step-999999", ""):
+        models.get(name)
+    # best and last are links to steps.
+    assert len(set(loaded)) == len(names) - 2
+    for unknown in ("../../etc", "step-999999", ""):
         with pytest.raises(UserError, match="choose another"):
-            writers.get(stranger)
+            models.get(unknown)
 
 
-def test_curves_grow_with_the_run(tmp_path) -> None:
+def test_the_training_tab_shows_current_metrics(tmp_path) -> None:
     metrics, lines = tmp_path / "metrics.jsonl", []
-    assert "no figures" in render_training(tmp_path, max_steps=100)
+    assert "no metrics" in render_training(tmp_path, max_steps=100)
     for step in range(60):
-        shown = {"loss": 4 - step / 50, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
-        lines.append(json_line({"event": "train", "step": step, **shown}))
+        fields = {"loss": 4 - step / 50, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
+        lines.append(json_line({"event": "train", "step": step, **fields}))
     metrics.write_text("".join(lines))
     page = render_training(tmp_path, max_steps=100)
     assert "<b>60</b>" in page
     assert "4 seconds" in page
-    assert "best held-out" not in page
-    score = {"val_loss": 3.21, "val_bpb": 2.5}
-    lines.append(json_line({"event": "eval", "step": 60, **score}))
+    assert "best val loss" not in page
+    scores = {"val_loss": 3.21, "val_bpb": 2.5}
+    lines.append(json_line({"event": "eval", "step": 60, **scores}))
     lines.append(json_line({"event": "eval", "step": 61, "val_loss": None, "val_bpb": None}))
     metrics.write_text("".join(lines))
     page = render_training(tmp_path, max_steps=100)
@@ -116,21 +118,26 @@ def test_curves_grow_with_the_run(tmp_path) -> None:
     assert "nan" not in page
 
 
-def test_without_gradio_it_says_what_to_install(program, run, monkeypatch) -> None:
+def test_without_gradio_there_is_an_install_hint(program, run, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = program("demo", run)
     assert done.code == 2
     assert "pip install -e '.[demo]'" in done.err
 
 
-def test_a_wrong_call_is_one_line(program) -> None:
+def test_a_wrong_argument_is_one_line(program) -> None:
     for args in (("demo", "nowhere"), ("demo", "run", "--port", "99999"), ("demo",)):
         done = program(*args)
         assert (done.code, done.err.count("\n")) == (2, 1)
 
 
-def test_a_loss_near_the_smallest_float_is_drawn(tmp_path) -> None:
-    event = {"event": "train", "dt_ms": 1.0, "tok_per_sec": 1.0, "norm": 1.0, "lr": 1.0}
-    lines = [json_line({**event, "step": i, "loss": loss}) for i, loss in enumerate((1e-320, 2.0))]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert "<svg" in render_training(tmp_path, max_steps=2)
+def test_the_training_tab_has_the_picture_once_there_is_one(tmp_path) -> None:
+    event = {"event": "train", "step": 0, "loss": 2.0, "dt_ms": 1.0, "tok_per_sec": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json_line({**event, "norm": 1.0, "lr": 1.0}))
+    assert "<img" not in training_tab(tmp_path, max_steps=2)
+    (tmp_path / "training_curves.png").write_bytes(b"first")
+    first = training_tab(tmp_path, max_steps=2)
+    assert '<img src="training_curves.png?' in first
+    # Another picture has another address, so that browsers load it.
+    (tmp_path / "training_curves.png").write_bytes(b"second")
+    assert training_tab(tmp_path, max_steps=2) != first

@@ -1,0 +1,264 @@
+"""`/v1/completions` and `/v1/models` in OpenAI's JSON, and the picture of the training curves.
+
+The fields are those of https://platform.openai.com/docs/api-reference/completions; what is not
+supported is refused, not ignored. `top_k` is an addition.
+"""
+
+import json
+import math
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+import gptforge.demo.sessions as limits
+from gptforge.demo.sessions import ModelCache
+from gptforge.demo.training_tab import CURVES
+from gptforge.errors import UserError
+from gptforge.inference.detokenizer import StopMatcher
+from gptforge.inference.language_model import LanguageModel
+from gptforge.inference.sampling import SamplingParams
+from gptforge.inference.validation import is_int, is_number
+
+MAX_SEQUENCES = 8
+"""Prompts times `n`."""
+MAX_STOP_STRINGS = 4
+UNSUPPORTED_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "echo": (None, False),
+    "best_of": (None, 1),
+    "logprobs": (None,),
+    "suffix": (None, ""),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+}
+"""OpenAI's fields that are not supported, and the values at which they have no effect."""
+KNOWN_FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop"}
+KNOWN_FIELDS |= {"seed", "stream", "stream_options", "user", *UNSUPPORTED_DEFAULTS}
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A validated request."""
+
+    model: str
+    prompts: list[str]
+    max_tokens: int
+    params: SamplingParams
+    n: int
+    stop: list[str]
+    seed: int | None
+    stream: bool
+    include_usage: bool
+
+
+@dataclass
+class CompletionChunk:
+    """New text of one choice."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+
+
+Chunks = Generator[CompletionChunk, None, None]
+
+
+def routes(models: ModelCache, run_dir: Path) -> list[Route]:
+    """Endpoints for an ASGI application."""
+    slots = threading.BoundedSemaphore(limits.MAX_CONCURRENT)
+
+    async def get_models(_: Request) -> Response:
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "gptforge"}
+            for name in models.names()
+        ]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def get_curves(_: Request) -> Response:
+        path = run_dir / CURVES
+        is_servable = path.is_file() and not path.is_symlink()
+        return FileResponse(path) if is_servable else Response(status_code=404)
+
+    async def post_completions(request: Request) -> Response:
+        try:
+            completion = parse_request(await request.body(), models.names()[0])
+            model = await run_in_threadpool(models.get, completion.model)
+            prompt_tokens = sum(len(model.encode(prompt)) for prompt in completion.prompts)
+            for prompt in completion.prompts:
+                # Validates all parameters before the first byte of the response.
+                model.stream_tokens(
+                    prompt, completion.max_tokens, completion.params, seed=completion.seed
+                )
+        except UserError as error:
+            return _error(400, str(error), "invalid_request_error")
+        if not await run_in_threadpool(slots.acquire, timeout=10):
+            return _error(429, "the server is busy: try again in a minute", "rate_limit")
+        head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": completion.model,
+        }
+        counts = {"prompt_tokens": prompt_tokens * completion.n, "completion_tokens": 0}
+        chunks = _release_after(slots, _generate(model, completion, counts))
+        if completion.stream:
+            events = _events(chunks, head, counts, include_usage=completion.include_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        choices: list[dict[str, Any]] = [
+            {"text": "", "index": index, "logprobs": None, "finish_reason": None}
+            for index in range(len(completion.prompts) * completion.n)
+        ]
+        try:
+            async for chunk in iterate_in_threadpool(chunks):
+                choices[chunk.index]["text"] += chunk.text
+                choices[chunk.index]["finish_reason"] = chunk.finish_reason
+                if await request.is_disconnected():
+                    break
+        finally:
+            chunks.close()
+        return JSONResponse({**head, "choices": choices, "usage": _usage(counts)})
+
+    return [
+        Route("/v1/models", get_models, methods=["GET"]),
+        Route("/v1/completions", post_completions, methods=["POST"]),
+        Route(f"/{CURVES}", get_curves, methods=["GET"]),
+    ]
+
+
+def parse_request(body: bytes, default_model: str) -> CompletionRequest:
+    """Parse and validate a request's JSON.
+
+    Raises:
+        UserError: if it is not a JSON object, or has fields that are unknown, unsupported, of the
+            wrong type or out of range.
+    """
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError("the body must be a JSON object")
+    if unknown := sorted(set(fields) - KNOWN_FIELDS):
+        raise UserError(f"unknown field {unknown[0]!r:.60}")
+    for name, defaults in UNSUPPORTED_DEFAULTS.items():
+        if fields.get(name) not in defaults:
+            raise UserError(f"{name} is not supported: leave it out")
+    prompt = fields.get("prompt", "")
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("prompt must be a string or a list of strings")
+    if (length := max(map(len, prompts))) > limits.MAX_PROMPT_CHARS:
+        raise UserError(f"prompt: at most {limits.MAX_PROMPT_CHARS:,} characters, not {length:,}")
+    stop = fields.get("stop") or []
+    stop = stop if isinstance(stop, list) else [stop]
+    if len(stop) > MAX_STOP_STRINGS or not all(isinstance(text, str) and text for text in stop):
+        raise UserError(f"stop must be a string or a list of at most {MAX_STOP_STRINGS}")
+    model = fields.get("model") or default_model
+    if not isinstance(model, str):
+        raise UserError("model must be a string: /v1/models lists them")
+    n = _int(fields, "n", 1, 1, MAX_SEQUENCES)
+    if n * len(prompts) > MAX_SEQUENCES:
+        raise UserError(f"at most {MAX_SEQUENCES} texts at once, not {n * len(prompts)}")
+    options = fields.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise UserError("stream_options must be an object")
+    return CompletionRequest(
+        model=model,
+        prompts=prompts,
+        max_tokens=_int(fields, "max_tokens", 16, 1, limits.MAX_NEW_TOKENS),
+        params=SamplingParams(
+            _float(fields, "temperature", 1.0, 0, 2),
+            _int(fields, "top_k", 0, 0, 2**31),
+            _float(fields, "top_p", 1.0, 0.001, 1),
+        ),
+        n=n,
+        stop=stop,
+        seed=None if fields.get("seed") is None else _int(fields, "seed", 0, 0, 2**63 - 1),
+        stream=_bool(fields, "stream"),
+        include_usage=_bool(options, "include_usage"),
+    )
+
+
+def _generate(model: LanguageModel, request: CompletionRequest, counts: dict[str, int]) -> Chunks:
+    """The choices one after the other, within `MAX_SECONDS` for all of them."""
+    deadline = time.monotonic() + limits.MAX_SECONDS
+    choices = [(prompt, copy) for prompt in request.prompts for copy in range(request.n)]
+    for index, (prompt, copy) in enumerate(choices):
+        seed = None if request.seed is None else (request.seed + copy) % 2**63
+        matcher, count = StopMatcher(request.stop), 0
+        for token in model.stream_tokens(
+            prompt, request.max_tokens, request.params, seed=seed, top_logprobs=0
+        ):
+            count += 1
+            counts["completion_tokens"] += 1
+            yield CompletionChunk(index, matcher.add(token.text))
+            if matcher.is_stopped or time.monotonic() > deadline:
+                break
+        is_full = count == request.max_tokens or time.monotonic() > deadline
+        reason = "length" if is_full and not matcher.is_stopped else "stop"
+        yield CompletionChunk(index, matcher.flush(), reason)
+
+
+def _release_after(slots: threading.BoundedSemaphore, chunks: Chunks) -> Chunks:
+    """Pass the chunks on; release the slot at the end, or when the client disconnects."""
+    try:
+        yield from chunks
+    finally:
+        slots.release()
+
+
+async def _events(
+    chunks: Chunks, head: Mapping[str, Any], counts: Mapping[str, int], *, include_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events in OpenAI's format."""
+    try:
+        async for chunk in iterate_in_threadpool(chunks):
+            choice = {"text": chunk.text, "index": chunk.index, "logprobs": None}
+            choice["finish_reason"] = chunk.finish_reason
+            if chunk.text or chunk.finish_reason:
+                yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+        if include_usage:
+            usage = {**head, "choices": [], "usage": _usage(counts)}
+            yield f"data: {json.dumps(usage)}\n\n"
+        yield "data: [DONE]\n\n"
+    finally:
+        chunks.close()
+
+
+def _usage(counts: Mapping[str, int]) -> dict[str, int]:
+    return {**counts, "total_tokens": sum(counts.values())}
+
+
+def _error(status: int, message: str, kind: str) -> Response:
+    body = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": body}, status_code=status)
+
+
+def _int(fields: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = default if fields.get(name) is None else fields[name]
+    if not is_int(value) or not low <= value <= high:
+        raise UserError(f"{name} must be a whole number from {low} to {high}")
+    return int(value)
+
+
+def _float(fields: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = default if fields.get(name) is None else fields[name]
+    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
+        raise UserError(f"{name} must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _bool(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name) or False
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false")
+    return value
