@@ -310,7 +310,7 @@ def validate(config: Config) -> None:
     c = config
     for name, hint in typing.get_type_hints(Config).items():
         value = getattr(c, name)
-        if isinstance(value, str) and not value.isprintable() and not _is_utf8(value):
+        if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
             raise UserError(f"--{name} {value!r} is not valid UTF-8 text: use another name")
         choices = typing.get_args(hint)
         if choices and value not in choices:
@@ -353,14 +353,6 @@ def validate(config: Config) -> None:
             f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: "
             "the learning rate would never reach --max_lr"
         )
-
-
-def _is_utf8(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_min(config: Config, minimum: int, names: str) -> None:

@@ -1,6 +1,7 @@
 """`gptforge bench`: how fast this machine trains or generates, compared with other code."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Collection
@@ -87,21 +88,15 @@ def _measure_training(
 
     step = build_bench_step(config, explicit, log)
     batch = random_batch(config, step.device)
-
-    def run_step(inputs: "torch.Tensor", targets: "torch.Tensor") -> object:
-        return step(inputs, targets, lr=config.max_lr)
-
-    run_step(*batch)
+    step_fn = functools.partial(step, lr=config.max_lr)
+    step_fn(*batch)
     first_step_seconds = time.perf_counter() - START_TIME
-    factories: dict[str, Callable[[], StepFn]] = {"gptforge": lambda: run_step}
+    factories: dict[str, Callable[[], StepFn]] = {"gptforge": lambda: step_fn}
     if args.peer:
-
-        def make_baseline() -> StepFn:
-            baseline = build_baseline(args.peer, step.model, config, step.precision)
-            return lambda inputs, targets: baseline(inputs, targets, lr=config.max_lr)
-
         log(f"baseline: {describe_baseline(args.peer, step.device, step.precision)}")
-        factories[args.peer] = make_baseline
+        factories[args.peer] = lambda: functools.partial(
+            build_baseline(args.peer, step.model, config, step.precision), lr=config.max_lr
+        )
     speeds = time_interleaved(factories, batch, repeats=args.repeats, device=step.device)
     results = [summarize(speed, speeds[0], config, step.device) for speed in speeds]
     results[0]["first_step_seconds"] = first_step_seconds
@@ -121,7 +116,7 @@ def _measure_training(
     per_token = format_count(results[0]["flops_per_token"])
     log(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
     if args.profile:
-        kernels = profile(run_step, batch, Path(args.profile))
+        kernels = profile(step_fn, batch, Path(args.profile))
         found["profile"] = kernels
         total = sum(ms for _, ms, _ in kernels)
         log("\n| kernel | ms | calls | share |\n| --- | --- | --- | --- |")
@@ -210,7 +205,7 @@ def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:
     return {
         **_device_facts(step.device),
         "dtype": step.precision.name,
-        "way": step.backend_name,
+        "backend": step.backend_name,
         "compiled": step.is_compiled,
         "attention": attention_backend(step, config),
         "micro_batch": step.micro_batch_size,

@@ -1,4 +1,4 @@
-"""`gptforge eval --data`: which text is evaluated, and the warnings about it."""
+"""`gptforge eval`: which text is evaluated, how it is read, and what is printed."""
 
 import json
 import re
@@ -8,54 +8,52 @@ from pathlib import Path
 import pytest
 
 from gptforge.report import progress
-from tests.programs import DEBUG
+from tests.conftest import play_text
+from tests.programs import DEBUG, events
 
-FEW = (*DEBUG, "--max_steps", 2)
+TRAIN = (*DEBUG, "--max_steps", 2, "--out_dir", "run")
 EVAL = ("eval", "run", "--device", "cpu")
 
 
 @pytest.fixture
 def accented(play) -> Path:
-    """A text whose bytes differ in utf-8 and latin-1, with each letter early on."""
+    """A text with different bytes in utf-8 and latin-1, and with all its letters early on."""
     play.write_text(play.read_text().replace("e", "é"), encoding="utf-8")
     return play
 
 
-def test_data_is_read_in_another_encoding_than_the_run(program, accented) -> None:
+def test_data_has_an_encoding_of_its_own(program, accented) -> None:
     text = accented.read_text(encoding="utf-8")
     Path("old.txt").write_bytes(text.encode("latin-1"))
-    trained = program(
-        *FEW, "--input", "old.txt", "--encoding", "latin-1", "--tokenizer", "byte", "--out_dir=run"
-    )
-    assert trained.code == 0
+    flags = ("--input", "old.txt", "--encoding", "latin-1", "--tokenizer", "byte")
+    assert program(*TRAIN, *flags).code == 0
     score = json.loads(program(*EVAL, "--json", "--data", accented).out)
     assert score["bytes"] == len(text.encode()) - 1
     refused = program(*EVAL, "--data", "old.txt")
     assert refused.code == 2
     assert "old.txt: not utf-8" in refused.err
-    with_encoding = json.loads(
+    explicit = json.loads(
         program(*EVAL, "--json", "--data", "old.txt", "--encoding", "latin-1").out
     )
-    assert with_encoding == score
-    # The held-out text is still read as the run read it.
+    assert json.loads(explicit.out) == score
+    # The run's own text is read in the run's encoding.
     assert program(*EVAL).code == 0
 
 
-def test_encoding_without_data_is_refused(program, play) -> None:
-    program(*FEW, "--input", play, "--out_dir", "run")
+def test_an_encoding_without_data_is_an_error(program, run) -> None:
     done = program(*EVAL, "--encoding", "latin-1")
     assert done.code == 2
     assert "--encoding describes the text of --data" in done.err
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_validation_split_of_shards_is_evaluated(program, play, is_prepared) -> None:
+def test_shards_are_evaluated_on_their_validation_split(program, play, is_prepared) -> None:
     assert program("prepare", play, "--out", "shards", "--tokenizer", "byte").code == 0
     if not is_prepared:
-        # Shards of another program are split by their names.
+        # Without an index, as other programs write shards: split by file names.
         Path("shards/index.json").unlink()
         shutil.rmtree("shards/.preparing", ignore_errors=True)
-    assert program(*FEW, "--input", "shards", "--tokenizer=byte", "--out_dir=run").code == 0
+    assert program(*TRAIN, "--input", "shards", "--tokenizer", "byte").code == 0
     done = program(*EVAL, "--data", "shards")
     assert done.code == 0
     assert "note: evaluating the validation split of shards" in done.err
@@ -64,38 +62,38 @@ def test_validation_split_of_shards_is_evaluated(program, play, is_prepared) -> 
     assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
 
 
-def test_warning_if_trained_on_the_validation_split(program, play) -> None:
+def test_training_text_in_shards_is_noticed(program, play) -> None:
     assert program("prepare", play, "--out", "shards", "--tokenizer", "byte").code == 0
-    train_on_all = ("--val_fraction", 0, "--tokenizer", "byte", "--out_dir", "run")
-    assert program(*FEW, "--input", play, *train_on_all).code == 0
+    flags = ("--val_fraction", 0, "--tokenizer", "byte")
+    assert program(*TRAIN, "--input", play, *flags).code == 0
     done = program(*EVAL, "--data", "shards")
     assert "warning: run was trained on shards" in done.err
-    # Nothing was held out, so there is nothing better to evaluate.
+    # The run has no validation split to evaluate on instead.
     assert "without --data" not in done.err
 
 
-def test_long_evaluation_prints_an_estimate(program, play, monkeypatch) -> None:
-    assert program(*FEW, "--input", play, "--out_dir", "run", "--batch_size", 2).code == 0
+def test_a_slow_evaluation_prints_the_time_left(program, play, monkeypatch) -> None:
+    assert program(*TRAIN, "--input", play, "--batch_size", 2).code == 0
     words = r"evaluating [\d,]+ tokens takes about .* more"
     assert not re.search(words, program(*EVAL, "--data", play).err)
     monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     assert len(re.findall(words, program(*EVAL, "--data", play).err)) == 1
 
 
-def test_repairs_of_a_text_are_printed_once(program) -> None:
+def test_a_conversion_of_line_ends_is_reported_once(program) -> None:
     Path("dos.txt").write_bytes(b"ROMEO:\r\nBut soft\r\n" * 300)
     for folder in ("fresh", "again"):
-        out = program(*FEW, "--input", "dos.txt", "--out_dir", folder).out
+        out = program(*TRAIN, "--input", "dos.txt", "--out_dir", folder).out
         assert out.count("turned CRLF line ends into LF") == 1
 
 
-def test_warning_for_training_files_and_their_copies(program, play) -> None:
+def test_training_files_are_recognized_anywhere(program, play) -> None:
     Path("d").mkdir()
     text = play.read_text()
     third = len(text) // 3
     for number, name in enumerate(("train.txt", "valid.txt", "test.txt")):
         Path("d", name).write_text(text[number * third : (number + 1) * third])
-    assert program(*FEW, "--input", "d", "--tokenizer", "byte", "--out_dir", "run").code == 0
+    assert program(*TRAIN, "--input", "d", "--tokenizer", "byte").code == 0
     shutil.copy("d/train.txt", "copy.txt")
     for name in ("d/train.txt", "copy.txt"):
         done = program(*EVAL, "--data", name)
@@ -105,7 +103,7 @@ def test_warning_for_training_files_and_their_copies(program, play) -> None:
         done = program(*EVAL, "--data", name)
         assert done.code == 0
         assert "warning" not in done.err
-    # Of the folder, the validation split is evaluated.
+    # A folder is evaluated on its validation split.
     done = program(*EVAL, "--data", "d")
     assert "note: evaluating the validation split of d" in done.err
     assert "warning" not in done.err
@@ -113,14 +111,14 @@ def test_warning_for_training_files_and_their_copies(program, play) -> None:
     assert numbers.findall(done.out) == numbers.findall(program(*EVAL).out)
 
 
-def test_warning_for_a_file_with_documents_in_both_splits(program) -> None:
+def test_a_file_with_some_training_documents_is_recognized(program) -> None:
     Path("d").mkdir()
     for half in (0, 1):
         lines = [json.dumps({"text": f"words of line {half} {i}"}) for i in range(100)]
         Path("d", f"{half}.jsonl").write_text("\n".join(lines))
-    options = ("--tokenizer", "byte", "--context_length", 16, "--out_dir", "run")
+    flags = ("--tokenizer", "byte", "--context_length", 16)
     assert program("prepare", "d", "--out", "shards", "--tokenizer", "byte").code == 0
-    assert program(*FEW, "--input", "shards", *options).code == 0
+    assert program(*TRAIN, "--input", "shards", *flags).code == 0
     done = program(*EVAL, "--data", "d/1.jsonl")
     assert "warning: run was trained on d/1.jsonl, or on a part of it" in done.err
     Path("other.jsonl").write_text(json.dumps({"body": "other words", "n": 2}))
@@ -129,3 +127,41 @@ def test_warning_for_a_file_with_documents_in_both_splits(program) -> None:
     done = program(*EVAL, "--data", "other.jsonl", "--field", "body")
     assert done.code == 0
     assert "warning" not in done.err
+
+
+def test_json_has_the_loss_of_the_best_checkpoint(program, run) -> None:
+    done = program("eval", "run", "--json", "--device", "cpu")
+    score = json.loads(done.out)
+    evals = [event for event in events() if event["event"] == "eval"]
+    best = min(evals, key=lambda event: event["val_loss"])
+    assert score["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert score["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-5)
+    val_text = play_text()[int(len(play_text()) * 0.9) :]
+    assert score["tokens"] == len(val_text) - 1
+
+
+def test_training_text_and_changed_text_are_noticed(program, play) -> None:
+    assert program(*TRAIN, "--input", play).code == 0
+    on_training_text = program("eval", "run", "--data", play, "--device", "cpu")
+    assert on_training_text.code == 0
+    assert on_training_text.out.startswith(f"loss on {play}")
+    assert on_training_text.err != ""
+    play.write_text(play.read_text() + "More.")
+    changed = program("eval", "run", "--device", "cpu")
+    assert changed.code == 2
+    assert "has changed" in changed.err
+
+
+def test_the_bundled_text_is_found_from_any_folder(program, monkeypatch, tmp_path) -> None:
+    Path("input.txt").write_bytes((Path(__file__).parents[2] / "input.txt").read_bytes())
+    assert program(*TRAIN, "--val_fraction", 0.002).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert program("eval", "../run", "--device", "cpu").code == 0
+
+
+def test_a_model_without_a_run_needs_data(program, run) -> None:
+    (Path("run/checkpoints/last").resolve() / "state.json").unlink()
+    done = program("eval", "run/checkpoints/last", "--device", "cpu")
+    assert done.code == 2
+    assert "--data" in done.err
