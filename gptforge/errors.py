@@ -30,8 +30,8 @@ class Terminated(BaseException):
 def parsing(source: object, what: str, hint: str = "") -> Iterator[None]:
     """Turn any error of a parser into a UserError that names the file.
 
-    Hostile files make parsers fail in ways nobody lists: an overflow, a list instead of a table,
-    half a surrogate pair, a panic in a Rust library.
+    Hostile files make parsers fail in unforeseen ways: an overflow, a list instead of a table, half
+    a surrogate pair, a panic in a Rust library.
 
     Args:
         source: the file, as the message names it. A UserError that names it passes unchanged.

@@ -9,10 +9,10 @@ import pytest
 
 from gptforge import files
 
-posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path) -> None:
     path = tmp_path / "config.toml"
     files.atomic_write(path, "old")
     with pytest.raises(RuntimeError), files.atomic_replace(path) as partial:
@@ -22,15 +22,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.toml"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to try")
-def test_an_error_of_a_full_disk_names_the_file(tmp_path) -> None:
-    def by_python(file) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_error_of_a_full_disk_names_the_file(tmp_path) -> None:
+    def write_bytes(file) -> None:
         file.write(b"x" * 10**6)
 
-    def by_numpy(file) -> None:
+    def write_array(file) -> None:
         np.zeros(10**6).tofile(file)
 
-    for write in (by_python, by_numpy):
+    for write in (write_bytes, write_array):
         with (
             pytest.raises(OSError) as caught,
             files.atomic_replace(tmp_path / "model.gguf"),
@@ -42,7 +42,7 @@ def test_an_error_of_a_full_disk_names_the_file(tmp_path) -> None:
         assert not any(tmp_path.iterdir())
 
 
-def test_a_pointer_moves_from_one_folder_to_the_next(tmp_path) -> None:
+def test_link_moves_from_one_folder_to_the_next(tmp_path) -> None:
     for name in ("step-1", "step-2"):
         (tmp_path / name).mkdir()
         files.set_link(tmp_path / "last", name)
@@ -50,7 +50,7 @@ def test_a_pointer_moves_from_one_folder_to_the_next(tmp_path) -> None:
     assert files.read_link(tmp_path / "best") is None
 
 
-def test_a_pointer_is_a_one_line_file_where_links_are_refused(tmp_path, monkeypatch) -> None:
+def test_link_is_a_one_line_file_where_the_system_has_no_links(tmp_path, monkeypatch) -> None:
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise OSError("not supported")
 
@@ -61,7 +61,7 @@ def test_a_pointer_is_a_one_line_file_where_links_are_refused(tmp_path, monkeypa
         assert files.read_link(tmp_path / "last") == name
 
 
-def test_a_folder_where_a_pointer_should_be_is_set_aside(tmp_path) -> None:
+def test_folder_in_place_of_a_link_is_moved_to_a_backup(tmp_path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "mine.txt").write_text("kept")
     files.set_link(tmp_path / "best", "step-2")
@@ -69,12 +69,12 @@ def test_a_folder_where_a_pointer_should_be_is_set_aside(tmp_path) -> None:
     assert (tmp_path / "best.old-1" / "mine.txt").read_text() == "kept"
 
 
-def test_json_lines_stay_json_when_numbers_break_down() -> None:
+def test_json_line_writes_nan_and_infinity_as_null() -> None:
     line = files.json_line({"loss": float("nan"), "norm": float("inf"), "step": 3})
     assert json.loads(line) == {"loss": None, "norm": None, "step": 3}
 
 
-def test_setting_aside_never_overwrites(tmp_path) -> None:
+def test_backup_never_overwrites(tmp_path) -> None:
     for number in (1, 2, 3):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "mark").write_text(str(number))
@@ -83,7 +83,7 @@ def test_setting_aside_never_overwrites(tmp_path) -> None:
         assert (tmp_path / f"run.old-{number}" / "mark").read_text() == str(number)
 
 
-def test_removing_a_link_leaves_what_it_leads_to(tmp_path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path) -> None:
     (tmp_path / "folder").mkdir()
     if os.name != "nt":
         (tmp_path / "link").symlink_to("folder")
@@ -92,7 +92,7 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
-def test_a_private_folder_in_the_temporary_one_is_the_same_each_time(tmp_path, monkeypatch) -> None:
+def test_private_temp_dir_is_the_same_each_time(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = files.private_temp_dir()
     assert path == tmp_path / f"gptforge-{os.getuid()}"
@@ -103,7 +103,7 @@ def test_a_private_folder_in_the_temporary_one_is_the_same_each_time(tmp_path, m
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has a temporary folder for each user")
 @pytest.mark.parametrize("kind", ["open to others", "a link", "a file", "of another user"])
-def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, kind) -> None:
+def test_private_temp_dir_of_another_user_is_not_used(tmp_path, monkeypatch, kind) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     planted = tmp_path / f"gptforge-{os.getuid()}"
     if kind == "a link":
@@ -116,7 +116,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, ki
         if kind == "open to others":
             planted.chmod(0o777)
         else:
-            # A test cannot make a folder of another user: this process takes itself for one.
+            # A test cannot create a folder of another user, so this process poses as one.
             monkeypatch.setattr(os, "getuid", lambda: 12345)
             planted.rename(tmp_path / "gptforge-12345")
             planted = tmp_path / "gptforge-12345"
@@ -127,8 +127,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, ki
     assert files.private_temp_dir() == path
 
 
-def odd(path: Path, kind: str) -> Path:
-    """Something at `path` that is no regular file."""
+def make_nonregular(path: Path, kind: str) -> Path:
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
@@ -139,11 +138,11 @@ def odd(path: Path, kind: str) -> Path:
     return path
 
 
-@posix
+@needs_posix
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link"])
 @pytest.mark.parametrize("mode", ["rb", "ab", "r+"])
-def test_only_regular_files_are_opened_and_at_once(tmp_path, kind, mode) -> None:
-    path = odd(tmp_path / "metrics.jsonl", kind)
+def test_only_regular_files_are_opened(tmp_path, kind, mode) -> None:
+    path = make_nonregular(tmp_path / "metrics.jsonl", kind)
     with pytest.raises(files.NonRegularFileError, match=r"metrics.jsonl is a .*, not a regular"):
         files.open_regular(path, mode, follow_symlinks=False)
     if kind != "link":
@@ -153,12 +152,12 @@ def test_only_regular_files_are_opened_and_at_once(tmp_path, kind, mode) -> None
     assert not (tmp_path / "target").exists() or (tmp_path / "target").read_text() == "secret"
 
 
-@posix
-def test_a_link_is_followed_where_the_user_named_it(tmp_path) -> None:
-    assert files.read_text(odd(tmp_path / "config.toml", "link")) == "secret"
+@needs_posix
+def test_link_is_followed_by_default(tmp_path) -> None:
+    assert files.read_text(make_nonregular(tmp_path / "config.toml", "link")) == "secret"
 
 
-def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path) -> None:
+def test_oversized_file_is_not_read(tmp_path) -> None:
     path = tmp_path / "manifest.json"
     with path.open("wb") as file:
         file.truncate(2**40)
@@ -170,13 +169,13 @@ def test_a_file_larger_than_any_of_its_kind_is_not_read(tmp_path) -> None:
         files.read_bounded(path, 9)
 
 
-def test_lines_end_alike_whatever_system_wrote_them(tmp_path) -> None:
+def test_byte_order_mark_and_line_ends_are_normalized(tmp_path) -> None:
     (tmp_path / "merges.txt").write_bytes("\ufeffa b\r\nc d\re f\n".encode())
     assert files.read_text(tmp_path / "merges.txt") == "a b\nc d\ne f\n"
 
 
-@posix
-def test_a_link_in_the_place_of_a_scratch_file_is_not_written_through(tmp_path) -> None:
+@needs_posix
+def test_atomic_write_does_not_follow_a_planted_link(tmp_path) -> None:
     (tmp_path / "secret").write_text("mine")
     (tmp_path / ".config.partial.toml").symlink_to(tmp_path / "secret")
     files.atomic_write(tmp_path / "config.toml", "new")
@@ -185,8 +184,8 @@ def test_a_link_in_the_place_of_a_scratch_file_is_not_written_through(tmp_path) 
     assert not (tmp_path / "config.toml").is_symlink()
 
 
-@posix
-def test_setting_aside_does_not_write_over_a_dangling_link(tmp_path) -> None:
+@needs_posix
+def test_backup_does_not_replace_a_dangling_link(tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run.old-1").symlink_to("nowhere")
     assert files.move_to_backup(tmp_path / "run", "old").name == "run.old-2"

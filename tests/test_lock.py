@@ -101,7 +101,7 @@ def test_file_system_without_locks_still_locks_on_this_machine(tmp_path, monkeyp
     lock_folder(tmp_path / "run").release()
 
 
-def test_checking_a_lock_keeps_nobody_out_and_deletes_nothing(tmp_path, monkeypatch) -> None:
+def test_checking_a_lock_takes_and_deletes_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lock, "RETRY_SECONDS", 30)
     (tmp_path / LOCK_FILE).touch()
     checking = lock._acquire(tmp_path, wait=False)

@@ -1,4 +1,4 @@
-"""Bytes of strangers neither steer a terminal nor become Markdown."""
+"""Untrusted text neither controls a terminal nor becomes Markdown."""
 
 import json
 import os
@@ -33,11 +33,11 @@ from gptforge.report.run_report import RunReport
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 ESCAPES = "\x1b]0;owned\x07 \x9b2J \u202egpj.exe \r"
-SHOWN = r"\x1b]0;owned\x07 \x9b2J \u202egpj.exe \r"
+ESCAPED = r"\x1b]0;owned\x07 \x9b2J \u202egpj.exe \r"
 
 
 def test_control_characters_are_escaped_as_in_a_python_string() -> None:
-    assert printable(ESCAPES) == SHOWN
+    assert printable(ESCAPES) == ESCAPED
     assert printable("a\n  b\tc\0\udcff\u2028") == r"a b\tc\x00\udcff\u2028"
     assert printable_text("a\n\tb\x1b") == "a\n\tb\\x1b"
 
@@ -45,30 +45,30 @@ def test_control_characters_are_escaped_as_in_a_python_string() -> None:
 @pytest.mark.parametrize(
     "text", ["naïve café", "日本語", "👩\u200d🚀", "\u0645\u06cc\u200c\u062e", r"C:\x1b"]
 )
-def test_letters_of_any_script_stay(text) -> None:
+def test_letters_of_any_script_are_kept(text) -> None:
     assert printable(text) == printable_text(text) == text
 
 
-def test_a_long_line_loses_its_middle_and_keeps_its_advice() -> None:
-    line = printable("a.json: bad key " + "x" * 40_000_000 + ": mend it")
-    assert len(line) <= MAX_LINE and line.startswith("a.json: bad") and line.endswith(": mend it")
+def test_long_line_is_cut_in_the_middle() -> None:
+    line = printable("a.json: bad key " + "x" * 40_000_000 + ": fix it")
+    assert len(line) <= MAX_LINE and line.startswith("a.json: bad") and line.endswith(": fix it")
     assert len(printable("\x1b" * 10_000)) <= MAX_LINE
     assert printable(printable(line)) == line
 
 
 @pytest.mark.parametrize("kind", [UserError, RunError])
-def test_an_error_is_one_bounded_line(kind) -> None:
-    said = str(kind(f"no tensor '{ESCAPES}{'y' * 10_000}'"))
-    assert said.startswith(f"no tensor '{SHOWN}") and len(said) <= MAX_LINE
+def test_error_is_one_bounded_line(kind) -> None:
+    message = str(kind(f"no tensor '{ESCAPES}{'y' * 10_000}'"))
+    assert message.startswith(f"no tensor '{ESCAPED}") and len(message) <= MAX_LINE
 
 
-def test_a_value_of_any_size_has_a_short_form() -> None:
+def test_value_of_any_size_has_a_short_repr() -> None:
     assert short_repr({"a": 1}) == "{'a': 1}"
     assert short_repr(16**10_000) == "a value of type int that is too long to show"
     assert len(short_repr("x" * 10**6)) < 300
 
 
-def test_markdown_is_shown_as_it_is_written() -> None:
+def test_escaped_markdown_is_shown_literally() -> None:
     assert escape_markdown("a_b *c* [x](y) <b> | `d` # ~") == (
         r"a\_b \*c\* \[x\](y) \<b\> \| \`d\` \# \~"
     )
@@ -76,7 +76,7 @@ def test_markdown_is_shown_as_it_is_written() -> None:
     assert code_span("a") == "`a`" and code_span("a ``b``") == "``` a ``b`` ```"
 
 
-def test_a_model_card_takes_the_texts_name_for_a_name() -> None:
+def test_model_card_escapes_the_name_of_the_text() -> None:
     config = Config(input="x|![a](http:)<img src=x>\n# y.txt")
     card = model_card(
         ModelBundle(GPTConfig(8, 64, 1, 2, 8), {}, ByteTokenizer()),
@@ -89,22 +89,22 @@ def test_a_model_card_takes_the_texts_name_for_a_name() -> None:
     assert "\n# \\<script\\>\n" in card
 
 
-def test_the_logs_titles_and_samples_are_printable(tmp_path) -> None:
+def test_log_and_samples_are_printable(tmp_path) -> None:
     report = RunReport(tmp_path, title=f"debug on {ESCAPES}*.txt")
     report.start("summary", command="gpt.py --input `x`", facts={})
     report.log_sample(3, f"To be{ESCAPES}", is_last=False)
     log, samples = (tmp_path / "log.md").read_text(), (tmp_path / "samples.md").read_text()
     assert "Made by `` gpt.py --input `x` ``." in log
-    assert r"\*.txt" in log and f"To be{SHOWN}" in samples
+    assert r"\*.txt" in log and f"To be{ESCAPED}" in samples
     assert "\x1b" not in log + samples
 
 
-def test_the_console_shows_what_a_model_writes_without_obeying_it(capsys) -> None:
+def test_console_escapes_generated_text(capsys) -> None:
     Console().log(f"Sample:\n\t{ESCAPES}")
-    assert capsys.readouterr().out == f"Sample:\n\t{SHOWN}\n"
+    assert capsys.readouterr().out == f"Sample:\n\t{ESCAPED}\n"
 
 
-def test_the_page_shows_a_token_as_text() -> None:
+def test_page_escapes_tokens() -> None:
     token = Token(0, "<b>\x1b\u202e", -0.1, (("<b>\x07", -0.1),))
     page = render_tokens("<i>\u202e", [token], is_generating=False)
     assert r"&lt;b&gt;\x1b\u202e" in page and r"&lt;i&gt;\u202e" in page
@@ -112,8 +112,8 @@ def test_the_page_shows_a_token_as_text() -> None:
 
 
 @pytest.fixture
-def ringing(tmp_path: Path) -> Path:
-    """A model that writes nothing but BEL."""
+def bell_model(tmp_path: Path) -> Path:
+    """A model that generates only BEL."""
     config = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
     model = GPT(config).init_weights(torch.Generator().manual_seed(0))
     weights = {
@@ -123,60 +123,60 @@ def ringing(tmp_path: Path) -> Path:
     weights["transformer.wte.weight"][0, 0] = 9
     shape = {**vars(config), "context_length": 8, "tokenizer": "char"}
     text = "".join(f"{n} = {json.dumps(v)}\n" for n, v in shape.items())
-    folder = tmp_path / "ringing"
+    folder = tmp_path / "bell_model"
     folder.mkdir()
     store.save_inference_checkpoint(folder, weights, tokenizer=CharTokenizer("\x07a"), config=text)
     assert gptforge.load(folder).generate("a", 3, temperature=0) == "\x07\x07\x07"
     return folder
 
 
-def test_a_pipe_gets_what_a_model_writes_untouched(ringing, capsys) -> None:
+def test_pipe_gets_generated_text_unchanged(bell_model, capsys) -> None:
     flags = ["--prompt", "a", "--max_new_tokens", "3", "--temperature", "0"]
-    assert main(["sample", str(ringing), *flags]) == 0
+    assert main(["sample", str(bell_model), *flags]) == 0
     assert capsys.readouterr().out == "a\x07\x07\x07\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("more", [[], ["--num_samples", "2"], ["--json"]])
-def test_a_terminal_gets_no_control_character(ringing, more) -> None:
+def test_terminal_gets_no_control_character(bell_model, more) -> None:
     import pty
 
     parent, child = pty.openpty()
     flags = ["--prompt", "a", "--max_new_tokens", "3", "--temperature", "0", *more]
-    words = [sys.executable, "-m", "gptforge", "sample", str(ringing), *flags]
-    subprocess.run(words, stdout=child, stderr=subprocess.DEVNULL, check=True)
-    said = os.read(parent, 10_000)
+    command = [sys.executable, "-m", "gptforge", "sample", str(bell_model), *flags]
+    subprocess.run(command, stdout=child, stderr=subprocess.DEVNULL, check=True)
+    output = os.read(parent, 10_000)
     os.close(child)
     os.close(parent)
-    assert b"\x07" not in said
-    assert (rb"\u0007" if "--json" in more else rb"a\x07\x07\x07") in said
+    assert b"\x07" not in output
+    assert (rb"\u0007" if "--json" in more else rb"a\x07\x07\x07") in output
 
 
-def test_a_tensors_name_is_shown_shortened(ringing, program) -> None:
+def test_long_tensor_name_is_shortened(bell_model, program) -> None:
     from safetensors.torch import load_file, save_file
 
     from gptforge import files
 
-    path = ringing / "model.safetensors"
+    path = bell_model / "model.safetensors"
     save_file({**load_file(path), f"\x1b[2J{'x' * 50_000}": torch.zeros(1)}, path)
-    manifest = json.loads((ringing / "manifest.json").read_text())
+    manifest = json.loads((bell_model / "manifest.json").read_text())
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    (ringing / "manifest.json").write_text(json.dumps(manifest))
-    done = program("sample", ringing)
+    (bell_model / "manifest.json").write_text(json.dumps(manifest))
+    done = program("sample", bell_model)
     assert done.code == 2 and r"no tensor '\x1b[2Jxxx" in done.err
     assert len(done.err) < MAX_LINE and len(done.err.splitlines()) == 1 and "\x1b" not in done.err
 
 
 @pytest.mark.parametrize("command", ["doctor", "prepare", "plan"])
-def test_file_names_and_keys_reach_the_terminal_escaped(program, command) -> None:
+def test_file_names_and_keys_are_escaped(program, command) -> None:
     name = "\x1b[31mred\x07.jsonl"
     Path(name).write_text(json.dumps({"\x1b]0;t\x07": "x"}) + "\n")
-    words = {
+    args = {
         "doctor": [name],
         "prepare": [name, "--out", "o"],
         "plan": ["--input", name, "--preset", "debug"],
     }
-    done = program(command, *words[command])
+    done = program(command, *args[command])
     assert done.code and r"\x1b[31mred\x07.jsonl" in done.out + done.err
     assert r"\x1b]0;t\x07" in done.out + done.err
     assert not set("\x1b\x07") & set(done.out + done.err)

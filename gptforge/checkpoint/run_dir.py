@@ -269,13 +269,13 @@ def _inputs_inside(config: Config, folder: Path) -> str:
 
 def _has_event(event: str, metrics: Path) -> bool:
     """Whether a run's metrics hold such an event."""
-    wanted = f'"event": "{event}"'.encode()
+    pattern = f'"event": "{event}"'.encode()
     try:
         with files.open_regular(metrics, follow_symlinks=False) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - MAX_SCAN_BYTES))
             lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
-            return any(wanted in line for line in lines)
+            return any(pattern in line for line in lines)
     except OSError:
         return False
 

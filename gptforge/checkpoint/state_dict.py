@@ -107,10 +107,10 @@ def load_model_state_dict(
     Raises:
         UserError: naming the first tensor that is missing, unknown or of another shape or dtype.
     """
-    own = _untied(model)
+    weights = _untied(model)
     if comm.is_main:
-        _check_tensors(own, tensors, source)
-    for name, tensor in own.items():
+        _check_tensors(weights, tensors, source)
+    for name, tensor in weights.items():
         copy_from_rank0(tensor, tensors.get(name), comm)
 
 
@@ -158,8 +158,8 @@ def rng_state_dict(device: torch.device, comm: Comm = SINGLE_PROCESS) -> StateDi
     """
     return {
         f"{kind}.{rank}" if rank else kind: state
-        for kind, own in _rng_states(device).items()
-        for rank, state in enumerate(comm.all_gather(own))
+        for kind, local in _rng_states(device).items()
+        for rank, state in enumerate(comm.all_gather(local))
     }
 
 
@@ -174,11 +174,11 @@ def load_rng_state_dict(
     names = comm.broadcast_from_rank0(lambda: sorted(tensors))
     if comm.is_main:
         _check_rng_states(tensors, device, source)
-    for kind, own in _rng_states(device).items():
+    for kind, current in _rng_states(device).items():
         for rank in range(comm.world_size):
             name = f"{kind}.{rank}" if rank else kind
             if name in names:
-                state = own.clone()
+                state = current.clone()
                 copy_from_rank0(state, tensors.get(name), comm)
                 if rank == comm.rank:
                     _set_rng_state(kind, state, device)
@@ -186,13 +186,13 @@ def load_rng_state_dict(
 
 def _check_rng_states(tensors: Mapping[str, Tensor], device: torch.device, source: str) -> None:
     """Raise a UserError for a state that no generator accepts, before any is changed."""
-    own = _rng_states(device)
+    current = _rng_states(device)
     for name, state in tensors.items():
         kind = name.partition(".")[0]
-        if kind not in own:
+        if kind not in current:
             continue
         with parsing(f"{source}: '{printable(name, MAX_NAME)}'", "a random generator's state"):
-            if state.dtype != own[kind].dtype or state.shape != own[kind].shape:
+            if state.dtype != current[kind].dtype or state.shape != current[kind].shape:
                 raise ValueError(f"{state.dtype} of shape {tuple(state.shape)}")
             if kind == "cpu":
                 torch.Generator().set_state(state)

@@ -294,7 +294,7 @@ def find_corruption(path: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str 
     """What is wrong with the named files of a checkpoint; None if they are intact.
 
     Raises:
-        RunError: if the system does not allow to read them, so that nobody knows.
+        RunError: if the system does not allow to read them, so that its state is unknown.
     """
     try:
         manifest = json.loads(files.read_text(path / MANIFEST, follow_symlinks=False))
@@ -316,7 +316,7 @@ def find_corruption(path: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str 
     except (NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(str(error.filename)).name} is not a file: {error.strerror}"
     except OSError as error:
-        # The bytes may be intact: renaming the checkpoint could lose it.
+        # The bytes may be intact, and renaming the checkpoint could lose it.
         raise RunError(
             f"{Path(error.filename or path).as_posix()}: {error.strerror or error}: a checkpoint "
             "that cannot be read is left as it is; repair the disk or the file's permissions, or "

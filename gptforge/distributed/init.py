@@ -67,7 +67,7 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
     local_device = _local_device(device, local_rank, local_world_size=local_world_size)
     host = socket.gethostname()
     timeout = _parse_timeout(env.get("GPTFORGE_SILENCE", str(TIMEOUT)))
-    # Until all ranks have joined nobody reads heartbeats; this shorter wait replaces them.
+    # Heartbeats are read once all ranks have joined; until then this shorter wait replaces them.
     join_timeout = 1.5 * timeout
     is_server = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     server_name = "rank 0" if rank else "the launcher's store"

@@ -153,7 +153,7 @@ class Watchdog:
                 time.sleep(2 * BEAT_INTERVAL)
             self._exit(code)
         else:
-            self._exit_as_told(posted)
+            self._exit_on_abort(posted)
         raise AssertionError("the process has ended")
 
     def _beat(self) -> None:
@@ -183,8 +183,8 @@ class Watchdog:
     def _check(self) -> str | None:
         """Send a heartbeat and read those of other ranks; returns a problem as text."""
         if self._store.check([ABORT_KEY]) and not self._is_aborting:
-            self._exit_as_told(json.loads(self._store.get(ABORT_KEY)))
-        own = self._send_heartbeat()
+            self._exit_on_abort(json.loads(self._store.get(ABORT_KEY)))
+        local = self._send_heartbeat()
         watched = range(1, self._world_size) if self._rank == 0 else [0]
         keys = [f"life/{rank}" for rank in watched]
         if not self._store.check(keys):
@@ -195,9 +195,9 @@ class Watchdog:
                 return f"rank {missing[0]} has sent no heartbeat for {silent:.0f} seconds"
             return None
         beats = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
-        if self._rank == 0 and (deadlock := self._check_before_first_step({0: own, **beats})):
+        if self._rank == 0 and (deadlock := self._check_before_first_step({0: local, **beats})):
             return deadlock
-        return self._monitor.find_failure(beats, own if self._rank == 0 else None, self._host)
+        return self._monitor.find_failure(beats, local if self._rank == 0 else None, self._host)
 
     def _check_before_first_step(self, beats: Mapping[int, Heartbeat]) -> str | None:
         """Print now and then which ranks the others wait for; returns a deadlock as text.
@@ -241,7 +241,7 @@ class Watchdog:
         self._store.set(f"life/{self._rank}", json.dumps(beat))
         return beat
 
-    def _exit_as_told(self, message: Mapping[str, Any]) -> None:
+    def _exit_on_abort(self, message: Mapping[str, Any]) -> None:
         # The rank that posted the message has printed it on its own machine.
         if self._is_local_main and message["host"] != self._host:
             self._print_error(message["text"])

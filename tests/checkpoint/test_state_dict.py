@@ -22,13 +22,13 @@ from gptforge.optim.optimizer import Optimizer
 from tests.conftest import TINY
 
 
-def trained(model: GPT) -> AdamW:
+def trained_optimizer(model: GPT) -> AdamW:
     optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    update(model, optimizer)
+    train_step(model, optimizer)
     return optimizer
 
 
-def update(model: GPT, optimizer: Optimizer) -> None:
+def train_step(model: GPT, optimizer: Optimizer) -> None:
     device = next(model.parameters()).device
     idx = torch.arange(16, device=device)[None]
     model(idx, idx.roll(1)).backward()
@@ -38,56 +38,56 @@ def update(model: GPT, optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def test_model_and_optimizer_go_on_from_their_tensors_bit_for_bit(tiny_model, device) -> None:
+def test_restored_model_and_optimizer_continue_bitwise_equal(tiny_model, device) -> None:
     model = tiny_model.to(device)
-    optimizer = trained(model)
+    optimizer = trained_optimizer(model)
     copy = GPT(TINY).to(device)
     load_model_state_dict(copy, model_state_dict(model), source="x")
     other = build_adamw(copy.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     load_optimizer_state_dict(copy, other, optimizer_state_dict(model, optimizer), source="x")
-    update(model, optimizer)
-    update(copy, other)
+    train_step(model, optimizer)
+    train_step(copy, other)
     for (name, left), right in zip(model.named_parameters(), copy.parameters(), strict=True):
         assert torch.equal(left, right), name
 
 
-def test_what_an_optimizer_remembers_is_restored_in_its_place(tiny_model) -> None:
-    optimizer = trained(tiny_model)
+def test_optimizer_state_is_restored_in_place(tiny_model) -> None:
+    optimizer = trained_optimizer(tiny_model)
     saved = {k: v.clone() for k, v in optimizer_state_dict(tiny_model, optimizer).items()}
-    update(tiny_model, optimizer)
-    held = {
-        f"{name}.{slot}": tensor
+    train_step(tiny_model, optimizer)
+    state = {
+        f"{name}.{key}": tensor
         for name, parameter in tiny_model.named_parameters()
-        for slot, tensor in optimizer.state[parameter].items()
+        for key, tensor in optimizer.state[parameter].items()
     }
     load_optimizer_state_dict(tiny_model, optimizer, saved, source="x")
-    assert held.keys() == saved.keys()
-    assert all(torch.equal(held[name], saved[name]) for name in saved)
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
 
 
-def test_the_tied_table_is_stored_once(tiny_model) -> None:
+def test_tied_embedding_is_stored_once(tiny_model) -> None:
     names = model_state_dict(tiny_model).keys()
     assert "transformer.wte.weight" in names
     assert "lm_head.weight" not in names
 
 
-def test_saved_names_have_no_prefix_of_a_wrapper(tiny_model) -> None:
+def test_saved_names_have_no_prefix_of_torch_compile(tiny_model) -> None:
     plain = model_state_dict(tiny_model).keys()
     torch.compile(tiny_model)
     assert model_state_dict(tiny_model).keys() == plain
     assert all(name.startswith("transformer.") for name in plain)
 
 
-@pytest.mark.parametrize("harm", ["missing", "stranger", "shape", "dtype"])
-def test_what_does_not_fit_is_named(tiny_model, harm) -> None:
+@pytest.mark.parametrize("problem", ["missing", "unknown", "shape", "dtype"])
+def test_tensor_that_does_not_fit_is_named(tiny_model, problem) -> None:
     tensors = model_state_dict(tiny_model)
     name = "transformer.h.0.mlp.c_fc.bias"
-    if harm == "missing":
+    if problem == "missing":
         del tensors[name]
-    elif harm == "stranger":
+    elif problem == "unknown":
         name = "transformer.h.9.bias"
         tensors[name] = torch.zeros(1)
-    elif harm == "shape":
+    elif problem == "shape":
         tensors[name] = torch.zeros(3)
     else:
         tensors[name] = tensors[name].half()
@@ -97,11 +97,22 @@ def test_what_does_not_fit_is_named(tiny_model, harm) -> None:
     assert torch.equal(before, tiny_model.transformer["wpe"].weight)
 
 
-def test_the_dice_fall_alike_after_restoring(device) -> None:
+def test_restored_rng_draws_the_same_numbers(device) -> None:
     state = rng_state_dict(device)
     first = torch.rand(5, device=device)
     load_rng_state_dict(state, device)
     assert torch.equal(first, torch.rand(5, device=device))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [torch.zeros(3, dtype=torch.uint8), torch.zeros(5056), torch.zeros(5056, dtype=torch.uint8)],
+)
+def test_invalid_rng_state_is_refused_and_changes_nothing(state) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match="step-000002: 'cpu': not a random generator's state"):
+        load_rng_state_dict({"cpu": state}, torch.device("cpu"), source="step-000002")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -109,21 +120,21 @@ def test_the_dice_fall_alike_after_restoring(device) -> None:
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), max_size=5),
     dtype=st.sampled_from([torch.float32, torch.uint8, torch.int64]),
 )
-def test_what_is_written_is_what_the_library_reads_and_would_write(tmp_path, shapes, dtype) -> None:
+def test_safetensors_file_equals_that_of_the_library(tmp_path, shapes, dtype) -> None:
     tensors = {f"täst.{n}": (torch.rand(shape) * 200).to(dtype) for n, shape in enumerate(shapes)}
-    path, other = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    path, expected = tmp_path / "ours.safetensors", tmp_path / "expected.safetensors"
     size, digest = save_safetensors(path, tensors)
     assert size == path.stat().st_size
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
-    save_file(tensors, other)
-    for name, tensor in load_file(other).items():
+    save_file(tensors, expected)
+    for name, tensor in load_file(expected).items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
 
 
-def test_a_tensor_that_is_a_view_is_written_as_it_reads(tmp_path) -> None:
+def test_view_is_saved_by_its_values(tmp_path) -> None:
     view = torch.arange(12.0).view(3, 4).t()[1:]
     save_safetensors(tmp_path / "a.safetensors", {"a": view})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], view)

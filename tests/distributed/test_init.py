@@ -1,4 +1,4 @@
-"""Ranks that do not join are named by the others, and nobody waits for long."""
+"""Ranks that do not join are named by the others, which do not wait for long."""
 
 import os
 import signal

@@ -204,7 +204,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes(play, tmp_path)
     uninterrupted = start(tmp_path, *flags, "--out_dir", "uninterrupted", env={})
     out = str(tmp_path / "run")
     # --restart only applies to the first start: after that there are checkpoints to resume from.
-    own = (*flags, "--out_dir", out, "--restart")
+    args = (*flags, "--out_dir", out, "--restart")
     # Slow enough that there are steps left to resume.
     slow = ("--batch_size", "4", "--gradient_accumulation_steps", "2", "--max_steps", "60")
     folder = tmp_path / "launch"
@@ -215,7 +215,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes(play, tmp_path)
               "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
     with (folder / "out.txt").open("w") as out_file:
         run = subprocess.Popen(
-            [sys.executable, *launch, str(ROOT / "gpt.py"), *FLAGS, *own, *slow],
+            [sys.executable, *launch, str(ROOT / "gpt.py"), *FLAGS, *args, *slow],
             env={**os.environ, **env}, stdout=out_file, stderr=out_file,
         )  # fmt: skip
     wait_for(lambda: (Path(out) / "checkpoints" / "step-000020").is_dir(), run)

@@ -1,4 +1,4 @@
-"""One run folder: what is in it, and what is wrong with it. Used by harness.py and faults.py."""
+"""A run folder under test: its contents, and what is wrong with it."""
 
 import hashlib
 import json
@@ -15,33 +15,33 @@ COMPARED = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 
 
 @dataclass(frozen=True)
-class Complaint:
-    """A promise that was broken: the kind is lost, differs or rough."""
+class Violation:
+    """A broken promise; `kind` is lost, differs or rough."""
 
     kind: str
     what: str
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How one process ended, and what it said."""
+class ProcessResult:
+    """Exit code and output of a process."""
 
     code: int
-    """A shell's number: 128 and the signal, where a signal ended it."""
+    """As a shell has it: 128 plus the signal that ended it."""
     out: str
     err: str
 
 
 @dataclass
 class Case:
-    """One run folder and what is to be said about it. Files of its own lie in `folder`."""
+    """A run folder and its violations."""
 
     folder: Path
-    complaints: list[Complaint] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
 
     @property
     def disk(self) -> Path:
-        """What a fault may mount a file system over; nothing but the run lies there."""
+        """Where a fault may mount a file system; it holds only the run."""
         return self.folder / "disk"
 
     @property
@@ -52,28 +52,28 @@ class Case:
     def store(self) -> CheckpointStore:
         return CheckpointStore(self.run / "checkpoints")
 
-    def newest(self) -> int:
-        """Steps in the newest whole checkpoint; 0 if there is none. Changes nothing."""
-        whole = [path for path in self.store.checkpoints() if find_corruption(path) is None]
-        return int(whole[-1].name.removeprefix("step-")) if whole else 0
+    def latest_step(self) -> int:
+        """Step of the latest intact checkpoint; 0 if there is none. Changes nothing."""
+        intact = [path for path in self.store.checkpoints() if find_corruption(path) is None]
+        return int(intact[-1].name.removeprefix("step-")) if intact else 0
 
-    def complain(self, kind: str, what: str) -> None:
-        self.complaints.append(Complaint(kind, what))
+    def report(self, kind: str, what: str) -> None:
+        self.violations.append(Violation(kind, what))
 
 
-def log_faults(path: Path, *, torn_end_is_fine: bool = False) -> list[str]:
-    """What is wrong with a finished run's metrics: each step once, in order, all numbers finite."""
+def log_problems(path: Path, *, allow_torn_end: bool = False) -> list[str]:
+    """Problems of a finished run's metrics: each step once, in order, all numbers finite."""
     found = []
     events: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").split("\n")
-    end = lines.pop()  # what stands behind the last line's end: nothing, or half a line
-    if end and not torn_end_is_fine:
+    end = lines.pop()  # after the last newline: nothing, or half a line
+    if end and not allow_torn_end:
         found.append(f"metrics.jsonl ends in half a line: {end!r}")
     for number, line in enumerate(lines, 1):
         try:
             events.append(json.loads(line))
         except ValueError:
-            found.append(f"metrics.jsonl line {number} is no JSON: {line[:60]!r}")
+            found.append(f"metrics.jsonl line {number} is not JSON: {line[:60]!r}")
     steps = [event["step"] for event in events if event["event"] == "train"]
     if steps != list(range(STEPS)):
         found.append(f"metrics.jsonl has the train steps {steps}")
@@ -84,48 +84,48 @@ def log_faults(path: Path, *, torn_end_is_fine: bool = False) -> list[str]:
     return found
 
 
-def one_error_line(case: Case, ended: Ended, *codes: int) -> None:
-    """Complain unless the program left with one of these codes and one line that says why."""
-    if not ended.code and case.newest() == STEPS:
-        return  # nothing is left to be refused
-    lines = ended.err.strip().splitlines()
-    if ended.code not in codes:
-        case.complain("rough", f"exit {ended.code}: {ended.err.strip()[-300:]}")
-    elif "Traceback" not in ended.err and not (len(lines) == 1 and lines[0][:7] == "error: "):
-        case.complain("rough", f"not one line of error: {ended.err[-300:]!r}")
+def expect_one_error_line(case: Case, result: ProcessResult, *codes: int) -> None:
+    """Report a violation unless the program exited with one of the codes and one line of error."""
+    if not result.code and case.latest_step() == STEPS:
+        return  # nothing was left to do
+    lines = result.err.strip().splitlines()
+    if result.code not in codes:
+        case.report("rough", f"exit {result.code}: {result.err.strip()[-300:]}")
+    elif "Traceback" not in result.err and not (len(lines) == 1 and lines[0][:7] == "error: "):
+        case.report("rough", f"not one line of error: {result.err[-300:]!r}")
 
 
-def culprit(err: str) -> str:
-    """A traceback's last words, and the last line of the program that it names."""
+def traceback_origin(err: str) -> str:
+    """The error of a traceback and the last line of this package in it."""
     frames = [line.strip() for line in err.splitlines() if "/gptforge/" in line]
     where = frames[-1].rpartition("/gptforge/")[2] if frames else "?"
     return f"{err.strip().splitlines()[-1]} at {where}"
 
 
-def announced(run: Path) -> int:
-    """The newest checkpoint that the metrics call saved."""
+def latest_announced_save(run: Path) -> int:
+    """Step of the latest save event in the metrics."""
     path = run / "metrics.jsonl"
-    newest = 0
+    latest = 0
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             event = json.loads(line)
         except ValueError:
             continue
         if event.get("event") == "save":
-            newest = max(newest, event["step"])
-    return newest
+            latest = max(latest, event["step"])
+    return latest
 
 
 def hashes_of(case: Case) -> dict[str, str]:
-    """SHA-256 of what the last checkpoint has learned; nothing if there is none."""
+    """SHA-256 of the tensor files of the last checkpoint."""
     last = case.store.read_link("last")
     if last is None:
         return {}
     return {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in COMPARED}
 
 
-def pointers_of(case: Case) -> dict[str, str | None]:
-    """Names that best and last lead to."""
+def links_of(case: Case) -> dict[str, str | None]:
+    """Checkpoints that best and last point to."""
     found = {which: case.store.read_link(which) for which in ("best", "last")}
     return {which: path.name if path else None for which, path in found.items()}
 

@@ -1,9 +1,8 @@
-"""The program in a process of its own, with a fault that strikes at its n-th change of the disk.
+"""Runs the program and injects a fault before its n-th change of the disk.
 
-Used by harness.py alone. Every change is counted: a file opened for writing, a rename, a new
-folder, a link, a deletion, an fsync. The fault strikes just before the n-th, so over many rounds it
-strikes between any two of them. Changes are seen through Python's audit events, not by wrapping the
-program's own functions: nothing in the program has to know, and nothing new in it can be missed.
+Every change counts: opening a file for writing, rename, mkdir, link, deletion and fsync, so that
+over many rounds faults hit between any two of them. They are seen through Python's audit events
+instead of wrapped functions, so that no change, now or later, can be missed.
 """
 
 import builtins
@@ -38,13 +37,12 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclass(frozen=True)
-class Strike:
-    """One thing that goes wrong.
+class Injection:
+    """A fault at the `at`-th change of the disk, or at a batch of an evaluation.
 
-    Actions: kill; tear (kill, with half of a write made); SIGTERM or SIGINT; fill (the disk, to the
-    last byte); readonly (the mount); refuse (with ENOSPC or another error, from here on); clock
-    (jumps back); stall (the clock stands still). Where `in_evaluation`, `at` counts the batches of
-    all evaluations; `limit` sets the seconds that a session trains at least.
+    Actions: kill; tear (kill in the middle of a write); SIGTERM or SIGINT; fill (the disk);
+    readonly (the mount); refuse (all changes from now on, with the errno `detail`); clock (jumps
+    back); stall (the clock stops); limit (sets the minimum seconds of a session to `detail`).
     """
 
     at: int
@@ -53,21 +51,21 @@ class Strike:
     in_evaluation: bool = False
 
 
-def run(folder: str, args: Sequence[str], strikes: Sequence[Strike]) -> None:
-    """Run the program in `folder`, its words in out.txt and err.txt; leaves with its exit code."""
+def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> None:
+    """Run the program in `folder` with output in out.txt and err.txt, and exit with its code."""
     os.chdir(folder)
     for number, name in ((1, OUT), (2, ERR)):
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-        os.close(handle)
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, number)
+        os.close(fd)
     torch.set_num_threads(1)
-    faults = Faults(Path(folder), strikes)
+    faults = FaultInjector(Path(folder), injections)
     faults.install()
     try:
         code = gptforge.cli.main(list(args))
     finally:
         faults.is_over = True
-    # What a thread still writes is written before the process goes, as in the program itself.
+    # As in the program, threads complete their writes before the process exits.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -75,26 +73,26 @@ def run(folder: str, args: Sequence[str], strikes: Sequence[Strike]) -> None:
     sys.exit(code)
 
 
-class Faults:
-    """Counts changes of the disk below `folder`, and strikes."""
+class FaultInjector:
+    """Counts changes of the disk below `folder` and injects faults."""
 
-    def __init__(self, folder: Path, strikes: Sequence[Strike]) -> None:
+    def __init__(self, folder: Path, injections: Sequence[Injection]) -> None:
         self.folder = folder.resolve()
-        self.strikes = list(strikes)
+        self.injections = list(injections)
         self.count = 0
         self.is_over = False
         self._is_torn = False
         self._refused = 0
-        self._counting = threading.Lock()  # training and saving go on side by side
+        self._counting = threading.Lock()  # training and saving run in parallel
         self._busy = threading.local()
 
     def install(self) -> None:
-        """Begin to listen; for good, so only in a process that is made for it."""
+        """Install the hooks, which cannot be removed again."""
         real_fsync, real_open = os.fsync, io.open
 
-        def fsync(handle: Any) -> None:
+        def fsync(fd: Any) -> None:
             self.change()
-            real_fsync(handle)
+            real_fsync(fd)
 
         def opened(*args: Any, **kwargs: Any) -> Any:
             file = real_open(*args, **kwargs)
@@ -102,36 +100,38 @@ class Faults:
                 _tear(file)
             return file
 
-        for strike in self.strikes:
-            if strike.action == "limit":
-                signals.MIN_TRAIN_SECONDS = float(strike.detail)
-        in_evaluation = [strike for strike in self.strikes if strike.in_evaluation]
-        self.strikes = [s for s in self.strikes if not s.in_evaluation and s.action != "limit"]
+        for injection in self.injections:
+            if injection.action == "limit":
+                signals.MIN_TRAIN_SECONDS = float(injection.detail)
+        in_evaluation = [injection for injection in self.injections if injection.in_evaluation]
+        self.injections = [
+            i for i in self.injections if not i.in_evaluation and i.action != "limit"
+        ]
         if in_evaluation:
             _count_batches(in_evaluation)
         os.fsync = fsync  # type: ignore[assignment]
         io.open = builtins.open = opened
-        sys.addaudithook(self._heard)
+        sys.addaudithook(self._on_event)
 
     def change(self) -> None:
-        """The disk is about to be changed."""
+        """Called before each change of the disk."""
         if self.is_over or getattr(self._busy, "now", False):
             return
         with self._counting:
             self.count += 1
-            due = [strike for strike in self.strikes if strike.at <= self.count]
-            self.strikes = [strike for strike in self.strikes if strike not in due]
-        self._busy.now = True  # what a strike itself does to the disk does not count
+            due = [injection for injection in self.injections if injection.at <= self.count]
+            self.injections = [injection for injection in self.injections if injection not in due]
+        self._busy.now = True  # changes by an injection do not count
         try:
-            for strike in due:
-                if not self._strike(strike):
-                    self.strikes.append(strike)
+            for injection in due:
+                if not self._inject(injection):
+                    self.injections.append(injection)
         finally:
             self._busy.now = False
         if self._refused:
             raise OSError(self._refused, os.strerror(self._refused))
 
-    def _heard(self, event: str, args: tuple[Any, ...]) -> None:
+    def _on_event(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = args
             if isinstance(flags, int) and flags & WRITING and self._is_inside(path):
@@ -140,87 +140,87 @@ class Faults:
             self.change()
 
     def _is_inside(self, path: object) -> bool:
-        # Names relative to an open folder, as rmtree uses them, count as inside. Links are not
-        # followed: a link is the thing that is changed.
+        # Names relative to an open folder, as rmtree uses them, count as inside. A change of a
+        # link is a change of the link, not of its target.
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         return Path.cwd().joinpath(os.fsdecode(path)).is_relative_to(self.folder)
 
-    def _strike(self, strike: Strike) -> bool:
-        """Do it; False if it could not be done at this moment."""
-        match strike.action:
+    def _inject(self, injection: Injection) -> bool:
+        """Inject a fault; False if that is impossible at this moment."""
+        match injection.action:
             case "kill":
                 end_now()
             case "tear":
                 self._is_torn = True
             case "SIGTERM" | "SIGINT":
-                os.kill(os.getpid(), signal.Signals[strike.action])
+                os.kill(os.getpid(), signal.Signals[injection.action])
             case "fill":
-                fill(Path(strike.detail))
+                fill(Path(injection.detail))
             case "readonly":
                 # Refused while another thread has a file open for writing.
-                return remount(strike.detail, "ro")
+                return remount(injection.detail, "ro")
             case "refuse":
-                self._refused = int(getattr(errno, strike.detail))
+                self._refused = int(getattr(errno, injection.detail))
             case "clock" | "stall":
-                bend_clocks(strike.action)
+                distort_clocks(injection.action)
         return True
 
 
-def _count_batches(strikes: Sequence[Strike]) -> None:
-    """Send a signal, or kill, while the n-th batch of held-out text is on its way."""
+def _count_batches(injections: Sequence[Injection]) -> None:
+    """Send a signal, or kill, during the n-th batch of evaluations."""
     real_batch, count = ValEvaluator._batch, [0]
 
-    def batch(held_out: ValEvaluator, windows: Any) -> Any:
+    def batch(evaluator: ValEvaluator, sequences: Any) -> Any:
         count[0] += 1
-        for strike in strikes:
-            if strike.at == count[0]:
-                if strike.action == "kill":
+        for injection in injections:
+            if injection.at == count[0]:
+                if injection.action == "kill":
                     end_now()
-                os.kill(os.getpid(), signal.Signals[strike.action])
-        return real_batch(held_out, windows)
+                os.kill(os.getpid(), signal.Signals[injection.action])
+        return real_batch(evaluator, sequences)
 
     ValEvaluator._batch = batch  # type: ignore[method-assign]
 
 
 def end_now() -> None:
-    """Die here, with no chance to do anything. Windows has only one such end."""
+    """End this process without cleanup; Windows has only one such signal."""
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def fill(folder: Path) -> None:
-    """Leave no byte free."""
-    handle = os.open(folder / BALLAST, os.O_WRONLY | os.O_CREAT)
+    """Fill the disk to the last byte."""
+    fd = os.open(folder / BALLAST, os.O_WRONLY | os.O_CREAT)
     size = 2**20
     while size:
         try:
-            os.write(handle, b"\0" * size)
+            os.write(fd, b"\0" * size)
         except OSError:
             size //= 2
-    os.close(handle)
+    os.close(fd)
 
 
 def remount(mount: str, options: str) -> bool:
-    """Change a mount's options; whether the system agreed."""
+    """Change the options of a mount; whether that succeeded."""
     command = ["mount", "-o", f"remount,{options}", mount]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def bend_clocks(how: str) -> None:
+def distort_clocks(how: str) -> None:
     """Set all clocks back by hours, or stop them."""
     for name in ("time", "monotonic", "perf_counter"):
         real = getattr(time, name)
         now = real()
-        bent = (lambda now=now: now) if how == "stall" else (lambda real=real: real() - HOURS)
-        setattr(time, name, bent)
+        distorted = (lambda now=now: now) if how == "stall" else (lambda real=real: real() - HOURS)
+        setattr(time, name, distorted)
 
 
 def _tear(file: Any) -> None:
     write = file.write
 
-    def half(data: Any) -> None:
+    def write_half(data: Any) -> None:
         write(data[: len(data) // 2])
         file.flush()
         end_now()
 
-    file.write = half
+    file.write = write_half

@@ -1,6 +1,6 @@
-"""The faults. Each makes one run go wrong in one way, has it finished, and returns the complaints.
+"""The faults: each function injects one kind into a run, has it finished, and returns the case.
 
-A function takes the bench and a seeded random generator, so a round can be had again by its seed.
+Rounds are reproducible by the seed of the random generator.
 """
 
 import os
@@ -15,184 +15,184 @@ from pathlib import Path
 
 from gptforge import files
 from gptforge.checkpoint.store import CHECKPOINT_FILES, MANIFEST
-from tests.faults.case import Case, one_error_line
-from tests.faults.child import BALLAST, Strike, remount
-from tests.faults.harness import BATCHES, Bench, can_mount, send
+from tests.faults.case import Case, expect_one_error_line
+from tests.faults.child import BALLAST, Injection, remount
+from tests.faults.harness import BATCHES, Harness, mount_problem, send
 
-Fault = Callable[[Bench, random.Random], Case]
+Fault = Callable[[Harness, random.Random], Case]
 
-CHECKPOINT_FILES = (*CHECKPOINT_FILES, MANIFEST)
-SPOILERS = ("flip", "cut", "empty", "delete")
-POINTER_SPOILERS = ("missing", "dangling", "garbage", "folder")
+ALL_FILES = (*CHECKPOINT_FILES, MANIFEST)
+CORRUPTIONS = ("flip", "cut", "empty", "delete")
+LINK_CORRUPTIONS = ("missing", "dangling", "garbage", "folder")
 FINAL = 30
-"""Changes of the disk from the last save on, about."""
+"""Approximate number of changes of the disk after the last save started."""
 REFUSALS = ("ENOSPC", "EIO", "EACCES", "EROFS")
 
 
-def kill_at_operation(bench: Bench, dice: random.Random) -> Case:
+def kill_at_operation(harness: Harness, rng: random.Random) -> Case:
     """Kill -9 between two changes of the disk; sometimes the restart is killed as well."""
-    case = bench.case()
-    for _ in range(dice.choice((1, 1, 2, 3))):
-        if bench.go(case, Strike(_operation(bench, dice), "kill")).code == 0:
+    case = harness.case()
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        if harness.go(case, Injection(_operation(harness, rng), "kill")).code == 0:
             break
-    bench.finish(case)
+    harness.finish(case)
     return case
 
 
-def kill_in_a_write(bench: Bench, dice: random.Random) -> Case:
+def kill_in_a_write(harness: Harness, rng: random.Random) -> Case:
     """Kill -9 when half of a file's bytes are written."""
-    case = bench.case()
-    bench.go(case, Strike(_operation(bench, dice), "tear"))
-    bench.finish(case, torn_end_is_fine=True)
+    case = harness.case()
+    harness.go(case, Injection(_operation(harness, rng), "tear"))
+    harness.finish(case, allow_torn_end=True)
     return case
 
 
-def kill_any_time(bench: Bench, dice: random.Random) -> Case:
+def kill_any_time(harness: Harness, rng: random.Random) -> Case:
     """Kill -9 from outside, whatever the program is doing."""
-    case = bench.case()
-    process = bench.start(case)
-    process.join(dice.uniform(0, bench.reference.seconds))
+    case = harness.case()
+    process = harness.start(case)
+    process.join(rng.uniform(0, harness.reference.seconds))
     process.kill()
-    bench.wait(case, process)
-    bench.finish(case, torn_end_is_fine=True)
+    harness.wait(case, process)
+    harness.finish(case, allow_torn_end=True)
     return case
 
 
-def stop_signal(bench: Bench, dice: random.Random) -> Case:
+def stop_signal(harness: Harness, rng: random.Random) -> Case:
     """SIGTERM or SIGINT, once or twice, at a change of the disk or at any moment."""
-    case = bench.case()
-    number = dice.choice((signal.SIGTERM, signal.SIGINT))
-    times = dice.choice((1, 2))
-    if dice.random() < 0.5:
-        at = _operation(bench, dice)
-        later = at + dice.randrange(1, 30)
-        ended = bench.go(case, *(Strike(n, number.name) for n in (at, later)[:times]))
+    case = harness.case()
+    number = rng.choice((signal.SIGTERM, signal.SIGINT))
+    times = rng.choice((1, 2))
+    if rng.random() < 0.5:
+        at = _operation(harness, rng)
+        later = at + rng.randrange(1, 30)
+        result = harness.go(case, *(Injection(n, number.name) for n in (at, later)[:times]))
     else:
-        process = bench.start(case)
-        # Not in the first moments: a process that is only being made has no manners yet.
-        process.join(dice.uniform(0.1, bench.reference.seconds))
+        process = harness.start(case)
+        # Not in the first moments, before the process has installed its signal handlers.
+        process.join(rng.uniform(0.1, harness.reference.seconds))
         for _ in range(times):
             send(process, number)
-            process.join(dice.uniform(0, 0.05))
-        ended = bench.wait(case, process)
-    if ended.code not in (0, 128 + number):
-        case.complain("rough", f"{number.name} x{times}: exit {ended.code}")
-    bench.finish(case, torn_end_is_fine=times == 2)
+            process.join(rng.uniform(0, 0.05))
+        result = harness.wait(case, process)
+    if result.code not in (0, 128 + number):
+        case.report("rough", f"{number.name} x{times}: exit {result.code}")
+    harness.finish(case, allow_torn_end=times == 2)
     return case
 
 
-def stop_in_evaluation(bench: Bench, dice: random.Random) -> Case:
-    """SIGTERM, SIGINT or kill -9 while held-out text is evaluated, in several sessions in a row."""
-    case = bench.case()
-    for _ in range(dice.randrange(1, 9)):
-        action = dice.choice(("SIGTERM", "SIGTERM", "SIGINT", "kill"))
-        at = dice.randrange(1, 2 * BATCHES)
-        ended = bench.go(case, Strike(at, action, in_evaluation=True))
-        wanted = signal.SIGKILL if action == "kill" else signal.Signals[action]
-        if ended.code not in (0, 128 + wanted):
-            case.complain("rough", f"{action} in an evaluation: exit {ended.code}")
-    bench.finish(case, torn_end_is_fine=True)
+def stop_in_evaluation(harness: Harness, rng: random.Random) -> Case:
+    """SIGTERM, SIGINT or kill -9 during evaluations, in several sessions in a row."""
+    case = harness.case()
+    for _ in range(rng.randrange(1, 9)):
+        action = rng.choice(("SIGTERM", "SIGTERM", "SIGINT", "kill"))
+        at = rng.randrange(1, 2 * BATCHES)
+        result = harness.go(case, Injection(at, action, in_evaluation=True))
+        expected = signal.SIGKILL if action == "kill" else signal.Signals[action]
+        if result.code not in (0, 128 + expected):
+            case.report("rough", f"{action} in an evaluation: exit {result.code}")
+    harness.finish(case, allow_torn_end=True)
     return case
 
 
-def short_time_limit(bench: Bench, dice: random.Random) -> Case:
+def short_time_limit(harness: Harness, rng: random.Random) -> Case:
     """Sessions of a few hundredths of a second each, until the run is finished."""
-    case = bench.case()
+    case = harness.case()
     for _ in range(100):
-        limit = Strike(0, "limit", str(dice.choice((0.0, 0.05, 0.2))))
-        ended = bench.go(case, limit, more=("--time_limit", "0.0001"))
-        if ended.code:
-            case.complain("lost", f"a short session ends with exit {ended.code}: {ended.err}")
+        limit = Injection(0, "limit", str(rng.choice((0.0, 0.05, 0.2))))
+        result = harness.go(case, limit, more=("--time_limit", "0.0001"))
+        if result.code:
+            case.report("lost", f"a short session ends with exit {result.code}: {result.err}")
             break
-        if "time limit of" not in ended.out:
+        if "time limit of" not in result.out:
             break
     else:
-        case.complain("lost", "100 short sessions did not finish the run")
-    bench.finish(case)
+        case.report("lost", "100 short sessions did not finish the run")
+    harness.finish(case)
     return case
 
 
-def disk_full(bench: Bench, dice: random.Random) -> Case:
-    """A small disk fills up, to the last byte, in the middle of something; then there is room."""
-    case = bench.case()
+def disk_full(harness: Harness, rng: random.Random) -> Case:
+    """A small disk fills up to the last byte; then there is room again."""
+    case = harness.case()
     with _tmpfs(case, "24m"):
-        ended = bench.go(case, Strike(_operation(bench, dice), "fill", str(case.disk)))
-        if ended.code:  # the last operations need no room
-            one_error_line(case, ended, 1)
-            # Still full: it says so again, and loses nothing by it.
-            one_error_line(case, bench.go(case), 1)
-        if dice.random() < 0.5:
+        result = harness.go(case, Injection(_operation(harness, rng), "fill", str(case.disk)))
+        if result.code:  # the last operations need no room
+            expect_one_error_line(case, result, 1)
+            # Still full: the error is the same, and nothing is lost.
+            expect_one_error_line(case, harness.go(case), 1)
+        if rng.random() < 0.5:
             remount(str(case.disk), "size=64m")
         else:
             (case.disk / BALLAST).unlink(missing_ok=True)
-        bench.finish(case)
+        harness.finish(case)
     return case
 
 
-def disk_too_small(bench: Bench, dice: random.Random) -> Case:
-    """A disk with room for a few checkpoints only; then it grows."""
-    case = bench.case()
-    with _tmpfs(case, f"{dice.randrange(8600, 10500)}k"):
-        one_error_line(case, bench.go(case), 1)
+def disk_too_small(harness: Harness, rng: random.Random) -> Case:
+    """A disk has room for only a few checkpoints; then it grows."""
+    case = harness.case()
+    with _tmpfs(case, f"{rng.randrange(8600, 10500)}k"):
+        expect_one_error_line(case, harness.go(case), 1)
         remount(str(case.disk), "size=64m")
-        bench.finish(case)
+        harness.finish(case)
     return case
 
 
-def becomes_unwritable(bench: Bench, dice: random.Random) -> Case:
-    """The file system turns read-only, from the start or in the middle; then it is well again."""
-    case = bench.case()
+def becomes_unwritable(harness: Harness, rng: random.Random) -> Case:
+    """The file system turns read-only, at the start or later; then it is writable again."""
+    case = harness.case()
     with _tmpfs(case, "64m"):
-        if dice.random() < 0.25:
+        if rng.random() < 0.25:
             remount(str(case.disk), "ro")
-        ended = bench.go(case, Strike(_operation(bench, dice), "readonly", str(case.disk)))
-        if ended.code:
-            one_error_line(case, ended, 1, 2)
-            one_error_line(case, bench.go(case), 1, 2)
+        result = harness.go(case, Injection(_operation(harness, rng), "readonly", str(case.disk)))
+        if result.code:
+            expect_one_error_line(case, result, 1, 2)
+            expect_one_error_line(case, harness.go(case), 1, 2)
         remount(str(case.disk), "rw")
-        bench.finish(case)
+        harness.finish(case)
     return case
 
 
-def refused(bench: Bench, dice: random.Random) -> Case:
-    """Every change of the disk is refused from some moment on; needs no mount and no root."""
-    case = bench.case()
-    error = dice.choice(REFUSALS)
-    ended = bench.go(case, Strike(_operation(bench, dice), "refuse", error))
-    if ended.code:
-        one_error_line(case, ended, 1, 2)
-    bench.finish(case)
+def refused(harness: Harness, rng: random.Random) -> Case:
+    """All changes of the disk are refused from some moment on; needs no mount and no root."""
+    case = harness.case()
+    error = rng.choice(REFUSALS)
+    result = harness.go(case, Injection(_operation(harness, rng), "refuse", error))
+    if result.code:
+        expect_one_error_line(case, result, 1, 2)
+    harness.finish(case)
     return case
 
 
-def damaged_checkpoint(bench: Bench, dice: random.Random) -> Case:
-    """A file of the newest checkpoint is changed, cut, emptied or gone."""
-    return damage_one(bench, dice, dice.choice(CHECKPOINT_FILES), dice.choice(SPOILERS))
+def corrupt_checkpoint(harness: Harness, rng: random.Random) -> Case:
+    """A file of the latest checkpoint is changed, cut, emptied or deleted."""
+    return corrupt_file(harness, rng, rng.choice(ALL_FILES), rng.choice(CORRUPTIONS))
 
 
-def damage_one(bench: Bench, dice: random.Random, name: str, how: str) -> Case:
-    """Spoil one file of the newest checkpoint of a run that was cut short."""
-    case = bench.halfway()
-    newest = case.newest()
-    spoil(case.store.checkpoints()[-1] / name, how, dice)
-    if case.newest() == newest:
-        case.complain("rough", f"{name}, {how}: the damage is not noticed")
-    ended = bench.finish(case, is_damaged=True)
-    if f"step-{newest:06d} is damaged" not in ended.out:
-        case.complain("rough", f"{name}, {how}: no warning")
-    if not list(case.store.folder.glob(f"step-{newest:06d}.damaged-*")):
-        case.complain("lost", f"{name}, {how}: not set aside")
+def corrupt_file(harness: Harness, rng: random.Random, name: str, how: str) -> Case:
+    """Corrupt one file of the latest checkpoint of an interrupted run."""
+    case = harness.halfway()
+    latest = case.latest_step()
+    corrupt(case.store.checkpoints()[-1] / name, how, rng)
+    if case.latest_step() == latest:
+        case.report("rough", f"{name}, {how}: the corruption is not noticed")
+    result = harness.finish(case, is_corrupt=True)
+    if f"step-{latest:06d} is damaged" not in result.out:
+        case.report("rough", f"{name}, {how}: no warning")
+    if not list(case.store.folder.glob(f"step-{latest:06d}.damaged-*")):
+        case.report("lost", f"{name}, {how}: not renamed")
     return case
 
 
-def damaged_pointer(bench: Bench, dice: random.Random) -> Case:
-    """`best` or `last` is missing, or leads nowhere, or is something else."""
-    return damage_pointer(bench, dice.choice(("best", "last")), dice.choice(POINTER_SPOILERS))
+def broken_link(harness: Harness, rng: random.Random) -> Case:
+    """`best` or `last` is missing, dangling or something else."""
+    return corrupt_link(harness, rng.choice(("best", "last")), rng.choice(LINK_CORRUPTIONS))
 
 
-def damage_pointer(bench: Bench, which: str, how: str) -> Case:
-    """Spoil one pointer of a run that was cut short."""
-    case = bench.halfway()
+def corrupt_link(harness: Harness, which: str, how: str) -> Case:
+    """Break one link of an interrupted run."""
+    case = harness.halfway()
     link = case.store.folder / which
     link.unlink()
     match how:
@@ -203,18 +203,18 @@ def damage_pointer(bench: Bench, which: str, how: str) -> Case:
         case "folder":
             link.mkdir()
             (link / "something").write_text("x", encoding="utf-8")
-    bench.finish(case)
+    harness.finish(case)
     return case
 
 
-def damaged_log(bench: Bench, dice: random.Random) -> Case:
-    """The logs are gone, or end in half a line."""
-    return damage_log(bench, dice.choice(("delete", "half a line more", "half a line less")))
+def corrupt_log(harness: Harness, rng: random.Random) -> Case:
+    """The logs are missing or end in half a line."""
+    return corrupt_log_in(harness, rng.choice(("delete", "half a line more", "half a line less")))
 
 
-def damage_log(bench: Bench, how: str) -> Case:
-    """Spoil the logs of a run that was cut short."""
-    case = bench.halfway()
+def corrupt_log_in(harness: Harness, how: str) -> Case:
+    """Corrupt the logs of an interrupted run."""
+    case = harness.halfway()
     for name in ("metrics.jsonl", "log.md"):
         path = case.run / name
         if how == "delete":
@@ -223,44 +223,44 @@ def damage_log(bench: Bench, how: str) -> Case:
             with path.open("ab") as file:
                 file.write(b'{"event": "train", "st')
         else:
-            # As power loss leaves it: shorter than it was when the checkpoint was made.
+            # As after a power loss: shorter than when the checkpoint was saved.
             path.write_bytes(path.read_bytes()[:-1500])
-    bench.finish(case, logs_whole=how == "half a line more")
+    harness.finish(case, logs_intact=how == "half a line more")
     return case
 
 
-def clock_jumps(bench: Bench, dice: random.Random) -> Case:
-    """All clocks jump back by hours, or stand still, from some moment on."""
-    case = bench.case()
-    ended = bench.go(case, Strike(_operation(bench, dice), dice.choice(("clock", "stall"))))
-    if ended.code:
-        case.complain("lost", f"exit {ended.code}: {ended.err.strip()[-200:]}")
-    bench.finish(case)
+def clock_jumps(harness: Harness, rng: random.Random) -> Case:
+    """All clocks jump back by hours, or stop, at some moment."""
+    case = harness.case()
+    result = harness.go(case, Injection(_operation(harness, rng), rng.choice(("clock", "stall"))))
+    if result.code:
+        case.report("lost", f"exit {result.code}: {result.err.strip()[-200:]}")
+    harness.finish(case)
     return case
 
 
-def spoil(path: Path, how: str, dice: random.Random) -> None:
-    """Do to a file what disks do."""
+def corrupt(path: Path, how: str, rng: random.Random) -> None:
+    """Corrupt a file as disks do."""
     data = bytearray(path.read_bytes())
     match how:
         case "delete":
             path.unlink()
             return
         case "flip":
-            data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         case "cut":
-            del data[dice.randrange(1, len(data)) :]
+            del data[rng.randrange(1, len(data)) :]
         case "empty":
             data.clear()
     path.write_bytes(data)
 
 
-def why_not(fault: Fault) -> str | None:
-    """Why a fault cannot be had on this machine, or None."""
+def unavailable_reason(fault: Fault) -> str | None:
+    """Why a fault cannot be injected on this machine, or None."""
     if fault in (stop_signal, stop_in_evaluation) and os.name == "nt":
         return "Windows has no such signals"
     needs_mount = fault in (disk_full, disk_too_small, becomes_unwritable)
-    return can_mount() if needs_mount else None
+    return mount_problem() if needs_mount else None
 
 
 FAULTS: dict[str, Fault] = {
@@ -276,35 +276,35 @@ FAULTS: dict[str, Fault] = {
         disk_too_small,
         becomes_unwritable,
         refused,
-        damaged_checkpoint,
-        damaged_pointer,
-        damaged_log,
+        corrupt_checkpoint,
+        broken_link,
+        corrupt_log,
         clock_jumps,
     )
 }
 
 
-def _operation(bench: Bench, dice: random.Random) -> int:
-    """Any change of the disk; more often one of the last, where a run is all but finished."""
-    last = bench.reference.operations
-    return dice.randint(last - FINAL if dice.random() < 0.2 else 1, last)
+def _operation(harness: Harness, rng: random.Random) -> int:
+    """A random change of the disk, more often one of the last ones."""
+    last = harness.reference.operations
+    return rng.randint(last - FINAL if rng.random() < 0.2 else 1, last)
 
 
 @contextmanager
 def _tmpfs(case: Case, size: str) -> Iterator[None]:
-    """A disk of its own for a case; unmounted whatever happens."""
+    """Mount a separate disk for a case."""
     folder = case.disk
     options = ["-t", "tmpfs", "-o", f"size={size}", "gptforge-faults", str(folder)]
     subprocess.run(["mount", *options], check=True)
     try:
         yield
     finally:
-        # Lazily, if a process that is about to end still holds it.
+        # Lazily, if a process that is about to end still uses it.
         if subprocess.run(["umount", str(folder)], capture_output=True).returncode:
             time.sleep(0.2)
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def clean(case: Case) -> None:
-    """Free the space of a case that is done with."""
+    """Delete the files of a case."""
     shutil.rmtree(case.folder, ignore_errors=True)

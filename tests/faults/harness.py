@@ -1,8 +1,7 @@
-"""A tiny run, faults, and the question whether the run ended as if there had been none.
+"""Injects faults into a tiny run and checks that it ends as an uninterrupted one.
 
-Used by faults.py. Each start of the program is a process of its own. Where the system can fork, it
-is forked from a server that has imported torch already: a start then costs a few hundredths of a
-second, not seconds. Elsewhere the same code starts fresh processes.
+Each start of the program is a process, forked where possible from a server that has imported torch,
+which takes hundredths of a second instead of seconds.
 """
 
 import multiprocessing
@@ -24,37 +23,37 @@ from tests.faults.case import (
     SAVE_EVERY,
     STEPS,
     Case,
-    Ended,
-    announced,
-    culprit,
+    ProcessResult,
     evaluations_of,
     hashes_of,
-    log_faults,
-    pointers_of,
+    latest_announced_save,
+    links_of,
+    log_problems,
+    traceback_origin,
 )
-from tests.faults.child import ERR, OPERATIONS, OUT, Strike, run
+from tests.faults.child import ERR, OPERATIONS, OUT, Injection, run
 
-HANGS_AFTER = 120.0
+HANG_SECONDS = 120.0
 BATCHES = 6
-"""About so many make one evaluation: stops are aimed at the first two."""
+"""Approximate number per evaluation; stops are aimed at the first two evaluations."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What an undisturbed run comes to."""
+    """Results of an uninterrupted run."""
 
     hashes: dict[str, str]
-    pointers: dict[str, str | None]
+    links: dict[str, str | None]
     evaluations: list[object]
     operations: int
     seconds: float
 
 
-class Bench:
-    """Starts programs, and compares what they come to with an undisturbed run.
+class Harness:
+    """Starts the program and compares its results with an uninterrupted run.
 
     Args:
-        folder: for everything.
+        folder: holds all cases.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +70,7 @@ class Bench:
         self.text.write_text(_play(), encoding="utf-8", newline="\n")
         self._numbers = 0
         self._halfway: Case | None = None
-        self.reference = self._undisturbed()
+        self.reference = self._run_reference()
 
     @property
     def args(self) -> list[str]:
@@ -85,7 +84,7 @@ class Bench:
             "max_steps": STEPS,
             "save_every": SAVE_EVERY,
             "eval_every": EVAL_EVERY,
-            "keep": KEEP,
+            "keep_checkpoints": KEEP,
             "sample_every": 20,
             "dropout": 0.1,
             "max_lr": 0.03,
@@ -95,121 +94,121 @@ class Bench:
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
     def case(self) -> Case:
-        """A place for a new run."""
+        """A case for a new run."""
         self._numbers += 1
         folder = self.folder / f"case-{self._numbers}"
         (folder / "disk").mkdir(parents=True)
         return Case(folder)
 
     def copy(self, case: Case) -> Case:
-        """The same run once more, to be damaged in another way."""
+        """A copy of a run, to be corrupted in another way."""
         other = self.case()
         shutil.copytree(case.folder, other.folder, symlinks=True, dirs_exist_ok=True)
         return other
 
-    def start(self, case: Case, *strikes: Strike, more: Sequence[str] = ()) -> BaseProcess:
-        """Start the program, to be struck, with flags added; come back at once."""
-        arguments = (str(case.folder), [*self.args, *more], strikes)
+    def start(self, case: Case, *faults: Injection, more: Sequence[str] = ()) -> BaseProcess:
+        """Start the program with faults and additional flags."""
+        arguments = (str(case.folder), [*self.args, *more], faults)
         process = self._context.Process(target=run, args=arguments)  # type: ignore[attr-defined]
         process.start()
         assert isinstance(process, BaseProcess)
         return process
 
-    def wait(self, case: Case, process: BaseProcess) -> Ended:
-        """Come back when the process has ended; one that hangs is killed, and complained of."""
-        process.join(HANGS_AFTER)
+    def wait(self, case: Case, process: BaseProcess) -> ProcessResult:
+        """Wait for the process; one that hangs is killed and reported."""
+        process.join(HANG_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()
-            case.complain("lost", f"hung for {HANGS_AFTER:.0f} s")
+            case.report("lost", f"hung for {HANG_SECONDS:.0f} s")
         code = process.exitcode
         assert code is not None
-        said = [(case.folder / name).read_text(encoding="utf-8") for name in (OUT, ERR)]
-        ended = Ended(code if code >= 0 else 128 - code, *said)
-        if "Traceback" in ended.err:
-            case.complain("rough", f"traceback: {culprit(ended.err)}")
-        return ended
+        output = [(case.folder / name).read_text(encoding="utf-8") for name in (OUT, ERR)]
+        result = ProcessResult(code if code >= 0 else 128 - code, *output)
+        if "Traceback" in result.err:
+            case.report("rough", f"traceback: {traceback_origin(result.err)}")
+        return result
 
-    def go(self, case: Case, *strikes: Strike, more: Sequence[str] = ()) -> Ended:
-        """Start the program and wait for its end."""
-        return self.wait(case, self.start(case, *strikes, more=more))
+    def go(self, case: Case, *faults: Injection, more: Sequence[str] = ()) -> ProcessResult:
+        """Start the program and wait for it."""
+        return self.wait(case, self.start(case, *faults, more=more))
 
     def finish(
         self,
         case: Case,
         *,
-        logs_whole: bool = True,
-        torn_end_is_fine: bool = False,
-        is_damaged: bool = False,
-    ) -> Ended:
-        """Start the same command once more, which must finish the run; then compare.
+        logs_intact: bool = True,
+        allow_torn_end: bool = False,
+        is_corrupt: bool = False,
+    ) -> ProcessResult:
+        """Start the same command again, which must finish the run, and compare the results.
 
         Args:
             case: the run.
-            logs_whole: whether the metrics must be those of an undisturbed run.
-            torn_end_is_fine: half a line may stand at the end: a finished run is not written to.
-            is_damaged: what was saved last is gone, by intent.
+            logs_intact: whether the metrics must equal those of an uninterrupted run.
+            allow_torn_end: whether they may end in half a line, as a finished run writes no more.
+            is_corrupt: whether the latest checkpoint was corrupted on purpose.
         """
-        before, promised = case.newest(), announced(case.run)
-        if before < promised and not is_damaged:
-            case.complain("lost", f"step {promised} was saved, step {before} is there")
-        ended = self.go(case)
-        if ended.code:
-            said = ended.err.strip()[-300:]
-            case.complain("lost", f"does not go on from step {before}, exit {ended.code}: {said}")
-            return ended
-        self._check_start(case, ended, before)
+        before, promised = case.latest_step(), latest_announced_save(case.run)
+        if before < promised and not is_corrupt:
+            case.report("lost", f"step {promised} was saved, step {before} was found")
+        result = self.go(case)
+        if result.code:
+            error = result.err.strip()[-300:]
+            case.report("lost", f"does not resume from step {before}, exit {result.code}: {error}")
+            return result
+        self._check_start(case, result, before)
         self._compare(case)
-        if logs_whole:
+        if logs_intact:
             path = case.run / "metrics.jsonl"
-            for what in log_faults(path, torn_end_is_fine=torn_end_is_fine and before == STEPS):
-                case.complain("rough", what)
+            for what in log_problems(path, allow_torn_end=allow_torn_end and before == STEPS):
+                case.report("rough", what)
             if evaluations_of(case) != self.reference.evaluations:
-                case.complain("differs", f"evaluations or samples: {evaluations_of(case)}")
-        return ended
+                case.report("differs", f"evaluations or samples: {evaluations_of(case)}")
+        return result
 
     def halfway(self) -> Case:
-        """A run that was killed with several checkpoints behind it: the same one each time."""
+        """A copy of a run that was killed after several checkpoints."""
         if self._halfway is None:
             case = self.case()
-            # In the second half: best, last and two others are there.
-            self.go(case, Strike(int(0.7 * self.reference.operations), "kill"))
+            # In the second half, where best, last and two others exist.
+            self.go(case, Injection(int(0.7 * self.reference.operations), "kill"))
             assert len(case.store.checkpoints()) > 2, "too few checkpoints"
             self._halfway = case
         return self.copy(self._halfway)
 
     def _compare(self, case: Case) -> None:
-        """Complain of all that an undisturbed run would have left otherwise."""
-        hashes, pointers = hashes_of(case), pointers_of(case)
+        """Report all differences from an uninterrupted run."""
+        hashes, links = hashes_of(case), links_of(case)
         for name, value in self.reference.hashes.items():
             if hashes.get(name) != value:
-                case.complain("differs", f"{name} of the last checkpoint")
-        if pointers != self.reference.pointers:
-            case.complain("lost", f"pointers {pointers}, not {self.reference.pointers}")
+                case.report("differs", f"{name} of the last checkpoint")
+        if links != self.reference.links:
+            case.report("lost", f"links {links}, not {self.reference.links}")
         for path in case.store.checkpoints():
             if reason := find_corruption(path):
-                case.complain("lost", f"{path.name} was left damaged: {reason}")
+                case.report("lost", f"{path.name} was left damaged: {reason}")
         left = [
             path.relative_to(case.run).as_posix()
             for pattern in (".*partial*", "*.replaced", "step-*.old-*", "*.diverged-*")
             for path in case.run.rglob(pattern)
         ]
         if left:
-            case.complain("rough", f"left behind: {', '.join(left)}")
+            case.report("rough", f"left behind: {', '.join(left)}")
 
-    def _check_start(self, case: Case, ended: Ended, before: int) -> None:
-        going_on = f"Resuming from step-{before:06d}: step {before} of {STEPS}"
+    def _check_start(self, case: Case, result: ProcessResult, before: int) -> None:
+        resuming = f"Resuming from step-{before:06d}: step {before} of {STEPS}"
         if before == STEPS:
-            # Behind the last save only the log's end may be missing: it is made up for.
-            wanted = ["is finished", going_on]
+            # After the last save only the end of the logs may be missing, which is then written.
+            expected = ["is finished", resuming]
         else:
-            wanted = [going_on] if before else ["Starting training..."]
-        if not any(words in ended.out for words in wanted):
-            case.complain("lost", f"did not say '{wanted[0]}'")
+            expected = [resuming] if before else ["Starting training..."]
+        if not any(line in result.out for line in expected):
+            case.report("lost", f"did not print '{expected[0]}'")
 
-    def _undisturbed(self) -> Reference:
+    def _run_reference(self) -> Reference:
         case = self.case()
-        # The server finds this package wherever it was started from.
+        # So that the fork server finds this package.
         before = os.environ.get("PYTHONPATH")
         root = str(Path(__file__).parents[2])
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, before)))
@@ -224,31 +223,31 @@ class Bench:
         begin = time.perf_counter()
         self.go(second)
         seconds = time.perf_counter() - begin
-        assert hashes_of(case) == hashes_of(second), "two undisturbed runs differ"
+        assert hashes_of(case) == hashes_of(second), "two uninterrupted runs differ"
         operations = int((second.folder / OPERATIONS).read_text(encoding="utf-8"))
-        assert not log_faults(case.run / "metrics.jsonl")
-        pointers, evaluations = pointers_of(case), evaluations_of(case)
-        return Reference(hashes_of(case), pointers, evaluations, operations, seconds)
+        assert not log_problems(case.run / "metrics.jsonl")
+        links, evaluations = links_of(case), evaluations_of(case)
+        return Reference(hashes_of(case), links, evaluations, operations, seconds)
 
 
 def send(process: BaseProcess, number: signal.Signals) -> None:
-    """A signal, if there is still somebody to hear it."""
+    """Send a signal if the process is still alive."""
     if process.is_alive() and process.pid is not None:
         os.kill(process.pid, number)
 
 
-def can_mount() -> str | None:
-    """Why no file system can be mounted here, or None."""
+def mount_problem() -> str | None:
+    """Why no file system can be mounted, or None."""
     if not sys.platform.startswith("linux"):
-        return "tmpfs mounts are Linux's"
+        return "tmpfs mounts need Linux"
     return None if os.geteuid() == 0 else "mounting a file system needs root"
 
 
 def _play() -> str:
-    """A small text whose end, held out, is soon learned as well as it can be: best is not last."""
-    learned = [
+    """A text whose held-out end soon stops improving, so that best is not last."""
+    train = [
         f"{'ROMEO' if i % 2 else 'JULIET'}:\nWhat light is {i * 7 % 41} in yonder window?\n\n"
         for i in range(60)
     ]
-    held_out = "".join(learned)[:330][::-1].replace("wodniw", "EJTMUO")
-    return "".join(learned) + held_out
+    val = "".join(train)[:330][::-1].replace("wodniw", "EJTMUO")
+    return "".join(train) + val

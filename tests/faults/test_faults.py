@@ -1,4 +1,4 @@
-"""Each fault once or a few times, the same ones every time.
+"""Each fault once or a few times, always the same ones.
 
 python -m pytest tests/faults -n 0
 """
@@ -9,82 +9,84 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.case import Case, one_error_line
-from tests.faults.child import Strike
+from tests.faults.case import Case, expect_one_error_line
+from tests.faults.child import Injection
 from tests.faults.faults import (
-    CHECKPOINT_FILES,
+    ALL_FILES,
+    CORRUPTIONS,
     FAULTS,
-    POINTER_SPOILERS,
-    SPOILERS,
+    LINK_CORRUPTIONS,
     clean,
-    damage_log,
-    damage_one,
-    damage_pointer,
-    why_not,
+    corrupt_file,
+    corrupt_link,
+    corrupt_log_in,
+    unavailable_reason,
 )
-from tests.faults.harness import Bench
+from tests.faults.harness import Harness
 
-ONCE = [name for name in FAULTS if not name.startswith(("damaged", "clock", "kill_at"))]
-# Every file once, in every way, without trying all pairs: those are for the longer rounds.
-FILE_DAMAGE = [(name, SPOILERS[i % 4]) for i, name in enumerate(CHECKPOINT_FILES)]
+RUN_ONCE = [
+    name for name in FAULTS if not name.startswith(("corrupt", "broken", "clock", "kill_at"))
+]
+# Every file and every way once; all pairs are left to longer rounds.
+FILE_CORRUPTIONS = [(name, CORRUPTIONS[i % 4]) for i, name in enumerate(ALL_FILES)]
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    yield Bench(Path(tmp_path_factory.mktemp("faults")))
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    yield Harness(Path(tmp_path_factory.mktemp("faults")))
 
 
-def expect_well(case: Case) -> None:
-    said = [f"{complaint.kind}: {complaint.what}" for complaint in case.complaints]
+def expect_no_violations(case: Case) -> None:
+    violations = [f"{violation.kind}: {violation.what}" for violation in case.violations]
     clean(case)
-    assert said == []
+    assert violations == []
 
 
-@pytest.mark.parametrize("name", ONCE)
-def test_the_run_ends_as_if_nothing_had_happened(bench, name) -> None:
-    if reason := why_not(FAULTS[name]):
+@pytest.mark.parametrize("name", RUN_ONCE)
+def test_run_ends_as_if_nothing_had_happened(harness, name) -> None:
+    if reason := unavailable_reason(FAULTS[name]):
         pytest.skip(reason)
-    expect_well(FAULTS[name](bench, random.Random(1)))
+    expect_no_violations(FAULTS[name](harness, random.Random(1)))
 
 
-# Early, where nothing is saved; in the saves; from the end, where the run is all but finished.
+# Before the first save; during saves; counted from the end, where the run is nearly finished.
 @pytest.mark.parametrize("at", [4, 70, 200, -21, -17, -12, -4])
-def test_kill_between_two_changes_of_the_disk(bench, at) -> None:
-    case = bench.case()
-    number = at if at > 0 else bench.reference.operations + at
-    assert bench.go(case, Strike(number, "kill")).code != 0
-    bench.finish(case)
-    expect_well(case)
+def test_kill_between_two_changes_of_the_disk(harness, at) -> None:
+    case = harness.case()
+    number = at if at > 0 else harness.reference.operations + at
+    assert harness.go(case, Injection(number, "kill")).code != 0
+    harness.finish(case)
+    expect_no_violations(case)
 
 
-@pytest.mark.parametrize(("name", "how"), FILE_DAMAGE)
-def test_a_damaged_file_is_noticed_and_the_checkpoint_before_it_taken(bench, name, how) -> None:
-    expect_well(damage_one(bench, random.Random(2), name, how))
+@pytest.mark.parametrize(("name", "how"), FILE_CORRUPTIONS)
+def test_corrupt_file_is_noticed_and_the_previous_checkpoint_used(harness, name, how) -> None:
+    expect_no_violations(corrupt_file(harness, random.Random(2), name, how))
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-@pytest.mark.parametrize("how", POINTER_SPOILERS)
-def test_a_broken_pointer_is_mended(bench, which, how) -> None:
-    expect_well(damage_pointer(bench, which, how))
+@pytest.mark.parametrize("how", LINK_CORRUPTIONS)
+def test_broken_link_is_repaired(harness, which, how) -> None:
+    expect_no_violations(corrupt_link(harness, which, how))
 
 
 @pytest.mark.parametrize("how", ["delete", "half a line more", "half a line less"])
-def test_broken_logs_do_not_stop_a_run(bench, how) -> None:
-    expect_well(damage_log(bench, how))
+def test_corrupt_logs_do_not_stop_a_run(harness, how) -> None:
+    expect_no_violations(corrupt_log_in(harness, how))
 
 
 @pytest.mark.parametrize("how", ["clock", "stall"])
-def test_clocks_may_jump_back_or_stand_still(bench, how) -> None:
-    case = bench.case()
-    ended = bench.go(case, Strike(100, how))
-    assert ended.code == 0, ended.err
-    bench.finish(case)
-    expect_well(case)
+def test_clocks_may_jump_back_or_stop(harness, how) -> None:
+    case = harness.case()
+    result = harness.go(case, Injection(100, how))
+    assert result.code == 0, result.err
+    harness.finish(case)
+    expect_no_violations(case)
 
 
-def test_a_folder_that_may_not_be_written_to_is_one_line_of_error(bench) -> None:
-    case = bench.case()
-    ended = bench.go(case, Strike(1, "refuse", "EACCES"))
-    one_error_line(case, ended, 1, 2)
-    bench.finish(case)
-    expect_well(case)
+def test_folder_without_write_permission_is_one_line_of_error(harness) -> None:
+    case = harness.case()
+    result = harness.go(case, Injection(1, "refuse", "EACCES"))
+    expect_one_error_line(case, result, 1, 2)
+    harness.finish(case)
+    expect_no_violations(case)
