@@ -15,6 +15,7 @@ import pytest
 from tests.kernels.helpers import INTERPRETED
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="is the child process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_pass_when_interpreted() -> None:
