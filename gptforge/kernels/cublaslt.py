@@ -23,14 +23,8 @@ from torch import Tensor
 # cublasLtMatmulPreferenceAttributes_t
 _COMPUTE_32F = 68
 _R_32F, _R_16BF = 0, 14
-_TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _EPILOGUE_AUX_POINTER, _EPILOGUE_AUX_LD = (
-    3,
-    4,
-    7,
-    8,
-    11,
-    12,
-)
+_TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
+_EPILOGUE_AUX_POINTER, _EPILOGUE_AUX_LD = 11, 12
 _PREF_MAX_WORKSPACE_BYTES = 1
 
 WORKSPACE_BYTES = 32 * 2**20
@@ -39,8 +33,8 @@ MAX_CANDIDATES = 16
 NUM_FINALISTS, NUM_REPEATS = 4, 4
 """All candidates are timed once, the fastest of them again."""
 COUNTER_BYTES = 4096
-"""A workspace no larger holds only counters for stream-K scheduling. Clearing them costs a small
-GEMM a tenth of its time; without a workspace most such kernels schedule tiles statically."""
+"""A workspace no larger holds only the counters of a dynamic tile scheduler. Clearing them costs a
+small GEMM a tenth of its time; without a workspace most such kernels schedule statically."""
 SMALL_GEMM_FLOPS = 5e10
 """Up to here such kernels are tried without a workspace too."""
 NUM_COMPARED = 2**16
@@ -245,11 +239,11 @@ class MatmulPlan:
                 self._run(candidate, left, right, out)
                 event.record()
         torch.cuda.synchronize(out.device)
-        times = [
-            statistics.median(row[i].elapsed_time(row[i + 1]) for row in events)
-            for i in range(len(candidates))
-        ]
-        return [candidates[i] for i in sorted(range(len(candidates)), key=times.__getitem__)]
+
+        def median_time(i: int) -> float:
+            return float(statistics.median(row[i].elapsed_time(row[i + 1]) for row in events))
+
+        return [candidates[i] for i in sorted(range(len(candidates)), key=median_time)]
 
     def _query_heuristic(self, *, is_small: bool) -> list[_Candidate]:
         preference = ctypes.c_void_p()
@@ -267,10 +261,8 @@ class MatmulPlan:
         if not count.value:
             raise RuntimeError("cuBLASLt has no kernel for this GEMM")
         found = results[: count.value]
-        stream_k = [x for x in found if is_small and 0 < x.workspace_size <= COUNTER_BYTES]
-        return [_Candidate(x, WORKSPACE_BYTES) for x in found] + [
-            _Candidate(x, 0) for x in stream_k
-        ]
+        dynamic = [x for x in found if is_small and 0 < x.workspace_size <= COUNTER_BYTES]
+        return [_Candidate(x, WORKSPACE_BYTES) for x in found] + [_Candidate(x, 0) for x in dynamic]
 
     def _set(self, attribute: int, value: _Value) -> None:
         self._lib.call(
