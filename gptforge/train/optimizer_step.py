@@ -1,18 +1,13 @@
 """The end of a step: clip the gradients, and update the weights."""
 
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gptforge.optim.optimizer import Optimizer
-
-
-class ClipsGradNorm(Protocol):
-    """A backend, as far as `OptimizerStep` uses it."""
-
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm`; returns the norm before that."""
+from gptforge.train.backends.autograd import AutogradBackend
+from gptforge.train.backends.manual import ManualBackend
 
 
 class OptimizerStep:
@@ -28,7 +23,7 @@ class OptimizerStep:
     def __init__(
         self,
         optimizer: Optimizer,
-        backend: ClipsGradNorm,
+        backend: AutogradBackend | ManualBackend,
         *,
         grad_clip: float,
         scaler: torch.amp.GradScaler,

@@ -130,9 +130,8 @@ class TrainStep:
         for name in ("backend", "reducer", "_optimizer_step"):
             self.__dict__.pop(name, None)
         self.optimizer.zero_grad(set_to_none=True)
-        self.backend: AutogradBackend | ManualBackend | CudaGraphBackend
         self.reducer: GradReducer
-        self.backend, self.reducer = build_backend(
+        backend, self.reducer = build_backend(
             self.model,
             self.precision,
             kernels,
@@ -143,8 +142,9 @@ class TrainStep:
             root=self._root,
             autograd_grads=lambda: self._autograd_grad_buffer,
         )
+        self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
-            self.optimizer, self.backend, grad_clip=self._grad_clip, scaler=self._scaler
+            self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler
         )
 
     @functools.cached_property

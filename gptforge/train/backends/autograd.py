@@ -75,13 +75,7 @@ class AutogradBackend:
             self._grads.zero_()
 
     def forward_backward(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
-        """Compute the summed loss of a micro-batch, and accumulate its gradients times `scale`.
-
-        Args:
-            idx: (B, T) token ids.
-            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
-            scale: such as one over the tokens of a step.
-        """
+        """Return a micro-batch's loss, and accumulate gradients; see `ManualBackend`."""
         if self._grads is not None:
             self._grads.start_micro_batch()
         if self._root is not None:

@@ -41,16 +41,8 @@ def build_backend(
     | several | gradient buffer, all-reduced | gradient buffer, all-reduced |
     | several, sharded | FSDP | ZeRO-1 |
 
-    Args:
-        model: the plain module.
-        precision: dtype of the matmuls.
-        kernels: the kernels to use where there is a choice.
-        scaler: of the loss, for float16.
-        activation_checkpointing: save only each block's input, and recompute the rest.
-        loss_chunk: tokens whose logits are in memory at a time.
-        comm: the ranks.
-        root: the root module, if FSDP shards the model.
-        autograd_grads: returns the buffer for several ranks with autograd.
+    Arguments are those of `TrainStep`; `autograd_grads` returns the buffer that several ranks need
+    with autograd.
     """
     reducer = GradReducer()
     if not kernels.manual_backward:

@@ -9,6 +9,7 @@ that zeroes gradients, one for a micro-batch, and one for the optimizer step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -33,8 +34,7 @@ class CudaGraphBackend:
         self._backend = backend
         self._assign_grads = assign_grads
         self._scale = torch.zeros((), device=backend.grads.flat.device)
-        self._graphs: dict[torch.Size, Callable[[Tensor, Tensor], Tensor]] = {}
-        self._warmed_up: set[torch.Size] = set()
+        self._micro_batches: dict[torch.Size, tuple[Tensor, Tensor, _CapturedCall[Tensor]]] = {}
         self._zero_grad = _CapturedCall(backend.zero_grad)
 
     def zero_grad(self) -> None:
@@ -45,38 +45,20 @@ class CudaGraphBackend:
 
     def forward_backward(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
         """Replay a micro-batch; see `ManualBackend.forward_backward`."""
-        if idx.shape not in self._warmed_up:
-            self._warmed_up.add(idx.shape)
-            return self._backend.forward_backward(idx, targets, scale)
+        if idx.shape not in self._micro_batches:
+            # No reference to self: a cycle would keep the graph's memory until garbage collection.
+            inputs = (idx.clone(), targets.clone())
+            forward_backward = partial(self._backend.forward_backward, *inputs, self._scale)
+            self._micro_batches[idx.shape] = (*inputs, _CapturedCall(forward_backward))
+        static_idx, static_targets, call = self._micro_batches[idx.shape]
+        static_idx.copy_(idx)
+        static_targets.copy_(targets)
         self._scale.fill_(scale)
-        if idx.shape not in self._graphs:
-            self._graphs[idx.shape] = self._capture_micro_batch(idx, targets)
-        return self._graphs[idx.shape](idx, targets)
-
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm`; returns the norm before that."""
-        return self._backend.clip_grad_norm_(max_norm)
+        return call().clone()
 
     def release_graphs(self) -> None:
         """Free the memory of the micro-batches' graphs."""
-        self._graphs.clear()
-        self._warmed_up.clear()
-
-    def _capture_micro_batch(
-        self, idx: Tensor, targets: Tensor
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        static_idx, static_targets = idx.clone(), targets.clone()
-        graph, loss = _capture(
-            lambda: self._backend.forward_backward(static_idx, static_targets, self._scale)
-        )
-
-        def replay(idx: Tensor, targets: Tensor) -> Tensor:
-            static_idx.copy_(idx)
-            static_targets.copy_(targets)
-            graph.replay()
-            return loss.clone()
-
-        return replay
+        self._micro_batches.clear()
 
 
 class CudaGraphOptimizerStep:
@@ -91,7 +73,7 @@ class CudaGraphOptimizerStep:
         device = backend.grads.flat.device
         self._lr, self._loss = lr, loss = [torch.zeros((), device=device) for _ in range(2)]
 
-        # No reference to self: a cycle would keep the graph's memory until garbage collection.
+        # No reference to self here either.
         def run() -> Tensor:
             backend.grads.assign_grads()
             return step(lr, loss)

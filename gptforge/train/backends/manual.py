@@ -1,4 +1,4 @@
-"""Loss and gradients of a GPT with a backward pass written by hand, without autograd.
+"""Loss and gradients of a GPT by a manual backward, without autograd.
 
 After llm.c (Karpathy et al., 2024). Three things are possible here that autograd and torch.compile
 do not do: GEMMs accumulate weight gradients in fp32 right where those are needed; activations that
@@ -20,11 +20,13 @@ from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.matmul import accumulate_wgrad, linear
 from gptforge.model import GPT, IGNORE_INDEX, Block
 from gptforge.train.backends.manual_layers import (
+    GROUPS_PER_BLOCK,
     BlockDropout,
     ComputeWeights,
     ManualBlock,
     ManualLayerNorm,
     SavedActivations,
+    grad_groups,
 )
 from gptforge.train.grad_buffer import GradBuffer
 
@@ -67,25 +69,19 @@ class ManualBackend:
         assert isinstance(ln_f, nn.LayerNorm)
         self._wte, self._wpe = weights.master(wte.weight), weights.master(wpe.weight)
         self._lm_head_weight = weights.compute_copy(wte.weight)  # (V, C)
+        self.grads = grads = make_grads(grad_groups(model))
+        self._dwte, self._dwpe = grads.view(wte.weight), grads.view(wpe.weight)
         self._blocks: list[ManualBlock] = []
         prev_bias, interval = None, gelu_save_interval(model.config.n_embd)
         for i, block in enumerate(model.blocks()):
             assert isinstance(block, Block)
             # With checkpointing, one block's activations at a time take little memory.
             save_gelu = activation_checkpointing or i % interval == 0
-            self._blocks.append(ManualBlock(block, prev_bias, weights, save_gelu=save_gelu))
+            self._blocks.append(ManualBlock(block, prev_bias, weights, grads, save_gelu=save_gelu))
             prev_bias = block.mlp.c_proj.bias
-        assert prev_bias is not None
-        self._ln_f = ManualLayerNorm(ln_f, weights)
-        self._ln_f.grad_group.append(prev_bias)
-        groups = [group for block in reversed(self._blocks) for group in block.grad_groups()]
-        self.grads = make_grads([self._ln_f.grad_group, *groups, [wpe.weight], [wte.weight]])
+        self._ln_f = ManualLayerNorm(ln_f, prev_bias, weights, grads)
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
         """Called with the number of leading groups that are final for this micro-batch."""
-        self._ln_f.bind(self.grads)
-        for manual_block in self._blocks:
-            manual_block.bind(self.grads)
-        self._dwte, self._dwpe = self.grads.view(wte.weight), self.grads.view(wpe.weight)
 
     @torch.no_grad()
     def zero_grad(self) -> None:
@@ -126,12 +122,10 @@ class ManualBackend:
         for block in reversed(self._blocks):
             item = saved.pop()
             if isinstance(item, Tensor):
-                _, activations = block.forward(item, None, seq_len, BlockDropout())
-            else:
-                activations = item
-            dresidual, dmlp_out = block.backward(dresidual, dmlp_out, activations)
-            del item, activations
-            num_ready += len(block.grad_groups())
+                _, item = block.forward(item, None, seq_len, BlockDropout())
+            dresidual, dmlp_out = block.backward(dresidual, dmlp_out, item)
+            del item
+            num_ready += GROUPS_PER_BLOCK
             self.on_grads_ready(num_ready)
         # The first block has no `mlp_out`: this is the gradient of the embedding before dropout.
         self._embedding_backward(dmlp_out, idx)

@@ -1,4 +1,4 @@
-"""A transformer block with its backward pass written by hand; see manual.py.
+"""A transformer block with a manual backward; see manual.py.
 
 Gradients have llm.c's names: `dx` is the gradient of the loss with respect to `x`.
 
@@ -27,8 +27,11 @@ from gptforge.kernels.matmul import (
     linear_gelu_backward,
 )
 from gptforge.kernels.reductions import PendingReductions
-from gptforge.model import Block
+from gptforge.model import GPT, Block
 from gptforge.train.grad_buffer import GradBuffer
+
+GROUPS_PER_BLOCK = 8
+"""See `grad_groups`."""
 
 
 class ComputeWeights:
@@ -65,11 +68,8 @@ class ComputeWeights:
 class ManualLinear:
     """A linear layer."""
 
-    weight_grad: Tensor
-    bias_grad: Tensor
-
-    def __init__(self, layer: nn.Linear, weights: ComputeWeights) -> None:
-        self.weight, self.bias = layer.weight, layer.bias
+    def __init__(self, layer: nn.Linear, weights: ComputeWeights, grads: GradBuffer) -> None:
+        self.weight_grad, self.bias_grad = grads.view(layer.weight), grads.view(layer.bias)
         self.compute_weight = weights.compute_copy(layer.weight)  # (out, in)
         self.compute_bias = weights.compute_copy(layer.bias)  # (out,)
 
@@ -84,18 +84,26 @@ class ManualLinear:
 
 
 class ManualLayerNorm:
-    """A LayerNorm with the residual addition in front of it."""
+    """A LayerNorm with the residual addition in front of it.
 
-    _grads: Tensor
+    Args:
+        layer: the module whose weights are used.
+        x_bias: bias of the projection that makes `x`: its gradient is the column sum of that of
+            `x`, which this layer's backward makes.
+        weights: has the master weights.
+        grads: accumulates the gradients.
+    """
 
-    def __init__(self, layer: nn.LayerNorm, weights: ComputeWeights) -> None:
-        self.grad_group: list[Tensor] = [layer.weight, layer.bias]
-        """Parameters whose gradients this layer's backward makes, adjacent in the buffer."""
+    def __init__(
+        self,
+        layer: nn.LayerNorm,
+        x_bias: Tensor | None,
+        weights: ComputeWeights,
+        grads: GradBuffer,
+    ) -> None:
         self._weight, self._bias = weights.master(layer.weight), weights.master(layer.bias)
-
-    def bind(self, grads: GradBuffer) -> None:
-        """Accumulate gradients in a buffer from now on."""
-        self._grads = grads.contiguous_view(*self.grad_group)
+        biases = [] if x_bias is None else [x_bias]
+        self._grads = grads.contiguous_view(layer.weight, layer.bias, *biases)
 
     def forward(
         self, residual: Tensor, x: Tensor | None, dropout: DropoutSeed | None
@@ -146,6 +154,7 @@ class ManualBlock:
         block: the module whose weights are used.
         prev_bias: bias of the projection that makes the sublayer output coming in, if any.
         weights: makes the copies in the compute dtype.
+        grads: accumulates the gradients.
         save_gelu: keep the GELU's output for the backward pass instead of recomputing it.
     """
 
@@ -154,45 +163,23 @@ class ManualBlock:
         block: Block,
         prev_bias: Tensor | None,
         weights: ComputeWeights,
+        grads: GradBuffer,
         *,
         save_gelu: bool,
     ) -> None:
-        self._save_gelu = save_gelu
+        self._save_gelu, self._weights = save_gelu, weights
         device, n_embd = block.ln_1.weight.device, len(block.ln_1.weight)
-        self.n_head = block.attn.n_head
-        self._head_size = n_embd // self.n_head
+        attn, mlp = block.attn, block.mlp
+        self._n_head, self._head_size = attn.n_head, n_embd // attn.n_head
         self._separate_dgelu = prefer_separate_dgelu(device, n_embd)
         self._attention = select_attention(
-            device, weights.dtype, head_size=self._head_size, dropout=block.attn.dropout
+            device, weights.dtype, head_size=self._head_size, dropout=attn.dropout
         )
-        self._weights = weights
-        self.ln_1 = ManualLayerNorm(block.ln_1, weights)
-        self.ln_2 = ManualLayerNorm(block.ln_2, weights)
-        self.c_attn = ManualLinear(block.attn.c_attn, weights)
-        self.attn_proj = ManualLinear(block.attn.c_proj, weights)
-        self.c_fc = ManualLinear(block.mlp.c_fc, weights)
-        self.mlp_proj = ManualLinear(block.mlp.c_proj, weights)
-        self.linears = (self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj)
-        # The gradient of such a bias is the sum of the gradient of what was added.
-        self.ln_2.grad_group.append(self.attn_proj.bias)
-        if prev_bias is not None:
-            self.ln_1.grad_group.append(prev_bias)
-
-    def grad_groups(self) -> list[list[Tensor]]:
-        """Parameters in the order in which the backward pass makes their gradients."""
-        return [
-            [self.mlp_proj.weight], [self.c_fc.bias], [self.c_fc.weight], self.ln_2.grad_group,
-            [self.attn_proj.weight], [self.c_attn.bias], [self.c_attn.weight],
-            self.ln_1.grad_group,
-        ]  # fmt: skip
-
-    def bind(self, grads: GradBuffer) -> None:
-        """Accumulate gradients in a buffer from now on."""
-        for layer in self.linears:
-            layer.weight_grad = grads.view(layer.weight)
-            layer.bias_grad = grads.view(layer.bias)
-        self.ln_1.bind(grads)
-        self.ln_2.bind(grads)
+        self.ln_1 = ManualLayerNorm(block.ln_1, prev_bias, weights, grads)
+        self.ln_2 = ManualLayerNorm(block.ln_2, attn.c_proj.bias, weights, grads)
+        layers = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        self._linears = [ManualLinear(layer, weights, grads) for layer in layers]
+        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = self._linears
 
     def forward(
         self, residual: Tensor, mlp_out: Tensor | None, seq_len: int, dropout: BlockDropout
@@ -209,9 +196,9 @@ class ManualBlock:
             This block's MLP output (N, C), not yet added to the residual, which is
             `saved.ln_2.residual`; and the saved activations.
         """
-        self._weights.wait_for(*(layer.compute_weight for layer in self.linears))
+        self._weights.wait_for(*(layer.compute_weight for layer in self._linears))
         ln_1_out, ln_1 = self.ln_1.forward(residual, mlp_out, dropout.residual)
-        qkv = self.c_attn.forward(ln_1_out).view(-1, seq_len, 3, self.n_head, self._head_size)
+        qkv = self.c_attn.forward(ln_1_out).view(-1, seq_len, 3, self._n_head, self._head_size)
         atty, attn = self._attention.forward(qkv, dropout.attn_probs)  # (N, C)
         attn_out = self.attn_proj.forward(atty)
         ln_2_out, ln_2 = self.ln_2.forward(ln_1.residual, attn_out, dropout.attn_output)
@@ -252,6 +239,29 @@ class ManualBlock:
         dresidual, dmlp_out = self.ln_1.backward(dln_1, saved.ln_1, dresidual, pending)
         pending.flush()
         return dresidual, dmlp_out
+
+
+def grad_groups(model: GPT) -> list[list[Tensor]]:
+    """List the parameters in the order in which the backward pass makes their gradients.
+
+    Those of a group are made together, by one kernel. The blocks have `GROUPS_PER_BLOCK` each, last
+    block first, behind the group of the final LayerNorm and before those of the embeddings.
+    """
+    names = ("ln_f.weight", "ln_f.bias", "wpe.weight", "wte.weight")
+    ln_f, ln_f_bias, wpe, wte = (model.get_parameter(f"transformer.{name}") for name in names)
+    norm: list[Tensor] = [ln_f, ln_f_bias]
+    groups: list[list[Tensor]] = []
+    for block in reversed(list(model.blocks())):
+        assert isinstance(block, Block)
+        attn, mlp = block.attn, block.mlp
+        groups += [
+            [*norm, mlp.c_proj.bias],
+            [mlp.c_proj.weight], [mlp.c_fc.bias], [mlp.c_fc.weight],
+            [block.ln_2.weight, block.ln_2.bias, attn.c_proj.bias],
+            [attn.c_proj.weight], [attn.c_attn.bias], [attn.c_attn.weight],
+        ]  # fmt: skip
+        norm = [block.ln_1.weight, block.ln_1.bias]
+    return [*groups, norm, [wpe], [wte]]
 
 
 def prefer_separate_dgelu(device: torch.device, n_embd: int) -> bool:
