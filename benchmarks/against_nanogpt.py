@@ -1,18 +1,18 @@
-"""Updates a second against nanoGPT's own model and loop, in one process, in turns.
+"""Steps/s beside nanoGPT's model and training loop, interleaved in one process.
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python benchmarks/against_nanogpt.py ../nanoGPT --text tinyshakespeare.txt
     python benchmarks/against_nanogpt.py ../nanoGPT --text tinyshakespeare.txt --device cuda
 
-On a CPU: nanoGPT's own recipe for characters (4 layers, 128 wide, 12 windows of 64) and GPT-2 small
-(4 windows of 256), and ours alone, from the same weights over the same batches: the losses in
-float32 by the plain path beside those of the fast one. On a GPU: its recipe for characters there (6
-layers, 384 wide, 64 windows of 256), with its dropout of 0.2 and without, and GPT-2 small (4 times
-32 windows of 1024).
+On a CPU: nanoGPT's recipe for characters (4 layers, 128 channels, 12 sequences of 64) and GPT-2
+small (4 sequences of 256); then the losses of the plain path in float32 beside those of the fast
+one, from the same weights over the same batches. On a GPU: its recipe for characters there (6
+layers, 384 channels, 64 sequences of 256), with its dropout of 0.2 and without, and GPT-2 small (4
+micro-batches of 32 sequences of 1024).
 
-nanoGPT runs as its train.py does: on a CPU in float32, on a GPU compiled, in bfloat16, with its
-batches copied beside the computing and its loss read every ten updates. Ours runs with what this
-machine's defaults choose.
+nanoGPT runs as its train.py does: on a CPU in float32, on a GPU compiled, in bfloat16, with batches
+copied asynchronously and the loss read every ten steps. GPT-Forge runs with its defaults for the
+device.
 """
 
 import argparse
@@ -30,12 +30,7 @@ import torch
 from gptforge.builders.train_step import CUDA_GRAPH_MAX_FLOPS
 from gptforge.config import GPTConfig
 from gptforge.data.dataloader import DataLoader
-from gptforge.device import (
-    Precision,
-    select_device,
-    select_precision,
-    synchronize,
-)
+from gptforge.device import Precision, select_device, select_precision, synchronize
 from gptforge.estimate import formulas
 from gptforge.kernel_select import DEFAULT_KERNELS, select_kernels
 from gptforge.model import GPT
@@ -43,23 +38,27 @@ from gptforge.optim.adamw import build_adamw
 from gptforge.tokenizers import from_name
 from gptforge.train.train_step import TrainStep
 
-FLOAT32 = Precision(torch.float32, "to compare")
-
 
 @dataclass(frozen=True)
 class Recipe:
+    """A model, its batch, and how often to time it.
+
+    Attributes:
+        micro_batch: sequences in a micro-batch.
+        bias: whether nanoGPT's model has biases.
+        compared_steps: steps whose losses are compared between the plain and the fast path.
+        accumulation: micro-batches in a step.
+    """
+
     name: str
     tokenizer: str
-    shape: GPTConfig
-    windows: int
-    """In a micro-batch."""
+    model: GPTConfig
+    micro_batch: int
     bias: bool
-    turns: int
+    repeats: int
     steps: int
-    matched: int = 0
-    """Updates whose losses are compared."""
-    parts: int = 1
-    """Micro-batches in an update."""
+    compared_steps: int = 0
+    accumulation: int = 1
 
 
 SMALL = GPTConfig(1024, 50304, 12, 12, 768)
@@ -76,13 +75,13 @@ RECIPES = {
         Recipe(
             "characters, 6 x 384", "char", GPTConfig(256, 65, 6, 6, 384), 64, False, 5, 100
         ),
-        Recipe("GPT-2 small", "gpt2", SMALL, 32, True, 3, 10, parts=4),
+        Recipe("GPT-2 small", "gpt2", SMALL, 32, True, 3, 10, accumulation=4),
     ),
 }  # fmt: skip
 
 
-class NanoGPT:
-    """One update, as nanoGPT's train.py makes it."""
+class NanoGPTStep:
+    """A training step as in nanoGPT's train.py."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, tokens: np.ndarray, device: torch.device
@@ -90,47 +89,47 @@ class NanoGPT:
         sys.path.insert(0, str(folder))
         import model as nanogpt  # type: ignore[import-not-found]
 
-        s, self.recipe, self.tokens, self.device = recipe.shape, recipe, tokens, device
-        shape = nanogpt.GPTConfig(
-            s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, recipe.bias
+        c, self.recipe, self.tokens, self.device = recipe.model, recipe, tokens, device
+        config = nanogpt.GPTConfig(
+            c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, recipe.bias
         )
-        self.model = nanogpt.GPT(shape).to(device)
+        self.model = nanogpt.GPT(config).to(device)
         self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
         self.context: AbstractContextManager[object] = nullcontext()
-        self.made = 0
+        self.num_steps = 0
         if device.type == "cuda":
             self.context = torch.autocast("cuda", torch.bfloat16)
             self.model = torch.compile(self.model)
         self.batch = self.get_batch()
 
     def get_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        length = self.recipe.shape.block_size
-        starts = torch.randint(len(self.tokens) - length, (self.recipe.windows,))
-        pieces = [self.tokens[i : i + length + 1].astype(np.int64) for i in starts]
-        x = torch.stack([torch.from_numpy(piece[:-1]) for piece in pieces])
-        y = torch.stack([torch.from_numpy(piece[1:]) for piece in pieces])
+        length = self.recipe.model.block_size
+        starts = torch.randint(len(self.tokens) - length, (self.recipe.micro_batch,))
+        sequences = [self.tokens[i : i + length + 1].astype(np.int64) for i in starts]
+        x = torch.stack([torch.from_numpy(ids[:-1]) for ids in sequences])
+        y = torch.stack([torch.from_numpy(ids[1:]) for ids in sequences])
         if self.device.type == "cpu":
             return x, y
         x, y = (z.pin_memory().to(self.device, non_blocking=True) for z in (x, y))
         return x, y
 
     def __call__(self) -> None:
-        for _ in range(self.recipe.parts):
+        for _ in range(self.recipe.accumulation):
             with self.context:
                 _, loss = self.model(*self.batch)
-                loss = loss / self.recipe.parts
+                loss = loss / self.recipe.accumulation
             self.batch = self.get_batch()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.made += 1
-        if self.device.type == "cpu" or self.made % 10 == 0:
+        self.num_steps += 1
+        if self.device.type == "cpu" or self.num_steps % 10 == 0:
             loss.item()
 
 
-class Ours:
-    """One update of ours, with its loader."""
+class GPTForgeStep:
+    """A training step of GPT-Forge, with its data loader."""
 
     def __init__(
         self,
@@ -141,34 +140,80 @@ class Ours:
         *,
         plain: bool = False,
     ) -> None:
-        precision = FLOAT32 if plain else select_precision("auto", device)
-        kernels = select_kernels(device, precision, dropout=recipe.shape.dropout)
+        precision = select_precision("auto", device)
+        kernels = select_kernels(device, precision, dropout=recipe.model.dropout)
+        if plain:
+            precision, kernels = Precision(torch.float32, ""), DEFAULT_KERNELS
         model = model.to(device)
         self.step = TrainStep(
             model,
             build_adamw(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1),
             precision=precision,
-            micro_batch_size=recipe.windows,
+            micro_batch_size=recipe.micro_batch,
             grad_clip=1.0,
-            kernels=DEFAULT_KERNELS if plain else kernels,
+            kernels=kernels,
         )
-        length = recipe.shape.block_size
-        flops = formulas.flops_per_token(recipe.shape, length) * recipe.windows * length
+        length = recipe.model.block_size
+        flops = formulas.flops_per_token(recipe.model, length) * recipe.micro_batch * length
         is_small = flops < CUDA_GRAPH_MAX_FLOPS and self.step.kernels.manual_backward
         if is_small and not self.step.capture_cuda_graph(length):
             self.step.set_kernels(self.step.kernels)
         self.loader = DataLoader(
-            tokens, context_length=length, global_batch_size=recipe.windows * recipe.parts, seed=1,
-            shuffle=True, device=device,
-        )  # fmt: skip
-        self.made = 0
+            tokens,
+            context_length=length,
+            global_batch_size=recipe.micro_batch * recipe.accumulation,
+            seed=1,
+            shuffle=True,
+            device=device,
+        )
+        self.num_steps = 0
 
     def __call__(self) -> float:
         loss, _ = self.step(*self.loader.next_batch(), lr=1e-3)
         self.loader.prefetch_to_device()
-        self.made += 1
-        is_read = self.step.device.type == "cpu" or self.made % 10 == 0
+        self.num_steps += 1
+        is_read = self.step.device.type == "cpu" or self.num_steps % 10 == 0
         return float(loss) if is_read else 0.0
+
+
+def time_recipe(
+    recipe: Recipe, nanogpt: Path, tokens: np.ndarray, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of a step of each implementation, one value per repeat."""
+    torch.manual_seed(1337)
+    # The program rounds the vocabulary up to a multiple of 64.
+    vocab_size = -(-recipe.model.vocab_size // 64) * 64
+    model = GPT(replace(recipe.model, vocab_size=vocab_size)).init_weights()
+    steps = {
+        "nanoGPT": NanoGPTStep(nanogpt, recipe, tokens, device),
+        "gptforge": GPTForgeStep(copy.deepcopy(model), recipe, tokens, device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(recipe.repeats + 1):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(recipe.steps):
+                step()
+            synchronize(device)
+            if repeat:  # the first is a warmup
+                seconds[name].append((time.perf_counter() - start) / recipe.steps)
+    return seconds
+
+
+def compare_losses(recipe: Recipe, tokens: np.ndarray, device: torch.device) -> list[str]:
+    """Rows of the losses of the plain and the fast path."""
+    torch.manual_seed(1337)
+    model = GPT(recipe.model).init_weights()
+    plain = GPTForgeStep(copy.deepcopy(model), recipe, tokens, device, plain=True)
+    fast = GPTForgeStep(copy.deepcopy(model), recipe, tokens, device)
+    shown = (0, 10, 100, recipe.compared_steps // 2, recipe.compared_steps - 1)
+    rows = []
+    for step in range(recipe.compared_steps):
+        a, b = plain(), fast()
+        if step in shown:
+            rows.append(f"| {step} | {a:.4f} | {b:.4f} | {b / a - 1:+.2%} |")
+    return rows
 
 
 def main() -> None:
@@ -176,54 +221,32 @@ def main() -> None:
     parser.add_argument("nanogpt", type=Path, help="folder of a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=RECIPES)
-    parser.add_argument("--only", default="", help="recipes whose names hold this")
+    parser.add_argument("--only", default="", help="recipes whose names contain this")
     args = parser.parse_args()
     device, name = select_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     text = args.text.read_text(encoding="utf-8")
-    lines, matches = [], []
+    speeds, losses = [], []
     for recipe in [r for r in RECIPES[args.device] if args.only in r.name]:
         tokens = from_name(recipe.tokenizer, text).encode(text)
-        torch.manual_seed(1337)
-        # As the program sizes its table: round numbers.
-        rows = -(-recipe.shape.vocab_size // 64) * 64
-        model = GPT(replace(recipe.shape, vocab_size=rows)).init_weights()
-        theirs = NanoGPT(args.nanogpt, recipe, tokens, device)
-        ours = Ours(copy.deepcopy(model), recipe, tokens, device)
-        seconds: dict[str, list[float]] = {"nanoGPT": [], "gptforge": []}
-        for turn in range(recipe.turns + 1):
-            for who, update in (("nanoGPT", theirs), ("gptforge", ours)):
-                synchronize(device)
-                begin = time.perf_counter()
-                for _ in range(recipe.steps):
-                    update()
-                synchronize(device)
-                if turn:  # the first one warms up
-                    seconds[who].append((time.perf_counter() - begin) / recipe.steps)
-        a, b = (statistics.median(seconds[who]) for who in ("nanoGPT", "gptforge"))
-        spread = f"{min(seconds['gptforge']) * 1e3:.1f} to {max(seconds['gptforge']) * 1e3:.1f}"
-        rate = recipe.windows * recipe.parts * recipe.shape.block_size / b
-        lines.append(
-            f"| {recipe.name} | {1 / a:.2f} | {1 / b:.2f} | {spread} | {rate:,.0f} | {a / b:.2f} |"
+        seconds = time_recipe(recipe, args.nanogpt, tokens, device)
+        a, b = (statistics.median(times) for times in seconds.values())
+        times = [1e3 * value for value in seconds["gptforge"]]
+        rate = recipe.micro_batch * recipe.accumulation * recipe.model.block_size / b
+        speeds.append(
+            f"| {recipe.name} | {1 / a:.2f} | {1 / b:.2f} | {min(times):.1f} to {max(times):.1f} "
+            f"| {rate:,.0f} | {a / b:.2f} |"
         )
-        print(lines[-1], flush=True)
-        if recipe.matched:
-            torch.manual_seed(1337)
-            model = GPT(recipe.shape).init_weights()
-            plain = Ours(copy.deepcopy(model), recipe, tokens, device, plain=True)
-            quick = Ours(copy.deepcopy(model), recipe, tokens, device)
-            for step in range(recipe.matched):
-                one, two = plain(), quick()
-                if step in (0, 10, 100, recipe.matched // 2, recipe.matched - 1):
-                    matches.append(f"| {step} | {one:.4f} | {two:.4f} | {two / one - 1:+.2%} |")
-        del theirs, ours
-    fast = select_precision("auto", device).name
-    print(f"\n{name}, torch {torch.__version__}, ours in {fast}\n")
-    print("| recipe | nanoGPT, steps/s | gptforge, steps/s | ms a step | tokens/s | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |", *lines, sep="\n")
-    if matches:
-        print("\n| step | loss, float32, plain path | loss, fast path | difference |")
-        print("| --- | --- | --- | --- |", *matches, sep="\n")
+        print(speeds[-1], flush=True)
+        if recipe.compared_steps:
+            losses += compare_losses(recipe, tokens, device)
+    precision = select_precision("auto", device).name
+    print(f"\n{name}, torch {torch.__version__}, gptforge in {precision}\n")
+    print("| recipe | nanoGPT, steps/s | gptforge, steps/s | ms/step | tokens/s | speedup |")
+    print("| --- | --- | --- | --- | --- | --- |", *speeds, sep="\n")
+    if losses:
+        print("\n| step | loss, plain path in float32 | loss, fast path | difference |")
+        print("| --- | --- | --- | --- |", *losses, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""What watching over the loss costs: the checks of a step against the step itself.
+"""Cost of monitoring the loss: the checks of a step beside the step.
 
     python benchmarks/check_costs.py                         the CPU default
     python benchmarks/check_costs.py --preset gpt2           on a GPU
 
-Checks are what a step does only to notice what went wrong: finite or not, for the update and for
-the running mean, and the watch's median over recent losses. Medians over many repeats.
+The checks are what a step does only to detect failures: whether loss and gradient norm are finite,
+and the loss monitor's median over recent losses. Medians of many repeats.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
 import torch
 
-from gptforge.config import GPTConfig
+from gptforge.bench.train_speed import random_batch
 from gptforge.device import select_device, select_precision, synchronize
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
@@ -29,9 +30,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
     config = get_preset(args.preset)
+    vocab_size = 128 if config.tokenizer == "char" else 50304
+    config = dataclasses.replace(config, vocab_size=vocab_size)
     device, name = select_device(args.device)
-    vocab = 128 if config.tokenizer == "char" else 50304
-    model = GPT(GPTConfig(**{**vars(config.model), "vocab_size": vocab})).init_weights().to(device)
+    model = GPT(config.model).init_weights().to(device)
     step = TrainStep(
         model,
         build_adamw(
@@ -41,32 +43,34 @@ def main() -> None:
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
     )
-    shape = (config.global_batch_size, config.context_length + 1)
-    tokens = torch.randint(0, vocab, shape, device=device)
-    times = []
+    batch = random_batch(config, device)
+    step_times = []
     for _ in range(args.steps):
         synchronize(device)
-        begin = time.perf_counter()
-        loss, norm = step(tokens[:, :-1], tokens[:, 1:], lr=1e-4)
+        start = time.perf_counter()
+        loss, norm = step(*batch, lr=1e-4)
         synchronize(device)
-        times.append(time.perf_counter() - begin)
-    update = statistics.median(times[3:])
+        step_times.append(time.perf_counter() - start)
+    step_time = statistics.median(step_times[3:])
 
-    watch = LossMonitor(lag=2 if device.type == "cuda" else 0, uses_grad_scaler=False)
+    monitor = LossMonitor(lag=2 if device.type == "cuda" else 0, uses_grad_scaler=False)
     total = torch.zeros((), device=device)
-    checks = []
-    for number in range(2000):
+    check_times = []
+    for index in range(2000):
         synchronize(device)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         _ = (~norm.isfinite()).float()
-        counts = loss.isfinite()
-        total += torch.where(counts, loss, 0)
-        watch.update(number, 0, loss, norm)
+        is_finite = loss.isfinite()
+        total += torch.where(is_finite, loss, 0)
+        monitor.update(index, 0, loss, norm)
         synchronize(device)
-        checks.append(time.perf_counter() - begin)
-    cost = statistics.median(checks)
+        check_times.append(time.perf_counter() - start)
+    cost = statistics.median(check_times)
     print(f"{args.preset} on {device} ({name}), torch {torch.__version__}")
-    print(f"step {update * 1e3:.2f} ms, checks {cost * 1e3:.4f} ms: {cost / update:.3%} of a step")
+    print(
+        f"step {step_time * 1e3:.2f} ms, checks {cost * 1e3:.4f} ms: {cost / step_time:.3%} of a "
+        "step"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What the pieces of an update take at GPT-2 small's shapes: our choice beside torch's.
+"""GPU time of the operations of a training step at GPT-2 small's shapes, beside torch's.
 
     python benchmarks/kernel_choices.py
 
-One micro-batch of 32 windows of 1024 on a CUDA GPU. Products by torch and by cuBLASLt with its
-kernels tried out, alone and with what comes behind them; the passes between them, with and without
-dropout; attention. Medians of events on the GPU, in microseconds, of work that was asked for before
-it begins: Python's own time does not count. The GPU is warm: all are timed twice, in turns.
+One micro-batch of 32 sequences of 1024 on a CUDA GPU: matmuls by torch and by cuBLASLt with its
+heuristics timed, alone and with their epilogues; the memory-bound kernels, with and without
+dropout; attention. Medians of CUDA events in microseconds, queued while the GPU waits, so that
+Python's time does not count. Every pair is timed twice, interleaved.
 """
 
 from collections.abc import Callable
@@ -21,182 +21,182 @@ from gptforge.kernels.dropout import draw_dropout_seeds
 from gptforge.kernels.reductions import accumulate_column_sums
 
 N, C, V = 32768, 768, 50304
-ROUNDS, WARM_UP = 15, 3
-ASKING = 20_000_000
-"""Cycles that the GPU waits for Python to ask for all rounds."""
-SHARE = 0.2
-"""That dropout drops."""
+ROUNDS, WARMUP = 15, 3
+WAIT_CYCLES = 20_000_000  # the GPU waits until Python has queued all rounds
+DROPOUT = 0.2
 Work = Callable[[], object]
 
 
 def microseconds(work: Work) -> float:
-    for _ in range(WARM_UP):
+    for _ in range(WARMUP):
         work()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
-    torch.cuda._sleep(ASKING)
-    for begin, end in marks:
-        begin.record()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(ROUNDS)]
+    torch.cuda._sleep(WAIT_CYCLES)
+    for start, end in events:
+        start.record()
         work()
         end.record()
     torch.cuda.synchronize()
-    return sorted(1e3 * begin.elapsed_time(end) for begin, end in marks)[ROUNDS // 2]
+    return sorted(1e3 * start.elapsed_time(end) for start, end in events)[ROUNDS // 2]
 
 
-def in_turns(*works: Work) -> list[float]:
-    """The better of two medians of each."""
-    turns = [[microseconds(work) for work in works] for _ in range(2)]
-    return [min(times) for times in zip(*turns, strict=True)]
+def time_interleaved(*works: Work) -> list[float]:
+    """The lower of two medians of each."""
+    repeats = [[microseconds(work) for work in works] for _ in range(2)]
+    return [min(times) for times in zip(*repeats, strict=True)]
 
 
-def row(what: str, one: float, two: float, flops: float = 0.0) -> None:
-    rate = f"{flops / two / 1e6:.0f}" if flops else ""
-    print(f"| {what} | {one:.0f} | {two:.0f} | {one - two:+.0f} | {rate} |", flush=True)
+def print_row(label: str, baseline: float, chosen: float, *, flops: float = 0.0) -> None:
+    rate = f"{flops / chosen / 1e6:.0f}" if flops else ""
+    saved = baseline - chosen
+    print(f"| {label} | {baseline:.0f} | {chosen:.0f} | {saved:+.0f} | {rate} |", flush=True)
 
 
-def draw(*shape: int) -> Tensor:
+def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda").bfloat16() * shape[-1] ** -0.5
 
 
 def linear_layers() -> None:
     for name, out, inner in (("c_attn", 3 * C, C), ("attn.c_proj", C, C), ("c_fc", 4 * C, C),
                              ("mlp.c_proj", C, 4 * C)):  # fmt: skip
-        x, weight, bias, upstream = draw(N, inner), draw(out, inner), draw(out), draw(N, out)
+        x, weight, bias, grad = randn(N, inner), randn(out, inner), randn(out), randn(N, out)
         flops = 2.0 * N * out * inner
-        forth = in_turns(
+        forward = time_interleaved(
             lambda x=x, w=weight, b=bias: torch.addmm(b, x, w.t()),
             lambda x=x, w=weight, b=bias: matmul.linear(x, w, b),
         )
-        row(f"{name}, forward with bias", *forth, flops)
-        back = in_turns(
-            lambda u=upstream, w=weight: u @ w,
-            lambda u=upstream, w=weight: matmul.linear_dgrad(u, w),
+        print_row(f"{name}, forward with bias", *forward, flops=flops)
+        dgrad = time_interleaved(
+            lambda g=grad, w=weight: g @ w,
+            lambda g=grad, w=weight: matmul.linear_dgrad(g, w),
         )
-        row(f"{name}, gradient of its input", *back, flops)
-        sums = torch.zeros(out, inner, device="cuda")
-        to_weight = in_turns(
-            lambda g=sums, u=upstream, x=x: torch.addmm(
-                g, u.t(), x, out_dtype=torch.float32, out=g
+        print_row(f"{name}, dgrad", *dgrad, flops=flops)
+        weight_grad = torch.zeros(out, inner, device="cuda")
+        wgrad = time_interleaved(
+            lambda wg=weight_grad, g=grad, x=x: torch.addmm(
+                wg, g.t(), x, out_dtype=torch.float32, out=wg
             ),
-            lambda g=sums, u=upstream, x=x: matmul.accumulate_wgrad(g, u, x),
+            lambda wg=weight_grad, g=grad, x=x: matmul.accumulate_wgrad(wg, g, x),
         )
-        row(f"{name}, gradient of its weight, added up", *to_weight, flops)
+        print_row(f"{name}, wgrad, accumulated in fp32", *wgrad, flops=flops)
 
 
-def around_the_gelu() -> None:
-    x, weight, bias = draw(N, C), draw(4 * C, C), draw(4 * C)
-    row(
-        "c_fc with bias, then the GELU; the two in one",
-        *in_turns(
+def mlp_epilogues() -> None:
+    x, weight, bias = randn(N, C), randn(4 * C, C), randn(4 * C)
+    print_row(
+        "c_fc with bias, then GELU; GELU in the epilogue",
+        *time_interleaved(
             lambda: F.gelu(matmul.linear(x, weight, bias), approximate="tanh"),
             lambda: matmul.linear_gelu(x, weight, bias),
         ),
     )
-    upstream, down, inner = draw(N, C), draw(C, 4 * C), draw(N, 4 * C)
-    sums = torch.zeros(4 * C, device="cuda")
+    grad, c_proj, pre_act = randn(N, C), randn(C, 4 * C), randn(N, 4 * C)
+    bias_grad = torch.zeros(4 * C, device="cuda")
 
-    def again() -> None:
-        gelu.gelu_backward(inner, matmul.linear_dgrad(upstream, down), sums, recompute=True)
+    def recompute() -> None:
+        dgrad = matmul.linear_dgrad(grad, c_proj)
+        gelu.gelu_backward(pre_act, dgrad, bias_grad, recompute=True)
 
-    def apart() -> None:
-        gelu.gelu_backward(inner, matmul.linear_dgrad(upstream, down), sums, recompute=False)
+    def separate() -> None:
+        dgrad = matmul.linear_dgrad(grad, c_proj)
+        gelu.gelu_backward(pre_act, dgrad, bias_grad, recompute=False)
 
-    def in_one() -> None:
-        accumulate_column_sums(matmul.linear_dgrad_dgelu(upstream, down, inner), sums)
+    def fused() -> None:
+        accumulate_column_sums(matmul.linear_dgrad_dgelu(grad, c_proj, pre_act), bias_grad)
 
-    first, second, third = in_turns(again, in_one, apart)
-    row(
-        "back through mlp.c_proj, the GELU made again; kept, its slope in the product",
-        first,
-        second,
-    )
-    row("the slope in the product; in a pass", second, third)
+    first, second, third = time_interleaved(recompute, fused, separate)
+    print_row("mlp.c_proj backward, GELU recomputed; saved, with DGELU", first, second)
+    print_row("DGELU in the epilogue; in a kernel of its own", second, third)
 
 
-def dropping() -> None:
-    """From a branch in front of a LayerNorm, there and back, and from attention's shares."""
-    stream, branch, upstream = draw(N, C), draw(N, C), draw(N, C)
-    vector, sums = torch.ones(C, device="cuda"), torch.zeros(3 * C, device="cuda")
-    to_bias = torch.zeros(C, device="cuda")
-    [drop] = draw_dropout_seeds(1, SHARE, stream.device)
+def dropout() -> None:
+    """Of a sublayer output before a LayerNorm, forward and backward; and the embedding."""
+    residual, output, grad = randn(N, C), randn(N, C), randn(N, C)
+    weight, grads = torch.ones(C, device="cuda"), torch.zeros(3 * C, device="cuda")
+    bias_grad = torch.zeros(C, device="cuda")
+    [seed] = draw_dropout_seeds(1, DROPOUT, residual.device)
 
     def by_torch() -> None:
-        left, kept = torch.native_dropout(branch, SHARE, True)
-        _, norm = layer_norm.add_layer_norm(stream, left, vector, vector)
-        to_stream, _ = layer_norm.layer_norm_backward(upstream, norm, vector, stream, sums[: 2 * C])
-        to_branch = torch.ops.aten.native_dropout_backward(to_stream, kept, 1 / (1 - SHARE))
-        to_bias.add_(to_branch.sum(0, dtype=to_bias.dtype))
+        dropped, mask = torch.native_dropout(output, DROPOUT, True)
+        _, saved = layer_norm.add_layer_norm(residual, dropped, weight, weight)
+        grad_residual, _ = layer_norm.layer_norm_backward(
+            grad, saved, weight, residual, grads[: 2 * C]
+        )
+        grad_output = torch.ops.aten.native_dropout_backward(grad_residual, mask, 1 / (1 - DROPOUT))
+        bias_grad.add_(grad_output.sum(0, dtype=bias_grad.dtype))
 
-    def inside() -> None:
-        _, norm = layer_norm.add_layer_norm(stream, branch, vector, vector, drop)
-        layer_norm.layer_norm_backward(upstream, norm, vector, stream, sums)
+    def fused() -> None:
+        _, saved = layer_norm.add_layer_norm(residual, output, weight, weight, seed)
+        layer_norm.layer_norm_backward(grad, saved, weight, residual, grads)
 
-    row("dropout and LayerNorm, there and back; in its passes", *in_turns(by_torch, inside))
-    rows, table = draw(N, C), torch.zeros(V, C, device="cuda")
+    label = "dropout and LayerNorm, forward and backward; fused"
+    print_row(label, *time_interleaved(by_torch, fused))
+    rows, wte_grad = randn(N, C), torch.zeros(V, C, device="cuda")
     idx = torch.randint(0, V, (N,), device="cuda")
-    row(
-        "the token table's gradient",
-        *in_turns(
-            lambda: table.index_add_(0, idx, rows.float()),
-            lambda: embedding.embedding_backward(rows, idx, table),
+    print_row(
+        "gradient of the token embedding",
+        *time_interleaved(
+            lambda: wte_grad.index_add_(0, idx, rows.float()),
+            lambda: embedding.embedding_backward(rows, idx, wte_grad),
         ),
     )
 
 
-def the_head() -> None:
-    hidden, table = draw(8192, C), draw(V, C)
+def lm_head() -> None:
+    hidden, weight = randn(8192, C), randn(V, C)
     flops = 2.0 * 8192 * V * C
-    torchs, ours = in_turns(lambda: hidden @ table.t(), lambda: matmul.linear(hidden, table))
-    row("logits of 8,192 tokens", torchs, ours, flops)
-    sums, upstream = torch.zeros(V, C, device="cuda"), draw(8192, V)
-    added = in_turns(
-        lambda: torch.addmm(sums, upstream.t(), hidden, out_dtype=torch.float32, out=sums),
-        lambda: matmul.accumulate_wgrad(sums, upstream, hidden),
+    times = time_interleaved(lambda: hidden @ weight.t(), lambda: matmul.linear(hidden, weight))
+    print_row("logits of 8,192 tokens", *times, flops=flops)
+    weight_grad, grad = torch.zeros(V, C, device="cuda"), randn(8192, V)
+    times = time_interleaved(
+        lambda: torch.addmm(
+            weight_grad, grad.t(), hidden, out_dtype=torch.float32, out=weight_grad
+        ),
+        lambda: matmul.accumulate_wgrad(weight_grad, grad, hidden),
     )
-    row("the table's gradient by them, added up", *added, flops)
-    logits = matmul.linear(hidden, table)
+    print_row("lm_head, wgrad, accumulated in fp32", *times, flops=flops)
+    logits = matmul.linear(hidden, weight)
     targets = torch.randint(0, V, (8192,), device="cuda")
-    (loss,) = in_turns(lambda: cross_entropy_in_place(logits, targets, -1, 1e-5))
-    print(f"| their loss and gradient in place | | {loss:.0f} | | |", flush=True)
+    (loss,) = time_interleaved(lambda: cross_entropy_in_place(logits, targets, -1, 1e-5))
+    print(f"| cross-entropy and its gradient in place | | {loss:.0f} | | |", flush=True)
 
 
-def attention(windows: int, length: int, heads: int, size: int) -> None:
-    """The way back, its gradients side by side and added up for the bias."""
-    qkv, upstream = draw(windows, length, 3, heads, size), draw(windows * length, heads * size)
-    sums = torch.zeros(3 * heads * size, device="cuda")
-    torchs, ours = SdpaAttention(), TritonAttention()
-    _, kept = ours.forward(qkv, None)
+def attention(batch: int, length: int, heads: int, head_dim: int) -> None:
+    """Backward, with the gradients of q, k and v packed and summed for the bias."""
+    qkv, grad = randn(batch, length, 3, heads, head_dim), randn(batch * length, heads * head_dim)
+    bias_grad = torch.zeros(3 * heads * head_dim, device="cuda")
+    sdpa, triton = SdpaAttention(), TritonAttention()
+    _, saved = triton.forward(qkv, None)
 
-    def there_and_back() -> None:
-        torchs.backward(upstream, torchs.forward(qkv, None)[1], sums)
+    def sdpa_forward_backward() -> None:
+        sdpa.backward(grad, sdpa.forward(qkv, None)[1], bias_grad)
 
-    (forth,) = in_turns(lambda: torchs.forward(qkv, None))
-    both, back = in_turns(there_and_back, lambda: ours.backward(upstream, kept, sums))
-    flops = 5 * windows * heads * size * length * (length + 1)
-    shape = f"{windows} windows of {length}, {heads} heads of {size}"
-    row(f"attention's way back, {shape}", both - forth, back, flops)
-    [drop] = draw_dropout_seeds(1, SHARE, qkv.device)
-    dropping = SdpaAttention(SHARE)
-
-    def by_torch() -> None:
-        dropping.backward(upstream, dropping.forward(qkv, drop)[1], sums)
-
-    def by_us() -> None:
-        ours.backward(upstream, ours.forward(qkv, drop)[1], sums)
-
-    both, back = in_turns(by_torch, by_us)
-    row(f"the same with dropout, there and back, {shape}", both, back, 7 / 5 * flops)
+    (forward,) = time_interleaved(lambda: sdpa.forward(qkv, None))
+    both, backward = time_interleaved(
+        sdpa_forward_backward, lambda: triton.backward(grad, saved, bias_grad)
+    )
+    flops = 5 * batch * heads * head_dim * length * (length + 1)
+    shape = f"{batch} sequences of {length}, {heads} heads of {head_dim}"
+    print_row(f"attention backward, {shape}", both - forward, backward, flops=flops)
+    [seed] = draw_dropout_seeds(1, DROPOUT, qkv.device)
+    sdpa_dropout = SdpaAttention(DROPOUT)
+    times = time_interleaved(
+        lambda: sdpa_dropout.backward(grad, sdpa_dropout.forward(qkv, seed)[1], bias_grad),
+        lambda: triton.backward(grad, triton.forward(qkv, seed)[1], bias_grad),
+    )
+    print_row(f"with dropout, forward and backward, {shape}", *times, flops=7 / 5 * flops)
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| what | before, us | chosen, us | difference | TFLOP/s |")
+    print("| operation | baseline, us | chosen, us | difference | TFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
     linear_layers()
-    around_the_gelu()
-    the_head()
-    dropping()
+    mlp_epilogues()
+    lm_head()
+    dropout()
     for shape in ((32, 1024, 12, 64), (64, 256, 6, 64), (32, 1024, 24, 32), (32, 1024, 6, 128)):
         attention(*shape)
 

@@ -1,12 +1,11 @@
-"""How long training waits for its batches, beside a real device.
+"""How long training waits for its batches.
 
     python benchmarks/loader_wait.py shards                              GPT-2 small on a GPU
     python benchmarks/loader_wait.py input.txt --preset debug --device cpu      to see that it works
 
-Updates over batches that the loader reads from disk, in turns with updates over one batch that is
-already there. Two figures: the share of the time that the program spends asking for a batch, and
-how much longer an update takes than without a loader. Nothing is waited for within a turn, as in
-training: what is asked for while the device computes costs nothing.
+Steps with the data loader, interleaved with steps over one fixed batch. It prints the share of the
+time that the loader's calls take, and how much longer a step is with the loader. As in training,
+there is no synchronization between steps: what overlaps with the device costs nothing.
 """
 
 import argparse
@@ -28,8 +27,8 @@ def main() -> None:
     parser.add_argument("input", type=Path, help="prepared data, or a text")
     parser.add_argument("--preset", default="gpt2", choices=PRESETS)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=20, help="updates in a turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20, help="in a repeat")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(
@@ -42,48 +41,49 @@ def main() -> None:
         trainer = build_trainer(config, explicit=(), log=print)
         assert trainer is not None
         step, loader = trainer.step_fn, trainer.dataloader
-        fixed = tuple(part.clone() for part in loader.next_batch())
+        fixed_batch = tuple(tensor.clone() for tensor in loader.next_batch())
         waits: list[float] = []
 
         def with_loader() -> None:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             batch = loader.next_batch()
-            asked = time.perf_counter() - begin
+            wait = time.perf_counter() - start
             step(*batch, lr=1e-4)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             loader.prefetch_to_device()
-            waits.append(asked + time.perf_counter() - begin)
+            waits.append(wait + time.perf_counter() - start)
 
-        def without() -> None:
-            step(*fixed, lr=1e-4)
+        def without_loader() -> None:
+            step(*fixed_batch, lr=1e-4)
 
-        seconds: dict[str, list[float]] = {"with": [], "without": []}
-        ways = {"with": with_loader, "without": without}
-        for turn in range(args.turns + 1):
-            for label, one in ways.items():
+        seconds: dict[str, list[float]] = {"fixed batch": [], "data loader": []}
+        functions = {"fixed batch": without_loader, "data loader": with_loader}
+        for repeat in range(args.repeats + 1):
+            for label, function in functions.items():
                 synchronize(step.device)
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 for _ in range(args.steps):
-                    one()
+                    function()
                 synchronize(step.device)
-                if turn:  # the first warms up
-                    seconds[label].append((time.perf_counter() - begin) / args.steps)
-        waited = waits[args.steps :]
+                if repeat:  # the first is a warmup
+                    seconds[label].append((time.perf_counter() - start) / args.steps)
+        waits = waits[args.steps :]
         trainer.lock.release()
-    usual, with_it = (statistics.median(seconds[label]) for label in ("without", "with"))
     tokens = config.tokens_per_step
-    print(f"\n{args.preset} on {step.device}, torch {torch.__version__}: {tokens:,} tokens a step")
-    print("| updates | ms (from, to) | tokens/s |")
-    print("| --- | --- | --- |")
-    for label, name in (("without", "over one batch that is there"), ("with", "with the loader")):
-        own = [1e3 * s for s in seconds[label]]
-        rate = tokens / statistics.median(seconds[label])
-        middle = statistics.median(own)
-        print(f"| {name} | {middle:.2f} ({min(own):.2f}, {max(own):.2f}) | {rate:,.0f} |")
     print(
-        f"\nasking for a batch takes {1e3 * statistics.mean(waited):.2f} ms on average, "
-        f"{1e3 * max(waited):.2f} at most: {statistics.mean(waited) / with_it:.2%} of an update's "
-        f"time; an update takes {with_it / usual - 1:+.2%} longer than without a loader"
+        f"\n{args.preset} on {step.device}, torch {torch.__version__}: {tokens:,} tokens per step"
+    )
+    print("| steps over | ms (min, max) | tokens/s |")
+    print("| --- | --- | --- |")
+    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    for label, times in seconds.items():
+        span = f"({1e3 * min(times):.2f}, {1e3 * max(times):.2f})"
+        print(f"| {label} | {1e3 * medians[label]:.2f} {span} | {tokens / medians[label]:,.0f} |")
+    wait, overhead = statistics.mean(waits), medians["data loader"] / medians["fixed batch"] - 1
+    print(
+        f"\nwaiting for a batch takes {1e3 * wait:.2f} ms on average, {1e3 * max(waits):.2f} at "
+        f"most: {wait / medians['data loader']:.2%} of a step; a step is {overhead:+.2%} longer "
+        "with the loader"
     )
 
 

@@ -1,10 +1,9 @@
-"""Does it fit? A few updates of each preset on a GPU whose memory is capped.
+"""Train a few steps of each preset on a GPU with capped memory.
 
     python benchmarks/memory_caps.py
 
-GPT-2 small within 8 GB, and xl within 80 GB, as a card of that size would have it: the program
-finds the micro-batch by itself, or takes the savings that the flags name. The cap is torch's, on
-what it may take from the device. Prints what was found and the peak.
+GPT-2 small in 8 GB, and xl in 80 GB, as on a card of that size: the program finds the micro-batch.
+The cap is torch's own, on its caching allocator. Prints the micro-batch and the peak.
 """
 
 import argparse
@@ -34,29 +33,28 @@ def main() -> None:
     device = torch.device("cuda", 0)
     total = torch.cuda.get_device_properties(device).total_memory
     lines = []
-    for name, gigabytes, savings in CASES:
+    for name, gigabytes, flags in CASES:
         if args.only not in (None, name):
             continue
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
-        config = dataclasses.replace(get_preset(name), vocab_size=50304, **savings)
+        config = dataclasses.replace(get_preset(name), vocab_size=50304, **flags)
         step = build_bench_step(config, (), print)
         torch.cuda.reset_peak_memory_stats(device)
         batch = random_batch(config, device)
         for _ in range(2):
             loss, _ = step(*batch, lr=1e-4)
         synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) / 1e9
-        held = torch.cuda.max_memory_reserved(device) / 1e9
-        how = ", ".join(savings) or "nothing"
+        allocated = torch.cuda.max_memory_allocated(device) / 1e9
+        reserved = torch.cuda.max_memory_reserved(device) / 1e9
         lines.append(
-            f"| {name} | {gigabytes} | {how} | {step.micro_batch_size} | {peak:.1f} | {held:.1f} "
-            f"| {float(loss):.3f} |"
+            f"| {name} | {gigabytes} | {', '.join(flags) or 'none'} | {step.micro_batch_size} "
+            f"| {allocated:.1f} | {reserved:.1f} | {float(loss):.3f} |"
         )
         print(lines[-1], flush=True)
         del step, batch, loss
     print(f"\n{torch.cuda.get_device_name(device)}, torch {torch.__version__}\n")
-    print("| preset | cap, GB | saved by | micro-batch found | peak, GB | held, GB | loss |")
+    print("| preset | cap, GB | flags | micro-batch | peak allocated, GB | reserved, GB | loss |")
     print("| --- | --- | --- | --- | --- | --- | --- |", *lines, sep="\n")
 
 

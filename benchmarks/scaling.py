@@ -1,15 +1,14 @@
-"""How training speeds up with the GPUs of a host: weak and strong scaling, and gpt2-xl in shards.
+"""Weak and strong scaling over the GPUs of a host, and gpt2-xl with FSDP2.
 
     python benchmarks/scaling.py --out scaling                  GPT-2 small on 1, 2, 4, ... GPUs
     python benchmarks/scaling.py --out scaling --xl             and gpt2-xl under FSDP2 on all
     python benchmarks/scaling.py --out scaling --only xl        that alone
     python benchmarks/scaling.py --out scaling --preset debug --device cpu --ranks 2     to try it
 
-Weak scaling: each GPU learns from the configuration's whole step (131,072 tokens), so N GPUs from N
-times as many. Strong scaling: all share one. Both are held to the slowest GPU of the same host
-running alone, while all the others run alone beside it: heat and power are then the same. The three
-take turns in one process a GPU; figures are medians over the turns. Writes scaling.json and
-scaling.png.
+Weak scaling: each GPU has a full global batch (131,072 tokens), so N GPUs train on N times as many.
+Strong scaling: all share one. Both are compared with the slowest GPU of the host on its own, while
+all others run on their own beside it: heat and power are then equal. The three are interleaved in
+one process per GPU; results are medians of the repeats. Writes scaling.json and scaling.png.
 """
 
 import argparse
@@ -47,7 +46,7 @@ from gptforge.report.curves import (
 )
 from gptforge.train.train_step import TrainStep
 
-VOCABULARY = 50304
+VOCAB_SIZE = 50304
 
 
 def main() -> None:
@@ -55,14 +54,14 @@ def main() -> None:
     parser.add_argument("--preset", default="gpt2", choices=PRESETS)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--ranks", type=int, default=0, help="at most; 0: as many as GPUs")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=10, help="updates in a turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=10, help="in a repeat")
     parser.add_argument("--xl", action="store_true", help="also gpt2-xl under FSDP2, on all ranks")
     parser.add_argument("--only", choices=["small", "xl"], help="one of the two")
     parser.add_argument("--xl_preset", default="gpt2-xl", choices=PRESETS)
     parser.add_argument("--micro_batch", type=int, default=0, help="of gpt2-xl; 0: as fits")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing for xl")
-    parser.add_argument("--out", default="scaling", help="folder for figures and picture")
+    parser.add_argument("--out", default="scaling", help="folder for results and plot")
     parser.add_argument("--child", choices=["small", "xl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -71,168 +70,170 @@ def main() -> None:
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    most = args.ranks or torch.cuda.device_count() or 2
-    counts = [n for n in (1, 2, 4, 8, 16) if n < most] + [most]
-    found: dict[str, Any] = {"torch": torch.__version__, "small": [], "xl": []}
+    max_ranks = args.ranks or torch.cuda.device_count() or 2
+    counts = [n for n in (1, 2, 4, 8, 16) if n < max_ranks] + [max_ranks]
+    results: dict[str, Any] = {"torch": torch.__version__, "small": [], "xl": []}
     if args.only != "xl":
-        found["small"] = [launch("small", count, out) for count in counts]
+        results["small"] = [launch("small", count, out) for count in counts]
     if args.xl or args.only == "xl":
-        found["xl"] = [launch("xl", most, out)]
-    (out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-    if found["small"]:
-        draw(found["small"], out / "scaling.png", title=args.preset)
-    tell(found, args)
+        results["xl"] = [launch("xl", max_ranks, out)]
+    (out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+    if results["small"]:
+        draw(results["small"], out / "scaling.png", title=args.preset)
+    print_tables(results, args)
 
 
-def launch(what: str, count: int, out: Path) -> dict[str, Any]:
-    """Measure on `count` ranks, which torchrun starts."""
-    own = [word for word in sys.argv[1:] if word != "--xl"]
+def launch(name: str, count: int, out: Path) -> dict[str, Any]:
+    """Measure on `count` ranks, started by torchrun."""
+    flags = [flag for flag in sys.argv[1:] if flag != "--xl"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [sys.executable, *torchrun, str(Path(__file__)), *own, "--child", what]
-    begin = time.perf_counter()
+    command = [sys.executable, *torchrun, str(Path(__file__)), *flags, "--child", name]
+    start = time.perf_counter()
     done = subprocess.run(command, check=False)
     if done.returncode:
         return {"ranks": count, "failed": done.returncode}
-    figures = json.loads((out / f"{what}-{count}.json").read_text())
-    return {**figures, "seconds_in_all": time.perf_counter() - begin}
+    result = json.loads((out / f"{name}-{count}.json").read_text())
+    return {**result, "total_seconds": time.perf_counter() - start}
 
 
 def child(args: argparse.Namespace) -> None:
-    ranks = init_distributed(args.device)
-    device, name = select_device(ranks.local_device or args.device)
-    figures = small(args, ranks, device) if args.child == "small" else xl(args, ranks, device)
-    figures |= {"ranks": ranks.world_size, "device": name, "torch": torch.__version__}
-    if ranks.is_main:
-        path = Path(args.out) / f"{args.child}-{ranks.world_size}.json"
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-    ranks.shutdown()
+    comm = init_distributed(args.device)
+    device, name = select_device(comm.local_device or args.device)
+    result = small(args, comm, device) if args.child == "small" else xl(args, comm, device)
+    result |= {"ranks": comm.world_size, "device": name, "torch": torch.__version__}
+    if comm.is_main:
+        path = Path(args.out) / f"{args.child}-{comm.world_size}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    comm.shutdown()
 
 
-def build(config: Config, ranks: Comm, device: torch.device, *given: str) -> TrainStep:
-    def say(text: str) -> None:
-        if ranks.is_main:
+def build(config: Config, comm: Comm, device: torch.device, *explicit: str) -> TrainStep:
+    def log(text: str) -> None:
+        if comm.is_main:
             print(text, file=sys.stderr, flush=True)
 
     precision = select_precision(config.dtype, device)
-    seed_everything(config, rank=ranks.rank)
-    opening = OpenedRun("new", config)
-    return build_train_step(config, opening, device, precision, explicit=given, log=say, comm=ranks)
-
-
-def small(args: argparse.Namespace, ranks: Comm, device: torch.device) -> dict[str, Any]:
-    """A turn of each: alone on every GPU at once, weak scaling, strong scaling."""
-    one = dataclasses.replace(get_preset(args.preset), vocab_size=VOCABULARY)
-    many = dataclasses.replace(
-        one, gradient_accumulation_steps=one.gradient_accumulation_steps * ranks.world_size
+    seed_everything(config, rank=comm.rank)
+    opened = OpenedRun("new", config)
+    return build_train_step(
+        config, opened, device, precision, explicit=explicit, log=log, comm=comm
     )
-    with ranks.pause_stall_check():
-        alone = build(one, SINGLE_PROCESS, device)
-    together = alone if ranks.world_size == 1 else build(many, ranks, device)
+
+
+def small(args: argparse.Namespace, comm: Comm, device: torch.device) -> dict[str, Any]:
+    """Time one GPU on its own, on all GPUs at once; weak scaling; strong scaling."""
+    one = dataclasses.replace(get_preset(args.preset), vocab_size=VOCAB_SIZE)
+    many = dataclasses.replace(
+        one, gradient_accumulation_steps=one.gradient_accumulation_steps * comm.world_size
+    )
+    with comm.pause_stall_check():
+        single = build(one, SINGLE_PROCESS, device)
+    parallel = single if comm.world_size == 1 else build(many, comm, device)
     batch = random_batch(one, device)
-    share = tuple(x[: one.global_batch_size // ranks.world_size] for x in batch)
+    local_batch = tuple(x[: one.global_batch_size // comm.world_size] for x in batch)
     runs: dict[str, Callable[[], object]] = {
-        "alone": lambda: alone(*batch, lr=1e-4),
-        "weak": lambda: together(*batch, lr=1e-4),
-        "strong": lambda: together(*share, lr=1e-4),
+        "single": lambda: single(*batch, lr=1e-4),
+        "weak": lambda: parallel(*batch, lr=1e-4),
+        "strong": lambda: parallel(*local_batch, lr=1e-4),
     }
     seconds: dict[str, list[list[float]]] = {label: [] for label in runs}
     for run in runs.values():
-        timed(run, 3, ranks, device)
-    for _ in range(args.turns):
+        timed(run, 3, comm, device)
+    for _ in range(args.repeats):
         for label, run in runs.items():
-            own = timed(run, args.steps, ranks, device)
-            seconds[label].append([float(s) for s in ranks.all_gather(torch.tensor(own))])
-    sums = []
-    if ranks.world_size > 1:
+            local = timed(run, args.steps, comm, device)
+            seconds[label].append([float(s) for s in comm.all_gather(torch.tensor(local))])
+    all_reduces = []
+    if comm.world_size > 1:
         gradients = torch.zeros(formulas.num_params(one.model), device=device)
-        for _ in range(args.turns + 2):
-            sums.append(timed(lambda: ranks.all_reduce(gradients), args.steps, ranks, device))
+        for _ in range(args.repeats + 2):
+            all_reduces.append(timed(lambda: comm.all_reduce(gradients), args.steps, comm, device))
     # The slowest GPU counts: the others wait for it.
     medians = {
-        label: max(statistics.median(own) for own in zip(*turns, strict=True))
-        for label, turns in seconds.items()
+        label: max(statistics.median(times) for times in zip(*repeats, strict=True))
+        for label, repeats in seconds.items()
     }
     return {
-        "way": together.backend_name,
-        "micro_batch": together.micro_batch_size,
+        "backend": parallel.backend_name,
+        "micro_batch": parallel.micro_batch_size,
         "tokens": one.tokens_per_step,
         "flops_per_token": formulas.flops_per_token(one.model, one.context_length),
         "peak_flops": peak_flops(device),
         "gradient_bytes": 4 * formulas.num_params(one.model),
-        "sum_seconds": statistics.median(sums[2:]) if sums else 0.0,
+        "all_reduce_seconds": statistics.median(all_reduces[2:]) if all_reduces else 0.0,
         "medians": medians,
-        "turns": seconds,
+        "repeats": seconds,
     }
 
 
-def xl(args: argparse.Namespace, ranks: Comm, device: torch.device) -> dict[str, Any]:
-    """A model in shards: its speed, MFU and memory."""
+def xl(args: argparse.Namespace, comm: Comm, device: torch.device) -> dict[str, Any]:
+    """Time a sharded model: speed, MFU and memory."""
     config = dataclasses.replace(
         get_preset(args.xl_preset),
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         parallel="fsdp",
         activation_checkpointing=args.recompute,
     )
-    given = ()
+    explicit = ()
     if args.micro_batch:
-        whole = config.global_batch_size
+        global_batch_size = config.global_batch_size
         config = dataclasses.replace(
             config,
             batch_size=args.micro_batch,
-            gradient_accumulation_steps=whole // args.micro_batch,
+            gradient_accumulation_steps=global_batch_size // args.micro_batch,
         )
-        given = ("batch_size",)
-    begin = time.perf_counter()
-    with ranks.pause_stall_check():
-        step = build(config, ranks, device, *given)
+        explicit = ("batch_size",)
+    start = time.perf_counter()
+    with comm.pause_stall_check():
+        step = build(config, comm, device, *explicit)
     batch = tuple(
-        x[: config.global_batch_size // ranks.world_size] for x in random_batch(config, device)
+        x[: config.global_batch_size // comm.world_size] for x in random_batch(config, device)
     )
 
     def run() -> object:
         return step(*batch, lr=1e-4)
 
-    timed(run, 1, ranks, device)
-    ready = time.perf_counter() - begin
-    timed(run, 2, ranks, device)
-    turns = [timed(run, max(1, args.steps // 5), ranks, device) for _ in range(args.turns)]
-    slowest = max(float(s) for s in ranks.all_gather(torch.tensor(statistics.median(turns))))
+    timed(run, 1, comm, device)
+    first_step = time.perf_counter() - start
+    timed(run, 2, comm, device)
+    repeats = [timed(run, max(1, args.steps // 5), comm, device) for _ in range(args.repeats)]
+    slowest = max(float(s) for s in comm.all_gather(torch.tensor(statistics.median(repeats))))
     rate = config.tokens_per_step / slowest
     flops = formulas.flops_per_token(config.model, config.context_length)
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {
-        "way": step.backend_name,
+        "backend": step.backend_name,
         "compiled": step.is_compiled,
         "preset": args.xl_preset,
         "micro_batch": step.micro_batch_size,
         "recompute": args.recompute,
         "seconds": slowest,
-        "turns": turns,
+        "repeats": repeats,
         "tokens_per_second": rate,
         "flops_per_token": flops,
-        "mfu": rate * flops / peak / ranks.world_size if peak else None,
-        "first_step_seconds": ready,
+        "mfu": rate * flops / peak / comm.world_size if peak else None,
+        "first_step_seconds": first_step,
         "peak_bytes": memory,
     }
 
 
-def timed(run: Callable[[], object], steps: int, ranks: Comm, device: torch.device) -> float:
-    """Seconds of one, of `steps` that all ranks begin at once."""
-    with ranks.pause_stall_check():
-        ranks.all_true(True)
+def timed(run: Callable[[], object], steps: int, comm: Comm, device: torch.device) -> float:
+    """Seconds of a step, of `steps` that all ranks start together."""
+    with comm.pause_stall_check():
+        comm.all_true(True)
         synchronize(device)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             run()
         synchronize(device)
-        return (time.perf_counter() - begin) / steps
+        return (time.perf_counter() - start) / steps
 
 
-def efficiencies(figures: dict[str, Any]) -> tuple[float, float]:
-    """Weak and strong, of the slowest alone."""
-    m, n = figures["medians"], figures["ranks"]
-    return m["alone"] / m["weak"], m["alone"] / m["strong"] / n
+def efficiencies(result: dict[str, Any]) -> tuple[float, float]:
+    """Weak and strong scaling, compared with the slowest GPU on its own."""
+    m, n = result["medians"], result["ranks"]
+    return m["single"] / m["weak"], m["single"] / m["strong"] / n
 
 
 def draw(small: list[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -241,29 +242,32 @@ def draw(small: list[dict[str, Any]], path: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    good = [f for f in small if "medians" in f]
-    counts = [f["ranks"] for f in good]
-    weak, strong = zip(*(efficiencies(f) for f in good), strict=True)
+    complete = [f for f in small if "medians" in f]
+    counts = [f["ranks"] for f in complete]
+    weak, strong = zip(*(efficiencies(f) for f in complete), strict=True)
     figure, axis = pyplot.subplots(figsize=(7, 4))
     lines = [
-        ("weak: as many tokens a GPU", weak, TRAIN_COLOR, (0, 9)),
-        ("strong: as many tokens in all", strong, VAL_COLOR, (0, -16)),
+        ("weak: constant tokens per GPU", weak, TRAIN_COLOR, (0, 9)),
+        ("strong: constant tokens per step", strong, VAL_COLOR, (0, -16)),
     ]
-    for label, shares, color, beside in lines:
-        percent = [100 * share for share in shares]
+    for label, values, color, offset in lines:
+        percent = [100 * share for share in values]
         axis.plot(counts, percent, "o-", color=color, linewidth=2, label=label)
         for count, share in zip(counts, percent, strict=True):
             axis.annotate(
-                f"{share:.1f}", (count, share), beside, textcoords="offset points", ha="center",
+                f"{share:.1f}", (count, share), offset, textcoords="offset points", ha="center",
                 fontsize=9, color=color, bbox={"fc": "white", "ec": "none", "pad": 1},
             )  # fmt: skip
     axis.axhline(100, color=MUTED_COLOR, linewidth=0.8, zorder=0)
     axis.set_xticks(counts)
-    axis.set_xlabel("GPUs of one host" if good[0]["peak_flops"] else "ranks", color=TEXT_COLOR)
-    axis.set_ylabel("% of the slowest one alone", color=TEXT_COLOR)
+    axis.set_xlabel("GPUs of one host" if complete[0]["peak_flops"] else "ranks", color=TEXT_COLOR)
+    axis.set_ylabel("efficiency (% of the slowest GPU alone)", color=TEXT_COLOR)
     axis.set_ylim(min(80.0, 100 * min(strong) - 5), max(103.0, 100 * max(*weak, *strong) + 3))
     axis.set_title(
-        f"{title}, {good[0]['tokens']:,} tokens a step", loc="left", fontsize=11, color=TEXT_COLOR
+        f"{title}, {complete[0]['tokens']:,} tokens per step",
+        loc="left",
+        fontsize=11,
+        color=TEXT_COLOR,
     )
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(MUTED_COLOR)
@@ -273,37 +277,38 @@ def draw(small: list[dict[str, Any]], path: Path, *, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def tell(found: dict[str, Any], args: argparse.Namespace) -> None:
-    every = found["small"] + found["xl"]
+def print_tables(results: dict[str, Any], args: argparse.Namespace) -> None:
+    every = results["small"] + results["xl"]
     print(f"\n{args.preset} on {every[0].get('device')}, torch {torch.__version__}\n")
-    if found["small"]:
+    if results["small"]:
         print(
-            "| ranks | alone, ms | weak, ms | tokens/s | of alone | strong, ms | tokens/s "
-            f"| of alone | gradients' sum, ms |\n{'| --- ' * 9}|"
+            "| ranks | single, ms | weak, ms | tokens/s | efficiency | strong, ms | tokens/s "
+            f"| efficiency | all-reduce, ms |\n{'| --- ' * 9}|"
         )
-    for f in found["small"]:
+    for f in results["small"]:
         if "failed" in f:
             print(f"| {f['ranks']} | failed with {f['failed']} |")
             continue
         m, n, (weak, strong) = f["medians"], f["ranks"], efficiencies(f)
         print(
-            f"| {n} | {1e3 * m['alone']:.2f} | {1e3 * m['weak']:.2f} | "
+            f"| {n} | {1e3 * m['single']:.2f} | {1e3 * m['weak']:.2f} | "
             f"{n * f['tokens'] / m['weak']:,.0f} | {weak:.1%} | {1e3 * m['strong']:.2f} | "
-            f"{f['tokens'] / m['strong']:,.0f} | {strong:.1%} | {1e3 * f['sum_seconds']:.2f} |"
+            f"{f['tokens'] / m['strong']:,.0f} | {strong:.1%} | "
+            f"{1e3 * f['all_reduce_seconds']:.2f} |"
         )
-    for f in found["xl"]:
+    for f in results["xl"]:
         if "failed" in f:
             print(f"\ngpt2-xl failed with {f['failed']}")
             continue
         mfu = f"{f['mfu']:.1%}" if f["mfu"] else "no peak known"
         print(
             f"\n{f['preset']}, FSDP2 on {f['ranks']} ranks, micro-batches of {f['micro_batch']}, "
-            f"{'' if f['compiled'] else 'not '}compiled: {1e3 * f['seconds']:.0f} ms a step, "
-            f"{f['tokens_per_second']:,.0f} tokens/s, {f['tokens_per_second'] / f['ranks']:,.0f} a "
-            f"rank, MFU {mfu}, {f['peak_bytes'] / 1e9:.1f} GB, first step after "
+            f"{'' if f['compiled'] else 'not '}compiled: {1e3 * f['seconds']:.0f} ms/step, "
+            f"{f['tokens_per_second']:,.0f} tokens/s, {f['tokens_per_second'] / f['ranks']:,.0f} "
+            f"per rank, MFU {mfu}, {f['peak_bytes'] / 1e9:.1f} GB, first step after "
             f"{f['first_step_seconds']:.0f} s"
         )
-    print("\nMFU = tokens/s x (6 N + 12 L C T) / peak; of alone: the slowest, all running at once")
+    print("\nMFU = tokens/s x (6 N + 12 L C T) / peak; efficiency: to the slowest single GPU")
 
 
 if __name__ == "__main__":

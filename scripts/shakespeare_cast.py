@@ -1,8 +1,4 @@
-"""Facts about the texts of the archive that no rule can find: order, names and misprints.
-
-Purpose: keep the tables of `make_input.py` apart from its rules. There is nothing to run here;
-see `make_input.py` for the commands.
-"""
+"""Tables for `make_input.py`: order, names and misprints, which no rule can find."""
 
 POEMS = (
     "lovers_complaint",

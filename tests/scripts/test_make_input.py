@@ -1,11 +1,4 @@
-"""Tests of the script that makes `input.txt`, and of the file itself.
-
-Purpose: each typographic style of the source on a made-up snippet, then the form of the file.
-
-Command, from the root of the repository:
-
-    pytest tests/scripts/test_make_input.py
-"""
+"""`scripts/make_input.py`: each typographic style of the source on a snippet, then `input.txt`."""
 
 import hashlib
 import re
@@ -21,7 +14,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_input as m  # noqa: E402
 import shakespeare_cast as cast_tables  # noqa: E402
 
-HEAD = "A PLAY\n\nby Nobody\n\nPERSONS REPRESENTED.\n\n"
+HEAD = "A PLAY\n\nby Anonymous\n\nPERSONS REPRESENTED.\n\n"
 LABEL = re.compile(r"[A-Z][A-Za-z', -]*:")
 
 
@@ -134,7 +127,7 @@ def test_order_has_each_work_once_and_ends_with_each_kind() -> None:
     assert order[:5] == list(cast_tables.POEMS)
 
 
-def test_a_correction_that_is_not_in_the_source_is_an_error() -> None:
+def test_fix_of_text_that_is_not_in_the_source_raises() -> None:
     with pytest.raises(ValueError, match="not in the source"):
         m.apply_fixes("nothing", "macbeth")
 
@@ -155,7 +148,7 @@ def text() -> str:
     return (ROOT / "input.txt").read_bytes().decode("ascii")
 
 
-def test_file_is_the_script_s_result(text: str) -> None:
+def test_file_has_the_expected_hash(text: str) -> None:
     assert hashlib.sha256(text.encode()).hexdigest() == m.OUTPUT_SHA256
 
 
