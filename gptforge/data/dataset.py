@@ -34,8 +34,8 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 BUNDLED_PATHS = (PACKAGE_DIR / "input.txt", PACKAGE_DIR.parents[1] / "input.txt")
 BUNDLED_INPUT = "bundled:input.txt"  # its `--input`, wherever the program is installed
 SHARD_SUFFIX = ".bin"
-EDGE_TOKENS = 2**18  # searched for end-of-text tokens at either end of foreign shards
-EDGE_BYTES = 2**16  # hashed at either end of a foreign shard
+EDGE_TOKENS = 2**18  # searched for end-of-text tokens at either end of external shards
+EDGE_BYTES = 2**16  # hashed at either end of a external shard
 # Bytes of changed files in a prepared folder that are hashed before training; copying a folder
 # changes all its files. `gptforge doctor` hashes any amount.
 MAX_VERIFIED_BYTES = 2**32
@@ -46,14 +46,14 @@ class Dataset:
     """Train and validation tokens.
 
     Attributes:
-        path: as given.
-        sha256: of the text if it is one, otherwise a hash that identifies all of the data.
-        tokenizer_name: the `--tokenizer` that names the tokenizer.
+        path: the `--input`.
+        sha256: of a single text; of several files, a hash over all of them.
+        tokenizer_name: the `--tokenizer` that gives this tokenizer.
         val: empty if nothing is held out.
-        characters: of the text, like `bytes`, `documents`; 0 if unknown.
-        input_splits: the splits that the text of each input file went to, by its fingerprint.
-        is_split_by_name: whether the names of the files decide what is held out.
-        is_prepared: whether `gptforge prepare` has split it, so that training cannot.
+        characters: of the text, like `bytes` and `documents`; 0 if unknown.
+        input_splits: by the fingerprint of each input file, the splits that have text of it.
+        is_split_by_name: whether file names decide what is held out.
+        is_prepared: whether `gptforge prepare` wrote it, which also fixed the split.
     """
 
     path: Path
@@ -123,7 +123,7 @@ class DatasetOptions:
 
 
 def resolve_input(flag: str) -> Path:
-    """The path that `--input` names; by default ./input.txt, else the bundled text."""
+    """The path of `--input`; by default ./input.txt if it exists, otherwise the bundled text."""
     if flag and flag != BUNDLED_INPUT:
         return Path(flag)
     candidates = BUNDLED_PATHS if flag else (Path("input.txt"), *BUNDLED_PATHS)
@@ -156,7 +156,7 @@ def open_dataset(
     log: Callable[[str], None],
     progress: ProgressBar | None = None,
 ) -> Dataset:
-    """Open token shards, or tokenize anything else, unless the cache has it.
+    """Open token shards; tokenize any other input, unless the cache has its shards.
 
     Raises:
         UserError: if there is nothing, or it is unreadable, or contradicts the options.
@@ -323,7 +323,7 @@ def _open_shards(path: Path, names: Sequence[Path], options: DatasetOptions) -> 
 
 
 def _has_eot(tokens: TokenDataset, tokenizer: Tokenizer) -> bool:
-    """Whether either end of foreign shards contains an end-of-text token."""
+    """Whether either end of external shards contains an end-of-text token."""
     eot, length = tokenizer.eot_token, len(tokens)
     if eot is None:
         return False

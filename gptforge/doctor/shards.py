@@ -27,7 +27,7 @@ BLOCK_TOKENS = 2**20
 
 
 def check_shards(path: Path, options: DatasetOptions, *, context_length: int) -> list[Finding]:
-    """Findings about a folder that `gptforge prepare` wrote, or about foreign shards."""
+    """Findings about a folder that `gptforge prepare` wrote, or about external shards."""
     try:
         # Without `verify`, which stops at the first corrupted file.
         dataset = open_dataset(path, replace(options, verify=False), log=lambda _: None)

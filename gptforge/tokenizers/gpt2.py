@@ -31,17 +31,11 @@ class GPT2Tokenizer:
         gpt2 = gpt2_merges()
         self.merges = list(gpt2 if merges is None else merges)
         self.name = "gpt2" if self.merges == gpt2 else "bpe"
-        self.ranks = ranks = _mergeable_ranks(self.merges)
-        self.eot_token: int | None = len(ranks)
+        self.encoding, self.ranks = _encoding(tuple(self.merges))
+        self.eot_token: int | None = len(self.ranks)
         self.prepends_eot = False
-        self.vocab_size = len(ranks) + 1
+        self.vocab_size = len(self.ranks) + 1
         self._dtype = smallest_dtype(self.vocab_size)
-        self.encoding = tiktoken.Encoding(
-            name="gpt2",
-            pat_str=PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: len(ranks)},
-        )
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, in which <|endoftext|> is ordinary characters."""
@@ -70,6 +64,16 @@ def gpt2_merges() -> list[str]:
     """GPT-2's merges, one "left right" pair each."""
     text = resources.files("gptforge.tokenizers").joinpath("vocab.bpe").read_text("utf-8")
     return text.split("\n")[1:-1]
+
+
+@functools.lru_cache(maxsize=2)  # 0.13 s for GPT-2's, which a run needs several times
+def _encoding(merges: tuple[str, ...]) -> tuple[tiktoken.Encoding, dict[bytes, int]]:
+    ranks = _mergeable_ranks(merges)
+    special_tokens = {END_OF_TEXT: len(ranks)}
+    encoding = tiktoken.Encoding(
+        name="gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
+    return encoding, ranks
 
 
 def build_vocab(merges: Sequence[str]) -> dict[str, int]:
