@@ -91,7 +91,7 @@ def build_page(
     c = model.model.config
     about = (
         f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers · "
-        f"{model.tokenizer.name} tokens · {c.block_size} of context"
+        f"{model.tokenizer.name} tokenizer · context {c.block_size}"
     )
     examples = _encodable(model, EXAMPLES)
     # For events that only change the page: not in the queue, nor in Gradio's API.
