@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on all GPUs of this machine. Flags are those of gpt.py:
+# Train on all GPUs of this machine. Takes the flags of gpt.py:
 #
 #   examples/one_node.sh --preset gpt2 --out_dir runs/eight
 #   GPUS=2 examples/one_node.sh --preset gpt2-xl
-#   GPUS=2 examples/one_node.sh --preset debug --device cpu       without a GPU, to see that it works
+#   GPUS=2 examples/one_node.sh --preset debug --device cpu       try it without a GPU
 #
-# A rank that is lost ends all of them; torchrun starts them again, and the run goes on from its last
-# checkpoint, RESTARTS times at most.
+# If a rank fails, torchrun restarts all of them, at most RESTARTS times, and the run resumes from its
+# last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

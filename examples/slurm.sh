@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes=2 examples/slurm.sh --preset gpt2-xl --out_dir runs/xl
 #
-# Change the lines below to what your cluster calls things. One task a machine: torchrun starts a process
-# a GPU. Submit from this repository, on a file system that all machines see. The same command submitted
-# again goes on with the run, and so does a job that SLURM has taken off and queued anew.
+# Adapt the lines below to your cluster. One task per node: torchrun starts one process per GPU. Submit
+# from this repository, on a file system that all nodes share. Submitting the same command again resumes
+# the run, and so does a job that SLURM preempts and requeues.
 #
 #SBATCH --job-name=gptforge
 #SBATCH --nodes=2
@@ -16,15 +16,15 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Two minutes before the time is up the run is asked to save and stop. A model that takes longer than
-# torchrun's 30 seconds to save is stopped in time by --time_limit MINUTES instead.
+# Two minutes before the time limit, SIGTERM makes the run save and stop. If saving takes longer than
+# torchrun's 30 seconds, use --time_limit MINUTES instead.
 #SBATCH --signal=TERM@120
 set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# SLURM says how many GPUs a machine gave, in one of two forms: 8 or h100:8.
+# The number of GPUs per node, as 8 or h100:8.
 gpus=${SLURM_GPUS_PER_NODE:-gpu}
 gpus=${gpus##*:}
 

@@ -178,7 +178,7 @@ def _parse_config(hf_config: dict[str, Any]) -> GPTConfig:
             shown = short_repr(hf_config[name])
             raise ValueError(f"{name} is {shown}, GPT-2's is {supported[0]!r}")
     function = hf_config.get("activation_function", "gelu_new")
-    activation = next((ours for ours, names in ACTIVATIONS.items() if function in names), None)
+    activation = next((name for name, names in ACTIVATIONS.items() if function in names), None)
     if activation is None:
         known = ", ".join(name for names in ACTIVATIONS.values() for name in names)
         shown = short_repr(function)

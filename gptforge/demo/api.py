@@ -5,15 +5,15 @@ supported is refused, not ignored. `top_k` is an addition.
 """
 
 import json
-import math
 import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -26,38 +26,55 @@ from gptforge.errors import UserError
 from gptforge.inference.detokenizer import StopMatcher
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
-from gptforge.inference.validation import is_int, is_number
+from gptforge.inference.validation import as_str_list
 
 MAX_SEQUENCES = 8
 """Prompts times `n`."""
-MAX_STOP_STRINGS = 4
 UNSUPPORTED_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
-    "echo": (None, False),
-    "best_of": (None, 1),
-    "logprobs": (None,),
-    "suffix": (None, ""),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
+    "echo": (False,),
+    "best_of": (1,),
+    "logprobs": (),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
 }
-"""OpenAI's fields that are not supported, and the values at which they have no effect."""
-KNOWN_FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "stop"}
-KNOWN_FIELDS |= {"seed", "stream", "stream_options", "user", *UNSUPPORTED_DEFAULTS}
+"""OpenAI's fields that are not supported, and the values besides null that have no effect."""
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A validated request."""
+class StreamOptions(BaseModel):
+    """Options of a streamed response."""
 
-    model: str
-    prompts: list[str]
-    max_tokens: int
-    params: SamplingParams
-    n: int
-    stop: list[str]
-    seed: int | None
-    stream: bool
-    include_usage: bool
+    include_usage: StrictBool = False
+
+
+class CompletionRequest(BaseModel):
+    """The fields of a request, with their types and limits."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str = ""
+    prompt: str | list[str] = ""
+    max_tokens: int = Field(16, ge=1, le=limits.MAX_NEW_TOKENS)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_k: int = Field(0, ge=0, le=2**31)
+    top_p: float = Field(1.0, ge=0.001, le=1)
+    n: int = Field(1, ge=1, le=MAX_SEQUENCES)
+    stop: str | list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: Any = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """At least one prompt."""
+        return as_str_list(self.prompt, "prompt")
+
+    @property
+    def params(self) -> SamplingParams:
+        """How tokens are sampled."""
+        return SamplingParams(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass
@@ -90,8 +107,9 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
 
     async def post_completions(request: Request) -> Response:
         try:
-            completion = parse_request(await request.body(), models.names()[0])
-            model = await run_in_threadpool(models.get, completion.model)
+            completion = parse_request(await request.body())
+            name = completion.model or models.names()[0]
+            model = await run_in_threadpool(models.get, name)
             prompt_tokens = sum(len(model.encode(prompt)) for prompt in completion.prompts)
             for prompt in completion.prompts:
                 # Validates all parameters before the first byte of the response.
@@ -106,12 +124,14 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": completion.model,
+            "model": name,
         }
         counts = {"prompt_tokens": prompt_tokens * completion.n, "completion_tokens": 0}
         chunks = _release_after(slots, _generate(model, completion, counts))
         if completion.stream:
-            events = _events(chunks, head, counts, include_usage=completion.include_usage)
+            events = _events(
+                chunks, head, counts, include_usage=completion.stream_options.include_usage
+            )
             return StreamingResponse(events, media_type="text/event-stream")
         choices: list[dict[str, Any]] = [
             {"text": "", "index": index, "logprobs": None, "finish_reason": None}
@@ -134,7 +154,7 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
     ]
 
 
-def parse_request(body: bytes, default_model: str) -> CompletionRequest:
+def parse_request(body: bytes) -> CompletionRequest:
     """Parse and validate a request's JSON.
 
     Raises:
@@ -147,45 +167,21 @@ def parse_request(body: bytes, default_model: str) -> CompletionRequest:
         raise UserError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise UserError("the body must be a JSON object")
-    if unknown := sorted(set(fields) - KNOWN_FIELDS):
-        raise UserError(f"unknown field {unknown[0]!r:.60}")
+    fields = {name: value for name, value in fields.items() if value is not None}
     for name, defaults in UNSUPPORTED_DEFAULTS.items():
-        if fields.get(name) not in defaults:
+        if name in fields and fields.pop(name) not in defaults:
             raise UserError(f"{name} is not supported: leave it out")
-    prompt = fields.get("prompt", "")
-    prompts = prompt if isinstance(prompt, list) else [prompt]
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError("prompt must be a string or a list of strings")
+    try:
+        request = CompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]!s:.60}: {first['msg']}") from None
+    prompts = request.prompts
+    if not 1 <= request.n * len(prompts) <= MAX_SEQUENCES:
+        raise UserError(f"prompt: give 1 to {MAX_SEQUENCES} texts at once, times n")
     if (length := max(map(len, prompts))) > limits.MAX_PROMPT_CHARS:
         raise UserError(f"prompt: at most {limits.MAX_PROMPT_CHARS:,} characters, not {length:,}")
-    stop = fields.get("stop") or []
-    stop = stop if isinstance(stop, list) else [stop]
-    if len(stop) > MAX_STOP_STRINGS or not all(isinstance(text, str) and text for text in stop):
-        raise UserError(f"stop must be a string or a list of at most {MAX_STOP_STRINGS}")
-    model = fields.get("model") or default_model
-    if not isinstance(model, str):
-        raise UserError("model must be a string: /v1/models lists them")
-    n = _int(fields, "n", 1, 1, MAX_SEQUENCES)
-    if n * len(prompts) > MAX_SEQUENCES:
-        raise UserError(f"at most {MAX_SEQUENCES} texts at once, not {n * len(prompts)}")
-    options = fields.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise UserError("stream_options must be an object")
-    return CompletionRequest(
-        model=model,
-        prompts=prompts,
-        max_tokens=_int(fields, "max_tokens", 16, 1, limits.MAX_NEW_TOKENS),
-        params=SamplingParams(
-            _float(fields, "temperature", 1.0, 0, 2),
-            _int(fields, "top_k", 0, 0, 2**31),
-            _float(fields, "top_p", 1.0, 0.001, 1),
-        ),
-        n=n,
-        stop=stop,
-        seed=None if fields.get("seed") is None else _int(fields, "seed", 0, 0, 2**63 - 1),
-        stream=_bool(fields, "stream"),
-        include_usage=_bool(options, "include_usage"),
-    )
+    return request
 
 
 def _generate(model: LanguageModel, request: CompletionRequest, counts: dict[str, int]) -> Chunks:
@@ -194,7 +190,7 @@ def _generate(model: LanguageModel, request: CompletionRequest, counts: dict[str
     choices = [(prompt, copy) for prompt in request.prompts for copy in range(request.n)]
     for index, (prompt, copy) in enumerate(choices):
         seed = None if request.seed is None else (request.seed + copy) % 2**63
-        matcher, count = StopMatcher(request.stop), 0
+        matcher, count = StopMatcher(as_str_list(request.stop, "stop")), 0
         for token in model.stream_tokens(
             prompt, request.max_tokens, request.params, seed=seed, top_logprobs=0
         ):
@@ -241,24 +237,3 @@ def _usage(counts: Mapping[str, int]) -> dict[str, int]:
 def _error(status: int, message: str, kind: str) -> Response:
     body = {"message": message, "type": kind, "param": None, "code": None}
     return JSONResponse({"error": body}, status_code=status)
-
-
-def _int(fields: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = default if fields.get(name) is None else fields[name]
-    if not is_int(value) or not low <= value <= high:
-        raise UserError(f"{name} must be a whole number from {low} to {high}")
-    return int(value)
-
-
-def _float(fields: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = default if fields.get(name) is None else fields[name]
-    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
-        raise UserError(f"{name} must be a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _bool(fields: Mapping[str, Any], name: str) -> bool:
-    value = fields.get(name) or False
-    if not isinstance(value, bool):
-        raise UserError(f"{name} must be true or false")
-    return value

@@ -91,9 +91,11 @@ def build_page(
     c = model.model.config
     about = (
         f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers · "
-        f"{model.tokenizer.name} tokens · {c.block_size} of context"
+        f"{model.tokenizer.name} tokenizer · context {c.block_size}"
     )
     examples = _encodable(model, EXAMPLES)
+    # For events that only change the page: not in the queue, nor in Gradio's API.
+    direct: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gr.HTML(
             f'<header><div class="mark">g</div><div><h1>{escape(title)}</h1>'
@@ -117,13 +119,7 @@ def build_page(
                         for text in examples:
                             label = text.replace("\n", " ")
                             chip = gr.Button(label, size="sm", elem_classes="chip", min_width=0)
-                            chip.click(
-                                lambda text=text: text,
-                                None,
-                                prompt,
-                                queue=False,
-                                api_visibility="private",
-                            )
+                            chip.click(lambda text=text: text, None, prompt, **direct)
                     with gr.Row(elem_id="go"):
                         start = gr.Button(
                             "Write", variant="primary", elem_id="write", min_width=120
@@ -151,14 +147,7 @@ def build_page(
                     return training_tab(Path(run), max_steps=max_steps)
 
                 training = gr.HTML(update(), elem_id="curves")
-                gr.Timer(3).tick(
-                    update,
-                    None,
-                    training,
-                    queue=False,
-                    show_progress="hidden",
-                    api_visibility="private",
-                )
+                gr.Timer(3).tick(update, None, training, show_progress="hidden", **direct)
         gr.HTML("<footer>Made with GPT-Forge. Your input is not stored or shared.</footer>")
         event = gr.on(
             [start.click, prompt.submit],
@@ -172,13 +161,12 @@ def build_page(
             api_visibility="private",
         )
         # Say so only after the cancellation: a last update could otherwise overwrite it.
-        stop.click(None, None, None, cancels=[event], queue=False, api_visibility="private").then(
+        stop.click(None, None, None, cancels=[event], **direct).then(
             lambda: render_status("stopped", kind="stopped"),
             None,
             status,
-            queue=False,
             show_progress="hidden",
-            api_visibility="private",
+            **direct,
         )
         tint.change(None, tint, None, js=TOGGLE_TINT)
         page.load(

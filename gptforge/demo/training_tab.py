@@ -34,7 +34,9 @@ def render_training(run_dir: Path, *, max_steps: int, curves_version: str = "") 
     history = read_history(run_dir / METRICS)
     if not history.train:
         return '<div class="training"><p class="empty">This run has no metrics.</p></div>'
-    curves = f'<img src="{CURVES}?{curves_version}" alt="{ALT}">' if curves_version else ""
+    curves = ""
+    if curves_version:
+        curves = f'<div class="curves"><img src="{CURVES}?{curves_version}" alt="{ALT}"></div>'
     return f'<div class="training">{_tiles(history, max_steps)}{curves}</div>'
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from gptforge.inference.fused_decode import FusedDecode, build_fused_decode
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, sample
+from gptforge.kernels.decode import DecodeInputs
 
 WARMUP_STEPS = 3
 """Steps before the capture: libraries initialize in the first, which a graph cannot hold."""
@@ -122,7 +123,8 @@ class DecodeSession:
         if fused is None:
             self._decode_one_token(len(self._slots), use_mask=True)
             return
-        self._sample(fused(self.ids, self.starts, self.cache, self.cache_position))
+        inputs = DecodeInputs(self.ids, self.starts, self.cache_position)
+        self._sample(fused(self.cache, inputs))
         self.cache_position += 1
 
     def _sample(self, logits: Tensor) -> None:

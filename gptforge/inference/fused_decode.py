@@ -3,12 +3,12 @@
 Only for graphs: launched one by one, these kernels cost the host more time than torch's.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import override
 
 from gptforge.inference.model import InferenceModel, KVCache
 from gptforge.kernels.decode import (
@@ -24,72 +24,38 @@ from gptforge.kernels.layer_norm import add_layer_norm
 LOGIT_TOLERANCE = 0.1
 """Relative error of the logits that bfloat16 explains; unrelated logits are at 1."""
 
-
-class FusedDecode(Protocol):
-    """`InferenceModel.forward` for one token per sequence."""
-
-    def __call__(
-        self, ids: Tensor, starts: Tensor, cache: KVCache, cache_position: Tensor
-    ) -> Tensor:
-        """Logits of the next token; keys and values of `ids` go into the cache.
-
-        Args:
-            ids: (B, 1).
-            starts: (B, 1), first slot of each sequence.
-            cache: all slots.
-            cache_position: (1,), slot of `ids`. Attention covers starts to cache_position.
-
-        Returns:
-            (B, V) float32.
-        """
+FusedDecode = Callable[[KVCache, DecodeInputs], Tensor]
+"""`InferenceModel.forward` for one token per sequence: puts its keys and values into the cache and
+returns the next token's logits, (B, V) float32."""
 
 
-class SmallBatchDecode(FusedDecode):
-    """Five matrix-vector kernels per layer, with norms, GELU and residual sums fused in.
-
-    Args:
-        model: weights are used in place.
-        ops: the kernels.
-    """
-
-    def __init__(self, model: InferenceModel, ops: TritonDecodeOps) -> None:
-        self.model, self.ops = model, ops
-
-    @override
-    def __call__(
-        self, ids: Tensor, starts: Tensor, cache: KVCache, cache_position: Tensor
-    ) -> Tensor:
-        model, ops, inputs = self.model, self.ops, DecodeInputs(ids, starts, cache_position)
-        x = ops.embedding(inputs, model.wte, model.wpe)
-        for layer, kv in zip(model.layers, cache.data, strict=True):
-            q = ops.layer_norm_qkv(x, layer.ln_1, layer.c_attn, kv, inputs)
-            ops.combine_proj_add(ops.split_kv_attention(q, kv, inputs), layer.attn_c_proj, x)
-            h = ops.layer_norm_linear(x, layer.ln_2, layer.c_fc, gelu=True)
-            ops.linear_add(h, layer.mlp_c_proj, x)
-        logits = ops.layer_norm_linear(x, model.ln_f, model.lm_head, gelu=False)
-        return logits[:, : model.vocab_size]
+def small_batch_decode(
+    model: InferenceModel, ops: TritonDecodeOps, cache: KVCache, inputs: DecodeInputs
+) -> Tensor:
+    """Five matrix-vector kernels per layer, with norms, GELU and residual sums fused in."""
+    x = ops.embedding(inputs, model.wte, model.wpe)
+    for layer, kv in zip(model.layers, cache.data, strict=True):
+        q = ops.layer_norm_qkv(x, layer.ln_1, layer.c_attn, kv, inputs)
+        ops.combine_proj_add(ops.split_kv_attention(q, kv, inputs), layer.attn_c_proj, x)
+        h = ops.layer_norm_linear(x, layer.ln_2, layer.c_fc, gelu=True)
+        ops.linear_add(h, layer.mlp_c_proj, x)
+    logits = ops.layer_norm_linear(x, model.ln_f, model.lm_head, gelu=False)
+    return logits[:, : model.vocab_size]
 
 
-class LargeBatchDecode(FusedDecode):
+def large_batch_decode(model: InferenceModel, cache: KVCache, inputs: DecodeInputs) -> Tensor:
     """cuBLAS matmuls, one kernel for attention, and one for each residual sum with layer norm."""
-
-    def __init__(self, model: InferenceModel) -> None:
-        self.model = model
-
-    @override
-    def __call__(
-        self, ids: Tensor, starts: Tensor, cache: KVCache, cache_position: Tensor
-    ) -> Tensor:
-        model, positions = self.model, (cache_position - starts)[:, 0]
-        residual = F.embedding(ids[:, 0], model.wte) + F.embedding(positions, model.wpe)  # (B, C)
-        x = None
-        for layer, kv in zip(model.layers, cache.data, strict=True):
-            ln_out, saved = add_layer_norm(residual, x, *layer.ln_1)
-            y = decode_attention(layer.c_attn(ln_out), kv, starts, cache_position)
-            ln_out, saved = add_layer_norm(saved.residual, layer.attn_c_proj(y), *layer.ln_2)
-            residual, x = saved.residual, layer.mlp_c_proj(model.mlp_hidden(layer, ln_out))
-        ln_out, _ = add_layer_norm(residual, x, *model.ln_f)
-        return model.logits(ln_out)
+    ids, starts, position = inputs.ids, inputs.starts, inputs.slot
+    residual = F.embedding(ids[:, 0], model.wte)  # (B, C)
+    residual = residual + F.embedding((position - starts)[:, 0], model.wpe)
+    x = None
+    for layer, kv in zip(model.layers, cache.data, strict=True):
+        ln_out, saved = add_layer_norm(residual, x, *layer.ln_1)
+        y = decode_attention(layer.c_attn(ln_out), kv, starts, position)
+        ln_out, saved = add_layer_norm(saved.residual, layer.attn_c_proj(y), *layer.ln_2)
+        residual, x = saved.residual, layer.mlp_c_proj(model.mlp_hidden(layer, ln_out))
+    ln_out, _ = add_layer_norm(residual, x, *model.ln_f)
+    return model.logits(ln_out)
 
 
 def build_fused_decode(model: InferenceModel, cache: KVCache) -> FusedDecode | None:
@@ -101,9 +67,10 @@ def build_fused_decode(model: InferenceModel, cache: KVCache) -> FusedDecode | N
     try:
         step: FusedDecode
         if supports_fused_decode(cache.data) and model.config.activation == "gelu_tanh":
-            step = SmallBatchDecode(model, TritonDecodeOps(pdl=supports_pdl(model.device)))
+            ops = TritonDecodeOps(pdl=supports_pdl(model.device))
+            step = partial(small_batch_decode, model, ops)
         elif supports_decode_attention(cache.data):
-            step = LargeBatchDecode(model)
+            step = partial(large_batch_decode, model)
         else:
             return None
         return step if _matches_forward(step, model, cache) else None
@@ -118,7 +85,7 @@ def _matches_forward(step: FusedDecode, model: InferenceModel, cache: KVCache) -
     ids = torch.zeros(data.size(2), 1, dtype=torch.long, device=data.device)
     last = torch.full((1,), data.size(-2) - 1, dtype=torch.long, device=data.device)
     starts = torch.zeros_like(ids)
-    logits = step(ids, starts, cache, last).float()
+    logits = step(cache, DecodeInputs(ids, starts, last)).float()
     expected = model.forward(ids, last - starts, cache, last, None).float()
     data.zero_()
     return bool((logits - expected).norm() <= LOGIT_TOLERANCE * expected.norm())

@@ -278,8 +278,8 @@ def test_the_page_fits_a_phone(visitor) -> None:
     token.tap()
     assert token.evaluate("e => e.matches(':focus')")
     # The tip fits the screen.
-    wide = "e => parseFloat(getComputedStyle(e, '::after').width)"
-    assert 80 < token.evaluate(wide) <= 358
+    width = "e => parseFloat(getComputedStyle(e, '::after').width)"
+    assert 80 < token.evaluate(width) <= 358
     box = page.locator("#write").bounding_box()
     assert box["height"] >= 44
     page.get_by_role("tab", name="Training").tap()

@@ -1,5 +1,7 @@
 """Fused decode steps against `InferenceModel.forward`."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,14 +10,14 @@ from gptforge.inference import fused_decode
 from gptforge.inference.decode_session import DecodeSession
 from gptforge.inference.fused_decode import (
     FusedDecode,
-    LargeBatchDecode,
-    SmallBatchDecode,
     build_fused_decode,
+    large_batch_decode,
+    small_batch_decode,
 )
 from gptforge.inference.generate import TokenGenerator
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, draw_uniforms
-from gptforge.kernels.decode import TritonDecodeOps, supports_pdl
+from gptforge.kernels.decode import DecodeInputs, TritonDecodeOps, supports_pdl
 from gptforge.model import GPT
 from tests.kernels.decode_reference import TorchDecodeOps
 
@@ -61,7 +63,7 @@ def fused_logits(
 ) -> list[torch.Tensor]:
     cache, slots = model.allocate_cache(*ids.shape), torch.arange(ids.size(1), device=model.device)
     return [
-        step(ids[:, n : n + 1].contiguous(), starts, cache, slots[n : n + 1])
+        step(cache, DecodeInputs(ids[:, n : n + 1].contiguous(), starts, slots[n : n + 1]))
         for n in range(int(starts.max()), ids.size(1))
     ]
 
@@ -69,7 +71,9 @@ def fused_logits(
 @pytest.mark.parametrize("is_small_batch", [True, False])
 def test_logits_match_forward_for_any_padding(is_small_batch) -> None:
     model = InferenceModel(gpt(), vocab_size=VOCAB)
-    step = SmallBatchDecode(model, TorchDecodeOps()) if is_small_batch else LargeBatchDecode(model)
+    step = partial(large_batch_decode, model)
+    if is_small_batch:
+        step = partial(small_batch_decode, model, TorchDecodeOps())
     ids, starts = random_ids(3, 96), torch.tensor([[0], [5], [9]])
     expected = forward_logits(model, ids, starts)
     logits = fused_logits(model, step, ids, starts)
@@ -121,8 +125,8 @@ def test_static_steps_sample_the_same_tokens() -> None:
         )
 
     expected = sampled(session(), None)
-    assert sampled(session(), SmallBatchDecode(model, TorchDecodeOps())) == expected
-    assert sampled(session(), LargeBatchDecode(model)) == expected
+    assert sampled(session(), partial(small_batch_decode, model, TorchDecodeOps())) == expected
+    assert sampled(session(), partial(large_batch_decode, model)) == expected
     uniforms = draw_uniforms([1, 2], 20)
     steps = list(TokenGenerator(model).generate([[1, 2, 3], [4]], uniforms, sampling))
     assert [[i for step in steps for i in step.ids[row]] for row in (0, 1)] == expected
@@ -144,7 +148,7 @@ def test_small_batch_logits_are_closer_to_float32_than_forward_on_a_gpu(config, 
     starts = torch.tensor([[0], [7], [3], [12]])[:rows].cuda()
     with torch.inference_mode():
         assert build_fused_decode(model, model.allocate_cache(rows, 96)) is not None
-    step = SmallBatchDecode(model, TritonDecodeOps(pdl=pdl))
+    step = partial(small_batch_decode, model, TritonDecodeOps(pdl=pdl))
     fused = torch.stack(fused_logits(model, step, ids, starts))
     plain = torch.stack(forward_logits(model, ids, starts))
     reference = torch.stack(forward_logits(exact, ids, starts))
@@ -166,7 +170,7 @@ def test_large_batch_logits_are_as_close_to_float32_as_forward_on_a_gpu(config) 
     ids, starts = random_ids(9, 96).cuda(), torch.arange(9, device="cuda")[:, None]
     with torch.inference_mode():
         step = build_fused_decode(model, model.allocate_cache(9, 96))
-    assert isinstance(step, LargeBatchDecode)
+    assert step is not None and step.func is large_batch_decode
     fused = torch.stack(fused_logits(model, step, ids, starts)).float()
     plain = torch.stack(forward_logits(model, ids, starts))
     reference = torch.stack(forward_logits(exact, ids, starts))
