@@ -36,13 +36,9 @@ def kernels_for(config: Config, device: torch.device, precision: Precision) -> K
 
 
 def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explicit: bool) -> int:
-    """Sequences per forward pass: `--batch_size`, or less if memory is short.
+    """Sequences per forward pass: `--batch_size`, or less if it is not explicit and memory short.
 
-    Args:
-        step: is tried on a GPU, unless the model is sharded.
-        config: of the run.
-        comm: all ranks.
-        is_explicit: whether the user set `--batch_size`, which is then used as it is.
+    A GPU tries sizes out, unless the model is sharded.
     """
     device, manual = step.device, step.kernels.manual_backward
     per_rank = config.global_batch_size // comm.world_size

@@ -50,15 +50,8 @@ def build_train_step(
 ) -> TrainStep:
     """Build model and optimizer, and select kernels, parallelism and micro-batch.
 
-    Args:
-        config: resolved.
-        opened: the run; the weights of one that is resumed are left for `restore` to load.
-        device: to train on.
-        precision: of the matmuls.
-        explicit: names of the fields that the user set.
-        log: is called with each choice and the reason.
-        comm: all ranks; each of them builds.
-        wait_for_warmup: is called once the weights are there.
+    The weights of a resumed run are left for `restore` to load. `wait_for_warmup` is called once
+    the weights are there. Each choice is logged with the reason.
     """
     model = _build_model(config, opened, comm)
     wait_for_warmup()
@@ -186,15 +179,7 @@ def attention_backend(step: TrainStep, config: Config) -> str:
 def estimate_duration(
     step: TrainStep, config: Config, *, steps: int, val_tokens: int = 0, comm: Comm = SINGLE_PROCESS
 ) -> str:
-    """Say how long training will take, from a dry run on this machine.
-
-    Args:
-        step: to time.
-        config: of the run.
-        steps: that are left.
-        val_tokens: held-out tokens that an evaluation reads.
-        comm: all ranks.
-    """
+    """Say how long `steps` will take, from a dry run; an evaluation reads `val_tokens`."""
     # On a CPU a few sequences suffice, where a full micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
     is_fast = step.is_compiled or step.device.type == "cuda"
