@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from gptforge.builders.train_step import CUDA_GRAPH_MAX_FLOPS
-from gptforge.config import GPTConfig
+from gptforge.config import Config, GPTConfig
 from gptforge.data.dataloader import DataLoader
 from gptforge.device import (
     Precision,
@@ -142,7 +142,7 @@ class Ours:
         plain: bool = False,
     ) -> None:
         precision = FLOAT32 if plain else select_precision("auto", device)
-        kernels = select_kernels(device, precision, dropout=recipe.shape.dropout)
+        kernels = select_kernels(Config(dropout=recipe.shape.dropout), device, precision)
         model = model.to(device)
         self.step = TrainStep(
             model,

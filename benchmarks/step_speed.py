@@ -79,7 +79,7 @@ def main() -> None:
     model = GPT(shape).init_weights().to(device)
     precision = select_precision(config.dtype, device)
     compiled = device.type == "cuda"
-    best = select_kernels(device, precision)
+    best = select_kernels(Config(), device, precision)
     choices = {"gptforge": best}
     if args.each:
         choices |= {

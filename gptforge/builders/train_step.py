@@ -9,7 +9,6 @@ import torch
 from gptforge.builders.memory_fit import (
     choose_micro_batch,
     fits_zero1,
-    kernels_for,
     out_of_memory_hint,
 )
 from gptforge.builders.parallel import use_fsdp
@@ -22,7 +21,7 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
 from gptforge.errors import RunError
 from gptforge.estimate.formulas import flops_per_token, num_params
-from gptforge.kernel_select import first_line, sdpa_backend, try_compile
+from gptforge.kernel_select import first_line, sdpa_backend, select_kernels, try_compile
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
@@ -55,7 +54,7 @@ def build_train_step(
     """
     model = _build_model(config, opened, comm)
     wait_for_warmup()
-    kernels = kernels_for(config, device, precision)
+    kernels = select_kernels(config, device, precision)
     root = None
     if use_fsdp(config, device, precision, comm, log):
         root = apply_fsdp(model, precision, comm)
