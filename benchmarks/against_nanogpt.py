@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from gptforge.builders.train_step import CUDA_GRAPH_MAX_FLOPS
-from gptforge.config import GPTConfig
+from gptforge.config import Config, GPTConfig
 from gptforge.data.dataloader import DataLoader
 from gptforge.device import Precision, select_device, select_precision, synchronize
 from gptforge.estimate import formulas
@@ -141,7 +141,7 @@ class GPTForgeStep:
         plain: bool = False,
     ) -> None:
         precision = select_precision("auto", device)
-        kernels = select_kernels(device, precision, dropout=recipe.model.dropout)
+        kernels = select_kernels(Config(dropout=recipe.model.dropout), device, precision)
         if plain:
             precision, kernels = Precision(torch.float32, ""), DEFAULT_KERNELS
         model = model.to(device)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gptforge.config import GPTConfig
+from gptforge.config import Config, GPTConfig
 from gptforge.data.dataloader import DataLoader
 from gptforge.device import Precision, select_device, select_precision
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
@@ -84,7 +84,7 @@ def main() -> None:
     shape = GPTConfig(args.length, 50304, args.layers, args.width // 64, args.width)
     paths = {
         "plain": (Precision(torch.float32, "to compare"), DEFAULT_KERNELS, "highest"),
-        "fast": (fast, select_kernels(device, fast), "high"),
+        "fast": (fast, select_kernels(Config(), device, fast), "high"),
     }
     curves: dict[str, list[np.ndarray]] = {path: [] for path in paths}
     for path, (precision, kernels, matmul_precision) in paths.items():

@@ -20,6 +20,7 @@ from gptforge.bench.train_speed import random_batch
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.state_dict import model_state_dict, optimizer_state_dict, rng_state_dict
 from gptforge.checkpoint.store import CheckpointStore, Snapshot
+from gptforge.config import Config, GPTConfig
 from gptforge.device import select_device, select_precision, synchronize
 from gptforge.kernel_select import select_kernels
 from gptforge.model import GPT
@@ -49,7 +50,7 @@ def main() -> None:
         precision=precision,
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
-        kernels=select_kernels(device, precision),
+        kernels=select_kernels(Config(), device, precision),
     )
     if device.type == "cuda":
         step.compile()

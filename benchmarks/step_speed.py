@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model = GPT(config.model).init_weights().to(device)
     precision = select_precision(config.dtype, device)
-    best = select_kernels(device, precision)
+    best = select_kernels(Config(), device, precision)
     choices = {"gptforge": best}
     if args.ablate:
         choices |= {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
+from gptforge.config import Config
 from gptforge.device import Precision
 
 
@@ -24,16 +25,8 @@ class KernelConfig:
 DEFAULT_KERNELS = KernelConfig()
 
 
-def select_kernels(
-    device: torch.device,
-    precision: Precision,
-    *,
-    compile_flag: str = "auto",
-    dropout: float = 0.0,
-    activation_checkpointing: bool = False,
-    activation: str = "gelu_tanh",
-) -> KernelConfig:
-    """Select the fastest kernels measured on this kind of device."""
+def select_kernels(config: Config, device: torch.device, precision: Precision) -> KernelConfig:
+    """Select the fastest kernels measured on this kind of device, before any of them is tried."""
     is_bf16 = precision.dtype == torch.bfloat16
     residual_dtype = torch.bfloat16 if is_bf16 else None
     if device.type == "cpu" and (is_bf16 or precision.dtype == torch.float32):
@@ -42,9 +35,9 @@ def select_kernels(
         return DEFAULT_KERNELS
     # cuBLASLt fuses only the tanh form of GELU into a matmul.
     manual_backward = (
-        compile_flag != "true"
-        and not (dropout and activation_checkpointing)
-        and activation == "gelu_tanh"
+        config.compile != "true"
+        and not (config.dropout and config.activation_checkpointing)
+        and config.activation == "gelu_tanh"
     )
     return KernelConfig(
         manual_backward=manual_backward, fused_cross_entropy=True, residual_dtype=residual_dtype

@@ -14,7 +14,6 @@ from gptforge.bench.baselines import transformers_model
 from gptforge.builders.export_model import export_gguf, export_hf
 from gptforge.builders.import_model import import_if_needed, import_model
 from gptforge.builders.load_model import load_bundle
-from gptforge.builders.memory_fit import kernels_for
 from gptforge.checkpoint.store import read_config
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.bundle import ModelBundle
@@ -116,9 +115,8 @@ def test_kernels_with_tanh_gelu_are_not_selected_for_the_exact_one() -> None:
     gpu = torch.device("cuda")
     if torch.version.hip:
         pytest.skip("no manual backward on AMD GPUs")
-    assert select_kernels(gpu, BF16).manual_backward
-    assert not select_kernels(gpu, BF16, activation="gelu").manual_backward
-    assert not kernels_for(Config(activation="gelu"), gpu, BF16).manual_backward
+    assert select_kernels(Config(), gpu, BF16).manual_backward
+    assert not select_kernels(Config(activation="gelu"), gpu, BF16).manual_backward
     with pytest.raises(AssertionError, match="no exact GELU"):
         ManualBackend(GPT(SHAPE), torch.float32)
 

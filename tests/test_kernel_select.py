@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.kernel_select import (
     DEFAULT_KERNELS,
@@ -51,22 +52,21 @@ def test_out_of_memory_is_not_a_failed_compilation() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_only_bfloat16_has_the_manual_backward(dtype) -> None:
-    assert select_kernels(CUDA, Precision(dtype, "")) == DEFAULT_KERNELS
+    assert select_kernels(Config(), CUDA, Precision(dtype, "")) == DEFAULT_KERNELS
     # A CPU has the fused cross-entropy in float32 too.
     expected = KernelConfig(fused_cross_entropy=True) if dtype == torch.float32 else DEFAULT_KERNELS
-    assert select_kernels(CPU, Precision(dtype, "")) == expected
+    assert select_kernels(Config(), CPU, Precision(dtype, "")) == expected
 
 
 def test_manual_backward_is_selected_where_it_is_fast_and_supported(monkeypatch) -> None:
     bf16 = Precision(torch.bfloat16, "")
     monkeypatch.setattr(torch.version, "hip", None)
-    assert select_kernels(CUDA, bf16).manual_backward
-    assert select_kernels(CUDA, bf16, dropout=0.1).manual_backward
-    assert not select_kernels(
-        CUDA, bf16, dropout=0.1, activation_checkpointing=True
-    ).manual_backward
-    assert not select_kernels(CUDA, bf16, compile_flag="true").manual_backward
-    assert not select_kernels(CPU, bf16).manual_backward
-    assert select_kernels(torch.device("mps"), bf16) == DEFAULT_KERNELS
+    assert select_kernels(Config(), CUDA, bf16).manual_backward
+    assert select_kernels(Config(dropout=0.1), CUDA, bf16).manual_backward
+    checkpointing = Config(dropout=0.1, activation_checkpointing=True)
+    assert not select_kernels(checkpointing, CUDA, bf16).manual_backward
+    assert not select_kernels(Config(compile="true"), CUDA, bf16).manual_backward
+    assert not select_kernels(Config(), CPU, bf16).manual_backward
+    assert select_kernels(Config(), torch.device("mps"), bf16) == DEFAULT_KERNELS
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert select_kernels(CUDA, bf16) == DEFAULT_KERNELS
+    assert select_kernels(Config(), CUDA, bf16) == DEFAULT_KERNELS

@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,40 +27,6 @@ GenerateFn = Callable[[Prompts, int], float]
 """Generates so many tokens for each prompt; returns the seconds to the first, NaN if unknown."""
 
 
-@dataclass(frozen=True)
-class GenerateSpeed:
-    """Measurements of one implementation."""
-
-    implementation: str
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    seconds: tuple[float, ...]
-    """Of a batch, with the prefill; one value per repeat."""
-    first_token_seconds: tuple[float, ...]
-    """From the call to the first token on the host; NaN if unknown."""
-
-    @property
-    def median(self) -> float:
-        """Median seconds of a batch."""
-        return statistics.median(self.seconds)
-
-    def summarize(self, reference: "GenerateSpeed") -> dict[str, Any]:
-        """The results, as `--json` prints them."""
-        tokens, first = self.batch * self.new_tokens, statistics.median(self.first_token_seconds)
-        return {
-            "implementation": self.implementation,
-            "batch": self.batch,
-            "prompt": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "tokens_per_second": tokens / self.median,
-            "tokens_per_second_min": tokens / max(self.seconds),
-            "tokens_per_second_max": tokens / min(self.seconds),
-            "ms_to_first": None if math.isnan(first) else first * 1e3,
-            "gptforge_speedup": self.median / reference.median,
-        }
-
-
 def time_generation(
     generators: Mapping[str, GenerateFn],
     *,
@@ -71,28 +36,46 @@ def time_generation(
     new_tokens: int,
     repeats: int,
     device: torch.device,
-) -> list[GenerateSpeed]:
-    """Time implementations in alternation, after one run of each as a warmup."""
+) -> list[dict[str, Any]]:
+    """Time implementations in alternation, after one run of each as a warmup.
+
+    Returns:
+        The results of each implementation, as `--json` prints them; the first is the reference of
+        the speedup.
+    """
     rng = torch.Generator().manual_seed(0)
     shape = (batch, prompt_tokens)
     prompts: Prompts = torch.randint(0, vocab_size, shape, generator=rng).tolist()
     for generate in generators.values():
         generate(prompts, new_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in generators}
-    first: dict[str, list[float]] = {name: [] for name in generators}
+    first_token: dict[str, list[float]] = {name: [] for name in generators}
     for _ in range(repeats):
         for name, generate in generators.items():
             synchronize(device)
             start = time.perf_counter()
-            first[name].append(generate(prompts, new_tokens))
+            first_token[name].append(generate(prompts, new_tokens))
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    return [
-        GenerateSpeed(
-            name, batch, prompt_tokens, new_tokens, tuple(seconds[name]), tuple(first[name])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = batch * new_tokens
+    results = []
+    for name, median in medians.items():
+        first = statistics.median(first_token[name])
+        results.append(
+            {
+                "implementation": name,
+                "batch": batch,
+                "prompt": prompt_tokens,
+                "new_tokens": new_tokens,
+                "tokens_per_second": tokens / median,
+                "tokens_per_second_min": tokens / max(seconds[name]),
+                "tokens_per_second_max": tokens / min(seconds[name]),
+                "ms_to_first": None if math.isnan(first) else first * 1e3,
+                "gptforge_speedup": median / next(iter(medians.values())),
+            }
         )
-        for name in generators
-    ]
+    return results
 
 
 def gptforge_generator(generator: TokenGenerator) -> GenerateFn:

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,6 @@ MIN_REPEAT_SECONDS = 1.0
 WARMUP_STEPS = 3
 
 
-@dataclass(frozen=True)
-class TrainSpeed:
-    """Measurements of one implementation."""
-
-    implementation: str
-    seconds: tuple[float, ...]
-    """Of a step, one value per repeat."""
-    first_step_seconds: float
-    """Of the first step, with compilation and kernel selection."""
-    peak_memory: int | None
-    """Most bytes that tensors of this implementation took on the GPU."""
-
-    @property
-    def median(self) -> float:
-        """Median seconds of a step."""
-        return statistics.median(self.seconds)
-
-
 def random_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Draw inputs and targets, each (G, T); the time does not depend on the tokens."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -46,21 +27,26 @@ def random_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def time_interleaved(
+def time_training(
     factories: Mapping[str, Callable[[], StepFn]],
     batch: tuple[Tensor, Tensor],
+    config: Config,
     *,
     repeats: int,
-    device: torch.device,
-) -> list[TrainSpeed]:
+) -> list[dict[str, Any]]:
     """Time implementations in alternation, so that a drift of the machine affects all alike.
 
     Args:
         factories: build each implementation; the weights of the first are on the device already.
         batch: inputs and targets, each (G, T).
+        config: of the model.
         repeats: of each implementation.
-        device: of the batch.
+
+    Returns:
+        The results of each implementation, as `--json` prints them; the first is the reference of
+        the speedup.
     """
+    device = batch[0].device
     is_gpu = device.type == "cuda"
     first_step: dict[str, float] = {}
     peak_memory: dict[str, int] = {}
@@ -72,46 +58,41 @@ def time_interleaved(
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         steps[name] = build()
-        _run(steps[name], batch, 1, device)
+        _run(steps[name], batch, 1)
         first_step[name] = time.perf_counter() - start
-        _run(steps[name], batch, WARMUP_STEPS - 1, device)
+        _run(steps[name], batch, WARMUP_STEPS - 1)
         if is_gpu:
             peak_memory[name] = torch.cuda.max_memory_allocated(device) - allocated
     counts = {
-        name: max(1, round(MIN_REPEAT_SECONDS / _run(step, batch, 1, device)))
+        name: max(1, round(MIN_REPEAT_SECONDS / _run(step, batch, 1)))
         for name, step in steps.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            seconds[name].append(_run(step, batch, counts[name], device) / counts[name])
-    return [
-        TrainSpeed(name, tuple(seconds[name]), first_step[name], peak_memory.get(name))
-        for name in steps
-    ]
-
-
-def summarize(
-    speed: TrainSpeed, reference: TrainSpeed, config: Config, device: torch.device
-) -> dict[str, Any]:
-    """The results of one implementation, as `--json` prints them."""
-    rate = config.tokens_per_step / speed.median
-    flops = flops_per_token(config.model, config.context_length)
-    peak = peak_flops(device)
-    return {
-        "implementation": speed.implementation,
-        "gptforge_speedup": speed.median / reference.median,
-        "tokens_per_second": rate,
-        "ms_per_step": speed.median * 1e3,
-        "ms_min": min(speed.seconds) * 1e3,
-        "ms_max": max(speed.seconds) * 1e3,
-        "flops_per_token": flops,
-        "tflops_per_second": rate * flops / 1e12,
-        "peak_tflops_per_second": peak / 1e12 if peak else None,
-        "mfu": rate * flops / peak if peak else None,
-        "first_step_seconds": speed.first_step_seconds,
-        "peak_memory_bytes": speed.peak_memory,
-    }
+            seconds[name].append(_run(step, batch, counts[name]) / counts[name])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    flops, peak = flops_per_token(config.model, config.context_length), peak_flops(device)
+    results = []
+    for name, median in medians.items():
+        rate = config.tokens_per_step / median
+        results.append(
+            {
+                "implementation": name,
+                "gptforge_speedup": median / next(iter(medians.values())),
+                "tokens_per_second": rate,
+                "ms_per_step": median * 1e3,
+                "ms_min": min(seconds[name]) * 1e3,
+                "ms_max": max(seconds[name]) * 1e3,
+                "flops_per_token": flops,
+                "tflops_per_second": rate * flops / 1e12,
+                "peak_tflops_per_second": peak / 1e12 if peak else None,
+                "mfu": rate * flops / peak if peak else None,
+                "first_step_seconds": first_step[name],
+                "peak_memory_bytes": peak_memory.get(name),
+            }
+        )
+    return results
 
 
 def profile(
@@ -125,9 +106,9 @@ def profile(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if is_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    _run(step_fn, batch, 1, batch[0].device)
+    _run(step_fn, batch, 1)
     with torch.profiler.profile(activities=activities) as profiler:
-        _run(step_fn, batch, 1, batch[0].device)
+        _run(step_fn, batch, 1)
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = profiler.key_averages()
@@ -139,8 +120,9 @@ def profile(
     return sorted(found, key=lambda row: -row[1])[:rows]
 
 
-def _run(step_fn: StepFn, batch: tuple[Tensor, Tensor], count: int, device: torch.device) -> float:
+def _run(step_fn: StepFn, batch: tuple[Tensor, Tensor], count: int) -> float:
     """Seconds of `count` steps."""
+    device = batch[0].device
     synchronize(device)
     start = time.perf_counter()
     for _ in range(count):

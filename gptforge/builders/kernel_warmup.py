@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from gptforge.builders.memory_fit import kernels_for
 from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.estimate.formulas import gelu_save_interval
+from gptforge.kernel_select import select_kernels
 from gptforge.kernels.attention import (
     PackedAttention,
     TritonAttention,
@@ -43,7 +43,7 @@ class KernelWarmup:
     def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
         self._device, self._config, self._dtype = device, config, precision.dtype
         self._threads: list[threading.Thread] = []
-        self._is_manual = kernels_for(config, device, precision).manual_backward
+        self._is_manual = select_kernels(config, device, precision).manual_backward
         self._head_size = config.n_embd // config.n_head
         if device.type != "cuda":
             return

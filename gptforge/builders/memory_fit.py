@@ -12,7 +12,7 @@ from gptforge.errors import UserError
 from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.files import cache_dir
-from gptforge.kernel_select import KernelConfig, select_kernels
+from gptforge.kernel_select import select_kernels
 from gptforge.presets import PRESETS, get_preset
 from gptforge.train.micro_batch import MAX_MEMORY_FRACTION, find_micro_batch
 from gptforge.train.train_step import TrainStep
@@ -23,26 +23,10 @@ MIN_CONTEXT_LENGTH = 64
 """Shortest context length that is suggested."""
 
 
-def kernels_for(config: Config, device: torch.device, precision: Precision) -> KernelConfig:
-    """Select the kernels of a configuration, before any of them is tried."""
-    return select_kernels(
-        device,
-        precision,
-        compile_flag=config.compile,
-        dropout=config.dropout,
-        activation_checkpointing=config.activation_checkpointing,
-        activation=config.activation,
-    )
-
-
 def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explicit: bool) -> int:
-    """Sequences per forward pass: `--batch_size`, or less if memory is short.
+    """Sequences per forward pass: `--batch_size`, or less if it is not explicit and memory short.
 
-    Args:
-        step: is tried on a GPU, unless the model is sharded.
-        config: of the run.
-        comm: all ranks.
-        is_explicit: whether the user set `--batch_size`, which is then used as it is.
+    A GPU tries sizes out, unless the model is sharded.
     """
     device, manual = step.device, step.kernels.manual_backward
     per_rank = config.global_batch_size // comm.world_size
@@ -222,7 +206,7 @@ class MemoryEstimator:
         return _fits(sum(self._memory(config, sequences).values()), self._free)
 
     def _memory(self, config: Config, sequences: int) -> dict[str, int]:
-        kernels = kernels_for(config, self._device, self._precision)
+        kernels = select_kernels(config, self._device, self._precision)
         return training_memory(
             config,
             sequences,

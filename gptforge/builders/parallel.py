@@ -44,15 +44,8 @@ def open_run_on_all_ranks(
 ) -> OpenedRun:
     """Open the run folder on rank 0, and broadcast what is there.
 
-    Args:
-        config: resolved, the same on all ranks.
-        dataset: as this rank opened it.
-        explicit: names of the fields that the user set.
-        comm: all ranks.
-        requested: the configuration that this rank was started with.
-
     Raises:
-        RunError: naming a rank with another text, tokenizer, configuration or version.
+        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
     """
     if env_int("TORCHELASTIC_RESTART_COUNT", 0):
         # A restarted worker resumes what the first start began.

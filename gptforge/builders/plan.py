@@ -62,11 +62,6 @@ def make_plan(
     Leaves the run folder as it is. A new text is prepared into the user's cache, where training
     finds it.
 
-    Args:
-        config: as merged from preset, file and flags.
-        explicit: names of the fields that the user set.
-        log: is called with notes about the text.
-
     Raises:
         UserError: for all that training refuses, with the same message.
     """

@@ -38,11 +38,7 @@ def resolve_init_from(
 ) -> Config:
     """Take shape and tokenizer from the checkpoint of `--init_from`, unless set explicitly.
 
-    Args:
-        config: as merged from preset, file and flags.
-        explicit: names of the fields that the user set.
-        log: is called with notes.
-        temp_dir: where to import another program's model, without keeping it; None: into `runs`.
+    Another program's model is imported, into `runs` or, without keeping it, into `temp_dir`.
 
     Raises:
         UserError: if the checkpoint is damaged, or does not match an explicit flag.
@@ -77,13 +73,7 @@ def resolve_init_from(
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared_path: str = "") -> None:
-    """Raise a UserError if a tokenizer differs from that of `--init_from` in any id.
-
-    Args:
-        config: as `resolve_init_from` returned it.
-        tokenizer: that the text is encoded with.
-        prepared_path: the shards that were made with it, if any.
-    """
+    """Raise a UserError if a tokenizer, or that of shards, differs from that of `--init_from`."""
     if not config.init_from:
         return
     path = _initial_checkpoint(config) / checkpoints.TOKENIZER

@@ -83,13 +83,10 @@ def time_step(
     are timed, and the line through both is extrapolated to all layers.
 
     Args:
-        config: resolved; has to fit into memory.
+        config: resolved; has to fit into memory, else a RunError is raised.
         explicit: names of the fields that the user set.
         device: to run on.
         micro_batch: sequences that training would run at once; at most so many are run.
-
-    Raises:
-        RunError: if memory runs out nevertheless.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")

@@ -9,7 +9,6 @@ import torch
 from gptforge.builders.memory_fit import (
     choose_micro_batch,
     fits_zero1,
-    kernels_for,
     out_of_memory_hint,
 )
 from gptforge.builders.parallel import use_fsdp
@@ -22,7 +21,7 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
 from gptforge.errors import RunError
 from gptforge.estimate.formulas import flops_per_token, num_params
-from gptforge.kernel_select import first_line, sdpa_backend, try_compile
+from gptforge.kernel_select import first_line, sdpa_backend, select_kernels, try_compile
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
@@ -50,19 +49,12 @@ def build_train_step(
 ) -> TrainStep:
     """Build model and optimizer, and select kernels, parallelism and micro-batch.
 
-    Args:
-        config: resolved.
-        opened: the run; the weights of one that is resumed are left for `restore` to load.
-        device: to train on.
-        precision: of the matmuls.
-        explicit: names of the fields that the user set.
-        log: is called with each choice and the reason.
-        comm: all ranks; each of them builds.
-        wait_for_warmup: is called once the weights are there.
+    The weights of a resumed run are left for `restore` to load. `wait_for_warmup` is called once
+    the weights are there. Each choice is logged with the reason.
     """
     model = _build_model(config, opened, comm)
     wait_for_warmup()
-    kernels = kernels_for(config, device, precision)
+    kernels = select_kernels(config, device, precision)
     root = None
     if use_fsdp(config, device, precision, comm, log):
         root = apply_fsdp(model, precision, comm)
@@ -186,15 +178,7 @@ def attention_backend(step: TrainStep, config: Config) -> str:
 def estimate_duration(
     step: TrainStep, config: Config, *, steps: int, val_tokens: int = 0, comm: Comm = SINGLE_PROCESS
 ) -> str:
-    """Say how long training will take, from a dry run on this machine.
-
-    Args:
-        step: to time.
-        config: of the run.
-        steps: that are left.
-        val_tokens: held-out tokens that an evaluation reads.
-        comm: all ranks.
-    """
+    """Say how long `steps` will take, from a dry run; an evaluation reads `val_tokens`."""
     # On a CPU a few sequences suffice, where a full micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
     is_fast = step.is_compiled or step.device.type == "cuda"

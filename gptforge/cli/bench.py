@@ -81,8 +81,7 @@ def _measure_training(
         StepFn,
         profile,
         random_batch,
-        summarize,
-        time_interleaved,
+        time_training,
     )
     from gptforge.builders.step_timing import build_bench_step
 
@@ -97,8 +96,7 @@ def _measure_training(
         factories[args.peer] = lambda: functools.partial(
             build_baseline(args.peer, step.model, config, step.precision), lr=config.max_lr
         )
-    speeds = time_interleaved(factories, batch, repeats=args.repeats, device=step.device)
-    results = [summarize(speed, speeds[0], config, step.device) for speed in speeds]
+    results = time_training(factories, batch, config, repeats=args.repeats)
     results[0]["first_step_seconds"] = first_step_seconds
     found: dict[str, Any] = {
         "machine": _machine(step, config),
@@ -167,7 +165,7 @@ def _measure_generation(
     )
     results = []
     for batch in (1, 256) if device.type == "cuda" else (1, 8):
-        speeds = time_generation(
+        for result in time_generation(
             generators,
             batch=batch,
             vocab_size=num_tokens,
@@ -175,10 +173,9 @@ def _measure_generation(
             new_tokens=new_tokens,
             repeats=args.repeats,
             device=device,
-        )
-        for speed in speeds:
-            results.append(speed.summarize(speeds[0]))
-            log(_generate_row(results[-1]))
+        ):
+            results.append(result)
+            log(_generate_row(result))
     graph = "CUDA graph" if generator.has_cuda_graph else "no CUDA graph"
     log(f"\ngptforge's decode steps: {graph}")
     machine = {**_device_facts(device), "cuda_graph": generator.has_cuda_graph}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from gptforge.config import Config
 from gptforge.data.checks import Finding, ok, warning
 from gptforge.data.prepare.workers import num_cpus
 from gptforge.device import free_memory, peak_flops, select_device, select_precision
@@ -38,7 +39,7 @@ def check_machine() -> list[Finding]:
         ok(f"device: {device} ({reason})"),
         ok(f"precision: {precision.name}, {precision.reason}"),
     ]
-    if select_kernels(device, precision).fused_cross_entropy:
+    if select_kernels(Config(), device, precision).fused_cross_entropy:
         found.append(ok("kernels: GPT-Forge's own for this device, beside torch's"))
     return [
         *found,

@@ -92,7 +92,7 @@ def test_zero1_trains_as_one_process(width, recompute, dtype) -> None:
 def run(comm: Comm, config: dict, stop_after: int = 0) -> str:
     """A run as on GPUs, on the CPU."""
     kernels = KernelConfig(manual_backward=True)
-    with mock.patch.object(train_step, "kernels_for", lambda *_, **__: kernels):
+    with mock.patch.object(train_step, "select_kernels", lambda *_, **__: kernels):
         trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
     assert trainer.step_fn.backend_name == BACKEND
     if stop_after and comm.is_main:

@@ -41,7 +41,7 @@ def test_activation_memory_is_what_autograd_saves() -> None:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    model = GPT(config.model)
+    model = GPT(config.model).init_weights()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     idx = torch.randint(0, 512, (4, 64))
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
