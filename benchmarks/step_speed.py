@@ -18,7 +18,8 @@ from functools import partial
 import torch
 
 from gptforge.bench.baselines import build_baseline
-from gptforge.bench.train_speed import StepFn, random_batch, summarize, time_interleaved
+from gptforge.bench.train_speed import StepFn, random_batch, time_training
+from gptforge.config import Config
 from gptforge.device import select_device, select_precision
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
 from gptforge.model import GPT
@@ -77,19 +78,19 @@ def main() -> None:
     }
     factories["plain loop"] = build_plain
     batch = random_batch(config, device)
-    speeds = time_interleaved(factories, batch, repeats=args.repeats, device=device)
+    results = time_training(factories, batch, config, repeats=args.repeats)
+    plain = results[-1]
 
     print(f"\n{args.preset} on {name}, torch {torch.__version__}, {precision.name}")
     print(f"{config.tokens_per_step:,} tokens per step, medians of {args.repeats} repeats\n")
     print("| implementation | tokens/s | ms/step | TFLOP/s | first step, s | peak GB | speedup |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for speed in speeds:
-        result = summarize(speed, speeds[-1], config, device)
+    for result in results:
         print(
-            f"| {speed.implementation} | {result['tokens_per_second']:,.0f} | "
+            f"| {result['implementation']} | {result['tokens_per_second']:,.0f} | "
             f"{result['ms_per_step']:.1f} | {result['tflops_per_second']:.1f} | "
-            f"{speed.first_step_seconds:.1f} | {(speed.peak_memory or 0) / 1e9:.1f} | "
-            f"{speeds[-1].median / speed.median:.3f} |"
+            f"{result['first_step_seconds']:.1f} | {(result['peak_memory_bytes'] or 0) / 1e9:.1f} | "
+            f"{plain['ms_per_step'] / result['ms_per_step']:.3f} |"
         )
 
 
