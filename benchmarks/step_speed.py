@@ -86,10 +86,11 @@ def main() -> None:
     print("| implementation | tokens/s | ms/step | TFLOP/s | first step, s | peak GB | speedup |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for result in results:
+        peak = (result["peak_memory_bytes"] or 0) / 1e9
         print(
             f"| {result['implementation']} | {result['tokens_per_second']:,.0f} | "
             f"{result['ms_per_step']:.1f} | {result['tflops_per_second']:.1f} | "
-            f"{result['first_step_seconds']:.1f} | {(result['peak_memory_bytes'] or 0) / 1e9:.1f} | "
+            f"{result['first_step_seconds']:.1f} | {peak:.1f} | "
             f"{plain['ms_per_step'] / result['ms_per_step']:.3f} |"
         )
 
