@@ -13,17 +13,9 @@ from gptforge.kernels.launch import tile_shape, uses_triton
 def embedding(
     idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype, dropout: DropoutSeed | None = None
 ) -> Tensor:
-    """Sum of token and position embeddings, rounded once, to `dtype`.
+    """Add token and position embeddings: idx (B, T), wte (V, C), wpe (T or more, C) to (B * T, C).
 
-    Args:
-        idx: (B, T) token ids.
-        wte: (V, C) token embedding.
-        wpe: (T or more, C) position embedding.
-        dtype: of the result.
-        dropout: applied to the sum.
-
-    Returns:
-        (B * T, C).
+    Dropout is applied to the sum, which is rounded once, to `dtype`.
     """
     length = idx.size(1)
     if not uses_triton(idx):

@@ -28,7 +28,7 @@ def gelu_backward(
         grad_output: (N, C).
         bias_grad: (C,) float32, to which the sum of the gradient over its rows is added.
         pending: defers that sum.
-        recompute: whether the caller needs GELU(x).
+        recompute: whether GELU(x) is needed.
     """
     if not uses_triton(x):
         act = F.gelu(x, approximate="tanh") if recompute else x

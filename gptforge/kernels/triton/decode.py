@@ -17,8 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def embedding(
-    ids, starts,  # (B,) int64: token, and first slot of its sequence
-    slot,  # () int64
+    ids, starts, slot,  # (B,), (B,), () int64: token, first slot of its sequence, this slot
     wte, wpe,  # (V, C) and (positions, C)
     x,  # (B, C) fp32
     columns: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -41,8 +40,7 @@ def layer_norm_qkv(
     norm_weight, norm_bias,  # (C,)
     weight, bias,  # (3 * C, C) and (3 * C,)
     q,  # (B, C) fp32
-    kv_cache,  # (2, B, H, S, D)
-    slot,  # () int64
+    kv_cache, slot,  # (2, B, H, S, D) and () int64
     eps, stride_kv, stride_b, stride_h,  # strides of kv_cache
     columns: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     PDL: tl.constexpr,
@@ -73,8 +71,7 @@ def layer_norm_qkv(
 def split_kv_attention(
     q,  # (B, C) fp32
     kv_cache,  # (2, B, H, S, D)
-    starts,  # (B,) int64
-    slot,  # () int64
+    starts, slot,  # (B,) and () int64
     out,  # (B, SPLITS, H, D) fp32
     lse,  # (B, SPLITS, H) fp32, log-sum-exp; minus infinity for an empty split
     scale, stride_kv, stride_b, stride_h, heads,
@@ -110,8 +107,7 @@ def split_kv_attention(
 def decode_attention(
     qkv,  # (B, 3, H, D)
     kv_cache,  # (2, B, H, S, D)
-    starts,  # (B,) int64
-    slot,  # () int64
+    starts, slot,  # (B,) and () int64
     out,  # (B, H, D)
     scale, stride_kv, stride_b, stride_h, heads,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
