@@ -1,6 +1,6 @@
 """Gradient reduction over the ranks, overlapped with the backward pass.
 
-All gradients lie in one buffer, in the order the backward pass makes them. In the last micro-batch
+All gradients are in one buffer, in the order the backward pass computes them. In the last micro-batch
 of a step, each bucket of some megabytes is reduced as soon as its gradients are final.
 """
 
