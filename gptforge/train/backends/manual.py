@@ -59,7 +59,7 @@ class ManualBackend:
         self._dropout = model.config.dropout
         # SDPA with dropout would draw another mask when it is recomputed.
         assert not (self._dropout and activation_checkpointing), (
-            "the manual backward cannot recompute dropout"
+            "cannot recompute dropout"
         )
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model

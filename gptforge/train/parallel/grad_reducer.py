@@ -1,7 +1,7 @@
 """Gradient reduction over the ranks, overlapped with the backward pass.
 
-All gradients are in one buffer, in the order the backward pass computes them. In the last micro-batch
-of a step, each bucket of some megabytes is reduced as soon as its gradients are final.
+All gradients are in one buffer, in the order the backward pass computes them. In the last
+micro-batch of a step, each bucket of some megabytes is reduced as soon as its gradients are final.
 """
 
 import math
