@@ -16,8 +16,8 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import AdamW
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
-from gptforge.train.backends.build import build_backend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
+from gptforge.train.backends.factory import build_backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep

@@ -58,9 +58,7 @@ class ManualBackend:
     ) -> None:
         self._dropout = model.config.dropout
         # SDPA with dropout would draw another mask when it is recomputed.
-        assert not (self._dropout and activation_checkpointing), (
-            "cannot recompute dropout"
-        )
+        assert not (self._dropout and activation_checkpointing), "cannot recompute dropout"
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
         self._recompute = activation_checkpointing
