@@ -121,15 +121,7 @@ def snapshot(
     comm: Comm,
     **more: Any,
 ) -> checkpoints.Snapshot:
-    """Copy all that a run needs to resume, for a checkpoint; a collective.
-
-    Args:
-        state: the counters.
-        step: has model, optimizer and loss scaler.
-        dataloader: its position.
-        comm: the ranks.
-        more: further entries of state.json.
-    """
+    """Copy all that a run needs to resume; a collective. `more` are entries of state.json."""
     record = {
         "version": 1,
         **state.to_json(),

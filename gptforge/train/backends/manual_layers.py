@@ -35,11 +35,7 @@ GROUPS_PER_BLOCK = 8
 
 
 class ComputeWeights:
-    """A model's fp32 master weights, and copies in the compute dtype, refreshed once a step.
-
-    Args:
-        dtype: the compute dtype.
-    """
+    """A model's fp32 master weights, and copies in the compute dtype, refreshed once a step."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -86,12 +82,8 @@ class ManualLinear:
 class ManualLayerNorm:
     """A residual addition and the LayerNorm after it, fused.
 
-    Args:
-        layer: the module whose weights are used.
-        x_bias: bias of the projection whose output is added, if any. Its gradient is the column sum
-            of the gradient of `x`, so this layer's backward computes it.
-        weights: has the master weights.
-        grads: accumulates the gradients.
+    `x_bias` is the bias of the projection whose output `x` is added, if any. Its gradient is the
+    column sum of the gradient of `x`, so this layer's backward computes it.
     """
 
     def __init__(
@@ -153,9 +145,9 @@ class ManualBlock:
     Args:
         block: the module whose weights are used.
         prev_bias: bias of the projection that computes `mlp_out`; None for the first block.
-        weights: allocates the copies in the compute dtype.
+        weights: allocates copies in the compute dtype.
         grads: accumulates the gradients.
-        save_gelu: keep the GELU's output for the backward pass instead of recomputing it.
+        save_gelu: save the GELU's output instead of recomputing it.
     """
 
     def __init__(
