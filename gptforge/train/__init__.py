@@ -1,1 +1,1 @@
-"""The training loop and what guards it."""
+"""The training loop: trainer, steps, backends, data parallelism, signals and loss monitoring."""

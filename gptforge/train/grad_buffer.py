@@ -11,7 +11,7 @@ ALIGNMENT = 64
 
 
 class GradBuffer:
-    """One tensor with the gradients of all parameters, in the order the backward pass makes them.
+    """One tensor with the gradients of all parameters, in backward order.
 
     Args:
         groups: parameters whose gradients become ready together, in that order. Parameters of a

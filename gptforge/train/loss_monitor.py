@@ -91,12 +91,9 @@ class LossMonitor:
 
 
 class RecentLosses:
-    """Training losses of the last steps, evaluated where there is no validation data.
+    """Training losses of the last `maxlen` steps, on the device.
 
-    Args:
-        losses: of earlier steps.
-        maxlen: losses to keep.
-        device: has the losses, so that adding one does not wait for it.
+    Their mean is evaluated where there is no validation data.
     """
 
     def __init__(self, losses: Iterable[float], *, maxlen: int, device: torch.device) -> None:

@@ -15,7 +15,7 @@ class OptimizerStep:
 
     Args:
         optimizer: its learning rate is set at each step.
-        backend: made the gradients.
+        backend: computed the gradients.
         grad_clip: maximum gradient norm; 0 disables clipping.
         scaler: of the loss; may be disabled.
     """

@@ -67,13 +67,8 @@ def _latest_good_checkpoint(
 ) -> tuple[Path | None, list[str]]:
     """Find the latest checkpoint that was not saved in a streak of bad steps.
 
-    Args:
-        store: the run's checkpoints.
-        comm: the ranks; the first one looks.
-        avoid_step: a step that training diverged from before: an older checkpoint is better.
-
-    Returns:
-        Its path, and warnings about corrupt checkpoints.
+    Training diverged from `avoid_step` before, so an older checkpoint is preferred. Returns the
+    path, and warnings about corrupt checkpoints.
     """
 
     def is_good(path: Path) -> bool:

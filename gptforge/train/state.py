@@ -42,17 +42,17 @@ class TrainState:
     """The counters of a run; they are part of every checkpoint."""
 
     step: int = 0
-    """Steps made."""
+    """Steps completed."""
     loss: float = math.nan
     """Mean training loss of the last step."""
     best_loss: float = math.inf
     """Lowest validation loss, or training loss without validation data."""
     best_step: int = 0
-    """Steps made when it was evaluated."""
+    """Step at which it was evaluated."""
     recent_losses: list[float] = field(default_factory=list)
     """Training losses of the last steps, without validation data: their mean is evaluated."""
     rollbacks: int = 0
-    """Rollbacks since the last checkpoint behind `diverged_at`."""
+    """Rollbacks since the last good checkpoint after `diverged_at`."""
     diverged_at: int = 0
     """The last step at which training had diverged before a rollback."""
     bad_steps: int = 0
@@ -121,15 +121,7 @@ def snapshot(
     comm: Comm,
     **more: Any,
 ) -> checkpoints.Snapshot:
-    """Copy all that a run needs to resume, for a checkpoint; a collective.
-
-    Args:
-        state: the counters.
-        step: has model, optimizer and loss scaler.
-        dataloader: its position.
-        comm: the ranks.
-        more: further entries of state.json.
-    """
+    """Copy all that a run needs to resume; a collective. `more` are entries of state.json."""
     record = {
         "version": 1,
         **state.to_json(),

@@ -16,8 +16,8 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import AdamW
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
-from gptforge.train.backends.build import build_backend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
+from gptforge.train.backends.factory import build_backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep
@@ -25,7 +25,7 @@ from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
 from gptforge.train.parallel.grad_reducer import GradReducer
 
 BYTES_PER_PARAM = 20
-"""Kept free by `TrainStep.fits` for AdamW's moments and the copy that a save makes."""
+"""Reserved by `TrainStep.fits` for AdamW's state and the copy made by a save."""
 
 
 class TrainStep:
@@ -188,7 +188,7 @@ class TrainStep:
         """Replay steps as CUDA graphs from now on; returns False if memory does not suffice.
 
         Everything is captured here; nothing changes but that the optimizer's state is allocated.
-        Graphs have memory of their own, beside what a step without them takes.
+        Graphs take memory in addition to that of a step without them.
         """
         manual = self.backend
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
@@ -213,7 +213,7 @@ class TrainStep:
         return True
 
     def dry_run(self, batch_size: int, context_length: int) -> float:
-        """Run forward and backward over made-up tokens, and leave no trace; returns the seconds."""
+        """Time a forward and backward pass on dummy tokens, without side effects, in seconds."""
         num_tokens = batch_size * context_length
         # Different ones: adding up the gradients of many equal tokens takes far longer.
         tokens = torch.arange(num_tokens, device=self.device) % self.model.config.vocab_size

@@ -233,7 +233,7 @@ class Trainer:
         with self.untimed():
             state = self.state
             self.is_save_deferred = False
-            # If an evaluation is pending too, there will be another save behind it.
+            # If an evaluation is pending too, there will be another save after it.
             if state.pending == ["save"]:
                 state.pending.clear()
             self.has_diverged(self.loss_monitor.flush())
@@ -256,7 +256,7 @@ class Trainer:
             self.saver.save_async(state.step, saved, is_best=is_best)
 
     def reset_history(self) -> None:
-        """Restart what is computed over several steps from `state`."""
+        """Reset the loss history, the last loss and the timer to `state`."""
         state, device = self.state, self.step_fn.device
         maxlen = max(1, min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES))
         self._recent_losses = RecentLosses(state.recent_losses, maxlen=maxlen, device=device)

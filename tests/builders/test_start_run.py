@@ -55,7 +55,7 @@ def test_other_configuration_is_refused_by_field(config) -> None:
 def test_other_text_is_refused(config, play) -> None:
     build(config).fit()
     play.write_text(play.read_text().replace("light", "night"))
-    with pytest.raises(UserError, match="the text is not the one"):
+    with pytest.raises(UserError, match="input: not the text that"):
         build(dataclasses.replace(config, max_steps=30))
 
 
@@ -127,7 +127,7 @@ def test_restart_does_not_move_files_that_the_run_needs(config, play, flag) -> N
         needed = folder / "tokenizer.json"
         shutil.copy(last(config) / "tokenizer.json", needed)
     restarted = dataclasses.replace(config, restart=True, **{flag: str(needed)})
-    with pytest.raises(UserError, match=rf"would move .*run aside with --{flag} .* in it"):
+    with pytest.raises(UserError, match=rf"would move .*run to a backup with --{flag} .* in it"):
         build(restarted)
     assert needed.is_file()
     assert (folder / "log.md").is_file()
@@ -137,12 +137,12 @@ def test_restart_is_not_offered_for_a_folder_of_texts(config, play) -> None:
     texts = Path(config.out_dir)
     texts.mkdir()
     shutil.copy(play, texts)
-    with pytest.raises(UserError, match="choose another, for --input") as refused:
+    with pytest.raises(UserError, match="choose another, as --input") as refused:
         build(dataclasses.replace(config, input=str(texts)))
-    assert "--overwrite" not in str(refused.value)
+    assert "--restart" not in str(refused.value)
     # The same folder, named by glob patterns.
     for pattern in (f"{texts}/*.txt", f"{str(texts)[:-1]}?/*.txt", f"{texts.parent}/**/*.txt"):
-        with pytest.raises(UserError, match=r"aside with --input .*\*\.txt in it"):
+        with pytest.raises(UserError, match=r"to a backup with --input .*\*\.txt in it"):
             build(dataclasses.replace(config, input=pattern, restart=True))
 
 
@@ -267,10 +267,10 @@ def test_run_without_usable_checkpoints_is_not_restarted_silently(config) -> Non
     for path in CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints():
         (path / "model.safetensors").write_bytes(b"broken")
     for _ in range(2):
-        with pytest.raises(UserError, match="--overwrite"):
+        with pytest.raises(UserError, match="--restart"):
             build(config)
     shutil.rmtree(Path(config.out_dir) / "checkpoints")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="--restart"):
         build(config)
     assert (Path(config.out_dir) / "log.md").read_bytes() == log
 
@@ -345,4 +345,6 @@ def test_estimate_mentions_long_evaluations(config, monkeypatch) -> None:
     trainer.lock.release()
     text = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
     assert "4 evaluations on 1,000,000 held-out tokens about" in text
-    assert "judging" not in estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)
+    assert "evaluations on" not in estimate_duration(
+        trainer.step_fn, config, steps=20, val_tokens=10
+    )

@@ -64,13 +64,13 @@ def test_grad_clip_zero_disables_clipping(tiny_model) -> None:
 
 def test_bfloat16_stays_close_and_keeps_fp32_weights(tiny_model, device) -> None:
     exact = make_step(tiny_model.to(device))
-    mixed = make_step(tiny_model.to(device), precision=BFLOAT16)
+    bf16 = make_step(tiny_model.to(device), precision=BFLOAT16)
     for _ in range(5):
         loss, _ = exact(*make_batch(device), lr=1e-2)
-        mixed_loss, _ = mixed(*make_batch(device), lr=1e-2)
-    torch.testing.assert_close(mixed_loss, loss, rtol=0.03, atol=0.03)
-    assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
-    assert {s["exp_avg"].dtype for s in mixed.optimizer.state.values()} == {torch.float32}
+        bf16_loss, _ = bf16(*make_batch(device), lr=1e-2)
+    torch.testing.assert_close(bf16_loss, loss, rtol=0.03, atol=0.03)
+    assert {p.dtype for p in bf16.model.parameters()} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in bf16.optimizer.state.values()} == {torch.float32}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

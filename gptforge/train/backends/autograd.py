@@ -15,15 +15,9 @@ from gptforge.train.parallel.fsdp import FSDPRoot, clip_grad_norm_
 
 
 class AutogradBackend:
-    """The reference backend.
+    """The reference backend. Arguments that `TrainStep` has too are explained there.
 
     Args:
-        model: its parameters get the gradients.
-        precision: dtype of the matmuls.
-        kernels: the kernels to use where there is a choice.
-        scaler: of the loss, for float16.
-        activation_checkpointing: save only each block's input, and recompute the rest.
-        loss_chunk: tokens whose logits are in memory at a time; 0 for all.
         grads: the buffer that gradients accumulate in, if several ranks reduce it.
         root: the root module, if FSDP shards the model: it casts weights by itself, and averages
             gradients over `world_size` ranks.

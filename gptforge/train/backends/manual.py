@@ -43,7 +43,7 @@ class ManualBackend:
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
         weights: the weights to compute with; by default the model's, unsharded on this device.
-        make_grads: makes the gradient buffer from groups of parameters.
+        make_grads: builds the gradient buffer from groups of parameters.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ManualBackend:
     ) -> None:
         self._dropout = model.config.dropout
         # SDPA with dropout would draw another mask when it is recomputed.
-        assert not (self._dropout and activation_checkpointing), "the manual backward cannot"
+        assert not (self._dropout and activation_checkpointing), "cannot recompute dropout"
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
         self._recompute = activation_checkpointing

@@ -2,9 +2,9 @@
 
 Gradients have llm.c's names: `dx` is the gradient of the loss with respect to `x`.
 
-Each residual addition is fused with the LayerNorm behind it. So a block takes and returns a
-residual and a sublayer output that is not added yet, and the bias of a projection into the residual
-gets its gradient from that LayerNorm's backward.
+Each residual addition is fused with the LayerNorm after it. So a block takes and returns the
+residual and a sublayer output that has not been added yet, and that LayerNorm's backward also
+computes the bias gradient of the projection whose output was added.
 
 Shapes: N = B * T tokens in sequences of T, C channels, H heads of D = C / H channels.
 """
@@ -35,11 +35,7 @@ GROUPS_PER_BLOCK = 8
 
 
 class ComputeWeights:
-    """A model's fp32 master weights, and copies in the compute dtype, refreshed once a step.
-
-    Args:
-        dtype: the compute dtype.
-    """
+    """A model's fp32 master weights, and copies in the compute dtype, refreshed once a step."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -84,14 +80,10 @@ class ManualLinear:
 
 
 class ManualLayerNorm:
-    """A LayerNorm with the residual addition in front of it.
+    """A residual addition and the LayerNorm after it, fused.
 
-    Args:
-        layer: the module whose weights are used.
-        x_bias: bias of the projection that makes `x`: its gradient is the column sum of that of
-            `x`, which this layer's backward makes.
-        weights: has the master weights.
-        grads: accumulates the gradients.
+    `x_bias` is the bias of the projection whose output `x` is added, if any. Its gradient is the
+    column sum of the gradient of `x`, so this layer's backward computes it.
     """
 
     def __init__(
@@ -128,7 +120,7 @@ class BlockDropout(NamedTuple):
     """Dropout seeds of a block; None where nothing is dropped."""
 
     residual: DropoutSeed | None = None
-    """For the sublayer output that comes in; in the first block, for the embedding."""
+    """For `mlp_out`; in the first block, for the embedding."""
     attn_probs: DropoutSeed | None = None
     attn_output: DropoutSeed | None = None
     """For the output of the attention sublayer."""
@@ -152,10 +144,10 @@ class ManualBlock:
 
     Args:
         block: the module whose weights are used.
-        prev_bias: bias of the projection that makes the sublayer output coming in, if any.
-        weights: makes the copies in the compute dtype.
+        prev_bias: bias of the projection that computes `mlp_out`; None for the first block.
+        weights: allocates copies in the compute dtype.
         grads: accumulates the gradients.
-        save_gelu: keep the GELU's output for the backward pass instead of recomputing it.
+        save_gelu: save the GELU's output instead of recomputing it.
     """
 
     def __init__(
@@ -217,7 +209,7 @@ class ManualBlock:
         """Backpropagate through the block, and accumulate its gradients.
 
         Args:
-            dresidual: (N, C) gradient of the residual behind the block; overwritten.
+            dresidual: (N, C) gradient of the residual after the block; overwritten.
             dmlp_out: (N, C) gradient of the MLP output; the same tensor if nothing was dropped.
             saved: from `forward`.
 
@@ -242,10 +234,10 @@ class ManualBlock:
 
 
 def grad_groups(model: GPT) -> list[list[Tensor]]:
-    """List the parameters in the order in which the backward pass makes their gradients.
+    """List the parameters in the order in which the backward pass computes their gradients.
 
-    Those of a group are made together, by one kernel. The blocks have `GROUPS_PER_BLOCK` each, last
-    block first, behind the group of the final LayerNorm and before those of the embeddings.
+    One kernel computes all gradients of a group. The final LayerNorm's group comes first, then
+    `GROUPS_PER_BLOCK` groups for each block, last block first, then the embeddings.
     """
     names = ("ln_f.weight", "ln_f.bias", "wpe.weight", "wte.weight")
     ln_f, ln_f_bias, wpe, wte = (model.get_parameter(f"transformer.{name}") for name in names)

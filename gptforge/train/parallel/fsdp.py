@@ -1,7 +1,7 @@
 """FSDP2: every rank keeps a shard of each parameter, for models too large for one GPU.
 
-A block's weights are all-gathered in the compute dtype when it runs and freed behind it; its
-gradients are reduce-scattered in fp32 as soon as they are made. Master weights and optimizer state
+A block's weights are all-gathered in the compute dtype when it runs and freed afterwards; its
+gradients are reduce-scattered in fp32 as soon as they are ready. Master weights and optimizer state
 stay fp32. After Zhao et al., "PyTorch FSDP" (2023), and Rajbhandari et al., "ZeRO" (2020).
 `zero1.py` is faster where there is memory for all weights in the compute dtype.
 """
@@ -38,7 +38,7 @@ class FSDPRoot(nn.Module):
         return loss
 
     def reshard_root(self) -> None:
-        """Free the root's own gathered parameters, which an evaluation leaves behind."""
+        """Free the root's gathered parameters, which stay allocated after an evaluation."""
         from torch.distributed.fsdp import FSDPModule
 
         assert isinstance(self, FSDPModule), "call apply_fsdp first"

@@ -1,7 +1,7 @@
 """Gradient reduction over the ranks, overlapped with the backward pass.
 
-All gradients lie in one buffer, in the order the backward pass makes them. In the last micro-batch
-of a step, each bucket of some megabytes is reduced as soon as its gradients are final.
+All gradients are in one buffer, in the order the backward pass computes them. In the last
+micro-batch of a step, each bucket of some megabytes is reduced as soon as its gradients are final.
 """
 
 import math
@@ -42,12 +42,7 @@ class GradReducer:
 
 
 class BucketedAllReduce(GradReducer):
-    """All-reduces a gradient buffer in buckets.
-
-    Args:
-        comm: the ranks.
-        grads: this rank's gradients.
-    """
+    """All-reduces a gradient buffer in buckets."""
 
     def __init__(self, comm: Comm, grads: GradBuffer) -> None:
         self._comm, self._grads = comm, grads
@@ -103,11 +98,9 @@ class BucketedAllReduce(GradReducer):
 
 
 def make_buckets(ends: Sequence[int], min_size: int) -> list[tuple[int, int]]:
-    """Merge adjacent ranges into buckets (start, stop) of at least `min_size`, but for the last.
+    """Merge adjacent ranges, given by their ends, into buckets (start, stop).
 
-    Args:
-        ends: where each range ends, in order.
-        min_size: elements below which a message of its own does not pay.
+    All but the last have at least `min_size` elements: for fewer, a message does not pay.
     """
     buckets, start = [], 0
     for end in ends:

@@ -24,13 +24,7 @@ from gptforge.train.parallel.grad_reducer import BucketedAllReduce, make_buckets
 
 
 class AllGatheredWeights(ComputeWeights):
-    """Full weights, all-gathered from the ranks' shards once a step.
-
-    Args:
-        dtype: the compute dtype.
-        root: has the sharded parameters.
-        comm: the ranks.
-    """
+    """Full weights in a compute dtype, all-gathered from the ranks' shards once a step."""
 
     def __init__(self, dtype: torch.dtype, root: FSDPRoot, comm: Comm) -> None:
         super().__init__(dtype)
@@ -92,10 +86,6 @@ class _GatheredVectors:
 
     `_gathered` holds each rank's shards of every vector, rank after rank. `_index` maps each
     element of `_full`, vector after vector, to its place in `_gathered`.
-
-    Args:
-        vectors: the sharded parameters.
-        comm: the ranks.
     """
 
     def __init__(self, vectors: Sequence[Tensor], comm: Comm) -> None:
@@ -169,12 +159,7 @@ class ShardedGradBuffer(GradBuffer):
 
 
 class BucketedReduceScatter(BucketedAllReduce):
-    """Reduce-scatters matrices, so that each rank gets the sums of its rows; the rest all-reduced.
-
-    Args:
-        comm: the ranks.
-        grads: this rank's gradients.
-    """
+    """Reduce-scatters matrices: each rank gets the sums of its rows. The rest is all-reduced."""
 
     def __init__(self, comm: Comm, grads: ShardedGradBuffer) -> None:
         super().__init__(comm, grads)
