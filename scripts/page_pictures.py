@@ -59,11 +59,11 @@ def take(
     if tip is not None:
         settings.click()
     page.click("#write")
-    page.wait_for_function(f"document.querySelector('#told').innerText.includes('seed {SEED}')")
+    page.wait_for_function(f"document.querySelector('#status').innerText.includes('seed {SEED}')")
     page.wait_for_function("!document.querySelector('.caret')")
     page.wait_for_timeout(400)
     if tip is not None:
-        token = page.locator(".paper .t").nth(tip)
+        token = page.locator(".output .t").nth(tip)
         token.tap() if is_phone else token.hover()
     page.screenshot(path=folder / f"page-{size}-{scheme}.png", full_page=tip is None)
     if (size, scheme) in (("desktop", "dark"), ("phone", "light")):

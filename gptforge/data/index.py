@@ -156,9 +156,7 @@ def mark_verified(index: Index) -> None:
 def find_corruption(index: Index, *, max_hash_bytes: int | None = None) -> str | None:
     """Describe what is wrong with the files of a prepared folder; None if nothing is.
 
-    Args:
-        index: of the folder.
-        max_hash_bytes: if more would have to be hashed, compare only the sizes of the shards.
+    If more than `max_hash_bytes` would have to be hashed, only the shards' sizes are compared.
     """
     folder, verified = index.folder, _read_verified(index.folder)
     try:

@@ -55,14 +55,7 @@ def load_task_manager(names: Sequence[str], include_path: str) -> Any:
 def run_harness(
     model: LanguageModel, names: Sequence[str], manager: Any, precision: Precision, limit: int
 ) -> dict[str, dict[str, float]]:
-    """Evaluate the harness's tasks.
-
-    Args:
-        model: model and tokenizer.
-        names: of the tasks, as given to `load_task_manager`.
-        manager: its result.
-        precision: of the forward pass.
-        limit: examples of each task; 0 is all.
+    """Evaluate tasks of the harness, on `limit` examples of each or, if it is 0, all.
 
     Returns:
         The metrics of each task, by their names in the harness, and the number of `questions`.

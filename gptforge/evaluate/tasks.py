@@ -30,15 +30,10 @@ class Example:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """How likely a model finds a choice.
+    """How likely a model finds a choice."""
 
-    Attributes:
-        loglikelihood: of all its tokens, in nats.
-        is_greedy: whether each token is the most likely one.
-    """
-
-    loglikelihood: float
-    is_greedy: bool
+    loglikelihood: float  # of all its tokens, in nats
+    is_greedy: bool  # whether each token is the most likely one
 
 
 @dataclass(frozen=True)
@@ -106,12 +101,6 @@ def score_choices(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[LogLikelihood]]:
     """Return the log-likelihood of every choice of every example.
-
-    Args:
-        model: model and tokenizer.
-        examples: in any order.
-        precision: of the forward pass.
-        progress: called after each batch with the choices done, and all.
 
     Raises:
         UserError: for characters that the tokenizer lacks.

@@ -20,17 +20,10 @@ STOP_LAG_BATCHES = 2  # the flag to stop is reduced asynchronously, and read so 
 
 @dataclass(frozen=True)
 class ValLoss:
-    """The loss of a model on held-out text.
+    """The loss of a model on held-out text."""
 
-    Attributes:
-        loss: mean cross-entropy, nats per token.
-        bits_per_byte: the same information per byte of UTF-8 text.
-        num_tokens: predicted tokens.
-        num_bytes: bytes of text that they stand for.
-    """
-
-    loss: float
-    bits_per_byte: float
+    loss: float  # mean cross-entropy, nats per token
+    bits_per_byte: float  # the same information per byte of UTF-8 text
     num_tokens: int
     num_bytes: int
 
@@ -42,18 +35,10 @@ class ValLoss:
 
 @dataclass(frozen=True)
 class PartialValLoss:
-    """The sums of an interrupted evaluation, kept in the checkpoint to resume it.
+    """The sums of an interrupted evaluation, kept in the checkpoint to resume it."""
 
-    Attributes:
-        sequences_done: sequences evaluated by all ranks together, counted from the first.
-        num_sequences: sequences in the full evaluation: the sums fit no other.
-        total_nats: summed cross-entropy.
-        num_tokens: predicted tokens.
-        num_bytes: bytes of text that they stand for.
-    """
-
-    sequences_done: int
-    num_sequences: int
+    sequences_done: int  # by all ranks together
+    num_sequences: int  # of the full evaluation: the sums fit no other
     total_nats: float
     num_tokens: int
     num_bytes: int
@@ -122,15 +107,8 @@ class ValEvaluator:
     ) -> ValLoss | PartialValLoss:
         """Evaluate until `should_stop` is true on any rank after a batch that is not the last.
 
-        Args:
-            should_stop: called after each batch.
-            model: as in `evaluate`.
-            precision: as in `evaluate`.
-            comm: as in `evaluate`; all ranks stop after the same batch.
-            partial: sums of an earlier call with the same weights, to resume from.
-
-        Returns:
-            The loss, or the sums so far, at least one batch further than `partial`.
+        All ranks stop after the same batch. The result is the loss, or the sums so far, at least
+        one batch further than `partial`, the sums of an earlier call with the same weights.
         """
         device = next(model.parameters()).device
         was_training = model.training

@@ -31,22 +31,13 @@ VAL_SHARE_TOLERANCE = 2  # report a held-out share that is off by this factor
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The results of all jobs, before they have an index.
-
-    Attributes:
-        sources: the files.
-        split_rule: which documents were held out.
-        tokenizer: encoded them.
-        job_results: in the order of the data.
-        bad_input: what was skipped before the jobs started.
-        scan: the first pass over the data.
-    """
+    """The results of all jobs, before they have an index."""
 
     sources: Sequence[Source]
     split_rule: SplitRule
     tokenizer: Tokenizer
-    job_results: Sequence[JobResult]
-    bad_input: BadInputHandler
+    job_results: Sequence[JobResult]  # in the order of the data
+    bad_input: BadInputHandler  # what was skipped before the jobs started
     scan: ScanResult
 
     @property
@@ -133,10 +124,8 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
 def log_summary(prepared: PreparedData, log: Callable[[str], None]) -> None:
     """Log repairs, skipped input, and a held-out share far from the requested one."""
     num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
-    fraction, share = (
-        prepared.split_rule.fraction,
-        num_bytes["val"] / max(1, sum(num_bytes.values())),
-    )
+    fraction = prepared.split_rule.fraction
+    share = num_bytes["val"] / max(1, sum(num_bytes.values()))
     is_far = not fraction / VAL_SHARE_TOLERANCE <= share <= fraction * VAL_SHARE_TOLERANCE
     if prepared.split_rule.rule != "files" and fraction and is_far:
         log(

@@ -26,25 +26,15 @@ MAX_UNBROKEN_CHARS = 2**26  # more characters without whitespace are not text
 
 @dataclass(frozen=True)
 class FileSpan:
-    """A file or a part of one.
-
-    Attributes:
-        source_index: number of the source in the request.
-        source: the file.
-        start: byte of a text or of JSON lines, row group of a Parquet file.
-        stop: where the span ends, in the same unit; None is the end of the file.
-        split: where all of it belongs, known for parts of a long text.
-        starts_document: whether a document starts with it.
-        num_bytes: its share of the file's size, for the progress bar.
-    """
+    """A file or a part of one."""
 
     source_index: int
     source: Source
-    start: int = 0
-    stop: int | None = None
-    split: SplitName | None = None
+    start: int = 0  # byte of a text or of JSON lines, row group of a Parquet file
+    stop: int | None = None  # in the same unit
+    split: SplitName | None = None  # set for the parts of a long text
     starts_document: bool = True
-    num_bytes: int = 0
+    num_bytes: int = 0  # share of the file's size, for the progress bar
 
 
 @dataclass(frozen=True)
@@ -68,25 +58,15 @@ class JobSettings:
 
 @dataclass
 class JobResult:
-    """What the index needs to know about a finished job.
-
-    Attributes:
-        shards: records of the shards.
-        skipped: number of skipped inputs by problem.
-        examples: some of the skipped inputs, with their locations.
-        notices: what was repaired while reading.
-        encoder: name of the encoder.
-        splits: the splits that text of each source went to, by source index.
-        num_eot_literals: how often the end-of-text mark stands in the text as characters.
-    """
+    """What the index needs to know about a finished job."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
-    skipped: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)  # count by problem
+    examples: list[str] = field(default_factory=list)  # of skipped input, with locations
+    notices: list[str] = field(default_factory=list)  # what was repaired while reading
     encoder: str = ""
-    splits: dict[int, list[SplitName]] = field(default_factory=dict)
-    num_eot_literals: int = 0
+    splits: dict[int, list[SplitName]] = field(default_factory=dict)  # by source index
+    num_eot_literals: int = 0  # end-of-text marks in the text, as plain characters
 
     def to_json(self) -> dict[str, Any]:
         """Return the record that is kept until all jobs are finished."""
@@ -114,13 +94,7 @@ class JobResult:
 
 
 class JobRunner:
-    """Runs jobs, one after the other.
-
-    Args:
-        settings: what all jobs share.
-        progress: called with further bytes of the files and of text that are done; an exception
-            that it raises stops the job.
-    """
+    """Runs jobs one after the other; an exception of `progress` stops a job."""
 
     def __init__(self, settings: JobSettings, progress: Callable[[int, int], None]) -> None:
         self._settings, self._progress = settings, progress
@@ -139,17 +113,10 @@ class JobRunner:
         self._bad_input = BadInputHandler(self._settings.skip_bad)
         self._splits: dict[int, set[SplitName]] = {}
         self._num_eot_literals = 0
-        names: tuple[SplitName, ...] = ("train", "val")
-        self._writers = {
-            name: SplitWriter(
-                out_dir,
-                name,
-                job.index,
-                self._tokenizer,
-                self._encoder,
-                prepend_eot=self._split_rule.prepend_eot,
-            )
-            for name in names
+        common = (job.index, self._tokenizer, self._encoder, self._split_rule.prepend_eot)
+        self._writers: dict[SplitName, SplitWriter] = {
+            "train": SplitWriter(out_dir, "train", *common),
+            "val": SplitWriter(out_dir, "val", *common),
         }
         try:
             for span in job.spans:
@@ -180,10 +147,15 @@ class JobRunner:
         source = span.source
         if has_many_documents(source, self._text_format):
             self._encode_documents(span)
-        elif span.split is None and not source.compression and source.size <= SMALL_FILE_BYTES:
-            self._encode_small_file(span)
-        else:
-            self._encode_long_text(span)
+            return
+        is_plain = span.split is None and not source.compression
+        try:
+            if is_plain and source.size <= SMALL_FILE_BYTES:
+                self._encode_small_file(span)
+            else:
+                self._encode_long_text(span)
+        except BadInput as bad:
+            self._bad_input.handle(bad)
 
     def _encode_documents(self, span: FileSpan) -> None:
         reported = text_bytes = 0
@@ -198,11 +170,7 @@ class JobRunner:
         self._progress(span.num_bytes - reported, text_bytes)
 
     def _encode_small_file(self, span: FileSpan) -> None:
-        try:
-            chunks = list(read_chunks(span.source, encoding=self._text_format.encoding))
-        except BadInput as bad:
-            self._bad_input.handle(bad)
-            return
+        chunks = list(read_chunks(span.source, encoding=self._text_format.encoding))
         for chunk in chunks:
             self._note_fixes(span.source, chunk)
         text = "".join(chunk.text for chunk in chunks)
@@ -214,11 +182,7 @@ class JobRunner:
         """Encode a text that may not fit into memory, or a part of one, while reading it."""
         split, cut = span.split, None
         if split is None:
-            try:
-                stats = scan_text(span.source, self._text_format.encoding)
-            except BadInput as bad:
-                self._bad_input.handle(bad)
-                return
+            stats = scan_text(span.source, self._text_format.encoding)
             if stats.is_blank:
                 return
             split = self._split_rule.assign((span.source_index, 0), stats.digest)

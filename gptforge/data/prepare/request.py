@@ -22,45 +22,28 @@ class ProgressBar(Protocol):
     """Shows how far the work is."""
 
     def start(self, total: int, done: int) -> None:
-        """Show the total bytes of the files, and those done by an earlier process."""
-        ...
+        """Show the bytes of all files, and those done by an earlier process."""
 
     def add(self, file_bytes: int, text_bytes: int) -> None:
         """Add bytes of the files, and of their text, that are done."""
-        ...
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """A data set to prepare.
+    """A data set to prepare."""
 
-    Attributes:
-        names: files, folders, patterns and pipes; - is standard input.
-        tokenizer: a tokenizer, its name or its file; "char" is made from the text.
-        val_fraction: share of the text to hold out.
-        text_format: how to read text from the files.
-        kind: what the files hold; auto goes by their names.
-        shard_bytes: about so many bytes of the files go into a shard.
-        split_by_name: hold out files whose names say validation, and ignore those that say test.
-        needs_val: hold out such files even if `val_fraction` is 0.
-        skip_bad: skip what cannot be read.
-        raw_bin: write one file for each split, without a header, as nanoGPT does.
-        sources: the files, if they are known already.
-        cache_key: identifies the request; empty: names and dates of the files, and the options.
-    """
-
-    names: tuple[str, ...]
-    tokenizer: str | Tokenizer = "gpt2"
+    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
+    tokenizer: str | Tokenizer = "gpt2"  # or its name or file; "char" is made from the text
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
-    kind: FileKind | Literal["auto"] = "auto"
-    shard_bytes: int = 2**26
-    split_by_name: bool = True
-    needs_val: bool = False
+    kind: FileKind | Literal["auto"] = "auto"  # auto goes by the names of the files
+    shard_bytes: int = 2**26  # of the files, for each shard
+    split_by_name: bool = True  # hold out files named validation, ignore those named test
+    needs_val: bool = False  # hold out such files even if val_fraction is 0
     skip_bad: bool = False
-    raw_bin: bool = False
-    sources: Sequence[Source] = ()
-    cache_key: str = ""
+    raw_bin: bool = False  # one file for each split, without a header, as nanoGPT writes them
+    sources: Sequence[Source] = ()  # the files, if they are known already
+    cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
 
 
 @dataclass(frozen=True)
@@ -73,11 +56,7 @@ class FileSelection:
 
 
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
-    """Select the files that a request reads.
-
-    Args:
-        request: names the files.
-        spool_dir: folder for the content of standard input and pipes.
+    """Select the files that a request reads; `spool_dir` gets the content of pipes.
 
     Raises:
         UserError: as `find_sources`.

@@ -33,21 +33,13 @@ OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would tak
 
 @dataclass
 class TextStats:
-    """Statistics of a text file.
-
-    Attributes:
-        num_chars: characters of the text as it is trained on.
-        sha256: its hash, in UTF-8.
-        fixes: what was repaired while reading.
-        is_blank: whether it is all whitespace.
-        offsets: bytes of the file where a chunk starts, and characters before it.
-    """
+    """Statistics of a text file, as it is trained on."""
 
     num_chars: int = 0
     sha256: bytes = b""
     fixes: set[str] = field(default_factory=set)
     is_blank: bool = True
-    offsets: list[tuple[int, int]] = field(default_factory=list)
+    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
 
     @property
     def digest(self) -> int:
@@ -57,19 +49,12 @@ class TextStats:
 
 @dataclass
 class ScanResult:
-    """What the first pass found.
-
-    Attributes:
-        split_rule: which documents are held out.
-        sha256: hash of the text if there is only one, else empty.
-        text_stats: statistics of the text files that were read, by source index.
-        notices: what the user should know about the split.
-    """
+    """What the first pass found."""
 
     split_rule: SplitRule
-    sha256: str
-    text_stats: dict[int, TextStats]
-    notices: tuple[str, ...] = ()
+    sha256: str  # of the text if there is only one, else empty
+    text_stats: dict[int, TextStats]  # by source index
+    notices: tuple[str, ...] = ()  # about the split
 
 
 def scan(
@@ -82,14 +67,6 @@ def scan(
     split_duplicates: bool = False,
 ) -> ScanResult:
     """Read as many documents as the split rule needs, and make the rule.
-
-    Args:
-        sources: the files.
-        text_format: how to read text from them.
-        val_fraction: share of the text to hold out.
-        skip_bad: skip what cannot be read.
-        val_sources: indices of the files that are held out by name, if any.
-        split_duplicates: allow copies of a document in both splits, if there are few documents.
 
     Raises:
         UserError: if there is no text, or it cannot be read.

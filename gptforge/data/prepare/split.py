@@ -40,27 +40,15 @@ class DocumentStats:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule that assigns documents to the training or the validation split.
-
-    Attributes:
-        rule: none: nothing is held out; character: one text is cut at `cut`; boundary: from
-            `first_val` on; hash: the lowest hashes; files: the sources `val_sources`.
-        fraction: share of the text to hold out.
-        cut: character where validation starts.
-        first_val: first document of validation.
-        exceptions: by digest in hexadecimal: copies in one split, and documents that keep a split
-            from being empty.
-        val_sources: indices of the sources to hold out.
-        prepend_eot: whether an end-of-text id precedes each document: if there are several.
-    """
+    """The rule that assigns documents to the training or the validation split."""
 
     rule: Literal["none", "character", "boundary", "hash", "files"]
     fraction: float
-    cut: int = 0
-    first_val: DocumentId = (0, 0)
-    exceptions: Mapping[str, SplitName] = field(default_factory=dict)
+    cut: int = 0  # character where validation starts
+    first_val: DocumentId = (0, 0)  # validation starts there, by the rule boundary
+    exceptions: Mapping[str, SplitName] = field(default_factory=dict)  # by digest in hexadecimal
     val_sources: tuple[int, ...] = ()
-    prepend_eot: bool = True
+    prepend_eot: bool = True  # an end-of-text id before each document
 
     def assign(self, document_id: DocumentId, digest: int) -> SplitName:
         """Return the split of an undivided document."""
@@ -100,12 +88,9 @@ def digest_from_sha256(sha256: bytes) -> int:
 def make_split_rule(
     documents: Sequence[DocumentStats], val_fraction: float, *, split_duplicates: bool = False
 ) -> SplitRule:
-    """Make the rule for a data set.
+    """Make the rule for a data set from its first hundred documents, or all if there are fewer.
 
-    Args:
-        documents: the first hundred, or all if there are fewer.
-        val_fraction: share of the text to hold out.
-        split_duplicates: allow copies of a document in both splits, if there are few documents.
+    With `split_duplicates`, copies of a document may be in both splits if there are few documents.
 
     Raises:
         UserError: if one split would be empty.

@@ -70,16 +70,7 @@ class SplitCounts:
 
 
 class SplitWriter:
-    """Batches the documents of one split of a job, encodes them and writes shards.
-
-    Args:
-        out_dir: folder of the shards.
-        split: "train" or "val".
-        job_index: number of the job, part of the shards' names.
-        tokenizer: gives the end-of-text id and the dtype of the ids.
-        encoder: encodes with that tokenizer, fast.
-        prepend_eot: whether an end-of-text id precedes each document.
-    """
+    """Batches the documents of one split of a job, encodes them and writes shards."""
 
     def __init__(
         self,
@@ -88,7 +79,6 @@ class SplitWriter:
         job_index: int,
         tokenizer: Tokenizer,
         encoder: FastEncoder,
-        *,
         prepend_eot: bool,
     ) -> None:
         self._out_dir, self._split, self._job_index = out_dir, split, job_index
@@ -100,8 +90,7 @@ class SplitWriter:
         self._pending_chars = 0
         self._shard: ShardWriter | None = None
         self._counts = SplitCounts()
-        self.shards: list[dict[str, Any]] = []
-        """Records of the complete shards, as the index lists them."""
+        self.shards: list[dict[str, Any]] = []  # records of the complete ones, for the index
 
     def add_document(self, text: str, source_name: str) -> None:
         """Add a document; it is encoded and written with others, about `BATCH_CHARS` at a time.

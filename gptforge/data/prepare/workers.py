@@ -26,13 +26,7 @@ def run_jobs(
     progress: Callable[[int, int], None],
     num_workers: int,
 ) -> Iterator[tuple[Job, JobResult]]:
-    """Run jobs and yield each with its result as it finishes.
-
-    Args:
-        jobs: to run, in any order.
-        settings: what all jobs share.
-        progress: called with further bytes of the files and of text that are done.
-        num_workers: number of processes; 1 runs the jobs in this one.
+    """Run jobs and yield each with its result as it finishes; one worker is this process.
 
     Raises:
         UserError: the error of a job; the others stop.
