@@ -85,7 +85,7 @@ def test_model_card_escapes_the_name_of_the_text() -> None:
         usage="",
         front_matter={},
     )
-    assert r"| Text | x\|!\[a\](http:)\<img src=x\> \# y.txt |" in card
+    assert r"| Training text | x\|!\[a\](http:)\<img src=x\> \# y.txt |" in card
     assert "\n# \\<script\\>\n" in card
 
 

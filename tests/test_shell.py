@@ -67,14 +67,14 @@ def test_commands_printed_by_prepare_and_train_run(program, play, monkeypatch) -
     done = program(*printed_args(done.out, "Try it: "), "--device", "cpu", "--max_new_tokens", 2)
     assert done.code == 0, done.err
     done = program(*again, *small, "--out_dir", "runs/[a] $b's")
-    finished = printed_args(done.out, "or try it: ")
+    finished = printed_args(done.out, "or try the model: ")
     assert program(*finished, "--device", "cpu", "--max_new_tokens", 2).code == 0
 
 
 def test_hint_for_a_file_without_a_flag_is_quoted(program, tmp_path) -> None:
     (tmp_path / "my text.txt").write_text("text")
     done = program("my text.txt")
-    assert "to learn from that file: --input 'my text.txt'" in done.err
+    assert "to train on that file: --input 'my text.txt'" in done.err
 
 
 def test_unset_variable_has_its_default() -> None:

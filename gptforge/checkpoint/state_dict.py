@@ -90,28 +90,14 @@ def model_state_dict(model: GPT, comm: Comm = SINGLE_PROCESS) -> StateDict:
 
 
 def load_model_state_dict(
-    model: GPT,
-    tensors: Mapping[str, Tensor],
-    *,
-    source: str,
-    comm: Comm = SINGLE_PROCESS,
+    model: GPT, tensors: Mapping[str, Tensor], *, source: str, comm: Comm = SINGLE_PROCESS
 ) -> None:
-    """Load weights into a model.
-
-    Args:
-        model: the model to fill.
-        tensors: rank 0's weights; other ranks pass none.
-        source: where they come from, for errors.
-        comm: the ranks that share or replicate the model.
+    """Load rank 0's `tensors` into the model of every rank; other ranks pass none.
 
     Raises:
-        UserError: naming the first tensor that is missing, unknown or of another shape or dtype.
+        UserError: naming `source` and the first tensor that is missing, unknown or misshapen.
     """
-    weights = _untied(model)
-    if comm.is_main:
-        _check_tensors(weights, tensors, source)
-    for name, tensor in weights.items():
-        copy_from_rank0(tensor, tensors.get(name), comm)
+    _load(_untied(model), tensors, source, comm)
 
 
 def optimizer_state_dict(
@@ -138,17 +124,13 @@ def load_optimizer_state_dict(
 
     Learning rates and weight decay are not part of it: they come from the configuration.
     """
-    expected = {
-        f"{name}.{key}": torch.zeros(()) if key == "step" else parameter
+    optimizer.init_state()
+    state = {
+        f"{name}.{key}": optimizer.state[parameter][key]
         for name, parameter in model.named_parameters()
         for key in optimizer.state_keys(parameter)
     }
-    if comm.is_main:
-        _check_tensors(expected, tensors, source)
-    optimizer.init_state()
-    for name, parameter in model.named_parameters():
-        for key in optimizer.state_keys(parameter):
-            copy_from_rank0(optimizer.state[parameter][key], tensors.get(f"{name}.{key}"), comm)
+    _load(state, tensors, source, comm)
 
 
 def rng_state_dict(device: torch.device, comm: Comm = SINGLE_PROCESS) -> StateDict:
@@ -223,6 +205,15 @@ def _untied(model: GPT) -> StateDict:
 def _gather_on_rank0(tensors: Iterable[tuple[str, Tensor]], comm: Comm) -> StateDict:
     copies = ((name, gather_full_tensor(tensor, comm)) for name, tensor in tensors)
     return {name: copy for name, copy in copies if copy is not None}
+
+
+def _load(
+    targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str, comm: Comm
+) -> None:
+    if comm.is_main:
+        _check_tensors(targets, tensors, source)
+    for name, target in targets.items():
+        copy_from_rank0(target, tensors.get(name), comm)
 
 
 def _check_tensors(

@@ -136,14 +136,8 @@ def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) ->
     several machines count restarts independently. So every rank posts a random token and waits
     until rank 0 answers with the same token and the prefix.
 
-    Args:
-        store: the launcher's store.
-        rank: rank of this process, not 0.
-        world_size: number of ranks.
-        timeout: seconds to wait for rank 0.
-
     Raises:
-        RunError: if rank 0 does not answer.
+        RunError: if rank 0 does not answer within `timeout` seconds.
         UserError: if another process has the same rank.
     """
     token, deadline = secrets.token_hex(8), time.monotonic() + timeout
@@ -165,11 +159,7 @@ def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) ->
 def host_rendezvous(
     store: Store, attempt: str, world_size: int, timeout: float
 ) -> tuple[str, int] | None:
-    """On rank 0, answer the other ranks until all have joined.
-
-    Returns:
-        None, or a problem and the exit code for it.
-    """
+    """On rank 0, answer the others until all have joined; returns an error and its exit code."""
     deadline = time.monotonic() + timeout
     answered: dict[int, str] = {}
     others = range(1, world_size)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,7 +48,6 @@ class Watchdog:
         is_local_main: whether this rank prints what ranks on other machines have found.
         timeout: seconds after which a rank counts as lost.
         is_server: whether the store ends with this process.
-        exit_process: ends the process; replaced by tests.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class Watchdog:
         is_local_main: bool,
         timeout: float = TIMEOUT,
         is_server: bool = False,
-        exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.progress = 0
         """Grows with each step of this rank."""
@@ -74,8 +72,7 @@ class Watchdog:
         self._rank, self._world_size, self._host = rank, world_size, host
         self._label = f"rank {rank} on {host}"
         self._store, self._is_local_main, self._timeout = store, is_local_main, timeout
-        self._is_server, self._exit_process = is_server, exit_process
-        self._is_aborting = False
+        self._is_server, self._is_aborting = is_server, False
         self._stopped = threading.Event()
         self._monitor = _RankMonitor(timeout)
         self._last_answer = self._last_note = self._last_change = time.monotonic()
@@ -143,18 +140,16 @@ class Watchdog:
         self._is_aborting = True
         message = {"text": text, "code": code, "host": self._host}
         try:
-            posted = post_abort(self._store, text, code, self._host)
+            posted = json.loads(self._store.compare_set(ABORT_KEY, "", json.dumps(message)))
         except (RuntimeError, ValueError):
             posted = message
-        if posted == message:
-            self._print_error(text)
-            if self._is_server:
-                # The other ranks read the store once a second.
-                time.sleep(2 * BEAT_INTERVAL)
-            self._exit(code)
-        else:
+        if posted != message:
             self._exit_on_abort(posted)
-        raise AssertionError("the process has ended")
+        self._print_error(text)
+        if self._is_server:
+            # The other ranks read the store once a second.
+            time.sleep(2 * BEAT_INTERVAL)
+        self._exit(code)
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
@@ -241,7 +236,7 @@ class Watchdog:
         self._store.set(f"life/{self._rank}", json.dumps(beat))
         return beat
 
-    def _exit_on_abort(self, message: Mapping[str, Any]) -> None:
+    def _exit_on_abort(self, message: Mapping[str, Any]) -> NoReturn:
         # The rank that posted the message has printed it on its own machine.
         if self._is_local_main and message["host"] != self._host:
             self._print_error(message["text"])
@@ -250,21 +245,14 @@ class Watchdog:
     def _print_error(self, text: str) -> None:
         print_stderr(f"error: {printable(text)}")
 
-    def _exit(self, code: int) -> None:
+    def _exit(self, code: int) -> NoReturn:
         """End the process once a running save is complete."""
         self._stopped.set()
         for thread in threading.enumerate():
             if thread.name == "saver":
                 thread.join(20)
         sys.stdout.flush()
-        self._exit_process(code)
-
-
-def post_abort(store: Store, text: str, code: int, host: str) -> dict[str, Any]:
-    """Tell all ranks to end with an error; returns the message of the first rank that did so."""
-    message = {"text": text, "code": code, "host": host}
-    posted: dict[str, Any] = json.loads(store.compare_set(ABORT_KEY, "", json.dumps(message)))
-    return posted
+        os._exit(code)
 
 
 class _RankMonitor:

@@ -99,10 +99,9 @@ def five_steps(comm: Comm, manual: bool) -> list:
 @both_backends
 def test_gradients_are_summed_over_the_ranks(manual) -> None:
     expected, expected_weights = map(torch.tensor, five_steps(SINGLE_PROCESS, manual))
-    for world_size in (2, 4):
-        for losses, final in on_ranks(world_size, five_steps, manual):
-            torch.testing.assert_close(torch.tensor(losses), expected)
-            torch.testing.assert_close(torch.tensor(final), expected_weights, rtol=1e-5, atol=1e-4)
+    for losses, final in on_ranks(4, five_steps, manual):
+        torch.testing.assert_close(torch.tensor(losses), expected)
+        torch.testing.assert_close(torch.tensor(final), expected_weights, rtol=1e-5, atol=1e-4)
 
 
 def record_buckets(comm: Comm, manual: bool) -> list:
@@ -219,9 +218,8 @@ def evaluate(comm: Comm) -> list:
 
 def test_evaluation_over_several_ranks_gives_the_same_loss() -> None:
     expected = evaluate(SINGLE_PROCESS)
-    for world_size in (2, 4):
-        for score in on_ranks(world_size, evaluate):
-            assert score == pytest.approx(expected, rel=1e-6)
+    for score in on_ranks(4, evaluate):
+        assert score == pytest.approx(expected, rel=1e-6)
 
 
 def stop_evaluation(comm: Comm) -> list:
@@ -299,8 +297,8 @@ class ThreeRanks(Comm):
 
 def test_indivisible_global_batch_is_refused_with_a_hint() -> None:
     config = dataclasses.replace(Config(), batch_size=8, gradient_accumulation_steps=5)
-    with pytest.raises(UserError, match=r"40 \w+, which 3 ranks") as caught:
+    with pytest.raises(UserError, match="40 sequences, which does not divide by 3") as caught:
         check_global_batch(config, ThreeRanks())
-    assert "use 2, 4, 5, 8, 10, 20, 40 ranks, or, unless a run" in str(caught.value)
+    assert "use 2, 4, 5, 8, 10, 20, 40 ranks" in str(caught.value)
     assert "--gradient_accumulation_steps 6" in str(caught.value)
     check_global_batch(dataclasses.replace(config, gradient_accumulation_steps=6), ThreeRanks())

@@ -64,29 +64,28 @@ def five_steps(comm: Comm, width: int, recompute: bool, dtype: str) -> list:
 
 
 @pytest.mark.parametrize(
-    ("width", "recompute", "dtype"),
+    ("world_size", "width", "recompute", "dtype"),
     [
-        (16, False, "float32"),
-        (14, False, "float32"),  # indivisible by the number of ranks
-        (14, True, "bfloat16"),
+        (2, 16, False, "float32"),
+        (3, 14, False, "float32"),  # indivisible by the number of ranks
+        (3, 14, True, "bfloat16"),
     ],
 )
-def test_zero1_trains_as_one_process(width, recompute, dtype) -> None:
+def test_zero1_trains_as_one_process(world_size, width, recompute, dtype) -> None:
     _, expected, expected_weights = five_steps(SINGLE_PROCESS, width, recompute, dtype)
     expected = torch.tensor(expected)
     # One process evaluates in float32 here, ZeRO-1 in the compute dtype.
     tolerance = {"rtol": 1e-3, "atol": 0} if dtype == "bfloat16" else {}
-    for world_size in (2, 3):
-        all_ranks = on_ranks(world_size, five_steps, width, recompute, dtype)
-        for rank, (backend, results, weights) in enumerate(all_ranks):
-            assert backend == BACKEND
-            results = torch.tensor(results)
-            torch.testing.assert_close(results[:, :2], expected[:, :2])
-            torch.testing.assert_close(results[:, 2], expected[:, 2], **tolerance)
-            if not rank:
-                torch.testing.assert_close(
-                    torch.tensor(weights), torch.tensor(expected_weights), rtol=1e-5, atol=1e-4
-                )
+    all_ranks = on_ranks(world_size, five_steps, width, recompute, dtype)
+    for rank, (backend, results, weights) in enumerate(all_ranks):
+        assert backend == BACKEND
+        results = torch.tensor(results)
+        torch.testing.assert_close(results[:, :2], expected[:, :2])
+        torch.testing.assert_close(results[:, 2], expected[:, 2], **tolerance)
+        if not rank:
+            torch.testing.assert_close(
+                torch.tensor(weights), torch.tensor(expected_weights), rtol=1e-5, atol=1e-4
+            )
 
 
 def run(comm: Comm, config: dict, stop_after: int = 0) -> str:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock  # noqa: F401
+
 # Imported before the fork, so that a round does not pay for them again.
 import torch
 import torch._dynamo
