@@ -3,7 +3,7 @@
     gptforge demo runs/shakespeare-cpu --port 7860 &
     python scripts/page_pictures.py http://127.0.0.1:7860 docs/images
 
-Needs playwright and a Chromium on the path. The seed is fixed: a run always gives the same pictures.
+Needs playwright and a Chromium on the path. The seed is fixed: pictures of a run are reproducible.
 """
 
 import argparse
