@@ -3,7 +3,7 @@
     gptforge demo runs/shakespeare-cpu --port 7860 &
     python scripts/page_pictures.py http://127.0.0.1:7860 docs/images
 
-Needs playwright and a Chromium on the path. The seed is fixed: a run gives the same pictures again.
+Needs playwright and a Chromium on the path. The seed is fixed: pictures of a run are reproducible.
 """
 
 import argparse
@@ -17,7 +17,7 @@ SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 
 
 def main() -> None:
-    """Take all of them."""
+    """Take all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("address")
     parser.add_argument("folder", type=Path)
@@ -38,7 +38,7 @@ def main() -> None:
 def take(
     browser: Browser, address: str, folder: Path, *, size: str, scheme: str, tip: int | None
 ) -> None:
-    """Write a text, point at a token or open the settings, then show the training."""
+    """Generate a text, hover over a token or open the settings, then show the training tab."""
     width, height = SIZES[size]
     is_phone = size == "phone"
     context = browser.new_context(
@@ -68,7 +68,7 @@ def take(
     page.screenshot(path=folder / f"page-{size}-{scheme}.png", full_page=tip is None)
     if (size, scheme) in (("desktop", "dark"), ("phone", "light")):
         page.get_by_role("tab", name="Training").click()
-        page.wait_for_selector(".training .plot")
+        page.wait_for_selector(".training img")
         page.wait_for_timeout(400)
         page.screenshot(path=folder / f"training-{size}-{scheme}.png", full_page=True)
     context.close()

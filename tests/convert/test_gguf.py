@@ -135,7 +135,7 @@ def test_llama_cpp_gives_the_same_text_and_perplexity(run, tmp_path, play) -> No
 def test_the_probability_of_an_unused_row_is_reported(run, program) -> None:
     messages: list[str] = []
     export_gguf(run, Path("m.gguf"), dtype="f32", log=messages.append)
-    reported = float(messages[1].split("gives up to ")[1].split(" ")[0])
+    reported = float(messages[1].split("probability of up to ")[1].split(":")[0])
     opened = load_bundle(run)
     ids, size = probe_ids(opened.config, opened.tokenizer.vocab_size), opened.tokenizer.vocab_size
     with torch.no_grad():

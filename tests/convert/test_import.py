@@ -101,7 +101,7 @@ def test_ids_of_vocab_json_are_checked(model_dir) -> None:
     moved = {token: (i + 1) % len(vocab) for token, i in vocab.items()}
     (model_dir / "vocab.json").write_text(json.dumps(moved))
     (model_dir / "added_tokens.json").unlink()
-    with pytest.raises(UserError, match="its ids are not bytes, merges"):
+    with pytest.raises(UserError, match="the ids are not bytes, merges"):
         read_hf(model_dir)
 
 
@@ -124,7 +124,7 @@ def test_pytorch_model_bin_gives_the_same_weights(model_dir, gpt2, program) -> N
     done = program(*small, "--input", "text.txt", "--out_dir", "b")
     assert done.code == 2, done.out
     single = program("import", "model_dir/pytorch_model.bin", "out")
-    assert "give the folder that it lies in" in single.err
+    assert "give the folder that it is in" in single.err
 
 
 @pytest.mark.parametrize("what", ["code", "list", "number"])

@@ -60,7 +60,8 @@ def test_missing_biases_are_zeros(checkpoint, tmp_path) -> None:
 )
 def test_the_text_of_another_model_is_refused(tmp_path, rows, letters, fits) -> None:
     # With other ids, the model would generate nonsense.
-    model = GPT(GPTConfig(block_size=8, vocab_size=rows, n_layer=1, n_head=1, n_embd=8))
+    config = GPTConfig(block_size=8, vocab_size=rows, n_layer=1, n_head=1, n_embd=8)
+    model = GPT(config).init_weights()
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     model_args = {name: getattr(model.config, name) for name in names}
     save({"model": model.state_dict(), "model_args": model_args}, tmp_path / "ckpt.pt")

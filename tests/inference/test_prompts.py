@@ -13,6 +13,7 @@ from gptforge.builders.export_model import export_hf, export_space
 from gptforge.builders.import_model import import_model
 from gptforge.config import Config
 from gptforge.convert.hf import read_hf
+from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.demo.sessions import generate_with_limits
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
@@ -27,29 +28,40 @@ from tests.train.runs import build
 EOT = "<|endoftext|>"
 
 
-@pytest.fixture
-def documents(tmp_path: Path) -> Path:
+def write_documents(folder: Path) -> Path:
     """600 documents of one line, all beginning with the same word."""
     lines = [json.dumps({"text": f"Behold {i % 7} and {i % 11} lie here"}) for i in range(600)]
-    path = tmp_path / "documents.jsonl"
+    path = folder / "documents.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
+def make_config(folder: Path, text: Path, **fields: object) -> Config:
+    small = {"n_layer": 1, "n_embd": 32, "max_steps": 2, "warmup_steps": 1, "sample_every": 0}
+    files = {"input": str(text), "out_dir": str(folder / "run"), "device": "cpu"}
+    return dataclasses.replace(get_preset("debug"), max_lr=2e-2, **{**small, **files, **fields})
+
+
 @pytest.fixture
-def document_config(documents: Path, tmp_path: Path) -> Config:
-    small = {"n_layer": 1, "n_embd": 32, "max_steps": 60, "warmup_steps": 5, "sample_every": 0}
-    files = {"input": str(documents), "out_dir": str(tmp_path / "run"), "device": "cpu"}
-    return dataclasses.replace(get_preset("debug"), max_lr=2e-2, **small, **files)
+def documents(tmp_path: Path) -> Path:
+    return write_documents(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def document_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Trained on documents for 60 steps."""
+    folder = tmp_path_factory.mktemp("documents")
+    config = make_config(folder, write_documents(folder), max_steps=60, warmup_steps=5)
+    build(config).fit()
+    return config
 
 
 def empty_prompt(model: LanguageModel) -> str:
     return model.decode(model.encode_prompt(""))
 
 
-def test_a_model_trained_on_documents_starts_a_document(document_config, program) -> None:
-    build(document_config).fit()
-    model = load(document_config.out_dir, device="cpu")
+def test_a_model_trained_on_documents_starts_a_document(document_run, program) -> None:
+    model = load(document_run.out_dir, device="cpu")
     assert model.encode_prompt("") == [model.tokenizer.eot_token]
     texts = [model.generate("", 5, temperature=0.5, seed=seed) for seed in range(5)]
     assert {text[:2] for text in texts} == {"Be"}
@@ -60,43 +72,49 @@ def test_a_model_trained_on_documents_starts_a_document(document_config, program
     *_, last = generate_with_limits(model, "", max_new_tokens=5, params=sampling, seed=0)
     assert "".join(token.text for token in last.tokens) == texts[0]
     flags = ("--max_new_tokens", 5, "--temperature", 0.5, "--seed", 0, "--device", "cpu")
-    assert program("sample", document_config.out_dir, *flags).out == f"{texts[0]}\n"
+    assert program("sample", document_run.out_dir, *flags).out == f"{texts[0]}\n"
 
 
-def test_samples_during_training_start_a_document(document_config) -> None:
-    build(document_config).fit()
-    samples = (Path(document_config.out_dir) / "samples.md").read_text()
-    model = load(
-        Path(document_config.out_dir) / "checkpoints" / "last", device="cpu", dtype="float32"
-    )
-    seed = document_config.seed + document_config.max_steps
+def test_samples_during_training_start_a_document(document_run) -> None:
+    run_dir = Path(document_run.out_dir)
+    samples = (run_dir / "samples.md").read_text()
+    model = load(run_dir / "checkpoints" / "last", device="cpu", dtype="float32")
+    seed = document_run.seed + document_run.max_steps
     for prompt, is_expected in ((EOT, True), (" ", False)):
         text = model.generate(prompt, 40, seed=seed)
         assert (f"~~~text\n{text}" in samples) == is_expected
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char", "byte"])
-def test_a_model_trained_on_one_text_starts_a_line(document_config, play, tokenizer) -> None:
-    config = dataclasses.replace(document_config, input=str(play), tokenizer=tokenizer, max_steps=2)
-    build(dataclasses.replace(config, warmup_steps=1)).fit()
+def test_a_model_trained_on_one_text_starts_a_line(tmp_path, play, tokenizer) -> None:
+    config = make_config(tmp_path, play, tokenizer=tokenizer)
+    build(config).fit()
     model = load(config.out_dir, device="cpu")
     assert empty_prompt(model) == "\n"
     assert model.generate("", 9, seed=1) == model.generate("\n", 9, seed=1)
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "byte"])
-def test_exports_and_imports_keep_the_empty_prompt(document_config, tokenizer, tmp_path) -> None:
-    config = dataclasses.replace(document_config, tokenizer=tokenizer, max_steps=2, warmup_steps=1)
+def test_exports_and_imports_keep_the_empty_prompt(documents, tokenizer, tmp_path) -> None:
+    config, hf = make_config(tmp_path, documents, tokenizer=tokenizer), tmp_path / "hf"
     build(config).fit()
-    export_hf(config.out_dir, tmp_path / "hf", log=lambda _: None)
+    export_hf(config.out_dir, hf, log=lambda _: None)
     export_space(config.out_dir, tmp_path / "space", log=lambda _: None)
-    import_model(str(tmp_path / "hf"), tmp_path / "back", log=lambda _: None)
-    for place in (config.out_dir, tmp_path / "hf", tmp_path / "space", tmp_path / "back"):
+    import_model(str(hf), tmp_path / "back", log=lambda _: None)
+    for place in (config.out_dir, hf, tmp_path / "space", tmp_path / "back"):
         assert empty_prompt(load(place, device="cpu")) == EOT, place
+    if tokenizer == "gpt2":
+        # Without our tokenizer file, bos_token_id determines it.
+        (hf / "gptforge_tokenizer.json").unlink()
+        assert read_hf(hf).tokenizer.prepends_eot
+        hf_config = json.loads((hf / "config.json").read_text())
+        (hf / "config.json").write_text(json.dumps(hf_config | {"bos_token_id": None}))
+        assert not read_hf(hf).tokenizer.prepends_eot
 
 
 def test_shards_determine_the_empty_prompt(documents, play, program) -> None:
-    for text, expected in ((documents, EOT), (play, "\n")):
+    tokenizer = from_name("gpt2", "")
+    for text, expected in ((play, False), (documents, True)):
         shutil.rmtree("shards", ignore_errors=True)
         assert program("prepare", text, "--out", "shards", "--tokenizer", "gpt2").code == 0
         for is_prepared in (True, False):
@@ -104,20 +122,15 @@ def test_shards_determine_the_empty_prompt(documents, play, program) -> None:
                 # As another program writes them.
                 Path("shards/index.json").unlink()
                 Path("shards/tokenizer.json").unlink()
-            few = ("--max_steps", 2, "--tokenizer", "gpt2", "--overwrite", "--out_dir", "run")
-            assert program(*DEBUG, "--input", "shards", *few).code == 0
-            assert empty_prompt(load("run", device="cpu")) == expected
-
-
-def test_bos_token_id_determines_the_empty_prompt(tmp_path, document_config) -> None:
-    few = dataclasses.replace(document_config, tokenizer="gpt2", max_steps=2, warmup_steps=1)
-    build(few).fit()
-    export_hf(few.out_dir, tmp_path / "hf", log=lambda _: None)
-    (tmp_path / "hf" / "gptforge_tokenizer.json").unlink()
-    assert read_hf(tmp_path / "hf").tokenizer.prepends_eot
-    facts = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(facts | {"bos_token_id": None}))
-    assert not read_hf(tmp_path / "hf").tokenizer.prepends_eot
+            options = DatasetOptions(tokenizer, require_tokenizer=True)
+            dataset = open_dataset(Path("shards"), options, log=print)
+            assert dataset.tokenizer.prepends_eot == expected
+            # A copy was changed.
+            assert not tokenizer.prepends_eot
+    assert np.any(dataset.train[:99] == tokenizer.eot_token)
+    train = (*DEBUG, "--input", "shards", "--tokenizer", "gpt2", "--max_steps", 2)
+    assert program(*train, "--out_dir", "run").code == 0
+    assert empty_prompt(load("run", device="cpu")) == EOT
 
 
 @pytest.mark.parametrize(
@@ -158,16 +171,3 @@ def test_a_tokenizer_saved_by_an_earlier_version_has_a_default(tmp_path) -> None
         del record["marks_documents"]
         (tmp_path / "t.json").write_text(json.dumps(record))
         assert load_tokenizer(tmp_path / "t.json").prepends_eot == expected
-
-
-def test_opening_shards_does_not_change_the_given_tokenizer(program, documents) -> None:
-    from gptforge.data.dataset import DatasetOptions, open_dataset
-
-    assert program("prepare", documents, "--out", "shards", "--tokenizer", "gpt2").code == 0
-    Path("shards/index.json").unlink()
-    tokenizer = from_name("gpt2", "")
-    dataset = open_dataset(
-        Path("shards"), DatasetOptions(tokenizer, require_tokenizer=True), log=print
-    )
-    assert dataset.tokenizer.prepends_eot and not tokenizer.prepends_eot
-    assert np.any(dataset.train[:99] == tokenizer.eot_token)
