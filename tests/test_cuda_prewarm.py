@@ -125,7 +125,7 @@ def test_exit_waits_briefly_for_a_slow_driver(monkeypatch) -> None:
 )
 def test_commands_prewarm_once_flags_are_parsed(command, device, monkeypatch, capsys) -> None:
     devices: list[str] = []
-    modules = ["gptforge.cli", *(f"gptforge.cli.{name}" for name in ("bench", "eval", "sample"))]
+    modules = [f"gptforge.cli.{name}" for name in ("train", "bench", "eval", "sample")]
     for module in map(importlib.import_module, modules):
         monkeypatch.setattr(module, "prewarm_cuda", devices.append)
     with contextlib.suppress(SystemExit):

@@ -53,9 +53,6 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
             per_rank if is_gpu else batch_size,
             estimate=estimate,
             free_memory=usable_memory(device),
-            fits=lambda sequences: True,
-            cache_path=None,
-            key="",
         )
     name = torch.cuda.get_device_name(device) if is_gpu else str(device)
     return find_micro_batch(
@@ -164,9 +161,6 @@ class MemoryEstimator:
             self._config.batch_size,
             estimate=lambda sequences: sum(self._memory(self._config, sequences).values()),
             free_memory=self._free,
-            fits=lambda sequences: True,
-            cache_path=None,
-            key="",
         )
 
     def suggest_fix(self, sequences: int, *, is_explicit: bool) -> str:

@@ -17,9 +17,9 @@ def find_micro_batch(
     *,
     estimate: Callable[[int], int],
     free_memory: int | None,
-    fits: Callable[[int], bool],
-    cache_path: Path | None,
-    key: str,
+    fits: Callable[[int], bool] = lambda sequences: True,
+    cache_path: Path | None = None,
+    key: str = "",
 ) -> int:
     """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
 

@@ -14,6 +14,7 @@ import torch
 from gptforge.builders import memory_fit, step_timing
 from gptforge.builders import plan as plan_builder
 from gptforge.builders.step_timing import StepTiming
+from gptforge.cli.plan import _run_rows
 from gptforge.config import Config
 from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.device import Precision
@@ -119,6 +120,21 @@ def test_json_goes_to_stdout_and_the_rest_to_stderr(program, play) -> None:
     assert found["memory"]["needed_bytes"] == sum(found["memory"]["parts"].values())
     assert found["time"]["seconds"] > 0
     assert "measured here" in found["time"]["how"]
+
+
+@pytest.mark.usefixtures("untimed")
+def test_table_has_a_row_for_each_section(program, play) -> None:
+    done = program("plan", *DEBUG, "--input", play)
+    assert (done.code, done.err) == (0, "")
+    names = [line[:12].strip() for line in done.out.splitlines()[1:]]
+    expected = ["model", "parameters", "text", "step", "run", "FLOPs", "memory", "disk", "time"]
+    assert [name for name in names if name] == expected
+
+
+def test_a_fraction_of_an_epoch_is_not_shown_as_zero() -> None:
+    rows = [dict(_run_rows(RunPlan(20, 5120, epochs, 0.17)))["run"] for epochs in (0.00119, 51.12)]
+    assert "0.0012 epochs" in rows[0]
+    assert "51.1 epochs" in rows[1]
 
 
 @pytest.mark.usefixtures("untimed")
