@@ -12,11 +12,11 @@ from tests.conftest import TINY
 
 def copy_weights(model: GPT, reference) -> None:
     """Copy a model of transformers, whose projections are Conv1D: the transposed matrix."""
-    theirs = reference.state_dict()
+    state_dict = reference.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             transpose = any(layer in name for layer in ("c_attn.w", "c_proj.w", "c_fc.w"))
-            parameter.copy_(theirs[name].T if transpose else theirs[name])
+            parameter.copy_(state_dict[name].T if transpose else state_dict[name])
 
 
 @pytest.mark.parametrize("n_layer", [1, 3])

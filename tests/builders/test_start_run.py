@@ -345,4 +345,4 @@ def test_estimate_mentions_long_evaluations(config, monkeypatch) -> None:
     trainer.lock.release()
     text = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
     assert "4 evaluations on 1,000,000 held-out tokens about" in text
-    assert "judging" not in estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)
+    assert "evaluation" not in estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)

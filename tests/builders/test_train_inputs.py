@@ -64,7 +64,7 @@ def test_resume_with_other_documents_is_refused(config, tmp_path) -> None:
     trainer.stop_signal = StopAfter(7)
     trainer.fit()
     path.write_text(path.read_text().replace("juliet", "julia"))
-    with pytest.raises(UserError, match="the text is not the one"):
+    with pytest.raises(UserError, match="not the text that"):
         build(config)
 
 
@@ -96,8 +96,8 @@ def test_hint_to_hold_out_validation_data(config, tmp_path, capsys, is_prepared)
         )
         config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     assert finish(config)
-    hint = "prepare the text anew with" if is_prepared else "use"
-    assert f"To know, {hint} --val_fraction 0.1." in capsys.readouterr().out
+    hint = "prepare the text again with" if is_prepared else "use"
+    assert f"To measure that, {hint} --val_fraction 0.1." in capsys.readouterr().out
 
 
 def test_shards_with_too_little_validation_data(config, tmp_path) -> None:
@@ -105,7 +105,7 @@ def test_shards_with_too_little_validation_data(config, tmp_path) -> None:
         tmp_path / "shards", PrepareRequest((config.input,), tokenizer="char", val_fraction=0.0001)
     )
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
-    with pytest.raises(UserError, match="prepare the text anew with a larger --val_fraction"):
+    with pytest.raises(UserError, match="prepare the text again with a larger --val_fraction"):
         build(config)
 
 

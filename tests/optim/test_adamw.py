@@ -46,14 +46,14 @@ def test_steps_match_the_papers_formula(tiny_model, device) -> None:
 
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 def test_steps_equal_torchs_fused_adamw_bit_for_bit(tiny_model, device, found_inf) -> None:
-    ours = tiny_model.to(device)
-    theirs = copy.deepcopy(ours)
-    optimizer = build(ours)
-    names = {parameter: name for name, parameter in ours.named_parameters()}
+    model = tiny_model.to(device)
+    torch_model = copy.deepcopy(model)
+    optimizer = build(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     reference = torch.optim.AdamW(
         [
             {
-                "params": [theirs.get_parameter(names[p]) for p in group["params"]],
+                "params": [torch_model.get_parameter(names[p]) for p in group["params"]],
                 "weight_decay": group["weight_decay"],
             }
             for group in optimizer.param_groups
@@ -61,7 +61,7 @@ def test_steps_equal_torchs_fused_adamw_bit_for_bit(tiny_model, device, found_in
         lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True,
     )  # fmt: skip
     for step in range(3):
-        for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for left, right in zip(model.parameters(), torch_model.parameters(), strict=True):
             left.grad = torch.randn_like(left)
             right.grad = left.grad.clone()
         if found_inf is not None and step:
@@ -69,7 +69,7 @@ def test_steps_equal_torchs_fused_adamw_bit_for_bit(tiny_model, device, found_in
             reference.found_inf = torch.tensor(found_inf, device=device)
         optimizer.step()
         reference.step()
-    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for left, right in zip(model.parameters(), torch_model.parameters(), strict=True):
         assert torch.equal(left, right)
         for key in optimizer.state_keys(left):
             assert torch.equal(optimizer.state[left][key], reference.state[right][key]), key

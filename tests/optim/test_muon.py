@@ -38,9 +38,9 @@ def train(model: GPT, optimizer: Optimizer, steps: int) -> None:
 
 
 def test_matrices_match_torchs_muon_with_separate_q_k_v(tiny_model, device) -> None:
-    ours = tiny_model.to(device)
-    start = copy.deepcopy(ours)
-    train(ours, build(ours), 3)
+    model = tiny_model.to(device)
+    start = copy.deepcopy(model)
+    train(model, build(model), 3)
     split = {
         name: [torch.nn.Parameter(m.clone()) for m in parameter.detach().chunk(
             3 if "c_attn" in name else 1)]
@@ -60,7 +60,7 @@ def test_matrices_match_torchs_muon_with_separate_q_k_v(tiny_model, device) -> N
         expected = torch.cat([parameter.detach() for parameter in parameters])
         moved = (expected - start.get_parameter(name)).norm()
         # The iteration rounds to bfloat16 in another order.
-        assert (ours.get_parameter(name) - expected).norm() < 0.02 * moved, name
+        assert (model.get_parameter(name) - expected).norm() < 0.02 * moved, name
 
 
 def test_other_parameters_match_adamw(tiny_model) -> None:
