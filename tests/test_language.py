@@ -57,7 +57,7 @@ PATTERN = re.compile(
 
 # Identifiers that contain one of these words, between underscores and capitals.
 NAME_WORDS = re.compile(
-    "asked|told|tell|nought|dice|wish|wishes|begun|judged?|mend|mended|patience|cleft|anew"
+    "asked|told|nought|dice|wish|wishes|begun|judged?|mend|mended|patience|cleft|anew"
 )
 # Identifiers that are one of these names.
 NAMES = re.compile(
@@ -65,7 +65,7 @@ NAMES = re.compile(
     "holding|waking|descent|savings|throw|throw_dice|by_hand|ByHand|by_autograd|ByAutograd|give_up|"
     "has_broken_down|go_back|in_words|in_short|set_aside|outlined|unfilled|norm_backward|to_queries|"
     "to_keys|rehearse|rehearsal|in_turns|time_in_turns|ours|theirs|how_to_part|held_out|HeldOut|"
-    "heldout|Unfinished|Ending|Hold|NoHold|hold|upstream|beside|slope|wide|narrow|mixed"
+    "heldout|Unfinished|Ending|Hold|NoHold|hold|upstream|beside|slope|wide|narrow"
 )
 
 # Where a word is what it says it is: file -> patterns that are removed before the search.
@@ -145,7 +145,7 @@ def test_no_module_has_a_private_name() -> None:
         *("cached", "chosen", "crew", "finding", "finishing", "jobs", "side", "survey"),
         *("bulk", "hf_json", "asked", "quick", "settled", "fitting", "rehearsal", "questions"),
         *("heldout", "paper", "gate", "patience", "meter", "digits", "duration", "log_file"),
-        *("unwritten", "peers", "writing", "build", "commands"),
+        *("unwritten", "peers", "writing", "commands"),
         *("utils", "util", "helpers", "common", "misc"),
     }
     assert sorted(stems & old) == []

@@ -50,6 +50,7 @@ tyro>=1.0.16,<2
 rich>=13.7,<17
 safetensors>=0.5,<1
 matplotlib>=3.9,<4
+filelock>=4,<5
 gradio>=6,<7
 """
 

@@ -160,7 +160,7 @@ class _TextScan:
 def _check_tokens(
     text_scan: _TextScan, sources: list[Source], name: str, context_length: int
 ) -> list[Finding]:
-    """Estimate the number of tokens from a sample, and judge the vocabulary by it."""
+    """Estimate the number of tokens from a sample, and check the vocabulary by it."""
     alphabet = ""
     if name == "char":
         alphabet = collect_alphabet(sources, text_scan.text_format, skip_bad=True)
@@ -220,10 +220,10 @@ def _check_split(
             duplicates.add(digest, split, sources[document_id[0]].name)
     if duplicates.in_both_splits:
         return duplicates.findings()
-    held_out = {
+    val_part = {
         "character": f"the last {fraction:.0%} of the text, cut at character {rule.cut:,}",
         "boundary": "the last documents, with all duplicates of a document in one split",
         "files": "the files whose names say so",
         "hash": "documents chosen by their hash, so that none is in both splits",
     }
-    return [*duplicates.findings(), ok(f"held out: {held_out[rule.rule]}")]
+    return [*duplicates.findings(), ok(f"held out: {val_part[rule.rule]}")]
