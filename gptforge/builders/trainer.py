@@ -109,9 +109,7 @@ def build_trainer(
             on_failure.callback(lock.release)
         opened = open_run_on_all_ranks(config, dataset, explicit, comm, requested=requested)
         config = opened.config
-        for notice in (*dataset.notices, *opened.notices):
-            if (text := f"note: {notice}") not in logged:
-                log(text)
+        _log_notes(dataset, opened, explicit, log, already_logged=logged)
         if opened.status == "finished":
             log(
                 f"{config.out_dir} is finished: {config.max_steps} steps are done. Raise "
@@ -119,8 +117,6 @@ def build_trainer(
                 f"{program} sample {quote(config.out_dir)}"
             )
             return None
-        if opened.status == "new":
-            _log_warmup_cut(config, explicit, log)
         log(f"text: {describe_dataset(dataset, config)}")
         log(f"device: {device} ({device_description}), {precision.name}: {precision.reason}")
         store = _open_store(config, comm)
@@ -201,11 +197,23 @@ def _load_dataset(
     return dataset, logged
 
 
-def _log_warmup_cut(config: Config, explicit: Collection[str], log: Callable[[str], None]) -> None:
-    """Tell the user if the preset's warmup was shortened to fit fewer steps."""
+def _log_notes(
+    dataset: Dataset,
+    opened: OpenedRun,
+    explicit: Collection[str],
+    log: Callable[[str], None],
+    *,
+    already_logged: Collection[str],
+) -> None:
+    notes = [f"note: {notice}" for notice in (*dataset.notices, *opened.notices)]
+    config = opened.config
     usual = get_preset(config.preset).warmup_steps if config.preset in PRESETS else 0
-    if "warmup_steps" not in explicit and config.warmup_steps < usual:
-        log(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
+    is_cut = "warmup_steps" not in explicit and config.warmup_steps < usual
+    if opened.status == "new" and is_cut:
+        notes.append(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
+    for note in notes:
+        if note not in already_logged:
+            log(note)
 
 
 def _build_dataloader(
