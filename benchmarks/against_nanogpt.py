@@ -27,10 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gptforge.builders.train_step import CUDA_GRAPH_MAX_FLOPS
+from gptforge.builders.build_train_step import CUDA_GRAPH_MAX_FLOPS
 from gptforge.config import Config, GPTConfig
 from gptforge.data.dataloader import DataLoader
-from gptforge.device import Precision, select_device, select_precision, synchronize
+from gptforge.device import (
+    Precision,
+    select_device,
+    select_precision,
+    synchronize,
+)
 from gptforge.estimate import formulas
 from gptforge.kernel_select import DEFAULT_KERNELS, select_kernels
 from gptforge.model import GPT

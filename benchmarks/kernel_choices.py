@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.kernels import embedding, gelu, layer_norm, matmul
+from gptforge.kernels import (
+    embedding,
+    gelu,
+    layer_norm,
+    matmul,
+)
 from gptforge.kernels.attention import SdpaAttention, TritonAttention
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
 from gptforge.kernels.dropout import draw_dropout_seeds

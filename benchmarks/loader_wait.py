@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gptforge.builders.trainer import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.device import synchronize
 from gptforge.presets import PRESETS, get_preset
 

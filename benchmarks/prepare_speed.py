@@ -258,7 +258,7 @@ def loader(here: Path, megabytes: int, batches: int) -> None:
     import torch
 
     from gptforge.data.dataloader import DataLoader
-    from gptforge.data.index import read_index
+    from gptforge.data.shard_index import read_index
     from gptforge.data.token_dataset import ShardDataset
 
     torch.set_num_threads(1)

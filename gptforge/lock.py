@@ -13,6 +13,7 @@ from gptforge.errors import UserError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+
 LOCK_FILE = ".lock"
 """The lock file inside a locked folder."""
 

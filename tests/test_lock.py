@@ -10,7 +10,13 @@ import pytest
 
 from gptforge import lock
 from gptforge.errors import UserError
-from gptforge.lock import LOCK_FILE, atomic_create, atomic_create_dir, is_locked, lock_folder
+from gptforge.lock import (
+    LOCK_FILE,
+    atomic_create,
+    atomic_create_dir,
+    is_locked,
+    lock_folder,
+)
 
 needs_links = pytest.mark.skipif(os.name == "nt", reason="Windows restricts symbolic links")
 

@@ -10,7 +10,12 @@ from safetensors import SafetensorError
 from gptforge import __version__, files
 from gptforge.builders.load_model import load_bundle
 from gptforge.checkpoint import store as checkpoints
-from gptforge.config import Config, merge, to_toml, validate
+from gptforge.config import (
+    Config,
+    merge,
+    to_toml,
+    validate,
+)
 from gptforge.convert.bundle import ModelBundle, unused_row_probability
 from gptforge.convert.gguf import gelu_tanh_difference, write_gguf
 from gptforge.convert.hf import is_hf_dir, write_hf

@@ -11,7 +11,12 @@ from gptforge.builders.export_model import bundle_toml, report_write_errors
 from gptforge.checkpoint import store as checkpoints
 from gptforge.config import METADATA_TABLE
 from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.hf import PYTORCH_WEIGHTS, is_hf_dir, model_files, read_hf
+from gptforge.convert.hf import (
+    PYTORCH_WEIGHTS,
+    is_hf_dir,
+    model_files,
+    read_hf,
+)
 from gptforge.convert.hub import OPENAI_MODELS, download_model
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.data.prepare.scan import collect_alphabet

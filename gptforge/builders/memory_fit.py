@@ -9,12 +9,17 @@ from gptforge.config import Config
 from gptforge.device import Precision, usable_memory
 from gptforge.distributed import Comm
 from gptforge.errors import UserError
-from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
+from gptforge.estimate.formulas import (
+    fsdp_memory,
+    num_params,
+    training_memory,
+    zero1_memory,
+)
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.files import cache_dir
 from gptforge.kernel_select import select_kernels
 from gptforge.presets import PRESETS, get_preset
-from gptforge.train.micro_batch import MAX_MEMORY_FRACTION, find_micro_batch
+from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION, find_micro_batch
 from gptforge.train.train_step import TrainStep
 
 MIN_BUSY_TOKENS = 4096

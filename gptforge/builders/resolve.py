@@ -19,8 +19,8 @@ from gptforge.data.dataset import (
     portable_input_name,
     resolve_input,
 )
-from gptforge.data.index import INDEX_FILE
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
 from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote

@@ -18,7 +18,12 @@ from gptforge.checkpoint.store import (
 )
 from gptforge.config import Config, resume_conflicts
 from gptforge.errors import UserError
-from gptforge.lock import LOCK_FILE, FolderLock, is_locked, lock_folder
+from gptforge.lock import (
+    LOCK_FILE,
+    FolderLock,
+    is_locked,
+    lock_folder,
+)
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 

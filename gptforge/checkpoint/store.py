@@ -17,8 +17,18 @@ from safetensors.torch import load_file
 
 from gptforge import files
 from gptforge.checkpoint.state_dict import StateDict, save_safetensors
-from gptforge.config import Config, merge, read_toml, validate
-from gptforge.errors import RunError, UserError, error_reason, parsing
+from gptforge.config import (
+    Config,
+    merge,
+    read_toml,
+    validate,
+)
+from gptforge.errors import (
+    RunError,
+    UserError,
+    error_reason,
+    parsing,
+)
 from gptforge.estimate.formulas import num_params
 from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer

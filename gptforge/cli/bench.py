@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptforge.cli.flags import parse_train_args, resolve_preset
+from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import UserError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from gptforge.train.train_step import TrainStep
+
 
 VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320}
 """Default --vocab_size, as there is no text to derive it from."""
@@ -197,7 +198,7 @@ def _device_facts(device: "torch.device") -> dict[str, Any]:
 
 
 def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:
-    from gptforge.builders.train_step import attention_backend
+    from gptforge.builders.build_train_step import attention_backend
 
     return {
         **_device_facts(step.device),

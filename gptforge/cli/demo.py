@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.parsing import parse_args
 from gptforge.errors import UserError
 
 

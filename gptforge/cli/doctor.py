@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.flags import DatasetArgs, parse_args
+from gptforge.cli.parsing import DatasetArgs, parse_args
 from gptforge.errors import UserError
 from gptforge.presets import get_preset
 from gptforge.printable import printable
 
 if TYPE_CHECKING:
-    from gptforge.data.checks import Finding
+    from gptforge.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
 
 def _check_data(args: DoctorArgs) -> "list[Finding]":
     from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
-    from gptforge.data.index import INDEX_FILE
     from gptforge.data.prepare.text_io import TextFormat
+    from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
     from gptforge.doctor.texts import check_texts
 

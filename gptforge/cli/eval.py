@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.parsing import parse_args
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError
 from gptforge.printable import safe_print
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if not args.tasks or args.data:
         results |= _evaluate_text(args)
     if args.tasks:
-        from gptforge.builders.evaluate import evaluate_tasks
+        from gptforge.builders.run_evaluation import evaluate_tasks
 
         scores = evaluate_tasks(
             args.run,
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _evaluate_text(args: EvalArgs) -> dict[str, object]:
-    from gptforge.builders.evaluate import evaluate_run
+    from gptforge.builders.run_evaluation import evaluate_run
 
     score = evaluate_run(
         args.run,

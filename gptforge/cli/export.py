@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.parsing import parse_args
 from gptforge.errors import UserError
 from gptforge.printable import print_stderr, safe_print
 

@@ -5,7 +5,7 @@ import json
 import textwrap
 from dataclasses import dataclass
 
-from gptforge.cli.flags import parse_train_args, resolve_preset
+from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.estimate.plan import (
     CHINCHILLA_TOKENS_PER_PARAM,
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     args, explicit = parse_train_args(argv, cls=PlanConfig, prog="gptforge plan")
     log = print_stderr if args.json else safe_print
     config = resolve_preset(args, explicit, log=log)
-    from gptforge.builders.plan import make_plan
+    from gptforge.builders.make_plan import make_plan
 
     plan = make_plan(config, explicit, log)
     if args.json:

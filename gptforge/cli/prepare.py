@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.flags import DatasetArgs, parse_args
+from gptforge.cli.parsing import DatasetArgs, parse_args
 from gptforge.errors import Terminated, UserError
 from gptforge.printable import pluralize, safe_print
 from gptforge.shell import program_name, quote
 
 if TYPE_CHECKING:
-    from gptforge.data.index import Index
+    from gptforge.data.shard_index import Index
 
 
 @dataclass(frozen=True)

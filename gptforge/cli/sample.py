@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.flags import parse_args
+from gptforge.cli.parsing import parse_args
 from gptforge.config import SEED_LIMIT
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError, UserError
@@ -20,6 +20,7 @@ from gptforge.printable import print_stderr, terminal_safe
 if TYPE_CHECKING:
     from gptforge.inference.language_model import LanguageModel
     from gptforge.inference.sampling import SamplingParams
+
 
 MAX_BATCH_SIZE = 64
 

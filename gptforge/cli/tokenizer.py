@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from gptforge.cli.flags import TextFileArgs, parse_args
+from gptforge.cli.parsing import TextFileArgs, parse_args
 from gptforge.errors import UserError
 from gptforge.files import atomic_write
 from gptforge.printable import print_stderr, safe_print

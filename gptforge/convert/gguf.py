@@ -8,7 +8,12 @@ import numpy as np
 import torch
 
 from gptforge.config import GPTConfig
-from gptforge.convert.bundle import MAX_LOGIT_DIFFERENCE, ModelBundle, probe_ids, with_eos_token
+from gptforge.convert.bundle import (
+    MAX_LOGIT_DIFFERENCE,
+    ModelBundle,
+    probe_ids,
+    with_eos_token,
+)
 from gptforge.convert.hf_tokenizer import bytes_to_unicode, tokenizer_json
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas

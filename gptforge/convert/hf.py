@@ -24,7 +24,12 @@ from gptforge.convert.bundle import (
 )
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER, load_hf_tokenizer, tokenizer_json
 from gptforge.convert.torch_file import check_tensors, read_torch_file
-from gptforge.errors import RunError, UserError, parsing, require_package
+from gptforge.errors import (
+    RunError,
+    UserError,
+    parsing,
+    require_package,
+)
 from gptforge.estimate import formulas
 from gptforge.files import check_file_size, read_text
 from gptforge.printable import short_repr

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from gptforge.config import GPTConfig
-from gptforge.convert.bundle import LM_HEAD, ModelBundle, read_size, validate_state_dict
+from gptforge.convert.bundle import (
+    LM_HEAD,
+    ModelBundle,
+    read_size,
+    validate_state_dict,
+)
 from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import UserError, parsing
 from gptforge.files import check_file_size

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from gptforge import files
-from gptforge.data.index import Index
 from gptforge.data.input_errors import BadInputError
 from gptforge.data.prepare.pipeline import PREPARE_VERSION, REQUEST_FILE, prepare
 from gptforge.data.prepare.request import PrepareRequest, ProgressBar, select_files
 from gptforge.data.prepare.sources import FileKind, find_sources, is_pipe
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import Index
 from gptforge.errors import RunError, UserError
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer

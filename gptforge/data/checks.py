@@ -3,48 +3,24 @@
 They run before each training; `gptforge doctor` reads all of the data.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
 from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.dataset import Dataset
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.errors import UserError
+from gptforge.findings import (
+    Finding,
+    error,
+    ok,
+    warning,
+)
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths
 
 SAMPLE_TOKENS = 2**18  # read at each end of the tokens
 # A vocabulary of thousands that fits the text is in between; GPT-2's has 3.4 on plays.
 MIN_BYTES_PER_TOKEN, MAX_BYTES_PER_TOKEN = 2.0, 12.0
 LARGE_VOCAB = 1000  # ids from which on a vocabulary holds words and parts of words
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something found about data or a machine, how bad it is, and how to fix it."""
-
-    level: Literal["good", "warning", "error"]
-    message: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.message}: {self.fix}" if self.fix else self.message
-
-
-def ok(message: str) -> Finding:
-    """Return a finding that needs no action."""
-    return Finding("good", message)
-
-
-def warning(message: str, fix: str = "") -> Finding:
-    """Return a finding that work can continue with."""
-    return Finding("warning", message, fix)
-
-
-def error(message: str, fix: str = "") -> Finding:
-    """Return a finding that must be fixed first."""
-    return Finding("error", message, fix)
 
 
 def quick_check(dataset: Dataset, *, context_length: int, global_batch: int = 1) -> list[Finding]:

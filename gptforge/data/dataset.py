@@ -10,13 +10,18 @@ from typing import Literal
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
 from gptforge.data.dataloader import count_sequences, too_short_hint
-from gptforge.data.index import TOKENIZER_FILE, Index, find_corruption, read_index
 from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import ProgressBar, fingerprint
 from gptforge.data.prepare.sources import FileKind
 from gptforge.data.prepare.split import split_by_name
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import (
+    TOKENIZER_FILE,
+    Index,
+    find_corruption,
+    read_index,
+)
 from gptforge.data.token_dataset import (
     ShardDataset,
     ShardFile,

@@ -22,8 +22,8 @@ from gptforge.distributed.watchdog import Watchdog
 from gptforge.errors import UserError
 
 if TYPE_CHECKING:
-    # Takes half a second to load; only FSDP needs it.
     from torch.distributed.device_mesh import DeviceMesh
+
 
 STORE_WAIT = timedelta(seconds=60)
 """Timeout of one wait for a key of the store, which is then repeated."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm
 
 if TYPE_CHECKING:
-    # Takes half a second to load; only FSDP needs it.
     from torch.distributed.tensor import DTensor
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from gptforge.data.checks import Finding, warning
+from gptforge.findings import Finding, warning
 from gptforge.printable import pluralize
 
 MAX_DOCUMENTS = 4_000_000  # remembered: with more, memory would grow with the data

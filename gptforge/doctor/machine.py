@@ -12,11 +12,16 @@ from pathlib import Path
 import torch
 
 from gptforge.config import Config
-from gptforge.data.checks import Finding, ok, warning
 from gptforge.data.prepare.workers import num_cpus
-from gptforge.device import free_memory, peak_flops, select_device, select_precision
+from gptforge.device import (
+    free_memory,
+    peak_flops,
+    select_device,
+    select_precision,
+)
 from gptforge.errors import install_hint
 from gptforge.files import cache_dir
+from gptforge.findings import Finding, ok, warning
 from gptforge.kernel_select import select_kernels
 
 EXTRAS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from gptforge import files
-from gptforge.data.checks import Finding, error, ok, quick_check, warning
+from gptforge.data.checks import quick_check
 from gptforge.data.dataset import Dataset, DatasetOptions, open_dataset
-from gptforge.data.index import (
+from gptforge.data.shard_index import (
     INDEX_FILE,
     SPLITS,
     TOKENIZER_FILE,
@@ -21,6 +21,12 @@ from gptforge.data.index import (
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
+from gptforge.findings import (
+    Finding,
+    error,
+    ok,
+    warning,
+)
 from gptforge.tokenizers.base import END_OF_TEXT
 
 BLOCK_TOKENS = 2**20

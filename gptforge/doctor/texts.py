@@ -4,14 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from gptforge.data.checks import (
-    LARGE_VOCAB,
-    Finding,
-    check_bytes_per_token,
-    error,
-    ok,
-    warning,
-)
+from gptforge.data.checks import LARGE_VOCAB, check_bytes_per_token
 from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.input_errors import MAX_EXAMPLES, BadInput, BadInputHandler
 from gptforge.data.prepare.readers import has_many_documents, read_documents
@@ -22,6 +15,12 @@ from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, text_digest
 from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
+from gptforge.findings import (
+    Finding,
+    error,
+    ok,
+    warning,
+)
 from gptforge.printable import pluralize
 from gptforge.tokenizers import from_name
 from gptforge.tokenizers.base import END_OF_TEXT

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels.dropout import DropoutSeed, apply_dropout, dropout_kernel_args
-from gptforge.kernels.launch import next_power_of_2, num_sms, tile_shape, uses_triton
+from gptforge.kernels.launch import (
+    next_power_of_2,
+    num_sms,
+    tile_shape,
+    uses_triton,
+)
 from gptforge.kernels.reductions import PendingReductions, accumulate_partials
 
 EPS = 1e-5

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 TEXT_COLOR = "#22262e"
 MUTED_COLOR = "#9aa1ac"
 TRAIN_COLOR = "#4c78a8"

@@ -7,11 +7,21 @@ from typing import Any
 
 from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.files import json_line
-from gptforge.printable import code_span, escape_markdown, printable, printable_text
+from gptforge.printable import (
+    code_span,
+    escape_markdown,
+    printable,
+    printable_text,
+)
 from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
-from gptforge.report.metrics import Event, History, read_history, step_line
+from gptforge.report.metrics import (
+    Event,
+    History,
+    read_history,
+    step_line,
+)
 from gptforge.report.verdict import verdict
 
 LOG = "log.md"

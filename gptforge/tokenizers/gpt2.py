@@ -12,7 +12,12 @@ import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT, Tokens, smallest_dtype
+from gptforge.tokenizers.base import (
+    END_OF_TEXT,
+    SAFE_CUT,
+    Tokens,
+    smallest_dtype,
+)
 
 # GPT-2's pattern (same source) with tiktoken's possessive quantifiers: the same splits without
 # backtracking.

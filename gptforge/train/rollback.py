@@ -11,6 +11,7 @@ from gptforge.train.state import restore
 if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
 
+
 MAX_BAD_STEPS = 5
 """Consecutive steps without a finite loss and gradient, after which training rolls back."""
 MAX_ROLLBACKS = 3

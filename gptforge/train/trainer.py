@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 200
 
 @dataclass
 class Trainer:
-    """Trains from `state` to the last step; `builders.trainer` puts the parts together."""
+    """Trains from `state` to the last step; `builders.build_trainer` puts the parts together."""
 
     config: Config
     step_fn: TrainStep

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptforge.builders import build_trainer
-from gptforge.builders.train_step import estimate_duration
+from gptforge.builders.build_train_step import estimate_duration
 from gptforge.checkpoint.store import (
     CheckpointStore,
     read_config,

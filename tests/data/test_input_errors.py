@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptforge.data.index import Index
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import job, table_reader, text_io
 from gptforge.data.prepare.pipeline import prepare
@@ -21,6 +20,7 @@ from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.prepare.table_reader import MAX_BATCH_BYTES, rows_per_batch
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import Index
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptforge.builders import build_trainer
-from gptforge.builders.parallel import check_global_batch
+from gptforge.builders.rank_agreement import check_global_batch
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader

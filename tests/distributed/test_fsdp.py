@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gptforge import load
-from gptforge.builders import build_trainer, parallel
-from gptforge.builders.parallel import use_fsdp
+from gptforge.builders import build_trainer, rank_agreement
+from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.device import Precision
@@ -116,7 +116,7 @@ def test_auto_takes_fsdp_for_a_model_that_does_not_fit(monkeypatch) -> None:
     config = dataclasses.replace(Config(), vocab_size=50304, n_layer=48, n_embd=1600, n_head=25)
     gpu = torch.device("cuda", 0)
     for free, expected in ((80e9, False), (24e9, True)):
-        monkeypatch.setattr(parallel, "usable_memory", lambda device, free=free: int(free))
+        monkeypatch.setattr(rank_agreement, "usable_memory", lambda device, free=free: int(free))
         assert use_fsdp(config, gpu, BF16, TwoRanks(), logged.append) is expected
     assert "ddp" in logged[0] and "fsdp" in logged[1]
     ddp = dataclasses.replace(config, parallel="ddp")

@@ -16,7 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gptforge.distributed import Comm, comm, init_distributed, is_distributed_launch, watchdog
+from gptforge.distributed import (
+    Comm,
+    comm,
+    init_distributed,
+    is_distributed_launch,
+    watchdog,
+)
 from gptforge.distributed.init import _local_device
 from gptforge.distributed.watchdog import DEADLOCK_FACTOR, Watchdog
 from gptforge.errors import UserError

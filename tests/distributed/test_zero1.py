@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from gptforge.builders import build_trainer, memory_fit, train_step
+from gptforge.builders import build_train_step, build_trainer, memory_fit
 from gptforge.builders.memory_fit import fits_zero1
 from gptforge.config import Config
 from gptforge.device import Precision
@@ -91,7 +91,7 @@ def test_zero1_trains_as_one_process(world_size, width, recompute, dtype) -> Non
 def run(comm: Comm, config: dict, stop_after: int = 0) -> str:
     """A run as on GPUs, on the CPU."""
     kernels = KernelConfig(manual_backward=True)
-    with mock.patch.object(train_step, "select_kernels", lambda *_, **__: kernels):
+    with mock.patch.object(build_train_step, "select_kernels", lambda *_, **__: kernels):
         trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
     assert trainer.step_fn.backend_name == BACKEND
     if stop_after and comm.is_main:

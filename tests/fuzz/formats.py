@@ -20,8 +20,8 @@ import torch
 import zstandard
 
 from gptforge import files, tokenizers
-from gptforge.builders.evaluate import _load_examples
 from gptforge.builders.load_model import load_bundle
+from gptforge.builders.run_evaluation import _load_examples
 from gptforge.checkpoint import store
 from gptforge.checkpoint.state_dict import load_rng_state_dict, save_safetensors
 from gptforge.cli.prepare import describe
@@ -39,13 +39,13 @@ from gptforge.convert.hf_tokenizer import load_hf_tokenizer, tokenizer_json
 from gptforge.convert.model_card import Origin, model_card
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.data.dataset import DatasetOptions, check_length, open_dataset
-from gptforge.data.index import VERIFIED_FILE, find_corruption, read_index
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import VERIFIED_FILE, find_corruption, read_index
 from gptforge.demo.training_tab import render_training
 from gptforge.doctor.shards import check_shards
 from gptforge.errors import UserError
@@ -54,7 +54,7 @@ from gptforge.report.metrics import read_history
 from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-from gptforge.train.micro_batch import find_micro_batch
+from gptforge.train.micro_batch_search import find_micro_batch
 from gptforge.train.state import TrainState, read_train_state
 from tests.fuzz import mutate
 

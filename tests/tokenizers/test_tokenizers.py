@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from gptforge import tokenizers
 from gptforge.errors import UserError
-from gptforge.tokenizers import byte_lengths, decode, from_name, gpt2
+from gptforge.tokenizers import (
+    byte_lengths,
+    decode,
+    from_name,
+    gpt2,
+)
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 
 from gptforge import files
-from gptforge.data.index import SPLITS, Index, json_sha256, write_index
 from gptforge.data.input_errors import MAX_EXAMPLES, BadInputHandler
 from gptforge.data.prepare.job import JobResult
 from gptforge.data.prepare.request import fingerprint
 from gptforge.data.prepare.scan import ScanResult
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitName, SplitRule
+from gptforge.data.shard_index import (
+    SPLITS,
+    Index,
+    json_sha256,
+    write_index,
+)
 from gptforge.data.token_dataset import HEADER_BYTES
 from gptforge.errors import UserError
 from gptforge.printable import pluralize

@@ -15,7 +15,12 @@ from gptforge.data.prepare.scan import scan_text
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
 from gptforge.data.prepare.split_writer import BATCH_CHARS, SplitWriter
-from gptforge.data.prepare.text_io import Chunk, TextFormat, describe_fixes, read_chunks
+from gptforge.data.prepare.text_io import (
+    Chunk,
+    TextFormat,
+    describe_fixes,
+    read_chunks,
+)
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT
 from gptforge.tokenizers.fast_encode import FastEncoder

@@ -12,7 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from gptforge import files, tokenizers
-from gptforge.data.index import (
+from gptforge.data.input_errors import BadInputError, BadInputHandler
+from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
+from gptforge.data.prepare.job import Job, JobResult, JobSettings
+from gptforge.data.prepare.partition import partition
+from gptforge.data.prepare.request import (
+    FileSelection,
+    PrepareRequest,
+    ProgressBar,
+    select_files,
+)
+from gptforge.data.prepare.scan import collect_alphabet, scan
+from gptforge.data.prepare.sources import Source
+from gptforge.data.prepare.workers import num_cpus, run_jobs
+from gptforge.data.shard_index import (
     INDEX_FILE,
     TOKENIZER_FILE,
     VERIFIED_FILE,
@@ -22,14 +35,6 @@ from gptforge.data.index import (
     mark_verified,
     read_index,
 )
-from gptforge.data.input_errors import BadInputError, BadInputHandler
-from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
-from gptforge.data.prepare.job import Job, JobResult, JobSettings
-from gptforge.data.prepare.partition import partition
-from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
-from gptforge.data.prepare.scan import collect_alphabet, scan
-from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.workers import num_cpus, run_jobs
 from gptforge.data.token_dataset import read_shard_header
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, lock_folder

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from gptforge import files
-from gptforge.data.prepare.sources import FileKind, Source, count_ignored_files, find_sources
+from gptforge.data.prepare.sources import (
+    FileKind,
+    Source,
+    count_ignored_files,
+    find_sources,
+)
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.printable import pluralize

@@ -9,7 +9,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from gptforge.data.prepare.job import Job, JobResult, JobRunner, JobSettings
+from gptforge.data.prepare.job import (
+    Job,
+    JobResult,
+    JobRunner,
+    JobSettings,
+)
 from gptforge.errors import RunError
 
 POLL_SECONDS = 0.2

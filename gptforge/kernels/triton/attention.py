@@ -12,7 +12,12 @@ side by side, 3 * C elements, and so do their gradients.
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import column_words, dropout_scale, is_kept, row_words
+from gptforge.kernels.triton.dropout import (
+    column_words,
+    dropout_scale,
+    is_kept,
+    row_words,
+)
 from gptforge.kernels.triton.gelu import LOG2_E
 
 

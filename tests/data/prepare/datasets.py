@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.data.index import VERIFIED_FILE, Index
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import VERIFIED_FILE, Index
 from gptforge.data.token_dataset import ShardDataset
 from gptforge.tokenizers import decode
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.data.index import Index
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import text_io
 from gptforge.data.prepare.json_reader import CHAT_NOTICE
@@ -16,6 +15,7 @@ from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import Index
 from gptforge.data.token_dataset import ShardDataset
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello.\nYes?"}]

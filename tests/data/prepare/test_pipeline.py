@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptforge.data.index import read_index
 from gptforge.data.prepare.job import JobResult, JobRunner
 from gptforge.data.prepare.pipeline import PROGRESS_DIR, prepare
 from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.shard_index import read_index
 from gptforge.errors import UserError
 from gptforge.tokenizers import from_name
 from tests.data.prepare.datasets import (

@@ -8,7 +8,12 @@ from gptforge.data.prepare.job import last_safe_cut
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.scan import byte_offset, scan_text
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import BOM, TextFormat, read_blocks, split_lines
+from gptforge.data.prepare.text_io import (
+    BOM,
+    TextFormat,
+    read_blocks,
+    split_lines,
+)
 from gptforge.tokenizers.base import END_OF_TEXT as EOT
 
 

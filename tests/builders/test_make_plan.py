@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from gptforge.builders import make_plan as plan_builder
 from gptforge.builders import memory_fit, step_timing
-from gptforge.builders import plan as plan_builder
 from gptforge.builders.step_timing import StepTiming
 from gptforge.cli.plan import _run_rows
 from gptforge.config import Config

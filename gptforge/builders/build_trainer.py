@@ -12,9 +12,14 @@ from pathlib import Path
 import torch
 
 from gptforge import __version__, files
+from gptforge.builders.build_train_step import (
+    attention_backend,
+    build_train_step,
+    estimate_duration,
+)
 from gptforge.builders.kernel_warmup import KernelWarmup
 from gptforge.builders.memory_fit import check_fits_memory
-from gptforge.builders.parallel import check_global_batch, open_run_on_all_ranks
+from gptforge.builders.rank_agreement import check_global_batch, open_run_on_all_ranks
 from gptforge.builders.resolve import (
     check_tokenizer,
     describe_dataset,
@@ -23,7 +28,6 @@ from gptforge.builders.resolve import (
     resolve_init_from,
     resolve_out_dir,
 )
-from gptforge.builders.train_step import attention_backend, build_train_step, estimate_duration
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.run_dir import (

@@ -10,16 +10,16 @@ import pytest
 from gptforge import files
 from gptforge.data.cache import prepare_cached
 from gptforge.data.dataset import DatasetOptions, open_dataset
-from gptforge.data.index import (
+from gptforge.data.prepare.pipeline import REQUEST_FILE, prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import (
     INDEX_FILE,
     TOKENIZER_FILE,
     VERIFIED_FILE,
     find_corruption,
     read_index,
 )
-from gptforge.data.prepare.pipeline import REQUEST_FILE, prepare
-from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 
 SHARD = "train_000000.bin"

@@ -18,7 +18,7 @@ from gptforge.distributed import Comm
 from gptforge.errors import UserError
 from gptforge.estimate.formulas import training_memory
 from gptforge.shell import env_int
-from gptforge.train.micro_batch import MAX_MEMORY_FRACTION
+from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION
 
 
 def check_global_batch(config: Config, comm: Comm) -> None:

@@ -11,7 +11,13 @@ from typing import Any, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge, read_toml
+from gptforge.config import (
+    FIELDS,
+    RENAMED_FIELDS,
+    Config,
+    merge,
+    read_toml,
+)
 from gptforge.errors import UserError
 from gptforge.presets import PRESETS, get_preset
 

@@ -1,6 +1,6 @@
 import pytest
 
-from gptforge.cli.flags import flag_values, parse_args, parse_train_args
+from gptforge.cli.parsing import flag_values, parse_args, parse_train_args
 from gptforge.cli.prepare import PrepareArgs
 from gptforge.cli.tokenizer import TrainArgs
 from gptforge.errors import UserError

@@ -1,7 +1,7 @@
 import pytest
 
 from gptforge.errors import RunError
-from gptforge.train.micro_batch import find_micro_batch
+from gptforge.train.micro_batch_search import find_micro_batch
 
 
 def find(tmp_path, limit: int, *, free_memory: int = 10**12, tried: list | None = None) -> int:

@@ -16,12 +16,22 @@ from gptforge.checkpoint import store as checkpoints
 from gptforge.config import Config
 from gptforge.convert.hf import is_hf_dir
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER
-from gptforge.data.dataset import BUNDLED_INPUT, DatasetOptions, open_dataset, resolve_input
+from gptforge.data.dataset import (
+    BUNDLED_INPUT,
+    DatasetOptions,
+    open_dataset,
+    resolve_input,
+)
 from gptforge.data.prepare.sources import FileKind
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import select_precision
-from gptforge.errors import RunError, UserError, install_hint, parsing
+from gptforge.errors import (
+    RunError,
+    UserError,
+    install_hint,
+    parsing,
+)
 from gptforge.evaluate.harness import load_task_manager, run_harness
 from gptforge.evaluate.tasks import TASKS, Example, score_choices
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss

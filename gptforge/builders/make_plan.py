@@ -10,7 +10,7 @@ import torch
 
 from gptforge import files
 from gptforge.builders.memory_fit import MemoryEstimator
-from gptforge.builders.parallel import use_fsdp
+from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.builders.resolve import (
     check_tokenizer,
     load_dataset,
