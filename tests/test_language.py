@@ -136,7 +136,7 @@ def test_names_are_those_of_the_field(path: Path) -> None:
 
 def test_no_module_has_a_private_name() -> None:
     stems = {path.stem for path in (ROOT / "gptforge").rglob("*.py")}
-    stems |= {path.name for path in (ROOT / "gptforge").iterdir() if path.is_dir()}
+    stems |= {path.parent.name for path in (ROOT / "gptforge").rglob("*.py")}
     old = {
         *("holding", "waking", "costs", "hardware", "by_hand", "block_by_hand", "by_autograd"),
         *("replay", "descent", "savings", "gradients", "gathered", "anomalies", "guards"),

@@ -37,7 +37,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     # Before anything slow: from here on the watchdog sees that this rank is alive.
     comm = init_distributed(config.device)
     try:
-        from gptforge.builders import build_trainer
+        from gptforge.builders.build_trainer import build_trainer
         from gptforge.train.signals import EXIT_CODES
 
         trainer = build_trainer(

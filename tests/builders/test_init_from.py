@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import TOKENIZER, read_tokenizer
 from gptforge.config import Config
 from gptforge.errors import UserError
@@ -112,7 +112,7 @@ def test_run_started_with_another_tokenizer_by_an_earlier_version_resumes(
         max_steps=4,
     )
     with monkeypatch.context() as earlier:
-        for module in ("resolve", "trainer"):
+        for module in ("resolve", "build_trainer"):
             earlier.setattr(f"gptforge.builders.{module}.check_tokenizer", lambda *_, **__: None)
         trainer = build_trainer(second, explicit=("tokenizer",), log=lambda _: None)
         assert trainer is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import build_trainer
 from gptforge.builders.build_train_step import estimate_duration
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import (
     CheckpointStore,
     read_config,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.builders import build_trainer, evaluate_run
+from gptforge.builders.build_trainer import build_trainer
+from gptforge.builders.run_evaluation import evaluate_run
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.errors import UserError

@@ -5,7 +5,7 @@ from math import log
 
 import pytest
 
-from gptforge.builders import load
+from gptforge.builders.load_model import load
 from gptforge.demo.sessions import (
     MAX_NEW_TOKENS,
     MAX_PROMPT_CHARS,

@@ -2,7 +2,7 @@
 
 import torch
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.distributed import SINGLE_PROCESS, Comm

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.rank_agreement import check_global_batch
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gptforge import load
-from gptforge.builders import build_trainer, rank_agreement
+from gptforge.builders import rank_agreement
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config

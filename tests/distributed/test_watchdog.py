@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.config import Config
 from gptforge.distributed import Comm, watchdog
 from gptforge.distributed.watchdog import _RankMonitor, is_connection_error

@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from gptforge.builders import build_train_step, build_trainer, memory_fit
+from gptforge.builders import build_train_step, memory_fit
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.memory_fit import fits_zero1
 from gptforge.config import Config
 from gptforge.device import Precision

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.train.signals import StopSignal

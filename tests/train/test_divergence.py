@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import read_state
 from gptforge.errors import RunError
 from gptforge.train.trainer import Trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import read_tensors
 from gptforge.train.signals import StopSignal
 from gptforge.train.trainer import Trainer

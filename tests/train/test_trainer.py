@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import build_trainer
+from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.store import CheckpointStore, read_state, read_tensors
 from gptforge.train.loss_monitor import RecentLosses
 from tests.train.runs import StopAfter, build, events, last

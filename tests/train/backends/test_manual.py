@@ -160,7 +160,8 @@ def test_clip_grad_norm_matches_torch(max_norm) -> None:
 
 
 @needs_cuda
-def test_cuda_graph_matches_the_captured_backend(device) -> None:
+def test_cuda_graph_matches_the_captured_backend() -> None:
+    device = torch.device("cuda")
     model, idx, targets = model_and_batch(device)
     backend = started(ManualBackend(model, torch.bfloat16))
     batches = [(idx, targets), (targets.clamp(0), idx)]
@@ -175,7 +176,8 @@ def test_cuda_graph_matches_the_captured_backend(device) -> None:
 
 
 @needs_cuda
-def test_cuda_graph_draws_new_dropout_masks_from_the_rng_state(device) -> None:
+def test_cuda_graph_draws_new_dropout_masks_from_the_rng_state() -> None:
+    device = torch.device("cuda")
     # Heads of 32 channels, for which Triton's attention is used.
     shape = dataclasses.replace(SHAPE, n_embd=128, dropout=0.25)
     model = GPT(shape).init_weights(torch.Generator().manual_seed(0)).to(device)
