@@ -1,4 +1,4 @@
-"""From prompt ids to sampled ids: prefill, decode, and shift the context when it is full."""
+"""Generate token ids: prefill, decode, and shift the context window when it is full."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -54,8 +54,8 @@ class LanguageModel:
         model: any GPT, in training or not.
         tokenizer: the tokenizer that the model was trained with.
         dtype: compute dtype; None: that of the model. Weights are copied if it differs.
-        frozen: the weights no longer change, and speed matters: weights may be repacked on a CPU,
-            and decode steps are replayed as CUDA graphs on a GPU.
+        frozen: whether the weights no longer change: large weights are then repacked on a CPU, and
+            decode steps are replayed as CUDA graphs on a GPU.
         log: called with a note when the context window shifts.
     """
 

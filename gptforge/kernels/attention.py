@@ -1,9 +1,9 @@
 """Causal self-attention, for autograd or with an explicit backward on packed q, k, v.
 
-`causal_attention` is what the model calls. The classes are for the manual backward: torch's SDPA
-and its autograd, or cuDNN's forward with a FlashAttention-2 backward in Triton, which writes the
-gradients of q, k and v packed, as the next GEMM reads them, together with their bias gradient. With
-dropout the forward is Triton's too, so that the backward can recompute the same mask.
+`causal_attention` is the model's attention, with autograd. The classes are for the manual backward:
+torch's SDPA and its autograd, or cuDNN's forward with a FlashAttention-2 backward in Triton, which
+writes the gradients of q, k and v packed, as the next GEMM reads them, together with their bias
+gradient. With dropout the forward is Triton's too, so that the backward can recompute the mask.
 
 Shapes: B sequences, T tokens each, N = B * T, H heads of D channels, C = H * D.
 """

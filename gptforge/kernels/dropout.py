@@ -47,7 +47,7 @@ def draw_dropout_seeds(count: int, p: float, device: torch.device) -> list[Dropo
 
 
 def dropout_kernel_args(dropout: DropoutSeed | None, placeholder: Tensor) -> tuple[Tensor, int]:
-    """Seeds and threshold as the Triton kernels take them; threshold 0 drops nothing."""
+    """Seeds and threshold for a Triton kernel; a threshold of 0 disables dropout."""
     return (placeholder, 0) if dropout is None else dropout
 
 

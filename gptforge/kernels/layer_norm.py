@@ -56,7 +56,7 @@ def add_layer_norm(
         dropout: of `x`. Without `x`, the dropout that made the residual; only the backward uses it.
 
     Returns:
-        The normalized tensor (N, C), and what the backward pass needs, the new residual included.
+        The normalized tensor (N, C), and the saved tensors, which include the new residual.
     """
     if not uses_triton(residual):
         if x is not None:

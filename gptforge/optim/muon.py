@@ -20,7 +20,7 @@ from gptforge.optim.optimizer import Optimizer
 
 MOMENTUM = 0.95
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration; Jordan chose them for the steepest slope at zero."""
+"""Coefficients of the quintic Newton-Schulz iteration, with the steepest slope at zero (Jordan)."""
 NS_STEPS = 5
 EPS = 1e-7
 MOMENTUM_BUFFER = "momentum_buffer"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""In elements, 256 bytes of fp32, which cuBLASLt's kernels are selected for."""
+"""In elements: 256 bytes of fp32, the alignment that `kernels.cublaslt` requires."""
 
 
 class GradBuffer:
@@ -133,6 +133,6 @@ def round_up(count: int, multiple: int) -> int:
 def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
     """Factor that scales gradients to `max_norm`, as torch's clip_grad_norm_ computes it.
 
-    It stays on the device, so nothing waits for the norm.
+    The result stays on the device: no sync for the norm.
     """
     return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 HISTORY = 64
 """Recent losses that a new one is compared with."""
 MIN_HISTORY = 16
-"""With fewer losses, no spike is reported."""
+"""Losses to collect before spikes are reported."""
 # Far beyond 3, since the losses of steps have heavier tails than a normal distribution.
 SPIKE_Z_SCORE = 8.0
 

@@ -36,7 +36,7 @@ class OptimizerStep:
         """Update the weights, and free the gradients.
 
         If the gradient norm or the loss is not finite, weights and optimizer state stay unchanged;
-        the device decides that, so nothing waits for it.
+        this is decided on the device, without a sync.
 
         Args:
             lr: learning rate. As an fp32 scalar on the device it may change between replays of a
@@ -54,7 +54,7 @@ class OptimizerStep:
             group["lr"] = lr
         if not self._scaler.is_enabled():
             # 0 * x is NaN iff x is NaN or Inf, and NaN != 0: two kernels instead of isfinite's
-            # seven. An enabled scaler sets this flag by itself.
+            # seven. An enabled scaler sets this flag instead.
             self._optimizer.found_inf = (norm + loss).mul_(0).ne_(0)
         # The optimizers read found_inf on the device, where `if norm.isfinite()` would sync.
         self._scaler.step(optimizer)

@@ -83,8 +83,8 @@ def _latest_good_checkpoint(
         path, warnings = store.latest(is_good)
         if path is not None and step_from_path(path) == avoid_step:
             latest = path
-            older, more = store.latest(lambda path: path != latest and is_good(path))
-            path, warnings = older or latest, warnings + more
+            older, more_warnings = store.latest(lambda path: path != latest and is_good(path))
+            path, warnings = older or latest, warnings + more_warnings
         return None if path is None else path.as_posix(), warnings
 
     path, warnings = comm.broadcast_from_rank0(find)

@@ -14,7 +14,7 @@ from gptforge import files
 StopReason = Literal["finished", "interrupted", "terminated", "time_limit"]
 
 STOP_REASONS: tuple[StopReason | None, ...] = (None, "time_limit", "interrupted", "terminated")
-"""In rising priority: ranks agree on the largest index, by an all-reduce with max."""
+"""Sorted by priority: the ranks agree on the largest index, by an all-reduce with max."""
 
 SIGHUP = getattr(signal, "SIGHUP", None)
 """Sent when the terminal closes; Windows has none."""
@@ -68,7 +68,7 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
-        return StopSignal.stop_reason(self) is not None
+        return self._signal is not None or self._clock() >= self._deadline
 
     def __enter__(self) -> Self:
         # Or a scheduler with a short limit would restart a slow startup forever.

@@ -91,7 +91,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
-        """Read what `to_json` of this version or of version 0.1 wrote."""
+        """Read the record of `to_json`, of this version or of version 0.1."""
         record = {name: value for name, value in state["progress"].items() if value is not None}
         losses = [math.nan if loss is None else loss for loss in state.get("recent_losses", ())]
         partial, pending = state.get("partial"), list(state.get("pending", ()))
@@ -120,16 +120,16 @@ def snapshot(
     step: TrainStep,
     dataloader: DataLoader,
     comm: Comm,
-    **more: Any,
+    **extra: Any,
 ) -> checkpoints.Snapshot:
-    """Copy the full training state; a collective. `more` are other entries of state.json."""
+    """Copy the full training state; a collective. `extra` are more entries of state.json."""
     record = {
         "version": 1,
         **state.to_json(),
         "loader": dataloader.state_dict(),
         # The loss scale: starting from the default again would skip steps until it fits.
         "scaler": step.scaler_state_dict(),
-        **more,
+        **extra,
     }
     return checkpoints.Snapshot(
         model=model_state_dict(step.model, comm),

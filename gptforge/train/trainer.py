@@ -101,7 +101,7 @@ class Trainer:
             self.lock.release()
         if reason == "finished" and not any(map(math.isfinite, (state.loss, state.best_loss))):
             raise RunError(
-                f"training diverged before step {state.step}, and nothing was learned: "
+                f"training diverged before step {state.step}, with no finite loss: "
                 f"{HINT}; --restart starts from scratch"
             )
         return reason

@@ -39,7 +39,7 @@ class FileSpan:
     stop: int | None = None  # in the same unit
     split: SplitName | None = None  # set for the parts of a long text
     starts_document: bool = True
-    num_bytes: int = 0  # of the file's size, for the progress bar
+    num_bytes: int = 0  # bytes on disk, for the progress bar
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class JobResult:
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)  # count by problem
-    examples: list[str] = field(default_factory=list)  # of skipped input, with locations
+    examples: list[str] = field(default_factory=list)  # skipped input, with locations
     notices: list[str] = field(default_factory=list)  # what was repaired while reading
     encoder: str = ""
-    splits: dict[int, list[SplitName]] = field(default_factory=dict)  # by source index
+    splits: dict[int, list[SplitName]] = field(default_factory=dict)  # source index to splits
     num_eot_literals: int = 0  # end-of-text marks in the text, as plain characters
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ DEFAULT_FIELD = "text"
 CHAT_FIELDS = ("messages", "conversations", "conversation")  # read if there is no field "text"
 CHAT_NOTICE = "joined the messages of each chat as 'role: content', with a blank line between"
 MAX_LISTED_FIELDS = 8
-MAX_ELEMENT_CHARS = 64 * 2**20  # of an array: several copies must fit into memory
+MAX_ELEMENT_CHARS = 64 * 2**20  # per array element: several copies must fit into memory
 JSON_WHITESPACE = " \t\r\n"
 
 

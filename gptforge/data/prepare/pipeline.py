@@ -106,7 +106,7 @@ class _Preparation:
         self.log, self.progress = log, progress
         self.progress_dir = out_dir / PROGRESS_DIR
         self._is_cache = bool(request.cache_key)
-        self._only_source = ""  # its name, if there is only one
+        self._only_source = ""  # name of the source, if there is only one
 
     def run(self) -> Index:
         is_started = (self.out_dir / REQUEST_FILE).is_file() or self.progress_dir.is_dir()
@@ -258,7 +258,7 @@ class _Preparation:
         return index
 
     def _discard_other_results(self, key: str) -> None:
-        """Delete what an unfinished preparation of another request left."""
+        """Delete the results of an unfinished preparation of another request."""
         if (old_key := _read(self.out_dir / REQUEST_FILE)) and old_key != key:
             if any(self.progress_dir.glob("job-*")):
                 self.log("note: the data or the options have changed: starting from scratch")

@@ -42,7 +42,7 @@ class PrepareRequest:
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
     kind: FileKind | Literal["auto"] = "auto"  # auto: by the suffix of each file
-    shard_bytes: int = 2**26  # of the files, for each shard
+    shard_bytes: int = 2**26  # bytes of input files per shard
     split_by_name: bool = True  # hold out files named validation, ignore those named test
     needs_val: bool = False  # hold out such files even if val_fraction is 0
     skip_bad: bool = False

@@ -52,8 +52,8 @@ class ScanResult:
     """What the first pass found."""
 
     split_rule: SplitRule
-    sha256: str  # of the text if there is only one, else empty
-    text_stats: dict[int, TextStats]  # by source index
+    sha256: str  # hash of the text if there is only one, else empty
+    text_stats: dict[int, TextStats]  # source index to statistics
     notices: tuple[str, ...] = ()  # about the split
 
 

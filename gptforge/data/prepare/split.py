@@ -45,7 +45,7 @@ class SplitRule:
     fraction: float
     cut: int = 0  # character where validation starts
     first_val: DocumentId = (0, 0)  # first document of validation, by the rule "boundary"
-    exceptions: Mapping[str, SplitName] = field(default_factory=dict)  # by digest in hexadecimal
+    exceptions: Mapping[str, SplitName] = field(default_factory=dict)  # digest in hex to split
     val_sources: tuple[int, ...] = ()
     prepend_eot: bool = True  # an end-of-text id before each document
 
@@ -148,7 +148,7 @@ def _keep_copies_together(
 def _keep_from_empty(
     documents: Sequence[DocumentStats], val_fraction: float
 ) -> dict[str, SplitName]:
-    """Of the first hundred, always hold out the lowest hash and never the highest.
+    """Hold out the lowest hash of the first hundred documents in any case, never the highest.
 
     So neither split is empty, and appending data changes nothing.
     """
@@ -197,7 +197,7 @@ def split_by_name(paths: Sequence[Path], *, require_train: bool = True) -> Filen
     try:
         depth = len(Path(os.path.commonpath([path.parent for path in absolute])).parts)
     except ValueError:
-        depth = 1  # on different drives
+        depth = 1  # the paths are on different drives
     words = [_split_word(path.parts[depth:]) for path in absolute]
     if require_train and "train" not in words:
         return FilenameSplits()

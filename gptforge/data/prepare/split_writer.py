@@ -17,7 +17,7 @@ from gptforge.tokenizers.fast_encode import FastEncoder
 
 BATCH_CHARS = 2**20  # characters encoded per call
 MAX_SHARD_TOKENS = 2**27
-SELF_CHECK_CHARS = 2**16  # of the first text, to compare with the reference tokenizer
+SELF_CHECK_CHARS = 2**16  # characters to compare with the reference tokenizer first
 
 
 class ShardWriter:

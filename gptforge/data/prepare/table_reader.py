@@ -25,9 +25,9 @@ from gptforge.errors import UserError, error_reason
 DELIMITERS = ",;\t|"
 PEEK_ROWS = 20  # rows to search for columns that contain text
 KIND_TEXT_HINT = "or read the file as plain text with --kind text"
-ROWS_PER_BATCH = 16  # of Parquet; a dictionary may store a long text once for many rows
-MAX_BATCH_BYTES = 2**28  # of a batch in which every row is as long as its row group
-MAX_RATIO = 1000  # of decompressed to compressed size of a large row group; text has about 10
+ROWS_PER_BATCH = 16  # few, since a Parquet dictionary may store a long text once for many rows
+MAX_BATCH_BYTES = 2**28  # size of a batch if every row were as long as its row group
+MAX_RATIO = 1000  # decompressed to compressed size of a large row group; about 10 for text
 
 
 def read_csv(

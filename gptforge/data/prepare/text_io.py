@@ -18,7 +18,7 @@ from gptforge.errors import UserError
 # Large strings that alternate between one, two and four bytes per character fragment the heap of
 # the C library, which then grows with the text; small ones hardly do.
 BLOCK_BYTES = 2**15
-MAX_LINE_LENGTH = 64 * 2**20  # of a line or a document: several copies must fit into memory
+MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
@@ -258,8 +258,8 @@ def describe_decode_error(
     """Problem and hint for bytes that are not in an encoding.
 
     Args:
-        encoding: what they were decoded with.
-        error: what decoding raised.
+        encoding: the encoding that `data` was decoded with.
+        error: the exception.
         data: the bytes.
         before: bytes of the file in front of `data`.
         source: the file.

@@ -17,8 +17,8 @@ def cross_entropy(
 ):  # fmt: skip
     """Online softmax over each row, then a second read that writes softmax - one_hot.
 
-    Programs loop over rows, and are so few that the rows stay in the L2 cache between the reads.
-    After llm.c's fused classifier.
+    Programs loop over rows; there are few enough of them that the rows stay in the L2 cache between
+    the two reads. After llm.c's fused classifier.
     """
     for row in range(tl.program_id(0), rows, programs):
         logits_row = logits + row * stride.to(tl.int64)

@@ -19,11 +19,11 @@ class AutogradBackend:
 
     Args:
         grads: buffer that gradients accumulate in, if several ranks reduce it.
-        root: the root module, if FSDP shards the model: it casts weights by itself, and averages
+        root: the root module, if FSDP shards the model: FSDP casts the weights, and averages
             gradients over `world_size` ranks.
         world_size: ranks that train together.
-        compile_blocks: compile each block by itself, so that gradients of the last blocks are ready
-            while those of the first are computed, and FSDP gathers weights block by block.
+        compile_blocks: compile each block separately, so that gradients of the last blocks are
+            ready while those of the first are computed, and FSDP gathers weights block by block.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class AutogradBackend:
     def _forward_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         if not self._has_separate_loss:
             return self.model.loss(self._hidden(idx), targets)
-        hidden, targets = self._hidden(idx).flatten(0, 1), targets.flatten()
+        hidden, targets = self._hidden(idx).flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if not self._loss_chunk:
             return self._lm_head(hidden, targets)
         # Checkpointing frees each chunk's logits, the largest tensor, and recomputes them in the

@@ -163,7 +163,7 @@ class ManualBackend:
         vocab_size = len(self._dwte)
         if vocab_size <= MAX_ONE_HOT_VOCAB:
             # Atomics of many tokens contend for few rows, and a GEMM is deterministic. The one-hot
-            # matrix is exact in bf16, and its (N, V) elements are few for such a vocabulary.
+            # matrix is exact in bf16, and small: (N, V).
             one_hot = dx.new_zeros(len(tokens), vocab_size).scatter_(1, tokens[:, None], 1)
             accumulate_wgrad(self._dwte, one_hot, dx)
         else:

@@ -118,13 +118,13 @@ class ManualLayerNorm:
 
 
 class BlockDropout(NamedTuple):
-    """Dropout seeds of a block; None where nothing is dropped."""
+    """Dropout seeds of a block; None without dropout."""
 
     residual: DropoutSeed | None = None
-    """For `mlp_out`; in the first block, for the embedding."""
+    """Seed for `mlp_out`; in the first block, for the embedding."""
     attn_probs: DropoutSeed | None = None
     attn_output: DropoutSeed | None = None
-    """For the output of the attention sublayer."""
+    """Seed for the output of the attention sublayer."""
 
 
 class SavedActivations(NamedTuple):

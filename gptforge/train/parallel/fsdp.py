@@ -65,7 +65,7 @@ def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
 
 
 class FSDPReducer(GradReducer):
-    """FSDP reduces the gradients in every micro-batch by itself; only the loss is left.
+    """Reduces the loss only: FSDP reduces the gradients in every micro-batch.
 
     Reducing only in the last micro-batch (`no_sync`) would save communication, but full gradients
     take 4 bytes per parameter.

@@ -19,7 +19,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradReducer:
-    """The interface for reducing gradients over ranks; this base class, for one, does nothing."""
+    """The interface for gradient reduction; this base class is for one rank and does nothing."""
 
     def reset(self) -> None:
         """Start a step, or restart one that ran out of memory before anything was sent."""

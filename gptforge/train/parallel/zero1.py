@@ -132,7 +132,7 @@ class _GatheredVectors:
 
 
 class ShardedGradBuffer(GradBuffer):
-    """Full gradients of a sharded model, of which the optimizer sees this rank's rows."""
+    """Full gradients of a sharded model; the optimizer gets views of this rank's rows."""
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], comm: Comm) -> None:
         self._comm = comm
