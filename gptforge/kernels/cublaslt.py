@@ -289,6 +289,4 @@ class MatmulPlan:
         return layout
 
 
-@cache
-def _library(device: torch.device) -> _Library:
-    return _Library(device)
+_library = cache(_Library)  # one per device

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_BAD_STEPS = 5
 """Training rolls back after this many consecutive steps with NaN or Inf."""
 MAX_ROLLBACKS = 3
-HINT = "try a lower --max_lr or a longer --warmup_steps, and check the text"
+HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
 
 
 def rollback(trainer: "Trainer") -> None:
