@@ -1,7 +1,7 @@
 """Prefill and decode steps of a batch, in buffers allocated once.
 
 All inputs and outputs of a decode step stay at fixed addresses on the device, so that on a GPU the
-step is captured as a CUDA graph and replayed: a few hundred small kernels for one launch.
+step can be captured as a CUDA graph: one launch for a few hundred small kernels.
 
 Shapes: B sequences, S cache slots, N new tokens, A alternatives (`top_logprobs`).
 """
@@ -18,7 +18,7 @@ from gptforge.inference.sampling import SamplingParams, sample
 from gptforge.kernels.decode import DecodeInputs
 
 WARMUP_STEPS = 3
-"""Steps before the capture: libraries initialize in the first, which a graph cannot hold."""
+"""Steps before the capture: the first initializes libraries, which cannot be captured."""
 
 
 class DecodeSession:
@@ -31,7 +31,7 @@ class DecodeSession:
         max_new_tokens: new tokens per sequence, N.
         sampling: how tokens are sampled.
         top_logprobs: most likely tokens to return per position, A; None: no log probabilities.
-        cuda_graph: replay decode steps as a CUDA graph; without effect where capture fails.
+        cuda_graph: replay decode steps as a CUDA graph, if it can be captured.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DecodeSession:
         self.cache_position.fill_(length)
 
     def decode(self, steps: int) -> None:
-        """Run decode steps, one token per sequence each; does not wait for a GPU."""
+        """Run decode steps of one token per sequence, without waiting for a GPU."""
         for _ in range(steps):
             if self._graph is not None:
                 self._graph.replay()
@@ -119,7 +119,7 @@ class DecodeSession:
         self.cache_position += 1
 
     def _static_step(self, fused: FusedDecode | None) -> None:
-        """One step over all slots: the same shapes each time, as a CUDA graph needs them."""
+        """One step over all slots: a CUDA graph needs the same shapes in each step."""
         if fused is None:
             self._decode_one_token(len(self._slots), use_mask=True)
             return
@@ -128,7 +128,8 @@ class DecodeSession:
         self.cache_position += 1
 
     def _sample(self, logits: Tensor) -> None:
-        uniforms = self.uniforms.index_select(1, self.step).squeeze(1)
+        # Indexed by a tensor on the device: an int would be fixed in the captured graph.
+        uniforms = self.uniforms.index_select(1, self.step).squeeze(1)  # (B,)
         ids = sample(logits, uniforms, self.sampling)[:, None]  # (B, 1)
         self.ids.copy_(ids)
         if self.top_logprobs is not None:

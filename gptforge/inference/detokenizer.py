@@ -16,16 +16,16 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The characters that this id completes."""
+        """Append an id; returns the characters that it completes."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """U+FFFD if the text ends with an incomplete character."""
+        """U+FFFD if the text ends with an incomplete character, else nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 class StopMatcher:
-    """Finds the first complete stop string in a text; the longest, if several end there."""
+    """Finds the first stop string that completes; the longest, if several end together."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [text for text in stop if text]
@@ -34,7 +34,7 @@ class StopMatcher:
         self.is_stopped = False
 
     def add(self, text: str) -> str:
-        """The text that is certain not to belong to a stop string."""
+        """Append text; returns the part that cannot belong to a stop string."""
         self._pending += text
         ends = [at + len(text) for text in self._stop if (at := self._pending.find(text)) >= 0]
         if ends:

@@ -1,6 +1,6 @@
-"""Decode steps for CUDA graphs, by fused kernels where the device and the shape allow them.
+"""Decode steps for CUDA graphs, with fused kernels where device and shape allow them.
 
-Only for graphs: launched one by one, these kernels cost the host more time than torch's.
+Only for graphs: launched one by one, Triton kernels take more host time than torch's.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from gptforge.kernels.decode import (
 from gptforge.kernels.layer_norm import add_layer_norm
 
 LOGIT_TOLERANCE = 0.1
-"""Relative error of the logits that bfloat16 explains; unrelated logits are at 1."""
+"""Largest relative error of the logits from bfloat16 rounding; wrong logits have about 1."""
 
 FusedDecode = Callable[[KVCache, DecodeInputs], Tensor]
-"""`InferenceModel.forward` for one token per sequence: puts its keys and values into the cache and
+"""`InferenceModel.forward` for one token per sequence: writes its key and value to the cache and
 returns the next token's logits, (B, V) float32."""
 
 
@@ -44,7 +44,7 @@ def small_batch_decode(
 
 
 def large_batch_decode(model: InferenceModel, cache: KVCache, inputs: DecodeInputs) -> Tensor:
-    """cuBLAS matmuls, one kernel for attention, and one for each residual sum with layer norm."""
+    """cuBLAS GEMMs, a kernel for attention, and one for each residual addition and LayerNorm."""
     ids, starts, position = inputs.ids, inputs.starts, inputs.slot
     residual = F.embedding(ids[:, 0], model.wte)  # (B, C)
     residual = residual + F.embedding((position - starts)[:, 0], model.wpe)
@@ -61,8 +61,8 @@ def large_batch_decode(model: InferenceModel, cache: KVCache, inputs: DecodeInpu
 def build_fused_decode(model: InferenceModel, cache: KVCache) -> FusedDecode | None:
     """The fused step for this model and batch, checked on an empty cache; None if there is none.
 
-    It only saves time, so whatever prevents it (no Triton, no C compiler, an unknown GPU) is not an
-    error.
+    It is only an optimization, so any failure (no Triton, no C compiler, an unknown GPU) falls back
+    to `InferenceModel.forward`.
     """
     try:
         step: FusedDecode

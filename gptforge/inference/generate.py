@@ -1,4 +1,4 @@
-"""From prompt ids to sampled ids: prefill, decode, and shift the context where it is full."""
+"""Generate token ids: prefill, decode, and shift the context window when it is full."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams
 
 DECODE_CHUNK = 16
-"""Decode steps queued on a GPU between synchronizations: one at a time would leave it idle."""
+"""Decode steps queued on a GPU per synchronization: with one, it would idle in between."""
 CACHE_MULTIPLE = 64
-"""The cache length is a multiple of this, which suits the attention kernels."""
+"""The cache length is rounded up to a multiple of this, a tile of the attention kernels."""
 GRAPH_STEP_MULTIPLE = 256
-"""Steps of a captured session are rounded up, so that the next call can reuse its graph."""
+"""Steps are rounded up to a multiple of this, so that more calls can reuse a graph."""
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Some steps of a batch: B sequences, n steps, A alternatives."""
+    """Results of n steps for B sequences, with A alternatives per token."""
 
     ids: list[list[int]]
     """(B, n), sampled."""
@@ -109,7 +109,7 @@ class TokenGenerator:
         sampling: SamplingParams,
         top_logprobs: int | None,
     ) -> tuple[DecodeSession, object]:
-        """The idle session if it fits, else a new one; and the key to keep it under."""
+        """The idle session if it has the same shape, else a new one; and its key."""
         max_length = min(_round_up(max_length, CACHE_MULTIPLE), self.model.config.block_size)
         if self.cuda_graph:
             steps = _round_up(steps, GRAPH_STEP_MULTIPLE)
@@ -131,10 +131,10 @@ class TokenGenerator:
 
 
 def window_start(start: int, length: int, block_size: int) -> int:
-    """Where the context window of a sequence of `length` ids begins, if it began at `start`.
+    """The new start of a sequence's context window, which was `start`, at `length` ids.
 
-    Position embeddings are absolute, so that a shifted window needs a new prefill. It stays until
-    its `block_size` positions are used up, then drops the oldest quarter.
+    Position embeddings are absolute, so a shifted window needs a new prefill. To make those rare,
+    the window shifts by a quarter of `block_size` when it is full, not by one token.
     """
     return start if length - start <= block_size else length - (block_size - block_size // 4)
 

@@ -31,7 +31,7 @@ from gptforge.tokenizers import decode as decode_ids
 from gptforge.tokenizers.base import END_OF_TEXT
 
 MAX_TOKENS = 10_000_000
-"""New tokens of one call: their buffers are allocated beforehand."""
+"""Limit of new tokens per call, since their buffers are allocated in advance."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Token:
 
 
 class LanguageModel:
-    """What `gptforge.load` returns.
+    """A GPT with its tokenizer; `gptforge.load` returns one.
 
     Args:
         model: any GPT, in training or not.
         tokenizer: the tokenizer that the model was trained with.
-        dtype: to generate in; None: the model's. Weights are copied if it differs.
-        frozen: the weights no longer change, and speed matters: weights may be repacked on a CPU,
-            and decode steps are replayed as CUDA graphs on a GPU.
+        dtype: compute dtype; None: that of the model. Weights are copied if it differs.
+        frozen: whether the weights no longer change: large weights are then repacked on a CPU, and
+            decode steps are replayed as CUDA graphs on a GPU.
         log: called with a note when the context window shifts.
     """
 
@@ -128,8 +128,8 @@ class LanguageModel:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each id: (T, vocab) float32 on the CPU.
 
-        vocab is the tokenizer's size: padding rows of the embedding are left out, so that a softmax
-        gives the probabilities that sampling and evaluation use.
+        vocab is the size of the tokenizer: padding rows of the embedding are left out, so a softmax
+        gives the probabilities used in sampling and evaluation.
 
         Raises:
             UserError: for no ids, more than the context holds, or an id that is not a token.
@@ -174,16 +174,16 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The continuation of `prompt` as it is generated, in whole characters.
+        """The continuation of `prompt` as it is generated, in complete characters.
 
         Args:
             prompt: text to continue, see `encode_prompt`; empty starts a document or a line.
             max_new_tokens: tokens to generate; an end-of-text token may end the text earlier.
             temperature: below 1 is more predictable, above 1 more random; 0 is greedy.
             top_k: sample from the k most likely tokens; 0 from all.
-            top_p: sample from the most likely tokens with this probability together; 1 from all.
+            top_p: sample from the most likely tokens that have this total probability; 1 from all.
             stop: end before this string, or any of these.
-            seed: the same seed gives the same text; None a random one.
+            seed: the same seed gives the same text; None draws a random one.
 
         Raises:
             UserError: for an argument out of range, or a prompt that cannot be encoded.

@@ -1,7 +1,7 @@
 """GPT-2's forward pass with a KV cache, for generation.
 
 Sequences of a batch are padded on the left, so that they all end at the same cache slot and a
-decode step writes one slot for the whole batch.
+decode step writes the same slot for all of them.
 
 Shapes: B sequences, T tokens, C channels, H heads of D = C / H, S cache slots, V token ids.
 """
@@ -18,7 +18,7 @@ from gptforge.kernels.packed_linear import PackedLinear
 from gptforge.model import GPT, Block
 
 ROW_MULTIPLE = 64
-"""GEMMs are far slower with an odd number of output rows."""
+"""GEMMs are far slower with an odd number of outputs."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of one block; each layer norm as (weight, bias)."""
+    """Weights of one block; a LayerNorm is (weight, bias)."""
 
     ln_1: tuple[Tensor, Tensor]
     c_attn: PackedLinear
@@ -56,10 +56,10 @@ class InferenceModel:
 
     Args:
         model: weights are shared with it, or copied if `dtype` differs.
-        vocab_size: number of token ids, V; padding rows of the embedding are cut off the logits.
-        dtype: of weights and activations; None: the model's.
-        frozen: the weights will not change. On a CPU, large weights are copied into oneDNN's packed
-            layout if there is memory for it.
+        vocab_size: number of token ids, V; logits of the embedding's padding rows are dropped.
+        dtype: dtype of weights and activations; None: that of the model.
+        frozen: whether the weights no longer change. On a CPU, large weights are copied into
+            oneDNN's packed layout if there is memory for it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class InferenceModel:
         self.wte = wte[:vocab_size]  # (V, C)
         self.wpe = model.get_parameter("transformer.wpe.weight").detach().to(dtype)
         self.ln_f = cast(model.transformer["ln_f"])
-        # cuBLAS multiplies half-precision matrices into float32; elsewhere the inputs are cast.
+        # cuBLAS can write float32 from half-precision inputs; elsewhere the inputs are cast.
         self._float32_output = self.device.type == "cuda" and not torch.version.hip
         if is_cpu:
             self.lm_head = PackedLinear(embedding[:vocab_size].float(), pack=pack)
@@ -134,7 +134,7 @@ class InferenceModel:
             cache: the slots to attend to, those of `ids` included.
             cache_position: (T,), slots of `ids`.
             attn_mask: (B, 1, T, S), added to the scores: 0 or -inf. None: a single token attends to
-                all slots; several tokens are the whole sequence and attend causally.
+                all slots; several tokens are the full sequence, with causal attention.
 
         Returns:
             (B, V) float32.
@@ -142,25 +142,27 @@ class InferenceModel:
         B, T = ids.shape  # noqa: N806
         x = F.embedding(ids, self.wte) + F.embedding(position_ids, self.wpe)  # (B, T, C)
         for i, layer in enumerate(self.layers):
-            qkv = layer.c_attn(_layer_norm(x, layer.ln_1))
+            qkv = layer.c_attn(_layer_norm(x, layer.ln_1))  # (B, T, 3C)
             qkv = qkv.view(B, T, 3, self.config.n_head, -1)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
             kv = cache.update(i, cache_position, k, v)
             if attn_mask is None and T > 1:
+                # Prefill from slot 0: the new keys are all there are, so skip reading the cache.
                 y = causal_attention(q, k, v, 0.0)
             else:
                 q = q.to(kv.dtype)
                 y = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=attn_mask)
             y = y.transpose(1, 2).reshape(B, T, -1).to(self.dtype)
-            x = layer.attn_c_proj.forward_add(y, x)
-            h = self.mlp_hidden(layer, _layer_norm(x, layer.ln_2))
+            x = layer.attn_c_proj.forward_add(y, x)  # (B, T, C)
+            h = self.mlp_hidden(layer, _layer_norm(x, layer.ln_2))  # (B, T, 4C)
             x = layer.mlp_c_proj.forward_add(h, x)
+        # Only the last position is sampled from: the output layer runs on (B, C), not (B, T, C).
         return self.logits(_layer_norm(x[:, -1], self.ln_f))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (B, V) of the final layer norm's output (B, C).
+        """Float32 logits (B, V) of the final LayerNorm's output (B, C).
 
-        In bfloat16, the two largest logits would be equal at one position in a hundred.
+        In bfloat16, the two largest logits would be equal at 1% of the positions.
         """
         if not self._float32_output or hidden.dtype == torch.float32:
             return self.lm_head(hidden.float())[:, : self.vocab_size]
@@ -172,7 +174,7 @@ class InferenceModel:
         return layer.c_fc.forward_gelu(x, self.config.gelu_approximate)
 
     def _has_memory_for_copy(self, model: GPT) -> bool:
-        """Whether twice the weights are free: the copy, and as much again for the rest."""
+        """Whether twice the size of the weights is free: the copy, and a reserve as large."""
         free = free_memory(self.device)
         numel = sum(parameter.numel() for parameter in model.parameters())
         return free is None or 2 * numel * self.dtype.itemsize < free
@@ -183,7 +185,7 @@ def _layer_norm(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _pad_rows(weight: Tensor, size: int) -> Tensor:
-    """The first `size` rows, padded to a multiple of ROW_MULTIPLE with rows or zeros."""
+    """The first `size` rows, padded to a multiple of ROW_MULTIPLE with further rows or zeros."""
     rows = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
     if rows <= len(weight):
         return weight[:rows]

@@ -1,7 +1,7 @@
 """Sampling the next token from logits.
 
-The random numbers are drawn beforehand on the CPU, so that a seed gives the same draws on every
-device and in every batch, and so that a CUDA graph can hold the whole decode step.
+All random numbers are drawn on the CPU in advance, so that a seed gives the same draws on every
+device and in every batch, and a CUDA graph can capture the full decode step.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from gptforge.inference.validation import is_int, is_number
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is sampled."""
+    """Temperature, top-k and top-p."""
 
     temperature: float = 0.8
     """Divides the logits; 0 is greedy."""
@@ -42,9 +42,9 @@ class SamplingParams:
 
 
 def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
-    """Random numbers in [0, 1), (len(seeds), count) float32; None seeds from the system.
+    """Random numbers in [0, 1), (len(seeds), count) float32; a seed of None is random.
 
-    A row depends only on its seed, and a larger count only makes it longer.
+    A row depends only on its seed; with a larger count it has the same numbers first.
     """
     for seed in seeds:
         if seed is not None and not (is_int(seed) and 0 <= seed < SEED_LIMIT):
@@ -74,15 +74,16 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
         logits, ids = logits.sort(-1, descending=True)
     else:
         ids = None
-    # Subtract the maximum first: a tiny temperature would make it infinite.
+    # Subtract the maximum before the division: a tiny temperature would make it infinite.
     logits = logits - logits.amax(-1, keepdim=True)
     probs = (logits / params.temperature).softmax(-1)
+    # Inversion instead of torch.multinomial: that draws its own numbers, and syncs on CUDA.
     cdf = probs.cumsum(-1)  # (B, K)
     last = torch.full_like(uniforms, cdf.size(-1) - 1, dtype=torch.long)
     if params.top_p < 1:
-        # Keep tokens with less than top_p before them, and always the first.
+        # Keep tokens with less than top_p of probability before them, and always the first.
         last = ((cdf - probs) < params.top_p).sum(-1).clamp(min=1) - 1
     total = cdf.gather(-1, last[:, None]).squeeze(-1)
-    # Rounding must not lead past the last token.
+    # `minimum`: rounding must not lead past the last token.
     index = (cdf <= (uniforms * total)[:, None]).sum(-1).minimum(last)
     return index if ids is None else ids.gather(-1, index[:, None]).squeeze(-1)

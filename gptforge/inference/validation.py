@@ -1,6 +1,6 @@
-"""Arguments of the library's calls, checked and converted; a UserError says what is expected.
+"""Checks and conversions of the library's arguments; a UserError says what is expected.
 
-Where several strings or numbers are accepted, one alone stands for a list of one.
+Where a list of strings or numbers is accepted, so is a single one.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ def as_str_list(value: str | Iterable[str] | None, name: str) -> list[str]:
 
 
 def check_non_negative_int(value: Any, name: str) -> int:
-    """The value as an int, if it is a whole number from 0."""
+    """The value as an int, if it is a non-negative integer."""
     if not is_int(value) or value < 0:
         raise UserError(f"{name} must be a whole number, 0 or more, not {_short(value)}")
     return int(value)
 
 
 def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
-    """A list of whole numbers from 0, of one or several."""
+    """A list of non-negative ints from one number or several."""
     values = value if isinstance(value, Iterable) else [value]
     # Elements of a torch tensor are tensors.
     plain = (number.item() if hasattr(number, "item") else number for number in values)

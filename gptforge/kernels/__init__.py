@@ -1,5 +1,5 @@
-"""Fused operations: one a file, its torch reference beside it and its Triton kernel in `triton/`.
+"""Fused operations, one per file, each with a torch reference; the Triton kernels are in `triton/`.
 
-Only what was measured to be faster than torch's own is here. Importing Triton takes a second, so
-wrappers import their kernels when they are called.
+Only operations that were measured to be faster than torch's are here. Importing Triton takes a
+second, so wrappers import their kernels when they are called.
 """

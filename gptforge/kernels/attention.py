@@ -1,9 +1,9 @@
 """Causal self-attention, for autograd or with an explicit backward on packed q, k, v.
 
-`causal_attention` is what the model calls. The classes are for the manual backward: torch's SDPA
-and its autograd, or cuDNN's forward with a FlashAttention-2 backward in Triton, which writes the
-gradients of q, k and v packed, as the next GEMM reads them, together with their bias gradient. With
-dropout the Triton forward runs too, so that the backward recomputes the same mask.
+`causal_attention` is the model's attention, with autograd. The classes are for the manual backward:
+torch's SDPA and its autograd, or cuDNN's forward with a FlashAttention-2 backward in Triton, which
+writes the gradients of q, k and v packed, as the next GEMM reads them, together with their bias
+gradient. With dropout the forward is Triton's too, so that the backward can recompute the mask.
 
 Shapes: B sequences, T tokens each, N = B * T, H heads of D channels, C = H * D.
 """
@@ -25,27 +25,27 @@ from gptforge.kernels.reductions import (
 MAX_MATMUL_TOKENS = 512
 """Longest sequence for `matmul_attention`: beyond, the (T, T) scores cost more than they gain."""
 HEAD_SIZES = (32, 64)
-"""Channels of a head for which the Triton backward was measured to be faster."""
+"""Values of D for which the Triton backward was measured to be faster."""
 BLOCK = 64
-"""Tokens of a tile."""
+"""Queries or keys in a tile."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """Scaled dot-product attention with a causal mask; all are (B, H, T, D)."""
-    # torch's CPU kernel does not use the CPU's bfloat16 instructions: its backward takes up to ten
-    # times as long as two batched matmuls.
+    # torch's flash kernel for CPUs does not use their bfloat16 instructions: its backward takes up
+    # to ten times as long as batched matmuls.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= MAX_MATMUL_TOKENS:
         return matmul_attention(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """The same by batched matmuls that materialize the (T, T) scores."""
+    """`causal_attention` by batched matmuls that materialize the (T, T) scores."""
     B, H, T, D = q.shape  # noqa: N806
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)  # (T, T)
     # One baddbmm computes, scales and masks the scores.
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5)  # (B * H, T, T)
     # Autocast would convert the softmax to float32 and back.
     with torch.autocast(q.device.type, enabled=False):
         probs = F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0)
@@ -62,13 +62,13 @@ class SavedAttention(NamedTuple):
     lse: Tensor | None = None
     """(B, H, T) float32, log-sum-exp of the scores; None if autograd saves it."""
     dropout: DropoutSeed | None = None
-    """Of the probabilities (B, H, T, T); None if autograd saves the mask."""
+    """Dropout of the probabilities (B, H, T, T); None if autograd saves the mask."""
 
 
 class SdpaAttention:
-    """torch's SDPA, with whichever kernel it selects, and its autograd.
+    """torch's SDPA and its autograd, with the kernel that torch selects.
 
-    Dropout uses torch's own RNG; the seeds are ignored.
+    Dropout uses torch's RNG; the seeds are ignored.
     """
 
     def __init__(self, dropout_p: float = 0.0) -> None:
@@ -76,7 +76,8 @@ class SdpaAttention:
 
     def forward(self, qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, SavedAttention]:
         """(B, T, 3, H, D) to (N, C), and what the backward needs."""
-        q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
+        # Leaves of a graph of one operation, which `out` keeps alive until the backward.
+        q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
         with torch.enable_grad():
             out = causal_attention(q, k, v, self._dropout_p)
         return _merge_heads(out.detach()), SavedAttention((q, k, v), out)
@@ -91,7 +92,7 @@ class SdpaAttention:
         """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
         grad_heads = _split_heads(grad_output, *saved.out.shape[:2])
         grads = torch.autograd.grad(saved.out, saved.qkv, grad_heads)
-        grad_qkv = torch.cat([_merge_heads(x) for x in grads], dim=1)
+        grad_qkv = torch.cat([_merge_heads(x) for x in grads], dim=1)  # (N, 3C), a copy
         accumulate_column_sums(grad_qkv, bias_grad, pending)
         return grad_qkv
 
@@ -105,7 +106,9 @@ class TritonAttention:
             out, lse = attention_forward(qkv, dropout)
             heads = _split_heads(out, qkv.size(0), qkv.size(3))
             return out, SavedAttention((qkv,), heads, lse, dropout)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each, views
+        # The private operator returns the LSE for the backward; F.scaled_dot_product_attention
+        # does not.
         heads, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, compute_log_sumexp=True, is_causal=True
         )
@@ -133,7 +136,7 @@ PackedAttention = SdpaAttention | TritonAttention
 def select_attention(
     device: torch.device, dtype: torch.dtype, *, head_size: int, dropout: float
 ) -> PackedAttention:
-    """The fastest implementation measured for these arguments."""
+    """Select the implementation that was measured to be faster for these arguments."""
     has_triton_backward = (
         device.type == "cuda"
         and dtype == torch.bfloat16
@@ -175,8 +178,9 @@ def attention_backward(
     seeds, threshold = dropout_kernel_args(dropout, lse)
     grid, shape = _launch_args(qkv, threshold)
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    # A row for each tile of tokens in each sequence.
     partials = lse.new_empty(B * grid[0], 3 * H * D)
-    # Capping registers lets more programs share an SM.
+    # First, since it also writes `delta`. Capping registers lets more programs share an SM.
     kernels.attn_bwd_dq[grid](
         qkv, out, grad_output, lse, delta, grad_qkv, partials, seeds, T, D**-0.5, **shape,
         num_warps=4, num_stages=2, maxnreg=128,

@@ -1,13 +1,14 @@
-"""cuBLASLt through its C interface: GEMMs with an epilogue, by the fastest of its kernels.
+"""cuBLASLt through its C interface: autotuned GEMMs with an epilogue.
 
-torch calls the same library, but always runs the heuristic's first choice, and offers no epilogue
-but the bias. At GPT-2's shapes on an H100 the second to eighth choices are up to 17% faster, so
-each shape is autotuned once (docs/log.md has the figures).
+torch calls the same library, but always runs the heuristic's first choice, and its only epilogue is
+the bias. At GPT-2's shapes on an H100 the second to eighth choices are up to 17% faster, so each
+shape is autotuned once (figures in docs/log.md).
 
-The library is the one torch has loaded; constants are cublasLt.h's, of CUDA 12 and 13.
+The library is the one that torch has loaded; the constants are those of cublasLt.h in CUDA 12 and
+13.
 
-cuBLAS is column-major. It sees a row-major tensor as its transpose, so that it is asked for
-(left @ right).T = right.T @ left.T: operands swap, shapes do not.
+cuBLAS is column-major, so it reads a row-major tensor as the transpose. To get left @ right it
+computes (left @ right).T = right.T @ left.T: the operands are swapped, and no data is moved.
 """
 
 import ctypes
@@ -31,16 +32,17 @@ WORKSPACE_BYTES = 32 * 2**20
 """What cuBLAS recommends for Hopper."""
 MAX_CANDIDATES = 16
 NUM_FINALISTS, NUM_REPEATS = 4, 4
-"""All candidates are timed once, the fastest of them again."""
+"""All candidates are timed once, then the fastest NUM_FINALISTS NUM_REPEATS times each."""
 COUNTER_BYTES = 4096
-"""A workspace no larger holds only the counters of a dynamic tile scheduler. Clearing them costs a
-small GEMM a tenth of its time; without a workspace most such kernels schedule statically."""
+"""Kernels that request at most this much use it for the counters of a dynamic tile scheduler.
+Clearing those takes a tenth of a small GEMM's time; without a workspace most such kernels fall back
+to a static schedule."""
 SMALL_GEMM_FLOPS = 5e10
-"""Up to here such kernels are tried without a workspace too."""
+"""GEMMs up to this size also try those kernels without a workspace."""
 NUM_COMPARED = 2**16
-"""Elements of an output that are compared."""
+"""Elements of the output to compare when a kernel runs without its workspace."""
 SLEEP_CYCLES = 2_000_000
-"""About a millisecond, in which all launches are queued, so that their overhead is not timed."""
+"""About a millisecond: all launches are queued meanwhile, so launch overhead is not timed."""
 ALIGNMENT = 256
 """Bytes; the heuristic assumes pointers aligned to this."""
 
@@ -48,14 +50,14 @@ _Value = ctypes.c_int | ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_void_p
 
 
 class Epilogue(IntEnum):
-    """cublasLtEpilogue_t: what is applied to the result."""
+    """cublasLtEpilogue_t: applied to the result before it is written."""
 
     DEFAULT = 1
     BIAS = 4
     GELU_AUX_BIAS = 164
     """Bias, then GELU; the GELU's input is written to aux."""
     DGELU = 192
-    """Times the GELU's derivative at aux."""
+    """Multiply by the GELU's derivative at aux."""
 
 
 class _HeuristicResult(ctypes.Structure):
@@ -71,7 +73,7 @@ class _HeuristicResult(ctypes.Structure):
 
 
 class _Candidate(NamedTuple):
-    """A kernel with its settings, and the workspace it gets."""
+    """A kernel with its settings, and the size of the workspace to pass."""
 
     result: _HeuristicResult
     workspace_bytes: int
@@ -82,7 +84,7 @@ class _Library:
 
     def __init__(self, device: torch.device) -> None:
         version = (torch.version.cuda or "").partition(".")[0]
-        # By its soname the loader returns the copy that torch has loaded.
+        # For a soname that is loaded already, dlopen returns that copy: torch's.
         self._lib = ctypes.CDLL(f"libcublasLt.so.{version}")
         with torch.cuda.device(device):
             # A cuBLAS handle is a valid cuBLASLt handle.
@@ -112,8 +114,8 @@ class MatmulPlan:
         accumulate: add the result to a float32 output, instead of writing bfloat16.
 
     Raises:
-        RuntimeError: if the library has no kernel for it.
-        OSError: if there is no library.
+        RuntimeError: if the library has no kernel for these arguments.
+        OSError: if the library cannot be loaded.
     """
 
     def __init__(
@@ -129,12 +131,14 @@ class MatmulPlan:
         self._lib = _library(device)
         rows, columns = left[transpose[0]], right[not transpose[1]]
         self._desc = ctypes.c_void_p()
+        # Inputs are bf16, accumulation and scales fp32.
         self._lib.call("MatmulDescCreate", ctypes.byref(self._desc), _COMPUTE_32F, _R_32F)
         # cuBLAS's A is our second operand.
         self._set(_TRANSA, ctypes.c_int(transpose[1]))
         self._set(_TRANSB, ctypes.c_int(transpose[0]))
         self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
-        # The heuristic looks at these pointers' alignment, so it needs some before the first call.
+        # The heuristic checks the alignment of these pointers, which are unknown until the first
+        # call; the workspace stands in for them, with the same alignment.
         placeholder = ctypes.c_void_p(self._lib.workspace.data_ptr())
         if epilogue in (Epilogue.BIAS, Epilogue.GELU_AUX_BIAS):
             self._set(_BIAS_POINTER, placeholder)
@@ -149,6 +153,7 @@ class MatmulPlan:
         self._best = self._candidates[0]
         self._is_tuned = len(self._candidates) == 1
         self._accumulate = accumulate
+        # out = alpha * result + beta * out
         self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(accumulate)
 
     def __call__(
@@ -168,6 +173,7 @@ class MatmulPlan:
             self._set(_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
         if aux is not None:
             self._set(_EPILOGUE_AUX_POINTER, ctypes.c_void_p(aux.data_ptr()))
+        # Timing needs a synchronization, which a CUDA graph cannot capture.
         if not self._is_tuned and not torch.cuda.is_current_stream_capturing():
             self._autotune(left, right, out)
         self._run(self._best, left, right, out)
@@ -189,9 +195,10 @@ class MatmulPlan:
     def _autotune(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         self._is_tuned = True
         if torch.are_deterministic_algorithms_enabled():
-            # Timings vary, and kernels differ in their last bits.
+            # Timings vary from run to run, and kernels differ in the last bits.
             return
         if self._accumulate:
+            # Trials must not add to the real gradient.
             try:
                 out = torch.zeros_like(out)
             except torch.OutOfMemoryError:
@@ -204,8 +211,8 @@ class MatmulPlan:
                 continue
             if candidate.workspace_bytes or self._is_correct(candidate, left, right, out):
                 usable.append(candidate)
+        # With no usable kernel, `_best` stays the first choice, and the call raises its error.
         if usable:
-            # Otherwise the call itself raises.
             usable = self._sort_by_time(usable, 1, left, right, out)
             finalists = usable[:NUM_FINALISTS]
             self._best = self._sort_by_time(finalists, NUM_REPEATS, left, right, out)[0]
@@ -213,8 +220,8 @@ class MatmulPlan:
     def _is_correct(self, candidate: _Candidate, left: Tensor, right: Tensor, out: Tensor) -> bool:
         """Whether a kernel gives the same bits without the workspace it requested.
 
-        No manual promises that it works without. A sample of the output is compared, since there
-        may be no memory for a second one.
+        cuBLASLt's documentation does not promise that. A sample of the output is compared, since
+        there may be no memory for a second output.
         """
         samples = []
         for size in (WORKSPACE_BYTES, candidate.workspace_bytes):
@@ -233,6 +240,7 @@ class MatmulPlan:
             for _ in range(repeats)
         ]
         torch.cuda._sleep(SLEEP_CYCLES)
+        # Interleaved, so that a change of the clock rate affects all candidates.
         for row in events:
             row[0].record()
             for event, candidate in zip(row[1:], candidates, strict=True):
@@ -281,6 +289,4 @@ class MatmulPlan:
         return layout
 
 
-@cache
-def _library(device: torch.device) -> _Library:
-    return _Library(device)
+_library = cache(_Library)  # one per device

@@ -1,11 +1,11 @@
 """A decode step (one token for each of a few sequences) in five kernels per layer.
 
-Replayed as a CUDA graph, a small model's step is bound neither by memory nor by arithmetic but by
-its many kernels, each of which costs some microseconds. Here each kernel multiplies a weight by a
-vector, fused with what comes before and after. Activations between kernels are float32, so logits
-are closer to the exact ones than those of a model in bfloat16.
+Replayed as a CUDA graph, the step of a small model is bound neither by memory nor by arithmetic but
+by the number of kernels, each of which costs some microseconds. Here each kernel is a
+matrix-vector multiplication, fused with the operations before and after it. Activations between
+kernels are float32, so the logits are more accurate than those of a bfloat16 model.
 
-For larger batches, where GEMMs pay, `decode_attention` alone replaces torch's attention.
+For larger batches, where GEMMs are faster, only `decode_attention` replaces torch's attention.
 
 Shapes: B sequences, C channels, H heads of D = C / H, S slots of the KV cache, V vocabulary. A
 layer's `kv_cache` is (2, B, H, S, D), keys and values.
@@ -27,18 +27,18 @@ LayerNormWeights = tuple[Tensor, Tensor]
 """A LayerNorm's weight and bias, (C,) each."""
 
 MAX_BATCH_SIZE = 4
-"""Each sequence reads the weights for itself, so that beyond this batch size GEMMs are faster."""
+"""Each sequence reads all weights again, so GEMMs are faster beyond this batch size."""
 MAX_CHANNELS = 4096
-"""Channels of which a program can hold a few rows."""
+"""A program holds a few rows of a weight in registers, so they cannot be longer than this."""
 NUM_SPLITS = 4
-"""Programs that share a head's slots (split-KV): one alone would take long over a long context."""
+"""Programs per head (split-KV, as in flash decoding): B * H alone would not fill the GPU."""
 TILE = 64
-"""Slots that a program takes at a time."""
+"""Slots that a program loads at a time."""
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """The step's tokens and where they are."""
+    """Tokens of a decode step and their positions."""
 
     ids: Tensor
     """(B, 1)."""
@@ -58,7 +58,7 @@ class AttentionPartials(NamedTuple):
 
 
 class TritonDecodeOps:
-    """The kernels of a decode step, for what `supports_fused_decode`. `x` is the residual (B, C).
+    """Kernels of a decode step, where `supports_fused_decode` holds. `x` is the residual (B, C).
 
     Args:
         pdl: programmatic dependent launch; see `supports_pdl`.
@@ -126,7 +126,7 @@ class TritonDecodeOps:
     def layer_norm_linear(
         self, x: Tensor, norm: LayerNormWeights, linear: PackedLinear, *, gelu: bool
     ) -> Tensor:
-        """linear(layer_norm(x)), then GELU if asked for: (B, out) float32."""
+        """linear(layer_norm(x)), then GELU if `gelu`: (B, out) float32."""
         columns, weight = x.size(1), linear.weight
         out = torch.empty(len(x), len(weight), device=x.device)
         tile = _weight_tile(columns, len(weight))
@@ -149,8 +149,8 @@ class TritonDecodeOps:
 def _weight_tile(columns: int, outputs: int) -> dict[str, int]:
     """A program's tile of a weight, held in registers.
 
-    Few rows make many programs, which saturate the memory. The output layer has so many rows that
-    the work each program repeats (the LayerNorm) would dominate, so it takes more.
+    Few rows per program give many programs, which saturate the memory bandwidth. The output layer
+    takes more: with its many programs, the LayerNorm that each repeats would dominate.
     """
     block = next_power_of_2(columns)
     rows = 4 if outputs < 2**14 else 16
@@ -178,7 +178,7 @@ def supports_decode_attention(kv_cache: Tensor) -> bool:
     return (
         kv_cache.is_cuda
         and torch.version.hip is None
-        # Triton launches on the current device.
+        # Triton launches on the current device, whichever one the tensors are on.
         and kv_cache.device.index == torch.cuda.current_device()
         and 16 <= kv_cache.size(-1) <= 128
     )

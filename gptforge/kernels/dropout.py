@@ -1,10 +1,10 @@
 """Dropout masks that the backward pass recomputes from two seeds.
 
-A stored mask would be written once, read twice and cost passes of its own. Instead each row and
-each column gets an odd 32-bit word, a hash of its index and a seed. The high bits of the product of
-two such words are as good as random, and decide about the element at (row, column). That is one
-integer multiplication per element; Philox needs ten rounds of two, which attention would wait for.
-tests/kernels/test_dropout.py checks the masks for patterns.
+A stored mask would be written once and read twice, in separate kernels. Instead each row and each
+column gets an odd 32-bit hash of its index and a seed. The high bits of the product of the two
+hashes are close to random, and decide whether the element at (row, column) is kept. That is one
+integer multiplication per element; Philox, the usual choice, takes ten rounds of two, which would
+slow down attention. tests/kernels/test_dropout.py checks the masks for patterns.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 THRESHOLD_RANGE = 2**31
-"""The threshold that stands for a dropout probability of one."""
+"""The threshold for a dropout probability of 1."""
 _UINT32 = 2**32 - 1
 
 
@@ -41,13 +41,13 @@ def draw_dropout_seeds(count: int, p: float, device: torch.device) -> list[Dropo
     threshold = dropout_threshold(p)
     if not threshold:
         return []
-    # Rows of four, for their alignment: Triton compiles again for pointers not on 16 bytes.
+    # Rows of four int32: Triton would recompile for pointers that are not 16-byte aligned.
     seeds = torch.empty(count, 4, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
     return [DropoutSeed(row[:2], threshold) for row in seeds]
 
 
 def dropout_kernel_args(dropout: DropoutSeed | None, placeholder: Tensor) -> tuple[Tensor, int]:
-    """Seeds and threshold as the Triton kernels take them; threshold 0 drops nothing."""
+    """Seeds and threshold for a Triton kernel; a threshold of 0 disables dropout."""
     return (placeholder, 0) if dropout is None else dropout
 
 
@@ -58,8 +58,8 @@ def keep_mask(dropout: DropoutSeed, rows: int, columns: int) -> Tensor:
     """
     row_seed, column_seed = (int(seed) & _UINT32 for seed in dropout.seeds)
     device = dropout.seeds.device
-    row_words, column_words = _hash(rows, row_seed, device), _hash(columns, column_seed, device)
-    return (row_words[:, None] * column_words & _UINT32) >= 2 * dropout.threshold
+    row_hash, column_hash = _hash(rows, row_seed, device), _hash(columns, column_seed, device)
+    return (row_hash[:, None] * column_hash & _UINT32) >= 2 * dropout.threshold
 
 
 def apply_dropout(dropout: DropoutSeed | None, x: Tensor) -> Tensor:
@@ -68,7 +68,10 @@ def apply_dropout(dropout: DropoutSeed | None, x: Tensor) -> Tensor:
 
 
 def _hash(count: int, seed: int, device: torch.device) -> Tensor:
+    # Multiply and xorshift, with constants of Knuth (a prime near 2**32 / phi) and of Wellons'
+    # hash-prospector.
     # uint32 arithmetic in int64: a multiplication may overflow, but its low 32 bits are right.
     x = torch.arange(count, device=device) * 0x9E3779B1 + seed & _UINT32
     x = (x ^ (x >> 15)) * 0x735A2D97 & _UINT32
+    # Odd, and so invertible mod 2**32: a hash of zero would drop all of its row.
     return (x ^ (x >> 16)) | 1

@@ -19,7 +19,7 @@ def embedding(
     """
     length = idx.size(1)
     if not uses_triton(idx):
-        x = (F.embedding(idx, wte) + wpe[:length]).flatten(0, 1)
+        x = (F.embedding(idx, wte) + wpe[:length]).flatten(0, 1)  # (B * T, C)
         return apply_dropout(dropout, x).to(dtype)
     from gptforge.kernels.triton import embedding as kernels
 
@@ -38,7 +38,7 @@ def embedding(
 def embedding_backward(grad_output: Tensor, idx: Tensor, weight_grad: Tensor) -> None:
     """Add each row of `grad_output` (N, C) to row idx[n] of `weight_grad` (V, C).
 
-    On CUDA the order of additions, and so the last bits, vary from run to run, unless
+    On CUDA atomics add in varying order, so the last bits vary from run to run, unless
     `torch.use_deterministic_algorithms` is set.
     """
     if not uses_triton(idx) or torch.are_deterministic_algorithms_enabled():

@@ -1,4 +1,4 @@
-"""Backward of the GELU in GPT-2's tanh form; the forward is torch's, or in a GEMM's epilogue."""
+"""Backward of GPT-2's tanh GELU; the forward is torch's, or the epilogue of a GEMM."""
 
 import math
 
@@ -18,17 +18,20 @@ def gelu_backward(
     *,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `x`, which overwrites `grad_output`, and `x` or, with `recompute`, GELU(x).
+    """Backward of GELU(x), with the sum over rows for the bias gradient in the same pass.
 
-    Recomputing the activation costs a third of this pass and saves a quarter of a block's
-    activation memory.
+    Recomputing GELU(x) adds a third to this pass and saves a quarter of a block's activation
+    memory.
 
     Args:
         x: (N, C), the GELU's input; overwritten by GELU(x) with `recompute`.
         grad_output: (N, C).
         bias_grad: (C,) float32, to which the sum of the gradient over its rows is added.
         pending: defers that sum.
-        recompute: whether GELU(x) is needed.
+        recompute: also compute GELU(x), for the weight gradient of the next linear layer.
+
+    Returns:
+        The gradient of `x`, which overwrites `grad_output`, and `x`: GELU(x) with `recompute`.
     """
     if not uses_triton(x):
         act = F.gelu(x, approximate="tanh") if recompute else x
@@ -40,6 +43,8 @@ def gelu_backward(
     rows, columns = x.shape
     assert x.is_contiguous() and grad_output.is_contiguous()
     column_blocks = math.ceil(columns / 512)
+    # A grid of fixed size whose programs loop over rows: each program writes one partial sum, and
+    # the second reduction reads all of them.
     stages, programs_per_sm = (2, 16) if columns <= 2048 else (3, 6)
     programs = max(1, programs_per_sm * num_sms(x.device) // column_blocks)
     programs = min(programs, math.ceil(rows / 16))

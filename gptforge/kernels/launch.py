@@ -21,7 +21,7 @@ def num_sms(device: torch.device) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least `n`; Triton's blocks have no other sizes."""
+    """The smallest power of two that is at least `n`, the size of a Triton block."""
     return 1 << (n - 1).bit_length()
 
 

@@ -1,9 +1,9 @@
 """Residual addition and LayerNorm in one pass, forward and backward.
 
 `residual += dropout(x); out = layer_norm(residual)` is one Triton kernel, and so is its backward,
-which also sums up the gradients of weight, bias and of the bias that was added to `x` just before.
-torch.compile fuses as much, but takes half a minute to start, and sums bias gradients in passes of
-their own.
+which also sums up the gradients of weight, bias and the bias of the linear layer that computed `x`.
+torch.compile fuses as much, but takes half a minute to start, and sums bias gradients in separate
+kernels.
 
 Shapes: N tokens, C channels.
 """
@@ -30,13 +30,13 @@ class SavedLayerNorm(NamedTuple):
     """What the backward pass needs."""
 
     residual: Tensor
-    """(N, C), what was normalized."""
+    """(N, C), the input of the LayerNorm."""
     mean: Tensor
     """(N,) float32."""
     rstd: Tensor
     """(N,) float32, 1 / standard deviation."""
     dropout: DropoutSeed | None = None
-    """Of `x`; or, if there was no `x`, of the residual itself (the embedding)."""
+    """Dropout of `x`; without `x`, that of the residual (the embedding)."""
 
 
 def add_layer_norm(
@@ -53,10 +53,10 @@ def add_layer_norm(
         x: (N, C) output of the previous sublayer, or None.
         weight: (C,) float32.
         bias: (C,) float32.
-        dropout: of `x`. Without `x`, only noted for the backward pass: the residual's own dropout.
+        dropout: of `x`. Without `x`, the dropout that made the residual; only the backward uses it.
 
     Returns:
-        The normalized tensor (N, C), and what the backward pass needs, the new residual included.
+        The normalized tensor (N, C), and the saved tensors, which include the new residual.
     """
     if not uses_triton(residual):
         if x is not None:
@@ -101,13 +101,15 @@ def layer_norm_backward(
         weight: (C,) float32.
         grad_residual: (N, C) gradient that reaches the new residual directly, or None.
         grads: (2 * C,) float32, to which the gradients of weight and bias are added; or (3 * C,),
-            the last third for the bias that was added to `x`, whose gradient is the sum of `x`'s.
+            the last third for the bias of the linear layer that computed `x`.
         pending: defers these sums, to be finished with others.
     """
     if not uses_triton(grad_output):
+        # With y = w * x_hat + b and x_hat = (x - mean) * rstd, as in llm.c's layernorm.cuh:
+        # dx = rstd * (w * dy - mean(w * dy) - x_hat * mean(w * dy * x_hat)).
         x_hat = (saved.residual.to(weight.dtype) - saved.mean[:, None]) * saved.rstd[:, None]
         dy = grad_output.to(weight.dtype)
-        sums = [(dy * x_hat).sum(0), dy.sum(0)]
+        sums = [(dy * x_hat).sum(0), dy.sum(0)]  # (C,) each
         dy = dy * weight
         dx = dy - dy.mean(1, keepdim=True) - x_hat * (dy * x_hat).mean(1, keepdim=True)
         dx = dx * saved.rstd[:, None]

@@ -1,7 +1,7 @@
-"""The GEMMs of a linear layer, forward and backward, with bias or GELU in their epilogue.
+"""The GEMMs of a linear layer, forward and backward, with bias or GELU in the epilogue.
 
-On CUDA in bfloat16 cuBLASLt computes GEMM and epilogue in one kernel (cublaslt.py); elsewhere torch
-computes one after the other. The GELU is the tanh form.
+On CUDA in bfloat16 cuBLASLt runs GEMM and epilogue in one kernel (cublaslt.py); elsewhere they are
+separate torch operations. The GELU is the tanh form.
 
 Shapes: N tokens; a weight is (out, in), as in `nn.Linear`.
 """
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear(x, weight, bias)` and the GELU of it: two (N, out)."""
+    """`linear(x, weight, bias)` and its GELU, (N, out) each."""
     if plan := _plan(x, weight, transpose=(False, True), epilogue=Epilogue.GELU_AUX_BIAS):
         pre_act = x.new_empty(len(x), len(weight))
         return pre_act, plan(x, weight, torch.empty_like(pre_act), bias=bias, aux=pre_act)
@@ -65,15 +65,15 @@ def linear_gelu_backward(
     Args:
         grad_output: (N, C) gradient of the MLP's output.
         weight: (C, d_ff) of the second layer.
-        pre_act: (N, d_ff), the GELU's input; may be overwritten.
+        pre_act: (N, d_ff), the GELU's input; overwritten if `act` is None.
         act: (N, d_ff), the GELU's output; None recomputes it.
         bias_grad: (d_ff,) float32 of the first layer, to which the row sum is added.
         pending: defers that sum.
-        separate_dgelu: with `act`, take the GELU's derivative in the pass that sums for the bias,
-            instead of in the GEMM's epilogue (DGELU).
+        separate_dgelu: with `act`, apply the GELU's derivative in the kernel that sums for the
+            bias, instead of in the GEMM's epilogue (DGELU).
 
     Returns:
-        The gradient of `pre_act`, and the GELU's output: two (N, d_ff).
+        The gradient of `pre_act`, and the GELU's output, (N, d_ff) each.
     """
     if act is not None and not separate_dgelu:
         grad = linear_dgrad_dgelu(grad_output, weight, pre_act)
@@ -93,7 +93,7 @@ def accumulate_wgrad(weight_grad: Tensor, grad_output: Tensor, x: Tensor) -> Non
     ):
         plan(grad_output, x, weight_grad)
     elif x.is_cuda and x.dtype != weight_grad.dtype:
-        # float32 out of the GEMM, never rounded to bfloat16.
+        # The GEMM writes float32: the gradient is never rounded to bfloat16.
         torch.addmm(weight_grad, grad_output.t(), x, out_dtype=weight_grad.dtype, out=weight_grad)
     else:
         weight_grad += grad_output.t() @ x
@@ -112,6 +112,7 @@ def _plan(
         return None
     if torch.version.hip or not (_is_aligned(left) and _is_aligned(right)):
         return None
+    # Cached by shape: a new plan queries the heuristic, and autotunes in its first call.
     return _cached_plan(left.device, left.shape, right.shape, transpose, epilogue, accumulate)
 
 
@@ -133,5 +134,5 @@ def _cached_plan(
             device, left, right, transpose=transpose, epilogue=epilogue, accumulate=accumulate
         )
     except (OSError, RuntimeError):
-        # No library of that name (Windows), or no kernel for an odd shape.
+        # No library of that name (Windows), or no kernel for this shape, such as odd sizes.
         return None

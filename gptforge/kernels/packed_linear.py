@@ -1,9 +1,9 @@
 """Linear layers with frozen weights, on a CPU prepacked into oneDNN's blocked layout.
 
 A decode step has few rows, so it is bound by reading weights, and `F.linear` on plain weights
-reaches a third to a half of the memory bandwidth (docs/log.md has the figures). Prepacked weights
-double that, and bias, GELU or residual are fused as post-ops. torch.compile uses the same operators
-when it freezes a model.
+reaches a third to a half of the memory bandwidth (figures in docs/log.md). Prepacked weights double
+that, and bias, GELU or residual are fused as post-ops. Inductor uses the same operators when it
+freezes a model.
 
 Shapes: x (..., in), weight (out, in), bias (out,).
 """
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_NUMEL = 2**18
-"""Elements of a weight from which packing pays: smaller ones stay in the CPU's cache anyway."""
+"""Smaller weights stay in the CPU's cache, where packing gains nothing."""
 BATCH_SIZE_HINT = 8
-"""Rows that the layout is optimized for; other counts work as well."""
+"""Rows of `x` that the layout is optimized for; it works for any number."""
 
 
 class PackedLinear:
@@ -26,7 +26,7 @@ class PackedLinear:
     Args:
         weight: used in place, unless it is packed.
         bias: used in place.
-        pack: copy the weight into oneDNN's layout, where that is available and pays.
+        pack: copy large weights into oneDNN's layout, where that is supported.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = False) -> None:
@@ -39,6 +39,7 @@ class PackedLinear:
         """x @ weight.T + bias."""
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
+        # Arguments: post-op, its scalars, its algorithm.
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
@@ -68,7 +69,7 @@ def can_pack(weight: Tensor) -> bool:
 
 @functools.cache
 def _packing_works(dtype: torch.dtype) -> bool:
-    # These operators are private to torch, so they are tested before use.
+    # Private operators, which may change with any release of torch: compare them with F.linear.
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(2, 64, generator=generator).to(dtype) for _ in range(2))
     weight = torch.randn(64, 64, generator=generator).to(dtype)
@@ -82,7 +83,7 @@ def _packing_works(dtype: torch.dtype) -> bool:
         )
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
-    # Sums of 64 terms in another order: a few units in the last place.
+    # The sums of 64 terms are in another order, so a few units in the last place may differ.
     tol = 16 * torch.finfo(dtype).eps
     pairs = zip(outputs, expected, strict=True)
     return all(torch.allclose(a, b, rtol=tol, atol=16 * tol) for a, b in pairs)

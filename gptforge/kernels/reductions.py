@@ -1,8 +1,8 @@
 """Sums over the rows of large tensors (bias gradients), in two deterministic steps.
 
-Each program of a kernel writes the sum of the rows it saw; these partial sums are then added up in
-a fixed order. The second step takes a few microseconds however small it is, so that a block's sums
-are deferred and finished by one kernel.
+Each program of a kernel writes the sum of its rows; a second kernel adds these partial sums up in a
+fixed order, where atomics would not be deterministic. The second kernel takes a few microseconds
+however small the sums, so those of a transformer block are deferred to one launch.
 
 Shapes: P partial sums, C columns.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 from gptforge.kernels.launch import uses_triton
 
 MAX_FUSED = 4
-"""Sums that one kernel finishes."""
+"""Sums that one launch of the second kernel finishes."""
 COLUMNS, ROWS = 32, 512
-"""Tile of a program."""
+"""Tile of a program in the second kernel."""
 
 
 class PendingReductions:
-    """Partial sums that wait to be finished together."""
+    """Partial sums to finish in few launches."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -79,7 +79,8 @@ def _accumulate(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     programs = 0
     ends: list[int] = []
     args: list[Tensor | int] = []
-    # Unused slots repeat the first pair and get no programs.
+    # A Triton kernel has a fixed number of arguments: unused ones repeat the first pair, and get no
+    # programs.
     for partials, out in [*pairs, *[pairs[0]] * (MAX_FUSED - len(pairs))]:
         assert out.is_contiguous() and out.dtype == partials.dtype == torch.float32
         assert partials.is_contiguous() and partials.size(1) >= len(out)

@@ -11,7 +11,7 @@ from gptforge.optim.optimizer import Optimizer
 
 EPS = 1e-8
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
-"""torch.optim.AdamW's."""
+"""The keys of torch.optim.AdamW."""
 
 
 class AdamW(Optimizer):
@@ -37,13 +37,13 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def init_state(self) -> None:
         if self._is_initialized:
-            # Looking all parameters up again takes as long as launching a kernel.
+            # Called in every step: looking up all parameters takes as long as a kernel launch.
             return
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter not in self.state:
                     self.state[parameter] = {
-                        # On the device: a skipped step must not count, and is decided there.
+                        # On the device, where skipped steps are decided: they must not count.
                         "step": torch.zeros((), device=parameter.device),
                         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
@@ -61,6 +61,7 @@ class AdamW(Optimizer):
                 continue
             states = [self.state[p] for p in params]
             steps, exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in STATE_KEYS)
+            # The order of torch.optim: count the step, update, and take the count back if skipped.
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 params, [p.grad for p in params], exp_avgs, exp_avg_sqs, [], steps,

@@ -20,20 +20,20 @@ from gptforge.optim.optimizer import Optimizer
 
 MOMENTUM = 0.95
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration: steepest at zero while it still converges (Jordan)."""
+"""Coefficients of the quintic Newton-Schulz iteration, with the steepest slope at zero (Jordan)."""
 NS_STEPS = 5
 EPS = 1e-7
 MOMENTUM_BUFFER = "momentum_buffer"
 
 
 class Muon(Optimizer):
-    """Muon over some parameters and AdamW over the rest, as one optimizer.
+    """Muon over the given matrices and AdamW over the rest, as one optimizer.
 
     Args:
         matrices: the parameters for Muon, each with the number of matrices stacked in it along the
             first dimension: 3 for q, k and v, else 1.
-        adamw: over all other parameters.
-        weight_decay: of the matrices; multiplied by the learning rate.
+        adamw: the optimizer of all other parameters.
+        weight_decay: for the matrices; multiplied by the learning rate.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Muon(Optimizer):
         super().__init__([group])
         self._adamw = adamw
         self._muon_group = self.param_groups[0]
-        # Groups and state are shared, so that others see one optimizer.
+        # Groups and state are shared with AdamW, so that checkpoints see one optimizer.
         self.param_groups.extend(adamw.param_groups)
         adamw.state = self.state
         self._by_shape: dict[tuple[int, int], list[tuple[Tensor, int]]] = {}
@@ -86,10 +86,11 @@ class Muon(Optimizer):
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in members]
         if self.found_inf is not None:
             skip = self.found_inf > 0
-            # With the momentum in place of the gradient, the lerp below leaves it as it is.
+            # With the momentum in place of the gradient, the lerp below does not change it.
             grads = [torch.where(skip, b, g) for b, g in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
         nesterov = torch._foreach_lerp(grads, buffers, MOMENTUM)
+        # One batch per shape: GPT-2's blocks have three, for 6 * n_layer matrices.
         stacked = torch.cat([x.view(-1, *shape) for x in nesterov])  # (M, rows, columns)
         lr = self._muon_group["lr"]
         # An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)); AdamW's updates have 0.2.
@@ -104,16 +105,19 @@ class Muon(Optimizer):
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Orthogonalize matrices (M, rows, columns) approximately, in bfloat16.
+    """Approximate U @ V.T of the SVD of each matrix (M, rows, columns), in bfloat16.
 
-    The singular values end between 0.7 and 1.2, which serves as well as 1 and takes only matmuls.
+    Each iteration maps every singular value s to a * s + b * s**3 + c * s**5. They end between 0.7
+    and 1.2, which trains as well as 1 (Jordan), and unlike an SVD it takes only matmuls.
     """
     is_tall = x.size(1) > x.size(2)
+    # The Gram matrix below is smaller for wide matrices.
     y = (x.mT if is_tall else x).bfloat16()
+    # The Frobenius norm bounds the spectral norm: all singular values are at most 1.
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     a, b, c = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
-        gram = y @ y.mT
+        gram = y @ y.mT  # (M, min(rows, columns), min(rows, columns))
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         y = torch.baddbmm(y, gram, y, beta=a)
     return y.mT if is_tall else y

@@ -1,7 +1,7 @@
 """The optimizer interface.
 
-torch.optim.Optimizer imports torch's compiler when one is constructed, which takes seconds (figures
-in docs/log.md). Its fused kernels only need lists of tensors.
+Constructing a torch.optim.Optimizer imports torch's compiler, which takes seconds (figures in
+docs/log.md). The fused kernels of torch.optim only need lists of tensors.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ class Optimizer(ABC):
     """
 
     found_inf: Tensor | None = None
-    """Set before a step: if above zero, the step is skipped, on the device."""
+    """Set before a step, which is skipped on the device if this is above zero."""
     # Tells torch.amp.GradScaler that `step` reads `found_inf`, so that the scaler need not wait for
     # the device. The scaler also sets `grad_scale`: None, since gradients are unscaled before.
     _step_supports_amp_scaling = True
@@ -30,7 +30,7 @@ class Optimizer(ABC):
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients."""
+        """Free all gradients."""
         assert set_to_none, "gradients are freed, not zeroed"
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -42,7 +42,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def init_state(self) -> None:
-        """Allocate the state of all parameters; the first step does so otherwise."""
+        """Allocate the state of all parameters; otherwise the first step does so."""
 
     @abstractmethod
     def step(self) -> None:

@@ -1,4 +1,8 @@
-"""Gradients of a whole model in one contiguous buffer, accumulated in place."""
+"""All gradients of a model in one contiguous buffer, accumulated in place.
+
+One buffer makes zeroing and clipping one kernel each, and each bucket of an all-reduce a slice that
+needs no copy (DDP copies gradients into its buckets).
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Elements: GEMMs write fastest to aligned addresses."""
+"""In elements: 256 bytes of fp32, the alignment that `kernels.cublaslt` requires."""
 
 
 class GradBuffer:
@@ -47,6 +51,7 @@ class GradBuffer:
 
     def zero_(self) -> None:
         """Set all gradients to zero, and assign them to the parameters."""
+        # One memset for all parameters.
         self.flat.zero_()
         self.assign_grads()
 
@@ -56,9 +61,10 @@ class GradBuffer:
             parameter.grad = grad
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm`; returns the norm before that."""
+        """Clip the global norm to `max_norm`; returns the norm before clipping."""
+        # Padding between groups is zero, so it does not count.
         norm: Tensor = torch.linalg.vector_norm(self.flat)
-        # `flat.mul_(scalar on the device)` takes a kernel that torch does not vectorize.
+        # `flat.mul_` with a scalar on the device runs a kernel that torch does not vectorize.
         torch._foreach_mul_([self.flat], clip_coef(norm, max_norm))
         return norm
 
@@ -68,15 +74,15 @@ class GradBuffer:
 
     @functools.cached_property
     def _optimizer_grads(self) -> dict[Tensor, Tensor]:
-        """What each parameter gets as its `grad`."""
+        """Tensors that become the `grad` of each parameter."""
         return self._views
 
 
 class AutogradGradBuffer(GradBuffer):
-    """A `GradBuffer` that autograd accumulates into, one parameter a group.
+    """A `GradBuffer` that autograd accumulates into, with one parameter per group.
 
     Args:
-        model: its hooks report finished gradients; they stay on the parameters.
+        model: gets a hook on each parameter that reports its gradient; hooks are not removed.
     """
 
     on_grads_ready: Callable[[int], None]
@@ -98,6 +104,8 @@ class AutogradGradBuffer(GradBuffer):
     def _make_hook(self, i: int) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
             self._is_ready[i] = True
+            # Gradients may become ready out of order; only a prefix can be sent, since all ranks
+            # must reduce the same buckets in the same order.
             while self._num_ready < len(self._is_ready) and self._is_ready[self._num_ready]:
                 self._num_ready += 1
             self.on_grads_ready(self._num_ready)
@@ -125,6 +133,6 @@ def round_up(count: int, multiple: int) -> int:
 def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
     """Factor that scales gradients to `max_norm`, as torch's clip_grad_norm_ computes it.
 
-    It stays on the device, so nothing waits for the norm.
+    The result stays on the device: no sync for the norm.
     """
     return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)

@@ -1,7 +1,7 @@
 """Detects NaN, Inf and spikes in the loss without making the device wait.
 
-A loss is read a few steps late, when the device has long computed it. Nothing depends on that: a
-step with NaN or Inf has already been skipped, on the device, by `OptimizerStep`.
+Each loss is read a few steps late, when the device has computed it already. The delay is harmless:
+a step with NaN or Inf has been skipped on the device by `OptimizerStep` (OLMo-core's SkipStep).
 """
 
 import math
@@ -17,18 +17,19 @@ from torch import Tensor
 HISTORY = 64
 """Recent losses that a new one is compared with."""
 MIN_HISTORY = 16
-"""With fewer losses, no spike is reported."""
+"""Losses to collect before spikes are reported."""
+# Far beyond 3, since the losses of steps have heavier tails than a normal distribution.
 SPIKE_Z_SCORE = 8.0
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """One step that went wrong."""
+    """A step whose loss is a spike, or whose loss or gradient is NaN or Inf."""
 
     kind: Literal["not_finite", "spike"]
     step: int
     position: int
-    """Of the step's batch in the dataloader's order."""
+    """Dataloader position of the step's batch."""
     loss: float
     norm: float
     z_score: float
@@ -42,8 +43,8 @@ class LossMonitor:
 
     Args:
         lag: steps to wait before a loss is read; 0 where the device is synchronous.
-        uses_grad_scaler: a loss scaler tries large scales on purpose, so a gradient that overflows
-            under a finite loss is then no anomaly.
+        uses_grad_scaler: do not report an infinite gradient with a finite loss: a loss scaler
+            raises its scale until gradients overflow.
     """
 
     def __init__(self, *, lag: int, uses_grad_scaler: bool) -> None:
@@ -64,7 +65,7 @@ class LossMonitor:
         return self._read(0)
 
     def reset(self, bad_steps: int = 0) -> None:
-        """Forget all losses, and start after so many consecutive bad steps."""
+        """Clear the history; `bad_steps` consecutive steps before were bad."""
         self._unread.clear()
         self._recent.clear()
         self.bad_steps = bad_steps
@@ -84,6 +85,7 @@ class LossMonitor:
             return Anomaly("not_finite", step, position, loss, norm, math.inf, self.bad_steps)
         self.bad_steps = 0
         z_score = robust_z_score(loss, self._recent)
+        # Spikes enter the history too, so that a lasting jump of the loss stops being reported.
         self._recent.append(loss)
         if z_score > SPIKE_Z_SCORE:
             return Anomaly("spike", step, position, loss, norm, z_score, 0)
@@ -93,7 +95,7 @@ class LossMonitor:
 class RecentLosses:
     """Training losses of the last `maxlen` steps, on the device.
 
-    Their mean is evaluated where there is no validation data.
+    Without validation data, their mean stands in for the validation loss.
     """
 
     def __init__(self, losses: Iterable[float], *, maxlen: int, device: torch.device) -> None:
@@ -121,6 +123,7 @@ def _copy_to_host_async(loss: Tensor, norm: Tensor) -> Callable[[], tuple[float,
     """
     if loss.device.type != "cuda":
         return lambda: (float(loss), float(norm))
+    # Pinned memory: a copy to pageable memory would block until the device is done.
     host = torch.empty(2, pin_memory=True)
     host.copy_(torch.stack((loss.float(), norm.float())), non_blocking=True)
     copied = torch.cuda.Event()
@@ -142,5 +145,6 @@ def robust_z_score(value: float, recent: Collection[float]) -> float:
     if len(recent) < MIN_HISTORY:
         return 0.0
     median = statistics.median(recent)
+    # 1.4826 = 1 / Phi^-1(3/4) makes the MAD of a normal distribution its standard deviation.
     deviation = 1.4826 * statistics.median(abs(other - median) for other in recent)
     return (value - median) / max(deviation, 0.01 * abs(median), 1e-12)

@@ -1,4 +1,4 @@
-"""Find the largest micro-batch that fits into memory: estimate it, try it, cache the answer."""
+"""Find the largest micro-batch that fits into memory: estimate, try, and cache the result."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from gptforge.errors import RunError
 from gptforge.files import atomic_write, read_text
 
 MAX_MEMORY_FRACTION = 0.92
-"""Of the free memory, that an estimate may fill: the allocator wastes a little."""
+"""Fraction of the free memory that an estimate may fill; the rest is for fragmentation."""
 
 
 def find_micro_batch(
@@ -25,22 +25,24 @@ def find_micro_batch(
 
     Args:
         max_size: sequences to start with.
-        estimate: bytes that a micro-batch of so many sequences takes.
+        estimate: from sequences in a micro-batch to bytes of memory.
         free_memory: bytes; None if unknown.
-        fits: tries a micro-batch of so many sequences.
-        cache_path: JSON file with earlier answers, or None. It may be corrupt or read-only.
-        key: what the answer depends on: shape, precision, device, versions.
+        fits: runs a micro-batch of so many sequences; False if memory ran out.
+        cache_path: JSON file with earlier results, or None. It may be corrupt or read-only.
+        key: everything the result depends on: shape, precision, device, versions.
 
     Raises:
         RunError: if not even one sequence fits.
     """
+    # Keys are long, and only compared.
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = _read_cache(cache_path) if cache_path else {}
     size = min(max_size, cache.get(digest, max_size))
     usable = None if free_memory is None else MAX_MEMORY_FRACTION * free_memory
+    # Estimates are free, each trial below costs a forward and backward pass.
     while size > 1 and usable is not None and estimate(size) > usable:
         size = -(-size // 2)
-    # An answer that is small because other programs hold memory now must not be cached.
+    # Not cached if the size is small only because other programs hold memory now.
     is_cacheable = usable is None or size == max_size or estimate(2 * size) <= usable
     while not fits(size):
         if size == 1:
@@ -60,7 +62,7 @@ def _read_cache(path: Path) -> dict[str, int]:
         cache = json.loads(read_text(path))
         return {key: value for key, value in cache.items() if type(value) is int and value > 0}
     except Exception:
-        # Missing or corrupt: the answer is found again.
+        # Missing or corrupt: search again.
         return {}
 
 
@@ -69,5 +71,5 @@ def _write_cache(path: Path, cache: dict[str, int]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(cache))
     except OSError:
-        # A read-only home directory costs a second at the next start, nothing more.
+        # Read-only home directory: the next start searches again, which takes about a second.
         return

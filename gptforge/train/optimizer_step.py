@@ -1,4 +1,4 @@
-"""The end of a step: clip the gradients, and update the weights."""
+"""The end of a step: unscale and clip the gradients, and update the weights."""
 
 from typing import cast
 
@@ -11,13 +11,13 @@ from gptforge.train.backends.manual import ManualBackend
 
 
 class OptimizerStep:
-    """Clips, unscales where there is a loss scaler, and skips steps with NaN or Inf.
+    """Unscales and clips gradients, updates the weights, and skips steps with NaN or Inf.
 
     Args:
         optimizer: its learning rate is set at each step.
         backend: computed the gradients.
         grad_clip: maximum gradient norm; 0 disables clipping.
-        scaler: of the loss; may be disabled.
+        scaler: loss scaler for fp16; may be disabled.
     """
 
     def __init__(
@@ -29,18 +29,19 @@ class OptimizerStep:
         scaler: torch.amp.GradScaler,
     ) -> None:
         self._optimizer, self._backend, self._scaler = optimizer, backend, scaler
+        # With an infinite maximum the norm is still computed: it is logged, and checked below.
         self._max_norm = grad_clip if grad_clip > 0 else float("inf")
 
     def __call__(self, lr: float | Tensor, loss: Tensor) -> Tensor:
         """Update the weights, and free the gradients.
 
         If the gradient norm or the loss is not finite, weights and optimizer state stay unchanged;
-        the device decides that, so nothing waits for it.
+        this is decided on the device, without a sync.
 
         Args:
             lr: learning rate. As an fp32 scalar on the device it may change between replays of a
                 CUDA graph.
-            loss: of this step. A rank whose gradients are incomplete makes it NaN.
+            loss: of this step; NaN if the gradients of a rank are incomplete.
 
         Returns:
             The gradient norm before clipping, on the device.
@@ -53,8 +54,9 @@ class OptimizerStep:
             group["lr"] = lr
         if not self._scaler.is_enabled():
             # 0 * x is NaN iff x is NaN or Inf, and NaN != 0: two kernels instead of isfinite's
-            # seven. An enabled scaler sets this flag by itself.
+            # seven. An enabled scaler sets this flag instead.
             self._optimizer.found_inf = (norm + loss).mul_(0).ne_(0)
+        # The optimizers read found_inf on the device, where `if norm.isfinite()` would sync.
         self._scaler.step(optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 MAX_BAD_STEPS = 5
-"""Consecutive steps without a finite loss and gradient, after which training rolls back."""
+"""Training rolls back after this many consecutive steps with NaN or Inf."""
 MAX_ROLLBACKS = 3
-HINT = "a lower --max_lr, a longer --warmup_steps or a look at the text may help"
+HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
 
 
 def rollback(trainer: "Trainer") -> None:
     """Roll a run back, with its logs; a collective.
 
     Raises:
-        RunError: if there is nothing to roll back to, or it did not help several times.
+        RunError: if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
     log, report = trainer.report.console.log, trainer.report
@@ -34,10 +34,10 @@ def rollback(trainer: "Trainer") -> None:
         for warning in warnings:
             log(f"note: {warning}")
         if path is None or rollbacks > MAX_ROLLBACKS:
-            why = f"{rollbacks - 1} rollbacks did not help" if path else "nothing was saved yet"
+            reason = f"{rollbacks - 1} rollbacks did not help" if path else "nothing was saved yet"
             raise RunError(
-                f"no finite loss for {MAX_BAD_STEPS} steps in a row, and {why}: training diverged "
-                f"at step {old.step - 1}: {HINT}"
+                f"no finite loss for {MAX_BAD_STEPS} steps in a row, and {reason}: training "
+                f"diverged at step {old.step - 1}: {HINT}"
             )
         state = trainer.state = restore(path, trainer.step_fn, trainer.dataloader, comm)
         state.rollbacks = rollbacks
@@ -52,6 +52,8 @@ def rollback(trainer: "Trainer") -> None:
             bad_steps=list(range(old.step - MAX_BAD_STEPS, old.step)),
             skipped=(trainer.dataloader.position, position),
         )
+        # Resume at the data after the divergence: with the batches that led there, training would
+        # likely diverge again (PaLM, Chowdhery et al., 2022, section 5.1).
         trainer.dataloader.load_state_dict({"position": position})
         if old.best_loss < state.best_loss:
             # The best checkpoint is later than the restored one, and stays the best.
@@ -68,8 +70,10 @@ def _latest_good_checkpoint(
 ) -> tuple[Path | None, list[str]]:
     """Find the latest checkpoint that was not saved in a streak of bad steps.
 
-    Training diverged from `avoid_step` before, so an older checkpoint is preferred. Returns the
-    path, and warnings about corrupt checkpoints.
+    An older checkpoint is preferred to that of `avoid_step`, from which training diverged before.
+
+    Returns:
+        The path, and warnings about corrupt checkpoints.
     """
 
     def is_good(path: Path) -> bool:
@@ -79,8 +83,8 @@ def _latest_good_checkpoint(
         path, warnings = store.latest(is_good)
         if path is not None and step_from_path(path) == avoid_step:
             latest = path
-            older, more = store.latest(lambda path: path != latest and is_good(path))
-            path, warnings = older or latest, warnings + more
+            older, more_warnings = store.latest(lambda path: path != latest and is_good(path))
+            path, warnings = older or latest, warnings + more_warnings
         return None if path is None else path.as_posix(), warnings
 
     path, warnings = comm.broadcast_from_rank0(find)

@@ -14,7 +14,7 @@ from gptforge import files
 StopReason = Literal["finished", "interrupted", "terminated", "time_limit"]
 
 STOP_REASONS: tuple[StopReason | None, ...] = (None, "time_limit", "interrupted", "terminated")
-"""By rising priority: the ranks agree on the one with the largest index."""
+"""Sorted by priority: the ranks agree on the largest index, by an all-reduce with max."""
 
 SIGHUP = getattr(signal, "SIGHUP", None)
 """Sent when the terminal closes; Windows has none."""
@@ -23,6 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else []))
 MIN_TRAIN_SECONDS = 1.0
 """A process trains at least this long, even if startup used up the time limit."""
 
+# 128 + signal number is what a shell reports for a process that a signal ended.
 EXIT_CODES: dict[StopReason, int] = {
     "finished": 0,
     "time_limit": 0,
@@ -40,7 +41,7 @@ class StopSignal:
     Args:
         time_limit: minutes; 0 for none.
         log: called with a message when a signal arrives.
-        started: when the time began to count, by `clock`; now if None.
+        started: start of the time limit, by `clock`; now if None.
         clock: seconds, monotonic.
     """
 
@@ -67,10 +68,10 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
-        return StopSignal.stop_reason(self) is not None
+        return self._signal is not None or self._clock() >= self._deadline
 
     def __enter__(self) -> Self:
-        # However long the startup took, each process makes some progress.
+        # Or a scheduler with a short limit would restart a slow startup forever.
         self._deadline = max(self._deadline, self._clock() + MIN_TRAIN_SECONDS)
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
@@ -91,6 +92,7 @@ class StopSignal:
                 # The progress bar hid the cursor.
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
             os._exit(128 + number)
+        # Only a flag: the loop saves between steps, where state and weights are consistent.
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
         if number == SIGHUP:
             # The terminal is gone: writing to it would raise an error.

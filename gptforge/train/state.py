@@ -48,9 +48,9 @@ class TrainState:
     best_loss: float = math.inf
     """Lowest validation loss, or training loss without validation data."""
     best_step: int = 0
-    """Step at which it was evaluated."""
+    """Step at which `best_loss` was evaluated."""
     recent_losses: list[float] = field(default_factory=list)
-    """Training losses of the last steps, without validation data: their mean is evaluated."""
+    """Training losses of the last steps; their mean is evaluated without validation data."""
     rollbacks: int = 0
     """Rollbacks since the last good checkpoint after `diverged_at`."""
     diverged_at: int = 0
@@ -58,14 +58,14 @@ class TrainState:
     bad_steps: int = 0
     """Consecutive steps, up to this one, whose loss or gradient was not finite."""
     pending: list[Action] = field(default_factory=list)
-    """What is due at this step and not done yet, in order."""
+    """Actions due at this step and not done yet, in order."""
     partial: PartialValLoss | None = None
-    """The pending evaluation, as far as it got."""
+    """Partial result of an interrupted evaluation."""
     seconds: float = 0.0
     """Wall time of training, over all processes of this run."""
 
     def due_actions(self, config: Config, *, save_deferred: bool) -> list[Action]:
-        """Return what is due after the current step, in order; after the last step, all is."""
+        """Return the actions due after the current step, in order; all after the last step."""
         intervals: dict[Action, int] = {
             "evaluate": config.eval_every,
             "sample": config.sample_every,
@@ -78,6 +78,7 @@ class TrainState:
     def to_json(self) -> dict[str, Any]:
         """Return the counters for state.json; NaN and Inf become null."""
         record = asdict(self)
+        # On-disk keys predate the field names; renaming them would break old checkpoints.
         losses, pending = record.pop("recent_losses"), record.pop("pending")
         partial = record.pop("partial")
         record["returns"] = record.pop("rollbacks")  # the key since version 0.1
@@ -90,7 +91,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> "TrainState":
-        """Read what `to_json` of this version or of version 0.1 wrote."""
+        """Read the record of `to_json`, of this version or of version 0.1."""
         record = {name: value for name, value in state["progress"].items() if value is not None}
         losses = [math.nan if loss is None else loss for loss in state.get("recent_losses", ())]
         partial, pending = state.get("partial"), list(state.get("pending", ()))
@@ -119,15 +120,16 @@ def snapshot(
     step: TrainStep,
     dataloader: DataLoader,
     comm: Comm,
-    **more: Any,
+    **extra: Any,
 ) -> checkpoints.Snapshot:
-    """Copy all that a run needs to resume; a collective. `more` are entries of state.json."""
+    """Copy the full training state; a collective. `extra` are more entries of state.json."""
     record = {
         "version": 1,
         **state.to_json(),
         "loader": dataloader.state_dict(),
+        # The loss scale: starting from the default again would skip steps until it fits.
         "scaler": step.scaler_state_dict(),
-        **more,
+        **extra,
     }
     return checkpoints.Snapshot(
         model=model_state_dict(step.model, comm),
@@ -156,6 +158,7 @@ def restore(
     dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step.load_scaler_state_dict(state["scaler"])
+    # Last: anything that draws random numbers would advance the restored generators.
     load_rng_state_dict(read(checkpoints.RNG_STATE), step.device, comm, source=source)
     return read_train_state(path, state)
 
@@ -164,7 +167,7 @@ def read_train_state(path: Path, state: Mapping[str, Any]) -> TrainState:
     """Read the counters from a checkpoint's state.
 
     Raises:
-        UserError: if they are not as `to_json` writes them.
+        UserError: if `to_json` did not write them.
     """
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         return TrainState.from_json(state)

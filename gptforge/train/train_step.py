@@ -25,7 +25,7 @@ from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
 from gptforge.train.parallel.grad_reducer import GradReducer
 
 BYTES_PER_PARAM = 20
-"""Reserved by `TrainStep.fits` for AdamW's state and the copy made by a save."""
+"""Reserved by `TrainStep.fits`: 8 for AdamW's moments, 12 for the copy that a save makes."""
 
 
 class TrainStep:
@@ -34,15 +34,15 @@ class TrainStep:
     Args:
         model: the plain module, whose weights are trained.
         optimizer: over the model's parameters; its learning rate is set at each step.
-        precision: dtype of the matmuls.
+        precision: compute dtype of the matmuls.
         micro_batch_size: sequences in a micro-batch.
         grad_clip: maximum gradient norm; 0 disables clipping.
         kernels: the kernels to use where there is a choice.
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
-        halve_on_oom: on an out-of-memory error, try again with half the micro-batch size.
+        halve_on_oom: on an out-of-memory error, halve the micro-batch size and try again.
         log: called with a message when that happens.
-        comm: the ranks, each of which gets its part of a global batch.
+        comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
     """
 
@@ -62,7 +62,7 @@ class TrainStep:
         comm: Comm = SINGLE_PROCESS,
         root: FSDPRoot | None = None,
     ) -> None:
-        assert root is None or not halve_on_oom, "other ranks would wait for one that tries again"
+        assert root is None or not halve_on_oom, "FSDP cannot retry: the other ranks would hang"
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.device = next(model.parameters()).device
         self.micro_batch_size, self._grad_clip = micro_batch_size, grad_clip
@@ -73,7 +73,7 @@ class TrainStep:
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Train on this rank's part of a global batch.
+        """Train on this rank's slice of a global batch.
 
         A step whose loss or gradient is not finite is skipped: weights and optimizer state stay
         unchanged.
@@ -84,37 +84,41 @@ class TrainStep:
             lr: learning rate.
 
         Returns:
-            The mean loss over the tokens of all ranks, and the gradient norm before clipping. Both
-            are scalars on the device, so that nothing waits for them.
+            The mean loss over the tokens of all ranks, and the gradient norm before clipping; both
+            scalars stay on the device, so this call does not sync.
         """
         if not self.root_module.training:
             # train() visits every module, which takes as long as launching a hundred kernels.
             self.root_module.train()
         loss = torch.zeros((), device=self.device)
-        # The mean over the tokens of the global batch, however that is split.
+        # Divide by the tokens of the global batch, so that neither the number of micro-batches nor
+        # that of ranks changes the gradient. All ranks have the same number of tokens.
         scale = 1 / (targets.numel() * self._comm.world_size)
         size, is_oom = self.micro_batch_size, False
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         try:
-            # Here, so that running out of memory for the optimizer's state is handled, too.
+            # Inside the try: allocating the optimizer's state may run out of memory too.
             self.optimizer.init_state()
             self.reducer.reset()
             self.backend.zero_grad()
             for i, (x, y) in enumerate(micro_batches):
                 if i == len(micro_batches) - 1:
                     self.reducer.enable_sync()  # all-reduce only with the last micro-batch
+                # The backend returns a sum over tokens, and scales the gradients itself.
                 loss += self.backend.forward_backward(x, y, scale) * scale
                 self._comm.tick()
         except torch.OutOfMemoryError:
             if not self._halve_on_oom or self.micro_batch_size == 1:
                 raise
+            # Retried outside the except block, whose traceback keeps activations alive.
             is_oom = True
         if is_oom and not self.reducer.has_sent():
-            # Other ranks only wait a little longer.
+            # No collective has started, so the other ranks just wait a little longer in theirs.
             self.optimizer.zero_grad(set_to_none=True)
             self._halve_micro_batch()
             return self(inputs, targets, lr=lr)
         if is_oom:
+            # Part of the gradients is already reduced: all ranks skip this step.
             self.reducer.poison()
             loss.fill_(math.nan)
         loss = self.reducer.finish(loss)
@@ -149,7 +153,7 @@ class TrainStep:
 
     @functools.cached_property
     def _autograd_grad_buffer(self) -> AutogradGradBuffer:
-        """Made once: the hooks that it registers stay on the parameters."""
+        """Built once, since the hooks that it registers on the parameters are not removed."""
         return AutogradGradBuffer(self.model)
 
     @property
@@ -169,7 +173,7 @@ class TrainStep:
 
     @property
     def root_module(self) -> nn.Module:
-        """What evaluation calls with inputs and targets, for their summed loss."""
+        """Module for evaluation: (inputs, targets) to the summed loss."""
         return self.model if self._root is None else self._root
 
     def unsharded_model(self) -> GPT | None:
@@ -187,14 +191,14 @@ class TrainStep:
     def capture_cuda_graph(self, context_length: int) -> bool:
         """Replay steps as CUDA graphs from now on; returns False if memory does not suffice.
 
-        Everything is captured here; nothing changes but that the optimizer's state is allocated.
-        Graphs take memory in addition to that of a step without them.
+        All graphs are captured here, without side effects other than that the optimizer's state is
+        allocated. Their private memory pools come on top of the memory of an eager step.
         """
         manual = self.backend
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
         assert isinstance(self._optimizer_step, OptimizerStep)
         assert self._root is None, "a graph cannot wait for other ranks"
-        # A graph cannot send gradients on the way: all are sent when it is done.
+        # Collectives are not captured, so they cannot overlap with a replay: they all run after it.
         manual.on_grads_ready = lambda num_groups: None
         captures_optimizer = type(self.optimizer) is AdamW and not self.precision.needs_scaler
         self.backend = CudaGraphBackend(manual, assign_grads=not captures_optimizer)
@@ -206,7 +210,7 @@ class TrainStep:
         if captures_optimizer:
             try:
                 for _ in range(2):
-                    # A loss of NaN: the step is skipped, and nothing changes.
+                    # With a loss of NaN the step is skipped, so weights and state do not change.
                     self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
             except torch.OutOfMemoryError:
                 return False
@@ -215,7 +219,7 @@ class TrainStep:
     def dry_run(self, batch_size: int, context_length: int) -> float:
         """Time a forward and backward pass on dummy tokens, without side effects, in seconds."""
         num_tokens = batch_size * context_length
-        # Different ones: adding up the gradients of many equal tokens takes far longer.
+        # Distinct ids: atomics on one row of the embedding's gradient would be far slower.
         tokens = torch.arange(num_tokens, device=self.device) % self.model.config.vocab_size
         x = tokens.view(batch_size, context_length)
         self.root_module.train()
@@ -229,9 +233,10 @@ class TrainStep:
         return time.perf_counter() - start
 
     def fits(self, batch_size: int, context_length: int) -> bool:
-        """Find out by a dry run whether a micro-batch fits into the device's memory."""
+        """Whether a micro-batch fits into the device's memory, by a dry run."""
         reserved, fits = None, True
         try:
+            # Before the first step the optimizer's state does not exist yet: hold its memory.
             if self.device.type == "cuda" and not self.optimizer.state:
                 nbytes = BYTES_PER_PARAM * sum(p.numel() for p in self.model.parameters())
                 reserved = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -241,6 +246,7 @@ class TrainStep:
         del reserved
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
+            # Blocks cached for this batch size would fragment the memory for the next one.
             torch.cuda.empty_cache()
         return fits
 
@@ -251,9 +257,10 @@ class TrainStep:
     def load_scaler_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the loss scaler's state."""
         if state and self._scaler.is_enabled():
-            counts = {"growth_interval", "_growth_tracker"}
+            # `scaler_state_dict` made these floats, and GradScaler's kernel takes ints.
+            int_keys = {"growth_interval", "_growth_tracker"}
             self._scaler.load_state_dict(
-                {name: int(value) if name in counts else value for name, value in state.items()}
+                {name: int(value) if name in int_keys else value for name, value in state.items()}
             )
 
     def _halve_micro_batch(self) -> None:

@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 200
 
 @dataclass
 class Trainer:
-    """Trains from `state` to the last step; `builders.build_trainer` puts the parts together."""
+    """Trains from `state` to the last step; built by `builders.build_trainer`."""
 
     config: Config
     step_fn: TrainStep
@@ -44,14 +44,14 @@ class Trainer:
     stop_signal: StopSignal
     loss_monitor: LossMonitor
     text_sha256: str
-    """Of the training text: a run resumes with the same text only."""
+    """Hash of the training text: a run resumes only with the same text."""
     inputs: Sequence[str]
     """Fingerprints of the files that the training text comes from."""
     state: TrainState
     lock: FolderLock | None
-    """On the run folder, until training ends."""
+    """Lock of the run folder, released when training ends."""
     comm: Comm
-    """The ranks; on all but the first, report and saver do nothing, and there is no lock."""
+    """The ranks; report and saver do nothing except on rank 0, which alone has the lock."""
     stop_consensus: AsyncMax
     """Makes all ranks stop at the same step."""
 
@@ -63,18 +63,18 @@ class Trainer:
     rolled_back_to: int = field(init=False, default=-1)
     """Step of the last checkpoint that was rolled back to."""
     is_save_deferred: bool = field(init=False, default=False)
-    """Whether the next good step saves, since the last save was due in a streak of bad ones."""
+    """Whether to save after the next good step, since a save was due in a streak of bad ones."""
 
     def fit(self) -> StopReason:
         """Train to the last step or until a reason to stop; the state is saved either way."""
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
-        # If a crash came between the last save and the end, only the end is left to do.
+        # After a crash between the last save and `finish`, only the report is missing.
         is_done = not self.steps_left and not self.state.pending
         reason: StopReason | None = "finished" if is_done else None
         with self.stop_signal, self.report.console:
             while reason is None:
-                # Actions left over from an interrupted run come before the next step.
+                # A run that was interrupted in an evaluation resumes with it, not with a step.
                 if not self.state.pending and self.has_diverged(self.train_step()):
                     rollback(self)
                     continue
@@ -101,7 +101,7 @@ class Trainer:
             self.lock.release()
         if reason == "finished" and not any(map(math.isfinite, (state.loss, state.best_loss))):
             raise RunError(
-                f"training diverged before step {state.step}, and nothing was learned: "
+                f"training diverged before step {state.step}, with no finite loss: "
                 f"{HINT}; --restart starts from scratch"
             )
         return reason
@@ -115,6 +115,7 @@ class Trainer:
         )  # fmt: skip
         inputs, targets = self.dataloader.next_batch()
         loss, norm = self.step_fn(inputs, targets, lr=lr)
+        # The device is still computing: everything below overlaps with it unless it reads `loss`.
         self._loss = loss
         if self.val_evaluator is None:
             self._recent_losses.append(loss)
@@ -122,13 +123,13 @@ class Trainer:
         self.state.pending = self.state.due_actions(c, save_deferred=self.is_save_deferred)
         if self.steps_left:
             self.dataloader.prefetch_to_device()
-        # Only when a line is due: reading the loss waits for the device.
+        # Reading the loss syncs with the device, so it is read only when a line is due.
         if step % c.log_every == 0 or not self.steps_left:
             self._log(step, loss, norm, lr)
         self.report.console.update(self.state.step, f"loss {self.state.loss:.3f}")
         anomalies = self.loss_monitor.update(step, position, loss, norm)
         if self.state.pending:
-            # Evaluating and saving need to know whether this step was a good one.
+            # Evaluating and saving depend on whether this step was good, so wait for its loss.
             anomalies += self.loss_monitor.flush()
         return anomalies
 
@@ -182,7 +183,7 @@ class Trainer:
         with self.untimed():
             bits_per_byte = None
             if self.val_evaluator is None:
-                # In a streak of bad steps, earlier losses say nothing about the weights now.
+                # During a streak of bad steps, earlier losses are no estimate for these weights.
                 is_good = self.loss_monitor.bad_steps == 0
                 loss = self._recent_losses.mean() if is_good else math.nan
             else:
@@ -210,7 +211,7 @@ class Trainer:
         return is_best
 
     def sample(self) -> None:
-        """Log a sample, drawn with an RNG of its own, so that training is not affected."""
+        """Log a sample, drawn with a separate RNG so that training is not affected."""
         with self.untimed():
             model = self.step_fn.unsharded_model()
             if model is None:
@@ -233,11 +234,11 @@ class Trainer:
         with self.untimed():
             state = self.state
             self.is_save_deferred = False
-            # If an evaluation is pending too, there will be another save after it.
+            # With an evaluation pending, this save is an extra one; the due save comes after it.
             if state.pending == ["save"]:
                 state.pending.clear()
             self.has_diverged(self.loss_monitor.flush())
-            # The best model has just been evaluated, whatever the steps before were like.
+            # A new best loss shows that the weights are good, even right after bad steps.
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:
                 state.rollbacks = 0
@@ -267,7 +268,7 @@ class Trainer:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Exclude a block from the step time, and let other ranks wait for it."""
+        """Exclude a block from the step time and from the watchdog's stall check."""
         synchronize(self.step_fn.device)
         start = time.perf_counter()
         with self.comm.pause_stall_check():
@@ -284,7 +285,7 @@ class Trainer:
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         self.state.loss = float(loss)
-        # A clock may stand still.
+        # Avoid a division by zero on a coarse clock.
         seconds = max(self._start_lap() / (self.state.step - self._last_logged), 1e-9)
         self._last_logged = self.state.step
         self.report.log_step(

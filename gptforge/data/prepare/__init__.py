@@ -1,1 +1,1 @@
-"""Prepare text: files of any kind and size into token shards."""
+"""Prepare training data: encode text files of any size into token shards."""

@@ -31,7 +31,7 @@ from gptforge.tokenizers.base import END_OF_TEXT, smallest_dtype
 MAX_SOURCES = 1000  # files that the index lists
 MAX_FINGERPRINTS = 20_000  # every checkpoint keeps 20 bytes for each
 MAX_NOTICES = 20
-VAL_SHARE_TOLERANCE = 2  # report a held-out share that is off by this factor
+VAL_FRACTION_TOLERANCE = 2  # report a held-out fraction that is off by this factor
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PreparedData:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know about the split and the text."""
+        """Notes for the user about the split and the text."""
         notices = list(self.scan.notices)
         if literals := sum(result.num_eot_literals for result in self.job_results):
             times = pluralize(literals, "time", "times")
@@ -75,7 +75,7 @@ class PreparedData:
 
     @property
     def input_splits(self) -> dict[str, list[SplitName]]:
-        """The splits that text of each file went to, by the file's fingerprint."""
+        """The splits of each file's text, by the file's fingerprint."""
         by_source: dict[int, set[SplitName]] = {}
         for result in self.job_results:
             for index, splits in result.splits.items():
@@ -127,11 +127,12 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
 
 
 def log_summary(prepared: PreparedData, log: Callable[[str], None]) -> None:
-    """Log repairs, skipped input, and a held-out share far from the requested one."""
+    """Log repairs, skipped input, and a held-out fraction far from `val_fraction`."""
     num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
     fraction = prepared.split_rule.fraction
     share = num_bytes["val"] / max(1, sum(num_bytes.values()))
-    is_far = not fraction / VAL_SHARE_TOLERANCE <= share <= fraction * VAL_SHARE_TOLERANCE
+    low, high = fraction / VAL_FRACTION_TOLERANCE, fraction * VAL_FRACTION_TOLERANCE
+    is_far = not low <= share <= high
     if prepared.split_rule.rule != "files" and fraction and is_far:
         log(
             f"note: {100 * share:.3g}% of the text are held out, not {100 * fraction:.3g}%: "

@@ -1,4 +1,4 @@
-"""One job of a preparation: encode spans of the input files into shards of their own.
+"""One job of a preparation: encode spans of the input files into separate shards.
 
 Jobs are independent, so the shards do not depend on the number of processes.
 """
@@ -26,7 +26,7 @@ from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT
 from gptforge.tokenizers.fast_encode import FastEncoder
 
 SMALL_FILE_BYTES = 2**23  # text files up to this size are read into memory
-MAX_UNBROKEN_CHARS = 2**26  # more characters without whitespace are not text
+MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class FileSpan:
     stop: int | None = None  # in the same unit
     split: SplitName | None = None  # set for the parts of a long text
     starts_document: bool = True
-    num_bytes: int = 0  # share of the file's size, for the progress bar
+    num_bytes: int = 0  # bytes on disk, for the progress bar
 
 
 @dataclass(frozen=True)
 class Job:
-    """Spans that are encoded into shards of their own."""
+    """Spans that are encoded into separate shards."""
 
     index: int
     spans: tuple[FileSpan, ...]
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What all jobs of a preparation share."""
+    """Settings common to all jobs of a preparation."""
 
     out_dir: Path
     tokenizer_file: Path
@@ -63,24 +63,24 @@ class JobSettings:
 
 @dataclass
 class JobResult:
-    """What the index needs to know about a finished job."""
+    """Results of a finished job, for the index."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)  # count by problem
-    examples: list[str] = field(default_factory=list)  # of skipped input, with locations
+    examples: list[str] = field(default_factory=list)  # skipped input, with locations
     notices: list[str] = field(default_factory=list)  # what was repaired while reading
     encoder: str = ""
-    splits: dict[int, list[SplitName]] = field(default_factory=dict)  # by source index
+    splits: dict[int, list[SplitName]] = field(default_factory=dict)  # source index to splits
     num_eot_literals: int = 0  # end-of-text marks in the text, as plain characters
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record that is kept until all jobs are finished."""
+        """Return the record of a finished job, from which an interrupted preparation resumes."""
         record = asdict(self)
         return record | {"sides": record.pop("splits"), "marks": record.pop("num_eot_literals")}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "JobResult":
-        """Read the record of `to_json`; any exception means that it is something else."""
+        """Read a record of `to_json`; raises some exception for anything else."""
         fields = dict(record)
         splits = {int(index): splits for index, splits in fields.pop("sides").items()}
         result = cls(splits=splits, num_eot_literals=fields.pop("marks"), **fields)
@@ -207,7 +207,7 @@ class JobRunner:
     def _independent_parts(
         self, span: FileSpan, cut: int | None
     ) -> Iterator[tuple[str, int, bool]]:
-        """Split a long text where the ids of its parts are those of the text.
+        """Split a long text at places where its ids are those of the parts, concatenated.
 
         Yields:
             A part, the bytes of the file read so far, and whether validation starts with it, at
@@ -225,7 +225,7 @@ class JobRunner:
                 if head:
                     yield head, chunk.bytes_read, is_val
                 pending, text, is_val = "", text[cut - chunk_start :], True
-            # A blank at the old end may become a safe cut by what follows it.
+            # A space at the old end may become a safe cut by the character after it.
             search_start = max(1, len(pending) - 1)
             pending += text
             position = last_safe_cut(pending, search_start)

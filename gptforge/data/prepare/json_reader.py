@@ -23,7 +23,7 @@ DEFAULT_FIELD = "text"
 CHAT_FIELDS = ("messages", "conversations", "conversation")  # read if there is no field "text"
 CHAT_NOTICE = "joined the messages of each chat as 'role: content', with a blank line between"
 MAX_LISTED_FIELDS = 8
-MAX_ELEMENT_CHARS = 64 * 2**20  # of an array: several copies must fit into memory
+MAX_ELEMENT_CHARS = 64 * 2**20  # per array element: several copies must fit into memory
 JSON_WHITESPACE = " \t\r\n"
 
 
@@ -49,7 +49,7 @@ def read_json_lines(
                 record = _parse_line(line, source, text_format, bad_input)
                 yield _record_text(record, source, text_format, bad_input), bytes_read
             except BadInput as bad:
-                # Lines are counted only if one is bad.
+                # Line numbers are counted only for errors, by reading the file again.
                 before = read_blocks(source, 0, line_start)
                 number = 1 + sum(block.count(b"\n") for block, _ in before)
                 bad_input.handle(bad, f"{source.name}, line {number}")
@@ -84,7 +84,7 @@ def _parse_line(
 
 
 def _json_hint(source: Source, error: Exception) -> str:
-    # Bytes, not text: UTF-16 gets its own message elsewhere.
+    # Bytes, not text: `read_json_lines` reports UTF-16 before.
     first = next((block for block, _ in read_blocks(source)), b"").lstrip()
     if source.path.suffix == ".json" and first.startswith(b"{") and b"\n" in first:
         return (
@@ -166,13 +166,13 @@ def array_elements(source: Source, encoding: str, notices: set[str]) -> Iterator
                     location = f"{source.name}, element {number}"
                     hint = f"correct it ({error_reason(error)})"
                     raise BadInput("not JSON", location, hint) from None
-                # It may continue in the next chunk; doubling keeps the total cost linear.
+                # The element may continue in the next chunk; doubling keeps the total cost linear.
                 read(rest)
                 continue
             if end < len(text) or is_end:
                 position = end
                 return value
-            read(1)  # a number may continue as well
+            read(1)  # a number at the end of a chunk may continue in the next one
 
     truncated = BadInput(
         "the array has no end: no ] after the last element",

@@ -58,7 +58,8 @@ def _spans(
     is_seekable = (
         not source.compression and text_format.encoding == "utf-8" and source.size > job_bytes
     )
-    # These rules look at a document's index in its file, known only when reading from the start.
+    # These rules need a document's index in its file, which is known only when reading from its
+    # start.
     needs_index = scan.split_rule.rule in ("character", "boundary")
     if not has_many_documents(source, text_format):
         if is_seekable:
@@ -117,7 +118,7 @@ def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> Ite
     try:
         parquet = open_parquet(file.source, text_format)
     except BadInput:
-        # The job that reads the file raises this again, or counts it.
+        # The job that reads the file raises or counts this error.
         yield file
         return
     with parquet:
@@ -127,6 +128,6 @@ def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> Ite
     for end, group_bytes in enumerate(sizes, 1):
         num_bytes += group_bytes
         if num_bytes >= size or end == len(sizes):
-            share = file.source.size * sum(sizes[begin:end]) // total
-            yield replace(file, start=begin, stop=end, num_bytes=share)
+            span_bytes = file.source.size * sum(sizes[begin:end]) // total
+            yield replace(file, start=begin, stop=end, num_bytes=span_bytes)
             begin, num_bytes = end, 0

@@ -1,7 +1,7 @@
-"""Prepare text of any kind and size: encode it into token shards, in constant memory, once.
+"""Encode text of any kind and size into token shards, in constant memory.
 
-All state is in the output folder: shards appear when they are complete, each job leaves its result,
-and the index comes last. So an interrupted preparation resumes.
+All state is in the output folder: shards are renamed into place when they are complete, each job
+writes its result, and the index is written last. So an interrupted preparation can resume.
 """
 
 import json
@@ -45,8 +45,8 @@ from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 PROGRESS_DIR = ".preparing"  # results of the jobs of an unfinished preparation
 REQUEST_FILE = ".request"  # hash of the request
-MIN_PARALLEL_BYTES = 2**24  # less is done before worker processes have started
-PREPARE_VERSION = 1  # raise it when the same request would give other tokens
+MIN_PARALLEL_BYTES = 2**24  # less is encoded before worker processes would have started
+PREPARE_VERSION = 1  # increment it if the same request would give other tokens
 
 
 def prepare(
@@ -68,7 +68,7 @@ def prepare(
         restart: move the old content of the folder away.
         wait: wait for another process that prepares the same folder.
         log: called with each line for the user.
-        progress: shows how far the work is.
+        progress: shows the progress.
 
     Raises:
         UserError: for anything that the user can fix, or if the folder holds something else.
@@ -77,7 +77,7 @@ def prepare(
     if not 0 <= request.val_fraction < 1:
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")
     if request.cache_key and out_dir.is_file():
-        # The cache belongs to the program: the file is there by mistake.
+        # Only this program writes to its cache: the file is there by mistake.
         out_dir.unlink()
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out {out_dir} is a file: choose another")
@@ -106,7 +106,7 @@ class _Preparation:
         self.log, self.progress = log, progress
         self.progress_dir = out_dir / PROGRESS_DIR
         self._is_cache = bool(request.cache_key)
-        self._only_source = ""  # its name, if there is only one
+        self._only_source = ""  # name of the source, if there is only one
 
     def run(self) -> Index:
         is_started = (self.out_dir / REQUEST_FILE).is_file() or self.progress_dir.is_dir()
@@ -116,7 +116,7 @@ class _Preparation:
             return self._run()
         except UserError as error:
             if not is_started and not any(self.progress_dir.glob("job-*")):
-                # Refused before there was any result: leave no trace.
+                # Failed before there was any result: leave no files behind.
                 files.remove(self.progress_dir)
                 for name in (REQUEST_FILE, TOKENIZER_FILE):
                     (self.out_dir / name).unlink(missing_ok=True)
@@ -258,7 +258,7 @@ class _Preparation:
         return index
 
     def _discard_other_results(self, key: str) -> None:
-        """Delete what an unfinished preparation of another request left."""
+        """Delete the results of an unfinished preparation of another request."""
         if (old_key := _read(self.out_dir / REQUEST_FILE)) and old_key != key:
             if any(self.progress_dir.glob("job-*")):
                 self.log("note: the data or the options have changed: starting from scratch")
@@ -318,7 +318,7 @@ class _Preparation:
                     return None
             return result
         except Exception:
-            # The file may hold anything: run the job again.
+            # Corrupt, or from another version: run the job again.
             return None
 
     def _result_file(self, job: Job) -> Path:

@@ -15,8 +15,8 @@ class Document:
     """One of several documents in a file.
 
     Attributes:
-        index: in the file, or in the part of it that is read.
-        bytes_read: of the file, so far.
+        index: of the document in the file, or in the part of it that is read.
+        bytes_read: bytes of the file that were read so far.
     """
 
     text: str
@@ -25,7 +25,7 @@ class Document:
 
 
 def has_many_documents(source: Source, text_format: TextFormat) -> bool:
-    """Whether a file contains documents, and is not one itself."""
+    """Whether a file contains several documents, and is not a single one."""
     return source.kind != "text" or bool(text_format.split_on)
 
 
@@ -90,7 +90,7 @@ def _read_delimited(
     )
     try:
         for chunk in chunks:
-            # The rest was searched before: a separator ends in the new chunk.
+            # `rest` was searched before, so a new separator ends in the new chunk.
             search_from = max(0, len(rest) - len(separator) + 1)
             rest += chunk.text
             texts = []

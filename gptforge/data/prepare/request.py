@@ -24,7 +24,7 @@ MAX_SUFFIXES = 5  # suffixes of ignored files that are listed
 
 
 class ProgressBar(Protocol):
-    """Shows how far the work is."""
+    """Shows the progress of a preparation."""
 
     def start(self, total: int, done: int) -> None:
         """Show the bytes of all files, and those done by an earlier process."""
@@ -41,13 +41,13 @@ class PrepareRequest:
     tokenizer: str | Tokenizer = "gpt2"  # or its name or file; "char" is made from the text
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
-    kind: FileKind | Literal["auto"] = "auto"  # auto goes by the names of the files
-    shard_bytes: int = 2**26  # of the files, for each shard
+    kind: FileKind | Literal["auto"] = "auto"  # auto: by the suffix of each file
+    shard_bytes: int = 2**26  # bytes of input files per shard
     split_by_name: bool = True  # hold out files named validation, ignore those named test
     needs_val: bool = False  # hold out such files even if val_fraction is 0
     skip_bad: bool = False
     raw_bin: bool = False  # one file for each split, without a header, as nanoGPT writes them
-    sources: Sequence[Source] = ()  # the files, if they are known already
+    sources: Sequence[Source] = ()  # the files, if `find_sources` has been called already
     cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
 
 
@@ -87,9 +87,9 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
 
 
 def fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits that identify a file: of its size, its first and last bytes.
+    """Return 16 hexadecimal digits of a hash of a file's size, first and last bytes.
 
-    It is cheap for a file of any size, but misses changes in the middle.
+    This is cheap for a file of any size, but misses changes in the middle.
     """
     sha256, size = hashlib.sha256(), path.stat().st_size
     sha256.update(f"{size}\n".encode())

@@ -24,16 +24,16 @@ from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunk
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
 
-# GPT-2's pattern never merges across such a place; of several blanks it is before the last.
+# GPT-2's pre-tokenization pattern always splits here: before the last of several blanks.
 SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
 SEARCH_BLOCK = 2**16
-MAX_SEARCH_BYTES = 2**26  # give up looking for a safe cut after so many bytes
+MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after so many bytes
 OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
 
 
 @dataclass
 class TextStats:
-    """Statistics of a text file, as it is trained on."""
+    """Statistics of a text file after normalization."""
 
     num_chars: int = 0
     sha256: bytes = b""
@@ -52,8 +52,8 @@ class ScanResult:
     """What the first pass found."""
 
     split_rule: SplitRule
-    sha256: str  # of the text if there is only one, else empty
-    text_stats: dict[int, TextStats]  # by source index
+    sha256: str  # hash of the text if there is only one, else empty
+    text_stats: dict[int, TextStats]  # source index to statistics
     notices: tuple[str, ...] = ()  # about the split
 
 
@@ -66,7 +66,7 @@ def scan(
     val_sources: tuple[int, ...] = (),
     split_duplicates: bool = False,
 ) -> ScanResult:
-    """Read as many documents as the split rule needs, and make the rule.
+    """Read as many documents as the split rule needs, and build the rule.
 
     Raises:
         UserError: if there is no text, or it cannot be read.
@@ -229,7 +229,8 @@ def find_safe_cuts(source: Source, start: int, stop: int, stride: int) -> list[i
 
 def _next_safe_cut(file: IO[bytes], target: int, stop: int) -> int | None:
     for begin in range(target, min(stop, target + MAX_SEARCH_BYTES), SEARCH_BLOCK):
-        # One byte before the block for the lookbehind, and all bytes of the character after it.
+        # Include the byte before the block, for the lookbehind, and the bytes of the character
+        # after it.
         file.seek(begin - 1)
         block = file.read(min(SEARCH_BLOCK + 8, stop - begin + 1))
         for match in SAFE_CUT_BYTES.finditer(block, 1, SEARCH_BLOCK):

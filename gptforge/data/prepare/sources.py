@@ -1,4 +1,4 @@
-"""Input files: files, folders, patterns, pipes and standard input, with their kind."""
+"""Find the input files: from files, folders, patterns, pipes and standard input."""
 
 import glob
 import os
@@ -27,9 +27,9 @@ KIND_BY_SUFFIX: dict[str, FileKind] = {
     ".parquet": "parquet",
     **dict.fromkeys((".csv", ".tsv"), "csv"),
 }
-"""A file that is named explicitly may have any other suffix: it is read as text."""
+"""Files with other suffixes are read as text if they are named explicitly."""
 FOLDER_SUFFIXES = tuple(s for s in KIND_BY_SUFFIX if s not in (".json", ".csv", ".tsv"))
-"""Read from a folder. Many .json files there belong to a program, many .csv are full of numbers."""
+"""Suffixes that are read from a folder. Many .json files there are settings, many .csv numbers."""
 COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".xz": "xz"}
 COMPRESSION_BY_MAGIC: dict[bytes, Compression] = {
     b"\x1f\x8b": "gz",
@@ -47,7 +47,7 @@ class Source:
     Attributes:
         size: bytes on disk.
         stamp: changes with the content: the modification time, or a hash.
-        name: as messages call it.
+        name: for messages.
     """
 
     path: Path
@@ -68,8 +68,8 @@ def find_sources(
 
     Args:
         names: files, folders, patterns with * ? or [], and - for standard input.
-        kind: of all files; auto goes by their suffixes.
-        spool_dir: where standard input and pipes are copied to: preparing reads files twice.
+        kind: of all files; auto: by the suffix of each.
+        spool_dir: folder for copies of standard input and pipes, since files are read twice.
 
     Raises:
         UserError: if a name matches nothing, or a file is named twice.
@@ -80,7 +80,7 @@ def find_sources(
             if spool_dir is None:
                 what = "standard input" if name == "-" else "a pipe"
                 raise UserError(f"{name}: {what} cannot be read here: give a file")
-            # Every pipe has its own copy.
+            # One copy per pipe.
             path = spool_dir / (STDIN_FILE if name == "-" else f"{STDIN_FILE}-{len(sources)}")
             sources.append(_spooled_source(name, path, kind))
         else:
@@ -104,7 +104,7 @@ def open_sources(
 
 
 def count_ignored_files(name: str) -> Counter[str]:
-    """How many files of a folder are not read, by suffix."""
+    """Count the files of a folder that are not read, by suffix."""
     folder = Path(name)
     if name == "-" or not folder.is_dir():
         return Counter()
@@ -143,7 +143,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Files below a folder, without hidden ones and those of runs."""
     for root, folders, names in os.walk(folder):
         here = Path(root)
-        # The log and the samples of a run are not training text, and they grow.
+        # Skip runs: their logs and samples are not training text, and change during training.
         folders[:] = [n for n in folders if not n.startswith(".") and not _is_run(here / n)]
         for path in (here / name for name in names if not name.startswith(".")):
             if path.is_file():
@@ -181,7 +181,7 @@ def _file_source(path: Path, kind: FileKind | Literal["auto"]) -> Source:
 
 
 def _spooled_source(name: str, path: Path, kind: FileKind | Literal["auto"]) -> Source:
-    """Standard input or a pipe, copied to a file; the first bytes tell how it is compressed."""
+    """Copy standard input or a pipe to a file; its magic number gives the compression."""
     if kind == "parquet":
         raise UserError(f"{name}: reading Parquet needs random access: give a file")
     path.parent.mkdir(parents=True, exist_ok=True)

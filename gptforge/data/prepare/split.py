@@ -1,9 +1,8 @@
-"""Which documents are held out for validation.
+"""Select the documents that are held out for validation.
 
-The rule looks at the text alone, never at its place on the disk. A single text is cut at a
-character. A hundred documents or more are chosen by hash, so that adding data never moves one to
-the other split. Fewer are cut at the nearest boundary between two. Files whose names say
-validation are held out as they are.
+The rule depends on the text, not on paths. A single text is cut at a character. A hundred documents
+or more are selected by hash, so that adding data never moves one to the other split. Fewer are cut
+at the boundary nearest to the fraction. Files named validation are held out as they are.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from gptforge.errors import UserError
 
 SplitName = Literal["train", "val"]
 DocumentId = tuple[int, int]  # index of its source, and its index in it
-MIN_HASH_DOCUMENTS = 100  # from here on, documents are chosen by hash
+MIN_HASH_DOCUMENTS = 100  # from this number on, documents are selected by hash
 
 SplitWord = Literal["train", "val", "test"]
 SPLIT_WORDS: dict[str, SplitWord] = {
@@ -31,7 +30,7 @@ LETTERS = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class DocumentStats:
-    """What the rule needs to know about a document."""
+    """Properties of a document that the rule depends on."""
 
     id: DocumentId
     num_chars: int
@@ -45,8 +44,8 @@ class SplitRule:
     rule: Literal["none", "character", "boundary", "hash", "files"]
     fraction: float
     cut: int = 0  # character where validation starts
-    first_val: DocumentId = (0, 0)  # validation starts there, by the rule boundary
-    exceptions: Mapping[str, SplitName] = field(default_factory=dict)  # by digest in hexadecimal
+    first_val: DocumentId = (0, 0)  # first document of validation, by the rule "boundary"
+    exceptions: Mapping[str, SplitName] = field(default_factory=dict)  # digest in hex to split
     val_sources: tuple[int, ...] = ()
     prepend_eot: bool = True  # an end-of-text id before each document
 
@@ -63,7 +62,7 @@ class SplitRule:
         return self.exceptions.get(f"{digest:016x}", split)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record that the index keeps."""
+        """Return the record for the index."""
         return {
             "rule": self.rule,
             "fraction": self.fraction,
@@ -88,7 +87,7 @@ def digest_from_sha256(sha256: bytes) -> int:
 def make_split_rule(
     documents: Sequence[DocumentStats], val_fraction: float, *, split_duplicates: bool = False
 ) -> SplitRule:
-    """Make the rule for a data set from its first hundred documents, or all if there are fewer.
+    """Build the rule for a data set from its first hundred documents, or all if there are fewer.
 
     With `split_duplicates`, copies of a document may be in both splits if there are few documents.
 
@@ -149,9 +148,9 @@ def _keep_copies_together(
 def _keep_from_empty(
     documents: Sequence[DocumentStats], val_fraction: float
 ) -> dict[str, SplitName]:
-    """Of the first hundred, always hold out the lowest hash and never the highest.
+    """Hold out the lowest hash of the first hundred documents in any case, never the highest.
 
-    So no split is empty, and data appended later changes nothing.
+    So neither split is empty, and appending data changes nothing.
     """
     digests = sorted({document.digest for document in documents[:MIN_HASH_DOCUMENTS]})
     if len(digests) == 1:
@@ -171,7 +170,7 @@ def _keep_from_empty(
 
 @dataclass(frozen=True)
 class FilenameSplits:
-    """Indices of the files whose names say validation or test."""
+    """Indices of the files that are named validation or test."""
 
     val: tuple[int, ...] = ()
     test: tuple[int, ...] = ()
@@ -181,16 +180,16 @@ class FilenameSplits:
 
 
 def split_by_name(paths: Sequence[Path], *, require_train: bool = True) -> FilenameSplits:
-    """Find the files whose names say validation or test.
+    """Find the files that are named validation or test.
 
-    A name is divided into words at everything that is not a letter: `data-validation-0001.parquet`
-    says validation, `medieval_000.bin` says nothing. The file's name decides; if it says nothing,
-    the nearest folder that does, below the folder that all files have in common.
+    A name is split into words at everything that is not a letter: `data-validation-0001.parquet` is
+    for validation, `medieval_000.bin` is not. Without such a word in the file's name, the nearest
+    folder with one decides, below the folder that all files have in common.
 
     Args:
         paths: all files of an input.
-        require_train: ignore the names unless one says train: a lone `dev_notes.txt` is a text
-            like any other.
+        require_train: ignore the names unless one has the word train: otherwise `dev_notes.txt` is
+            ordinary text.
     """
     if len(paths) < 2:
         return FilenameSplits()
@@ -198,7 +197,7 @@ def split_by_name(paths: Sequence[Path], *, require_train: bool = True) -> Filen
     try:
         depth = len(Path(os.path.commonpath([path.parent for path in absolute])).parts)
     except ValueError:
-        depth = 1  # on different drives
+        depth = 1  # the paths are on different drives
     words = [_split_word(path.parts[depth:]) for path in absolute]
     if require_train and "train" not in words:
         return FilenameSplits()
@@ -226,7 +225,7 @@ def describe_filename_splits(
 def _split_word(parts: Sequence[str]) -> SplitWord | None:
     for part in reversed(parts):
         found = {SPLIT_WORDS[word] for word in LETTERS.findall(part.lower()) if word in SPLIT_WORDS}
-        # train_test.txt says nothing.
+        # A name with two words, such as train_test.txt, is ambiguous.
         if len(found) == 1:
             return found.pop()
     return None

@@ -17,7 +17,7 @@ from gptforge.tokenizers.fast_encode import FastEncoder
 
 BATCH_CHARS = 2**20  # characters encoded per call
 MAX_SHARD_TOKENS = 2**27
-SELF_CHECK_CHARS = 2**16  # characters of the first text that the reference tokenizer encodes too
+SELF_CHECK_CHARS = 2**16  # characters to compare with the reference tokenizer first
 
 
 class ShardWriter:
@@ -54,14 +54,14 @@ class ShardWriter:
     def abort(self) -> None:
         """Delete the temporary file."""
         with contextlib.suppress(OSError):
-            # Closing flushes the buffer, which a full disk refuses a second time.
+            # Closing flushes the buffer, which fails again on a full disk.
             self._file.close()
         self._partial.unlink(missing_ok=True)
 
 
 @dataclass
 class SplitCounts:
-    """What a shard holds; the names are keys of the index."""
+    """Totals of a shard; the names are keys of the index."""
 
     documents: int = 0
     characters: int = 0
@@ -104,7 +104,7 @@ class SplitWriter:
             self.flush()
 
     def add_part(self, text: str, source_name: str, *, starts_document: bool) -> None:
-        """Encode and write a part of a long document at once."""
+        """Encode and write a part of a long document immediately."""
         self.flush()
         ids = self._encode(text, source_name)
         if starts_document and self._prepend_eot:

@@ -23,11 +23,11 @@ from gptforge.data.prepare.text_io import (
 from gptforge.errors import UserError, error_reason
 
 DELIMITERS = ",;\t|"
-PEEK_ROWS = 20  # searched for the columns that contain text
+PEEK_ROWS = 20  # rows to search for columns that contain text
 KIND_TEXT_HINT = "or read the file as plain text with --kind text"
-ROWS_PER_BATCH = 16  # of Parquet: each may be a copy of one long text that is stored once
-MAX_BATCH_BYTES = 2**28  # of a batch in which every row is as long as its whole row group
-MAX_RATIO = 1000  # of decompressed to compressed size of a large row group; text has about 10
+ROWS_PER_BATCH = 16  # few, since a Parquet dictionary may store a long text once for many rows
+MAX_BATCH_BYTES = 2**28  # size of a batch if every row were as long as its row group
+MAX_RATIO = 1000  # decompressed to compressed size of a large row group; about 10 for text
 
 
 def read_csv(
@@ -38,7 +38,7 @@ def read_csv(
     The first line names the columns. A .tsv is delimited by tabs, any other file by whichever of
     , ; tab and | is most frequent in its first line. Quoting follows RFC 4180.
     """
-    csv.field_size_limit(MAX_LINE_LENGTH)  # an unclosed quote must not read the whole file
+    csv.field_size_limit(MAX_LINE_LENGTH)  # an unclosed quote must not read the rest of the file
     field, bytes_read, line_number = text_format.field, 0, 0
 
     def read_lines() -> Iterator[str]:
@@ -160,7 +160,7 @@ def read_parquet(
             location = f"{source.name}, row group {group + 1} of {num_groups}"
             try:
                 rows = rows_per_batch(file.metadata, group, column)
-                # A row group may have gigabytes: it is read page by page.
+                # A row group may have gigabytes, so it is read in batches.
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                     for value in batch.column(0).to_pylist():
                         if value is None:
@@ -185,10 +185,10 @@ def read_parquet(
 
 
 def rows_per_batch(metadata: Any, group: int, column: str) -> int:
-    """How many rows of a row group fit into memory, whatever their lengths.
+    """The number of rows of a row group that fit into memory, whatever their lengths.
 
-    A dictionary stores a text once for any number of rows: the size of a row group limits the
-    length of one text, not the sum of all.
+    A dictionary stores a text once for any number of rows, so the size of a row group is a bound of
+    the length of one text, not of their sum.
 
     Raises:
         BadInput: if the row group decompresses to far more than text does.

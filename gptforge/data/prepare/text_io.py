@@ -15,10 +15,10 @@ from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.sources import Source
 from gptforge.errors import UserError
 
-# Strings of megabytes, with one, two and four bytes a character by turns, fragment the heap of the
-# C library, which then grows with the text; small ones hardly do.
+# Large strings that alternate between one, two and four bytes per character fragment the heap of
+# the C library, which then grows with the text; small ones hardly do.
 BLOCK_BYTES = 2**15
-MAX_LINE_LENGTH = 64 * 2**20  # of a line or a document: several copies must fit into memory
+MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
@@ -57,13 +57,13 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of a file's text.
+    """Part of a file's text.
 
     Attributes:
         offset: first byte in the decompressed file.
         raw: as decoded; it never ends between CR and LF.
         text: `raw` with CRLF turned into LF, and without a byte order mark.
-        bytes_read: of the file on disk, so far.
+        bytes_read: bytes of the file on disk that were read so far.
         has_replacements: whether undecodable bytes became U+FFFD.
     """
 
@@ -141,7 +141,7 @@ class _ZstdReader:
     def read(self, size: int) -> bytes:
         """Up to `size` bytes; none at the end."""
         while len(self._ready) - self._consumed < size:
-            # In small blocks: a few bytes may decompress to very many.
+            # In small blocks: the ratio of a malicious or repetitive file is unbounded.
             self._compressed = self._compressed or self._disk.read(2**14)
             if not self._compressed:
                 if self._frame is not None:
@@ -195,7 +195,7 @@ def read_chunks(
             raise BadInput(problem, source.name, hint) from None
         read += len(block)
         undecoded = len(decoder.getstate()[0])
-        # A CR waits for the LF that may follow.
+        # Keep back a CR, since an LF may follow.
         kept = "\r" if raw.endswith("\r") and block else ""
         raw = raw[: len(raw) - len(kept)]
         if "\0" in raw:
@@ -216,9 +216,9 @@ def read_chunks(
 def split_lines(
     parts: Iterable[tuple[AnyStr, int]], newline: AnyStr
 ) -> Iterator[tuple[AnyStr, int]]:
-    """Lines with their newlines, and the number that comes with the part where each ends.
+    """Lines with their newlines, and the number that came with the part in which each ends.
 
-    Of a line longer than MAX_LINE_LENGTH, only a prefix that is too long as well.
+    A line longer than MAX_LINE_LENGTH is truncated to a prefix, which is too long as well.
     """
     empty = newline[:0]
     kept: list[AnyStr] = []
@@ -241,7 +241,7 @@ def split_lines(
 
 
 def describe_fixes(chunk: Chunk) -> set[str]:
-    """What was normalized in a chunk, in words."""
+    """Describe what was normalized in a chunk."""
     fixes = set()
     if chunk.offset == 0 and chunk.raw.startswith(BOM):
         fixes.add("dropped the byte order mark")
@@ -258,8 +258,8 @@ def describe_decode_error(
     """Problem and hint for bytes that are not in an encoding.
 
     Args:
-        encoding: what they were decoded with.
-        error: what decoding raised.
+        encoding: the encoding that `data` was decoded with.
+        error: the exception.
         data: the bytes.
         before: bytes of the file in front of `data`.
         source: the file.
@@ -279,7 +279,7 @@ def describe_decode_error(
 
 
 def _not_utf8_hint(source: Source) -> str:
-    """Another encoding has few valid UTF-8 sequences beyond ASCII, damaged UTF-8 has many."""
+    """Guess the encoding: damaged UTF-8 has many valid sequences beyond ASCII, others have few."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     invalid = valid = searched = 0
     has_c1 = False  # C1 control codes, printable only in cp1252

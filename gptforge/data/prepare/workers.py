@@ -44,7 +44,7 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")
     counts = context.Value("q", 0), context.Value("q", 0)
-    # Without a lock: a worker that is killed while it holds one would never release it.
+    # No lock: a worker that is killed while holding it would never release it.
     stop = context.RawValue("b", 0)
     pool = ProcessPoolExecutor(
         num_workers,
@@ -83,7 +83,7 @@ _runner: JobRunner
 
 
 def _init_worker(settings: JobSettings, counts: tuple[Any, Any], stop: Any) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent alone handles it.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

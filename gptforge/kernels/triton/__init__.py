@@ -1,6 +1,6 @@
-"""Triton kernels, imported by the module of the same name in `gptforge.kernels` when it needs them.
+"""Triton kernels; the modules of the same name in `gptforge.kernels` import them on first use.
 
 Rows are tokens, columns are channels. A kernel that sums over rows writes one partial sum per
-program; a second kernel adds these up in a fixed order (`reductions`), so results are deterministic
-bit for bit. `embedding_backward` alone uses atomics.
+program, and `reductions.accumulate` adds these up in a fixed order, so results are bit for bit
+deterministic. Only `embedding_backward` uses atomics.
 """

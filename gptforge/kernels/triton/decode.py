@@ -1,11 +1,12 @@
 """Kernels of a decode step; see `gptforge.kernels.decode`.
 
-A step reads every weight once for a handful of activations, so it takes all of the memory bandwidth
-from a kernel's first moment, and few kernels. Each program loads a few rows of a weight first, and
-while they arrive computes for itself what all programs need: the LayerNorm of the residual, or the
-combination of attention's splits. Activations between kernels are float32.
+A step reads every weight once for a few activations, so it is fast if there are few kernels, and
+if each uses the full memory bandwidth from its start. A program first loads a few rows of a weight.
+While they arrive, it computes what every program needs: the LayerNorm of the residual, or the
+combination of the attention splits. Computing it again in each is cheaper than another kernel.
+Activations between kernels are float32.
 
-With PDL (programmatic dependent launch, Hopper) a kernel may start while the one before is running;
+With PDL (programmatic dependent launch, Hopper) a kernel may start while the one before is running:
 it loads weights, which never change, and then waits in `_wait`.
 
 Shapes: B sequences (program_id(0) is one of them), C `columns`, H `heads` of D channels.
@@ -88,10 +89,11 @@ def split_kv_attention(
     slots_per_split = tl.cdiv(end - start, SPLITS)
     first = start + split * slots_per_split
     last = tl.minimum(first + slots_per_split, end)
-    lane = tl.arange(0, BLOCK)
-    in_head = lane < D
-    query = tl.load(q + (pid_b * heads + head) * D + lane, mask=in_head, other=0.0) * scale
+    offs_d = tl.arange(0, BLOCK)
+    in_head = offs_d < D
+    query = tl.load(q + (pid_b * heads + head) * D + offs_d, mask=in_head, other=0.0) * scale
     k_ptr = kv_cache + pid_b * stride_b + head * stride_h
+    # Finite, since -inf - -inf is NaN in an empty split, whose LSE becomes -inf by log(0).
     m_i = tl.full((), -1e30, tl.float32)
     l_i = tl.full((), 0.0, tl.float32)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -99,7 +101,7 @@ def split_kv_attention(
         m_i, l_i, acc, query, k_ptr, stride_kv, first, last, D, BLOCK, TILE
     )
     partial = (pid_b * SPLITS + split) * heads + head
-    tl.store(out + partial * D + lane, acc / tl.maximum(l_i, 1e-30), mask=in_head)
+    tl.store(out + partial * D + offs_d, acc / tl.maximum(l_i, 1e-30), mask=in_head)
     tl.store(lse + partial, m_i + tl.log(l_i))
 
 
@@ -117,17 +119,18 @@ def decode_attention(
     head = tl.program_id(1)
     start = tl.load(starts + pid_b).to(tl.int32)
     end = tl.load(slot).to(tl.int32)
-    lane = tl.arange(0, BLOCK)
-    in_head = lane < D
+    offs_d = tl.arange(0, BLOCK)
+    in_head = offs_d < D
     columns = heads * D
-    q_ptr = qkv + pid_b * 3 * columns + head * D + lane
+    q_ptr = qkv + pid_b * 3 * columns + head * D + offs_d
     query = tl.load(q_ptr, mask=in_head, other=0.0).to(tl.float32) * scale
     k_new = tl.load(q_ptr + columns, mask=in_head, other=0.0)
     v_new = tl.load(q_ptr + 2 * columns, mask=in_head, other=0.0)
     k_ptr = kv_cache + pid_b.to(tl.int64) * stride_b + head * stride_h
-    new_slot = k_ptr + end * D + lane
+    new_slot = k_ptr + end * D + offs_d
     tl.store(new_slot, k_new.to(kv_cache.dtype.element_ty), mask=in_head)
     tl.store(new_slot + stride_kv, v_new.to(kv_cache.dtype.element_ty), mask=in_head)
+    # The new token attends to itself first, from registers: no wait for the stores above.
     m_i = tl.sum(k_new.to(tl.float32) * query, 0)
     l_i = tl.full((), 1.0, tl.float32)
     acc = v_new.to(tl.float32)
@@ -135,7 +138,7 @@ def decode_attention(
         m_i, l_i, acc, query, k_ptr, stride_kv, start, end, D, BLOCK, TILE
     )
     y = (acc / l_i).to(out.dtype.element_ty)
-    tl.store(out + pid_b * columns + head * D + lane, y, mask=in_head)
+    tl.store(out + pid_b * columns + head * D + offs_d, y, mask=in_head)
 
 
 @triton.jit
@@ -144,12 +147,12 @@ def _attend_slots(
     D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over slots `start` to `end`: running maximum, sum and weighted values."""
-    lane = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK)
     while start < end:
         slots = start + tl.arange(0, TILE)
         in_range = slots < end
-        mask = in_range[:, None] & (lane < D)[None, :]
-        ptr = k_ptr + slots[:, None] * D + lane[None, :]
+        mask = in_range[:, None] & (offs_d < D)[None, :]
+        ptr = k_ptr + slots[:, None] * D + offs_d[None, :]
         k = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(ptr + stride_kv, mask=mask, other=0.0).to(tl.float32)
         score = tl.where(in_range, tl.sum(k * query[None, :], 1), -float("inf"))
@@ -184,6 +187,7 @@ def combine_proj_add(
     m_i = tl.full((BLOCK,), -1e30, tl.float32)
     l_i = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK,), tl.float32)
+    # Weights of the splits are the softmax over their log-sum-exps (flash decoding).
     for split in tl.static_range(SPLITS):
         partial = (pid_b * SPLITS + split) * heads
         lse = tl.load(partial_lse + partial + column // D, mask=in_row, other=0.0)
@@ -261,7 +265,7 @@ def _load_weight(
     column = start + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     offset = row[:, None] * columns + column[None, :]
-    # Converted to fp32 by callers, after `_wait`: converting here would wait for the load.
+    # Callers convert to fp32, after `_wait`: the conversion would wait for the load here.
     return tl.load(weight + offset, mask=mask, other=0.0)
 
 
@@ -283,10 +287,10 @@ def _layer_norm(value, weight, bias, eps, columns: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    """Let the next kernel start, and wait until the one before has finished and its writes show.
+    """Let the next kernel start, and wait until the one before has finished and flushed its writes.
 
-    Every kernel waits before it touches what another one writes. As each finishes only after those
-    before it, that orders all of them, not just neighbors.
+    Every kernel waits before it reads or writes activations. A kernel finishes only after its wait,
+    so all kernels are ordered, not just neighbors.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -5,13 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def row_words(row, seeds):
+def hash_rows(row, seeds):
     """Hash of row indices with the first seed."""
     return _hash(row, tl.load(seeds))
 
 
 @triton.jit
-def column_words(column, seeds):
+def hash_columns(column, seeds):
     """Hash of column indices with the second seed."""
     return _hash(column, tl.load(seeds + 1))
 
@@ -24,9 +24,10 @@ def _hash(index, seed):
 
 
 @triton.jit
-def is_kept(row_word, column_word, THRESHOLD: tl.constexpr):
-    """Whether the element at this row and column survives."""
-    return row_word * column_word >= 2 * THRESHOLD
+def is_kept(row_hash, column_hash, THRESHOLD: tl.constexpr):
+    """Whether dropout keeps the element at this row and column."""
+    # THRESHOLD is p * 2**31, which fits an int32; the product is a uint32.
+    return row_hash * column_hash >= 2 * THRESHOLD
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def dropout_scale(THRESHOLD: tl.constexpr):
 
 
 @triton.jit
-def dropout(x, row_word, column_word, THRESHOLD: tl.constexpr):
+def dropout(x, row_hash, column_hash, THRESHOLD: tl.constexpr):
     """Dropout of a tile x (ROWS, BLOCK)."""
-    keep = is_kept(row_word[:, None], column_word[None, :], THRESHOLD)
+    keep = is_kept(row_hash[:, None], column_hash[None, :], THRESHOLD)
     return tl.where(keep, x * dropout_scale(THRESHOLD), 0.0)

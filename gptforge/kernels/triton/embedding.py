@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import column_words, dropout, row_words
+from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -24,7 +24,7 @@ def embedding(
     x += tl.load(wpe + (row % length)[:, None] * columns + column[None, :], mask=mask, other=0.0)
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
     if THRESHOLD:
-        x = dropout(x, row_words(row, seeds), column_words(column, seeds), THRESHOLD)
+        x = dropout(x, hash_rows(row, seeds), hash_columns(column, seeds), THRESHOLD)
     tl.store(out + offset, x.to(out.dtype.element_ty), mask=mask)
 
 
@@ -43,4 +43,5 @@ def embedding_backward(
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
     dy = tl.load(grad_output + offset, mask=mask, other=0.0).to(weight_grad.dtype.element_ty)
     target = weight_grad + token[:, None] * columns + column[None, :]
+    # relaxed: additions need no order among each other, only to be atomic.
     tl.atomic_add(target, dy, mask=mask, sem="relaxed")

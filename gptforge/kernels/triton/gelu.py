@@ -17,11 +17,11 @@ SCALE = tl.constexpr(1.5957691216057308)
 def gelu_backward(
     x,  # (rows, columns), overwritten by gelu(x) if RECOMPUTE
     grad_output,  # (rows, columns), overwritten by the gradient of x
-    partials,  # (programs, columns) fp32, sums of that over rows
+    partials,  # (programs, columns) fp32, sums of that gradient over rows
     rows, steps, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     RECOMPUTE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy * (s + x * s * (1 - s) * da/dx) with s the sigmoid above."""
+    """dx = dy * (s + x * s * (1 - s) * d(2a)/dx) with s = sigmoid(2 * a)."""
     pid = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_row = column < columns

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import column_words, dropout, row_words
+from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -26,13 +26,14 @@ def add_layer_norm(
     if HAS_X:
         y = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
         if THRESHOLD:
-            y = dropout(y, row_words(row, seeds), column_words(column, seeds), THRESHOLD)
+            y = dropout(y, hash_rows(row, seeds), hash_columns(column, seeds), THRESHOLD)
         total += y
         rounded = total.to(x.dtype.element_ty)
         tl.store(x + offset, rounded, mask=mask)
         # Normalize the rounded sum: it is what the backward pass will read.
         total = rounded.to(tl.float32)
     mu = tl.sum(total, 1) / columns
+    # Two passes over registers: E[x^2] - E[x]^2 would cancel where the mean is large.
     centered = tl.where(mask, total - mu[:, None], 0.0)
     rs = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / columns + eps)
     w = tl.load(weight + column, mask=column < columns, other=0.0)
@@ -46,12 +47,12 @@ def add_layer_norm(
 @triton.jit(do_not_specialize=["rows", "steps"])
 def layer_norm_backward(
     grad_output,  # (rows, columns), overwritten by the residual's gradient
-    residual,  # (rows, columns), what was normalized
+    residual,  # (rows, columns), the LayerNorm's input
     mean, rstd,  # (rows,) fp32
     weight,  # (columns,) fp32
     grad_residual,  # (rows, columns)
     grad_x,  # (rows, columns), written only with dropout
-    partials,  # (programs, 3, columns) fp32: sums for weight, bias and the bias before
+    partials,  # (programs, 3, columns) fp32: sums for weight, bias and x's bias
     seeds,  # (2,) int32
     rows, steps, columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_GRAD_RESIDUAL: tl.constexpr, THRESHOLD: tl.constexpr, STAGES: tl.constexpr,
@@ -63,8 +64,8 @@ def layer_norm_backward(
     w = tl.load(weight + column, mask=in_row, other=0.0)[None, :]
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
-    db_before = tl.zeros((BLOCK,), tl.float32)
-    words = column_words(column, seeds) if THRESHOLD else column
+    dx_bias = tl.zeros((BLOCK,), tl.float32)
+    column_hash = hash_columns(column, seeds) if THRESHOLD else column
     for step in tl.range(0, steps, num_stages=STAGES):
         # Last rows first: the GEMM before wrote them last, so they are still in the L2 cache.
         row = ((steps - 1 - step) * tl.num_programs(0) + pid) * ROWS + tl.arange(0, ROWS)
@@ -86,11 +87,11 @@ def layer_norm_backward(
         rounded = dx.to(grad_output.dtype.element_ty)
         tl.store(grad_output + offset, rounded, mask=mask)
         if THRESHOLD:
-            dropped = dropout(rounded.to(tl.float32), row_words(row, seeds), words, THRESHOLD)
-            rounded = dropped.to(grad_output.dtype.element_ty)
+            masked = dropout(rounded.to(tl.float32), hash_rows(row, seeds), column_hash, THRESHOLD)
+            rounded = masked.to(grad_output.dtype.element_ty)
             tl.store(grad_x + offset, rounded, mask=mask)
-        db_before += tl.sum(tl.where(mask, rounded.to(tl.float32), 0.0), 0)
+        dx_bias += tl.sum(tl.where(mask, rounded.to(tl.float32), 0.0), 0)
     partial = partials + pid.to(tl.int64) * 3 * columns + column
     tl.store(partial, dw, mask=in_row)
     tl.store(partial + columns, db, mask=in_row)
-    tl.store(partial + 2 * columns, db_before, mask=in_row)
+    tl.store(partial + 2 * columns, dx_bias, mask=in_row)

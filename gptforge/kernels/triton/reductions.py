@@ -36,6 +36,7 @@ def accumulate(
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out += partials.sum(0), for up to four reductions in one launch."""
+    # No list of tensors in Triton: select the arguments by program id.
     pid = tl.program_id(0)
     partials, out, count, columns, stride = partials_a, out_a, count_a, columns_a, stride_a
     block = pid

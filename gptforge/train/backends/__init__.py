@@ -1,1 +1,1 @@
-"""Backends: ways to compute a loss and its gradients, one micro-batch at a time."""
+"""Backends, which compute the loss and the gradients of one micro-batch at a time."""

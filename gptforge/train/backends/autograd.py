@@ -15,15 +15,15 @@ from gptforge.train.parallel.fsdp import FSDPRoot, clip_grad_norm_
 
 
 class AutogradBackend:
-    """The reference backend. Arguments that `TrainStep` has too are explained there.
+    """The reference backend. See `TrainStep` for arguments not listed here.
 
     Args:
-        grads: the buffer that gradients accumulate in, if several ranks reduce it.
-        root: the root module, if FSDP shards the model: it casts weights by itself, and averages
+        grads: buffer that gradients accumulate in, if several ranks reduce it.
+        root: the root module, if FSDP shards the model: FSDP casts the weights, and averages
             gradients over `world_size` ranks.
         world_size: ranks that train together.
-        compile_blocks: compile each block by itself, so that gradients of the last blocks are ready
-            while those of the first are computed, and FSDP gathers weights block by block.
+        compile_blocks: compile each block separately, so that gradients of the last blocks are
+            ready while those of the first are computed, and FSDP gathers weights block by block.
     """
 
     def __init__(
@@ -44,18 +44,19 @@ class AutogradBackend:
         self._scaler, self._grads, self._root = scaler, grads, root
         self._activation_checkpointing = activation_checkpointing
         self._loss_chunk, self._compile_blocks = loss_chunk, compile_blocks
-        # FSDP divides the sum by the world size.
+        # FSDP averages over the ranks; `scale` already divides by the tokens of all of them.
         self._grad_factor = world_size if root else 1
         self._device = next(model.parameters()).device
         self._hidden: Callable[[Tensor], Tensor] = self._forward_hidden
         self._loss: Callable[[Tensor, Tensor], Tensor] = self._forward_loss
         for block in model.blocks():
-            # What an earlier backend compiled.
+            # An earlier backend may have compiled the same block.
             block.__dict__.pop("forward", None)
 
     def compile(self) -> None:
         """Compile the model. Parameters keep the names of the plain module."""
         if self._compile_blocks:
+            # An instance attribute that shadows the method; the state dict gets no "_orig_mod".
             for block in self.model.blocks():
                 block.forward = _compile_for_training(block)
         elif self._has_separate_loss:
@@ -89,7 +90,7 @@ class AutogradBackend:
 
     @property
     def _has_separate_loss(self) -> bool:
-        """Whether the output layer and the loss are not torch's own, and stay uncompiled."""
+        """Whether output layer and loss are fused or chunked, and stay out of torch.compile."""
         return self._kernels.fused_cross_entropy or self._loss_chunk > 0
 
     def _forward_hidden(self, idx: Tensor) -> Tensor:
@@ -102,9 +103,11 @@ class AutogradBackend:
     def _forward_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         if not self._has_separate_loss:
             return self.model.loss(self._hidden(idx), targets)
-        hidden, targets = self._hidden(idx).flatten(0, 1), targets.flatten()
+        hidden, targets = self._hidden(idx).flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if not self._loss_chunk:
             return self._lm_head(hidden, targets)
+        # Checkpointing frees each chunk's logits, the largest tensor, and recomputes them in the
+        # backward: one more GEMM for 1 / num_chunks of the memory.
         chunks = zip(hidden.split(self._loss_chunk), targets.split(self._loss_chunk), strict=True)
         losses = [checkpoint(self._lm_head, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum()
@@ -112,7 +115,7 @@ class AutogradBackend:
     def _lm_head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Output layer and summed loss of (n, C) hidden states."""
         if self._kernels.fused_cross_entropy:
-            weight = self.model.lm_head.weight
+            weight = self.model.lm_head.weight  # (V, C)
             hidden = hidden.to(self._precision.dtype)
             return fused_linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
         return self.model.loss(hidden, targets)
@@ -121,7 +124,7 @@ class AutogradBackend:
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
     """Compile a block's forward for training only: evaluation batches have other shapes.
 
-    All blocks look alike to the compiler, so it compiles the code once.
+    The code is compiled once, since Dynamo's guards hold for all blocks.
     """
     plain = block.forward
     compiled = torch.compile(plain, dynamic=False)

@@ -1,11 +1,11 @@
 """The manual backend and the optimizer step as CUDA graphs.
 
-In a small model, launching a kernel from Python takes longer than the kernel. A graph launches all
-of them at once, at the same addresses each time: so a batch is copied to where the captured one
-was, and gradients stay in their buffer.
+In a small model, launching a kernel from Python takes longer than running it. A graph launches all
+kernels at once, at fixed addresses: each batch is copied into the captured input tensors, and
+gradients stay in their buffer.
 
-There are three graphs, since a step may have many micro-batches, and other ranks to wait for: one
-that zeroes gradients, one for a micro-batch, and one for the optimizer step.
+There are three graphs: zeroing the gradients, a micro-batch, and the optimizer step. One for all of
+it would fix the number of micro-batches, and could not reduce gradients in between.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 class CudaGraphBackend:
-    """A `ManualBackend`, captured at the second call with a shape: the first one warms up.
+    """A `ManualBackend`, captured at the second call with a shape; the first call is the warmup.
 
     Args:
-        backend: to capture.
-        assign_grads: whether `zero_grad` assigns the gradients to the parameters: it need not if
-            `CudaGraphOptimizerStep` does.
+        backend: the backend to capture.
+        assign_grads: assign the gradients to the parameters in `zero_grad`; not needed with
+            `CudaGraphOptimizerStep`, which does so.
     """
 
     def __init__(self, backend: ManualBackend, *, assign_grads: bool) -> None:
@@ -54,6 +54,7 @@ class CudaGraphBackend:
         static_idx.copy_(idx)
         static_targets.copy_(targets)
         self._scale.fill_(scale)
+        # A copy: the next replay overwrites the loss.
         return call().clone()
 
     def release_graphs(self) -> None:
@@ -73,7 +74,7 @@ class CudaGraphOptimizerStep:
         device = backend.grads.flat.device
         self._lr, self._loss = lr, loss = [torch.zeros((), device=device) for _ in range(2)]
 
-        # No reference to self here either.
+        # No reference to self: a cycle would keep the graph's memory until garbage collection.
         def run() -> Tensor:
             backend.grads.assign_grads()
             return step(lr, loss)
@@ -83,7 +84,7 @@ class CudaGraphOptimizerStep:
     def __call__(self, lr: float, loss: Tensor) -> Tensor:
         """Replay the step; see `OptimizerStep.__call__`."""
         self._loss.copy_(loss)
-        # Before the capture, too: rounded to fp32, the rate differs a little.
+        # For the warmup call too: rounded to fp32, the learning rate differs slightly.
         self._lr.fill_(lr)
         return self._run().clone()
 
@@ -97,6 +98,7 @@ class _CapturedCall(Generic[T]):
         self._graph: tuple[torch.cuda.CUDAGraph, T] | None = None
 
     def __call__(self) -> T:
+        # The first call autotunes GEMMs and compiles Triton kernels, which a capture cannot hold.
         if not self._is_warmed_up:
             self._is_warmed_up = True
             return self._function()
@@ -108,9 +110,9 @@ class _CapturedCall(Generic[T]):
 
 
 def _capture(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Capture a function without running it; returns the graph, and where it puts its result."""
+    """Capture a function without running it; returns the graph and its static result."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread may be allocating memory, to write a checkpoint.
+    # thread_local: a thread that writes a checkpoint may call CUDA functions during the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph, result

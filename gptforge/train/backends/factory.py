@@ -1,4 +1,4 @@
-"""Choose the backend and the gradient reduction that belongs to it."""
+"""Select the backend, and the gradient reduction that goes with it."""
 
 import functools
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def build_backend(
     | several | gradient buffer, all-reduced | gradient buffer, all-reduced |
     | several, sharded | FSDP | ZeRO-1 |
 
-    Arguments are those of `TrainStep`; `autograd_grads` returns the buffer that several ranks need
-    with autograd.
+    See `TrainStep` for the arguments; `autograd_grads` returns the buffer for autograd with
+    several ranks.
     """
     reducer = GradReducer()
     if not kernels.manual_backward:
@@ -63,6 +63,7 @@ def build_backend(
             grads=grads,
             root=root,
             world_size=comm.world_size,
+            # One graph of the full model would finish all gradients at its end: no overlap.
             compile_blocks=comm.world_size > 1,
         )
         return autograd, reducer

@@ -1,9 +1,9 @@
 """Loss and gradients of a GPT by a manual backward, without autograd.
 
-After llm.c (Karpathy et al., 2024). Three things are possible here that autograd and torch.compile
-do not do: GEMMs accumulate weight gradients in fp32 right where those are needed; activations that
-are not needed again are overwritten; and there is nothing to compile. The kernels are in `kernels`;
-the tests compare with `GPT.forward` and autograd.
+After llm.c (Karpathy et al., 2024). It does three things that autograd and torch.compile do not:
+GEMMs accumulate weight gradients in the fp32 buffer, without a bf16 gradient in between;
+activations are overwritten after their last use; and nothing is compiled but Triton kernels, which
+are in `gptforge.kernels`. Tests compare this backend with `GPT.forward` and autograd.
 
 Shapes: B sequences of T tokens, N = B * T, C channels, V vocabulary.
 """
@@ -35,14 +35,14 @@ MAX_ONE_HOT_VOCAB = 1024
 
 
 class ManualBackend:
-    """Computes in `dtype` from fp32 master weights, and accumulates fp32 gradients.
+    """Computes in `dtype` with fp32 master weights and fp32 gradients.
 
     Args:
         model: its parameters get the gradients.
-        dtype: of the GEMMs and of the residual.
+        dtype: compute dtype of the GEMMs, and dtype of the residual.
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
-        weights: the weights to compute with; by default the model's, unsharded on this device.
+        weights: allocates the weights to compute with; by default for an unsharded model.
         make_grads: builds the gradient buffer from groups of parameters.
     """
 
@@ -68,6 +68,7 @@ class ManualBackend:
         assert isinstance(wte, nn.Embedding) and isinstance(wpe, nn.Embedding)
         assert isinstance(ln_f, nn.LayerNorm)
         self._wte, self._wpe = weights.master(wte.weight), weights.master(wpe.weight)
+        # Tied to the embedding, whose lookup reads fp32: the sum with wpe is rounded once.
         self._lm_head_weight = weights.compute_copy(wte.weight)  # (V, C)
         self.grads = grads = make_grads(grad_groups(model))
         self._dwte, self._dwpe = grads.view(wte.weight), grads.view(wpe.weight)
@@ -75,7 +76,7 @@ class ManualBackend:
         prev_bias, interval = None, gelu_save_interval(model.config.n_embd)
         for i, block in enumerate(model.blocks()):
             assert isinstance(block, Block)
-            # With checkpointing, one block's activations at a time take little memory.
+            # With checkpointing only one block's activations exist at a time, so save the GELU too.
             save_gelu = activation_checkpointing or i % interval == 0
             self._blocks.append(ManualBlock(block, prev_bias, weights, grads, save_gelu=save_gelu))
             prev_bias = block.mlp.c_proj.bias
@@ -96,17 +97,18 @@ class ManualBackend:
         Args:
             idx: (B, T) token ids.
             targets: (B, T) next token ids; IGNORE_INDEX where there is none.
-            scale: such as one over the tokens of a step. As an fp32 scalar on the device it may
-                change between replays of a CUDA graph.
+            scale: usually 1 / tokens of a step. As an fp32 scalar on the device it may change
+                between replays of a CUDA graph.
         """
         seq_len = idx.size(1)
         # One for the embedding; in each block one for attention, and one for each sublayer.
         num_seeds = 1 + 3 * len(self._blocks)
         seeds: list[DropoutSeed | None] = [None] * num_seeds
+        # All at once, by one kernel; the list is empty without dropout.
         seeds = [*draw_dropout_seeds(num_seeds, self._dropout, idx.device)] or seeds
 
         residual = embedding(idx, self._wte, self._wpe, self._weights.dtype, seeds[0])  # (N, C)
-        mlp_out = None
+        mlp_out = None  # (N, C), added to the residual by the next LayerNorm's kernel
         saved: list[SavedActivations | Tensor] = []
         for i, block in enumerate(self._blocks):
             dropout = BlockDropout(*seeds[3 * i : 3 * i + 3])
@@ -114,25 +116,27 @@ class ManualBackend:
             residual = activations.ln_2.residual
             saved.append(activations.ln_1.residual if self._recompute else activations)
             del activations  # frees memory if recomputed
-        ln_f_out, ln_f = self._ln_f.forward(residual, mlp_out, seeds[-1])
+        ln_f_out, ln_f = self._ln_f.forward(residual, mlp_out, seeds[-1])  # (N, C)
 
+        # Forward and backward of the head in one go: the logits are never saved.
         loss, dln_f = self._lm_head(ln_f_out, targets.flatten(), scale)
-        dresidual, dmlp_out = self._ln_f.backward(dln_f, ln_f, None)
-        num_ready = 1
+        dresidual, dmlp_out = self._ln_f.backward(dln_f, ln_f, None)  # (N, C) each
+        num_ready = 1  # the group of ln_f, see `grad_groups`
         for block in reversed(self._blocks):
             item = saved.pop()
-            if isinstance(item, Tensor):
+            if isinstance(item, Tensor):  # checkpointed: only the block's input was saved
                 _, item = block.forward(item, None, seq_len, BlockDropout())
             dresidual, dmlp_out = block.backward(dresidual, dmlp_out, item)
             del item
             num_ready += GROUPS_PER_BLOCK
             self.on_grads_ready(num_ready)
-        # The first block has no `mlp_out`: this is the gradient of the embedding before dropout.
+        # Before the first block there is no `mlp_out`: this is the gradient of the embedding before
+        # dropout. The embeddings' groups are the last ones, which the reducer's `finish` sends.
         self._embedding_backward(dmlp_out, idx)
         return loss
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm`; returns the norm before that."""
+        """Clip the global norm to `max_norm`; returns the norm before clipping."""
         return self.grads.clip_grad_norm_(max_norm)
 
     def _lm_head(
@@ -144,10 +148,11 @@ class ManualBackend:
         for start in range(0, len(ln_f_out), self._loss_chunk):
             chunk = slice(start, start + self._loss_chunk)
             logits = linear(ln_f_out[chunk], self._lm_head_weight)  # (n, V)
-            # In place: logits become their gradient.
+            # In place: `logits` holds their gradient afterwards.
             losses.append(cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale).sum())
             torch.mm(logits, self._lm_head_weight, out=dln_f[chunk])
             accumulate_wgrad(self._dwte, logits, ln_f_out[chunk])
+            # Or two chunks of logits would exist while the next GEMM allocates its output.
             del logits
         return torch.stack(losses).sum(), dln_f
 
@@ -157,7 +162,8 @@ class ManualBackend:
         self._dwpe[: idx.size(1)] += dx.view(*idx.shape, -1).sum(0, dtype=self._dwte.dtype)
         vocab_size = len(self._dwte)
         if vocab_size <= MAX_ONE_HOT_VOCAB:
-            # Scatter-adding many tokens to few rows is slow. Ones and zeros are exact.
+            # Atomics of many tokens contend for few rows, and a GEMM is deterministic. The one-hot
+            # matrix is exact in bf16, and small: (N, V).
             one_hot = dx.new_zeros(len(tokens), vocab_size).scatter_(1, tokens[:, None], 1)
             accumulate_wgrad(self._dwte, one_hot, dx)
         else:

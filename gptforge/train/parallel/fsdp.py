@@ -21,7 +21,7 @@ from gptforge.train.parallel.grad_reducer import GradReducer
 
 
 class FSDPRoot(nn.Module):
-    """The root module: calls have to go through it for FSDP to gather the weights."""
+    """The root module: FSDP's hooks gather the weights only in calls that go through it."""
 
     train_forward: Callable[[Tensor, Tensor], Tensor]
     """(idx, targets) -> summed loss, in training mode."""
@@ -54,18 +54,21 @@ def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     mesh = comm.device_mesh()
     assert mesh is not None, "sharding needs several processes"
+    # One block per unit: the next block is gathered while this one runs, and the full weights of
+    # only two exist at a time.
     for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     root = FSDPRoot(model)
-    # The tied embedding is needed at both ends of the model: keep it gathered in between.
+    # The tied embedding is used at both ends of the model: keep it gathered in between.
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return root
 
 
 class FSDPReducer(GradReducer):
-    """FSDP reduces the gradients in every micro-batch by itself; only the loss is left.
+    """Reduces the loss only: FSDP reduces the gradients in every micro-batch.
 
-    Reducing in the last micro-batch only would save messages, but needs memory for full gradients.
+    Reducing only in the last micro-batch (`no_sync`) would save communication, but full gradients
+    take 4 bytes per parameter.
     """
 
     def __init__(self, comm: Comm) -> None:
@@ -79,6 +82,7 @@ class FSDPReducer(GradReducer):
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ over the shards of all ranks."""
     parameters = [p for p in model.parameters() if p.grad is not None]
+    # A DTensor: the norm of the shards, reduced over the ranks by `full_tensor`.
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if is_sharded(norm):
         norm = norm.full_tensor()
@@ -92,11 +96,12 @@ def gather_model(model: GPT, dtype: torch.dtype, device: torch.device, comm: Com
     tensors = {name: gather_full_tensor(shard, comm) for name, shard in shards}
     if not comm.is_main:
         return None
+    # On the meta device no weights are allocated or initialized: `assign` replaces them.
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict({n: t for n, t in tensors.items() if t is not None}, False, assign=True)
     copy.lm_head.weight = copy.get_parameter("transformer.wte.weight")
     nbytes = sum(p.nbytes for p in copy.parameters())
-    # Half as much again for the KV cache and activations.
+    # 50% more for the KV cache and activations.
     fits = (free_memory(device) or 0) > 1.5 * nbytes
     return copy.to(device if fits else "cpu").eval()

@@ -1,7 +1,8 @@
 """Gradient reduction over the ranks, overlapped with the backward pass.
 
-All gradients are in one buffer, in the order the backward pass computes them. In the last
-micro-batch of a step, each bucket of some megabytes is reduced as soon as its gradients are final.
+All gradients are in one buffer, in the order in which the backward pass computes them. In the last
+micro-batch of a step, each bucket is reduced as soon as its gradients are final, as DDP does (Li et
+al., "PyTorch Distributed", 2020).
 """
 
 import math
@@ -14,11 +15,11 @@ from gptforge.distributed import Comm
 from gptforge.train.grad_buffer import GradBuffer
 
 BUCKET_BYTES = 25 * 2**20
-"""Smaller messages leave the network idle, larger ones start late."""
+"""DDP's default. Smaller messages are bound by latency, larger ones overlap less."""
 
 
 class GradReducer:
-    """What a step needs for its gradients to be reduced; for one process there is nothing to do."""
+    """The interface for gradient reduction; this base class is for one rank and does nothing."""
 
     def reset(self) -> None:
         """Start a step, or restart one that ran out of memory before anything was sent."""
@@ -46,7 +47,7 @@ class BucketedAllReduce(GradReducer):
 
     def __init__(self, comm: Comm, grads: GradBuffer) -> None:
         self._comm, self._grads = comm, grads
-        # The same buckets on all ranks, or they would add up different gradients.
+        # A constant: with other buckets on one rank, collectives would add up different gradients.
         min_numel = BUCKET_BYTES // grads.flat.element_size()
         self._buckets = make_buckets(grads.group_ends, min_numel)
         self._num_sent = 0
@@ -73,6 +74,7 @@ class BucketedAllReduce(GradReducer):
     @override
     def poison(self) -> None:
         if self._num_sent < len(self._buckets):
+            # NaN propagates through the sum, so every rank sees it in its norm.
             start, _ = self._buckets[self._num_sent]
             self._grads.flat[start:].fill_(math.nan)
 
@@ -84,7 +86,7 @@ class BucketedAllReduce(GradReducer):
             wait()
         self._waits.clear()
         self._num_sent = 0
-        # A dry run between steps must not send anything.
+        # Or a dry run between steps, on this rank only, would send buckets that no one receives.
         self._is_sync_enabled = False
         return loss
 
@@ -100,7 +102,7 @@ class BucketedAllReduce(GradReducer):
 def make_buckets(ends: Sequence[int], min_size: int) -> list[tuple[int, int]]:
     """Merge adjacent ranges, given by their ends, into buckets (start, stop).
 
-    All but the last have at least `min_size` elements: for fewer, a message does not pay.
+    All but the last have at least `min_size` elements.
     """
     buckets, start = [], 0
     for end in ends:

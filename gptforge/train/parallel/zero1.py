@@ -4,8 +4,9 @@ Every rank keeps its rows of the fp32 weights and of the optimizer state. Once a
 are all-gathered in the compute dtype while the first blocks run. Full gradients are accumulated
 over the micro-batches, and reduce-scattered during the last one's backward pass.
 
-That takes 6 bytes a parameter on every rank (Rajbhandari et al., "ZeRO", 2020). `fsdp.py` takes
-less, but sends weights and gradients in every micro-batch.
+Each rank holds 6 bytes per parameter, 2 for the bf16 copy and 4 for the gradient, besides its shard
+of 12 bytes for weights and optimizer state (Rajbhandari et al., "ZeRO", 2020). `fsdp.py` takes less
+memory, but sends weights and gradients in every micro-batch.
 """
 
 import functools
@@ -35,6 +36,7 @@ class AllGatheredWeights(ComputeWeights):
         super().__init__(dtype)
         self._root, self._comm = root, comm
         root.reshard_root()
+        # Biases and norms are 0.1% of the parameters but most of the tensors: one message for all.
         vectors = [p for p in root.parameters() if p.dim() == 1]
         self._vectors = _GatheredVectors(vectors, comm)
         self._master: dict[Tensor, Tensor] = {}
@@ -62,9 +64,11 @@ class AllGatheredWeights(ComputeWeights):
         """Gather the weights; a collective. Matrices arrive later: see `wait_for`."""
         self._root.reshard_root()
         self._vectors.gather()
+        # Embeddings are used first, and in fp32: wait for them now.
         for wait in self._all_gather(self._master).values():
             wait()
         super().refresh()
+        # Asynchronous: each block waits for its matrices when it runs.
         self._waits = self._all_gather(self._compute)
 
     @override
@@ -75,9 +79,10 @@ class AllGatheredWeights(ComputeWeights):
                 wait()
 
     def _all_gather(self, full: dict[Tensor, Tensor]) -> dict[int, Callable[[], None]]:
-        """Start to gather matrices; returns the function that waits for each, by its address."""
+        """Start to gather matrices; returns functions that wait for them, by address."""
         shards = [local_tensor(parameter) for parameter in full]
         rows = [self._comm.local_rows(tensor) for tensor in full.values()]
+        # Each rank writes its rows in place, where the all-gather expects its input: no extra copy.
         torch._foreach_copy_([r[: len(s)] for r, s in zip(rows, shards, strict=True)], shards)
         return {t.data_ptr(): self._comm.all_gather_async(t) for t in full.values()}
 
@@ -90,7 +95,7 @@ class _GatheredVectors:
     """All biases and norm weights of a model, gathered in one message.
 
     `_gathered` holds each rank's shards of every vector, rank after rank. `_index` maps each
-    element of `_full`, vector after vector, to its place in `_gathered`.
+    element of `_full`, vector after vector, to its index in `_gathered`.
     """
 
     def __init__(self, vectors: Sequence[Tensor], comm: Comm) -> None:
@@ -104,7 +109,7 @@ class _GatheredVectors:
         )
         index, self._slices, end = [], {}, 0
         for vector, offset, size in zip(vectors, self._offsets, shard_sizes, strict=True):
-            # Padded, so that each vector is aligned.
+            # Padded, so that each vector in `_full` is aligned.
             i = torch.arange(round_up(len(vector), ALIGNMENT)).clamp(max=len(vector) - 1)
             index.append(i // size * rank_size + offset + i % size)
             self._slices[vector] = slice(end, end + len(vector))
@@ -113,7 +118,7 @@ class _GatheredVectors:
         self._full = torch.zeros(end, dtype=first.dtype, device=first.device)
 
     def view(self, vector: Tensor) -> Tensor:
-        """Return a full vector, as of the last `gather`."""
+        """Return the view of a full vector; `gather` updates it."""
         return self._full[self._slices[vector]]
 
     def gather(self) -> None:
@@ -127,7 +132,7 @@ class _GatheredVectors:
 
 
 class ShardedGradBuffer(GradBuffer):
-    """Full gradients of a sharded model, of which the optimizer sees this rank's rows."""
+    """Full gradients of a sharded model; the optimizer gets views of this rank's rows."""
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], comm: Comm) -> None:
         self._comm = comm
@@ -137,11 +142,13 @@ class ShardedGradBuffer(GradBuffer):
             for start, group in zip([0, *self.group_ends], groups, strict=False)
             if group[0].dim() > 1
         }
-        """The matrices, each a group of its own, with padding rows, by offset."""
+        """Matrices with their padding rows, by offset; each is a separate group."""
 
     @override
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        # After the reduce-scatter only this rank's rows are sums; the others are stale.
         shards = [local_tensor(grad) for grad in self._optimizer_grads.values()]
+        # All parameters are sharded, so the squared norms of the ranks add up to the global one.
         squares = torch.stack(torch._foreach_norm(shards)).square().sum()
         norm = self._comm.all_reduce(squares).sqrt()
         torch._foreach_mul_(shards, clip_coef(norm, max_norm))
@@ -169,6 +176,7 @@ class BucketedReduceScatter(BucketedAllReduce):
     def __init__(self, comm: Comm, grads: ShardedGradBuffer) -> None:
         super().__init__(comm, grads)
         self._matrices = grads.matrices
+        # One group per bucket: a reduce-scatter by rows takes one matrix at a time.
         self._buckets = make_buckets(grads.group_ends, 0)
 
     @override
@@ -179,5 +187,5 @@ class BucketedReduceScatter(BucketedAllReduce):
 
 
 def padded_rows(rows: int, comm: Comm) -> int:
-    """Rows of a matrix padded so that every rank has as many."""
+    """Number of rows, rounded up to a multiple of the world size."""
     return round_up(rows, comm.world_size)
