@@ -141,7 +141,7 @@ def test_diverged_training_is_a_failure(program, play) -> None:
     # Too few steps to give up in the middle.
     broken = (*DEBUG, "--input", play, "--max_steps", 3, "--max_lr", 1e9, "--out_dir", "run")
     done = program(*broken, "--val_fraction", 0.1)
-    assert (done.code, "nothing was learned: a lower --max_lr" in done.err) == (1, True), done.err
+    assert (done.code, "no finite loss: try a lower --max_lr" in done.err) == (1, True), done.err
     assert "Try it" not in done.out
     done = program("sample", "run", "--device", "cpu")
     assert (done.code, "training diverged" in done.err, done.out) == (1, True, "")
