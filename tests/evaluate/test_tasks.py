@@ -218,6 +218,8 @@ def test_examples_from_the_hub(program, run, monkeypatch) -> None:
     assert (done.code, "pip install -e '.[tasks]'" in done.err) == (2, True), done.err
     fake = types.ModuleType("datasets")
     fake.load_dataset = load_dataset
+    # Should transformers be imported meanwhile, it keeps this module and looks for these classes.
+    fake.Dataset = fake.IterableDataset = type("Dataset", (), {})
     fake.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert program(*EVAL, "lambada").out.endswith("of 1 examples\n")
