@@ -126,8 +126,8 @@ def test_auto_takes_fsdp_for_a_model_that_does_not_fit(monkeypatch, messages) ->
 def test_unsupported_fsdp_is_refused() -> None:
     config, cpu = dataclasses.replace(Config(), parallel="fsdp"), torch.device("cpu")
     with pytest.raises(UserError, match="--parallel fsdp"):
-        use_fsdp(config, cpu, BF16, SINGLE_PROCESS, print)
+        use_fsdp(config, cpu, BF16, SINGLE_PROCESS)
     with pytest.raises(UserError, match="--dtype float16"):
-        use_fsdp(config, cpu, Precision(torch.float16, ""), TwoRanks(), print)
+        use_fsdp(config, cpu, Precision(torch.float16, ""), TwoRanks())
     with pytest.raises(UserError, match="--optimizer muon"):
-        use_fsdp(dataclasses.replace(config, optimizer="muon"), cpu, BF16, TwoRanks(), print)
+        use_fsdp(dataclasses.replace(config, optimizer="muon"), cpu, BF16, TwoRanks())
