@@ -35,7 +35,7 @@ def main() -> None:
     lm = load(args.run, device="cpu", dtype="float32")
     config = store.read_config(store.resolve_checkpoint(args.run))
     options = DatasetOptions(tokenizer=lm.tokenizer, val_fraction=config.val_fraction)
-    val_tokens = open_dataset(Path(config.input), options, log=print).val
+    val_tokens = open_dataset(Path(config.input), options).val
     block = lm.model.config.block_size
     count = min(args.sequences, len(val_tokens) // block) * block
     sequences = torch.tensor(val_tokens[:count].astype("int64")).view(-1, block)
@@ -55,7 +55,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "hf"
-        export_hf(args.run, out, log=lambda _: None)
+        export_hf(args.run, out)
         exported = transformers.GPT2LMHeadModel.from_pretrained(out, local_files_only=True).eval()
         with torch.inference_mode():
             logits = exported(sequences).logits[..., :size]
@@ -66,7 +66,7 @@ def main() -> None:
                base, same)  # fmt: skip
         for kind in GGUF_TYPES:
             path = Path(folder) / f"{kind}.gguf"
-            export_gguf(args.run, path, dtype=kind, log=lambda _: None)
+            export_gguf(args.run, path, dtype=kind)
             llama = llama_cpp.Llama(str(path), n_ctx=block, logits_all=True, verbose=False)
             logits = torch.stack([scores(llama, row.tolist())[:, :size] for row in sequences])
             worst = float((logits - expected).abs().max())

@@ -20,6 +20,7 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.device import synchronize
 from gptforge.presets import PRESETS, get_preset
+from gptforge.report.log_handler import log_to
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
             val_fraction=0.0,
             out_dir=str(Path(folder) / "run"),
         )
-        trainer = build_trainer(config, explicit=(), log=print)
+        with log_to(print):
+            trainer = build_trainer(config, explicit=())
         assert trainer is not None
         step, loader = trainer.step_fn, trainer.dataloader
         fixed_batch = tuple(tensor.clone() for tensor in loader.next_batch())

@@ -15,6 +15,7 @@ from gptforge.bench.train_speed import random_batch
 from gptforge.builders.step_timing import build_bench_step
 from gptforge.device import synchronize
 from gptforge.presets import get_preset
+from gptforge.report.log_handler import log_to
 
 CASES = (
     ("gpt2", 8, {}),
@@ -39,7 +40,8 @@ def main() -> None:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
         config = dataclasses.replace(get_preset(name), vocab_size=50304, **flags)
-        step = build_bench_step(config, (), print)
+        with log_to(print):
+            step = build_bench_step(config, ())
         torch.cuda.reset_peak_memory_stats(device)
         batch = random_batch(config, device)
         for _ in range(2):

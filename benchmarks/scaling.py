@@ -14,6 +14,7 @@ one process per GPU; results are medians of the repeats. Writes scaling.json and
 import argparse
 import dataclasses
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,9 @@ def launch(name: str, count: int, out: Path) -> dict[str, Any]:
 
 def child(args: argparse.Namespace) -> None:
     comm = init_distributed(args.device)
+    if comm.is_main:
+        logging.basicConfig(format="%(message)s")  # on stderr
+        logging.getLogger("gptforge").setLevel(logging.INFO)
     device, name = select_device(comm.local_device or args.device)
     result = small(args, comm, device) if args.child == "small" else xl(args, comm, device)
     result |= {"ranks": comm.world_size, "device": name, "torch": torch.__version__}
@@ -108,16 +112,10 @@ def child(args: argparse.Namespace) -> None:
 
 
 def build(config: Config, comm: Comm, device: torch.device, *explicit: str) -> TrainStep:
-    def log(text: str) -> None:
-        if comm.is_main:
-            print(text, file=sys.stderr, flush=True)
-
     precision = select_precision(config.dtype, device)
     seed_everything(config, rank=comm.rank)
     opened = OpenedRun("new", config)
-    return build_train_step(
-        config, opened, device, precision, explicit=explicit, log=log, comm=comm
-    )
+    return build_train_step(config, opened, device, precision, explicit=explicit, comm=comm)
 
 
 def small(args: argparse.Namespace, comm: Comm, device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from gptforge.cli import main
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
+from gptforge.report.log_handler import log_to
 
 torch.set_num_threads(1)
 # nohup, and shells for background jobs, ignore these signals, and child processes inherit that.
@@ -68,6 +69,14 @@ def play(tmp_path: Path) -> Path:
     path = tmp_path / "play.txt"
     path.write_text(play_text(), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the package logs, in order."""
+    logged: list[str] = []
+    with log_to(logged.append):
+        yield logged
 
 
 @dataclass

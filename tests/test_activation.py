@@ -122,7 +122,7 @@ def test_kernels_with_tanh_gelu_are_not_selected_for_the_exact_one() -> None:
 
 
 def test_import_train_export_keeps_it(ckpt, bundle, program, play) -> None:
-    import_model(str(ckpt), Path("nano"), tokenizer="byte", log=lambda _: None)
+    import_model(str(ckpt), Path("nano"), tokenizer="byte")
     assert read_config(Path("nano")).activation == "gelu"
     flags = ("--input", play, "--max_steps", 2, "--out_dir", "run", "--init_from", "nano")
     flags = (*DEBUG, *flags, "--n_embd", 64, "--n_layer", 2, "--n_head", 2)
@@ -131,7 +131,7 @@ def test_import_train_export_keeps_it(ckpt, bundle, program, play) -> None:
     done = program(*flags)
     assert done.code == 0, done.err
     assert load_bundle("run").config.activation == "gelu"
-    export_hf("nano", Path("hf"), log=lambda _: None)
+    export_hf("nano", Path("hf"))
     assert json.loads(Path("hf/config.json").read_text())["activation_function"] == "gelu"
     assert read_hf(Path("hf")).config.activation == "gelu"
     reference = transformers.GPT2LMHeadModel.from_pretrained("hf", local_files_only=True).eval()
@@ -160,13 +160,12 @@ def test_transformers_config_names_the_form(bundle, tmp_path, name, activation) 
         read_hf(tmp_path)
 
 
-def test_gguf_export_reports_the_difference_to_llama_cpp(ckpt, bundle, program) -> None:
+def test_gguf_export_reports_the_difference_to_llama_cpp(ckpt, bundle, program, messages) -> None:
     pytest.importorskip("gguf")
-    import_model(str(ckpt), Path("nano"), tokenizer="byte", log=lambda _: None)
-    log: list[str] = []
-    export_gguf("nano", Path("m.gguf"), dtype="f32", log=log.append)
-    assert "changes logits by up to " in log[1]
-    reported = float(log[1].split("logits by up to ")[1].split(";")[0])
+    import_model(str(ckpt), Path("nano"), tokenizer="byte")
+    export_gguf("nano", Path("m.gguf"), dtype="f32")
+    assert "changes logits by up to " in messages[2]
+    reported = float(messages[2].split("logits by up to ")[1].split(";")[0])
     assert 0 < reported < 3 * gap(bundle)
 
 
@@ -189,10 +188,10 @@ def test_import_by_an_earlier_version_is_repeated(ckpt, program, monkeypatch) ->
             "gptforge.convert.nanogpt.GPTConfig",
             lambda **sizes: GPTConfig(**sizes | {"activation": "gelu_tanh"}),
         )
-        import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte", log=print)
+        import_model("ckpt.pt", Path("runs/imported/ckpt.pt"), tokenizer="byte")
     assert load_bundle("runs/imported/ckpt.pt").config.activation == "gelu_tanh"
     with pytest.raises(UserError, match="256 tokens, and the file does not say which"):
-        import_if_needed("ckpt.pt", log=print)
+        import_if_needed("ckpt.pt")
 
 
 def test_transformers_baseline_computes_the_same(bundle) -> None:

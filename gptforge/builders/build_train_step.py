@@ -1,6 +1,7 @@
 """Build a TrainStep: model, optimizer and kernels on their device, compiled if that works."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from gptforge.kernel_select import (
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
-from gptforge.printable import safe_print
 from gptforge.report.format import format_duration
 from gptforge.train.parallel.fsdp import apply_fsdp
 from gptforge.train.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 SLOW_RUN_SECONDS = 6 * 3600
 """Length of a run on a CPU from which a smaller one is suggested."""
@@ -44,7 +46,6 @@ def build_train_step(
     precision: Precision,
     *,
     explicit: Collection[str],
-    log: Callable[[str], None],
     comm: Comm = SINGLE_PROCESS,
     wait_for_warmup: Callable[[], None] = lambda: None,
 ) -> TrainStep:
@@ -57,7 +58,7 @@ def build_train_step(
     wait_for_warmup()
     kernels = select_kernels(config, device, precision)
     root = None
-    if use_fsdp(config, device, precision, comm, log):
+    if use_fsdp(config, device, precision, comm):
         root = apply_fsdp(model, precision, comm)
         if kernels.manual_backward and not fits_zero1(config, device, explicit, comm):
             kernels = dataclasses.replace(kernels, manual_backward=False)
@@ -83,13 +84,12 @@ def build_train_step(
         activation_checkpointing=config.activation_checkpointing,
         loss_chunk=config.loss_chunk,
         halve_on_oom=not is_explicit and root is None,
-        log=log if comm.is_main else lambda text: safe_print(f"{comm.label}: {text}"),
         comm=comm,
         root=root,
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):
-        log(f"note: the manual backward does not run here: {failure or 'not on all ranks'}")
+        logger.info(f"note: the manual backward does not run here: {failure or 'not on all ranks'}")
         step.set_kernels(
             dataclasses.replace(kernels, manual_backward=False, fused_cross_entropy=False)
         )
@@ -97,17 +97,17 @@ def build_train_step(
         choose_micro_batch(step, config, comm, is_explicit=is_explicit)
     )
     per_rank = f" on each of {comm.world_size} ranks" if comm.world_size > 1 else ""
-    log(
+    logger.info(
         f"attention: {attention_backend(step, config)}; {config.global_batch_size} sequences per "
         f"step in micro-batches of {step.micro_batch_size}{per_rank}"
     )
     try:
-        compiled, reason = _compile(step, config, log)
+        compiled, reason = _compile(step, config)
         if device.type == "cuda" and not compiled:
             step.dry_run(step.micro_batch_size, config.context_length)
     except torch.OutOfMemoryError:
         raise RunError(out_of_memory_hint(step, config)) from None
-    log(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
+    logger.info(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
     flops = flops_per_token(config.model, config.context_length)
     is_small = flops * step.micro_batch_size * config.context_length < CUDA_GRAPH_MAX_FLOPS
     can_capture = step.kernels.manual_backward and root is None
@@ -149,13 +149,13 @@ def _try_manual_backward(step: TrainStep, config: Config) -> str:
     return ""
 
 
-def _compile(step: TrainStep, config: Config, log: Callable[[str], None]) -> tuple[bool, str]:
+def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
     """Compile if `--compile` wants it and it works; return whether, and why."""
     if step.kernels.manual_backward:
         return False, "the manual backward does not use it"
 
     def attempt() -> None:
-        log("torch.compile: compiling, which can take a minute")
+        logger.info("torch.compile: compiling, which can take a minute")
         step.compile()
         step.dry_run(step.micro_batch_size, config.context_length)
 

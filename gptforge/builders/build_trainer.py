@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import platform
 import time
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ from gptforge.lock import FolderLock
 from gptforge.model import GPT
 from gptforge.presets import PRESETS, get_preset
 from gptforge.report.console import Console
+from gptforge.report.log_handler import WriteHandler
 from gptforge.report.progress import ProgressMeter
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
@@ -65,12 +67,13 @@ from gptforge.train.state import TrainState, restore
 from gptforge.train.train_step import TrainStep
 from gptforge.train.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(
     config: Config,
     *,
     explicit: Collection[str],
-    log: Callable[[str], None],
     program: str = "python gpt.py",
     command: str = "",
     comm: Comm = SINGLE_PROCESS,
@@ -81,7 +84,6 @@ def build_trainer(
     Args:
         config: as merged from preset, file and flags.
         explicit: names of the fields that the user set, in the file or by flags.
-        log: is called with each choice and the reason.
         program: how the program is called, for the commands that it prints.
         command: the arguments, for the log.
         comm: all ranks; each of them builds, and rank 0 alone opens the run folder.
@@ -94,7 +96,7 @@ def build_trainer(
     start_time = time.monotonic() if start_time is None else start_time
     requested = config
     config = Config(
-        **comm.broadcast_from_rank0(lambda: vars(resolve_init_from(requested, explicit, log)))
+        **comm.broadcast_from_rank0(lambda: vars(resolve_init_from(requested, explicit)))
     )
     validate(config)
     if comm.is_main:
@@ -104,7 +106,7 @@ def build_trainer(
     precision = select_precision(config.dtype, device)
     seed_everything(config, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
     warmup = KernelWarmup(device, config, precision)
-    dataset, logged = _load_dataset(config, explicit, log, comm)
+    dataset, logged = _load_dataset(config, explicit, comm)
     config = resolve_config(config, dataset)
     is_read_only = is_finished_read_only(Path(config.out_dir))
     lock = lock_run_dir(Path(config.out_dir)) if comm.is_main and not is_read_only else None
@@ -113,16 +115,18 @@ def build_trainer(
             on_failure.callback(lock.release)
         opened = open_run_on_all_ranks(config, dataset, explicit, comm, requested=requested)
         config = opened.config
-        _log_notes(dataset, opened, explicit, log, already_logged=logged)
+        _log_notes(dataset, opened, explicit, already_logged=logged)
         if opened.status == "finished":
-            log(
+            logger.info(
                 f"{config.out_dir} is finished: {config.max_steps} steps are done. Raise "
                 "--max_steps to train on, --restart to start over, or try the model: "
                 f"{program} sample {quote(config.out_dir)}"
             )
             return None
-        log(f"text: {describe_dataset(dataset, config)}")
-        log(f"device: {device} ({device_description}), {precision.name}: {precision.reason}")
+        logger.info(f"text: {describe_dataset(dataset, config)}")
+        logger.info(
+            f"device: {device} ({device_description}), {precision.name}: {precision.reason}"
+        )
         store = _open_store(config, comm)
         if comm.world_size == 1:
             check_fits_memory(config, device, precision, is_explicit="batch_size" in explicit)
@@ -132,7 +136,6 @@ def build_trainer(
             device,
             precision,
             explicit=explicit,
-            log=log,
             comm=comm,
             wait_for_warmup=warmup.wait,
         )
@@ -143,7 +146,7 @@ def build_trainer(
         evaluator = _build_evaluator(dataset, config, batch_size=step.micro_batch_size)
         val_tokens = evaluator.num_tokens if evaluator else 0
         steps = config.max_steps - state.step
-        log(estimate_duration(step, config, steps=steps, val_tokens=val_tokens, comm=comm))
+        logger.info(estimate_duration(step, config, steps=steps, val_tokens=val_tokens, comm=comm))
         config_text = to_toml(config, {**_versions(), "command": f"{program} {command}".strip()})
         report = RunReport(
             Path(config.out_dir),
@@ -170,7 +173,7 @@ def build_trainer(
                 enabled=comm.is_main,
             ),
             report=report,
-            stop_signal=StopSignal(config.time_limit, log=report.log, started=start_time),
+            stop_signal=StopSignal(config.time_limit, started=start_time),
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=precision.needs_scaler),
             text_sha256=dataset.sha256,
             inputs=sorted(dataset.input_fingerprints("train")),
@@ -184,17 +187,18 @@ def build_trainer(
 
 
 def _load_dataset(
-    config: Config, explicit: Collection[str], log: Callable[[str], None], comm: Comm
+    config: Config, explicit: Collection[str], comm: Comm
 ) -> tuple[Dataset, list[str]]:
     """Open the text on all ranks; one per machine prepares it. Return what was logged, too."""
     logged: list[str] = []
-
-    def log_and_keep(text: str) -> None:
-        logged.append(text)
-        log(text)
-
-    with comm.local_main_process_first(), ProgressMeter("preparing the text") as meter:
-        dataset = load_dataset(config, explicit, log_and_keep, meter)
+    recorder = WriteHandler(logged.append)
+    data_logger = logging.getLogger("gptforge.data")
+    data_logger.addHandler(recorder)
+    try:
+        with comm.local_main_process_first(), ProgressMeter("preparing the text") as meter:
+            dataset = load_dataset(config, explicit, meter)
+    finally:
+        data_logger.removeHandler(recorder)
     comm.broadcast_from_rank0(
         lambda: check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
     )
@@ -205,7 +209,6 @@ def _log_notes(
     dataset: Dataset,
     opened: OpenedRun,
     explicit: Collection[str],
-    log: Callable[[str], None],
     *,
     already_logged: Collection[str],
 ) -> None:
@@ -217,7 +220,7 @@ def _log_notes(
         notes.append(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
     for note in notes:
         if note not in already_logged:
-            log(note)
+            logger.info(note)
 
 
 def _build_dataloader(

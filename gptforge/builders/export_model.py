@@ -1,7 +1,8 @@
 """Export a model to the formats of other programs, checking that logits agree."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,11 +36,13 @@ from gptforge.printable import MAX_NAME, printable
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers.base import END_OF_TEXT
 
+logger = logging.getLogger(__name__)
+
 MIN_REPORTED_PROBABILITY = 1e-4
 """Probability of an unused embedding row from which an export reports it."""
 
 
-def export_hf(run: str, out: Path, *, log: Callable[[str], None]) -> None:
+def export_hf(run: str, out: Path) -> None:
     """Write a folder that transformers loads, and compare the logits."""
     require_package("transformers", extra="hf")
     bundle, origin = load_bundle(run), read_origin(run)
@@ -57,21 +60,20 @@ def export_hf(run: str, out: Path, *, log: Callable[[str], None]) -> None:
         difference = write_hf(folder, bundle, card=card)
         if origin and origin.curves:
             copy_run_file(origin.curves, folder)
-    log(
+    logger.info(
         f"{out.as_posix()}: logits in transformers differ from ours by at most {difference:.1e}, "
         "float32"
     )
-    _log_eos_row(bundle, log)
+    _log_eos_row(bundle)
 
 
-def export_gguf(run: str, out: Path, *, dtype: str, log: Callable[[str], None]) -> None:
+def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     """Write a file that llama.cpp loads, read it back and compare the logits.
 
     Args:
         run: see `load_bundle`.
         out: the file, or a folder for it.
         dtype: of the matrices: f32, f16 or q8_0.
-        log: is called with the result.
     """
     require_package("gguf", extra="gguf")
     bundle = load_bundle(run)
@@ -84,35 +86,35 @@ def export_gguf(run: str, out: Path, *, dtype: str, log: Callable[[str], None]) 
             temp_path, bundle, outtype=dtype, name=title, description=description
         )
         _refuse_existing(path)
-    log(
+    logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )
     if (probability := unused_row_probability(bundle)) > MIN_REPORTED_PROBABILITY:
-        log(
+        logger.info(
             "note: the end-of-text id of the file is an unused row of the embedding, to which the "
             f"model gives a probability of up to {probability:.1e}: longer training reduces it"
         )
     if gelu_difference := gelu_tanh_difference(bundle):
-        log(
+        logger.info(
             "note: this model's activation is the exact GELU; llama.cpp computes GPT-2's in the "
             f"tanh form, which changes logits by up to {gelu_difference:.1e}; --to hf keeps it"
         )
-    _log_eos_row(bundle, log)
+    _log_eos_row(bundle)
 
 
-def _log_eos_row(bundle: ModelBundle, log: Callable[[str], None]) -> None:
+def _log_eos_row(bundle: ModelBundle) -> None:
     """Other programs require an end-of-text id; say which row serves as one without a token."""
     tokenizer = bundle.tokenizer
     if tokenizer.eot_token is None:
         is_unused = bundle.config.vocab_size > tokenizer.vocab_size
         row = "an unused row of the embedding" if is_unused else "a row added to the embedding"
-        log(
+        logger.info(
             f"note: the {tokenizer.name} tokenizer has no end-of-text id: {row} serves as "
             f"{END_OF_TEXT}, id {tokenizer.vocab_size}; the model was not trained to end a text"
         )
 
 
-def export_space(run: str, out: Path, *, log: Callable[[str], None]) -> None:
+def export_space(run: str, out: Path) -> None:
     """Write a complete Hugging Face Space: the web page, this program and the model."""
     bundle, origin = load_bundle(run), read_origin(run)
     config = bundle_toml(bundle)
@@ -123,7 +125,7 @@ def export_space(run: str, out: Path, *, log: Callable[[str], None]) -> None:
         written = load_bundle(folder).state_dict
         if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
             raise RunError("the weights in the Space are not those of the run: it was not kept")
-    log(
+    logger.info(
         f"{out.as_posix()}: a Space with the same weights, bit for bit; try it: python app.py there"
     )
 

@@ -1,9 +1,9 @@
 """Import a GPT-2 of another program as a checkpoint."""
 
 import hashlib
+import logging
 import os
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 from gptforge import files
@@ -26,6 +26,8 @@ from gptforge.errors import UserError
 from gptforge.lock import atomic_create, atomic_create_dir
 from gptforge.tokenizers import Tokenizer, from_name
 
+logger = logging.getLogger(__name__)
+
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".gguf", ".json")
 """Suffixes of files, and not of models on the Hub."""
 GELU_DIGEST_TAG = "activation gelu"
@@ -33,9 +35,7 @@ GELU_DIGEST_TAG = "activation gelu"
 such an import is not reused."""
 
 
-def import_model(
-    source: str, out: Path, *, tokenizer: str = "", text: str = "", log: Callable[[str], None]
-) -> None:
+def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "") -> None:
     """Write another program's model as a checkpoint folder.
 
     Args:
@@ -43,15 +43,14 @@ def import_model(
         out: the new checkpoint folder.
         tokenizer: `--tokenizer` of training; empty: the source's.
         text: file whose characters are the alphabet of `--tokenizer char`.
-        log: is called with a description of the model.
 
     Raises:
         UserError: if the source is no GPT-2, naming the first thing that does not match.
     """
-    bundle = _read_model(source, _explicit_tokenizer(tokenizer, text), log)
+    bundle = _read_model(source, _explicit_tokenizer(tokenizer, text))
     with report_write_errors(out), atomic_create_dir(out) as folder:
         _write_checkpoint(folder, bundle, source)
-    _log_import(out, bundle, log)
+    _log_import(out, bundle)
 
 
 def _write_checkpoint(folder: Path, bundle: ModelBundle, source: str) -> None:
@@ -61,18 +60,16 @@ def _write_checkpoint(folder: Path, bundle: ModelBundle, source: str) -> None:
     )
 
 
-def _log_import(out: Path, bundle: ModelBundle, log: Callable[[str], None]) -> None:
+def _log_import(out: Path, bundle: ModelBundle) -> None:
     c, tokenizer = bundle.config, bundle.tokenizer
-    log(
+    logger.info(
         f"{out.as_posix()}: {c.n_layer} layers, {c.n_head} heads, n_embd {c.n_embd}, "
         f"{c.block_size} positions, activation {c.activation}, {tokenizer.name} tokenizer "
         f"with {tokenizer.vocab_size:,} ids; sample, eval, export and --init_from take it"
     )
 
 
-def import_if_needed(
-    source: str, *, log: Callable[[str], None], temp_dir: Path | None = None
-) -> str:
+def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
     """Return the path of a checkpoint for `--init_from`, importing another program's model.
 
     Concurrent starts import once: the others wait. An import of something else under the same name
@@ -80,7 +77,6 @@ def import_if_needed(
 
     Args:
         source: a run or checkpoint, returned as it is, or what `import_model` takes.
-        log: is called with what is done.
         temp_dir: where to import to, without keeping it; None: `runs/imported`.
     """
     path = Path(source)
@@ -91,23 +87,25 @@ def import_if_needed(
         return source
     out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
     if _is_import_of(out, path):
-        log(f"--init_from {source}: imported before, using {out.as_posix()}")
+        logger.info(f"--init_from {source}: imported before, using {out.as_posix()}")
         return out.as_posix()
     if temp_dir:
-        import_model(source, temp_dir / out.name, log=log)
+        import_model(source, temp_dir / out.name)
         return (temp_dir / out.name).as_posix()
-    with report_write_errors(out), atomic_create(out, log=log) as folder:
+    with report_write_errors(out), atomic_create(out, log=logger.info) as folder:
         if _is_import_of(out, path):
-            log(f"--init_from {source}: imported by another process, using {out.as_posix()}")
+            logger.info(
+                f"--init_from {source}: imported by another process, using {out.as_posix()}"
+            )
             return out.as_posix()
-        bundle = _read_model(source, None, log)
+        bundle = _read_model(source, None)
         folder.mkdir()
         _write_checkpoint(folder, bundle, source)
         if os.path.lexists(out):
             reason = _why_not_reusable(out, path, source)
             backup = files.move_to_backup(out, "old")
-            log(f"note: {out.as_posix()} {reason}: moved to {backup.as_posix()}")
-    _log_import(out, bundle, log)
+            logger.info(f"note: {out.as_posix()} {reason}: moved to {backup.as_posix()}")
+    _log_import(out, bundle)
     return out.as_posix()
 
 
@@ -171,9 +169,7 @@ def _looks_like_path(path: Path, source: str) -> bool:
     return has_path_syntax or is_in_folder or len(path.parts) > 2 or path.suffix in MODEL_SUFFIXES
 
 
-def _read_model(
-    source: str, tokenizer: Tokenizer | None, log: Callable[[str], None]
-) -> ModelBundle:
+def _read_model(source: str, tokenizer: Tokenizer | None) -> ModelBundle:
     path = Path(source)
     if (kind := files.nonregular_kind(path)) and not path.is_dir():
         raise UserError(f"{source} is {kind}, not a regular file: save the model to a file first")
@@ -197,4 +193,4 @@ def _read_model(
             f"{source} does not exist: give a transformers folder, nanoGPT's ckpt.pt, or a "
             "name on the Hugging Face Hub"
         )
-    return read_hf(download_model(source, log=log), tokenizer=tokenizer)
+    return read_hf(download_model(source), tokenizer=tokenizer)

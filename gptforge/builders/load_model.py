@@ -1,6 +1,5 @@
 """Load the model of a run, a checkpoint or an exported folder, for inference."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from gptforge.device import select_device, select_precision
 from gptforge.errors import UserError
 from gptforge.estimate.formulas import num_params
 from gptforge.inference.language_model import LanguageModel
-from gptforge.printable import print_stderr
 
 MAX_FLOAT32_PARAMS = 30_000_000
 """Below, a CPU generates faster in float32: the weights fit into its caches anyway."""
@@ -23,11 +21,7 @@ MAX_SINGLE_THREAD_PARAMS = 4_000_000
 
 
 def load(
-    run: str | Path,
-    *,
-    device: str | torch.device = "auto",
-    dtype: str = "auto",
-    log: Callable[[str], None] | None = None,
+    run: str | Path, *, device: str | torch.device = "auto", dtype: str = "auto"
 ) -> LanguageModel:
     """Load a trained model for inference.
 
@@ -36,7 +30,6 @@ def load(
             that transformers or `export --to hf` wrote.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, bfloat16 or float16. Logits are always float32.
-        log: is called with notes while generating; None: they go to standard error.
 
     Raises:
         UserError: if there is no checkpoint, or it is damaged.
@@ -48,7 +41,6 @@ def load(
         bundle.tokenizer,
         dtype=inference_dtype(dtype, torch_device, bundle.config),
         frozen=True,
-        log=log or print_stderr,
     )
 
 

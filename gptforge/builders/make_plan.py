@@ -1,9 +1,10 @@
 """Plan a run: resolve and check the configuration as training does, and compute size and cost."""
 
 import dataclasses
+import logging
 import math
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -51,12 +52,12 @@ from gptforge.estimate.plan import (
 )
 from gptforge.report.progress import ProgressMeter
 
+logger = logging.getLogger(__name__)
+
 NOT_MEASURED = TimePlan(None, None, None, "not measured: it does not fit into memory")
 
 
-def make_plan(
-    config: Config, explicit: Collection[str], log: Callable[[str], None]
-) -> TrainingPlan:
+def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     """Compute what a configuration amounts to.
 
     Leaves the run folder as it is. A new text is prepared into the user's cache, where training
@@ -66,13 +67,13 @@ def make_plan(
         UserError: for all that training refuses, with the same message.
     """
     with tempfile.TemporaryDirectory() as temp_dir:
-        config = resolve_init_from(config, explicit, log, temp_dir=Path(temp_dir))
+        config = resolve_init_from(config, explicit, temp_dir=Path(temp_dir))
         validate(config)
         check_out_dir(dataclasses.replace(config, out_dir=resolve_out_dir(config)))
         device, description = select_device(config.device)
         precision = select_precision(config.dtype, device)
         with ProgressMeter("preparing the text") as meter:
-            dataset = load_dataset(config, explicit, log, meter)
+            dataset = load_dataset(config, explicit, meter)
         check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
     config = resolve_config(config, dataset)
     saved = CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints()
@@ -85,9 +86,9 @@ def make_plan(
             tokenizer=dataset.tokenizer,
             text_sha256=dataset.sha256,
         )
-    use_fsdp(config, device, precision, SINGLE_PROCESS, log)
+    use_fsdp(config, device, precision, SINGLE_PROCESS)
     for notice in dataset.notices:
-        log(f"note: {notice}")
+        logger.info(f"note: {notice}")
 
     c, params = config, num_params(config.model)
     estimator = MemoryEstimator(c, precision, device)

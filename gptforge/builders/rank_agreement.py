@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from hashlib import sha256
 from typing import Any
 
@@ -19,6 +20,8 @@ from gptforge.errors import UserError
 from gptforge.estimate.formulas import training_memory
 from gptforge.shell import env_int
 from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION
+
+logger = logging.getLogger(__name__)
 
 
 def check_global_batch(config: Config, comm: Comm) -> None:
@@ -74,13 +77,7 @@ def open_run_on_all_ranks(
     return opened
 
 
-def use_fsdp(
-    config: Config,
-    device: torch.device,
-    precision: Precision,
-    comm: Comm,
-    log: Callable[[str], None],
-) -> bool:
+def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: Comm) -> bool:
     """Whether to shard the model over the ranks (FSDP) instead of replicating it (DDP).
 
     Raises:
@@ -114,5 +111,5 @@ def use_fsdp(
             f"({reason}): use --optimizer adamw, or --parallel ddp if it fits on each rank"
         )
     kind = "fsdp, the model sharded over" if is_sharded else "ddp, a copy of the model on each of"
-    log(f"parallel: {kind} {comm.world_size} ranks; {reason}")
+    logger.info(f"parallel: {kind} {comm.world_size} ranks; {reason}")
     return is_sharded

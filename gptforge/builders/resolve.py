@@ -1,7 +1,8 @@
 """Fill in what a configuration leaves open, from `--init_from`, the run folder and the text."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
@@ -26,15 +27,13 @@ from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, Tokenizer, from_name
 
+logger = logging.getLogger(__name__)
+
 MODEL_FIELDS = frozenset(field.name for field in dataclasses.fields(GPTConfig)) - {"dropout"}
 
 
 def resolve_init_from(
-    config: Config,
-    explicit: Collection[str],
-    log: Callable[[str], None],
-    *,
-    temp_dir: Path | None = None,
+    config: Config, explicit: Collection[str], *, temp_dir: Path | None = None
 ) -> Config:
     """Take shape and tokenizer from the checkpoint of `--init_from`, unless set explicitly.
 
@@ -43,10 +42,10 @@ def resolve_init_from(
     Raises:
         UserError: if the checkpoint is damaged, or does not match an explicit flag.
     """
-    config = _with_input_options_of_run(config, explicit, log)
+    config = _with_input_options_of_run(config, explicit)
     if not config.init_from:
         return config
-    source = import_if_needed(config.init_from, log=log, temp_dir=temp_dir)
+    source = import_if_needed(config.init_from, temp_dir=temp_dir)
     config = dataclasses.replace(config, init_from=source)
     path = _initial_checkpoint(config)
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
@@ -102,9 +101,7 @@ def _initial_checkpoint(config: Config) -> Path:
     return _last_checkpoint(config) or checkpoints.resolve_checkpoint(config.init_from)
 
 
-def _with_input_options_of_run(
-    config: Config, explicit: Collection[str], log: Callable[[str], None]
-) -> Config:
+def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Config:
     """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
     last = _last_checkpoint(config)
     if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
@@ -117,18 +114,15 @@ def _with_input_options_of_run(
         and not checkpoints.find_corruption(last, (checkpoints.TOKENIZER,))
     ):
         copy = (last / checkpoints.TOKENIZER).as_posix()
-        log(f"note: {config.tokenizer} does not exist any more: using the run's copy, {copy}")
+        logger.info(
+            f"note: {config.tokenizer} does not exist any more: using the run's copy, {copy}"
+        )
         config = dataclasses.replace(config, tokenizer=copy)
     names = {"field", "kind", "split_by_name"}.difference(explicit)
     return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
 
 
-def load_dataset(
-    config: Config,
-    explicit: Collection[str],
-    log: Callable[[str], None],
-    progress: ProgressMeter,
-) -> Dataset:
+def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:
     """Open the text of `--input`, preparing it if needed, and check that it can be trained on.
 
     Raises:
@@ -148,9 +142,9 @@ def load_dataset(
     )
     name = config.input
     if "input" not in explicit and may_be_bundled_input(name):
-        log(f"note: {name} does not exist here: using the bundled text, {BUNDLED_INPUT}")
+        logger.info(f"note: {name} does not exist here: using the bundled text, {BUNDLED_INPUT}")
         name = BUNDLED_INPUT
-    dataset = open_dataset(resolve_input(name), options, log=log, progress=progress)
+    dataset = open_dataset(resolve_input(name), options, progress=progress)
     check_length(dataset, config.context_length, random_offset=config.random_offset)
     for finding in quick_check(
         dataset, context_length=config.context_length, global_batch=config.global_batch_size
@@ -158,7 +152,7 @@ def load_dataset(
         if finding.level == "error":
             raise UserError(str(finding))
         if finding.level == "warning":
-            log(f"warning: {finding}")
+            logger.warning(f"warning: {finding}")
     return dataset
 
 

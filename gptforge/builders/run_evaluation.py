@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,9 +38,11 @@ from gptforge.evaluate.tasks import TASKS, Example, score_choices
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
 from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
-from gptforge.printable import pluralize, print_stderr
+from gptforge.printable import pluralize
 from gptforge.report.progress import EtaNotice
 from gptforge.tokenizers import byte_lengths
+
+logger = logging.getLogger(__name__)
 
 HUB_DATASETS = {
     "hellaswag": ("Rowan/hellaswag", "validation"),
@@ -145,16 +148,16 @@ def _read_run(run: str, *, block_size: int) -> _TrainedRun:
 
 def _open_data(data: str, options: DatasetOptions, trained: _TrainedRun) -> TokenDataset:
     """Open `--data`; warn if the model was trained on it, and say which split is used."""
-    dataset = open_dataset(Path(data), options, log=print_stderr)
+    dataset = open_dataset(Path(data), options)
     has_val = len(dataset.val) > 0
     if has_val:
-        print_stderr(f"note: evaluating the validation split of {data}, not the rest")
+        logger.info(f"note: evaluating the validation split of {data}, not the rest")
     memorized = "this says how well the model remembers it"
     if trained.text_sha256 == dataset.sha256:
         # A smaller validation split of the same text is part of a larger one.
         if not has_val or dataset.val_fraction > trained.config.val_fraction:
             hint = "; without --data the held-out part is evaluated"
-            print_stderr(
+            logger.warning(
                 f"warning: {trained.name} was trained on {data}: {memorized}"
                 f"{hint if trained.config.val_fraction else ''}"
             )
@@ -162,7 +165,7 @@ def _open_data(data: str, options: DatasetOptions, trained: _TrainedRun) -> Toke
         files_of = ""
         if len(dataset.input_splits) > 1:
             files_of = f"{pluralize(len(known), 'file', 'files')} of "
-        print_stderr(
+        logger.warning(
             f"warning: {trained.name} was trained on {files_of}{data}, or on a part of it: "
             f"{memorized}"
         )
@@ -185,7 +188,7 @@ def _open_val_split(options: DatasetOptions, trained: _TrainedRun) -> TokenDatas
         raise UserError(missing)
     try:
         path = resolve_input("" if is_gone else config.input)
-        dataset = open_dataset(path, options, log=print_stderr)
+        dataset = open_dataset(path, options)
     except UserError as error:
         raise UserError(
             f"the training text of {run}, {config.input}, cannot be read any more: it has changed "

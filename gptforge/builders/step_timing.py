@@ -1,8 +1,9 @@
 """Build a training step without a run, and time it in seconds however large the model is."""
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,10 @@ from gptforge.config import Config, validate
 from gptforge.device import select_device, select_precision
 from gptforge.estimate.formulas import flops_per_token
 from gptforge.model import GPT
+from gptforge.report.log_handler import log_to
 from gptforge.train.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 MAX_FLOPS, MAX_FLOPS_CUDA = 1e12, 1e14
 """FLOPs of one timed pass; on a CPU about 2 seconds, with two cores and bfloat16."""
@@ -36,9 +40,7 @@ class StepTiming:
     how: str
 
 
-def build_bench_step(
-    config: Config, explicit: Collection[str], log: Callable[[str], None]
-) -> TrainStep:
+def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
     """Build model, optimizer and kernels as for training; write nothing to disk.
 
     Raises:
@@ -47,7 +49,7 @@ def build_bench_step(
     validate(config)
     device, description = select_device(config.device)
     precision = select_precision(config.dtype, device)
-    log(f"device: {device} ({description}), {precision.name}: {precision.reason}")
+    logger.info(f"device: {device} ({description}), {precision.name}: {precision.reason}")
     seed_everything(config)  # sets what cuBLAS reads when the warmup starts it
     return build_train_step(
         config,
@@ -55,12 +57,11 @@ def build_bench_step(
         device,
         precision,
         explicit=explicit,
-        log=log,
         wait_for_warmup=KernelWarmup(device, config, precision).wait,
     )
 
 
-def build_random_model(config: Config, log: Callable[[str], None]) -> GPT:
+def build_random_model(config: Config) -> GPT:
     """Build a model with random weights on its device, for inference.
 
     Raises:
@@ -68,7 +69,7 @@ def build_random_model(config: Config, log: Callable[[str], None]) -> GPT:
     """
     validate(config)
     device, description = select_device(config.device)
-    log(f"device: {device} ({description})")
+    logger.info(f"device: {device} ({description})")
     seed_everything(config)
     with device:
         return GPT(config.model).init_weights().eval()
@@ -103,7 +104,8 @@ def time_step(
     seconds, cpu_share, is_manual = [], 1.0, True
     for n_layer in depths:
         shallow = dataclasses.replace(config, n_layer=n_layer)
-        step = build_bench_step(shallow, {*explicit, "batch_size"}, lambda _: None)
+        with log_to(lambda text: None):
+            step = build_bench_step(shallow, {*explicit, "batch_size"})
         fastest, cpu_share = _time_passes(step, sequences, config.context_length)
         seconds.append(fastest / sequences)
         is_manual = step.kernels.manual_backward

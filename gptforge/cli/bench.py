@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import UserError
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.format import format_count
+from gptforge.report.log_handler import log_to
 
 if TYPE_CHECKING:
     import torch
 
     from gptforge.train.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320}
@@ -62,20 +66,20 @@ def main(argv: list[str]) -> int:
                 f"--profile {args.profile}: cannot create the folder ({error.strerror})"
             ) from None
     prewarm_cuda(args.device)
-    log = print_stderr if args.json else safe_print
-    config = resolve_preset(args, explicit, log=log)
-    if not config.vocab_size:
-        vocab_size = VOCAB_SIZES.get(config.tokenizer, VOCAB_SIZES["gpt2"])
-        config = dataclasses.replace(config, vocab_size=vocab_size)
     measure = _measure_generation if args.generate else _measure_training
-    results = measure(config, explicit, args, log)
+    with log_to(print_stderr if args.json else safe_print):
+        config = resolve_preset(args, explicit)
+        if not config.vocab_size:
+            vocab_size = VOCAB_SIZES.get(config.tokenizer, VOCAB_SIZES["gpt2"])
+            config = dataclasses.replace(config, vocab_size=vocab_size)
+        results = measure(config, explicit, args)
     if args.json:
         print(json.dumps(results))
     return 0
 
 
 def _measure_training(
-    config: Config, explicit: Collection[str], args: BenchConfig, log: Callable[[str], None]
+    config: Config, explicit: Collection[str], args: BenchConfig
 ) -> dict[str, Any]:
     from gptforge.bench.baselines import build_baseline, describe_baseline
     from gptforge.bench.train_speed import (
@@ -86,14 +90,14 @@ def _measure_training(
     )
     from gptforge.builders.step_timing import build_bench_step
 
-    step = build_bench_step(config, explicit, log)
+    step = build_bench_step(config, explicit)
     batch = random_batch(config, step.device)
     step_fn = functools.partial(step, lr=config.max_lr)
     step_fn(*batch)
     first_step_seconds = time.perf_counter() - START_TIME
     factories: dict[str, Callable[[], StepFn]] = {"gptforge": lambda: step_fn}
     if args.peer:
-        log(f"baseline: {describe_baseline(args.peer, step.device, step.precision)}")
+        logger.info(f"baseline: {describe_baseline(args.peer, step.device, step.precision)}")
         factories[args.peer] = lambda: functools.partial(
             build_baseline(args.peer, step.model, config, step.precision), lr=config.max_lr
         )
@@ -104,29 +108,29 @@ def _measure_training(
         "formula": MFU_FORMULA,
         "results": results,
     }
-    log(
+    logger.info(
         "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
         "| peak GB | speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for result in results:
-        log(_train_row(result))
+        logger.info(_train_row(result))
     peak = results[0]["peak_tflops_per_second"]
     note = f"peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
     per_token = format_count(results[0]["flops_per_token"])
-    log(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
+    logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
     if args.profile:
         kernels = profile(step_fn, batch, Path(args.profile))
         found["profile"] = kernels
         total = sum(ms for _, ms, _ in kernels)
-        log("\n| kernel | ms | calls | share |\n| --- | --- | --- | --- |")
+        logger.info("\n| kernel | ms | calls | share |\n| --- | --- | --- | --- |")
         for name, ms, calls in kernels:
-            log(f"| {name[:80]} | {ms:.2f} | {calls:.0f} | {ms / total:.1%} |")
-        log(f"\nfull trace: {(Path(args.profile) / 'trace.json').as_posix()}")
+            logger.info(f"| {name[:80]} | {ms:.2f} | {calls:.0f} | {ms / total:.1%} |")
+        logger.info(f"\nfull trace: {(Path(args.profile) / 'trace.json').as_posix()}")
     return found
 
 
 def _measure_generation(
-    config: Config, explicit: Collection[str], args: BenchConfig, log: Callable[[str], None]
+    config: Config, explicit: Collection[str], args: BenchConfig
 ) -> dict[str, Any]:
     import torch
 
@@ -146,7 +150,7 @@ def _measure_generation(
     new_tokens = min(NEW_TOKENS, config.block_size - prompt_tokens)
     if not prompt_tokens:
         raise UserError("--generate needs a --block_size of 2 or more")
-    model = build_random_model(config, log)
+    model = build_random_model(config)
     device = next(model.parameters()).device
     vocab_size = model.config.vocab_size
     num_tokens = min(vocab_size, NUM_TOKENS.get(config.tokenizer, vocab_size))
@@ -159,7 +163,7 @@ def _measure_generation(
         # In float32, as transformers loads a GPT-2, and in the dtype used above.
         for hf_dtype in dict.fromkeys((torch.float32, dtype)):
             generators[f"hf, {_dtype_name(hf_dtype)}"] = transformers_generator(model, hf_dtype)
-    log(
+    logger.info(
         f"\n{prompt_tokens} prompt tokens, {new_tokens} new ones, temperature 0.8, top-k 200\n\n"
         "| implementation | batch | new tokens/s (min, max) | ms to first token | speedup |\n"
         "| --- | --- | --- | --- | --- |"
@@ -176,9 +180,9 @@ def _measure_generation(
             device=device,
         ):
             results.append(result)
-            log(_generate_row(result))
+            logger.info(_generate_row(result))
     graph = "CUDA graph" if generator.has_cuda_graph else "no CUDA graph"
-    log(f"\ngptforge's decode steps: {graph}")
+    logger.info(f"\ngptforge's decode steps: {graph}")
     machine = {**_device_facts(device), "cuda_graph": generator.has_cuda_graph}
     return {"machine": machine, "results": results}
 

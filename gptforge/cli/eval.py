@@ -11,7 +11,8 @@ import tyro
 from gptforge.cli.parsing import parse_args
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError
-from gptforge.printable import safe_print
+from gptforge.printable import print_stderr, safe_print
+from gptforge.report.log_handler import log_to
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class EvalArgs:
     """auto, cpu, cuda, cuda:N or mps."""
 
 
+@log_to(print_stderr)
 def main(argv: list[str]) -> int:
     """Evaluate and print; returns the exit code."""
     args = parse_args(EvalArgs, argv, "gptforge eval")

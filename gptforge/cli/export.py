@@ -9,6 +9,7 @@ import tyro
 from gptforge.cli.parsing import parse_args
 from gptforge.errors import UserError
 from gptforge.printable import print_stderr, safe_print
+from gptforge.report.log_handler import log_to
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ImportArgs:
     """With --tokenizer char: the text that defines the vocabulary."""
 
 
+@log_to(print_stderr)
 def main(argv: list[str]) -> int:
     """`gptforge export`: write, check, perhaps upload; returns the exit code."""
     args = parse_args(ExportArgs, argv, "gptforge export")
@@ -59,22 +61,21 @@ def main(argv: list[str]) -> int:
         check_repo_id(args.push)
     out = Path(args.out)
     if args.to == "gguf":
-        export_model.export_gguf(args.run, out, dtype=args.type or "f16", log=print_stderr)
+        export_model.export_gguf(args.run, out, dtype=args.type or "f16")
         return 0
     write = export_model.export_hf if args.to == "hf" else export_model.export_space
-    write(args.run, out, log=print_stderr)
+    write(args.run, out)
     if args.push:
         repo_type: Literal["model", "space"] = "model" if args.to == "hf" else "space"
         safe_print(push_to_hub(out, args.push, repo_type=repo_type, private=args.private))
     return 0
 
 
+@log_to(print_stderr)
 def import_main(argv: list[str]) -> int:
     """`gptforge import`: read, check, write; returns the exit code."""
     args = parse_args(ImportArgs, argv, "gptforge import")
     from gptforge.builders.import_model import import_model
 
-    import_model(
-        args.source, Path(args.out), tokenizer=args.tokenizer, text=args.text, log=print_stderr
-    )
+    import_model(args.source, Path(args.out), tokenizer=args.tokenizer, text=args.text)
     return 0

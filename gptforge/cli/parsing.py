@@ -2,8 +2,9 @@
 
 import contextlib
 import io
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,8 @@ from gptforge.config import (
 )
 from gptforge.errors import UserError
 from gptforge.presets import PRESETS, get_preset
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Config)
@@ -93,21 +96,20 @@ def parse_train_args(
     return parsed, frozenset(flags) | (frozenset() if is_from_run else frozenset(from_file))
 
 
-def resolve_preset(
-    config: Config, explicit: frozenset[str], *, log: Callable[[str], None]
-) -> Config:
+def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
     """Choose a preset if none was named, and shorten a default warmup that exceeds max_steps.
 
     Args:
         config: as `parse_train_args` returns it; fields of subclasses are dropped.
         explicit: fields set by flags or in the file; they override the preset.
-        log: called with the preset and the reason for it.
     """
     config = Config(**{name: getattr(config, name) for name in FIELDS})
     if config.mlp_matmul == "quack":
-        log("note: --mlp_matmul quack has no effect: support for the quack package was removed")
+        logger.info(
+            "note: --mlp_matmul quack has no effect: support for the quack package was removed"
+        )
     if config.preset:
-        log(f"preset: {config.preset} ({PRESETS[config.preset].description})")
+        logger.info(f"preset: {config.preset} ({PRESETS[config.preset].description})")
     else:
         import torch
 
@@ -115,7 +117,7 @@ def resolve_preset(
         has_cuda |= config.device.startswith("cuda:")
         name = "gpt2" if has_cuda else "shakespeare-cpu"
         reason = "there is a CUDA GPU" if has_cuda else "no CUDA GPU is used"
-        log(
+        logger.info(
             f"preset: {name} ({PRESETS[name].description}), because {reason}; choose with "
             f"--preset: {', '.join(PRESETS)}"
         )

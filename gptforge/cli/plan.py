@@ -20,6 +20,7 @@ from gptforge.estimate.plan import (
 )
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.format import format_count, format_duration
+from gptforge.report.log_handler import log_to
 
 INDENT = 12
 
@@ -35,11 +36,11 @@ class PlanConfig(Config):
 def main(argv: list[str]) -> int:
     """Print the plan; returns 1 if the run does not fit into memory or on the disk."""
     args, explicit = parse_train_args(argv, cls=PlanConfig, prog="gptforge plan")
-    log = print_stderr if args.json else safe_print
-    config = resolve_preset(args, explicit, log=log)
-    from gptforge.builders.make_plan import make_plan
+    with log_to(print_stderr if args.json else safe_print):
+        config = resolve_preset(args, explicit)
+        from gptforge.builders.make_plan import make_plan
 
-    plan = make_plan(config, explicit, log)
+        plan = make_plan(config, explicit)
     if args.json:
         print(json.dumps(dataclasses.asdict(plan)))
     else:

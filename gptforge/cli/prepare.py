@@ -10,6 +10,7 @@ import tyro
 from gptforge.cli.parsing import DatasetArgs, parse_args
 from gptforge.errors import Terminated, UserError
 from gptforge.printable import pluralize, safe_print
+from gptforge.report.log_handler import log_to
 from gptforge.shell import program_name, quote
 
 if TYPE_CHECKING:
@@ -61,13 +62,12 @@ def main(argv: list[str]) -> int:
         raw_bin=args.raw_bin,
     )
     try:
-        with ProgressMeter("preparing") as progress:
+        with ProgressMeter("preparing") as progress, log_to(progress.log):
             index = prepare(
                 Path(args.out),
                 request,
                 num_workers=args.workers,
                 restart=args.restart,
-                log=progress.log,
                 progress=progress,
             )
     except (KeyboardInterrupt, Terminated):

@@ -16,6 +16,7 @@ from gptforge.config import SEED_LIMIT
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, terminal_safe
+from gptforge.report.log_handler import log_to
 
 if TYPE_CHECKING:
     from gptforge.inference.language_model import LanguageModel
@@ -58,6 +59,7 @@ class SampleArgs:
     """auto, cpu, cuda, cuda:N or mps."""
 
 
+@log_to(print_stderr)
 def main(argv: list[str]) -> int:
     """Load a model and generate; returns the exit code."""
     args = parse_args(SampleArgs, argv, "gptforge sample")

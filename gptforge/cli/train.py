@@ -15,6 +15,7 @@ from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError
 from gptforge.printable import safe_print
+from gptforge.report.log_handler import log_to
 from gptforge.shell import env_int, program_name, torchrun_target
 
 START_TIME = time.monotonic()
@@ -28,39 +29,42 @@ def main(args: list[str], *, epilog: str = "") -> int:
     prewarm_cuda(config.device)
     # Read before training, so that an invalid value cannot fail a finished run.
     max_restarts = env_int("TORCHELASTIC_MAX_RESTARTS", 0)
-    log = _log if os.environ.get("RANK", "0") == "0" else lambda text: None
-    config = resolve_preset(config, explicit, log=log)
-    import torch
+    with log_to(_log) as handler:
+        if os.environ.get("RANK", "0") != "0":
+            handler.addFilter(lambda record: hasattr(record, "any_rank"))
+        config = resolve_preset(config, explicit)
+        import torch
 
-    from gptforge.distributed import init_distributed
+        from gptforge.distributed import init_distributed
 
-    # Before anything slow: from here on the watchdog sees that this rank is alive.
-    comm = init_distributed(config.device)
-    try:
-        from gptforge.builders.build_trainer import build_trainer
-        from gptforge.train.signals import EXIT_CODES
+        # Before anything slow: from here on the watchdog sees that this rank is alive.
+        comm = init_distributed(config.device)
+        try:
+            from gptforge.builders.build_trainer import build_trainer
+            from gptforge.train.signals import EXIT_CODES
 
-        trainer = build_trainer(
-            config,
-            explicit=explicit,
-            program=program_name(),
-            command=shlex.join(args),
-            log=log,
-            comm=comm,
-            start_time=START_TIME,
-        )
-        reason = trainer.fit() if trainer else "finished"
-        comm.shutdown()
-    except torch.OutOfMemoryError:
-        error = RunError(
-            f"the device ran out of memory with --batch_size {config.batch_size}: leave it out, "
-            "and a micro-batch that fits is chosen, with the same results"
-        )
-        comm.abort(error)
-        raise error from None
-    except BaseException as error:
-        comm.abort(error)
-        raise
+            trainer = build_trainer(
+                config,
+                explicit=explicit,
+                program=program_name(),
+                command=shlex.join(args),
+                comm=comm,
+                start_time=START_TIME,
+            )
+            if trainer and comm.is_main:
+                handler.write = trainer.report.log  # above the progress bar
+            reason = trainer.fit() if trainer else "finished"
+            comm.shutdown()
+        except torch.OutOfMemoryError:
+            error = RunError(
+                f"the device ran out of memory with --batch_size {config.batch_size}: leave it "
+                "out, and a micro-batch that fits is chosen, with the same results"
+            )
+            comm.abort(error)
+            raise error from None
+        except BaseException as error:
+            comm.abort(error)
+            raise
     if comm.is_main:
         if reason == "time_limit":
             print(f"The time limit of {config.time_limit:g} minutes is reached; all is saved.")

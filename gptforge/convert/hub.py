@@ -1,12 +1,14 @@
 """Upload exports to the Hugging Face Hub and download models from it."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Literal
 
 from gptforge.convert.hf import OTHER_FILES, PYTORCH_WEIGHTS, SAFETENSORS_WEIGHTS
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.shell import quote
+
+logger = logging.getLogger(__name__)
 
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 """Names that stand for openai-community/NAME."""
@@ -87,7 +89,7 @@ def push_to_hub(
     return str(url)
 
 
-def download_model(source: str, *, log: Callable[[str], None]) -> Path:
+def download_model(source: str) -> Path:
     """Download a model from the Hugging Face Hub; returns its folder.
 
     Raises:
@@ -98,7 +100,7 @@ def download_model(source: str, *, log: Callable[[str], None]) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     name = f"openai-community/{source}" if source in OPENAI_MODELS else source
-    log(f"downloading {name} from the Hugging Face Hub")
+    logger.info(f"downloading {name} from the Hugging Face Hub")
     try:
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=[SAFETENSORS_WEIGHTS, *OTHER_FILES]

@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -36,7 +35,6 @@ def prepare_cached(
     kind: FileKind | Literal["auto"] = "auto",
     split_by_name: bool = True,
     needs_val: bool = False,
-    log: Callable[[str], None],
     progress: ProgressBar | None = None,
 ) -> tuple[Index, tuple[str, ...]]:
     """Prepare a file, a folder or a pattern, or find its shards in the cache.
@@ -72,20 +70,15 @@ def prepare_cached(
         record = [PREPARE_VERSION, contents, vocab, options, asdict(text_format)]
         cache_key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         folder = cache / cache_key[:24]
-        index = _prepare(folder, replace(request, cache_key=cache_key), log, progress)
+        index = _prepare(folder, replace(request, cache_key=cache_key), progress)
     (folder / REQUEST_FILE).touch()
     _delete_unused(cache)
     return index, selection.notices
 
 
-def _prepare(
-    folder: Path,
-    request: PrepareRequest,
-    log: Callable[[str], None],
-    progress: ProgressBar | None,
-) -> Index:
+def _prepare(folder: Path, request: PrepareRequest, progress: ProgressBar | None) -> Index:
     try:
-        return prepare(folder, request, wait=True, log=log, progress=progress)
+        return prepare(folder, request, wait=True, progress=progress)
     except BadInputError as error:
         message = f"{error.problem}: {error.hint}"
         # `train` and `eval` have these flags too.

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -155,11 +155,7 @@ def may_be_bundled_input(name: str) -> bool:
 
 
 def open_dataset(
-    path: Path,
-    options: DatasetOptions,
-    *,
-    log: Callable[[str], None],
-    progress: ProgressBar | None = None,
+    path: Path, options: DatasetOptions, *, progress: ProgressBar | None = None
 ) -> Dataset:
     """Open token shards; tokenize any other input, unless the cache has its shards.
 
@@ -184,7 +180,6 @@ def open_dataset(
         kind=options.kind,
         split_by_name=options.split_by_name,
         needs_val=options.needs_val,
-        log=log,
         progress=progress,
     )
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)

@@ -1,7 +1,7 @@
 """Start the page."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gptforge.builders.export_model import model_title, read_origin
@@ -54,8 +54,9 @@ def launch(
 
     from gptforge.demo.api import routes
 
-    def load_model(folder: str, log: Callable[[str], None]) -> LanguageModel:
-        model = load(folder, device=device, log=log)
+    def load_model(folder: str) -> LanguageModel:
+        model = load(folder, device=device)
+        model.warn_on_context_shift = False  # the page says it
         limit_threads(model)
         return model
 

@@ -40,13 +40,11 @@ class ModelCache:
     """Models by checkpoint, loaded on first use; the least recently used one is dropped.
 
     Args:
-        load: loads the model of a folder; its second argument takes notes.
+        load: loads the model of a folder.
         run: the run that the page shows.
     """
 
-    def __init__(
-        self, load: Callable[[str, Callable[[str], None]], LanguageModel], run: str
-    ) -> None:
+    def __init__(self, load: Callable[[str], LanguageModel], run: str) -> None:
         self._load, self._run = load, run
         self._models: OrderedDict[str, LanguageModel] = OrderedDict()
         self._lock = threading.Lock()
@@ -72,7 +70,7 @@ class ModelCache:
         key = str(real_path(path) if path.is_dir() else Path(self._run))
         with self._lock:
             if key not in self._models:
-                self._models[key] = self._load(key, lambda text: None)
+                self._models[key] = self._load(key)
             self._models.move_to_end(key)
             while len(self._models) > MAX_LOADED_MODELS:
                 self._models.popitem(last=False)

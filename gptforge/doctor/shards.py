@@ -36,7 +36,7 @@ def check_shards(path: Path, options: DatasetOptions, *, context_length: int) ->
     """Findings about a folder that `gptforge prepare` wrote, or about external shards."""
     try:
         # Without `verify`, which stops at the first corrupted file.
-        dataset = open_dataset(path, replace(options, verify=False), log=lambda _: None)
+        dataset = open_dataset(path, replace(options, verify=False))
         index = read_index(path) if path.is_dir() else None
     except UserError as problem:
         return [error(str(problem))]

@@ -1,7 +1,8 @@
 """A trained model with its tokenizer: text in, text out."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
 from gptforge.tokenizers.base import END_OF_TEXT
 
+logger = logging.getLogger(__name__)
+
 MAX_TOKENS = 10_000_000
 """Limit of new tokens per call, since their buffers are allocated in advance."""
 
@@ -56,7 +59,7 @@ class LanguageModel:
         dtype: compute dtype; None: that of the model. Weights are copied if it differs.
         frozen: whether the weights no longer change: large weights are then repacked on a CPU, and
             decode steps are replayed as CUDA graphs on a GPU.
-        log: called with a note when the context window shifts.
+        warn_on_context_shift: whether to log that the oldest tokens are forgotten.
     """
 
     def __init__(
@@ -66,12 +69,12 @@ class LanguageModel:
         *,
         dtype: torch.dtype | None = None,
         frozen: bool = False,
-        log: Callable[[str], None] = lambda text: None,
+        warn_on_context_shift: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
-        self.log = log
+        self.warn_on_context_shift = warn_on_context_shift
         self._dtype, self._frozen = dtype, frozen
 
     @functools.cached_property
@@ -316,7 +319,8 @@ class LanguageModel:
         return set() if eot is None else {eot}
 
     def _log_context_shift(self) -> None:
-        self.log(
-            f"note: longer than the model's {self.model.config.block_size} tokens of context: the "
-            "window shifts, and the oldest tokens are forgotten"
-        )
+        if self.warn_on_context_shift:
+            logger.warning(
+                f"note: longer than the model's {self.model.config.block_size} tokens of context: "
+                "the window shifts, and the oldest tokens are forgotten"
+            )

@@ -1,5 +1,6 @@
 """Reasons to stop before the last step: a signal or the time limit."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ from types import FrameType
 from typing import Literal, Self
 
 from gptforge import files
+
+logger = logging.getLogger(__name__)
 
 StopReason = Literal["finished", "interrupted", "terminated", "time_limit"]
 
@@ -40,7 +43,6 @@ class StopSignal:
 
     Args:
         time_limit: minutes; 0 for none.
-        log: called with a message when a signal arrives.
         started: start of the time limit, by `clock`; now if None.
         clock: seconds, monotonic.
     """
@@ -49,12 +51,10 @@ class StopSignal:
         self,
         time_limit: float,
         *,
-        log: Callable[[str], None],
         started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._log = log
         started = clock() if started is None else started
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
@@ -99,4 +99,4 @@ class StopSignal:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
-        self._log("Stopping after this step, then saving. Ctrl-C again quits without saving.")
+        logger.warning("Stopping after this step, then saving. Ctrl-C again quits without saving.")

@@ -1,9 +1,10 @@
 """One optimizer step: forward and backward over micro-batches, reduction, clipping, update."""
 
 import functools
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +25,8 @@ from gptforge.train.optimizer_step import OptimizerStep
 from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
 from gptforge.train.parallel.grad_reducer import GradReducer
 
+logger = logging.getLogger(__name__)
+
 BYTES_PER_PARAM = 20
 """Reserved by `TrainStep.fits`: 8 for AdamW's moments, 12 for the copy that a save makes."""
 
@@ -41,7 +44,6 @@ class TrainStep:
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
         halve_on_oom: on an out-of-memory error, halve the micro-batch size and try again.
-        log: called with a message when that happens.
         comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
     """
@@ -58,7 +60,6 @@ class TrainStep:
         activation_checkpointing: bool = False,
         loss_chunk: int = 0,
         halve_on_oom: bool = False,
-        log: Callable[[str], None] = print,
         comm: Comm = SINGLE_PROCESS,
         root: FSDPRoot | None = None,
     ) -> None:
@@ -67,8 +68,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.micro_batch_size, self._grad_clip = micro_batch_size, grad_clip
         self._activation_checkpointing, self._loss_chunk = activation_checkpointing, loss_chunk
-        self._halve_on_oom, self._log = halve_on_oom, log
-        self._comm, self._root = comm, root
+        self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         self.set_kernels(kernels)
 
@@ -269,7 +269,11 @@ class TrainStep:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.micro_batch_size = -(-self.micro_batch_size // 2)
-        self._log(f"note: out of memory; continuing with micro-batches of {self.micro_batch_size}")
+        label = "" if self._comm.is_main else f"{self._comm.label}: "
+        logger.warning(
+            f"{label}note: out of memory; continuing with micro-batches of {self.micro_batch_size}",
+            extra={"any_rank": True},
+        )
 
 
 @contextmanager

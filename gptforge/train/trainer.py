@@ -217,7 +217,8 @@ class Trainer:
             if model is None:
                 return
             seed = (self.config.seed + self.state.step) % SEED_LIMIT
-            text = LanguageModel(model, self.tokenizer).generate("", SAMPLE_TOKENS, seed=seed)
+            lm = LanguageModel(model, self.tokenizer, warn_on_context_shift=False)
+            text = lm.generate("", SAMPLE_TOKENS, seed=seed)
             self.report.log_sample(self.state.step, text, is_last=not self.steps_left)
 
     def should_save(self) -> bool:

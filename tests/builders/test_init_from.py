@@ -114,11 +114,11 @@ def test_run_started_with_another_tokenizer_by_an_earlier_version_resumes(
     with monkeypatch.context() as earlier:
         for module in ("resolve", "build_trainer"):
             earlier.setattr(f"gptforge.builders.{module}.check_tokenizer", lambda *_, **__: None)
-        trainer = build_trainer(second, explicit=("tokenizer",), log=lambda _: None)
+        trainer = build_trainer(second, explicit=("tokenizer",))
         assert trainer is not None
         trainer.fit()
     longer = dataclasses.replace(second, max_steps=6)
-    trainer = build_trainer(longer, explicit=("tokenizer",), log=lambda _: None)
+    trainer = build_trainer(longer, explicit=("tokenizer",))
     assert trainer is not None and trainer.state.step == 4
     trainer.lock.release()
 
@@ -143,4 +143,4 @@ def test_gpt2_model_refuses_a_char_tokenizer(tmp_path, play) -> None:
         small, init_from=small.out_dir, tokenizer="char", out_dir=str(tmp_path / "two")
     )
     with pytest.raises(UserError, match=r"--tokenizer char \(char, \d+ ids\) is not the one of"):
-        build_trainer(other, explicit=("tokenizer",), log=lambda _: None)
+        build_trainer(other, explicit=("tokenizer",))

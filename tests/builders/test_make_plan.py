@@ -328,7 +328,7 @@ def test_a_large_model_is_timed_by_extrapolating_from_two_small_ones(monkeypatch
             assert context_length == 1024
             return sequences * (3.0 + 2.0 * self.n_layer)
 
-    def build_fake(config: Config, explicit, log) -> FakeStep:
+    def build_fake(config: Config, explicit) -> FakeStep:
         depths.append(config.n_layer)
         assert (config.init_from, config.device) == ("", "cpu")
         return FakeStep(config.n_layer)

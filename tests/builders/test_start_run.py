@@ -24,14 +24,13 @@ from gptforge.train.train_step import TrainStep
 from tests.train.runs import StopAfter, build, events, last
 
 
-def test_finished_run_is_left_alone_and_continues_with_more_steps(config) -> None:
+def test_finished_run_is_left_alone_and_continues_with_more_steps(config, messages) -> None:
     build(config).fit()
-    log: list[str] = []
-    assert build_trainer(config, explicit=(), log=log.append) is None
-    assert "is finished" in log[-1]
+    assert build_trainer(config, explicit=()) is None
+    assert "is finished" in messages[-1]
     longer = dataclasses.replace(config, max_steps=30)
-    trainer = build_trainer(longer, explicit=(), log=log.append)
-    assert any("follows the new schedule" in line for line in log)
+    trainer = build_trainer(longer, explicit=())
+    assert any("follows the new schedule" in line for line in messages)
     trainer.fit()
     assert [event["step"] for event in events(config, "train")] == list(range(30))
 
@@ -59,7 +58,7 @@ def test_other_text_is_refused(config, play) -> None:
         build(dataclasses.replace(config, max_steps=30))
 
 
-def test_resume_without_the_tokenizer_file_uses_the_runs_copy(config, tmp_path) -> None:
+def test_resume_without_the_tokenizer_file_uses_the_runs_copy(config, tmp_path, messages) -> None:
     path = tmp_path / "tokenizer.json"
     save(CharTokenizer.from_text(Path(config.input).read_text()), path)
     config = dataclasses.replace(config, tokenizer=str(path))
@@ -67,10 +66,9 @@ def test_resume_without_the_tokenizer_file_uses_the_runs_copy(config, tmp_path) 
     trainer.stop_signal = StopAfter(7)
     trainer.fit()
     path.unlink()
-    log: list[str] = []
-    trainer = build_trainer(config, explicit=["tokenizer"], log=log.append)
+    trainer = build_trainer(config, explicit=["tokenizer"])
     assert trainer.fit() == "finished"
-    assert f"note: {path} does not exist any more: using the run's copy" in "\n".join(log)
+    assert f"note: {path} does not exist any more: using the run's copy" in "\n".join(messages)
     # The configuration still names that file.
     assert read_config(last(config)).tokenizer == str(path)
     for other in ({"tokenizer": str(tmp_path / "other.json")}, {"out_dir": str(tmp_path / "b")}):
@@ -159,13 +157,12 @@ def test_restart_does_not_move_other_runs(config) -> None:
 
 
 @pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/best", "checkpoints/mine/more"])
-def test_run_inside_another_runs_checkpoints_is_refused(config, inside) -> None:
+def test_run_inside_another_runs_checkpoints_is_refused(config, inside, messages) -> None:
     build(config).fit()
     with pytest.raises(UserError, match="among the checkpoints of a run"):
         build(dataclasses.replace(config, out_dir=f"{config.out_dir}/{inside}"))
-    log: list[str] = []
-    assert build_trainer(config, explicit=(), log=log.append) is None
-    assert "is finished" in log[-1]
+    assert build_trainer(config, explicit=()) is None
+    assert "is finished" in messages[-1]
 
 
 def test_run_inside_one_being_trained_is_refused(config) -> None:
@@ -188,7 +185,7 @@ def test_folder_that_cannot_be_moved_is_refused_early(config, monkeypatch) -> No
         build(restarted)
 
 
-def test_finished_run_may_be_read_only(config, monkeypatch) -> None:
+def test_finished_run_may_be_read_only(config, monkeypatch, messages) -> None:
     build(config).fit()
     folder, access = Path(config.out_dir), os.access
     monkeypatch.setattr(
@@ -196,9 +193,8 @@ def test_finished_run_may_be_read_only(config, monkeypatch) -> None:
         "access",
         lambda path, mode: not Path(path).is_relative_to(folder) and access(path, mode),
     )
-    log: list[str] = []
-    assert build_trainer(config, explicit=frozenset(), log=log.append) is None
-    assert "is finished" in log[-1]
+    assert build_trainer(config, explicit=frozenset()) is None
+    assert "is finished" in messages[-1]
     longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
     with pytest.raises(UserError, match="cannot be written to"):
         build(longer)
@@ -241,12 +237,11 @@ def test_run_without_a_checkpoint_starts_from_scratch(config) -> None:
     assert len(events(config, "start")) == 1
 
 
-def test_corrupt_last_checkpoint_falls_back_to_the_one_before(config) -> None:
+def test_corrupt_last_checkpoint_falls_back_to_the_one_before(config, messages) -> None:
     build(config).fit()
     (last(config) / "optimizer.safetensors").write_bytes(b"broken")
-    log: list[str] = []
-    trainer = build_trainer(config, explicit=(), log=log.append)
-    assert any("step-000020 is damaged" in line for line in log)
+    trainer = build_trainer(config, explicit=())
+    assert any("step-000020 is damaged" in line for line in messages)
     assert trainer.state.step == 18
     assert trainer.fit() == "finished"
 
@@ -257,7 +252,7 @@ def test_outdated_links_are_repaired(config) -> None:
     expected = store.read_link("best"), store.read_link("last")
     store.set_link("best", "step-000006")
     store.set_link("last", "step-000006")
-    assert build_trainer(config, explicit=(), log=lambda _: None) is None
+    assert build_trainer(config, explicit=()) is None
     assert (store.read_link("best"), store.read_link("last")) == expected
 
 
@@ -279,7 +274,7 @@ def test_failed_restart_leaves_the_old_run_in_place(config, tmp_path) -> None:
     build(config).fit()
     wrong = dataclasses.replace(config, restart=True, init_from=config.out_dir, n_embd=64)
     with pytest.raises(UserError):
-        build_trainer(wrong, explicit={"n_embd"}, log=lambda _: None)
+        build_trainer(wrong, explicit={"n_embd"})
     assert (Path(config.out_dir) / "log.md").is_file()
     assert not Path(f"{config.out_dir}.old-1").exists()
     # A run can restart from its old weights: they are read first.
@@ -304,7 +299,7 @@ def test_end_event_is_written_after_a_crash(config) -> None:
     metrics.write_text("".join(line for line in lines if '"end"' not in line))
     assert build(config).fit() == "finished"
     assert len(events(config, "end")) == 1
-    assert build_trainer(config, explicit=(), log=lambda _: None) is None
+    assert build_trainer(config, explicit=()) is None
 
 
 def test_resume_keeps_the_save_events(config) -> None:
@@ -334,7 +329,7 @@ def test_init_from_another_run(config, tmp_path) -> None:
     with pytest.raises(UserError, match=r"--n_embd 64, but .* has 32: leave --n_embd out"):
         build_trainer(
             dataclasses.replace(other, n_embd=64, out_dir=str(tmp_path / "three")),
-            explicit={"n_embd"},  log=lambda _: None,
+            explicit={"n_embd"},
         )  # fmt: skip
 
 

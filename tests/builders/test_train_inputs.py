@@ -73,7 +73,7 @@ def test_tokenizer_other_than_the_shards_is_refused(config, tmp_path) -> None:
     prepare(tmp_path / "shards", PrepareRequest((config.input,), tokenizer="byte"))
     config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     with pytest.raises(UserError, match="prepared with the tokenizer byte"):
-        build_trainer(config, explicit=["tokenizer"], log=lambda _: None)
+        build_trainer(config, explicit=["tokenizer"])
     assert finish(config)
 
 
@@ -85,7 +85,7 @@ def test_invalid_token_id_names_the_shard(config, tmp_path) -> None:
         config, input=str(tmp_path / "train.bin"), raw_bin=True, tokenizer="byte"
     )
     with pytest.raises(UserError, match=r"train.bin: token id 9999 is outside"):
-        build_trainer(config, explicit=["tokenizer"], log=lambda _: None)
+        build_trainer(config, explicit=["tokenizer"])
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])

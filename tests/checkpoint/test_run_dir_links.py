@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows restricts symbo
 
 DEBUG = "--preset debug --device cpu --n_embd 8 --n_layer 1 --warmup_steps 1 --max_steps"
 EXPORTS = {
-    "hf": lambda run, out: export_hf(str(run), out, log=lambda _: None),
-    "space": lambda run, out: export_space(str(run), out, log=lambda _: None),
-    "gguf": lambda run, out: export_gguf(str(run), out, dtype="f32", log=lambda _: None),
+    "hf": lambda run, out: export_hf(str(run), out),
+    "space": lambda run, out: export_space(str(run), out),
+    "gguf": lambda run, out: export_gguf(str(run), out, dtype="f32"),
 }
 
 

@@ -76,7 +76,7 @@ def test_an_appended_row_is_as_unlikely_as_the_least_likely_one() -> None:
 def test_metadata(run, tmp_path, outtype) -> None:
     import gguf
 
-    export_gguf(run, tmp_path / "m.gguf", dtype=outtype, log=lambda _: None)
+    export_gguf(run, tmp_path / "m.gguf", dtype=outtype)
     metadata = fields(tmp_path / "m.gguf")
     assert metadata["general.architecture"] == "gpt2"
     assert metadata["general.name"] == "run"
@@ -119,7 +119,7 @@ def test_llama_cpp_gives_the_same_text_and_perplexity(run, tmp_path, play) -> No
     logprobs = model.logits(ids).log_softmax(-1)
     loss = -float(logprobs[torch.arange(len(ids) - 1), ids[1:]].mean())
     for outtype in ("f32", "f16", "q8_0"):
-        export_gguf(run, tmp_path / f"{outtype}.gguf", dtype=outtype, log=lambda _: None)
+        export_gguf(run, tmp_path / f"{outtype}.gguf", dtype=outtype)
         llama = llama_cpp.Llama(
             str(tmp_path / f"{outtype}.gguf"), n_ctx=32, logits_all=True, verbose=False
         )
@@ -132,9 +132,8 @@ def test_llama_cpp_gives_the_same_text_and_perplexity(run, tmp_path, play) -> No
             assert answer == model.generate("ROMEO", 12, temperature=0)
 
 
-def test_the_probability_of_an_unused_row_is_reported(run, program) -> None:
-    messages: list[str] = []
-    export_gguf(run, Path("m.gguf"), dtype="f32", log=messages.append)
+def test_the_probability_of_an_unused_row_is_reported(run, program, messages) -> None:
+    export_gguf(run, Path("m.gguf"), dtype="f32")
     reported = float(messages[1].split("probability of up to ")[1].split(":")[0])
     opened = load_bundle(run)
     ids, size = probe_ids(opened.config, opened.tokenizer.vocab_size), opened.tokenizer.vocab_size

@@ -204,7 +204,7 @@ def test_an_export_with_other_logits_is_not_kept(run, tmp_path, monkeypatch) -> 
     # A matrix that is not transposed: a square one loads without an error.
     monkeypatch.setattr(hf, "TRANSPOSED", hf.TRANSPOSED[:1] + hf.TRANSPOSED[2:])
     with pytest.raises(RunError, match="logits differ by"):
-        export_hf(run, tmp_path / "out", log=lambda _: None)
+        export_hf(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +227,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_exported_imported_and_trained_further(run, tmp_path, program, play) -> None:
+def test_a_run_is_exported_imported_and_trained_further(
+    run, tmp_path, program, play, messages
+) -> None:
     done = program("export", run, "--to", "hf", "out")
     assert (done.code, done.out) == (0, ""), done.err
     assert "differ from ours by at most" in done.err
@@ -258,25 +260,23 @@ def test_a_run_is_exported_imported_and_trained_further(run, tmp_path, program, 
         first.append(next(line for line in done.out.splitlines() if line.startswith("step 0")))
     assert len({line.split("dt")[0] for line in first}) == 1
     # The import is reused.
-    messages: list[str] = []
-    assert import_if_needed("out", log=messages.append) == "runs/imported/out"
+    assert import_if_needed("out") == "runs/imported/out"
     assert ["imported before" in text for text in messages] == [True]
 
 
-def test_a_replaced_model_is_imported_again(exports, tmp_path, monkeypatch) -> None:
+def test_a_replaced_model_is_imported_again(exports, tmp_path, monkeypatch, messages) -> None:
     monkeypatch.chdir(tmp_path)
     one, other, *_ = exports.values()
-    messages: list[str] = []
     shutil.copytree(one, "mine")
-    first = import_if_needed("mine", log=messages.append)
+    first = import_if_needed("mine")
     # A new copy of the same model is the same.
     shutil.rmtree("mine")
     shutil.copytree(one, "mine")
-    assert import_if_needed("mine", log=messages.append) == first
+    assert import_if_needed("mine") == first
     assert "imported before" in messages[-1]
     shutil.rmtree("mine")
     shutil.copytree(other, "mine")
-    assert import_if_needed("mine", log=messages.append) == first
+    assert import_if_needed("mine") == first
     assert "came from another mine: moved to" in messages[-2]
     assert {path.name for path in Path("runs/imported").iterdir()} == {"mine", "mine.old-1"}
     sizes = [load(path, device="cpu").tokenizer.vocab_size for path in (first, f"{first}.old-1")]
@@ -284,13 +284,12 @@ def test_a_replaced_model_is_imported_again(exports, tmp_path, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "manifest.json"])
-def test_a_damaged_import_is_made_again(exports, tmp_path, monkeypatch, name) -> None:
+def test_a_damaged_import_is_made_again(exports, tmp_path, monkeypatch, name, messages) -> None:
     monkeypatch.chdir(tmp_path)
-    messages: list[str] = []
     shutil.copytree(next(iter(exports.values())), "mine")
-    path = Path(import_if_needed("mine", log=messages.append))
+    path = Path(import_if_needed("mine"))
     os.truncate(path / name, (path / name).stat().st_size - 5)
-    assert import_if_needed("mine", log=messages.append) == path.as_posix()
+    assert import_if_needed("mine") == path.as_posix()
     assert "runs/imported/mine is damaged" in messages[-2]
     assert find_corruption(path, INFERENCE_FILES) is None
 
@@ -337,7 +336,7 @@ def test_a_folder_that_is_not_a_model_is_refused(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for source in ("empty", "no/such/model", "../nowhere"):
         with pytest.raises(UserError):
-            import_model(str(tmp_path / source), tmp_path / "o", log=lambda _: None)
+            import_model(str(tmp_path / source), tmp_path / "o")
 
 
 def test_a_gptforge_model_needs_no_import(program, play) -> None:
@@ -349,14 +348,15 @@ def test_a_gptforge_model_needs_no_import(program, play) -> None:
         assert f"{source} is a model of this program already: sample, eval, export" in done.err
 
 
-def test_concurrent_starts_from_one_model_import_it_once(exports, tmp_path, monkeypatch) -> None:
+def test_concurrent_starts_from_one_model_import_it_once(
+    exports, tmp_path, monkeypatch, messages
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(exports["char"], "hf")
-    messages: list[str] = []
 
     def import_concurrently() -> set[str]:
         with ThreadPoolExecutor(6) as pool:
-            return set(pool.map(lambda _: import_if_needed("hf", log=messages.append), range(6)))
+            return set(pool.map(lambda _: import_if_needed("hf"), range(6)))
 
     assert import_concurrently() == {"runs/imported/hf"}
     assert sum("1 layers" in line or "2 layers" in line for line in messages) == 1
@@ -380,10 +380,10 @@ def test_a_pipe_or_device_in_a_model_is_refused(exports, tmp_path, name) -> None
         (folder / name).unlink()
         make(folder / name)
         with pytest.raises(UserError, match="hf"):
-            import_model(str(folder), tmp_path / "out", log=lambda _: None)
+            import_model(str(folder), tmp_path / "out")
     os.mkfifo(tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"ckpt\.pt is a named pipe"):
-        import_model(str(tmp_path / "ckpt.pt"), tmp_path / "out", log=lambda _: None)
+        import_model(str(tmp_path / "ckpt.pt"), tmp_path / "out")
 
 
 def test_weights_too_large_for_the_configuration_are_not_read(exports, tmp_path) -> None:
@@ -437,7 +437,7 @@ def test_the_next_export_deletes_what_a_killed_one_left(
         patch.setattr(hf, "tokenizer_json", die)
         patch.setattr(files, "remove", lambda path: None)
         with pytest.raises(Killed):
-            export_hf(run, tmp_path / "out", log=lambda _: None)
+            export_hf(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "new" / "model.safetensors").exists()
     assert program("export", run, "--to", "hf", "out").code == 0

@@ -24,7 +24,7 @@ from tests.programs import DEBUG
 
 
 def open_input(path: Path, **options) -> Dataset:
-    return open_dataset(path, DatasetOptions(**options), log=lambda text: None)
+    return open_dataset(path, DatasetOptions(**options))
 
 
 def write_shard(path: Path, ids, dtype="<u2") -> Path:

@@ -21,6 +21,7 @@ from gptforge.data.shard_index import (
     read_index,
 )
 from gptforge.errors import UserError
+from gptforge.report.log_handler import log_to
 
 SHARD = "train_000000.bin"
 
@@ -32,13 +33,10 @@ def prepare_play(play, tmp_path, monkeypatch):
 
     def run() -> tuple[Path, list[str]]:
         log: list[str] = []
-        index, _ = prepare_cached(
-            play.as_posix(),
-            tokenizer="char",
-            val_fraction=0.1,
-            text_format=TextFormat(),
-            log=log.append,
-        )
+        with log_to(log.append):
+            index, _ = prepare_cached(
+                play.as_posix(), tokenizer="char", val_fraction=0.1, text_format=TextFormat()
+            )
         return index.folder, log
 
     return run
@@ -145,19 +143,20 @@ def test_invalid_verified_file_is_ignored(prepare_play, text) -> None:
 
 
 @pytest.mark.parametrize("raw_bin", [False, True])
-def test_corrupt_folder_stops_training_and_preparing_fixes_it(play, tmp_path, raw_bin) -> None:
+def test_corrupt_folder_stops_training_and_preparing_fixes_it(
+    play, tmp_path, raw_bin, messages
+) -> None:
     out, request = tmp_path / "data", PrepareRequest((play.as_posix(),), raw_bin=raw_bin)
     prepare(out, request)
     name = "train.bin" if raw_bin else SHARD
     intact = (out / name).read_bytes()
     flip_byte(out / name, 1500)
     with pytest.raises(UserError, match=f"{re.escape(name)} is not what index.json says"):
-        open_dataset(out, DatasetOptions(), log=print)
-    log: list[str] = []
-    prepare(out, request, log=log.append)
-    assert any("prepared again" in line for line in log)
+        open_dataset(out, DatasetOptions())
+    prepare(out, request)
+    assert any("prepared again" in line for line in messages)
     assert (out / name).read_bytes() == intact
-    open_dataset(out, DatasetOptions(), log=print)
+    open_dataset(out, DatasetOptions())
 
 
 def test_other_tokenizer_beside_prepared_shards_is_refused(play, tmp_path) -> None:
@@ -166,7 +165,7 @@ def test_other_tokenizer_beside_prepared_shards_is_refused(play, tmp_path) -> No
     (out / VERIFIED_FILE).unlink()
     change_alphabet(out / TOKENIZER_FILE)
     with pytest.raises(UserError, match="not the one that the shards were made with"):
-        open_dataset(out, DatasetOptions(), log=print)
+        open_dataset(out, DatasetOptions())
 
 
 def test_more_than_max_hash_bytes_is_not_hashed(play, tmp_path) -> None:

@@ -81,7 +81,7 @@ def test_limits_are_enforced(model) -> None:
 def test_only_checkpoints_of_the_run_can_be_loaded(run) -> None:
     loaded = []
 
-    def load_model(folder, log):
+    def load_model(folder):
         loaded.append(folder)
         return load(folder, device="cpu")
 

@@ -11,7 +11,7 @@ from tests.train.runs import StopAfter, events, last
 
 
 def run(comm: Comm, config: dict, stop_after: int = 0, stopping_rank: int = 0) -> str:
-    trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
+    trainer = build_trainer(Config(**config), explicit=(), comm=comm)
     if stop_after and comm.rank == stopping_rank:
         trainer.stop_signal = StopAfter(stop_after)
     return trainer.fit()

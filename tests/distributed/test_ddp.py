@@ -81,7 +81,6 @@ def make_step(comm: Comm, *, manual: bool, micro_batch: int = 1) -> TrainStep:
         grad_clip=1.0,
         kernels=KernelConfig(manual_backward=True) if manual else DEFAULT_KERNELS,
         halve_on_oom=True,
-        log=lambda text: None,
         comm=comm,
     )
 
@@ -271,7 +270,7 @@ def test_ranks_compare_their_flags_and_not_what_rank0_resolved(config) -> None:
             compared.update(values)
 
     config = dataclasses.replace(config, max_lr=0.5)
-    trainer = build_trainer(config, explicit=(), log=lambda _: None, comm=SecondRank())
+    trainer = build_trainer(config, explicit=(), comm=SecondRank())
     assert trainer is not None and trainer.config.max_lr == 1e-3
     trainer.lock.release()
     assert compared["--max_lr"] == "0.5"

@@ -79,7 +79,7 @@ def test_bfloat16_fsdp_stays_close_to_one_process(config, tmp_path) -> None:
 
 def nan_on_rank1(comm: Comm, config: dict) -> list:
     """Fractions of weights and moments on this rank, and what a step with NaN changes."""
-    trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
+    trainer = build_trainer(Config(**config), explicit=(), comm=comm)
     step = trainer.step_fn
     inputs, targets = trainer.dataloader.next_batch()
     step(inputs, targets, lr=1e-3)
@@ -112,23 +112,22 @@ class TwoRanks(Comm):
     world_size = 2
 
 
-def test_auto_takes_fsdp_for_a_model_that_does_not_fit(monkeypatch) -> None:
-    logged: list[str] = []
+def test_auto_takes_fsdp_for_a_model_that_does_not_fit(monkeypatch, messages) -> None:
     config = dataclasses.replace(Config(), vocab_size=50304, n_layer=48, n_embd=1600, n_head=25)
     gpu = torch.device("cuda", 0)
     for free, expected in ((80e9, False), (24e9, True)):
         monkeypatch.setattr(rank_agreement, "usable_memory", lambda device, free=free: int(free))
-        assert use_fsdp(config, gpu, BF16, TwoRanks(), logged.append) is expected
-    assert "ddp" in logged[0] and "fsdp" in logged[1]
+        assert use_fsdp(config, gpu, BF16, TwoRanks()) is expected
+    assert "ddp" in messages[0] and "fsdp" in messages[1]
     ddp = dataclasses.replace(config, parallel="ddp")
-    assert not use_fsdp(ddp, gpu, BF16, TwoRanks(), logged.append)
+    assert not use_fsdp(ddp, gpu, BF16, TwoRanks())
 
 
 def test_unsupported_fsdp_is_refused() -> None:
     config, cpu = dataclasses.replace(Config(), parallel="fsdp"), torch.device("cpu")
     with pytest.raises(UserError, match="--parallel fsdp"):
-        use_fsdp(config, cpu, BF16, SINGLE_PROCESS, print)
+        use_fsdp(config, cpu, BF16, SINGLE_PROCESS)
     with pytest.raises(UserError, match="--dtype float16"):
-        use_fsdp(config, cpu, Precision(torch.float16, ""), TwoRanks(), print)
+        use_fsdp(config, cpu, Precision(torch.float16, ""), TwoRanks())
     with pytest.raises(UserError, match="--optimizer muon"):
-        use_fsdp(dataclasses.replace(config, optimizer="muon"), cpu, BF16, TwoRanks(), print)
+        use_fsdp(dataclasses.replace(config, optimizer="muon"), cpu, BF16, TwoRanks())

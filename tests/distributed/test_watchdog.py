@@ -29,7 +29,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 def run_with_fault(comm: Comm, config: dict, fault: str) -> None:
     """A run in which something happens to rank 1 in its fifth step."""
-    trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
+    trainer = build_trainer(Config(**config), explicit=(), comm=comm)
     train_step = trainer.train_step
 
     def train_step_with_fault():

@@ -93,7 +93,7 @@ def run(comm: Comm, config: dict, stop_after: int = 0) -> str:
     """A run as on GPUs, on the CPU."""
     kernels = KernelConfig(manual_backward=True)
     with mock.patch.object(build_train_step, "select_kernels", lambda *_, **__: kernels):
-        trainer = build_trainer(Config(**config), explicit=(), log=lambda _: None, comm=comm)
+        trainer = build_trainer(Config(**config), explicit=(), comm=comm)
     assert trainer.step_fn.backend_name == BACKEND
     if stop_after and comm.is_main:
         trainer.stop_signal = StopAfter(stop_after)

@@ -104,7 +104,7 @@ def val_tokens_of(config) -> np.ndarray:
 
 def test_export_has_the_same_probabilities(config, tmp_path) -> None:
     build(config).fit()
-    export_hf(config.out_dir, tmp_path / "out", log=lambda _: None)
+    export_hf(config.out_dir, tmp_path / "out")
     exported = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", local_files_only=True)
     model = load(config.out_dir, device="cpu")
     ids = model.encode("What light is 7 in")

@@ -268,20 +268,18 @@ def read_shards(folder: Path) -> None:
         find_corruption(index)
         # With `verify`, the hash of the index would refuse every mutation.
         options = DatasetOptions(tokenizer="byte", verify=False)
-        check_length(open_dataset(folder / "shards", options, log=lambda _: None), 8)
+        check_length(open_dataset(folder / "shards", options), 8)
 
 
 def read_verified(folder: Path) -> None:
-    check_length(
-        open_dataset(folder / "shards", DatasetOptions(tokenizer="byte"), log=lambda _: None), 8
-    )
+    check_length(open_dataset(folder / "shards", DatasetOptions(tokenizer="byte")), 8)
 
 
 def read_shards_of_others(folder: Path) -> None:
     for raw_bin in (True, False):
         options = DatasetOptions(tokenizer="byte", raw_bin=raw_bin, require_tokenizer=True)
         try:
-            dataset = open_dataset(folder / "foreign", options, log=lambda _: None)
+            dataset = open_dataset(folder / "foreign", options)
             dataset.train[:]
             dataset.val[:]
         except UserError:

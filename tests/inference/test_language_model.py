@@ -30,14 +30,13 @@ def test_a_prompt_may_exceed_the_context(model) -> None:
     assert len(model.generate("word " * 30, 20, seed=0)) == 20
 
 
-def test_a_context_shift_is_logged_once(tiny_model) -> None:
-    log = []
-    model = LanguageModel(tiny_model, CharTokenizer(ALPHABET), log=log.append)
+def test_a_context_shift_is_logged_once(tiny_model, messages) -> None:
+    model = LanguageModel(tiny_model, CharTokenizer(ALPHABET))
     model.generate("to be", 11, seed=0)
-    assert log == []
+    assert messages == []
     model.generate("to be", 60, seed=0)
-    assert len(log) == 1
-    assert "16 tokens of context" in log[0]
+    assert len(messages) == 1
+    assert "16 tokens of context" in messages[0]
 
 
 def test_a_batch_gives_the_completions_of_its_prompts_alone(model) -> None:

@@ -98,9 +98,9 @@ def test_a_model_trained_on_one_text_starts_a_line(tmp_path, play, tokenizer) ->
 def test_exports_and_imports_keep_the_empty_prompt(documents, tokenizer, tmp_path) -> None:
     config, hf = make_config(tmp_path, documents, tokenizer=tokenizer), tmp_path / "hf"
     build(config).fit()
-    export_hf(config.out_dir, hf, log=lambda _: None)
-    export_space(config.out_dir, tmp_path / "space", log=lambda _: None)
-    import_model(str(hf), tmp_path / "back", log=lambda _: None)
+    export_hf(config.out_dir, hf)
+    export_space(config.out_dir, tmp_path / "space")
+    import_model(str(hf), tmp_path / "back")
     for place in (config.out_dir, hf, tmp_path / "space", tmp_path / "back"):
         assert empty_prompt(load(place, device="cpu")) == EOT, place
     if tokenizer == "gpt2":
@@ -123,7 +123,7 @@ def test_shards_determine_the_empty_prompt(documents, play, program) -> None:
                 Path("shards/index.json").unlink()
                 Path("shards/tokenizer.json").unlink()
             options = DatasetOptions(tokenizer, require_tokenizer=True)
-            dataset = open_dataset(Path("shards"), options, log=print)
+            dataset = open_dataset(Path("shards"), options)
             assert dataset.tokenizer.prepends_eot == expected
             # A copy was changed.
             assert not tokenizer.prepends_eot

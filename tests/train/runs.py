@@ -11,7 +11,7 @@ from gptforge.train.trainer import Trainer
 
 
 def build(config: Config) -> Trainer:
-    trainer = build_trainer(config, explicit=(), log=lambda _: None)
+    trainer = build_trainer(config, explicit=())
     assert trainer is not None
     return trainer
 
@@ -31,7 +31,7 @@ class StopAfter(StopSignal):
     """Interrupts training after so many steps."""
 
     def __init__(self, steps: int) -> None:
-        super().__init__(0, log=lambda _: None)
+        super().__init__(0)
         self.steps = steps
 
     def stop_reason(self):

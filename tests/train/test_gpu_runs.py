@@ -97,9 +97,7 @@ def test_little_memory_makes_smaller_micro_batches(config) -> None:
     held = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((held + 220 * 2**20) / total)
     try:
-        trainer = build_trainer(
-            config, explicit=("gradient_accumulation_steps",), log=lambda _: None
-        )
+        trainer = build_trainer(config, explicit=("gradient_accumulation_steps",))
         assert trainer is not None
         assert 1 < trainer.step_fn.micro_batch_size < 512
         assert trainer.fit() == "finished"

@@ -45,7 +45,7 @@ def test_signal_in_the_final_evaluation(config, tmp_path) -> None:
     assert build(other).fit() == "finished"
     for key in ("val_loss", "step"):
         assert [e[key] for e in events(other, "eval")] == [e[key] for e in events(config, "eval")]
-    assert build_trainer(other, explicit=(), log=lambda _: None) is None
+    assert build_trainer(other, explicit=()) is None
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -82,13 +82,13 @@ def test_interrupted_evaluations_change_no_result(config, tmp_path, batches) -> 
     left, right = (last(c).parent for c in (config, other))
     assert sorted(p.name for p in left.iterdir()) == sorted(p.name for p in right.iterdir())
     assert (left / "best").readlink() == (right / "best").readlink()
-    assert build_trainer(other, explicit=(), log=lambda _: None) is None
+    assert build_trainer(other, explicit=()) is None
 
 
 def test_time_limit_stops_an_evaluation(config) -> None:
     now = [0.0]
     trainer = build(config)
-    trainer.stop_signal = StopSignal(1, log=lambda _: None, clock=lambda: now[0])
+    trainer.stop_signal = StopSignal(1, clock=lambda: now[0])
     assert trainer.val_evaluator is not None
     evaluate = trainer.val_evaluator.evaluate_until
 
@@ -104,7 +104,7 @@ def test_time_limit_stops_an_evaluation(config) -> None:
 
 def test_time_limit_counts_from_the_start_but_leaves_a_second() -> None:
     now = [100.0]
-    stop_signal = StopSignal(1, log=lambda _: None, started=30.0, clock=lambda: now[0])
+    stop_signal = StopSignal(1, started=30.0, clock=lambda: now[0])
     assert stop_signal.stop_reason() == "time_limit"
     with stop_signal:
         assert stop_signal.stop_reason() is None
@@ -114,13 +114,13 @@ def test_time_limit_counts_from_the_start_but_leaves_a_second() -> None:
 
 def test_time_limit_is_in_minutes() -> None:
     now = [100.0]
-    stop_signal = StopSignal(2, log=lambda _: None, clock=lambda: now[0])
+    stop_signal = StopSignal(2, clock=lambda: now[0])
     assert stop_signal.stop_reason() is None
     now[0] += 119
     assert stop_signal.stop_reason() is None
     now[0] += 1
     assert stop_signal.stop_reason() == "time_limit"
-    assert StopSignal(0, log=lambda _: None, clock=lambda: 1e18).stop_reason() is None
+    assert StopSignal(0, clock=lambda: 1e18).stop_reason() is None
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,22 @@ def test_time_limit_is_in_minutes() -> None:
         (getattr(signal, "SIGHUP", signal.SIGTERM), "terminated"),
     ],
 )
-def test_signal_gives_a_stop_reason_and_the_old_handler_is_restored(number, reason) -> None:
+def test_signal_gives_a_stop_reason_and_the_old_handler_is_restored(
+    number, reason, messages
+) -> None:
     before = signal.getsignal(number)
-    log: list[str] = []
-    with StopSignal(0, log=log.append) as stop_signal:
+    with StopSignal(0) as stop_signal:
         signal.raise_signal(number)
         assert stop_signal.stop_reason() == reason
     assert signal.getsignal(number) is before
-    assert len(log) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_ignored_sighup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopSignal(0, log=lambda _: None) as stop_signal:
+        with StopSignal(0) as stop_signal:
             signal.raise_signal(signal.SIGHUP)
             assert stop_signal.stop_reason() is None
     finally:

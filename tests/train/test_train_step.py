@@ -101,15 +101,14 @@ def limit_memory(step: TrainStep, max_sequences: int) -> TrainStep:
     return step
 
 
-def test_out_of_memory_halves_the_micro_batch(tiny_model) -> None:
-    log: list[str] = []
+def test_out_of_memory_halves_the_micro_batch(tiny_model, messages) -> None:
     roomy = make_step(tiny_model)
-    small = limit_memory(make_step(tiny_model, halve_on_oom=True, log=log.append), 3)
+    small = limit_memory(make_step(tiny_model, halve_on_oom=True), 3)
     for _ in range(3):
         expected = roomy(*make_batch("cpu"), lr=1e-2)
         torch.testing.assert_close(small(*make_batch("cpu"), lr=1e-2), expected)
     assert small.micro_batch_size == 2
-    assert [line.split()[-1] for line in log] == ["4", "2"]
+    assert [line.split()[-1] for line in messages] == ["4", "2"]
     for left, right in zip(roomy.model.parameters(), small.model.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
     assert not small.fits(4, 16)

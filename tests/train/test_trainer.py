@@ -22,13 +22,12 @@ def test_run_makes_max_steps_steps(config) -> None:
     assert events(config, "end")[0]["reason"] == "finished"
 
 
-def test_compile_flag(config, monkeypatch) -> None:
+def test_compile_flag(config, monkeypatch, messages) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    log: list[str] = []
     config = dataclasses.replace(config, compile="true", dropout=0.0)
-    trainer = build_trainer(config, explicit=(), log=log.append)
+    trainer = build_trainer(config, explicit=())
     assert trainer is not None
-    assert "torch.compile: on, as requested" in log
+    assert "torch.compile: on, as requested" in messages
     assert trainer.step_fn.is_compiled
 
 

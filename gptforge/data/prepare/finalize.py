@@ -1,8 +1,9 @@
 """Finish a preparation: report what was skipped and write the index."""
 
+import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from gptforge.errors import UserError
 from gptforge.printable import pluralize
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT, smallest_dtype
+
+logger = logging.getLogger(__name__)
 
 MAX_SOURCES = 1000  # files that the index lists
 MAX_FINGERPRINTS = 20_000  # every checkpoint keeps 20 bytes for each
@@ -126,29 +129,29 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
     return index
 
 
-def log_summary(prepared: PreparedData, log: Callable[[str], None]) -> None:
+def log_summary(prepared: PreparedData) -> None:
     """Log repairs, skipped input, and a held-out fraction far from `val_fraction`."""
     num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
     fraction = prepared.split_rule.fraction
     share = num_bytes["val"] / max(1, sum(num_bytes.values()))
     low, high = fraction / VAL_FRACTION_TOLERANCE, fraction * VAL_FRACTION_TOLERANCE
     is_far = not low <= share <= high
+    notes = []
     if prepared.split_rule.rule != "files" and fraction and is_far:
-        log(
-            f"note: {100 * share:.3g}% of the text are held out, not {100 * fraction:.3g}%: "
+        notes.append(
+            f"{100 * share:.3g}% of the text are held out, not {100 * fraction:.3g}%: "
             "documents and files are not divided, and there are few of them"
         )
-    notices = prepared.notices
-    for notice in notices[:MAX_EXAMPLES]:
-        log(f"note: {notice}")
-    if (more := len(notices) - MAX_EXAMPLES) > 0:
-        log(f"note: and {more} more like these")
+    notes += prepared.notices[:MAX_EXAMPLES]
+    if (more := len(prepared.notices) - MAX_EXAMPLES) > 0:
+        notes.append(f"and {more} more like these")
     if counts := prepared.skip_counts:
-        log("note: skipped: " + ", ".join(f"{n} x {kind}" for kind, n in sorted(counts.items())))
+        notes.append("skipped: " + ", ".join(f"{n} x {kind}" for kind, n in sorted(counts.items())))
         examples = list(prepared.bad_input.examples)
         examples += [example for result in prepared.job_results for example in result.examples]
-        for example in examples[:MAX_EXAMPLES]:
-            log(f"note: skipped {example}")
+        notes += [f"skipped {example}" for example in examples[:MAX_EXAMPLES]]
+    for note in notes:
+        logger.info(f"note: {note}")
 
 
 def _totals(shards: Sequence[dict[str, Any]], split: str) -> dict[str, int]:

@@ -5,7 +5,8 @@ writes its result, and the index is written last. So an interrupted preparation 
 """
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,6 +44,8 @@ from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_DIR = ".preparing"  # results of the jobs of an unfinished preparation
 REQUEST_FILE = ".request"  # hash of the request
 MIN_PARALLEL_BYTES = 2**24  # less is encoded before worker processes would have started
@@ -56,7 +59,6 @@ def prepare(
     num_workers: int = 0,
     restart: bool = False,
     wait: bool = False,
-    log: Callable[[str], None] = lambda line: None,
     progress: ProgressBar | None = None,
 ) -> Index:
     """Write token shards, or resume; the same request on a finished folder does nothing.
@@ -67,7 +69,6 @@ def prepare(
         num_workers: processes; 0 is one per CPU, if there is enough data for them.
         restart: move the old content of the folder away.
         wait: wait for another process that prepares the same folder.
-        log: called with each line for the user.
         progress: shows the progress.
 
     Raises:
@@ -89,21 +90,16 @@ def prepare(
     with lock:
         if restart and _is_in_use(out_dir):
             _check_sources_stay(out_dir, request)
-            log(f"note: moved the old {out_dir} to {lock.move_to_backup('old')}")
-        return _Preparation(out_dir, request, num_workers, log, progress).run()
+            logger.info(f"note: moved the old {out_dir} to {lock.move_to_backup('old')}")
+        return _Preparation(out_dir, request, num_workers, progress).run()
 
 
 class _Preparation:
     def __init__(
-        self,
-        out_dir: Path,
-        request: PrepareRequest,
-        num_workers: int,
-        log: Callable[[str], None],
-        progress: ProgressBar | None,
+        self, out_dir: Path, request: PrepareRequest, num_workers: int, progress: ProgressBar | None
     ) -> None:
         self.out_dir, self.request, self.num_workers = out_dir, request, num_workers
-        self.log, self.progress = log, progress
+        self.progress = progress
         self.progress_dir = out_dir / PROGRESS_DIR
         self._is_cache = bool(request.cache_key)
         self._only_source = ""  # name of the source, if there is only one
@@ -141,7 +137,7 @@ class _Preparation:
             return index
         self._discard_other_results(key)
         for notice in selection.notices:
-            self.log(f"note: {notice}")
+            logger.info(f"note: {notice}")
         scanned = scan(
             sources,
             request.text_format,
@@ -153,7 +149,9 @@ class _Preparation:
         rule = scanned.split_rule
         tokenizer = self._make_tokenizer(sources, with_eot=rule.prepend_eot)
         if rule.prepend_eot and tokenizer.eot_token is None:
-            self.log(f"note: {tokenizer.name} has no end-of-text id: documents are not separated")
+            logger.info(
+                f"note: {tokenizer.name} has no end-of-text id: documents are not separated"
+            )
             rule = replace(rule, prepend_eot=False)
         if request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
             raise UserError(
@@ -174,7 +172,7 @@ class _Preparation:
         )
         results = self._run_jobs(jobs, settings)
         prepared = PreparedData(sources, rule, tokenizer, results, bad_input, scanned)
-        log_summary(prepared, self.log)
+        log_summary(prepared)
         index = finalize(self.out_dir, prepared, raw_bin=request.raw_bin)
         mark_verified(index)
         files.remove(self.progress_dir)
@@ -245,7 +243,7 @@ class _Preparation:
         elif was_finished:
             corruption = corruption or f"{INDEX_FILE} is missing"
         if corruption is not None:
-            self.log(f"note: {corruption}: {self.out_dir.as_posix()} is prepared again")
+            logger.info(f"note: {corruption}: {self.out_dir.as_posix()} is prepared again")
             # The shards stay until new ones replace them: a training run may be reading them.
             for path in self.out_dir.glob("*.bin"):
                 if path.is_dir():
@@ -254,14 +252,14 @@ class _Preparation:
                 files.remove(self.out_dir / name)
             return None
         if index is not None and not self._is_cache:
-            self.log(f"{self.out_dir.as_posix()} is prepared already")
+            logger.info(f"{self.out_dir.as_posix()} is prepared already")
         return index
 
     def _discard_other_results(self, key: str) -> None:
         """Delete the results of an unfinished preparation of another request."""
         if (old_key := _read(self.out_dir / REQUEST_FILE)) and old_key != key:
             if any(self.progress_dir.glob("job-*")):
-                self.log("note: the data or the options have changed: starting from scratch")
+                logger.info("note: the data or the options have changed: starting from scratch")
             for path in [*self.out_dir.glob("*.bin"), *self.progress_dir.glob("job-*")]:
                 path.unlink()
         for path in self.out_dir.glob(".*.partial.bin"):
@@ -283,7 +281,7 @@ class _Preparation:
         """Run the jobs that have no result yet; returns the results of all, in order."""
         results = {job.index: result for job in jobs if (result := self._load_result(job))}
         if results:
-            self.log(f"resuming: {len(results)} of {len(jobs)} parts are finished")
+            logger.info(f"resuming: {len(results)} of {len(jobs)} parts are finished")
         num_bytes = {job.index: sum(span.num_bytes for span in job.spans) for job in jobs}
         remaining = [job for job in jobs if job.index not in results]
         if self.progress:

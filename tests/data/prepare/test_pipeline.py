@@ -121,17 +121,16 @@ def test_few_documents_are_split_at_a_boundary(tmp_path) -> None:
     assert len(texts_of(index, "val")) == 3
 
 
-def test_held_out_share_far_from_request_is_logged(tmp_path) -> None:
-    lines: list[str] = []
+def test_held_out_share_far_from_request_is_logged(tmp_path, messages) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(some_text(1) + name, "utf-8")
     names = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
-    prepare(tmp_path / "out", PrepareRequest(names, tokenizer="byte"), log=lines.append)
-    assert any("note: 50% of the text are held out, not 10%" in line for line in lines)
-    lines.clear()
+    prepare(tmp_path / "out", PrepareRequest(names, tokenizer="byte"))
+    assert any("note: 50% of the text are held out, not 10%" in line for line in messages)
+    messages.clear()
     path = write_jsonl(tmp_path / "many.jsonl", DOCUMENTS)
-    prepare(tmp_path / "many", PrepareRequest((str(path),), tokenizer="byte"), log=lines.append)
-    assert not any("held out" in line for line in lines)
+    prepare(tmp_path / "many", PrepareRequest((str(path),), tokenizer="byte"))
+    assert not any("held out" in line for line in messages)
 
 
 def test_more_data_moves_no_document_to_the_other_split(tmp_path) -> None:
@@ -211,13 +210,12 @@ def test_unfinished_folder_starts_from_scratch_if_data_changed(tmp_path, monkeyp
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-def test_same_request_on_finished_folder_does_nothing(tmp_path) -> None:
+def test_same_request_on_finished_folder_does_nothing(tmp_path, messages) -> None:
     source, out = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), tmp_path / "out"
     prepare_files(out, source)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    lines: list[str] = []
-    prepare(out, PrepareRequest((str(source),)), log=lines.append)
-    assert lines == [f"{out.as_posix()} is prepared already"]
+    prepare(out, PrepareRequest((str(source),)))
+    assert messages == [f"{out.as_posix()} is prepared already"]
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 

@@ -17,7 +17,7 @@ def notices(*names: Path) -> tuple[str, ...]:
 
 
 def open_bytes(path: Path, **options) -> Dataset:
-    return open_dataset(path, DatasetOptions(tokenizer="byte", **options), log=lambda line: None)
+    return open_dataset(path, DatasetOptions(tokenizer="byte", **options))
 
 
 def test_ignored_files_are_counted_by_suffix(tmp_path) -> None:
@@ -72,12 +72,11 @@ def test_equal_documents_in_both_splits_are_reported(tmp_path) -> None:
     assert any(n.startswith("1 document is in both splits") for n in open_bytes(tmp_path).notices)
 
 
-def test_literal_end_of_text_marks_are_reported_each_time(tmp_path) -> None:
+def test_literal_end_of_text_marks_are_reported_each_time(tmp_path, messages) -> None:
     path = tmp_path / "t.txt"
     path.write_text("some words<|endoftext|>\n" * 400)
-    lines: list[str] = []
     for _ in range(2):
-        (notice,) = open_dataset(path, DatasetOptions(), log=lines.append).notices
+        (notice,) = open_dataset(path, DatasetOptions()).notices
         assert notice.startswith("<|endoftext|> stands in the text 400 times, as plain characters")
         assert "--split_on '<|endoftext|>'" in notice
-    assert lines == [f"note: {notice}"]
+    assert messages == [f"note: {notice}"]

@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
 
 
 def open_input(path: Path, **options) -> Dataset:
-    return open_dataset(path, DatasetOptions(**options), log=lambda line: None)
+    return open_dataset(path, DatasetOptions(**options))
 
 
 def write_shard(path: Path, ids: range) -> None:

@@ -1,0 +1,35 @@
+"""Where a command prints what the package logs. A library leaves that to `logging`."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from typing_extensions import override
+
+PACKAGE = logging.getLogger("gptforge")
+
+
+class WriteHandler(logging.Handler):
+    """Passes the text of each record to `write`."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.write = write
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(record.getMessage())
+
+
+@contextmanager
+def log_to(write: Callable[[str], None]) -> Iterator[WriteHandler]:
+    """Pass what the package logs to `write`, and nowhere else; also a decorator."""
+    previous = PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate
+    handler = WriteHandler(write)
+    PACKAGE.handlers, PACKAGE.propagate = [handler], False
+    PACKAGE.setLevel(logging.INFO)
+    try:
+        yield handler
+    finally:
+        PACKAGE.handlers, level, PACKAGE.propagate = previous
+        PACKAGE.setLevel(level)
