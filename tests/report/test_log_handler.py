@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gptforge import distributed
-from gptforge.builders.build_trainer import build_trainer
+from gptforge.builders import build_trainer
 from gptforge.cli import train
 from gptforge.distributed import SINGLE_PROCESS
 from gptforge.printable import print_stderr
