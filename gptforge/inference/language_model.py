@@ -25,6 +25,7 @@ from gptforge.inference.validation import (
     check_non_negative_int,
     check_str,
     check_utf8,
+    normalize_prompt,
 )
 from gptforge.model import GPT
 from gptforge.tokenizers import Tokenizer
@@ -102,17 +103,18 @@ class LanguageModel:
         """Token ids of a prompt, never empty.
 
         `<|endoftext|>` is the end-of-text token if the tokenizer has one. An empty prompt is that
-        token if the model was trained on documents separated by it, else a line break.
+        token if the model was trained on documents separated by it, else a line break. As in
+        training texts, a byte order mark is dropped and CRLF is a line break.
 
         Raises:
             UserError: as `encode`.
         """
-        eot = self.tokenizer.eot_token
+        prompt, eot = normalize_prompt(check_str(prompt, "the prompt")), self.tokenizer.eot_token
         if prompt == "":
             return self._empty_prompt()
         if eot is None:
             return self.encode(prompt)
-        first, *others = check_str(prompt, "the prompt").split(END_OF_TEXT)
+        first, *others = prompt.split(END_OF_TEXT)
         ids = self.encode(first)
         for text in others:
             ids += [eot, *self.encode(text)]

@@ -151,6 +151,12 @@ def test_without_an_end_of_text_token_it_is_encoded_as_text(tiny_model) -> None:
     assert model.encode_prompt(EOT) == model.encode(EOT) == list(EOT.encode())
 
 
+@pytest.mark.parametrize("with_eot", [True, False])
+def test_a_prompt_is_read_as_a_training_text_is(tiny_model, with_eot) -> None:
+    model = LanguageModel(tiny_model, ByteTokenizer(with_eot=with_eot))
+    assert model.encode_prompt("\ufeffone\r\ntwo") == model.encode("one\ntwo")
+
+
 @pytest.mark.parametrize("prepends_eot", [True, False])
 @pytest.mark.parametrize("tokenizer", [from_name("gpt2", ""), ByteTokenizer(with_eot=True)])
 def test_a_saved_tokenizer_keeps_prepends_eot(tmp_path, tokenizer: Tokenizer, prepends_eot) -> None:
