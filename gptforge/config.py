@@ -113,13 +113,25 @@ class Config:
     warmup_steps: int = 100
     """Steps of linear learning rate warmup."""
     weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings."""
+    """Weight decay of matrices and embeddings, times the learning rate."""
+    embedding_weight_decay: float = -1.0
+    """Weight decay of the embeddings; -1: weight_decay."""
+    muon_lr: float = 0.0
+    """Learning rate at the end of the warmup of the matrices that Muon trains; 0: max_lr."""
+    muon_weight_decay: float = -1.0
+    """Weight decay of the matrices that Muon trains; -1: weight_decay."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
     beta2: float = 0.95
     """AdamW's second moment decay."""
     grad_clip: float = 1.0
     """Maximum gradient norm; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then evaluated, saved and
+    exported in their place; 0: none."""
+    token_noise: float = 0.0
+    """Probability that a training input token is replaced by another one of its batch; the targets
+    are unchanged."""
     seed: int = 1337
     """Seed of initial weights, shuffling, dropout and samples."""
     init_from: str = ""
@@ -322,8 +334,11 @@ def validate(config: Config) -> None:
     _check_min(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
     _check_min(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
     _check_min(c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every")
-    _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk")
-    for name in ("val_fraction", "dropout", "beta1", "beta2"):
+    _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk muon_lr")
+    for name in ("embedding_weight_decay", "muon_weight_decay"):
+        if getattr(c, name) < 0 and getattr(c, name) != -1:
+            raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
+    for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
         if not 0 <= getattr(c, name) < 1:
             raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
     if c.tokens_per_step > MAX_TOKENS_PER_STEP:

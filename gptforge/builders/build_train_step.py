@@ -76,6 +76,9 @@ def build_train_step(
             model,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            embedding_weight_decay=_unless_default(config.embedding_weight_decay),
+            muon_weight_decay=_unless_default(config.muon_weight_decay),
+            muon_lr_scale=config.muon_lr / config.max_lr if config.muon_lr else 1.0,
         ),
         precision=precision,
         micro_batch_size=config.batch_size,
@@ -86,6 +89,7 @@ def build_train_step(
         halve_on_oom=not is_explicit and root is None,
         comm=comm,
         root=root,
+        ema_decay=config.ema,
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):
@@ -116,6 +120,10 @@ def build_train_step(
         if not comm.all_true(captured):
             step.set_kernels(step.kernels)
     return step
+
+
+def _unless_default(decay: float) -> float | None:
+    return None if decay < 0 else decay
 
 
 def _build_model(config: Config, opened: OpenedRun, comm: Comm) -> GPT:

@@ -255,7 +255,7 @@ def _open_store(config: Config, comm: Comm) -> CheckpointStore:
     command = "the same command" + (" without --restart" if config.restart else "")
     store = CheckpointStore(Path(config.out_dir) / "checkpoints", resume_command=command)
     if comm.is_main:
-        store.check_disk_space(checkpoint_bytes(config.model))
+        store.check_disk_space(checkpoint_bytes(config))
     return store
 
 

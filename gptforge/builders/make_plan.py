@@ -182,7 +182,7 @@ def _plan_disk(config: Config, dataset: Dataset, saved: list[Path]) -> DiskPlan:
         saves += config.max_steps // config.eval_every
     # The best, the last, those of --keep_checkpoints, and one that is being written.
     count = min(saves, config.keep_checkpoints + 3)
-    size = checkpoint_bytes(config.model)
+    size = checkpoint_bytes(config)
     free = files.free_disk_bytes(Path(config.out_dir))
     needed = count * size + HEADROOM_BYTES
     return DiskPlan(

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ StateDict = dict[str, Tensor]
 
 TIED_WEIGHT = "lm_head.weight"
 """Shares its storage with the token embedding and is stored once, under that name."""
+
+RAW_WEIGHT = "raw_weight"
+"""Key of a weight that is trained, in the state of an optimizer with an EMA."""
 
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 _CHUNK_BYTES = 16 * 2**20
@@ -101,14 +105,21 @@ def load_model_state_dict(
 
 
 def optimizer_state_dict(
-    model: GPT, optimizer: Optimizer, comm: Comm = SINGLE_PROCESS
+    model: GPT,
+    optimizer: Optimizer,
+    comm: Comm = SINGLE_PROCESS,
+    raw_weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> StateDict:
-    """Optimizer state as '<parameter>.<key>', such as 'transformer.wte.weight.exp_avg'."""
-    state = (
+    """Optimizer state as '<parameter>.<key>', such as 'transformer.wte.weight.exp_avg'.
+
+    `raw_weights` are what the optimizer trains where the model has an average of them.
+    """
+    state = [
         (f"{name}.{key}", value)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
-    )
+    ]
+    state += [(f"{name}.{RAW_WEIGHT}", weight) for name, weight in raw_weights.items()]
     return _gather_on_rank0(state, comm)
 
 
@@ -119,6 +130,7 @@ def load_optimizer_state_dict(
     *,
     source: str,
     comm: Comm = SINGLE_PROCESS,
+    raw_weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Restore the state that `optimizer_state_dict` saved; see `load_model_state_dict`.
 
@@ -130,6 +142,7 @@ def load_optimizer_state_dict(
         for name, parameter in model.named_parameters()
         for key in optimizer.state_keys(parameter)
     }
+    state |= {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
     _load(state, tensors, source, comm)
 
 

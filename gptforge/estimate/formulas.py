@@ -50,12 +50,12 @@ def training_memory(
     """Upper estimate of the bytes to train with micro-batches of `sequences`, by what holds them.
 
     Master weights, gradients and AdamW's moments take 16 bytes a parameter, the snapshot of an
-    asynchronous save another 12, and the compute copy of the manual backward 2. Activations are
-    counted for each layer with flash attention, in multiples of C per token: two LayerNorm inputs
-    (the residual stream, float32 under autograd), their outputs, q, k and v, the attention output,
-    and both sides of the GELU. The manual backward keeps the residual stream in the compute dtype,
-    and in wide models the GELU output of some blocks only. With activation checkpointing only the
-    residual stream is saved, plus one layer's worth of the rest.
+    asynchronous save another 12, an EMA 4 in both, and the compute copy of the manual backward 2.
+    Activations are counted for each layer with flash attention, in multiples of C per token: two
+    LayerNorm inputs (the residual stream, float32 under autograd), their outputs, q, k and v, the
+    attention output, and both sides of the GELU. The manual backward keeps the residual stream in
+    the compute dtype, and in wide models the GELU output of some blocks only. With activation
+    checkpointing only the residual stream is saved, plus one layer's worth of the rest.
     """
     model, checkpointing = config.model, config.activation_checkpointing
     width = 2 if mixed_precision else 4
@@ -72,12 +72,12 @@ def training_memory(
     default_chunk = default_loss_chunk(model.vocab_size) if manual_backward else tokens
     logit_bytes = width if manual_backward else 4 + width
     logits = min(tokens, config.loss_chunk or default_chunk) * model.vocab_size * logit_bytes
-    params = num_params(model)
+    params, ema = num_params(model), ema_bytes(config)
     return {
         "weights": (4 + 2 * manual_backward) * params,
         "gradients": 4 * params,
-        "optimizer": 8 * params,
-        "snapshot": 12 * params,
+        "optimizer": (8 + ema) * params,
+        "snapshot": (12 + ema) * params,
         "activations": math.ceil(tokens * layers * model.n_embd) + logits,
     }
 
@@ -98,7 +98,8 @@ def fsdp_memory(config: Config, sequences: int, *, world_size: int, mixed_precis
         # FSDP casts the residual stream to the compute dtype too.
         layers = model.n_layer + (4 if config.activation_checkpointing else model.n_layer)
         activations -= 2 * layers * sequences * config.context_length * model.n_embd
-    return 16 * num_params(model) // world_size + gathered + activations
+    sharded = (16 + ema_bytes(config)) * num_params(model)
+    return sharded // world_size + gathered + activations
 
 
 def zero1_memory(config: Config, sequences: int, *, world_size: int) -> int:
@@ -111,9 +112,15 @@ def zero1_memory(config: Config, sequences: int, *, world_size: int) -> int:
     # What LayerNorm and attention save of each token, and the libraries' workspaces.
     small = 4 * model.n_layer * (model.n_head + 4) * tokens + 2**28
     unsharded = 6 * num_params(model) + 4 * num_embedding_params(model)
-    return 12 * num_params(model) // world_size + unsharded + memory["activations"] + small
+    sharded = (12 + ema_bytes(config)) * num_params(model)
+    return sharded // world_size + unsharded + memory["activations"] + small
 
 
-def checkpoint_bytes(config: GPTConfig) -> int:
-    """Size of a checkpoint: weights and AdamW's two moments in float32, and 4 MiB for the rest."""
-    return 3 * 4 * num_params(config) + 4 * 2**20
+def ema_bytes(config: Config) -> int:
+    """Bytes per parameter of an EMA of the weights."""
+    return 4 if config.ema else 0
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a checkpoint: weights, AdamW's moments and the EMA in fp32, 4 MiB for the rest."""
+    return (12 + ema_bytes(config)) * num_params(config.model) + 4 * 2**20

@@ -74,12 +74,25 @@ class AdamW(Optimizer):
 
 
 def build_adamw(
-    parameters: Iterable[Tensor], *, betas: tuple[float, float], weight_decay: float
+    parameters: Iterable[Tensor],
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    embeddings: Iterable[Tensor] = (),
+    embedding_weight_decay: float | None = None,
 ) -> AdamW:
-    """Build AdamW over parameters, decaying those with two or more dimensions."""
+    """Build AdamW over parameters, decaying those with two or more dimensions.
+
+    `embeddings` may have a decay of their own.
+    """
     params = [p for p in parameters if p.requires_grad]
+    decays = {id(p): weight_decay if p.dim() >= 2 else 0.0 for p in params}
+    if embedding_weight_decay is not None:
+        decays |= {id(p): embedding_weight_decay for p in embeddings}
+    # One group, and so one kernel, for each value.
+    values = dict.fromkeys((weight_decay, 0.0, *decays.values()))
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if decays[id(p)] == value], "weight_decay": value}
+        for value in values
     ]
     return AdamW(groups, betas=betas)

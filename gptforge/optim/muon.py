@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024) for the blocks' matrices, and AdamW for all other parameters.
 
 Muon's update is the momentum of the gradient, orthogonalized. It is scaled to the RMS of AdamW's
-updates (Liu et al., "Muon is scalable for LLM training", 2025), so both share one learning rate and
-one weight decay.
+updates (Liu et al., "Muon is scalable for LLM training", 2025), so both can share one learning rate
+and one weight decay. Small models that read their text many times want both larger for Muon.
 
 Unlike torch.optim.Muon, which the tests compare with, this one orthogonalizes all matrices of a
 shape in one batch, and skips steps with NaN or Inf on the device.
@@ -34,6 +34,7 @@ class Muon(Optimizer):
             first dimension: 3 for q, k and v, else 1.
         adamw: the optimizer of all other parameters.
         weight_decay: for the matrices; multiplied by the learning rate.
+        lr_scale: learning rate of the matrices, as a multiple of AdamW's.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Muon(Optimizer):
         adamw: AdamW,
         *,
         weight_decay: float,
+        lr_scale: float = 1.0,
     ) -> None:
-        group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay}
-        super().__init__([group])
+        params = [p for p, _ in matrices]
+        super().__init__([{"params": params, "weight_decay": weight_decay, "lr_scale": lr_scale}])
         self._adamw = adamw
         self._muon_group = self.param_groups[0]
         # Groups and state are shared with AdamW, so that checkpoints see one optimizer.

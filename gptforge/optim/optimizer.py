@@ -16,7 +16,7 @@ class Optimizer(ABC):
 
     Args:
         param_groups: dicts with the parameters under "params" and the settings that they share. The
-            learning rate, "lr", is set before each step.
+            learning rate, "lr", is set before each step, to a multiple "lr_scale" of the step's.
     """
 
     found_inf: Tensor | None = None
@@ -26,8 +26,13 @@ class Optimizer(ABC):
     _step_supports_amp_scaling = True
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
-        self.param_groups = [{"lr": 0.0, **group} for group in param_groups]
+        self.param_groups = [{"lr": 0.0, "lr_scale": 1.0, **group} for group in param_groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    def set_lr(self, lr: float | Tensor) -> None:
+        """Set the learning rate of all groups for the next step."""
+        for group in self.param_groups:
+            group["lr"] = lr if group["lr_scale"] == 1 else lr * group["lr_scale"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free all gradients."""

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from gptforge.optim.ema import WeightEMA
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.manual import ManualBackend
@@ -18,6 +19,7 @@ class OptimizerStep:
         backend: computed the gradients.
         grad_clip: maximum gradient norm; 0 disables clipping.
         scaler: loss scaler for fp16; may be disabled.
+        ema: average of the weights to update, if any.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class OptimizerStep:
         *,
         grad_clip: float,
         scaler: torch.amp.GradScaler,
+        ema: WeightEMA | None = None,
     ) -> None:
         self._optimizer, self._backend, self._scaler = optimizer, backend, scaler
+        self.ema = ema
         # With an infinite maximum the norm is still computed: it is logged, and checked below.
         self._max_norm = grad_clip if grad_clip > 0 else float("inf")
 
@@ -50,8 +54,7 @@ class OptimizerStep:
         optimizer = cast(torch.optim.Optimizer, self._optimizer)
         self._scaler.unscale_(optimizer)
         norm = self._backend.clip_grad_norm_(self._max_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._optimizer.set_lr(lr)
         if not self._scaler.is_enabled():
             # 0 * x is NaN iff x is NaN or Inf, and NaN != 0: two kernels instead of isfinite's
             # seven. An enabled scaler sets this flag instead.
@@ -59,5 +62,7 @@ class OptimizerStep:
         # The optimizers read found_inf on the device, where `if norm.isfinite()` would sync.
         self._scaler.step(optimizer)
         self._scaler.update()
+        if self.ema is not None:
+            self.ema.update()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

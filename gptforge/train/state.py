@@ -131,12 +131,14 @@ def snapshot(
         "scaler": step.scaler_state_dict(),
         **extra,
     }
-    return checkpoints.Snapshot(
-        model=model_state_dict(step.model, comm),
-        optimizer=optimizer_state_dict(step.model, step.optimizer, comm),
-        rng_state=rng_state_dict(step.device, comm),
-        state=record,
-    )
+    # The weights to use are those of the model: the EMA, if there is one.
+    with step.ema_weights():
+        return checkpoints.Snapshot(
+            model=model_state_dict(step.model, comm),
+            optimizer=optimizer_state_dict(step.model, step.optimizer, comm, step.raw_weights),
+            rng_state=rng_state_dict(step.device, comm),
+            state=record,
+        )
 
 
 def restore(
@@ -151,16 +153,26 @@ def restore(
     def read(name: str) -> StateDict:
         return checkpoints.read_tensors(path, name) if comm.is_main else {}
 
-    load_model_state_dict(step.model, read(checkpoints.MODEL), source=source, comm=comm)
-    optimizer_state = read(checkpoints.OPTIMIZER)
-    load_optimizer_state_dict(step.model, step.optimizer, optimizer_state, source=source, comm=comm)
+    with step.ema_weights():
+        load_model_state_dict(step.model, read(checkpoints.MODEL), source=source, comm=comm)
+        load_optimizer_state_dict(
+            step.model,
+            step.optimizer,
+            read(checkpoints.OPTIMIZER),
+            source=source,
+            comm=comm,
+            raw_weights=step.raw_weights,
+        )
     state = comm.broadcast_from_rank0(lambda: checkpoints.read_state(path))
     dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step.load_scaler_state_dict(state["scaler"])
     # Last: anything that draws random numbers would advance the restored generators.
     load_rng_state_dict(read(checkpoints.RNG_STATE), step.device, comm, source=source)
-    return read_train_state(path, state)
+    train_state = read_train_state(path, state)
+    if step.ema is not None:
+        step.ema.num_updates = train_state.step
+    return train_state
 
 
 def read_train_state(path: Path, state: Mapping[str, Any]) -> TrainState:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from gptforge.device import Precision, synchronize
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
-from gptforge.optim.adamw import AdamW
+from gptforge.optim.ema import WeightEMA
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
@@ -46,6 +46,7 @@ class TrainStep:
         halve_on_oom: on an out-of-memory error, halve the micro-batch size and try again.
         comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
+        ema_decay: final decay of the average of the weights; 0 for none.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class TrainStep:
         halve_on_oom: bool = False,
         comm: Comm = SINGLE_PROCESS,
         root: FSDPRoot | None = None,
+        ema_decay: float = 0.0,
     ) -> None:
         assert root is None or not halve_on_oom, "FSDP cannot retry: the other ranks would hang"
         self.model, self.optimizer, self.precision = model, optimizer, precision
@@ -69,6 +71,7 @@ class TrainStep:
         self.micro_batch_size, self._grad_clip = micro_batch_size, grad_clip
         self._activation_checkpointing, self._loss_chunk = activation_checkpointing, loss_chunk
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
+        self.ema = WeightEMA(model, ema_decay) if ema_decay else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         self.set_kernels(kernels)
 
@@ -125,6 +128,8 @@ class TrainStep:
         if is_oom:
             self._halve_micro_batch()
         grad_norm = self._optimizer_step(lr, loss)  # skipped on the device if not finite
+        if self.ema is not None:
+            self.ema.num_updates += 1
         return loss, grad_norm
 
     def set_kernels(self, kernels: KernelConfig) -> None:
@@ -148,7 +153,7 @@ class TrainStep:
         )
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
-            self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler
+            self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler, ema=self.ema
         )
 
     @functools.cached_property
@@ -176,6 +181,15 @@ class TrainStep:
         """Module for evaluation: (inputs, targets) to the summed loss."""
         return self.model if self._root is None else self._root
 
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within the block, the model has the weights to evaluate and save: the EMA, if any."""
+        return nullcontext() if self.ema is None else self.ema.swap()
+
+    @property
+    def raw_weights(self) -> Mapping[str, Tensor]:
+        """Within `ema_weights`, the weights that are trained; empty if those are the model's."""
+        return {} if self.ema is None else self.ema.tensors
+
     def unsharded_model(self) -> GPT | None:
         """Return the model for inference on rank 0, None on other ranks; a collective."""
         if self._root is not None:
@@ -200,7 +214,7 @@ class TrainStep:
         assert self._root is None, "a graph cannot wait for other ranks"
         # Collectives are not captured, so they cannot overlap with a replay: they all run after it.
         manual.on_grads_ready = lambda num_groups: None
-        captures_optimizer = type(self.optimizer) is AdamW and not self.precision.needs_scaler
+        captures_optimizer = not self.precision.needs_scaler
         self.backend = CudaGraphBackend(manual, assign_grads=not captures_optimizer)
         if captures_optimizer:
             self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual)
@@ -238,7 +252,8 @@ class TrainStep:
         try:
             # Before the first step the optimizer's state does not exist yet: hold its memory.
             if self.device.type == "cuda" and not self.optimizer.state:
-                nbytes = BYTES_PER_PARAM * sum(p.numel() for p in self.model.parameters())
+                per_param = BYTES_PER_PARAM + (0 if self.ema is None else 4)
+                nbytes = per_param * sum(p.numel() for p in self.model.parameters())
                 reserved = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self.dry_run(batch_size, context_length)
         except torch.OutOfMemoryError:
@@ -274,6 +289,17 @@ class TrainStep:
             f"{label}note: out of memory; continuing with micro-batches of {self.micro_batch_size}",
             extra={"any_rank": True},
         )
+
+
+def replace_tokens(tokens: Tensor, probability: float) -> Tensor:
+    """Replace tokens at random by others of the batch.
+
+    Replacements have the frequencies of the text, which regularizes better than uniform ones (Xie
+    et al., "Data noising as smoothing in neural network language models", 2017).
+    """
+    is_replaced = torch.rand(tokens.shape, device=tokens.device) < probability
+    others = torch.randint(tokens.numel(), tokens.shape, device=tokens.device)
+    return torch.where(is_replaced, tokens.flatten()[others], tokens)
 
 
 @contextmanager

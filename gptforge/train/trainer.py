@@ -25,7 +25,7 @@ from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
-from gptforge.train.train_step import TrainStep
+from gptforge.train.train_step import TrainStep, replace_tokens
 
 SAMPLE_TOKENS = 200
 
@@ -114,6 +114,8 @@ class Trainer:
             max_steps=c.max_steps,
         )  # fmt: skip
         inputs, targets = self.dataloader.next_batch()
+        if c.token_noise:
+            inputs = replace_tokens(inputs, c.token_noise)
         loss, norm = self.step_fn(inputs, targets, lr=lr)
         # The device is still computing: everything below overlaps with it unless it reads `loss`.
         self._loss = loss
@@ -180,7 +182,7 @@ class Trainer:
         Without validation data, the mean of the recent training losses takes its place.
         """
         state, step_fn = self.state, self.step_fn
-        with self.untimed():
+        with self.untimed(), step_fn.ema_weights():
             bits_per_byte = None
             if self.val_evaluator is None:
                 # During a streak of bad steps, earlier losses are no estimate for these weights.
@@ -212,7 +214,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Log a sample, drawn with a separate RNG so that training is not affected."""
-        with self.untimed():
+        with self.untimed(), self.step_fn.ema_weights():
             model = self.step_fn.unsharded_model()
             if model is None:
                 return

@@ -63,7 +63,7 @@ class CudaGraphBackend:
 
 
 class CudaGraphOptimizerStep:
-    """An `OptimizerStep`, captured at its second call.
+    """An `OptimizerStep`, captured at its second call, and again if the decay of the EMA changes.
 
     Args:
         step: its optimizer takes a learning rate on the device.
@@ -79,10 +79,14 @@ class CudaGraphOptimizerStep:
             backend.grads.assign_grads()
             return step(lr, loss)
 
+        self._ema, self._ema_decay = step.ema, 0.0
         self._run = _CapturedCall(run)
 
     def __call__(self, lr: float, loss: Tensor) -> Tensor:
         """Replay the step; see `OptimizerStep.__call__`."""
+        if self._ema is not None and self._ema.decay != self._ema_decay:
+            self._ema_decay = self._ema.decay
+            self._run = _CapturedCall(self._run.function)
         self._loss.copy_(loss)
         # For the warmup call too: rounded to fp32, the learning rate differs slightly.
         self._lr.fill_(lr)
@@ -93,7 +97,7 @@ class _CapturedCall(Generic[T]):
     """A function on fixed addresses, captured as a CUDA graph at its second call."""
 
     def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
+        self.function = function
         self._is_warmed_up = False
         self._graph: tuple[torch.cuda.CUDAGraph, T] | None = None
 
@@ -101,9 +105,9 @@ class _CapturedCall(Generic[T]):
         # The first call autotunes GEMMs and compiles Triton kernels, which a capture cannot hold.
         if not self._is_warmed_up:
             self._is_warmed_up = True
-            return self._function()
+            return self.function()
         if self._graph is None:
-            self._graph = _capture(self._function)
+            self._graph = _capture(self.function)
         graph, result = self._graph
         graph.replay()
         return result

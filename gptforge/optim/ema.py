@@ -1,0 +1,75 @@
+"""Exponential moving average of the weights (Polyak averaging)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gptforge.distributed.dtensor import is_sharded
+
+START_FRACTION = 10
+"""Early on, the average covers the last tenth of the steps so far."""
+
+
+class WeightEMA:
+    """Average of a model's weights: after each step, `decay * average + (1 - decay) * weights`.
+
+    Training weights jump around in directions of high curvature; their average does not, and has
+    the lower loss (Izmailov et al., 2018), most of all on texts that are read many times. The
+    average is the model that is evaluated, saved and exported.
+
+    The decay grows to its final value, so that the initial weights do not count for long. It grows
+    in powers of two: a CUDA graph contains the decay as a constant, and is captured again whenever
+    that changes.
+
+    Args:
+        model: its parameters are averaged; on a sharded model, each rank averages its shards.
+        decay: final decay, from 0 to below 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._params = {name: p.detach() for name, p in model.named_parameters()}
+        self._averages = {name: p.clone() for name, p in self._params.items()}
+        self._decay = decay
+        self.num_updates = 0
+        """Updates so far: the steps of the run."""
+
+    @property
+    def decay(self) -> float:
+        """Decay of the next update."""
+        window = max(1, self.num_updates // START_FRACTION)  # steps
+        return min(self._decay, 1 - 0.5 ** (window.bit_length() - 1))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights; the caller counts `num_updates`."""
+        averages = [_local(tensor) for tensor in self._averages.values()]
+        params = [_local(tensor) for tensor in self._params.values()]
+        torch._foreach_lerp_(averages, params, 1 - self.decay)
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """Within the block, the model has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The averages by the parameter's name; within `swap`, the weights that are trained."""
+        return self._averages
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self._averages.items():
+            a, b = _local(average), _local(self._params[name])
+            held = a.clone()
+            a.copy_(b)
+            b.copy_(held)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
