@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gptforge.model import GPT
+from gptforge.optim import build_optimizer
 from gptforge.optim.adamw import AdamW, build_adamw
 
 
@@ -22,6 +23,18 @@ def test_only_matrices_and_embeddings_decay(tiny_model) -> None:
     for name, decay in decays.items():
         is_vector = name.endswith("bias") or ".ln_" in name
         assert decay == (0.0 if is_vector else 0.1), name
+
+
+def test_embeddings_may_decay_apart(tiny_model) -> None:
+    for name in ("adamw", "muon"):
+        optimizer = build_optimizer(
+            name, tiny_model, betas=(0.9, 0.95), weight_decay=0.1, embedding_weight_decay=3.0
+        )
+        names = {parameter: name for name, parameter in tiny_model.named_parameters()}
+        decays = {names[p]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert set(decays) == set(names.values())
+        decayed = {name for name, decay in decays.items() if decay == 3}
+        assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
 def test_steps_match_the_papers_formula(tiny_model, device) -> None:

@@ -63,6 +63,23 @@ def test_matrices_match_torchs_muon_with_separate_q_k_v(tiny_model, device) -> N
         assert (model.get_parameter(name) - expected).norm() < 0.02 * moved, name
 
 
+def test_matrices_may_have_their_own_rate_and_decay(tiny_model) -> None:
+    other = copy.deepcopy(tiny_model)
+    separate = build_optimizer(
+        "muon", tiny_model, betas=(0.9, 0.95), weight_decay=0.1,
+        muon_lr_scale=4, muon_weight_decay=0.3,
+    )  # fmt: skip
+    common = build_optimizer("muon", other, betas=(0.9, 0.95), weight_decay=0.3)
+    separate.set_lr(0.01)
+    common.set_lr(0.04)
+    for model, optimizer in ((tiny_model, separate), (other, common)):
+        train(model, optimizer, 3)
+    expected = dict(matrices(other))
+    for name, parameter in matrices(tiny_model).items():
+        assert torch.equal(parameter, expected[name])
+    assert separate.param_groups[1]["lr"] == 0.01
+
+
 def test_other_parameters_match_adamw(tiny_model) -> None:
     other = copy.deepcopy(tiny_model)
     train(tiny_model, build(tiny_model), 3)

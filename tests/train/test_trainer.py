@@ -22,6 +22,22 @@ def test_run_makes_max_steps_steps(config) -> None:
     assert events(config, "end")[0]["reason"] == "finished"
 
 
+def test_average_of_the_weights_is_evaluated_and_saved(config) -> None:
+    trainer = build(dataclasses.replace(config, ema=0.9))
+    trainer.fit()
+    saved = read_tensors(last(config), "model.safetensors")
+    raw = read_tensors(last(config), "optimizer.safetensors")
+    for name, parameter in trainer.step_fn.model.named_parameters():
+        assert torch.equal(raw[f"{name}.raw_weight"], parameter)
+        assert trainer.step_fn.ema is not None
+        assert torch.equal(saved[name], trainer.step_fn.ema.tensors[name])
+        assert not torch.equal(saved[name], parameter)
+    assert trainer.val_evaluator is not None
+    with trainer.step_fn.ema_weights():
+        loss = trainer.val_evaluator.evaluate(trainer.step_fn.model, trainer.step_fn.precision)
+    assert events(config, "eval")[-1]["val_loss"] == loss.loss
+
+
 def test_compile_flag(config, monkeypatch, messages) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     config = dataclasses.replace(config, compile="true", dropout=0.0)
@@ -32,20 +48,18 @@ def test_compile_flag(config, monkeypatch, messages) -> None:
 
 
 @pytest.mark.parametrize(
-    ("val_fraction", "dtype", "optimizer"),
+    "options",
     [
-        (0.1, "float32", "adamw"),
-        (0.0, "float32", "adamw"),
-        (0.1, "bfloat16", "adamw"),
-        (0.1, "float32", "muon"),
+        {},
+        {"val_fraction": 0.0},
+        {"dtype": "bfloat16"},
+        {"optimizer": "muon", "muon_lr": 0.01, "muon_weight_decay": 0.5},
+        {"ema": 0.9, "token_noise": 0.2},
+        {"ema": 0.9, "optimizer": "muon"},
     ],
 )
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    config, tmp_path, val_fraction, dtype, optimizer
-) -> None:
-    config = dataclasses.replace(
-        config, val_fraction=val_fraction, dtype=dtype, optimizer=optimizer
-    )
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, tmp_path, options) -> None:
+    config = dataclasses.replace(config, **options)
     straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
     build(straight).fit()
 

@@ -129,6 +129,19 @@ def test_muon_gets_the_gradients(pair: MakePair) -> None:
     assert losses[0] < 4
 
 
+def test_average_of_the_weights_is_captured(pair: MakePair) -> None:
+    # After 40 steps the decay has changed twice.
+    graph, plain = pair(ema_decay=0.6)
+    for _ in range(41):
+        for step in (graph, plain):
+            train(step, lr=1e-3)
+    assert graph.ema is not None and plain.ema is not None
+    assert graph.ema.decay == 0.6
+    for name, average in graph.ema.tensors.items():
+        torch.testing.assert_close(average, plain.ema.tensors[name], rtol=1e-3, atol=1e-4)
+        assert not torch.equal(average, graph.model.get_parameter(name))
+
+
 def test_restored_weights_take_effect(pair: MakePair) -> None:
     graph, _ = pair()
     for _ in range(3):
