@@ -70,7 +70,8 @@ class Config:
     raw_bin: bool = False
     """Read .bin files as raw uint16 ids without a header, as nanoGPT writes them."""
     tokenizer: str = "gpt2"
-    """gpt2, char, byte, or the path of a tokenizer.json saved by a run."""
+    """gpt2, char, byte, bpe (a byte-level BPE learned from the training part of the text), or the
+    path of a tokenizer.json saved by a run."""
     val_fraction: float = 0.1
     """Fraction of the text held out for validation; 0: none."""
     shuffle: bool = True
@@ -83,7 +84,8 @@ class Config:
     block_size: int = 1024
     """Longest sequence the model can read: rows of its position embedding."""
     vocab_size: int = 0
-    """Rows of the token embedding; 0: the tokenizer's size rounded up to a multiple of 64."""
+    """Rows of the token embedding, and ids that --tokenizer bpe learns; 0: the tokenizer's size
+    rounded up to a multiple of 64."""
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12

@@ -60,7 +60,7 @@ from gptforge.report.progress import ProgressMeter
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.shell import quote
-from gptforge.tokenizers import byte_lengths
+from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopSignal
 from gptforge.train.state import TrainState, restore
@@ -245,6 +245,7 @@ def _build_evaluator(dataset: Dataset, config: Config, *, batch_size: int) -> Va
     return ValEvaluator(
         dataset.val,
         byte_lengths(dataset.tokenizer),
+        char_lengths=char_lengths(dataset.tokenizer),
         context_length=config.context_length,
         batch_size=batch_size,
         max_tokens=config.eval_tokens,

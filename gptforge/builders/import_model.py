@@ -146,6 +146,8 @@ def _recorded_digest(folder: Path) -> str:
 def _explicit_tokenizer(name: str, text: str) -> Tokenizer | None:
     if name == "char" and not text:
         raise UserError("--tokenizer char needs --text: the text with its characters")
+    if name == "bpe":
+        raise UserError("--tokenizer bpe: give the tokenizer.json that the model was trained with")
     if text and name != "char":
         raise UserError("--text goes with --tokenizer char")
     if not text:

@@ -25,7 +25,7 @@ from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
 from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote
-from gptforge.tokenizers import NAMES, Tokenizer, from_name
+from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def resolve_init_from(
     fields = {name: getattr(pretrained, name) for name in MODEL_FIELDS if name not in explicit}
     if "tokenizer" not in explicit:
         fields["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
-    elif config.tokenizer not in ("char", "byte"):
-        # Fail before a long preparation. char and byte depend on the text, and are checked later.
+    elif config.tokenizer not in TEXT_DEPENDENT:
+        # Fail before a long preparation; those that depend on the text are checked later.
         is_prepared = (Path(config.input) / INDEX_FILE).is_file()
         prepared_path = config.input if is_prepared else ""
         check_tokenizer(config, from_name(config.tokenizer, ""), prepared_path=prepared_path)
@@ -122,6 +122,20 @@ def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Con
     return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
 
 
+def _learned_by_run(config: Config) -> Tokenizer | None:
+    """The tokenizer that the run in the run folder learned from its text with `--tokenizer bpe`.
+
+    Learning again would give the same one, but for another version of the package tokenizers.
+    """
+    last = _last_checkpoint(config) if config.tokenizer == "bpe" else None
+    needed = (checkpoints.CONFIG, checkpoints.TOKENIZER)
+    if last is None or checkpoints.find_corruption(last, needed):
+        return None
+    if checkpoints.read_config(last, with_model=False).tokenizer != "bpe":
+        return None
+    return checkpoints.read_tokenizer(last)
+
+
 def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:
     """Open the text of `--input`, preparing it if needed, and check that it can be trained on.
 
@@ -130,7 +144,8 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
     """
     is_finetuning = bool(config.init_from)
     options = DatasetOptions(
-        tokenizer=config.tokenizer,
+        tokenizer=_learned_by_run(config) or config.tokenizer,
+        vocab_size=config.vocab_size,
         val_fraction=config.val_fraction,
         text_format=TextFormat(config.field, config.encoding),
         kind=config.kind,

@@ -40,7 +40,7 @@ from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
 from gptforge.printable import pluralize
 from gptforge.report.progress import EtaNotice
-from gptforge.tokenizers import byte_lengths
+from gptforge.tokenizers import byte_lengths, char_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ def evaluate_run(
     evaluator = ValEvaluator(
         tokens,
         byte_lengths(model.tokenizer),
+        char_lengths=char_lengths(model.tokenizer),
         context_length=config.context_length,
         batch_size=config.batch_size,
     )

@@ -26,7 +26,7 @@ class DoctorArgs(DatasetArgs):
     preset: str = "gpt2"
     """Preset whose tokenizer and context_length a text is checked for."""
     tokenizer: str = ""
-    """gpt2, char, byte, or a tokenizer.json; empty: the preset's, or the shards' own."""
+    """gpt2, char, byte, bpe, or a tokenizer.json; empty: the preset's, or the shards' own."""
     context_length: int = 0
     """Tokens in a training sequence; 0: as in the preset."""
     json: bool = False

@@ -91,14 +91,17 @@ def _evaluate_text(args: EvalArgs) -> dict[str, object]:
         what = f"loss on {args.data}" if args.data else "held-out loss"
         safe_print(
             f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
-            f"{score.bits_per_byte:.4f} bits per byte, over {score.num_tokens:,} tokens"
+            f"{score.bits_per_byte:.4f} bits per byte, {score.nats_per_char:.4f} nats per "
+            f"character, over {score.num_tokens:,} tokens"
         )
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
+        "nats_per_char": score.nats_per_char,
         "tokens": score.num_tokens,
         "bytes": score.num_bytes,
+        "characters": score.num_chars,
     }
 
 

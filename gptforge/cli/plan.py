@@ -94,7 +94,8 @@ def _describe_dataset(text: DatasetPlan) -> str:
     val_tokens = f"{text.held_out_tokens:,}" if text.held_out_tokens else "none"
     prepared = "; prepared now, and kept for training" if text.prepared_now else ""
     return (
-        f"{text.path}: {size}{text.tokens:,} {text.tokenizer} tokens to train on, "
+        f"{text.path}: {size}{text.tokens:,} {text.tokenizer} tokens ({text.tokenizer_ids:,} ids) "
+        "to train on, "
         f"{val_tokens} held out{prepared}"
     )
 

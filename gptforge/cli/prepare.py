@@ -27,7 +27,9 @@ class PrepareArgs(DatasetArgs):
     out: str
     """Folder for the shards."""
     tokenizer: str = "gpt2"
-    """gpt2, char, byte, or the path of a tokenizer.json."""
+    """gpt2, char, byte, bpe (learned from the training part), or the path of a tokenizer.json."""
+    vocab_size: int = 0
+    """Ids that --tokenizer bpe learns; 0: by the size of the text."""
     skip_bad: bool = False
     """Skip what cannot be read, and count it, instead of stopping."""
     workers: int = 0
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> int:
     request = PrepareRequest(
         args.sources,
         tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
         val_fraction=args.val_fraction,
         text_format=TextFormat(args.field, args.encoding, args.split_on),
         kind=args.kind,

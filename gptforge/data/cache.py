@@ -6,14 +6,22 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
-from gptforge import files
+from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError
+from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.pipeline import PREPARE_VERSION, REQUEST_FILE, prepare
-from gptforge.data.prepare.request import PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.request import (
+    FileSelection,
+    PrepareRequest,
+    ProgressBar,
+    select_files,
+)
+from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.sources import FileKind, find_sources, is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
@@ -23,6 +31,7 @@ from gptforge.tokenizers import Tokenizer
 
 CACHE_VERSION = 2  # raise it when the index says more: older entries are prepared again
 MAX_AGE_DAYS = 90  # unused data is deleted after that: it can be prepared again
+BPE_PREFIX = "bpe-"  # of the tokenizers that were learned from texts
 SPOOL_PREFIX = ".pipe-"  # of folders for the content of pipes
 
 
@@ -30,6 +39,7 @@ def prepare_cached(
     name: str,
     *,
     tokenizer: str | Tokenizer,
+    vocab_size: int = 0,
     val_fraction: float,
     text_format: TextFormat,
     kind: FileKind | Literal["auto"] = "auto",
@@ -54,6 +64,7 @@ def prepare_cached(
         request = PrepareRequest(
             (name,),
             tokenizer=tokenizer,
+            vocab_size=vocab_size,
             val_fraction=val_fraction,
             text_format=text_format,
             kind=kind,
@@ -63,22 +74,59 @@ def prepare_cached(
         )
         selection = select_files(request)
         contents = [[s.kind, s.compression, files.sha256(s.path)] for s in selection.sources]
-        vocab = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
-        if isinstance(vocab, str) and Path(vocab).is_file():
-            vocab = files.sha256(Path(vocab))
         options = [CACHE_VERSION, val_fraction, split_by_name, *selection.val_sources]
-        record = [PREPARE_VERSION, contents, vocab, options, asdict(text_format)]
-        cache_key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        folder = cache / cache_key[:24]
-        index = _prepare(folder, replace(request, cache_key=cache_key), progress)
+
+        def key_of(vocab: object) -> str:
+            record = [PREPARE_VERSION, contents, vocab, options, asdict(text_format)]
+            return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+        with _hints_for(request):
+            if tokenizer == "bpe":
+                # The shards depend on the merges alone: a resumed run, which has them, finds them.
+                learned = cache / f"{BPE_PREFIX}{key_of(['bpe', vocab_size])[:24]}.json"
+                tokenizer = _learn_bpe(learned, request, selection)
+            vocab = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
+            if isinstance(vocab, str) and Path(vocab).is_file():
+                vocab = files.sha256(Path(vocab))
+            cache_key = key_of(vocab)
+            folder = cache / cache_key[:24]
+            request = replace(request, tokenizer=tokenizer, cache_key=cache_key)
+            index = prepare(folder, request, wait=True, progress=progress)
     (folder / REQUEST_FILE).touch()
     _delete_unused(cache)
     return index, selection.notices
 
 
-def _prepare(folder: Path, request: PrepareRequest, progress: ProgressBar | None) -> Index:
+def _learn_bpe(path: Path, request: PrepareRequest, selection: FileSelection) -> Tokenizer:
+    """The tokenizer in this file of the cache; learn and write it if the file is missing."""
+    with contextlib.suppress(OSError, UserError):
+        tokenizer = tokenizers.load(path)
+        path.touch()
+        return tokenizer
+    sources = selection.sources
     try:
-        return prepare(folder, request, wait=True, progress=progress)
+        scanned = scan(
+            sources,
+            request.text_format,
+            request.val_fraction,
+            skip_bad=request.skip_bad,
+            val_sources=selection.val_sources,
+            split_duplicates=not request.split_by_name,
+        )
+        tokenizer = learn_bpe(request, sources, scanned.split_rule)
+    except BadInputError as error:
+        # Skipping the only file would leave nothing.
+        is_only_file = len(sources) == 1 and error.problem.startswith(f"{sources[0].name}: ")
+        raise BadInputError(error.problem, error.hint, can_skip=not is_only_file) from None
+    tokenizers.save(tokenizer, path)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _hints_for(request: PrepareRequest) -> Iterator[None]:
+    """Add to errors what `train` and `eval` can do about them."""
+    try:
+        yield
     except BadInputError as error:
         message = f"{error.problem}: {error.hint}"
         # `train` and `eval` have these flags too.
@@ -119,7 +167,8 @@ def _writable_cache() -> Path:
 def _delete_unused(cache: Path) -> None:
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     requests = list(cache.glob(f"*/{REQUEST_FILE}"))
-    for path in [*requests, *cache.glob(f"{SPOOL_PREFIX}*")]:
+    others = [path for prefix in (SPOOL_PREFIX, BPE_PREFIX) for path in cache.glob(f"{prefix}*")]
+    for path in [*requests, *others]:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < oldest:
                 files.remove(path.parent if path.name == REQUEST_FILE else path)

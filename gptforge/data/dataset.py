@@ -107,6 +107,7 @@ class DatasetOptions:
 
     Attributes:
         require_tokenizer: refuse shards of another tokenizer instead of using theirs.
+        vocab_size: ids that the tokenizer bpe learns; 0: by the size of the text.
         model_tokenizer: file of the tokenizer if it is a model's, not from a flag.
         require_val_fraction: refuse prepared data with another one.
         needs_val: keep files apart whose names say validation, even if val_fraction is 0.
@@ -115,6 +116,7 @@ class DatasetOptions:
     """
 
     tokenizer: str | Tokenizer = "gpt2"
+    vocab_size: int = 0
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
     raw_bin: bool = False
@@ -175,6 +177,7 @@ def open_dataset(
     index, notices = prepare_cached(
         path.as_posix(),
         tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
         val_fraction=options.val_fraction,
         text_format=options.text_format,
         kind=options.kind,
@@ -285,9 +288,9 @@ def _open_shards(path: Path, names: Sequence[Path], options: DatasetOptions) -> 
             )
         tokenizer_name = "gpt2"
         notices.append("assuming GPT-2's vocabulary for the shards: --tokenizer names another")
-    if tokenizer_name == "char":
+    if tokenizer_name in ("char", "bpe"):
         raise UserError(
-            f"{path.as_posix()}: shards do not say which characters their ids stand for: give "
+            f"{path.as_posix()}: shards do not say which text their ids stand for: give "
             "--tokenizer a tokenizer.json"
         )
     if isinstance(tokenizer_name, str):

@@ -160,10 +160,10 @@ def _check_tokens(
     text_scan: _TextScan, sources: list[Source], name: str, context_length: int
 ) -> list[Finding]:
     """Estimate the number of tokens from a sample, and check the vocabulary by it."""
-    alphabet = ""
+    text = "".join(text_scan.sample) if name == "bpe" else ""
     if name == "char":
-        alphabet = collect_alphabet(sources, text_scan.text_format, skip_bad=True)
-    tokenizer = from_name(name, alphabet)
+        text = collect_alphabet(sources, text_scan.text_format, skip_bad=True)
+    tokenizer = from_name(name, text)
     encoder = FastEncoder(tokenizer)
     try:
         num_sampled = sum(len(encoder.encode(text)) for text in text_scan.sample)

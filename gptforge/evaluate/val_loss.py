@@ -1,4 +1,4 @@
-"""Validation loss: nats per token, and bits per byte, which compares across vocabularies."""
+"""Validation loss: nats per token; bits per byte and nats per character compare vocabularies."""
 
 import math
 from collections.abc import Callable
@@ -24,8 +24,10 @@ class ValLoss:
 
     loss: float  # mean cross-entropy, nats per token
     bits_per_byte: float  # the same information per byte of UTF-8 text
+    nats_per_char: float  # the same information per character
     num_tokens: int
     num_bytes: int
+    num_chars: int
 
     @property
     def perplexity(self) -> float:
@@ -42,6 +44,7 @@ class PartialValLoss:
     total_nats: float
     num_tokens: int
     num_bytes: int
+    num_chars: int
 
 
 class ValEvaluator:
@@ -53,6 +56,7 @@ class ValEvaluator:
             in sampling: padding rows of the embedding get no probability.
         context_length: T, tokens in a sequence.
         batch_size: sequences in a forward pass.
+        char_lengths: characters that each id stands for, (vocab,); None: one per byte.
         max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
 
     Attributes:
@@ -68,11 +72,13 @@ class ValEvaluator:
         *,
         context_length: int,
         batch_size: int,
+        char_lengths: NDArray[np.int64] | None = None,
         max_tokens: int = 0,
     ) -> None:
         assert len(tokens) > 1, "the caller checks the length of the held-out text"
         self._tokens = tokens
         self._byte_lengths = byte_lengths
+        self._char_lengths = byte_lengths if char_lengths is None else char_lengths
         self._context_length = context_length
         available = math.ceil((len(tokens) - 1) / context_length)
         count = min(math.ceil(max_tokens / context_length) or available, available)
@@ -114,12 +120,12 @@ class ValEvaluator:
         was_training = model.training
         model.eval()
         num_sequences = len(self._sequence_indices)
-        done, nats, num_tokens, num_bytes = 0, 0.0, 0, 0
+        done, nats, num_tokens, num_bytes, num_chars = 0, 0.0, 0, 0, 0
         if partial is not None and partial.num_sequences == num_sequences:
             done = partial.sequences_done
             if comm.is_main:
                 nats, num_tokens = partial.total_nats, partial.num_tokens
-                num_bytes = partial.num_bytes
+                num_bytes, num_chars = partial.num_bytes, partial.num_chars
         total = torch.tensor(nats, dtype=torch.float64, device="cpu")
         stop_flag, stopped = comm.async_max(STOP_LAG_BATCHES), False
         while done < num_sequences and not stopped:
@@ -131,16 +137,23 @@ class ValEvaluator:
             predicted = targets[targets != IGNORE_INDEX].numpy()
             num_tokens += len(predicted)
             num_bytes += int(self._byte_lengths[predicted].sum())
+            num_chars += int(self._char_lengths[predicted].sum())
             comm.tick()
             done += self._batch_size * comm.world_size
             stopped = bool(stop_flag.update(int(should_stop())))
         model.train(was_training)
-        nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes])
-        num_tokens, num_bytes = (round(count) for count in counts)
+        nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes, num_chars])
+        num_tokens, num_bytes, num_chars = (round(count) for count in counts)
         if done < num_sequences:
-            return PartialValLoss(done, num_sequences, nats, num_tokens, num_bytes)
-        bits = nats / math.log(2)
-        return ValLoss(nats / num_tokens, bits / max(1, num_bytes), num_tokens, num_bytes)
+            return PartialValLoss(done, num_sequences, nats, num_tokens, num_bytes, num_chars)
+        return ValLoss(
+            loss=nats / num_tokens,
+            bits_per_byte=nats / math.log(2) / max(1, num_bytes),
+            nats_per_char=nats / max(1, num_chars),
+            num_tokens=num_tokens,
+            num_bytes=num_bytes,
+            num_chars=num_chars,
+        )
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, each (len(indices), T), with IGNORE_INDEX after the end.

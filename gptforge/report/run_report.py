@@ -148,15 +148,26 @@ class RunReport:
         self._event("train", **event)
 
     def log_eval(
-        self, step: int, *, loss: float, bits_per_byte: float, epoch: float, is_best: bool
+        self,
+        step: int,
+        *,
+        loss: float,
+        bits_per_byte: float,
+        nats_per_char: float,
+        epoch: float,
+        is_best: bool,
     ) -> None:
         """Log the validation loss after `step` steps."""
+        # With a character tokenizer they are the same number.
+        is_per_char = f"{nats_per_char:.4f}" == f"{loss:.4f}"
         self._log_line(
             f"after {step} step{'s' * (step != 1)} | held-out loss: {loss:.4f} | "
             f"bits per byte: {bits_per_byte:.4f}"
+            f"{'' if is_per_char else f' | nats per character: {nats_per_char:.4f}'}"
             f"{' | best so far' if is_best else ''}"
         )
-        self._event("eval", step=step, val_loss=loss, val_bpb=bits_per_byte, epoch=epoch)
+        losses = {"val_loss": loss, "val_bpb": bits_per_byte, "val_nats_per_char": nats_per_char}
+        self._event("eval", step=step, **losses, epoch=epoch)
 
     def log_sample(self, step: int, text: str, *, is_last: bool) -> None:
         """Add a generated text to the samples; the last one is printed too."""

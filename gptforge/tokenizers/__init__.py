@@ -10,29 +10,52 @@ from typing import Any
 from gptforge.errors import UserError, parsing
 from gptforge.files import atomic_write, read_text
 from gptforge.printable import short_repr
-from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, decode
+from gptforge.tokenizers.base import (
+    Tokenizer,
+    Tokens,
+    byte_lengths,
+    char_lengths,
+    decode,
+)
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
-__all__ = ["NAMES", "Tokenizer", "Tokens", "byte_lengths", "decode", "from_name", "load", "save"]
+__all__ = [
+    "NAMES",
+    "TEXT_DEPENDENT",
+    "Tokenizer",
+    "Tokens",
+    "byte_lengths",
+    "char_lengths",
+    "decode",
+    "from_name",
+    "load",
+    "save",
+]
 
 FORMAT, VERSION = "gptforge-tokenizer", 1
-NAMES = ("gpt2", "char", "byte")
+NAMES = ("gpt2", "char", "byte", "bpe")
 """Values of `--tokenizer` that are not files."""
+TEXT_DEPENDENT = ("char", "byte", "bpe")
+"""Those whose ids depend on the text: on its characters, words, or number of documents."""
 
 
 def from_name(name: str, text: str) -> Tokenizer:
-    """The tokenizer of `--tokenizer`; the alphabet of a char tokenizer is taken from `text`.
+    """The tokenizer of `--tokenizer`; char takes its alphabet from `text`, bpe its merges.
 
     Raises:
         UserError: if `name` is neither in NAMES nor a file that `load` reads.
     """
     if name == "char":
         return CharTokenizer.from_text(text)
+    if name == "bpe":
+        from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
+
+        return train_bpe([text], default_vocab_size(len(text.encode("utf-8"))))
     if name in NAMES:
         return _from_record(name, {})
     if not Path(name).is_file():
         raise UserError(
-            f"--tokenizer {name}: neither gpt2, char or byte, nor the path of a tokenizer.json"
+            f"--tokenizer {name}: neither gpt2, char, byte or bpe, nor the path of a tokenizer.json"
         )
     return load(Path(name))
 

@@ -61,6 +61,16 @@ def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
     return lengths
 
 
+def char_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Characters of text per id, (vocab_size,); one that spans tokens counts where it starts."""
+    ids = range(tokenizer.vocab_size)
+    # In UTF-8, all bytes of a character but the first are 0b10xxxxxx.
+    lengths = [sum(b & 0xC0 != 0x80 for b in tokenizer.decode_bytes([i])) for i in ids]
+    if tokenizer.eot_token is not None:
+        lengths[tokenizer.eot_token] = 0
+    return np.array(lengths, np.int64)
+
+
 def smallest_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
     """The smaller token type that holds ids below `vocab_size`."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32

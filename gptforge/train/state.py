@@ -33,6 +33,7 @@ PARTIAL_KEYS = {
     "nats": "total_nats",
     "tokens": "num_tokens",
     "bytes": "num_bytes",
+    "chars": "num_chars",
 }
 """Keys of an unfinished evaluation in state.json, with the fields of `PartialValLoss`."""
 
@@ -101,6 +102,8 @@ class TrainState:
             losses = [total / count] * min(count, MAX_RECENT_LOSSES)
         if record.pop("unjudged", 0):
             pending = ["evaluate", "sample", "save"]
+        if partial is not None and "chars" not in partial:
+            partial = None  # version 0.1 counted no characters: evaluate from the start
         if partial is not None:
             partial = PartialValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
         return cls(

@@ -15,7 +15,7 @@ from gptforge.data.dataloader import DataLoader
 from gptforge.device import synchronize
 from gptforge.distributed import AsyncMax, Comm
 from gptforge.errors import RunError
-from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator
+from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
 from gptforge.inference.language_model import LanguageModel
 from gptforge.lock import FolderLock
 from gptforge.optim.schedule import warmup_cosine
@@ -183,7 +183,7 @@ class Trainer:
         """
         state, step_fn = self.state, self.step_fn
         with self.untimed(), step_fn.ema_weights():
-            bits_per_byte = None
+            score: ValLoss | None = None
             if self.val_evaluator is None:
                 # During a streak of bad steps, earlier losses are no estimate for these weights.
                 is_good = self.loss_monitor.bad_steps == 0
@@ -197,15 +197,16 @@ class Trainer:
                     state.partial = result
                     return None
                 state.partial = None
-                loss, bits_per_byte = result.loss, result.bits_per_byte
+                score, loss = result, result.loss
             is_best = loss < state.best_loss
             if is_best:
                 state.best_loss, state.best_step = loss, state.step
-            if bits_per_byte is not None:
+            if score is not None:
                 self.report.log_eval(
                     state.step,
                     loss=loss,
-                    bits_per_byte=bits_per_byte,
+                    bits_per_byte=score.bits_per_byte,
+                    nats_per_char=score.nats_per_char,
                     epoch=self.dataloader.epoch,
                     is_best=is_best,
                 )

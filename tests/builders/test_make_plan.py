@@ -372,3 +372,11 @@ def test_help_works_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--max_steps" in done.stdout and "--json" in done.stdout
+
+
+@pytest.mark.usefixtures("untimed")
+def test_learned_tokenizer_is_reported(plan) -> None:
+    pytest.importorskip("tokenizers")
+    found = plan("--tokenizer", "bpe", "--vocab_size", 300)
+    assert (found["text"]["tokenizer"], found["text"]["tokenizer_ids"]) == ("bpe", 300)
+    assert found["model"]["vocab_size"] == 300

@@ -58,6 +58,30 @@ def test_run_on_documents_resumes(config, tmp_path, count) -> None:
     assert score.loss == pytest.approx(min(event["val_loss"] for event in last), rel=1e-5)
 
 
+def test_learned_bpe_trains_resumes_and_evaluates(config, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("tokenizers")
+    config = dataclasses.replace(config, tokenizer="bpe", eval_tokens=0)
+    straight = finish(dataclasses.replace(config, out_dir=str(tmp_path / "straight")))
+    trainer = build(config)
+    assert trainer.tokenizer.name == "bpe"
+    assert trainer.config.vocab_size % 64 == 0
+    trainer.stop_signal = StopAfter(7)
+    assert trainer.fit() == "interrupted"
+    # Another machine, whose package learns other merges: the run has its own.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("gptforge.tokenizers.train_bpe.train_bpe", None)
+    assert finish(config) == straight
+    score = evaluate_run(config.out_dir, device="cpu")
+    best = min(events(config, "eval"), key=lambda event: event["val_loss"])
+    assert score.nats_per_char == pytest.approx(best["val_nats_per_char"], rel=1e-5)
+
+
+def test_vocab_size_of_bpe_is_its_number_of_ids(config) -> None:
+    pytest.importorskip("tokenizers")
+    trainer = build(dataclasses.replace(config, tokenizer="bpe", vocab_size=270))
+    assert trainer.config.vocab_size == trainer.tokenizer.vocab_size == 270
+
+
 def test_resume_with_other_documents_is_refused(config, tmp_path) -> None:
     path = jsonl(tmp_path / "d.jsonl", 130)
     config = dataclasses.replace(config, input=str(path))

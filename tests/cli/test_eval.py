@@ -1,6 +1,7 @@
 """`gptforge eval`: which text is evaluated, how it is read, and what is printed."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -138,6 +139,27 @@ def test_json_has_the_loss_of_the_best_checkpoint(program, run) -> None:
     assert score["bits_per_byte"] == pytest.approx(best["val_bpb"], rel=1e-5)
     val_text = play_text()[int(len(play_text()) * 0.9) :]
     assert score["tokens"] == len(val_text) - 1
+    # A character tokenizer's loss is per character.
+    assert score["nats_per_char"] == pytest.approx(score["loss"])
+    assert score["nats_per_char"] == pytest.approx(best["val_nats_per_char"], rel=1e-5)
+
+
+def test_losses_of_other_vocabularies_compare_per_character(program, play) -> None:
+    play.write_text(play.read_text() + "naïve 日本\n" * 99, encoding="utf-8")
+    flags = ("--input", play, "--tokenizer", "gpt2", "--n_embd", 16)
+    done = program(*TRAIN, *flags)
+    event = [event for event in events() if event["event"] == "eval"][-1]
+    assert f"nats per character: {event['val_nats_per_char']:.4f}" in done.out
+    score = json.loads(program(*EVAL, "--json").out)
+    val_text = play.read_text(encoding="utf-8")
+    val_text = val_text[int(len(val_text) * 0.9) :]
+    # The first token is not predicted.
+    assert 0 < len(val_text) - score["characters"] < 10
+    assert score["characters"] < score["bytes"]
+    nats = score["loss"] * score["tokens"]
+    assert score["nats_per_char"] * score["characters"] == pytest.approx(nats)
+    assert score["bits_per_byte"] * score["bytes"] * math.log(2) == pytest.approx(nats)
+    assert "nats per character, over" in program(*EVAL).out
 
 
 def test_training_text_and_changed_text_are_noticed(program, play) -> None:

@@ -25,7 +25,8 @@ def losses_by_token(model, ids, length) -> list[float]:
 def test_every_token_but_the_first_is_predicted_once(tiny_model, n) -> None:
     ids = np.random.default_rng(n).integers(0, 64, n).astype(np.uint16)
     lengths = np.arange(64) % 4 + 1
-    evaluator = ValEvaluator(ids, lengths, context_length=16, batch_size=3)
+    chars = np.arange(64) % 3
+    evaluator = ValEvaluator(ids, lengths, char_lengths=chars, context_length=16, batch_size=3)
     loss = evaluator.evaluate(tiny_model, FLOAT32)
     with torch.no_grad():
         losses = losses_by_token(tiny_model.eval(), ids.tolist(), 16)
@@ -33,6 +34,8 @@ def test_every_token_but_the_first_is_predicted_once(tiny_model, n) -> None:
     assert loss.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert loss.num_bytes == lengths[ids[1:]].sum()
     assert loss.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / loss.num_bytes, rel=1e-5)
+    assert loss.num_chars == chars[ids[1:]].sum()
+    assert loss.nats_per_char == pytest.approx(sum(losses) / max(1, loss.num_chars), rel=1e-5)
     assert loss.perplexity == pytest.approx(math.exp(loss.loss))
     assert evaluator.fraction == 1.0
 

@@ -11,6 +11,7 @@ from gptforge import tokenizers
 from gptforge.errors import UserError
 from gptforge.tokenizers import (
     byte_lengths,
+    char_lengths,
     decode,
     from_name,
     gpt2,
@@ -96,10 +97,11 @@ def test_save_and_load(tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "char", "byte"])
-def test_byte_lengths_sum_to_the_text(name) -> None:
+def test_byte_and_char_lengths_sum_to_the_text(name) -> None:
     text = "Wherefore art thou — naïve? 日本\n" * 3
     tokenizer = from_name(name, text)
     assert byte_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
+    assert char_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_byte_order_mark_is_ignored(tmp_path) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UserError, match="gpt2, char or byte"):
+    with pytest.raises(UserError, match="gpt2, char, byte or bpe"):
         from_name("bert", "text")
 
 
@@ -172,7 +174,7 @@ def test_eot_token_is_the_last_id(tokenizer, plain, tmp_path) -> None:
     np.testing.assert_array_equal(tokenizer.encode("abba"), plain.encode("abba"))
     assert decode(tokenizer, [*tokenizer.encode("ab"), eot]) == "ab<|endoftext|>"
     # It is no text, so it does not count in bits per byte.
-    assert byte_lengths(tokenizer)[eot] == 0
+    assert byte_lengths(tokenizer)[eot] == char_lengths(tokenizer)[eot] == 0
     tokenizers.save(tokenizer, tmp_path / "t.json")
     assert tokenizers.load(tmp_path / "t.json").to_json() == tokenizer.to_json() != plain.to_json()
 

@@ -25,16 +25,23 @@ def test_json_round_trip() -> None:
         bad_steps=2,
         pending=["evaluate", "save"],
         partial=PartialValLoss(
-            sequences_done=3, num_sequences=9, total_nats=1.25, num_tokens=48, num_bytes=50
+            sequences_done=3,
+            num_sequences=9,
+            total_nats=1.25,
+            num_tokens=48,
+            num_bytes=50,
+            num_chars=49,
         ),
     )
     record = json.loads(json.dumps(state.to_json()))
     # The keys of earlier versions.
     assert record["partial"] == {
-        "windows": 3, "num_windows": 9, "nats": 1.25, "tokens": 48, "bytes": 50
+        "windows": 3, "num_windows": 9, "nats": 1.25, "tokens": 48, "bytes": 50, "chars": 49
     }  # fmt: skip
     assert record["progress"]["returns"] == 1
     read = TrainState.from_json(record)
     assert math.isnan(read.loss) and math.isnan(read.recent_losses[1])
     same = {"loss": 0.0, "recent_losses": []}
     assert dataclasses.replace(read, **same) == dataclasses.replace(state, **same)
+    del record["partial"]["chars"]
+    assert TrainState.from_json(record).partial is None, "version 0.1 counted no characters"

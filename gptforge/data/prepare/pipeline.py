@@ -16,6 +16,7 @@ from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
 from gptforge.data.prepare.job import Job, JobResult, JobSettings
+from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.partition import partition
 from gptforge.data.prepare.request import (
     FileSelection,
@@ -25,6 +26,7 @@ from gptforge.data.prepare.request import (
 )
 from gptforge.data.prepare.scan import collect_alphabet, scan
 from gptforge.data.prepare.sources import Source
+from gptforge.data.prepare.split import SplitRule
 from gptforge.data.prepare.workers import num_cpus, run_jobs
 from gptforge.data.shard_index import (
     INDEX_FILE,
@@ -147,7 +149,7 @@ class _Preparation:
             split_duplicates=not request.split_by_name,
         )
         rule = scanned.split_rule
-        tokenizer = self._make_tokenizer(sources, with_eot=rule.prepend_eot)
+        tokenizer = self._make_tokenizer(sources, rule)
         if rule.prepend_eot and tokenizer.eot_token is None:
             logger.info(
                 f"note: {tokenizer.name} has no end-of-text id: documents are not separated"
@@ -214,6 +216,8 @@ class _Preparation:
             "form": asdict(request.text_format),
             "how": [request.val_fraction, request.shard_bytes, request.skip_bad, request.raw_bin],
         }
+        if tokenizer == "bpe":
+            record["vocab_size"] = request.vocab_size
         if selection.val_sources:
             record["held_out"] = selection.val_sources
         return json_sha256(record)
@@ -266,15 +270,17 @@ class _Preparation:
             path.unlink()
         files.atomic_write(self.out_dir / REQUEST_FILE, key)
 
-    def _make_tokenizer(self, sources: Sequence[Source], *, with_eot: bool) -> Tokenizer:
+    def _make_tokenizer(self, sources: Sequence[Source], rule: SplitRule) -> Tokenizer:
         request = self.request
         if not isinstance(request.tokenizer, str):
             return request.tokenizer
         if request.tokenizer == "char":
             alphabet = collect_alphabet(sources, request.text_format, skip_bad=request.skip_bad)
-            return CharTokenizer(alphabet, with_eot=with_eot)
+            return CharTokenizer(alphabet, with_eot=rule.prepend_eot)
         if request.tokenizer == "byte":
-            return ByteTokenizer(with_eot=with_eot)
+            return ByteTokenizer(with_eot=rule.prepend_eot)
+        if request.tokenizer == "bpe":
+            return learn_bpe(request, sources, rule)
         return tokenizers.from_name(request.tokenizer, "")
 
     def _run_jobs(self, jobs: Sequence[Job], settings: JobSettings) -> list[JobResult]:

@@ -38,7 +38,8 @@ class PrepareRequest:
     """A data set to prepare."""
 
     names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
-    tokenizer: str | Tokenizer = "gpt2"  # or its name or file; "char" is made from the text
+    tokenizer: str | Tokenizer = "gpt2"  # or its name or file; char and bpe are made from the text
+    vocab_size: int = 0  # ids of "bpe"; 0: by the size of the text
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
     kind: FileKind | Literal["auto"] = "auto"  # auto: by the suffix of each file
