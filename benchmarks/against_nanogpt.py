@@ -18,7 +18,6 @@ device.
 import argparse
 import copy
 import statistics
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nanogpt import import_model
 
 from gptforge.builders.build_train_step import CUDA_GRAPH_MAX_FLOPS
 from gptforge.config import Config, GPTConfig
@@ -91,9 +91,7 @@ class NanoGPTStep:
     def __init__(
         self, folder: Path, recipe: Recipe, tokens: np.ndarray, device: torch.device
     ) -> None:
-        sys.path.insert(0, str(folder))
-        import model as nanogpt  # type: ignore[import-not-found]
-
+        nanogpt = import_model(folder)
         c, self.recipe, self.tokens, self.device = recipe.model, recipe, tokens, device
         config = nanogpt.GPTConfig(
             c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.dropout, recipe.bias
