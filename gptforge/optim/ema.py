@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gptforge.distributed.dtensor import is_sharded
 
-START_FRACTION = 10
-"""Early on, the average covers the last tenth of the steps so far."""
+START_FRACTION = 4
+"""Early on, the average covers the last quarter of the steps so far."""
 
 
 class WeightEMA:

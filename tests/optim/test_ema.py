@@ -27,7 +27,7 @@ def test_average_equals_a_plain_loop() -> None:
         decays.append(ema.decay)
         [weight] = walk(model, ema, 1)
         expected = decays[-1] * expected + (1 - decays[-1]) * weight.double()
-        # 1 / (1 - decay) is the number of steps that count: a tenth of those made, or fewer.
+        # 1 / (1 - decay) is the number of steps that count: a quarter of those made, or fewer.
         assert round(1 / (1 - ema.decay)) <= max(1, (step + 1) // START_FRACTION)
     assert decays == sorted(decays)
     assert decays[0] == 0

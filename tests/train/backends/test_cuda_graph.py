@@ -130,7 +130,7 @@ def test_muon_gets_the_gradients(pair: MakePair) -> None:
 
 
 def test_average_of_the_weights_is_captured(pair: MakePair) -> None:
-    # After 40 steps the decay has changed twice.
+    # By then the decay has changed twice.
     graph, plain = pair(ema_decay=0.6)
     for _ in range(41):
         for step in (graph, plain):
