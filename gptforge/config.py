@@ -111,9 +111,14 @@ class Config:
     max_lr: float = 1e-3
     """Learning rate at the end of the warmup."""
     min_lr: float = 1e-4
-    """Learning rate at the end of the cosine decay."""
+    """Learning rate at the end of the decay."""
     warmup_steps: int = 100
     """Steps of linear learning rate warmup."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warmup: cosine or linear decay to min_lr; constant: max_lr; wsd: max_lr and a decay
+    at the end, before which a run with more steps resumes."""
+    decay_fraction: float = 0.2
+    """Fraction of max_steps, the last ones, in which wsd decays."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings, times the learning rate."""
     embedding_weight_decay: float = -1.0
@@ -158,6 +163,9 @@ class Config:
     """Steps between samples; 0: only at the end."""
     time_limit: float = 0.0
     """Minutes from the start of the process after which to save and stop; 0: none."""
+    patience: int = -1
+    """Stop after so many evaluations without a better held-out loss; 0: never; -1: 5 or more, a
+    fifth of max_steps, if the text is repeated over 4 times, but not for GPT-2's presets."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -218,7 +226,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("preset", "config", "input", "out_dir", "restart", "time_limit", "device", "compile"),
         *("encoding", "raw_bin", "field", "kind", "split_by_name"),
         *("log_every", "eval_every", "save_every", "keep_checkpoints", "sample_every"),
-        *("batch_size", "gradient_accumulation_steps", "max_steps"),
+        *("patience", "batch_size", "gradient_accumulation_steps", "max_steps"),
         *("mlp_matmul", "activation_checkpointing", "loss_chunk", "parallel"),
     }
 )
@@ -275,6 +283,8 @@ def read_toml(path: Path) -> tuple[dict[str, object], bool]:
             # Version 0.1 read CSV as plain text and ignored splits in file names.
             is_table = Path(str(values.get("input"))).suffix.lower() in (".csv", ".tsv")
             values |= {"split_by_name": False, "kind": "text" if is_table else "auto"}
+        # Runs from before this field make all their steps.
+        values.setdefault("patience", 0)
     for name in sorted(FLAG_ONLY & values.keys()):
         if values.pop(name):
             raise UserError(f"--config {path}: {name} can only be set by a flag")
@@ -337,6 +347,7 @@ def validate(config: Config) -> None:
     _check_min(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
     _check_min(c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every")
     _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk muon_lr")
+    _check_min(c, -1, "patience")
     for name in ("embedding_weight_decay", "muon_weight_decay"):
         if getattr(c, name) < 0 and getattr(c, name) != -1:
             raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
@@ -361,6 +372,8 @@ def validate(config: Config) -> None:
             f"--context_length {c.context_length} is more than --block_size {c.block_size}: "
             "the model has no position embeddings for it"
         )
+    if not 0 < c.decay_fraction <= 1:
+        raise UserError(f"--decay_fraction must be above 0 and at most 1, not {c.decay_fraction}")
     if c.max_lr <= 0:
         raise UserError(f"--max_lr must be above 0, not {c.max_lr}")
     if c.min_lr > c.max_lr:

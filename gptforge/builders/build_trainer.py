@@ -53,6 +53,7 @@ from gptforge.estimate.formulas import checkpoint_bytes, num_params
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
 from gptforge.model import GPT
+from gptforge.optim.schedule import Schedule
 from gptforge.presets import PRESETS, get_preset
 from gptforge.report.console import Console
 from gptforge.report.log_handler import WriteHandler
@@ -61,6 +62,7 @@ from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
 from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
+from gptforge.train.early_stop import resolve_patience
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopSignal
 from gptforge.train.state import TrainState, restore
@@ -118,15 +120,21 @@ def build_trainer(
         _log_notes(dataset, opened, explicit, already_logged=logged)
         if opened.status == "finished":
             logger.info(
-                f"{config.out_dir} is finished: {config.max_steps} steps are done. Raise "
-                "--max_steps to train on, --restart to start over, or try the model: "
-                f"{program} sample {quote(config.out_dir)}"
+                f"{config.out_dir} is finished: {_why_finished(opened)} to train on, --restart to "
+                f"start over, or try the model: {program} sample {quote(config.out_dir)}"
             )
             return None
         logger.info(f"text: {describe_dataset(dataset, config)}")
         logger.info(
             f"device: {device} ({device_description}), {precision.name}: {precision.reason}"
         )
+        has_val = len(dataset.val) > 0
+        patience = resolve_patience(config, train_tokens=len(dataset.train), has_val=has_val)
+        if patience:
+            logger.info(
+                f"early stopping: after {patience} evaluations without a better held-out loss; "
+                "--patience 0 turns it off"
+            )
         store = _open_store(config, comm)
         if comm.world_size == 1:
             check_fits_memory(config, device, precision, is_explicit="batch_size" in explicit)
@@ -143,6 +151,7 @@ def build_trainer(
         state = TrainState()
         if opened.checkpoint is not None:
             state = restore(opened.checkpoint, step, dataloader, comm)
+            state = dataclasses.replace(state, **opened.counters)
         evaluator = _build_evaluator(dataset, config, batch_size=step.micro_batch_size)
         val_tokens = evaluator.num_tokens if evaluator else 0
         steps = config.max_steps - state.step
@@ -157,6 +166,8 @@ def build_trainer(
         )
         if comm.is_main:
             _start_report(report, lock, config, opened, step, state, comm, config_text=config_text)
+            if opened.drops_decay:
+                store.discard_after(state.step, "decayed")
         # Losses are read two steps late on a GPU, so that no step waits for the device.
         lag = 2 if device.type == "cuda" else 0
         trainer = Trainer(
@@ -170,11 +181,13 @@ def build_trainer(
                 tokenizer=dataset.tokenizer,
                 config=config_text,
                 keep=config.keep_checkpoints,
+                protected_step=Schedule.from_config(config).stable_end,
                 enabled=comm.is_main,
             ),
             report=report,
             stop_signal=StopSignal(config.time_limit, started=start_time),
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=precision.needs_scaler),
+            patience=patience,
             text_sha256=dataset.sha256,
             inputs=sorted(dataset.input_fingerprints("train")),
             state=state,
@@ -221,6 +234,17 @@ def _log_notes(
     for note in notes:
         if note not in already_logged:
             logger.info(note)
+
+
+def _why_finished(opened: OpenedRun) -> str:
+    """How a finished run ended, and the flag to raise."""
+    config, progress = opened.config, opened.state["progress"]
+    if progress["step"] >= config.max_steps:
+        return f"{config.max_steps} steps are done. Raise --max_steps"
+    return (
+        f"it stopped early at step {progress['step']} of {config.max_steps}, with no better "
+        f"held-out loss since step {progress['best_step']}. Give --patience 0 or raise --max_steps"
+    )
 
 
 def _build_dataloader(

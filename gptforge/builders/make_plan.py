@@ -182,6 +182,8 @@ def _plan_disk(config: Config, dataset: Dataset, saved: list[Path]) -> DiskPlan:
         saves += config.max_steps // config.eval_every
     # The best, the last, those of --keep_checkpoints, and one that is being written.
     count = min(saves, config.keep_checkpoints + 3)
+    # And the one before the decay of wsd.
+    count += config.schedule == "wsd"
     size = checkpoint_bytes(config)
     free = files.free_disk_bytes(Path(config.out_dir))
     needed = count * size + HEADROOM_BYTES

@@ -31,6 +31,7 @@ class AsyncSaver:
         tokenizer: saved with every checkpoint.
         config: text of config.toml, likewise.
         keep: number of checkpoints to keep besides best and last.
+        protected_step: the checkpoint of this step is kept, too.
         enabled: False on ranks other than 0, which save nothing.
     """
 
@@ -41,12 +42,13 @@ class AsyncSaver:
         tokenizer: Tokenizer,
         config: str,
         keep: int,
+        protected_step: int | None = None,
         enabled: bool = True,
     ) -> None:
         self.store = store
         self._tokenizer = tokenizer
         self._config = config
-        self._keep = keep
+        self._keep, self._protected_step = keep, protected_step
         self._enabled = enabled
         self._thread: threading.Thread | None = None
         self._saved: list[SavedCheckpoint] = []
@@ -100,7 +102,7 @@ class AsyncSaver:
             with self.store.disk_errors(name):
                 if is_best:
                     self.store.set_link("best", name)
-                self.store.prune(self._keep)
+                self.store.prune(self._keep, self._protected_step)
             self._saved.append(SavedCheckpoint(step, name, is_best))
         except BaseException as error:
             self._error = error

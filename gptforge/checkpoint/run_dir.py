@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptforge import files
+from gptforge.checkpoint.extension import extend_run
 from gptforge.checkpoint.store import (
     CONFIG,
     CheckpointStore,
@@ -43,6 +44,10 @@ class OpenedRun:
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    counters: dict[str, Any] = field(default_factory=dict)
+    """Fields of `TrainState` that replace those of the checkpoint."""
+    drops_decay: bool = False
+    """Whether to resume from before the decay, and drop the checkpoints after it."""
     moves_old_run: bool = False
     """Whether an old run has to be moved to a backup before this one starts."""
 
@@ -113,18 +118,33 @@ def open_run(
     config = resume_config(
         latest, config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
     )
-    if config.max_steps > old.max_steps:
-        notices.append(
-            f"--max_steps raised from {old.max_steps} to {config.max_steps}: "
-            "the learning rate follows the new schedule from here"
-        )
     progress = state["progress"]
+    if config.max_steps > old.max_steps:
+        check_writable(folder)
+        checkpoint, counters, notice = extend_run(store, latest, config)
+        return OpenedRun(
+            "resume",
+            config,
+            checkpoint,
+            read_state(checkpoint),
+            (*notices, notice),
+            counters=counters,
+            drops_decay=checkpoint != latest,
+        )
     is_pending = progress.get("unjudged") or state.get("pending")
-    is_finished = progress["step"] >= config.max_steps and not is_pending
-    is_finished &= _has_event("end", folder / "metrics.jsonl")
+    is_done = progress["step"] >= config.max_steps or _stopped_early(config, progress)
+    is_finished = is_done and not is_pending and _has_event("end", folder / "metrics.jsonl")
     if not is_finished:
         check_writable(folder)
     return OpenedRun("finished" if is_finished else "resume", config, latest, state, tuple(notices))
+
+
+def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:
+    """Whether a run ended by early stopping, unless a higher patience lets it train on."""
+    since_best = progress.get("evals_since_best", 0)
+    is_final = config.patience < 0 or 0 < config.patience <= since_best
+    metrics = Path(config.out_dir) / "metrics.jsonl"
+    return is_final and _has_line(metrics, '"reason": "early_stop"')
 
 
 def resume_config(
@@ -141,8 +161,8 @@ def resume_config(
         UserError: if the run was started with another configuration, tokenizer or text.
     """
     old, folder = read_config(checkpoint), Path(config.out_dir)
-    if "warmup_steps" not in explicit:
-        config = dataclasses.replace(config, warmup_steps=old.warmup_steps)
+    for name in {"warmup_steps", "patience"}.difference(explicit):
+        config = dataclasses.replace(config, **{name: getattr(old, name)})
     # A tokenizer is compared by content, not by path.
     config = dataclasses.replace(config, tokenizer=old.tokenizer)
     conflicts = resume_conflicts(old, config)
@@ -274,7 +294,12 @@ def _inputs_inside(config: Config, folder: Path) -> str:
 
 def _has_event(event: str, metrics: Path) -> bool:
     """Whether a run's metrics hold such an event."""
-    pattern = f'"event": "{event}"'.encode()
+    return _has_line(metrics, f'"event": "{event}"')
+
+
+def _has_line(metrics: Path, text: str) -> bool:
+    """Whether a line of a run's metrics contains a text."""
+    pattern = text.encode()
     try:
         with files.open_regular(metrics, follow_symlinks=False) as file:
             size = file.seek(0, os.SEEK_END)

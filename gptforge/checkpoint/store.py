@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file
 
@@ -55,7 +55,7 @@ MAX_EXTRA_BYTES = 2**27
 """Bytes of a safetensors file besides the model's: names, and the ranks' random generators."""
 
 _NAME = re.compile(r"step-(\d{6,})")
-_LINK_TARGET = re.compile(rf"{_NAME.pattern}(\.diverged-\d+)?")
+_LINK_TARGET = re.compile(rf"{_NAME.pattern}(\.(diverged|decayed)-\d+)?")
 
 
 def step_from_path(path: Path) -> int:
@@ -159,6 +159,10 @@ class CheckpointStore:
             warnings.append(f"{path.name} is damaged ({problem}); renamed to {backup.name}")
         return None, warnings
 
+    def path_of(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.folder / f"step-{step:06d}"
+
     def has_history(self) -> bool:
         """Whether any checkpoint was ever saved, intact or not."""
         return any(self.folder.glob("step-*"))
@@ -188,32 +192,38 @@ class CheckpointStore:
         for leftover in self.folder.glob(".*.partial"):
             files.remove(leftover)
         best_step = int(read_state(latest)["progress"]["best_step"] or 0)
-        best = self.folder / f"step-{best_step:06d}"
+        best = self.path_of(best_step)
         for which, path in (("last", latest), ("best", best)):
             target = self.read_link(which)
             # By step: the best checkpoint may have been renamed by `discard_after`.
             if (target is None or step_from_path(target) != step_from_path(path)) and path.is_dir():
                 self.set_link(which, path.name)
 
-    def discard_after(self, step: int) -> None:
-        """Rename checkpoints after `step` to `step-N.diverged-k`, so that no resume finds them.
+    def discard_after(self, step: int, why: Literal["diverged", "decayed"] = "diverged") -> None:
+        """Rename checkpoints after `step` to `step-N.<why>-k`, so that no resume finds them.
 
         `best` follows its checkpoint; `prune` deletes the others.
         """
         best = self.read_link("best")
         for path in self.checkpoints():
             if step_from_path(path) > step:
-                backup = files.move_to_backup(path, "diverged")
+                backup = files.move_to_backup(path, why)
                 if path == best:
                     self.set_link("best", backup.name)
-        if (self.folder / f"step-{step:06d}").is_dir():
-            self.set_link("last", f"step-{step:06d}")
+        if self.path_of(step).is_dir():
+            self.set_link("last", self.path_of(step).name)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but best, last and the `keep` latest others, and what failed saves left."""
+    def prune(self, keep: int, protected_step: int | None = None) -> None:
+        """Delete all but best, last and the `keep` latest others, and what failed saves left.
+
+        The checkpoint of `protected_step` is kept in addition.
+        """
         protected = {self.read_link("best"), self.read_link("last")}
+        if protected_step is not None:
+            protected.add(self.path_of(protected_step))
         others = [path for path in self.checkpoints() if path not in protected]
-        leftovers = [*self.folder.glob(".step-*.partial"), *self.folder.glob("step-*.diverged-*")]
+        patterns = (".step-*.partial", "step-*.diverged-*", "step-*.decayed-*")
+        leftovers = [path for pattern in patterns for path in self.folder.glob(pattern)]
         leftovers = [path for path in leftovers if path not in protected]
         for path in [*others[: max(0, len(others) - keep)], *leftovers]:
             # Renamed first, so that an interrupted deletion leaves no partial checkpoint.
@@ -391,7 +401,8 @@ def read_state(path: Path) -> dict[str, Any]:
         if not all(number is None or files.is_finite_number(number) for number in numbers):
             raise TypeError("a number was expected")
         counts += [progress["step"], progress["best_step"]]
-        counts += [progress.get(name, 0) for name in ("returns", "diverged_at", "bad_steps")]
+        optional = ("returns", "diverged_at", "bad_steps", "evals_since_best")
+        counts += [progress.get(name, 0) for name in optional]
         counts += [partial[name] for name in ("windows", "num_windows", "tokens") if partial]
         if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
             raise TypeError("a step was expected")

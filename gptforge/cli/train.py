@@ -68,7 +68,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     if comm.is_main:
         if reason == "time_limit":
             print(f"The time limit of {config.time_limit:g} minutes is reached; all is saved.")
-        if reason != "finished":
+        if reason not in ("finished", "early_stop"):
             safe_print(f"Resume with: {_launch_command(os.environ)} {_resume_args(args)}".rstrip())
     # With --max_restarts, torchrun would restart a rank that exits with an error.
     return comm.exit(0 if max_restarts > 0 else EXIT_CODES[reason])

@@ -99,10 +99,11 @@ def copy_run_file(path: Path, folder: Path) -> None:
 def _training_rows(origin: Origin) -> list[str]:
     config = origin.config
     tokens = origin.step * config.tokens_per_step
+    decay = "" if config.schedule == "constant" else f" to {config.min_lr:g}, {config.schedule}"
     lines = [
         f"| Training text | {escape_markdown(Path(config.input).name)} |",
         f"| Steps | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
-        f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g} to {config.min_lr:g} |",
+        f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g}{decay} |",
     ]
     scores = [event for event in origin.history.evals if event.get("step") == origin.step]
     if scores and scores[-1].get("val_loss") is not None:

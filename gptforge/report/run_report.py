@@ -16,6 +16,7 @@ from gptforge.printable import (
 from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
+from gptforge.report.format import format_duration
 from gptforge.report.metrics import (
     Event,
     History,
@@ -184,6 +185,15 @@ class RunReport:
         """Log checkpoints that are on disk now."""
         for save in saves:
             self._event("save", step=save.step, checkpoint=save.name, best=save.is_best)
+
+    def log_early_stop(
+        self, step: int, *, max_steps: int, best_step: int, seconds_saved: float
+    ) -> None:
+        """Log that training stopped early, and the time of the steps that were not made."""
+        self._log_line(
+            f"Stopped early at step {step} of {max_steps}: no better held-out loss since step "
+            f"{best_step} (saved about {format_duration(seconds_saved)}); --patience 0 trains on"
+        )
 
     def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was done in the last 20 seconds."""

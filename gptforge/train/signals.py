@@ -14,7 +14,7 @@ from gptforge import files
 
 logger = logging.getLogger(__name__)
 
-StopReason = Literal["finished", "interrupted", "terminated", "time_limit"]
+StopReason = Literal["finished", "early_stop", "interrupted", "terminated", "time_limit"]
 
 STOP_REASONS: tuple[StopReason | None, ...] = (None, "time_limit", "interrupted", "terminated")
 """Sorted by priority: the ranks agree on the largest index, by an all-reduce with max."""
@@ -29,6 +29,7 @@ MIN_TRAIN_SECONDS = 1.0
 # 128 + signal number is what a shell reports for a process that a signal ended.
 EXIT_CODES: dict[StopReason, int] = {
     "finished": 0,
+    "early_stop": 0,
     "time_limit": 0,
     "interrupted": 128 + signal.SIGINT,
     "terminated": 128 + signal.SIGTERM,

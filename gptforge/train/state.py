@@ -21,6 +21,7 @@ from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import parsing
 from gptforge.evaluate.val_loss import PartialValLoss
+from gptforge.optim.schedule import Schedule
 from gptforge.train.train_step import TrainStep
 
 Action = Literal["evaluate", "sample", "save"]
@@ -50,6 +51,8 @@ class TrainState:
     """Lowest validation loss, or training loss without validation data."""
     best_step: int = 0
     """Step at which `best_loss` was evaluated."""
+    evals_since_best: int = 0
+    """Evaluations since then, or since max_steps was raised; those before wsd's decay excluded."""
     recent_losses: list[float] = field(default_factory=list)
     """Training losses of the last steps; their mean is evaluated without validation data."""
     rollbacks: int = 0
@@ -74,7 +77,9 @@ class TrainState:
         }
         is_last = self.step >= config.max_steps
         due = [a for a, n in intervals.items() if is_last or (n > 0 and self.step % n == 0)]
-        return [*due, "save"] if save_deferred and "save" not in due else due
+        # A longer run will resume from before the decay.
+        must_save = save_deferred or self.step == Schedule.from_config(config).stable_end
+        return [*due, "save"] if must_save and "save" not in due else due
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters for state.json; NaN and Inf become null."""

@@ -18,7 +18,7 @@ from gptforge.errors import RunError
 from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
 from gptforge.inference.language_model import LanguageModel
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import warmup_cosine
+from gptforge.optim.schedule import Schedule
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
@@ -43,6 +43,8 @@ class Trainer:
     report: RunReport
     stop_signal: StopSignal
     loss_monitor: LossMonitor
+    patience: int
+    """Evaluations without a better held-out loss after which to stop; 0: never."""
     text_sha256: str
     """Hash of the training text: a run resumes only with the same text."""
     inputs: Sequence[str]
@@ -70,8 +72,7 @@ class Trainer:
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
         # After a crash between the last save and `finish`, only the report is missing.
-        is_done = not self.steps_left and not self.state.pending
-        reason: StopReason | None = "finished" if is_done else None
+        reason = None if self.state.pending else self.end_reason()
         with self.stop_signal, self.report.console:
             while reason is None:
                 # A run that was interrupted in an evaluation resumes with it, not with a step.
@@ -79,8 +80,8 @@ class Trainer:
                     rollback(self)
                     continue
                 is_best = self.run_due_actions()
-                is_done = not self.steps_left and self.state.pending in ([], ["save"])
-                reason = "finished" if is_done else self.stop_reason()
+                is_idle = self.state.pending in ([], ["save"])
+                reason = (self.end_reason() if is_idle else None) or self.stop_reason()
                 if reason in ("interrupted", "terminated") and not self.stop_signal.should_stop():
                     self.report.console.log("Stopping: another rank got a signal.")
                 if reason or is_best or self.should_save():
@@ -90,6 +91,13 @@ class Trainer:
         self.report.log_saves(self.saver.poll())
         self.report.plot(force=True)
         state = self.state
+        if reason == "early_stop":
+            self.report.log_early_stop(
+                state.step,
+                max_steps=self.config.max_steps,
+                best_step=state.best_step,
+                seconds_saved=state.seconds / state.step * self.steps_left,
+            )
         self.report.finish(
             reason,
             step=state.step,
@@ -99,7 +107,8 @@ class Trainer:
         )
         if self.lock is not None:
             self.lock.release()
-        if reason == "finished" and not any(map(math.isfinite, (state.loss, state.best_loss))):
+        has_ended = reason in ("finished", "early_stop")
+        if has_ended and not any(map(math.isfinite, (state.loss, state.best_loss))):
             raise RunError(
                 f"training diverged before step {state.step}, with no finite loss: "
                 f"{HINT}; --restart starts from scratch"
@@ -109,10 +118,7 @@ class Trainer:
     def train_step(self) -> list[Anomaly]:
         """Make one optimizer step, and log it if that is due; returns the anomalies found."""
         c, step, position = self.config, self.state.step, self.dataloader.position
-        lr = warmup_cosine(
-            step, max_lr=c.max_lr, min_lr=c.min_lr, warmup_steps=c.warmup_steps,
-            max_steps=c.max_steps,
-        )  # fmt: skip
+        lr = Schedule.from_config(c).lr(step)
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)
@@ -154,6 +160,12 @@ class Trainer:
         priority = STOP_REASONS.index(self.stop_signal.stop_reason())
         return STOP_REASONS[self.stop_consensus.update(priority)]
 
+    def end_reason(self) -> StopReason | None:
+        """Return why no further step is to be made, the same on all ranks, or None."""
+        if not self.steps_left:
+            return "finished"
+        return "early_stop" if 0 < self.patience <= self.state.evals_since_best else None
+
     @property
     def steps_left(self) -> int:
         """Steps still to make."""
@@ -171,6 +183,8 @@ class Trainer:
                 return False
             is_best = result
             pending.remove("evaluate")
+            if self.end_reason() == "early_stop":
+                pending[:] = ["sample", "save"]
         if "sample" in pending:
             self.sample()
             pending.remove("sample")
@@ -201,6 +215,10 @@ class Trainer:
             is_best = loss < state.best_loss
             if is_best:
                 state.best_loss, state.best_step = loss, state.step
+                state.evals_since_best = 0
+            elif state.step > (Schedule.from_config(self.config).stable_end or 0):
+                # Before the decay of wsd the loss may stay level, and falls in the decay.
+                state.evals_since_best += 1
             if score is not None:
                 self.report.log_eval(
                     state.step,
@@ -222,7 +240,7 @@ class Trainer:
             seed = (self.config.seed + self.state.step) % SEED_LIMIT
             lm = LanguageModel(model, self.tokenizer, warn_on_context_shift=False)
             text = lm.generate("", SAMPLE_TOKENS, seed=seed)
-            self.report.log_sample(self.state.step, text, is_last=not self.steps_left)
+            self.report.log_sample(self.state.step, text, is_last=bool(self.end_reason()))
 
     def should_save(self) -> bool:
         """Whether a save is due, and the last step was good; else the next good step saves."""

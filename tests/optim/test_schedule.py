@@ -1,12 +1,37 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptforge.optim.schedule import warmup_cosine
+from gptforge.optim.schedule import Schedule
 
-BASELINE = {"max_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100, "max_steps": 500}
+BASELINE = Schedule("cosine", max_lr=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=500)
+
+
+def warmup_cosine(
+    step: int, *, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int
+) -> float:
+    """The only schedule of version 0.1, whose runs have to resume with the same losses."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+@st.composite
+def schedules(draw, names=("cosine", "linear", "wsd", "constant")):
+    max_steps = draw(st.integers(1, 300))
+    max_lr = draw(st.floats(1e-6, 1.0))
+    return Schedule(
+        draw(st.sampled_from(names)),
+        max_lr=max_lr,
+        min_lr=max_lr * draw(st.floats(0, 1)),
+        warmup_steps=draw(st.integers(0, max_steps)),
+        max_steps=max_steps,
+        decay_fraction=draw(st.floats(0.001, 1)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -15,21 +40,65 @@ BASELINE = {"max_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 100, "max_steps": 50
     [(0, "0.000010"), (10, "0.000110"), (90, "0.000910"), (100, "0.001000"), (110, "0.000999"),
      (120, "0.000994"), (150, "0.000966"), (200, "0.000868"), (240, "0.000754"), (250, "0.000722")],
 )  # fmt: skip
-def test_warmup_cosine_matches_the_baseline(step, printed) -> None:
-    assert f"{warmup_cosine(step, **BASELINE):.6f}" == printed
+def test_cosine_matches_the_original_project(step, printed) -> None:
+    assert f"{BASELINE.lr(step):.6f}" == printed
 
 
-@given(st.integers(1, 2000), st.data())
-def test_warmup_cosine_rises_then_falls(max_steps, data) -> None:
-    warmup = data.draw(st.integers(0, max_steps))
-    rates = [
-        warmup_cosine(step, max_lr=2.0, min_lr=0.5, warmup_steps=warmup, max_steps=max_steps)
-        for step in range(max_steps)
-    ]
-    assert all(0 < rate <= 2.0 for rate in rates)
+@given(schedules(names=["cosine"]))
+def test_cosine_equals_that_of_version_0_1_bit_for_bit(schedule) -> None:
+    fields = {k: v for k, v in vars(schedule).items() if k not in ("name", "decay_fraction")}
+    for step in range(schedule.max_steps):
+        assert schedule.lr(step) == warmup_cosine(step, **fields)
+
+
+@given(schedules())
+def test_rate_rises_to_the_maximum_and_then_never_rises(schedule) -> None:
+    warmup, high, low = schedule.warmup_steps, schedule.max_lr, schedule.min_lr
+    rates = [schedule.lr(step) for step in range(schedule.max_steps + 1)]
     assert rates[:warmup] == sorted(rates[:warmup])
-    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
-    if warmup < max_steps:
-        assert rates[warmup] == 2.0
-    if warmup:
-        assert math.isclose(rates[warmup - 1], 2.0)
+    # Rounding: max_lr * 3 / 3 need not be max_lr, nor min_lr + (max_lr - min_lr).
+    assert all(0 < rate <= high * (1 + 1e-12) for rate in rates[:warmup])
+    after = rates[warmup:]
+    assert all(low * (1 - 1e-12) <= rate <= high * (1 + 1e-12) for rate in after)
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(after))
+    assert math.isclose(rates[max(0, warmup - 1)], high)
+    if warmup < schedule.max_steps:
+        assert math.isclose(rates[warmup], high)
+        end = high if schedule.name == "constant" else low
+        assert math.isclose(rates[-1], end, abs_tol=1e-15)
+
+
+@given(schedules(names=["cosine", "linear", "wsd"]))
+def test_decay_is_continuous(schedule) -> None:
+    start, end = schedule.decay_start, schedule.max_steps
+    # The steepest decay is the first step of 1 - sqrt(progress).
+    steps = max(1, end - start)
+    most = (schedule.max_lr - schedule.min_lr) * max(2, math.sqrt(steps)) / steps
+    for step in range(start, end):
+        assert schedule.lr(step) - schedule.lr(step + 1) <= most * (1 + 1e-9) + 1e-15
+
+
+@given(schedules(names=["linear"]))
+def test_linear_falls_by_the_same_amount_each_step(schedule) -> None:
+    steps = range(schedule.warmup_steps, schedule.max_steps)
+    fall = (schedule.max_lr - schedule.min_lr) / max(1, len(steps))
+    for step in steps:
+        drop = schedule.lr(step) - schedule.lr(step + 1)
+        assert math.isclose(drop, fall, rel_tol=1e-6, abs_tol=1e-12)
+
+
+@given(schedules(names=["wsd"]), st.integers(0, 300))
+def test_longer_wsd_has_the_same_rates_before_the_decay(schedule, more) -> None:
+    fields = vars(schedule) | {"max_steps": schedule.max_steps + more}
+    longer = Schedule(**fields)
+    assert longer.stable_end >= schedule.stable_end == schedule.decay_start
+    for step in range(schedule.stable_end + 1):
+        assert longer.lr(step) == schedule.lr(step)
+
+
+def test_wsd_decays_as_one_minus_sqrt_in_the_last_fifth() -> None:
+    schedule = Schedule("wsd", max_lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=100)
+    assert [schedule.lr(step) for step in (9, 10, 50, 79, 80)] == [1.0] * 5
+    assert [schedule.lr(80 + n) for n in (5, 20)] == [0.5, 0.0]
+    assert schedule.stable_end == 80
+    assert Schedule("cosine", 1.0, 0.0, 10, 100).stable_end is None
