@@ -57,7 +57,7 @@ PATTERN = re.compile(
 
 # Identifiers that contain one of these words, between underscores and capitals.
 NAME_WORDS = re.compile(
-    "asked|told|nought|dice|wish|wishes|begun|judged?|mend|mended|patience|cleft|anew"
+    "asked|told|nought|dice|wish|wishes|begun|judged?|mend|mended|cleft|anew"
 )
 # Identifiers that are one of these names.
 NAMES = re.compile(

@@ -63,5 +63,5 @@ class Schedule:
         if self.name == "cosine":
             # In this order of operations since version 0.1: runs are reproducible bit for bit.
             return self.min_lr + 0.5 * span * (1 + math.cos(math.pi * progress))
-        remaining = 1 - progress if self.name == "linear" else 1 - math.sqrt(progress)
-        return self.min_lr + span * remaining
+        # Subtracted from max_lr, to start with exactly that, as a longer wsd run does.
+        return self.max_lr - span * (progress if self.name == "linear" else math.sqrt(progress))

@@ -55,7 +55,7 @@ def test_best_checkpoint_of_a_dropped_decay_is_kept_until_it_is_beaten(wsd) -> N
     longer = dataclasses.replace(wsd, max_steps=30)
     trainer = build(longer)
     assert not store.path_of(20).is_dir()
-    trainer.stop_signal = StopAfter(1)
+    trainer.stop_signal = StopAfter(2)  # the first action is a save
     assert trainer.fit() == "interrupted"
     # Also after another start, which repairs the links.
     trainer = build(longer)
@@ -77,7 +77,7 @@ def test_wsd_run_killed_right_after_its_extension_resumes(wsd) -> None:
     assert [event["step"] for event in events(longer, "train")] == list(range(30))
 
 
-def test_unfinished_wsd_run_before_its_decay_goes_on_from_its_last_step(wsd, messages) -> None:
+def test_unfinished_wsd_run_before_its_decay_resumes_from_its_last_step(wsd, messages) -> None:
     trainer = build(wsd)
     trainer.stop_signal = StopAfter(15)
     trainer.fit()
@@ -112,7 +112,7 @@ def test_jump_of_the_rate_is_reported_with_both_rates(config, schedule, messages
         assert rates[19] == rates[20] == rates[39] == config.max_lr
     else:
         assert f" and jumps from 0.0001 to {rates[20]:.2g} at step 20: a run with " in notice
-        assert rates[20] > 4 * rates[19]
+        assert rates[20] > 3 * rates[19]
 
 
 def test_small_change_of_the_rate_is_not_a_jump(config, messages) -> None:

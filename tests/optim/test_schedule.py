@@ -2,7 +2,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge.optim.schedule import Schedule
@@ -44,6 +44,7 @@ def test_cosine_matches_the_original_project(step, printed) -> None:
     assert f"{BASELINE.lr(step):.6f}" == printed
 
 
+@settings(deadline=None)
 @given(schedules(names=["cosine"]))
 def test_cosine_equals_that_of_version_0_1_bit_for_bit(schedule) -> None:
     fields = {k: v for k, v in vars(schedule).items() if k not in ("name", "decay_fraction")}
@@ -51,6 +52,7 @@ def test_cosine_equals_that_of_version_0_1_bit_for_bit(schedule) -> None:
         assert schedule.lr(step) == warmup_cosine(step, **fields)
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_rate_rises_to_the_maximum_and_then_never_rises(schedule) -> None:
     warmup, high, low = schedule.warmup_steps, schedule.max_lr, schedule.min_lr
@@ -68,6 +70,7 @@ def test_rate_rises_to_the_maximum_and_then_never_rises(schedule) -> None:
         assert math.isclose(rates[-1], end, abs_tol=1e-15)
 
 
+@settings(deadline=None)
 @given(schedules(names=["cosine", "linear", "wsd"]))
 def test_decay_is_continuous(schedule) -> None:
     start, end = schedule.decay_start, schedule.max_steps
@@ -78,6 +81,7 @@ def test_decay_is_continuous(schedule) -> None:
         assert schedule.lr(step) - schedule.lr(step + 1) <= most * (1 + 1e-9) + 1e-15
 
 
+@settings(deadline=None)
 @given(schedules(names=["linear"]))
 def test_linear_falls_by_the_same_amount_each_step(schedule) -> None:
     steps = range(schedule.warmup_steps, schedule.max_steps)
@@ -87,6 +91,7 @@ def test_linear_falls_by_the_same_amount_each_step(schedule) -> None:
         assert math.isclose(drop, fall, rel_tol=1e-6, abs_tol=1e-12)
 
 
+@settings(deadline=None)
 @given(schedules(names=["wsd"]), st.integers(0, 300))
 def test_longer_wsd_has_the_same_rates_before_the_decay(schedule, more) -> None:
     fields = vars(schedule) | {"max_steps": schedule.max_steps + more}

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.config import Config
+from gptforge.checkpoint.run_dir import resume_config
+from gptforge.config import Config, read_toml, to_toml
 from gptforge.errors import UserError
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
 from gptforge.train.early_stop import resolve_patience
@@ -72,7 +73,7 @@ def test_more_patience_trains_on(config, monkeypatch) -> None:
     assert [event["step"] for event in events(config, "train")] == list(range(20))
 
 
-def test_more_steps_train_on_and_count_anew(config, monkeypatch) -> None:
+def test_more_steps_train_on_and_restart_the_count(config, monkeypatch) -> None:
     script_losses(monkeypatch)
     build(config).fit()
     trainer = build(dataclasses.replace(config, max_steps=30))
@@ -149,14 +150,17 @@ def test_automatic_patience_is_for_repeated_text_only() -> None:
         resolve(80, patience=7, has_val=False)
 
 
-def test_runs_from_before_early_stopping_make_all_their_steps(config, monkeypatch) -> None:
-    script_losses(monkeypatch, [3.0] * 20)
-    automatic = dataclasses.replace(config, patience=-1, eval_every=1)
-    trainer = build(automatic)
-    trainer.stop_signal = StopAfter(3)
+def test_runs_from_before_early_stopping_make_all_their_steps(config, tmp_path) -> None:
+    path = tmp_path / "config.toml"
+    text = to_toml(dataclasses.replace(config, patience=-1), {"command": ""})
+    path.write_text(text.replace("patience = -1\n", ""))
+    assert read_toml(path)[0]["patience"] == 0
+    # A resumed run keeps its patience, unless the flag says otherwise.
+    trainer = build(dataclasses.replace(config, patience=0))
+    trainer.stop_signal = StopAfter(1)
     trainer.fit()
-    for path in (last(config), last(config).parents[1]):
-        text = (path / "config.toml").read_text()
-        (path / "config.toml").write_text(text.replace("patience = -1\n", ""))
-    trainer = build(automatic)
-    assert trainer.config.patience == trainer.patience == 0
+    checkpoint, automatic = last(config), dataclasses.replace(trainer.config, patience=-1)
+    rest = {"tokenizer": trainer.tokenizer, "text_sha256": trainer.text_sha256}
+    for explicit, patience in ((set(), 0), ({"patience"}, -1)):
+        resumed = resume_config(checkpoint, automatic, explicit=explicit, **rest)
+        assert resumed.patience == patience

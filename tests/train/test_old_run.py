@@ -35,3 +35,5 @@ def test_run_of_version_0_1_resumes(tmp_path, monkeypatch) -> None:
     text = (tmp_path / "run-0.1/checkpoints/last/config.toml").read_text()
     assert "keep_checkpoints = 2" in text
     assert "random_offset = true" in text
+    # No early stopping, which version 0.1 did not have.
+    assert "patience = 0" in text
