@@ -56,9 +56,7 @@ PATTERN = re.compile(
 )
 
 # Identifiers that contain one of these words, between underscores and capitals.
-NAME_WORDS = re.compile(
-    "asked|told|nought|dice|wish|wishes|begun|judged?|mend|mended|cleft|anew"
-)
+NAME_WORDS = re.compile("asked|told|nought|dice|wish|wishes|begun|judged?|mend|mended|cleft|anew")
 # Identifiers that are one of these names.
 NAMES = re.compile(
     "say|said|who|whole|is_whole|nowhere|own|its|given|wanted|settled|ways?|room|apart|shares|drops|"
