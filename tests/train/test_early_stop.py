@@ -19,11 +19,7 @@ LOSSES = [3.0, 2.0, 2.1, float("nan"), 2.2, 2.3, 2.4, 2.5, 2.6, 2.7]
 def script_losses(patch, losses=LOSSES) -> None:
     """Let the n-th evaluation of a process, at step 2n, have the n-th loss."""
     left = iter(losses)
-    patch.setattr(
-        ValEvaluator,
-        "evaluate_until",
-        lambda *_: ValLoss(next(left), 1.0, num_tokens=1, num_bytes=1),
-    )
+    patch.setattr(ValEvaluator, "evaluate_until", lambda *_: ValLoss(next(left), *[1] * 5))
 
 
 @pytest.fixture
