@@ -15,14 +15,24 @@ from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.report.run_report import RunReport
 from gptforge.train.distillation import Distillation
 from gptforge.train.trainer import Trainer
 from tests.conftest import TINY
 from tests.train.runs import StopAfter, build, events, last
 from tests.train.steps import BFLOAT16, FLOAT32, make_batch, make_step
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
 AUTOGRAD = KernelConfig(fused_cross_entropy=True)
 MANUAL = KernelConfig(manual_backward=True, fused_cross_entropy=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_plots_or_samples(monkeypatch) -> None:
+    """They take most of the time of a tiny run."""
+    monkeypatch.setattr(Trainer, "sample", lambda self: None)
+    monkeypatch.setattr(RunReport, "plot", lambda self, force=False: None)
 
 
 def make_teachers(count: int, weight: float, device: torch.device | str = "cpu") -> Distillation:
@@ -106,6 +116,23 @@ def test_a_uniform_teacher_smooths_labels(tiny_model, kernels) -> None:
     logits = tiny_model(idx).flatten(0, 1)
     F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=0.1).backward()
     torch.testing.assert_close(gradients(step.model), gradients(tiny_model), rtol=1e-4, atol=1e-5)
+
+
+@needs_cuda
+def test_a_cuda_graph_includes_the_teachers(tiny_model) -> None:
+    pytest.importorskip("triton")
+    distillation = make_teachers(2, 0.5, "cuda")
+    idx, targets = make_batch("cuda")
+    weights = []
+    for captures in (False, True):
+        step = make_step(
+            tiny_model.cuda(), kernels=MANUAL, precision=BFLOAT16, distillation=distillation
+        )
+        assert not captures or step.capture_cuda_graph(idx.size(1))
+        for tokens in (idx, targets, idx):
+            step(tokens, targets, lr=1e-3)
+        weights.append(torch.cat([p.detach().flatten() for p in step.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-4)
 
 
 def with_teachers(config: Config, **changes) -> Config:
