@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.train_teachers import TeacherStopped, teacher_config
+from gptforge.builders.train_teachers import TeacherStopped, check_teachers, teacher_config
 from gptforge.checkpoint.store import read_tensors
 from gptforge.config import Config
 from gptforge.errors import UserError
@@ -19,6 +20,7 @@ from gptforge.report.run_report import RunReport
 from gptforge.train.distillation import Distillation
 from gptforge.train.trainer import Trainer
 from tests.conftest import TINY
+from tests.distributed.runs import assert_same_run, train
 from tests.train.runs import StopAfter, build, events, last
 from tests.train.steps import BFLOAT16, FLOAT32, make_batch, make_step
 
@@ -194,6 +196,16 @@ def test_a_stopped_run_resumes_to_identical_weights(config, tmp_path, monkeypatc
     assert torch.equal(weights(config), weights(undisturbed))
     for left, right in zip(events(config, "train"), events(undisturbed, "train"), strict=True):
         assert (left["step"], left["loss"]) == (right["step"], right["loss"])
+
+
+def test_two_ranks_train_as_one(config, tmp_path) -> None:
+    config = with_teachers(config, dropout=0.0, parallel="ddp")
+    assert train(2, config) == {"finished"}
+    one = dataclasses.replace(config, out_dir=str(tmp_path / "one-rank"))
+    assert train(1, one) == {"finished"}
+    assert_same_run(config, one)
+    with pytest.raises(UserError, match="needs --parallel ddp"):
+        check_teachers(dataclasses.replace(one, parallel="auto"), SimpleNamespace(world_size=2))
 
 
 def test_a_damaged_teacher_is_refused(config) -> None:
