@@ -145,6 +145,14 @@ class Config:
     """Run or checkpoint to take initial weights from, or a model to import from Hugging Face or
     nanoGPT; empty: random weights."""
 
+    teachers: int = 0
+    """Models of the same shape, with seeds seed + 1, seed + 2, ..., to train one after another
+    before the model, which then also learns from the mean of their probabilities; 0: none."""
+    teacher_steps: int = 0
+    """Optimizer steps to make with each teacher; 0: as max_steps."""
+    distill_weight: float = 0.5
+    """Weight of the teachers' probabilities in the loss; that of the text is 1 - distill_weight."""
+
     out_dir: str = ""
     """Run folder; empty: runs/<preset>."""
     restart: bool = False
@@ -346,6 +354,7 @@ def validate(config: Config) -> None:
     _check_min(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
     _check_min(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
     _check_min(c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every")
+    _check_min(c, 0, "teachers teacher_steps")
     _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk muon_lr")
     _check_min(c, -1, "patience")
     for name in ("embedding_weight_decay", "muon_weight_decay"):
@@ -354,6 +363,8 @@ def validate(config: Config) -> None:
     for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
         if not 0 <= getattr(c, name) < 1:
             raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
+    if not 0 <= c.distill_weight <= 1:
+        raise UserError(f"--distill_weight must be from 0 to 1, not {c.distill_weight}")
     if c.tokens_per_step > MAX_TOKENS_PER_STEP:
         raise UserError(
             f"--batch_size {c.batch_size} x --gradient_accumulation_steps "

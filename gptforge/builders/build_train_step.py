@@ -28,6 +28,7 @@ from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
 from gptforge.report.format import format_duration
+from gptforge.train.distillation import Distillation
 from gptforge.train.parallel.fsdp import apply_fsdp
 from gptforge.train.train_step import TrainStep
 
@@ -48,6 +49,7 @@ def build_train_step(
     explicit: Collection[str],
     comm: Comm = SINGLE_PROCESS,
     wait_for_warmup: Callable[[], None] = lambda: None,
+    distillation: Distillation | None = None,
 ) -> TrainStep:
     """Build model and optimizer, and select kernels, parallelism and micro-batch.
 
@@ -90,6 +92,7 @@ def build_train_step(
         comm=comm,
         root=root,
         ema_decay=config.ema,
+        distillation=distillation,
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):

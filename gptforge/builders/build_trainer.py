@@ -29,6 +29,7 @@ from gptforge.builders.resolve import (
     resolve_init_from,
     resolve_out_dir,
 )
+from gptforge.builders.train_teachers import check_teachers, load_teachers, train_teachers
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.run_dir import (
@@ -64,7 +65,7 @@ from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.early_stop import resolve_patience
 from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.signals import StopSignal
+from gptforge.train.signals import StopReason, StopSignal
 from gptforge.train.state import TrainState, restore
 from gptforge.train.train_step import TrainStep
 from gptforge.train.trainer import Trainer
@@ -83,6 +84,8 @@ def build_trainer(
 ) -> Trainer | None:
     """Build all parts of a run; None if the run in the run folder is finished.
 
+    The teachers of a new run are trained before, in runs of their own.
+
     Args:
         config: as merged from preset, file and flags.
         explicit: names of the fields that the user set, in the file or by flags.
@@ -92,11 +95,24 @@ def build_trainer(
         start_time: `time.monotonic()` from which the time limit counts; None: now.
 
     Raises:
+        TeacherStopped: if a teacher's training is stopped.
         UserError: for a configuration, text or run folder that cannot be trained.
         RunError: if the disk has no room for a checkpoint.
     """
     start_time = time.monotonic() if start_time is None else start_time
     requested = config
+
+    def train_teacher(teacher: Config) -> StopReason:
+        trainer = build_trainer(
+            teacher,
+            explicit=explicit,
+            program=program,
+            command=command,
+            comm=comm,
+            start_time=start_time,
+        )
+        return trainer.fit() if trainer else "finished"
+
     config = Config(
         **comm.broadcast_from_rank0(lambda: vars(resolve_init_from(requested, explicit)))
     )
@@ -110,6 +126,7 @@ def build_trainer(
     warmup = KernelWarmup(device, config, precision)
     dataset, logged = _load_dataset(config, explicit, comm)
     config = resolve_config(config, dataset)
+    check_teachers(config, comm)
     is_read_only = is_finished_read_only(Path(config.out_dir))
     lock = lock_run_dir(Path(config.out_dir)) if comm.is_main and not is_read_only else None
     with contextlib.ExitStack() as on_failure:
@@ -138,6 +155,16 @@ def build_trainer(
         store = _open_store(config, comm)
         if comm.world_size == 1:
             check_fits_memory(config, device, precision, is_explicit="batch_size" in explicit)
+        distillation = None
+        if config.teachers:
+            warmup.wait()
+            if opened.moves_old_run and lock is not None:
+                _move_to_backup(lock)
+            opened = dataclasses.replace(opened, moves_old_run=False)
+            if opened.status == "new":
+                train_teachers(config, train_teacher)
+                seed_everything(config, rank=comm.rank)  # as without teachers
+            distillation = load_teachers(config, device, comm)
         step = build_train_step(
             config,
             opened,
@@ -146,6 +173,7 @@ def build_trainer(
             explicit=explicit,
             comm=comm,
             wait_for_warmup=warmup.wait,
+            distillation=distillation,
         )
         dataloader = _build_dataloader(dataset, config, device, comm)
         state = TrainState()
@@ -314,8 +342,7 @@ def _start_report(
     folder = report.run_dir
     if opened.moves_old_run:
         assert lock is not None, "a read-only folder is not moved"
-        backup = lock.move_to_backup("old")
-        report.console.log(f"note: moved the old {folder.as_posix()} to {backup.as_posix()}")
+        _move_to_backup(lock)
     folder.mkdir(parents=True, exist_ok=True)
     if opened.status == "new":
         report.delete_logs()
@@ -347,6 +374,11 @@ def _start_report(
         )
         report.console.log(f"Resuming from {name}: step {state.step} of {config.max_steps}")
     report.console = Console(config.max_steps, state.step)
+
+
+def _move_to_backup(lock: FolderLock) -> None:
+    folder = lock.folder.as_posix()
+    logger.info(f"note: moved the old {folder} to {lock.move_to_backup('old').as_posix()}")
 
 
 def _versions() -> dict[str, str]:

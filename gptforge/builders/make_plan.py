@@ -101,6 +101,8 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     warnings = [memorization_warning(c, run, tokens=len(dataset.train))]
     if not memory.fits:
         warnings.append(f"memory: {estimator.suggest_fix(micro_batch, is_explicit=is_explicit)}")
+    if c.teachers:
+        warnings.append(f"teachers: time and disk of all {c.teachers} come on top")
     if disk.free_bytes < disk.checkpoint_bytes + HEADROOM_BYTES:
         warnings.append("disk: no room for one checkpoint; free some, or use another --out_dir")
     elif not disk.fits:

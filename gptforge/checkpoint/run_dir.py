@@ -28,7 +28,13 @@ from gptforge.lock import (
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
-RUN_FILES = {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "checkpoints"}
+TEACHERS = "teachers"
+"""Folder of a run's teachers, which are runs of their own."""
+RUN_FOLDERS = {"checkpoints", TEACHERS}
+RUN_FILES = {
+    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"),
+    *RUN_FOLDERS,
+}
 """What a run leaves in its folder."""
 MAX_SCAN_BYTES, MAX_LINE_BYTES = 2**28, 2**16
 """How much of the metrics is searched, from the end, and the longest line that is read at once."""
@@ -212,7 +218,11 @@ def check_out_dir(config: Config) -> None:
         _refuse_links(folder)
     if (folder / "checkpoints").is_dir():
         check_writable(folder / "checkpoints")
-    if outer := next(filter(is_locked, real.parents), None):
+    outside = list(real.parents)
+    if real.parent.name == TEACHERS:
+        # A teacher lies in the run of its student, which is locked meanwhile.
+        outside.remove(real.parent.parent)
+    if outer := next(filter(is_locked, outside), None):
         raise UserError(
             f"--out_dir {folder} lies in {outer}, which another process trains into: choose another"
         )
@@ -246,13 +256,13 @@ def _refuse_links(folder: Path) -> None:
     for name in sorted(RUN_FILES):
         path = folder / name
         kind = files.nonregular_kind(path, follow_symlinks=False)
-        if name == "checkpoints" and path.is_symlink():
+        if name in RUN_FOLDERS and path.is_symlink():
             raise UserError(
                 f"--out_dir {folder}: {path} is a link to {path.readlink()}, and a run saves only "
                 "into its own folder: move the whole run there and give --out_dir that folder, or "
                 "a link to it"
             )
-        if kind and not (name == "checkpoints" and path.is_dir()):
+        if kind and not (name in RUN_FOLDERS and path.is_dir()):
             raise UserError(
                 f"--out_dir {folder}: {path} is {kind}, which is neither read nor written through: "
                 "remove it, or choose another --out_dir"
@@ -272,7 +282,8 @@ def _why_not_movable(folder: Path) -> str:
     for depth in ("*", "*/*"):
         locked = filter(is_locked, (lock.parent for lock in folder.glob(f"{depth}/{LOCK_FILE}")))
         saved = (path.parents[1] for path in folder.glob(f"{depth}/checkpoints/step-*"))
-        if inner := next(chain(locked, saved), None):
+        others = (run for run in saved if run.parent != folder / TEACHERS)
+        if inner := next(chain(locked, others), None):
             return f"it holds the run {inner.name}; choose that, or another"
     return ""
 

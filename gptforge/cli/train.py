@@ -41,19 +41,24 @@ def main(args: list[str], *, epilog: str = "") -> int:
         comm = init_distributed(config.device)
         try:
             from gptforge.builders.build_trainer import build_trainer
+            from gptforge.builders.train_teachers import TeacherStopped
             from gptforge.train.signals import EXIT_CODES
 
-            trainer = build_trainer(
-                config,
-                explicit=explicit,
-                program=program_name(),
-                command=shlex.join(args),
-                comm=comm,
-                start_time=START_TIME,
-            )
-            if trainer and comm.is_main:
-                handler.write = trainer.report.log  # above the progress bar
-            reason = trainer.fit() if trainer else "finished"
+            try:
+                trainer = build_trainer(
+                    config,
+                    explicit=explicit,
+                    program=program_name(),
+                    command=shlex.join(args),
+                    comm=comm,
+                    start_time=START_TIME,
+                )
+            except TeacherStopped as stop:
+                trainer, reason = None, stop.reason
+            else:
+                if trainer and comm.is_main:
+                    handler.write = trainer.report.log  # above the progress bar
+                reason = trainer.fit() if trainer else "finished"
             comm.shutdown()
         except torch.OutOfMemoryError:
             error = RunError(

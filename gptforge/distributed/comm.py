@@ -171,16 +171,16 @@ class Comm:
         """Raise a UserError on rank 0 if another rank was started with other values."""
         if self._group is None:
             return
-        store = self._group.store
-        store.set(f"values/{self.rank}", json.dumps({"label": self.label, **values}))
+        store, key = self._group.store, self._next_key("values")
+        store.set(f"{key}/{self.rank}", json.dumps({"label": self.label, **values}))
         if not self.is_main:
             # Wait here rather than in a collective, which would time out while another rank
             # prepares its text.
-            self._get("values/compared")
+            self._get(f"{key}/compared")
             return
         try:
             for rank in range(1, self.world_size):
-                other = json.loads(self._get(f"values/{rank}"))
+                other = json.loads(self._get(f"{key}/{rank}"))
                 for name, value in values.items():
                     if other[name] != value:
                         raise UserError(
@@ -188,7 +188,7 @@ class Comm:
                             f"not {value}; all ranks need the same"
                         )
         finally:
-            store.set("values/compared", "yes")
+            store.set(f"{key}/compared", "yes")
 
     def device_mesh(self) -> "DeviceMesh | None":
         """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""

@@ -20,6 +20,7 @@ from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
 from gptforge.train.backends.factory import build_backend
 from gptforge.train.backends.manual import ManualBackend
+from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep
 from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
@@ -47,6 +48,7 @@ class TrainStep:
         comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
         ema_decay: final decay of the average of the weights; 0 for none.
+        distillation: teachers to learn from besides the targets; not with `root`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class TrainStep:
         comm: Comm = SINGLE_PROCESS,
         root: FSDPRoot | None = None,
         ema_decay: float = 0.0,
+        distillation: Distillation | None = None,
     ) -> None:
         assert root is None or not halve_on_oom, "FSDP cannot retry: the other ranks would hang"
         self.model, self.optimizer, self.precision = model, optimizer, precision
@@ -72,6 +75,7 @@ class TrainStep:
         self._activation_checkpointing, self._loss_chunk = activation_checkpointing, loss_chunk
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, ema_decay) if ema_decay else None
+        self._distillation = distillation
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         self.set_kernels(kernels)
 
@@ -87,8 +91,8 @@ class TrainStep:
             lr: learning rate.
 
         Returns:
-            The mean loss over the tokens of all ranks, and the gradient norm before clipping; both
-            scalars stay on the device, so this call does not sync.
+            The mean cross-entropy of the targets over the tokens of all ranks, and the gradient
+            norm before clipping; both scalars stay on the device, so this call does not sync.
         """
         if not self.root_module.training:
             # train() visits every module, which takes as long as launching a hundred kernels.
@@ -150,6 +154,7 @@ class TrainStep:
             comm=self._comm,
             root=self._root,
             autograd_grads=lambda: self._autograd_grad_buffer,
+            distillation=self._distillation,
         )
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(

@@ -228,7 +228,8 @@ class Trainer:
                     epoch=self.dataloader.epoch,
                     is_best=is_best,
                 )
-            self.report.plot()
+            if self.steps_left:  # else `fit` plots right after
+                self.report.plot()
         return is_best
 
     def sample(self) -> None:

@@ -10,6 +10,7 @@ from gptforge.device import Precision, autocast
 from gptforge.kernel_select import KernelConfig
 from gptforge.kernels.cross_entropy import fused_linear_cross_entropy
 from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.parallel.fsdp import FSDPRoot, clip_grad_norm_
 
@@ -24,6 +25,7 @@ class AutogradBackend:
         world_size: ranks that train together.
         compile_blocks: compile each block separately, so that gradients of the last blocks are
             ready while those of the first are computed, and FSDP gathers weights block by block.
+        distillation: teachers to learn from besides the targets; not with `root`.
     """
 
     def __init__(
@@ -39,7 +41,10 @@ class AutogradBackend:
         root: FSDPRoot | None = None,
         world_size: int = 1,
         compile_blocks: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
+        assert root is None or distillation is None, "teachers are not sharded"
+        self._distillation = distillation
         self.model, self._precision, self._kernels = model, precision, kernels
         self._scaler, self._grads, self._root = scaler, grads, root
         self._activation_checkpointing = activation_checkpointing
@@ -59,7 +64,7 @@ class AutogradBackend:
             # An instance attribute that shadows the method; the state dict gets no "_orig_mod".
             for block in self.model.blocks():
                 block.forward = _compile_for_training(block)
-        elif self._has_separate_loss:
+        elif self._has_separate_loss or self._distillation is not None:
             self._hidden = torch.compile(self._forward_hidden, dynamic=False)
         else:
             self._loss = torch.compile(self._forward_loss, dynamic=False)
@@ -76,10 +81,11 @@ class AutogradBackend:
         if self._root is not None:
             self._root.train_forward = self._loss
             loss: Tensor = self._root(idx, targets)
+            train_loss = loss
         else:
             with autocast(self._device, self._precision):
-                loss = self._loss(idx, targets)
-        self._scaler.scale(loss * (scale * self._grad_factor)).backward()
+                loss, train_loss = self._losses(idx, targets)
+        self._scaler.scale(train_loss * (scale * self._grad_factor)).backward()
         return loss.detach()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -100,10 +106,27 @@ class AutogradBackend:
             activation_checkpointing=self._activation_checkpointing,
         )
 
+    def _losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of the targets, and the loss to train with: the same, or distillation.
+
+        Both are summed.
+        """
+        if self._distillation is None:
+            loss = self._loss(idx, targets)
+            return loss, loss
+        hidden = self._hidden(idx)
+        loss = self._head_loss(hidden, targets)
+        logits = self.model.lm_head(hidden)
+        return loss, self._distillation.loss(logits, idx, targets, loss)
+
     def _forward_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self._head_loss(self._hidden(idx), targets)
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy, from hidden states (B, T, C)."""
         if not self._has_separate_loss:
-            return self.model.loss(self._hidden(idx), targets)
-        hidden, targets = self._hidden(idx).flatten(0, 1), targets.flatten()  # (N, C), (N,)
+            return self.model.loss(hidden, targets)
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if not self._loss_chunk:
             return self._lm_head(hidden, targets)
         # Checkpointing frees each chunk's logits, the largest tensor, and recomputes them in the

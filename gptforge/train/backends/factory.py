@@ -11,6 +11,7 @@ from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.manual import ManualBackend
+from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.parallel.fsdp import FSDPReducer, FSDPRoot
 from gptforge.train.parallel.grad_reducer import BucketedAllReduce, GradReducer
@@ -32,6 +33,7 @@ def build_backend(
     comm: Comm,
     root: FSDPRoot | None,
     autograd_grads: Callable[[], AutogradGradBuffer],
+    distillation: Distillation | None,
 ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
     """Build the backend that `kernels` names, and its reducer.
 
@@ -65,6 +67,7 @@ def build_backend(
             world_size=comm.world_size,
             # One graph of the full model would finish all gradients at its end: no overlap.
             compile_blocks=comm.world_size > 1,
+            distillation=distillation,
         )
         return autograd, reducer
 
@@ -74,6 +77,7 @@ def build_backend(
         precision.dtype,
         activation_checkpointing=activation_checkpointing,
         loss_chunk=loss_chunk,
+        distillation=distillation,
     )
     if root is not None:
         manual = build(

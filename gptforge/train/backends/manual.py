@@ -8,15 +8,17 @@ are in `gptforge.kernels`. Tests compare this backend with `GPT.forward` and aut
 Shapes: B sequences of T tokens, N = B * T, C channels, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gptforge.estimate.formulas import default_loss_chunk, gelu_save_interval
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
+from gptforge.kernels.distillation import distillation_in_place
 from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds
 from gptforge.kernels.embedding import embedding, embedding_backward
+from gptforge.kernels.layer_norm import SavedLayerNorm
 from gptforge.kernels.matmul import accumulate_wgrad, linear
 from gptforge.model import GPT, IGNORE_INDEX, Block
 from gptforge.train.backends.manual_layers import (
@@ -28,6 +30,7 @@ from gptforge.train.backends.manual_layers import (
     SavedActivations,
     grad_groups,
 )
+from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import GradBuffer
 
 MAX_ONE_HOT_VOCAB = 1024
@@ -44,6 +47,7 @@ class ManualBackend:
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
         weights: allocates the weights to compute with; by default for an unsharded model.
         make_grads: builds the gradient buffer from groups of parameters.
+        distillation: teachers to learn from besides the targets.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class ManualBackend:
         loss_chunk: int = 0,
         weights: ComputeWeights | None = None,
         make_grads: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
+        distillation: Distillation | None = None,
     ) -> None:
         self._dropout = model.config.dropout
         # SDPA with dropout would draw another mask when it is recomputed.
@@ -81,6 +86,14 @@ class ManualBackend:
             self._blocks.append(ManualBlock(block, prev_bias, weights, grads, save_gelu=save_gelu))
             prev_bias = block.mlp.c_proj.bias
         self._ln_f = ManualLayerNorm(ln_f, prev_bias, weights, grads)
+        # Their forward runs with the same kernels; their gradient buffers stay unused.
+        self._teachers: list[ManualBackend] = []
+        self._distill_weight = 0.0
+        if distillation is not None:
+            self._teachers = [ManualBackend(teacher, dtype) for teacher in distillation.teachers]
+            self._distill_weight = distillation.weight
+        for teacher in self._teachers:
+            teacher.zero_grad()  # their weights never change: copying them once is enough
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
         """Called with the number of leading groups that are final for this micro-batch."""
 
@@ -100,32 +113,17 @@ class ManualBackend:
             scale: usually 1 / tokens of a step. As an fp32 scalar on the device it may change
                 between replays of a CUDA graph.
         """
-        seq_len = idx.size(1)
-        # One for the embedding; in each block one for attention, and one for each sublayer.
-        num_seeds = 1 + 3 * len(self._blocks)
-        seeds: list[DropoutSeed | None] = [None] * num_seeds
-        # All at once, by one kernel; the list is empty without dropout.
-        seeds = [*draw_dropout_seeds(num_seeds, self._dropout, idx.device)] or seeds
-
-        residual = embedding(idx, self._wte, self._wpe, self._weights.dtype, seeds[0])  # (N, C)
-        mlp_out = None  # (N, C), added to the residual by the next LayerNorm's kernel
+        teachers_out = [teacher.forward(idx)[0] for teacher in self._teachers]  # (N, C) each
         saved: list[SavedActivations | Tensor] = []
-        for i, block in enumerate(self._blocks):
-            dropout = BlockDropout(*seeds[3 * i : 3 * i + 3])
-            mlp_out, activations = block.forward(residual, mlp_out, seq_len, dropout)
-            residual = activations.ln_2.residual
-            saved.append(activations.ln_1.residual if self._recompute else activations)
-            del activations  # frees memory if recomputed
-        ln_f_out, ln_f = self._ln_f.forward(residual, mlp_out, seeds[-1])  # (N, C)
-
+        ln_f_out, ln_f = self.forward(idx, saved)
         # Forward and backward of the head in one go: the logits are never saved.
-        loss, dln_f = self._lm_head(ln_f_out, targets.flatten(), scale)
+        loss, dln_f = self._lm_head(ln_f_out, targets.flatten(), scale, teachers_out)
         dresidual, dmlp_out = self._ln_f.backward(dln_f, ln_f, None)  # (N, C) each
         num_ready = 1  # the group of ln_f, see `grad_groups`
         for block in reversed(self._blocks):
             item = saved.pop()
             if isinstance(item, Tensor):  # checkpointed: only the block's input was saved
-                _, item = block.forward(item, None, seq_len, BlockDropout())
+                _, item = block.forward(item, None, idx.size(1), BlockDropout())
             dresidual, dmlp_out = block.backward(dresidual, dmlp_out, item)
             del item
             num_ready += GROUPS_PER_BLOCK
@@ -135,12 +133,44 @@ class ManualBackend:
         self._embedding_backward(dmlp_out, idx)
         return loss
 
+    @torch.no_grad()
+    def forward(
+        self, idx: Tensor, saved: list[SavedActivations | Tensor] | None = None
+    ) -> tuple[Tensor, SavedLayerNorm]:
+        """Compute the output (N, C) of the last LayerNorm, which the output layer reads.
+
+        Args:
+            idx: (B, T) token ids.
+            saved: gets what the backward of each block needs.
+        """
+        seq_len = idx.size(1)
+        # One for the embedding; in each block one for attention, and one for each sublayer.
+        num_seeds = 1 + 3 * len(self._blocks)
+        seeds: list[DropoutSeed | None] = [None] * num_seeds
+        # All at once, by one kernel; the list is empty without dropout.
+        seeds = [*draw_dropout_seeds(num_seeds, self._dropout, idx.device)] or seeds
+
+        residual = embedding(idx, self._wte, self._wpe, self._weights.dtype, seeds[0])  # (N, C)
+        mlp_out = None  # (N, C), added to the residual by the next LayerNorm's kernel
+        for i, block in enumerate(self._blocks):
+            dropout = BlockDropout(*seeds[3 * i : 3 * i + 3])
+            mlp_out, activations = block.forward(residual, mlp_out, seq_len, dropout)
+            residual = activations.ln_2.residual
+            if saved is not None:
+                saved.append(activations.ln_1.residual if self._recompute else activations)
+            del activations  # frees memory unless it is saved
+        return self._ln_f.forward(residual, mlp_out, seeds[-1])
+
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the global norm to `max_norm`; returns the norm before clipping."""
         return self.grads.clip_grad_norm_(max_norm)
 
     def _lm_head(
-        self, ln_f_out: Tensor, targets: Tensor, scale: float | Tensor
+        self,
+        ln_f_out: Tensor,
+        targets: Tensor,
+        scale: float | Tensor,
+        teachers_out: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Output layer and loss in chunks: the summed loss, and the gradient of `ln_f_out`."""
         dln_f = torch.empty_like(ln_f_out)
@@ -149,7 +179,18 @@ class ManualBackend:
             chunk = slice(start, start + self._loss_chunk)
             logits = linear(ln_f_out[chunk], self._lm_head_weight)  # (n, V)
             # In place: `logits` holds their gradient afterwards.
-            losses.append(cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale).sum())
+            if teachers_out:
+                teacher_logits = [
+                    linear(out[chunk], teacher._lm_head_weight)
+                    for teacher, out in zip(self._teachers, teachers_out, strict=True)
+                ]
+                loss = distillation_in_place(
+                    logits, torch.stack(teacher_logits), targets[chunk], IGNORE_INDEX,
+                    weight=self._distill_weight, scale=scale,
+                )  # fmt: skip
+            else:
+                loss = cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale)
+            losses.append(loss.sum())
             torch.mm(logits, self._lm_head_weight, out=dln_f[chunk])
             accumulate_wgrad(self._dwte, logits, ln_f_out[chunk])
             # Or two chunks of logits would exist while the next GEMM allocates its output.

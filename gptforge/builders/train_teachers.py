@@ -1,0 +1,133 @@
+"""Train the teachers of `--teachers`, one after another, and load them.
+
+Each is an ordinary run with another seed, in the folder `teachers/` of the student's run, so it is
+saved, resumed and used like any other. They are independent: an ensemble gains from different
+errors, which a chain, where each learns from the one before, would pass on.
+"""
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint.run_dir import TEACHERS
+from gptforge.checkpoint.state_dict import load_model_state_dict
+from gptforge.checkpoint.store import CheckpointStore
+from gptforge.config import SEED_LIMIT, Config, GPTConfig
+from gptforge.distributed import Comm
+from gptforge.errors import UserError
+from gptforge.kernels.distillation import MAX_VOCAB
+from gptforge.model import GPT
+from gptforge.train.distillation import Distillation
+from gptforge.train.signals import StopReason
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherStopped(Exception):  # noqa: N818  (not an error)
+    """A teacher's training was stopped, and saved; the same command resumes it."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason)
+        self.reason: StopReason = reason
+
+
+def check_teachers(config: Config, comm: Comm) -> None:
+    """Raise a UserError if `--teachers` does not work with the rest of a resolved configuration."""
+    if not config.teachers:
+        return
+    if config.vocab_size > MAX_VOCAB:
+        raise UserError(
+            f"--teachers is for vocabularies of at most {MAX_VOCAB:,} rows, and this one has "
+            f"{config.vocab_size:,}: use --tokenizer char or a smaller one, or leave it out"
+        )
+    if comm.world_size > 1 and config.parallel != "ddp":
+        raise UserError(
+            "--teachers needs --parallel ddp under torchrun: each rank has a full copy of them"
+        )
+
+
+def teacher_config(config: Config, number: int) -> Config:
+    """The configuration of teacher `number`, from 1: that of the student, with another seed."""
+    steps = config.teacher_steps or config.max_steps
+    return dataclasses.replace(
+        config,
+        out_dir=_teacher_dir(config, number).as_posix(),
+        seed=(config.seed + number) % SEED_LIMIT,
+        max_steps=steps,
+        warmup_steps=min(config.warmup_steps, steps),
+        teachers=0,
+        teacher_steps=0,
+        distill_weight=Config.distill_weight,
+        # Only the final weights are used: evaluate them once, and keep no others.
+        eval_every=steps,
+        sample_every=0,
+        keep_checkpoints=0,
+        restart=False,
+    )
+
+
+def train_teachers(config: Config, train: Callable[[Config], StopReason]) -> None:
+    """Train those teachers that are not finished.
+
+    Args:
+        config: of the student, resolved.
+        train: trains a run, new or not, to its end or until it is stopped.
+
+    Raises:
+        TeacherStopped: if one is stopped.
+    """
+    for number in range(1, config.teachers + 1):
+        teacher = teacher_config(config, number)
+        logger.info(f"teacher {number} of {config.teachers}: {teacher.out_dir}")
+        reason = train(teacher)
+        gc.collect()  # frees its CUDA graphs before the next model is built
+        if reason != "finished":
+            raise TeacherStopped(reason)
+    logger.info(
+        f"student of {config.teachers} teachers: {config.out_dir}; the loss that is logged is that "
+        f"of the text alone"
+    )
+
+
+def load_teachers(config: Config, device: torch.device, comm: Comm) -> Distillation:
+    """Load the final weights of all teachers.
+
+    Raises:
+        UserError: if one is missing, damaged or not finished.
+    """
+    shape = dataclasses.replace(config.model, dropout=0.0)
+    dirs = [_teacher_dir(config, number) for number in range(1, config.teachers + 1)]
+    teachers = [_load_teacher(folder, shape, device, comm) for folder in dirs]
+    return Distillation(teachers, config.distill_weight)
+
+
+def _load_teacher(folder: Path, shape: GPTConfig, device: torch.device, comm: Comm) -> GPT:
+    path = Path(comm.broadcast_from_rank0(lambda: _final_checkpoint(folder).as_posix()))
+    tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
+    teacher = GPT(shape).to(device)
+    load_model_state_dict(teacher, tensors, source=path.as_posix(), comm=comm)
+    return teacher.eval().requires_grad_(False)
+
+
+def _teacher_dir(config: Config, number: int) -> Path:
+    return Path(config.out_dir) / TEACHERS / f"teacher-{number}"
+
+
+def _final_checkpoint(folder: Path) -> Path:
+    """The last checkpoint of a finished teacher; its files match their hashes."""
+    path, warnings = CheckpointStore(folder / "checkpoints").latest()
+    if path is not None:
+        # As many steps as its own run has: the student's --max_steps may be raised later.
+        is_finished = checkpoints.step_from_path(path) >= checkpoints.read_config(path).max_steps
+        if is_finished:
+            return path
+    problem = f" ({'; '.join(warnings)})" if warnings else ""
+    raise UserError(
+        f"{folder.as_posix()} holds no finished teacher{problem}: put it back, or start over with "
+        "--restart"
+    )
