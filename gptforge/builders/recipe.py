@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from gptforge.config import Config, GPTConfig, Value
 from gptforge.estimate.formulas import flops_per_token
+from gptforge.printable import pluralize
 from gptforge.tokenizers.train_bpe import default_vocab_size
 
 DeviceClass = Literal["gpu", "cpu"]
@@ -169,14 +170,14 @@ def fit_steps(
     def steps_with_evals(max_steps: int) -> float:
         return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval
 
+    if "max_steps" in explicit:
+        return config
     affordable = seconds * USABLE_TIME / seconds_per_step
     minimum = config.warmup_steps if "warmup_steps" in explicit else 1
-    # Two digits, so that a run started again has the same number.
+    # Two digits: the time of a step is not known better.
     candidates = {digits * 10**zeros for zeros in range(7) for digits in range(1, 100)}
-    fitting = [n for n in candidates if steps_with_evals(n) <= affordable]
-    max_steps = max([minimum, *fitting])
-    if "max_steps" in explicit or max_steps >= config.max_steps:
-        return config
+    candidates = {n for n in candidates if n < config.max_steps} | {config.max_steps}
+    max_steps = max([minimum, *(n for n in candidates if steps_with_evals(n) <= affordable)])
     values: dict[str, Any] = {"max_steps": max_steps, **intervals(max_steps)}
     values["eval_every"] = eval_every(max_steps)
     values = {name: value for name, value in values.items() if name not in explicit}
@@ -303,12 +304,13 @@ def _explain(
     regularization = "they keep the model from memorizing what it reads many times"
     if not v["dropout"]:
         regularization = "with so much text, or so small a model, there is little to memorize"
-    limited = f", as large as {time_limit:g} minutes allow" if time_limit else ""
+    limited = f", as large as --time_limit {time_limit:g} allows" if time_limit else ""
     sequences = v["batch_size"] * v["gradient_accumulation_steps"]
     lines = [
         f"auto: about {_format_size(num_bytes)} of text to train on, {device.upper()}",
         f"  {tokenizer}",
-        f"  {v['n_layer']} layers x {v['n_embd']}, sequences of {v['context_length']:,}{limited}",
+        f"  {pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
+        f"{v['context_length']:,} tokens{limited}",
         f"  weight_decay {v['weight_decay']:g}, dropout {v['dropout']:g}: {regularization}",
         f"  {v['max_steps']:,} steps of {sequences:,} sequences, max_lr {v['max_lr']:g}, "
         f"ema {v['ema']:g}",
