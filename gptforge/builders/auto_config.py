@@ -50,8 +50,8 @@ def resolve_auto(
     if config.preset != AUTO or _is_resolved(config):
         return config
     if (old := _config_of_run(config)) is not None:
-        own = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}
-        return dataclasses.replace(config, **own)
+        stored = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}
+        return dataclasses.replace(config, **stored)
     others = {n: getattr(config, n) for n in FIELDS.keys() - RECIPE_FIELDS - MODEL_FIELDS}
     validate(Config(**others))
     size = estimate_text_size(
@@ -64,15 +64,15 @@ def resolve_auto(
     if config.init_from:
         fixed |= {*MODEL_FIELDS, "tokenizer", "context_length"}
     torch_device, _ = select_device(device)
-    given = {name: getattr(config, name) for name in fixed if name in FIELDS}
+    fixed_values = {name: getattr(config, name) for name in fixed if name in FIELDS}
     if size.tokenizer_name:
-        given["tokenizer"] = size.tokenizer_name
+        fixed_values["tokenizer"] = size.tokenizer_name
     recipe = make_recipe(
         size.num_bytes,
         "gpu" if torch_device.type == "cuda" else "cpu",
         time_limit=config.time_limit,
         flops_per_second=world_size * _flops_per_second(torch_device, config),
-        explicit=given,
+        explicit=fixed_values,
         has_bpe=importlib.util.find_spec("tokenizers") is not None,
     )
     for line in recipe.reasons:

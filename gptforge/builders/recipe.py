@@ -316,7 +316,7 @@ def _explain(
         f"ema {v['ema']:g}",
     ]
     if shown := [f"{name} {fixed[name]}" for name in sorted(RECIPE_FIELDS & fixed.keys())]:
-        lines.append(f"  given: {', '.join(shown)}")
+        lines.append(f"  explicit: {', '.join(shown)}")
     return tuple(lines)
 
 

@@ -54,7 +54,7 @@ def test_chosen_values_are_stored_with_the_run(config, messages) -> None:
     for name in ("n_head", "context_length", "max_lr", "weight_decay", "ema", "batch_size"):
         assert getattr(stored, name) == chosen[name], name
     assert any("6.23 KB of text to train on, CPU" in line for line in messages)
-    assert any("given: max_steps 12, n_embd 16, n_layer 1" in line for line in messages)
+    assert any("explicit: max_steps 12, n_embd 16, n_layer 1" in line for line in messages)
 
 
 def test_resumed_run_does_not_depend_on_the_rule(config, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The rule behind `--preset auto`: valid for any text, monotone in its size, and flags win."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -100,6 +101,19 @@ def test_anchors_are_what_their_text_gets(device) -> None:
         assert config.global_batch_size == sequences
 
 
+def test_docs_have_the_anchors() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text("utf-8")
+    for a in (anchor for anchors in ANCHORS.values() for anchor in anchors):
+        row = (
+            f"| {a.megabytes:g} | {a.tokenizer} | {a.n_layer} x {a.n_embd} | {a.context_length} | "
+            f"{a.sequences} | {a.max_steps:,} | {a.max_lr:g} | {a.weight_decay:g} | "
+            f"{a.dropout:g} | {a.ema:g} |"
+        )
+        assert f"{row}\n" in docs, f"put this row into the table: {row}"
+    rows = [line for line in docs.splitlines() if line.startswith("| ") and " x " in line]
+    assert len(rows) == sum(map(len, ANCHORS.values())) + len(ANCHORS)
+
+
 @settings(deadline=None, max_examples=100)
 @given(sizes, devices, st.floats(0.1, 1000), rates)
 def test_time_limit_leaves_about_half_of_the_steps(num_bytes, device, limit, rate) -> None:
@@ -131,11 +145,11 @@ def test_sequences_are_short_and_few_in_a_tiny_text() -> None:
     assert config.tokens_per_step * 2 <= 2000
 
 
-def test_reasons_name_what_was_chosen_and_what_was_given() -> None:
+def test_reasons_name_choices_and_explicit_flags() -> None:
     lines = make_recipe(10**6, "gpu", explicit={"n_layer": 3, "seed": 4}).reasons
     text = "\n".join(lines)
     assert "1 MB of text" in text and "3 layers x 512" in text
-    assert "given: n_layer 3" in text and "seed" not in text
+    assert "explicit: n_layer 3" in text and "seed" not in text
     short = make_recipe(10**8, "gpu", time_limit=1, flops_per_second=1e12).reasons
     assert "as large as --time_limit 1 allows" in "\n".join(short)
 
