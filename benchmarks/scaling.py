@@ -27,7 +27,7 @@ import torch
 
 from gptforge.bench.train_speed import random_batch
 from gptforge.builders.build_train_step import build_train_step
-from gptforge.builders.build_trainer import seed_everything
+from gptforge.builders.seed import seed_everything
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config
 from gptforge.device import (

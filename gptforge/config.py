@@ -51,7 +51,8 @@ class Config:
     """Train a GPT-2."""
 
     preset: str = ""
-    """Named starting point; empty: gpt2 on a CUDA GPU, shakespeare-cpu elsewhere."""
+    """Named starting point; empty: on a CUDA GPU auto for an --input of your own, else gpt2, and
+    shakespeare-cpu elsewhere."""
     config: str = ""
     """TOML file with any of these fields; flags override it, it overrides the preset."""
 
@@ -154,7 +155,7 @@ class Config:
     """Weight of the teachers' probabilities in the loss; that of the text is 1 - distill_weight."""
 
     out_dir: str = ""
-    """Run folder; empty: runs/<preset>."""
+    """Run folder; empty: runs/<preset>, or runs/<text>-auto."""
     restart: bool = False
     """Move an existing run folder aside and start from scratch."""
     log_every: int = 10

@@ -15,6 +15,9 @@ class Preset:
     values: Mapping[str, Value]
 
 
+AUTO = "auto"
+"""The preset whose values follow from the text; see `builders.recipe`."""
+
 # Larger models have smaller micro-batches, which shrink further if memory is short; the global
 # batch size of all GPT-2 presets is 128.
 PRESETS: dict[str, Preset] = {
@@ -113,6 +116,8 @@ PRESETS: dict[str, Preset] = {
             "dtype": "float32",
         },
     ),
+    # Last: without a text, it is GPT-2 small.
+    AUTO: Preset("model, vocabulary and regularization that fit the size of the text", {}),
 }
 
 

@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import platform
 import time
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gptforge import __version__, files
+from gptforge.builders.auto_config import fit_time_limit, resolve_auto
 from gptforge.builders.build_train_step import (
     attention_backend,
     build_train_step,
@@ -29,6 +30,7 @@ from gptforge.builders.resolve import (
     resolve_init_from,
     resolve_out_dir,
 )
+from gptforge.builders.seed import seed_everything
 from gptforge.builders.train_teachers import check_teachers, load_teachers, train_teachers
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.async_saver import AsyncSaver
@@ -41,21 +43,20 @@ from gptforge.checkpoint.run_dir import (
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import (
     METADATA_TABLE,
-    SEED_LIMIT,
     Config,
     to_toml,
     validate,
 )
 from gptforge.data.dataloader import DataLoader
 from gptforge.data.dataset import Dataset
-from gptforge.device import select_device, select_precision
+from gptforge.device import Precision, select_device, select_precision
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate.formulas import checkpoint_bytes, num_params
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
 from gptforge.model import GPT
 from gptforge.optim.schedule import Schedule
-from gptforge.presets import PRESETS, get_preset
+from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.report.console import Console
 from gptforge.report.log_handler import WriteHandler
 from gptforge.report.progress import ProgressMeter
@@ -113,14 +114,18 @@ def build_trainer(
         )
         return trainer.fit() if trainer else "finished"
 
-    config = Config(
-        **comm.broadcast_from_rank0(lambda: vars(resolve_init_from(requested, explicit)))
-    )
+    device_flag = comm.local_device or config.device
+
+    def resolve_on_main() -> dict[str, Any]:
+        config = resolve_init_from(requested, explicit)
+        return vars(resolve_auto(config, explicit, device=device_flag, world_size=comm.world_size))
+
+    config = Config(**comm.broadcast_from_rank0(resolve_on_main))
     validate(config)
     if comm.is_main:
         check_out_dir(dataclasses.replace(config, out_dir=resolve_out_dir(config)))
     check_global_batch(config, comm)
-    device, device_description = select_device(comm.local_device or config.device)
+    device, device_description = select_device(device_flag)
     precision = select_precision(config.dtype, device)
     seed_everything(config, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
     warmup = KernelWarmup(device, config, precision)
@@ -141,6 +146,9 @@ def build_trainer(
                 f"start over, or try the model: {program} sample {quote(config.out_dir)}"
             )
             return None
+        if opened.status == "new" and config.preset == AUTO and config.time_limit:
+            warmup.wait()  # it would slow the steps that are timed
+            config = _fit_time_limit(config, explicit, dataset, device, precision, comm, start_time)
         logger.info(f"text: {describe_dataset(dataset, config)}")
         logger.info(
             f"device: {device} ({device_description}), {precision.name}: {precision.reason}"
@@ -246,6 +254,34 @@ def _load_dataset(
     return dataset, logged
 
 
+def _fit_time_limit(
+    config: Config,
+    explicit: Collection[str],
+    dataset: Dataset,
+    device: torch.device,
+    precision: Precision,
+    comm: Comm,
+    start_time: float,
+) -> Config:
+    """Rank 0 times a step, and all ranks make as many as fit."""
+
+    def fit_on_main() -> dict[str, Any]:
+        fitted = fit_time_limit(
+            config,
+            explicit,
+            dataset,
+            device=device,
+            precision=precision,
+            start_time=start_time,
+            world_size=comm.world_size,
+        )
+        return vars(fitted)
+
+    fitted = Config(**comm.broadcast_from_rank0(fit_on_main))
+    seed_everything(config, rank=comm.rank)  # the steps drew dropout masks
+    return fitted
+
+
 def _log_notes(
     dataset: Dataset,
     opened: OpenedRun,
@@ -255,7 +291,8 @@ def _log_notes(
 ) -> None:
     notes = [f"note: {notice}" for notice in (*dataset.notices, *opened.notices)]
     config = opened.config
-    usual = get_preset(config.preset).warmup_steps if config.preset in PRESETS else 0
+    has_usual = config.preset in PRESETS and config.preset != AUTO
+    usual = get_preset(config.preset).warmup_steps if has_usual else 0
     is_cut = "warmup_steps" not in explicit and config.warmup_steps < usual
     if opened.status == "new" and is_cut:
         notes.append(f"note: the preset's warmup of {usual} steps is cut to {config.warmup_steps}")
@@ -310,18 +347,6 @@ def _open_store(config: Config, comm: Comm) -> CheckpointStore:
     if comm.is_main:
         store.check_disk_space(checkpoint_bytes(config))
     return store
-
-
-def seed_everything(config: Config, *, rank: int = 0) -> None:
-    """Seed torch, and set the precision and determinism of matmuls, before anything is built."""
-    # Another seed on each rank: the same dropout mask on all of them would average less noise.
-    torch.manual_seed((config.seed + rank * 0x9E3779B97F4A7C15) % SEED_LIMIT)
-    # TF32 for the matmuls that stay in float32.
-    torch.set_float32_matmul_precision("high")
-    if config.deterministic:
-        # Required by torch, and read by cuBLAS when it initializes.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def _start_report(

@@ -4,12 +4,14 @@ import dataclasses
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from gptforge import files
+from gptforge.builders.auto_config import fit_time_limit, resolve_auto
 from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.builders.resolve import (
@@ -67,7 +69,9 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
         UserError: for all that training refuses, with the same message.
     """
     with tempfile.TemporaryDirectory() as temp_dir:
+        start_time = time.monotonic()
         config = resolve_init_from(config, explicit, temp_dir=Path(temp_dir))
+        config = resolve_auto(config, explicit, device=config.device)
         validate(config)
         check_out_dir(dataclasses.replace(config, out_dir=resolve_out_dir(config)))
         device, description = select_device(config.device)
@@ -85,6 +89,10 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
             explicit=explicit,
             tokenizer=dataset.tokenizer,
             text_sha256=dataset.sha256,
+        )
+    if not latest or config.restart:
+        config = fit_time_limit(
+            config, explicit, dataset, device=device, precision=precision, start_time=start_time
         )
     use_fsdp(config, device, precision, SINGLE_PROCESS)
     for notice in dataset.notices:

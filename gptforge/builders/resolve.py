@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from gptforge.data.dataset import (
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
+from gptforge.presets import AUTO
 from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
@@ -90,7 +92,7 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared_path: str 
     )
 
 
-def _last_checkpoint(config: Config) -> Path | None:
+def last_checkpoint(config: Config) -> Path | None:
     """The checkpoint that a run in the run folder would resume from; None for a new run."""
     store = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints")
     return None if config.restart else store.read_link("last")
@@ -98,12 +100,12 @@ def _last_checkpoint(config: Config) -> Path | None:
 
 def _initial_checkpoint(config: Config) -> Path:
     """The run's checkpoint, which has its shape and tokenizer, else that of `--init_from`."""
-    return _last_checkpoint(config) or checkpoints.resolve_checkpoint(config.init_from)
+    return last_checkpoint(config) or checkpoints.resolve_checkpoint(config.init_from)
 
 
 def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Config:
     """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
-    last = _last_checkpoint(config)
+    last = last_checkpoint(config)
     if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
         return config
     old = checkpoints.read_config(last, with_model=False)
@@ -127,7 +129,7 @@ def _learned_by_run(config: Config) -> Tokenizer | None:
 
     Learning again would give the same one, but for another version of the package tokenizers.
     """
-    last = _last_checkpoint(config) if config.tokenizer == "bpe" else None
+    last = last_checkpoint(config) if config.tokenizer == "bpe" else None
     needed = (checkpoints.CONFIG, checkpoints.TOKENIZER)
     if last is None or checkpoints.find_corruption(last, needed):
         return None
@@ -195,8 +197,12 @@ def resolve_config(config: Config, dataset: Dataset) -> Config:
 
 
 def resolve_out_dir(config: Config) -> str:
-    """The run folder: `--out_dir`, or one named after the preset."""
-    return config.out_dir or f"runs/{config.preset or 'custom'}"
+    """The run folder: `--out_dir`, or one named after the preset, and with auto after the text."""
+    name = config.preset or "custom"
+    if name == AUTO and config.input not in ("", BUNDLED_INPUT):
+        text = re.sub(r"[^\w.-]+", "-", Path(config.input).stem).strip("-.")
+        name = f"{text}-{name}" if text else name
+    return config.out_dir or f"runs/{name}"
 
 
 def describe_dataset(dataset: Dataset, config: Config) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from gptforge.builders.build_train_step import build_train_step
-from gptforge.builders.build_trainer import seed_everything
 from gptforge.builders.kernel_warmup import KernelWarmup
+from gptforge.builders.seed import seed_everything
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config, validate
 from gptforge.device import select_device, select_precision

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gptforge.cli.parsing import DatasetArgs, parse_args
+from gptforge.config import merge
 from gptforge.errors import UserError
-from gptforge.presets import get_preset
+from gptforge.presets import AUTO, get_preset
 from gptforge.printable import printable
 
 if TYPE_CHECKING:
@@ -62,6 +63,14 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
 
     path = Path(args.path)
     preset = get_preset(args.preset)
+    if args.preset == AUTO:
+        from gptforge.builders.recipe import make_recipe
+        from gptforge.data.text_size import estimate_text_size
+
+        size = estimate_text_size(
+            path, val_fraction=args.val_fraction, kind=args.kind, split_by_name=args.split_by_name
+        )
+        preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
     context_length = args.context_length or preset.context_length
     is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
     if is_prepared or path.suffix == SHARD_SUFFIX:

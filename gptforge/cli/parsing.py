@@ -20,7 +20,7 @@ from gptforge.config import (
     read_toml,
 )
 from gptforge.errors import UserError
-from gptforge.presets import PRESETS, get_preset
+from gptforge.presets import AUTO, PRESETS, get_preset
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,11 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
 
         has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
         has_cuda |= config.device.startswith("cuda:")
-        name = "gpt2" if has_cuda else "shakespeare-cpu"
-        reason = "there is a CUDA GPU" if has_cuda else "no CUDA GPU is used"
+        name, reason = "shakespeare-cpu", "no CUDA GPU is used"
+        if has_cuda:
+            name, reason = "gpt2", "there is a CUDA GPU"
+            if _has_own_text(config) and not _is_run_of_gpt2(config):
+                name, reason = AUTO, "there is a CUDA GPU, and the text is your own"
         logger.info(
             f"preset: {name} ({PRESETS[name].description}), because {reason}; choose with "
             f"--preset: {', '.join(PRESETS)}"
@@ -127,6 +130,25 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         shorter = max(1, config.max_steps // 10)
         config = merge(config, {"warmup_steps": shorter}, source="flags")
     return config
+
+
+def _has_own_text(config: Config) -> bool:
+    """Whether `--input` names files whose size fits a configuration; a pipe has none."""
+    from gptforge.data.dataset import BUNDLED_INPUT
+    from gptforge.data.prepare.sources import is_pipe
+
+    is_file = bool(config.input) and not is_pipe(Path(config.input))
+    return is_file and config.input != BUNDLED_INPUT and not config.init_from
+
+
+def _is_run_of_gpt2(config: Config) -> bool:
+    """Whether the run folder has a run of this text from version 0.2, which took gpt2 for all."""
+    try:
+        values, _ = read_toml(Path(config.out_dir or "runs/gpt2") / "config.toml")
+    except UserError:
+        return False
+    is_same_text = values.get("input") == Path(config.input).as_posix()
+    return is_same_text and values.get("preset") == "gpt2" and not config.restart
 
 
 def flag_values(args: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,342 @@
+"""`--preset auto`: from the size of a text to a configuration that fits it.
+
+A small text needs a small vocabulary, and is read many times: strong weight decay and dropout keep
+the model from memorizing it. With more text, the model grows and both fade.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptforge.config import Config, GPTConfig, Value
+from gptforge.estimate.formulas import flops_per_token
+from gptforge.printable import pluralize
+from gptforge.tokenizers.train_bpe import default_vocab_size
+
+DeviceClass = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The configuration for a text of `megabytes` to train on; sizes in between interpolate."""
+
+    megabytes: float
+    tokenizer: str  # from this size on
+    n_layer: int
+    n_embd: int
+    context_length: int
+    sequences: int  # per step
+    max_steps: int
+    max_lr: float
+    weight_decay: float
+    dropout: float
+    ema: float
+
+
+# fmt: off
+ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
+    "gpu": (
+        #       MB  tokenizer layers n_embd  T   seqs   steps  max_lr decay dropout  ema
+        Anchor(  0.01, "char",   4,  128,  128,   32,  1_000, 2e-3,  4.0,  0.3,  0.99),
+        Anchor(  0.3,  "char",   6,  384,  256,   64,  2_000, 1e-3,  4.0,  0.3,  0.998),
+        Anchor(  1,    "char",   8,  512,  256,   64,  3_000, 1e-3,  3.0,  0.25, 0.998),
+        Anchor(  5,    "bpe",    8,  512,  256,   64,  4_000, 1e-3,  1.0,  0.1,  0.998),
+        Anchor( 20,    "bpe",   10,  640,  512,   64,  6_000, 1e-3,  0.4,  0.1,  0.998),
+        Anchor(100,    "gpt2",  12,  768, 1024,  128,  6_000, 6e-4,  0.1,  0.0,  0.998),
+        Anchor(10_000, "gpt2",  12,  768, 1024,  128, 19_000, 6e-4,  0.1,  0.0,  0.998),
+    ),
+    "cpu": (
+        Anchor(  0.01, "char",   4,   64,   64,   16,  2_000, 4e-3,  1.0,  0.1,  0.99),
+        Anchor(  1,    "char",   4,  128,  128,   16,  3_000, 4e-3,  0.1,  0.0,  0.998),
+        Anchor( 20,    "bpe",    4,  192,  128,   16, 10_000, 3e-3,  0.1,  0.0,  0.998),
+        Anchor(10_000, "bpe",    6,  256,  256,   32, 50_000, 2e-3,  0.1,  0.0,  0.998),
+    ),
+}
+# fmt: on
+HEAD_SIZE = 64
+MIN_LR_RATIO = 0.1
+MIN_SEQUENCES_OF_TEXT = 16
+"""A sequence is at most this fraction of the text."""
+MAX_MICRO_BATCH_TOKENS = 2**15
+SMALL_STEP_TOKENS = 2**15
+"""Up to so many tokens per step the gradient is noisy, and beta2 is 0.99 instead of 0.95."""
+LARGE_TEXT_BYTES = 20_000_000
+"""Evaluations of larger texts read a part of what is held out."""
+MIN_STEPS_SHARE = 0.5
+"""With a time limit, the model shrinks until about this share of its steps fits."""
+USABLE_TIME = 0.85
+"""Share of a time limit for training and evaluation; saves, samples and surprises take the rest."""
+MIN_STEPS_PER_EVAL = 10
+"""With a time limit, steps between evaluations in steps that take as long as one evaluation."""
+VOCAB_SIZES = {"char": 128, "gpt2": 50304}
+
+
+RECIPE_FIELDS = frozenset(
+    {
+        *("tokenizer", "n_layer", "n_head", "n_embd", "block_size", "context_length"),
+        *("batch_size", "gradient_accumulation_steps", "random_offset", "dropout", "weight_decay"),
+        *("ema", "beta2", "max_lr", "min_lr", "max_steps", "eval_tokens"),
+        *("warmup_steps", "log_every", "eval_every", "save_every", "sample_every"),
+    }
+)
+"""Fields that a recipe sets."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Fields for a text, without those that the user set, and lines that explain them."""
+
+    values: Mapping[str, Value]
+    reasons: tuple[str, ...]
+
+
+def make_recipe(
+    num_bytes: int,
+    device: DeviceClass,
+    *,
+    time_limit: float = 0.0,
+    flops_per_second: float = 0.0,
+    explicit: Mapping[str, Value] | None = None,
+    has_bpe: bool = True,
+) -> Recipe:
+    """Choose a configuration for a text.
+
+    Args:
+        num_bytes: about so many bytes of text to train on.
+        device: what trains.
+        time_limit: minutes to train; 0: as many as it takes.
+        flops_per_second: about what training reaches; 0: unknown, and the limit changes nothing.
+        explicit: fields that the user set. They win, and the others adapt to them.
+        has_bpe: whether a BPE can be learned, which takes the package tokenizers.
+    """
+    fixed: dict[str, Any] = dict(explicit or {})
+    anchors = ANCHORS[device]
+    text = _interpolate(anchors, num_bytes / 1e6)
+    affordable = text
+    if time_limit > 0 and flops_per_second > 0 and "max_steps" not in fixed:
+        budget = time_limit * 60 * USABLE_TIME * flops_per_second
+        affordable = _interpolate(anchors, min(num_bytes / 1e6, _affordable(anchors, budget)))
+    values: dict[str, Any] = {
+        "tokenizer": affordable.tokenizer,
+        "dropout": text.dropout,
+        "weight_decay": text.weight_decay,
+        "ema": text.ema,
+        "random_offset": True,
+        "eval_tokens": 2**16 if device == "cpu" else 2**21 if num_bytes > LARGE_TEXT_BYTES else 0,
+    }
+    if affordable.tokenizer == "bpe" and not has_bpe:
+        values["tokenizer"] = "char"
+    values |= _shape(affordable, num_bytes, fixed) | fixed
+    values |= _batch(affordable, num_bytes, int(values["context_length"]), fixed) | fixed
+    sequences = values["batch_size"] * values["gradient_accumulation_steps"]
+    is_small = sequences * values["context_length"] <= SMALL_STEP_TOKENS
+    values["beta2"] = 0.99 if is_small else 0.95
+    values["max_lr"] = fixed.get("max_lr", max(affordable.max_lr, fixed.get("min_lr", 0.0)))
+    values["min_lr"] = _round(values["max_lr"] * MIN_LR_RATIO)
+    # The text decides how often it may be read; a time limit cuts the steps when they are timed.
+    values["max_steps"] = max(affordable.max_steps, fixed.get("warmup_steps", 0))
+    values |= intervals(fixed.get("max_steps", values["max_steps"])) | fixed
+    reasons = _explain(num_bytes, device, values, fixed, time_limit if affordable != text else 0)
+    return Recipe({name: v for name, v in values.items() if name not in fixed}, reasons)
+
+
+def fit_steps(
+    config: Config,
+    explicit: Collection[str],
+    *,
+    seconds: float,
+    seconds_per_step: float,
+    val_tokens: int,
+) -> Config:
+    """Cut max_steps so that the schedule ends within `seconds`, unless the user set it.
+
+    Args:
+        config: resolved.
+        explicit: fields that the user set.
+        seconds: left of the time limit.
+        seconds_per_step: of training alone.
+        val_tokens: that an evaluation reads.
+    """
+    # The forward is a third of a step's FLOPs.
+    steps_per_eval = val_tokens / config.tokens_per_step / 3
+
+    def eval_every(max_steps: int) -> int:
+        if "eval_every" in explicit:
+            return config.eval_every
+        return _nice(max(max_steps / 20, MIN_STEPS_PER_EVAL * steps_per_eval))
+
+    def steps_with_evals(max_steps: int) -> float:
+        return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval
+
+    if "max_steps" in explicit:
+        return config
+    affordable = seconds * USABLE_TIME / seconds_per_step
+    minimum = config.warmup_steps if "warmup_steps" in explicit else 1
+    # Two digits: the time of a step is not known better.
+    candidates = {digits * 10**zeros for zeros in range(7) for digits in range(1, 100)}
+    candidates = {n for n in candidates if n < config.max_steps} | {config.max_steps}
+    max_steps = max([minimum, *(n for n in candidates if steps_with_evals(n) <= affordable)])
+    values: dict[str, Any] = {"max_steps": max_steps, **intervals(max_steps)}
+    values["eval_every"] = eval_every(max_steps)
+    values = {name: value for name, value in values.items() if name not in explicit}
+    return dataclasses.replace(config, **values)
+
+
+def intervals(max_steps: int) -> dict[str, int]:
+    """Warmup, and steps between step lines, evaluations, checkpoints and samples."""
+    quarter = _nice(max_steps / 4)
+    return {
+        "warmup_steps": max(1, min(100, max_steps // 10)),
+        "log_every": _nice(max_steps / 100),
+        "eval_every": _nice(max_steps / 20),
+        "save_every": quarter,
+        "sample_every": quarter,
+    }
+
+
+def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
+    """Interpolate between the anchors on both sides, and snap to usual values.
+
+    Sizes and rates are interpolated in their logarithms, dropout and EMA as they are, against the
+    logarithm of the size. Rounding keeps the order, so a larger text never has a smaller model.
+    """
+    megabytes = min(max(megabytes, anchors[0].megabytes), anchors[-1].megabytes)
+    above = next(i for i, a in enumerate(anchors) if a.megabytes >= megabytes)
+    low, high = anchors[max(0, above - 1)], anchors[above]
+    share = 1.0
+    if low is not high:
+        share = math.log(megabytes / low.megabytes) / math.log(high.megabytes / low.megabytes)
+
+    def linear(name: str) -> float:
+        first, last = getattr(low, name), getattr(high, name)
+        return float(first + share * (last - first))
+
+    def geometric(name: str) -> float:
+        first, last = getattr(low, name), getattr(high, name)
+        return float(first * (last / first) ** share)
+
+    return Anchor(
+        megabytes=megabytes,
+        tokenizer=high.tokenizer if share == 1.0 else low.tokenizer,
+        n_layer=round(geometric("n_layer")),
+        n_embd=round(geometric("n_embd") / HEAD_SIZE) * HEAD_SIZE,
+        context_length=2 ** round(math.log2(geometric("context_length"))),
+        sequences=2 ** round(math.log2(geometric("sequences"))),
+        max_steps=round(_round(geometric("max_steps"))),
+        max_lr=_round(geometric("max_lr")),
+        weight_decay=_round(geometric("weight_decay")),
+        dropout=round(linear("dropout") * 20) / 20,
+        ema=round(linear("ema"), 3),
+    )
+
+
+def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
+    """Megabytes of the largest text whose configuration makes enough of its steps in `flops`."""
+    low, high = math.log(anchors[0].megabytes), math.log(anchors[-1].megabytes)
+    if _training_flops(anchors[-1]) * MIN_STEPS_SHARE <= flops:
+        return anchors[-1].megabytes
+    for _ in range(30):
+        middle = (low + high) / 2
+        cost = _training_flops(_interpolate(anchors, math.exp(middle)))
+        low, high = (middle, high) if cost * MIN_STEPS_SHARE <= flops else (low, middle)
+    return math.exp(low)
+
+
+def _training_flops(a: Anchor) -> float:
+    vocab_size = VOCAB_SIZES.get(a.tokenizer, default_vocab_size(round(a.megabytes * 1e6)))
+    model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // HEAD_SIZE, a.n_embd)
+    tokens = a.max_steps * a.sequences * a.context_length
+    return float(tokens * flops_per_token(model, a.context_length))
+
+
+def _shape(anchor: Anchor, num_bytes: int, fixed: Mapping[str, Any]) -> dict[str, int]:
+    """Layers, widths and lengths that are valid together with those that the user set."""
+    n_embd, n_head = anchor.n_embd, anchor.n_embd // HEAD_SIZE
+    if "n_embd" in fixed:
+        most = max(1, fixed["n_embd"] // HEAD_SIZE)
+        n_head = next(n for n in range(most, 0, -1) if fixed["n_embd"] % n == 0)
+    elif "n_head" in fixed:
+        n_embd = max(1, round(n_embd / max(1, fixed["n_head"]))) * fixed["n_head"]
+    context_length = min(anchor.context_length, _power_of_two(num_bytes / MIN_SEQUENCES_OF_TEXT))
+    context_length = min(context_length, fixed.get("block_size", context_length))
+    return {
+        "n_layer": anchor.n_layer,
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "context_length": context_length,
+        "block_size": fixed.get("context_length", context_length),
+    }
+
+
+def _batch(
+    anchor: Anchor, num_bytes: int, context_length: int, fixed: Mapping[str, Any]
+) -> dict[str, int]:
+    """Sequences per step, at most half of the text's; flags divide them into micro-batches."""
+    sequences = min(anchor.sequences, _power_of_two(num_bytes / max(1, context_length) / 2))
+    batch_size = min(sequences, _power_of_two(MAX_MICRO_BATCH_TOKENS / max(1, context_length)))
+    if "gradient_accumulation_steps" in fixed:
+        batch_size = max(1, round(sequences / max(1, fixed["gradient_accumulation_steps"])))
+    batch_size = fixed.get("batch_size", batch_size)
+    return {
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": max(1, round(sequences / max(1, batch_size))),
+    }
+
+
+def _explain(
+    num_bytes: int,
+    device: DeviceClass,
+    values: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    time_limit: float,
+) -> tuple[str, ...]:
+    v = values
+    vocabulary = {
+        "char": "a larger vocabulary would need more text",
+        "bpe": "a vocabulary learned from this text, in proportion to its size",
+        "gpt2": "enough text for GPT-2's vocabulary",
+    }
+    tokenizer = f"tokenizer {v['tokenizer']}"
+    if v["tokenizer"] in vocabulary and "tokenizer" not in fixed:
+        tokenizer += f": {vocabulary[v['tokenizer']]}"
+    regularization = "they keep the model from memorizing what it reads many times"
+    if not v["dropout"]:
+        regularization = "with so much text, or so small a model, there is little to memorize"
+    limited = f", as large as --time_limit {time_limit:g} allows" if time_limit else ""
+    sequences = v["batch_size"] * v["gradient_accumulation_steps"]
+    lines = [
+        f"auto: about {_format_size(num_bytes)} of text to train on, {device.upper()}",
+        f"  {tokenizer}",
+        f"  {pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
+        f"{v['context_length']:,} tokens{limited}",
+        f"  weight_decay {v['weight_decay']:g}, dropout {v['dropout']:g}: {regularization}",
+        f"  {v['max_steps']:,} steps of {sequences:,} sequences, max_lr {v['max_lr']:g}, "
+        f"ema {v['ema']:g}",
+    ]
+    if shown := [f"{name} {fixed[name]}" for name in sorted(RECIPE_FIELDS & fixed.keys())]:
+        lines.append(f"  explicit: {', '.join(shown)}")
+    return tuple(lines)
+
+
+def _format_size(num_bytes: int) -> str:
+    if num_bytes < 10**6:
+        return f"{num_bytes / 1e3:.3g} KB"
+    return f"{num_bytes / 1e6:.3g} MB" if num_bytes < 10**9 else f"{num_bytes / 1e9:.3g} GB"
+
+
+def _round(value: float) -> float:
+    """Round to two significant digits."""
+    return float(f"{value:.1e}")
+
+
+def _nice(value: float) -> int:
+    """The largest of 1, 2, 5, 10, 20, 50, ... that is not above `value`; at least 1."""
+    power = 10 ** math.floor(math.log10(max(1.0, value)))
+    return next(int(factor * power) for factor in (5, 2, 1) if factor * power <= max(1.0, value))
+
+
+def _power_of_two(value: float) -> int:
+    """The largest power of two that is not above `value`; at least 1."""
+    return int(2 ** math.floor(math.log2(max(1.0, value))))

@@ -1,0 +1,171 @@
+"""`--preset auto` from the command line to the run folder, and back when it resumes."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptforge.builders import auto_config, recipe
+from gptforge.builders.build_trainer import build_trainer
+from gptforge.builders.step_timing import StepTiming
+from gptforge.checkpoint.store import read_config
+from gptforge.cli.parsing import parse_train_args, resolve_preset
+from gptforge.config import Config
+from gptforge.data.prepare.pipeline import prepare
+from gptforge.data.prepare.request import PrepareRequest
+from gptforge.presets import get_preset
+from tests.train.runs import StopAfter, events, last
+
+AUTO = ("--preset", "auto", "--device", "cpu")
+TINY = {"n_layer": 1, "n_embd": 16, "max_steps": 12}
+OTHER_ANCHORS = {
+    name: tuple(dataclasses.replace(a, n_layer=2, max_lr=5e-4, dropout=0.4) for a in anchors)
+    for name, anchors in recipe.ANCHORS.items()
+}
+
+
+@pytest.fixture
+def config(play, tmp_path, monkeypatch) -> Config:
+    """A small run whose remaining fields the rule chooses."""
+    monkeypatch.chdir(tmp_path)
+    return dataclasses.replace(get_preset("auto"), input="play.txt", device="cpu", **TINY)
+
+
+def build(config: Config, *more: str):
+    trainer = build_trainer(config, explicit=[*TINY, *more])
+    assert trainer is not None
+    return trainer
+
+
+def losses(config: Config) -> list[float]:
+    return [event["loss"] for event in events(config, "train")]
+
+
+def test_chosen_values_are_stored_with_the_run(config, messages) -> None:
+    trainer = build(config)
+    assert trainer.config.out_dir == "runs/play-auto"
+    assert trainer.fit() == "finished"
+    stored = read_config(last(trainer.config))
+    chosen = recipe.make_recipe(6228, "cpu", explicit=TINY).values
+    assert stored.tokenizer == chosen["tokenizer"] == "char"
+    for name in ("n_head", "context_length", "max_lr", "weight_decay", "ema", "batch_size"):
+        assert getattr(stored, name) == chosen[name], name
+    assert any("6.23 KB of text to train on, CPU" in line for line in messages)
+    assert any("explicit: max_steps 12, n_embd 16, n_layer 1" in line for line in messages)
+
+
+def test_resumed_run_does_not_depend_on_the_rule(config, monkeypatch) -> None:
+    straight = dataclasses.replace(config, out_dir="straight", save_every=100)
+    build(straight, "out_dir").fit()
+    trainer = build(config)
+    trainer.stop_signal = StopAfter(7)
+    assert trainer.fit() == "interrupted"
+    monkeypatch.setattr(recipe, "ANCHORS", OTHER_ANCHORS)
+    resumed = build(config)
+    assert resumed.config.dropout != 0.4
+    assert resumed.fit() == "finished"
+    assert losses(resumed.config) == losses(straight)
+
+
+def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeypatch) -> None:
+    flags = ("--n_layer", 1, "--n_embd", 16, "--max_steps", 2, "--input", play)
+    assert program(*AUTO, *flags, "--out_dir", "a").code == 0
+    monkeypatch.setattr(recipe, "ANCHORS", OTHER_ANCHORS)
+    assert program("--config", "a/config.toml", "--out_dir", "b").code == 0
+    first, second = (read_config(Path(name) / "checkpoints" / "step-000002") for name in "ab")
+    assert dataclasses.replace(second, out_dir="a") == first
+
+
+def test_time_limit_cuts_the_steps_of_a_new_run_only(config, monkeypatch) -> None:
+    config = dataclasses.replace(config, time_limit=10, max_steps=get_preset("auto").max_steps)
+    flags = ["n_layer", "n_embd", "time_limit"]
+    monkeypatch.setattr(auto_config, "_flops_per_second", lambda *_: 1e15)
+    for seconds, is_new in ((55.0, True), (1.0, False)):
+        timing = StepTiming(seconds / 16, "faked")
+        monkeypatch.setattr(auto_config, "time_step", lambda *_, t=timing, **__: t)
+        trainer = build_trainer(config, explicit=flags)
+        assert trainer is not None
+        # 510 of 600 seconds, less the start: 8 steps, and at the end an evaluation.
+        assert trainer.config.max_steps == 8
+        assert trainer.state.step == (0 if is_new else 3)
+        trainer.stop_signal = StopAfter(3)
+        trainer.fit()
+
+
+def test_plan_agrees_with_the_run(program, play) -> None:
+    done = program("plan", *AUTO, "--input", play, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    chosen = recipe.make_recipe(6228, "cpu").values
+    assert found["model"]["n_layer"] == chosen["n_layer"]
+    assert found["run"]["steps"] == chosen["max_steps"]
+    assert found["step"]["context_length"] == chosen["context_length"]
+    assert found["disk"]["out_dir"] == "runs/play-auto"
+    assert "auto: about" in done.err
+
+
+def test_prepared_shards_keep_their_tokenizer(config, tmp_path) -> None:
+    prepare(tmp_path / "shards", PrepareRequest(("play.txt",), tokenizer="byte"))
+    trainer = build(dataclasses.replace(config, input="shards"))
+    assert trainer.tokenizer.name == "byte"
+    assert trainer.config.out_dir == "runs/shards-auto"
+
+
+def test_without_the_package_characters_replace_bpe(config, monkeypatch) -> None:
+    monkeypatch.setattr(
+        recipe,
+        "ANCHORS",
+        {n: tuple(dataclasses.replace(a, tokenizer="bpe") for a in anchors)
+         for n, anchors in recipe.ANCHORS.items()},
+    )  # fmt: skip
+    assert build(dataclasses.replace(config, out_dir="a"), "out_dir").tokenizer.name == "bpe"
+    monkeypatch.setattr(auto_config.importlib.util, "find_spec", lambda name: None)
+    assert build(dataclasses.replace(config, out_dir="b"), "out_dir").tokenizer.name == "char"
+
+
+@pytest.mark.parametrize(
+    ("args", "preset"),
+    [
+        (("--input", "play.txt"), "auto"),
+        (("--input", "play.txt", "--device", "cpu"), "shakespeare-cpu"),
+        (("--input", "bundled:input.txt"), "gpt2"),
+        ((), "gpt2"),
+        (("--input", "play.txt", "--init_from", "some/run"), "gpt2"),
+        (("--input", "play.txt", "--preset", "debug"), "debug"),
+    ],
+)
+def test_preset_for_a_text_on_a_gpu(play, tmp_path, monkeypatch, args, preset) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_preset(*parse_train_args(args)).preset == preset
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes")
+def test_pipe_has_no_size_and_takes_gpt2(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    os.mkfifo("pipe")
+    assert resolve_preset(*parse_train_args(["--input", "pipe"])).preset == "gpt2"
+
+
+def test_run_of_an_earlier_version_resumes_with_its_preset(play, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Path("runs/gpt2").mkdir(parents=True)
+    text = 'preset = "gpt2"\ninput = "play.txt"\n[made_by]\n'
+    Path("runs/gpt2/config.toml").write_text(text)
+    preset_of = lambda *args: resolve_preset(*parse_train_args(args)).preset  # noqa: E731
+    assert preset_of("--input", "play.txt") == "gpt2"
+    assert preset_of("--input", "other.txt") == "auto"
+    assert preset_of("--input", "play.txt", "--restart") == "auto"
+    assert preset_of("--input", "play.txt", "--out_dir", "elsewhere") == "auto"
+
+
+def test_commands_without_a_text_refuse_it(program, play) -> None:
+    refused = program("bench", *AUTO)
+    assert refused.code == 2
+    assert "--preset auto fits a text, and none is read here" in refused.err
+    assert program("doctor", play, "--preset", "auto").code == 0
