@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from gptforge import files
-from gptforge.cli import bench, demo, doctor, eval, export, plan, prepare, sample, tokenizer, train
+from gptforge.cli import (
+    bench,
+    demo,
+    doctor,
+    eval,
+    export,
+    plan,
+    prepare,
+    sample,
+    sweep,
+    tokenizer,
+    train,
+)
 from gptforge.errors import RunError, Terminated, UserError
 from gptforge.printable import print_stderr, printable
 from gptforge.shell import quote
@@ -35,6 +47,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "import": (export.import_main, "import a GPT-2 from Hugging Face or nanoGPT"),
     "demo": (demo.main, "serve a model as a web page"),
     "plan": (plan.main, "show what a run will be and cost, and whether it fits"),
+    "sweep": (sweep.main, "search the best hyperparameters with many training runs"),
     "bench": (bench.main, "measure how fast this machine trains and generates"),
     "doctor": (doctor.main, "check this machine or a dataset for problems"),
 }
