@@ -1,7 +1,6 @@
-"""`--preset auto` on this machine: the size of the text, what the device reaches, a run's own."""
+"""Presets that fit the text, on this machine: its size, what the device reaches, a resumed run."""
 
 import dataclasses
-import importlib.util
 import logging
 import time
 from collections.abc import Collection
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gptforge.builders.memory_fit import MemoryEstimator
-from gptforge.builders.recipe import RECIPE_FIELDS, fit_steps, make_recipe
+from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, fit_steps, make_recipe
 from gptforge.builders.resolve import MODEL_FIELDS, last_checkpoint
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.step_timing import time_step
@@ -19,7 +18,7 @@ from gptforge.config import FIELDS, Config, merge, read_toml, validate
 from gptforge.data.dataset import Dataset, resolve_input
 from gptforge.data.text_size import estimate_text_size
 from gptforge.device import Precision, select_device, select_precision, synchronize
-from gptforge.errors import RunError
+from gptforge.errors import RunError, UserError
 from gptforge.presets import AUTO
 from gptforge.report.format import format_duration
 
@@ -33,7 +32,9 @@ MATMUL_SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}
 def resolve_auto(
     config: Config, explicit: Collection[str], *, device: str, world_size: int = 1
 ) -> Config:
-    """Fill in the fields that `--preset auto` leaves to the text; other presets are unchanged.
+    """Fill in the fields that auto and the shakespeare presets leave to the text.
+
+    Other presets are unchanged.
 
     A run that resumes keeps its own values, and so does the configuration file of a run: they do
     not depend on this rule any more.
@@ -47,19 +48,24 @@ def resolve_auto(
     Raises:
         UserError: if the size of the text is unknown.
     """
-    if config.preset != AUTO or _is_resolved(config):
+    if config.preset not in FITTED_PRESETS or _is_resolved(config):
         return config
     if (old := _config_of_run(config)) is not None:
         stored = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}
         return dataclasses.replace(config, **stored)
     others = {n: getattr(config, n) for n in FIELDS.keys() - RECIPE_FIELDS - MODEL_FIELDS}
     validate(Config(**others))
-    size = estimate_text_size(
-        resolve_input(config.input),
-        val_fraction=config.val_fraction,
-        kind=config.kind,
-        split_by_name=config.split_by_name,
-    )
+    try:
+        size = estimate_text_size(
+            resolve_input(config.input),
+            val_fraction=config.val_fraction,
+            kind=config.kind,
+            split_by_name=config.split_by_name,
+        )
+    except UserError:
+        if config.preset == AUTO:
+            raise
+        return config  # for a text of the usual size; a mistake is found when the text is read
     fixed = set(explicit)
     if config.init_from:
         fixed |= {*MODEL_FIELDS, "tokenizer", "context_length"}
@@ -69,15 +75,15 @@ def resolve_auto(
         fixed_values["tokenizer"] = size.tokenizer_name
     recipe = make_recipe(
         size.num_bytes,
-        "gpu" if torch_device.type == "cuda" else "cpu",
-        time_limit=config.time_limit,
+        FITTED_PRESETS[config.preset] or ("gpu" if torch_device.type == "cuda" else "cpu"),
+        preset=config.preset,
+        time_limit=config.time_limit if config.preset == AUTO else 0.0,
         flops_per_second=world_size * _flops_per_second(torch_device, config),
         explicit=fixed_values,
-        has_bpe=importlib.util.find_spec("tokenizers") is not None,
     )
     for line in recipe.reasons:
         logger.info(line)
-    return merge(config, recipe.values, source="preset auto")
+    return merge(config, recipe.values, source=f"preset {config.preset}")
 
 
 def fit_time_limit(
@@ -133,7 +139,7 @@ def _is_resolved(config: Config) -> bool:
     if not config.config:
         return False
     values, is_from_run = read_toml(Path(config.config))
-    return is_from_run and values.get("preset") == AUTO
+    return is_from_run and values.get("preset") in FITTED_PRESETS
 
 
 def _config_of_run(config: Config) -> Config | None:
@@ -142,7 +148,7 @@ def _config_of_run(config: Config) -> Config | None:
     if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
         return None
     old = checkpoints.read_config(last, with_model=False)
-    return old if old.preset == AUTO else None
+    return old if old.preset == config.preset else None
 
 
 def _flops_per_second(device: torch.device, config: Config) -> float:

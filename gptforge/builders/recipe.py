@@ -24,6 +24,7 @@ class Anchor:
 
     megabytes: float
     tokenizer: str  # from this size on
+    optimizer: str  # from this size on
     n_layer: int
     n_embd: int
     context_length: int
@@ -31,31 +32,45 @@ class Anchor:
     max_steps: int
     max_lr: float
     weight_decay: float
+    muon_weight_decay: float
     dropout: float
-    ema: float
+    token_noise: float
 
 
 # fmt: off
 ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     "gpu": (
-        #       MB  tokenizer layers n_embd  T   seqs   steps  max_lr decay dropout  ema
-        Anchor(  0.01, "char",   4,  128,  128,   32,  1_000, 2e-3,  4.0,  0.3,  0.99),
-        Anchor(  0.3,  "char",   6,  384,  256,   64,  2_000, 1e-3,  4.0,  0.3,  0.998),
-        Anchor(  1,    "char",   8,  512,  256,   64,  3_000, 1e-3,  3.0,  0.25, 0.998),
-        Anchor(  5,    "bpe",    8,  512,  256,   64,  4_000, 1e-3,  1.0,  0.1,  0.998),
-        Anchor( 20,    "bpe",   10,  640,  512,   64,  6_000, 1e-3,  0.4,  0.1,  0.998),
-        Anchor(100,    "gpt2",  12,  768, 1024,  128,  6_000, 6e-4,  0.1,  0.0,  0.998),
-        Anchor(10_000, "gpt2",  12,  768, 1024,  128, 19_000, 6e-4,  0.1,  0.0,  0.998),
+        #       MB   tokenizer optimizer layers width T seqs steps    lr  decay muon's drop noise
+        Anchor(  0.01, "char", "muon",   4, 128,  128,  32,  1_000, 1e-3, 4.0, 2.0, 0.3, 0.10),
+        Anchor(  0.3,  "char", "muon",   6, 384,  256,  64,  1_500, 1e-3, 4.0, 1.6, 0.3, 0.08),
+        Anchor(  1,    "char", "muon",   6, 384,  256,  64,  3_000, 1e-3, 3.0, 1.2, 0.2, 0.05),
+        Anchor(  5,    "char", "muon",   8, 512,  256,  64,  5_000, 1e-3, 1.0, 0.5, 0.1, 0.01),
+        Anchor( 20,    "bpe",  "muon",  10, 640,  512,  64,  6_000, 1e-3, 0.4, 0.2, 0.1, 0.00),
+        Anchor(100,    "gpt2", "adamw", 12, 768, 1024, 128,  6_000, 6e-4, 0.1, 0.1, 0.0, 0.00),
+        Anchor(10_000, "gpt2", "adamw", 12, 768, 1024, 128, 19_000, 6e-4, 0.1, 0.1, 0.0, 0.00),
     ),
     "cpu": (
-        Anchor(  0.01, "char",   4,   64,   64,   16,  2_000, 4e-3,  1.0,  0.1,  0.99),
-        Anchor(  1,    "char",   4,  128,  128,   16,  3_000, 4e-3,  0.1,  0.0,  0.998),
-        Anchor( 20,    "bpe",    4,  192,  128,   16, 10_000, 3e-3,  0.1,  0.0,  0.998),
-        Anchor(10_000, "bpe",    6,  256,  256,   32, 50_000, 2e-3,  0.1,  0.0,  0.998),
+        Anchor(  0.01, "char", "muon",   4,  64,   64,  16,  2_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
+        Anchor(  0.3,  "bpe",  "muon",   4, 128,  128,  16,  2_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
+        Anchor(  1,    "bpe",  "muon",   4, 128,  128,  16,  2_000, 4e-3, 0.5, 0.5, 0.0, 0.00),
+        Anchor(  5,    "bpe",  "muon",   4, 128,  128,  16,  2_000, 4e-3, 0.1, 0.1, 0.0, 0.00),
+        Anchor( 20,    "bpe",  "muon",   4, 192,  128,  16, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00),
+        Anchor(10_000, "bpe",  "muon",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00),
     ),
 }
 # fmt: on
-HEAD_SIZE = 64
+FITTED_PRESETS: dict[str, DeviceClass | None] = {
+    "auto": None,
+    "shakespeare": "gpu",
+    "shakespeare-cpu": "cpu",
+}
+"""Presets whose values follow from the text, and for which device; None: the one that trains."""
+MAX_PRESET_MEGABYTES = 5
+"""The presets with a fixed device are for texts up to this size."""
+HEAD_SIZES: dict[DeviceClass, int] = {"gpu": 64, "cpu": 32}
+WIDTH_MULTIPLE = 64
+MUON_LR: dict[DeviceClass, float] = {"gpu": 5e-3, "cpu": 1e-2}
+EMA_DECAY = 0.998
 MIN_LR_RATIO = 0.1
 MIN_SEQUENCES_OF_TEXT = 16
 """A sequence is at most this fraction of the text."""
@@ -77,6 +92,7 @@ RECIPE_FIELDS = frozenset(
     {
         *("tokenizer", "n_layer", "n_head", "n_embd", "block_size", "context_length"),
         *("batch_size", "gradient_accumulation_steps", "random_offset", "dropout", "weight_decay"),
+        *("optimizer", "muon_lr", "muon_weight_decay", "token_noise"),
         *("ema", "beta2", "max_lr", "min_lr", "max_steps", "eval_tokens"),
         *("warmup_steps", "log_every", "eval_every", "save_every", "sample_every"),
     }
@@ -96,39 +112,43 @@ def make_recipe(
     num_bytes: int,
     device: DeviceClass,
     *,
+    preset: str = "auto",
     time_limit: float = 0.0,
     flops_per_second: float = 0.0,
     explicit: Mapping[str, Value] | None = None,
-    has_bpe: bool = True,
 ) -> Recipe:
     """Choose a configuration for a text.
 
     Args:
         num_bytes: about so many bytes of text to train on.
         device: what trains.
+        preset: one of FITTED_PRESETS.
         time_limit: minutes to train; 0: as many as it takes.
         flops_per_second: about what training reaches; 0: unknown, and the limit changes nothing.
         explicit: fields that the user set. They win, and the others adapt to them.
-        has_bpe: whether a BPE can be learned, which takes the package tokenizers.
     """
     fixed: dict[str, Any] = dict(explicit or {})
-    anchors = ANCHORS[device]
-    text = _interpolate(anchors, num_bytes / 1e6)
+    anchors, megabytes = ANCHORS[device], num_bytes / 1e6
+    if preset != "auto":
+        megabytes = min(megabytes, MAX_PRESET_MEGABYTES)
+    text = _interpolate(anchors, megabytes)
     affordable = text
     if time_limit > 0 and flops_per_second > 0 and "max_steps" not in fixed:
         budget = time_limit * 60 * USABLE_TIME * flops_per_second
-        affordable = _interpolate(anchors, min(num_bytes / 1e6, _affordable(anchors, budget)))
+        affordable = _interpolate(anchors, min(megabytes, _affordable(anchors, budget)))
     values: dict[str, Any] = {
         "tokenizer": affordable.tokenizer,
         "dropout": text.dropout,
         "weight_decay": text.weight_decay,
-        "ema": text.ema,
+        "token_noise": text.token_noise,
+        "ema": EMA_DECAY,
+        "muon_lr": MUON_LR[device],
+        "muon_weight_decay": text.muon_weight_decay,
         "random_offset": True,
         "eval_tokens": 2**16 if device == "cpu" else 2**21 if num_bytes > LARGE_TEXT_BYTES else 0,
     }
-    if affordable.tokenizer == "bpe" and not has_bpe:
-        values["tokenizer"] = "char"
-    values |= _shape(affordable, num_bytes, fixed) | fixed
+    values["optimizer"] = fixed.get("optimizer", affordable.optimizer)
+    values |= _shape(affordable, num_bytes, HEAD_SIZES[device], fixed) | fixed
     values |= _batch(affordable, num_bytes, int(values["context_length"]), fixed) | fixed
     sequences = values["batch_size"] * values["gradient_accumulation_steps"]
     is_small = sequences * values["context_length"] <= SMALL_STEP_TOKENS
@@ -138,7 +158,9 @@ def make_recipe(
     # The text decides how often it may be read; a time limit cuts the steps when they are timed.
     values["max_steps"] = max(affordable.max_steps, fixed.get("warmup_steps", 0))
     values |= intervals(fixed.get("max_steps", values["max_steps"])) | fixed
-    reasons = _explain(num_bytes, device, values, fixed, time_limit if affordable != text else 0)
+    reasons = _explain(
+        preset, num_bytes, device, values, fixed, time_limit if affordable != text else 0
+    )
     return Recipe({name: v for name, v in values.items() if name not in fixed}, reasons)
 
 
@@ -199,7 +221,7 @@ def intervals(max_steps: int) -> dict[str, int]:
 def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
     """Interpolate between the anchors on both sides, and snap to usual values.
 
-    Sizes and rates are interpolated in their logarithms, dropout and EMA as they are, against the
+    Sizes and rates are interpolated in their logarithms, dropout and noise as they are, against the
     logarithm of the size. Rounding keeps the order, so a larger text never has a smaller model.
     """
     megabytes = min(max(megabytes, anchors[0].megabytes), anchors[-1].megabytes)
@@ -219,16 +241,18 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
 
     return Anchor(
         megabytes=megabytes,
-        tokenizer=high.tokenizer if share == 1.0 else low.tokenizer,
+        tokenizer=(high if share == 1.0 else low).tokenizer,
+        optimizer=(high if share == 1.0 else low).optimizer,
         n_layer=round(geometric("n_layer")),
-        n_embd=round(geometric("n_embd") / HEAD_SIZE) * HEAD_SIZE,
+        n_embd=round(geometric("n_embd") / WIDTH_MULTIPLE) * WIDTH_MULTIPLE,
         context_length=2 ** round(math.log2(geometric("context_length"))),
         sequences=2 ** round(math.log2(geometric("sequences"))),
         max_steps=round(_round(geometric("max_steps"))),
         max_lr=_round(geometric("max_lr")),
         weight_decay=_round(geometric("weight_decay")),
+        muon_weight_decay=_round(geometric("muon_weight_decay")),
         dropout=round(linear("dropout") * 20) / 20,
-        ema=round(linear("ema"), 3),
+        token_noise=round(linear("token_noise"), 2),
     )
 
 
@@ -246,16 +270,18 @@ def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
 
 def _training_flops(a: Anchor) -> float:
     vocab_size = VOCAB_SIZES.get(a.tokenizer, default_vocab_size(round(a.megabytes * 1e6)))
-    model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // HEAD_SIZE, a.n_embd)
+    model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // WIDTH_MULTIPLE, a.n_embd)
     tokens = a.max_steps * a.sequences * a.context_length
     return float(tokens * flops_per_token(model, a.context_length))
 
 
-def _shape(anchor: Anchor, num_bytes: int, fixed: Mapping[str, Any]) -> dict[str, int]:
+def _shape(
+    anchor: Anchor, num_bytes: int, head_size: int, fixed: Mapping[str, Any]
+) -> dict[str, int]:
     """Layers, widths and lengths that are valid together with those that the user set."""
-    n_embd, n_head = anchor.n_embd, anchor.n_embd // HEAD_SIZE
+    n_embd, n_head = anchor.n_embd, anchor.n_embd // head_size
     if "n_embd" in fixed:
-        most = max(1, fixed["n_embd"] // HEAD_SIZE)
+        most = max(1, fixed["n_embd"] // head_size)
         n_head = next(n for n in range(most, 0, -1) if fixed["n_embd"] % n == 0)
     elif "n_head" in fixed:
         n_embd = max(1, round(n_embd / max(1, fixed["n_head"]))) * fixed["n_head"]
@@ -286,6 +312,7 @@ def _batch(
 
 
 def _explain(
+    preset: str,
     num_bytes: int,
     device: DeviceClass,
     values: Mapping[str, Any],
@@ -304,16 +331,19 @@ def _explain(
     regularization = "they keep the model from memorizing what it reads many times"
     if not v["dropout"]:
         regularization = "with so much text, or so small a model, there is little to memorize"
+    decay = f"weight_decay {v['weight_decay']:g}"
+    if v["optimizer"] == "muon":
+        decay += f" ({v['muon_weight_decay']:g} with Muon)"
     limited = f", as large as --time_limit {time_limit:g} allows" if time_limit else ""
     sequences = v["batch_size"] * v["gradient_accumulation_steps"]
     lines = [
-        f"auto: about {_format_size(num_bytes)} of text to train on, {device.upper()}",
+        f"{preset}: about {_format_size(num_bytes)} of text to train on, {device.upper()}",
         f"  {tokenizer}",
         f"  {pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
         f"{v['context_length']:,} tokens{limited}",
-        f"  weight_decay {v['weight_decay']:g}, dropout {v['dropout']:g}: {regularization}",
-        f"  {v['max_steps']:,} steps of {sequences:,} sequences, max_lr {v['max_lr']:g}, "
-        f"ema {v['ema']:g}",
+        f"  {decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
+        f"  {v['max_steps']:,} steps of {sequences:,} sequences, {v['optimizer']}, max_lr "
+        f"{v['max_lr']:g}, ema {v['ema']:g}",
     ]
     if shown := [f"{name} {fixed[name]}" for name in sorted(RECIPE_FIELDS & fixed.keys())]:
         lines.append(f"  explicit: {', '.join(shown)}")
