@@ -10,13 +10,7 @@ from typing import Any
 from gptforge.errors import UserError, parsing
 from gptforge.files import atomic_write, read_text
 from gptforge.printable import short_repr
-from gptforge.tokenizers.base import (
-    Tokenizer,
-    Tokens,
-    byte_lengths,
-    char_lengths,
-    decode,
-)
+from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, char_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 __all__ = [
