@@ -25,7 +25,8 @@ def tokenizer_json(tokenizer: Tokenizer, eos_id: int | None = None) -> dict[str,
     if record["kind"] == "char":
         content = _word_level(record["alphabet"])
     elif record["kind"] == "byte":
-        content = _byte_level({char: byte for byte, char in bytes_to_unicode().items()}, [])
+        chars = bytes_to_unicode()
+        content = _byte_level({chars[byte]: byte for byte in range(256)}, [])
     else:
         from gptforge.tokenizers.gpt2 import build_vocab
 
