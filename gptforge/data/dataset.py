@@ -161,10 +161,9 @@ def check_length(dataset: Dataset, context_length: int, *, random_offset: bool =
         size = f"the training text, {train} tokens of {path}: {too_short_hint(train)}"
         raise UserError(f"--context_length {context_length} is longer than {size}")
     if dataset.val_fraction and len(dataset.val) < 2:
-        held_out = (
-            f"--val_fraction {dataset.val_fraction} holds out {len(dataset.val)} token of {path}"
-        )
-        raise UserError(f"{held_out}: a validation loss needs 2; {dataset.more_val_hint}")
+        size = f"--val_fraction {dataset.val_fraction} holds out {len(dataset.val)} token"
+        hint = f"a validation loss needs 2; {dataset.more_val_hint}"
+        raise UserError(f"{size} of {path}: {hint}")
 
 
 def _open_prepared(path: Path, index: Index, options: DatasetOptions) -> Dataset:

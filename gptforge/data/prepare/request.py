@@ -14,7 +14,7 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.printable import pluralize
 from gptforge.tokenizers import Tokenizer
 
-END_BYTES = 2**16
+FINGERPRINT_BYTES = 2**16  # at each end of a file
 MAX_SUFFIXES = 5  # suffixes of ignored files that are listed
 
 
@@ -93,9 +93,9 @@ def fingerprint(path: Path) -> str:
 def read_ends(path: Path) -> bytes:
     """Return the first and the last 64 KiB of a file; all of it, or twice, if it is shorter."""
     with path.open("rb") as file:
-        head = file.read(END_BYTES)
-        file.seek(max(0, path.stat().st_size - END_BYTES))
-        return head + file.read(END_BYTES)
+        head = file.read(FINGERPRINT_BYTES)
+        file.seek(max(0, path.stat().st_size - FINGERPRINT_BYTES))
+        return head + file.read(FINGERPRINT_BYTES)
 
 
 def _describe_copies(sources: Sequence[Source], val_sources: Sequence[int]) -> list[str]:
