@@ -80,8 +80,8 @@ class DatasetOptions:
     """How to read `--input`."""
 
     tokenizer: str | Tokenizer = "gpt2"
-    vocab_size: int = 0  # ids that the tokenizer bpe learns; 0: by the size of the text
     val_fraction: float = 0.1
+    vocab_size: int = 0  # ids that the tokenizer bpe learns; 0: by the size of the text
     text_format: TextFormat = field(default_factory=TextFormat)
     raw_bin: bool = False
     require_tokenizer: bool = False  # refuse shards of another one instead of using theirs
