@@ -1,37 +1,27 @@
-"""File access that survives crashes and hostile files.
-
-Writing leaves the old or the new file, never half of one. Files from elsewhere are opened only if
-they are regular, of bounded size and, on request, no symbolic links.
-"""
+"""File access that survives crashes and hostile files."""
 
 import atexit
 import contextlib
 import errno
-import fnmatch
 import functools
 import hashlib
+import itertools
 import json
-import math
 import os
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from glob import has_magic
+from glob import glob, has_magic
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
-MAX_TEXT_BYTES = 16 * 2**20
-"""Ten times the largest text file of a checkpoint, GPT-2's merge list."""
+MAX_TEXT_BYTES = 16 * 2**20  # ten times the largest text file of a checkpoint, GPT-2's merge list
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-"""The disk, or the user's quota, is full."""
-
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+DISK_FULL_ERRNOS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # or a user's quota
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -61,62 +51,32 @@ def nonregular_kind(path: Path, *, follow_symlinks: bool = True) -> str:
 def open_regular(
     path: Path, mode: str = "rb", *, follow_symlinks: bool = True, **options: Any
 ) -> IO[Any]:
-    """Open a regular file; never blocks, as opening a pipe would.
+    """Open a regular file; anything else is a NonRegularFileError, as reading it might never end.
 
-    Args:
-        path: the file.
-        mode: as for `open`.
-        follow_symlinks: False for files inside a run folder, which must not lead out of it.
-        options: more arguments for `open`.
-
-    Raises:
-        NonRegularFileError: if it is not a regular file.
+    Links are followed unless the file is inside a run folder, which they must not lead out of.
     """
     if kind := nonregular_kind(path, follow_symlinks=follow_symlinks):
         raise NonRegularFileError(errno.EINVAL, f"{kind}, not a regular file", path.as_posix())
-
-    def opener(name: str, flags: int) -> int:
-        # The file may have been replaced since the check above.
-        fd = os.open(name, flags | _NO_WAIT | (0 if follow_symlinks else _NO_FOLLOW), 0o666)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise NonRegularFileError(errno.EINVAL, "not a regular file", path.as_posix())
-        return fd
-
-    return open(path, mode, opener=opener, **options)
+    return path.open(mode, **options)
 
 
 def read_bounded(path: Path, max_bytes: int, *, follow_symlinks: bool = True) -> bytes:
-    """Read a regular file.
-
-    Raises:
-        OSError: if it has more than `max_bytes` bytes or is not regular.
-    """
+    """Read a regular file; an OSError if it has more than `max_bytes` bytes or is not regular."""
+    check_file_size(path, max_bytes, follow_symlinks=follow_symlinks)
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
-        # Some system files claim size 0, and others may grow meanwhile.
-        data: bytes = file.read(max_bytes + 1)
-    _check_size(path, len(data), max_bytes)
-    return data
+        return cast(bytes, file.read(max_bytes))
 
 
 def check_file_size(path: Path, max_bytes: int, *, follow_symlinks: bool = True) -> None:
     """Raise the errors of `read_bounded` for a file that a library will read."""
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
-
-
-def _check_size(path: Path, size: int, max_bytes: int) -> None:
+        size = os.fstat(file.fileno()).st_size
     if size > max_bytes:
         raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
 
 
 def read_text(path: Path, *, follow_symlinks: bool = True) -> str:
-    """Read a small text file without its byte order mark and with `\\n` as line ends.
-
-    Raises:
-        OSError: if it is larger than any text file that this package writes.
-    """
+    """Read a text file of at most MAX_TEXT_BYTES, without its byte order mark, and with `\\n`."""
     data = read_bounded(path, MAX_TEXT_BYTES, follow_symlinks=follow_symlinks)
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -165,10 +125,10 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def private_temp_dir() -> Path:
-    """A folder inside the temporary directory that no other user can read or write.
+    """A folder in the temporary directory that only this user's processes can access.
 
-    All processes of a user get the same one. If its name is taken, as by a folder of another user,
-    this process gets a new one, which is deleted when it ends.
+    If its name is taken, as by a folder of another user, it is a new one that lasts as long as this
+    process.
     """
     return _private_dir_in(Path(tempfile.gettempdir()))
 
@@ -200,20 +160,17 @@ def fsync(path: Path) -> None:
 
 def fsync_dir(path: Path) -> None:
     """Flush a folder's entries to disk; Windows neither can nor needs to."""
-    if os.name == "nt":
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    if os.name != "nt":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def is_finite_number(value: object) -> bool:
     """Whether a JSON value is a number to compute with: not a bool, NaN or 10**400."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 1e100
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e100
 
 
 def sha256(path: Path) -> str:
@@ -224,11 +181,8 @@ def sha256(path: Path) -> str:
 
 def json_line(record: Mapping[str, object]) -> str:
     """Format a JSON object as one line; NaN and infinity become null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+    return json.dumps(finite) + "\n"
 
 
 def set_link(link: Path, target: str) -> None:
@@ -239,11 +193,10 @@ def set_link(link: Path, target: str) -> None:
     """
     temporary = link.with_name(f".{link.name}.partial")
     remove(temporary)
-    try:
-        if os.name == "nt":
-            raise OSError("no links")
-        temporary.symlink_to(target, target_is_directory=True)
-    except OSError:
+    if os.name != "nt":
+        with contextlib.suppress(OSError):
+            temporary.symlink_to(target, target_is_directory=True)
+    if not os.path.lexists(temporary):
         temporary.write_text(target + "\n", encoding="utf-8")
         fsync(temporary)
     if link.is_dir() and not link.is_symlink():
@@ -272,12 +225,9 @@ def remove(path: Path) -> None:
 
 def move_to_backup(path: Path, suffix: str) -> Path:
     """Rename `path` to the first free of `path.suffix-1`, `-2`, ...; returns the new path."""
-    number = 1
+    backups = (path.with_name(f"{path.name}.{suffix}-{i}") for i in itertools.count(1))
     # lexists: a dangling link is in the way as well.
-    while os.path.lexists(backup := path.with_name(f"{path.name}.{suffix}-{number}")):
-        number += 1
-    path.rename(backup)
-    return backup
+    return path.rename(next(backup for backup in backups if not os.path.lexists(backup)))
 
 
 def is_inside(folder: Path, name: str) -> bool:
@@ -299,49 +249,33 @@ def expand_glob(pattern: str) -> list[Path]:
     """
     path = Path(pattern)
     parts = path.parts[1:] if path.anchor else path.parts
-    return sorted(set(_expand(Path(path.anchor), parts)), key=str)
+    found = {Path(path.anchor)}
+    for part in (*parts, "*") if parts[-1:] == ("**",) else parts:
+        if part == "**":
+            found = set(_walk(found))
+        else:
+            found = {match for base in found for match in _matches(base, part)}
+    return sorted(found, key=str)
 
 
-def _expand(base: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    if not parts:
-        yield base
-        return
-    first, rest = parts[0], parts[1:]
-    if parts[:2] == ("**", "**"):
-        yield from _expand(base, rest)
-    elif first == "**":
-        for folder in _walk(base):
-            yield from _expand(folder, rest or ("*",))
-    elif os.path.lexists(base / first):
-        yield from _expand(base / first, rest)
-    elif has_magic(first):
-        for name in fnmatch.filter(_names_in(base), first):
-            is_hidden = name.startswith(".") and not first.startswith(".")
-            if not is_hidden and (not rest or (base / name).is_dir()):
-                yield from _expand(base / name, rest)
+def _matches(base: Path, part: str) -> list[Path]:
+    if os.path.lexists(base / part):
+        return [base / part]
+    names = glob(part, root_dir=base) if has_magic(part) else []  # noqa: PTH207 (relative names)
+    return [base / name for name in names]
 
 
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return [path.name for path in folder.iterdir()]
-    except OSError:
-        return []
-
-
-def _walk(base: Path) -> Iterator[Path]:
-    """A folder and all folders below it, each once; those behind links come last."""
-    queue, seen = [base], set[tuple[int, int]]()
-    for start in queue:
-        for name, subfolders, _ in os.walk(start):
-            folder = Path(name)
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
+def _walk(bases: Iterable[Path]) -> Iterator[Path]:
+    """These folders and all below them, each once."""
+    seen = set()
+    for base in sorted(bases):
+        for name, subfolders, _ in os.walk(base, followlinks=True):
+            if (folder := real_path(name)) in seen:
                 subfolders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            yield folder
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            queue += [folder / name for name in subfolders if (folder / name).is_symlink()]
+            else:
+                seen.add(folder)
+                yield Path(name)
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
 
 
 def redirect_to_devnull(stream: TextIO) -> None:

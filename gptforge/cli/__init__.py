@@ -34,8 +34,7 @@ from gptforge.printable import print_stderr, printable
 from gptforge.shell import quote
 
 EXIT_USER_ERROR, EXIT_FAILURE = 2, 1
-GOMP_SPINCOUNT = "20000"
-"""How often an OpenMP thread that waits for others polls before it sleeps."""
+GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others polls before it sleeps
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train.main, "train a model or resume a run; the default command"),
@@ -128,9 +127,8 @@ def _raise_on_signals() -> Iterator[None]:
     """
     numbers = []
     if threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ:
-        names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [getattr(signal, name) for name in names]
-        numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+        existing = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        numbers = [n for n in existing if n and signal.getsignal(n) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, _raise_terminated)
     try:

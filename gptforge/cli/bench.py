@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 
 VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320}
 """Default --vocab_size, as there is no text to derive it from."""
-NUM_TOKENS = {"gpt2": 50257}
-"""Ids that stand for a token, where fewer than vocab_size."""
+NUM_TOKENS = {"gpt2": 50257}  # ids that stand for a token, where fewer than vocab_size
 MFU_FORMULA = "MFU = tokens/s x (6 N + 12 L C T) / peak"
 START_TIME = time.perf_counter()
 
@@ -63,9 +62,8 @@ def main(argv: list[str]) -> int:
         try:
             Path(args.profile).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"--profile {args.profile}: cannot create the folder ({error.strerror})"
-            ) from None
+            reason = f"cannot create the folder ({error.strerror})"
+            raise UserError(f"--profile {args.profile}: {reason}") from None
     prewarm_cuda(args.device)
     measure = _measure_generation if args.generate else _measure_training
     with log_to(print_stderr if args.json else safe_print):
@@ -85,12 +83,7 @@ def _measure_training(
     config: Config, explicit: Collection[str], args: BenchConfig
 ) -> dict[str, Any]:
     from gptforge.bench.baselines import build_baseline, describe_baseline
-    from gptforge.bench.train_speed import (
-        StepFn,
-        profile,
-        random_batch,
-        time_training,
-    )
+    from gptforge.bench.train_speed import StepFn, profile, random_batch, time_training
     from gptforge.builders.step_timing import build_bench_step
 
     step = build_bench_step(config, explicit)
@@ -106,11 +99,8 @@ def _measure_training(
         )
     results = time_training(factories, batch, config, repeats=args.repeats)
     results[0]["first_step_seconds"] = first_step_seconds
-    found: dict[str, Any] = {
-        "machine": _machine(step, config),
-        "formula": MFU_FORMULA,
-        "results": results,
-    }
+    machine = _machine(step, config)
+    found: dict[str, Any] = {"machine": machine, "formula": MFU_FORMULA, "results": results}
     logger.info(
         "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
         "| peak GB | speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"

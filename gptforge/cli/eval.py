@@ -83,10 +83,8 @@ def _evaluate_text(args: EvalArgs) -> dict[str, object]:
         device=args.device,
     )
     if not math.isfinite(score.loss):
-        raise RunError(
-            f"{args.run}: loss is NaN or Inf: the training of this model diverged, or its weights "
-            "are too large for this device"
-        )
+        hint = "the training of this model diverged, or its weights are too large for this device"
+        raise RunError(f"{args.run}: loss is NaN or Inf: {hint}")
     if not args.json:
         what = f"loss on {args.data}" if args.data else "held-out loss"
         safe_print(

@@ -12,13 +12,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gptforge.config import (
-    FIELDS,
-    RENAMED_FIELDS,
-    Config,
-    merge,
-    read_toml,
-)
+from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge, read_toml
 from gptforge.errors import UserError
 from gptforge.presets import AUTO, PRESETS, get_preset
 

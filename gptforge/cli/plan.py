@@ -45,32 +45,23 @@ def main(argv: list[str]) -> int:
         print(json.dumps(dataclasses.asdict(plan)))
     else:
         for label, text in _rows(plan):
-            safe_print(_wrap(label, text))
+            label, indent = label.ljust(INDENT), " " * INDENT
+            wrap = textwrap.TextWrapper(
+                100, label, indent, break_long_words=False, break_on_hyphens=False
+            )
+            safe_print(wrap.fill(text))
         for warning in plan.warnings:
             safe_print(f"warning: {warning}")
     return 0 if plan.ok else 1
 
 
-def _wrap(label: str, text: str) -> str:
-    lines = textwrap.wrap(
-        text,
-        100,
-        initial_indent=f"{label:<{INDENT}}",
-        subsequent_indent=" " * INDENT,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return "\n".join(lines)
-
-
 def _rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     model, flops = plan.model, plan.flops
+    shape = f"{model.n_layer} layers x {model.n_embd}, {model.n_head} heads"
+    sizes = f"block_size {model.block_size:,}, vocab_size {model.vocab_size:,}"
+    per_token, per_step, run = map(format_count, (flops.per_token, flops.per_step, flops.run))
     return [
-        (
-            "model",
-            f"{model.preset or 'custom'}: {model.n_layer} layers x {model.n_embd}, {model.n_head} "
-            f"heads, block_size {model.block_size:,}, vocab_size {model.vocab_size:,}",
-        ),
+        ("model", f"{model.preset or 'custom'}: {shape}, {sizes}"),
         (
             "parameters",
             f"{model.parameters:,}; {model.non_embedding_parameters:,} without embeddings",
@@ -78,11 +69,7 @@ def _rows(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("text", _describe_dataset(plan.text)),
         ("step", _describe_step(plan.step, plan.memory)),
         *_run_rows(plan.run),
-        (
-            "FLOPs",
-            f"{format_count(flops.per_token)} per token ({flops.formula}), "
-            f"{format_count(flops.per_step)} per step, {format_count(flops.run)} in total",
-        ),
+        ("FLOPs", f"{per_token} per token ({flops.formula}), {per_step} per step, {run} in total"),
         *_memory_rows(plan.memory),
         ("disk", _describe_disk(plan.disk)),
         ("time", _describe_time(plan.time)),
@@ -112,19 +99,13 @@ def _describe_step(step: StepPlan, memory: MemoryPlan) -> str:
 def _run_rows(run: RunPlan) -> list[tuple[str, str]]:
     # Two significant digits below 0.1, so that a fraction of an epoch is not shown as 0.
     epochs = f"{run.epochs:.1f}" if run.epochs >= 0.1 else f"{run.epochs:.2g}"
-    return [
-        (
-            "run",
-            f"{run.steps:,} steps, {run.tokens:,} tokens: {epochs} epochs over this text, "
-            f"{run.tokens_per_parameter:.2g} tokens per parameter",
-        ),
-        (
-            "",
-            f"(up to about {MAX_USEFUL_EPOCHS} epochs are as good as new text, Muennighoff et al. "
-            f"2023; about {CHINCHILLA_TOKENS_PER_PARAM} tokens per parameter are compute-optimal, "
-            "Hoffmann et al. 2022)",
-        ),
-    ]
+    steps = f"{run.steps:,} steps, {run.tokens:,} tokens: {epochs} epochs over this text"
+    advice = (
+        f"(up to about {MAX_USEFUL_EPOCHS} epochs are as good as new text, Muennighoff et al. "
+        f"2023; about {CHINCHILLA_TOKENS_PER_PARAM} tokens per parameter are compute-optimal, "
+        "Hoffmann et al. 2022)"
+    )
+    return [("run", f"{steps}, {run.tokens_per_parameter:.2g} tokens per parameter"), ("", advice)]
 
 
 def _memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:

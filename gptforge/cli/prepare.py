@@ -90,8 +90,7 @@ def describe(index: "Index") -> str:
             documents = pluralize(index.total(split, "documents"), "document", "documents")
             splits.append(f"{tokens:,} tokens of {documents} {use}")
     num_bytes, tokens = (
-        index.total("train", quantity) + index.total("val", quantity)
-        for quantity in ("bytes", "tokens")
+        sum(index.total(s, q) for s in ("train", "val")) for q in ("bytes", "tokens")
     )
     tokenizer = index.record["tokenizer"]["name"]
     return (

@@ -7,6 +7,7 @@ to stderr.
 import json
 import sys
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -102,8 +103,7 @@ def _stream(model: "LanguageModel", args: SampleArgs, prompt: str, seed: int) ->
         seed=seed,
     )
     # Printed after `stream` has validated its arguments.
-    print(terminal_safe(prompt), end="", flush=True)
-    for chunk in chunks:
+    for chunk in chain([prompt], chunks):
         print(terminal_safe(chunk), end="", flush=True)
     print(flush=True)
 

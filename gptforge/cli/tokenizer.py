@@ -57,20 +57,17 @@ def main(argv: list[str]) -> int:
 
 
 def _iter_text(args: TrainArgs) -> Iterator[str]:
-    from gptforge.data.input_errors import BadInput, BadInputHandler
+    from gptforge.data.input_errors import BadInputHandler
     from gptforge.data.prepare.scan import iter_text, no_text_message
     from gptforge.data.prepare.sources import open_sources
     from gptforge.data.prepare.text_io import TextFormat
 
     bad_input = BadInputHandler(args.skip_bad)
-    is_empty = True
+    text_format, is_empty = TextFormat(args.field, args.encoding), True
     with open_sources(args.sources, kind=args.kind) as sources:
         for source in sources:
-            try:
-                for text in iter_text(source, TextFormat(args.field, args.encoding), bad_input):
-                    is_empty = is_empty and not text.strip()
-                    yield text
-            except BadInput as error:
-                bad_input.handle(error)
+            for text in iter_text(source, text_format, bad_input):
+                is_empty = is_empty and not text.strip()
+                yield text
     if is_empty:
         raise UserError(no_text_message(args.sources, bad_input))

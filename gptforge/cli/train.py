@@ -5,12 +5,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 
-from gptforge.cli.parsing import (
-    expand_bool_flags,
-    parse_train_args,
-    rename_flags,
-    resolve_preset,
-)
+from gptforge.cli.parsing import expand_bool_flags, parse_train_args, rename_flags, resolve_preset
 from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError

@@ -1,7 +1,7 @@
 """What every model format consists of: configuration, weights and tokenizer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ from gptforge.tokenizers import Tokenizer
 
 LM_HEAD = "lm_head.weight"
 WTE = "transformer.wte.weight"
-MAX_DIM = 2**31 - 1
-"""Largest dimension that a model may have."""
+MAX_DIM = 2**31 - 1  # largest dimension that a model may have
 MAX_LOGIT_DIFFERENCE = 1e-4
 """Between float32 logits of two programs: more than another order of additions explains."""
 
@@ -54,21 +53,16 @@ def read_size(config: Mapping[str, Any], name: str) -> int:
 def validate_state_dict(
     state_dict: Mapping[str, Tensor], config: GPTConfig, *, source: str, fill_biases: bool = False
 ) -> dict[str, Tensor]:
-    """Check names and shapes of untrusted weights; returns them in float32.
+    """Check names and shapes of untrusted weights, with matrices as (out, in); returns float32.
 
-    Args:
-        state_dict: under GPT-2's names, matrices as (out, in).
-        config: the configuration that they should fit.
-        source: where they come from, for errors.
-        fill_biases: use zeros for missing biases.
+    `source` names them in errors; with `fill_biases`, missing biases are zeros.
 
     Raises:
         UserError: for the first tensor that is missing, unknown or misshapen.
     """
     if config.n_embd % config.n_head:
-        raise UserError(
-            f"{source}: {config.n_embd} channels do not divide into {config.n_head} heads"
-        )
+        sizes = f"{config.n_embd} channels do not divide into {config.n_head} heads"
+        raise UserError(f"{source}: {sizes}")
     if config.n_layer > len(state_dict):
         raise UserError(f"{source}: {config.n_layer} layers, but only {len(state_dict)} tensors")
     with torch.device("meta"):
@@ -76,6 +70,9 @@ def validate_state_dict(
     if unknown := sorted(state_dict.keys() - expected.keys()):
         name = printable(unknown[0], MAX_NAME)
         raise UserError(f"{source}: a GPT-2 has no tensor '{name}'")
+    for name, value in state_dict.items():
+        if not is_dense_real(value):
+            raise UserError(f"{source}: '{name}' is not a dense tensor of real numbers")
     del expected[LM_HEAD]
     validated = {}
     for name, shape in expected.items():
@@ -84,26 +81,15 @@ def validate_state_dict(
             tensor = torch.zeros(shape)
         if tensor is None:
             raise UserError(f"{source}: the tensor '{name}' is missing")
-        _require_dense_real(tensor, name, source)
-        if tensor.shape != shape:
-            raise UserError(
-                f"{source}: '{name}' has shape {tuple(tensor.shape)}, "
-                f"but the configuration says {tuple(shape)}"
-            )
+        if (found := tuple(tensor.shape)) != (size := tuple(shape)):
+            message = f"'{name}' has shape {found}, but the configuration says {size}"
+            raise UserError(f"{source}: {message}")
         validated[name] = tensor.detach().float().contiguous().clone()
     head = state_dict.get(LM_HEAD)
-    if head is not None:
-        _require_dense_real(head, LM_HEAD, source)
-        if not torch.equal(head.float(), validated[WTE]):
-            raise UserError(
-                f"{source}: the output layer differs from the token embedding; GPT-2 ties the two"
-            )
+    if head is not None and not torch.equal(head.float(), validated[WTE]):
+        problem = "the output layer differs from the token embedding; GPT-2 ties the two"
+        raise UserError(f"{source}: {problem}")
     return validated
-
-
-def _require_dense_real(value: object, name: str, source: str) -> None:
-    if not is_dense_real(value):
-        raise UserError(f"{source}: '{name}' is not a dense tensor of real numbers")
 
 
 def is_dense_real(value: object) -> bool:
@@ -162,3 +148,13 @@ def probe_ids(config: GPTConfig, vocab_size: int) -> Tensor:
     """Fixed random ids to compare logits on, (2, T)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocab_size, (2, min(config.block_size, 128)), generator=generator)
+
+
+@torch.inference_mode()
+def logit_difference(
+    bundle: ModelBundle, model: Callable[[Tensor], Tensor], vocab_size: int
+) -> float:
+    """The largest difference of another model's logits to the bundle's, of `vocab_size` ids."""
+    ids = probe_ids(bundle.config, vocab_size)
+    difference = model(ids) - bundle.build_model()(ids)
+    return float(difference[..., :vocab_size].abs().max())

@@ -7,37 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
     MAX_LOGIT_DIFFERENCE,
     ModelBundle,
-    probe_ids,
+    logit_difference,
     with_eos_token,
 )
-from gptforge.convert.hf_tokenizer import bytes_to_unicode, tokenizer_json
+from gptforge.convert.hf_tokenizer import tokenizer_json
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas
 from gptforge.files import atomic_replace
 from gptforge.tokenizers import Tokenizer
-from gptforge.tokenizers.base import END_OF_TEXT
+from gptforge.tokenizers.base import END_OF_TEXT, bytes_to_unicode
+from gptforge.tokenizers.char import CharTokenizer
 
 GGUF_TYPES = ("f32", "f16", "q8_0")
-
-# GPT-2's tensor names to llama.cpp's; matrices are (out, in) in both.
-TENSORS = {
-    "transformer.wte.weight": "token_embd.weight",
-    "transformer.wpe.weight": "position_embd.weight",
-    "transformer.ln_f.weight": "output_norm.weight",
-    "transformer.ln_f.bias": "output_norm.bias",
-}
-BLOCK_MODULES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 
 
 def write_gguf(
@@ -45,12 +29,7 @@ def write_gguf(
 ) -> float:
     """Write the file atomically; returns the largest difference of logits when read back.
 
-    Args:
-        path: the file to write.
-        bundle: the model.
-        outtype: one of GGUF_TYPES, for matrices. Vectors and position embeddings stay float32.
-        name: the model's name in llama.cpp.
-        description: one line about the model.
+    `outtype` is that of the matrices: vectors and position embeddings stay float32.
 
     Raises:
         UserError: if the gguf package is missing or the shape does not suit `outtype`.
@@ -64,13 +43,23 @@ def write_gguf(
     if outtype not in GGUF_TYPES:
         raise UserError(f"--type {outtype}: give one of {', '.join(GGUF_TYPES)}")
     if outtype == "q8_0" and config.n_embd % 32:
-        raise UserError(
-            f"q8_0 has blocks of 32 numbers: n_embd {config.n_embd} is not a multiple of 32"
-        )
+        problem = f"n_embd {config.n_embd} is not a multiple of 32"
+        raise UserError(f"q8_0 has blocks of 32 numbers: {problem}")
     tokens, merges = _vocabulary(bundle.tokenizer, eos_id)
     with atomic_replace(path) as partial:
         writer = gguf.GGUFWriter(partial, "gpt2")
-        _add_metadata(writer, config, outtype, name, description)
+        # No licence: that depends on the training text.
+        writer.add_type("model")
+        writer.add_name(name)
+        if description:
+            writer.add_description(description)
+        num_params = formulas.num_params(config)
+        writer.add_size_label(gguf.size_label(num_params, num_params, 0, 0))
+        writer.add_tags(["text-generation", "gpt2"])
+        prefix = "ALL" if outtype == "f32" else "MOSTLY"
+        writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{outtype.upper()}"])
+        if outtype == "q8_0":
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_context_length(config.block_size)
         writer.add_embedding_length(config.n_embd)
         writer.add_feed_forward_length(config.mlp_ratio * config.n_embd)
@@ -83,16 +72,15 @@ def write_gguf(
         normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
         writer.add_token_types([control if i == eos_id else normal for i in range(len(tokens))])
         writer.add_token_merges(merges)
-        writer.add_bos_token_id(eos_id)
-        writer.add_eos_token_id(eos_id)
-        writer.add_unk_token_id(eos_id)
-        writer.add_pad_token_id(eos_id)
+        for kind in ("bos", "eos", "unk", "pad"):
+            getattr(writer, f"add_{kind}_token_id")(eos_id)
         writer.add_add_bos_token(False)
+        names = _tensor_names(bundle)
         for key, tensor in bundle.state_dict.items():
             is_matrix = tensor.ndim == 2 and key != "transformer.wpe.weight"
             dtype = gguf.GGMLQuantizationType[outtype.upper() if is_matrix else "F32"]
             values = gguf.quants.quantize(tensor.numpy(), dtype)
-            writer.add_tensor(gguf_name(key), values, raw_dtype=dtype)
+            writer.add_tensor(names[key], values, raw_dtype=dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -105,40 +93,16 @@ def gelu_tanh_difference(bundle: ModelBundle) -> float:
     config = dataclasses.replace(bundle.config, activation="gelu_tanh")
     if config == bundle.config:
         return 0.0
-    size = bundle.tokenizer.vocab_size
-    ids = probe_ids(bundle.config, size)
-    tanh = dataclasses.replace(bundle, config=config)
-    with torch.inference_mode():
-        difference = (tanh.build_model()(ids) - bundle.build_model()(ids))[:, :, :size]
-    return float(difference.abs().max())
+    tanh = dataclasses.replace(bundle, config=config).build_model()
+    return logit_difference(bundle, tanh, bundle.tokenizer.vocab_size)
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name for a tensor of GPT-2's."""
-    if name in TENSORS:
-        return TENSORS[name]
-    layer, rest = name.removeprefix("transformer.h.").split(".", 1)
-    module, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{BLOCK_MODULES[module]}.{kind}"
-
-
-def _add_metadata(
-    writer: Any, config: GPTConfig, outtype: str, name: str, description: str
-) -> None:
-    """Metadata under `general.`, without a licence: that depends on the training text."""
+def _tensor_names(bundle: ModelBundle) -> dict[str, str]:
+    """llama.cpp's name of each tensor; matrices are (out, in) in both."""
     import gguf
 
-    num_params = formulas.num_params(config)
-    writer.add_type("model")
-    writer.add_name(name)
-    if description:
-        writer.add_description(description)
-    writer.add_size_label(gguf.size_label(num_params, num_params, 0, 0))
-    writer.add_tags(["text-generation", "gpt2"])
-    prefix = "ALL" if outtype == "f32" else "MOSTLY"
-    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{outtype.upper()}"])
-    if outtype == "q8_0":
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, bundle.config.n_layer)
+    return {key: names.get_name(key, (".weight", ".bias")) for key in bundle.state_dict}
 
 
 def _vocabulary(tokenizer: Tokenizer, eos_id: int) -> tuple[list[str], list[str]]:
@@ -146,40 +110,32 @@ def _vocabulary(tokenizer: Tokenizer, eos_id: int) -> tuple[list[str], list[str]
 
     A character of several bytes is merged from them; the steps between need no tokens.
     """
-    record = tokenizer.to_json()
     byte_chars = bytes_to_unicode()
-    if record["kind"] == "char":
-        tokens = [
-            "".join(byte_chars[byte] for byte in char.encode("utf-8"))
-            for char in str(record["alphabet"])
-        ]
+    if isinstance(tokenizer, CharTokenizer):
+        chars = (char.encode("utf-8") for char in tokenizer.alphabet)
+        tokens = ["".join(byte_chars[byte] for byte in char) for char in chars]
         merges = [f"{token[:i]} {token[i]}" for token in tokens for i in range(1, len(token))]
         merges = list(dict.fromkeys(merges))
         tokens.append(END_OF_TEXT)
     else:
         model: dict[str, Any] = tokenizer_json(tokenizer, eos_id)["model"]
-        vocab: dict[str, int] = model["vocab"]
-        tokens = sorted(vocab, key=lambda token: vocab[token])
+        tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
         merges = [" ".join(pair) for pair in model["merges"]]
     # GGUF cannot store an empty list: merge two NULs, which no text contains.
     return tokens, merges or [f"{byte_chars[0]} {byte_chars[0]}"]
 
 
-@torch.inference_mode()
 def _check(path: Path, bundle: ModelBundle, *, is_exact: bool) -> float:
     """Read the file back and compare logits; quantized ones are only reported."""
     import gguf
 
-    tensors = {
-        tensor.name: torch.from_numpy(
-            np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        )
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-    state_dict = {key: tensors[gguf_name(key)] for key in bundle.state_dict}
-    ids = probe_ids(bundle.config, bundle.config.vocab_size)
-    logits = dataclasses.replace(bundle, state_dict=state_dict).build_model()(ids)
-    difference = float((logits - bundle.build_model()(ids)).abs().max())
+    tensors = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        tensors[tensor.name] = torch.from_numpy(np.array(values, np.float32))
+    state_dict = {key: tensors[name] for key, name in _tensor_names(bundle).items()}
+    model = dataclasses.replace(bundle, state_dict=state_dict).build_model()
+    difference = logit_difference(bundle, model, bundle.config.vocab_size)
     if is_exact and not difference <= MAX_LOGIT_DIFFERENCE:
         raise RunError(f"the file's logits differ by {difference:.2e}: it was not kept")
     return difference

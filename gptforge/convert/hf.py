@@ -17,19 +17,14 @@ from gptforge.convert.bundle import (
     LM_HEAD,
     MAX_LOGIT_DIFFERENCE,
     ModelBundle,
-    probe_ids,
+    logit_difference,
     read_size,
     validate_state_dict,
     with_eos_token,
 )
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER, load_hf_tokenizer, tokenizer_json
 from gptforge.convert.torch_file import check_tensors, read_torch_file
-from gptforge.errors import (
-    RunError,
-    UserError,
-    parsing,
-    require_package,
-)
+from gptforge.errors import RunError, UserError, parsing, require_package
 from gptforge.estimate import formulas
 from gptforge.files import check_file_size, read_text
 from gptforge.printable import short_repr
@@ -42,8 +37,7 @@ PREFIX = "transformer."
 those; some read no others."""
 # Conv1D weights, stored (in, out) there and (out, in) here.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-CAUSAL_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
-"""In old checkpoints."""
+CAUSAL_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # in old checkpoints
 
 SAFETENSORS_WEIGHTS, PYTORCH_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 OTHER_FILES = (
@@ -83,11 +77,8 @@ def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> float:
     }
     save_safetensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     special_ids = {f"{name}_token_id": eos_id for name in ("bos", "eos", "pad")}
-    sampling = {
-        "do_sample": True,
-        "temperature": 0.8,
-        "top_k": min(200, bundle.tokenizer.vocab_size),
-    }
+    top_k = min(200, bundle.tokenizer.vocab_size)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": top_k}
     for name, record in {
         "config.json": _hf_config(bundle.config, special_ids),
         "generation_config.json": {**sampling, **special_ids},
@@ -128,13 +119,10 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
         hf_config = json.loads(read_text(folder / "config.json"))
         config = _parse_config(hf_config)
     # A few bytes of an untrusted config.json must not make us allocate a terabyte.
-    num_params = formulas.num_params(config)
-    weight_bytes = sum(path.stat().st_size for path in _weight_files(folder))
-    if weight_bytes and 2 * num_params > weight_bytes:
-        raise UserError(
-            f"{source}/config.json describes {num_params:,} parameters, "
-            f"but the weights have {weight_bytes:,} bytes"
-        )
+    num_params, paths = formulas.num_params(config), _weight_files(folder)
+    if paths and 2 * num_params > (num_bytes := sum(path.stat().st_size for path in paths)):
+        sizes = f"{num_params:,} parameters, but the weights have {num_bytes:,} bytes"
+        raise UserError(f"{source}/config.json describes {sizes}")
     tensors = {}
     for name, tensor in _read_tensors(folder, config).items():
         name = name if name.startswith((PREFIX, "lm_head.")) else PREFIX + name
@@ -144,10 +132,8 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
     state_dict = validate_state_dict(tensors, config, source=source)
     tokenizer = tokenizer or load_hf_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, "
-            f"the model {config.vocab_size} rows"
-        )
+        sizes = f"{tokenizer.vocab_size} ids, the model {config.vocab_size} rows"
+        raise UserError(f"{source}: the tokenizer has {sizes}")
     if not (folder / NATIVE_TOKENIZER).is_file() and tokenizer.eot_token is not None:
         # OpenAI's models were trained on documents separated by this token.
         tokenizer = copy.copy(tokenizer)
@@ -160,16 +146,10 @@ def _hf_config(config: GPTConfig, special_ids: Mapping[str, int]) -> dict[str, A
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED_CONFIG.items()},
         "activation_function": ACTIVATIONS[config.activation][0],
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
+        **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
         "n_inner": None if config.mlp_ratio == 4 else config.mlp_ratio * config.n_embd,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "initializer_range": 0.02,
         **special_ids,
         "torch_dtype": "float32",
@@ -179,9 +159,8 @@ def _hf_config(config: GPTConfig, special_ids: Mapping[str, int]) -> dict[str, A
 
 def _parse_config(hf_config: dict[str, Any]) -> GPTConfig:
     for name, supported in FIXED_CONFIG.items():
-        if hf_config.get(name, supported[0]) not in supported:
-            shown = short_repr(hf_config[name])
-            raise ValueError(f"{name} is {shown}, GPT-2's is {supported[0]!r}")
+        if (value := hf_config.get(name, supported[0])) not in supported:
+            raise ValueError(f"{name} is {short_repr(value)}, GPT-2's is {supported[0]!r}")
     function = hf_config.get("activation_function", "gelu_new")
     activation = next((name for name, names in ACTIVATIONS.items() if function in names), None)
     if activation is None:
@@ -194,12 +173,10 @@ def _parse_config(hf_config: dict[str, Any]) -> GPTConfig:
         if rest:
             raise ValueError(f"n_inner {hf_config['n_inner']} is not a multiple of n_embd {n_embd}")
     positions = {"n_positions": hf_config.get("n_ctx", 1024), **hf_config}
+    names = ("vocab_size", "n_layer", "n_head", "n_embd")
     return GPTConfig(
         block_size=read_size(positions, "n_positions"),
-        vocab_size=read_size(hf_config, "vocab_size"),
-        n_layer=read_size(hf_config, "n_layer"),
-        n_head=read_size(hf_config, "n_head"),
-        n_embd=n_embd,
+        **{name: read_size(hf_config, name) for name in names},
         mlp_ratio=mlp_ratio,
         activation=activation,
     )
@@ -217,10 +194,9 @@ def _read_tensors(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     max_bytes = 8 * (2 * formulas.num_params(config) + masks) + MAX_EXTRA_BYTES
     paths = _weight_files(folder)
     if not paths:
-        raise UserError(
-            f"{folder.as_posix()} has neither model.safetensors nor pytorch_model.bin; other "
-            "formats of weights are not supported"
-        )
+        known = "model.safetensors nor pytorch_model.bin"
+        hint = "other formats of weights are not supported"
+        raise UserError(f"{folder.as_posix()} has neither {known}; {hint}")
     tensors: dict[str, Tensor] = {}
     for path in paths:
         is_safetensors = path.suffix == ".safetensors"
@@ -242,7 +218,6 @@ def _read_pytorch_weights(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-@torch.inference_mode()
 def _check(folder: Path, bundle: ModelBundle, eos_id: int) -> float:
     """Load the folder with transformers and compare tokenizer and logits."""
     import transformers
@@ -260,11 +235,10 @@ def _check(folder: Path, bundle: ModelBundle, eos_id: int) -> float:
     hf_model = transformers.GPT2LMHeadModel.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32
     ).eval()
-    probe = probe_ids(bundle.config, bundle.config.vocab_size)
-    difference = float((hf_model(probe).logits - bundle.build_model()(probe)).abs().max())
+    difference = logit_difference(
+        bundle, lambda ids: hf_model(ids).logits, bundle.config.vocab_size
+    )
     if not difference <= MAX_LOGIT_DIFFERENCE:
-        raise RunError(
-            f"the exported model's logits differ by {difference:.2e}, more than "
-            f"{MAX_LOGIT_DIFFERENCE:.0e}: the export was not kept"
-        )
+        limit = f"more than {MAX_LOGIT_DIFFERENCE:.0e}: the export was not kept"
+        raise RunError(f"the exported model's logits differ by {difference:.2e}, {limit}")
     return difference

@@ -12,48 +12,26 @@ from gptforge.errors import UserError, parsing
 from gptforge.files import read_text
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
-from gptforge.tokenizers.base import END_OF_TEXT
+from gptforge.tokenizers.base import END_OF_TEXT, bytes_to_unicode
 
 NATIVE_TOKENIZER = "gptforge_tokenizer.json"
 """Our tokenizer file besides Hugging Face's, for an exact round trip."""
 
 
-def bytes_to_unicode() -> list[str]:
-    """The printable character for each of the 256 bytes (GPT-2's encoder.py)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
 def tokenizer_json(tokenizer: Tokenizer, eos_id: int | None = None) -> dict[str, Any]:
-    """The content of tokenizer.json.
-
-    Args:
-        tokenizer: the tokenizer.
-        eos_id: the end-of-text id, for a tokenizer without one.
-
-    Raises:
-        UserError: for a kind of tokenizer that is not supported.
-    """
-    record = tokenizer.to_json()
-    kind = record["kind"]
+    """The content of tokenizer.json; `eos_id` is for a tokenizer without an end-of-text id."""
+    record: dict[str, Any] = tokenizer.to_json()
     eos_id = eos_id if tokenizer.eot_token is None else tokenizer.eot_token
-    byte_chars = bytes_to_unicode()
-    if kind == "char":
-        content = _word_level(str(record["alphabet"]))
-    elif kind == "byte":
-        content = _byte_level({char: byte for byte, char in enumerate(byte_chars)}, [])
-    elif kind == "gpt2":
-        assert isinstance(record["merges"], list)
-        merges = [str(merge) for merge in record["merges"]]
-        # Ids: printable bytes, the other bytes, one token per merge, end-of-text.
-        first = [char for byte, char in enumerate(byte_chars) if char == chr(byte)]
-        rest = [char for byte, char in enumerate(byte_chars) if char != chr(byte)]
-        tokens = [*first, *rest, *(merge.replace(" ", "", 1) for merge in merges)]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        content, eos_id = _byte_level(vocab, merges, use_regex=True), len(tokens)
+    if record["kind"] == "char":
+        content = _word_level(record["alphabet"])
+    elif record["kind"] == "byte":
+        chars = bytes_to_unicode()
+        content = _byte_level({chars[byte]: byte for byte in range(256)}, [])
     else:
-        raise UserError(f"a tokenizer of kind '{kind}' cannot be exported yet")
+        from gptforge.tokenizers.gpt2 import build_vocab
+
+        merges = record["merges"]
+        content = _byte_level(build_vocab(merges), merges, use_regex=True)
     if eos_id is not None:
         content["model"]["vocab"][END_OF_TEXT] = eos_id
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -63,11 +41,7 @@ def tokenizer_json(tokenizer: Tokenizer, eos_id: int | None = None) -> dict[str,
 
 
 def load_hf_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an exported or downloaded folder.
-
-    Raises:
-        UserError: if it is not supported.
-    """
+    """The tokenizer of an exported or downloaded folder; a UserError if it is not supported."""
     if (folder / NATIVE_TOKENIZER).is_file():
         return load_tokenizer(folder / NATIVE_TOKENIZER)
     from gptforge.tokenizers.hf_loader import AddedTokensError, parse_tokenizer_json
@@ -88,10 +62,9 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
                     f"removed: {command} COPY.json"
                 )
             raise UserError(f"{source}: {error}, which are unknown here; this {hint}") from None
-    raise UserError(
-        f"{source}: neither {NATIVE_TOKENIZER}, tokenizer.json nor merges.txt is there: give "
-        f"--tokenizer: {command} gpt2, if the model was trained with GPT-2's, else FILE"
-    )
+    problem = f"neither {NATIVE_TOKENIZER}, tokenizer.json nor merges.txt is there"
+    hint = f"give --tokenizer: {command} gpt2, if the model was trained with GPT-2's, else FILE"
+    raise UserError(f"{source}: {problem}: {hint}")
 
 
 def _load_merges_txt(folder: Path) -> Tokenizer:
@@ -101,12 +74,8 @@ def _load_merges_txt(folder: Path) -> Tokenizer:
 
     lines = read_text(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-
-    def read_vocab(name: str) -> dict[str, int]:
-        path = folder / name
-        return dict(json.loads(read_text(path))) if path.is_file() else {}
-
-    vocab, added = read_vocab("vocab.json"), read_vocab("added_tokens.json")
+    paths = (folder / "vocab.json", folder / "added_tokens.json")
+    vocab, added = (json.loads(read_text(path)) if path.is_file() else {} for path in paths)
     if not vocab and not added:
         return GPT2Tokenizer(merges)
     vocab = vocab or {**build_vocab(merges), END_OF_TEXT: 256 + len(merges)}
@@ -127,14 +96,10 @@ def _content(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
 def _word_level(alphabet: str) -> dict[str, Any]:
     """Words of one character; an unknown character is an error, as in our tokenizer."""
     vocab = {char: i for i, char in enumerate(alphabet)}
+    pattern = {"pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     return _content(
         {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
-        pre_tokenizer={
-            "type": "Split",
-            "pattern": {"Regex": r"[\s\S]"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
+        pre_tokenizer={"type": "Split", **pattern},
         decoder={"type": "Fuse"},
     )
 
@@ -142,25 +107,14 @@ def _word_level(alphabet: str) -> dict[str, Any]:
 def _byte_level(
     vocab: dict[str, int], merges: list[str], *, use_regex: bool = False
 ) -> dict[str, Any]:
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
+    spaces = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    byte_level = {"type": "ByteLevel", **spaces}
+    model = {
+        "type": "BPE",
+        **dict.fromkeys(("dropout", "unk_token")),
+        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+        "vocab": vocab,
+        "merges": [merge.split(" ") for merge in merges],
     }
-    return _content(
-        {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [merge.split(" ") for merge in merges],
-        },
-        pre_tokenizer=byte_level,
-        decoder=dict(byte_level),
-    )
+    return _content(model, pre_tokenizer=byte_level, decoder=dict(byte_level))

@@ -35,21 +35,14 @@ def push_to_hub(
 ) -> str:
     """Create the repository if it does not exist and upload the folder as one commit.
 
-    Uses the account of `hf auth login` or HF_TOKEN, and the server of HF_ENDPOINT.
-
-    Returns:
-        The URL of the repository.
+    Uses the account of `hf auth login` or HF_TOKEN, and the server of HF_ENDPOINT; returns the URL.
 
     Raises:
         UserError: if the Hub refuses the token or the name.
         RunError: if the upload fails.
     """
     import huggingface_hub
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     command = f"hf upload {repo_id} {quote(folder.as_posix())}"
     command += " --repo-type space" * (repo_type == "space") + " --private" * private
@@ -63,25 +56,21 @@ def push_to_hub(
             exist_ok=True,
             space_sdk="gradio" if repo_type == "space" else None,
         )
+        message = "Upload from GPT-Forge"
         api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            repo_type=repo_type,
-            commit_message="Upload from GPT-Forge",
+            folder_path=folder, repo_id=repo_id, repo_type=repo_type, commit_message=message
         )
     except LocalTokenNotFoundError:
-        raise UserError(
-            f"--push needs an account: hf auth login, or set HF_TOKEN; {kept}"
-        ) from None
+        what = "--push needs an account: hf auth login, or set HF_TOKEN"
+        raise UserError(f"{what}; {kept}") from None
     except OfflineModeIsEnabled:
         raise UserError(f"--push {repo_id}: HF_HUB_OFFLINE forbids it: unset it; {kept}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
-            raise UserError(
-                f"--push {repo_id}: the Hub refuses this account ({status}): hf auth login with a "
-                f"token that has write access; {kept}"
-            ) from None
+            hint = f"hf auth login with a token that has write access; {kept}"
+            refused = f"--push {repo_id}: the Hub refuses this account ({status})"
+            raise UserError(f"{refused}: {hint}") from None
         raise RunError(f"--push {repo_id}: the Hub answered {error}; {kept}") from None
     except Exception as error:
         # The errors of a lost connection depend on huggingface_hub's HTTP client and version.
@@ -108,10 +97,9 @@ def download_model(source: str) -> Path:
         if not list(Path(folder).glob(SAFETENSORS_WEIGHTS)):
             huggingface_hub.snapshot_download(name, allow_patterns=[PYTORCH_WEIGHTS])
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{source} is neither a path here nor a model that you can access on the Hugging Face "
-            "Hub: check the name; for a private or gated one, hf auth login first"
-        ) from None
+        problem = "neither a path here nor a model that you can access on the Hugging Face Hub"
+        hint = "check the name; for a private or gated one, hf auth login first"
+        raise UserError(f"{source} is {problem}: {hint}") from None
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         local = name.rpartition("/")[2]

@@ -14,8 +14,7 @@ from gptforge.report.metrics import History
 from gptforge.tokenizers import Tokenizer
 
 CURVES, METRICS = "training_curves.png", "metrics.jsonl"
-MAX_COPY_BYTES = 2**30
-"""Of a file copied from a run folder."""
+MAX_COPY_BYTES = 2**30  # of a file copied from a run folder
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class Origin:
     config: Config
     step: int
     history: History
-    curves: Path | None
-    """Path of the picture, if there is one."""
+    curves: Path | None  # of the picture, if there is one
 
 
 def model_card(
@@ -50,7 +48,7 @@ def model_card(
     lines = ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""]
     lines += [f"# {escape_markdown(title)}", ""]
     lines += [
-        f"A GPT-2 with {formulas.num_params(c):,} parameters, trained with GPT-Forge.",
+        f"{one_line_description(bundle, None)}.",
         "",
         "| | |",
         "| --- | --- |",

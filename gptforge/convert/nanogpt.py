@@ -3,23 +3,15 @@
 from pathlib import Path
 
 from gptforge.config import GPTConfig
-from gptforge.convert.bundle import (
-    LM_HEAD,
-    ModelBundle,
-    read_size,
-    validate_state_dict,
-)
+from gptforge.convert.bundle import LM_HEAD, ModelBundle, read_size, validate_state_dict
 from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import UserError, parsing
 from gptforge.files import check_file_size
 from gptforge.tokenizers import Tokenizer, from_name
 
-COMPILE_PREFIX = "_orig_mod."
-"""What torch.compile puts before names."""
-MAX_BYTES = 2**38
-"""Of the file: a hundred times GPT-2 XL with its optimizer."""
-DEFAULT_VOCAB_SIZE = 50304
-"""nanoGPT's where the data set does not say: GPT-2's, rounded up."""
+COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts before names
+MAX_BYTES = 2**38  # of the file: a hundred times GPT-2 XL with its optimizer
+DEFAULT_VOCAB_SIZE = 50304  # nanoGPT's where the data set does not say: GPT-2's, rounded up
 
 
 def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
@@ -59,19 +51,14 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBund
             "which: give --tokenizer char --text with the training text if they are characters, "
             "else another --tokenizer"
         )
-    if not _may_fit(tokenizer, config.vocab_size):
-        found, hint = f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size:,}", "--tokenizer"
-        if tokenizer.name == "char":
-            found, hint = f"--text has {tokenizer.vocab_size:,} characters", "full --text"
-        raise UserError(
-            f"{path}: the model has {config.vocab_size:,} ids, but {found}: give the {hint} that "
-            "it was trained with"
-        )
-    return ModelBundle(config, tensors, tokenizer)
-
-
-def _may_fit(tokenizer: Tokenizer, rows: int) -> bool:
-    """Whether an embedding of so many rows may belong to the tokenizer."""
+    rows, size = config.vocab_size, tokenizer.vocab_size
+    fits = rows in (size, -(-size // 64) * 64)
     if rows == DEFAULT_VOCAB_SIZE and tokenizer.name not in ("char", "byte"):
-        return tokenizer.vocab_size <= rows
-    return rows in (tokenizer.vocab_size, -(-tokenizer.vocab_size // 64) * 64)
+        fits = size <= rows
+    if not fits:
+        found, hint = f"the {tokenizer.name} tokenizer has {size:,}", "--tokenizer"
+        if tokenizer.name == "char":
+            found, hint = f"--text has {size:,} characters", "full --text"
+        problem = f"the model has {rows:,} ids, but {found}"
+        raise UserError(f"{path}: {problem}: give the {hint} that it was trained with")
+    return ModelBundle(config, tensors, tokenizer)

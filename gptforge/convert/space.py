@@ -12,13 +12,7 @@ from pathlib import Path
 import gptforge
 from gptforge.checkpoint import store as checkpoints
 from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.model_card import (
-    METRICS,
-    Origin,
-    copy_run_file,
-    example_prompt,
-    model_card,
-)
+from gptforge.convert.model_card import METRICS, Origin, copy_run_file, example_prompt, model_card
 from gptforge.files import set_link
 
 APP = '''"""The page of this Space; `python app.py` shows it on this machine too."""
@@ -54,7 +48,7 @@ filelock>=4,<5
 gradio>=6,<7
 """
 
-GRADIO_VERSION = "6.31.0"
+GRADIO_VERSION = "6.31.0"  # tested; used where Gradio is not installed
 
 USAGE = """\
 This folder is a Space: a page to generate text with the model. On your machine:
@@ -70,15 +64,7 @@ It is also a run folder of GPT-Forge: `from gptforge import load; load(".").gene
 def write_space(
     folder: Path, bundle: ModelBundle, origin: Origin | None, *, title: str, config: str
 ) -> None:
-    """Fill an empty folder.
-
-    Args:
-        folder: the folder to fill.
-        bundle: the model.
-        origin: the run that it comes from, with metrics and curves.
-        title: name of the Space.
-        config: content of the run's config.toml.
-    """
+    """Fill an empty folder; `config` is the content of the run's config.toml."""
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name
     checkpoint.mkdir(parents=True)
@@ -95,6 +81,10 @@ def write_space(
             copy_run_file(metrics, folder)
     (folder / "app.py").write_text(APP.replace("TITLE", repr(title)), encoding="utf-8")
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    try:
+        version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        version = GRADIO_VERSION
     front_matter = {
         # A JSON string is a YAML string.
         "title": json.dumps(title, ensure_ascii=False),
@@ -102,29 +92,17 @@ def write_space(
         "colorFrom": "indigo",
         "colorTo": "yellow",
         "sdk": "gradio",
-        "sdk_version": _gradio_version(),
+        "sdk_version": version,
         "app_file": "app.py",
         "pinned": "false",
     }
     usage = USAGE.replace("BEGINNING", example_prompt(bundle.tokenizer))
     card = model_card(bundle, origin, title=title, usage=usage, front_matter=front_matter)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    _copy_package(folder / "gptforge")
-
-
-def _copy_package(folder: Path) -> None:
-    """Copy this package without input.txt; new files, since an installed one may be read-only."""
+    # New files without input.txt, since those of an installed package may be read-only.
     package = Path(gptforge.__file__).parent
     for path in sorted(package.rglob("*")):
         if path.is_file() and path.suffix != ".pyc" and path.name != "input.txt":
-            target = folder / path.relative_to(package)
+            target = folder / "gptforge" / path.relative_to(package)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-
-
-def _gradio_version() -> str:
-    """The installed version of Gradio, else the tested one."""
-    try:
-        return importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        return GRADIO_VERSION

@@ -28,9 +28,7 @@ allocate any amount of memory, such as a bytearray or a sparse tensor."""
 def read_torch_file(path: Path, *, what: str) -> Any:
     """Load a file of tensors and plain values without running any code in it.
 
-    Args:
-        path: the file.
-        what: what it should be, for errors.
+    `what` says in errors what the file should be.
 
     Raises:
         UserError: if it is something else, or holds more than tensors and plain values.
@@ -53,10 +51,9 @@ def check_torch_archive(path: Path, what: str) -> None:
     try:
         with path.open("rb") as file:
             if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
-                raise UserError(
-                    f"{path}: in the format of PyTorch before 1.6, which is not supported: load it "
-                    "with torch.load(..., weights_only=True) and save it again with torch.save"
-                )
+                problem = "in the format of PyTorch before 1.6, which is not supported"
+                hint = "use torch.load(..., weights_only=True) and save it again with torch.save"
+                raise UserError(f"{path}: {problem}: {hint}")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -66,10 +63,8 @@ def check_torch_archive(path: Path, what: str) -> None:
                 raise UserError(f"{path}: it claims to hold {total:,} bytes, but has {size:,}")
             pickle = next(e for e in entries if e.filename.rpartition("/")[2] == "data.pkl")
             if pickle.file_size > MAX_PICKLE:
-                raise UserError(
-                    f"{path}: {pickle.file_size:,} bytes of names and values, more than a "
-                    "checkpoint has"
-                )
+                names_size = f"{pickle.file_size:,} bytes of names and values"
+                raise UserError(f"{path}: {names_size}, more than a checkpoint has")
             names = _globals(archive.read(pickle))
     except UserError:
         raise

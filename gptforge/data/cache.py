@@ -9,20 +9,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError
 from gptforge.data.prepare.learn_bpe import learn_bpe
-from gptforge.data.prepare.pipeline import PREPARE_VERSION, REQUEST_FILE, prepare
-from gptforge.data.prepare.request import (
-    FileSelection,
-    PrepareRequest,
-    ProgressBar,
-    select_files,
+from gptforge.data.prepare.pipeline import (
+    PREPARE_VERSION,
+    REQUEST_FILE,
+    no_skip_of_only_file,
+    prepare,
+    scan_files,
 )
-from gptforge.data.prepare.scan import scan
-from gptforge.data.prepare.sources import FileKind, find_sources, is_pipe
+from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.sources import find_sources, is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.errors import RunError, UserError
@@ -36,18 +35,9 @@ SPOOL_PREFIX = ".pipe-"  # of folders for the content of pipes
 
 
 def prepare_cached(
-    name: str,
-    *,
-    tokenizer: str | Tokenizer,
-    vocab_size: int = 0,
-    val_fraction: float,
-    text_format: TextFormat,
-    kind: FileKind | Literal["auto"] = "auto",
-    split_by_name: bool = True,
-    needs_val: bool = False,
-    progress: ProgressBar | None = None,
+    request: PrepareRequest, *, progress: ProgressBar | None = None
 ) -> tuple[Index, tuple[str, ...]]:
-    """Prepare a file, a folder or a pattern, or find its shards in the cache.
+    """Prepare one file, folder or pattern, or find its shards in the cache.
 
     The same content has the same shards, whatever its path.
 
@@ -58,39 +48,32 @@ def prepare_cached(
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
         RunError: if the disk of the cache is full.
     """
-    cache = _writable_cache()
+    cache, names = _writable_cache(), request.names
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as spool:
-        spool_dir = Path(spool) if is_pipe(Path(name)) else None
-        request = PrepareRequest(
-            (name,),
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            val_fraction=val_fraction,
-            text_format=text_format,
-            kind=kind,
-            split_by_name=split_by_name,
-            needs_val=needs_val,
-            sources=find_sources([name], kind=kind, spool_dir=spool_dir),
-        )
+        spool_dir = Path(spool) if is_pipe(Path(names[0])) else None
+        sources = find_sources(names, kind=request.kind, spool_dir=spool_dir)
+        request = replace(request, sources=sources)
         selection = select_files(request)
         contents = [[s.kind, s.compression, files.sha256(s.path)] for s in selection.sources]
-        options = [CACHE_VERSION, val_fraction, split_by_name, *selection.val_sources]
+        options = [CACHE_VERSION, request.val_fraction, request.split_by_name]
+        options += selection.val_sources
 
         def key_of(vocab: object) -> str:
-            record = [PREPARE_VERSION, contents, vocab, options, asdict(text_format)]
+            record = [PREPARE_VERSION, contents, vocab, options, asdict(request.text_format)]
             return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
         with _hints_for(request):
-            if tokenizer == "bpe":
+            if request.tokenizer == "bpe":
                 # The shards depend on the merges alone: a resumed run, which has them, finds them.
-                learned = cache / f"{BPE_PREFIX}{key_of(['bpe', vocab_size])[:24]}.json"
-                tokenizer = _learn_bpe(learned, request, selection)
+                learned = cache / f"{BPE_PREFIX}{key_of(['bpe', request.vocab_size])[:24]}.json"
+                request = replace(request, tokenizer=_learn_bpe(learned, request, selection))
+            tokenizer = request.tokenizer
             vocab = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
             if isinstance(vocab, str) and Path(vocab).is_file():
                 vocab = files.sha256(Path(vocab))
             cache_key = key_of(vocab)
             folder = cache / cache_key[:24]
-            request = replace(request, tokenizer=tokenizer, cache_key=cache_key)
+            request = replace(request, cache_key=cache_key)
             index = prepare(folder, request, wait=True, progress=progress)
     (folder / REQUEST_FILE).touch()
     _delete_unused(cache)
@@ -103,21 +86,9 @@ def _learn_bpe(path: Path, request: PrepareRequest, selection: FileSelection) ->
         tokenizer = tokenizers.load(path)
         path.touch()
         return tokenizer
-    sources = selection.sources
-    try:
-        scanned = scan(
-            sources,
-            request.text_format,
-            request.val_fraction,
-            skip_bad=request.skip_bad,
-            val_sources=selection.val_sources,
-            split_duplicates=not request.split_by_name,
-        )
-        tokenizer = learn_bpe(request, sources, scanned.split_rule)
-    except BadInputError as error:
-        # Skipping the only file would leave nothing.
-        is_only_file = len(sources) == 1 and error.problem.startswith(f"{sources[0].name}: ")
-        raise BadInputError(error.problem, error.hint, can_skip=not is_only_file) from None
+    with no_skip_of_only_file(selection.sources):
+        rule = scan_files(request, selection).split_rule
+        tokenizer = learn_bpe(request, selection.sources, rule)
     tokenizers.save(tokenizer, path)
     return tokenizer
 
@@ -133,23 +104,15 @@ def _hints_for(request: PrepareRequest) -> Iterator[None]:
         has_flag = any(f"--{flag}" in error.hint for flag in ("encoding", "field", "kind"))
         if has_flag or not error.can_skip:
             raise UserError(message) from None
-        text_format = request.text_format
-        flags = [
-            ("field", text_format.field, TextFormat.field),
-            ("encoding", text_format.encoding, TextFormat.encoding),
-            ("kind", request.kind, "auto"),
-        ]
+        defaults = {"field": TextFormat.field, "encoding": TextFormat.encoding, "kind": "auto"}
+        values = {**vars(request.text_format), "kind": request.kind}
+        flags = [f" --{f} {quote(values[f])}" for f in defaults if values[f] != defaults[f]]
         command = f"gptforge prepare {quote(request.names[0])} --out DIR --skip_bad true"
-        command += "".join(
-            f" --{f} {quote(value)}" for f, value, default in flags if value != default
-        )
-        raise UserError(
-            f"{message}, or skip such input: `{command}`, and give --input DIR instead"
-        ) from None
+        hint = f"skip such input: `{command}{''.join(flags)}`, and give --input DIR instead"
+        raise UserError(f"{message}, or {hint}") from None
     except RunError as error:
-        raise RunError(
-            f"{error}; it is the cache of prepared data, which XDG_CACHE_HOME moves elsewhere"
-        ) from None
+        where = "it is the cache of prepared data, which XDG_CACHE_HOME moves elsewhere"
+        raise RunError(f"{error}; {where}") from None
 
 
 def _writable_cache() -> Path:

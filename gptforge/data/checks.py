@@ -7,17 +7,11 @@ import numpy as np
 
 from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.dataset import Dataset
-from gptforge.data.token_dataset import TokenDataset
+from gptforge.data.token_dataset import EDGE_TOKENS, edges
 from gptforge.errors import UserError
-from gptforge.findings import (
-    Finding,
-    error,
-    ok,
-    warning,
-)
-from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths
+from gptforge.findings import Finding, error, ok, warning
+from gptforge.tokenizers.base import END_OF_TEXT, Tokens, byte_lengths
 
-SAMPLE_TOKENS = 2**18  # read at each end of the tokens
 # A vocabulary of thousands that fits the text is in between; GPT-2's has 3.4 on plays.
 MIN_BYTES_PER_TOKEN, MAX_BYTES_PER_TOKEN = 2.0, 12.0
 LARGE_VOCAB = 1000  # ids from which on a vocabulary holds words and parts of words
@@ -26,8 +20,8 @@ LARGE_VOCAB = 1000  # ids from which on a vocabulary holds words and parts of wo
 def quick_check(dataset: Dataset, *, context_length: int, global_batch: int = 1) -> list[Finding]:
     """Check a data set's size, ids, end-of-text ids and bytes per token."""
     try:
-        ends = _ends(dataset.train)
-        _ends(dataset.val)
+        ends = edges(dataset.train)
+        edges(dataset.val)
     except UserError as mistake:  # an id outside the vocabulary
         return [error(str(mistake))]
     return [
@@ -45,43 +39,32 @@ def _check_size(dataset: Dataset, context_length: int, global_batch: int) -> lis
         return [error(size, too_short_hint(num_train))]
     findings = [ok(size)]
     if sequences < global_batch:
-        findings = [
-            warning(
-                f"{size}, fewer than the {global_batch} of one step",
-                "each step sees some of the text twice; use more text, a smaller --context_length "
-                "or a smaller --batch_size",
-            )
-        ]
+        few = f"{size}, fewer than the {global_batch} of one step"
+        hint = "use more text, a smaller --context_length or a smaller --batch_size"
+        findings = [warning(few, f"each step sees some of the text twice; {hint}")]
     if dataset.val_fraction and num_val < 2:
         findings.append(error(f"{num_val} tokens held out", dataset.more_val_hint))
     elif 0 < num_val <= context_length:
-        findings.append(
-            warning(
-                f"only {num_val:,} tokens are held out, less than one sequence",
-                f"the validation loss will be noisy; {dataset.more_val_hint}",
-            )
-        )
+        few = f"only {num_val:,} tokens are held out, less than one sequence"
+        hint = f"the validation loss will be noisy; {dataset.more_val_hint}"
+        findings.append(warning(few, hint))
     elif num_val:
         findings.append(ok(f"{num_val:,} tokens held out"))
     return findings
 
 
-def _check_eot(dataset: Dataset, ends: list[np.ndarray]) -> list[Finding]:
+def _check_eot(dataset: Dataset, ends: list[Tokens]) -> list[Finding]:
     eot_token = dataset.tokenizer.eot_token
     # A data set that is known to hold documents may hold long ones.
-    if eot_token is None or dataset.documents or len(dataset.train) < SAMPLE_TOKENS:
+    if eot_token is None or dataset.documents or len(dataset.train) < EDGE_TOKENS:
         return []
-    if any(bool(np.any(ids == eot_token)) for ids in ends):
+    if any((ids == eot_token).any() for ids in ends):
         return []
-    return [
-        warning(
-            f"no {END_OF_TEXT} in the first and last {SAMPLE_TOKENS:,} tokens",
-            "documents run into each other, unless it is one long text",
-        )
-    ]
+    problem = f"no {END_OF_TEXT} in the first and last {EDGE_TOKENS:,} tokens"
+    return [warning(problem, "documents run into each other, unless it is one long text")]
 
 
-def _check_vocab(dataset: Dataset, ends: list[np.ndarray]) -> list[Finding]:
+def _check_vocab(dataset: Dataset, ends: list[Tokens]) -> list[Finding]:
     """Check that the vocabulary was made for such text, and the shards with it."""
     tokenizer = dataset.tokenizer
     if tokenizer.vocab_size < LARGE_VOCAB:
@@ -102,15 +85,5 @@ def check_bytes_per_token(ratio: float, name: str) -> list[Finding]:
         return [ok(message)]
     if ratio > MAX_BYTES_PER_TOKEN:
         return [warning(message, "too good for text: is it all the same, or not text at all?")]
-    return [
-        warning(
-            message,
-            "this vocabulary was made for other text, or the shards for another vocabulary: "
-            "`gptforge tokenizer train` makes one for your text",
-        )
-    ]
-
-
-def _ends(tokens: TokenDataset) -> list[np.ndarray]:
-    length = len(tokens)
-    return [tokens[:SAMPLE_TOKENS], tokens[max(0, length - SAMPLE_TOKENS) : length]]
+    problem = "this vocabulary was made for other text, or the shards for another vocabulary"
+    return [warning(message, f"{problem}: `gptforge tokenizer train` makes one for your text")]

@@ -36,8 +36,8 @@ class DataLoader:
         global_batch_size: B.
         seed: picks the order, together with the epoch.
         shuffle: False keeps the order of the text.
-        random_offset: whether each epoch cuts the text differently.
         device: where batches go.
+        random_offset: whether each epoch cuts the text differently.
         rank: this process, from 0.
         world_size: how many processes share a batch; at most B.
     """
@@ -61,7 +61,9 @@ class DataLoader:
         assert self.num_sequences > 0, "the length of the text is checked earlier"
         assert 0 <= rank < world_size <= global_batch_size
         self.position = 0
-        self.rows = rank_rows(rank, world_size, global_batch_size)
+        # Rows of a global batch that this rank trains on, split as evenly as possible.
+        first, end = (global_batch_size * r // world_size for r in (rank, rank + 1))
+        self.rows = range(first, end)
         self._tokens = tokens
         self._context_length = context_length
         self._global_batch_size = global_batch_size
@@ -117,9 +119,14 @@ class DataLoader:
         self._on_device = None
 
     def _load_batch(self, position: int) -> Tensor:
+        """Sequences of the batch at a position with one more token, for the targets: (b, T + 1)."""
         if position not in self._starts:
             self._starts = self._sequence_starts(position)
-        return read_sequences(self._tokens, self._starts.pop(position), self._context_length)
+        starts, length = self._starts.pop(position), self._context_length + 1
+        batch = np.empty((len(starts), length), np.int64)
+        for row, start in enumerate(starts.tolist()):
+            batch[row] = self._tokens[start : start + length]
+        return torch.from_numpy(batch)
 
     def _sequence_starts(self, position: int) -> dict[int, NDArray[np.int64]]:
         """First tokens of this rank's sequences in the batch at a position and some after it."""
@@ -146,12 +153,6 @@ class DataLoader:
             return batch.pin_memory().to(self._device, non_blocking=True)
 
 
-def rank_rows(rank: int, world_size: int, global_batch_size: int) -> range:
-    """Rows of a global batch that a rank trains on, split as evenly as possible."""
-    first = global_batch_size * rank // world_size
-    return range(first, global_batch_size * (rank + 1) // world_size)
-
-
 def count_sequences(tokens: int, context_length: int) -> int:
     """Full sequences in a number of tokens, each with a target for its last token."""
     return max(0, (tokens - 1) // context_length)
@@ -166,14 +167,6 @@ def sequences_per_epoch(tokens: int, context_length: int, *, random_offset: bool
 def too_short_hint(tokens: int) -> str:
     """What to do about a text shorter than a sequence and its last target."""
     return f"use {f'--context_length {tokens - 1} at most, or ' if tokens > 1 else ''}more text"
-
-
-def read_sequences(tokens: TokenDataset, starts: NDArray[np.int64], context_length: int) -> Tensor:
-    """Sequences with one more token, for the targets: (len(starts), T + 1) int64."""
-    batch = np.empty((len(starts), context_length + 1), np.int64)
-    for row, start in enumerate(starts.tolist()):
-        batch[row] = tokens[start : start + context_length + 1]
-    return torch.from_numpy(batch)
 
 
 def _arange(span: range) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 VERIFIED_FILE = ".verified"
 FORMAT, VERSION = "gptforge-shards", 1
+METADATA_FILES = (INDEX_FILE, TOKENIZER_FILE)  # their hashes are only in VERIFIED_FILE
 SPLITS = ("train", "val")
 
 
@@ -62,14 +63,12 @@ class Index:
         """
         read = read_raw_bin if self.record["layout"] == "headerless" else read_shard_header
         shards = []
-        for record in self.record["shards"]:
-            if record["split"] != split:
-                continue
+        for record in (record for record in self.record["shards"] if record["split"] == split):
             shard = read(self.folder / record["file"])
             if shard.num_tokens != record["tokens"]:
+                sizes = f"{shard.num_tokens:,} tokens, and {INDEX_FILE} says {record['tokens']:,}"
                 raise UserError(
-                    f"{shard.path.as_posix()}: it holds {shard.num_tokens:,} tokens, and "
-                    f"{INDEX_FILE} says {record['tokens']:,}: prepare the data again"
+                    f"{shard.path.as_posix()}: it holds {sizes}: prepare the data again"
                 )
             shards.append(shard)
         return shards
@@ -148,9 +147,8 @@ def json_sha256(value: object) -> str:
 
 def mark_verified(index: Index) -> None:
     """Record that the files of a preparation are intact: it has just written them."""
-    folder, hashes = index.folder, _shard_hashes(index)
-    hashes |= {name: files.sha256(folder / name) for name in (INDEX_FILE, TOKENIZER_FILE)}
-    _write_verified(folder, {name: _entry(folder / name, hashes[name]) for name in hashes})
+    hashes = {n: files.sha256(index.folder / n) for n in METADATA_FILES} | _shard_hashes(index)
+    _write_verified(index.folder, {n: _entry(index.folder / n, hashes[n]) for n in hashes})
 
 
 def find_corruption(index: Index, *, max_hash_bytes: int | None = None) -> str | None:
@@ -161,10 +159,8 @@ def find_corruption(index: Index, *, max_hash_bytes: int | None = None) -> str |
     folder, verified = index.folder, _read_verified(index.folder)
     try:
         shard_hashes = _shard_hashes(index)
-        # The hashes of the index and the tokenizer are recorded only in `.verified`.
-        metadata = (INDEX_FILE, TOKENIZER_FILE)
-        expected = {name: str(verified.get(name, {}).get("sha256", "")) for name in metadata}
-        expected |= shard_hashes
+        recorded = {n: str(verified.get(n, {}).get("sha256", "")) for n in METADATA_FILES}
+        expected = recorded | shard_hashes
         changed = [n for n in expected if verified.get(n) != _entry(folder / n, expected[n])]
         if not changed:
             return None
@@ -209,10 +205,8 @@ def _entry(path: Path, sha256: str) -> dict[str, Any]:
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(None, "not a regular file", path.as_posix())
-    return {
-        "sha256": sha256,
-        "facts": [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino],
-    }
+    stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    return {"sha256": sha256, "facts": stamp}
 
 
 def _write_verified(folder: Path, entries: dict[str, dict[str, Any]]) -> None:

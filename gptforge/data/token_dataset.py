@@ -6,12 +6,12 @@ See github.com/karpathy/llm.c, dev/data.
 """
 
 import os
-import sys
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ SHARD_DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
 }
 """The type of the ids, by magic and version."""
 RAW_BIN_HINT = "(nanoGPT's .bin has none: --raw_bin true)"
+EDGE_TOKENS = 2**18
 MAX_OPEN_SHARDS = 256  # file handles; systems give a process about a thousand
 MAX_IN_MEMORY_BYTES = 2**26  # datasets up to this size are read into memory
 
@@ -39,6 +40,11 @@ class TokenDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, where: slice, /) -> Tokens: ...
+
+
+def edges(tokens: TokenDataset) -> list[Tokens]:
+    """The first and the last EDGE_TOKENS."""
+    return [tokens[:EDGE_TOKENS], tokens[max(0, len(tokens) - EDGE_TOKENS) : len(tokens)]]
 
 
 @dataclass(frozen=True)
@@ -62,18 +68,15 @@ def read_shard_header(path: Path) -> ShardFile:
         raise UserError(f"{name}: {size} bytes: too few for a token shard's header {RAW_BIN_HINT}")
     magic, version, count = (int(number) for number in np.frombuffer(raw, "<i4", 3))
     if (magic, version) not in SHARD_DTYPES:
-        raise UserError(
-            f"{name}: not a token shard: it begins with magic {magic} and version {version}, not "
-            f"20240520 and 1, or 20240801 and 7 {RAW_BIN_HINT}"
-        )
+        known = f"20240520 and 1, or 20240801 and 7 {RAW_BIN_HINT}"
+        found = f"it begins with magic {magic} and version {version}, not {known}"
+        raise UserError(f"{name}: not a token shard: {found}")
     dtype = SHARD_DTYPES[magic, version]
     expected = HEADER_BYTES + count * dtype.itemsize
     if count < 0 or size != expected:
         state = "truncated" if size < expected else "too long"
-        raise UserError(
-            f"{name}: {state}: its header counts {count:,} tokens, which take {expected:,} bytes, "
-            f"and the file has {size:,}; create or download it again"
-        )
+        sizes = f"{count:,} tokens, which take {expected:,} bytes, and the file has {size:,}"
+        raise UserError(f"{name}: {state}: its header counts {sizes}; create or download it again")
     return ShardFile(path, dtype, count, HEADER_BYTES)
 
 
@@ -115,12 +118,12 @@ class ShardReader:
     def __init__(self, shard: ShardFile, *, in_memory: bool = False) -> None:
         self._shard = shard
         self._tokens: Tokens | None = None
+        self._lock = threading.Lock()
         try:
             self._file = open_regular(shard.path, buffering=0)
         except OSError as error:
             raise self._unreadable(str(error.strerror)) from None
-        self._descriptor = self._file.fileno()
-        size = os.fstat(self._descriptor).st_size
+        size = os.fstat(self._file.fileno()).st_size
         if size < shard.offset + shard.num_tokens * shard.dtype.itemsize:
             raise self._unreadable("it is truncated")
         if in_memory:
@@ -134,12 +137,9 @@ class ShardReader:
         itemsize = self._shard.dtype.itemsize
         length, offset = itemsize * (stop - start), self._shard.offset + itemsize * start
         try:
-            data = _pread(self._descriptor, length, offset)
-            # Systems read at most 2 GB at a time.
-            while 0 < len(data) < length and (
-                more := _pread(self._descriptor, length - len(data), offset + len(data))
-            ):
-                data += more
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(length)
         except OSError as error:
             raise self._unreadable(str(error.strerror)) from None
         if len(data) < length:
@@ -152,26 +152,13 @@ class ShardReader:
         return UserError(f"{name}: no longer readable: {reason}; create or download it again")
 
 
-if sys.platform == "win32":
-    _lock = threading.Lock()
-
-    def _pread(descriptor: int, length: int, offset: int) -> bytes:
-        """os.pread, which Windows lacks."""
-        with _lock:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.read(descriptor, length)
-else:
-    _pread = os.pread
-
-
 class ShardDataset:
     """The concatenated tokens of many shards, read from disk on demand; slices may span shards.
 
     Args:
         shards: in the order of the tokens.
         vocab_size: a larger id in a shard is a UserError when it is read.
-        start: first token of the shards that belongs to the dataset.
-        stop: one past the last token; None: the end.
+        start: first token of the shards that belongs to the dataset; `stop` is one past the last.
     """
 
     def __init__(
@@ -184,9 +171,7 @@ class ShardDataset:
     ) -> None:
         self.shards = tuple(shard for shard in shards if shard.num_tokens)
         self._vocab_size = vocab_size
-        self._shard_starts = [0]
-        for shard in self.shards:
-            self._shard_starts.append(self._shard_starts[-1] + shard.num_tokens)
+        self._shard_starts = [0, *accumulate(shard.num_tokens for shard in self.shards)]
         sizes = (shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
         self._in_memory = sum(sizes) <= MAX_IN_MEMORY_BYTES
         self._start = start
@@ -199,11 +184,9 @@ class ShardDataset:
 
     def subset(self, start: int, stop: int) -> "ShardDataset":
         """Tokens `start` to `stop` as a dataset."""
+        first = self._start
         return ShardDataset(
-            self.shards,
-            vocab_size=self._vocab_size,
-            start=self._start + start,
-            stop=self._start + stop,
+            self.shards, vocab_size=self._vocab_size, start=first + start, stop=first + stop
         )
 
     def __getitem__(self, where: slice, /) -> Tokens:
@@ -235,8 +218,9 @@ class ShardDataset:
     def _check_ids(self, part: Tokens, i: int) -> None:
         # On a GPU, an id beyond the embedding is just a device-side assert.
         if len(part) and (largest := int(part.max())) >= self._vocab_size:
+            name = self.shards[i].path.as_posix()
             raise UserError(
-                f"{self.shards[i].path.as_posix()}: token id {largest} is outside the "
-                f"vocabulary of {self._vocab_size}: the shard is damaged, or was made with another "
-                "tokenizer; name that one with --tokenizer"
+                f"{name}: token id {largest} is outside the vocabulary of {self._vocab_size}: the "
+                "shard is damaged, or was made with another tokenizer; name that one with "
+                "--tokenizer"
             )

@@ -29,15 +29,13 @@ class DatasetPlan:
     """The text to train on."""
 
     path: str
-    characters: int
-    """0 if unknown, as with shards of another program."""
+    characters: int  # 0 if unknown, as with shards of another program
     bytes: int
     tokenizer: str
     tokenizer_ids: int
     tokens: int
     held_out_tokens: int
-    prepared_now: bool
-    """Whether the text was tokenized for this plan; training finds the result in the cache."""
+    prepared_now: bool  # tokenized for this plan; training finds the result in the cache
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ class MemoryPlan:
     device: str
     needed_bytes: int
     parts: dict[str, int]
-    free_bytes: int | None
-    """None if unknown."""
+    free_bytes: int | None  # if known
     fits: bool
 
 
@@ -93,8 +90,7 @@ class DiskPlan:
     needed_bytes: int
     free_bytes: int
     fits: bool
-    steps_saved: int
-    """Step of the run that is already in `out_dir`; 0 if there is none."""
+    steps_saved: int  # step of the run that is already in `out_dir`; 0 if there is none
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,7 @@ class TimePlan:
 class TrainingPlan:
     """The size and cost of a training run, and whether it fits."""
 
-    ok: bool
-    """Whether it fits into memory and on the disk."""
+    ok: bool  # fits into memory and on the disk
     model: ModelPlan
     text: DatasetPlan
     step: StepPlan

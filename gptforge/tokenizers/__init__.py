@@ -10,13 +10,7 @@ from typing import Any
 from gptforge.errors import UserError, parsing
 from gptforge.files import atomic_write, read_text
 from gptforge.printable import short_repr
-from gptforge.tokenizers.base import (
-    Tokenizer,
-    Tokens,
-    byte_lengths,
-    char_lengths,
-    decode,
-)
+from gptforge.tokenizers.base import Tokenizer, Tokens, byte_lengths, char_lengths, decode
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 
 __all__ = [
@@ -33,8 +27,7 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "gptforge-tokenizer", 1
-NAMES = ("gpt2", "char", "byte", "bpe")
-"""Values of `--tokenizer` that are not files."""
+NAMES = ("gpt2", "char", "byte", "bpe")  # values of `--tokenizer` that are not files
 TEXT_DEPENDENT = ("char", "byte", "bpe")
 """Those whose ids depend on the text: on its characters, words, or number of documents."""
 
@@ -54,9 +47,8 @@ def from_name(name: str, text: str) -> Tokenizer:
     if name in NAMES:
         return _from_record(name, {})
     if not Path(name).is_file():
-        raise UserError(
-            f"--tokenizer {name}: neither gpt2, char, byte or bpe, nor the path of a tokenizer.json"
-        )
+        known = "gpt2, char, byte or bpe, nor the path of a tokenizer.json"
+        raise UserError(f"--tokenizer {name}: neither {known}")
     return load(Path(name))
 
 

@@ -44,6 +44,13 @@ class Tokenizer(Protocol):
         ...
 
 
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in the order of the ids (its encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Text of ids; bytes that are not UTF-8 become U+FFFD."""
     return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")

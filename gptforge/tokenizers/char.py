@@ -41,10 +41,10 @@ class CharTokenizer:
         known[inside] = self._points[ids[inside]] == points[inside]
         if not known.all():
             unknown = text[int(np.argmin(known))]
-            raise UserError(
-                f"the character {unknown!r} is not in this model's alphabet, the "
-                f"{len(self.alphabet)} characters of its training text: leave it out"
+            alphabet = (
+                f"this model's alphabet, the {len(self.alphabet)} characters of its training text"
             )
+            raise UserError(f"the character {unknown!r} is not in {alphabet}: leave it out")
         return ids.astype(smallest_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,13 +71,6 @@ class FastEncoder:
             if self._fast is None:
                 return self._tokenizer.encode(text)
         return self._fast(text).astype(self._dtype)
-
-    def encode_documents(self, texts: Sequence[str]) -> Tokens:
-        """Ids of documents, each after an end-of-text token."""
-        assert self._tokenizer.eot_token is not None
-        eot = np.array([self._tokenizer.eot_token], self._dtype)
-        parts = [part for text in texts for part in (eot, self.encode(text))]
-        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
 
 def _gigatoken(tokenizer: Tokenizer) -> EncodeFn | None:

@@ -12,12 +12,7 @@ import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import (
-    END_OF_TEXT,
-    SAFE_CUT,
-    Tokens,
-    smallest_dtype,
-)
+from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT, Tokens, bytes_to_unicode, smallest_dtype
 
 # GPT-2's pattern (same source) with tiktoken's possessive quantifiers: the same splits without
 # backtracking.
@@ -83,23 +78,14 @@ def _encoding(merges: tuple[str, ...]) -> tuple[tiktoken.Encoding, dict[bytes, i
 
 def build_vocab(merges: Sequence[str]) -> dict[str, int]:
     """Hugging Face's `vocab`: every token, with a printable character per byte, and its id."""
-    tokens = [*_byte_to_unicode(), *(merge.replace(" ", "", 1) for merge in merges)]
+    tokens = [*bytes_to_unicode().values(), *(merge.replace(" ", "", 1) for merge in merges)]
     return {token: i for i, token in enumerate(tokens)}
-
-
-def _byte_to_unicode() -> dict[str, int]:
-    """The character that stands for each byte, in the order of the ids."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    # Unprintable bytes are represented by the characters from U+0100 on.
-    chars = {chr(byte): byte for byte in printable}
-    return chars | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
     """The bytes of each token, and its id."""
-    byte_of = _byte_to_unicode()
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_of.values())}
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(bytes_to_unicode())}
     for merge in merges:
         try:
             token = bytes(byte_of[char] for char in merge.replace(" ", "", 1))

@@ -42,9 +42,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
-        raise UserError(
-            f"training a tokenizer needs the package tokenizers: {install_hint('bpe')}"
-        ) from None
+        what = "training a tokenizer needs the package tokenizers"
+        raise UserError(f"{what}: {install_hint('bpe')}") from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(

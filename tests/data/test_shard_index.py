@@ -12,7 +12,6 @@ from gptforge.data.cache import prepare_cached
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.data.prepare.pipeline import REQUEST_FILE, prepare
 from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import (
     INDEX_FILE,
     TOKENIZER_FILE,
@@ -34,9 +33,7 @@ def prepare_play(play, tmp_path, monkeypatch):
     def run() -> tuple[Path, list[str]]:
         log: list[str] = []
         with log_to(log.append):
-            index, _ = prepare_cached(
-                play.as_posix(), tokenizer="char", val_fraction=0.1, text_format=TextFormat()
-            )
+            index, _ = prepare_cached(PrepareRequest((play.as_posix(),), tokenizer="char"))
         return index.folder, log
 
     return run

@@ -40,14 +40,6 @@ def test_any_text(text) -> None:
     assert GPT2.encode(text).tolist() == FAST.encode(text).tolist() == reference(text)
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.lists(piece_texts, max_size=5))
-def test_documents_follow_eot(texts) -> None:
-    expected = [i for text in texts for i in (50256, *reference(text))]
-    assert FAST.encode_documents(texts).tolist() == expected
-    assert SLOW.encode_documents(texts).tolist() == expected
-
-
 @pytest.mark.parametrize("piece", ["a", "é", "日", "7", "🙂", "\n", "!", "Ab3", "\0"])
 def test_megabyte_without_spaces(piece) -> None:
     # Some encoders need quadratic time for this: hours.
@@ -112,8 +104,6 @@ def test_is_assigned() -> None:
     "tokenizer", [CharTokenizer(" abcé", with_eot=True), ByteTokenizer(with_eot=True)]
 )
 def test_char_and_byte_encode_directly(tokenizer) -> None:
-    encoder, eot = FastEncoder(tokenizer), tokenizer.eot_token
+    encoder = FastEncoder(tokenizer)
     assert encoder.name == tokenizer.name
     assert encoder.encode("cab é").tolist() == tokenizer.encode("cab é").tolist()
-    expected = [eot, *tokenizer.encode("a"), eot, *tokenizer.encode("b")]
-    assert encoder.encode_documents(["a", "b"]).tolist() == expected

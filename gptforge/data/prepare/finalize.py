@@ -17,12 +17,7 @@ from gptforge.data.prepare.request import fingerprint
 from gptforge.data.prepare.scan import ScanResult
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitName, SplitRule
-from gptforge.data.shard_index import (
-    SPLITS,
-    Index,
-    json_sha256,
-    write_index,
-)
+from gptforge.data.shard_index import SPLITS, Index, json_sha256, write_index
 from gptforge.data.token_dataset import HEADER_BYTES
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
@@ -56,10 +51,8 @@ class PreparedData:
     @property
     def skip_counts(self) -> Counter[str]:
         """Number of skipped inputs by problem."""
-        counts: Counter[str] = Counter(self.bad_input.counts)
-        for result in self.job_results:
-            counts.update(result.skipped)
-        return counts
+        skipped = (Counter(result.skipped) for result in self.job_results)
+        return sum(skipped, Counter(self.bad_input.counts))
 
     @property
     def notices(self) -> list[str]:
@@ -67,13 +60,13 @@ class PreparedData:
         notices = list(self.scan.notices)
         if literals := sum(result.num_eot_literals for result in self.job_results):
             times = pluralize(literals, "time", "times")
+            hint = (
+                f": `gptforge prepare` with --split_on '{END_OF_TEXT}' makes documents of the text "
+                "in between"
+            )
+            has_text = any(source.kind == "text" for source in self.sources)
             notice = f"{END_OF_TEXT} stands in the text {times}, as plain characters"
-            if any(source.kind == "text" for source in self.sources):
-                notice += (
-                    f": `gptforge prepare` with --split_on '{END_OF_TEXT}' makes documents of the "
-                    "text in between"
-                )
-            notices.append(notice)
+            notices.append(notice + hint * has_text)
         return notices + sorted({n for result in self.job_results for n in result.notices})
 
     @property
@@ -134,10 +127,9 @@ def log_summary(prepared: PreparedData) -> None:
     num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
     fraction = prepared.split_rule.fraction
     share = num_bytes["val"] / max(1, sum(num_bytes.values()))
-    low, high = fraction / VAL_FRACTION_TOLERANCE, fraction * VAL_FRACTION_TOLERANCE
-    is_far = not low <= share <= high
+    is_near = fraction / VAL_FRACTION_TOLERANCE <= share <= fraction * VAL_FRACTION_TOLERANCE
     notes = []
-    if prepared.split_rule.rule != "files" and fraction and is_far:
+    if prepared.split_rule.rule != "files" and fraction and not is_near:
         notes.append(
             f"{100 * share:.3g}% of the text are held out, not {100 * fraction:.3g}%: "
             "documents and files are not divided, and there are few of them"

@@ -3,7 +3,7 @@
 Jobs are independent, so the shards do not depend on the number of processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,13 @@ from gptforge.data.prepare.readers import has_many_documents, read_documents
 from gptforge.data.prepare.scan import scan_text
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
-from gptforge.data.prepare.split_writer import BATCH_CHARS, SplitWriter
-from gptforge.data.prepare.text_io import (
-    Chunk,
-    TextFormat,
-    describe_fixes,
-    read_chunks,
-)
+from gptforge.data.prepare.split_writer import SplitWriter
+from gptforge.data.prepare.text_io import Chunk, TextFormat, describe_fixes, read_chunks
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT
 from gptforge.tokenizers.fast_encode import FastEncoder
 
+PROGRESS_CHARS = 2**20  # reported at a time
 SMALL_FILE_BYTES = 2**23  # text files up to this size are read into memory
 MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
@@ -82,8 +78,8 @@ class JobResult:
     def from_json(cls, record: Mapping[str, Any]) -> "JobResult":
         """Read a record of `to_json`; raises some exception for anything else."""
         fields = dict(record)
-        splits = {int(index): splits for index, splits in fields.pop("sides").items()}
-        result = cls(splits=splits, num_eot_literals=fields.pop("marks"), **fields)
+        fields["splits"] = {int(i): splits for i, splits in fields.pop("sides").items()}
+        result = cls(num_eot_literals=fields.pop("marks"), **fields)
         texts = [result.encoder, *result.examples, *result.notices]
         counts = [*result.skipped.values(), result.num_eot_literals]
         for shard in result.shards:
@@ -119,10 +115,8 @@ class JobRunner:
         self._splits: dict[int, set[SplitName]] = {}
         self._num_eot_literals = 0
         common = (job.index, self._tokenizer, self._encoder, self._split_rule.prepend_eot)
-        self._writers: dict[SplitName, SplitWriter] = {
-            "train": SplitWriter(out_dir, "train", *common),
-            "val": SplitWriter(out_dir, "val", *common),
-        }
+        splits: tuple[SplitName, ...] = ("train", "val")
+        self._writers = {split: SplitWriter(out_dir, split, *common) for split in splits}
         try:
             for span in job.spans:
                 self._encode_span(span)
@@ -134,10 +128,8 @@ class JobRunner:
             if not isinstance(error, OSError) or error.errno not in files.DISK_FULL_ERRNOS:
                 raise
             path = Path(error.filename or out_dir).as_posix()
-            raise RunError(
-                f"{path}: the disk is full: free some space; finished parts are kept, and the same "
-                "command resumes"
-            ) from None
+            hint = "free some space; finished parts are kept, and the same command resumes"
+            raise RunError(f"{path}: the disk is full: {hint}") from None
         return JobResult(
             [shard for writer in self._writers.values() for shard in writer.shards],
             dict(self._bad_input.counts),
@@ -150,15 +142,13 @@ class JobRunner:
 
     def _encode_span(self, span: FileSpan) -> None:
         source = span.source
-        if has_many_documents(source, self._text_format):
-            self._encode_documents(span)
-            return
-        is_plain = span.split is None and not source.compression
         try:
-            if is_plain and source.size <= SMALL_FILE_BYTES:
-                self._encode_small_file(span)
-            else:
+            if has_many_documents(source, self._text_format):
+                self._encode_documents(span)
+            elif span.split or source.compression or source.size > SMALL_FILE_BYTES:
                 self._encode_long_text(span)
+            else:
+                self._encode_small_file(span)
         except BadInput as bad:
             self._bad_input.handle(bad)
 
@@ -169,7 +159,7 @@ class JobRunner:
         ):
             self._add_document(span, document.index, document.text)
             text_bytes += len(document.text)
-            if text_bytes >= BATCH_CHARS:
+            if text_bytes >= PROGRESS_CHARS:
                 self._progress(document.bytes_read - reported, text_bytes)
                 reported, text_bytes = document.bytes_read, 0
         self._progress(span.num_bytes - reported, text_bytes)
@@ -184,69 +174,56 @@ class JobRunner:
         self._progress(span.num_bytes, len(text))
 
     def _encode_long_text(self, span: FileSpan) -> None:
-        """Encode a text that may not fit into memory, or a part of one, while reading it."""
-        split, cut = span.split, None
-        if split is None:
-            stats = scan_text(span.source, self._text_format.encoding)
+        """Encode a text that may not fit into memory, or a part of one, while reading it.
+
+        It is cut where its ids are those of the parts, concatenated.
+        """
+        encoding, rule = self._text_format.encoding, self._split_rule
+        split: SplitName = span.split or "train"
+        cut = None
+        if span.split is None:
+            stats = scan_text(span.source, encoding)
             if stats.is_blank:
                 return
-            split = self._split_rule.assign((span.source_index, 0), stats.digest)
-            cut = self._split_rule.cut if self._split_rule.rule == "character" else None
-        starts_document, reported = span.starts_document, 0
-        for text, bytes_read, is_val in self._independent_parts(span, cut):
-            if is_val:
-                split, starts_document = "val", True
-            self._count(span, split, text)
-            writer = self._writers[split]
-            writer.add_part(text, span.source.name, starts_document=starts_document)
-            starts_document = False
-            self._progress(bytes_read - reported, len(text))
-            reported = bytes_read
-        self._progress(span.num_bytes - reported, 0)
+            split = rule.assign((span.source_index, 0), stats.digest)
+            cut = rule.cut if rule.rule == "character" else None
+        starts_document, pending, num_chars, reported = span.starts_document, "", 0, 0
 
-    def _independent_parts(
-        self, span: FileSpan, cut: int | None
-    ) -> Iterator[tuple[str, int, bool]]:
-        """Split a long text at places where its ids are those of the parts, concatenated.
+        def add(text: str) -> None:
+            nonlocal starts_document
+            if text:
+                self._count(span, split, text)
+                writer = self._writers[split]
+                writer.add(text, span.source.name, starts_document=starts_document)
+                starts_document = False
 
-        Yields:
-            A part, the bytes of the file read so far, and whether validation starts with it, at
-            character `cut`.
-        """
-        pending, num_chars, is_val = "", 0, False
-        for chunk in read_chunks(
-            span.source, encoding=self._text_format.encoding, start=span.start, stop=span.stop
-        ):
+        for chunk in read_chunks(span.source, encoding=encoding, start=span.start, stop=span.stop):
             self._note_fixes(span.source, chunk)
-            text, chunk_start = chunk.text, num_chars
-            num_chars += len(text)
-            if cut is not None and chunk_start <= cut < num_chars:
-                head = pending + text[: cut - chunk_start]
-                if head:
-                    yield head, chunk.bytes_read, is_val
-                pending, text, is_val = "", text[cut - chunk_start :], True
+            text = chunk.text
+            if cut is not None and 0 <= cut - num_chars < len(text):
+                add(pending + text[: cut - num_chars])
+                pending, text = "", text[cut - num_chars :]
+                split, starts_document = "val", True
+            num_chars += len(chunk.text)
             # A space at the old end may become a safe cut by the character after it.
             search_start = max(1, len(pending) - 1)
             pending += text
-            position = last_safe_cut(pending, search_start)
-            if position is not None:
-                yield pending[:position], chunk.bytes_read, is_val
-                pending, is_val = pending[position:], False
+            if (position := last_safe_cut(pending, search_start)) is not None:
+                add(pending[:position])
+                pending = pending[position:]
             elif len(pending) > MAX_UNBROKEN_CHARS:
-                raise UserError(
-                    f"{span.source.name}: {MAX_UNBROKEN_CHARS:,} characters without a space: "
-                    "this is not text; leave the file out"
-                )
-        if pending:
-            yield pending, span.num_bytes, is_val
+                problem = f"{MAX_UNBROKEN_CHARS:,} characters without a space"
+                raise UserError(f"{span.source.name}: {problem}: this is not text; leave it out")
+            self._progress(chunk.bytes_read - reported, len(chunk.text))
+            reported = chunk.bytes_read
+        add(pending)
+        self._progress(span.num_bytes - reported, 0)
 
     def _add_document(self, span: FileSpan, document_index: int, text: str) -> None:
         rule = self._split_rule
+        parts: list[tuple[SplitName, str]]
         if rule.rule == "character":
-            parts: list[tuple[SplitName, str]] = [
-                ("train", text[: rule.cut]),
-                ("val", text[rule.cut :]),
-            ]
+            parts = [("train", text[: rule.cut]), ("val", text[rule.cut :])]
         else:
             # Hashing every document costs time, and few rules need it.
             digest = text_digest(text) if rule.rule == "hash" or rule.exceptions else 0
@@ -254,7 +231,7 @@ class JobRunner:
         for split, part in parts:
             if part:
                 self._count(span, split, part)
-            self._writers[split].add_document(part, span.source.name)
+            self._writers[split].add(part, span.source.name)
 
     def _count(self, span: FileSpan, split: SplitName, text: str) -> None:
         self._splits.setdefault(span.source_index, set()).add(split)

@@ -1,15 +1,18 @@
 """Texts in JSON lines and arrays: a field of each object, or the joined messages of a chat."""
 
+import codecs
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from gptforge.data.input_errors import BadInput, BadInputHandler
+from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.text_io import (
+    BOM,
     MAX_LINE_LENGTH,
     REPLACED_NOTICE,
-    TextFormat,
+    InputPart,
     describe_decode_error,
     parse_encoding,
     read_blocks,
@@ -25,62 +28,43 @@ CHAT_NOTICE = "joined the messages of each chat as 'role: content', with a blank
 MAX_LISTED_FIELDS = 8
 MAX_ELEMENT_CHARS = 64 * 2**20  # per array element: several copies must fit into memory
 JSON_WHITESPACE = " \t\r\n"
+NON_SPACE = re.compile(f"[^{JSON_WHITESPACE}]")
 
 
-def read_json_lines(
-    source: Source,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    start: int,
-    stop: int | None,
-) -> Iterator[tuple[str, int]]:
-    """The texts of JSON lines from byte `start` to `stop`, and how many bytes were read."""
-    if not _is_line_based(text_format.encoding):
-        problem = f"JSON lines cannot be split in {text_format.encoding}"
-        bad_input.handle(BadInput(problem, source.name, "save it as UTF-8"))
-        return
-    offset = start
-    try:
-        for line, bytes_read in split_lines(read_blocks(source, start, stop), b"\n"):
-            line_start, offset = offset, offset + len(line)
-            if line.isspace():
-                continue
-            try:
-                record = _parse_line(line, source, text_format, bad_input)
-                yield _record_text(record, source, text_format, bad_input), bytes_read
-            except BadInput as bad:
-                # Line numbers are counted only for errors, by reading the file again.
-                before = read_blocks(source, 0, line_start)
-                number = 1 + sum(block.count(b"\n") for block, _ in before)
-                bad_input.handle(bad, f"{source.name}, line {number}")
-    except BadInput as bad:
-        bad_input.handle(bad)
+def read_json_lines(part: InputPart) -> Iterator[tuple[str, int]]:
+    """The texts of JSON lines, and how many bytes of the part were read up to each."""
+    source, encoding, offset = part.source, part.text_format.encoding, part.start
+    if codecs.decode(b"\n", parse_encoding(encoding)[0], "replace") != "\n":
+        problem = f"JSON lines cannot be split in {encoding}"
+        raise BadInput(problem, source.name, "save it as UTF-8")
+    for line, bytes_read in split_lines(read_blocks(source, part.start, part.stop), b"\n"):
+        line_start, offset = offset, offset + len(line)
+        if line.isspace():
+            continue
+        try:
+            yield text_from_record(_parse_line(line, part), part), bytes_read
+        except BadInput as bad:
+            # Line numbers are counted only for errors, by reading the file again.
+            before = read_blocks(source, 0, line_start)
+            number = 1 + sum(block.count(b"\n") for block, _ in before)
+            part.bad_input.handle(bad, f"{source.name}, line {number}")
 
 
-def _is_line_based(encoding: str) -> bool:
-    try:
-        return b"\n".decode(parse_encoding(encoding)[0]) == "\n"
-    except UnicodeError:
-        return False
-
-
-def _parse_line(
-    line: bytes, source: Source, text_format: TextFormat, bad_input: BadInputHandler
-) -> Any:
+def _parse_line(line: bytes, part: InputPart) -> Any:
     if len(line) > MAX_LINE_LENGTH:
         problem = f"longer than {MAX_LINE_LENGTH // 2**20} MB"
         raise BadInput(problem, hint="divide it into documents")
-    encoding = text_format.encoding
+    encoding = part.text_format.encoding
     try:
-        text = line.decode(*parse_encoding(encoding)).removeprefix("\ufeff")
+        text = line.decode(*parse_encoding(encoding)).removeprefix(BOM)
         if "\ufffd" in text and encoding.endswith(":replace"):
-            bad_input.notices.add(f"{source.name}: {REPLACED_NOTICE}")
+            part.note(REPLACED_NOTICE)
         return json.loads(text)
     except UnicodeError as error:
-        problem, hint = describe_decode_error(encoding, error, line, source=source)
+        problem, hint = describe_decode_error(encoding, error, line, 0, part.source)
         raise BadInput(problem, hint="save it as UTF-8" if b"\0" in line else hint) from None
     except Exception as error:
-        raise BadInput("not JSON", hint=_json_hint(source, error)) from None
+        raise BadInput("not JSON", hint=_json_hint(part.source, error)) from None
 
 
 def _json_hint(source: Source, error: Exception) -> str:
@@ -105,74 +89,66 @@ def is_json_array(source: Source, encoding: str) -> bool:
     return False
 
 
-def read_json_array(
-    source: Source, text_format: TextFormat, bad_input: BadInputHandler
-) -> Iterator[tuple[str, int]]:
+def read_json_array(part: InputPart) -> Iterator[tuple[str, int]]:
     """The texts of the objects in an array, and how many bytes of the file were read up to each."""
-    elements = array_elements(source, text_format.encoding, bad_input.notices)
-    try:
-        for number, (record, bytes_read) in enumerate(elements, 1):
-            try:
-                yield _record_text(record, source, text_format, bad_input), bytes_read
-            except BadInput as bad:
-                bad_input.handle(bad, f"{source.name}, element {number}")
-    except BadInput as bad:
-        bad_input.handle(bad)
+    for number, (record, bytes_read) in enumerate(_array_elements(part), 1):
+        try:
+            yield text_from_record(record, part), bytes_read
+        except BadInput as bad:
+            part.bad_input.handle(bad, f"{part.source.name}, element {number}")
 
 
-def array_elements(source: Source, encoding: str, notices: set[str]) -> Iterator[tuple[Any, int]]:
-    """Parse a JSON array element by element, in constant memory.
-
-    Yields:
-        Each element, and how many bytes of the file were read up to it.
+def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
+    """Parse a JSON array in constant memory: each element, and the bytes of the file read so far.
 
     Raises:
         BadInput: where it is not JSON.
     """
     decode = json.JSONDecoder().raw_decode
-    chunks = read_chunks(source, encoding=encoding, notices=notices)
-    text, position, number, bytes_read, is_end = "", 0, 0, 0, False
+    source, chunks = part.source, part.read_chunks()
+    text, position, number, bytes_read = "", 0, 0, 0
 
-    def read(min_chars: int) -> None:
-        nonlocal text, position, bytes_read, is_end
+    def read(min_chars: int) -> bool:
+        """Append to `text`, without what was parsed; returns whether there was anything."""
+        nonlocal text, position, bytes_read
         parts = [text[position:]]
-        while min_chars > 0 and not is_end:
-            if (chunk := next(chunks, None)) is None:
-                is_end = True
-            else:
-                parts.append(chunk.text)
-                min_chars -= len(chunk.text)
-                bytes_read = chunk.bytes_read
+        while min_chars > 0 and (chunk := next(chunks, None)):
+            parts.append(chunk.text)
+            min_chars -= len(chunk.text)
+            bytes_read = chunk.bytes_read
+        if len(parts) == 1:
+            return False
         text, position = "".join(parts), 0
+        return True
 
     def peek() -> str:
         """The next character after whitespace; empty at the end of the file."""
         nonlocal position
-        while True:
-            while position < len(text) and text[position] in JSON_WHITESPACE:
-                position += 1
-            if position < len(text) or is_end:
-                return text[position : position + 1]
-            read(1)
+        while (match := NON_SPACE.search(text, position)) is None:
+            position = len(text)
+            if not read(1):
+                return ""
+        position = match.start()
+        return match[0]
 
     def parse_element() -> Any:
         nonlocal position
         while True:
+            rest = len(text) - position
             try:
                 value, end = decode(text, position)
             except Exception as error:
-                rest = len(text) - position
-                if is_end or rest > MAX_ELEMENT_CHARS or not isinstance(error, ValueError):
+                # The element may continue in the next chunk; doubling keeps the total cost linear.
+                may_continue = isinstance(error, ValueError) and rest <= MAX_ELEMENT_CHARS
+                if not may_continue or not read(rest):
                     location = f"{source.name}, element {number}"
                     hint = f"correct it ({error_reason(error)})"
                     raise BadInput("not JSON", location, hint) from None
-                # The element may continue in the next chunk; doubling keeps the total cost linear.
-                read(rest)
-                continue
-            if end < len(text) or is_end:
-                position = end
-                return value
-            read(1)  # a number at the end of a chunk may continue in the next one
+            else:
+                # A number at the end of a chunk may continue in the next one.
+                if end < len(text) or not read(1):
+                    position = end
+                    return value
 
     truncated = BadInput(
         "the array has no end: no ] after the last element",
@@ -182,51 +158,38 @@ def array_elements(source: Source, encoding: str, notices: set[str]) -> Iterator
     hint = "one array of objects is read, or one object a line"
     peek()
     position += 1  # the opening bracket
-    char = peek()
-    if char == "]":
-        position += 1
-    while char != "]":
+    separator = peek()
+    position += separator == "]"
+    while separator != "]":
         if not peek():
             raise truncated
         number += 1
         yield parse_element(), bytes_read
-        char = peek()
+        separator = peek()
         position += 1
-        if not char:
+        if not separator:
             raise truncated
-        if char not in ",]":
+        if separator not in ",]":
             raise BadInput("not JSON: no comma", f"{source.name}, after element {number}", hint)
     if peek():
         raise BadInput("text after the array", f"{source.name}, after element {number}", hint)
 
 
-def _record_text(
-    record: Any, source: Source, text_format: TextFormat, bad_input: BadInputHandler
-) -> str:
-    text, is_chat = text_from_record(record, text_format.field)
-    if is_chat:
-        bad_input.notices.add(f"{source.name}: {CHAT_NOTICE}")
-    return text
-
-
-def text_from_record(record: Any, field: str) -> tuple[str, bool]:
-    """The text of a JSON object, and whether it was joined from the messages of a chat.
-
-    Raises:
-        BadInput: if it has no such text; the hint names the fields it has.
-    """
+def text_from_record(record: Any, part: InputPart) -> str:
+    """The text of a JSON object; a BadInput without one has a hint that names the fields it has."""
+    field = part.text_format.field
     if not isinstance(record, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number")
         hint = f'give objects with a field \'{field}\': {{"{field}": "..."}}'
         raise BadInput(f"{kind}, not an object", hint=hint)
     found = find_field(record, field)
     if found and isinstance(record[found], str):
-        return record[found], False  # the usual case, without building the hint
+        return str(record[found])  # the usual case, without building the hint
     texts = [name for name, value in record.items() if is_text(value)]
     hint = available_fields_hint(list(record), texts)
     if not found:
         raise BadInput(f"no field '{field}'", hint=hint)
-    return text_from_value(record[found], found, hint)
+    return text_from_value(record[found], found, part, hint)
 
 
 def find_field(names: Collection[str], field: str) -> str:
@@ -235,14 +198,10 @@ def find_field(names: Collection[str], field: str) -> str:
     return next((name for name in candidates if name in names), "")
 
 
-def text_from_value(value: Any, field: str, hint: str) -> tuple[str, bool]:
-    """The text in the value of a field, and whether it was joined from the messages of a chat.
-
-    Raises:
-        BadInput: if it is neither a string nor a chat, with `hint`.
-    """
+def text_from_value(value: Any, field: str, part: InputPart, hint: str = "") -> str:
+    """The text in the value of a field, a string or a chat; a BadInput with `hint` if neither."""
     if isinstance(value, str):
-        return value, False
+        return value
     if not isinstance(value, list):
         problem = f"field '{field}' is not text but of type {type(value).__name__}"
         raise BadInput(problem, hint=hint)
@@ -250,7 +209,8 @@ def text_from_value(value: Any, field: str, hint: str) -> tuple[str, bool]:
     if chat is None:
         hint = f"the messages of a chat have a role and a content that is text; {hint}"
         raise BadInput(f"field '{field}' is a list, but not a chat of texts", hint=hint)
-    return chat, True
+    part.note(CHAT_NOTICE)
+    return chat
 
 
 def is_text(value: Any) -> bool:

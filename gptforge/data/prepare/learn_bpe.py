@@ -45,10 +45,7 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
 
 
 def iter_training_text(
-    sources: Sequence[Source],
-    text_format: TextFormat,
-    rule: SplitRule,
-    bad_input: BadInputHandler,
+    sources: Sequence[Source], text_format: TextFormat, rule: SplitRule, bad_input: BadInputHandler
 ) -> Iterator[str]:
     """Yield the documents of the training split; a long text in parts that end between words."""
     needs_digest = rule.rule == "hash" or bool(rule.exceptions)

@@ -11,12 +11,7 @@ from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.job import FileSpan, Job
 from gptforge.data.prepare.json_reader import is_json_array
 from gptforge.data.prepare.readers import has_many_documents
-from gptforge.data.prepare.scan import (
-    ScanResult,
-    byte_offset,
-    find_safe_cuts,
-    scan_text,
-)
+from gptforge.data.prepare.scan import ScanResult, byte_offset, find_safe_cuts, scan_text
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.table_reader import open_parquet
 from gptforge.data.prepare.text_io import TextFormat
@@ -55,9 +50,8 @@ def _spans(
     job_bytes: int,
 ) -> Iterable[FileSpan]:
     source = file.source
-    is_seekable = (
-        not source.compression and text_format.encoding == "utf-8" and source.size > job_bytes
-    )
+    is_large = source.size > job_bytes
+    is_seekable = is_large and not source.compression and text_format.encoding == "utf-8"
     # These rules need a document's index in its file, which is known only when reading from its
     # start.
     needs_index = scan.split_rule.rule in ("character", "boundary")

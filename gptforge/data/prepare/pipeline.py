@@ -4,9 +4,9 @@ All state is in the output folder: shards are renamed into place when they are c
 writes its result, and the index is written last. So an interrupted preparation can resume.
 """
 
-import json
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,19 +15,14 @@ import numpy as np
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
-from gptforge.data.prepare.job import Job, JobResult, JobSettings
+from gptforge.data.prepare.job import JobSettings
 from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.partition import partition
-from gptforge.data.prepare.request import (
-    FileSelection,
-    PrepareRequest,
-    ProgressBar,
-    select_files,
-)
-from gptforge.data.prepare.scan import collect_alphabet, scan
+from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.scan import ScanResult, collect_alphabet, scan
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitRule
-from gptforge.data.prepare.workers import num_cpus, run_jobs
+from gptforge.data.prepare.workers import run_jobs
 from gptforge.data.shard_index import (
     INDEX_FILE,
     TOKENIZER_FILE,
@@ -38,7 +33,6 @@ from gptforge.data.shard_index import (
     mark_verified,
     read_index,
 )
-from gptforge.data.token_dataset import read_shard_header
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, lock_folder
 from gptforge.shell import quote
@@ -50,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_DIR = ".preparing"  # results of the jobs of an unfinished preparation
 REQUEST_FILE = ".request"  # hash of the request
-MIN_PARALLEL_BYTES = 2**24  # less is encoded before worker processes would have started
 PREPARE_VERSION = 1  # increment it if the same request would give other tokens
 
 
@@ -70,8 +63,8 @@ def prepare(
         request: what to prepare.
         num_workers: processes; 0 is one per CPU, if there is enough data for them.
         restart: move the old content of the folder away.
-        wait: wait for another process that prepares the same folder.
-        progress: shows the progress.
+        wait: for another process that prepares the same folder.
+        progress: shows the bytes that are done.
 
     Raises:
         UserError: for anything that the user can fix, or if the folder holds something else.
@@ -96,6 +89,28 @@ def prepare(
         return _Preparation(out_dir, request, num_workers, progress).run()
 
 
+def scan_files(request: PrepareRequest, selection: FileSelection) -> ScanResult:
+    """Scan the files of a request; see `scan`."""
+    return scan(
+        selection.sources,
+        request.text_format,
+        request.val_fraction,
+        skip_bad=request.skip_bad,
+        val_sources=selection.val_sources,
+        split_duplicates=not request.split_by_name,
+    )
+
+
+@contextlib.contextmanager
+def no_skip_of_only_file(sources: Sequence[Source]) -> Iterator[None]:
+    """Let errors not suggest to skip the only file, which would leave nothing."""
+    try:
+        yield
+    except BadInputError as error:
+        is_only_file = len(sources) == 1 and error.problem.startswith(f"{sources[0].name}: ")
+        raise BadInputError(error.problem, error.hint, can_skip=not is_only_file) from None
+
+
 class _Preparation:
     def __init__(
         self, out_dir: Path, request: PrepareRequest, num_workers: int, progress: ProgressBar | None
@@ -104,99 +119,79 @@ class _Preparation:
         self.progress = progress
         self.progress_dir = out_dir / PROGRESS_DIR
         self._is_cache = bool(request.cache_key)
-        self._only_source = ""  # name of the source, if there is only one
 
     def run(self) -> Index:
         is_started = (self.out_dir / REQUEST_FILE).is_file() or self.progress_dir.is_dir()
         if not self._is_cache:
             self._refuse_foreign_folder(is_started=is_started)
+        self._refuse_shards()
         try:
-            return self._run()
-        except UserError as error:
+            was_finished = not self.progress_dir.is_dir() and any(self.out_dir.glob("*.bin"))
+            self.progress_dir.mkdir(parents=True, exist_ok=True)
+            selection = select_files(self.request, spool_dir=self.progress_dir)
+            key = self._request_key(selection)
+            index = self._find_finished(key, was_finished=was_finished)
+            if index is None:
+                self._discard_other_results(key)
+                index = self._encode(selection)
+        except UserError:
             if not is_started and not any(self.progress_dir.glob("job-*")):
                 # Failed before there was any result: leave no files behind.
                 files.remove(self.progress_dir)
                 for name in (REQUEST_FILE, TOKENIZER_FILE):
                     (self.out_dir / name).unlink(missing_ok=True)
-            if isinstance(error, BadInputError) and error.problem.startswith(
-                f"{self._only_source}: "
-            ):
-                # Skipping the only file would leave nothing.
-                raise BadInputError(error.problem, error.hint, can_skip=False) from None
             raise
+        files.remove(self.progress_dir)
+        return index
 
-    def _run(self) -> Index:
-        request = self.request
-        self._refuse_shards()
-        was_finished = not self.progress_dir.is_dir() and any(self.out_dir.glob("*.bin"))
-        self.progress_dir.mkdir(parents=True, exist_ok=True)
-        selection = select_files(request, spool_dir=self.progress_dir)
-        sources = selection.sources
-        self._only_source = sources[0].name if len(sources) == 1 else ""
-        key = self._request_key(selection)
-        if (index := self._find_finished(key, was_finished=was_finished)) is not None:
-            files.remove(self.progress_dir)
-            return index
-        self._discard_other_results(key)
+    def _encode(self, selection: FileSelection) -> Index:
+        request, sources = self.request, selection.sources
         for notice in selection.notices:
             logger.info(f"note: {notice}")
-        scanned = scan(
-            sources,
-            request.text_format,
-            request.val_fraction,
-            skip_bad=request.skip_bad,
-            val_sources=selection.val_sources,
-            split_duplicates=not request.split_by_name,
-        )
-        rule = scanned.split_rule
-        tokenizer = self._make_tokenizer(sources, rule)
-        if rule.prepend_eot and tokenizer.eot_token is None:
-            logger.info(
-                f"note: {tokenizer.name} has no end-of-text id: documents are not separated"
+        with no_skip_of_only_file(sources):
+            scanned = scan_files(request, selection)
+            rule = scanned.split_rule
+            tokenizer = self._make_tokenizer(sources, rule)
+            if rule.prepend_eot and tokenizer.eot_token is None:
+                logger.info(
+                    f"note: {tokenizer.name} has no end-of-text id: documents are not separated"
+                )
+                rule = replace(rule, prepend_eot=False)
+            if request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
+                size = f"a vocabulary of {tokenizer.vocab_size}"
+                raise UserError(f"--raw_bin stores ids as uint16, and {size} does not fit")
+            path = self.out_dir / TOKENIZER_FILE
+            tokenizers.save(tokenizer, path)
+            text_format, bad_input = request.text_format, BadInputHandler(request.skip_bad)
+            job_bytes = max(1, request.shard_bytes)
+            jobs = partition(sources, scanned, text_format, bad_input, job_bytes=job_bytes)
+            settings = JobSettings(self.out_dir, path, rule, text_format, request.skip_bad)
+            results = run_jobs(
+                jobs,
+                settings,
+                self.progress_dir,
+                num_workers=self.num_workers,
+                progress=self.progress,
             )
-            rule = replace(rule, prepend_eot=False)
-        if request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
-            raise UserError(
-                f"--raw_bin stores ids as uint16, and a vocabulary of {tokenizer.vocab_size} does "
-                "not fit"
-            )
-        tokenizers.save(tokenizer, self.out_dir / TOKENIZER_FILE)
-        bad_input = BadInputHandler(request.skip_bad)
-        jobs = partition(
-            sources, scanned, request.text_format, bad_input, job_bytes=max(1, request.shard_bytes)
-        )
-        settings = JobSettings(
-            self.out_dir,
-            self.out_dir / TOKENIZER_FILE,
-            rule,
-            request.text_format,
-            request.skip_bad,
-        )
-        results = self._run_jobs(jobs, settings)
         prepared = PreparedData(sources, rule, tokenizer, results, bad_input, scanned)
         log_summary(prepared)
         index = finalize(self.out_dir, prepared, raw_bin=request.raw_bin)
         mark_verified(index)
-        files.remove(self.progress_dir)
         return index
 
     def _refuse_foreign_folder(self, *, is_started: bool) -> None:
         if self.progress_dir.is_symlink():
             raise UserError(f"{self.progress_dir.as_posix()} is a symbolic link: delete it")
         if not is_started and _is_in_use(self.out_dir):
-            raise UserError(
-                f"--out {self.out_dir} holds other files: choose another, or give --restart to "
-                "move them away"
-            )
+            hint = "choose another, or give --restart to move them away"
+            raise UserError(f"--out {self.out_dir} holds other files: {hint}")
 
     def _refuse_shards(self) -> None:
         for name in self.request.names:
             if read_index(Path(name)) is not None:
-                raise UserError(
-                    f"{name} holds shards, prepared already: train on them with --input "
-                    f"{quote(name)}, or name the texts that they were made of to prepare them "
-                    "differently"
-                )
+                use = f"train on them with --input {quote(name)}"
+                other = "name the texts that they were made of to prepare them differently"
+                raise UserError(f"{name} holds shards, prepared already: {use}, or {other}")
 
     def _request_key(self, selection: FileSelection) -> str:
         request = self.request
@@ -207,11 +202,10 @@ class _Preparation:
             tokenizer = json_sha256(tokenizer.to_json())
         elif Path(tokenizer).is_file():
             tokenizer = files.sha256(Path(tokenizer))
+        sources = [[s.name, s.kind, s.compression, s.size, s.stamp] for s in selection.sources]
         record = {
             "version": PREPARE_VERSION,
-            "sources": [
-                [s.name, s.kind, s.compression, s.size, s.stamp] for s in selection.sources
-            ],
+            "sources": sources,
             "tokenizer": tokenizer,
             "form": asdict(request.text_format),
             "how": [request.val_fraction, request.shard_bytes, request.skip_bad, request.raw_bin],
@@ -235,29 +229,26 @@ class _Preparation:
             if not is_same and not self._is_cache:
                 raise
             index, corruption = None, str(error)
-        if index is not None and not is_same and not self._is_cache:
-            raise UserError(
-                f"--out {self.out_dir} holds data that was prepared from something else, or "
-                "differently: choose another, or give --restart to move it away"
-            )
         if index is not None:
-            corruption = f"{REQUEST_FILE} is missing or damaged"
-            if is_same:
-                corruption = find_corruption(index)
+            if not is_same and not self._is_cache:
+                problem = "holds data that was prepared from something else, or differently"
+                hint = "choose another, or give --restart to move it away"
+                raise UserError(f"--out {self.out_dir} {problem}: {hint}")
+            missing = f"{REQUEST_FILE} is missing or damaged"
+            corruption = find_corruption(index) if is_same else missing
         elif was_finished:
             corruption = corruption or f"{INDEX_FILE} is missing"
-        if corruption is not None:
-            logger.info(f"note: {corruption}: {self.out_dir.as_posix()} is prepared again")
-            # The shards stay until new ones replace them: a training run may be reading them.
-            for path in self.out_dir.glob("*.bin"):
-                if path.is_dir():
-                    files.remove(path)
-            for name in (INDEX_FILE, VERIFIED_FILE, TOKENIZER_FILE):
-                files.remove(self.out_dir / name)
-            return None
-        if index is not None and not self._is_cache:
-            logger.info(f"{self.out_dir.as_posix()} is prepared already")
-        return index
+        if corruption is None:
+            if index is not None and not self._is_cache:
+                logger.info(f"{self.out_dir.as_posix()} is prepared already")
+            return index
+        logger.info(f"note: {corruption}: {self.out_dir.as_posix()} is prepared again")
+        # The shards stay until new ones replace them: a training run may be reading them.
+        folders = [path for path in self.out_dir.glob("*.bin") if path.is_dir()]
+        names = (INDEX_FILE, VERIFIED_FILE, TOKENIZER_FILE)
+        for path in [*folders, *(self.out_dir / name for name in names)]:
+            files.remove(path)
+        return None
 
     def _discard_other_results(self, key: str) -> None:
         """Delete the results of an unfinished preparation of another request."""
@@ -283,51 +274,6 @@ class _Preparation:
             return learn_bpe(request, sources, rule)
         return tokenizers.from_name(request.tokenizer, "")
 
-    def _run_jobs(self, jobs: Sequence[Job], settings: JobSettings) -> list[JobResult]:
-        """Run the jobs that have no result yet; returns the results of all, in order."""
-        results = {job.index: result for job in jobs if (result := self._load_result(job))}
-        if results:
-            logger.info(f"resuming: {len(results)} of {len(jobs)} parts are finished")
-        num_bytes = {job.index: sum(span.num_bytes for span in job.spans) for job in jobs}
-        remaining = [job for job in jobs if job.index not in results]
-        if self.progress:
-            self.progress.start(sum(num_bytes.values()), sum(num_bytes[i] for i in results))
-        num_workers = min(len(remaining), self.num_workers or num_cpus())
-        remaining_bytes = sum(num_bytes[job.index] for job in remaining)
-        if remaining_bytes < MIN_PARALLEL_BYTES and not self.num_workers:
-            num_workers = 1
-        for job, result in run_jobs(
-            remaining,
-            settings,
-            progress=self.progress.add if self.progress else lambda file_bytes, text_bytes: None,
-            num_workers=num_workers,
-        ):
-            text = json.dumps(result.to_json(), ensure_ascii=False)
-            files.atomic_write(self._result_file(job), text)
-            results[job.index] = result
-        return [results[job.index] for job in jobs]
-
-    def _load_result(self, job: Job) -> JobResult | None:
-        """Return the result of a finished job if its shards are intact."""
-        text = _read(self._result_file(job))
-        if not text:
-            return None
-        try:
-            result = JobResult.from_json(json.loads(text))
-            for shard in result.shards:
-                path = self.out_dir / shard["file"]
-                if read_shard_header(path).num_tokens != shard["tokens"]:
-                    return None
-                if files.sha256(path) != shard["sha256"]:
-                    return None
-            return result
-        except Exception:
-            # Corrupt, or from another version: run the job again.
-            return None
-
-    def _result_file(self, job: Job) -> Path:
-        return self.progress_dir / f"job-{job.index:06d}.json"
-
 
 def _check_sources_stay(out_dir: Path, request: PrepareRequest) -> None:
     names = [name for name in request.names if name != "-"]
@@ -335,10 +281,8 @@ def _check_sources_stay(out_dir: Path, request: PrepareRequest) -> None:
         names.append(request.tokenizer)
     for name in names:
         if files.is_inside(out_dir, name):
-            raise UserError(
-                f"--restart would move {out_dir} away with {name} in it: choose another --out, or "
-                "move that file first"
-            )
+            hint = "choose another --out, or move that file first"
+            raise UserError(f"--restart would move {out_dir} away with {name} in it: {hint}")
 
 
 def _is_in_use(folder: Path) -> bool:

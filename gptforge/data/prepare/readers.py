@@ -7,21 +7,16 @@ from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.json_reader import is_json_array, read_json_array, read_json_lines
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.table_reader import read_csv, read_parquet
-from gptforge.data.prepare.text_io import MAX_LINE_LENGTH, TextFormat, read_chunks
+from gptforge.data.prepare.text_io import MAX_LINE_LENGTH, InputPart, TextFormat
 
 
 @dataclass(frozen=True)
 class Document:
-    """One of several documents in a file.
-
-    Attributes:
-        index: of the document in the file, or in the part of it that is read.
-        bytes_read: bytes of the file that were read so far.
-    """
+    """One of several documents in a file."""
 
     text: str
-    index: int
-    bytes_read: int
+    index: int  # in the file, or in the part of it that is read
+    bytes_read: int  # of the file, so far
 
 
 def has_many_documents(source: Source, text_format: TextFormat) -> bool:
@@ -39,32 +34,32 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of a file, without empty ones.
 
-    Args:
-        source: the file.
-        text_format: how to find the text in it.
-        bad_input: what to do about unusable documents.
-        start: first byte of a text or of JSON lines, or row group of Parquet, to read.
-        stop: one past the last; None: the end.
+    `start` and `stop` are bytes of a text or of JSON lines, and row groups of Parquet.
     """
+    part = InputPart(source, text_format, bad_input, start, stop)
     if source.kind == "csv":
-        texts = read_csv(source, text_format, bad_input)
+        texts = read_csv(part)
     elif source.kind == "text":
-        texts = _read_delimited(source, text_format, bad_input, start, stop)
+        texts = _read_delimited(part)
     elif source.kind == "parquet":
-        texts = read_parquet(source, text_format, bad_input, start, stop)
+        texts = read_parquet(part)
     elif start == 0 and is_json_array(source, text_format.encoding):
-        texts = read_json_array(source, text_format, bad_input)
+        texts = read_json_array(part)
     else:
-        texts = read_json_lines(source, text_format, bad_input, start, stop)
+        texts = read_json_lines(part)
     index = 0
-    for text, bytes_read in texts:
-        if "\0" in text:
-            location = f"{source.name}, document {index + 1}"
-            bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
-            continue
-        if text.strip():
-            yield Document(clean_text(text), index, bytes_read)
-        index += 1
+    try:
+        for text, bytes_read in texts:
+            if "\0" in text:
+                location = f"{source.name}, document {index + 1}"
+                bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
+                continue
+            if text.strip():
+                yield Document(clean_text(text), index, bytes_read)
+            index += 1
+    except BadInput as bad:
+        # The rest of the file cannot be read.
+        bad_input.handle(bad)
 
 
 def clean_text(text: str) -> str:
@@ -77,35 +72,18 @@ def clean_text(text: str) -> str:
     return text
 
 
-def _read_delimited(
-    source: Source,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    start: int,
-    stop: int | None,
-) -> Iterator[tuple[str, int]]:
-    separator, rest, bytes_read = text_format.split_on, "", 0
-    chunks = read_chunks(
-        source, encoding=text_format.encoding, start=start, stop=stop, notices=bad_input.notices
-    )
-    try:
-        for chunk in chunks:
-            # `rest` was searched before, so a new separator ends in the new chunk.
-            search_from = max(0, len(rest) - len(separator) + 1)
-            rest += chunk.text
-            texts = []
-            if rest.find(separator, search_from) >= 0:
-                *texts, rest = rest.split(separator)
-            bytes_read = chunk.bytes_read
-            for text in texts:
-                yield text.strip("\n"), bytes_read
-            if len(rest) > MAX_LINE_LENGTH:
-                raise BadInput(
-                    f"no {separator!r} in {MAX_LINE_LENGTH:,} characters",
-                    source.name,
-                    "give the separator of this file with --split_on, or leave it out",
-                )
-    except BadInput as bad:
-        bad_input.handle(bad)
-    else:
-        yield rest.strip("\n"), bytes_read
+def _read_delimited(part: InputPart) -> Iterator[tuple[str, int]]:
+    separator, rest, bytes_read = part.text_format.split_on, "", 0
+    for chunk in part.read_chunks():
+        # `rest` was searched before, so a new separator ends in the new chunk.
+        search_from = max(0, len(rest) - len(separator) + 1)
+        rest += chunk.text
+        bytes_read = chunk.bytes_read
+        if rest.find(separator, search_from) >= 0:
+            *texts, rest = rest.split(separator)
+            yield from ((text.strip("\n"), bytes_read) for text in texts)
+        if len(rest) > MAX_LINE_LENGTH:
+            problem = f"no {separator!r} in {MAX_LINE_LENGTH:,} characters"
+            hint = "give the separator of this file with --split_on, or leave it out"
+            raise BadInput(problem, part.source.name, hint)
+    yield rest.strip("\n"), bytes_read

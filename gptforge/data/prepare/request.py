@@ -1,19 +1,14 @@
 """What to prepare: the request, and the files that it selects."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from gptforge import files
-from gptforge.data.prepare.sources import (
-    FileKind,
-    Source,
-    count_ignored_files,
-    find_sources,
-)
+from gptforge.data.prepare.sources import FileKind, Source, count_ignored_files, find_sources
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.printable import pluralize
@@ -92,36 +87,33 @@ def fingerprint(path: Path) -> str:
 
     This is cheap for a file of any size, but misses changes in the middle.
     """
-    sha256, size = hashlib.sha256(), path.stat().st_size
-    sha256.update(f"{size}\n".encode())
+    return hashlib.sha256(f"{path.stat().st_size}\n".encode() + read_ends(path)).hexdigest()[:16]
+
+
+def read_ends(path: Path) -> bytes:
+    """Return the first and the last 64 KiB of a file; all of it, or twice, if it is shorter."""
     with path.open("rb") as file:
-        sha256.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        sha256.update(file.read(FINGERPRINT_BYTES))
-    return sha256.hexdigest()[:16]
+        head = file.read(FINGERPRINT_BYTES)
+        file.seek(max(0, path.stat().st_size - FINGERPRINT_BYTES))
+        return head + file.read(FINGERPRINT_BYTES)
 
 
 def _describe_copies(sources: Sequence[Source], val_sources: Sequence[int]) -> list[str]:
     val = {sources[index] for index in val_sources}
     sizes = Counter(source.size for source in sources)
-    candidates: dict[tuple[int, str], list[Source]] = defaultdict(list)
+    originals: dict[str, Source] = {}
+    copies: list[tuple[Source, Source]] = []
     for source in sources:
         if source.size and sizes[source.size] > 1:
-            candidates[source.size, fingerprint(source.path)].append(source)
-    num_copies, example, in_both_splits = 0, "", False
-    for group in candidates.values():
-        originals: dict[str, Source] = {}
-        for source in group if len(group) > 1 else ():
             original = originals.setdefault(files.sha256(source.path), source)
             if original is not source:
-                num_copies += 1
-                in_both_splits |= (original in val) != (source in val)
-                example = example or f"{source.name} is a copy of {original.name}"
-    if not num_copies:
+                copies.append((source, original))
+    if not copies:
         return []
-    more = "" if num_copies == 1 else f", and so are {num_copies - 1:,} more files"
+    more = f", and so are {len(copies) - 1:,} more files" if len(copies) > 1 else ""
+    in_both_splits = any((source in val) != (original in val) for source, original in copies)
     effect = "held-out text is trained on" if in_both_splits else "the text is read again"
-    return [f"{example}{more}: {effect}"]
+    return [f"{copies[0][0].name} is a copy of {copies[0][1].name}{more}: {effect}"]
 
 
 def _describe_ignored_files(name: str) -> str:

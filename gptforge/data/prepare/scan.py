@@ -5,6 +5,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import IO
 
 import numpy as np
@@ -18,7 +19,6 @@ from gptforge.data.prepare.split import (
     SplitRule,
     digest_from_sha256,
     make_split_rule,
-    text_digest,
 )
 from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
 from gptforge.errors import UserError
@@ -78,11 +78,10 @@ def scan(
     for index, source in enumerate(sources):
         if has_many_documents(source, text_format):
             for document in read_documents(source, text_format, bad_input):
-                text = document.text
-                documents.append(
-                    DocumentStats((index, document.index), len(text), text_digest(text))
-                )
-                sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+                sha256_bytes = hashlib.sha256(document.text.encode("utf-8")).digest()
+                digest = digest_from_sha256(sha256_bytes)
+                documents.append(DocumentStats((index, document.index), len(document.text), digest))
+                sha256 = sha256_bytes.hex()
                 if len(documents) == MIN_HASH_DOCUMENTS:
                     break
         else:
@@ -102,20 +101,12 @@ def scan(
         _require_text_in_both_splits(sources, text_format, skip_bad, val_sources)
         return ScanResult(SplitRule("files", val_fraction, val_sources=val_sources), "", text_stats)
     rule = make_split_rule(documents, val_fraction, split_duplicates=split_duplicates)
-    return ScanResult(
-        rule,
-        sha256 if len(documents) == 1 else "",
-        text_stats,
-        _describe_duplicates(documents, rule),
-    )
+    notices = _describe_duplicates(documents, rule)
+    return ScanResult(rule, sha256 if len(documents) == 1 else "", text_stats, notices)
 
 
 def scan_text(source: Source, encoding: str) -> TextStats:
-    """Read a text file in constant memory.
-
-    Raises:
-        BadInput: if it is not text.
-    """
+    """Read a text file in constant memory; a BadInput if it is not text."""
     stats, sha256 = TextStats(), hashlib.sha256()
     for chunk in read_chunks(source, encoding=encoding):
         if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
@@ -145,10 +136,7 @@ def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) ->
 
 
 def _require_text_in_both_splits(
-    sources: Sequence[Source],
-    text_format: TextFormat,
-    skip_bad: bool,
-    val_sources: tuple[int, ...],
+    sources: Sequence[Source], text_format: TextFormat, skip_bad: bool, val_sources: tuple[int, ...]
 ) -> None:
     val = [sources[index] for index in val_sources]
     train = [source for index, source in enumerate(sources) if index not in set(val_sources)]
@@ -157,10 +145,8 @@ def _require_text_in_both_splits(
         texts = (text for source in split for text in iter_text(source, text_format, bad_input))
         if not any(text.strip() for text in texts):
             message = no_text_message([source.name for source in split], bad_input)
-            raise UserError(
-                f"{message}; these are the files {use}: --split_by_name false treats them like all "
-                "others"
-            )
+            hint = "--split_by_name false treats them like all others"
+            raise UserError(f"{message}; these are the files {use}: {hint}")
 
 
 def no_text_message(names: Sequence[str], bad_input: BadInputHandler) -> str:
@@ -200,8 +186,8 @@ def iter_text(source: Source, text_format: TextFormat, bad_input: BadInputHandle
 
 def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
     """Return the byte of a UTF-8 file where a character of its text starts."""
-    num_chars_before = [num_chars for _, num_chars in stats.offsets]
-    start, num_chars = stats.offsets[bisect_right(num_chars_before, char_index) - 1]
+    chars_before = [num_chars for _, num_chars in stats.offsets]
+    start, num_chars = stats.offsets[bisect_right(chars_before, char_index) - 1]
     for chunk in read_chunks(source, start=start):
         if char_index <= num_chars + len(chunk.text):
             break
@@ -209,10 +195,8 @@ def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
     target = char_index - num_chars
     # The BOM and the CR of each CRLF are bytes of the file, but not characters of the text.
     bom = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
-    carriage_returns, position = 0, chunk.raw.find("\r\n")
-    while position >= 0 and position - bom - carriage_returns < target:
-        carriage_returns += 1
-        position = chunk.raw.find("\r\n", position + 2)
+    line_ends = accumulate(len(line) + 1 for line in chunk.raw[bom:].split("\r\n")[:-1])
+    carriage_returns = sum(end <= target for end in line_ends)
     return chunk.offset + len(chunk.raw[: bom + target + carriage_returns].encode("utf-8"))
 
 

@@ -42,20 +42,14 @@ PIPE_TIMEOUT = 10.0  # seconds to wait for a program that writes to a pipe
 
 @dataclass(frozen=True)
 class Source:
-    """One input file.
-
-    Attributes:
-        size: bytes on disk.
-        stamp: changes with the content: the modification time, or a hash.
-        name: for messages.
-    """
+    """One input file."""
 
     path: Path
     kind: FileKind
     compression: Compression
-    size: int
-    stamp: str
-    name: str
+    size: int  # bytes on disk
+    stamp: str  # changes with the content: the modification time, or a hash
+    name: str  # for messages
 
 
 def find_sources(
@@ -118,17 +112,13 @@ def _expand(name: str) -> list[Path]:
         raise UserError(f"{name}: URLs are not supported: download it, and name the file")
     if path.is_dir():
         if _is_run(path) or _is_model(path):
-            raise UserError(
-                f"{name}: the folder of a run or a model, whose files are not training text: "
-                f"--init_from {quote(name)} starts from its weights"
-            )
+            problem = "the folder of a run or a model, whose files are not training text"
+            raise UserError(f"{name}: {problem}: --init_from {quote(name)} starts from its weights")
         found = [file for file in _walk(path) if _suffixes(file)[0] in FOLDER_SUFFIXES]
         if not found:
-            raise UserError(
-                f"{name}: no text in this folder: nothing in it ends in "
-                f"{', '.join(FOLDER_SUFFIXES)} or one of these with .gz, .zst or .xz; name a "
-                ".json, a .csv or any other file to read it"
-            )
+            suffixes = f"{', '.join(FOLDER_SUFFIXES)} or one of these with .gz, .zst or .xz"
+            problem = f"no text in this folder: nothing in it ends in {suffixes}"
+            raise UserError(f"{name}: {problem}; name a .json, a .csv or any other file to read it")
         return sorted(found, key=lambda file: file.as_posix())
     if path.exists():
         return [path]
@@ -170,11 +160,10 @@ def _file_source(path: Path, kind: FileKind | Literal["auto"]) -> Source:
     file_kind = KIND_BY_SUFFIX.get(suffix, "text") if kind == "auto" else kind
     if file_kind == "parquet" and compression:
         raise UserError(f"{name}: decompress it first: reading Parquet needs random access")
+    if what := files.nonregular_kind(path):
+        raise UserError(f"{name} is {what}, not a regular file: give a text file")
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            what = files.nonregular_kind(path)
-            raise UserError(f"{name} is {what}, not a regular file: give a text file")
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     return Source(path, file_kind, compression, status.st_size, str(status.st_mtime_ns), name)
@@ -192,17 +181,11 @@ def _spooled_source(name: str, path: Path, kind: FileKind | Literal["auto"]) -> 
             _copy_pipe(Path(name), file)
     with path.open("rb") as file:
         head = file.read(5)
-    compression: Compression = next(
-        (c for magic, c in COMPRESSION_BY_MAGIC.items() if head.startswith(magic)), ""
-    )
-    return Source(
-        path,
-        "text" if kind == "auto" else kind,
-        compression,
-        path.stat().st_size,
-        files.sha256(path),
-        "standard input" if name == "-" else name,
-    )
+    found = [c for magic, c in COMPRESSION_BY_MAGIC.items() if head.startswith(magic)]
+    compression: Compression = found[0] if found else ""
+    file_kind: FileKind = "text" if kind == "auto" else kind
+    shown = "standard input" if name == "-" else name
+    return Source(path, file_kind, compression, path.stat().st_size, files.sha256(path), shown)
 
 
 def is_pipe(path: Path) -> bool:
@@ -216,22 +199,12 @@ def is_pipe(path: Path) -> bool:
 def _copy_pipe(source: Path, file: IO[bytes]) -> None:
     # Without O_NONBLOCK, opening it would block until another program opens the other end.
     descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    had_writer = False
     with open(descriptor, "rb", buffering=0) as pipe:  # noqa: PTH123 (a descriptor)
-        while True:
-            block = pipe.read(2**20)
-            if block:
-                file.write(block)
-                had_writer = True
-            elif block is None:
-                had_writer = True
-                select.select([pipe], [], [])
-            elif had_writer:
-                return
-            elif select.select([pipe], [], [], PIPE_TIMEOUT)[0]:
-                had_writer = True
-            else:
-                raise UserError(
-                    f"{source.as_posix()}: no program has written to this pipe in "
-                    f"{PIPE_TIMEOUT:g} s: start the one that should, or give a file"
-                )
+        block = pipe.read(2**20)  # None if there is a writer, but no data yet
+        if block == b"" and not select.select([pipe], [], [], PIPE_TIMEOUT)[0]:
+            problem = f"no program has written to this pipe in {PIPE_TIMEOUT:g} s"
+            hint = "start the one that should, or give a file"
+            raise UserError(f"{source.as_posix()}: {problem}: {hint}")
+        os.set_blocking(descriptor, True)
+        file.write(block or b"")
+        shutil.copyfileobj(pipe, file, 2**20)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,10 +102,9 @@ def make_split_rule(
         num_chars = documents[0].num_chars
         cut = int(num_chars * (1 - val_fraction))
         if cut in (0, num_chars):
-            raise UserError(
-                f"--val_fraction {val_fraction} of {num_chars} characters leaves one split empty: "
-                "use --val_fraction 0 or more text"
-            )
+            part = f"--val_fraction {val_fraction} of {num_chars} characters"
+            hint = "use --val_fraction 0 or more text"
+            raise UserError(f"{part} leaves one split empty: {hint}")
         return SplitRule("character", val_fraction, cut=cut, prepend_eot=False)
     if len(documents) < MIN_HASH_DOCUMENTS:
         first_val = _nearest_boundary(documents, val_fraction)
@@ -114,13 +114,10 @@ def make_split_rule(
 
 
 def _nearest_boundary(documents: Sequence[DocumentStats], val_fraction: float) -> DocumentId:
-    target = sum(document.num_chars for document in documents) * (1 - val_fraction)
-    best, num_chars, distance = 1, 0, float("inf")
-    for index, document in enumerate(documents[:-1], 1):
-        num_chars += document.num_chars
-        if abs(num_chars - target) < distance:
-            best, distance = index, abs(num_chars - target)
-    return documents[best].id
+    ends = list(accumulate(document.num_chars for document in documents))
+    target = ends.pop() * (1 - val_fraction)
+    # The first of equally near ones.
+    return documents[1 + min(range(len(ends)), key=lambda i: abs(ends[i] - target))].id
 
 
 def _keep_copies_together(
@@ -133,16 +130,11 @@ def _keep_copies_together(
     train = {document.digest for document in documents if document.id < first_val}
     val = {document.digest for document in documents if document.id >= first_val}
     in_both = train & val
-    split: SplitName = "train"
-    if in_both and in_both == val:
-        if in_both == train:
-            if len(in_both) == 1:
-                return {}
-            # Every document has a copy in the other split: hold out the last with its copies.
-            last = documents[-1].digest
-            return {f"{d:016x}": "val" if d == last else "train" for d in sorted(in_both)}
-        split = "val"
-    return {f"{digest:016x}": split for digest in sorted(in_both)}
+    # Of copies only, the last document is held out with its own.
+    to_val = {documents[-1].digest} if train == val else in_both if in_both == val else set()
+    if len(train | val) == 1:
+        return {}
+    return {f"{d:016x}": "val" if d in to_val else "train" for d in sorted(in_both)}
 
 
 def _keep_from_empty(
@@ -154,11 +146,9 @@ def _keep_from_empty(
     """
     digests = sorted({document.digest for document in documents[:MIN_HASH_DOCUMENTS]})
     if len(digests) == 1:
-        raise UserError(
-            f"the first {MIN_HASH_DOCUMENTS} documents are all the same: --val_fraction "
-            f"{val_fraction} would leave one split empty; remove the copies, or use "
-            "--val_fraction 0"
-        )
+        problem = f"the first {MIN_HASH_DOCUMENTS} documents are all the same"
+        hint = "remove the copies, or use --val_fraction 0"
+        raise UserError(f"{problem}, which would leave one split empty: {hint}")
     exceptions: dict[str, SplitName] = {}
     limit = int(val_fraction * 2**64)
     if digests[0] >= limit:
@@ -175,21 +165,14 @@ class FilenameSplits:
     val: tuple[int, ...] = ()
     test: tuple[int, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.val or self.test)
-
 
 def split_by_name(paths: Sequence[Path], *, require_train: bool = True) -> FilenameSplits:
     """Find the files that are named validation or test.
 
     A name is split into words at everything that is not a letter: `data-validation-0001.parquet` is
     for validation, `medieval_000.bin` is not. Without such a word in the file's name, the nearest
-    folder with one decides, below the folder that all files have in common.
-
-    Args:
-        paths: all files of an input.
-        require_train: ignore the names unless one has the word train: otherwise `dev_notes.txt` is
-            ordinary text.
+    folder with one decides, below the folder that all files have in common. With `require_train`,
+    names decide only if one has the word train: otherwise `dev_notes.txt` is ordinary text.
     """
     if len(paths) < 2:
         return FilenameSplits()
@@ -201,25 +184,23 @@ def split_by_name(paths: Sequence[Path], *, require_train: bool = True) -> Filen
     words = [_split_word(path.parts[depth:]) for path in absolute]
     if require_train and "train" not in words:
         return FilenameSplits()
-    return FilenameSplits(
-        tuple(i for i, word in enumerate(words) if word == "val"),
-        tuple(i for i, word in enumerate(words) if word == "test"),
-    )
+    val, test = (tuple(i for i, w in enumerate(words) if w == split) for split in ("val", "test"))
+    return FilenameSplits(val, test)
 
 
 def describe_filename_splits(
     named: FilenameSplits, paths: Sequence[Path], *, uses_val: bool
 ) -> str:
     """Describe in one line what happens to these files; empty if there are none."""
-    if not named:
-        return ""
+    reason = "held out as named" if uses_val else "left out, since nothing is held out"
     parts = []
-    if named.val:
-        reason = "held out as named" if uses_val else "left out, since nothing is held out"
-        parts.append(f"{reason}: {_list_files(named.val, paths)}")
-    if named.test:
-        parts.append(f"left out as named: {_list_files(named.test, paths)}")
-    return f"{'; '.join(parts)} (--split_by_name false treats them like all others)"
+    for indices, what in ((named.val, reason), (named.test, "left out as named")):
+        if indices:
+            names = ", ".join(paths[index].as_posix() for index in indices[:3])
+            more = f" and {len(indices) - 3:,} more" if len(indices) > 3 else ""
+            parts.append(f"{what}: {names}{more}")
+    hint = " (--split_by_name false treats them like all others)"
+    return "; ".join(parts) + hint * bool(parts)
 
 
 def _split_word(parts: Sequence[str]) -> SplitWord | None:
@@ -229,8 +210,3 @@ def _split_word(parts: Sequence[str]) -> SplitWord | None:
         if len(found) == 1:
             return found.pop()
     return None
-
-
-def _list_files(indices: Sequence[int], paths: Sequence[Path]) -> str:
-    names = ", ".join(paths[index].as_posix() for index in indices[:3])
-    return names if len(indices) <= 3 else f"{names} and {len(indices) - 3:,} more"

@@ -5,21 +5,15 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from gptforge.data.input_errors import BadInput, BadInputError, BadInputHandler
+from gptforge.data.input_errors import BadInput, BadInputError
 from gptforge.data.prepare.json_reader import (
-    CHAT_NOTICE,
     available_fields_hint,
     find_field,
     is_text,
     text_from_value,
 )
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.text_io import (
-    MAX_LINE_LENGTH,
-    TextFormat,
-    read_chunks,
-    split_lines,
-)
+from gptforge.data.prepare.text_io import MAX_LINE_LENGTH, InputPart, TextFormat, split_lines
 from gptforge.errors import UserError, error_reason
 
 DELIMITERS = ",;\t|"
@@ -30,21 +24,18 @@ MAX_BATCH_BYTES = 2**28  # size of a batch if every row were as long as its row 
 MAX_RATIO = 1000  # decompressed to compressed size of a large row group; about 10 for text
 
 
-def read_csv(
-    source: Source, text_format: TextFormat, bad_input: BadInputHandler
-) -> Iterator[tuple[str, int]]:
+def read_csv(part: InputPart) -> Iterator[tuple[str, int]]:
     """The texts of a column, and how many bytes of the file were read up to each.
 
     The first line names the columns. A .tsv is delimited by tabs, any other file by whichever of
     , ; tab and | is most frequent in its first line. Quoting follows RFC 4180.
     """
     csv.field_size_limit(MAX_LINE_LENGTH)  # an unclosed quote must not read the rest of the file
-    field, bytes_read, line_number = text_format.field, 0, 0
+    source, field, bytes_read, line_number = part.source, part.text_format.field, 0, 0
 
     def read_lines() -> Iterator[str]:
         nonlocal bytes_read, line_number
-        chunks = read_chunks(source, encoding=text_format.encoding, notices=bad_input.notices)
-        lines = split_lines(((chunk.text, chunk.bytes_read) for chunk in chunks), "\n")
+        lines = split_lines(((c.text, c.bytes_read) for c in part.read_chunks()), "\n")
         for line, read_so_far in lines:
             line_number, bytes_read = line_number + 1, read_so_far
             if len(line) > MAX_LINE_LENGTH:
@@ -75,12 +66,10 @@ def read_csv(
             elif row:
                 problem = f"{len(row)} fields, and the first line names {len(header)}"
                 hint = f"put fields that contain a delimiter in quotes, {KIND_TEXT_HINT}"
-                bad_input.handle(BadInput(problem, location(), hint))
+                part.bad_input.handle(BadInput(problem, location(), hint))
     except csv.Error as error:
         hint = f"correct the quotes, {KIND_TEXT_HINT}"
-        bad_input.handle(BadInput(f"not CSV: {error}", location(), hint))
-    except BadInput as bad:
-        bad_input.handle(bad)
+        raise BadInput(f"not CSV: {error}", location(), hint) from None
 
 
 def _text_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -139,23 +128,14 @@ def _is_text_column(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def read_parquet(
-    source: Source,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    start: int,
-    stop: int | None,
-) -> Iterator[tuple[str, int]]:
-    """The texts of row groups `start` to `stop`, and how many bytes were read up to each."""
-    try:
-        file = open_parquet(source, text_format)
-    except BadInput as bad:
-        bad_input.handle(bad)
-        return
-    column = find_field(file.schema_arrow.names, text_format.field)
+def read_parquet(part: InputPart) -> Iterator[tuple[str, int]]:
+    """The texts of row groups, and how many bytes of the file were read up to each."""
+    source, start, bad_input = part.source, part.start, part.bad_input
+    file = open_parquet(source, part.text_format)
+    column = find_field(file.schema_arrow.names, part.text_format.field)
     with file:
         num_groups = file.metadata.num_row_groups
-        for group in range(start, num_groups if stop is None else stop):
+        for group in range(start, num_groups if part.stop is None else part.stop):
             bytes_read = source.size * (group + 1 - start) // max(1, num_groups)
             location = f"{source.name}, row group {group + 1} of {num_groups}"
             try:
@@ -163,18 +143,13 @@ def read_parquet(
                 # A row group may have gigabytes, so it is read in batches.
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                     for value in batch.column(0).to_pylist():
+                        if is_text(value):
+                            yield text_from_value(value, column, part), bytes_read
+                            continue
+                        problem, hint = f"'{column}' is a chat with more than text", ""
                         if value is None:
-                            bad_input.handle(
-                                BadInput(f"'{column}' is null", location, "fill it in")
-                            )
-                        elif is_text(value):
-                            text, is_chat = text_from_value(value, column, "")
-                            if is_chat:
-                                bad_input.notices.add(f"{source.name}: {CHAT_NOTICE}")
-                            yield text, bytes_read
-                        else:
-                            problem = f"'{column}' is a chat with more than text"
-                            bad_input.handle(BadInput(problem, location))
+                            problem, hint = f"'{column}' is null", "fill it in"
+                        bad_input.handle(BadInput(problem, location, hint))
             except BadInput as bad:
                 bad_input.handle(bad, location)
             except BadInputError:

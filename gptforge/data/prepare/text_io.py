@@ -1,17 +1,18 @@
 """Files to text: decompressed, decoded and normalized block by block, in constant memory."""
 
 import codecs
+import functools
 import gzip
 import importlib
 import importlib.util
 import lzma
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, AnyStr, cast
+from typing import IO, Any, AnyStr
 
-from gptforge.data.input_errors import BadInput
+from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.sources import Source
 from gptforge.errors import UserError
 
@@ -33,17 +34,11 @@ def parse_encoding(encoding: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How to find the text in a file.
+    """How to find the text in a file."""
 
-    Attributes:
-        field: of a JSON object, or column of a table.
-        encoding: codec, optionally with `:replace` for undecodable bytes.
-        split_on: separator between the documents of a text file; empty: the file is one document.
-    """
-
-    field: str = "text"
-    encoding: str = "utf-8"
-    split_on: str = ""
+    field: str = "text"  # of a JSON object, or column of a table
+    encoding: str = "utf-8"  # codec, optionally with :replace for undecodable bytes
+    split_on: str = ""  # between the documents of a text file; empty: the file is one document
 
     def __post_init__(self) -> None:
         name, errors = parse_encoding(self.encoding)
@@ -56,22 +51,35 @@ class TextFormat:
 
 
 @dataclass(frozen=True)
+class InputPart:
+    """A file, or a part of one, of which the documents are read."""
+
+    source: Source
+    text_format: TextFormat
+    bad_input: BadInputHandler
+    start: int = 0  # byte of a text or of JSON lines, row group of Parquet
+    stop: int | None = None  # one past the last
+
+    def note(self, notice: str) -> None:
+        """Tell the user, once, what was repaired in this file."""
+        self.bad_input.notices.add(f"{self.source.name}: {notice}")
+
+    def read_chunks(self) -> "Iterator[Chunk]":
+        """The text in chunks; see `read_chunks`."""
+        encoding, notices = self.text_format.encoding, self.bad_input.notices
+        start, stop = self.start, self.stop
+        return read_chunks(self.source, encoding=encoding, start=start, stop=stop, notices=notices)
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """Part of a file's text.
+    """Part of a file's text."""
 
-    Attributes:
-        offset: first byte in the decompressed file.
-        raw: as decoded; it never ends between CR and LF.
-        text: `raw` with CRLF turned into LF, and without a byte order mark.
-        bytes_read: bytes of the file on disk that were read so far.
-        has_replacements: whether undecodable bytes became U+FFFD.
-    """
-
-    offset: int
-    raw: str
-    text: str
-    bytes_read: int
-    has_replacements: bool = False
+    offset: int  # first byte in the decompressed file
+    raw: str  # as decoded; it never ends between CR and LF
+    text: str  # `raw` with CRLF turned into LF, and without a byte order mark
+    bytes_read: int  # bytes of the file on disk that were read so far
+    has_replacements: bool = False  # undecodable bytes became U+FFFD
 
 
 def read_blocks(
@@ -83,79 +91,64 @@ def read_blocks(
         BadInput: for a damaged compressed file.
         UserError: if the package that decompresses it is missing.
     """
-    damage: tuple[type[Exception], ...] = (
-        EOFError,
-        gzip.BadGzipFile,
-        lzma.LZMAError,
-        zlib.error,
-    )
+    damage: list[type[Exception]] = [EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error]
     if source.compression == "zst":
-        damage += (_zstd_module(source).ZstdError,)
+        damage.append(_zstd_module(source).ZstdError)
     try:
         with source.path.open("rb") as disk:
-            file = _decompressed(source, disk)
-            if start:
-                file.seek(start)
-            position = start
-            end = sys.maxsize if stop is None else stop
-            while block := file.read(min(BLOCK_BYTES, end - position)):
-                position += len(block)
-                yield block, disk.tell() - start if source.compression else position - start
-    except damage as error:
+            position, end = start, sys.maxsize if stop is None else stop
+            for block in _decompressed_blocks(source, disk, start):
+                if part := block[: end - position]:
+                    position += len(part)
+                    yield part, disk.tell() - start if source.compression else position - start
+                if position == end:
+                    return
+    except tuple(damage) as error:
         problem = f"damaged .{source.compression} ({error})"
         raise BadInput(problem, source.name, "download it again") from error
     except FileNotFoundError:
         raise UserError(f"{source.name}: the file no longer exists") from None
 
 
-def _decompressed(source: Source, disk: IO[bytes]) -> IO[bytes]:
+def _decompressed_blocks(source: Source, disk: IO[bytes], start: int) -> Iterator[bytes]:
+    file: Any = disk
     if source.compression == "gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=disk, mode="rb"))
-    if source.compression == "xz":
-        return lzma.LZMAFile(disk, "rb")
-    if source.compression == "zst":
-        module = _zstd_module(source)
-        reader = module.ZstdFile(disk, "rb") if HAS_STDLIB_ZSTD else _ZstdReader(module, disk)
-        return cast(IO[bytes], reader)
-    return disk
+        file = gzip.GzipFile(fileobj=disk, mode="rb")
+    elif source.compression == "xz":
+        file = lzma.LZMAFile(disk)  # noqa: SIM115 (it has nothing to close)
+    elif source.compression == "zst" and HAS_STDLIB_ZSTD:
+        file = _zstd_module(source).ZstdFile(disk, "rb")
+    elif source.compression == "zst":
+        return _zstd_blocks(disk, _zstd_module(source).ZstdDecompressor().decompressobj)
+    if start:
+        file.seek(start)
+    return iter(functools.partial(file.read, BLOCK_BYTES), b"")
+
+
+def _zstd_blocks(disk: IO[bytes], new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompress all frames; zstandard's own reader takes a truncated file for a complete one."""
+    frame, ready = None, b""
+    # In small blocks: the ratio of a malicious or repetitive file is unbounded.
+    while compressed := disk.read(2**14):
+        while compressed:
+            frame = frame or new_frame()
+            ready += frame.decompress(compressed)
+            full = len(ready) - len(ready) % BLOCK_BYTES
+            yield from (ready[i : i + BLOCK_BYTES] for i in range(0, full, BLOCK_BYTES))
+            ready = ready[full:]
+            compressed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file is truncated")
+    yield ready
 
 
 def _zstd_module(source: Source) -> Any:
     try:
         return importlib.import_module("compression.zstd" if HAS_STDLIB_ZSTD else "zstandard")
     except ImportError:
-        raise UserError(
-            f"{source.name}: .zst needs the package zstandard: pip install zstandard"
-        ) from None
-
-
-class _ZstdReader:
-    """Reads all frames; unlike zstandard's stream_reader, raises EOFError for a truncated file."""
-
-    def __init__(self, module: Any, disk: IO[bytes]) -> None:
-        self._new_frame = module.ZstdDecompressor().decompressobj
-        self._disk, self._frame = disk, None
-        self._compressed = self._ready = b""
-        self._consumed = 0
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end."""
-        while len(self._ready) - self._consumed < size:
-            # In small blocks: the ratio of a malicious or repetitive file is unbounded.
-            self._compressed = self._compressed or self._disk.read(2**14)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file is truncated")
-                break
-            frame = self._frame = self._frame or self._new_frame()
-            self._ready = self._ready[self._consumed :] + frame.decompress(self._compressed)
-            self._consumed = 0
-            self._compressed = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                self._frame = None
-        part = self._ready[self._consumed : self._consumed + size]
-        self._consumed += len(part)
-        return part
+        hint = "pip install zstandard"
+        raise UserError(f"{source.name}: .zst needs the package zstandard: {hint}") from None
 
 
 def read_chunks(
@@ -166,14 +159,9 @@ def read_chunks(
     stop: int | None = None,
     notices: set[str] | None = None,
 ) -> Iterator[Chunk]:
-    """The text of a file, or of its bytes from `start` to `stop`, in chunks.
+    """The text of a file, or of its decompressed bytes from `start` to `stop`, in chunks.
 
-    Args:
-        source: the file.
-        encoding: as in `TextFormat`.
-        start: first byte of the decompressed file.
-        stop: one past the last byte; None: the end.
-        notices: gets a notice if undecodable bytes were replaced.
+    Undecodable bytes that were replaced are reported in `notices`.
 
     Raises:
         BadInput: at the first byte that is not text in this encoding.
@@ -189,9 +177,8 @@ def read_chunks(
         try:
             raw = kept + decoder.decode(block, final=not block)
         except UnicodeError as error:
-            problem, hint = describe_decode_error(
-                encoding, error, block, before=read - undecoded, source=source
-            )
+            before = read - undecoded
+            problem, hint = describe_decode_error(encoding, error, block, before, source)
             raise BadInput(problem, source.name, hint) from None
         read += len(block)
         undecoded = len(decoder.getstate()[0])
@@ -220,24 +207,19 @@ def split_lines(
 
     A line longer than MAX_LINE_LENGTH is truncated to a prefix, which is too long as well.
     """
-    empty = newline[:0]
     kept: list[AnyStr] = []
     length = number = 0
     for part, number in parts:
-        first, end, rest = part.partition(newline)
-        if length <= MAX_LINE_LENGTH:
-            kept.append(first + end)
-        length += len(first) + len(end)
-        if not end:
-            continue
-        yield empty.join(kept), number
-        lines = rest.split(newline)
+        lines = part.split(newline)
         last = lines.pop()
         for line in lines:
-            yield line + newline, number
-        kept, length = [last], len(last)
+            yield newline[:0].join(kept) + line + newline, number
+            kept, length = [], 0
+        if last and length <= MAX_LINE_LENGTH:
+            kept.append(last)
+            length += len(last)
     if length:
-        yield empty.join(kept), number
+        yield newline[:0].join(kept), number
 
 
 def describe_fixes(chunk: Chunk) -> set[str]:
@@ -253,17 +235,9 @@ def describe_fixes(chunk: Chunk) -> set[str]:
 
 
 def describe_decode_error(
-    encoding: str, error: UnicodeError, data: bytes, *, before: int = 0, source: Source
+    encoding: str, error: UnicodeError, data: bytes, before: int, source: Source
 ) -> tuple[str, str]:
-    """Problem and hint for bytes that are not in an encoding.
-
-    Args:
-        encoding: the encoding that `data` was decoded with.
-        error: the exception.
-        data: the bytes.
-        before: bytes of the file in front of `data`.
-        source: the file.
-    """
+    """Problem and hint for `data`, after `before` bytes of the file, that is not in an encoding."""
     problem = f"not {encoding}: {error}"
     if isinstance(error, UnicodeDecodeError):
         byte, offset = error.object[error.start], before + error.start

@@ -1,5 +1,7 @@
-"""Run the jobs of a preparation in worker processes."""
+"""Run the jobs of a preparation in worker processes, but for those that have run before."""
 
+import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -7,17 +9,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
-from gptforge.data.prepare.job import (
-    Job,
-    JobResult,
-    JobRunner,
-    JobSettings,
-)
+from gptforge import files
+from gptforge.data.prepare.job import Job, JobResult, JobRunner, JobSettings
+from gptforge.data.prepare.request import ProgressBar
+from gptforge.data.token_dataset import read_shard_header
 from gptforge.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.2
+MIN_PARALLEL_BYTES = 2**24  # less is encoded before worker processes would have started
 
 
 class StopRequested(Exception):  # noqa: N818 (not an error: the parent process stops the work)
@@ -27,16 +31,58 @@ class StopRequested(Exception):  # noqa: N818 (not an error: the parent process 
 def run_jobs(
     jobs: Sequence[Job],
     settings: JobSettings,
+    progress_dir: Path,
     *,
-    progress: Callable[[int, int], None],
     num_workers: int,
-) -> Iterator[tuple[Job, JobResult]]:
-    """Run jobs and yield each with its result as it finishes; one worker is this process.
+    progress: ProgressBar | None,
+) -> list[JobResult]:
+    """Run the jobs that have no result in a folder yet; returns the results of all, in order.
 
     Raises:
         UserError: the error of a job; the others stop.
         RunError: if a worker process was killed.
     """
+    paths = {job: progress_dir / f"job-{job.index:06d}.json" for job in jobs}
+    loaded = {job: _load_result(path, settings.out_dir) for job, path in paths.items()}
+    results = {job: result for job, result in loaded.items() if result is not None}
+    if results:
+        logger.info(f"resuming: {len(results)} of {len(jobs)} parts are finished")
+    num_bytes, done = (sum(s.num_bytes for j in js for s in j.spans) for js in (jobs, results))
+    if progress:
+        progress.start(num_bytes, done)
+    if num_bytes - done < MIN_PARALLEL_BYTES and not num_workers:
+        num_workers = 1
+    remaining = [job for job in jobs if job not in results]
+    num_workers = min(len(remaining), num_workers or num_cpus())
+    add = progress.add if progress else lambda file_bytes, text_bytes: None
+    for job, result in _run(remaining, settings, add, num_workers):
+        files.atomic_write(paths[job], json.dumps(result.to_json(), ensure_ascii=False))
+        results[job] = result
+    return [results[job] for job in jobs]
+
+
+def _load_result(path: Path, out_dir: Path) -> JobResult | None:
+    """Return the result of a finished job if its shards are intact."""
+    try:
+        result = JobResult.from_json(json.loads(files.read_text(path, follow_symlinks=False)))
+        for shard in result.shards:
+            shard_path = out_dir / shard["file"]
+            is_complete = read_shard_header(shard_path).num_tokens == shard["tokens"]
+            if not is_complete or files.sha256(shard_path) != shard["sha256"]:
+                return None
+        return result
+    except Exception:
+        # Missing, corrupt, or from another version: run the job again.
+        return None
+
+
+def _run(
+    jobs: Sequence[Job],
+    settings: JobSettings,
+    progress: Callable[[int, int], None],
+    num_workers: int,
+) -> Iterator[tuple[Job, JobResult]]:
+    """Yield each job with its result as it finishes; one worker is this process."""
     if num_workers <= 1:
         runner = JobRunner(settings, progress)
         for job in jobs:
@@ -46,12 +92,8 @@ def run_jobs(
     counts = context.Value("q", 0), context.Value("q", 0)
     # No lock: a worker that is killed while holding it would never release it.
     stop = context.RawValue("b", 0)
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=context,
-        initializer=_init_worker,
-        initargs=(settings, counts, stop),
-    )
+    initargs = (settings, counts, stop)
+    pool = ProcessPoolExecutor(num_workers, context, _init_worker, initargs)
     try:
         running: dict[Future[JobResult], Job] = {pool.submit(_run_job, job): job for job in jobs}
         reported = [0, 0]
@@ -63,10 +105,9 @@ def run_jobs(
             for future in finished:
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
-        raise RunError(
-            "a worker process was killed, perhaps because memory ran out: the same command "
-            "resumes, with fewer processes if you lower --workers"
-        ) from None
+        hint = "the same command resumes, with fewer processes if you lower --workers"
+        problem = "a worker process was killed, perhaps because memory ran out"
+        raise RunError(f"{problem}: {hint}") from None
     finally:
         stop.value = 1
         pool.shutdown(wait=True, cancel_futures=True)
