@@ -208,10 +208,13 @@ def test_two_ranks_train_as_one(config, tmp_path) -> None:
         check_teachers(dataclasses.replace(one, parallel="auto"), SimpleNamespace(world_size=2))
 
 
-def test_a_damaged_teacher_is_refused(config) -> None:
-    config = with_teachers(config)
+def test_more_steps_keep_the_teachers_and_a_damaged_one_is_refused(config) -> None:
+    config = dataclasses.replace(config, teachers=2)
     build(config).fit()
-    longer = dataclasses.replace(config, max_steps=30)
+    config = dataclasses.replace(config, max_steps=22)
+    build(config).fit()
+    assert last(teacher_config(config, 2)).name == "step-000020"
+    longer = dataclasses.replace(config, max_steps=24)
     teacher = last(teacher_config(config, 2)) / "model.safetensors"
     intact = teacher.read_bytes()
     teacher.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
