@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gptforge.builders.auto_config import resolve_auto
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.train_teachers import TeacherStopped, check_teachers, teacher_config
 from gptforge.checkpoint.store import read_tensors
@@ -163,6 +164,12 @@ def test_teachers_are_ordinary_runs_with_other_seeds(config, tmp_path) -> None:
         build(ordinary).fit()
         assert torch.equal(weights(teacher), weights(ordinary))
     assert not torch.equal(weights(teacher_config(config, 1)), weights(teacher))
+
+
+@pytest.mark.parametrize("preset", ["auto", "shakespeare-cpu"])
+def test_no_preset_fits_a_teacher_again(config, preset) -> None:
+    teacher = teacher_config(dataclasses.replace(config, preset=preset, time_limit=1.0), 1)
+    assert resolve_auto(teacher, (), device="cpu") == teacher
 
 
 def test_weight_0_is_ordinary_training(config, tmp_path) -> None:
