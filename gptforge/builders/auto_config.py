@@ -118,6 +118,9 @@ def fit_time_limit(
         return config  # training reports it
     seconds = config.time_limit * 60 - (time.monotonic() - start_time)
     per_step = timing.seconds_per_sequence * config.global_batch_size / world_size
+    # A step of a teacher takes as long as one without teachers, and its forward a third of that.
+    seconds -= config.teachers * config.teacher_steps * per_step
+    per_step *= 1 + config.teachers * (1 / 3 if config.teacher_steps else 4 / 3)
     val_tokens = len(dataset.val)
     fitted = fit_steps(
         config,

@@ -22,6 +22,7 @@ from gptforge.builders.resolve import (
     resolve_out_dir,
 )
 from gptforge.builders.step_timing import time_step
+from gptforge.builders.train_teachers import check_teachers
 from gptforge.checkpoint.run_dir import check_out_dir, resume_config
 from gptforge.checkpoint.store import (
     HEADROOM_BYTES,
@@ -80,6 +81,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
             dataset = load_dataset(config, explicit, meter)
         check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
     config = resolve_config(config, dataset)
+    check_teachers(config, SINGLE_PROCESS)
     saved = CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints()
     latest = next((path for path in reversed(saved) if find_corruption(path) is None), None)
     if latest and not config.restart:

@@ -56,6 +56,8 @@ def teacher_config(config: Config, number: int) -> Config:
     steps = config.teacher_steps or config.max_steps
     return dataclasses.replace(
         config,
+        # All fields are resolved: no preset is to fit them to the text or the time again.
+        preset="",
         out_dir=_teacher_dir(config, number).as_posix(),
         seed=(config.seed + number) % SEED_LIMIT,
         max_steps=steps,
@@ -64,6 +66,7 @@ def teacher_config(config: Config, number: int) -> Config:
         teacher_steps=0,
         distill_weight=Config.distill_weight,
         # Only the final weights are used: evaluate them once, and keep no others.
+        patience=0,
         eval_every=steps,
         sample_every=0,
         keep_checkpoints=0,

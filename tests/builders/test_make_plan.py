@@ -96,6 +96,11 @@ def test_memory_estimate_matches_the_tensors_of_training(play, tmp_path) -> None
     assert memory["snapshot"] == memory["weights"] + memory["optimizer"]
 
 
+def test_the_plan_says_that_teachers_come_on_top(plan) -> None:
+    assert any("all 2 come on top" in line for line in plan("--teachers", 2)["warnings"])
+    assert not any("teachers" in line for line in plan()["warnings"])
+
+
 def test_json_goes_to_stdout_and_the_rest_to_stderr(program, play) -> None:
     done = program("plan", *DEBUG, "--input", play, "--json", "true")
     assert done.code == 0

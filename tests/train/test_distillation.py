@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gptforge.builders.auto_config import resolve_auto
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.train_teachers import TeacherStopped, check_teachers, teacher_config
 from gptforge.checkpoint.store import read_tensors
@@ -165,6 +166,12 @@ def test_teachers_are_ordinary_runs_with_other_seeds(config, tmp_path) -> None:
     assert not torch.equal(weights(teacher_config(config, 1)), weights(teacher))
 
 
+@pytest.mark.parametrize("preset", ["auto", "shakespeare-cpu"])
+def test_no_preset_fits_a_teacher_again(config, preset) -> None:
+    teacher = teacher_config(dataclasses.replace(config, preset=preset, time_limit=1.0), 1)
+    assert resolve_auto(teacher, (), device="cpu") == teacher
+
+
 def test_weight_0_is_ordinary_training(config, tmp_path) -> None:
     student = with_teachers(config, distill_weight=0.0)
     build(student).fit()
@@ -208,10 +215,13 @@ def test_two_ranks_train_as_one(config, tmp_path) -> None:
         check_teachers(dataclasses.replace(one, parallel="auto"), SimpleNamespace(world_size=2))
 
 
-def test_a_damaged_teacher_is_refused(config) -> None:
-    config = with_teachers(config)
+def test_more_steps_keep_the_teachers_and_a_damaged_one_is_refused(config) -> None:
+    config = dataclasses.replace(config, teachers=2)
     build(config).fit()
-    longer = dataclasses.replace(config, max_steps=30)
+    config = dataclasses.replace(config, max_steps=22)
+    build(config).fit()
+    assert last(teacher_config(config, 2)).name == "step-000020"
+    longer = dataclasses.replace(config, max_steps=24)
     teacher = last(teacher_config(config, 2)) / "model.safetensors"
     intact = teacher.read_bytes()
     teacher.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
