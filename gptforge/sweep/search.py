@@ -119,7 +119,9 @@ class Sweep:
                 stack.enter_context(_lock(path))
             self.dir = SweepDir(path, config, dataset, request.space)
             options = DatasetOptions(
-                self.dir.input_flags["tokenizer"], self._val_fraction, require_tokenizer=True
+                tokenizer=self.dir.input_flags["tokenizer"],
+                val_fraction=self._val_fraction,
+                require_tokenizer=True,
             )
             trial_data = open_dataset(Path(self.dir.input_flags["input"]), options)
             largest = dataclasses.replace(request.largest, vocab_size=config.vocab_size)
@@ -310,9 +312,8 @@ def _lock(path: Path) -> FolderLock:
 
 def _devices(config: Config) -> list[str]:
     """Devices that runs take in turns: all GPUs, unless one is named."""
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [config.device]
+    count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    return [f"cuda:{i}" for i in range(count)] if count > 1 else [config.device]
 
 
 def _jobs_per_device(config: Config, *, is_explicit: bool) -> int:

@@ -48,6 +48,7 @@ class SweepDir:
         self, path: Path, config: Config, dataset: Dataset, swept: Collection[str]
     ) -> None:
         self.path = path
+        (path / DATA).mkdir(parents=True, exist_ok=True)
         self._record: dict[str, Any] = {
             "text": dataset.sha256,
             "config": vars(config),

@@ -39,10 +39,12 @@ class TPESearch:
         self._study = optuna.create_study(
             storage=f"sqlite:///{(folder / STORAGE).resolve().as_posix()}",
             study_name=f"sweep-{digest}",
-            # constant_liar: trials that run at the same time are kept apart.
-            sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True),
             load_if_exists=True,
         )
+        # A new process must not repeat the draws of an earlier one. constant_liar keeps trials
+        # that run at the same time apart.
+        seed = (seed + len(self._study.trials)) % 2**32
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self._numbers: dict[str, list[int]] = {}
         self._losses: dict[str, float | None] = {}
 
