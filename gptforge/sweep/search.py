@@ -192,7 +192,7 @@ class Sweep:
         first = self._config.seed + max(self._request.seeds, len(best.seeds))
         flags = {name: format_value(value) for name, value in best.values.items()}
         # The first evaluation is the one that counts; later ones only choose the checkpoint.
-        flags |= {"eval_every": str(best.step), "eval_tokens": "0"}
+        flags |= {"eval_every": str(best.step), "eval_tokens": "0", "patience": "0"}
         runs = []
         for seed in range(first, first + FINAL_SEEDS):
             folder = self.dir.path / f"final-trial-{best.trial:04d}-seed-{seed}"

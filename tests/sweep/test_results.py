@@ -28,7 +28,7 @@ def write_run(folder: Path, losses: dict[int, float | None], end: dict | None) -
     return folder
 
 
-@pytest.mark.parametrize("reason", ["finished", "time_limit"])
+@pytest.mark.parametrize("reason", ["finished", "early_stop", "time_limit"])
 def test_a_finished_run_has_its_evaluations(tmp_path, reason) -> None:
     end = {"event": "end", "reason": reason, "seconds": 7.5}
     run = write_run(tmp_path / "run", {10: 3.0, 20: None, 30: 2.0}, end)
