@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from gptforge.builders.resolve import (
     check_tokenizer,
     load_dataset,
     resolve_config,
-    resolve_init_from,
 )
 from gptforge.config import Config
 from gptforge.data.dataset import DatasetOptions, check_length, open_dataset
@@ -65,9 +64,10 @@ class SweepRequest:
     """What to sweep.
 
     Attributes:
-        config: what all trials have in common; `out_dir` is the sweep's folder.
-        largest: the configuration with the largest values, for estimates.
+        config: without swept values; `out_dir` is the sweep's folder.
+        largest: with the largest ones, for estimates.
         explicit: fields that the user set.
+        resolve: gives the configuration of a trial, and which of its fields are set explicitly.
         method: how values are picked from the space.
         space: fields and their values.
         trials: how many, for the methods random and tpe.
@@ -78,6 +78,7 @@ class SweepRequest:
     config: Config
     largest: Config
     explicit: frozenset[str]
+    resolve: Callable[[Values], tuple[Config, frozenset[str]]]
     method: Literal["grid", "random", "tpe"]
     space: Space
     trials: int
@@ -96,7 +97,7 @@ class Sweep:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("a sweep starts its own processes: run it without torchrun")
         explicit = request.explicit
-        config = resolve_init_from(request.config, explicit)
+        config = request.config
         with ProgressMeter("preparing the text") as meter:
             dataset = load_dataset(config, explicit, meter)
         check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
@@ -104,9 +105,7 @@ class Sweep:
             raise UserError(
                 "a sweep needs a test tail and a second split: give a --val_fraction above 0"
             )
-        # As given, so that trials resolve it like any other run; only a model is imported once.
-        self._config = dataclasses.replace(request.config, init_from=config.init_from)
-        self._request, self._explicit = request, explicit - {"device"}
+        self._request = request
         self._val_fraction = dataset.val_fraction
         config = resolve_config(config, dataset)
         path = Path(config.out_dir)
@@ -189,14 +188,14 @@ class Sweep:
         Raises:
             RunError: if a run fails.
         """
-        first = self._config.seed + max(self._request.seeds, len(best.seeds))
-        flags = {name: format_value(value) for name, value in best.values.items()}
+        first = self._request.config.seed + self._request.seeds
         # The first evaluation is the one that counts; later ones only choose the checkpoint.
-        flags |= {"eval_every": str(best.step), "eval_tokens": "0", "patience": "0"}
+        flags = {"eval_every": str(best.step), "eval_tokens": "0", "patience": "0"}
+        config, explicit = self._request.resolve(best.values)
         runs = []
         for seed in range(first, first + FINAL_SEEDS):
             folder = self.dir.path / f"final-trial-{best.trial:04d}-seed-{seed}"
-            args = train_args(self._config, self._explicit, flags, _run_flags(folder, seed))
+            args = train_args(config, explicit, flags, _run_flags(folder, seed))
             runs.append(Run(best.trial, seed, folder, tuple(args)))
         todo = [run for run in runs if read_result(run.folder) is None]
         run_all([todo], jobs=self.jobs, start=self._start, on_end=self._log_end)
@@ -233,16 +232,17 @@ class Sweep:
             yield todo
 
     def _runs(self, number: int, values: Values) -> list[Run]:
-        explicit = self._explicit - INPUT_FIELDS
-        flags = {name: format_value(value) for name, value in values.items()}
-        if "keep_checkpoints" not in explicit | values.keys():
+        config, explicit = self._request.resolve(values)
+        explicit -= INPUT_FIELDS
+        flags = {**self.dir.input_flags, "val_fraction": format_value(self._val_fraction)}
+        if "keep_checkpoints" not in explicit:
             flags["keep_checkpoints"] = "0"  # best and last are kept in any case
-        flags |= {**self.dir.input_flags, "val_fraction": format_value(self._val_fraction)}
         runs = []
-        for seed in range(self._config.seed, self._config.seed + self._request.seeds):
-            suffix = "" if seed == self._config.seed else f"-seed-{seed}"
+        first = config.seed
+        for seed in range(first, first + self._request.seeds):
+            suffix = "" if seed == first else f"-seed-{seed}"
             folder = self.dir.path / f"trial-{number:04d}{suffix}"
-            args = train_args(self._config, explicit, flags, _run_flags(folder, seed))
+            args = train_args(config, explicit, flags, _run_flags(folder, seed))
             runs.append(Run(number, seed, folder, tuple(args)))
         return runs
 

@@ -30,6 +30,9 @@ INPUT_FIELDS = frozenset(
 )
 """Fields that say what the text is: trials read the sweep's copy instead."""
 
+FLAGS_OF_SWEEP = frozenset({"restart", "device"})
+"""Flags that a sweep does not pass on as they are."""
+
 
 class SweepDir:
     """An open sweep folder.
@@ -118,8 +121,7 @@ def train_args(
     flags |= {name: format_value(getattr(config, name)) for name in FIELDS if name in explicit}
     for more in overrides:
         flags |= more
-    flags.pop("restart", None)
-    return [f"--{name}={value}" for name, value in flags.items()]
+    return [f"--{name}={value}" for name, value in flags.items() if name not in FLAGS_OF_SWEEP]
 
 
 def _write_tokens(path: Path, dataset: Dataset) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gptforge import cli
-from gptforge.config import Config
+from gptforge.config import Config, read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.report import run_report
@@ -253,3 +253,17 @@ def test_an_interrupted_sweep_saves_its_trials_and_resumes_them(program, play, s
     names = [event["event"] for event in programs.events(trial)]
     assert "resume" in names and names[-1] == "end"
     assert float(rows()[0]["best_step"]) > 0
+
+
+def test_trials_of_preset_auto_keep_the_recipe_of_the_text(program, play, started) -> None:
+    small = [*TINY, "--preset", "auto", "--context_length", "32", "--batch_size", "4"]
+    done = program("sweep", *small, "--grid", "max_lr=1e-3,1e-2", "--final")
+    assert done.code == 0, done.err
+    configs = [read_toml(Path(run.folder, "config.toml"))[0] for run in started]
+    trials, finals = configs[:2], configs[2:]
+    # The recipe goes by the size of the text, which trials see less of; a field that follows
+    # from a swept one does so in each trial.
+    for name in ("dropout", "weight_decay", "ema", "n_head", "block_size"):
+        assert len({config[name] for config in configs}) == 1
+    assert [config["min_lr"] for config in trials] == [1e-4, 1e-3]
+    assert {config["tokenizer"] for config in finals} == {"char"}
