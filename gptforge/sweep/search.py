@@ -26,7 +26,7 @@ from gptforge.config import Config
 from gptforge.data.dataset import DatasetOptions, check_length, open_dataset
 from gptforge.data.prepare.workers import num_cpus
 from gptforge.device import select_device, select_precision
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.format import format_duration
 from gptforge.report.progress import ProgressMeter
@@ -96,6 +96,8 @@ class Sweep:
     def __init__(self, request: SweepRequest) -> None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("a sweep starts its own processes: run it without torchrun")
+        if request.method == "tpe":
+            require_package("optuna", extra="sweep")
         explicit = request.explicit
         config = request.config
         with ProgressMeter("preparing the text") as meter:

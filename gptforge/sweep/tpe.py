@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptforge.errors import require_package
 from gptforge.sweep.space import Choices, Range, Space, Values, describe
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ class TPESearch:
     """
 
     def __init__(self, space: Space, trials: int, seed: int, folder: Path) -> None:
-        require_package("optuna", extra="sweep")
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

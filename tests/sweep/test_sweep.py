@@ -1,6 +1,7 @@
 """`gptforge sweep` as a whole. Most trials run in this process, which is faster."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -205,6 +206,25 @@ def test_a_mistake_is_one_line_before_anything_runs(program, play, started, args
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert words in done.err
     assert started == []
+
+
+def test_without_optuna_tpe_says_how_to_install_it(program, play, started, monkeypatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
+    )
+    done = program("sweep", *TINY, "--tpe", "dropout=0..0.4")
+    assert done.code == 2 and "pip install -e '.[sweep]'" in done.err
+    assert started == [] and not Path("sweep").exists()
+
+
+def test_a_tpe_sweep_is_extended_by_more_trials(program, play, started) -> None:
+    pytest.importorskip("optuna")
+    tpe = ("--tpe", "max_lr=log:1e-3..1e-1", "optimizer=adamw,muon")
+    assert program("sweep", *TINY, *tpe, "--trials", "2").code == 0
+    assert program("sweep", *TINY, *tpe, "--trials", "3").code == 0
+    assert [run.trial for run in started] == [1, 2, 3]
+    assert len({row["max_lr"] for row in rows()}) == 3
 
 
 def test_a_sweep_of_another_configuration_or_text_is_refused(program, play, started) -> None:

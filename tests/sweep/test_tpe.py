@@ -3,9 +3,10 @@
 import pytest
 
 from gptforge.config import Config
-from gptforge.errors import UserError
 from gptforge.sweep import tpe
 from gptforge.sweep.space import describe, parse_space
+
+pytest.importorskip("optuna")
 
 SPECS = ["max_lr=log:1e-4..1e-2", "n_layer=1..8", "optimizer=adamw,muon"]
 
@@ -14,14 +15,7 @@ def space(*specs: str):
     return parse_space(specs or SPECS, Config(), flag="--tpe")
 
 
-def test_a_missing_package_is_one_line_with_the_command(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"optuna, which is not installed: pip install .*\[sweep\]"):
-        tpe.TPESearch(space(), 3, 0, tmp_path)
-
-
 def test_it_searches_the_space_and_learns_from_losses(tmp_path) -> None:
-    pytest.importorskip("optuna")
     search = tpe.TPESearch(space("weight_decay=0..1"), 24, 0, tmp_path)
     tried = []
     for values in search:
@@ -33,7 +27,6 @@ def test_it_searches_the_space_and_learns_from_losses(tmp_path) -> None:
 
 
 def test_a_second_process_gets_the_same_trials_and_then_new_ones(tmp_path) -> None:
-    pytest.importorskip("optuna")
     first = iter(tpe.TPESearch(space(), 5, 0, tmp_path))
     known = [next(first) for _ in range(3)]  # none was reported before a kill
     search = tpe.TPESearch(space(), 5, 0, tmp_path)
@@ -47,7 +40,6 @@ def test_a_second_process_gets_the_same_trials_and_then_new_ones(tmp_path) -> No
 
 
 def test_values_are_not_tried_twice(tmp_path) -> None:
-    pytest.importorskip("optuna")
     search = tpe.TPESearch(space("n_layer=1,2"), 12, 0, tmp_path)
     found = []
     for values in search:
@@ -58,7 +50,6 @@ def test_values_are_not_tried_twice(tmp_path) -> None:
 
 
 def test_another_space_is_another_study(tmp_path) -> None:
-    pytest.importorskip("optuna")
     first = next(iter(tpe.TPESearch(space("optimizer=adamw,muon"), 1, 0, tmp_path)))
     second = next(iter(tpe.TPESearch(space("optimizer=adamw,muon", "n_layer=1,2"), 1, 0, tmp_path)))
     assert first.keys() != second.keys()
