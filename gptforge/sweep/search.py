@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from gptforge import files
-from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.resolve import (
     check_tokenizer,
     load_dataset,
@@ -25,11 +22,11 @@ from gptforge.builders.resolve import (
 from gptforge.config import Config
 from gptforge.data.dataset import DatasetOptions, check_length, open_dataset
 from gptforge.data.prepare.workers import num_cpus
-from gptforge.device import select_device, select_precision
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.format import format_duration
 from gptforge.report.progress import ProgressMeter
+from gptforge.sweep.devices import find_devices, jobs_per_device
 from gptforge.sweep.results import (
     RunResult,
     TrialResult,
@@ -48,15 +45,11 @@ from gptforge.sweep.space import (
 )
 from gptforge.sweep.sweep_dir import DATA, INPUT_FIELDS, RECORD, SweepDir, train_args
 from gptforge.sweep.tpe import TPESearch
-from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)
 
 FINAL_SEEDS = 3
 """Runs of the best trial on the full training part."""
-MAX_JOBS_PER_GPU = 4
-CONTEXT_BYTES = 10**9
-"""GPU memory of a process before it allocates anything: the CUDA context and libraries."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +120,8 @@ class Sweep:
             trial_data = open_dataset(Path(self.dir.input_flags["input"]), options)
             largest = dataclasses.replace(request.largest, vocab_size=config.vocab_size)
             check_length(trial_data, largest.context_length, random_offset=largest.random_offset)
-            self._devices = _devices(config)
-            self.jobs = request.jobs or len(self._devices) * _jobs_per_device(
+            self._devices = find_devices(config)
+            self.jobs = request.jobs or len(self._devices) * jobs_per_device(
                 largest, is_explicit="batch_size" in explicit
             )
             self._search: Iterator[Values]
@@ -310,22 +303,3 @@ def _lock(path: Path) -> FolderLock:
     if lock is None:
         raise UserError(f"{path.as_posix()} is in use by another sweep: wait for it")
     return lock
-
-
-def _devices(config: Config) -> list[str]:
-    """Devices that runs take in turns: all GPUs, unless one is named."""
-    count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-    return [f"cuda:{i}" for i in range(count)] if count > 1 else [config.device]
-
-
-def _jobs_per_device(config: Config, *, is_explicit: bool) -> int:
-    """Runs at a time that fit into the memory of a GPU; 1 on other devices."""
-    device, _ = select_device(config.device)
-    if device.type != "cuda":
-        return 1
-    estimator = MemoryEstimator(config, select_precision(config.dtype, device), device)
-    micro_batch = config.batch_size if is_explicit else estimator.micro_batch()
-    memory = estimator.estimate(micro_batch, str(device))
-    free = MAX_MEMORY_FRACTION * (memory.free_bytes or 0)
-    fitting = int(free // (memory.needed_bytes + CONTEXT_BYTES))
-    return max(1, min(MAX_JOBS_PER_GPU, fitting))

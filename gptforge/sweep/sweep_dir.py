@@ -78,10 +78,10 @@ class SweepDir:
             raise UserError(
                 f"{path.as_posix()} is not empty and holds no sweep: use another --out_dir"
             )
-        if not (path / TRAIN_TOKENS).exists():
+        if not (path / RECORD).exists():
+            # The record follows with the first trial, so a mistake found before leaves none.
             tokenizers.save(dataset.tokenizer, path / TOKENIZER)
             _write_tokens(path / TRAIN_TOKENS, dataset)
-        self._save()
 
     def number(self, values: Values) -> int:
         """The number of the trial with these values, from 1; a new one is recorded."""

@@ -17,7 +17,7 @@ from gptforge.config import Config, read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.report import run_report
-from gptforge.sweep import search
+from gptforge.sweep import devices, search
 from gptforge.sweep.scheduler import Run
 from gptforge.sweep.sweep_dir import SweepDir
 from tests import programs
@@ -205,7 +205,7 @@ def test_a_mistake_is_one_line_before_anything_runs(program, play, started, args
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert words in done.err
-    assert started == []
+    assert started == [] and not Path("sweep/sweep.json").exists()
 
 
 def test_without_optuna_tpe_says_how_to_install_it(program, play, started, monkeypatch) -> None:
@@ -240,18 +240,18 @@ def test_a_sweep_of_another_configuration_or_text_is_refused(program, play, star
 @pytest.mark.parametrize(("free", "jobs"), [(None, 1), (10**9, 1), (3 * 10**9, 2), (10**12, 4)])
 def test_jobs_on_a_gpu_are_as_many_as_fit(monkeypatch, free, jobs) -> None:
     memory = MemoryPlan("cuda", 3 * 10**8, {}, free, True)
-    monkeypatch.setattr(search, "MemoryEstimator", lambda *args: estimator)
+    monkeypatch.setattr(devices, "MemoryEstimator", lambda *args: estimator)
     estimator = SimpleNamespace(micro_batch=lambda: 8, estimate=lambda *args: memory)
-    monkeypatch.setattr(search, "select_device", lambda name: (torch.device("cuda"), ""))
-    monkeypatch.setattr(search, "select_precision", lambda *args: None)
-    assert search._jobs_per_device(Config(), is_explicit=False) == jobs
+    monkeypatch.setattr(devices, "select_device", lambda name: (torch.device("cuda"), ""))
+    monkeypatch.setattr(devices, "select_precision", lambda *args: None)
+    assert devices.jobs_per_device(Config(), is_explicit=False) == jobs
 
 
 def test_runs_take_turns_on_several_gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert search._devices(Config()) == ["cuda:0", "cuda:1"]
-    assert search._devices(Config(device="cuda:1")) == ["cuda:1"]
-    assert search._devices(Config(device="cpu")) == ["cpu"]
+    assert devices.find_devices(Config()) == ["cuda:0", "cuda:1"]
+    assert devices.find_devices(Config(device="cuda:1")) == ["cuda:1"]
+    assert devices.find_devices(Config(device="cpu")) == ["cpu"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
