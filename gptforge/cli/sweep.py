@@ -1,6 +1,6 @@
 """`gptforge sweep`: search hyperparameters with many training runs on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ import tyro
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config, merge, validate
 from gptforge.errors import Terminated, UserError
+from gptforge.presets import AUTO
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import log_to
 from gptforge.sweep.space import (
@@ -60,11 +61,10 @@ def main(argv: list[str]) -> int:
     method, specs = _method(args)
     space = parse_space(specs, args, flag=f"--{method}")
     with log_to(safe_print):
-        preset = resolve_preset(args, explicit).preset
-    if not args.preset:
-        args, explicit = parse_train_args([*argv, "--preset", preset], cls=SweepConfig)
-    request = _request(args, explicit, method, space)
-    with log_to(safe_print):
+        if not args.preset:
+            preset = resolve_preset(args, explicit).preset
+            args, explicit = parse_train_args([*argv, "--preset", preset], cls=SweepConfig)
+        request = _request(args, explicit, method, space)
         from gptforge.errors import RunError
         from gptforge.sweep.plot import save_plot
         from gptforge.sweep.results import table, write_results
@@ -116,34 +116,54 @@ def _request(
     args: SweepConfig, explicit: frozenset[str], method: str, space: Space
 ) -> "SweepRequest":
     """Check the configurations of all trials, as far as they are known."""
+    from gptforge.builders.auto_config import resolve_auto
+    from gptforge.builders.recipe import RECIPE_FIELDS
+    from gptforge.builders.resolve import MODEL_FIELDS, resolve_init_from
     from gptforge.sweep.search import SweepRequest
 
-    def resolve(values: Values) -> Config:
-        return resolve_preset(merge(args, values, source=f"--{method}"), explicit | values.keys())
-
-    if method == "grid":
-        trials = list(grid_search(space))
-    elif method == "random":
-        trials = list(random_search(space, args.trials, args.seed))
-    else:
-        trials = [{name: value} for name, dim in space.items() for value in dim.values]
-    for values in trials:
-        try:
-            validate(resolve(values))
-        except UserError as error:
-            raise UserError(f"--{method}: trial {describe(values)}: {error}") from None
-    config = resolve(dict[str, "bool | int | float | str"]())
+    if args.preset == AUTO and args.time_limit and "max_steps" not in explicit:
+        raise UserError(
+            "--preset auto would fit the steps of each trial to --time_limit: give --max_steps"
+        )
     out_dir = args.out_dir or f"sweeps/{_default_name(args)}"
+    base = resolve_init_from(merge(args, {"out_dir": out_dir}, source="flags"), explicit)
+    recipe_fields = RECIPE_FIELDS if args.preset == AUTO else frozenset()
+    if args.init_from:
+        recipe_fields -= {*MODEL_FIELDS, "tokenizer", "context_length"}
+
+    def resolve(values: Values) -> tuple[Config, frozenset[str]]:
+        fixed = explicit | values.keys()
+        config = resolve_preset(merge(base, values, source=f"--{method}"), fixed)
+        return resolve_auto(config, fixed, device=args.device), fixed | recipe_fields
+
+    config, _ = resolve({})
+    with log_to(lambda text: None):
+        for values in _trials(args, method, space):
+            try:
+                validate(resolve(values)[0])
+            except UserError as error:
+                raise UserError(f"--{method}: trial {describe(values)}: {error}") from None
+        max_config, _ = resolve(largest(space))
     return SweepRequest(
-        config=merge(config, {"out_dir": out_dir}, source="flags"),
-        largest=resolve(largest(space)),
+        config=config,
+        largest=max_config,
         explicit=explicit,
+        resolve=log_to(lambda text: None)(resolve),
         method=method,  # type: ignore[arg-type]
         space=space,
         trials=args.trials,
         seeds=args.seeds,
         jobs=args.jobs,
     )
+
+
+def _trials(args: SweepConfig, method: str, space: Space) -> Iterator[Values]:
+    """Values to check before anything runs: those of all trials, or the ends of ranges."""
+    if method == "grid":
+        return grid_search(space)
+    if method == "random":
+        return random_search(space, args.trials, args.seed)
+    return ({name: value} for name, dim in space.items() for value in dim.values)
 
 
 def _default_name(args: SweepConfig) -> str:

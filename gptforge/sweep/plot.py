@@ -113,7 +113,7 @@ def _plot_field(
 
 
 def _plot_heat_map(axes: "Axes", results: Sequence[TrialResult], fields: Sequence[str]) -> None:
-    """A cell for each pair of values, labeled with the loss; failed ones stay empty."""
+    """A cell for each pair of values, labeled with the loss."""
     values = {name: _sorted_values([r.values[name] for r in results]) for name in fields}
     y_name, x_name = sorted(fields, key=lambda name: len(values[name]))
     top = _loss_limit([r.loss for r in results])
@@ -124,7 +124,7 @@ def _plot_heat_map(axes: "Axes", results: Sequence[TrialResult], fields: Sequenc
         grid[y][x] = min(r.loss, top)
         spread = f"\n± {r.spread:.3f}" if len(r.losses) > 1 else ""
         is_best = r is results[0]
-        is_dark = grid[y][x] - low < 0.55 * (top - low)
+        is_dark = grid[y][x] - low < 0.45 * (top - low)
         axes.text(
             x, y, f"{r.loss:.3f}{spread}", ha="center", va="center", fontsize=9,
             fontweight="bold" if is_best else "normal",
@@ -135,6 +135,11 @@ def _plot_heat_map(axes: "Axes", results: Sequence[TrialResult], fields: Sequenc
             from matplotlib.patches import Rectangle
 
             axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, zorder=4, **box))
+    failed: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": MUTED_COLOR}
+    for y, row in enumerate(grid):
+        for x, loss in enumerate(row):
+            if math.isnan(loss):
+                axes.text(x, y, "failed", **failed)
     image = axes.imshow(grid, cmap=COLORS, aspect="auto", origin="lower", vmin=low, vmax=top)
     for axis, name in ((axes.xaxis, x_name), (axes.yaxis, y_name)):
         axis.set_ticks(range(len(values[name])), [format_value(value) for value in values[name]])

@@ -13,6 +13,7 @@ from gptforge.files import atomic_write, json_line, open_regular
 from gptforge.report.format import format_duration
 from gptforge.report.metrics import read_history
 from gptforge.sweep.space import Values, format_value
+from gptforge.train.signals import EXIT_CODES
 
 METRICS = "metrics.jsonl"
 MAX_EVENT_BYTES = 2**12
@@ -64,10 +65,10 @@ class TrialResult:
 def read_result(folder: Path) -> RunResult | None:
     """The result of a run; None if it is not finished, or has no finite held-out loss.
 
-    A run that reached its time limit counts as finished.
+    Early stopping and the time limit finish a run, too; a signal does not.
     """
     end = _end_event(folder / METRICS)
-    if end.get("reason") not in ("finished", "time_limit"):
+    if EXIT_CODES.get(end.get("reason", "interrupted")) != 0:
         return None
     evals = {
         int(event["step"]): (float(event["val_loss"]), float(event["val_bpb"]))

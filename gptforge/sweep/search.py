@@ -7,30 +7,26 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from gptforge import files
-from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.resolve import (
     check_tokenizer,
     load_dataset,
     resolve_config,
-    resolve_init_from,
 )
 from gptforge.config import Config
 from gptforge.data.dataset import DatasetOptions, check_length, open_dataset
 from gptforge.data.prepare.workers import num_cpus
-from gptforge.device import select_device, select_precision
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.format import format_duration
 from gptforge.report.progress import ProgressMeter
+from gptforge.sweep.devices import find_devices, jobs_per_device
 from gptforge.sweep.results import (
     RunResult,
     TrialResult,
@@ -49,15 +45,11 @@ from gptforge.sweep.space import (
 )
 from gptforge.sweep.sweep_dir import DATA, INPUT_FIELDS, RECORD, SweepDir, train_args
 from gptforge.sweep.tpe import TPESearch
-from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)
 
 FINAL_SEEDS = 3
 """Runs of the best trial on the full training part."""
-MAX_JOBS_PER_GPU = 4
-CONTEXT_BYTES = 10**9
-"""GPU memory of a process before it allocates anything: the CUDA context and libraries."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +57,10 @@ class SweepRequest:
     """What to sweep.
 
     Attributes:
-        config: what all trials have in common; `out_dir` is the sweep's folder.
-        largest: the configuration with the largest values, for estimates.
+        config: without swept values; `out_dir` is the sweep's folder.
+        largest: with the largest ones, for estimates.
         explicit: fields that the user set.
+        resolve: gives the configuration of a trial, and which of its fields are set explicitly.
         method: how values are picked from the space.
         space: fields and their values.
         trials: how many, for the methods random and tpe.
@@ -78,6 +71,7 @@ class SweepRequest:
     config: Config
     largest: Config
     explicit: frozenset[str]
+    resolve: Callable[[Values], tuple[Config, frozenset[str]]]
     method: Literal["grid", "random", "tpe"]
     space: Space
     trials: int
@@ -95,8 +89,10 @@ class Sweep:
     def __init__(self, request: SweepRequest) -> None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError("a sweep starts its own processes: run it without torchrun")
+        if request.method == "tpe":
+            require_package("optuna", extra="sweep")
         explicit = request.explicit
-        config = resolve_init_from(request.config, explicit)
+        config = request.config
         with ProgressMeter("preparing the text") as meter:
             dataset = load_dataset(config, explicit, meter)
         check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
@@ -104,9 +100,7 @@ class Sweep:
             raise UserError(
                 "a sweep needs a test tail and a second split: give a --val_fraction above 0"
             )
-        # As given, so that trials resolve it like any other run; only a model is imported once.
-        self._config = dataclasses.replace(request.config, init_from=config.init_from)
-        self._request, self._explicit = request, explicit - {"device"}
+        self._request = request
         self._val_fraction = dataset.val_fraction
         config = resolve_config(config, dataset)
         path = Path(config.out_dir)
@@ -119,13 +113,15 @@ class Sweep:
                 stack.enter_context(_lock(path))
             self.dir = SweepDir(path, config, dataset, request.space)
             options = DatasetOptions(
-                self.dir.input_flags["tokenizer"], self._val_fraction, require_tokenizer=True
+                tokenizer=self.dir.input_flags["tokenizer"],
+                val_fraction=self._val_fraction,
+                require_tokenizer=True,
             )
             trial_data = open_dataset(Path(self.dir.input_flags["input"]), options)
             largest = dataclasses.replace(request.largest, vocab_size=config.vocab_size)
             check_length(trial_data, largest.context_length, random_offset=largest.random_offset)
-            self._devices = _devices(config)
-            self.jobs = request.jobs or len(self._devices) * _jobs_per_device(
+            self._devices = find_devices(config)
+            self.jobs = request.jobs or len(self._devices) * jobs_per_device(
                 largest, is_explicit="batch_size" in explicit
             )
             self._search: Iterator[Values]
@@ -187,14 +183,14 @@ class Sweep:
         Raises:
             RunError: if a run fails.
         """
-        first = self._config.seed + max(self._request.seeds, len(best.seeds))
-        flags = {name: format_value(value) for name, value in best.values.items()}
+        first = self._request.config.seed + self._request.seeds
         # The first evaluation is the one that counts; later ones only choose the checkpoint.
-        flags |= {"eval_every": str(best.step), "eval_tokens": "0"}
+        flags = {"eval_every": str(best.step), "eval_tokens": "0", "patience": "0"}
+        config, explicit = self._request.resolve(best.values)
         runs = []
         for seed in range(first, first + FINAL_SEEDS):
             folder = self.dir.path / f"final-trial-{best.trial:04d}-seed-{seed}"
-            args = train_args(self._config, self._explicit, flags, _run_flags(folder, seed))
+            args = train_args(config, explicit, flags, _run_flags(folder, seed))
             runs.append(Run(best.trial, seed, folder, tuple(args)))
         todo = [run for run in runs if read_result(run.folder) is None]
         run_all([todo], jobs=self.jobs, start=self._start, on_end=self._log_end)
@@ -231,16 +227,17 @@ class Sweep:
             yield todo
 
     def _runs(self, number: int, values: Values) -> list[Run]:
-        explicit = self._explicit - INPUT_FIELDS
-        flags = {name: format_value(value) for name, value in values.items()}
-        if "keep_checkpoints" not in explicit | values.keys():
+        config, explicit = self._request.resolve(values)
+        explicit -= INPUT_FIELDS
+        flags = {**self.dir.input_flags, "val_fraction": format_value(self._val_fraction)}
+        if "keep_checkpoints" not in explicit:
             flags["keep_checkpoints"] = "0"  # best and last are kept in any case
-        flags |= {**self.dir.input_flags, "val_fraction": format_value(self._val_fraction)}
         runs = []
-        for seed in range(self._config.seed, self._config.seed + self._request.seeds):
-            suffix = "" if seed == self._config.seed else f"-seed-{seed}"
+        first = config.seed
+        for seed in range(first, first + self._request.seeds):
+            suffix = "" if seed == first else f"-seed-{seed}"
             folder = self.dir.path / f"trial-{number:04d}{suffix}"
-            args = train_args(self._config, explicit, flags, _run_flags(folder, seed))
+            args = train_args(config, explicit, flags, _run_flags(folder, seed))
             runs.append(Run(number, seed, folder, tuple(args)))
         return runs
 
@@ -306,23 +303,3 @@ def _lock(path: Path) -> FolderLock:
     if lock is None:
         raise UserError(f"{path.as_posix()} is in use by another sweep: wait for it")
     return lock
-
-
-def _devices(config: Config) -> list[str]:
-    """Devices that runs take in turns: all GPUs, unless one is named."""
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [config.device]
-
-
-def _jobs_per_device(config: Config, *, is_explicit: bool) -> int:
-    """Runs at a time that fit into the memory of a GPU; 1 on other devices."""
-    device, _ = select_device(config.device)
-    if device.type != "cuda":
-        return 1
-    estimator = MemoryEstimator(config, select_precision(config.dtype, device), device)
-    micro_batch = config.batch_size if is_explicit else estimator.micro_batch()
-    memory = estimator.estimate(micro_batch, str(device))
-    free = MAX_MEMORY_FRACTION * (memory.free_bytes or 0)
-    fitting = int(free // (memory.needed_bytes + CONTEXT_BYTES))
-    return max(1, min(MAX_JOBS_PER_GPU, fitting))

@@ -15,6 +15,7 @@ Values = dict[str, Value]
 NOT_SWEPT = {
     "seed": "use --seeds",
     "tokenizer": "losses per token of different tokenizers cannot be compared",
+    "vocab_size": "it follows from the tokenizer",
     "preset": "name its fields",
     **dict.fromkeys(
         ("config", "input", "encoding", "field", "kind", "split_by_name", "raw_bin"),

@@ -30,6 +30,9 @@ INPUT_FIELDS = frozenset(
 )
 """Fields that say what the text is: trials read the sweep's copy instead."""
 
+FLAGS_OF_SWEEP = frozenset({"restart", "device"})
+"""Flags that a sweep does not pass on as they are."""
+
 
 class SweepDir:
     """An open sweep folder.
@@ -48,6 +51,7 @@ class SweepDir:
         self, path: Path, config: Config, dataset: Dataset, swept: Collection[str]
     ) -> None:
         self.path = path
+        (path / DATA).mkdir(parents=True, exist_ok=True)
         self._record: dict[str, Any] = {
             "text": dataset.sha256,
             "config": vars(config),
@@ -74,10 +78,10 @@ class SweepDir:
             raise UserError(
                 f"{path.as_posix()} is not empty and holds no sweep: use another --out_dir"
             )
-        if not (path / TRAIN_TOKENS).exists():
+        if not (path / RECORD).exists():
+            # The record follows with the first trial, so a mistake found before leaves none.
             tokenizers.save(dataset.tokenizer, path / TOKENIZER)
             _write_tokens(path / TRAIN_TOKENS, dataset)
-        self._save()
 
     def number(self, values: Values) -> int:
         """The number of the trial with these values, from 1; a new one is recorded."""
@@ -117,8 +121,7 @@ def train_args(
     flags |= {name: format_value(getattr(config, name)) for name in FIELDS if name in explicit}
     for more in overrides:
         flags |= more
-    flags.pop("restart", None)
-    return [f"--{name}={value}" for name, value in flags.items()]
+    return [f"--{name}={value}" for name, value in flags.items() if name not in FLAGS_OF_SWEEP]
 
 
 def _write_tokens(path: Path, dataset: Dataset) -> None:

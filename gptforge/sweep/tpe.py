@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptforge.errors import require_package
 from gptforge.sweep.space import Choices, Range, Space, Values, describe
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ class TPESearch:
     """
 
     def __init__(self, space: Space, trials: int, seed: int, folder: Path) -> None:
-        require_package("optuna", extra="sweep")
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -39,10 +37,12 @@ class TPESearch:
         self._study = optuna.create_study(
             storage=f"sqlite:///{(folder / STORAGE).resolve().as_posix()}",
             study_name=f"sweep-{digest}",
-            # constant_liar: trials that run at the same time are kept apart.
-            sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True),
             load_if_exists=True,
         )
+        # A new process must not repeat the draws of an earlier one. constant_liar keeps trials
+        # that run at the same time apart.
+        seed = (seed + len(self._study.trials)) % 2**32
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self._numbers: dict[str, list[int]] = {}
         self._losses: dict[str, float | None] = {}
 

@@ -1,0 +1,289 @@
+"""`gptforge sweep` as a whole. Most trials run in this process, which is faster."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gptforge import cli
+from gptforge.config import Config, read_toml
+from gptforge.data.dataset import DatasetOptions, open_dataset
+from gptforge.estimate.plan import MemoryPlan
+from gptforge.report import run_report
+from gptforge.sweep import devices, search
+from gptforge.sweep.scheduler import Run
+from gptforge.sweep.sweep_dir import SweepDir
+from tests import programs
+from tests.conftest import play_text
+
+TINY = (
+    "--preset", "debug", "--device", "cpu", "--n_layer", "1", "--n_embd", "16", "--max_steps", "4",
+    "--eval_every", "2", "--sample_every", "0", "--input", "play.txt", "--out_dir", "sweep",
+)  # fmt: skip
+GRID = ("--grid", "max_lr=1e-3,1e-2")
+
+
+class Finished:
+    """A process that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+    wait = poll
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[Run]:
+    """Train in this process, and list what was trained."""
+    runs: list[Run] = []
+
+    def start(run: Run, command, env) -> Finished:
+        runs.append(run)
+        return Finished(cli.main([*command[3:], *run.args]))
+
+    monkeypatch.setattr(search, "start_process", start)
+    # The curves of each run take longer than its steps.
+    monkeypatch.setattr(run_report, "save_curves", lambda *args, **kwargs: None)
+    return runs
+
+
+def rows(folder: str = "sweep") -> list[dict[str, str]]:
+    with Path(folder, "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def val_losses(run: Path) -> dict[int, float]:
+    """Held-out loss by step."""
+    return {e["step"]: e["val_loss"] for e in programs.events(run) if e["event"] == "eval"}
+
+
+def test_a_sweep_ranks_trials_and_the_same_command_skips_finished_ones(
+    program, play, started
+) -> None:
+    done = program("sweep", *TINY, *GRID, "--seeds", "2")
+    assert done.code == 0, done.err
+    assert [(run.trial, run.seed) for run in started] == [
+        (trial, seed) for trial in (1, 2) for seed in (1337, 1338)
+    ]
+    ranked = rows()
+    losses = [float(row["val_loss"]) for row in ranked]
+    assert len(losses) == 2 and losses == sorted(losses)
+    assert f"Best: trial {ranked[0]['trial']}, max_lr=" in done.out
+    assert Path("sweep/sweep.png").exists()
+    # One step for all seeds: where their mean is lowest.
+    evals = [val_losses(Path(f"sweep/trial-0001{suffix}")) for suffix in ("", "-seed-1338")]
+    means = [(evals[0][step] + evals[1][step]) / 2 for step in (2, 4)]
+    trial_1 = next(row for row in ranked if row["trial"] == "1")
+    assert float(trial_1["val_loss"]) == pytest.approx(min(means))
+
+    started.clear()
+    assert program("sweep", *TINY, *GRID, "--seeds", "2").code == 0
+    assert started == [] and rows() == ranked
+    # More values and seeds: only what is new is trained, under the old numbers.
+    more = ("--grid", "max_lr=5e-3,1e-2", "--seeds", "3")
+    assert program("sweep", *TINY, *more).code == 0
+    assert [(run.trial, run.seed) for run in started] == [
+        (3, 1337), (3, 1338), (3, 1339), (2, 1339),
+    ]  # fmt: skip
+
+
+def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:
+    text = play_text()
+    cut = int(0.9 * len(text))
+    assert program("sweep", *TINY, *GRID).code == 0
+    # Other text with the same characters.
+    Path("play.txt").write_text(text[:cut] + text[cut:][::-1])
+    assert program("sweep", *TINY, *GRID, "--out_dir", "other").code == 0
+    data = [Path(folder, "data/train.bin").read_bytes() for folder in ("sweep", "other")]
+    assert data[0] == data[1]
+    assert [row["val_loss"] for row in rows()] == [row["val_loss"] for row in rows("other")]
+
+
+def test_documents_of_the_test_tail_are_left_out(tmp_path) -> None:
+    # By hash, so they are spread over the file, and the rule holds none out a second time.
+    lines = [json.dumps({"text": f"Document {i}, {i * 7 % 41}."}) for i in range(300)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    dataset = open_dataset(tmp_path / "docs.jsonl", DatasetOptions("byte", val_fraction=0.2))
+    sweep_dir = SweepDir(tmp_path / "sweep", Config(), dataset, ())
+    flags = sweep_dir.input_flags
+    options = DatasetOptions(flags["tokenizer"], val_fraction=0.2, require_tokenizer=True)
+    trial = open_dataset(Path(flags["input"]), options)
+    expected = dataset.train[: len(dataset.train)].tolist()
+    found = [*trial.train[: len(trial.train)], *trial.val[: len(trial.val)]]
+    assert found == expected
+    assert len(trial.val) == pytest.approx(0.2 * len(expected), abs=1)
+    assert trial.tokenizer.prepends_eot
+
+
+def test_final_trains_the_best_trial_and_quotes_the_test_tail(program, play, started) -> None:
+    done = program("sweep", *TINY, *GRID, "--final")
+    assert done.code == 0, done.err
+    best = rows()[0]
+    finals = started[2:]
+    assert [run.seed for run in finals] == [1338, 1339, 1340]
+    losses = []
+    for run in finals:
+        text = Path(run.folder, "config.toml").read_text()
+        assert 'input = "play.txt"' in text and f"max_lr = {best['max_lr']}" in text
+        losses.append(val_losses(run.folder)[int(best["best_step"])])
+    assert f"Test tail: {sum(losses) / 3:.4f} ± " in done.out
+    # Nothing is trained twice, and a trial never reads what final runs do.
+    started.clear()
+    assert program("sweep", *TINY, *GRID, "--final").code == 0
+    assert started == []
+
+
+def test_a_failed_trial_is_recorded_and_retried(program, play, started, monkeypatch) -> None:
+    train = search.start_process
+
+    def start(run: Run, command, env) -> Finished:
+        if run.trial != 2:
+            return train(run, command, env)
+        run.log.write_text("step 1\nerror: the device ran out of memory\n")
+        return Finished(1)
+
+    monkeypatch.setattr(search, "start_process", start)
+    done = program("sweep", *TINY, *GRID)
+    assert done.code == 0
+    assert rows()[1]["error"] == "the device ran out of memory"
+    assert "failed" in done.out
+    monkeypatch.setattr(search, "start_process", train)
+    started.clear()
+    assert program("sweep", *TINY, *GRID).code == 0
+    assert [run.trial for run in started] == [2]
+    assert [row["error"] for row in rows()] == ["", ""]
+
+
+def test_all_trials_failed(program, play, monkeypatch) -> None:
+    def start(run: Run, command, env) -> Finished:
+        return Finished(9)
+
+    monkeypatch.setattr(search, "start_process", start)
+    done = program("sweep", *TINY, *GRID)
+    assert done.code == 1
+    assert done.err == "error: all trials failed; the first: exit code 9\n"
+
+
+def test_restart_moves_the_sweep_aside(program, play, started) -> None:
+    assert program("sweep", *TINY, "--grid", "max_lr=1e-3").code == 0
+    assert program("sweep", *TINY, "--grid", "max_lr=1e-3", "--restart").code == 0
+    assert len(started) == 2
+    assert Path("sweep.old-1/trial-0001").exists() and Path("sweep/trial-0001").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "give one of --grid, --random and --tpe"),
+        ((*GRID, "--tpe", "dropout=0,0.1"), "give one of --grid, --random and --tpe"),
+        (("--grid", "max_lrr=1"), "did you mean 'max_lr'?"),
+        (("--grid", "max_lr=1e-6"), "trial max_lr=1e-06: --min_lr 0.0001 is more than --max_lr"),
+        (("--random", "n_head=3..5"), "is not a multiple of --n_head"),
+        (("--tpe", "dropout=0..1"), "--dropout must be"),
+        ((*GRID, "--seeds", "0"), "--seeds must be 1 or more"),
+        ((*GRID, "--val_fraction", "0"), "give a --val_fraction above 0"),
+        (("--grid", "context_length=16,9000", "--block_size", "9000"), "--context_length 9000"),
+        ((*GRID, "--out_dir", "."), "not empty and holds no sweep"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(program, play, started, args, words) -> None:
+    done = program("sweep", *TINY, *args)
+    assert done.code == 2
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert words in done.err
+    assert started == [] and not Path("sweep/sweep.json").exists()
+
+
+def test_without_optuna_tpe_says_how_to_install_it(program, play, started, monkeypatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
+    )
+    done = program("sweep", *TINY, "--tpe", "dropout=0..0.4")
+    assert done.code == 2 and "pip install -e '.[sweep]'" in done.err
+    assert started == [] and not Path("sweep").exists()
+
+
+def test_a_tpe_sweep_is_extended_by_more_trials(program, play, started) -> None:
+    pytest.importorskip("optuna")
+    tpe = ("--tpe", "max_lr=log:1e-3..1e-1", "optimizer=adamw,muon")
+    assert program("sweep", *TINY, *tpe, "--trials", "2").code == 0
+    assert program("sweep", *TINY, *tpe, "--trials", "3").code == 0
+    assert [run.trial for run in started] == [1, 2, 3]
+    assert len({row["max_lr"] for row in rows()}) == 3
+
+
+def test_a_sweep_of_another_configuration_or_text_is_refused(program, play, started) -> None:
+    assert program("sweep", *TINY, "--grid", "max_lr=1e-3").code == 0
+    for change in (("--weight_decay", "1"), ("--max_steps", "5")):
+        done = program("sweep", *TINY, *change, "--grid", "max_lr=1e-3")
+        assert done.code == 2 and change[0][2:] in done.err and "--restart" in done.err
+    Path("play.txt").write_text(play_text() * 2)
+    done = program("sweep", *TINY, "--grid", "max_lr=1e-3")
+    assert done.code == 2 and "the text is another one" in done.err
+
+
+@pytest.mark.parametrize(("free", "jobs"), [(None, 1), (10**9, 1), (3 * 10**9, 2), (10**12, 4)])
+def test_jobs_on_a_gpu_are_as_many_as_fit(monkeypatch, free, jobs) -> None:
+    memory = MemoryPlan("cuda", 3 * 10**8, {}, free, True)
+    monkeypatch.setattr(devices, "MemoryEstimator", lambda *args: estimator)
+    estimator = SimpleNamespace(micro_batch=lambda: 8, estimate=lambda *args: memory)
+    monkeypatch.setattr(devices, "select_device", lambda name: (torch.device("cuda"), ""))
+    monkeypatch.setattr(devices, "select_precision", lambda *args: None)
+    assert devices.jobs_per_device(Config(), is_explicit=False) == jobs
+
+
+def test_runs_take_turns_on_several_gpus(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.find_devices(Config()) == ["cuda:0", "cuda:1"]
+    assert devices.find_devices(Config(device="cuda:1")) == ["cuda:1"]
+    assert devices.find_devices(Config(device="cpu")) == ["cpu"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_an_interrupted_sweep_saves_its_trials_and_resumes_them(program, play, started) -> None:
+    args = ("sweep", *TINY, "--max_steps", "100000", "--grid", "max_lr=1e-3")
+    process = programs.start(*args, cwd=Path.cwd())
+    trial = Path("sweep/trial-0001")
+    deadline = time.monotonic() + 200
+    while not (trial / "checkpoints/best").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert "the same command resumes the sweep" in err
+    last = programs.events(trial)[-1]
+    assert (last["event"], last["reason"]) == ("end", "terminated")
+
+    assert program(*args, "--time_limit", "0.001").code == 0
+    names = [event["event"] for event in programs.events(trial)]
+    assert "resume" in names and names[-1] == "end"
+    assert float(rows()[0]["best_step"]) > 0
+
+
+def test_trials_of_preset_auto_keep_the_recipe_of_the_text(program, play, started) -> None:
+    small = [*TINY, "--preset", "auto", "--context_length", "32", "--batch_size", "4"]
+    done = program("sweep", *small, "--grid", "max_lr=1e-3,1e-2", "--final")
+    assert done.code == 0, done.err
+    configs = [read_toml(Path(run.folder, "config.toml"))[0] for run in started]
+    trials, finals = configs[:2], configs[2:]
+    # The recipe goes by the size of the text, which trials see less of; a field that follows
+    # from a swept one does so in each trial.
+    for name in ("dropout", "weight_decay", "ema", "n_head", "block_size"):
+        assert len({config[name] for config in configs}) == 1
+    assert [config["min_lr"] for config in trials] == [1e-4, 1e-3]
+    assert {config["tokenizer"] for config in finals} == {"char"}
