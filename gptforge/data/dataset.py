@@ -194,7 +194,8 @@ def check_length(dataset: Dataset, context_length: int, *, random_offset: bool =
     if random_offset and context_length < train < 2 * context_length:
         raise UserError(
             f"--random_offset true needs two sequences of --context_length {context_length}; the "
-            f"training text has {train} tokens of {path}: leave it out, or use more text"
+            f"training text has {train} tokens of {path}: use --random_offset false, a shorter "
+            "--context_length, or more text"
         )
     if count_sequences(train, context_length) == 0:
         raise UserError(
