@@ -17,6 +17,8 @@ class Preset:
 
 AUTO = "auto"
 """The preset whose values follow from the text; see `builders.recipe`."""
+FINETUNE = "finetune"
+"""The preset whose steps and rates follow from model and text; see `builders.finetune`."""
 
 # Larger models have smaller micro-batches, which shrink further if memory is short; the global
 # batch size of all GPT-2 presets is 128.
@@ -105,6 +107,21 @@ PRESETS: dict[str, Preset] = {
             "eval_tokens": 65536,
             "save_every": 500,
             "sample_every": 500,
+        },
+    ),
+    FINETUNE: Preset(
+        "a pretrained model, --init_from, on a text of your own",
+        {
+            "dropout": 0.1,
+            "random_offset": True,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "max_lr": 1e-4,
+            "min_lr": 1e-5,
+            "warmup_steps": 1,
+            "beta2": 0.99,
+            "ema": 0.99,
+            "eval_tokens": 2**20,
         },
     ),
     "debug": Preset(

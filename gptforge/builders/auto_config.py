@@ -4,17 +4,15 @@ import dataclasses
 import logging
 import time
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 
 from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, fit_steps, make_recipe
-from gptforge.builders.resolve import MODEL_FIELDS, last_checkpoint
+from gptforge.builders.resolve import MODEL_FIELDS, config_of_run, is_config_of_run
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.step_timing import time_step
-from gptforge.checkpoint import store as checkpoints
-from gptforge.config import FIELDS, Config, merge, read_toml, validate
+from gptforge.config import FIELDS, Config, merge, validate
 from gptforge.data.dataset import Dataset, resolve_input
 from gptforge.data.text_size import estimate_text_size
 from gptforge.device import Precision, select_device, select_precision, synchronize
@@ -48,9 +46,9 @@ def resolve_auto(
     Raises:
         UserError: if the size of the text is unknown.
     """
-    if config.preset not in FITTED_PRESETS or _is_resolved(config):
+    if config.preset not in FITTED_PRESETS or is_config_of_run(config, FITTED_PRESETS):
         return config
-    if (old := _config_of_run(config)) is not None:
+    if (old := config_of_run(config)) is not None:
         stored = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}
         return dataclasses.replace(config, **stored)
     others = {n: getattr(config, n) for n in FIELDS.keys() - RECIPE_FIELDS - MODEL_FIELDS}
@@ -135,23 +133,6 @@ def fit_time_limit(
             f"{1000 * per_step:.3g} ms each, to end within {format_duration(seconds)}"
         )
     return fitted
-
-
-def _is_resolved(config: Config) -> bool:
-    """Whether the values come from the configuration file of a run."""
-    if not config.config:
-        return False
-    values, is_from_run = read_toml(Path(config.config))
-    return is_from_run and values.get("preset") in FITTED_PRESETS
-
-
-def _config_of_run(config: Config) -> Config | None:
-    """The configuration of a run with this preset in the run folder."""
-    last = last_checkpoint(config)
-    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
-        return None
-    old = checkpoints.read_config(last, with_model=False)
-    return old if old.preset == config.preset else None
 
 
 def _flops_per_second(device: torch.device, config: Config) -> float:

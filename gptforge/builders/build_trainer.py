@@ -19,6 +19,7 @@ from gptforge.builders.build_train_step import (
     build_train_step,
     estimate_duration,
 )
+from gptforge.builders.finetune import resolve_finetune
 from gptforge.builders.kernel_warmup import KernelWarmup
 from gptforge.builders.memory_fit import check_fits_memory
 from gptforge.builders.rank_agreement import check_global_batch, open_run_on_all_ranks
@@ -56,7 +57,7 @@ from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
 from gptforge.model import GPT
 from gptforge.optim.schedule import Schedule
-from gptforge.presets import AUTO, PRESETS, get_preset
+from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
 from gptforge.report.console import Console
 from gptforge.report.log_handler import WriteHandler
 from gptforge.report.progress import ProgressMeter
@@ -124,13 +125,21 @@ def build_trainer(
     validate(config)
     if comm.is_main:
         check_out_dir(dataclasses.replace(config, out_dir=resolve_out_dir(config)))
-    check_global_batch(config, comm)
+    if config.preset != FINETUNE:  # its batch follows from the text
+        check_global_batch(config, comm)
     device, device_description = select_device(device_flag)
     precision = select_precision(config.dtype, device)
     seed_everything(config, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
     warmup = KernelWarmup(device, config, precision)
     dataset, logged = _load_dataset(config, explicit, comm)
     config = resolve_config(config, dataset)
+    if config.preset == FINETUNE:
+        resolved = config
+        config = Config(
+            **comm.broadcast_from_rank0(lambda: vars(resolve_finetune(resolved, dataset, explicit)))
+        )
+        validate(config)
+        check_global_batch(config, comm)
     check_teachers(config, comm)
     is_read_only = is_finished_read_only(Path(config.out_dir))
     lock = lock_run_dir(Path(config.out_dir)) if comm.is_main and not is_read_only else None

@@ -12,6 +12,7 @@ import torch
 
 from gptforge import files
 from gptforge.builders.auto_config import fit_time_limit, resolve_auto
+from gptforge.builders.finetune import resolve_finetune
 from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.builders.resolve import (
@@ -80,7 +81,8 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
         with ProgressMeter("preparing the text") as meter:
             dataset = load_dataset(config, explicit, meter)
         check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
-    config = resolve_config(config, dataset)
+    config = resolve_finetune(resolve_config(config, dataset), dataset, explicit)
+    validate(config)
     check_teachers(config, SINGLE_PROCESS)
     saved = CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints()
     latest = next((path for path in reversed(saved) if find_corruption(path) is None), None)

@@ -18,7 +18,7 @@ from gptforge.estimate.formulas import (
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.files import cache_dir
 from gptforge.kernel_select import select_kernels
-from gptforge.presets import PRESETS, get_preset
+from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
 from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION, find_micro_batch
 from gptforge.train.train_step import TrainStep
 
@@ -194,6 +194,7 @@ class MemoryEstimator:
         configs = {
             name: dataclasses.replace(get_preset(name), vocab_size=self._config.vocab_size)
             for name in PRESETS
+            if name not in (AUTO, FINETUNE)  # their sizes vary
         }
         sizes = {name: num_params(config.model) for name, config in configs.items()}
         limit = num_params(self._config.model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptforge.builders.import_model import import_if_needed
 from gptforge.checkpoint import store as checkpoints
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import Config, GPTConfig
+from gptforge.config import Config, GPTConfig, read_toml
 from gptforge.data.checks import quick_check
 from gptforge.data.dataset import (
     BUNDLED_INPUT,
@@ -24,7 +24,7 @@ from gptforge.data.dataset import (
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
-from gptforge.presets import AUTO
+from gptforge.presets import AUTO, FINETUNE
 from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
@@ -46,6 +46,11 @@ def resolve_init_from(
     """
     config = _with_input_options_of_run(config, explicit)
     if not config.init_from:
+        if config.preset == FINETUNE:
+            raise UserError(
+                f"--preset {FINETUNE} needs --init_from: a run or checkpoint, a Hugging Face GPT-2 "
+                "(name or folder), or nanoGPT's ckpt.pt"
+            )
         return config
     source = import_if_needed(config.init_from, temp_dir=temp_dir)
     config = dataclasses.replace(config, init_from=source)
@@ -63,11 +68,22 @@ def resolve_init_from(
     fields = {name: getattr(pretrained, name) for name in MODEL_FIELDS if name not in explicit}
     if "tokenizer" not in explicit:
         fields["tokenizer"] = (path / checkpoints.TOKENIZER).as_posix()
+    elif config.tokenizer == "bpe":
+        raise UserError(
+            f"--tokenizer bpe learns a vocabulary, and the model of --init_from {config.init_from} "
+            "has its own: leave --tokenizer out"
+        )
     elif config.tokenizer not in TEXT_DEPENDENT:
         # Fail before a long preparation; those that depend on the text are checked later.
         is_prepared = (Path(config.input) / INDEX_FILE).is_file()
         prepared_path = config.input if is_prepared else ""
         check_tokenizer(config, from_name(config.tokenizer, ""), prepared_path=prepared_path)
+    if "context_length" in explicit and config.context_length > pretrained.block_size:
+        raise UserError(
+            f"--context_length {config.context_length} is more than the {pretrained.block_size} "
+            f"positions of the model of --init_from {config.init_from}: give "
+            f"{pretrained.block_size} or less"
+        )
     if "context_length" not in explicit:
         fields["context_length"] = min(config.context_length, pretrained.block_size)
     return dataclasses.replace(config, **fields)
@@ -96,6 +112,23 @@ def last_checkpoint(config: Config) -> Path | None:
     """The checkpoint that a run in the run folder would resume from; None for a new run."""
     store = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints")
     return None if config.restart else store.read_link("last")
+
+
+def config_of_run(config: Config) -> Config | None:
+    """The configuration of a run with the same preset in the run folder, to resume it."""
+    last = last_checkpoint(config)
+    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
+        return None
+    old = checkpoints.read_config(last, with_model=False)
+    return old if old.preset == config.preset else None
+
+
+def is_config_of_run(config: Config, presets: Collection[str]) -> bool:
+    """Whether the values come from the configuration file of a run with one of these presets."""
+    if not config.config:
+        return False
+    values, is_from_run = read_toml(Path(config.config))
+    return is_from_run and values.get("preset") in presets
 
 
 def _initial_checkpoint(config: Config) -> Path:
@@ -197,9 +230,9 @@ def resolve_config(config: Config, dataset: Dataset) -> Config:
 
 
 def resolve_out_dir(config: Config) -> str:
-    """The run folder: `--out_dir`, or one named after the preset, and with auto after the text."""
+    """The run folder: `--out_dir`, or one named after preset and, with auto or finetune, text."""
     name = config.preset or "custom"
-    if name == AUTO and config.input not in ("", BUNDLED_INPUT):
+    if name in (AUTO, FINETUNE) and config.input not in ("", BUNDLED_INPUT):
         text = re.sub(r"[^\w.-]+", "-", Path(config.input).stem).strip("-.")
         name = f"{text}-{name}" if text else name
     return config.out_dir or f"runs/{name}"

@@ -14,7 +14,7 @@ from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import UserError
-from gptforge.presets import AUTO
+from gptforge.presets import AUTO, FINETUNE
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.format import format_count
 from gptforge.report.log_handler import log_to
@@ -68,8 +68,10 @@ def main(argv: list[str]) -> int:
     measure = _measure_generation if args.generate else _measure_training
     with log_to(print_stderr if args.json else safe_print):
         config = resolve_preset(args, explicit)
-        if config.preset == AUTO:
-            raise UserError("--preset auto fits a text, and none is read here: name another preset")
+        if config.preset in (AUTO, FINETUNE):
+            raise UserError(
+                f"--preset {config.preset} fits a text, and none is read here: name another preset"
+            )
         if not config.vocab_size:
             vocab_size = VOCAB_SIZES.get(config.tokenizer, VOCAB_SIZES["gpt2"])
             config = dataclasses.replace(config, vocab_size=vocab_size)

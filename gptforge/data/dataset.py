@@ -154,9 +154,11 @@ def check_length(dataset: Dataset, context_length: int, *, random_offset: bool =
     """Raise a UserError if a split is too short for a sequence."""
     train, path = len(dataset.train), dataset.path.as_posix()
     if random_offset and context_length < train < 2 * context_length:
-        found = f"the training text has {train} tokens of {path}: leave it out, or use more text"
-        needed = f"two sequences of --context_length {context_length}"
-        raise UserError(f"--random_offset true needs {needed}; {found}")
+        raise UserError(
+            f"--random_offset true needs two sequences of --context_length {context_length}; the "
+            f"training text has {train} tokens of {path}: use --random_offset false, a shorter "
+            "--context_length, or more text"
+        )
     if count_sequences(train, context_length) == 0:
         size = f"the training text, {train} tokens of {path}: {too_short_hint(train)}"
         raise UserError(f"--context_length {context_length} is longer than {size}")
