@@ -13,7 +13,7 @@ from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, fit_steps, m
 from gptforge.builders.resolve import MODEL_FIELDS, last_checkpoint
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.step_timing import time_step
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.config import FIELDS, Config, merge, read_toml, validate
 from gptforge.data.dataset import Dataset, resolve_input
 from gptforge.data.text_size import estimate_text_size

@@ -22,13 +22,9 @@ from gptforge.builders.resolve import (
     resolve_out_dir,
 )
 from gptforge.builders.step_timing import time_step
+from gptforge.checkpoint.format import find_corruption, step_from_path
 from gptforge.checkpoint.run_dir import check_out_dir, resume_config
-from gptforge.checkpoint.store import (
-    HEADROOM_BYTES,
-    CheckpointStore,
-    find_corruption,
-    step_from_path,
-)
+from gptforge.checkpoint.store import HEADROOM_BYTES, CheckpointStore
 from gptforge.config import Config, validate
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
