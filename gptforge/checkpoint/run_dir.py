@@ -22,10 +22,7 @@ from gptforge.tokenizers import Tokenizer
 TEACHERS = "teachers"
 """Folder of a run's teachers, which are runs of their own."""
 RUN_FOLDERS = {"checkpoints", TEACHERS}
-RUN_FILES = {
-    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"),
-    *RUN_FOLDERS,
-}
+RUN_FILES = RUN_FOLDERS | {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"}
 """What a run leaves in its folder."""
 MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
 """How much of the end of the metrics is read, more than a million lines, and of a line at once."""
@@ -56,11 +53,9 @@ class OpenedRun:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "OpenedRun":
         """Inverse of `to_json`."""
-        config, path = Config(**record["config"]), record["checkpoint"]
-        notices = tuple(record["notices"])
-        return cls(
-            **{**record, "config": config, "checkpoint": path and Path(path), "notices": notices}
-        )
+        path, notices = record["checkpoint"], tuple(record["notices"])
+        fields = {"config": Config(**record["config"]), "notices": notices}
+        return cls(**{**record, **fields, "checkpoint": path and Path(path)})
 
 
 def lock_run_dir(folder: Path) -> FolderLock:
