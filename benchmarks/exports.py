@@ -19,7 +19,7 @@ import transformers
 
 from gptforge import load
 from gptforge.builders.export_model import export_gguf, export_hf
-from gptforge.checkpoint import store
+from gptforge.checkpoint import format as checkpoints
 from gptforge.convert.gguf import GGUF_TYPES
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.inference.sampling import SamplingParams
@@ -33,7 +33,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
 
     lm = load(args.run, device="cpu", dtype="float32")
-    config = store.read_config(store.resolve_checkpoint(args.run))
+    config = checkpoints.read_config(checkpoints.resolve_checkpoint(args.run))
     options = DatasetOptions(tokenizer=lm.tokenizer, val_fraction=config.val_fraction)
     val_tokens = open_dataset(Path(config.input), options).val
     block = lm.model.config.block_size

@@ -18,8 +18,9 @@ import torch
 
 from gptforge.bench.train_speed import random_batch
 from gptforge.checkpoint.async_saver import AsyncSaver
+from gptforge.checkpoint.format import Snapshot
 from gptforge.checkpoint.state_dict import model_state_dict, optimizer_state_dict, rng_state_dict
-from gptforge.checkpoint.store import CheckpointStore, Snapshot
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.device import select_device, select_precision, synchronize
 from gptforge.kernel_select import select_kernels

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
+from gptforge.checkpoint.format import save_inference_checkpoint
 from gptforge.checkpoint.state_dict import model_state_dict
-from gptforge.checkpoint.store import save_inference_checkpoint
 from gptforge.config import to_toml
 from gptforge.model import GPT
 from gptforge.presets import get_preset

@@ -14,7 +14,7 @@ from gptforge.bench.baselines import transformers_model
 from gptforge.builders.export_model import export_gguf, export_hf
 from gptforge.builders.import_model import import_if_needed, import_model
 from gptforge.builders.load_model import load_bundle
-from gptforge.checkpoint.store import read_config
+from gptforge.checkpoint.format import read_config
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import read_hf, write_hf

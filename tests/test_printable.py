@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gptforge
-from gptforge.checkpoint import store
+from gptforge.checkpoint import format as checkpoints
 from gptforge.cli import main
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.bundle import ModelBundle
@@ -125,7 +125,9 @@ def bell_model(tmp_path: Path) -> Path:
     text = "".join(f"{n} = {json.dumps(v)}\n" for n, v in shape.items())
     folder = tmp_path / "bell_model"
     folder.mkdir()
-    store.save_inference_checkpoint(folder, weights, tokenizer=CharTokenizer("\x07a"), config=text)
+    checkpoints.save_inference_checkpoint(
+        folder, weights, tokenizer=CharTokenizer("\x07a"), config=text
+    )
     assert gptforge.load(folder).generate("a", 3, temperature=0) == "\x07\x07\x07"
     return folder
 

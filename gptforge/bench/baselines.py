@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from gptforge.config import Config
+from gptforge.convert.hf import TRANSPOSED
 from gptforge.device import Precision, autocast
 from gptforge.errors import require_package
 from gptforge.model import GPT
@@ -22,46 +23,12 @@ BASELINES = {
     "hf": "transformers' GPT2LMHeadModel",
     "plain": "a plain loop with cross-entropy over all logits",
 }
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-"""Weights that transformers stores as (in, out), like OpenAI's GPT-2."""
 
 
 def describe_baseline(kind: str, device: torch.device, precision: Precision) -> str:
     """Describe a baseline on this device in a line."""
     compiled = "compiled" if device.type == "cuda" else "not compiled"
     return f"{BASELINES[kind]}; {compiled}, {precision.name}, AdamW"
-
-
-class Baseline:
-    """A training step as a plain loop does it, over any model that returns logits."""
-
-    def __init__(self, model: nn.Module, config: Config, precision: Precision) -> None:
-        self._model, self._config, self._precision = model, config, precision
-        self._device = next(model.parameters()).device
-        self._optimizer = build_adamw(
-            model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-        )
-        self._forward: Callable[[Tensor], Tensor] = model
-        if self._device.type == "cuda":
-            self._forward = torch.compile(model)
-
-    def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> Tensor:
-        """Train on one global batch, both (G, T); return the mean loss without a sync."""
-        accumulation, size = self._config.gradient_accumulation_steps, self._config.batch_size
-        total = torch.zeros((), device=self._device)
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            with autocast(self._device, self._precision):
-                logits = self._forward(x)
-                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) / accumulation
-            loss.backward()
-            total += loss.detach()
-        if self._config.grad_clip:
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.grad_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return total
 
 
 class _Logits(nn.Module):
@@ -77,11 +44,13 @@ class _Logits(nn.Module):
         return logits
 
 
-def build_baseline(kind: str, model: GPT, config: Config, precision: Precision) -> Baseline:
-    """Build a baseline with the weights of `model`.
+def build_baseline(
+    kind: str, model: GPT, config: Config, precision: Precision
+) -> Callable[..., Tensor]:
+    """Build a training step as a plain loop does it, with the weights of `model`.
 
-    Raises:
-        UserError: if transformers is needed and not installed.
+    The step takes inputs and targets of a global batch, both (G, T), and `lr`; it returns the mean
+    loss without a sync.
     """
     copy: nn.Module
     if kind == "plain":
@@ -89,15 +58,34 @@ def build_baseline(kind: str, model: GPT, config: Config, precision: Precision) 
         copy.load_state_dict(model.state_dict())
     else:
         copy = _Logits(transformers_model(model))
-    return Baseline(copy.to(next(model.parameters()).device).train(), config, precision)
+    device = next(model.parameters()).device
+    copy.to(device).train()
+    forward: Callable[[Tensor], Tensor] = torch.compile(copy) if device.type == "cuda" else copy
+    optimizer = build_adamw(
+        copy.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+    accumulation, size = config.gradient_accumulation_steps, config.batch_size
+
+    def step(inputs: Tensor, targets: Tensor, *, lr: float) -> Tensor:
+        total = torch.zeros((), device=device)
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            with autocast(device, precision):
+                loss = F.cross_entropy(forward(x).flatten(0, 1), y.flatten()) / accumulation
+            loss.backward()
+            total += loss.detach()
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(copy.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step
 
 
 def transformers_model(model: GPT) -> Any:
-    """Build a transformers GPT2LMHeadModel with the weights of `model`, in float32 on the CPU.
-
-    Raises:
-        UserError: if transformers is not installed.
-    """
+    """Build a transformers GPT2LMHeadModel with the weights of `model`, in float32 on the CPU."""
     require_package("transformers", extra="hf")
     import transformers
 

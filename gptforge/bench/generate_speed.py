@@ -39,9 +39,7 @@ def time_generation(
 ) -> list[dict[str, Any]]:
     """Time implementations in alternation, after one run of each as a warmup.
 
-    Returns:
-        The results of each implementation, as `--json` prints them; the first is the reference of
-        the speedup.
+    Returns results as `--json` prints them; the first implementation is the speedup's reference.
     """
     rng = torch.Generator().manual_seed(0)
     shape = (batch, prompt_tokens)
@@ -95,26 +93,16 @@ def gptforge_generator(generator: TokenGenerator) -> GenerateFn:
 
 
 def transformers_generator(model: GPT, dtype: torch.dtype) -> GenerateFn:
-    """Generate with transformers' GPT2LMHeadModel and KV cache, from the same weights.
-
-    Raises:
-        UserError: if transformers is not installed.
-    """
+    """Generate with transformers' GPT2LMHeadModel and KV cache, from the same weights."""
     device = next(model.parameters()).device
     hf_model = transformers_model(model).to(device, dtype).eval()
-    sampling = {"do_sample": True, "temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k}
+    options = {"do_sample": True, "temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k}
+    options |= {"use_cache": True, "pad_token_id": 0}
 
     def generate(prompts: Prompts, new_tokens: int) -> float:
         ids = torch.tensor(prompts, device=device)
-        hf_model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            use_cache=True,
-            pad_token_id=0,
-            **sampling,
-        )
+        lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        hf_model.generate(ids, attention_mask=torch.ones_like(ids), **lengths, **options)
         return math.nan
 
     return generate

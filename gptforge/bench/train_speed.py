@@ -40,14 +40,11 @@ def time_training(
         factories: build each implementation; the weights of the first are on the device already.
         batch: inputs and targets, each (G, T).
         config: of the model.
-        repeats: of each implementation.
 
     Returns:
-        The results of each implementation, as `--json` prints them; the first is the reference of
-        the speedup.
+        Results as `--json` prints them; the first implementation is the speedup's reference.
     """
-    device = batch[0].device
-    is_gpu = device.type == "cuda"
+    device, is_gpu = batch[0].device, batch[0].is_cuda
     first_step: dict[str, float] = {}
     peak_memory: dict[str, int] = {}
     steps: dict[str, StepFn] = {}
@@ -103,11 +100,8 @@ def profile(
     Writes `trace.json` into the folder, for chrome://tracing or Perfetto.
     """
     is_gpu = batch[0].is_cuda
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if is_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     _run(step_fn, batch, 1)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:
         _run(step_fn, batch, 1)
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json"))

@@ -9,7 +9,7 @@ import torch
 
 from gptforge.builders.memory_fit import choose_micro_batch, fits_zero1, out_of_memory_hint
 from gptforge.builders.rank_agreement import use_fsdp
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.config import Config

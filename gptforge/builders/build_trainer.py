@@ -33,7 +33,7 @@ from gptforge.builders.resolve import (
 )
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.train_teachers import check_teachers, load_teachers, train_teachers
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.run_dir import (
     OpenedRun,

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from gptforge import __version__, files
 from gptforge.builders.load_model import load_bundle
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.config import (
     Config,
     merge,

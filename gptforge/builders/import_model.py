@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptforge import files
 from gptforge.builders.export_model import bundle_toml, report_write_errors
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.config import METADATA_TABLE
 from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import (

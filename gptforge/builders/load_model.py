@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import ModelBundle, validate_state_dict
 from gptforge.convert.hf import is_hf_dir, read_hf

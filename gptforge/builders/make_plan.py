@@ -24,13 +24,9 @@ from gptforge.builders.resolve import (
 )
 from gptforge.builders.step_timing import time_step
 from gptforge.builders.train_teachers import check_teachers
+from gptforge.checkpoint.format import find_corruption, step_from_path
 from gptforge.checkpoint.run_dir import check_out_dir, resume_config
-from gptforge.checkpoint.store import (
-    HEADROOM_BYTES,
-    CheckpointStore,
-    find_corruption,
-    step_from_path,
-)
+from gptforge.checkpoint.store import HEADROOM_BYTES, CheckpointStore
 from gptforge.config import Config, validate
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset

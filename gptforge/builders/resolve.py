@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig, read_toml
 from gptforge.data.checks import quick_check

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from gptforge import files
 from gptforge.builders.load_model import load
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.config import Config
 from gptforge.convert.hf import is_hf_dir
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER

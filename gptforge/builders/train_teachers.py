@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import TEACHERS
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.checkpoint.store import CheckpointStore

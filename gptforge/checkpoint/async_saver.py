@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gptforge.checkpoint.store import CheckpointStore, Snapshot
+from gptforge.checkpoint.format import Snapshot
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.tokenizers import Tokenizer
 
 
@@ -28,8 +29,7 @@ class AsyncSaver:
 
     Args:
         store: where to save.
-        tokenizer: saved with every checkpoint.
-        config: text of config.toml, likewise.
+        tokenizer: saved with every checkpoint, as is `config`, the text of config.toml.
         keep: number of checkpoints to keep besides best and last.
         protected_step: the checkpoint of this step is kept, too.
         enabled: False on ranks other than 0, which save nothing.
@@ -45,26 +45,21 @@ class AsyncSaver:
         protected_step: int | None = None,
         enabled: bool = True,
     ) -> None:
-        self.store = store
-        self._tokenizer = tokenizer
-        self._config = config
-        self._keep, self._protected_step = keep, protected_step
-        self._enabled = enabled
+        self.store, self._tokenizer, self._config = store, tokenizer, config
+        self._keep, self._protected_step, self._enabled = keep, protected_step, enabled
         self._thread: threading.Thread | None = None
         self._saved: list[SavedCheckpoint] = []
         self._error: BaseException | None = None
 
     def save_async(self, step: int, snapshot: Snapshot, *, is_best: bool) -> None:
-        """Start to save a snapshot, once the previous save is complete.
-
-        Raises:
-            RunError: if there is not enough disk space, or the previous save failed.
-        """
+        """Start to save a snapshot, once the previous save is complete; raises that one's error."""
         if not self._enabled:
             return
         self.wait()
         self.store.check_disk_space(snapshot.nbytes)
-        copied = _record_event(snapshot)
+        device = next(iter(snapshot.model.values())).device
+        # After the copies that make up the snapshot.
+        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         # Not a daemon: a program that ends with an error still completes its save.
         self._thread = threading.Thread(
             target=self._save, args=(step, snapshot, is_best, copied), name="saver"
@@ -106,16 +101,6 @@ class AsyncSaver:
             self._saved.append(SavedCheckpoint(step, name, is_best))
         except BaseException as error:
             self._error = error
-
-
-def _record_event(snapshot: Snapshot) -> torch.cuda.Event | None:
-    """An event after the copies that make up the snapshot."""
-    tensors = list(snapshot.model.values())
-    if not tensors or tensors[0].device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tensors[0].device))
-    return event
 
 
 @contextmanager

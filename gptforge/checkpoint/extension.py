@@ -3,13 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from gptforge.checkpoint.store import (
-    CheckpointStore,
-    find_corruption,
-    read_config,
-    read_state,
-    step_from_path,
-)
+from gptforge.checkpoint.format import find_corruption, read_config, read_state, step_from_path
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.optim.schedule import Schedule
 

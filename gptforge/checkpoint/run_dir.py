@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -10,34 +11,21 @@ from typing import Any, Literal
 
 from gptforge import files
 from gptforge.checkpoint.extension import extend_run
-from gptforge.checkpoint.store import (
-    CONFIG,
-    CheckpointStore,
-    read_config,
-    read_state,
-    read_tokenizer,
-)
+from gptforge.checkpoint.format import CONFIG, read_config, read_state, read_tokenizer
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, resume_conflicts
 from gptforge.errors import UserError
-from gptforge.lock import (
-    LOCK_FILE,
-    FolderLock,
-    is_locked,
-    lock_folder,
-)
+from gptforge.lock import LOCK_FILE, FolderLock, is_locked, lock_folder
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
 TEACHERS = "teachers"
 """Folder of a run's teachers, which are runs of their own."""
 RUN_FOLDERS = {"checkpoints", TEACHERS}
-RUN_FILES = {
-    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"),
-    *RUN_FOLDERS,
-}
+RUN_FILES = RUN_FOLDERS | {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"}
 """What a run leaves in its folder."""
-MAX_SCAN_BYTES, MAX_LINE_BYTES = 2**28, 2**16
-"""How much of the metrics is searched, from the end, and the longest line that is read at once."""
+MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
+"""How much of the end of the metrics is read, more than a million lines, and of a line at once."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +47,25 @@ class OpenedRun:
 
     def to_json(self) -> dict[str, Any]:
         """For ranks that cannot look themselves: the folder may be on another machine."""
-        path = None if self.checkpoint is None else self.checkpoint.as_posix()
+        path = self.checkpoint and self.checkpoint.as_posix()
         return vars(self) | {"config": vars(self.config), "checkpoint": path}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "OpenedRun":
         """Inverse of `to_json`."""
-        path = record["checkpoint"]
-        values = {
-            **record,
-            "config": Config(**record["config"]),
-            "checkpoint": path and Path(path),
-            "notices": tuple(record["notices"]),
-        }
-        return cls(**values)
+        path, notices = record["checkpoint"], tuple(record["notices"])
+        fields = {"config": Config(**record["config"]), "notices": notices}
+        return cls(**{**record, **fields, "checkpoint": path and Path(path)})
 
 
 def lock_run_dir(folder: Path) -> FolderLock:
-    """Lock a run folder against other processes that would train into it.
-
-    Raises:
-        UserError: if another process trains into it.
-    """
-    lock = lock_folder(folder)
-    if lock is None:
-        raise UserError(
-            f"{folder.as_posix()} is being trained by another process: wait for it, or choose "
-            "another --out_dir"
-        )
-    return lock
+    """Lock a run folder; a UserError if another process trains into it."""
+    if lock := lock_folder(folder):
+        return lock
+    raise UserError(
+        f"{folder.as_posix()} is being trained by another process: wait for it, or choose another "
+        "--out_dir"
+    )
 
 
 def open_run(
@@ -96,9 +74,8 @@ def open_run(
     """Decide between a new run, resuming and a finished run; repairs but never deletes.
 
     Args:
-        config: resolved, with out_dir.
-        explicit: fields that the user set.
-        tokenizer: tokenizer of this run.
+        config: resolved, with out_dir; `explicit` are the fields that the user set.
+        tokenizer: of this run.
         text_sha256: hash of the training text.
 
     Raises:
@@ -108,10 +85,10 @@ def open_run(
     folder = Path(config.out_dir)
     if config.restart and _has_files(folder):
         return OpenedRun("new", config, moves_old_run=True)
-    store = CheckpointStore(folder / "checkpoints")
+    store, metrics = CheckpointStore(folder / "checkpoints"), folder / "metrics.jsonl"
     latest, notices = store.latest()
     if latest is None:
-        if store.has_history() or _has_event("save", folder / "metrics.jsonl"):
+        if any(store.folder.glob("step-*")) or _has_event("save", metrics):
             problems = f"{'; '.join(notices)}; " if notices else ""
             raise UserError(
                 f"{problems}{folder.as_posix()} holds a run without an intact checkpoint: put one "
@@ -129,20 +106,15 @@ def open_run(
         check_writable(folder)
         checkpoint, counters, notice = extend_run(store, latest, config)
         return OpenedRun(
-            "resume",
-            config,
-            checkpoint,
-            read_state(checkpoint),
-            (*notices, notice),
-            counters=counters,
-            drops_decay=checkpoint != latest,
-        )
+            "resume", config, checkpoint, read_state(checkpoint), (*notices, notice),
+            counters=counters, drops_decay=checkpoint != latest,
+        )  # fmt: skip
     is_pending = progress.get("unjudged") or state.get("pending")
     is_done = progress["step"] >= config.max_steps or _stopped_early(config, progress)
-    is_finished = is_done and not is_pending and _has_event("end", folder / "metrics.jsonl")
-    if not is_finished:
-        check_writable(folder)
-    return OpenedRun("finished" if is_finished else "resume", config, latest, state, tuple(notices))
+    if is_done and not is_pending and _has_event("end", metrics):
+        return OpenedRun("finished", config, latest, state, tuple(notices))
+    check_writable(folder)
+    return OpenedRun("resume", config, latest, state, tuple(notices))
 
 
 def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:
@@ -163,8 +135,7 @@ def resume_config(
 ) -> Config:
     """The configuration with which `config` resumes the run of a checkpoint; changes no file.
 
-    Raises:
-        UserError: if the run was started with another configuration, tokenizer or text.
+    A UserError says what differs in the run: configuration, tokenizer or text.
     """
     old, folder = read_config(checkpoint), Path(config.out_dir)
     for name in {"warmup_steps", "patience"}.difference(explicit):
@@ -310,15 +281,15 @@ def _has_event(event: str, metrics: Path) -> bool:
 
 def _has_line(metrics: Path, text: str) -> bool:
     """Whether a line of a run's metrics contains a text."""
-    pattern = text.encode()
-    try:
-        with files.open_regular(metrics, follow_symlinks=False) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - MAX_SCAN_BYTES))
-            lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
-            return any(pattern in line for line in lines)
-    except OSError:
-        return False
+    return any(text.encode() in line for line in read_metrics_lines(metrics))
+
+
+def read_metrics_lines(metrics: Path) -> Iterator[bytes]:
+    """The lines of a run's metrics; none if the file is missing or not regular."""
+    with suppress(OSError), files.open_regular(metrics, follow_symlinks=False) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_METRICS_BYTES))
+        yield from iter(lambda: file.readline(MAX_LINE_BYTES), b"")
 
 
 def _has_files(folder: Path, *, ignore: Collection[str] = ()) -> bool:

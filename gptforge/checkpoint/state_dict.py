@@ -5,7 +5,7 @@ Names are those of the model's parameters, so no file depends on an order.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,20 +39,14 @@ def save_safetensors(
     safetensors' own writer holds the GIL until the last byte is written, more than a second for
     GPT-2, during which training would stand still. The format is the length of the header (8 bytes,
     little endian), the header (JSON, padded with spaces to a multiple of 8) and the tensors.
-
-    Returns:
-        Size in bytes and SHA-256 of the file.
+    Returns size in bytes and SHA-256 of the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        dtype, offsets = _DTYPES[tensor.dtype], [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -90,7 +84,7 @@ def model_state_dict(model: GPT, comm: Comm = SINGLE_PROCESS) -> StateDict:
 
     Copies, as training changes the originals while they are being saved.
     """
-    return _gather_on_rank0(_untied(model).items(), comm)
+    return _gather_on_rank0(_untied(model), comm)
 
 
 def load_model_state_dict(
@@ -98,8 +92,7 @@ def load_model_state_dict(
 ) -> None:
     """Load rank 0's `tensors` into the model of every rank; other ranks pass none.
 
-    Raises:
-        UserError: naming `source` and the first tensor that is missing, unknown or misshapen.
+    A UserError names `source` and the first tensor that is missing, unknown or misshapen.
     """
     _load(_untied(model), tensors, source, comm)
 
@@ -114,12 +107,12 @@ def optimizer_state_dict(
 
     `raw_weights` are what the optimizer trains where the model has an average of them.
     """
-    state = [
-        (f"{name}.{key}", value)
+    state = {
+        f"{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
-    ]
-    state += [(f"{name}.{RAW_WEIGHT}", weight) for name, weight in raw_weights.items()]
+    }
+    state |= {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
     return _gather_on_rank0(state, comm)
 
 
@@ -215,9 +208,9 @@ def _untied(model: GPT) -> StateDict:
     return {name: tensor for name, tensor in model.state_dict().items() if name != TIED_WEIGHT}
 
 
-def _gather_on_rank0(tensors: Iterable[tuple[str, Tensor]], comm: Comm) -> StateDict:
-    copies = ((name, gather_full_tensor(tensor, comm)) for name, tensor in tensors)
-    return {name: copy for name, copy in copies if copy is not None}
+def _gather_on_rank0(tensors: StateDict, comm: Comm) -> StateDict:
+    copies = {name: gather_full_tensor(tensor, comm) for name, tensor in tensors.items()}
+    return {name: copy for name, copy in copies.items() if copy is not None}
 
 
 def _load(
@@ -236,10 +229,10 @@ def _check_tensors(
         name = printable(unknown[0], MAX_NAME)
         raise UserError(f"{source}: this model has no tensor '{name}'")
     for name, tensor in expected.items():
-        if name not in found:
+        if (other := found.get(name)) is None:
             raise UserError(f"{source}: the tensor '{name}' is missing")
-        if found[name].shape != tensor.shape:
-            shapes = f"{tuple(found[name].shape)}, this model's {tuple(tensor.shape)}"
+        if other.shape != tensor.shape:
+            shapes = f"{tuple(other.shape)}, this model's {tuple(tensor.shape)}"
             raise UserError(f"{source}: '{name}' has shape {shapes}")
-        if found[name].dtype != torch.float32:
-            raise UserError(f"{source}: '{name}' is {found[name].dtype}, not torch.float32")
+        if other.dtype != torch.float32:
+            raise UserError(f"{source}: '{name}' is {other.dtype}, not torch.float32")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gptforge.checkpoint.format import MAX_EXTRA_BYTES
 from gptforge.checkpoint.state_dict import save_safetensors
-from gptforge.checkpoint.store import MAX_EXTRA_BYTES
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
     LM_HEAD,

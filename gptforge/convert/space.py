@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import gptforge
-from gptforge.checkpoint import store as checkpoints
+from gptforge.checkpoint import format as checkpoints
 from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.model_card import METRICS, Origin, copy_run_file, example_prompt, model_card
 from gptforge.files import set_link

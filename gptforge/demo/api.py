@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,10 +95,8 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
     slots = threading.BoundedSemaphore(limits.MAX_CONCURRENT)
 
     async def get_models(_: Request) -> Response:
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "gptforge"}
-            for name in models.names()
-        ]
+        fields = {"object": "model", "created": 0, "owned_by": "gptforge"}
+        data = [{"id": name, **fields} for name in models.names()]
         return JSONResponse({"object": "list", "data": data})
 
     async def get_curves(_: Request) -> Response:
@@ -129,22 +128,19 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
         counts = {"prompt_tokens": prompt_tokens * completion.n, "completion_tokens": 0}
         chunks = _release_after(slots, _generate(model, completion, counts))
         if completion.stream:
-            events = _events(
-                chunks, head, counts, include_usage=completion.stream_options.include_usage
-            )
+            include_usage = completion.stream_options.include_usage
+            events = _events(chunks, head, counts, include_usage=include_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         choices: list[dict[str, Any]] = [
             {"text": "", "index": index, "logprobs": None, "finish_reason": None}
             for index in range(len(completion.prompts) * completion.n)
         ]
-        try:
+        with closing(chunks):
             async for chunk in iterate_in_threadpool(chunks):
                 choices[chunk.index]["text"] += chunk.text
                 choices[chunk.index]["finish_reason"] = chunk.finish_reason
                 if await request.is_disconnected():
                     break
-        finally:
-            chunks.close()
         return JSONResponse({**head, "choices": choices, "usage": _usage(counts)})
 
     return [
@@ -155,12 +151,7 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
 
 
 def parse_request(body: bytes) -> CompletionRequest:
-    """Parse and validate a request's JSON.
-
-    Raises:
-        UserError: if it is not a JSON object, or has fields that are unknown, unsupported, of the
-            wrong type or out of range.
-    """
+    """Parse a request's JSON; a UserError names the first field that is wrong."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -216,7 +207,7 @@ async def _events(
     chunks: Chunks, head: Mapping[str, Any], counts: Mapping[str, int], *, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events in OpenAI's format."""
-    try:
+    with closing(chunks):
         async for chunk in iterate_in_threadpool(chunks):
             choice = {"text": chunk.text, "index": chunk.index, "logprobs": None}
             choice["finish_reason"] = chunk.finish_reason
@@ -226,8 +217,6 @@ async def _events(
             usage = {**head, "choices": [], "usage": _usage(counts)}
             yield f"data: {json.dumps(usage)}\n\n"
         yield "data: [DONE]\n\n"
-    finally:
-        chunks.close()
 
 
 def _usage(counts: Mapping[str, int]) -> dict[str, int]:

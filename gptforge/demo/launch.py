@@ -6,9 +6,7 @@ from pathlib import Path
 
 from gptforge.builders.export_model import model_title, read_origin
 from gptforge.builders.load_model import limit_threads, load
-from gptforge.demo.page import STYLE, build_page
 from gptforge.demo.port import find_free_port
-from gptforge.demo.request_limit import EventStreams, RequestFilter
 from gptforge.demo.sessions import ModelCache
 from gptforge.errors import RunError, require_package
 from gptforge.inference.language_model import LanguageModel
@@ -36,12 +34,10 @@ def launch(
         port: 0: the first free one from 7860.
         device: auto, cpu, cuda, cuda:N or mps.
         title: of the page; empty: the name of the run folder.
-        allowed_hosts: host names under which the page is served, besides this machine's; `*` for
-            any.
+        allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
 
     Raises:
-        UserError: if there is no model, the host is not an address of this machine, or Gradio is
-            not installed.
+        UserError: for a missing model or package, or a host that is no address of this machine.
         RunError: if the port is taken.
     """
     require_package("gradio", extra="demo")
@@ -53,6 +49,8 @@ def launch(
     from starlette.middleware import Middleware
 
     from gptforge.demo.api import routes
+    from gptforge.demo.page import STYLE, build_page
+    from gptforge.demo.request_limit import EventStreams, RequestFilter
 
     def load_model(folder: str) -> LanguageModel:
         model = load(folder, device=device)

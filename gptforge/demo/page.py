@@ -1,8 +1,10 @@
 """The page's layout and event handlers, in Gradio; nothing is loaded from other servers."""
 
+import functools
 import math
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,7 @@ from typing import Any
 import gptforge.demo.sessions as limits
 from gptforge.demo.request_limit import EventStreams
 from gptforge.demo.sessions import GenerationProgress, ModelCache, generate_with_limits
-from gptforge.demo.token_html import (
-    render_legend,
-    render_placeholder,
-    render_status,
-    render_tokens,
-)
+from gptforge.demo.token_html import render_legend, render_placeholder, render_status, render_tokens
 from gptforge.demo.training_tab import training_tab
 from gptforge.errors import UserError
 from gptforge.estimate import formulas
@@ -39,27 +36,13 @@ TOGGLE_TINT = "(on) => { document.getElementById('out').classList.toggle('plain'
 def build_page(
     models: ModelCache, event_streams: EventStreams, *, run: str, title: str, max_steps: int
 ) -> Any:
-    """The page as Gradio Blocks with a queue.
-
-    Args:
-        models: the models of the run.
-        event_streams: tells which visitors are still connected.
-        run: the run folder, for the training tab.
-        title: title of the page.
-        max_steps: steps of the complete run.
-    """
+    """The page as Gradio Blocks with a queue; `max_steps` are those of the complete run."""
     import gradio as gr
 
     def generate(
-        prompt: str,
-        checkpoint: str,
-        length: float,
-        temperature: float,
-        top_k: float,
-        top_p: float,
-        seed: str,
-        request: gr.Request,
-    ) -> Iterator[tuple[str, str]]:
+        prompt: str, checkpoint: str, length: float, temperature: float, top_k: float,
+        top_p: float, seed: str, request: gr.Request,
+    ) -> Iterator[tuple[str, str]]:  # fmt: skip
         session = request.session_hash
         if not event_streams.wait_until_connected(session):
             return
@@ -93,28 +76,21 @@ def build_page(
         f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers · "
         f"{model.tokenizer.name} tokenizer · context {c.block_size}"
     )
-    examples = _encodable(model, EXAMPLES)
+    examples = [text for text in EXAMPLES if _is_encodable(model, text)]
     # For events that only change the page: not in the queue, nor in Gradio's API.
     direct: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+    heading = f"<div><h1>{escape(title)}</h1><p>{about}</p></div>"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(
-            f'<header><div class="mark">g</div><div><h1>{escape(title)}</h1>'
-            f"<p>{about}</p></div></header>",
-            elem_id="head",
-        )
+        gr.HTML(f'<header><div class="mark">g</div>{heading}</header>', elem_id="head")
         # With an id and selected: otherwise Gradio shows whichever tab the browser loads first.
         with gr.Tabs(selected="write"):
             with gr.Tab("Write", id="write"), gr.Row(elem_id="desk"):
                 with gr.Column(scale=4, min_width=300, elem_id="ask"):
                     prompt = gr.Textbox(
-                        value=examples[0] if examples else "",
-                        label="Prompt",
-                        lines=4,
-                        max_lines=10,
-                        max_length=limits.MAX_PROMPT_CHARS,
-                        placeholder="Type a few words …",
+                        next(iter(examples), ""), label="Prompt", lines=4, max_lines=10,
+                        max_length=limits.MAX_PROMPT_CHARS, placeholder="Type a few words …",
                         elem_id="prompt",
-                    )
+                    )  # fmt: skip
                     with gr.Row(elem_id="examples"):
                         for text in examples:
                             label = text.replace("\n", " ")
@@ -127,9 +103,8 @@ def build_page(
                         stop = gr.Button("Stop", elem_id="stop", min_width=80)
                     with gr.Accordion("Settings", open=False, elem_id="settings"):
                         checkpoint = gr.Dropdown(names, value=names[0], label="Checkpoint")
-                        length = gr.Slider(
-                            10, limits.MAX_NEW_TOKENS, 300, step=10, label="Length, tokens"
-                        )
+                        longest = limits.MAX_NEW_TOKENS
+                        length = gr.Slider(10, longest, 300, step=10, label="Length, tokens")
                         temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature")
                         max_k = min(200, model.tokenizer.vocab_size)
                         top_k = gr.Slider(0, 200, max_k, step=1, label="Top-k (0: all)")
@@ -142,10 +117,7 @@ def build_page(
                         tint = gr.Checkbox(True, label="Tint", elem_id="tint", min_width=0)
                         gr.HTML(render_legend(), elem_id="legend")
             with gr.Tab("Training", id="training"):
-
-                def update() -> str:
-                    return training_tab(Path(run), max_steps=max_steps)
-
+                update = functools.partial(training_tab, Path(run), max_steps=max_steps)
                 training = gr.HTML(update(), elem_id="curves")
                 gr.Timer(3).tick(update, None, training, show_progress="hidden", **direct)
         gr.HTML("<footer>Made with GPT-Forge. Your input is not stored or shared.</footer>")
@@ -161,17 +133,12 @@ def build_page(
             api_visibility="private",
         )
         # Say so only after the cancellation: a last update could otherwise overwrite it.
-        stop.click(None, None, None, cancels=[event], **direct).then(
-            lambda: render_status("stopped", kind="stopped"),
-            None,
-            status,
-            show_progress="hidden",
-            **direct,
-        )
+        stopped, hidden = render_status("stopped", kind="stopped"), {"show_progress": "hidden"}
+        cancellation = stop.click(None, None, None, cancels=[event], **direct)
+        cancellation.then(lambda: stopped, None, status, **hidden, **direct)
         tint.change(None, tint, None, js=TOGGLE_TINT)
-        page.load(
-            lambda: gr.Dropdown(choices=models.names()), None, checkpoint, api_visibility="private"
-        )
+        private = {"api_visibility": "private"}
+        page.load(lambda: gr.Dropdown(choices=models.names()), None, checkpoint, **private)
     page.queue(max_size=limits.MAX_QUEUED, default_concurrency_limit=limits.MAX_CONCURRENT)
     return page
 
@@ -198,13 +165,7 @@ def _status(progress: GenerationProgress, seed: int) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _encodable(model: LanguageModel, texts: tuple[str, ...]) -> list[str]:
-    """The texts that the model's tokenizer can encode."""
-    encodable = []
-    for text in texts:
-        try:
-            model.encode(text)
-        except UserError:
-            continue
-        encodable.append(text)
-    return encodable
+def _is_encodable(model: LanguageModel, text: str) -> bool:
+    with suppress(UserError):
+        return bool(model.encode(text))
+    return False

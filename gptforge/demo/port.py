@@ -13,13 +13,9 @@ HOST_HINT = f"give {LOCALHOST} for this machine only, 0.0.0.0 to allow others"
 
 
 def find_free_port(host: str, port: int) -> int:
-    """The given port, or for 0 the first free one from 7860.
+    """The given port, or for 0 the first free one from 7860; a RunError if there is none.
 
     Gradio would try ports for seconds each, whatever the error.
-
-    Raises:
-        UserError: if the host is not an address of this machine, or the port is privileged.
-        RunError: if the port is taken, or all of them are.
     """
     for candidate in [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS):
         # Gradio needs the port on localhost too, whatever the host.

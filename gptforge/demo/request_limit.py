@@ -9,9 +9,12 @@ import ipaddress
 import json
 import socket
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from collections.abc import Collection
 from urllib.parse import parse_qs, urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 64_000
 """A prompt of four thousand characters as JSON, and the other fields."""
@@ -23,11 +26,6 @@ MAX_SESSIONS = 1000
 """Sessions whose last request is remembered."""
 DISCONNECT_SECONDS = 3.0
 """A text whose events are not read for this long is stopped."""
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class EventStreams:
@@ -66,10 +64,10 @@ class EventStreams:
             time.sleep(0.05)
         return is_connected
 
-    async def track(self, app: App, scope: Message, receive: Receive, send: Send) -> None:
+    async def track(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an event stream on and note while it is open or blocked."""
         query = parse_qs(scope["query_string"].decode("latin-1"))
-        session = query.get("session_hash", [""])[0]
+        [session, *_] = query.get("session_hash", [""])
 
         async def timed_send(message: Message) -> None:
             self._blocked_since[session] = time.monotonic()
@@ -96,42 +94,52 @@ class RequestFilter:
     """
 
     def __init__(
-        self, app: App, *, allowed_hosts: Collection[str], event_streams: EventStreams
+        self, app: ASGIApp, *, allowed_hosts: Collection[str], event_streams: EventStreams
     ) -> None:
         self._app, self._event_streams = app, event_streams
         self._hosts = {host.strip("[]").lower() for host in allowed_hosts} | {"localhost"}
         self._hosts |= {socket.gethostname().lower()}
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
-        headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        host = [value for name, value in headers if name == b"host"]
+
+        async def refuse(status: int, reason: str) -> None:
+            response = PlainTextResponse(reason, status, headers={"connection": "close"})
+            await response(scope, receive, send)
+
+        headers = Headers(scope=scope)
+        host = headers.getlist("host")
         if len(host) != 1 or not self._is_allowed(host[0]):
             # DNS rebinding: a web site can point its name at this machine and read the answers.
-            return await _refuse(send, 403, b"unknown host: see --allowed_hosts")
+            return await refuse(403, "unknown host: see --allowed_hosts")
         if scope["type"] != "http":
-            return await _refuse(send, 403, b"this page has no websockets")
+            return await refuse(403, "this page has no websockets")
         path = "/" + scope["path"].strip("/")
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             if path.endswith("/queue/data"):
                 return await self._event_streams.track(self._app, scope, receive, send)
             return await self._app(scope, receive, send)
-        for name, value in headers:
-            if name == b"origin" and urlsplit(value).netloc.lower() != host[0].lower():
-                return await _refuse(send, 403, b"cross-origin requests are not allowed")
+        origins = headers.getlist("origin")
+        if any(urlsplit(origin).netloc.lower() != host[0].lower() for origin in origins):
+            return await refuse(403, "cross-origin requests are not allowed")
         if not path.endswith(POST_PATHS):
-            return await _refuse(send, 403, b"this page does not accept such requests")
+            return await refuse(403, "this page does not accept such requests")
         try:
             body = await asyncio.wait_for(_read_body(receive), BODY_TIMEOUT)
         except TimeoutError:
-            return await _refuse(send, 408, b"the request took too long to arrive")
+            return await refuse(408, "the request took too long to arrive")
         if body is None:
-            return await _refuse(send, 413, b"the request is too large")
+            return await refuse(413, "the request is too large")
         if path.endswith("/queue/join"):
             self._event_streams.record_join(body)
-        await self._app(scope, _replay(body, receive), send)
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
 
     def _is_allowed(self, host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
@@ -147,27 +155,11 @@ class RequestFilter:
 
 async def _read_body(receive: Receive) -> bytes | None:
     """The body as it arrives, whatever the headers say; None if it is too large."""
-    body = bytearray()
-    while True:
+    body, has_more = bytearray(), True
+    while has_more:
         message = await receive()
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
             return None
-        if message["type"] != "http.request" or not message.get("more_body"):
-            return bytes(body)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body again, then the messages after it."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
-
-
-async def _refuse(send: Send, status: int, reason: bytes) -> None:
-    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": reason})
+        has_more = message["type"] == "http.request" and bool(message.get("more_body"))
+    return bytes(body)

@@ -37,12 +37,7 @@ class GenerationProgress:
 
 
 class ModelCache:
-    """Models by checkpoint, loaded on first use; the least recently used one is dropped.
-
-    Args:
-        load: loads the model of a folder.
-        run: the run that the page shows.
-    """
+    """Models of a run by checkpoint, loaded on first use; the least recently used is dropped."""
 
     def __init__(self, load: Callable[[str], LanguageModel], run: str) -> None:
         self._load, self._run = load, run
@@ -57,11 +52,7 @@ class ModelCache:
         return [*links, *steps] or [Path(self._run).name]
 
     def get(self, name: str) -> LanguageModel:
-        """The model of one of `names`.
-
-        Raises:
-            UserError: if there is no such checkpoint (any more), or it is damaged.
-        """
+        """The model of one of `names`; a UserError if it is gone or damaged."""
         if name not in self.names():
             raise UserError(f"there is no checkpoint {name} here any more: choose another")
         store = CheckpointStore(Path(self._run) / "checkpoints")
@@ -86,11 +77,7 @@ def generate_with_limits(
     seed: int,
     max_seconds: float = MAX_SECONDS,
 ) -> Iterator[GenerationProgress]:
-    """The text so far, several times per second, until it is complete or the time is up.
-
-    Raises:
-        UserError: for a prompt or parameters beyond the limits.
-    """
+    """The text so far, several times per second, until it is complete or the time is up."""
     prompt = normalize_prompt(prompt)
     if len(prompt) > MAX_PROMPT_CHARS:
         raise UserError(f"the prompt has {len(prompt):,} characters, at most {MAX_PROMPT_CHARS:,}")

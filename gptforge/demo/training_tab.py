@@ -14,30 +14,18 @@ ALT = "Loss, learning rate, gradient norm and tokens per second by step"
 def training_tab(run_dir: Path, *, max_steps: int) -> str:
     """The tab's HTML; cached until a file changes, since each open page polls it."""
     versions = [_version(run_dir / name) for name in (METRICS, CURVES)]
-    return _cached(run_dir, max_steps, *versions)
+    return _render(run_dir, max_steps, *versions)
 
 
 @functools.lru_cache(maxsize=1)
-def _cached(run_dir: Path, max_steps: int, metrics_version: str, curves_version: str) -> str:
-    return render_training(run_dir, max_steps=max_steps, curves_version=curves_version)
-
-
-def render_training(run_dir: Path, *, max_steps: int, curves_version: str = "") -> str:
-    """Current metrics as tiles, and the run's picture under `/training_curves.png`.
-
-    Args:
-        run_dir: the run folder.
-        max_steps: steps of the complete run.
-        curves_version: changes with the picture, so that browsers load it again; empty: there is
-            no picture.
-    """
+def _render(run_dir: Path, max_steps: int, metrics_version: str, curves_version: str) -> str:
+    """Metrics as tiles, and the picture; its version in the URL makes browsers load it again."""
     history = read_history(run_dir / METRICS)
     if not history.train:
         return '<div class="training"><p class="empty">This run has no metrics.</p></div>'
-    curves = ""
-    if curves_version:
-        curves = f'<div class="curves"><img src="{CURVES}?{curves_version}" alt="{ALT}"></div>'
-    return f'<div class="training">{_tiles(history, max_steps)}{curves}</div>'
+    curves = f'<div class="curves"><img src="{CURVES}?{curves_version}" alt="{ALT}"></div>'
+    tiles = _tiles(history, max_steps)
+    return f'<div class="training">{tiles}{curves if curves_version else ""}</div>'
 
 
 def _version(path: Path) -> str:

@@ -8,10 +8,10 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from gptforge.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
 
 STORE_WAIT = timedelta(seconds=60)
 """Timeout of one wait for a key of the store, which is then repeated."""
@@ -131,9 +130,7 @@ class Comm:
         if self._group is None:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64, device=self._group.device)
-        dist.all_reduce(sums)
-        result: list[float] = sums.tolist()
-        return result
+        return list(self.all_reduce(sums).tolist())
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Small tensors of all ranks, by rank, on the CPU. Waits for the device."""
@@ -208,19 +205,9 @@ class Comm:
         if self._group is not None:
             self._group.watchdog.progress += 1
 
-    @contextmanager
-    def pause_stall_check(self) -> Iterator[None]:
+    def pause_stall_check(self) -> AbstractContextManager[None]:
         """Take as long as needed in the body while other ranks may be waiting."""
-        if self._group is None:
-            yield
-            return
-        watchdog = self._group.watchdog
-        watchdog.busy += 1
-        try:
-            yield
-        finally:
-            watchdog.busy -= 1
-            watchdog.progress += 1
+        return nullcontext() if self._group is None else self._group.watchdog.pause_stall_check()
 
     def shutdown(self) -> None:
         """Wait for all ranks at the end of a run and destroy the process group."""
@@ -290,8 +277,7 @@ def _all_reduce_max(value: Tensor) -> Callable[[], int]:
         return lambda: int(value)
     host = torch.empty((), dtype=value.dtype, pin_memory=True)
     host.copy_(value, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(value.device))
+    copied = torch.cuda.current_stream(value.device).record_event()
 
     def read() -> int:
         copied.synchronize()
@@ -306,11 +292,7 @@ def _no_wait() -> None:
 
 def _wait(work: dist.Work | None) -> Wait:
     assert work is not None, "asynchronous collectives return a handle"
-
-    def wait() -> None:
-        work.wait()
-
-    return wait
+    return cast(Wait, work.wait)
 
 
 SINGLE_PROCESS = Comm()

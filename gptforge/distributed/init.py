@@ -41,11 +41,7 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
 
     Args:
         device: value of `--device`.
-        env: environment variables set by torchrun.
-
-    Raises:
-        UserError: if the variables contradict each other.
-        RunError: if the other ranks cannot be reached.
+        env: set by torchrun; a UserError if its variables contradict each other.
     """
     if not is_distributed_launch(env):
         if "RANK" in env and "WORLD_SIZE" not in env:
@@ -77,32 +73,25 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
         "whether all ranks have the same MASTER_ADDR and MASTER_PORT"
     )
 
-    def connect(seconds: float, is_master: bool) -> Store:
-        return TCPStore(address, port, is_master=is_master, timeout=timedelta(seconds=seconds))
-
+    attempt = f"gptforge/{secrets.token_hex(8)}"
     try:
         with _exit_after(join_timeout + GRACE_SECONDS, unreachable):
-            server = connect(join_timeout, is_server)
-            watchdog_store = connect(timeout, False)
+            limit = timedelta(seconds=join_timeout)
+            server = TCPStore(address, port, is_master=is_server, timeout=limit)
+            limit = timedelta(seconds=timeout)
+            watchdog_store = TCPStore(address, port, is_master=False, timeout=limit)
             if rank:
                 attempt = join_rendezvous(server, rank, world_size, join_timeout)
-            else:
-                attempt = f"gptforge/{secrets.token_hex(8)}"
-    except (RunError, UserError):
+    except RunError:
         raise
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         problem = f"cannot listen at {address}:{port}" if is_server else unreachable
         raise RunError(f"{problem} ({reason})") from None
     watchdog = Watchdog(
-        rank,
-        world_size=world_size,
-        host=host,
-        store=PrefixStore(attempt, watchdog_store),
-        is_local_main=local_rank == 0,
-        timeout=timeout,
-        is_server=is_server,
-    )
+        rank, world_size=world_size, host=host, store=PrefixStore(attempt, watchdog_store),
+        is_local_main=local_rank == 0, timeout=timeout, is_server=is_server,
+    )  # fmt: skip
     try:
         watchdog.start()
         if rank == 0:
@@ -112,18 +101,14 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
         # A rank 0 that serves the store answers as long as it lives; the watchdog checks on it.
         server.set_timeout(COLLECTIVE_TIMEOUT)
         store = PrefixStore(attempt, server)
-        is_cuda = local_device.type == "cuda"
-        if is_cuda:
-            torch.cuda.set_device(local_device)
+        gpu = local_device if local_device.type == "cuda" else None
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         with watchdog.wait_for_ranks():
             dist.init_process_group(
-                "nccl" if is_cuda else "gloo",
-                store=PrefixStore("torch", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=COLLECTIVE_TIMEOUT,
-                device_id=local_device if is_cuda else None,
-            )
+                "nccl" if gpu else "gloo", store=PrefixStore("torch", store), rank=rank,
+                world_size=world_size, timeout=COLLECTIVE_TIMEOUT, device_id=gpu,
+            )  # fmt: skip
     except BaseException as error:
         watchdog.abort(error)
     return Comm(Group(rank, world_size, local_rank, host, local_device, store, watchdog))
@@ -134,11 +119,7 @@ def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) ->
 
     The launcher's store outlives a restart, with all keys of earlier attempts, and launchers on
     several machines count restarts independently. So every rank posts a random token and waits
-    until rank 0 answers with the same token and the prefix.
-
-    Raises:
-        RunError: if rank 0 does not answer within `timeout` seconds.
-        UserError: if another process has the same rank.
+    until rank 0 answers with the same token and the prefix, for `timeout` seconds.
     """
     token, deadline = secrets.token_hex(8), time.monotonic() + timeout
     store.set(f"gptforge/hello/{rank}", token)

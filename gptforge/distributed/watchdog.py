@@ -15,24 +15,20 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from gptforge.distributed.heartbeats import HeartbeatMonitor
 from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, printable
-
-Heartbeat = Mapping[str, Any]
 
 BEAT_INTERVAL = 1.0
 """Seconds between heartbeats."""
 TIMEOUT = 30.0
 """Seconds without a heartbeat, or without progress, after which a rank counts as lost."""
-DEADLOCK_FACTOR = 4
-"""All ranks may wait for each other for so many timeouts before step 1: connecting takes time."""
 EXIT_FAILURE = 1
 ABORT_KEY = "abort"
 
@@ -41,8 +37,7 @@ class Watchdog:
     """The heartbeat threads of one rank.
 
     Args:
-        rank: global rank.
-        world_size: number of ranks.
+        rank: global rank, of `world_size`.
         host: name of this machine.
         store: a connection used by nothing else, as others block in long waits.
         is_local_main: whether this rank prints what ranks on other machines have found.
@@ -61,23 +56,17 @@ class Watchdog:
         timeout: float = TIMEOUT,
         is_server: bool = False,
     ) -> None:
-        self.progress = 0
-        """Grows with each step of this rank."""
-        self.busy = 0
-        """Above 0 while other ranks may have to wait for this one."""
-        self.waiting = 0
-        """Above 0 while this rank waits for another one."""
-        self.wait_count = 0
-        """Number of such waits so far."""
+        self.progress = 0  # grows with each step of this rank
+        self.busy = 0  # above 0 while other ranks may have to wait for this one
+        self.waiting = 0  # above 0 while this rank waits for another one
+        self.wait_count = 0  # such waits so far
         self._rank, self._world_size, self._host = rank, world_size, host
         self._label = f"rank {rank} on {host}"
         self._store, self._is_local_main, self._timeout = store, is_local_main, timeout
         self._is_server, self._is_aborting = is_server, False
         self._stopped = threading.Event()
-        self._monitor = _RankMonitor(timeout)
-        self._last_answer = self._last_note = self._last_change = time.monotonic()
-        self._all_joined_at = math.inf
-        self._wait_counts: list[int] = []
+        self._monitor = HeartbeatMonitor(timeout)
+        self._last_answer, self._all_joined_at = time.monotonic(), math.inf
         self._threads = [
             threading.Thread(target=run, name="watchdog", daemon=True)
             for run in (self._beat, self._watch_store)
@@ -92,6 +81,16 @@ class Watchdog:
             yield
         finally:
             self.waiting -= 1
+
+    @contextmanager
+    def pause_stall_check(self) -> Iterator[None]:
+        """Mark the body as taking long while other ranks may be waiting."""
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.busy -= 1
+            self.progress += 1
 
     def start(self) -> None:
         """Send the first heartbeat and start the threads."""
@@ -131,9 +130,8 @@ class Watchdog:
             code, text = 130, "interrupted"
         elif not isinstance(error, RunError):
             text = f"{type(error).__name__}: {text}"
-        self.exit(
-            f"{self._label}: {text}", code if isinstance(code, int) and code else EXIT_FAILURE
-        )
+        code = code if isinstance(code, int) and code else EXIT_FAILURE
+        self.exit(f"{self._label}: {text}", code)
 
     def exit(self, text: str, code: int) -> NoReturn:
         """Post an abort message, unless another rank already has, and end this process."""
@@ -190,48 +188,14 @@ class Watchdog:
                 return f"rank {missing[0]} has sent no heartbeat for {silent:.0f} seconds"
             return None
         beats = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
-        if self._rank == 0 and (deadlock := self._check_before_first_step({0: local, **beats})):
-            return deadlock
-        return self._monitor.find_failure(beats, local if self._rank == 0 else None, self._host)
-
-    def _check_before_first_step(self, beats: Mapping[int, Heartbeat]) -> str | None:
-        """Print now and then which ranks the others wait for; returns a deadlock as text.
-
-        Preparing a text may take long, so waiting for a rank that lives is no failure.
-        """
-        late = [rank for rank, beat in beats.items() if not beat["waiting"]]
-        counts = [beat["wait_count"] for beat in beats.values()]
-        started = min(int(beat["progress"]) for beat in beats.values()) > 0
-        now = time.monotonic()
-        if started or late or counts != self._wait_counts:
-            self._wait_counts, self._last_change = counts, now
-        if started or not late or len(late) == len(beats):
-            self._last_note = now
-        elif now - self._last_note > self._timeout:
-            names = ", ".join(f"rank {rank} on {beats[rank]['host']}" for rank in late)
-            print_stderr(
-                f"note: after {now - self._all_joined_at:.0f} seconds the other ranks are "
-                f"waiting for {names}"
-            )
-            self._last_note = now
-        seconds = now - self._last_change
-        if seconds < DEADLOCK_FACTOR * self._timeout:
-            return None
-        return (
-            f"all {self._world_size} ranks have waited for each other for {seconds:.0f} seconds: "
-            "they live, but their data does not arrive. On several machines, GLOO_SOCKET_IFNAME or "
-            "NCCL_SOCKET_IFNAME names the network interface that reaches the others"
-        )
+        if self._rank:
+            return self._monitor.find_failure(beats, None, self._host)
+        deadlock = self._monitor.find_deadlock({0: local, **beats}, since=self._all_joined_at)
+        return deadlock or self._monitor.find_failure(beats, local, self._host)
 
     def _send_heartbeat(self) -> dict[str, Any]:
-        beat = {
-            "pid": os.getpid(),
-            "host": self._host,
-            "busy": self.busy,
-            "waiting": self.waiting,
-            "wait_count": self.wait_count,
-            "progress": self.progress,
-            "beat": time.time(),
+        beat = {"pid": os.getpid(), "host": self._host, "beat": time.time()} | {
+            name: getattr(self, name) for name in ("busy", "waiting", "wait_count", "progress")
         }
         self._store.set(f"life/{self._rank}", json.dumps(beat))
         return beat
@@ -255,52 +219,6 @@ class Watchdog:
         os._exit(code)
 
 
-class _RankMonitor:
-    """The latest heartbeats of other ranks, and since when they have not changed."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._beats: dict[int, tuple[float, float]] = {}
-        self._last_change = time.monotonic()
-        self._progress: dict[int, int] = {}
-        self._longest_step = 0.0
-
-    def find_failure(
-        self, beats: Mapping[int, Heartbeat], rank0: Heartbeat | None, host: str
-    ) -> str | None:
-        """A rank that died or went silent; on rank 0, given `rank0`, also ranks that stall."""
-        now = time.monotonic()
-        for rank, beat in beats.items():
-            label = f"rank {rank} on {beat['host']}"
-            if beat["host"] == host and not _is_alive(beat["pid"]):
-                return f"{label} has died (process {beat['pid']})"
-            last, since = self._beats.get(rank, (None, now))
-            if last != beat["beat"]:
-                self._beats[rank] = (beat["beat"], now)
-            elif now - since > self._timeout:
-                return f"{label} has sent no heartbeat for {now - since:.0f} seconds"
-        return self._find_stall({0: rank0, **beats}, now) if rank0 else None
-
-    def _find_stall(self, beats: Mapping[int, Heartbeat], now: float) -> str | None:
-        progress = {rank: int(beat["progress"]) for rank, beat in beats.items()}
-        previous, self._progress = self._progress, progress
-        is_busy = any(beat["busy"] for beat in beats.values())
-        if progress != previous or is_busy or not min(progress.values()):
-            if progress != previous and min(previous.values(), default=0) > 0:
-                self._longest_step = max(self._longest_step, now - self._last_change)
-            self._last_change = now
-            return None
-        stalled = now - self._last_change
-        # Steps of a slow machine may take longer than the timeout.
-        if stalled < max(self._timeout, 5 * self._longest_step):
-            return None
-        behind = [rank for rank, p in progress.items() if p == min(progress.values())]
-        if len(behind) == len(beats):
-            return f"all ranks have stalled for {stalled:.0f} seconds"
-        names = ", ".join(f"rank {rank} on {beats[rank]['host']}" for rank in behind)
-        return f"{names} stalled for {stalled:.0f} seconds while the others waited"
-
-
 def is_connection_error(error: BaseException) -> bool:
     """Whether an error only says that another rank did not answer."""
     if isinstance(error, dist.DistError):
@@ -308,18 +226,3 @@ def is_connection_error(error: BaseException) -> bool:
     texts = ("Connection closed by peer", "Connection reset", "Timed out waiting", "gloo")
     is_plain = type(error) is RuntimeError or isinstance(error, torch.AcceleratorError)
     return is_plain and any(text in str(error) for text in texts)
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; a zombie does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2]
-        return not after_name.split()[0].startswith(("Z", "X"))
-    except (OSError, IndexError):
-        return True

@@ -13,12 +13,7 @@ import torch
 
 from gptforge.config import Config
 from gptforge.data.prepare.workers import num_cpus
-from gptforge.device import (
-    free_memory,
-    peak_flops,
-    select_device,
-    select_precision,
-)
+from gptforge.device import free_memory, peak_flops, select_device, select_precision
 from gptforge.errors import install_hint
 from gptforge.files import cache_dir
 from gptforge.findings import Finding, ok, warning
@@ -47,14 +42,8 @@ def check_machine() -> list[Finding]:
     ]
     if select_kernels(Config(), device, precision).fused_cross_entropy:
         found.append(ok("kernels: GPT-Forge's own for this device, beside torch's"))
-    return [
-        *found,
-        *_check_gpus(),
-        _check_compiler(device),
-        *_check_memory(device),
-        *_check_disk(),
-        *_check_extras(),
-    ]
+    found += [*_check_gpus(), _check_compiler(device), *_check_memory(device)]
+    return [*found, *_check_disk(), *_check_extras()]
 
 
 def _check_gpus() -> list[Finding]:
@@ -69,14 +58,13 @@ def _check_gpus() -> list[Finding]:
     found = []
     for i in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", i)
-        major, minor = torch.cuda.get_device_capability(gpu)
-        total = torch.cuda.get_device_properties(gpu).total_memory
-        peak = peak_flops(gpu)
-        speed = f", at most {peak / 1e12:,.0f} TFLOP/s" if peak else ""
-        name = torch.cuda.get_device_name(gpu)
-        found.append(
-            ok(f"GPU {i}: {name}, {total / 1e9:.0f} GB, capability {major}.{minor}{speed}")
+        name, (major, minor) = (
+            torch.cuda.get_device_name(gpu),
+            torch.cuda.get_device_capability(gpu),
         )
+        size = f"{torch.cuda.get_device_properties(gpu).total_memory / 1e9:.0f} GB"
+        speed = f", at most {peak / 1e12:,.0f} TFLOP/s" if (peak := peak_flops(gpu)) else ""
+        found.append(ok(f"GPU {i}: {name}, {size}, capability {major}.{minor}{speed}"))
     return found
 
 
@@ -104,11 +92,8 @@ def _check_disk() -> list[Finding]:
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         message = f"disk of {name}: {free / 1e9:.0f} GB free"
-        if free < LOW_DISK_BYTES:
-            hint = "a checkpoint of GPT-2 small takes 1.5 GB, and three are kept"
-            found.append(warning(message, hint))
-        else:
-            found.append(ok(message))
+        hint = "a checkpoint of GPT-2 small takes 1.5 GB, and three are kept"
+        found.append(warning(message, hint) if free < LOW_DISK_BYTES else ok(message))
         if not os.access(existing, os.W_OK):
             found.append(warning(f"{existing} is not writable", "choose another --out_dir"))
     return found

@@ -21,12 +21,7 @@ from gptforge.data.shard_index import (
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
-from gptforge.findings import (
-    Finding,
-    error,
-    ok,
-    warning,
-)
+from gptforge.findings import Finding, error, ok, warning
 from gptforge.tokenizers.base import END_OF_TEXT
 
 BLOCK_TOKENS = 2**20
@@ -53,12 +48,8 @@ def check_shards(path: Path, options: DatasetOptions, *, context_length: int) ->
 def _check_hashes(index: Index) -> list[Finding]:
     found = []
     if not tokenizer_matches(index):
-        found.append(
-            error(
-                f"{TOKENIZER_FILE} is not the one that the shards were made with",
-                "put the right one back, or prepare the data again",
-            )
-        )
+        hint = "put the right one back, or prepare the data again"
+        found = [error(f"{TOKENIZER_FILE} is not the one that the shards were made with", hint)]
     shards = index.record["shards"]
     for shard in shards:
         if files.sha256(index.folder / shard["file"]) != shard["sha256"]:

@@ -15,12 +15,7 @@ from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, text_digest
 from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
-from gptforge.findings import (
-    Finding,
-    error,
-    ok,
-    warning,
-)
+from gptforge.findings import Finding, error, ok, warning
 from gptforge.printable import pluralize
 from gptforge.tokenizers import from_name
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -45,34 +40,20 @@ def check_texts(
         try:
             sources = stack.enter_context(open_sources([path.as_posix()], kind=kind))
             request = PrepareRequest(
-                (path.as_posix(),),
-                val_fraction=val_fraction,
-                kind=kind,
-                text_format=text_format,
-                split_by_name=split_by_name,
-                sources=sources,
-            )
+                (path.as_posix(),), val_fraction=val_fraction, kind=kind, sources=sources,
+                text_format=text_format, split_by_name=split_by_name,
+            )  # fmt: skip
             selection = select_files(request)
         except UserError as problem:
             return [error(str(problem))]
-        return _check(path, selection, request, tokenizer, context_length)
-
-
-def _check(
-    path: Path,
-    selection: FileSelection,
-    request: PrepareRequest,
-    tokenizer: str,
-    context_length: int,
-) -> list[Finding]:
-    text_scan = _TextScan(request.text_format, selection)
-    for i, source in enumerate(selection.sources):
-        text_scan.read(i, source)
-    found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
-    if not text_scan.num_documents:
-        return [*found, error(f"{path.as_posix()}: there is no text to train on")]
-    found += _check_tokens(text_scan, selection.sources, tokenizer, context_length)
-    return found + _check_split(text_scan, selection, request)
+        text_scan = _TextScan(text_format, selection)
+        for i, source in enumerate(selection.sources):
+            text_scan.read(i, source)
+        found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
+        if not text_scan.num_documents:
+            return [*found, error(f"{path.as_posix()}: there is no text to train on")]
+        found += _check_tokens(text_scan, selection.sources, tokenizer, context_length)
+        return found + _check_split(text_scan, selection, request)
 
 
 class _TextScan:
@@ -173,21 +154,15 @@ def _check_tokens(
     num_tokens = round(text_scan.num_chars / chars_per_token) if chars_per_token else 0
     about = "about " if text_scan.num_sampled < text_scan.num_chars else ""
     num_sequences = count_sequences(num_tokens, context_length)
-    message = (
-        f"{about}{pluralize(num_tokens, 'token', 'tokens')}, {num_sequences:,} sequences of "
-        f"{context_length}"
-    )
+    tokens = pluralize(num_tokens, "token", "tokens")
+    message = f"{about}{tokens}, {num_sequences:,} sequences of {context_length}"
+    found = [ok(message)]
     if num_sequences == 0:
-        hint = (
-            f"{too_short_hint(num_tokens)} (with the tokenizer {tokenizer.name}; --preset chooses "
-            "that of another preset)"
-        )
-        found = [error(message, hint)]
+        which = f"with the tokenizer {tokenizer.name}; --preset chooses that of another preset"
+        found = [error(message, f"{too_short_hint(num_tokens)} ({which})")]
     elif num_sequences < 100:
         hint = "a model of any size will soon memorize it; more text helps most"
         found = [warning(message, hint)]
-    else:
-        found = [ok(message)]
     if tokenizer.vocab_size >= LARGE_VOCAB and num_sampled:
         sample_bytes = sum(len(text.encode("utf-8")) for text in text_scan.sample)
         found += check_bytes_per_token(sample_bytes / num_sampled, tokenizer.name)
@@ -203,13 +178,9 @@ def _check_split(
         return duplicates.findings()
     try:
         rule = scan(
-            sources,
-            request.text_format,
-            fraction,
-            skip_bad=True,
-            val_sources=selection.val_sources,
-            split_duplicates=not request.split_by_name,
-        ).split_rule
+            sources, request.text_format, fraction, skip_bad=True,
+            val_sources=selection.val_sources, split_duplicates=not request.split_by_name,
+        ).split_rule  # fmt: skip
     except UserError as problem:
         return [*duplicates.findings(), error(str(problem))]
     if rule.rule == "boundary":

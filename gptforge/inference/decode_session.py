@@ -50,9 +50,9 @@ class DecodeSession:
         self.cache = model.allocate_cache(batch_size, max_seq_length)
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         # First slot of each sequence: the length of its left padding.
-        self.starts = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.starts = torch.zeros_like(self.ids)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
-        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.step = torch.zeros_like(self.cache_position)
         self.uniforms = torch.zeros(batch_size, max_new_tokens, device=device)
         # Column 0 is the sampled token, the others are the most likely ones.
         shape = (batch_size, max_new_tokens, 1 + (top_logprobs or 0))
@@ -123,8 +123,7 @@ class DecodeSession:
         if fused is None:
             self._decode_one_token(len(self._slots), use_mask=True)
             return
-        inputs = DecodeInputs(self.ids, self.starts, self.cache_position)
-        self._sample(fused(self.cache, inputs))
+        self._sample(fused(self.cache, DecodeInputs(self.ids, self.starts, self.cache_position)))
         self.cache_position += 1
 
     def _sample(self, logits: Tensor) -> None:

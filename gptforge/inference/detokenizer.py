@@ -1,7 +1,7 @@
 """Token ids to text: incrementally, up to a stop string."""
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,18 +50,6 @@ class StopMatcher:
         return self._pending
 
 
-def truncate_at_stop(texts: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass texts on up to the first stop string; a possible prefix of one is held back."""
-    matcher = StopMatcher(stop)
-    for text in texts:
-        if text := matcher.add(text):
-            yield text
-        if matcher.is_stopped:
-            return
-    if text := matcher.flush():
-        yield text
-
-
 @dataclass(frozen=True)
 class Completion:
     """The continuation of a prompt."""
@@ -76,7 +64,7 @@ class Completion:
 
 
 class CompletionBuilder:
-    """Collects the tokens of one sequence until it is finished."""
+    """Collects the tokens of one sequence, and their text, until it is finished."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: set[int]) -> None:
         self._detokenizer, self._matcher = IncrementalDetokenizer(tokenizer), StopMatcher(stop)
@@ -86,24 +74,32 @@ class CompletionBuilder:
         self._logprobs: list[float] = []
         self.is_finished = False
 
-    def add(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Add tokens; ignores those after the end."""
-        for token, logprob in zip(ids, logprobs, strict=True):
-            if self.is_finished:
-                return
-            self._ids.append(token)
-            self._logprobs.append(logprob)
-            self.is_finished = token in self._stop_ids
-            if not self.is_finished:
-                self._text += self._matcher.add(self._detokenizer.add(token))
-                self.is_finished = self._matcher.is_stopped
+    def add(self, token: int, logprob: float = 0.0) -> str:
+        """Append a token, unless the end was before it; returns the text that is certain now."""
+        if self.is_finished:
+            return ""
+        self._ids.append(token)
+        self._logprobs.append(logprob)
+        self.is_finished = token in self._stop_ids
+        return "" if self.is_finished else self._match(self._detokenizer.add(token))
+
+    def flush(self) -> str:
+        """The text held back; call once."""
+        if self._matcher.is_stopped:
+            return ""
+        # The last bytes may complete a stop string.
+        text, rest = self._match(self._detokenizer.flush()), self._matcher.flush()
+        self._text += rest
+        return text + rest
 
     def completion(self, with_logprobs: bool) -> Completion:
         """The result; call once."""
-        if not self._matcher.is_stopped:
-            # The last bytes may complete a stop string.
-            self._text += self._matcher.add(self._detokenizer.flush())
-            self._text += self._matcher.flush()
-        is_stopped = self.is_finished or self._matcher.is_stopped
+        self.flush()
         logprobs = self._logprobs if with_logprobs else []
-        return Completion(self._text, self._ids, logprobs, "stop" if is_stopped else "length")
+        return Completion(self._text, self._ids, logprobs, "stop" if self.is_finished else "length")
+
+    def _match(self, text: str) -> str:
+        text = self._matcher.add(text)
+        self._text += text
+        self.is_finished |= self._matcher.is_stopped
+        return text

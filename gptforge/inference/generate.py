@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,21 +114,13 @@ class TokenGenerator:
         max_length = min(_round_up(max_length, CACHE_MULTIPLE), self.model.config.block_size)
         if self.cuda_graph:
             steps = _round_up(steps, GRAPH_STEP_MULTIPLE)
-        key = (batch_size, max_length, steps, sampling, top_logprobs)
+        key: dict[str, Any] = {"batch_size": batch_size, "max_seq_length": max_length}
+        key |= {"max_new_tokens": steps, "sampling": sampling, "top_logprobs": top_logprobs}
         # Taken, not shared: two threads may generate at the same time.
         idle, self._idle = self._idle, None
         if idle is not None and idle[0] == key:
             return idle[1], key
-        session = DecodeSession(
-            self.model,
-            batch_size=batch_size,
-            max_seq_length=max_length,
-            max_new_tokens=steps,
-            sampling=sampling,
-            top_logprobs=top_logprobs,
-            cuda_graph=self.cuda_graph,
-        )
-        return session, key
+        return DecodeSession(self.model, **key, cuda_graph=self.cuda_graph), key
 
 
 def window_start(start: int, length: int, block_size: int) -> int:

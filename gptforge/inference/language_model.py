@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
-from gptforge.inference.detokenizer import (
-    Completion,
-    CompletionBuilder,
-    IncrementalDetokenizer,
-    truncate_at_stop,
-)
+from gptforge.inference.detokenizer import Completion, CompletionBuilder, IncrementalDetokenizer
 from gptforge.inference.generate import SampledTokens, TokenGenerator
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, draw_uniforms
@@ -82,19 +77,12 @@ class LanguageModel:
     def generator(self) -> TokenGenerator:
         """Built on first use, since it may copy the weights."""
         model = InferenceModel(
-            self.model,
-            vocab_size=self.tokenizer.vocab_size,
-            dtype=self._dtype,
-            frozen=self._frozen,
+            self.model, vocab_size=self.tokenizer.vocab_size, dtype=self._dtype, frozen=self._frozen
         )
         return TokenGenerator(model, cuda_graph=self._frozen)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
-
-        Raises:
-            UserError: for a character that the tokenizer does not have, or that is not UTF-8.
-        """
+        """Token ids of a text; a UserError for a character that the tokenizer does not have."""
         text = check_str(text, "the text")
         check_utf8(text, "the text")
         return [int(i) for i in self.tokenizer.encode(text)]
@@ -105,9 +93,6 @@ class LanguageModel:
         `<|endoftext|>` is the end-of-text token if the tokenizer has one. An empty prompt is that
         token if the model was trained on documents separated by it, else a line break. As in
         training texts, a byte order mark is dropped and CRLF is a line break.
-
-        Raises:
-            UserError: as `encode`.
         """
         prompt, eot = normalize_prompt(check_str(prompt, "the prompt")), self.tokenizer.eot_token
         if prompt == "":
@@ -121,24 +106,13 @@ class LanguageModel:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids.
-
-        Raises:
-            UserError: for an id that the tokenizer does not have.
-        """
+        """Text of token ids; a UserError for one that the tokenizer does not have."""
         ids = as_int_list(ids, "the ids", below=self.tokenizer.vocab_size)
         return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after each id: (T, vocab) float32 on the CPU.
-
-        vocab is the size of the tokenizer: padding rows of the embedding are left out, so a softmax
-        gives the probabilities used in sampling and evaluation.
-
-        Raises:
-            UserError: for no ids, more than the context holds, or an id that is not a token.
-        """
+        """Logits after each of 1 to block_size ids: (T, tokenizer.vocab_size) fp32, on the CPU."""
         size = self.tokenizer.vocab_size
         ids = as_int_list(ids, "the ids", below=size)
         if not 1 <= len(ids) <= self.model.config.block_size:
@@ -161,12 +135,11 @@ class LanguageModel:
         seed: int | None = None,
     ) -> str:
         """The continuation of `prompt`; see `stream`."""
-        sampling = SamplingParams(temperature, top_k, top_p)
-        prompts = [check_str(prompt, "the prompt")]
-        [completion] = self.generate_batch(
-            prompts, max_new_tokens, sampling, stop=stop, seeds=[seed]
-        )
-        return completion.text
+        texts = self.stream(
+            prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop,
+            seed=seed,
+        )  # fmt: skip
+        return "".join(texts)
 
     def stream(
         self,
@@ -194,8 +167,9 @@ class LanguageModel:
             UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         sampling = SamplingParams(temperature, top_k, top_p)
+        builder = CompletionBuilder(self.tokenizer, as_str_list(stop, "stop"), self._eot_ids())
         steps = self._generate([prompt], max_new_tokens, sampling, [seed], None)
-        return truncate_at_stop(self._detokenize(steps), as_str_list(stop, "stop"))
+        return self._texts(steps, builder)
 
     def generate_batch(
         self,
@@ -221,9 +195,6 @@ class LanguageModel:
             stop_token_ids: end at any of these tokens, besides the end-of-text token.
             seeds: one per prompt; None for random ones.
             logprobs: return the log probability of each token.
-
-        Raises:
-            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         prompts = as_str_list(prompts, "the prompts")
         if not prompts:
@@ -234,8 +205,10 @@ class LanguageModel:
         builders = [CompletionBuilder(self.tokenizer, stop, stop_ids) for _ in prompts]
         top_logprobs = 0 if logprobs else None
         for step in self._generate(prompts, max_new_tokens, sampling, seeds, top_logprobs):
-            for row, builder in enumerate(builders):
-                builder.add(step.ids[row], step.logprobs[row, :, 0].tolist())
+            rows = zip(builders, step.ids, step.logprobs[:, :, 0].tolist(), strict=True)
+            for builder, ids, values in rows:
+                for token, logprob in zip(ids, values, strict=True):
+                    builder.add(token, logprob)
             if all(builder.is_finished for builder in builders):
                 break
         return [builder.completion(logprobs) for builder in builders]
@@ -249,16 +222,10 @@ class LanguageModel:
         seed: int | None = None,
         top_logprobs: int = 5,
     ) -> Iterator[Token]:
-        """Tokens as they are sampled, with their probability and the most likely alternatives.
-
-        Raises:
-            UserError: for an argument out of range, or a prompt that cannot be encoded.
-        """
+        """Tokens as they are sampled, each with its probability and the most likely others."""
         top_logprobs = check_non_negative_int(top_logprobs, "top_logprobs")
-        top_logprobs = min(top_logprobs, self.tokenizer.vocab_size)
-        return self._tokens(
-            self._generate([prompt], max_new_tokens, sampling, [seed], top_logprobs)
-        )
+        count = min(top_logprobs, self.tokenizer.vocab_size)
+        return self._tokens(self._generate([prompt], max_new_tokens, sampling, [seed], count))
 
     def _generate(
         self,
@@ -269,33 +236,28 @@ class LanguageModel:
         top_logprobs: int | None,
     ) -> Iterator[SampledTokens]:
         """Check the arguments now rather than with the first token, then generate."""
-        max_new_tokens = check_non_negative_int(max_new_tokens, "--max_new_tokens")
-        if max_new_tokens * len(prompts) > MAX_TOKENS:
-            raise UserError(
-                f"--max_new_tokens {max_new_tokens}: at most {MAX_TOKENS:,} tokens in one call"
-            )
+        count = check_non_negative_int(max_new_tokens, "--max_new_tokens")
+        if count * len(prompts) > MAX_TOKENS:
+            raise UserError(f"--max_new_tokens {count}: at most {MAX_TOKENS:,} tokens in one call")
         if not isinstance(sampling, SamplingParams):
             raise UserError(
                 f"sampling must be SamplingParams(temperature, top_k, top_p), not {sampling}"
             )
         sampling.validate()
         ids = [self.encode_prompt(prompt) for prompt in prompts]
-        uniforms = draw_uniforms(seeds, max_new_tokens)
         return self.generator.generate(
-            ids,
-            uniforms,
-            sampling,
-            top_logprobs=top_logprobs,
+            ids, draw_uniforms(seeds, count), sampling, top_logprobs=top_logprobs,
             on_context_shift=self._log_context_shift,
-        )
+        )  # fmt: skip
 
-    def _detokenize(self, steps: Iterator[SampledTokens]) -> Iterator[str]:
-        detokenizer, eot_ids = IncrementalDetokenizer(self.tokenizer), self._eot_ids()
+    def _texts(self, steps: Iterator[SampledTokens], builder: CompletionBuilder) -> Iterator[str]:
         for token in (token for step in steps for token in step.ids[0]):
-            if token in eot_ids:
+            if text := builder.add(token):
+                yield text
+            if builder.is_finished:
                 break
-            yield detokenizer.add(token)
-        yield detokenizer.flush()
+        if text := builder.flush():
+            yield text
 
     def _tokens(self, steps: Iterator[SampledTokens]) -> Iterator[Token]:
         detokenizer, eot_ids = IncrementalDetokenizer(self.tokenizer), self._eot_ids()

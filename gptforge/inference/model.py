@@ -63,12 +63,7 @@ class InferenceModel:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        *,
-        vocab_size: int,
-        dtype: torch.dtype | None = None,
-        frozen: bool = False,
+        self, model: GPT, *, vocab_size: int, dtype: torch.dtype | None = None, frozen: bool = False
     ) -> None:
         self.config = model.config
         self.vocab_size = vocab_size
@@ -98,19 +93,16 @@ class InferenceModel:
         else:
             rows = _pad_rows(wte, vocab_size)
             self.lm_head = PackedLinear(rows if self._float32_output else rows.float())
-        self.layers = []
-        for block in model.blocks():
+
+        def convert(block: nn.Module) -> LayerWeights:
             assert isinstance(block, Block)
-            self.layers.append(
-                LayerWeights(
-                    cast(block.ln_1),
-                    linear(block.attn.c_attn),
-                    linear(block.attn.c_proj),
-                    cast(block.ln_2),
-                    linear(block.mlp.c_fc),
-                    linear(block.mlp.c_proj),
-                )
-            )
+            attn, mlp = block.attn, block.mlp
+            return LayerWeights(
+                cast(block.ln_1), linear(attn.c_attn), linear(attn.c_proj),
+                cast(block.ln_2), linear(mlp.c_fc), linear(mlp.c_proj),
+            )  # fmt: skip
+
+        self.layers = [convert(block) for block in model.blocks()]
 
     def allocate_cache(self, batch_size: int, max_seq_length: int) -> KVCache:
         """An empty KV cache."""
@@ -126,7 +118,7 @@ class InferenceModel:
         cache_position: Tensor,
         attn_mask: Tensor | None,
     ) -> Tensor:
-        """Logits of the last token; keys and values of all tokens go into the cache.
+        """Logits (B, V) float32 of the last token; all keys and values go into the cache.
 
         Args:
             ids: (B, T).
@@ -135,9 +127,6 @@ class InferenceModel:
             cache_position: (T,), slots of `ids`.
             attn_mask: (B, 1, T, S), added to the scores: 0 or -inf. None: a single token attends to
                 all slots; several tokens are the full sequence, with causal attention.
-
-        Returns:
-            (B, V) float32.
         """
         B, T = ids.shape  # noqa: N806
         x = F.embedding(ids, self.wte) + F.embedding(position_ids, self.wpe)  # (B, T, C)

@@ -29,15 +29,14 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raise a UserError that names the parameter that is out of range."""
-        if not is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature must be a number, 0 or more, not {self.temperature}")
-        if not is_int(self.top_k) or self.top_k < 0:
+        t, k, p = self.temperature, self.top_k, self.top_p
+        if not is_number(t) or not 0 <= t < float("inf"):
+            raise UserError(f"--temperature must be a number, 0 or more, not {t}")
+        if not is_int(k) or k < 0:
+            raise UserError(f"--top_k must be a whole number, 0 or more (0: all tokens), not {k}")
+        if not is_number(p) or not 0 < p <= 1:
             raise UserError(
-                f"--top_k must be a whole number, 0 or more (0: all tokens), not {self.top_k}"
-            )
-        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"--top_p must be a number above 0 and at most 1 (1: all tokens), not {self.top_p}"
+                f"--top_p must be a number above 0 and at most 1 (1: all tokens), not {p}"
             )
 
 
@@ -56,15 +55,12 @@ def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
 
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    """Sample one token id per row by inverting the cumulative distribution.
+    """Sample one token id per row, (B,), by inverting the cumulative distribution.
 
     Args:
         logits: (B, V) float32.
         uniforms: (B,) in [0, 1).
         params: top-k is applied first, then top-p.
-
-    Returns:
-        (B,) ids.
     """
     if params.temperature == 0:
         return logits.argmax(-1)

@@ -16,11 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptforge.kernels.dropout import DropoutSeed, dropout_kernel_args
-from gptforge.kernels.reductions import (
-    PendingReductions,
-    accumulate_column_sums,
-    accumulate_partials,
-)
+from gptforge.kernels.reductions import Pending, accumulate_column_sums, accumulate_partials
 
 MAX_MATMUL_TOKENS = 512
 """Longest sequence for `matmul_attention`: beyond, the (T, T) scores cost more than they gain."""
@@ -83,11 +79,7 @@ class SdpaAttention:
         return _merge_heads(out.detach()), SavedAttention((q, k, v), out)
 
     def backward(
-        self,
-        grad_output: Tensor,
-        saved: SavedAttention,
-        bias_grad: Tensor,
-        pending: PendingReductions | None = None,
+        self, grad_output: Tensor, saved: SavedAttention, bias_grad: Tensor, pending: Pending = None
     ) -> Tensor:
         """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
         grad_heads = _split_heads(grad_output, *saved.out.shape[:2])
@@ -115,11 +107,7 @@ class TritonAttention:
         return _merge_heads(heads), SavedAttention((qkv,), heads, lse.view(heads.shape[:3]))
 
     def backward(
-        self,
-        grad_output: Tensor,
-        saved: SavedAttention,
-        bias_grad: Tensor,
-        pending: PendingReductions | None = None,
+        self, grad_output: Tensor, saved: SavedAttention, bias_grad: Tensor, pending: Pending = None
     ) -> Tensor:
         """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
         assert saved.lse is not None, "saved by another implementation's forward"
@@ -168,8 +156,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention-2 backward; `out` and `grad_output` are (N, C), the rest as in the forward.
 
-    Returns:
-        The gradient of qkv (B, T, 3, H, D), and its sum over tokens as partial sums (P, 3 * C).
+    Returns the gradient of qkv, and its sum over tokens as partial sums (P, 3 * C).
     """
     from gptforge.kernels.triton import attention as kernels
 

@@ -4,8 +4,7 @@ torch calls the same library, but always runs the heuristic's first choice, and 
 the bias. At GPT-2's shapes on an H100 the second to eighth choices are up to 17% faster, so each
 shape is autotuned once (figures in docs/log.md).
 
-The library is the one that torch has loaded; the constants are those of cublasLt.h in CUDA 12 and
-13.
+The library is the one that torch has loaded; constants are those of cublasLt.h in CUDA 12 and 13.
 
 cuBLAS is column-major, so it reads a row-major tensor as the transpose. To get left @ right it
 computes (left @ right).T = right.T @ left.T: the operands are swapped, and no data is moved.
@@ -92,13 +91,8 @@ class _Library:
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def call(self, name: str, *args: object) -> None:
-        """Call `cublasLt<name>`.
-
-        Raises:
-            RuntimeError: with cuBLAS's status, if it is not success.
-        """
-        status = getattr(self._lib, f"cublasLt{name}")(*args)
-        if status:
+        """Call `cublasLt<name>`; a RuntimeError if its status is not success."""
+        if status := getattr(self._lib, f"cublasLt{name}")(*args):
             raise RuntimeError(f"cublasLt{name} returned status {status}")
 
 
@@ -107,8 +101,7 @@ class MatmulPlan:
 
     Args:
         device: of all tensors.
-        left: shape of the first operand.
-        right: shape of the second operand.
+        left: shape of the first operand; `right` is that of the second.
         transpose: whether each of the two is transposed before the GEMM.
         epilogue: applied to the result.
         accumulate: add the result to a float32 output, instead of writing bfloat16.
@@ -123,7 +116,6 @@ class MatmulPlan:
         device: torch.device,
         left: torch.Size,
         right: torch.Size,
-        *,
         transpose: tuple[bool, bool] = (False, False),
         epilogue: Epilogue = Epilogue.DEFAULT,
         accumulate: bool = False,

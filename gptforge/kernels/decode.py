@@ -90,12 +90,10 @@ class TritonDecodeOps:
         inputs: DecodeInputs,
     ) -> Tensor:
         """LayerNorm and QKV projection: returns q (B, C) float32, writes k and v to the cache."""
-        columns, weight = x.size(1), linear.weight
         q = torch.empty_like(x)
-        tile = _weight_tile(columns, len(weight))
-        self._kernels.layer_norm_qkv[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
-            x, *norm, weight, linear.bias, q, kv_cache, inputs.slot, EPS, *kv_cache.stride()[:3],
-            columns=columns, D=kv_cache.size(-1), **tile, **self._pdl_args,
+        self._launch(
+            self._kernels.layer_norm_qkv, linear.weight, x, *norm, linear.weight, linear.bias, q,
+            kv_cache, inputs.slot, EPS, *kv_cache.stride()[:3], D=kv_cache.size(-1),
         )  # fmt: skip
         return q
 
@@ -116,45 +114,43 @@ class TritonDecodeOps:
         self, partials: AttentionPartials, linear: PackedLinear, x: Tensor
     ) -> None:
         """Combine the splits and project: x += linear(attention), in place."""
-        columns, heads = x.size(1), partials.lse.size(2)
-        tile = _weight_tile(columns, columns)
-        self._kernels.combine_proj_add[(len(x), math.ceil(columns / tile["ROWS"]))](
-            *partials, linear.weight, linear.bias, x, heads,
-            columns=columns, D=columns // heads, SPLITS=NUM_SPLITS, **tile, **self._pdl_args,
+        heads = partials.lse.size(2)
+        self._launch(
+            self._kernels.combine_proj_add, linear.weight, *partials, linear.weight, linear.bias,
+            x, heads, D=x.size(1) // heads, SPLITS=NUM_SPLITS,
         )  # fmt: skip
 
     def layer_norm_linear(
         self, x: Tensor, norm: LayerNormWeights, linear: PackedLinear, *, gelu: bool
     ) -> Tensor:
         """linear(layer_norm(x)), then GELU if `gelu`: (B, out) float32."""
-        columns, weight = x.size(1), linear.weight
+        weight, bias = linear.weight, linear.bias
         out = torch.empty(len(x), len(weight), device=x.device)
-        tile = _weight_tile(columns, len(weight))
-        self._kernels.layer_norm_linear[(len(x), math.ceil(len(weight) / tile["ROWS"]))](
-            x, *norm, weight, weight if linear.bias is None else linear.bias, out, len(weight),
-            EPS, columns=columns, HAS_BIAS=linear.bias is not None, GELU=gelu,
-            **tile, **self._pdl_args,
+        self._launch(
+            self._kernels.layer_norm_linear, weight, x, *norm, weight,
+            weight if bias is None else bias, out, len(weight), EPS,
+            HAS_BIAS=bias is not None, GELU=gelu,
         )  # fmt: skip
         return out
 
     def linear_add(self, y: Tensor, linear: PackedLinear, x: Tensor) -> None:
         """x += linear(y), in place; y is (B, in)."""
-        columns, outputs = y.size(1), x.size(1)
-        tile = _weight_tile(min(columns, MAX_CHANNELS), outputs)
-        self._kernels.linear_add[(len(x), math.ceil(outputs / tile["ROWS"]))](
-            y, linear.weight, linear.bias, x, outputs, columns=columns, **tile, **self._pdl_args
+        self._launch(
+            self._kernels.linear_add, linear.weight, y, linear.weight, linear.bias, x, x.size(1)
         )
 
+    def _launch(self, kernel: Any, weight: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
+        """Launch programs for each row of x and tile of the weight's rows, held in registers.
 
-def _weight_tile(columns: int, outputs: int) -> dict[str, int]:
-    """A program's tile of a weight, held in registers.
-
-    Few rows per program give many programs, which saturate the memory bandwidth. The output layer
-    takes more: with its many programs, the LayerNorm that each repeats would dominate.
-    """
-    block = next_power_of_2(columns)
-    rows = 4 if outputs < 2**14 else 16
-    return {"BLOCK": block, "ROWS": rows, "num_warps": 4 if rows * block <= 2**12 else 8}
+        Few rows per program give many programs, which saturate the memory bandwidth. The output
+        layer takes more: with its many programs, the LayerNorm that each repeats would dominate.
+        """
+        outputs, columns = weight.shape
+        block, rows = next_power_of_2(min(columns, MAX_CHANNELS)), 4 if outputs < 2**14 else 16
+        kernel[(len(x), math.ceil(outputs / rows))](
+            x, *args, columns=columns, BLOCK=block, ROWS=rows,
+            num_warps=4 if rows * block <= 2**12 else 8, **options, **self._pdl_args,
+        )  # fmt: skip
 
 
 def supports_pdl(device: torch.device) -> bool:
@@ -187,17 +183,9 @@ def supports_decode_attention(kv_cache: Tensor) -> bool:
 def decode_attention(qkv: Tensor, kv_cache: Tensor, starts: Tensor, slot: Tensor) -> Tensor:
     """Attention of one new token per sequence, whose key and value go into the cache.
 
-    With large batches a step is bound by reading the cache; torch's attention reads all slots under
-    a mask, this kernel only those that are filled.
-
-    Args:
-        qkv: (B, 3 * C) of the new tokens.
-        kv_cache: (2, B, H, S, D).
-        starts: (B, 1), the first slot of each sequence.
-        slot: (1,), that of all new tokens; they attend from their start up to here.
-
-    Returns:
-        (B, C), in qkv's dtype.
+    qkv is (B, 3 * C) and the output (B, C); `starts` and `slot` are those of `DecodeInputs`. With
+    large batches a step is bound by reading the cache; torch's attention reads all slots under a
+    mask, this kernel only those that are filled.
     """
     _, B, H, S, D = kv_cache.shape  # noqa: N806
     if not uses_triton(qkv):

@@ -7,16 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptforge.kernels.launch import num_sms, uses_triton
-from gptforge.kernels.reductions import PendingReductions, accumulate_partials
+from gptforge.kernels.reductions import Pending, accumulate_partials
 
 
 def gelu_backward(
-    x: Tensor,
-    grad_output: Tensor,
-    bias_grad: Tensor,
-    pending: PendingReductions | None = None,
-    *,
-    recompute: bool,
+    x: Tensor, grad_output: Tensor, bias_grad: Tensor, pending: Pending = None, *, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """Backward of GELU(x), with the sum over rows for the bias gradient in the same pass.
 

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels.dropout import DropoutSeed, apply_dropout, dropout_kernel_args
-from gptforge.kernels.launch import (
-    next_power_of_2,
-    num_sms,
-    tile_shape,
-    uses_triton,
-)
-from gptforge.kernels.reductions import PendingReductions, accumulate_partials
+from gptforge.kernels.launch import next_power_of_2, num_sms, tile_shape, uses_triton
+from gptforge.kernels.reductions import Pending, accumulate_partials
 
 EPS = 1e-5
 
@@ -51,8 +46,7 @@ def add_layer_norm(
     Args:
         residual: (N, C).
         x: (N, C) output of the previous sublayer, or None.
-        weight: (C,) float32.
-        bias: (C,) float32.
+        weight: (C,) float32, as is `bias`.
         dropout: of `x`. Without `x`, the dropout that made the residual; only the backward uses it.
 
     Returns:
@@ -89,7 +83,7 @@ def layer_norm_backward(
     weight: Tensor,
     grad_residual: Tensor | None,
     grads: Tensor,
-    pending: PendingReductions | None = None,
+    pending: Pending = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `residual` and `x`, (N, C) each; one tensor for both without dropout.
 

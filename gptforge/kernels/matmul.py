@@ -7,6 +7,7 @@ Shapes: N tokens; a weight is (out, in), as in `nn.Linear`.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from gptforge.kernels import cublaslt
 from gptforge.kernels.cublaslt import Epilogue
 from gptforge.kernels.gelu import gelu_backward
-from gptforge.kernels.reductions import PendingReductions, accumulate_column_sums
+from gptforge.kernels.reductions import Pending, accumulate_column_sums
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +57,7 @@ def linear_gelu_backward(
     pre_act: Tensor,
     act: Tensor | None,
     bias_grad: Tensor,
-    pending: PendingReductions | None = None,
+    pending: Pending = None,
     *,
     separate_dgelu: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -121,18 +122,9 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 @cache
-def _cached_plan(
-    device: torch.device,
-    left: torch.Size,
-    right: torch.Size,
-    transpose: tuple[bool, bool],
-    epilogue: Epilogue,
-    accumulate: bool,
-) -> cublaslt.MatmulPlan | None:
+def _cached_plan(*args: Any) -> cublaslt.MatmulPlan | None:
     try:
-        return cublaslt.MatmulPlan(
-            device, left, right, transpose=transpose, epilogue=epilogue, accumulate=accumulate
-        )
+        return cublaslt.MatmulPlan(*args)
     except (OSError, RuntimeError):
         # No library of that name (Windows), or no kernel for this shape, such as odd sizes.
         return None

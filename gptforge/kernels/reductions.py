@@ -38,15 +38,14 @@ class PendingReductions:
         self._pending.clear()
 
 
-def accumulate_partials(
-    partials: Tensor, out: Tensor, pending: PendingReductions | None = None
-) -> None:
+Pending = PendingReductions | None
+"""Where to defer a sum; None for a launch of its own."""
+
+
+def accumulate_partials(partials: Tensor, out: Tensor, pending: Pending = None) -> None:
     """out += partials.sum(0), now or, with `pending`, on its `flush`; for CUDA tensors.
 
-    Args:
-        partials: (P, C or more) float32; columns past the C-th are ignored.
-        out: (C,) float32.
-        pending: defers the sum.
+    `out` is (C,), partials (P, C or more), both float32; columns past the C-th are ignored.
     """
     if pending is not None:
         pending.add(partials, out)
@@ -54,9 +53,7 @@ def accumulate_partials(
         _accumulate([(partials, out)])
 
 
-def accumulate_column_sums(
-    x: Tensor, out: Tensor, pending: PendingReductions | None = None
-) -> None:
+def accumulate_column_sums(x: Tensor, out: Tensor, pending: Pending = None) -> None:
     """out += x.sum(0) with x (N, C) and out (C,) float32; see `accumulate_partials`."""
     if not uses_triton(x):
         out += x.sum(0, dtype=out.dtype)

@@ -71,11 +71,10 @@ class BufferedLog:
     def _flush(self) -> None:
         # Unbuffered: Python would retry a failed buffered write when it closes the file.
         with open_regular(self.path, "ab", follow_symlinks=False, buffering=0) as file:
-            end = file.seek(0, 2)
-            if self._valid_size is not None and self._valid_size < end:
-                file.truncate(self._valid_size)
-            elif self._valid_size is None:
-                self._valid_size = end
+            if self._valid_size is None:
+                self._valid_size = file.seek(0, 2)
+            else:
+                file.truncate(min(self._valid_size, file.seek(0, 2)))
             left = self._pending
             try:
                 while left:

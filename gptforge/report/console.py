@@ -24,8 +24,7 @@ from gptforge.printable import printable_text, safe_print
 class BarOrLines:
     """Prints lines to a stream; on a terminal, above a progress bar.
 
-    A closed pipe or a full disk behind the stream does not end the program: later output is
-    discarded.
+    After an error, as of a closed pipe or a full disk, later output is discarded.
     """
 
     def __init__(
@@ -35,13 +34,9 @@ class BarOrLines:
         self._bar: Progress | None = None
         if self._file.isatty() and columns:
             self._bar = Progress(
-                TextColumn(description),
-                BarColumn(bar_width=30),
-                *columns,
-                transient=True,
-                refresh_per_second=4,
-                console=rich.console.Console(file=self._file),
-            )
+                TextColumn(description), BarColumn(bar_width=30), *columns, transient=True,
+                refresh_per_second=4, console=rich.console.Console(file=self._file),
+            )  # fmt: skip
 
     @property
     def _file(self) -> TextIO:

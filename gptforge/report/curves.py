@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-TEXT_COLOR = "#22262e"
-MUTED_COLOR = "#9aa1ac"
-TRAIN_COLOR = "#4c78a8"
-VAL_COLOR = "#d1495b"
+TEXT_COLOR, MUTED_COLOR = "#22262e", "#9aa1ac"
+TRAIN_COLOR, VAL_COLOR = "#4c78a8", "#d1495b"
 LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#e09f3e"
 
 TICK_STEPS = (1, 2, 2.5, 5, 10)
@@ -53,17 +51,19 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     figure.suptitle(title, parse_math=False, x=0.012, ha="left", **font)
     train = history.train
     loss, lr, norm, speed = panels = [
-        figure.add_subplot(grid[:, :2]),
-        *(figure.add_subplot(grid[row, 2]) for row in range(3)),
+        figure.add_subplot(place) for place in (grid[:, :2], *(grid[row, 2] for row in range(3)))
     ]
     _plot_loss(loss, history)
-    _plot_series(lr, train, "lr", color=LR_COLOR)
-    _start_at_zero(lr, series(train, "lr"))
+    _plot_from_zero(lr, train, "lr", color=LR_COLOR)
     _style(lr, "learning rate")
-    _plot_series(norm, train, "norm", color=NORM_COLOR, is_noisy=True)
-    _start_at_zero(norm, series(train, "norm"))
+    _plot_from_zero(norm, train, "norm", color=NORM_COLOR, is_noisy=True)
     _style(norm, "gradient norm, before clipping")
-    _plot_speed(speed, train)
+    # Without the first step, which includes compilation and warmup.
+    timed = train[1:] or train
+    speeds = [value for value in series(timed, "tok_per_sec") if math.isfinite(value)]
+    limit = MAX_SPEED_RATIO * statistics.median(speeds or [0.0])
+    _plot_from_zero(speed, timed, "tok_per_sec", color=SPEED_COLOR, is_noisy=True, limit=limit)
+    _style(speed, "tokens per second", is_large=True)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
     for axes in panels:
         axes.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
@@ -78,14 +78,9 @@ def _plot_loss(axes: "Axes", history: History) -> None:
     evals = history.scored_evals
     if evals:
         axes.plot(
-            series(evals, "step"),
-            series(evals, "val_loss"),
-            color=VAL_COLOR,
-            linewidth=1.8,
-            marker="o",
-            markersize=4 if len(evals) <= 40 else 2,
-            label="held out",
-        )
+            series(evals, "step"), series(evals, "val_loss"), color=VAL_COLOR, linewidth=1.8,
+            marker="o", markersize=4 if len(evals) <= 40 else 2, label="held out",
+        )  # fmt: skip
         _mark_best(axes, evals)
     losses = series(history.train, "loss") + series(evals, "val_loss")
     losses = [loss for loss in losses if math.isfinite(loss)]
@@ -117,25 +112,20 @@ def _mark_best(axes: "Axes", evals: list[Event]) -> None:
     )
 
 
-def _plot_speed(axes: "Axes", train: list[Event]) -> None:
-    # Without the first step, which includes compilation and warmup.
-    events = train[1:] or train
-    speeds = [speed for speed in series(events, "tok_per_sec") if math.isfinite(speed)]
-    median = statistics.median(speeds) if speeds else 0.0
-    _plot_series(axes, events, "tok_per_sec", color=SPEED_COLOR, is_noisy=True)
-    _start_at_zero(axes, [min(speed, MAX_SPEED_RATIO * median) for speed in speeds])
-    _style(axes, "tokens per second", is_large=True)
+def _plot_from_zero(
+    axes: "Axes", events: Sequence[Event], name: str, *, limit: float = math.inf, **style: Any
+) -> None:
+    """Plot a field from 0 to 15% above its largest value: a constant curve looks constant."""
+    _plot_series(axes, events, name, **style)
+    largest = min(max(filter(math.isfinite, series(events, name)), default=0.0), limit)
+    if largest > 0:
+        axes.set_ylim(0, 1.15 * largest)
 
 
 def _plot_series(
-    axes: "Axes",
-    events: Sequence[Event],
-    name: str,
-    *,
-    color: str,
-    label: str | None = None,
+    axes: "Axes", events: Sequence[Event], name: str, *, color: str, label: str | None = None,
     is_noisy: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Plot one field of the events over their steps; a single point gets a marker."""
     steps, values = series(events, "step"), np.array(series(events, name))
     if is_noisy and len(steps) >= SMOOTH_FROM:
@@ -161,13 +151,6 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         mean: np.ndarray = (sums[end] - sums[begin]) / (counts[end] - counts[begin])
     return mean
-
-
-def _start_at_zero(axes: "Axes", values: Sequence[float]) -> None:
-    """Scale y from 0 to 15% above the largest value, so that a constant curve looks constant."""
-    largest = max(filter(math.isfinite, values), default=0.0)
-    if largest > 0:
-        axes.set_ylim(0, 1.15 * largest)
 
 
 def _style(

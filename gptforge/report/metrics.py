@@ -1,17 +1,15 @@
 """metrics.jsonl: one event per line, read back for the curves and the verdict."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gptforge.files import is_finite_number, open_regular
+from gptforge.checkpoint.run_dir import read_metrics_lines
+from gptforge.files import is_finite_number
 
-MAX_BYTES = 2**28
-"""Only this much of the file's end is read: more than a million lines."""
-MAX_LINE_BYTES = 2**16
 MAX_TRAIN_EVENTS = 2**14
 """Longer runs are downsampled to between half as many and this many."""
 EVENT_FIELDS = {
@@ -39,30 +37,17 @@ class History:
 def read_history(path: Path, *, pending: str = "") -> History:
     """Read events from a metrics file, skipping malformed lines such as a crash may leave.
 
-    Args:
-        path: the file; it may be missing. A link is not followed.
-        pending: lines that are not in the file yet.
+    The file may be missing, and a link is not followed; `pending` are lines not in the file yet.
     """
     history = History()
-    for line in downsample(chain(_lines(path), pending.splitlines())):
+    lines = (line.decode("utf-8", "replace") for line in read_metrics_lines(path))
+    for line in downsample(chain(lines, pending.splitlines())):
         event = _parse_event(line)
         if event.get("event") == "train":
             history.train.append(event)
         elif event.get("event") == "eval":
             history.evals.append(event)
     return history
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        file = open_regular(path, follow_symlinks=False)
-    except OSError:
-        return
-    with file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - MAX_BYTES))
-        while line := file.readline(MAX_LINE_BYTES):
-            yield line.decode("utf-8", "replace")
 
 
 def _parse_event(line: str) -> Event:

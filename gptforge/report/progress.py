@@ -17,11 +17,7 @@ MIN_SECONDS = 5.0
 
 
 class ProgressMeter(BarOrLines):
-    """Shows how much of the input files has been read: a bar on a terminal, else a line at times.
-
-    Args:
-        description: what is being done, e.g. "preparing the text".
-    """
+    """Shows how much of the input files has been read: a bar on a terminal, else lines."""
 
     def __init__(self, description: str) -> None:
         columns = (
@@ -38,12 +34,7 @@ class ProgressMeter(BarOrLines):
         self.total = self._read = self._resumed_from = self._text_bytes = 0
 
     def start(self, total: int, done: int) -> None:
-        """Start the clock.
-
-        Args:
-            total: bytes of all input files.
-            done: bytes of them that an earlier, interrupted call has finished.
-        """
+        """Start the clock; an earlier, interrupted call has read `done` of the `total` bytes."""
         self.total, self._read, self._resumed_from, self._text_bytes = total, done, done, 0
         self._begin = time.perf_counter()
         if self._bar is not None:
@@ -68,11 +59,7 @@ class ProgressMeter(BarOrLines):
 
 
 class EtaNotice:
-    """Prints the time left once, on stderr, if a task turns out to take long.
-
-    Args:
-        description: the task, e.g. "the evaluation".
-    """
+    """Prints the time left once, on stderr, if a task turns out to take long."""
 
     def __init__(self, description: str) -> None:
         self._description, self._begin = description, time.perf_counter()

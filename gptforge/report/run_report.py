@@ -7,27 +7,15 @@ from typing import Any
 
 from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.files import json_line
-from gptforge.printable import (
-    code_span,
-    escape_markdown,
-    printable,
-    printable_text,
-)
+from gptforge.printable import code_span, escape_markdown, printable, printable_text
 from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
 from gptforge.report.format import format_duration
-from gptforge.report.metrics import (
-    Event,
-    History,
-    read_history,
-    step_line,
-)
+from gptforge.report.metrics import Event, History, read_history, step_line
 from gptforge.report.verdict import verdict
 
-LOG = "log.md"
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.md"
+LOG, METRICS, SAMPLES = "log.md", "metrics.jsonl", "samples.md"
 CURVES = "training_curves.png"
 TRUNCATED_ON_RESUME = (LOG, METRICS, SAMPLES)
 PLOT_EVERY_SECONDS = 20.0
@@ -56,10 +44,8 @@ class RunReport:
     ) -> None:
         self.run_dir = run_dir
         self._program, self._split_hint = program, split_hint
-        self._enabled = enabled
+        self._title, self._enabled, self._last_plot = title, enabled, 0.0
         self.console = Console(enabled=enabled)
-        self._title = title
-        self._last_plot = 0.0
         self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
         self._has_warned = self._plot_failed = False
 
@@ -81,13 +67,7 @@ class RunReport:
         self._event("start", command=command, **facts)
 
     def resume(
-        self,
-        step: int,
-        sizes: Mapping[str, int],
-        *,
-        checkpoint: str,
-        is_best: bool,
-        command: str,
+        self, step: int, sizes: Mapping[str, int], *, checkpoint: str, is_best: bool, command: str
     ) -> None:
         """Truncate the files to their sizes at a checkpoint and continue them."""
         self._truncate(step, sizes, checkpoint, is_best)
@@ -106,10 +86,9 @@ class RunReport:
         """Training went back to a checkpoint: truncate the files to it and log why.
 
         Args:
-            step: step of the checkpoint.
+            step: of the checkpoint; `is_best` says whether it has the best validation loss.
             sizes: `file_sizes` at that checkpoint.
-            checkpoint: name of the checkpoint.
-            is_best: whether it has the best validation loss.
+            checkpoint: its name.
             bad_steps: steps without a finite loss.
             skipped: range of training sequences to skip, in training order.
         """
@@ -133,11 +112,9 @@ class RunReport:
         sequences: list[int],
     ) -> None:
         """Log a loss spike or a skipped step, and which sequences of the dataset it trained on."""
-        what = (
-            f"a loss of {loss:.4f}, {score:.0f} robust deviations above the recent ones"
-            if kind == "spike"
-            else f"loss {loss}, gradient norm {norm}: the step was skipped"
-        )
+        what = f"loss {loss}, gradient norm {norm}: the step was skipped"
+        if kind == "spike":
+            what = f"a loss of {loss:.4f}, {score:.0f} robust deviations above the recent ones"
         listed = ", ".join(map(str, sequences[:4])) + (", ..." if len(sequences) > 4 else "")
         self._log_line(f"anomaly at step {step}, epoch {epoch:.2f}, sequences {listed}: {what}")
         facts = {"loss": loss, "norm": norm, "epoch": epoch, "windows": sequences}
@@ -197,8 +174,8 @@ class RunReport:
 
     def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was done in the last 20 seconds."""
-        is_recent = time.monotonic() - self._last_plot < PLOT_EVERY_SECONDS
-        if not self._enabled or (is_recent and not force):
+        now = time.monotonic()
+        if not self._enabled or (not force and now - self._last_plot < PLOT_EVERY_SECONDS):
             return
         try:
             save_curves(self._history(), self.run_dir / CURVES, title=printable(self._title))
@@ -234,9 +211,7 @@ class RunReport:
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes of each log file: where to truncate it when resuming from here."""
-        if not self._enabled:
-            return {}
-        return {name: log.size for name, log in self._logs.items()}
+        return {name: log.size for name, log in self._logs.items()} if self._enabled else {}
 
     def _truncate(
         self, step: int, sizes: Mapping[str, int], checkpoint: str, is_best: bool

@@ -24,13 +24,10 @@ def verdict(
     """Summarize a finished or stopped run.
 
     Args:
-        history: train and eval events.
-        total_steps: steps made.
-        epochs: passes over the training text.
-        out_dir: run folder, for the `sample` command at the end.
+        history: of `total_steps` steps, which were `epochs` passes over the training text.
+        out_dir: run folder, for the `sample` command of `program` at the end.
         has_val: whether there is a validation split.
         split_hint: how to get one if not, followed by `--val_fraction 0.1`.
-        program: the command that started this program.
     """
     if not has_val:
         lines = _without_val(history, epochs, split_hint)

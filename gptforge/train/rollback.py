@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptforge.checkpoint.store import CheckpointStore, read_state, step_from_path
+from gptforge.checkpoint.format import read_state, step_from_path
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.distributed import Comm
 from gptforge.errors import RunError
 from gptforge.train.state import restore

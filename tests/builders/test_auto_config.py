@@ -11,7 +11,7 @@ import torch
 from gptforge.builders import auto_config, recipe
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.step_timing import StepTiming
-from gptforge.checkpoint.store import read_config
+from gptforge.checkpoint.format import read_config
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.data.prepare.pipeline import prepare

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.checkpoint.store import CheckpointStore, read_state, read_tensors
+from gptforge.checkpoint.format import read_state, read_tensors
+from gptforge.checkpoint.store import CheckpointStore
 from tests.train.runs import StopAfter, build, events, last
 
 

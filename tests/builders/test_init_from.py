@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import TOKENIZER, read_tokenizer
+from gptforge.checkpoint.format import TOKENIZER, read_tokenizer
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.tokenizers import save

@@ -10,12 +10,8 @@ import torch
 
 from gptforge.builders.build_train_step import estimate_duration
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import (
-    CheckpointStore,
-    read_config,
-    read_tensors,
-    read_tokenizer,
-)
+from gptforge.checkpoint.format import read_config, read_tensors, read_tokenizer
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.tokenizers import save

@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from gptforge.checkpoint.async_saver import AsyncSaver, SavedCheckpoint
-from gptforge.checkpoint.store import (
-    MODEL,
-    CheckpointStore,
-    Snapshot,
-    find_corruption,
-    read_tensors,
-)
+from gptforge.checkpoint.format import MODEL, Snapshot, find_corruption, read_tensors
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.errors import RunError
 from gptforge.tokenizers.char import CharTokenizer
 
@@ -75,7 +70,7 @@ def test_failed_save_raises_and_keeps_what_was_there(tmp_path, monkeypatch) -> N
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gptforge.checkpoint.store.save_safetensors", no_space)
+    monkeypatch.setattr("gptforge.checkpoint.format.save_safetensors", no_space)
     saver.save_async(2, snapshot(2.0), is_best=True)
     with pytest.raises(RunError, match="disk filled up"):
         saver.wait()

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 import gptforge
 from gptforge import files
-from gptforge.checkpoint import store
-from gptforge.checkpoint.store import (
+from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.format import (
     CHECKPOINT_FILES,
-    CheckpointStore,
     find_corruption,
     read_config,
     read_state,
     read_tensors,
     read_tokenizer,
 )
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.cli import main
 from gptforge.config import read_toml
 from gptforge.errors import RunError, UserError
@@ -164,9 +164,9 @@ def test_load_survives_a_training_that_deletes_checkpoints(good, tmp_path, monke
     """The best checkpoint may be gone when it is about to be read; then there is a newer one."""
     shutil.copytree(good, tmp_path / "run" / "checkpoints" / "step-000003")
     found = [tmp_path / "run" / "checkpoints" / "step-000002"]
-    resolve = store.resolve_checkpoint
+    resolve = checkpoints.resolve_checkpoint
     monkeypatch.setattr(
-        store, "resolve_checkpoint", lambda run: found.pop() if found else resolve(run)
+        checkpoints, "resolve_checkpoint", lambda run: found.pop() if found else resolve(run)
     )
     assert gptforge.load(tmp_path / "run").generate_batch("To", 3)
     assert not found

@@ -8,14 +8,14 @@ import pytest
 
 import gptforge
 from gptforge.builders.export_model import export_gguf, export_hf, export_space
-from gptforge.checkpoint.store import (
-    CheckpointStore,
+from gptforge.checkpoint.format import (
     Snapshot,
     read_config,
     read_tensors,
     read_tokenizer,
     resolve_checkpoint,
 )
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.cli import main
 from gptforge.errors import UserError
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.checkpoint import store as checkpoints
-from gptforge.checkpoint.store import (
+from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.format import (
     CHECKPOINT_FILES,
-    CheckpointStore,
     Snapshot,
     find_corruption,
     resolve_checkpoint,
 )
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 
@@ -97,7 +97,7 @@ def test_interrupted_save_leaves_what_was_there(store, monkeypatch) -> None:
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "_write_manifest", crash)
+    monkeypatch.setattr(checkpoints.files, "atomic_write", crash)
     with pytest.raises(KeyboardInterrupt):
         save(store, 2)
     assert store.checkpoints() == [first]

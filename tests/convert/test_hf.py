@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from gptforge import files, load
 from gptforge.builders.export_model import export_hf
 from gptforge.builders.import_model import import_if_needed, import_model
-from gptforge.checkpoint.store import INFERENCE_FILES, find_corruption
+from gptforge.checkpoint.format import INFERENCE_FILES, find_corruption
 from gptforge.config import GPTConfig
 from gptforge.convert import hf
 from gptforge.convert.bundle import ModelBundle

@@ -13,7 +13,7 @@ from gptforge.demo.sessions import (
     generate_with_limits,
 )
 from gptforge.demo.token_html import PROBABILITY_BINS, render_status, render_tokens
-from gptforge.demo.training_tab import render_training, training_tab
+from gptforge.demo.training_tab import training_tab
 from gptforge.errors import UserError
 from gptforge.files import json_line
 from gptforge.inference.language_model import Token
@@ -100,12 +100,12 @@ def test_only_checkpoints_of_the_run_can_be_loaded(run) -> None:
 
 def test_the_training_tab_shows_current_metrics(tmp_path) -> None:
     metrics, lines = tmp_path / "metrics.jsonl", []
-    assert "no metrics" in render_training(tmp_path, max_steps=100)
+    assert "no metrics" in training_tab(tmp_path, max_steps=100)
     for step in range(60):
         fields = {"loss": 4 - step / 50, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
         lines.append(json_line({"event": "train", "step": step, **fields}))
     metrics.write_text("".join(lines))
-    page = render_training(tmp_path, max_steps=100)
+    page = training_tab(tmp_path, max_steps=100)
     assert "<b>60</b>" in page
     assert "4 seconds" in page
     assert "best val loss" not in page
@@ -113,7 +113,7 @@ def test_the_training_tab_shows_current_metrics(tmp_path) -> None:
     lines.append(json_line({"event": "eval", "step": 60, **scores}))
     lines.append(json_line({"event": "eval", "step": 61, "val_loss": None, "val_bpb": None}))
     metrics.write_text("".join(lines))
-    page = render_training(tmp_path, max_steps=100)
+    page = training_tab(tmp_path, max_steps=100)
     assert "3.210" in page
     assert "nan" not in page
 

@@ -3,7 +3,7 @@
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import read_tensors
+from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from tests.distributed.spawn import on_ranks

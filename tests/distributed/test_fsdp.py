@@ -9,7 +9,7 @@ from gptforge import load
 from gptforge.builders import rank_agreement
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.rank_agreement import use_fsdp
-from gptforge.checkpoint.store import read_tensors
+from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.distributed import SINGLE_PROCESS, Comm

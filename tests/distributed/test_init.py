@@ -23,8 +23,8 @@ from gptforge.distributed import (
     is_distributed_launch,
     watchdog,
 )
+from gptforge.distributed.heartbeats import DEADLOCK_FACTOR, HeartbeatMonitor
 from gptforge.distributed.init import _local_device
-from gptforge.distributed.watchdog import DEADLOCK_FACTOR, Watchdog
 from gptforge.errors import UserError
 from tests.distributed.spawn import RankExit, exits_of, exits_of_start, free_port
 from tests.environment import python_path
@@ -206,12 +206,12 @@ def test_slow_rank_before_the_first_step_is_named() -> None:
 def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    dog = Watchdog(0, world_size=2, host="here", store=None, is_local_main=True, timeout=30)
+    monitor = HeartbeatMonitor(timeout=30)
 
     def check(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
         now[0] += seconds
         beat = {"waiting": waiting, "wait_count": waits, "progress": progress, "host": "here"}
-        return dog._check_before_first_step({0: beat, 1: beat})
+        return monitor.find_deadlock({0: beat, 1: beat}, since=100.0)
 
     for waits in range(100):
         assert check(29 * DEADLOCK_FACTOR, waits=waits) is None

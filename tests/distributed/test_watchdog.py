@@ -16,7 +16,8 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.config import Config
 from gptforge.distributed import Comm, watchdog
-from gptforge.distributed.watchdog import _RankMonitor, is_connection_error
+from gptforge.distributed.heartbeats import HeartbeatMonitor
+from gptforge.distributed.watchdog import is_connection_error
 from gptforge.errors import RunError, UserError
 from tests.distributed.spawn import RankExit, exits_of, free_port
 from tests.environment import python_path
@@ -109,7 +110,7 @@ def clock(monkeypatch) -> Callable[[float], None]:
 
 
 def test_unchanged_heartbeats_count_as_none(clock) -> None:
-    monitor = _RankMonitor(30)
+    monitor = HeartbeatMonitor(30)
     assert monitor.find_failure({1: heartbeat(beat=1)}, None, "here") is None
     clock(20)
     assert monitor.find_failure({1: heartbeat(beat=2)}, None, "here") is None
@@ -121,7 +122,7 @@ def test_unchanged_heartbeats_count_as_none(clock) -> None:
 
 
 def test_stall_is_allowed_before_the_first_step_and_while_a_rank_is_busy(clock) -> None:
-    monitor = _RankMonitor(30)
+    monitor = HeartbeatMonitor(30)
     for beat in range(100):
         clock(10)
         beats = {1: heartbeat(beat=beat, progress=0)}
@@ -139,7 +140,7 @@ def test_stall_is_allowed_before_the_first_step_and_while_a_rank_is_busy(clock) 
 
 
 def test_slow_machine_does_not_count_as_stalled(clock) -> None:
-    monitor = _RankMonitor(30)
+    monitor = HeartbeatMonitor(30)
     for beat in range(90):
         clock(10)
         # A step every 20 seconds; then one that takes 80.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptforge.checkpoint.store import CheckpointStore, find_corruption
+from gptforge.checkpoint.format import find_corruption
+from gptforge.checkpoint.store import CheckpointStore
 
 STEPS, SAVE_EVERY, EVAL_EVERY, KEEP = 30, 5, 7, 2
 OUT_DIR = "disk/run"

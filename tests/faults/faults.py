@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptforge import files
-from gptforge.checkpoint.store import CHECKPOINT_FILES, MANIFEST
+from gptforge.checkpoint.format import CHECKPOINT_FILES, MANIFEST
 from tests.faults.case import Case, expect_one_error_line
 from tests.faults.child import BALLAST, Injection, remount
 from tests.faults.harness import BATCHES, Harness, mount_problem, send

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from gptforge.checkpoint.store import find_corruption
+from gptforge.checkpoint.format import find_corruption
 from tests.faults.case import (
     EVAL_EVERY,
     KEEP,

@@ -22,8 +22,9 @@ import zstandard
 from gptforge import files, tokenizers
 from gptforge.builders.load_model import load_bundle
 from gptforge.builders.run_evaluation import _load_examples
-from gptforge.checkpoint import store
+from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import load_rng_state_dict, save_safetensors
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.cli.prepare import describe
 from gptforge.config import (
     Config,
@@ -46,7 +47,7 @@ from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import VERIFIED_FILE, find_corruption, read_index
-from gptforge.demo.training_tab import render_training
+from gptforge.demo.training_tab import _render as render_training
 from gptforge.doctor.shards import check_shards
 from gptforge.errors import UserError
 from gptforge.model import GPT
@@ -107,11 +108,11 @@ def fill_folder(folder: Path) -> None:
     for place in (checkpoint, hf, folder / "in"):
         place.mkdir(parents=True)
     config = config_text()
-    store.save_inference_checkpoint(
+    checkpoints.save_inference_checkpoint(
         checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config
     )
-    save_safetensors(checkpoint / store.RNG_STATE, {"cpu": torch.get_rng_state()})
-    (checkpoint / store.STATE).write_text(json.dumps(STATE))
+    save_safetensors(checkpoint / checkpoints.RNG_STATE, {"cpu": torch.get_rng_state()})
+    (checkpoint / checkpoints.STATE).write_text(json.dumps(STATE))
     (folder / "run/config.toml").write_text(config)
     (folder / "run/metrics.jsonl").write_bytes(metrics())
     save_safetensors(hf / "model.safetensors", transpose_linear(tensors))
@@ -230,27 +231,29 @@ def read_checkpoint(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
     manifest = {
         name: {"bytes": (path / name).stat().st_size, "sha256": files.sha256(path / name)}
-        for name in store.INFERENCE_FILES
+        for name in checkpoints.INFERENCE_FILES
     }
-    (path / store.MANIFEST).write_text(json.dumps({"files": manifest}))
+    (path / checkpoints.MANIFEST).write_text(json.dumps({"files": manifest}))
     load_bundle(path)
 
 
 def read_state(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
-    read_train_state(path, store.read_state(path))
-    store.CheckpointStore(path.parent).repair_links(path)
+    read_train_state(path, checkpoints.read_state(path))
+    CheckpointStore(path.parent).repair_links(path)
 
 
 def read_rng_state(folder: Path) -> None:
-    tensors = store.read_tensors(folder / "run/checkpoints/step-000002", store.RNG_STATE)
+    tensors = checkpoints.read_tensors(
+        folder / "run/checkpoints/step-000002", checkpoints.RNG_STATE
+    )
     with torch.random.fork_rng([]):
         load_rng_state_dict(tensors, torch.device("cpu"))
 
 
 def read_manifest(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
-    store.find_corruption(path)
+    checkpoints.find_corruption(path)
     load_bundle(path)
 
 
@@ -291,7 +294,7 @@ def read_metrics(folder: Path) -> None:
     history = read_history(folder / "run/metrics.jsonl")
     verdict(history, total_steps=4, epochs=1.0, out_dir="run", has_val=True)
     verdict(history, total_steps=4, epochs=1.0, out_dir="run", has_val=False)
-    render_training(folder / "run", max_steps=4)
+    render_training.__wrapped__(folder / "run", 4, "", "")
     origin = Origin(merge(Config(), {}, source="fuzz"), 4, history, None)
     model_card(
         ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front_matter={}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from gptforge.builders.auto_config import resolve_auto
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.train_teachers import TeacherStopped, check_teachers, teacher_config
-from gptforge.checkpoint.store import read_tensors
+from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig

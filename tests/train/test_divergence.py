@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import read_state
+from gptforge.checkpoint.format import read_state
 from gptforge.errors import RunError
 from gptforge.train.trainer import Trainer
 from tests.train.runs import StopAfter, build, events, last

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import read_tensors
+from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from tests.train.runs import StopAfter, build, events, last
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import read_tensors
+from gptforge.checkpoint.format import read_tensors
 from gptforge.train.signals import StopSignal
 from gptforge.train.trainer import Trainer
 from tests.train.runs import build, events, last

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.checkpoint.store import CheckpointStore, read_state, read_tensors
+from gptforge.checkpoint.format import read_state, read_tensors
+from gptforge.checkpoint.store import CheckpointStore
 from gptforge.train.loss_monitor import RecentLosses
 from tests.train.runs import StopAfter, build, events, last
 

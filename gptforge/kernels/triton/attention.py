@@ -16,12 +16,7 @@ side by side, 3 * C elements, and so do their gradients.
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import (
-    dropout_scale,
-    hash_columns,
-    hash_rows,
-    is_kept,
-)
+from gptforge.kernels.triton.dropout import dropout_scale, hash_columns, hash_rows, is_kept
 from gptforge.kernels.triton.gelu import LOG2_E
 
 
