@@ -95,15 +95,16 @@ class Muon(Optimizer):
         # One batch per shape: GPT-2's blocks have three, for 6 * n_layer matrices.
         stacked = torch.cat([x.view(-1, *shape) for x in nesterov])  # (M, rows, columns)
         lr = self._muon_group["lr"]
+        if self.found_inf is not None:
+            lr = lr * (self.found_inf == 0)  # neither decay nor update
         # An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)); AdamW's updates have 0.2.
-        scale = 0.2 * math.sqrt(max(shape)) * lr
-        decay = 1 - lr * self._muon_group["weight_decay"]
-        updates = newton_schulz(stacked).mul(-scale).split([count for _, count in members])
-        for (parameter, _), update in zip(members, updates, strict=True):
-            new = (parameter * decay).add_(update.reshape(parameter.shape))
-            if self.found_inf is not None:
-                new = torch.where(skip, parameter, new)
-            parameter.copy_(new)
+        # In fp32, or a rate on the device would be rounded to bf16.
+        updates = newton_schulz(stacked).float().mul_(-0.2 * math.sqrt(max(shape)) * lr)
+        params = [p for p, _ in members]
+        torch._foreach_mul_(params, 1 - lr * self._muon_group["weight_decay"])
+        chunks = updates.split([count for _, count in members])
+        pairs = zip(chunks, params, strict=True)
+        torch._foreach_add_(params, [chunk.reshape(p.shape) for chunk, p in pairs])
 
 
 def newton_schulz(x: Tensor) -> Tensor:

@@ -114,18 +114,6 @@ def test_prepared_shards_keep_their_tokenizer(config, tmp_path) -> None:
     assert trainer.config.out_dir == "runs/shards-auto"
 
 
-def test_without_the_package_characters_replace_bpe(config, monkeypatch) -> None:
-    monkeypatch.setattr(
-        recipe,
-        "ANCHORS",
-        {n: tuple(dataclasses.replace(a, tokenizer="bpe") for a in anchors)
-         for n, anchors in recipe.ANCHORS.items()},
-    )  # fmt: skip
-    assert build(dataclasses.replace(config, out_dir="a"), "out_dir").tokenizer.name == "bpe"
-    monkeypatch.setattr(auto_config.importlib.util, "find_spec", lambda name: None)
-    assert build(dataclasses.replace(config, out_dir="b"), "out_dir").tokenizer.name == "char"
-
-
 @pytest.mark.parametrize(
     ("args", "preset"),
     [
