@@ -91,11 +91,11 @@ def test_flags_in_commands_exist(flags) -> None:
         found = {(name, flag) for name, args in commands_in(text) for flag in FLAG.findall(args)}
         for script, args in SCRIPT.findall(text):
             # What follows -- is for the program.
-            own, _, passed_on = args.partition(" -- ")
+            script_args, _, passed_on = args.partition(" -- ")
             found |= {("train", flag) for flag in FLAG.findall(passed_on)}
             source = (ROOT / script).read_text("utf-8")
             flags[script] = set(re.findall(r'"--(\w+)"', source))
-            found |= {(script, flag) for flag in FLAG.findall(own)}
+            found |= {(script, flag) for flag in FLAG.findall(script_args)}
         count += len(found)
         unknown |= {f"{path.name}: {name} --{flag}" for name, flag in found - allowed(flags)}
     assert unknown == set()

@@ -46,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class OneOf(Comm):
-    """Rank 0 of several, which communicates with nobody."""
+    """Rank 0 of several, without communication."""
 
     def __init__(self, world_size: int) -> None:
         super().__init__()
