@@ -23,7 +23,20 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 FILE = re.compile(rf"(?<![\w./])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.(?:py|md|toml|sh|txt)\b")
 INSTALLED_ONLY = "gptforge/data/input.txt"
 FUNCTION = re.compile(r"`([a-z_.]+)\.(\w+)(?:\(\))?`")
-EXTENSIONS = {"py", "toml", "json", "jsonl", "md", "txt", "bin", "safetensors", "gguf", "yml"}
+EXTENSIONS = {
+    "bin",
+    "csv",
+    "gguf",
+    "json",
+    "jsonl",
+    "md",
+    "png",
+    "py",
+    "safetensors",
+    "toml",
+    "txt",
+    "yml",
+}
 COMMAND = re.compile(r"(?:gptforge|gpt\.py) ([^`#|;&\n]+)")
 SCRIPT = re.compile(r"python ((?:benchmarks|scripts)/\w+\.py)([^`#|;&\n]*)")
 FLAG = re.compile(r"(?<!\S)--([a-z]\w*)")
