@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptforge.cli import COMMANDS, main
+from tests.faults.faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("gptforge", "tests", "benchmarks", "scripts", "examples", "docs")
@@ -117,3 +118,8 @@ def test_flags_in_commands_exist(flags) -> None:
 
 def allowed(flags: dict[str, set[str]]) -> set[tuple[str, str]]:
     return {(name, flag) for name, known in flags.items() for flag in known}
+
+
+def test_table_of_faults_names_those_that_are_injected() -> None:
+    table = re.findall(r"(?m)^\| `(\w+)` \|", (ROOT / "docs/results/faults.md").read_text("utf-8"))
+    assert set(table) == set(FAULTS)
