@@ -20,7 +20,9 @@ from gptforge.errors import RunError, UserError
 # A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
 _context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    _context.set_forkserver_preload(["gptforge.builders", "torch.distributed.fsdp", "matplotlib"])
+    _context.set_forkserver_preload(
+        ["gptforge.builders.build_trainer", "torch.distributed.fsdp", "matplotlib"]
+    )
 
 
 @dataclass
