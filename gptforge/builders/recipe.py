@@ -50,10 +50,10 @@ ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
         Anchor(10_000, "gpt2", "adamw", 12, 768, 1024, 128, 19_000, 6e-4, 0.1, 0.1, 0.0, 0.00),
     ),
     "cpu": (
-        Anchor(  0.01, "char", "muon",   4,  64,   64,  16,  2_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
-        Anchor(  0.3,  "bpe",  "muon",   4, 128,  128,  16,  2_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
-        Anchor(  1,    "bpe",  "muon",   4, 128,  128,  16,  2_000, 4e-3, 0.5, 0.5, 0.0, 0.00),
-        Anchor(  5,    "bpe",  "muon",   4, 128,  128,  16,  2_000, 4e-3, 0.1, 0.1, 0.0, 0.00),
+        Anchor(  0.01, "char", "muon",   4,  64,   64,  16,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
+        Anchor(  0.3,  "bpe",  "muon",   4, 128,  128,  16,  1_500, 4e-3, 1.0, 1.0, 0.1, 0.00),
+        Anchor(  1,    "bpe",  "muon",   4, 128,  128,  16,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00),
+        Anchor(  5,    "bpe",  "muon",   4, 128,  128,  16,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00),
         Anchor( 20,    "bpe",  "muon",   4, 192,  128,  16, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00),
         Anchor(10_000, "bpe",  "muon",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00),
     ),
@@ -83,6 +83,8 @@ MIN_STEPS_SHARE = 0.5
 """With a time limit, the model shrinks until about this share of its steps fits."""
 USABLE_TIME = 0.85
 """Share of a time limit for training and evaluation; saves, samples and surprises take the rest."""
+EVALUATIONS = 15
+"""About so many in a run."""
 MIN_STEPS_PER_EVAL = 10
 """With a time limit, steps between evaluations in steps that take as long as one evaluation."""
 VOCAB_SIZES = {"char": 128, "gpt2": 50304}
@@ -187,7 +189,7 @@ def fit_steps(
     def eval_every(max_steps: int) -> int:
         if "eval_every" in explicit:
             return config.eval_every
-        return _nice(max(max_steps / 20, MIN_STEPS_PER_EVAL * steps_per_eval))
+        return _nice(max(max_steps / EVALUATIONS, MIN_STEPS_PER_EVAL * steps_per_eval))
 
     def steps_with_evals(max_steps: int) -> float:
         return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval
@@ -212,7 +214,7 @@ def intervals(max_steps: int) -> dict[str, int]:
     return {
         "warmup_steps": max(1, min(100, max_steps // 10)),
         "log_every": _nice(max_steps / 100),
-        "eval_every": _nice(max_steps / 20),
+        "eval_every": _nice(max_steps / EVALUATIONS),
         "save_every": quarter,
         "sample_every": quarter,
     }

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gptforge.builders.recipe import (
     ANCHORS,
+    MAX_PRESET_MEGABYTES,
     MIN_STEPS_SHARE,
     RECIPE_FIELDS,
     USABLE_TIME,
@@ -189,3 +190,16 @@ def test_longer_limit_never_makes_fewer_steps() -> None:
     ]
     assert steps == sorted(steps)
     assert steps[-1] == config.max_steps
+
+
+@pytest.mark.parametrize(("preset", "device"), [("shakespeare", "gpu"), ("shakespeare-cpu", "cpu")])
+def test_presets_are_the_recipe_for_a_megabyte(preset, device) -> None:
+    config = get_preset(preset)
+    recipe = make_recipe(10**6, device, preset=preset)
+    assert {name: getattr(config, name) for name in recipe.values} == recipe.values
+
+
+def test_presets_stop_growing_at_their_largest_text() -> None:
+    largest = make_recipe(10**6 * MAX_PRESET_MEGABYTES, "gpu", preset="shakespeare").values
+    assert make_recipe(10**9, "gpu", preset="shakespeare").values["n_embd"] == largest["n_embd"]
+    assert make_recipe(10**9, "gpu").values["n_embd"] > largest["n_embd"]
