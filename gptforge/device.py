@@ -1,7 +1,8 @@
 """The device to run on, the precision to compute in, and how much memory is free."""
 
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +205,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextmanager
+def preserve_rng_state(device: torch.device) -> Iterator[None]:
+    """Restore the RNG state at the end of a block, so that it does not change later draws."""
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    if mps_state is not None:
+        torch.mps.set_rng_state(mps_state)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""Presets that fit the text, on this machine: its size, what the device reaches, a resumed run."""
+"""Presets that fit the text: its size, what the device reaches, a resumed run."""
 
 import dataclasses
 import logging
@@ -7,18 +7,15 @@ from collections.abc import Collection
 
 import torch
 
-from gptforge.builders.memory_fit import MemoryEstimator
-from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, fit_steps, make_recipe
+from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, make_recipe
 from gptforge.builders.resolve import MODEL_FIELDS, config_of_run, is_config_of_run
 from gptforge.builders.seed import seed_everything
-from gptforge.builders.step_timing import time_step
 from gptforge.config import FIELDS, Config, merge, validate
-from gptforge.data.dataset import Dataset, resolve_input
+from gptforge.data.dataset import resolve_input
 from gptforge.data.text_size import estimate_text_size
-from gptforge.device import Precision, select_device, select_precision, synchronize
-from gptforge.errors import RunError, UserError
+from gptforge.device import select_device, select_precision, synchronize
+from gptforge.errors import UserError
 from gptforge.presets import AUTO
-from gptforge.report.format import format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -82,57 +79,6 @@ def resolve_auto(
     for line in recipe.reasons:
         logger.info(line)
     return merge(config, recipe.values, source=f"preset {config.preset}")
-
-
-def fit_time_limit(
-    config: Config,
-    explicit: Collection[str],
-    dataset: Dataset,
-    *,
-    device: torch.device,
-    precision: Precision,
-    start_time: float,
-    world_size: int = 1,
-) -> Config:
-    """Time a step, and cut the steps of `--preset auto` so that they end within `--time_limit`.
-
-    Args:
-        config: resolved.
-        explicit: fields that the user set.
-        dataset: to train on.
-        device: to train on.
-        precision: to train in.
-        start_time: `time.monotonic()` from which the limit counts.
-        world_size: ranks that share the work.
-    """
-    if config.preset != AUTO or not config.time_limit or "max_steps" in explicit:
-        return config
-    micro_batch = config.batch_size
-    if "batch_size" not in explicit:
-        micro_batch = MemoryEstimator(config, precision, device).micro_batch()
-    try:
-        timing = time_step(config, explicit, device=device, micro_batch=micro_batch)
-    except (RunError, torch.OutOfMemoryError):
-        return config  # training reports it
-    seconds = config.time_limit * 60 - (time.monotonic() - start_time)
-    per_step = timing.seconds_per_sequence * config.global_batch_size / world_size
-    # A step of a teacher takes as long as one without teachers, and its forward a third of that.
-    seconds -= config.teachers * config.teacher_steps * per_step
-    per_step *= 1 + config.teachers * (1 / 3 if config.teacher_steps else 4 / 3)
-    val_tokens = len(dataset.val)
-    fitted = fit_steps(
-        config,
-        explicit,
-        seconds=seconds,
-        seconds_per_step=per_step,
-        val_tokens=min(val_tokens, config.eval_tokens or val_tokens),
-    )
-    if fitted.max_steps < config.max_steps:
-        logger.info(
-            f"auto: {fitted.max_steps:,} steps instead of {config.max_steps:,}, of "
-            f"{1000 * per_step:.3g} ms each, to end within {format_duration(seconds)}"
-        )
-    return fitted
 
 
 def _flops_per_second(device: torch.device, config: Config) -> float:

@@ -11,26 +11,17 @@ from pathlib import Path
 import torch
 
 from gptforge import files
-from gptforge.builders.auto_config import fit_time_limit, resolve_auto
-from gptforge.builders.finetune import resolve_finetune
+from gptforge.builders.fit_time_limit import fit_time_limit
 from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.rank_agreement import use_fsdp
-from gptforge.builders.resolve import (
-    check_tokenizer,
-    load_dataset,
-    resolve_config,
-    resolve_init_from,
-    resolve_out_dir,
-)
+from gptforge.builders.resolve_run import resolve_run
 from gptforge.builders.step_timing import time_step
-from gptforge.builders.train_teachers import check_teachers
 from gptforge.checkpoint.format import find_corruption, step_from_path
-from gptforge.checkpoint.run_dir import check_out_dir, resume_config
+from gptforge.checkpoint.run_dir import resume_config
 from gptforge.checkpoint.store import HEADROOM_BYTES, CheckpointStore
-from gptforge.config import Config, validate
+from gptforge.config import Config
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
-from gptforge.device import select_device, select_precision
 from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import RunError
 from gptforge.estimate.formulas import (
@@ -50,7 +41,6 @@ from gptforge.estimate.plan import (
     TimePlan,
     TrainingPlan,
 )
-from gptforge.report.progress import ProgressMeter
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +56,13 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     Raises:
         UserError: for all that training refuses, with the same message.
     """
+    start_time = time.monotonic()
     with tempfile.TemporaryDirectory() as temp_dir:
-        start_time = time.monotonic()
-        config = resolve_init_from(config, explicit, temp_dir=Path(temp_dir))
-        config = resolve_auto(config, explicit, device=config.device)
-        validate(config)
-        check_out_dir(dataclasses.replace(config, out_dir=resolve_out_dir(config)))
-        device, description = select_device(config.device)
-        precision = select_precision(config.dtype, device)
-        with ProgressMeter("preparing the text") as meter:
-            dataset = load_dataset(config, explicit, meter)
-        check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
-    config = resolve_finetune(resolve_config(config, dataset), dataset, explicit)
-    validate(config)
-    check_teachers(config, SINGLE_PROCESS)
+        resolved = resolve_run(
+            config, explicit, SINGLE_PROCESS, temp_dir=Path(temp_dir), warm_up=False
+        )
+    config, dataset = resolved.config, resolved.dataset
+    device, precision = resolved.device, resolved.precision
     saved = CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints()
     latest = next((path for path in reversed(saved) if find_corruption(path) is None), None)
     if latest and not config.restart:
@@ -90,10 +73,8 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
             tokenizer=dataset.tokenizer,
             text_sha256=dataset.sha256,
         )
-    if not latest or config.restart:
-        config = fit_time_limit(
-            config, explicit, dataset, device=device, precision=precision, start_time=start_time
-        )
+    else:
+        config = fit_time_limit(resolved, start_time=start_time).config
     use_fsdp(config, device, precision, SINGLE_PROCESS)
     for notice in dataset.notices:
         logger.info(f"note: {notice}")
@@ -102,7 +83,9 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     estimator = MemoryEstimator(c, precision, device)
     is_explicit = "batch_size" in explicit
     micro_batch = c.batch_size if is_explicit else estimator.micro_batch()
-    memory = estimator.estimate(micro_batch, f"{device} ({description}), {precision.name}")
+    memory = estimator.estimate(
+        micro_batch, f"{device} ({resolved.device_description}), {precision.name}"
+    )
     run, disk = _plan_run(c, dataset), _plan_disk(c, dataset, saved)
     per_token = flops_per_token(c.model, c.context_length)
     per_step = per_token * c.tokens_per_step
@@ -135,7 +118,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
             tokenizer_ids=dataset.tokenizer.vocab_size,
             tokens=len(dataset.train),
             held_out_tokens=len(dataset.val),
-            prepared_now=meter.total > 0,
+            prepared_now=resolved.is_new_text,
         ),
         step=StepPlan(
             sequences=c.global_batch_size,

@@ -4,15 +4,14 @@ A small text needs a small vocabulary, and is read many times: strong weight dec
 the model from memorizing it. With more text, the model grows and both fade.
 """
 
-import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gptforge.config import Config, GPTConfig, Value
+from gptforge.builders.explain_recipe import explain_recipe
+from gptforge.config import GPTConfig, Value
 from gptforge.estimate.formulas import flops_per_token
-from gptforge.printable import pluralize
 from gptforge.tokenizers.train_bpe import default_vocab_size
 
 DeviceClass = Literal["gpu", "cpu"]
@@ -85,8 +84,6 @@ USABLE_TIME = 0.85
 """Share of a time limit for training and evaluation; saves, samples and surprises take the rest."""
 EVALUATIONS = 15
 """About so many in a run."""
-MIN_STEPS_PER_EVAL = 10
-"""With a time limit, steps between evaluations in steps that take as long as one evaluation."""
 VOCAB_SIZES = {"char": 128, "gpt2": 50304}
 
 
@@ -160,61 +157,24 @@ def make_recipe(
     # The text decides how often it may be read; a time limit cuts the steps when they are timed.
     values["max_steps"] = max(affordable.max_steps, fixed.get("warmup_steps", 0))
     values |= intervals(fixed.get("max_steps", values["max_steps"])) | fixed
-    reasons = _explain(
-        preset, num_bytes, device, values, fixed, time_limit if affordable != text else 0
+    reasons = explain_recipe(
+        preset,
+        num_bytes,
+        device,
+        values,
+        {name: fixed[name] for name in RECIPE_FIELDS & fixed.keys()},
+        time_limit=time_limit if affordable != text else 0.0,
     )
     return Recipe({name: v for name, v in values.items() if name not in fixed}, reasons)
 
 
-def fit_steps(
-    config: Config,
-    explicit: Collection[str],
-    *,
-    seconds: float,
-    seconds_per_step: float,
-    val_tokens: int,
-) -> Config:
-    """Cut max_steps so that the schedule ends within `seconds`, unless the user set it.
-
-    Args:
-        config: resolved.
-        explicit: fields that the user set.
-        seconds: left of the time limit.
-        seconds_per_step: of training alone.
-        val_tokens: that an evaluation reads.
-    """
-    # The forward is a third of a step's FLOPs.
-    steps_per_eval = val_tokens / config.tokens_per_step / 3
-
-    def eval_every(max_steps: int) -> int:
-        if "eval_every" in explicit:
-            return config.eval_every
-        return _nice(max(max_steps / EVALUATIONS, MIN_STEPS_PER_EVAL * steps_per_eval))
-
-    def steps_with_evals(max_steps: int) -> float:
-        return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval
-
-    if "max_steps" in explicit:
-        return config
-    affordable = seconds * USABLE_TIME / seconds_per_step
-    minimum = config.warmup_steps if "warmup_steps" in explicit else 1
-    # Two digits: the time of a step is not known better.
-    candidates = {digits * 10**zeros for zeros in range(7) for digits in range(1, 100)}
-    candidates = {n for n in candidates if n < config.max_steps} | {config.max_steps}
-    max_steps = max([minimum, *(n for n in candidates if steps_with_evals(n) <= affordable)])
-    values: dict[str, Any] = {"max_steps": max_steps, **intervals(max_steps)}
-    values["eval_every"] = eval_every(max_steps)
-    values = {name: value for name, value in values.items() if name not in explicit}
-    return dataclasses.replace(config, **values)
-
-
 def intervals(max_steps: int) -> dict[str, int]:
     """Warmup, and steps between step lines, evaluations, checkpoints and samples."""
-    quarter = _nice(max_steps / 4)
+    quarter = round_nicely(max_steps / 4)
     return {
         "warmup_steps": max(1, min(100, max_steps // 10)),
-        "log_every": _nice(max_steps / 100),
-        "eval_every": _nice(max_steps / EVALUATIONS),
+        "log_every": round_nicely(max_steps / 100),
+        "eval_every": round_nicely(max_steps / EVALUATIONS),
         "save_every": quarter,
         "sample_every": quarter,
     }
@@ -313,57 +273,12 @@ def _batch(
     }
 
 
-def _explain(
-    preset: str,
-    num_bytes: int,
-    device: DeviceClass,
-    values: Mapping[str, Any],
-    fixed: Mapping[str, Any],
-    time_limit: float,
-) -> tuple[str, ...]:
-    v = values
-    vocabulary = {
-        "char": "a larger vocabulary would need more text",
-        "bpe": "a vocabulary learned from this text, in proportion to its size",
-        "gpt2": "enough text for GPT-2's vocabulary",
-    }
-    tokenizer = f"tokenizer {v['tokenizer']}"
-    if v["tokenizer"] in vocabulary and "tokenizer" not in fixed:
-        tokenizer += f": {vocabulary[v['tokenizer']]}"
-    regularization = "they keep the model from memorizing what it reads many times"
-    if not v["dropout"]:
-        regularization = "with so much text, or so small a model, there is little to memorize"
-    decay = f"weight_decay {v['weight_decay']:g}"
-    if v["optimizer"] == "muon":
-        decay += f" ({v['muon_weight_decay']:g} with Muon)"
-    limited = f", as large as --time_limit {time_limit:g} allows" if time_limit else ""
-    sequences = v["batch_size"] * v["gradient_accumulation_steps"]
-    lines = [
-        f"{preset}: about {_format_size(num_bytes)} of text to train on, {device.upper()}",
-        f"  {tokenizer}",
-        f"  {pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
-        f"{v['context_length']:,} tokens{limited}",
-        f"  {decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
-        f"  {v['max_steps']:,} steps of {sequences:,} sequences, {v['optimizer']}, max_lr "
-        f"{v['max_lr']:g}, ema {v['ema']:g}",
-    ]
-    if shown := [f"{name} {fixed[name]}" for name in sorted(RECIPE_FIELDS & fixed.keys())]:
-        lines.append(f"  explicit: {', '.join(shown)}")
-    return tuple(lines)
-
-
-def _format_size(num_bytes: int) -> str:
-    if num_bytes < 10**6:
-        return f"{num_bytes / 1e3:.3g} KB"
-    return f"{num_bytes / 1e6:.3g} MB" if num_bytes < 10**9 else f"{num_bytes / 1e9:.3g} GB"
-
-
 def _round(value: float) -> float:
     """Round to two significant digits."""
     return float(f"{value:.1e}")
 
 
-def _nice(value: float) -> int:
+def round_nicely(value: float) -> int:
     """The largest of 1, 2, 5, 10, 20, 50, ... that is not above `value`; at least 1."""
     power = 10 ** math.floor(math.log10(max(1.0, value)))
     return next(int(factor * power) for factor in (5, 2, 1) if factor * power <= max(1.0, value))

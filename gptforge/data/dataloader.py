@@ -171,3 +171,14 @@ def too_short_hint(tokens: int) -> str:
 
 def _arange(span: range) -> NDArray[np.int64]:
     return np.arange(span.start, span.stop, span.step, dtype=np.int64)
+
+
+def replace_tokens(tokens: Tensor, probability: float) -> Tensor:
+    """Replace tokens at random by others of the batch.
+
+    Replacements have the frequencies of the text, which regularizes better than uniform ones (Xie
+    et al., "Data noising as smoothing in neural network language models", 2017).
+    """
+    is_replaced = torch.rand(tokens.shape, device=tokens.device) < probability
+    others = torch.randint(tokens.numel(), tokens.shape, device=tokens.device)
+    return torch.where(is_replaced, tokens.flatten()[others], tokens)

@@ -4,49 +4,38 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
+import torch
+
+from gptforge.builders.memory_fit import MemoryEstimator
+from gptforge.config import Config
+from gptforge.data.prepare.workers import num_cpus
+from gptforge.device import select_device, select_precision
 from gptforge.printable import printable
+from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION
 
 POLL_SECONDS = 0.1
-
-
-class Process(Protocol):
-    """What the scheduler needs of a `subprocess.Popen`."""
-
-    def poll(self) -> int | None:
-        """The exit code; None while it runs."""
-
-    def send_signal(self, number: int, /) -> None:
-        """Send a signal."""
-
-    def wait(self) -> int:
-        """Wait for the end."""
-
-    def kill(self) -> None:
-        """End it at once."""
+MAX_JOBS_PER_GPU = 4
+CONTEXT_BYTES = 10**9
+"""GPU memory of a process before it allocates anything: the CUDA context and libraries."""
+Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a trial with one of its seeds.
+    """One training run: a trial with one of its seeds."""
 
-    Attributes:
-        trial: number of the trial.
-        seed: of this run.
-        folder: its run folder.
-        args: arguments of `gptforge train`.
-    """
-
-    trial: int
+    trial: str
     seed: int
     folder: Path
     args: tuple[str, ...]
+    """Arguments of `gptforge train`."""
 
     @property
     def log(self) -> Path:
@@ -71,39 +60,37 @@ def run_all(
         start: starts a run in a slot, 0 to jobs - 1.
         on_end: called with a run and its exit code.
     """
-    waiting: deque[Run] = deque()
-    source: Iterator[Sequence[Run]] = iter(batches)
+    waiting = chain.from_iterable(batches)
     active: dict[int, tuple[Run, Process]] = {}
     try:
         while True:
-            while len(active) < jobs:
-                while not waiting and (batch := next(source, None)) is not None:
-                    waiting.extend(batch)
-                if not waiting:
+            for slot in sorted(set(range(jobs)) - active.keys()):
+                if (run := next(waiting, None)) is None:
                     break
-                run = waiting.popleft()
-                slot = min(set(range(jobs)) - active.keys())
                 active[slot] = run, start(run, slot)
             if not active:
                 return
+            time.sleep(POLL_SECONDS)
             for slot, (run, process) in list(active.items()):
-                code = process.poll()
-                if code is not None:
+                if (code := process.poll()) is not None:
                     del active[slot]
                     on_end(run, code)
-            if len(active) == jobs or not waiting:
-                time.sleep(POLL_SECONDS)
     except BaseException:
         _stop([process for _, process in active.values()])
         raise
 
 
-def start_process(run: Run, command: Sequence[str], env: dict[str, str]) -> Process:
-    """Start a run; its output replaces its log."""
+def start_process(run: Run, *, device: str, jobs: int) -> Process:
+    """Start a run on a device, as one of `jobs`; its output replaces its log."""
+    env = dict(os.environ)
+    if jobs > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // jobs)))
+    root = Path(__file__).parents[2]  # found without an installation, too
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [*command, *run.args],
+            [sys.executable, "-m", "gptforge", "train", f"--device={device}", *run.args],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -136,3 +123,25 @@ def _stop(processes: Sequence[Process]) -> None:
         for process in processes:
             process.kill()
         raise
+
+
+def find_devices(config: Config) -> list[str]:
+    """Devices that runs take in turns: all GPUs, unless one is named."""
+    count = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    return [f"cuda:{i}" for i in range(count)] if count > 1 else [config.device]
+
+
+def jobs_per_device(config: Config, *, is_explicit: bool) -> int:
+    """Runs at a time that fit into the memory of a GPU; 1 on other devices.
+
+    `is_explicit`: whether the user set `batch_size`.
+    """
+    device, _ = select_device(config.device)
+    if device.type != "cuda":
+        return 1
+    estimator = MemoryEstimator(config, select_precision(config.dtype, device), device)
+    micro_batch = config.batch_size if is_explicit else estimator.micro_batch()
+    memory = estimator.estimate(micro_batch, str(device))
+    free = MAX_MEMORY_FRACTION * (memory.free_bytes or 0)
+    fitting = int(free // (memory.needed_bytes + CONTEXT_BYTES))
+    return max(1, min(MAX_JOBS_PER_GPU, fitting))

@@ -1,17 +1,21 @@
-"""What a sweep varies: values and ranges of fields, and grid and random search over them."""
+"""What a sweep varies: values and ranges of fields, and which of them each trial has."""
 
+import contextlib
 import itertools
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptforge.config import FIELDS, RENAMED_FIELDS, TYPE_NAMES, Config, Value, merge
 from gptforge.errors import UserError
 
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
 Values = dict[str, Value]
 """Swept fields and their values in one trial."""
-
 NOT_SWEPT = {
     "seed": "use --seeds",
     "tokenizer": "losses per token of different tokenizers cannot be compared",
@@ -27,21 +31,8 @@ NOT_SWEPT = {
     "device": "use --jobs",
 }
 """Fields that cannot be swept, and why."""
-MAX_DRAWS = 1000
-"""Draws of random search in search of values that no earlier trial has."""
-SIGNIFICANT_DIGITS = 4
-"""Of floats drawn from a range, so that they can be typed."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Values to choose from."""
-
-    values: tuple[Value, ...]
-
-    def draw(self, rng: random.Random) -> Value:
-        """Draw one of the values."""
-        return rng.choice(self.values)
+STORAGE = "optuna.db"
+"""Optuna's own format: optuna-dashboard opens it."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +44,9 @@ class Range:
     is_log: bool
     is_int: bool
 
-    @property
-    def values(self) -> tuple[Value, Value]:
-        """Both ends."""
-        return self.from_float(self.low), self.from_float(self.high)
 
-    def from_float(self, number: float) -> Value:
-        """A number of the range's type, rounded so that it can be typed."""
-        return int(number) if self.is_int else float(f"{number:.{SIGNIFICANT_DIGITS}g}")
-
-    def draw(self, rng: random.Random) -> Value:
-        """Draw a number."""
-        # Whole numbers are rounded down, so that each needs an interval of length 1.
-        low, high = self.low, self.high + self.is_int
-        if self.is_log:
-            number = math.exp(rng.uniform(math.log(low), math.log(high)))
-        else:
-            number = rng.uniform(low, high)
-        return self.from_float(min(number, self.high))
-
-
-Space = dict[str, Choices | Range]
+Dimension = tuple[Value, ...] | Range
+Space = dict[str, Dimension]
 
 
 def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
@@ -106,38 +79,79 @@ def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
         if is_range:
             space[name] = _parse_range(name, text, source)
         else:
-            values = tuple(dict.fromkeys(_parse_value(name, item) for item in texts))
+            values = dict.fromkeys(_parse_value(name, item) for item in texts)
             checked = [merge(base, {name: value}, source=source) for value in values]
-            space[name] = Choices(tuple(getattr(config, name) for config in checked))
+            space[name] = tuple(getattr(config, name) for config in checked)
     return space
 
 
-def grid_search(space: Space) -> Iterator[Values]:
-    """All combinations; the last field varies fastest."""
-    for values in itertools.product(*(dimension.values for dimension in space.values())):
-        yield dict(zip(space, values, strict=True))
-
-
-def random_search(space: Space, trials: int, seed: int) -> Iterator[Values]:
-    """Independent draws, all different: fewer than `trials` if there are no more values.
-
-    More trials begin with the same draws.
-    """
-    rng = random.Random(seed)
-    seen: list[Values] = []
-    for _ in range(trials):
-        for _ in range(MAX_DRAWS):
-            values = {name: dimension.draw(rng) for name, dimension in space.items()}
-            if values not in seen:
-                seen.append(values)
-                yield values
-                break
+def ends(dimension: Dimension) -> tuple[Value, ...]:
+    """All values, or both ends of a range."""
+    if isinstance(dimension, Range):
+        return _rounded(dimension.low, dimension), _rounded(dimension.high, dimension)
+    return dimension
 
 
 def largest(space: Space) -> Values:
     """The largest number of each numeric field, for estimates of memory and length."""
-    numbers = {name: d.values for name, d in space.items() if FIELDS[name] in (int, float)}
-    return {name: max(values) for name, values in numbers.items()}
+    return {name: max(ends(dim)) for name, dim in space.items() if FIELDS[name] in (int, float)}
+
+
+def grid_search(space: Space) -> Iterator[Values]:
+    """All combinations; the last field varies fastest."""
+    for values in itertools.product(*map(ends, space.values())):
+        yield dict(zip(space, values, strict=True))
+
+
+def optuna_search(
+    space: Space,
+    method: str,
+    *,
+    seed: int,
+    trials: int,
+    study: str,
+    folder: Path,
+    losses: Callable[[], Mapping[str, float | None]],
+) -> Iterator[Values]:
+    """Values that Optuna samples, in a study that a later process continues.
+
+    Values of an earlier process come first; few possible values come more than once.
+
+    Args:
+        space: what to search.
+        method: tpe or random.
+        seed: of the sampler.
+        trials: how many.
+        study: name of the study.
+        folder: where the storage is.
+        losses: gives the loss of each trial that has ended, None if it failed, by `describe`.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{(folder / STORAGE).resolve().as_posix()}"
+    opened = optuna.create_study(storage=storage, study_name=study, load_if_exists=True)
+    # A new process must not repeat the draws of an earlier one.
+    seed = (seed + len(opened.trials)) % 2**32
+    opened.sampler = optuna.samplers.RandomSampler(seed)
+    if method == "tpe":  # constant_liar keeps trials that run at the same time apart
+        opened.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    distributions = {name: _distribution(dimension) for name, dimension in space.items()}
+    # A kill may leave a trial without all of its parameters.
+    known = [trial for trial in opened.trials if trial.params.keys() == space.keys()]
+    yielded: dict[int, str] = {}
+    for i in range(trials + 1):
+        ended = losses()
+        for number, values_text in yielded.items():
+            if values_text in ended:
+                loss = ended[values_text]
+                state = optuna.trial.TrialState.FAIL if loss is None else None
+                opened.tell(number, loss, state, skip_if_finished=True)
+        if i < trials:
+            trial = known[i] if i < len(known) else opened.ask(distributions)
+            values = {name: _rounded(trial.params[name], dim) for name, dim in space.items()}
+            yielded[trial.number] = describe(values)
+            yield values
 
 
 def describe(values: Mapping[str, Value]) -> str:
@@ -152,12 +166,27 @@ def format_value(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
+def _rounded(value: Value, dimension: Dimension) -> Value:
+    """A number of a range in its type, with so few digits that it can be typed."""
+    if not isinstance(dimension, Range):
+        return value
+    return int(value) if dimension.is_int else float(f"{value:.4g}")
+
+
+def _distribution(dimension: Dimension) -> "BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if not isinstance(dimension, Range):
+        return CategoricalDistribution(dimension)
+    if dimension.is_int:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.is_log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.is_log)
+
+
 def _parse_range(name: str, text: str, source: str) -> Range:
-    kind = FIELDS[name]
-    is_log = text.startswith("log:")
-    ends = text.removeprefix("log:").split("..")
+    kind, is_log = FIELDS[name], text.startswith("log:")
     try:
-        low, high = (kind(end) for end in ends)
+        low, high = map(kind, text.removeprefix("log:").split(".."))
     except ValueError:
         raise UserError(
             f"{source}: each end of a range of {name} is {TYPE_NAMES[kind]}, such as "
@@ -174,11 +203,7 @@ def _parse_value(name: str, text: str) -> Value:
     """A value of the type that the text looks like; `merge` compares it with the field's."""
     if FIELDS.get(name) is str:
         return text
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
+    for parse in ({"true": True, "false": False}.__getitem__, int, float):
+        with contextlib.suppress(ValueError, KeyError):
+            return parse(text)
     return text

@@ -27,7 +27,7 @@ def rollback(trainer: "Trainer") -> None:
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
     log, report = trainer.report.console.log, trainer.report
-    with trainer.untimed():
+    with trainer.timer.exclude():
         trainer.saver.wait()
         report.log_saves(trainer.saver.poll())
         position, rollbacks = trainer.dataloader.position, old.rollbacks + 1

@@ -81,6 +81,14 @@ class TrainState:
         must_save = save_deferred or self.step == Schedule.from_config(config).stable_end
         return [*due, "save"] if must_save and "save" not in due else due
 
+    def count_eval(self, config: Config, loss: float) -> None:
+        """Count an evaluation with this loss, and note if it is the best."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
+        elif self.step > (Schedule.from_config(config).stable_end or 0):
+            # Before the decay of wsd the loss may stay level, and falls in the decay.
+            self.evals_since_best += 1
+
     def to_json(self) -> dict[str, Any]:
         """Return the counters for state.json; NaN and Inf become null."""
         record = asdict(self)

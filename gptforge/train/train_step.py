@@ -4,13 +4,13 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from gptforge.device import Precision, synchronize
+from gptforge.device import Precision, preserve_rng_state, synchronize
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
@@ -242,7 +242,7 @@ class TrainStep:
         tokens = torch.arange(num_tokens, device=self.device) % self.model.config.vocab_size
         x = tokens.view(batch_size, context_length)
         self.root_module.train()
-        with _preserve_rng_state(self.device):
+        with preserve_rng_state(self.device):
             synchronize(self.device)
             start = time.perf_counter()
             self.backend.zero_grad()
@@ -294,24 +294,3 @@ class TrainStep:
             f"{label}note: out of memory; continuing with micro-batches of {self.micro_batch_size}",
             extra={"any_rank": True},
         )
-
-
-def replace_tokens(tokens: Tensor, probability: float) -> Tensor:
-    """Replace tokens at random by others of the batch.
-
-    Replacements have the frequencies of the text, which regularizes better than uniform ones (Xie
-    et al., "Data noising as smoothing in neural network language models", 2017).
-    """
-    is_replaced = torch.rand(tokens.shape, device=tokens.device) < probability
-    others = torch.randint(tokens.numel(), tokens.shape, device=tokens.device)
-    return torch.where(is_replaced, tokens.flatten()[others], tokens)
-
-
-@contextmanager
-def _preserve_rng_state(device: torch.device) -> Iterator[None]:
-    """Restore the RNG state at the end, so that a dry run does not change later dropout masks."""
-    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    if mps_state is not None:
-        torch.mps.set_rng_state(mps_state)

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.config import SEED_LIMIT, Config
-from gptforge.data.dataloader import DataLoader
-from gptforge.device import synchronize
+from gptforge.data.dataloader import DataLoader, replace_tokens
 from gptforge.distributed import AsyncMax, Comm
 from gptforge.errors import RunError
 from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
@@ -25,7 +23,8 @@ from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
-from gptforge.train.train_step import TrainStep, replace_tokens
+from gptforge.train.timer import StepTimer
+from gptforge.train.train_step import TrainStep
 
 SAMPLE_TOKENS = 200
 
@@ -57,15 +56,17 @@ class Trainer:
     stop_consensus: AsyncMax
     """Makes all ranks stop at the same step."""
 
+    timer: StepTimer = field(init=False)
     _start_time: float = field(init=False)
-    _lap_start: float = field(init=False, default=0.0)
-    _last_logged: int = field(init=False)
     _loss: Tensor = field(init=False)
     _recent_losses: RecentLosses = field(init=False)
     rolled_back_to: int = field(init=False, default=-1)
     """Step of the last checkpoint that was rolled back to."""
     is_save_deferred: bool = field(init=False, default=False)
     """Whether to save after the next good step, since a save was due in a streak of bad ones."""
+
+    def __post_init__(self) -> None:
+        self.timer = StepTimer(self.step_fn.device, self.comm)
 
     def fit(self) -> StopReason:
         """Train to the last step or until a reason to stop; the state is saved either way."""
@@ -196,7 +197,7 @@ class Trainer:
         Without validation data, the mean of the recent training losses takes its place.
         """
         state, step_fn = self.state, self.step_fn
-        with self.untimed(), step_fn.ema_weights():
+        with self.timer.exclude(), step_fn.ema_weights():
             score: ValLoss | None = None
             if self.val_evaluator is None:
                 # During a streak of bad steps, earlier losses are no estimate for these weights.
@@ -213,12 +214,7 @@ class Trainer:
                 state.partial = None
                 score, loss = result, result.loss
             is_best = loss < state.best_loss
-            if is_best:
-                state.best_loss, state.best_step = loss, state.step
-                state.evals_since_best = 0
-            elif state.step > (Schedule.from_config(self.config).stable_end or 0):
-                # Before the decay of wsd the loss may stay level, and falls in the decay.
-                state.evals_since_best += 1
+            state.count_eval(self.config, loss)
             if score is not None:
                 self.report.log_eval(
                     state.step,
@@ -234,7 +230,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Log a sample, drawn with a separate RNG so that training is not affected."""
-        with self.untimed(), self.step_fn.ema_weights():
+        with self.timer.exclude(), self.step_fn.ema_weights():
             model = self.step_fn.unsharded_model()
             if model is None:
                 return
@@ -254,7 +250,7 @@ class Trainer:
 
     def save(self, *, is_best: bool) -> None:
         """Start to write a checkpoint in the background."""
-        with self.untimed():
+        with self.timer.exclude():
             state = self.state
             self.is_save_deferred = False
             # With an evaluation pending, this save is an extra one; the due save comes after it.
@@ -286,31 +282,11 @@ class Trainer:
         self._recent_losses = RecentLosses(state.recent_losses, maxlen=maxlen, device=device)
         self.loss_monitor.reset(state.bad_steps)
         self._loss = torch.tensor(state.loss, device=device)
-        self._last_logged = state.step
-        self._start_lap()
-
-    @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Exclude a block from the step time and from the watchdog's stall check."""
-        synchronize(self.step_fn.device)
-        start = time.perf_counter()
-        with self.comm.pause_stall_check():
-            yield
-        synchronize(self.step_fn.device)
-        self._lap_start += time.perf_counter() - start
-
-    def _start_lap(self) -> float:
-        """Start to time steps; returns the seconds since the last call, without untimed blocks."""
-        synchronize(self.step_fn.device)
-        now = time.perf_counter()
-        seconds, self._lap_start = now - self._lap_start, now
-        return seconds
+        self.timer.restart(state.step)
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         self.state.loss = float(loss)
-        # Avoid a division by zero on a coarse clock.
-        seconds = max(self._start_lap() / (self.state.step - self._last_logged), 1e-9)
-        self._last_logged = self.state.step
+        seconds = self.timer.seconds_per_step(self.state.step)
         self.report.log_step(
             {
                 "step": step,

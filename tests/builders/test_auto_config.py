@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import auto_config, recipe
+from gptforge.builders import auto_config, fit_time_limit, recipe
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.step_timing import StepTiming
 from gptforge.checkpoint.format import read_config
@@ -85,7 +85,7 @@ def test_time_limit_cuts_the_steps_of_a_new_run_only(config, monkeypatch) -> Non
     monkeypatch.setattr(auto_config, "_flops_per_second", lambda *_: 1e15)
     for seconds, is_new in ((55.0, True), (1.0, False)):
         timing = StepTiming(seconds / 16, "faked")
-        monkeypatch.setattr(auto_config, "time_step", lambda *_, t=timing, **__: t)
+        monkeypatch.setattr(fit_time_limit, "time_step", lambda *_, t=timing, **__: t)
         trainer = build_trainer(config, explicit=flags)
         assert trainer is not None
         # 510 of 600 seconds, less the start: 8 steps, and at the end an evaluation.

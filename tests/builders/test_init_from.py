@@ -112,7 +112,7 @@ def test_run_started_with_another_tokenizer_by_an_earlier_version_resumes(
         max_steps=4,
     )
     with monkeypatch.context() as earlier:
-        for module in ("resolve", "build_trainer"):
+        for module in ("resolve", "resolve_run"):
             earlier.setattr(f"gptforge.builders.{module}.check_tokenizer", lambda *_, **__: None)
         trainer = build_trainer(second, explicit=("tokenizer",))
         assert trainer is not None

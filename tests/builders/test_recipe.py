@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptforge.builders.fit_time_limit import fit_steps
 from gptforge.builders.recipe import (
     ANCHORS,
     MAX_PRESET_MEGABYTES,
     MIN_STEPS_SHARE,
     RECIPE_FIELDS,
     USABLE_TIME,
-    fit_steps,
     make_recipe,
 )
 from gptforge.config import Config, merge, validate

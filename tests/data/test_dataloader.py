@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.data.dataloader import DataLoader, count_sequences
+from gptforge.data.dataloader import DataLoader, count_sequences, replace_tokens
 from gptforge.errors import UserError
 
 CPU = torch.device("cpu")
@@ -175,3 +175,14 @@ def test_random_offset_shifts_all_sequences_of_an_epoch(tokens, length) -> None:
         offsets.add(starts[0])
     # Twelve equal offsets have a probability of 1 in 2000 at most, and the seed is fixed.
     assert len(offsets) > 1
+
+
+def test_replaced_tokens_come_from_the_batch() -> None:
+    torch.manual_seed(0)
+    tokens = torch.tensor([[3, 3, 7, 9]]).repeat(64, 64)
+    replaced = replace_tokens(tokens, 0.2)
+    assert set(replaced.unique().tolist()) == {3, 7, 9}
+    # A replacement differs from the token in 5 of 8 cases: the chances of the other two, averaged.
+    rate = (replaced != tokens).double().mean().item()
+    assert rate == pytest.approx(0.2 * 0.625, abs=0.015)
+    assert torch.equal(replace_tokens(tokens, 0), tokens)

@@ -50,45 +50,44 @@ def test_other_runs_have_no_result(tmp_path, losses, end) -> None:
 
 
 def test_a_trial_is_ranked_at_the_step_with_the_lowest_mean_over_seeds() -> None:
-    runs = {
-        1: RunResult({10: (2.0, 1.0), 20: (1.0, 1.0), 30: (1.9, 2.0)}, 10.0),
-        2: RunResult({10: (2.0, 1.0), 20: (3.0, 1.0), 30: (1.7, 4.0)}, 20.0),
-    }
-    result = trial_result(5, {"max_lr": 1e-3}, runs)
+    runs = [
+        RunResult({10: (2.0, 1.0), 20: (1.0, 1.0), 30: (1.9, 2.0)}, 10.0),
+        RunResult({10: (2.0, 1.0), 20: (3.0, 1.0), 30: (1.7, 4.0)}, 20.0),
+    ]
+    result = trial_result("five", {"max_lr": 1e-3}, runs)
     assert (result.step, result.losses, result.bits_per_byte) == (30, (1.9, 1.7), 3.0)
     assert result.loss == pytest.approx(1.8)
     assert result.spread == pytest.approx(math.sqrt(0.02))
     assert result.seconds == 15.0
+    assert trial_result("five", {}, runs, step=20).losses == (1.0, 3.0)
 
 
 def test_a_trial_without_one_of_its_seeds_has_no_loss() -> None:
     run = RunResult({10: (2.0, 1.0)}, 10.0)
-    result = trial_result(5, {}, {1: run, 2: None}, error="out of memory")
+    result = trial_result("five", {}, [run, None], error="out of memory")
     assert not result.losses and result.loss == math.inf
     assert result.error == "out of memory"
 
 
 RESULTS = [
-    TrialResult(2, {"max_lr": 0.002, "shuffle": True}, (1, 2), (1.5, 1.7), 1500, 2.25, 40.0),
-    TrialResult(1, {"max_lr": 0.001, "shuffle": False}, error="it broke, badly"),
+    TrialResult("b", {"max_lr": 0.002, "shuffle": True}, (1.5, 1.7), 1500, 2.25, 40.0),
+    TrialResult("a", {"max_lr": 0.001, "shuffle": False}, error="it broke, badly"),
 ]
 
 
-def test_results_are_written_as_csv_and_json_lines(tmp_path) -> None:
+def test_results_are_written_as_csv(tmp_path) -> None:
     write_results(tmp_path, RESULTS)
     with (tmp_path / "results.csv").open(newline="") as file:
         best, failed = csv.DictReader(file)
-    assert best["trial"] == "2" and best["max_lr"] == "0.002" and best["best_step"] == "1500"
+    assert best["trial"] == "b" and best["max_lr"] == "0.002" and best["best_step"] == "1500"
     assert float(best["val_loss"]) == pytest.approx(1.6)
+    assert float(best["val_loss_std"]) == pytest.approx(0.141421)
     assert failed["val_loss"] == "" and failed["error"] == "it broke, badly"
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert lines[0]["val_losses"] == {"1": 1.5, "2": 1.7}
-    assert lines[1]["val_loss"] is None
 
 
 def test_the_table_lines_up() -> None:
-    lines = table(RESULTS, ["max_lr", "shuffle"]).splitlines()
+    lines = table(RESULTS).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells == ["2", "0.002", "true", "1.6000 ± 0.1414", "2.2500", "1,500", "40 seconds"]
-    assert "failed" in lines[3]
+    assert cells == ["b", "0.002", "true", "1.600000", "0.141421", "2.250000", "1500", "40.0", ""]
+    assert "it broke, badly" in lines[3]

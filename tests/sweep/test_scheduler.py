@@ -40,7 +40,7 @@ def no_sleep(monkeypatch) -> None:
 
 
 def runs(*trials: int) -> list[Run]:
-    return [Run(trial, 0, Path(f"trial-{trial}"), ()) for trial in trials]
+    return [Run(str(trial), trial, Path(f"trial-{trial}"), ()) for trial in trials]
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 10])
@@ -51,15 +51,15 @@ def test_every_run_starts_once_and_no_more_than_jobs_at_a_time(jobs) -> None:
     def start(run: Run, slot: int) -> FakeProcess:
         nonlocal most
         assert slot in range(jobs) and slot not in active.values()
-        active[run.trial] = slot
-        started.append(run.trial)
+        active[run.seed] = slot
+        started.append(run.seed)
         most = max(most, len(active))
-        return FakeProcess(polls=run.trial % 4, code=run.trial)
+        return FakeProcess(polls=run.seed % 4, code=run.seed)
 
     def on_end(run: Run, code: int) -> None:
-        assert code == run.trial
-        del active[run.trial]
-        ended.append(run.trial)
+        assert code == run.seed
+        del active[run.seed]
+        ended.append(run.seed)
 
     run_all([runs(1, 2), [], runs(3), runs(4, 5, 6)], jobs=jobs, start=start, on_end=on_end)
     assert started == sorted(ended) == [1, 2, 3, 4, 5, 6]
@@ -79,8 +79,8 @@ def test_a_batch_is_taken_only_when_a_job_is_free() -> None:
     run_all(
         batches(),
         jobs=2,
-        start=lambda run, slot: FakeProcess(polls={1: 0, 2: 2, 3: 9}[run.trial]),
-        on_end=lambda run, code: ended.append(run.trial),
+        start=lambda run, slot: FakeProcess(polls={1: 0, 2: 2, 3: 9}[run.seed]),
+        on_end=lambda run, code: ended.append(run.seed),
     )
     assert ended == [1, 2, 3]
 
@@ -132,7 +132,7 @@ def test_a_second_interrupt_kills(monkeypatch) -> None:
     ],
 )
 def test_last_error(tmp_path, log, error) -> None:
-    run = Run(1, 0, tmp_path / "trial-0001", ())
+    run = Run("1", 0, tmp_path / "trial-0001", ())
     if log is not None:
         run.log.write_text(log)
     assert last_error(run, 9) == error

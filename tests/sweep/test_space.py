@@ -1,29 +1,31 @@
-"""What --grid and --random search."""
+"""What a sweep searches."""
 
+import importlib.util
 import itertools
 import math
+from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.sweep.space import (
     NOT_SWEPT,
-    Choices,
     Range,
+    Space,
     describe,
+    format_value,
     grid_search,
     largest,
+    optuna_search,
     parse_space,
-    random_search,
 )
 
 BASE = Config()
+needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs optuna")
 
 
-def parse(*specs: str, flag: str = "--random") -> dict[str, Choices | Range]:
+def parse(*specs: str, flag: str = "--random") -> Space:
     return parse_space(specs, BASE, flag=flag)
 
 
@@ -36,13 +38,13 @@ def test_values_and_ranges_have_the_type_of_their_field() -> None:
         "max_lr": Range(1e-4, 1e-2, is_log=True, is_int=False),
         "dropout": Range(0.0, 0.4, is_log=False, is_int=False),
         "n_layer": Range(2, 8, is_log=False, is_int=True),
-        "n_head": Choices((2, 4)),
-        "optimizer": Choices(("muon",)),
-        "weight_decay": Choices((1.0, 0.1)),
-        "compile": Choices(("true", "auto")),
-        "random_offset": Choices((True, False)),
+        "n_head": (2, 4),
+        "optimizer": ("muon",),
+        "weight_decay": (1.0, 0.1),
+        "compile": ("true", "auto"),
+        "random_offset": (True, False),
     }
-    assert isinstance(space["weight_decay"].values[0], float)
+    assert isinstance(space["weight_decay"][0], float)
 
 
 @pytest.mark.parametrize(
@@ -80,28 +82,53 @@ def test_grid_search_gives_every_combination_once() -> None:
     assert found == list(itertools.product([1e-3, 2e-3], [1, 2, 3]))
 
 
-@given(seed=st.integers(0, 2**63 - 1))
-def test_random_search_stays_inside_the_ranges_and_repeats_nothing(seed) -> None:
+def search(space: Space, trials: int, folder: Path, method: str = "random", **losses: float):
+    found: dict[str, float | None] = dict(losses)
+    for values in optuna_search(
+        space, method, seed=0, trials=trials, study="test", folder=folder, losses=lambda: found
+    ):
+        yield values, found
+
+
+@needs_optuna
+def test_random_search_stays_inside_the_ranges_and_is_uniform_in_the_logarithm(tmp_path) -> None:
     space = parse("max_lr=log:1e-4..1e-2", "n_layer=2..4", "optimizer=adamw,muon")
-    found = list(random_search(space, 20, seed))
-    assert len({describe(values) for values in found}) == 20
+    found = [values for values, _ in search(space, 60, tmp_path)]
     for values in found:
         assert 1e-4 <= values["max_lr"] <= 1e-2
         assert values["n_layer"] in (2, 3, 4) and isinstance(values["n_layer"], int)
-    # More trials begin with the same ones, so a sweep can be extended.
-    assert list(random_search(space, 30, seed))[:20] == found
+        assert float(format_value(values["max_lr"])) == values["max_lr"]
+    below = sum(values["max_lr"] < 1e-3 for values in found)
+    assert abs(below - 30) < 4 * math.sqrt(15)
 
 
-def test_random_search_ends_when_there_are_no_more_values() -> None:
-    space = parse("n_layer=1..3", "shuffle=true,false")
-    found = {describe(values) for values in random_search(space, 100, seed=0)}
-    assert len(found) == 6
+@needs_optuna
+def test_tpe_learns_from_losses(tmp_path) -> None:
+    tried = []
+    for values, losses in search(parse("weight_decay=0..1"), 24, tmp_path, "tpe"):
+        tried.append(values["weight_decay"])
+        losses[describe(values)] = (values["weight_decay"] - 0.3) ** 2
+    early, late = tried[:8], tried[-8:]
+    assert sum(abs(v - 0.3) for v in late) < 0.5 * sum(abs(v - 0.3) for v in early)
 
 
-def test_a_logarithmic_range_is_uniform_in_the_logarithm() -> None:
-    draws = random_search(parse("max_lr=log:1e-4..1e-2"), 2000, seed=0)
-    below = sum(values["max_lr"] < 1e-3 for values in draws)
-    assert abs(below - 1000) < 4 * math.sqrt(500)
+@needs_optuna
+@pytest.mark.parametrize("method", ["random", "tpe"])
+def test_a_second_process_gets_the_same_trials_and_then_new_ones(tmp_path, method) -> None:
+    import optuna
+
+    space = parse("max_lr=log:1e-4..1e-2", "n_layer=1..8", "optimizer=adamw,muon")
+    first = search(space, 5, tmp_path, method)
+    known = [next(first)[0] for _ in range(3)]  # the process ends before any loss is known
+    found = []
+    for values, losses in search(space, 5, tmp_path, method):
+        found.append(values)
+        losses[describe(values)] = None if len(found) == 2 else 1.0
+    assert found[:3] == known
+    assert len({describe(values) for values in found}) == 5
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    states = [trial.state.name for trial in study.trials]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
 
 
 def test_largest_has_the_upper_ends_of_numbers() -> None:

@@ -17,9 +17,9 @@ from gptforge.config import Config, read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.report import run_report
-from gptforge.sweep import devices, search
+from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run
-from gptforge.sweep.sweep_dir import SweepDir
+from gptforge.sweep.search import DATA, prepare_text
 from tests import programs
 from tests.conftest import play_text
 
@@ -51,11 +51,11 @@ def started(monkeypatch) -> list[Run]:
     """Train in this process, and list what was trained."""
     runs: list[Run] = []
 
-    def start(run: Run, command, env) -> Finished:
+    def start(run: Run, *, device: str, jobs: int) -> Finished:
         runs.append(run)
-        return Finished(cli.main([*command[3:], *run.args]))
+        return Finished(cli.main(["train", f"--device={device}", *run.args]))
 
-    monkeypatch.setattr(search, "start_process", start)
+    monkeypatch.setattr(scheduler, "start_process", start)
     # The curves of each run take longer than its steps.
     monkeypatch.setattr(run_report, "save_curves", lambda *args, **kwargs: None)
     return runs
@@ -76,29 +76,27 @@ def test_a_sweep_ranks_trials_and_the_same_command_skips_finished_ones(
 ) -> None:
     done = program("sweep", *TINY, *GRID, "--seeds", "2")
     assert done.code == 0, done.err
-    assert [(run.trial, run.seed) for run in started] == [
-        (trial, seed) for trial in (1, 2) for seed in (1337, 1338)
-    ]
+    assert [run.seed for run in started] == [1337, 1338, 1337, 1338]
+    first, second = started[0].trial, started[2].trial
     ranked = rows()
     losses = [float(row["val_loss"]) for row in ranked]
     assert len(losses) == 2 and losses == sorted(losses)
     assert f"Best: trial {ranked[0]['trial']}, max_lr=" in done.out
     assert Path("sweep/sweep.png").exists()
     # One step for all seeds: where their mean is lowest.
-    evals = [val_losses(Path(f"sweep/trial-0001{suffix}")) for suffix in ("", "-seed-1338")]
+    evals = [val_losses(Path(f"sweep/trial-{first}{suffix}")) for suffix in ("", "-seed-1338")]
     means = [(evals[0][step] + evals[1][step]) / 2 for step in (2, 4)]
-    trial_1 = next(row for row in ranked if row["trial"] == "1")
-    assert float(trial_1["val_loss"]) == pytest.approx(min(means))
+    row = next(row for row in ranked if row["trial"] == first)
+    assert float(row["val_loss"]) == pytest.approx(min(means), abs=1e-6)
 
     started.clear()
     assert program("sweep", *TINY, *GRID, "--seeds", "2").code == 0
     assert started == [] and rows() == ranked
-    # More values and seeds: only what is new is trained, under the old numbers.
+    # More values and seeds: only what is new is trained.
     more = ("--grid", "max_lr=5e-3,1e-2", "--seeds", "3")
     assert program("sweep", *TINY, *more).code == 0
-    assert [(run.trial, run.seed) for run in started] == [
-        (3, 1337), (3, 1338), (3, 1339), (2, 1339),
-    ]  # fmt: skip
+    assert [run.seed for run in started] == [1337, 1338, 1339, 1339]
+    assert started[0].trial not in (first, second) and started[3].trial == second
 
 
 def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:
@@ -108,7 +106,7 @@ def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:
     # Other text with the same characters.
     Path("play.txt").write_text(text[:cut] + text[cut:][::-1])
     assert program("sweep", *TINY, *GRID, "--out_dir", "other").code == 0
-    data = [Path(folder, "data/train.bin").read_bytes() for folder in ("sweep", "other")]
+    data = [next(Path(folder, DATA).glob("*.bin")).read_bytes() for folder in ("sweep", "other")]
     assert data[0] == data[1]
     assert [row["val_loss"] for row in rows()] == [row["val_loss"] for row in rows("other")]
 
@@ -118,8 +116,7 @@ def test_documents_of_the_test_tail_are_left_out(tmp_path) -> None:
     lines = [json.dumps({"text": f"Document {i}, {i * 7 % 41}."}) for i in range(300)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     dataset = open_dataset(tmp_path / "docs.jsonl", DatasetOptions("byte", val_fraction=0.2))
-    sweep_dir = SweepDir(tmp_path / "sweep", Config(), dataset, ())
-    flags = sweep_dir.input_flags
+    _, flags = prepare_text(tmp_path / "sweep", dataset)
     options = DatasetOptions(flags["tokenizer"], val_fraction=0.2, require_tokenizer=True)
     trial = open_dataset(Path(flags["input"]), options)
     expected = dataset.train[: len(dataset.train)].tolist()
@@ -148,31 +145,33 @@ def test_final_trains_the_best_trial_and_quotes_the_test_tail(program, play, sta
 
 
 def test_a_failed_trial_is_recorded_and_retried(program, play, started, monkeypatch) -> None:
-    train = search.start_process
+    train = scheduler.start_process
 
-    def start(run: Run, command, env) -> Finished:
-        if run.trial != 2:
-            return train(run, command, env)
+    trials: list[str] = []
+
+    def start(run: Run, **options) -> Finished:
+        trials.append(run.trial)
+        if len(trials) == 1:
+            return train(run, **options)
         run.log.write_text("step 1\nerror: the device ran out of memory\n")
         return Finished(1)
 
-    monkeypatch.setattr(search, "start_process", start)
+    monkeypatch.setattr(scheduler, "start_process", start)
     done = program("sweep", *TINY, *GRID)
     assert done.code == 0
     assert rows()[1]["error"] == "the device ran out of memory"
-    assert "failed" in done.out
-    monkeypatch.setattr(search, "start_process", train)
+    monkeypatch.setattr(scheduler, "start_process", train)
     started.clear()
     assert program("sweep", *TINY, *GRID).code == 0
-    assert [run.trial for run in started] == [2]
+    assert [run.trial for run in started] == trials[1:]
     assert [row["error"] for row in rows()] == ["", ""]
 
 
 def test_all_trials_failed(program, play, monkeypatch) -> None:
-    def start(run: Run, command, env) -> Finished:
+    def start(run: Run, **options) -> Finished:
         return Finished(9)
 
-    monkeypatch.setattr(search, "start_process", start)
+    monkeypatch.setattr(scheduler, "start_process", start)
     done = program("sweep", *TINY, *GRID)
     assert done.code == 1
     assert done.err == "error: all trials failed; the first: exit code 9\n"
@@ -182,7 +181,8 @@ def test_restart_moves_the_sweep_aside(program, play, started) -> None:
     assert program("sweep", *TINY, "--grid", "max_lr=1e-3").code == 0
     assert program("sweep", *TINY, "--grid", "max_lr=1e-3", "--restart").code == 0
     assert len(started) == 2
-    assert Path("sweep.old-1/trial-0001").exists() and Path("sweep/trial-0001").exists()
+    (name,) = {run.folder.name for run in started}
+    assert Path("sweep.old-1", name).exists() and Path("sweep", name).exists()
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,19 @@ def test_a_mistake_is_one_line_before_anything_runs(program, play, started, args
     assert done.code == 2
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert words in done.err
-    assert started == [] and not Path("sweep/sweep.json").exists()
+    assert started == [] and not Path("sweep/results.csv").exists()
 
 
-def test_without_optuna_tpe_says_how_to_install_it(program, play, started, monkeypatch) -> None:
+def test_without_optuna_a_search_says_how_to_install_it(
+    program, play, started, monkeypatch
+) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "optuna" else find_spec(name)
     )
-    done = program("sweep", *TINY, "--tpe", "dropout=0..0.4")
-    assert done.code == 2 and "pip install -e '.[sweep]'" in done.err
+    for method in ("--tpe", "--random"):
+        done = program("sweep", *TINY, method, "dropout=0..0.4")
+        assert done.code == 2 and "pip install -e '.[sweep]'" in done.err
     assert started == [] and not Path("sweep").exists()
 
 
@@ -223,45 +226,46 @@ def test_a_tpe_sweep_is_extended_by_more_trials(program, play, started) -> None:
     tpe = ("--tpe", "max_lr=log:1e-3..1e-1", "optimizer=adamw,muon")
     assert program("sweep", *TINY, *tpe, "--trials", "2").code == 0
     assert program("sweep", *TINY, *tpe, "--trials", "3").code == 0
-    assert [run.trial for run in started] == [1, 2, 3]
+    assert len(started) == len({run.trial for run in started}) == 3
     assert len({row["max_lr"] for row in rows()}) == 3
 
 
-def test_a_sweep_of_another_configuration_or_text_is_refused(program, play, started) -> None:
-    assert program("sweep", *TINY, "--grid", "max_lr=1e-3").code == 0
-    for change in (("--weight_decay", "1"), ("--max_steps", "5")):
-        done = program("sweep", *TINY, *change, "--grid", "max_lr=1e-3")
-        assert done.code == 2 and change[0][2:] in done.err and "--restart" in done.err
+def test_another_configuration_or_text_has_other_trials(program, play, started) -> None:
+    grid = ("--grid", "max_lr=1e-3")
+    for change in ((), ("--weight_decay", "1"), ("--max_steps", "5"), ("--log_every", "2")):
+        assert program("sweep", *TINY, *change, *grid).code == 0
+    assert len(started) == 3  # how often it logs changes nothing
     Path("play.txt").write_text(play_text() * 2)
-    done = program("sweep", *TINY, "--grid", "max_lr=1e-3")
-    assert done.code == 2 and "the text is another one" in done.err
+    assert program("sweep", *TINY, *grid).code == 0
+    assert len({run.trial for run in started}) == len(started) == 4
+    assert [row["trial"] for row in rows()] == [started[3].trial]
 
 
 @pytest.mark.parametrize(("free", "jobs"), [(None, 1), (10**9, 1), (3 * 10**9, 2), (10**12, 4)])
 def test_jobs_on_a_gpu_are_as_many_as_fit(monkeypatch, free, jobs) -> None:
     memory = MemoryPlan("cuda", 3 * 10**8, {}, free, True)
-    monkeypatch.setattr(devices, "MemoryEstimator", lambda *args: estimator)
+    monkeypatch.setattr(scheduler, "MemoryEstimator", lambda *args: estimator)
     estimator = SimpleNamespace(micro_batch=lambda: 8, estimate=lambda *args: memory)
-    monkeypatch.setattr(devices, "select_device", lambda name: (torch.device("cuda"), ""))
-    monkeypatch.setattr(devices, "select_precision", lambda *args: None)
-    assert devices.jobs_per_device(Config(), is_explicit=False) == jobs
+    monkeypatch.setattr(scheduler, "select_device", lambda name: (torch.device("cuda"), ""))
+    monkeypatch.setattr(scheduler, "select_precision", lambda *args: None)
+    assert scheduler.jobs_per_device(Config(), is_explicit=False) == jobs
 
 
 def test_runs_take_turns_on_several_gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.find_devices(Config()) == ["cuda:0", "cuda:1"]
-    assert devices.find_devices(Config(device="cuda:1")) == ["cuda:1"]
-    assert devices.find_devices(Config(device="cpu")) == ["cpu"]
+    assert scheduler.find_devices(Config()) == ["cuda:0", "cuda:1"]
+    assert scheduler.find_devices(Config(device="cuda:1")) == ["cuda:1"]
+    assert scheduler.find_devices(Config(device="cpu")) == ["cpu"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_an_interrupted_sweep_saves_its_trials_and_resumes_them(program, play, started) -> None:
     args = ("sweep", *TINY, "--max_steps", "100000", "--grid", "max_lr=1e-3")
     process = programs.start(*args, cwd=Path.cwd())
-    trial = Path("sweep/trial-0001")
     deadline = time.monotonic() + 200
-    while not (trial / "checkpoints/best").exists() and time.monotonic() < deadline:
+    while not list(Path("sweep").glob("*/checkpoints/best")) and time.monotonic() < deadline:
         time.sleep(0.1)
+    trial = next(Path("sweep").glob("trial-????????"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err

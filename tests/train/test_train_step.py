@@ -10,7 +10,7 @@ from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
-from gptforge.train.train_step import TrainStep, replace_tokens
+from gptforge.train.train_step import TrainStep
 from tests.train.steps import BFLOAT16, make_batch, make_step
 
 MANUAL = KernelConfig(manual_backward=True)
@@ -221,14 +221,3 @@ def test_activation_checkpointing_recomputes_the_same_dropout(tiny_model) -> Non
         step = make_step(model, activation_checkpointing=recompute)
         losses.append([step(*make_batch("cpu"), lr=1e-2)[0] for _ in range(3)])
     torch.testing.assert_close(losses[0], losses[1])
-
-
-def test_replaced_tokens_come_from_the_batch() -> None:
-    torch.manual_seed(0)
-    tokens = torch.tensor([[3, 3, 7, 9]]).repeat(64, 64)
-    replaced = replace_tokens(tokens, 0.2)
-    assert set(replaced.unique().tolist()) == {3, 7, 9}
-    # A replacement differs from the token in 5 of 8 cases: the chances of the other two, averaged.
-    rate = (replaced != tokens).double().mean().item()
-    assert rate == pytest.approx(0.2 * 0.625, abs=0.015)
-    assert torch.equal(replace_tokens(tokens, 0), tokens)

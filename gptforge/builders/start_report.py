@@ -1,0 +1,95 @@
+"""Start the report of a run: its first writes, after everything that can be refused."""
+
+import platform
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptforge import __version__, files
+from gptforge.builders.build_train_step import attention_backend
+from gptforge.builders.resolve_run import ResolvedRun
+from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.run_dir import OpenedRun
+from gptforge.config import METADATA_TABLE, to_toml
+from gptforge.estimate.formulas import num_params
+from gptforge.model import GPT
+from gptforge.report.console import Console
+from gptforge.report.run_report import RunReport
+from gptforge.report.summary import model_summary
+from gptforge.train.state import TrainState
+from gptforge.train.train_step import TrainStep
+
+
+def config_toml(run: ResolvedRun, *, program: str, command: str) -> str:
+    """The text of config.toml, with the versions and the command that made the run."""
+    return to_toml(run.config, {**_versions(), "command": f"{program} {command}".strip()})
+
+
+def start_report(
+    run: ResolvedRun,
+    opened: OpenedRun,
+    step: TrainStep,
+    state: TrainState,
+    *,
+    program: str,
+    config_text: str,
+) -> RunReport:
+    """Create the run folder, or truncate the logs to the checkpoint that is resumed.
+
+    Ranks other than 0 get a report that writes nothing.
+    """
+    config, dataset, is_main = run.config, run.dataset, run.comm.is_main
+    report = RunReport(
+        Path(config.out_dir),
+        title=f"{config.preset or 'GPT-2'} on {dataset.path.name}",
+        program=program,
+        split_hint=dataset.split_hint,
+        enabled=is_main,
+    )
+    if not is_main:
+        return report
+    report.run_dir.mkdir(parents=True, exist_ok=True)
+    if opened.status == "new":
+        report.delete_logs()
+    files.atomic_write(report.run_dir / checkpoints.CONFIG, config_text)
+    command = tomllib.loads(config_text)[METADATA_TABLE]["command"]
+    if opened.checkpoint is None:
+        # On the meta device: the step's model may be sharded.
+        with torch.device("meta"):
+            summary = model_summary(GPT(config.model))
+        report.start(summary, command=command, facts=_facts(run, step))
+    else:
+        name = opened.checkpoint.name
+        report.resume(
+            state.step,
+            opened.state["file_sizes"],
+            checkpoint=name,
+            is_best=state.best_step == state.step,
+            command=command,
+        )
+        report.console.log(f"Resuming from {name}: step {state.step} of {config.max_steps}")
+    report.console = Console(config.max_steps, state.step)
+    return report
+
+
+def _facts(run: ResolvedRun, step: TrainStep) -> dict[str, Any]:
+    return {
+        "parameters": num_params(run.config.model),
+        "device": str(step.device),
+        "dtype": step.precision.name,
+        "compiled": step.is_compiled,
+        "attention": attention_backend(step, run.config),
+        "micro_batch": step.micro_batch_size,
+        "ranks": run.comm.world_size,
+        **_versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "gptforge": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
