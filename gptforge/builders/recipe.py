@@ -50,9 +50,9 @@ ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     ),
     "cpu": (
         Anchor(  0.01, "char", "muon",   4,  64,   64,   8,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
-        Anchor(  0.3,  "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 1.0, 1.0, 0.1, 0.00),
-        Anchor(  1,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00),
-        Anchor(  5,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00),
+        Anchor(  0.3,  "bpe",  "muon",   4, 128,  256,   8,  1_200, 4e-3, 1.0, 1.0, 0.1, 0.00),
+        Anchor(  1,    "bpe",  "muon",   4, 128,  256,   8,  1_200, 4e-3, 0.5, 0.5, 0.0, 0.00),
+        Anchor(  5,    "bpe",  "muon",   4, 128,  256,   8,  1_200, 4e-3, 0.1, 0.1, 0.0, 0.00),
         Anchor( 20,    "bpe",  "muon",   4, 192,  256,   8, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00),
         Anchor(10_000, "bpe",  "muon",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00),
     ),
@@ -82,7 +82,7 @@ MIN_STEPS_SHARE = 0.5
 """With a time limit, the model shrinks until about this share of its steps fits."""
 USABLE_TIME = 0.85
 """Share of a time limit for training and evaluation; saves, samples and surprises take the rest."""
-EVALUATIONS = 15
+EVALUATIONS = 12
 """About so many in a run."""
 VOCAB_SIZES = {"char": 128, "gpt2": 50304}
 
