@@ -120,7 +120,8 @@ def _rows(results: Sequence[TrialResult]) -> list[list[str]]:
     for r in results:
         outcome = [""] * 5
         if r.losses:
-            outcome = [f"{r.loss:.6f}", f"{r.spread:.6f}", f"{r.bits_per_byte:.6f}"]
+            spread = f"{r.spread:.6f}" if len(r.losses) > 1 else ""
+            outcome = [f"{r.loss:.6f}", spread, f"{r.bits_per_byte:.6f}"]
             outcome += [str(r.step), f"{r.seconds:.1f}"]
         rows.append([r.trial, *map(format_value, r.values.values()), *outcome, r.error])
     return rows

@@ -49,7 +49,7 @@ Resolve = Callable[[Values], tuple[Config, frozenset[str]]]
 
 
 class Sweep:
-    """Trains trials in child processes; a context manager that locks its folder.
+    """Trains trials in child processes; its folder is locked until `close`.
 
     Args:
         space: fields and their values; `method` picks `trials` of them, grid all.
@@ -112,10 +112,8 @@ class Sweep:
         self._results: dict[Run, RunResult | None] = {}
         self._errors: dict[str, str] = {}
 
-    def __enter__(self) -> "Sweep":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Release the folder."""
         self._lock.release()
 
     def run(self) -> list[TrialResult]:
@@ -176,7 +174,9 @@ class Sweep:
 
     def _id(self, config: Config, searched: object) -> str:
         """A name that differs with all that losses depend on."""
-        fields = {name: value for name, value in vars(config).items() if name not in NOT_COMPARED}
+        # Defaults are left out, so that a field of a later version changes no name.
+        changed = dict(vars(config).items() - vars(Config()).items())
+        fields = {name: value for name, value in changed.items() if name not in NOT_COMPARED}
         return json_sha256([self._text_id, fields, searched])[:8]
 
     def _losses(self) -> dict[str, float | None]:
