@@ -1,6 +1,7 @@
 """`gptforge sweep`: search hyperparameters with many training runs on this machine."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
 
         numbers = {"trials": args.trials, "seeds": args.seeds, "jobs": args.jobs}
         try:
-            with Sweep(space, method, resolve, explicit, **numbers) as sweep:
+            with closing(Sweep(space, method, resolve, explicit, **numbers)) as sweep:
                 results = sweep.run()
                 done = [result for result in results if result.losses]
                 safe_print(f"\n{table(results[:MAX_ROWS])}\n")

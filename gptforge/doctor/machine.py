@@ -25,7 +25,7 @@ EXTRAS = {
     "hf": ("`gptforge export --to hf` and `import`", ("transformers", "huggingface_hub")),
     "gguf": ("`gptforge export --to gguf`", ("gguf",)),
     "demo": ("`gptforge demo`", ("gradio",)),
-    "sweep": ("`gptforge sweep --tpe`", ("optuna",)),
+    "sweep": ("`gptforge sweep --random` and `--tpe`", ("optuna",)),
 }
 LOW_DISK_BYTES = 10 * 10**9
 

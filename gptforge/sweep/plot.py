@@ -46,7 +46,7 @@ def plot_sweep(results: Sequence[TrialResult], *, title: str) -> "Figure":
     figure.supylabel("held-out loss, nats per token", fontsize=9, color=TEXT_COLOR)
     # parse_math=False: a file name may contain $.
     figure.suptitle(
-        f"{title}: best of {len(results)} trials {results[0].label}", parse_math=False,
+        f"{title}: best {results[0].label} of {len(results)} trials", parse_math=False,
         fontsize=12, fontweight="bold", color=TEXT_COLOR,
     )  # fmt: skip
     return figure

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gptforge.checkpoint.run_dir import read_metrics_lines
 from gptforge.files import atomic_write
@@ -19,14 +20,13 @@ METRICS = "metrics.jsonl"
 COLUMNS = ("val_loss", "val_loss_std", "val_bpb", "best_step", "seconds", "error")
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """Evaluations of a finished run."""
+class RunResult(NamedTuple):
+    """A finished run."""
 
-    evals: Mapping[int, tuple[float, float]]
-    """Held-out loss in nats per token and bits per byte, by step."""
-    seconds: float
-    """Of training, evaluations included."""
+    evals: Mapping[
+        int, tuple[float, float]
+    ]  # step -> held-out loss in nats per token, bits per byte
+    seconds: float  # of training, evaluations included
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,11 @@ class TrialResult:
 
     trial: str
     values: Values
-    losses: tuple[float, ...] = ()
-    """Held-out loss of each seed at that step; empty if a run has not finished."""
+    losses: tuple[float, ...] = ()  # of each seed at that step; empty if a run has not finished
     step: int = 0
     bits_per_byte: float = float("nan")
     seconds: float = 0.0
-    error: str = ""
-    """Of a failed run."""
+    error: str = ""  # of a failed run
 
     @property
     def loss(self) -> float:
@@ -86,13 +84,16 @@ def trial_result(
     step: int | None = None,
     error: str = "",
 ) -> TrialResult:
-    """Combine the runs of a trial, one for each seed; without a loss if one of them has none."""
+    """Combine the runs of a trial, one for each seed; without a loss if one of them has none.
+
+    The step with the lowest mean loss counts, unless `step` names one.
+    """
     results = [run for run in runs if run is not None]
     steps = set.intersection(*(set(run.evals) for run in results)) if results else set()
+    steps &= steps if step is None else {step}
     if not steps or len(results) < len(runs):
         return TrialResult(trial, values, error=error)
-    if step is None:
-        step = min(steps, key=lambda step: sum(run.evals[step][0] for run in results))
+    step = min(steps, key=lambda step: sum(run.evals[step][0] for run in results))
     losses, bits_per_byte = zip(*(run.evals[step] for run in results), strict=True)
     seconds = statistics.fmean(run.seconds for run in results)
     return TrialResult(trial, values, losses, step, statistics.fmean(bits_per_byte), seconds)
@@ -119,7 +120,8 @@ def _rows(results: Sequence[TrialResult]) -> list[list[str]]:
     for r in results:
         outcome = [""] * 5
         if r.losses:
-            outcome = [f"{r.loss:.6f}", f"{r.spread:.6f}", f"{r.bits_per_byte:.6f}"]
+            spread = f"{r.spread:.6f}" if len(r.losses) > 1 else ""
+            outcome = [f"{r.loss:.6f}", spread, f"{r.bits_per_byte:.6f}"]
             outcome += [str(r.step), f"{r.seconds:.1f}"]
         rows.append([r.trial, *map(format_value, r.values.values()), *outcome, r.error])
     return rows

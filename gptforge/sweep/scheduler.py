@@ -34,8 +34,7 @@ class Run:
     trial: str
     seed: int
     folder: Path
-    args: tuple[str, ...]
-    """Arguments of `gptforge train`."""
+    args: tuple[str, ...]  # of `gptforge train`
 
     @property
     def log(self) -> Path:

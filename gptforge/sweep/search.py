@@ -22,6 +22,7 @@ from gptforge.sweep import scheduler
 from gptforge.sweep.results import RunResult, TrialResult, read_result, trial_result, write_results
 from gptforge.sweep.scheduler import Run
 from gptforge.sweep.space import (
+    INPUT_FIELDS,
     Space,
     Values,
     describe,
@@ -40,10 +41,6 @@ DATA = "sweep-data"
 """Folder of the text that trials read, which is locked while a sweep runs."""
 COPY_TOKENS = 2**24
 """Tokens copied at a time."""
-INPUT_FIELDS = frozenset(
-    {"input", "encoding", "field", "kind", "split_by_name", "raw_bin", "tokenizer", "val_fraction"}
-)
-"""Fields that say what the text is: trials read the sweep's copy instead."""
 COMPARED = {"max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "patience"}
 NOT_COMPARED = (MAY_CHANGE_ON_RESUME - COMPARED) | INPUT_FIELDS
 """Fields in which a sweep may differ from an earlier one whose trials it uses."""
@@ -52,7 +49,7 @@ Resolve = Callable[[Values], tuple[Config, frozenset[str]]]
 
 
 class Sweep:
-    """Trains trials in child processes; a context manager that locks its folder.
+    """Trains trials in child processes; its folder is locked until `close`.
 
     Args:
         space: fields and their values; `method` picks `trials` of them, grid all.
@@ -115,10 +112,8 @@ class Sweep:
         self._results: dict[Run, RunResult | None] = {}
         self._errors: dict[str, str] = {}
 
-    def __enter__(self) -> "Sweep":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Release the folder."""
         self._lock.release()
 
     def run(self) -> list[TrialResult]:
@@ -130,10 +125,12 @@ class Sweep:
 
     def results(self) -> list[TrialResult]:
         """The trials so far, best first."""
-        results = []
-        for trial, (values, runs) in self._trials.items():
-            found, error = [self._results[run] for run in runs], self._errors.get(trial, "")
-            results.append(trial_result(trial, values, found, error=error))
+        results = [
+            trial_result(
+                trial, values, [self._results[r] for r in runs], error=self._errors.get(trial, "")
+            )
+            for trial, (values, runs) in self._trials.items()
+        ]
         return sorted(results, key=lambda result: result.loss)
 
     def run_final(self, best: TrialResult) -> TrialResult:
@@ -152,13 +149,13 @@ class Sweep:
         runs = self._runs("final-trial", best.trial, best.values, seeds, flags)
         self._run_all([self._unfinished(runs)])
         results = [self._results[run] for run in runs]
-        for run, result in zip(runs, results, strict=True):
-            if result is None or best.step not in result.evals:
-                raise RunError(
-                    f"{run.folder.as_posix()} did not finish: see {run.log.as_posix()}, and give "
-                    "the same command again"
-                )
-        return trial_result(best.trial, best.values, results, step=best.step)
+        final = trial_result(best.trial, best.values, results, step=best.step)
+        if not final.losses:
+            raise RunError(
+                f"a final run did not finish: see the logs {self.path.as_posix()}/final-*.log, and "
+                "give the same command again"
+            )
+        return final
 
     def _search(self) -> Iterator[Values]:
         """Values of each trial; again from the first one with each call."""
@@ -177,7 +174,9 @@ class Sweep:
 
     def _id(self, config: Config, searched: object) -> str:
         """A name that differs with all that losses depend on."""
-        fields = {name: value for name, value in vars(config).items() if name not in NOT_COMPARED}
+        # Defaults are left out, so that a field of a later version changes no name.
+        changed = dict(vars(config).items() - vars(Config()).items())
+        fields = {name: value for name, value in changed.items() if name not in NOT_COMPARED}
         return json_sha256([self._text_id, fields, searched])[:8]
 
     def _losses(self) -> dict[str, float | None]:

@@ -16,21 +16,15 @@ if TYPE_CHECKING:
 
 Values = dict[str, Value]
 """Swept fields and their values in one trial."""
-NOT_SWEPT = {
-    "seed": "use --seeds",
-    "tokenizer": "losses per token of different tokenizers cannot be compared",
-    "vocab_size": "it follows from the tokenizer",
-    "preset": "name its fields",
-    **dict.fromkeys(
-        ("config", "input", "encoding", "field", "kind", "split_by_name", "raw_bin"),
-        "all trials train on the same text",
-    ),
-    **dict.fromkeys(("val_fraction", "eval_tokens"), "all trials are compared on the same text"),
-    **dict.fromkeys(("out_dir", "restart"), "each trial has a run folder of its own"),
-    "init_from": "use one sweep for each model",
-    "device": "use --jobs",
+INPUT_FIELDS = frozenset(
+    {"input", "encoding", "field", "kind", "split_by_name", "raw_bin", "tokenizer", "val_fraction"}
+)
+"""Fields that say what the text is: trials read the sweep's copy instead."""
+NOT_SWEPT = INPUT_FIELDS | {
+    *("vocab_size", "eval_tokens", "preset", "config", "init_from"),
+    *("out_dir", "restart", "device", "seed"),
 }
-"""Fields that cannot be swept, and why."""
+"""Fields that all trials share, so that their losses compare, or that the sweep sets."""
 STORAGE = "optuna.db"
 """Optuna's own format: optuna-dashboard opens it."""
 
@@ -70,7 +64,10 @@ def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
         if not equals or not texts:
             raise UserError(f"{source}: give values, such as {flag} max_lr=1e-3,2e-3")
         if name in NOT_SWEPT:
-            raise UserError(f"{source}: {name} cannot be swept: {NOT_SWEPT[name]}")
+            raise UserError(
+                f"{source}: {name} cannot be swept: trials share text, tokenizer and starting "
+                "model; --seeds sets seeds, --jobs and --device where they run"
+            )
         if name in space:
             raise UserError(f"{source}: {name} is given twice; separate values by commas")
         is_range = ".." in text and FIELDS.get(name) in (int, float)

@@ -62,7 +62,7 @@ def test_values_and_ranges_have_the_type_of_their_field() -> None:
         ("dropout=0..0.1..0.2", "--random", "each end of a range of dropout is a number"),
         ("n_layer=2..2.5", "--tpe", "each end of a range of n_layer is a whole number"),
         ("max_lr=log:0..1", "--tpe", "begins above 0"),
-        *((f"{name}=1", "--grid", "cannot be swept") for name in NOT_SWEPT),
+        *((f"{name}=1", "--grid", "cannot be swept") for name in sorted(NOT_SWEPT)),
     ],
 )
 def test_a_mistake_names_the_flag_and_the_fix(spec, flag, words) -> None:
