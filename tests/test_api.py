@@ -14,6 +14,7 @@ import pytest
 import gptforge
 from gptforge.api.console import as_arguments
 from gptforge.config import FIELDS
+from gptforge.report import run_report
 from tests.conftest import play_text
 from tests.environment import python_path
 from tests.programs import events
@@ -24,6 +25,8 @@ DEBUG = {"preset": "debug", "device": "cpu", "out_dir": "run"}
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # Drawing takes longer than training here.
+    monkeypatch.setattr(run_report, "save_curves", lambda *args, **options: None)
 
 
 def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
