@@ -40,6 +40,7 @@ def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
     assert run.config.max_steps == 20
     assert isinstance(run.model.generate("ROMEO", max_new_tokens=5), str)
     assert repr(run) == f"Run(run, step 20 of 20, loss {loss:.4f} at step {step})"
+    assert repr(gptforge.train(**DEBUG, input=play)) == repr(run)
     assert run.plot().axes[0].lines
     assert run._repr_html_().count("<tr>") == 3
     assert "data:image/png;base64," in run._repr_html_()

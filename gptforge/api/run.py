@@ -22,7 +22,7 @@ from gptforge.report.run_report import METRICS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INLINE_DPI = 55
+INLINE_DPI = 75
 
 
 class Best(NamedTuple):

@@ -92,10 +92,10 @@ def train(
         if text is not None:
             if "input" in values:
                 raise UserError("input and text are both set: leave one out")
-            values["input"] = store_texts(text, field=config.field).as_posix()
-            config = dataclasses.replace(
-                config, input=values["input"], encoding="utf-8", kind="auto"
-            )
+            path = store_texts(text, field=config.field).as_posix()
+            config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
+            values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
+            values["input"] = path
         end = run_training(
             config,
             frozenset(values) | from_file,
