@@ -1,15 +1,22 @@
 """GPT-Forge: train GPT-2 on any text, on any machine.
 
-`from gptforge import load; load("runs/shakespeare-cpu").generate("Romeo:")`
+`import gptforge; run = gptforge.train(input="book.txt")` trains,
+`gptforge.load("runs/shakespeare-cpu").generate("Romeo:")` generates text.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from gptforge.errors import RunError, UserError
+
 if TYPE_CHECKING:
+    from gptforge.api.run import Run
+    from gptforge.api.train import train
     from gptforge.builders.load_model import load
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "load"]
+__all__ = ["Run", "RunError", "UserError", "__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +25,27 @@ def __getattr__(name: str) -> Any:
         from gptforge.builders.load_model import load
 
         return load
+    if name == "Run":
+        from gptforge.api.run import Run
+
+        return Run
     raise AttributeError(f"module 'gptforge' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `gptforge.train` the function: importing the subpackage `train` would replace it."""
+
+    def _get_train(self) -> Any:
+        from gptforge.api.train import train
+
+        return train
+
+    if not TYPE_CHECKING:
+        train = property(_get_train, lambda self, subpackage: None)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -46,7 +46,7 @@ class GPTConfig:
         return {"gelu_tanh": "tanh", "gelu": "none"}[self.activation]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Train a GPT-2."""
 

@@ -18,14 +18,14 @@ LAYERS = (
     *("config", "presets"),
     *("estimate", "kernels", "device", "kernel_select", "distributed", "model", "tokenizers"),
     *("data", "optim", "checkpoint", "report", "inference", "evaluate", "convert", "train"),
-    *("builders", "bench", "doctor", "demo", "sweep", "cli", "__main__"),
+    *("builders", "bench", "doctor", "demo", "sweep", "cli", "api", "__main__"),
 )
 NO_TORCH = {*LAYERS[: LAYERS.index("estimate") + 1], "cli", "__main__", "__init__"}
 # Optional or slow: imported inside the function that uses them.
 LAZY = {
     *("triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf", "pyarrow"),
     *("zstandard", "gigatoken", "tokenizers", "datasets", "wandb", "tensorboard", "lm_eval"),
-    "optuna",
+    *("optuna", "IPython"),
 }
 
 

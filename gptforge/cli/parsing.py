@@ -77,17 +77,25 @@ def parse_train_args(
     """
     args = rename_flags(cls, args)
     flags = flag_values(args)
-    from_file: dict[str, object] = {}
-    is_from_run = False
-    if flags.get("config"):
-        from_file, is_from_run = read_toml(Path(flags["config"]))
-    name = flags.get("preset") or from_file.get("preset")
-    base = get_preset(str(name)) if name else Config()
-    base = merge(base, from_file, source=f"--config {flags.get('config')}")
+    base, from_file = preset_and_file(flags.get("preset", ""), flags.get("config", ""))
     description = f"{(cls.__doc__ or '').strip()} Presets: {', '.join(PRESETS)}.{epilog}"
     default = cls(**vars(base))
     parsed = parse_args(cls, args, prog, default=default, description=description)
-    return parsed, frozenset(flags) | (frozenset() if is_from_run else frozenset(from_file))
+    return parsed, frozenset(flags) | from_file
+
+
+def preset_and_file(preset: str, file: str) -> tuple[Config, frozenset[str]]:
+    """The configuration that flags override, and the fields that the TOML file sets explicitly.
+
+    Args:
+        preset: value of `--preset`; empty: that of the file.
+        file: value of `--config`, or empty.
+    """
+    values, is_from_run = read_toml(Path(file)) if file else ({}, False)
+    name = preset or values.get("preset")
+    base = get_preset(str(name)) if name else Config()
+    explicit = frozenset() if is_from_run else frozenset(values)
+    return merge(base, values, source=f"--config {file}"), explicit
 
 
 def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:

@@ -1,9 +1,13 @@
 """`gptforge [train]`: train a model, or resume a run."""
 
+import contextlib
+import logging
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gptforge.cli.parsing import expand_bool_flags, parse_train_args, rename_flags, resolve_preset
 from gptforge.config import Config
@@ -13,8 +17,24 @@ from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
 from gptforge.shell import env_int, program_name, torchrun_target
 
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from gptforge.distributed import Comm
+    from gptforge.train.signals import StopReason
+    from gptforge.train.trainer import Trainer
+
 START_TIME = time.monotonic()
 """`--time_limit` counts from here, so importing torch and preparing the text are included."""
+
+
+@dataclass(frozen=True)
+class TrainingEnd:
+    """Why training ended, the run folder, and the ranks, which have left each other."""
+
+    reason: "StopReason"
+    out_dir: str
+    comm: "Comm"
 
 
 def main(args: list[str], *, epilog: str = "") -> int:
@@ -24,7 +44,44 @@ def main(args: list[str], *, epilog: str = "") -> int:
     prewarm_cuda(config.device)
     # Read before training, so that an invalid value cannot fail a finished run.
     max_restarts = env_int("TORCHELASTIC_MAX_RESTARTS", 0)
-    with log_to(_log) as handler:
+    end = run_training(
+        config,
+        explicit,
+        program=program_name(),
+        command=shlex.join(args),
+        start_time=START_TIME,
+        log=_log,
+    )
+    from gptforge.train.signals import EXIT_CODES
+
+    if end.comm.is_main and end.reason not in ("finished", "early_stop"):
+        safe_print(f"Resume with: {_launch_command(os.environ)} {_resume_args(args)}".rstrip())
+    # With --max_restarts, torchrun would restart a rank that exits with an error.
+    return end.comm.exit(0 if max_restarts > 0 else EXIT_CODES[end.reason])
+
+
+def run_training(
+    config: Config,
+    explicit: frozenset[str],
+    *,
+    program: str,
+    command: str,
+    start_time: float,
+    log: Callable[[str], None],
+    on_built: "Callable[[Trainer], object]" = lambda trainer: None,
+) -> TrainingEnd:
+    """Train on all ranks: what `gptforge train` and `gptforge.train` have in common.
+
+    Args:
+        config: as merged from preset, file and flags; a preset is chosen if it names none.
+        explicit: fields that the user set.
+        program: how the program is called, for the commands that it prints.
+        command: the arguments, for the log.
+        start_time: `time.monotonic()` from which the time limit counts.
+        log: prints a line.
+        on_built: called with the trainer before it trains; not for a finished run.
+    """
+    with log_to(log) as handler:
         if os.environ.get("RANK", "0") != "0":
             handler.addFilter(lambda record: hasattr(record, "any_rank"))
         config = resolve_preset(config, explicit)
@@ -34,26 +91,33 @@ def main(args: list[str], *, epilog: str = "") -> int:
 
         # Before anything slow: from here on the watchdog sees that this rank is alive.
         comm = init_distributed(config.device)
+        trainer: Trainer | None = None
         try:
             from gptforge.builders.build_trainer import build_trainer
+            from gptforge.builders.resolve import resolve_out_dir
             from gptforge.builders.train_teachers import TeacherStopped
-            from gptforge.train.signals import EXIT_CODES
 
+            reason: StopReason = "finished"
             try:
                 trainer = build_trainer(
                     config,
                     explicit=explicit,
-                    program=program_name(),
-                    command=shlex.join(args),
+                    program=program,
+                    command=command,
                     comm=comm,
-                    start_time=START_TIME,
+                    start_time=start_time,
                 )
             except TeacherStopped as stop:
-                trainer, reason = None, stop.reason
-            else:
-                if trainer and comm.is_main:
+                reason = stop.reason
+            if trainer is not None:
+                on_built(trainer)
+                if comm.is_main:
                     handler.write = trainer.report.log  # above the progress bar
-                reason = trainer.fit() if trainer else "finished"
+                reason = trainer.fit()
+            if reason == "time_limit":
+                logger.info(
+                    f"The time limit of {config.time_limit:g} minutes is reached; all is saved."
+                )
             comm.shutdown()
         except torch.OutOfMemoryError:
             error = RunError(
@@ -65,13 +129,18 @@ def main(args: list[str], *, epilog: str = "") -> int:
         except BaseException as error:
             comm.abort(error)
             raise
-    if comm.is_main:
-        if reason == "time_limit":
-            print(f"The time limit of {config.time_limit:g} minutes is reached; all is saved.")
-        if reason not in ("finished", "early_stop"):
-            safe_print(f"Resume with: {_launch_command(os.environ)} {_resume_args(args)}".rstrip())
-    # With --max_restarts, torchrun would restart a rank that exits with an error.
-    return comm.exit(0 if max_restarts > 0 else EXIT_CODES[reason])
+        finally:
+            if trainer is not None:
+                _close(trainer)
+    return TrainingEnd(reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm)
+
+
+def _close(trainer: "Trainer") -> None:
+    """After an error: complete a running save and unlock the run folder."""
+    with contextlib.suppress(Exception):
+        trainer.saver.wait()
+    if trainer.lock is not None:
+        trainer.lock.release()
 
 
 def _log(text: str) -> None:

@@ -32,6 +32,7 @@ CACHE_VERSION = 2  # raise it when the index says more: older entries are prepar
 MAX_AGE_DAYS = 90  # unused data is deleted after that: it can be prepared again
 BPE_PREFIX = "bpe-"  # of the tokenizers that were learned from texts
 SPOOL_PREFIX = ".pipe-"  # of folders for the content of pipes
+TEXT_PREFIX = "text-"  # of texts that were given from Python
 
 
 def prepare_cached(
@@ -48,7 +49,7 @@ def prepare_cached(
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
         RunError: if the disk of the cache is full.
     """
-    cache, names = _writable_cache(), request.names
+    cache, names = writable_cache(), request.names
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as spool:
         spool_dir = Path(spool) if is_pipe(Path(names[0])) else None
         sources = find_sources(names, kind=request.kind, spool_dir=spool_dir)
@@ -115,13 +116,13 @@ def _hints_for(request: PrepareRequest) -> Iterator[None]:
         raise RunError(f"{error}; {where}") from None
 
 
-def _writable_cache() -> Path:
+def writable_cache() -> Path:
+    """The folder of the cache, or a temporary one if the home is missing or read-only."""
     folder = files.cache_dir() / "data"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    # The home is missing or read-only.
     folder = files.private_temp_dir() / "data"
     folder.mkdir(exist_ok=True)
     return folder
@@ -130,7 +131,11 @@ def _writable_cache() -> Path:
 def _delete_unused(cache: Path) -> None:
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     requests = list(cache.glob(f"*/{REQUEST_FILE}"))
-    others = [path for prefix in (SPOOL_PREFIX, BPE_PREFIX) for path in cache.glob(f"{prefix}*")]
+    others = [
+        path
+        for prefix in (SPOOL_PREFIX, BPE_PREFIX, TEXT_PREFIX)
+        for path in cache.glob(f"{prefix}*")
+    ]
     for path in [*requests, *others]:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < oldest:

@@ -1,7 +1,8 @@
 """A run's log.md, metrics.jsonl, samples.md, training_curves.png and console output."""
 
+import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class RunReport:
         self.console = Console(enabled=enabled)
         self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
         self._has_warned = self._plot_failed = False
+        self.observers: list[Callable[[Event], object]] = []
+        """Called with each event after it is written, as metrics.jsonl has it."""
 
     def log(self, text: str) -> None:
         """Print to the console only."""
@@ -228,7 +231,10 @@ class RunReport:
 
     def _event(self, event: str, **fields: object) -> None:
         record = {"event": event, **fields, "time": round(time.time(), 3)}
-        self._write(METRICS, json_line(record))
+        line = json_line(record)
+        self._write(METRICS, line)
+        for observer in self.observers:
+            observer(json.loads(line))
 
     def _write(self, name: str, text: str) -> None:
         if self._enabled:

@@ -60,12 +60,18 @@ class StopSignal:
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
         self._previous: dict[int, object] = {}
+        self.exits_on_second = True
+        """Whether a second signal ends the process; otherwise it raises KeyboardInterrupt."""
 
     def stop_reason(self) -> StopReason | None:
         """Return why to stop now, or None."""
         if self._signal is not None:
             return self._signal
         return "time_limit" if self._clock() >= self._deadline else None
+
+    def request(self) -> None:
+        """Stop as after Ctrl-C."""
+        self._signal = self._signal or "interrupted"
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
@@ -89,6 +95,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
+            if not self.exits_on_second:
+                raise KeyboardInterrupt
             if sys.stdout.isatty():
                 # The progress bar hid the cursor.
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\n")

@@ -237,7 +237,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes(play, tmp_path)
 SLOW_STEPS = """
 import os
 if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-    import gptforge.train.trainer as trainer
+    from gptforge.train import trainer
     import time
     train_step = trainer.Trainer.train_step
     def slow_step(self):

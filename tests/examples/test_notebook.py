@@ -1,4 +1,4 @@
-"""The example notebook, run from its first cell to its last in a fresh folder."""
+"""The example notebooks, run from the first cell to the last in a fresh folder."""
 
 import os
 from pathlib import Path
@@ -9,37 +9,72 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 
-NOTEBOOK = Path(__file__).parents[2] / "examples" / "write.ipynb"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
-def test_the_notebook_runs_in_an_empty_folder(tmp_path, monkeypatch) -> None:
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
     # The kernel is another process: it finds the package by itself, wherever it is installed.
-    path = os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path.rstrip(os.pathsep))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("GPTFORGE_RUN", raising=False)
-    text = NOTEBOOK.parents[1].joinpath("input.txt").read_text(encoding="utf-8")
+    text = EXAMPLES.with_name("input.txt").read_text(encoding="utf-8")
     (tmp_path / "input.txt").write_text(text[:300_000], encoding="utf-8")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    client = nbclient.NotebookClient(
-        notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
 
-    def shown(cell) -> str:
-        return "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout")
+    def run(name: str):
+        """The code cells of a notebook, with their outputs."""
+        notebook = nbformat.read(EXAMPLES / name, as_version=4)
+        nbformat.validate(notebook)
+        resources = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(notebook, timeout=200, resources=resources).execute()
+        return code_cells(notebook)
 
-    assert shown(cells[2]).startswith("ROMEO:")
-    assert len(shown(cells[2])) == len("ROMEO:") + 200 + 1
-    assert len(shown(cells[3])) == 100
-    assert shown(cells[4]).count("finish_reason:") == 3
-    assert len(shown(cells[5]).splitlines()) == 12
-    assert "nats per token" in cells[6].outputs[-1]["data"]["text/plain"]
+    return run
 
 
-def test_the_notebook_is_committed_without_output() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+def printed(cell) -> str:
+    return "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout")
+
+
+def data(cell, kind: str) -> list[str]:
+    return [out["data"][kind] for out in cell.outputs if kind in out.get("data", {})]
+
+
+def test_the_training_notebook_shows_curves_and_resumes(execute) -> None:
+    _, train, run, best, text, evals, plot, resume, mistake, again = execute("train.ipynb")
+    (live,) = data(train, "text/html")
+    assert "data:image/png;base64," in live
+    assert "Best held-out loss" in live
+    assert "step 12 |" not in printed(train)
+    assert data(run, "text/html")[0].count("<tr>") == 3
+    assert data(best, "text/plain")[0].startswith("Best(step=")
+    assert len(printed(text)) > 100
+    assert [step for step, _ in eval(data(evals, "text/plain")[0])] == [20, 40, 60]
+    assert data(plot, "image/png")
+    assert data(resume, "text/plain")[-1] == "20"
+    assert "saved runs/train/checkpoints/step-000080" in printed(resume)
+    assert "\nmin_lr 0.01 is more than max_lr 0.001\n" in printed(mistake)
+    assert "step 80 of 80" in data(again, "text/plain")[0]
+
+
+def test_the_writing_notebook_fine_tunes_and_generates(execute) -> None:
+    _, _, tune, _, generate, stream, batch, probabilities, loss = execute("write.ipynb")
+    assert "step 30 of 30" in data(tune, "text/plain")[-1]
+    assert printed(generate).startswith("ROMEO:")
+    assert len(printed(generate)) == len("ROMEO:") + 200 + 1
+    assert len(printed(stream)) == 100
+    assert printed(batch).count("finish_reason:") == 3
+    assert len(printed(probabilities).splitlines()) == 12
+    assert "nats per token" in data(loss, "text/plain")[-1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_notebooks_are_committed_without_output(path) -> None:
+    cells = code_cells(nbformat.read(path, as_version=4))
     assert not any(cell.outputs or cell.execution_count for cell in cells)

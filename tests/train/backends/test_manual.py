@@ -12,6 +12,7 @@ from gptforge.config import GPTConfig
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.kernels.dropout import apply_dropout, draw_dropout_seeds, keep_mask
 from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.train.backends import manual
 from gptforge.train.backends.cuda_graph import CudaGraphBackend
 from gptforge.train.backends.manual import ManualBackend
 
@@ -78,7 +79,7 @@ def test_both_embedding_gradients_agree(device, monkeypatch) -> None:
     model, idx, targets = model_and_batch(device)
     grads = []
     for max_one_hot in (0, 71):
-        monkeypatch.setattr("gptforge.train.backends.manual.MAX_ONE_HOT_VOCAB", max_one_hot)
+        monkeypatch.setattr(manual, "MAX_ONE_HOT_VOCAB", max_one_hot)
         backend = started(ManualBackend(copy.deepcopy(model), torch.float32))
         backend.forward_backward(idx, targets, 1.0)
         grads.append(backend.model.transformer["wte"].weight.grad)

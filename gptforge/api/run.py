@@ -1,0 +1,114 @@
+"""A run folder as an object: metrics, best checkpoint, model, curves."""
+
+import base64
+import html
+import io
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from gptforge.builders.load_model import load
+from gptforge.checkpoint.format import CONFIG, read_config, read_state, step_from_path
+from gptforge.checkpoint.run_dir import read_metrics_lines
+from gptforge.checkpoint.store import CheckpointStore
+from gptforge.config import Config
+from gptforge.errors import UserError
+from gptforge.inference.language_model import LanguageModel
+from gptforge.report.curves import plot_curves
+from gptforge.report.metrics import Event, read_history
+from gptforge.report.run_report import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INLINE_DPI = 75
+
+
+class Best(NamedTuple):
+    """The checkpoint with the lowest loss.
+
+    Attributes:
+        step: optimizer steps made.
+        loss: held-out loss in nats per token; without held-out text, the recent training loss.
+        path: folder of the checkpoint.
+    """
+
+    step: int
+    loss: float
+    path: Path
+
+
+class Run:
+    """A run, finished or in progress; files are read when needed. Notebooks show its curves.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        UserError: if it is no run folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._store = CheckpointStore(self.path / "checkpoints")
+        if not (self.path / CONFIG).is_file():
+            name = self.path.as_posix()
+            raise UserError(
+                f"{name} is no run folder, it has no {CONFIG}: give the out_dir of a run"
+            )
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return read_config(self.path, with_model=False)
+
+    @property
+    def metrics(self) -> list[Event]:
+        """The events of metrics.jsonl in order, for instance for `pandas.DataFrame`."""
+        lines = read_metrics_lines(self.path / METRICS)
+        # The last line may still be incomplete.
+        return [json.loads(line) for line in lines if line.endswith(b"}\n")]
+
+    @property
+    def best(self) -> Best | None:
+        """The best checkpoint; None before the first evaluation."""
+        path = self._store.read_link("best")
+        if path is None:
+            return None
+        return Best(step_from_path(path), read_state(path)["progress"]["best_loss"], path)
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The best model, as `gptforge.load` gives it; loaded once."""
+        return load(self.path)
+
+    def plot(self) -> "Figure":
+        """Draw losses, learning rate, gradient norm and speed."""
+        figure = plot_curves(read_history(self.path / METRICS), title=self.path.name)
+        # IPython looks for this method to show an object.
+        figure._repr_png_ = lambda: _png(figure)  # type: ignore[attr-defined]
+        return figure
+
+    def __repr__(self) -> str:
+        return f"Run({', '.join(self._summary().values())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self._summary().items()
+        )
+        image = base64.b64encode(_png(self.plot())).decode()
+        return f"<table>{rows}</table><img alt='curves' src='data:image/png;base64,{image}'>"
+
+    def _summary(self) -> dict[str, str]:
+        last, best = self._store.read_link("last"), self.best
+        step = step_from_path(last) if last else 0
+        summary = {"run": self.path.as_posix(), "saved": f"step {step} of {self.config.max_steps}"}
+        return summary | ({"best": f"loss {best.loss:.4f} at step {best.step}"} if best else {})
+
+
+def _png(figure: "Figure") -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=INLINE_DPI)
+    return data.getvalue()

@@ -1,0 +1,170 @@
+"""`gptforge.train`: the command `train` with keyword arguments, callbacks and a `Run` as result."""
+
+import dataclasses
+import gc
+import inspect
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from gptforge.api.console import NotebookConsole, PythonConsole, as_arguments, is_notebook
+from gptforge.api.run import Run
+from gptforge.cli.parsing import preset_and_file
+from gptforge.cli.train import run_training
+from gptforge.config import Config, merge
+from gptforge.data.text_store import Texts, store_texts
+from gptforge.errors import RunError, UserError
+from gptforge.report.metrics import Event
+from gptforge.train.signals import EXIT_CODES
+from gptforge.train.trainer import Trainer
+
+P = ParamSpec("P")
+Callback = Callable[[Event], object]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArguments(Config):
+    """Arguments of `train`: the fields of `Config` and these."""
+
+    input: str | Path = ""  # type: ignore[assignment]
+    tokenizer: str | Path = Config.tokenizer  # type: ignore[assignment]
+    init_from: str | Path = ""  # type: ignore[assignment]
+    out_dir: str | Path = ""  # type: ignore[assignment]
+
+    text: Texts | None = None
+    """What to train on, instead of the path `input`: a string, or documents, which are strings or
+    the rows of a dataset with a column `field`."""
+    on_step: Callback | None = None
+    """Called with each train event of metrics.jsonl, every `log_every` steps."""
+    on_eval: Callback | None = None
+    """Called with each eval event of metrics.jsonl."""
+    on_save: Callable[[Path], object] | None = None
+    """Called with the folder of each checkpoint once it is complete."""
+
+
+def _with_arguments_of(
+    cls: Callable[P, object],
+) -> Callable[[Callable[..., Run]], Callable[P, Run]]:
+    """Declare the keyword arguments of a function: for editors, mypy, help() and notebooks."""
+
+    def decorate(function: Callable[..., Run]) -> Callable[P, Run]:
+        signature = inspect.signature(cls).replace(return_annotation=Run)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_arguments_of(TrainArguments)
+def train(
+    *,
+    text: Texts | None = None,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
+    on_save: Callable[[Path], object] | None = None,
+    **fields: Any,
+) -> Run:
+    """Train a model, or resume a run, as the command `gptforge train` does.
+
+    Arguments have the names of the flags. Those left out, or None, have the values of the TOML file
+    `config`, of `preset`, or their defaults. Ctrl-C, or an interrupt of a notebook's kernel, saves
+    before it raises; the same call resumes. So does an exception in a callback.
+
+    Returns:
+        The run; it is finished, or has reached `time_limit`.
+
+    Raises:
+        UserError: for an invalid value, text or run folder, before anything runs.
+        RunError: if the run cannot continue: no disk, no memory, no finite loss.
+        KeyboardInterrupt: after an interrupt; the message says how to resume.
+        SystemExit: after SIGTERM.
+    """
+    start_time = time.monotonic()
+    observer = _Observer({"train": on_step, "eval": on_eval, "save": on_save})
+    try:
+        values = _plain_values(fields)
+        merge(Config(), values, source="gptforge.train")  # checks names and types
+        base, from_file = preset_and_file(values.get("preset", ""), values.get("config", ""))
+        config = merge(base, values, source="gptforge.train")
+        if text is not None:
+            if "input" in values:
+                raise UserError("input and text are both set: leave one out")
+            path = store_texts(text, field=config.field).as_posix()
+            config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
+            values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
+            values["input"] = path
+        end = run_training(
+            config,
+            frozenset(values) | from_file,
+            program="gptforge",
+            command=shlex.join(f"--{name}={_flag_value(v)}" for name, v in values.items()),
+            start_time=start_time,
+            log=PythonConsole().log,
+            on_built=observer.attach,
+        )
+    except (UserError, RunError) as error:
+        error.args = (as_arguments(error.args[0]),)
+        raise
+    gc.collect()  # frees the trainer's memory on the device
+    if observer.error is not None:
+        raise observer.error
+    values.pop("restart", None)
+    call = f"gptforge.train({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    if end.reason == "interrupted":
+        raise KeyboardInterrupt(f"all is saved; resume with {call}")
+    if end.reason == "terminated":
+        print(f"All is saved; resume with {call}", flush=True)
+        raise SystemExit(EXIT_CODES["terminated"])
+    return Run(end.out_dir)
+
+
+def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out None, and convert paths and NumPy's numbers."""
+    values = {}
+    for name, value in fields.items():
+        if isinstance(value, os.PathLike):
+            values[name] = Path(value).as_posix()
+        elif value is not None:
+            values[name] = value.item() if hasattr(value, "item") else value
+    path = values.get("input", "")
+    if not isinstance(path, str) or "\n" in path:
+        raise UserError("input takes a path: give a string or a dataset to train on as text")
+    return values
+
+
+def _flag_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class _Observer:
+    """Calls callbacks with events until one raises an error, which stops training."""
+
+    def __init__(self, callbacks: Mapping[str, Callable[[Any], object] | None]) -> None:
+        self._callbacks = callbacks
+        self.error: BaseException | None = None
+
+    def attach(self, trainer: Trainer) -> None:
+        """Observe a trainer that has not started."""
+        self._stop_signal, report = trainer.stop_signal, trainer.report
+        self._stop_signal.exits_on_second = False  # it would end the notebook's kernel
+        self._checkpoints = report.run_dir / "checkpoints"
+        if trainer.comm.is_main:
+            report.observers.append(self._on_event)
+            report.console = PythonConsole(trainer.config.max_steps, trainer.state.step)
+            if is_notebook():
+                report.console = console = NotebookConsole(report.run_dir)
+                report.observers.append(console.on_event)
+
+    def _on_event(self, event: Event) -> None:
+        kind = event["event"]
+        callback = self._callbacks.get(kind)
+        if callback is None or self.error is not None:
+            return
+        try:
+            callback(self._checkpoints / event["checkpoint"] if kind == "save" else event)
+        except BaseException as error:
+            self.error = error
+            self._stop_signal.request()

@@ -1,0 +1,238 @@
+"""Training from Python: `gptforge.train` and `gptforge.Run`."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import gptforge
+from gptforge.api.console import as_arguments
+from gptforge.config import FIELDS
+from gptforge.report import run_report
+from tests.conftest import play_text
+from tests.environment import python_path
+from tests.programs import events
+
+DEBUG = {"preset": "debug", "device": "cpu", "out_dir": "run"}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Drawing takes longer than training here.
+    monkeypatch.setattr(run_report, "save_curves", lambda *args, **options: None)
+
+
+def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
+    run = gptforge.train(**DEBUG, input=play)
+    assert run.path == Path("run")
+    assert run.metrics == events(Path("run"))
+    scores = {e["step"]: e["val_loss"] for e in run.metrics if e["event"] == "eval"}
+    step, loss, path = run.best
+    assert scores[step] == pytest.approx(loss, rel=1e-9) == min(scores.values())
+    assert path.samefile("run/checkpoints/best")
+    assert run.config.max_steps == 20
+    assert isinstance(run.model.generate("ROMEO", max_new_tokens=5), str)
+    assert repr(run) == f"Run(run, step 20 of 20, loss {loss:.4f} at step {step})"
+    assert repr(gptforge.train(**DEBUG, input=play)) == repr(run)
+    assert run.plot().axes[0].lines
+    assert run._repr_html_().count("<tr>") == 3
+    assert "data:image/png;base64," in run._repr_html_()
+
+
+def test_train_is_the_command_with_the_same_flags(play, program) -> None:
+    gptforge.train(**DEBUG, input=play)
+    flags = [f"--{name}={value}" for name, value in DEBUG.items() if name != "out_dir"]
+    done = program(*flags, "--out_dir", "command", "--input", play)
+    assert done.code == 0, done.err
+
+    def losses(folder: str) -> list[float]:
+        return [e["loss"] for e in events(Path(folder)) if e["event"] == "train"]
+
+    assert losses("run") == losses("command")
+    # The command in its config.toml finds the run finished.
+    command = events(Path("run"))[0]["command"].split()
+    assert "is finished" in program(*command[1:]).out
+
+
+def test_callbacks_get_the_events_of_the_metrics(play) -> None:
+    steps, evals, saves = [], [], []
+    run = gptforge.train(
+        **DEBUG, input=play, on_step=steps.append, on_eval=evals.append, on_save=saves.append
+    )
+    by_kind = {k: [e for e in run.metrics if e["event"] == k] for k in ("train", "eval", "save")}
+    assert steps == by_kind["train"]
+    assert evals == by_kind["eval"]
+    assert saves == [run.path / "checkpoints" / e["checkpoint"] for e in by_kind["save"]]
+    assert len(steps) == 20
+    assert len(evals) == 2
+
+
+def test_an_error_in_a_callback_is_raised_once_the_state_is_saved(play) -> None:
+    def fail(event: dict) -> None:
+        if event["step"] == 3:
+            raise ZeroDivisionError("in the callback")
+
+    with pytest.raises(ZeroDivisionError, match="in the callback"):
+        gptforge.train(**DEBUG, input=play, on_step=fail)
+    assert Path("run/checkpoints/last").resolve().name == "step-000004"
+    # The folder is unlocked, and the same call resumes.
+    run = gptforge.train(**DEBUG, input=play)
+    assert [e["step"] for e in run.metrics if e["event"] == "train"] == list(range(20))
+
+
+def test_an_interrupt_is_raised_after_saving_with_the_call_that_resumes(play, capsys) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt = lambda event: event["step"] == 3 and signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt) as error:
+        gptforge.train(**DEBUG, input=play, on_step=interrupt, restart=True)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert Path("run/checkpoints/step-000004").is_dir()
+    call = str(error.value).partition("resume with ")[2]
+    run = eval(call, {"gptforge": gptforge})
+    assert run.metrics[-1]["reason"] == "finished"
+    assert "Resuming from step-000004" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_ends_the_call_and_not_the_process(play) -> None:
+    def interrupt_twice(event: dict) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        gptforge.train(**DEBUG, input=play, on_step=interrupt_twice)
+    assert gptforge.train(**DEBUG, input=play).metrics[-1]["reason"] == "finished"
+
+
+def test_sigterm_saves_and_exits_with_its_code(play) -> None:
+    terminate = lambda event: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+    with pytest.raises(SystemExit) as exit_:
+        gptforge.train(**DEBUG, input=play, on_step=terminate)
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert Path("run/checkpoints/step-000001").is_dir()
+
+
+def test_a_thread_trains_without_signal_handlers(play) -> None:
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(gptforge.train(**DEBUG, input=play)))
+    thread.start()
+    thread.join()
+    assert runs[0].metrics[-1]["reason"] == "finished"
+
+
+def test_a_text_is_stored_under_its_content_so_that_the_run_resumes() -> None:
+    first = gptforge.train(**DEBUG, text=play_text(), max_steps=5, warmup_steps=1)
+    assert Path(first.config.input).read_text("utf-8") == play_text()
+    second = gptforge.train(**DEBUG, text=play_text(), max_steps=8, warmup_steps=1)
+    assert second.config.input == first.config.input
+    assert [e["step"] for e in second.metrics if e["event"] == "train"] == list(range(8))
+
+
+def test_documents_may_be_strings_or_rows_of_a_dataset() -> None:
+    texts = [f"{part}\n" for part in play_text().split("\n\n")]
+    runs = [
+        gptforge.train(text=(text for text in texts), **DEBUG),
+        gptforge.train(text=[{"id": 1, "text": text} for text in texts], **DEBUG),
+        gptforge.train(
+            text=({"body": text} for text in texts), field="body", **DEBUG | {"out_dir": "b"}
+        ),
+    ]
+    stored = [
+        [json.loads(line) for line in Path(run.config.input).read_text("utf-8").splitlines()]
+        for run in runs
+    ]
+    assert stored[0] == stored[1] == [{"text": text} for text in texts]
+    assert stored[2] == [{"body": text} for text in texts]
+    losses = [[e.get("loss") for e in run.metrics if e["event"] == "train"] for run in runs]
+    assert losses[0] == losses[2]
+
+
+def test_a_dataset_of_the_hub_is_a_text() -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    texts = play_text().split("\n\n")
+    dataset = datasets.Dataset.from_dict({"text": texts, "id": range(len(texts))})
+    run = gptforge.train(text=dataset, **DEBUG)
+    assert len(Path(run.config.input).read_text("utf-8").splitlines()) == len(texts)
+    with pytest.raises(gptforge.UserError, match="DatasetDict of 'train': give one"):
+        gptforge.train(text=datasets.DatasetDict(train=dataset), **DEBUG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_lr": -1}, "^max_lr must be above 0, not -1"),
+        ({"min_lr": 1.0, "max_lr": 0.1}, "^min_lr 1.0 is more than max_lr 0.1"),
+        ({"max_stps": 3}, "there is no field 'max_stps'; did you mean 'max_steps'"),
+        ({"max_steps": "3"}, "max_steps takes a whole number, not '3'"),
+        ({"preset": "debgu"}, "^preset debgu: unknown preset"),
+        ({"config": 3}, "config takes a text, not 3"),
+        ({"input": "missing.txt"}, "missing.txt"),
+        ({"input": "To be,\nor not to be"}, "input takes a path"),
+        ({"input": ["To be"]}, "input takes a path"),
+        ({"input": "a.txt", "text": "b"}, "input and text are both set"),
+        ({"text": "play.txt"}, "text is the path of a file, play.txt: give it as input"),
+        ({"text": []}, "text is empty"),
+        ({"text": b"bytes"}, "text takes strings"),
+        ({"text": {"train": ["a"]}}, "text is a dict of 'train': give one of them"),
+        ({"text": [{"body": "a"}]}, "text has no column 'text', but 'body': name one with field"),
+        ({"text": ["a", None]}, "document 1 is None, not a string"),
+        ({"text": "\ud800"}, "no valid text"),
+    ],
+)
+def test_errors_name_the_argument(play, arguments, message) -> None:
+    with pytest.raises(gptforge.UserError, match=message) as error:
+        gptforge.train(**DEBUG | arguments)
+    assert "--" not in str(error.value)
+    assert not Path("run").exists()
+
+
+def test_values_of_other_libraries_are_accepted(play) -> None:
+    numpy = pytest.importorskip("numpy")
+    run = gptforge.train(
+        **DEBUG, input=play, max_steps=numpy.int64(2), warmup_steps=1, max_lr=numpy.float64(0.01),
+        min_lr=None, compile=False,
+    )  # fmt: skip
+    assert (run.config.max_steps, run.config.max_lr) == (2, 0.01)
+    assert run.config.min_lr == gptforge.config.Config.min_lr
+
+
+def test_messages_name_arguments_but_commands_keep_their_flags() -> None:
+    message = "--max_lr 1: use --min_lr, or `gptforge prepare x --tokenizer byte` and --input x"
+    expected = "max_lr 1: use min_lr, or `gptforge prepare x --tokenizer byte` and input x"
+    assert as_arguments(message) == expected
+
+
+def test_the_signature_has_all_fields() -> None:
+    parameters = inspect.signature(gptforge.train).parameters
+    assert set(parameters) == {*FIELDS, "text", "on_step", "on_eval", "on_save"}
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
+    with pytest.raises(gptforge.UserError, match="no run folder"):
+        gptforge.Run(tmp_path)
+
+
+def test_importing_the_package_is_fast_and_train_stays_a_function() -> None:
+    code = (
+        "import sys, gptforge\n"
+        "assert set(dir(gptforge)) == {'Run', 'RunError', 'UserError', '__version__', 'load',\n"
+        "                              'train'}\n"
+        "assert not {'torch', 'numpy', 'tyro', 'rich'} & set(sys.modules)\n"
+        "import gptforge.train.trainer\n"
+        "from gptforge import train\n"
+        "assert gptforge.train is train and callable(train)\n"
+        "assert gptforge.load.__name__ == 'load' and gptforge.Run.__name__ == 'Run'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
