@@ -53,12 +53,12 @@ def test_preset_determines_tokenizer_and_context_length(tmp_path, doctor) -> Non
     text = make_text(1, 9000)
     (tmp_path / "t.txt").write_text(text)
     assert "sequences of 1024" in doctor("t.txt")
-    flags = ("t.txt", "--preset", "shakespeare-cpu")
+    flags = ("t.txt", "--preset", "debug")
     out = doctor(*flags)
-    assert f"{len(text):,} tokens, {(len(text) - 1) // 128} sequences of 128" in out
+    assert f"{len(text):,} tokens, {(len(text) - 1) // 32} sequences of 32" in out
     assert "sequences of 64" in doctor(*flags, "--context_length", 64)
     (tmp_path / "t.txt").write_text("x")
-    assert "1 token, 0 sequences of 128: use more text (" in doctor(*flags, code=1)
+    assert "1 token, 0 sequences of 32: use more text (" in doctor(*flags, code=1)
 
 
 def test_good_text(tmp_path, doctor) -> None:
