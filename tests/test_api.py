@@ -118,6 +118,13 @@ def test_sigterm_saves_and_exits_with_its_code(play) -> None:
     assert Path("run/checkpoints/step-000001").is_dir()
 
 
+def test_a_time_limit_in_the_training_of_a_teacher_is_an_error(play) -> None:
+    limit = {"max_steps": 10**5, "time_limit": 0.01, "teachers": 1}
+    with pytest.raises(gptforge.RunError, match=r"a teacher trained; resume with .*teachers=1"):
+        gptforge.train(**DEBUG, input=play, **limit)
+    assert Path("run/teachers/teacher-1/checkpoints/last").exists()
+
+
 def test_a_thread_trains_without_signal_handlers(play) -> None:
     runs = []
     thread = threading.Thread(target=lambda: runs.append(gptforge.train(**DEBUG, input=play)))
