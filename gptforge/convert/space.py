@@ -43,6 +43,7 @@ tiktoken>=0.13,<1
 tyro>=1.0.16,<2
 rich>=13.7,<17
 safetensors>=0.5,<1
+tokenizers>=0.20
 matplotlib>=3.9,<4
 filelock>=4,<5
 gradio>=6,<7

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable
 
-from gptforge.errors import UserError, install_hint
+from gptforge.errors import UserError
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 from gptforge.tokenizers.hf_loader import normalize_merges, unambiguous_merges
 

@@ -55,7 +55,7 @@ def test_preset_determines_tokenizer_and_context_length(tmp_path, doctor) -> Non
     assert "sequences of 1024" in doctor("t.txt")
     flags = ("t.txt", "--preset", "debug")
     out = doctor(*flags)
-    assert f"{len(text):,} tokens, {(len(text) - 1) // 32} sequences of 32" in out
+    assert f"{len(text):,} tokens, {(len(text) - 1) // 32:,} sequences of 32" in out
     assert "sequences of 64" in doctor(*flags, "--context_length", 64)
     (tmp_path / "t.txt").write_text("x")
     assert "1 token, 0 sequences of 32: use more text (" in doctor(*flags, code=1)
