@@ -21,7 +21,6 @@ from gptforge.kernel_select import select_kernels
 
 EXTRAS = {
     "data": ("Parquet, .zst and the fastest encoder", ("pyarrow", "zstandard", "gigatoken")),
-    "bpe": ("`gptforge tokenizer train`", ("tokenizers",)),
     "hf": ("`gptforge export --to hf` and `import`", ("transformers", "huggingface_hub")),
     "gguf": ("`gptforge export --to gguf`", ("gguf",)),
     "demo": ("`gptforge demo`", ("gradio",)),

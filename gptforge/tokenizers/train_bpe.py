@@ -34,16 +34,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
         vocab_size: total number of ids; a small text may give fewer.
 
     Raises:
-        UserError: for a size out of range, or if the package is missing.
+        UserError: for a size out of range.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         limits = f"from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}"
         raise UserError(f"--vocab_size must be {limits}, not {vocab_size}")
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        what = "training a tokenizer needs the package tokenizers"
-        raise UserError(f"{what}: {install_hint('bpe')}") from None
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
