@@ -168,8 +168,8 @@ OPENERS: dict[str, Callable[[str, Path, Config], Tracker]] = {
 
 def _convert(values: Values, text: Callable[[str], Any], image: Any) -> dict[str, Any]:
     """Wrap texts and paths of images in a tracker's own types."""
-    types: dict[type, Any] = {str: text, type(Path()): image}
-    return {name: types.get(type(value), float)(value) for name, value in values.items()}
+    types = {str: text, type(Path()): image}
+    return {name: types.get(type(value), lambda v: v)(value) for name, value in values.items()}
 
 
 class Trackers:
@@ -197,22 +197,22 @@ class Trackers:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # A second Ctrl-C, which is no Exception, quits at once.
         if error is not None and issubclass(error, Exception):
-            self.finish("failed")
+            self.finish("failed", 5.0)  # other ranks are waiting
 
     def log(self, event: str, step: int, values: Values) -> None:
         """Send values of a step, unless an event of this kind was already sent for it."""
         for queue in self._queues.values():
             queue.put((event, step, {f"{event}/{name}": values[name] for name in values}))
 
-    def finish(self, reason: str) -> None:
-        """Wait until everything is sent, for at most a minute; `reason` as in `Tracker.finish`."""
-        deadline = time.monotonic() + MAX_WAIT_SECONDS
+    def finish(self, reason: str, seconds: float = MAX_WAIT_SECONDS) -> None:
+        """Wait for a time until everything is sent; `reason` as in `Tracker.finish`."""
+        deadline = time.monotonic() + seconds
         for queue in self._queues.values():
             queue.put(reason)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                logger.warning(f"warning: {thread.name}: not all was sent within a minute")
+                logger.warning(f"warning: {thread.name}: not all was sent in {seconds:g} seconds")
 
     def _send(self, name: str) -> None:
         folder, path = self._folder / name, self._folder / f"{name}.json"
@@ -246,5 +246,5 @@ class Trackers:
             if not is_failure(error):
                 raise
             if name not in self._failed:
-                logger.warning(f"warning: {name} failed ({error_reason(error)}); training goes on")
+                logger.warning(f"warning: {name}: {error_reason(error)}; training continues")
             self._failed.add(name)
