@@ -21,6 +21,7 @@ from gptforge.printable import short_repr
 
 MAX_TOKENS_PER_STEP = 2**28
 """2 GB of int64 ids per copy to the device."""
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SEED_LIMIT = 2**63
 """Seeds are smaller; sums of seeds are taken modulo this."""
 
@@ -192,6 +193,9 @@ class Config:
     """Under torchrun: ddp replicates the model, fsdp shards it; auto: ddp if it fits."""
     deterministic: bool = False
     """Use deterministic GPU kernels: slower, bit-for-bit reproducible."""
+    tracker: str = ""
+    """Experiment trackers to send the events to, separated by commas: tensorboard, wandb, trackio,
+    mlflow; empty: none."""
 
     @property
     def global_batch_size(self) -> int:
@@ -202,6 +206,11 @@ class Config:
     def tokens_per_step(self) -> int:
         """Tokens per step, over all ranks."""
         return self.global_batch_size * self.context_length
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `tracker`."""
+        return [name.strip() for name in self.tracker.split(",") if name.strip()]
 
     @property
     def model(self) -> GPTConfig:
@@ -236,7 +245,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *("encoding", "raw_bin", "field", "kind", "split_by_name"),
         *("log_every", "eval_every", "save_every", "keep_checkpoints", "sample_every"),
         *("patience", "batch_size", "gradient_accumulation_steps", "max_steps"),
-        *("mlp_matmul", "activation_checkpointing", "loss_chunk", "parallel"),
+        *("mlp_matmul", "activation_checkpointing", "loss_chunk", "parallel", "tracker"),
     }
 )
 
@@ -372,6 +381,12 @@ def validate(config: Config) -> None:
             f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
             f"{c.tokens_per_step:,} tokens per step; the maximum is {MAX_TOKENS_PER_STEP:,}"
         )
+    for tracker in c.trackers:
+        if tracker not in TRACKERS or c.trackers.count(tracker) > 1:
+            raise UserError(
+                f"--tracker {c.tracker}: takes one or more of {', '.join(TRACKERS)}, separated by "
+                "commas, each once"
+            )
     if c.seed >= SEED_LIMIT:
         raise UserError(f"--seed must be below 2**63, not {c.seed}")
     if c.n_embd % c.n_head:

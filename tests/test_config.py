@@ -38,6 +38,8 @@ from gptforge.errors import UserError
         ({"dtype": "float8"}, ["--dtype float8", "bfloat16"]),
         ({"optimizer": "sgd"}, ["--optimizer sgd", "adamw"]),
         ({"seed": -1}, ["--seed"]),
+        ({"tracker": "wandb,neptune"}, ["--tracker wandb,neptune", "tensorboard"]),
+        ({"tracker": "wandb, wandb"}, ["--tracker", "once"]),
     ],
 )
 def test_invalid_values_are_named_with_their_flag(

@@ -31,6 +31,7 @@ from gptforge.config import Config, validate
 from gptforge.data.dataset import Dataset
 from gptforge.device import Precision, select_device, select_precision
 from gptforge.distributed import Comm
+from gptforge.errors import require_package
 from gptforge.presets import FINETUNE
 from gptforge.report.log_handler import WriteHandler
 from gptforge.report.progress import ProgressMeter
@@ -84,6 +85,8 @@ def resolve_run(
 
     c = _resolve_on_main(config, comm, resolve_before_text)
     if comm.is_main:
+        for tracker in c.trackers:
+            require_package(tracker, extra=tracker)
         check_out_dir(dataclasses.replace(c, out_dir=resolve_out_dir(c)))
     if c.preset != FINETUNE:  # its batch follows from the text
         check_global_batch(c, comm)

@@ -18,6 +18,7 @@ from gptforge.model import GPT
 from gptforge.report.console import Console
 from gptforge.report.run_report import RunReport
 from gptforge.report.summary import model_summary
+from gptforge.report.trackers import Trackers
 from gptforge.train.state import TrainState
 from gptforge.train.train_step import TrainStep
 
@@ -46,6 +47,7 @@ def start_report(
         title=f"{config.preset or 'GPT-2'} on {dataset.path.name}",
         program=program,
         split_hint=dataset.split_hint,
+        trackers=Trackers(config.trackers, config) if is_main else None,
         enabled=is_main,
     )
     if not is_main:

@@ -71,6 +71,7 @@ def teacher_config(config: Config, number: int) -> Config:
         sample_every=0,
         keep_checkpoints=0,
         restart=False,
+        tracker="",
     )
 
 

@@ -21,7 +21,9 @@ from gptforge.tokenizers import Tokenizer
 
 TEACHERS = "teachers"
 """Folder of a run's teachers, which are runs of their own."""
-RUN_FOLDERS = {"checkpoints", TEACHERS}
+TRACKING = "tracking"
+"""Folder of the files of experiment trackers."""
+RUN_FOLDERS = {"checkpoints", TEACHERS, TRACKING}
 RUN_FILES = RUN_FOLDERS | {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"}
 """What a run leaves in its folder."""
 MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gptforge import files
 from gptforge.checkpoint.async_saver import SavedCheckpoint
+from gptforge.checkpoint.run_dir import TRACKING
+from gptforge.config import Config
 from gptforge.files import json_line
 from gptforge.printable import code_span, escape_markdown, printable, printable_text
 from gptforge.report.buffered_log import BufferedLog
@@ -14,6 +17,7 @@ from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
 from gptforge.report.format import format_duration
 from gptforge.report.metrics import Event, History, read_history, step_line
+from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
 
 LOG, METRICS, SAMPLES = "log.md", "metrics.jsonl", "samples.md"
@@ -31,6 +35,7 @@ class RunReport:
         title: heading of the log and the plot.
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.
+        trackers: get copies of the events, too.
         enabled: False on all ranks but 0, which write and print nothing.
     """
 
@@ -41,12 +46,14 @@ class RunReport:
         title: str,
         program: str = "python gpt.py",
         split_hint: str = "use",
+        trackers: Trackers | None = None,
         enabled: bool = True,
     ) -> None:
         self.run_dir = run_dir
         self._program, self._split_hint = program, split_hint
         self._title, self._enabled, self._last_plot = title, enabled, 0.0
         self.console = Console(enabled=enabled)
+        self.trackers = trackers or Trackers([], Config())
         self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
         self._has_warned = self._plot_failed = False
         self.observers: list[Callable[[Event], object]] = []
@@ -60,6 +67,7 @@ class RunReport:
         """Delete the logs that an earlier start left without any checkpoint."""
         for log in self._logs.values():
             log.delete()
+        files.remove(self.run_dir / TRACKING)
 
     def start(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
         """Begin the logs of a new run with the model summary."""
@@ -127,6 +135,8 @@ class RunReport:
         """Log one step."""
         self._log_line(step_line(event))
         self._event("train", **event)
+        metrics = {name: value for name, value in event.items() if name != "step"}
+        self.trackers.log("train", event["step"], metrics)
 
     def log_eval(
         self,
@@ -149,12 +159,14 @@ class RunReport:
         )
         losses = {"val_loss": loss, "val_bpb": bits_per_byte, "val_nats_per_char": nats_per_char}
         self._event("eval", step=step, **losses, epoch=epoch)
+        self.trackers.log("eval", step, losses)
 
     def log_sample(self, step: int, text: str, *, is_last: bool) -> None:
         """Add a generated text to the samples; the last one is printed too."""
         if is_last:
             self.log(f"\nSample:\n\n{text.strip()}")
         text = printable_text(text)
+        self.trackers.log("sample", step, {"text": text})
         # More tildes than anywhere in the text, which could close the fence otherwise.
         fence = "~~~"
         while fence in text:
@@ -211,6 +223,9 @@ class RunReport:
         self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
         if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
             self.log(f"warning: the end of {', '.join(incomplete)} could not be written")
+        if reason in ("finished", "early_stop") and not self._plot_failed:
+            self.trackers.log("end", step, {"training_curves": self.run_dir / CURVES})
+        self.trackers.finish(reason)
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes of each log file: where to truncate it when resuming from here."""

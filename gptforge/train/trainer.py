@@ -74,7 +74,7 @@ class Trainer:
         self.reset_history()
         # After a crash between the last save and `finish`, only the report is missing.
         reason = None if self.state.pending else self.end_reason()
-        with self.stop_signal, self.report.console:
+        with self.stop_signal, self.report.console, self.report.trackers:
             while reason is None:
                 # A run that was interrupted in an evaluation resumes with it, not with a step.
                 if not self.state.pending and self.has_diverged(self.train_step()):
