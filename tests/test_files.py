@@ -160,7 +160,7 @@ def test_a_file_that_is_replaced_after_the_check_is_not_opened(
 ) -> None:
     path = make_nonregular(tmp_path / "metrics.jsonl", kind)
     monkeypatch.setattr(files, "nonregular_kind", lambda *args, **kwargs: "")
-    with pytest.raises(OSError):  # noqa: PT011 (the system's own, where it refuses)
+    with pytest.raises(OSError):
         files.open_regular(path, mode, follow_symlinks=False)
     assert kind == "pipe" or (tmp_path / "target").read_text() == "secret"
 

@@ -23,8 +23,8 @@ from gptforge.data.prepare.sources import is_pipe
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
-from gptforge.presets import AUTO
 from gptforge.model import GPT
+from gptforge.presets import AUTO
 from gptforge.train.distillation import Distillation
 from gptforge.train.signals import StopReason
 
