@@ -403,7 +403,7 @@ def validate(config: Config) -> None:
         raise UserError(f"--decay_fraction must be above 0 and at most 1, not {c.decay_fraction}")
     if c.max_lr <= 0:
         raise UserError(f"--max_lr must be above 0, not {c.max_lr}")
-    if c.min_lr > c.max_lr:
+    if c.min_lr > c.max_lr and c.schedule != "constant":
         raise UserError(f"--min_lr {c.min_lr} is more than --max_lr {c.max_lr}")
     if c.warmup_steps > c.max_steps:
         raise UserError(

@@ -22,6 +22,8 @@ from typing import IO, Any, TextIO, cast
 MAX_TEXT_BYTES = 16 * 2**20  # ten times the largest text file of a checkpoint, GPT-2's merge list
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # or a user's quota
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -57,20 +59,35 @@ def open_regular(
     """
     if kind := nonregular_kind(path, follow_symlinks=follow_symlinks):
         raise NonRegularFileError(errno.EINVAL, f"{kind}, not a regular file", path.as_posix())
-    return path.open(mode, **options)
+
+    def opener(name: str, flags: int) -> int:
+        # The file may have been replaced since the check above.
+        fd = os.open(name, flags | _NO_WAIT | (0 if follow_symlinks else _NO_FOLLOW), 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise NonRegularFileError(errno.EINVAL, "not a regular file", path.as_posix())
+        return fd
+
+    return open(path, mode, opener=opener, **options)
 
 
 def read_bounded(path: Path, max_bytes: int, *, follow_symlinks: bool = True) -> bytes:
     """Read a regular file; an OSError if it has more than `max_bytes` bytes or is not regular."""
-    check_file_size(path, max_bytes, follow_symlinks=follow_symlinks)
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        return cast(bytes, file.read(max_bytes))
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
+        # Some system files claim size 0, and others may grow meanwhile.
+        data = cast(bytes, file.read(max_bytes + 1))
+    _check_size(path, len(data), max_bytes)
+    return data
 
 
 def check_file_size(path: Path, max_bytes: int, *, follow_symlinks: bool = True) -> None:
     """Raise the errors of `read_bounded` for a file that a library will read."""
     with open_regular(path, follow_symlinks=follow_symlinks) as file:
-        size = os.fstat(file.fileno()).st_size
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
+
+
+def _check_size(path: Path, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise OSError(f"{path.name} has {size:,} bytes, more than any file of its kind")
 

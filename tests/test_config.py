@@ -61,6 +61,10 @@ def test_defaults_are_gpt2_small() -> None:
     assert (c.batch_size, c.gradient_accumulation_steps, c.tokens_per_step) == (32, 4, 131072)
 
 
+def test_a_constant_rate_may_be_below_the_default_of_min_lr() -> None:
+    validate(merge(Config(), {"schedule": "constant", "max_lr": 1e-5}, source="test"))
+
+
 def test_an_unknown_field_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match="did you mean 'max_steps'"):
         merge(Config(), {"max_step": 3}, source="x.toml")

@@ -153,6 +153,28 @@ def test_only_regular_files_are_opened(tmp_path, kind, mode) -> None:
 
 
 @needs_posix
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+@pytest.mark.parametrize("mode", ["rb", "ab", "r+"])
+def test_a_file_that_is_replaced_after_the_check_is_not_opened(
+    tmp_path, monkeypatch, kind, mode
+) -> None:
+    path = make_nonregular(tmp_path / "metrics.jsonl", kind)
+    monkeypatch.setattr(files, "nonregular_kind", lambda *args, **kwargs: "")
+    with pytest.raises(OSError):
+        files.open_regular(path, mode, follow_symlinks=False)
+    assert kind == "pipe" or (tmp_path / "target").read_text() == "secret"
+
+
+@needs_posix
+def test_a_file_without_a_size_is_read_within_the_bound() -> None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("there is no /proc")
+    with pytest.raises(OSError, match="more than any"):
+        files.read_bounded(status, 9)
+
+
+@needs_posix
 def test_link_is_followed_by_default(tmp_path) -> None:
     assert files.read_text(make_nonregular(tmp_path / "config.toml", "link")) == "secret"
 

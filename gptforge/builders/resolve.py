@@ -110,8 +110,11 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer, *, prepared_path: str 
 
 def last_checkpoint(config: Config) -> Path | None:
     """The checkpoint that a run in the run folder would resume from; None for a new run."""
+    if config.restart:
+        return None
     store = CheckpointStore(Path(resolve_out_dir(config)) / "checkpoints")
-    return None if config.restart else store.read_link("last")
+    # A copied run, or one that crashed in its first save, may lack the link.
+    return store.read_link("last") or next(reversed(store.checkpoints()), None)
 
 
 def config_of_run(config: Config) -> Config | None:

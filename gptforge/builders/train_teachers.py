@@ -13,15 +13,18 @@ from pathlib import Path
 
 import torch
 
+from gptforge.builders.resolve import config_of_run
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import TEACHERS
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import SEED_LIMIT, Config, GPTConfig
-from gptforge.distributed import Comm
+from gptforge.data.prepare.sources import is_pipe
+from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
 from gptforge.model import GPT
+from gptforge.presets import AUTO
 from gptforge.train.distillation import Distillation
 from gptforge.train.signals import StopReason
 
@@ -45,6 +48,8 @@ def check_teachers(config: Config, comm: Comm) -> None:
             f"--teachers is for vocabularies of at most {MAX_VOCAB:,} rows, and this one has "
             f"{config.vocab_size:,}: use --tokenizer char or a smaller one, or leave it out"
         )
+    if is_pipe(Path(config.input)):
+        raise UserError(f"--input {config.input} is a pipe, and --teachers need a file: save it")
     if comm.world_size > 1 and config.parallel != "ddp":
         raise UserError(
             "--teachers needs --parallel ddp under torchrun: each rank has a full copy of them"
@@ -75,16 +80,24 @@ def teacher_config(config: Config, number: int) -> Config:
     )
 
 
-def train_teachers(config: Config, train: Callable[[Config], StopReason]) -> None:
+def train_teachers(
+    config: Config, train: Callable[[Config], StopReason], comm: Comm = SINGLE_PROCESS
+) -> None:
     """Train those teachers that are not finished.
 
     Args:
         config: of the student, resolved.
         train: trains a run, new or not, to its end or until it is stopped.
+        comm: the ranks.
 
     Raises:
         TeacherStopped: if one is stopped.
     """
+    if config.preset == AUTO and config.time_limit and not config.teacher_steps:
+        # Fitted to the time when the first one began; after a stop, other steps fit.
+        first = teacher_config(config, 1)
+        began = comm.broadcast_from_rank0(lambda: vars(config_of_run(first) or first))
+        config = dataclasses.replace(config, teacher_steps=began["max_steps"])
     for number in range(1, config.teachers + 1):
         teacher = teacher_config(config, number)
         logger.info(f"teacher {number} of {config.teachers}: {teacher.out_dir}")

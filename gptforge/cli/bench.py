@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320}
+VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320, "bpe": 1024}
 """Default --vocab_size, as there is no text to derive it from."""
 NUM_TOKENS = {"gpt2": 50257}  # ids that stand for a token, where fewer than vocab_size
 MFU_FORMULA = "MFU = tokens/s x (6 N + 12 L C T) / peak"

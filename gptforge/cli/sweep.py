@@ -117,7 +117,7 @@ def _method(args: SweepConfig) -> "Method":
 def _resolver(args: SweepConfig, explicit: frozenset[str], method: "Method") -> "Resolve":
     """How the configuration of a trial follows from its values."""
     from gptforge.builders.auto_config import resolve_auto
-    from gptforge.builders.recipe import RECIPE_FIELDS
+    from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS
     from gptforge.builders.resolve import MODEL_FIELDS, resolve_init_from
 
     if args.preset == AUTO and args.time_limit and "max_steps" not in explicit:
@@ -127,7 +127,7 @@ def _resolver(args: SweepConfig, explicit: frozenset[str], method: "Method") -> 
     text = Path(args.input.rstrip("/")).stem if args.input else ""
     out_dir = args.out_dir or f"sweeps/{text}-{args.preset}".replace("/-", "/")
     base = resolve_init_from(merge(args, {"out_dir": out_dir}, source="flags"), explicit)
-    recipe_fields = RECIPE_FIELDS if args.preset == AUTO else frozenset()
+    recipe_fields = RECIPE_FIELDS if args.preset in FITTED_PRESETS else frozenset()
     if args.init_from:
         recipe_fields -= {*MODEL_FIELDS, "tokenizer", "context_length"}
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from gptforge.errors import UserError
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
@@ -12,6 +13,8 @@ MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-text token
 MAX_VOCAB_SIZE = 2**20
 DEFAULT_SIZE_AT_1MB, DEFAULT_SIZE_GROWTH = 1024, 0.6
 DEFAULT_SIZE_LIMITS = (320, 32768)
+LONG_WORD = re.compile(r"\S{1000}")
+"""Cut after it: the time to learn from a word is quadratic in its length."""
 
 
 def default_vocab_size(num_bytes: int) -> int:
@@ -49,6 +52,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_cut_long_words(texts), trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return GPT2Tokenizer(unambiguous_merges(normalize_merges(merges)))
+
+
+def _cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        ends = [match.end() for match in LONG_WORD.finditer(text)]
+        for start, end in zip([0, *ends], [*ends, len(text)], strict=True):
+            yield text[start:end]

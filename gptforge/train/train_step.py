@@ -4,8 +4,8 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -186,9 +186,13 @@ class TrainStep:
         """Module for evaluation: (inputs, targets) to the summed loss."""
         return self.model if self._root is None else self._root
 
-    def ema_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
         """Within the block, the model has the weights to evaluate and save: the EMA, if any."""
-        return nullcontext() if self.ema is None else self.ema.swap()
+        with nullcontext() if self.ema is None else self.ema.swap():
+            yield
+            if self._root is not None:
+                self._root.reshard_root()  # or the next step would compute with those it gathered
 
     @property
     def raw_weights(self) -> Mapping[str, Tensor]:

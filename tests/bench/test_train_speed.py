@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from gptforge.bench.baselines import describe_baseline
+from gptforge.cli.bench import VOCAB_SIZES
 from gptforge.device import select_precision
 from gptforge.report.format import format_count
+from gptforge.tokenizers import NAMES
 
 TINY = ("--preset", "debug", "--device", "cpu", "--repeats", 1, "--n_layer", 1, "--n_embd", 8)
 
@@ -37,3 +39,7 @@ def test_an_impossible_profile_folder_is_refused_before_timing(program, tmp_path
     done = program("bench", *TINY, "--n_head", 2, "--profile", "file")
     assert (done.code, done.out) == (2, "")
     assert "--profile file: " in done.err
+
+
+def test_each_tokenizer_has_a_vocabulary_to_measure_with() -> None:
+    assert VOCAB_SIZES.keys() == set(NAMES)

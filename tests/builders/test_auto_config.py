@@ -57,12 +57,15 @@ def test_chosen_values_are_stored_with_the_run(config, messages) -> None:
     assert any("explicit: max_steps 12, n_embd 16, n_layer 1" in line for line in messages)
 
 
-def test_resumed_run_does_not_depend_on_the_rule(config, monkeypatch) -> None:
+@pytest.mark.parametrize("has_link", [True, False], ids=["", "without the link last"])
+def test_resumed_run_does_not_depend_on_the_rule(config, monkeypatch, has_link) -> None:
     straight = dataclasses.replace(config, out_dir="straight", save_every=100)
     build(straight, "out_dir").fit()
     trainer = build(config)
     trainer.stop_signal = StopAfter(7)
     assert trainer.fit() == "interrupted"
+    if not has_link:  # as in a copy of the run
+        Path(trainer.config.out_dir, "checkpoints", "last").unlink()
     monkeypatch.setattr(recipe, "ANCHORS", OTHER_ANCHORS)
     resumed = build(config)
     assert resumed.config.dropout != 0.4

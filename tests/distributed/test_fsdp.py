@@ -131,3 +131,26 @@ def test_unsupported_fsdp_is_refused() -> None:
         use_fsdp(config, cpu, Precision(torch.float16, ""), TwoRanks())
     with pytest.raises(UserError, match="--optimizer muon"):
         use_fsdp(dataclasses.replace(config, optimizer="muon"), cpu, BF16, TwoRanks())
+
+
+def losses_around_evaluations(comm: Comm, config: dict) -> list[float]:
+    """Training losses with an evaluation after each step, of which none is saved as the best."""
+    trainer = build_trainer(Config(**config), explicit=(), comm=comm)
+    trainer.reset_history()
+    trainer.state.best_loss = float("-inf")
+    losses = []
+    for _ in range(12):
+        trainer.train_step()
+        losses.append(trainer.state.loss)
+        trainer.evaluate()
+    if trainer.lock is not None:
+        trainer.lock.release()
+    return losses
+
+
+def test_training_after_an_evaluation_of_the_average_does_not_use_it(config, tmp_path) -> None:
+    config = dataclasses.replace(config, ema=0.9, max_lr=3e-2, max_steps=99)
+    expected = losses_around_evaluations(SINGLE_PROCESS, vars(config))
+    other = fsdp(config, out_dir=str(tmp_path / "fsdp"))
+    for losses in on_ranks(2, losses_around_evaluations, vars(other)):
+        assert losses == pytest.approx(expected, abs=1e-4)

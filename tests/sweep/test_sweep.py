@@ -279,8 +279,9 @@ def test_an_interrupted_sweep_saves_its_trials_and_resumes_them(program, play, s
     assert float(rows()[0]["best_step"]) > 0
 
 
-def test_trials_of_preset_auto_keep_the_recipe_of_the_text(program, play, started) -> None:
-    small = [*TINY, "--preset", "auto", "--context_length", "32", "--batch_size", "4"]
+@pytest.mark.parametrize("preset", ["auto", "shakespeare-cpu"])
+def test_trials_keep_the_recipe_of_the_text(program, play, started, preset) -> None:
+    small = [*TINY, "--preset", preset, "--context_length", "32", "--batch_size", "4"]
     done = program("sweep", *small, "--grid", "max_lr=1e-3,1e-2", "--final")
     assert done.code == 0, done.err
     configs = [read_toml(Path(run.folder, "config.toml"))[0] for run in started]

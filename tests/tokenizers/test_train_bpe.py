@@ -1,6 +1,8 @@
 """A BPE of one's own, trained, saved, exported, and the algorithm behind it."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,19 @@ def test_vocab_size_and_compression() -> None:
     text = SHAKESPEARE[1000:3000]
     assert decode(TRAINED, TRAINED.encode(text)) == text
     assert len(TRAINED.encode(text)) < 0.5 * len(text)
+
+
+def test_a_text_without_spaces_takes_linear_time() -> None:
+    """Uncut, these would take 40 times as long as the words below, and a megabyte a day."""
+    letters = "".join(random.Random(1).choices("ACGT", k=60_000))
+    start = time.process_time()
+    words = train_bpe([letters[i : i + 6] for i in range(0, len(letters), 6)], 320)
+    short = time.process_time() - start
+    start = time.process_time()
+    tokenizer = train_bpe([letters], 320)
+    assert time.process_time() - start < 10 * short + 1
+    assert tokenizer.vocab_size == words.vocab_size
+    assert decode(tokenizer, tokenizer.encode(letters)) == letters
 
 
 @settings(deadline=None, max_examples=300)

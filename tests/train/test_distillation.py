@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,15 @@ import torch.nn.functional as F
 
 from gptforge.builders.auto_config import resolve_auto
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.train_teachers import TeacherStopped, check_teachers, teacher_config
+from gptforge.builders.train_teachers import (
+    TeacherStopped,
+    check_teachers,
+    teacher_config,
+    train_teachers,
+)
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
+from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT, IGNORE_INDEX
@@ -227,6 +234,27 @@ def test_more_steps_keep_the_teachers_and_a_damaged_one_is_refused(config) -> No
     teacher.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     with pytest.raises(UserError, match=r"teacher-2 holds no finished teacher .*damaged"):
         build(longer)
+
+
+def test_a_stopped_teacher_keeps_its_steps_when_fewer_fit_into_the_time(config) -> None:
+    """`--preset auto` fits them again at each start."""
+    config = dataclasses.replace(config, teachers=2, preset="auto", time_limit=1.0)
+    build(teacher_config(config, 1)).fit()
+    trained: list[Config] = []
+
+    def train(teacher: Config) -> str:
+        trained.append(teacher)
+        return "finished"
+
+    train_teachers(dataclasses.replace(config, max_steps=7), train)
+    assert [teacher.max_steps for teacher in trained] == [config.max_steps] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_before_it_is_read(config, tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe, and --teachers need a file"):
+        check_teachers(with_teachers(config, input=str(tmp_path / "pipe")), SINGLE_PROCESS)
 
 
 def test_restart_moves_the_teachers_too(config) -> None:
