@@ -156,7 +156,7 @@ class Config:
     """Weight of the teachers' probabilities in the loss; that of the text is 1 - distill_weight."""
 
     out_dir: str = ""
-    """Run folder; empty: runs/<preset>, or runs/<text>-auto."""
+    """Run folder; empty: runs/<preset>, or runs/<text>-<preset> with --input."""
     restart: bool = False
     """Move an existing run folder aside and start from scratch."""
     log_every: int = 10
@@ -338,8 +338,6 @@ def resume_conflicts(old: Config, new: Config) -> list[str]:
         found.append(
             f"batch_size x accumulation: {old.global_batch_size} -> {new.global_batch_size}"
         )
-    if new.max_steps < old.max_steps:
-        found.append(f"max_steps: {old.max_steps} -> {new.max_steps} (it may only be raised)")
     return found
 
 

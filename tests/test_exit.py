@@ -39,13 +39,18 @@ def test_signal_saves_and_the_same_command_resumes(tmp_path, play, number, code)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Stopping after this step" in out
-    assert re.search(r"Resume with: python \S*gpt\.py --preset debug", out)
+    *_, saved, resume = out.splitlines()
+    assert re.fullmatch(r"Resume with: python \S*gpt\.py --resume run", resume)
+    assert (tmp_path / saved.removeprefix("Saved: ") / "manifest.json").is_file()
     assert "Traceback" not in err
     end = events(tmp_path / "run")[-1]
     assert end["event"] == "end"
     assert end["reason"] == ("interrupted" if number == signal.SIGINT else "terminated")
+    by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM or SIGHUP"
+    stopped = f"Stopped by {by} at step {end['step']} of 100000\n"
+    assert stopped in (tmp_path / "run/log.md").read_text()
 
-    process = start(*command, cwd=tmp_path)
+    process = start("--resume", "run", cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("Resuming from"):
@@ -53,6 +58,7 @@ def test_signal_saves_and_the_same_command_resumes(tmp_path, play, number, code)
             break
     else:
         raise AssertionError("it did not resume")
+    assert f"{stopped}{line}" in (tmp_path / "run/log.md").read_text()
     # The second one ends the process at once.
     time.sleep(0.2)
     process.send_signal(number)
@@ -101,7 +107,7 @@ def test_time_limit_saves_and_exits_0(program, play) -> None:
         *DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 10**6, "--time_limit", 0.01
     )
     assert done.code == 0
-    assert "The time limit of 0.01 minutes is reached" in done.out
+    assert "Stopped by the time limit at step" in done.out
     assert "Resume with:" in done.out
     end = events()[-1]
     assert (end["event"], end["reason"]) == ("end", "time_limit")

@@ -18,6 +18,7 @@ from gptforge.cli.train import run_training
 from gptforge.config import Config, merge
 from gptforge.data.text_store import Texts, store_texts
 from gptforge.errors import RunError, UserError
+from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
 from gptforge.train.signals import EXIT_CODES
 from gptforge.train.trainer import Trainer
@@ -103,7 +104,7 @@ def train(
             program="gptforge",
             command=shlex.join(f"--{name}={_flag_value(v)}" for name, v in values.items()),
             start_time=start_time,
-            log=PythonConsole().log,
+            logging_as=log_to(PythonConsole().log),
             on_built=observer.attach,
         )
     except (UserError, RunError) as error:

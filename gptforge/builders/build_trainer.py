@@ -27,6 +27,7 @@ from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
 from gptforge.optim.schedule import Schedule
 from gptforge.presets import AUTO, PRESETS, get_preset
+from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.distillation import Distillation
@@ -176,9 +177,10 @@ def _log_finished(opened: OpenedRun, program: str) -> None:
             f"held-out loss since step {progress['best_step']}. Give --patience 0 or raise "
             "--max_steps"
         )
-    logger.info(
+    logger.log(
+        RESULT,
         f"{config.out_dir} is finished: {reason} to train on, --restart to start over, or try the "
-        f"model: {program} sample {quote(config.out_dir)}"
+        f"model: {program} sample {quote(config.out_dir)}",
     )
 
 

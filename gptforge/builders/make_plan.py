@@ -16,9 +16,7 @@ from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.builders.resolve_run import resolve_run
 from gptforge.builders.step_timing import time_step
-from gptforge.checkpoint.format import find_corruption, step_from_path
-from gptforge.checkpoint.run_dir import resume_config
-from gptforge.checkpoint.store import HEADROOM_BYTES, CheckpointStore
+from gptforge.checkpoint.store import HEADROOM_BYTES
 from gptforge.config import Config
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
@@ -50,31 +48,20 @@ NOT_MEASURED = TimePlan(None, None, None, "not measured: it does not fit into me
 def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     """Compute what a configuration amounts to.
 
-    Leaves the run folder as it is. A new text is prepared into the user's cache, where training
-    finds it.
+    It is that of a new run: a run that exists in the run folder is not looked at. A new text is
+    prepared into the user's cache, where training finds it.
 
     Raises:
         UserError: for all that training refuses, with the same message.
     """
     start_time = time.monotonic()
     with tempfile.TemporaryDirectory() as temp_dir:
+        config = dataclasses.replace(config, restart=True)  # nothing of an existing run is taken
         resolved = resolve_run(
-            config, explicit, SINGLE_PROCESS, temp_dir=Path(temp_dir), warm_up=False
+            config, explicit, SINGLE_PROCESS, temp_dir=Path(temp_dir), is_plan=True
         )
-    config, dataset = resolved.config, resolved.dataset
-    device, precision = resolved.device, resolved.precision
-    saved = CheckpointStore(Path(config.out_dir) / "checkpoints").checkpoints()
-    latest = next((path for path in reversed(saved) if find_corruption(path) is None), None)
-    if latest and not config.restart:
-        config = resume_config(
-            latest,
-            config,
-            explicit=explicit,
-            tokenizer=dataset.tokenizer,
-            text_sha256=dataset.sha256,
-        )
-    else:
-        config = fit_time_limit(resolved, start_time=start_time).config
+    dataset, device, precision = resolved.dataset, resolved.device, resolved.precision
+    config = fit_time_limit(resolved, start_time=start_time).config
     use_fsdp(config, device, precision, SINGLE_PROCESS)
     for notice in dataset.notices:
         logger.info(f"note: {notice}")
@@ -86,7 +73,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     memory = estimator.estimate(
         micro_batch, f"{device} ({resolved.device_description}), {precision.name}"
     )
-    run, disk = _plan_run(c, dataset), _plan_disk(c, dataset, saved)
+    run, disk = _plan_run(c, dataset), _plan_disk(c, dataset)
     per_token = flops_per_token(c.model, c.context_length)
     per_step = per_token * c.tokens_per_step
     warnings = [memorization_warning(c, run, tokens=len(dataset.train))]
@@ -168,7 +155,7 @@ def _plan_run(config: Config, dataset: Dataset) -> RunPlan:
     )
 
 
-def _plan_disk(config: Config, dataset: Dataset, saved: list[Path]) -> DiskPlan:
+def _plan_disk(config: Config, dataset: Dataset) -> DiskPlan:
     saves = math.ceil(config.max_steps / config.save_every)
     if len(dataset.val):
         # Every evaluation may be the best so far, and is saved then.
@@ -187,7 +174,6 @@ def _plan_disk(config: Config, dataset: Dataset, saved: list[Path]) -> DiskPlan:
         needed_bytes=needed,
         free_bytes=free,
         fits=needed <= free,
-        steps_saved=step_from_path(saved[-1]) if saved else 0,
     )
 
 

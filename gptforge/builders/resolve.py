@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
 from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.run_dir import is_run_of
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig, read_toml
 from gptforge.data.checks import quick_check
@@ -21,10 +22,11 @@ from gptforge.data.dataset import (
     portable_input_name,
     resolve_input,
 )
+from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
-from gptforge.presets import AUTO, FINETUNE
+from gptforge.presets import FINETUNE
 from gptforge.report.progress import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
@@ -52,8 +54,9 @@ def resolve_init_from(
                 "(name or folder), or nanoGPT's ckpt.pt"
             )
         return config
-    source = import_if_needed(config.init_from, temp_dir=temp_dir)
-    config = dataclasses.replace(config, init_from=source)
+    if not is_config_of_run(config, (config.preset,)):  # a run names what was imported
+        source = import_if_needed(config.init_from, temp_dir=temp_dir)
+        config = dataclasses.replace(config, init_from=source)
     path = _initial_checkpoint(config)
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
@@ -233,12 +236,20 @@ def resolve_config(config: Config, dataset: Dataset) -> Config:
 
 
 def resolve_out_dir(config: Config) -> str:
-    """The run folder: `--out_dir`, or one named after preset and, with auto or finetune, text."""
-    name = config.preset or "custom"
-    if name in (AUTO, FINETUNE) and config.input not in ("", BUNDLED_INPUT):
+    """The run folder: `--out_dir`, or one named after the preset and the text of `--input`.
+
+    Earlier versions left the name of the text out: their runs of the same text are found.
+    """
+    if config.out_dir:
+        return config.out_dir
+    preset, text = config.preset or "custom", ""
+    if config.input not in ("", BUNDLED_INPUT) and not is_pipe(Path(config.input)):
         text = re.sub(r"[^\w.-]+", "-", Path(config.input).stem).strip("-.")
-        name = f"{text}-{name}" if text else name
-    return config.out_dir or f"runs/{name}"
+    old, new = f"runs/{preset}", f"runs/{text}-{preset}"
+    has_old_run = is_run_of(Path(old), preset, config.input)
+    if not text or (has_old_run and not (Path(new) / checkpoints.CONFIG).exists()):
+        return old
+    return new
 
 
 def describe_dataset(dataset: Dataset, config: Config) -> str:

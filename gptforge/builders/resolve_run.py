@@ -26,7 +26,7 @@ from gptforge.builders.resolve import (
 )
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.train_teachers import check_teachers
-from gptforge.checkpoint.run_dir import check_out_dir
+from gptforge.checkpoint.run_dir import check_out_dir, check_writable
 from gptforge.config import Config, validate
 from gptforge.data.dataset import Dataset
 from gptforge.device import Precision, select_device, select_precision
@@ -63,7 +63,7 @@ def resolve_run(
     comm: Comm,
     *,
     temp_dir: Path | None = None,
-    warm_up: bool = True,
+    is_plan: bool = False,
 ) -> ResolvedRun:
     """Resolve and check a configuration; all ranks call this, and agree on it.
 
@@ -72,7 +72,7 @@ def resolve_run(
         explicit: fields that the user set.
         comm: the ranks.
         temp_dir: where a model of `--init_from` is imported without keeping it.
-        warm_up: whether to compile kernels in the background.
+        is_plan: compile no kernels in the background, and do not look into the run folder.
 
     Raises:
         UserError: for a configuration, text or run folder that cannot be trained.
@@ -85,15 +85,23 @@ def resolve_run(
 
     c = _resolve_on_main(config, comm, resolve_before_text)
     if comm.is_main:
+<<<<<<< HEAD
         for tracker in c.trackers:
             require_package(tracker, extra=tracker)
         check_out_dir(dataclasses.replace(c, out_dir=resolve_out_dir(c)))
+=======
+        out_dir = resolve_out_dir(c)
+        if is_plan:
+            check_writable(Path(out_dir))
+        else:
+            check_out_dir(dataclasses.replace(c, out_dir=out_dir))
+>>>>>>> runnames
     if c.preset != FINETUNE:  # its batch follows from the text
         check_global_batch(c, comm)
     device, description = select_device(device_flag)
     precision = select_precision(c.dtype, device)
     seed_everything(c, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
-    warmup = KernelWarmup(device, c, precision) if warm_up else None
+    warmup = None if is_plan else KernelWarmup(device, c, precision)
     dataset, logged, is_new_text = _load_dataset(c, explicit, comm)
     resolved = resolve_config(c, dataset)
     c = _resolve_on_main(c, comm, lambda: resolve_finetune(resolved, dataset, explicit))

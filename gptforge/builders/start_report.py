@@ -63,15 +63,14 @@ def start_report(
             summary = model_summary(GPT(config.model))
         report.start(summary, command=command, facts=_facts(run, step))
     else:
-        name = opened.checkpoint.name
         report.resume(
             state.step,
             opened.state["file_sizes"],
-            checkpoint=name,
+            max_steps=config.max_steps,
+            checkpoint=opened.checkpoint.name,
             is_best=state.best_step == state.step,
             command=command,
         )
-        report.console.log(f"Resuming from {name}: step {state.step} of {config.max_steps}")
     report.console = Console(config.max_steps, state.step)
     return report
 

@@ -13,7 +13,7 @@ from gptforge import files
 from gptforge.checkpoint.extension import extend_run
 from gptforge.checkpoint.format import CONFIG, read_config, read_state, read_tokenizer
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import Config, resume_conflicts
+from gptforge.config import Config, read_toml, resume_conflicts
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, FolderLock, is_locked, lock_folder
 from gptforge.shell import quote
@@ -100,9 +100,15 @@ def open_run(
         return OpenedRun("new", config)
     old, state = read_config(latest), read_state(latest)
     store.repair_links(latest)
+    requested_steps = config.max_steps
     config = resume_config(
         latest, config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
     )
+    if requested_steps < config.max_steps:
+        notices.append(
+            f"--max_steps {requested_steps} is less than the {config.max_steps} that this run has "
+            f"by now: it keeps {config.max_steps}"
+        )
     progress = state["progress"]
     if config.max_steps > old.max_steps:
         check_writable(folder)
@@ -137,27 +143,39 @@ def resume_config(
 ) -> Config:
     """The configuration with which `config` resumes the run of a checkpoint; changes no file.
 
-    A UserError says what differs in the run: configuration, tokenizer or text.
+    A run whose max_steps was raised keeps them, so the command that started it still works.
+
+    Raises:
+        UserError: saying what differs in the run: configuration, tokenizer or text.
     """
     old, folder = read_config(checkpoint), Path(config.out_dir)
     for name in {"warmup_steps", "patience"}.difference(explicit):
         config = dataclasses.replace(config, **{name: getattr(old, name)})
     # A tokenizer is compared by content, not by path.
-    config = dataclasses.replace(config, tokenizer=old.tokenizer)
+    max_steps = max(config.max_steps, old.max_steps)
+    config = dataclasses.replace(config, tokenizer=old.tokenizer, max_steps=max_steps)
     conflicts = resume_conflicts(old, config)
     if read_tokenizer(checkpoint).to_json() != tokenizer.to_json():
         conflicts.append("tokenizer: not the one that the run was started with")
     if read_state(checkpoint)["text_sha256"] != text_sha256:
         conflicts.append(f"input: not the text that {folder.as_posix()} was trained on")
     if conflicts:
-        is_shorter = len(conflicts) == 1 and config.max_steps < old.max_steps
-        hint = f"resume with --max_steps {old.max_steps}, " if is_shorter else ""
         raise UserError(
             f"{folder.as_posix()} holds a run with another configuration "
-            f"({'; '.join(conflicts)}): {hint}choose another --out_dir, or --restart to move it "
-            "to a backup"
+            f"({'; '.join(conflicts)}): choose another --out_dir, or --restart to move it to a "
+            "backup"
         )
     return config
+
+
+def is_run_of(folder: Path, preset: str, text: str) -> bool:
+    """Whether a folder has a run with this preset and this `--input`."""
+    try:
+        values, _ = read_toml(folder / CONFIG)
+    except UserError:
+        return False
+    is_same_text = files.real_path(str(values.get("input"))) == files.real_path(text)
+    return is_same_text and values.get("preset") == preset
 
 
 def check_writable(folder: Path) -> None:

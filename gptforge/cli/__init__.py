@@ -18,6 +18,7 @@ from typing import NoReturn
 from gptforge import files
 from gptforge.cli import (
     bench,
+    cache,
     demo,
     doctor,
     eval,
@@ -36,6 +37,8 @@ from gptforge.shell import quote
 EXIT_USER_ERROR, EXIT_FAILURE = 2, 1
 GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others polls before it sleeps
 
+COMPLETION = "Shell completion: gptforge --tyro-print-completion bash (or zsh, tcsh)"
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (train.main, "train a model or resume a run; the default command"),
     "prepare": (prepare.main, "turn texts of any kind and size into token shards"),
@@ -48,6 +51,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "plan": (plan.main, "show what a run will be and cost, and whether it fits"),
     "sweep": (sweep.main, "search the best hyperparameters with many training runs"),
     "bench": (bench.main, "measure how fast this machine trains and generates"),
+    "cache": (cache.main, "show or clear the cache of tokenized texts"),
     "doctor": (doctor.main, "check this machine or a dataset for problems"),
 }
 
@@ -153,7 +157,7 @@ def _run_command(args: list[str]) -> int:
     if args == ["--version"]:
         from gptforge import __version__
 
-        print(f"gptforge {__version__}")
+        print(f"gptforge {__version__}\n\n{COMPLETION}")
         return 0
     name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("train", args)
     if name not in COMMANDS:
@@ -176,7 +180,7 @@ def _command_hint(name: str) -> str:
 
 def _command_list() -> str:
     lines = [f"  {name:<11}{about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines])
+    return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines, "", COMPLETION])
 
 
 def _is_main_rank() -> bool:

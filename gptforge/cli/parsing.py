@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -145,21 +145,19 @@ def _has_own_text(config: Config) -> bool:
 
 def _is_run_of_gpt2(config: Config) -> bool:
     """Whether the run folder has a run of this text from version 0.2, which took gpt2 for all."""
-    try:
-        values, _ = read_toml(Path(config.out_dir or "runs/gpt2") / "config.toml")
-    except UserError:
-        return False
-    is_same_text = values.get("input") == Path(config.input).as_posix()
-    return is_same_text and values.get("preset") == "gpt2" and not config.restart
+    from gptforge.checkpoint.run_dir import is_run_of
+
+    folder = Path(config.out_dir or "runs/gpt2")
+    return not config.restart and is_run_of(folder, "gpt2", config.input)
 
 
-def flag_values(args: Sequence[str]) -> dict[str, str]:
-    """Find training flags in `args`: names with underscores -> the values after them."""
+def flag_values(args: Sequence[str], names: Collection[str] = FIELDS) -> dict[str, str]:
+    """Find flags in `args`, by default of `Config`: names with underscores -> their values."""
     found = {}
     for index, arg in enumerate(args):
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if arg.startswith("--") and name in FIELDS:
+        if arg.startswith("--") and name in names:
             following = args[index + 1] if index + 1 < len(args) else ""
             found[name] = value if equals else following
     return found

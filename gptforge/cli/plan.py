@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     """Print the plan; returns 1 if the run does not fit into memory or on the disk."""
     args, explicit = parse_train_args(argv, cls=PlanConfig, prog="gptforge plan")
     with log_to(print_stderr if args.json else safe_print):
-        config = resolve_preset(args, explicit)
+        # That of a new run: an existing one does not influence the preset.
+        config = resolve_preset(dataclasses.replace(args, restart=True), explicit)
         from gptforge.builders.make_plan import make_plan
 
         plan = make_plan(config, explicit)
@@ -121,10 +122,9 @@ def _memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:
 
 
 def _describe_disk(disk: DiskPlan) -> str:
-    saved = f"; a run at step {disk.steps_saved:,} exists" if disk.steps_saved else ""
     return (
         f"{disk.checkpoints} x {_format_bytes(disk.checkpoint_bytes)} of checkpoints at most, in "
-        f"{disk.out_dir}; {_format_bytes(disk.free_bytes)} free{saved}"
+        f"{disk.out_dir}; {_format_bytes(disk.free_bytes)} free"
     )
 
 

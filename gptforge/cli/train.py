@@ -5,19 +5,20 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from gptforge.cli.parsing import expand_bool_flags, parse_train_args, rename_flags, resolve_preset
+from gptforge.cli.parsing import parse_train_args, resolve_preset
+from gptforge.cli.resume import args_without_restart, expand_resume, resume_command
 from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import RunError
-from gptforge.printable import safe_print
-from gptforge.report.log_handler import log_to
-from gptforge.shell import env_int, program_name, torchrun_target
-
-logger = logging.getLogger(__name__)
+from gptforge.errors import RunError, UserError
+from gptforge.printable import print_stderr, safe_print
+from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
+from gptforge.shell import env_int, program_name, quote
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
 
 START_TIME = time.monotonic()
 """`--time_limit` counts from here, so importing torch and preparing the text are included."""
+
+
+@dataclass(frozen=True)
+class TrainArgs(Config):
+    """Train a GPT-2."""
+
+    resume: str = ""
+    """Run to resume, or a checkpoint in it; its configuration holds, and other flags may follow."""
+    quiet: bool = False
+    """Print only warnings, errors and the result."""
+    verbose: bool = False
+    """Print each checkpoint and sample, too."""
+    log_format: Literal["text", "json"] = "text"
+    """json: print the events of metrics.jsonl on stdout, one a line, and only warnings, errors and
+    the result as text, on stderr."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +55,29 @@ class TrainingEnd:
 
 def main(args: list[str], *, epilog: str = "") -> int:
     """Train to the end, or until a signal or the time limit; returns the exit code."""
-    config: Config
-    config, explicit = parse_train_args(args, epilog=epilog)
-    prewarm_cuda(config.device)
+    parsed, explicit = parse_train_args(expand_resume(args), cls=TrainArgs, epilog=epilog)
+    if parsed.quiet and parsed.verbose:
+        raise UserError("--quiet and --verbose contradict each other: leave one out")
+    prewarm_cuda(parsed.device)
     # Read before training, so that an invalid value cannot fail a finished run.
     max_restarts = env_int("TORCHELASTIC_MAX_RESTARTS", 0)
     end = run_training(
-        config,
+        parsed,
         explicit,
         program=program_name(),
         command=shlex.join(args),
         start_time=START_TIME,
-        log=_log,
+        logging_as=_log_as(parsed),
     )
     from gptforge.train.signals import EXIT_CODES
 
     if end.comm.is_main and end.reason not in ("finished", "early_stop"):
-        safe_print(f"Resume with: {_launch_command(os.environ)} {_resume_args(args)}".rstrip())
+        resume_args = args_without_restart(args)
+        # There is none yet if a teacher was stopped.
+        if (Path(end.out_dir) / "config.toml").is_file():
+            resume_args = f"--resume {quote(end.out_dir)}"
+        command = resume_command(os.environ, resume_args)
+        (print_stderr if parsed.log_format == "json" else safe_print)(f"Resume with: {command}")
     # With --max_restarts, torchrun would restart a rank that exits with an error.
     return end.comm.exit(0 if max_restarts > 0 else EXIT_CODES[end.reason])
 
@@ -67,7 +89,7 @@ def run_training(
     program: str,
     command: str,
     start_time: float,
-    log: Callable[[str], None],
+    logging_as: AbstractContextManager[WriteHandler],
     on_built: "Callable[[Trainer], object]" = lambda trainer: None,
 ) -> TrainingEnd:
     """Train on all ranks: what `gptforge train` and `gptforge.train` have in common.
@@ -78,12 +100,13 @@ def run_training(
         program: how the program is called, for the commands that it prints.
         command: the arguments, for the log.
         start_time: `time.monotonic()` from which the time limit counts.
-        log: prints a line.
+        logging_as: prints what is logged meanwhile.
         on_built: called with the trainer before it trains; not for a finished run.
     """
-    with log_to(log) as handler:
+    with logging_as as handler:
         if os.environ.get("RANK", "0") != "0":
-            handler.addFilter(lambda record: hasattr(record, "any_rank"))
+            for each in PACKAGE.handlers:
+                each.addFilter(lambda record: hasattr(record, "any_rank"))
         config = resolve_preset(config, explicit)
         import torch
 
@@ -112,12 +135,8 @@ def run_training(
             if trainer is not None:
                 on_built(trainer)
                 if comm.is_main:
-                    handler.write = trainer.report.log  # above the progress bar
+                    handler.write = trainer.report.console.log  # above the progress bar
                 reason = trainer.fit()
-            if reason == "time_limit":
-                logger.info(
-                    f"The time limit of {config.time_limit:g} minutes is reached; all is saved."
-                )
             comm.shutdown()
         except torch.OutOfMemoryError:
             error = RunError(
@@ -143,26 +162,22 @@ def _close(trainer: "Trainer") -> None:
         trainer.lock.release()
 
 
-def _log(text: str) -> None:
+@contextlib.contextmanager
+def _log_as(args: TrainArgs) -> Iterator[WriteHandler]:
+    """Log as the flags say; yields the handler that prints on stdout."""
+    is_json = args.log_format == "json"
+    level = RESULT if args.quiet or is_json else logging.INFO
+    level = logging.DEBUG if args.verbose else level
+    with log_to(_print, EVENT if is_json else level) as handler:
+        if is_json:
+            handler.addFilter(lambda record: record.levelno == EVENT)
+            text = WriteHandler(print_stderr)
+            text.setLevel(level)
+            PACKAGE.addHandler(text)
+        yield handler
+
+
+def _print(text: str) -> None:
     from gptforge.report.console import Console
 
     Console().log(text)
-
-
-def _launch_command(env: Mapping[str, str]) -> str:
-    """How this program was started, with torchrun's options as far as they are known."""
-    nproc, world_size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
-    if env_int("WORLD_SIZE", 1, env) < 2:
-        return program_name()
-    nodes = "" if nproc == world_size else "... "
-    return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()}"
-
-
-def _resume_args(args: Sequence[str]) -> str:
-    """The arguments without --restart, which would discard the run."""
-    expanded = expand_bool_flags(Config, rename_flags(Config, args))
-    kept = [arg for arg in expanded if not arg.startswith("--restart=")]
-    while "--restart" in kept:
-        index = kept.index("--restart")
-        del kept[index : index + 2]
-    return shlex.join(kept)

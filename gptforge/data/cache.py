@@ -25,6 +25,7 @@ from gptforge.data.prepare.sources import find_sources, is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.errors import RunError, UserError
+from gptforge.lock import LOCK_FILE, lock_folder
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
@@ -126,6 +127,22 @@ def writable_cache() -> Path:
     folder = files.private_temp_dir() / "data"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def clear_cache() -> None:
+    """Delete all prepared texts, except those that are being prepared."""
+    for entry in writable_cache().iterdir():
+        if entry.name.startswith(SPOOL_PREFIX):
+            continue  # a process may be reading it; `_delete_unused` finds what is left behind
+        if not entry.is_dir() or entry.is_symlink():
+            files.remove(entry)
+        elif lock := lock_folder(entry):
+            with lock:
+                for path in entry.iterdir():
+                    if path.name != LOCK_FILE:
+                        files.remove(path)
+            with contextlib.suppress(OSError):  # another process prepares it by now
+                entry.rmdir()
 
 
 def _delete_unused(cache: Path) -> None:

@@ -90,7 +90,6 @@ class DiskPlan:
     needed_bytes: int
     free_bytes: int
     fits: bool
-    steps_saved: int  # step of the run that is already in `out_dir`; 0 if there is none
 
 
 @dataclass(frozen=True)

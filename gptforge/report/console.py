@@ -15,10 +15,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from typing_extensions import override
 
 from gptforge import files
 from gptforge.printable import printable_text, safe_print
+from gptforge.report.log_handler import shows_progress
 
 
 class BarOrLines:
@@ -32,7 +32,7 @@ class BarOrLines:
     ) -> None:
         self._stream = stream
         self._bar: Progress | None = None
-        if self._file.isatty() and columns:
+        if columns and self._file.isatty() and shows_progress():
             self._bar = Progress(
                 TextColumn(description), BarColumn(bar_width=30), *columns, transient=True,
                 refresh_per_second=4, console=rich.console.Console(file=self._file),
@@ -80,10 +80,9 @@ class Console(BarOrLines):
     Args:
         total: steps of the whole run; 0 for no progress bar.
         step: steps done so far.
-        enabled: False on all ranks but 0, which print nothing.
     """
 
-    def __init__(self, total: int = 0, step: int = 0, *, enabled: bool = True) -> None:
+    def __init__(self, total: int = 0, step: int = 0) -> None:
         columns = (
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[status]}"),
@@ -91,15 +90,9 @@ class Console(BarOrLines):
             TextColumn("[dim]left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        super().__init__("training", *(columns if enabled and total else ()), stream="stdout")
-        self._enabled = enabled
+        super().__init__("training", *(columns if total else ()), stream="stdout")
         if self._bar is not None:
             self._task = self._bar.add_task("training", total=total, completed=step, status="")
-
-    @override
-    def log(self, text: str) -> None:
-        if self._enabled:
-            super().log(text)
 
     def update(self, step: int, status: str) -> None:
         """Advance the progress bar to `step`; `status` is shown next to it."""

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from typing_extensions import override
 
 PACKAGE = logging.getLogger("gptforge")
+RESULT = logging.INFO + 5
+"""Level of results, which are printed with `--quiet` too."""
+EVENT = logging.DEBUG - 5
+"""Level of the events of metrics.jsonl, which only `--log_format json` prints."""
 
 
 class WriteHandler(logging.Handler):
@@ -22,14 +26,20 @@ class WriteHandler(logging.Handler):
 
 
 @contextmanager
-def log_to(write: Callable[[str], None]) -> Iterator[WriteHandler]:
+def log_to(write: Callable[[str], None], level: int = logging.INFO) -> Iterator[WriteHandler]:
     """Pass what the package logs to `write`, and nowhere else; also a decorator."""
     previous = PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate
     handler = WriteHandler(write)
+    handler.setLevel(level)
     PACKAGE.handlers, PACKAGE.propagate = [handler], False
-    PACKAGE.setLevel(logging.INFO)
+    PACKAGE.setLevel(level)
     try:
         yield handler
     finally:
         PACKAGE.handlers, level, PACKAGE.propagate = previous
         PACKAGE.setLevel(level)
+
+
+def shows_progress() -> bool:
+    """Whether progress is shown: not with `--quiet` or `--log_format json`."""
+    return PACKAGE.level in (logging.NOTSET, logging.DEBUG, logging.INFO)

@@ -7,6 +7,7 @@ from rich.progress import TextColumn, TimeRemainingColumn
 from gptforge.printable import print_stderr
 from gptforge.report.console import BarOrLines
 from gptforge.report.format import format_duration
+from gptforge.report.log_handler import shows_progress
 
 PRINT_EVERY = 10.0
 """Seconds between lines if stderr is not a terminal."""
@@ -53,9 +54,9 @@ class ProgressMeter(BarOrLines):
             self._last_print = now
             left = seconds / (self._read - self._resumed_from) * (self.total - self._read)
             share = self._read / max(1, self.total)
-            self.log(
-                f"{self._description}: {share:.0%}, {speed}, about {format_duration(left)} left"
-            )
+            line = f"{self._description}: {share:.0%}, {speed}, about {format_duration(left)} left"
+            if shows_progress():
+                self.log(line)
 
 
 class EtaNotice:

@@ -1,6 +1,7 @@
 """A run's log.md, metrics.jsonl, samples.md, training_curves.png and console output."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,27 +17,39 @@ from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
 from gptforge.report.format import format_duration
+from gptforge.report.log_handler import EVENT, RESULT
 from gptforge.report.metrics import Event, History, read_history, step_line
 from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
+
+logger = logging.getLogger(__name__)
 
 LOG, METRICS, SAMPLES = "log.md", "metrics.jsonl", "samples.md"
 CURVES = "training_curves.png"
 TRUNCATED_ON_RESUME = (LOG, METRICS, SAMPLES)
 PLOT_EVERY_SECONDS = 20.0
 FENCE = "```"
+STOPPED_BY = {
+    "interrupted": "Ctrl-C",
+    "terminated": "SIGTERM or SIGHUP",
+    "time_limit": "the time limit",
+}
 
 
 class RunReport:
-    """Writes what happens in a run to its files and the console.
+    """Writes what happens in a run to its files, and logs it for the console.
 
     Args:
         run_dir: the run folder.
         title: heading of the log and the plot.
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.
+<<<<<<< HEAD
         trackers: get copies of the events, too.
         enabled: False on all ranks but 0, which write and print nothing.
+=======
+        enabled: False on all ranks but 0, which write and log nothing.
+>>>>>>> runnames
     """
 
     def __init__(
@@ -52,16 +65,21 @@ class RunReport:
         self.run_dir = run_dir
         self._program, self._split_hint = program, split_hint
         self._title, self._enabled, self._last_plot = title, enabled, 0.0
+<<<<<<< HEAD
         self.console = Console(enabled=enabled)
         self.trackers = trackers or Trackers([], Config())
+=======
+        self.console = Console()
+>>>>>>> runnames
         self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
         self._has_warned = self._plot_failed = False
         self.observers: list[Callable[[Event], object]] = []
         """Called with each event after it is written, as metrics.jsonl has it."""
 
-    def log(self, text: str) -> None:
-        """Print to the console only."""
-        self.console.log(text)
+    def log(self, text: str, level: int = logging.INFO) -> None:
+        """Log to the console only."""
+        if self._enabled:
+            logger.log(level, text)
 
     def delete_logs(self) -> None:
         """Delete the logs that an earlier start left without any checkpoint."""
@@ -75,13 +93,22 @@ class RunReport:
         heading = f"# {escape_markdown(self._title)}\n\nMade by {code_span(command)}.\n"
         self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
         self._write(SAMPLES, f"# Samples: {escape_markdown(self._title)}\n")
+        self.log(json_line(facts).strip(), logging.DEBUG)
         self._event("start", command=command, **facts)
 
     def resume(
-        self, step: int, sizes: Mapping[str, int], *, checkpoint: str, is_best: bool, command: str
+        self,
+        step: int,
+        sizes: Mapping[str, int],
+        *,
+        max_steps: int,
+        checkpoint: str,
+        is_best: bool,
+        command: str,
     ) -> None:
         """Truncate the files to their sizes at a checkpoint and continue them."""
         self._truncate(step, sizes, checkpoint, is_best)
+        self._log_line(f"Resuming from {checkpoint}: step {step} of {max_steps}")
         self._event("resume", step=step, checkpoint=checkpoint, command=command)
 
     def log_rollback(
@@ -106,7 +133,8 @@ class RunReport:
         self._truncate(step, sizes, checkpoint, is_best)
         self._log_line(
             f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {checkpoint}; "
-            f"training sequences {skipped[0]} to {skipped[1] - 1} are skipped"
+            f"training sequences {skipped[0]} to {skipped[1] - 1} are skipped",
+            logging.WARNING,
         )
         facts = {"checkpoint": checkpoint, "bad_steps": bad_steps, "left_out": skipped}
         self._event("anomaly", kind="return", step=step, **facts)
@@ -127,7 +155,8 @@ class RunReport:
         if kind == "spike":
             what = f"a loss of {loss:.4f}, {score:.0f} robust deviations above the recent ones"
         listed = ", ".join(map(str, sequences[:4])) + (", ..." if len(sequences) > 4 else "")
-        self._log_line(f"anomaly at step {step}, epoch {epoch:.2f}, sequences {listed}: {what}")
+        line = f"anomaly at step {step}, epoch {epoch:.2f}, sequences {listed}: {what}"
+        self._log_line(line, logging.WARNING)
         facts = {"loss": loss, "norm": norm, "epoch": epoch, "windows": sequences}
         self._event("anomaly", kind=kind, step=step, **facts)
 
@@ -163,8 +192,7 @@ class RunReport:
 
     def log_sample(self, step: int, text: str, *, is_last: bool) -> None:
         """Add a generated text to the samples; the last one is printed too."""
-        if is_last:
-            self.log(f"\nSample:\n\n{text.strip()}")
+        self.log(f"\nSample:\n\n{text.strip()}", logging.INFO if is_last else logging.DEBUG)
         text = printable_text(text)
         self.trackers.log("sample", step, {"text": text})
         # More tildes than anywhere in the text, which could close the fence otherwise.
@@ -176,16 +204,24 @@ class RunReport:
     def log_saves(self, saves: Iterable[SavedCheckpoint]) -> None:
         """Log checkpoints that are on disk now."""
         for save in saves:
+            self.log(f"saved {save.name}{', the best' * save.is_best}", logging.DEBUG)
             self._event("save", step=save.step, checkpoint=save.name, best=save.is_best)
 
-    def log_early_stop(
-        self, step: int, *, max_steps: int, best_step: int, seconds_saved: float
+    def log_stop(
+        self, reason: str, step: int, *, max_steps: int, best_step: int, seconds_saved: float
     ) -> None:
-        """Log that training stopped early, and the time of the steps that were not made."""
-        self._log_line(
-            f"Stopped early at step {step} of {max_steps}: no better held-out loss since step "
-            f"{best_step} (saved about {format_duration(seconds_saved)}); --patience 0 trains on"
-        )
+        """Log why training stops before the last step.
+
+        Call it before the save, or a resumed run, which truncates the log, loses the line.
+        """
+        line = f"Stopped by {STOPPED_BY.get(reason)} at step {step} of {max_steps}"
+        if reason == "early_stop":
+            line = (
+                f"Stopped early at step {step} of {max_steps}: no better held-out loss since step "
+                f"{best_step} (saved about {format_duration(seconds_saved)}); --patience 0 trains "
+                "on"
+            )
+        self._log_line(line, RESULT)
 
     def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was done in the last 20 seconds."""
@@ -198,7 +234,7 @@ class RunReport:
         except Exception as error:
             # Whatever matplotlib raises, training continues without the plot.
             if not self._plot_failed:
-                self.log(f"note: the curves could not be drawn: {error}")
+                self.log(f"note: the curves could not be drawn: {error}", logging.WARNING)
             self._plot_failed = True
         self._last_plot = time.monotonic()
 
@@ -217,15 +253,23 @@ class RunReport:
             split_hint=self._split_hint,
             program=self._program,
         )
-        self._write(LOG, f"{FENCE}\n\n{summary}\n")
+        picture = f"\n![Training curves]({CURVES})\n"
         curves = f"\nCurves: {(self.run_dir / CURVES).as_posix()}"
-        self.log(f"\n{summary}{'' if self._plot_failed else curves}")
+        if self._plot_failed:
+            picture = curves = ""
+        self._write(LOG, f"{FENCE}\n\n{summary}\n{picture}")
+        self.log(f"\n{summary}{curves}", RESULT)
         self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
         if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
+<<<<<<< HEAD
             self.log(f"warning: the end of {', '.join(incomplete)} could not be written")
         if reason in ("finished", "early_stop") and not self._plot_failed:
             self.trackers.log("end", step, {"training_curves": self.run_dir / CURVES})
         self.trackers.finish(reason)
+=======
+            warning = f"warning: the end of {', '.join(incomplete)} could not be written"
+            self.log(warning, logging.WARNING)
+>>>>>>> runnames
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes of each log file: where to truncate it when resuming from here."""
@@ -240,13 +284,14 @@ class RunReport:
         # The sizes were taken before the save finished, so its event was cut off.
         self.log_saves([SavedCheckpoint(step, checkpoint, is_best)])
 
-    def _log_line(self, line: str) -> None:
-        self.log(line)
+    def _log_line(self, line: str, level: int = logging.INFO) -> None:
         self._write(LOG, line + "\n")
+        self.log(line, level)
 
     def _event(self, event: str, **fields: object) -> None:
         record = {"event": event, **fields, "time": round(time.time(), 3)}
         line = json_line(record)
+        self.log(line.strip(), EVENT)
         self._write(METRICS, line)
         for observer in self.observers:
             observer(json.loads(line))
@@ -263,6 +308,7 @@ class RunReport:
             self.log(
                 f"warning: {path.as_posix()} cannot be written ({error.strerror or error}): "
                 "training continues as long as checkpoints can be saved, and missing log lines are "
-                "added once there is space"
+                "added once there is space",
+                logging.WARNING,
             )
         self._has_warned = True

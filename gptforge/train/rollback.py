@@ -1,5 +1,6 @@
 """Recover from divergence: restore the last good checkpoint, and skip the data since then."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,14 @@ def rollback(trainer: "Trainer") -> None:
         RunError: if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
-    log, report = trainer.report.console.log, trainer.report
+    report = trainer.report
     with trainer.timer.exclude():
         trainer.saver.wait()
         report.log_saves(trainer.saver.poll())
         position, rollbacks = trainer.dataloader.position, old.rollbacks + 1
         path, warnings = _latest_good_checkpoint(store, comm, avoid_step=trainer.rolled_back_to)
         for warning in warnings:
-            log(f"note: {warning}")
+            report.log(f"note: {warning}", logging.WARNING)
         if path is None or rollbacks > MAX_ROLLBACKS:
             reason = f"{rollbacks - 1} rollbacks did not help" if path else "nothing was saved yet"
             raise RunError(
@@ -59,7 +60,7 @@ def rollback(trainer: "Trainer") -> None:
         if old.best_loss < state.best_loss:
             # The best checkpoint is later than the restored one, and stays the best.
             state.best_loss, state.best_step = old.best_loss, old.best_step
-            log(
+            report.log(
                 f"note: step {state.best_step} stays the best so far, with a loss of "
                 f"{state.best_loss:.4f}"
             )

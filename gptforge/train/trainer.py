@@ -17,6 +17,7 @@ from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
 from gptforge.inference.language_model import LanguageModel
 from gptforge.lock import FolderLock
 from gptforge.optim.schedule import Schedule
+from gptforge.report.log_handler import RESULT
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
@@ -84,7 +85,9 @@ class Trainer:
                 is_idle = self.state.pending in ([], ["save"])
                 reason = (self.end_reason() if is_idle else None) or self.stop_reason()
                 if reason in ("interrupted", "terminated") and not self.stop_signal.should_stop():
-                    self.report.console.log("Stopping: another rank got a signal.")
+                    self.report.log("Stopping: another rank got a signal.")
+                if reason and reason != "finished":
+                    self._log_stop(reason)
                 if reason or is_best or self.should_save():
                     self.save(is_best=is_best)
                 self.report.log_saves(self.saver.poll())
@@ -92,13 +95,6 @@ class Trainer:
         self.report.log_saves(self.saver.poll())
         self.report.plot(force=True)
         state = self.state
-        if reason == "early_stop":
-            self.report.log_early_stop(
-                state.step,
-                max_steps=self.config.max_steps,
-                best_step=state.best_step,
-                seconds_saved=state.seconds / state.step * self.steps_left,
-            )
         self.report.finish(
             reason,
             step=state.step,
@@ -106,9 +102,12 @@ class Trainer:
             seconds=state.seconds,
             has_val=self.val_evaluator is not None,
         )
+        has_ended = reason in ("finished", "early_stop")
+        if not has_ended:
+            saved = self.saver.store.path_of(state.step)
+            self.report.log(f"Saved: {saved.as_posix()}", RESULT)
         if self.lock is not None:
             self.lock.release()
-        has_ended = reason in ("finished", "early_stop")
         if has_ended and not any(map(math.isfinite, (state.loss, state.best_loss))):
             raise RunError(
                 f"training diverged before step {state.step}, with no finite loss: "
@@ -283,6 +282,16 @@ class Trainer:
         self.loss_monitor.reset(state.bad_steps)
         self._loss = torch.tensor(state.loss, device=device)
         self.timer.restart(state.step)
+
+    def _log_stop(self, reason: StopReason) -> None:
+        seconds = time.perf_counter() - self._start_time
+        self.report.log_stop(
+            reason,
+            self.state.step,
+            max_steps=self.config.max_steps,
+            best_step=self.state.best_step,
+            seconds_saved=seconds / self.state.step * self.steps_left,
+        )
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         self.state.loss = float(loss)

@@ -87,7 +87,8 @@ def test_time_limit_cuts_the_steps_of_a_new_run_only(config, monkeypatch) -> Non
     flags = ["n_layer", "n_embd", "time_limit"]
     monkeypatch.setattr(auto_config, "_flops_per_second", lambda *_: 1e15)
     for seconds, is_new in ((55.0, True), (1.0, False)):
-        timing = StepTiming(seconds / 16, "faked")
+        sequences = recipe.make_recipe(6228, "cpu").values["batch_size"]
+        timing = StepTiming(seconds / int(sequences), "faked")
         monkeypatch.setattr(fit_time_limit, "time_step", lambda *_, t=timing, **__: t)
         trainer = build_trainer(config, explicit=flags)
         assert trainer is not None

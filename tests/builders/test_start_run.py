@@ -31,13 +31,21 @@ def test_finished_run_is_left_alone_and_continues_with_more_steps(config, messag
     assert [event["step"] for event in events(config, "train")] == list(range(30))
 
 
-def test_fewer_max_steps_than_before_is_refused(config) -> None:
+def test_first_command_still_works_after_max_steps_was_raised(config, messages) -> None:
     build(config).fit()
-    steps = config.max_steps
-    with pytest.raises(UserError, match=f"resume with --max_steps {steps}, choose another"):
-        build(dataclasses.replace(config, max_steps=steps - 1))
-    with pytest.raises(UserError, match="it may only be raised\\)\\): choose another"):
-        build(dataclasses.replace(config, max_steps=steps - 1, seed=3))
+    longer = build(dataclasses.replace(config, max_steps=30))
+    longer.stop_signal = StopAfter(3)
+    assert longer.fit() == "interrupted"
+    note = "--max_steps 20 is less than the 30 that this run has by now: it keeps 30"
+    del messages[:]
+    trainer = build(config)
+    assert sum(note in line for line in messages) == 1
+    assert trainer.fit() == "finished"
+    assert events(config, "train")[-1]["step"] == 29
+    assert build_trainer(config, explicit=["max_steps"]) is None
+    assert "is finished: 30 steps are done" in messages[-1]
+    with pytest.raises(UserError, match=r"another configuration \(seed: \d+ -> 3\)"):
+        build(dataclasses.replace(config, seed=3))
 
 
 def test_other_configuration_is_refused_by_field(config) -> None:

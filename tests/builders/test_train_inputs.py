@@ -113,7 +113,7 @@ def test_invalid_token_id_names_the_shard(config, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])
-def test_hint_to_hold_out_validation_data(config, tmp_path, capsys, is_prepared) -> None:
+def test_hint_to_hold_out_validation_data(config, tmp_path, messages, is_prepared) -> None:
     config = dataclasses.replace(config, val_fraction=0.0)
     if is_prepared:
         prepare(
@@ -122,7 +122,7 @@ def test_hint_to_hold_out_validation_data(config, tmp_path, capsys, is_prepared)
         config = dataclasses.replace(config, input=str(tmp_path / "shards"))
     assert finish(config)
     hint = "prepare the text again with" if is_prepared else "use"
-    assert f"To measure that, {hint} --val_fraction 0.1." in capsys.readouterr().out
+    assert f"To measure that, {hint} --val_fraction 0.1." in messages[-1]
 
 
 def test_shards_with_too_little_validation_data(config, tmp_path) -> None:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from gptforge import cli
-from gptforge.cli import train
+from gptforge import __version__, cli
+from gptforge.cli import resume
 from gptforge.config import FIELDS
 from gptforge.errors import UserError
 
@@ -38,6 +38,7 @@ from gptforge.errors import UserError
         (("--out_dir", "play.txt/run"), "--out_dir play.txt/run"),
         (("--out_dir", "caf\udce9"), "UTF-8"),
         (("--batch_size", 10**12), "--batch_size 1000000000000"),
+        (("--quiet", "--verbose"), "leave one out"),
         (("trian",), "did you mean 'train'?"),
         (("play.txt",), "--input play.txt"),
         (("sample",), "RUN"),
@@ -81,6 +82,16 @@ def test_help_shows_all_fields_and_commands(capsys) -> None:
         assert f"--{name}" in shown
     for name, (_, about) in cli.COMMANDS.items():
         assert re.search(rf"{name} +{re.escape(about)}", shown)
+    assert "--tyro-print-completion bash" in shown
+
+
+def test_version_and_shell_completion(capsys) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"gptforge {__version__}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["--tyro-print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert "--max_steps" in script and "--resume" in script
 
 
 @pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"train"}))
@@ -103,12 +114,12 @@ def test_every_command_has_help(command, capsys) -> None:
 )
 def test_launch_command(monkeypatch, env, command) -> None:
     monkeypatch.setattr(sys, "argv", ["gpt.py"])
-    assert train._launch_command(env) == command
+    assert resume.resume_command(env, "--resume run") == f"{command} --resume run"
 
 
 def test_resume_args_are_without_restart() -> None:
     args = ["--preset", "debug", "--restart", "--overwrite=true", "--out_dir", "a b"]
-    assert train._resume_args(args) == "--preset debug --out_dir 'a b'"
+    assert resume.args_without_restart(args) == "--preset debug --out_dir 'a b'"
 
 
 def test_under_torchrun_only_rank_0_runs_other_commands(program, monkeypatch) -> None:

@@ -18,7 +18,7 @@ def test_the_default_preset_is_explained(program, play) -> None:
     assert "--preset" in first
     assert any("warmup" in line and "cut to 1" in line for line in rest)
     assert any("this will take about" in line for line in rest)
-    assert Path("runs/shakespeare-cpu/checkpoints/step-000002").is_dir()
+    assert Path("runs/play-shakespeare-cpu/checkpoints/step-000002").is_dir()
 
 
 def test_a_run_writes_all_its_files(program, play) -> None:

@@ -247,6 +247,21 @@ def test_torchrun_restarts_after_a_rank_did_not_join(play, tmp_path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
 
 
+@needs_linux
+def test_resume_flag_under_torchrun(program, play, tmp_path) -> None:
+    flags = ("--preset", "debug", "--device", "cpu", "--input", play, "--out_dir", "run")
+    assert program(*flags, "--max_steps", 5, "--sample_every", 0).code == 0
+    launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "gpt.py"), "--resume", "run", "--max_steps", "6"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Resuming from step-000005: step 5 of 6") == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-000006").is_dir()
+
+
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
 

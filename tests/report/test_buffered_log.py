@@ -95,13 +95,13 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunReport:
 
 
 def test_a_full_disk_is_reported_once_and_lines_are_added_later(
-    report, disk, tmp_path, capsys
+    report, disk, tmp_path, messages
 ) -> None:
     report.log_step(train_event(0))
     disk.free = 10
     for step in range(1, 5):
         report.log_step(train_event(step))
-    out = capsys.readouterr().out
+    out = "\n".join(messages)
     assert out.count("warning:") == 1
     assert "log.md cannot be written (No space left on device): training continues" in out
     disk.free = 10**6
@@ -109,11 +109,11 @@ def test_a_full_disk_is_reported_once_and_lines_are_added_later(
     assert [e["step"] for e in events(tmp_path) if e["event"] == "train"] == list(range(6))
 
 
-def test_the_verdict_includes_pending_events(report, disk, capsys) -> None:
+def test_the_verdict_includes_pending_events(report, disk, messages) -> None:
     disk.free = 0
     report.log_step(train_event(0))
     report.log_eval(1, loss=2.5, bits_per_byte=1.0, nats_per_char=2.0, epoch=1.0, is_best=True)
     report.finish("finished", step=1, epochs=1.0, seconds=1, has_val=True)
-    out = capsys.readouterr().out
+    out = "\n".join(messages)
     assert "Best held-out loss 2.5000" in out
     assert "metrics.jsonl could not be written" in out

@@ -9,7 +9,7 @@ def finish(report: RunReport) -> None:
     report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
 
 
-def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsys) -> None:
+def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, messages) -> None:
     report = RunReport(tmp_path, title=r"a$\frac$.txt")
     report.plot(force=True)
     assert (tmp_path / "training_curves.png").is_file()
@@ -21,13 +21,14 @@ def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsys) 
     for _ in range(2):
         report.plot(force=True)
     finish(report)
-    out = capsys.readouterr().out
-    assert out.count("no fonts here") == 1
-    assert "Curves:" not in out
+    assert "\n".join(messages).count("no fonts here") == 1
+    assert "Curves:" not in messages[-1]
+    assert "![" not in (tmp_path / "log.md").read_text()
     monkeypatch.undo()
     report.plot(force=True)
     finish(report)
-    assert "Curves: " in capsys.readouterr().out
+    assert "Curves: " in messages[-1]
+    assert (tmp_path / "log.md").read_text().endswith("![Training curves](training_curves.png)\n")
 
 
 def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
@@ -38,8 +39,10 @@ def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
     before = {name: (tmp_path / name).read_bytes() for name in sizes}
     report.log_step(train_event(1))
     report.log_sample(2, "words", is_last=False)
-    report.resume(1, sizes, checkpoint="step-000001", is_best=True, command="c")
-    assert (tmp_path / "log.md").read_bytes() == before["log.md"]
+    facts = {"checkpoint": "step-000001", "is_best": True, "command": "c"}
+    report.resume(1, sizes, max_steps=9, **facts)
+    resumed = b"Resuming from step-000001: step 1 of 9\n"
+    assert (tmp_path / "log.md").read_bytes() == before["log.md"] + resumed
     assert (tmp_path / "samples.md").read_bytes() == before["samples.md"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "train", "save", "resume"]
@@ -55,7 +58,7 @@ def test_code_fences_are_closed(tmp_path) -> None:
     assert "~~~~text" in (tmp_path / "samples.md").read_text()
 
 
-def test_a_disabled_report_writes_and_prints_nothing(tmp_path, capsys) -> None:
+def test_a_disabled_report_writes_and_logs_nothing(tmp_path, messages) -> None:
     report = RunReport(tmp_path, title="t", enabled=False)
     report.start("SUMMARY", command="c", facts={})
     report.log_step(train_event(0))
@@ -64,5 +67,5 @@ def test_a_disabled_report_writes_and_prints_nothing(tmp_path, capsys) -> None:
     report.plot(force=True)
     finish(report)
     assert report.file_sizes() == {}
-    assert capsys.readouterr().out == ""
+    assert messages == []
     assert list(tmp_path.iterdir()) == []

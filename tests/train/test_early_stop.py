@@ -28,7 +28,7 @@ def config(config):
 
 
 def test_run_stops_after_so_many_evaluations_without_a_better_loss(
-    config, monkeypatch, messages, capfd
+    config, monkeypatch, messages
 ) -> None:
     script_losses(monkeypatch)
     trainer = build(config)
@@ -37,7 +37,7 @@ def test_run_stops_after_so_many_evaluations_without_a_better_loss(
     assert last(config).name == "step-000010"
     (end,) = events(config, "end")
     assert (end["reason"], end["step"]) == ("early_stop", 10)
-    out = capfd.readouterr().out
+    out = "\n".join(messages)
     assert "Stopped early at step 10 of 20: no better held-out loss since step 4 (saved" in out
     assert "Sample:" in out
     # The same command finds it finished.

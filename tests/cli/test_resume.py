@@ -1,0 +1,124 @@
+"""Names of run folders, `--resume RUN`, and what training prints."""
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptforge.builders.resolve import resolve_out_dir
+from gptforge.config import Config
+from tests.conftest import play_text
+from tests.programs import DEBUG, events
+
+SHORT = (*DEBUG, "--max_steps", 4, "--sample_every", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "runs/debug"),
+        ("bundled:input.txt", "runs/debug"),
+        ("some where/my book.v2.txt", "runs/my-book.v2-debug"),
+        ("notes/", "runs/notes-debug"),
+        (".", "runs/debug"),
+    ],
+)
+def test_run_folder_is_named_after_text_and_preset(tmp_path, monkeypatch, text, expected) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_out_dir(Config(preset="debug", input=text)) == expected
+
+
+def test_texts_have_their_own_folders(program, play) -> None:
+    play.with_name("other.txt").write_text(play_text()[::-1])
+    for name in ("play.txt", "other.txt"):
+        assert program(*SHORT, "--input", name).code == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["other-debug", "play-debug"]
+    Path("folder").mkdir()
+    Path("folder/play.txt").write_text(play_text().replace("light", "night"))
+    refused = program(*SHORT, "--input", "folder/play.txt")
+    assert (refused.code, "input: not the text that" in refused.err) == (2, True)
+
+
+def test_run_of_an_earlier_version_is_found_by_the_same_command(program, play) -> None:
+    assert program(*SHORT, "--input", "play.txt").code == 0
+    Path("runs/play-debug").rename("runs/debug")
+    for name in ("play.txt", play):
+        done = program(*SHORT, "--input", name)
+        assert (done.code, "runs/debug is finished" in done.out) == (0, True), done.err
+    play.with_name("other.txt").write_text(play_text())
+    assert program(*SHORT, "--input", "other.txt").code == 0
+    assert Path("runs/other-debug/config.toml").is_file()
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoints/last", "run/checkpoints/step-000004"])
+def test_resume_needs_no_other_flag(program, play, name) -> None:
+    flags = ("--seed", 3, "--input", "play.txt", "--out_dir", "run")
+    assert program(*SHORT, *flags).code == 0
+    done = program("--resume", name)
+    assert (done.code, "run is finished: 4 steps are done" in done.out) == (0, True), done.err
+    # In another place, and with a flag that may change.
+    Path("run").rename("moved")
+    done = program("--resume", name.replace("run", "moved"), "--max_steps", 6)
+    assert (done.code, done.err) == (0, "")
+    assert [e["step"] for e in events(Path("moved")) if e["event"] == "train"] == list(range(6))
+    assert not Path("run").exists()
+
+
+def test_resume_refuses_what_contradicts_the_run(program, run) -> None:
+    for flags, words in (
+        (("--n_layer", 3), "n_layer: 2 -> 3"),
+        (("--out_dir", "b"), "leave --out_dir out"),
+        (("--overwrite",), "leave --restart out"),
+    ):
+        done = program("--resume", "run", *flags)
+        assert (done.code, words in done.err) == (2, True), done.err
+    Path("empty").mkdir()
+    assert program("export", run, "--to", "hf", "out").code == 0
+    for name in ("empty", "out", "nowhere/run"):
+        done = program("--resume", name)
+        assert done.code == 2
+        assert f"--resume {name}: there is no run" in done.err
+        assert done.err.count("\n") == 1
+
+
+def test_quiet_and_verbose(program, play) -> None:
+    flags = (*SHORT, "--input", play, "--save_every", 2, "--restart")
+    quiet, usual, verbose = (program(*flags, *more) for more in (["--quiet"], [], ["--verbose"]))
+    assert [done.code for done in (quiet, usual, verbose)] == [0, 0, 0]
+    lines = quiet.out.strip().splitlines()
+    assert lines[0].startswith("Best held-out loss") and lines[-1].startswith("Curves: ")
+    assert "step 3 | loss" in usual.out
+    assert "saved step-000002" not in usual.out
+    assert "saved step-000002" in verbose.out and "step 3 | loss" in verbose.out
+    finished = program(*flags[:-1], "--quiet").out
+    assert finished.startswith("runs/play-debug is finished") and finished.count("\n") == 1
+
+
+def test_json_log_is_the_metrics(program, play) -> None:
+    done = program(*SHORT, "--input", play, "--log_format", "json", "--out_dir", "run")
+    assert done.code == 0
+    assert [json.loads(line) for line in done.out.splitlines()] == events()
+    assert done.err.strip().startswith("Best held-out loss")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+def test_files_have_the_mode_that_the_umask_allows(program, play, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    previous = os.umask(0o027)
+    try:
+        assert program(*SHORT, "--tokenizer", "bpe", "--input", play, "--out_dir", "run").code == 0
+        assert program("export", "run", "--to", "hf", "out").code == 0
+    finally:
+        os.umask(previous)
+    paths = [path for name in ("run", "cache", "out") for path in Path(name).rglob("*")]
+    modes = {
+        path.as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in paths
+        if not path.is_symlink()
+    }
+    assert len(modes) > 20
+    wrong = {n: oct(m) for n, m in modes.items() if m != (0o750 if Path(n).is_dir() else 0o640)}
+    assert wrong == {}
