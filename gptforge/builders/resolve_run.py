@@ -85,17 +85,13 @@ def resolve_run(
 
     c = _resolve_on_main(config, comm, resolve_before_text)
     if comm.is_main:
-<<<<<<< HEAD
         for tracker in c.trackers:
             require_package(tracker, extra=tracker)
-        check_out_dir(dataclasses.replace(c, out_dir=resolve_out_dir(c)))
-=======
         out_dir = resolve_out_dir(c)
         if is_plan:
             check_writable(Path(out_dir))
         else:
             check_out_dir(dataclasses.replace(c, out_dir=out_dir))
->>>>>>> runnames
     if c.preset != FINETUNE:  # its batch follows from the text
         check_global_batch(c, comm)
     device, description = select_device(device_flag)

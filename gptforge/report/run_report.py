@@ -44,12 +44,8 @@ class RunReport:
         title: heading of the log and the plot.
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.
-<<<<<<< HEAD
         trackers: get copies of the events, too.
-        enabled: False on all ranks but 0, which write and print nothing.
-=======
         enabled: False on all ranks but 0, which write and log nothing.
->>>>>>> runnames
     """
 
     def __init__(
@@ -65,12 +61,8 @@ class RunReport:
         self.run_dir = run_dir
         self._program, self._split_hint = program, split_hint
         self._title, self._enabled, self._last_plot = title, enabled, 0.0
-<<<<<<< HEAD
-        self.console = Console(enabled=enabled)
-        self.trackers = trackers or Trackers([], Config())
-=======
         self.console = Console()
->>>>>>> runnames
+        self.trackers = trackers or Trackers([], Config())
         self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
         self._has_warned = self._plot_failed = False
         self.observers: list[Callable[[Event], object]] = []
@@ -261,15 +253,11 @@ class RunReport:
         self.log(f"\n{summary}{curves}", RESULT)
         self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
         if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
-<<<<<<< HEAD
-            self.log(f"warning: the end of {', '.join(incomplete)} could not be written")
+            warning = f"warning: the end of {', '.join(incomplete)} could not be written"
+            self.log(warning, logging.WARNING)
         if reason in ("finished", "early_stop") and not self._plot_failed:
             self.trackers.log("end", step, {"training_curves": self.run_dir / CURVES})
         self.trackers.finish(reason)
-=======
-            warning = f"warning: the end of {', '.join(incomplete)} could not be written"
-            self.log(warning, logging.WARNING)
->>>>>>> runnames
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes of each log file: where to truncate it when resuming from here."""
