@@ -162,6 +162,8 @@ def test_documents_may_be_strings_or_rows_of_a_dataset() -> None:
 
 def test_a_dataset_of_the_hub_is_a_text() -> None:
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    if not hasattr(datasets, "Dataset"):
+        pytest.skip("datasets is a stand-in of another test")
     texts = play_text().split("\n\n")
     dataset = datasets.Dataset.from_dict({"text": texts, "id": range(len(texts))})
     run = gptforge.train(text=dataset, **DEBUG)

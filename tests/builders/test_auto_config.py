@@ -83,16 +83,16 @@ def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeyp
 
 
 def test_time_limit_cuts_the_steps_of_a_new_run_only(config, monkeypatch) -> None:
-    config = dataclasses.replace(config, time_limit=10, max_steps=get_preset("auto").max_steps)
+    config = dataclasses.replace(config, time_limit=100, max_steps=get_preset("auto").max_steps)
     flags = ["n_layer", "n_embd", "time_limit"]
     monkeypatch.setattr(auto_config, "_flops_per_second", lambda *_: 1e15)
-    for seconds, is_new in ((55.0, True), (1.0, False)):
+    for seconds, is_new in ((500.0, True), (1.0, False)):
         sequences = recipe.make_recipe(6228, "cpu").values["batch_size"]
         timing = StepTiming(seconds / int(sequences), "faked")
         monkeypatch.setattr(fit_time_limit, "time_step", lambda *_, t=timing, **__: t)
         trainer = build_trainer(config, explicit=flags)
         assert trainer is not None
-        # 510 of 600 seconds, less the start: 8 steps, and at the end an evaluation.
+        # 5,100 of 6,000 seconds, less the start: 8 steps, and at the end an evaluation.
         assert trainer.config.max_steps == 8
         assert trainer.state.step == (0 if is_new else 3)
         trainer.stop_signal = StopAfter(3)

@@ -7,6 +7,7 @@ instead of wrapped functions, so that no change, now or later, can be missed.
 
 import builtins
 import errno
+import gc
 import io
 import os
 import signal
@@ -25,8 +26,9 @@ import filelock  # noqa: F401
 import torch
 import torch._dynamo
 
-import gptforge.builders
-import gptforge.cli
+import gptforge.builders.build_trainer
+import gptforge.cli.train
+import gptforge.report.curves
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.train import signals
 
@@ -67,6 +69,7 @@ def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> No
         code = gptforge.cli.main(list(args))
     finally:
         faults.is_over = True
+    gc.collect()  # frees the data loader, which ends its thread
     # As in the program, threads complete their writes before the process exits.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
