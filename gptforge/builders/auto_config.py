@@ -68,12 +68,13 @@ def resolve_auto(
     fixed_values = {name: getattr(config, name) for name in fixed if name in FIELDS}
     if size.tokenizer_name:
         fixed_values["tokenizer"] = size.tokenizer_name
+    time_limit = config.time_limit if config.preset == AUTO else 0.0
     recipe = make_recipe(
         size.num_bytes,
         FITTED_PRESETS[config.preset] or ("gpu" if torch_device.type == "cuda" else "cpu"),
         preset=config.preset,
-        time_limit=config.time_limit if config.preset == AUTO else 0.0,
-        flops_per_second=world_size * _flops_per_second(torch_device, config),
+        time_limit=time_limit,
+        flops_per_second=world_size * _flops_per_second(torch_device, config) if time_limit else 0,
         explicit=fixed_values,
     )
     for line in recipe.reasons:
@@ -82,9 +83,7 @@ def resolve_auto(
 
 
 def _flops_per_second(device: torch.device, config: Config) -> float:
-    """About what training reaches on a device, from the time of a matmul; 0 without a limit."""
-    if not config.time_limit:
-        return 0.0
+    """About what training reaches on a device, from the time of a matmul."""
     seed_everything(config)  # sets what cuBLAS reads when it starts
     size = MATMUL_SIZES[device.type]
     x = torch.ones(size, size, device=device, dtype=select_precision(config.dtype, device).dtype)
