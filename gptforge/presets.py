@@ -93,7 +93,7 @@ PRESETS: dict[str, Preset] = {
             "random_offset": True,
             "batch_size": 8,
             "gradient_accumulation_steps": 1,
-            "max_steps": 1200,
+            "max_steps": 1500,
             "max_lr": 4e-3,
             "min_lr": 4e-4,
             "optimizer": "muon",
