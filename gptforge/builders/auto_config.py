@@ -61,6 +61,8 @@ def resolve_auto(
         if config.preset == AUTO:
             raise
         return config  # for a text of the usual size; a mistake is found when the text is read
+    if not size.num_bytes:
+        return config  # an empty text is an error when it is read
     fixed = set(explicit)
     if config.init_from:
         fixed |= {*MODEL_FIELDS, "tokenizer", "context_length"}

@@ -48,7 +48,8 @@ def explain_recipe(
         f"  {pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
         f"{v['context_length']:,} tokens{limited}",
         f"  {decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
-        f"  {v['max_steps']:,} steps of {sequences:,} sequences, {v['optimizer']}, max_lr "
+        f"  {v['max_steps']:,} steps of {pluralize(sequences, 'sequence', 'sequences')}, "
+        f"{v['optimizer']}, max_lr "
         f"{v['max_lr']:g}, ema {v['ema']:g}",
     ]
     if shown := [f"{name} {fixed[name]}" for name in sorted(fixed)]:
