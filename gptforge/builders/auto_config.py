@@ -60,7 +60,10 @@ def resolve_auto(
     except UserError:
         if config.preset == AUTO:
             raise
-        return config  # for a text of the usual size; a mistake is found when the text is read
+        # For a text of the usual size; a mistake is found when the text is read. A pipe can be read
+        # only once, and each teacher reads the text.
+        none = {name: 0 for name in ("teachers", "teacher_steps") if name not in explicit}
+        return merge(config, none, source=f"preset {config.preset}")
     if not size.num_bytes:
         return config  # an empty text is an error when it is read
     fixed = set(explicit)

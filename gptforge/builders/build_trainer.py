@@ -226,7 +226,7 @@ def _build_distillation(
     """Train the teachers of a new run, and load them."""
     run.wait_for_warmup()
     if opened.status == "new":
-        train_teachers(run.config, train, run.comm)
+        train_teachers(run.config, run.explicit, train, run.comm)
         seed_everything(run.config, rank=run.comm.rank)  # as without teachers
     return load_teachers(run.config, run.device, run.comm)
 

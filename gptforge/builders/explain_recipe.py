@@ -52,6 +52,12 @@ def explain_recipe(
         f"{v['optimizer']}, max_lr "
         f"{v['max_lr']:g}, ema {v['ema']:g}",
     ]
+    if v["teachers"]:
+        lines.append(
+            f"  before that {pluralize(v['teachers'], 'teacher', 'teachers')} of "
+            f"{v['teacher_steps'] or v['max_steps']:,} steps: the model learns from their "
+            "probabilities, too"
+        )
     if shown := [f"{name} {fixed[name]}" for name in sorted(fixed)]:
         lines.append(f"  explicit: {', '.join(shown)}")
     return tuple(lines)

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from gptforge.builders.memory_fit import MemoryEstimator
-from gptforge.builders.recipe import EVALUATIONS, USABLE_TIME, intervals, round_nicely
+from gptforge.builders.recipe import (
+    EVALUATIONS,
+    USABLE_TIME,
+    intervals,
+    round_nicely,
+    teacher_steps,
+)
 from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.step_timing import time_step
@@ -54,9 +60,13 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         return c  # training reports it
     seconds = c.time_limit * 60 - (time.monotonic() - start_time)
     per_step = timing.seconds_per_sequence * c.global_batch_size / run.comm.world_size
-    # A step of a teacher takes as long as one without teachers, and its forward a third of that.
-    seconds -= c.teachers * c.teacher_steps * per_step
-    per_step *= 1 + c.teachers * (1 / 3 if c.teacher_steps else 4 / 3)
+    share = 0.0
+    if "teacher_steps" in explicit and c.teacher_steps:
+        seconds -= c.teachers * c.teacher_steps * per_step
+    else:
+        share = (c.teacher_steps or c.max_steps) / c.max_steps
+    # A teacher's step takes as long as one without teachers, and its forward a third of that.
+    per_step *= 1 + c.teachers * (1 / 3 + share)
     val_tokens = len(run.dataset.val)
     fitted = fit_steps(
         c,
@@ -65,6 +75,8 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         seconds_per_step=per_step,
         val_tokens=min(val_tokens, c.eval_tokens or val_tokens),
     )
+    if share and c.teacher_steps:
+        fitted = dataclasses.replace(fitted, teacher_steps=teacher_steps(fitted.max_steps))
     if fitted.max_steps < c.max_steps:
         logger.info(
             f"auto: {fitted.max_steps:,} steps instead of {c.max_steps:,}, of "

@@ -92,7 +92,7 @@ def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: C
         return False
     reason = "as requested"
     is_sharded = config.parallel == "fsdp"
-    if config.parallel == "auto":
+    if config.parallel == "auto" and not config.teachers:
         memory = training_memory(config, 1, mixed_precision=precision.is_mixed)
         needed = sum(memory.values())
         free = usable_memory(device) if device.type == "cuda" else None

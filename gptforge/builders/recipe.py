@@ -34,27 +34,28 @@ class Anchor:
     muon_weight_decay: float
     dropout: float
     token_noise: float
+    teachers: int  # the last column
 
 
 # fmt: off
 ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     "gpu": (
         #       MB   tokenizer optimizer layers width T seqs steps    lr  decay muon's drop noise
-        Anchor(  0.01, "char", "muon",   4, 128,  128,  32,  1_000, 1e-3, 4.0, 2.0, 0.3, 0.10),
-        Anchor(  0.3,  "char", "muon",   6, 384,  256,  64,  1_500, 1e-3, 4.0, 1.6, 0.3, 0.08),
-        Anchor(  1,    "char", "muon",   6, 384,  256,  64,  3_000, 1e-3, 3.0, 1.2, 0.2, 0.05),
-        Anchor(  5,    "char", "muon",   8, 512,  256,  64,  5_000, 1e-3, 1.0, 0.5, 0.1, 0.01),
-        Anchor( 20,    "bpe",  "muon",  10, 640,  512,  64,  6_000, 1e-3, 0.4, 0.2, 0.1, 0.00),
-        Anchor(100,    "gpt2", "adamw", 12, 768, 1024, 128,  6_000, 6e-4, 0.1, 0.1, 0.0, 0.00),
-        Anchor(10_000, "gpt2", "adamw", 12, 768, 1024, 128, 19_000, 6e-4, 0.1, 0.1, 0.0, 0.00),
+        Anchor(  0.01, "char", "muon",   4, 128,  128,  32,  1_500, 1e-3, 4.0, 2.0, 0.3, 0.10, 2),
+        Anchor(  0.3,  "char", "muon",   6, 384,  256,  64,  2_000, 1e-3, 4.0, 1.6, .25, 0.08, 2),
+        Anchor(  1,    "char", "muon",   6, 384,  256,  64,  3_500, 1e-3, 3.0, 1.2, .15, 0.05, 2),
+        Anchor(  5,    "char", "muon",   8, 512,  256,  64,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.01, 0),
+        Anchor( 16,    "bpe",  "muon",  12, 768,  512,  32,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.00, 0),
+        Anchor(100,    "gpt2", "adamw", 12, 768, 1024, 128,  6_000, 6e-4, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor(10_000, "gpt2", "adamw", 12, 768, 1024, 128, 19_000, 6e-4, 0.1, 0.1, 0.0, 0.00, 0),
     ),
     "cpu": (
-        Anchor(  0.01, "char", "muon",   4,  64,   64,   8,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00),
-        Anchor(  0.3,  "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 1.0, 1.0, 0.1, 0.00),
-        Anchor(  1,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00),
-        Anchor(  5,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00),
-        Anchor( 20,    "bpe",  "muon",   4, 192,  256,   8, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00),
-        Anchor(10_000, "bpe",  "muon",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00),
+        Anchor(  0.01, "char", "muon",   4,  64,   64,   8,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00, 0),
+        Anchor(  0.3,  "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 1.0, 1.0, 0.1, 0.00, 0),
+        Anchor(  1,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
+        Anchor(  5,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor( 20,    "bpe",  "muon",   4, 192,  256,   8, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor(10_000, "bpe",  "muon",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00, 0),
     ),
 }
 # fmt: on
@@ -71,6 +72,8 @@ WIDTH_MULTIPLE = 64
 MUON_LR: dict[DeviceClass, float] = {"gpu": 5e-3, "cpu": 1e-2}
 EMA_DECAY = 0.998
 MIN_LR_RATIO = 0.1
+TEACHER_STEPS_SHARE = 0.625
+"""Steps of a teacher, as a share of the steps of the model that learns from it."""
 MIN_SEQUENCES_OF_TEXT = 16
 """A sequence is at most this fraction of the text."""
 MAX_MICRO_BATCH_TOKENS = 2**15
@@ -85,6 +88,8 @@ USABLE_TIME = 0.85
 EVALUATIONS = 12
 """About so many in a run."""
 VOCAB_SIZES = {"char": 128, "gpt2": 50304}
+SMALL_VOCABULARIES = ("char", "byte")
+"""Tokenizers of models that have teachers."""
 
 
 RECIPE_FIELDS = frozenset(
@@ -93,6 +98,7 @@ RECIPE_FIELDS = frozenset(
         *("batch_size", "gradient_accumulation_steps", "random_offset", "dropout", "weight_decay"),
         *("optimizer", "muon_lr", "muon_weight_decay", "token_noise"),
         *("ema", "beta2", "max_lr", "min_lr", "max_steps", "eval_tokens"),
+        *("teachers", "teacher_steps"),
         *("warmup_steps", "log_every", "eval_every", "save_every", "sample_every"),
     }
 )
@@ -157,6 +163,10 @@ def make_recipe(
     # The text decides how often it may be read; a time limit cuts the steps when they are timed.
     values["max_steps"] = max(affordable.max_steps, fixed.get("warmup_steps", 0))
     values |= intervals(fixed.get("max_steps", values["max_steps"])) | fixed
+    is_small_vocab = values["tokenizer"] in SMALL_VOCABULARIES and "init_from" not in fixed
+    values["teachers"] = fixed.get("teachers", affordable.teachers if is_small_vocab else 0)
+    values["teacher_steps"] = teacher_steps(values["max_steps"]) if values["teachers"] else 0
+    values |= fixed
     reasons = explain_recipe(
         preset,
         num_bytes,
@@ -166,6 +176,11 @@ def make_recipe(
         time_limit=time_limit if affordable != text else 0.0,
     )
     return Recipe({name: v for name, v in values.items() if name not in fixed}, reasons)
+
+
+def teacher_steps(max_steps: int) -> int:
+    """Steps of each teacher of a model that makes `max_steps`."""
+    return max(1, round(_round(max_steps * TEACHER_STEPS_SHARE)))
 
 
 def intervals(max_steps: int) -> dict[str, int]:
@@ -215,6 +230,7 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
         muon_weight_decay=_round(geometric("muon_weight_decay")),
         dropout=round(linear("dropout") * 20) / 20,
         token_noise=round(linear("token_noise"), 2),
+        teachers=round(linear("teachers")),
     )
 
 

@@ -102,7 +102,7 @@ def resolve_run(
     resolved = resolve_config(c, dataset)
     c = _resolve_on_main(c, comm, lambda: resolve_finetune(resolved, dataset, explicit))
     check_global_batch(c, comm)
-    check_teachers(c, comm)
+    check_teachers(c)
     return ResolvedRun(
         config=c,
         explicit=explicit,

@@ -8,7 +8,7 @@ errors, which a chain, where each learns from the one before, would pass on.
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class TeacherStopped(Exception):  # noqa: N818  (not an error)
         self.reason: StopReason = reason
 
 
-def check_teachers(config: Config, comm: Comm) -> None:
+def check_teachers(config: Config) -> None:
     """Raise a UserError if `--teachers` does not work with the rest of a resolved configuration."""
     if not config.teachers:
         return
@@ -50,10 +50,8 @@ def check_teachers(config: Config, comm: Comm) -> None:
         )
     if is_pipe(Path(config.input)):
         raise UserError(f"--input {config.input} is a pipe, and --teachers need a file: save it")
-    if comm.world_size > 1 and config.parallel != "ddp":
-        raise UserError(
-            "--teachers needs --parallel ddp under torchrun: each rank has a full copy of them"
-        )
+    if config.parallel == "fsdp":
+        raise UserError("--teachers needs --parallel ddp: each rank has a full copy of them")
 
 
 def teacher_config(config: Config, number: int) -> Config:
@@ -81,19 +79,23 @@ def teacher_config(config: Config, number: int) -> Config:
 
 
 def train_teachers(
-    config: Config, train: Callable[[Config], StopReason], comm: Comm = SINGLE_PROCESS
+    config: Config,
+    explicit: Collection[str],
+    train: Callable[[Config], StopReason],
+    comm: Comm = SINGLE_PROCESS,
 ) -> None:
     """Train those teachers that are not finished.
 
     Args:
         config: of the student, resolved.
+        explicit: fields that the user set.
         train: trains a run, new or not, to its end or until it is stopped.
         comm: the ranks.
 
     Raises:
         TeacherStopped: if one is stopped.
     """
-    if config.preset == AUTO and config.time_limit and not config.teacher_steps:
+    if config.preset == AUTO and config.time_limit and "teacher_steps" not in explicit:
         # Fitted to the time when the first one began; after a stop, other steps fit.
         first = teacher_config(config, 1)
         began = comm.broadcast_from_rank0(lambda: vars(config_of_run(first) or first))

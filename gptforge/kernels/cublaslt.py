@@ -14,7 +14,6 @@ import ctypes
 import statistics
 from enum import IntEnum
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +31,6 @@ WORKSPACE_BYTES = 32 * 2**20
 MAX_CANDIDATES = 16
 NUM_FINALISTS, NUM_REPEATS = 4, 4
 """All candidates are timed once, then the fastest NUM_FINALISTS NUM_REPEATS times each."""
-COUNTER_BYTES = 4096
-"""Kernels that request at most this much use it for the counters of a dynamic tile scheduler.
-Clearing those takes a tenth of a small GEMM's time; without a workspace most such kernels fall back
-to a static schedule."""
-SMALL_GEMM_FLOPS = 5e10
-"""GEMMs up to this size also try those kernels without a workspace."""
-NUM_COMPARED = 2**16
-"""Elements of the output to compare when a kernel runs without its workspace."""
 SLEEP_CYCLES = 2_000_000
 """About a millisecond: all launches are queued meanwhile, so launch overhead is not timed."""
 ALIGNMENT = 256
@@ -69,13 +60,6 @@ class _HeuristicResult(ctypes.Structure):
         ("waves_count", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
-
-
-class _Candidate(NamedTuple):
-    """A kernel with its settings, and the size of the workspace to pass."""
-
-    result: _HeuristicResult
-    workspace_bytes: int
 
 
 class _Library:
@@ -140,8 +124,7 @@ class MatmulPlan:
         self._left, self._right = self._layout(left, _R_16BF), self._layout(right, _R_16BF)
         out_shape = torch.Size((rows, columns))
         self._out = self._layout(out_shape, _R_32F if accumulate else _R_16BF)
-        flops = 2 * rows * columns * left[not transpose[0]]
-        self._candidates = self._query_heuristic(is_small=flops <= SMALL_GEMM_FLOPS)
+        self._candidates = self._query_heuristic()
         self._best = self._candidates[0]
         self._is_tuned = len(self._candidates) == 1
         self._accumulate = accumulate
@@ -171,16 +154,15 @@ class MatmulPlan:
         self._run(self._best, left, right, out)
         return out
 
-    def _run(self, candidate: _Candidate, left: Tensor, right: Tensor, out: Tensor) -> None:
+    def _run(self, candidate: _HeuristicResult, left: Tensor, right: Tensor, out: Tensor) -> None:
         pointer, lib = ctypes.c_void_p, self._lib
         out_ptr = pointer(out.data_ptr())
-        workspace = lib.workspace.data_ptr() if candidate.workspace_bytes else None
         lib.call(
             "Matmul", lib.handle, self._desc, ctypes.byref(self._alpha),
             pointer(right.data_ptr()), self._right, pointer(left.data_ptr()), self._left,
             ctypes.byref(self._beta), out_ptr, self._out, out_ptr, self._out,
-            ctypes.byref(candidate.result.algo), pointer(workspace),
-            ctypes.c_size_t(candidate.workspace_bytes),
+            ctypes.byref(candidate.algo), pointer(lib.workspace.data_ptr()),
+            ctypes.c_size_t(WORKSPACE_BYTES),
             pointer(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip
 
@@ -201,31 +183,21 @@ class MatmulPlan:
                 self._run(candidate, left, right, out)
             except RuntimeError:
                 continue
-            if candidate.workspace_bytes or self._is_correct(candidate, left, right, out):
-                usable.append(candidate)
+            usable.append(candidate)
         # With no usable kernel, `_best` stays the first choice, and the call raises its error.
         if usable:
             usable = self._sort_by_time(usable, 1, left, right, out)
             finalists = usable[:NUM_FINALISTS]
             self._best = self._sort_by_time(finalists, NUM_REPEATS, left, right, out)[0]
 
-    def _is_correct(self, candidate: _Candidate, left: Tensor, right: Tensor, out: Tensor) -> bool:
-        """Whether a kernel gives the same bits without the workspace it requested.
-
-        cuBLASLt's documentation does not promise that. A sample of the output is compared, since
-        there may be no memory for a second output.
-        """
-        samples = []
-        for size in (WORKSPACE_BYTES, candidate.workspace_bytes):
-            if self._accumulate:
-                out.zero_()
-            self._run(candidate._replace(workspace_bytes=size), left, right, out)
-            samples.append(out.view(-1)[:: max(1, out.numel() // NUM_COMPARED)].clone())
-        return torch.equal(*samples)
-
     def _sort_by_time(
-        self, candidates: list[_Candidate], repeats: int, left: Tensor, right: Tensor, out: Tensor
-    ) -> list[_Candidate]:
+        self,
+        candidates: list[_HeuristicResult],
+        repeats: int,
+        left: Tensor,
+        right: Tensor,
+        out: Tensor,
+    ) -> list[_HeuristicResult]:
         """Fastest first, by the median of interleaved repeats."""
         events = [
             [torch.cuda.Event(enable_timing=True) for _ in range(len(candidates) + 1)]
@@ -245,7 +217,7 @@ class MatmulPlan:
 
         return [candidates[i] for i in sorted(range(len(candidates)), key=median_time)]
 
-    def _query_heuristic(self, *, is_small: bool) -> list[_Candidate]:
+    def _query_heuristic(self) -> list[_HeuristicResult]:
         preference = ctypes.c_void_p()
         self._lib.call("MatmulPreferenceCreate", ctypes.byref(preference))
         size = ctypes.c_uint64(WORKSPACE_BYTES)
@@ -260,9 +232,7 @@ class MatmulPlan:
         )  # fmt: skip
         if not count.value:
             raise RuntimeError("cuBLASLt has no kernel for this GEMM")
-        found = results[: count.value]
-        dynamic = [x for x in found if is_small and 0 < x.workspace_size <= COUNTER_BYTES]
-        return [_Candidate(x, WORKSPACE_BYTES) for x in found] + [_Candidate(x, 0) for x in dynamic]
+        return results[: count.value]
 
     def _set(self, attribute: int, value: _Value) -> None:
         self._lib.call(

@@ -78,9 +78,9 @@ def test_more_text_means_no_smaller_model_and_no_more_regularization(
         configure(size, device, time_limit=limit, flops_per_second=rate)
         for size in sorted((one, other))
     )
-    for name in ("n_layer", "n_embd", "context_length", "global_batch_size", "max_steps"):
+    for name in ("n_layer", "n_embd", "context_length", "tokens_per_step", "max_steps"):
         assert getattr(smaller, name) <= getattr(larger, name), name
-    for name in ("weight_decay", "dropout", "max_lr"):
+    for name in ("weight_decay", "muon_weight_decay", "dropout", "token_noise", "max_lr"):
         assert getattr(smaller, name) >= getattr(larger, name), name
     order = ["char", "bpe", "gpt2"]
     assert order.index(smaller.tokenizer) <= order.index(larger.tokenizer)
@@ -104,7 +104,7 @@ def test_docs_have_the_anchors() -> None:
         row = (
             f"| {a.megabytes:g} | {a.tokenizer} | {a.n_layer} x {a.n_embd} | {a.context_length} | "
             f"{a.sequences} | {a.max_steps:,} | {a.max_lr:g} | {a.weight_decay:g} | "
-            f"{a.muon_weight_decay:g} | {a.dropout:g} | {a.token_noise:g} |"
+            f"{a.muon_weight_decay:g} | {a.dropout:g} | {a.token_noise:g} | {a.teachers} |"
         )
         assert f"{row}\n" in docs, f"put this row into the table: {row}"
     rows = [line for line in docs.splitlines() if line.startswith("| ") and " x " in line]

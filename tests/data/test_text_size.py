@@ -8,7 +8,7 @@ import pytest
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.data.text_size import estimate_text_size
 from gptforge.errors import UserError
-from tests.data.prepare.datasets import prepare_files, some_text, write_jsonl
+from tests.data.prepare.small_datasets import prepare_files, some_text, write_jsonl
 
 TEXT = " ".join(some_text(i) for i in range(300))
 

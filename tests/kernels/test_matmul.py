@@ -142,17 +142,13 @@ def test_first_call_autotunes(gpu) -> None:
     assert plan is not None and plan._is_tuned
 
 
-def test_kernels_without_their_workspace_are_correct_or_fail(gpu) -> None:
-    x, weight, _, _ = random_layer(4096, 384, 1152, gpu)
+def test_each_candidate_is_correct(gpu) -> None:
+    x, weight, _, _ = random_layer(4096, 448, 1344, gpu)
     exact = x.double() @ weight.double().t()
     plan = cublaslt.MatmulPlan(gpu, x.shape, weight.shape, transpose=(False, True))
     for candidate in plan._candidates:
-        out = torch.full((4096, 1152), torch.nan, device=gpu, dtype=torch.bfloat16)
-        try:
-            plan._run(candidate, x, weight, out)
-        except RuntimeError:
-            assert not candidate.workspace_bytes, "the heuristic chose it for this workspace"
-            continue
+        out = torch.full((4096, 1344), torch.nan, device=gpu, dtype=torch.bfloat16)
+        plan._run(candidate, x, weight, out)
         assert rel_error(out, exact) < 5e-3
 
 

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from gptforge.builders.train_teachers import (
 )
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
-from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT, IGNORE_INDEX
@@ -213,13 +211,13 @@ def test_a_stopped_run_resumes_to_identical_weights(config, tmp_path, monkeypatc
 
 
 def test_two_ranks_train_as_one(config, tmp_path) -> None:
-    config = with_teachers(config, dropout=0.0, parallel="ddp")
+    config = with_teachers(config, dropout=0.0)
     assert train(2, config) == {"finished"}
     one = dataclasses.replace(config, out_dir=str(tmp_path / "one-rank"))
     assert train(1, one) == {"finished"}
     assert_same_run(config, one)
     with pytest.raises(UserError, match="needs --parallel ddp"):
-        check_teachers(dataclasses.replace(one, parallel="auto"), SimpleNamespace(world_size=2))
+        check_teachers(dataclasses.replace(one, parallel="fsdp"))
 
 
 def test_more_steps_keep_the_teachers_and_a_damaged_one_is_refused(config) -> None:
@@ -246,15 +244,20 @@ def test_a_stopped_teacher_keeps_its_steps_when_fewer_fit_into_the_time(config) 
         trained.append(teacher)
         return "finished"
 
-    train_teachers(dataclasses.replace(config, max_steps=7), train)
-    assert [teacher.max_steps for teacher in trained] == [config.max_steps] * 2
+    for steps in (0, 5):
+        train_teachers(dataclasses.replace(config, max_steps=7, teacher_steps=steps), (), train)
+        assert [teacher.max_steps for teacher in trained] == [config.max_steps] * 2
+        trained.clear()
+    explicit = dataclasses.replace(config, teacher_steps=5)
+    train_teachers(explicit, ("teacher_steps",), train)
+    assert [teacher.max_steps for teacher in trained] == [5] * 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_refused_before_it_is_read(config, tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is a pipe, and --teachers need a file"):
-        check_teachers(with_teachers(config, input=str(tmp_path / "pipe")), SINGLE_PROCESS)
+        check_teachers(with_teachers(config, input=str(tmp_path / "pipe")))
 
 
 def test_restart_moves_the_teachers_too(config) -> None:

@@ -21,7 +21,7 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 from gptforge.tokenizers import char_lengths, decode
 from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
-from tests.data.prepare.datasets import (
+from tests.data.prepare.small_datasets import (
     DOCUMENTS,
     prepare_files,
     some_text,

@@ -18,7 +18,7 @@ from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.shard_index import read_index
 from gptforge.errors import UserError
 from gptforge.tokenizers import from_name
-from tests.data.prepare.datasets import (
+from tests.data.prepare.small_datasets import (
     DOCUMENTS,
     EOT,
     files_of,

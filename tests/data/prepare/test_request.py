@@ -9,7 +9,7 @@ from gptforge.data.prepare.request import (
     fingerprint,
     select_files,
 )
-from tests.data.prepare.datasets import some_text
+from tests.data.prepare.small_datasets import some_text
 
 
 def notices(*names: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from gptforge.data.dataset import Dataset, DatasetOptions, open_dataset
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.errors import UserError
-from tests.data.prepare.datasets import (
+from tests.data.prepare.small_datasets import (
     prepare_files,
     some_text,
     texts_of,
