@@ -161,7 +161,8 @@ def _plan_disk(config: Config, dataset: Dataset) -> DiskPlan:
         # Every evaluation may be the best so far, and is saved then.
         saves += config.max_steps // config.eval_every
     # The best, the last, those of --keep_checkpoints, and one that is being written.
-    count = min(saves, config.keep_checkpoints + 3) + len(config.early_steps)
+    count = min(saves, config.keep_checkpoints + 3)
+    count += sum(step < config.max_steps for step in config.early_steps)
     # And the one before the decay of wsd.
     count += config.schedule == "wsd"
     size = checkpoint_bytes(config)
