@@ -7,7 +7,7 @@ const CHARTS = [
   { title: "Gradient norm", unit: "norm before clipping", fromZero: true, curves: [["train", "norm", ""]] },
 ];
 const HEIGHT = 240;
-const MARGIN = { left: 66, right: 14, top: 12, bottom: 42 };
+const MARGIN = { left: 66, right: 22, top: 12, bottom: 42 };
 
 /** Draw the charts of a run; `run.train` and `run.evals` are lists by name, with null for gaps. */
 export function drawCharts(container, run) {
@@ -45,7 +45,7 @@ class Chart {
     const values = this.curves.flatMap(({ points }) => points.map(([, y]) => y));
     this.yTicks = ticks(fromZero ? 0 : Math.min(...values), Math.max(...values), 4);
     const [yMin, yMax] = [this.yTicks[0], this.yTicks.at(-1)];
-    const xMax = Math.max(1, run.train.step.at(-1));
+    const xMax = run.train.step.at(-1) + 1; // steps made
     const [right, bottom] = [width - MARGIN.right, HEIGHT - MARGIN.bottom];
     this.x = (step) => MARGIN.left + (step / xMax) * (right - MARGIN.left);
     this.y = (value) => bottom - ((value - yMin) / (yMax - yMin)) * (bottom - MARGIN.top);
@@ -79,9 +79,13 @@ class Chart {
   point(step) {
     const found = this.curves.map((curve) => [curve, nearest(curve.points, step)]);
     const shown = found.filter(([, point]) => point);
-    const values = shown.map(([{ label }, [, y]]) => `${label} ${format(y)}`.trim());
-    const at = shown.length ? `step ${format(shown[0][1][0])}: ` : "";
-    this.readout.textContent = at + values.join(", ");
+    const values = shown.map(([curve, [, y]]) => {
+      const value = document.createElement("span");
+      value.className = `c${this.curves.indexOf(curve)}`;
+      value.textContent = ` ${curve.label} ${format(y)}`;
+      return value;
+    });
+    this.readout.replaceChildren(...(shown.length ? [`step ${format(shown[0][1][0])}:`] : []), ...values);
     this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step === null || !shown.length) return;
     const x = this.x(shown[0][1][0]);

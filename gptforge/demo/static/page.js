@@ -218,4 +218,4 @@ async function start() {
   setInterval(() => document.hidden || loadRun().catch(() => {}), POLL_MS);
 }
 
-start().catch((error) => announce(`The page could not be loaded: ${error.message}`));
+start().catch((error) => ($("#about").textContent = `The page could not be loaded: ${error.message}`));

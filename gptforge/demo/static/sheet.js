@@ -50,8 +50,8 @@ export class Sheet {
     let start = performance.now(), count = 0, usage = {}, note = "";
     const showStatus = () => {
       const speed = Math.round((1000 * count) / (performance.now() - start));
-      const parts = [`${count} tokens`, `${speed.toLocaleString("en")} tokens per second`];
-      this.status.textContent = [...parts, `seed ${seed}`, ...(note ? [note] : [])].join(" · ");
+      const parts = [`${count} tokens`, `${speed.toLocaleString("en")} tokens/s`, `seed ${seed}`];
+      this.status.textContent = [...parts, ...(note ? [note] : [])].join(" · ");
     };
     try {
       for await (const event of complete(request, signal)) {
@@ -70,7 +70,7 @@ export class Sheet {
         showStatus();
       }
       if (usage.total_tokens > context && !note) {
-        note = `the model remembers ${context} tokens and forgot the oldest`;
+        note = `over ${context} tokens of context, the oldest forgotten`;
       }
     } catch (error) {
       note = signal.aborted ? "stopped" : "incomplete";
@@ -105,6 +105,7 @@ export class Sheet {
       const probability = Math.exp(token_logprobs[i]);
       span.className = `t s${BINS.filter((bound) => probability >= bound).length}`;
       span.textContent = token;
+      span.classList.toggle("line", token.startsWith("\n"));
       span.token = { text: token, probability, alternatives: top_logprobs[i] };
       return span;
     });
