@@ -8,7 +8,7 @@ supported is refused, not ignored. `top_k` is an addition. A streamed response b
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import accumulate
@@ -95,9 +95,9 @@ class CompletionChunk:
     finish_reason: str | None = None
 
 
-def routes(models: ModelCache) -> list[Route]:
-    """Endpoints for an ASGI application."""
-    queue = GenerationQueue()
+def routes(models: ModelCache, is_stopping: Callable[[], bool]) -> list[Route]:
+    """Endpoints for an ASGI application; see `GenerationQueue`."""
+    queue = GenerationQueue(is_stopping)
 
     async def get_models(_: Request) -> Response:
         fields = {"object": "model", "created": 0, "owned_by": "gptforge"}

@@ -1,7 +1,7 @@
 """Visitors in turn: a few texts are generated at a time, the other visitors wait."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,9 +25,14 @@ class Waiting:
 
 
 class GenerationQueue:
-    """First come, first served; used by the event loop only, so it needs no lock."""
+    """First come, first served; used by the event loop only, so it needs no lock.
 
-    def __init__(self) -> None:
+    Args:
+        is_stopping: whether the server is about to end, and texts with it.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
         self._num_running = 0
         self._waiting: list[object] = []
 
@@ -45,6 +50,8 @@ class GenerationQueue:
         self._waiting.append(ticket)
         try:
             while (ahead := self._waiting.index(ticket)) or self._num_running >= MAX_CONCURRENT:
+                if self._is_stopping():
+                    return
                 yield Waiting(ahead + 1)
                 await asyncio.sleep(POLL_SECONDS)
             self._num_running += 1
@@ -53,6 +60,8 @@ class GenerationQueue:
         try:
             with closing(chunks):
                 async for chunk in iterate_in_threadpool(chunks):
+                    if self._is_stopping():
+                        break
                     yield chunk
         finally:
             self._num_running -= 1

@@ -82,20 +82,21 @@ def launch(
     max_steps = origin.config.max_steps if origin else 0
     app = Starlette(
         routes=[
-            *api.routes(models),
+            *api.routes(models, lambda: server.should_exit),
             *run_data.routes(models, Path(run), max_steps=max_steps, about=about),
             Mount("/", StaticFiles(directory=STATIC, html=True)),
         ]
     )
     config = uvicorn.Config(
         RequestFilter(app, allowed_hosts={host, *allowed_hosts}),
-        lifespan="off", ws="none", log_level="error", timeout_graceful_shutdown=1,
+        lifespan="off", ws="none", log_level="error", timeout_graceful_shutdown=5,
     )  # fmt: skip
+    server = uvicorn.Server(config)
     address, bound_port = listener.getsockname()[:2]
     name = f"[{address}]" if ":" in address else host
     safe_print(f"{title}: http://{name}:{bound_port} (Ctrl-C ends it)")
     with suppress(KeyboardInterrupt):
-        asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+        asyncio.run(server.serve(sockets=[listener]))
 
 
 def _is_encodable(model: LanguageModel, text: str) -> bool:

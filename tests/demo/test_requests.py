@@ -251,3 +251,17 @@ def test_allowed_hosts(folder) -> None:
     with server(folder, "-m", "gptforge", "demo", "run", "--port", "PORT", *more) as address:
         assert send(address, "GET", "/v1/models", host="demo.example")[0] == 200
         assert send(address, "GET", "/v1/models", host="evil.example")[0] == 403
+
+
+def test_the_server_ends_while_it_generates(folder) -> None:
+    demo = ("-m", "gptforge", "demo", "run", "--port", "PORT", "--device", "cpu")
+    with server(folder, *demo) as address:
+        connections = []
+        for _ in range(4):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+            body = json.dumps({"prompt": ["RO"] * 8, "max_tokens": 1000, "stream": True})
+            connection.request("POST", "/v1/completions", body=body)
+            connections.append(connection)
+        assert connections[0].getresponse().read(10)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5

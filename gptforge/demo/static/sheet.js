@@ -47,7 +47,7 @@ export class Sheet {
     };
     this.showError("");
     this.status.textContent = "Reading the prompt …";
-    let start = performance.now(), count = 0, usage = {}, note = "";
+    let start = performance.now(), count = 0, usage = {}, reason, note = "";
     const showStatus = () => {
       const speed = Math.round((1000 * count) / (performance.now() - start));
       const parts = [`${count} tokens`, `${speed.toLocaleString("en")} tokens/s`, `seed ${seed}`];
@@ -64,12 +64,14 @@ export class Sheet {
         for (const choice of event.choices) {
           this.#append(choice.logprobs);
           count += choice.logprobs.tokens.length;
-          if (choice.finish_reason === "length" && count < max_tokens) note = "the time was up";
+          reason = choice.finish_reason;
         }
         usage = event.usage ?? usage;
         showStatus();
       }
-      if (usage.total_tokens > context && !note) {
+      if (!reason) throw new Error("the server has stopped: start it again");
+      if (reason === "length" && count < max_tokens) note = "the time was up";
+      else if (usage.total_tokens > context) {
         note = `over ${context} tokens of context, the oldest forgotten`;
       }
     } catch (error) {
