@@ -10,7 +10,6 @@ from gptforge.demo.run_data import MAX_POINTS, run_metrics
 from gptforge.errors import UserError
 from gptforge.files import json_line
 from gptforge.report.metrics import read_history
-from gptforge.report.samples import read_samples
 from tests.convert.conftest import run as run
 from tests.convert.conftest import trained_run as trained_run
 
@@ -71,15 +70,6 @@ def test_long_curves_are_thinned(tmp_path) -> None:
     assert train["step"][-1] == 4999
     assert len(set(map(len, train.values()))) == 1
     assert train["tok_per_sec"][0] is None
-
-
-def test_samples_are_read_back(tmp_path) -> None:
-    path = tmp_path / "samples.md"
-    assert read_samples(path) == []
-    text = "# Samples: run\n\n## After 5 steps\n\n~~~text\n\n a\n~~~\n"
-    tildes = "\n## After 10 steps\n\n~~~~text\nb\n~~~\n## After 7 steps\n~~~~\n"
-    path.write_text(text + tildes)
-    assert read_samples(path) == [(5, " a"), (10, "b\n~~~\n## After 7 steps")]
 
 
 def test_without_its_packages_there_is_an_install_hint(program, run, monkeypatch) -> None:
