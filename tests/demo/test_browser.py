@@ -314,11 +314,14 @@ def test_settings_survive_a_reload_and_are_a_link(visitor) -> None:
     assert generate(other) == first
 
 
-def test_a_link_to_a_checkpoint_that_is_gone(visitor, address) -> None:
+def test_a_link_with_values_that_are_invalid_here(visitor, address) -> None:
     page = visitor()
-    page.goto(f"{address}/#checkpoint=step-999999&prompt=light")
+    page.goto(f"{address}/#checkpoint=step-999999&prompt=light&top_k2=-5&max_tokens=20")
     page.wait_for_function("document.querySelector('#prompt').value === 'light'")
     assert page.locator("[name=checkpoint]").input_value() == "best"
+    # The browser would refuse to submit what is invalid, even in a hidden sheet.
+    generate(page)
+    assert count(page) == 20
 
 
 def test_two_checkpoints_side_by_side(visitor) -> None:

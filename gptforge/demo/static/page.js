@@ -59,6 +59,8 @@ function showSettings() {
     else if (input.name !== "sample") output.textContent = input.valueAsNumber.toFixed(2);
   }
   sheets[1].element.hidden = !form.compare.checked;
+  // The browser checks the ranges of what is not disabled, hidden or not.
+  for (const control of Object.values(sheets[1].settings)) control.disabled = !form.compare.checked;
   $("#write").classList.toggle("comparing", form.compare.checked);
   $("#write").classList.toggle("tinted", form.tint.checked);
 }
