@@ -168,7 +168,8 @@ class Config:
     save_every: int = 250
     """Steps between checkpoints; a new best one is saved at once."""
     keep_checkpoints: int = 1
-    """Checkpoints to keep besides best and last."""
+    """Checkpoints to keep besides best and last: the N latest, and N early ones, from a tenth, a
+    hundredth, ... of save_every steps, which show how the model wrote before it had learned."""
     sample_every: int = 100
     """Steps between samples; 0: only at the end."""
     time_limit: float = 0.0
@@ -206,6 +207,12 @@ class Config:
     def tokens_per_step(self) -> int:
         """Tokens per step, over all ranks."""
         return self.global_batch_size * self.context_length
+
+    @property
+    def early_steps(self) -> set[int]:
+        """Steps before the first `save_every` whose checkpoints are saved and kept."""
+        count = min(self.keep_checkpoints, len(str(self.save_every)))
+        return {self.save_every // 10**n for n in range(1, count + 1)} - {0}
 
     @property
     def trackers(self) -> list[str]:

@@ -7,13 +7,18 @@ Needs playwright and a Chromium on the path. The seed is fixed: pictures of a ru
 """
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-SEED = "22"
-SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
+SETTINGS = "#seed=22&temperature=0.7&temperature2=0.7"
+DESKTOP = {"viewport": {"width": 1280, "height": 880}, "device_scale_factor": 1.5}
+PHONE = {
+    "viewport": {"width": 390, "height": 844}, "device_scale_factor": 2,
+    "is_mobile": True, "has_touch": True,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -25,53 +30,42 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for size, scheme, tip in (
-            ("desktop", "light", 84),
-            ("desktop", "dark", 84),
-            ("phone", "light", 42),
-            ("phone", "dark", None),
-        ):
-            take(browser, args.address, args.folder, size=size, scheme=scheme, tip=tip)
+        take(browser, args.address, args.folder / "page-desktop-light.png", more="&compare=true")
+        take(browser, args.address, args.folder / "page-desktop-dark.png", scheme="dark", tip=60)
+        take(browser, args.address, args.folder / "page-phone-light.png", device=PHONE, tip=30)
+        take(
+            browser, args.address, args.folder / "training-desktop-light.png", more="&tab=training"
+        )
         browser.close()
 
 
 def take(
-    browser: Browser, address: str, folder: Path, *, size: str, scheme: str, tip: int | None
+    browser: Browser,
+    address: str,
+    path: Path,
+    *,
+    more: str = "",
+    scheme: str = "light",
+    device: dict = DESKTOP,
+    tip: int | None = None,
 ) -> None:
-    """Generate a text, hover over a token or open the settings, then show the training tab."""
-    width, height = SIZES[size]
-    is_phone = size == "phone"
-    context = browser.new_context(
-        viewport={"width": width, "height": height},
-        color_scheme=scheme,
-        is_mobile=is_phone,
-        has_touch=is_phone,
-        device_scale_factor=2 if is_phone else 1.5,
-    )
-    page = context.new_page()
-    page.goto(address)
-    page.wait_for_selector("#write")
-    settings = page.get_by_role("button", name="Settings")
-    settings.click()
-    page.get_by_label("Seed").fill(SEED)
-    page.get_by_label("number input for Length, tokens").fill("400")
-    page.get_by_label("Seed").press("Tab")
+    """Open the page with settings, generate a text and show the tip of a token."""
+    page = browser.new_context(**device, color_scheme=scheme).new_page()
+    page.goto(f"{address}/{SETTINGS}{more}")
+    page.wait_for_selector("body.ready")
+    if "training" in more:
+        page.locator("[name=sample]").fill("2")
+        page.locator("h1").click()
+        page.locator("svg").first.hover()
+    else:
+        page.click("#go")
+        page.wait_for_selector("#go:has-text('Generate')", timeout=120_000)
+        page.locator(".text").evaluate_all("all => all.forEach(text => text.scrollTo(0, 0))")
     if tip is not None:
-        settings.click()
-    page.click("#write")
-    page.wait_for_function(f"document.querySelector('#status').innerText.includes('seed {SEED}')")
-    page.wait_for_function("!document.querySelector('.caret')")
-    page.wait_for_timeout(400)
-    if tip is not None:
-        token = page.locator(".output .t").nth(tip)
-        token.tap() if is_phone else token.hover()
-    page.screenshot(path=folder / f"page-{size}-{scheme}.png", full_page=tip is None)
-    if (size, scheme) in (("desktop", "dark"), ("phone", "light")):
-        page.get_by_role("tab", name="Training").click()
-        page.wait_for_selector(".training img")
-        page.wait_for_timeout(400)
-        page.screenshot(path=folder / f"training-{size}-{scheme}.png", full_page=True)
-    context.close()
+        token = page.locator(".t", has_text=re.compile(r"\w")).nth(tip)
+        token.tap() if device is PHONE else token.hover()
+    page.screenshot(path=path, full_page="training" in more)
+    page.context.close()
 
 
 if __name__ == "__main__":

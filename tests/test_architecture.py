@@ -23,7 +23,7 @@ LAYERS = (
 NO_TORCH = {*LAYERS[: LAYERS.index("estimate") + 1], "cli", "__main__", "__init__"}
 # Optional or slow: imported inside the function that uses them.
 LAZY = {
-    *("triton", "matplotlib", "transformers", "huggingface_hub", "gradio", "gguf", "pyarrow"),
+    *("triton", "matplotlib", "transformers", "huggingface_hub", "uvicorn", "gguf", "pyarrow"),
     *("zstandard", "gigatoken", "tokenizers", "datasets", "wandb", "tensorboard", "lm_eval"),
     *("optuna", "IPython", "trackio", "mlflow"),
 }

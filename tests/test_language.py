@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("gptforge", "tests", "benchmarks", "examples", "scripts", "docs")
 SPACE = r"[ _\n-]+"
-SUFFIXES = {".py", ".md", ".sh", ".ipynb", ".css"}
+SUFFIXES = {".py", ".md", ".sh", ".ipynb", ".css", ".html", ".js"}
 
 # Private word -> the field's word. A space stands for a space, an underscore or a hyphen.
 WORDS = (

@@ -15,9 +15,7 @@ from gptforge.cli import main
 from gptforge.config import Config, GPTConfig
 from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.model_card import Origin, model_card
-from gptforge.demo.token_html import render_tokens
 from gptforge.errors import RunError, UserError
-from gptforge.inference.language_model import Token
 from gptforge.model import GPT
 from gptforge.printable import (
     MAX_LINE,
@@ -102,13 +100,6 @@ def test_log_and_samples_are_printable(tmp_path) -> None:
 def test_console_escapes_generated_text(capsys) -> None:
     Console().log(f"Sample:\n\t{ESCAPES}")
     assert capsys.readouterr().out == f"Sample:\n\t{ESCAPED}\n"
-
-
-def test_page_escapes_tokens() -> None:
-    token = Token(0, "<b>\x1b\u202e", -0.1, (("<b>\x07", -0.1),))
-    page = render_tokens("<i>\u202e", [token], is_generating=False)
-    assert r"&lt;b&gt;\x1b\u202e" in page and r"&lt;i&gt;\u202e" in page
-    assert "<i>" not in page and "\x07" not in page
 
 
 @pytest.fixture

@@ -275,7 +275,7 @@ def _build_saver(run: ResolvedRun, store: CheckpointStore, config_text: str) -> 
         tokenizer=run.dataset.tokenizer,
         config=config_text,
         keep=run.config.keep_checkpoints,
-        protected_step=Schedule.from_config(run.config).stable_end,
+        protected_steps={*run.config.early_steps, Schedule.from_config(run.config).stable_end},
         enabled=run.comm.is_main,
     )
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from gptforge import __version__, files
 from gptforge.builders.load_model import load_bundle
+from gptforge.builders.prompts import suggest_prompts
 from gptforge.checkpoint import format as checkpoints
 from gptforge.config import (
     Config,
@@ -23,6 +24,7 @@ from gptforge.convert.hf import is_hf_dir, write_hf
 from gptforge.convert.model_card import (
     CURVES,
     METRICS,
+    SAMPLES,
     Origin,
     copy_run_file,
     example_prompt,
@@ -121,7 +123,8 @@ def export_space(run: str, out: Path) -> None:
     if origin:
         config = to_toml(origin.config, {"gptforge": __version__})
     with report_write_errors(out), atomic_create_dir(out) as folder:
-        write_space(folder, bundle, origin, title=model_title(run), config=config)
+        prompts = suggest_prompts(run, origin.config if origin else None)
+        write_space(folder, bundle, origin, title=model_title(run), prompts=prompts, config=config)
         written = load_bundle(folder).state_dict
         if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
             raise RunError("the weights in the Space are not those of the run: it was not kept")
@@ -157,7 +160,7 @@ def read_origin(run: str) -> Origin | None:
     if path.parent.name != "checkpoints" or not step.isdecimal():
         return None
     curves, metrics = folder / CURVES, folder / METRICS
-    for file in (curves, metrics):
+    for file in (curves, metrics, folder / SAMPLES):
         if kind := files.nonregular_kind(file, follow_symlinks=False):
             raise UserError(
                 f"{file.as_posix()} is {kind}, and not copied into an export: remove it, or put "

@@ -162,6 +162,7 @@ def _plan_disk(config: Config, dataset: Dataset) -> DiskPlan:
         saves += config.max_steps // config.eval_every
     # The best, the last, those of --keep_checkpoints, and one that is being written.
     count = min(saves, config.keep_checkpoints + 3)
+    count += sum(step < config.max_steps for step in config.early_steps)
     # And the one before the decay of wsd.
     count += config.schedule == "wsd"
     size = checkpoint_bytes(config)

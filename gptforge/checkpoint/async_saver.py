@@ -1,7 +1,7 @@
 """Saves checkpoints in a background thread, one at a time."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class AsyncSaver:
         store: where to save.
         tokenizer: saved with every checkpoint, as is `config`, the text of config.toml.
         keep: number of checkpoints to keep besides best and last.
-        protected_step: the checkpoint of this step is kept, too.
+        protected_steps: the checkpoints of these steps are kept, too.
         enabled: False on ranks other than 0, which save nothing.
     """
 
@@ -42,11 +42,11 @@ class AsyncSaver:
         tokenizer: Tokenizer,
         config: str,
         keep: int,
-        protected_step: int | None = None,
+        protected_steps: Collection[int | None] = (),
         enabled: bool = True,
     ) -> None:
         self.store, self._tokenizer, self._config = store, tokenizer, config
-        self._keep, self._protected_step, self._enabled = keep, protected_step, enabled
+        self._keep, self._protected_steps, self._enabled = keep, protected_steps, enabled
         self._thread: threading.Thread | None = None
         self._saved: list[SavedCheckpoint] = []
         self._error: BaseException | None = None
@@ -97,7 +97,7 @@ class AsyncSaver:
             with self.store.disk_errors(name):
                 if is_best:
                     self.store.set_link("best", name)
-                self.store.prune(self._keep, self._protected_step)
+                self.store.prune(self._keep, self._protected_steps)
             self._saved.append(SavedCheckpoint(step, name, is_best))
         except BaseException as error:
             self._error = error

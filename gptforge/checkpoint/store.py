@@ -4,7 +4,7 @@ A checkpoint is written to a temporary folder and renamed.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -136,14 +136,13 @@ class CheckpointStore:
         if self.path_of(step).is_dir():
             self.set_link("last", self.path_of(step).name)
 
-    def prune(self, keep: int, protected_step: int | None = None) -> None:
+    def prune(self, keep: int, protected_steps: Collection[int | None] = ()) -> None:
         """Delete all but best, last and the `keep` latest others, and what failed saves left.
 
-        The checkpoint of `protected_step` is kept in addition.
+        The checkpoints of `protected_steps` are kept in addition.
         """
         protected = {self.read_link("best"), self.read_link("last")}
-        if protected_step is not None:
-            protected.add(self.path_of(protected_step))
+        protected |= {self.path_of(step) for step in protected_steps if step is not None}
         others = [path for path in self.checkpoints() if path not in protected]
         patterns = (".step-*.partial", "step-*.diverged-*", "step-*.decayed-*")
         leftovers = {path for pattern in patterns for path in self.folder.glob(pattern)} - protected

@@ -54,7 +54,7 @@ def push_to_hub(
             repo_type=repo_type,
             private=private,
             exist_ok=True,
-            space_sdk="gradio" if repo_type == "space" else None,
+            space_sdk="docker" if repo_type == "space" else None,
         )
         message = "Upload from GPT-Forge"
         api.upload_folder(

@@ -13,7 +13,7 @@ from gptforge.printable import MAX_NAME, escape_markdown, printable
 from gptforge.report.metrics import History
 from gptforge.tokenizers import Tokenizer
 
-CURVES, METRICS = "training_curves.png", "metrics.jsonl"
+CURVES, METRICS, SAMPLES = "training_curves.png", "metrics.jsonl", "samples.md"
 MAX_COPY_BYTES = 2**30  # of a file copied from a run folder
 
 

@@ -4,15 +4,22 @@ The folder is a run folder too, with a copy of this package, so that the Space n
 from the package index.
 """
 
-import importlib.metadata
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import gptforge
 from gptforge.checkpoint import format as checkpoints
 from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.model_card import METRICS, Origin, copy_run_file, example_prompt, model_card
+from gptforge.convert.model_card import (
+    METRICS,
+    SAMPLES,
+    Origin,
+    copy_run_file,
+    example_prompt,
+    model_card,
+)
 from gptforge.files import set_link
 
 APP = '''"""The page of this Space; `python app.py` shows it on this machine too."""
@@ -31,11 +38,22 @@ if __name__ == "__main__":
         host="0.0.0.0" if IS_SPACE else "127.0.0.1",
         port=7860,
         title=TITLE,
+        prompts=PROMPTS,
         allowed_hosts=["*"] if IS_SPACE else [],
     )
 '''
 
-# The Space's image has Python; these are the packages that the page imports.
+DOCKERFILE = """\
+FROM python:3.12-slim
+RUN useradd --create-home --uid 1000 user
+USER user
+WORKDIR /home/user/app
+COPY --chown=user requirements.txt .
+RUN pip install --no-cache-dir --user -r requirements.txt
+COPY --chown=user . .
+CMD ["python", "app.py"]
+"""
+
 REQUIREMENTS = """\
 torch>=2.11,<3
 numpy>=1.26,<3
@@ -46,10 +64,10 @@ safetensors>=0.5,<1
 tokenizers>=0.20
 matplotlib>=3.9,<4
 filelock>=4,<5
-gradio>=6,<7
+starlette>=0.46,<2
+uvicorn>=0.30,<1
+pydantic>=2.9,<3
 """
-
-GRADIO_VERSION = "6.31.0"  # tested; used where Gradio is not installed
 
 USAGE = """\
 This folder is a Space: a page to generate text with the model. On your machine:
@@ -63,9 +81,24 @@ It is also a run folder of GPT-Forge: `from gptforge import load; load(".").gene
 
 
 def write_space(
-    folder: Path, bundle: ModelBundle, origin: Origin | None, *, title: str, config: str
+    folder: Path,
+    bundle: ModelBundle,
+    origin: Origin | None,
+    *,
+    title: str,
+    prompts: Sequence[str],
+    config: str,
 ) -> None:
-    """Fill an empty folder; `config` is the content of the run's config.toml."""
+    """Fill an empty folder.
+
+    Args:
+        folder: to fill.
+        bundle: the model.
+        origin: the run that it comes from; None: it was imported.
+        title: name of the model.
+        prompts: that the page suggests.
+        config: content of the run's config.toml.
+    """
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name
     checkpoint.mkdir(parents=True)
@@ -77,24 +110,21 @@ def write_space(
     (folder / "config.toml").write_text(config, encoding="utf-8")
     if origin and origin.curves:
         copy_run_file(origin.curves, folder)
-        metrics = origin.curves.with_name(METRICS)
-        if metrics.is_file():
-            copy_run_file(metrics, folder)
-    (folder / "app.py").write_text(APP.replace("TITLE", repr(title)), encoding="utf-8")
+        for name in (METRICS, SAMPLES):
+            if (path := origin.curves.with_name(name)).is_file():
+                copy_run_file(path, folder)
+    app = APP.replace("TITLE", repr(title)).replace("PROMPTS", repr(list(prompts)))
+    (folder / "app.py").write_text(app, encoding="utf-8")
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-    try:
-        version = importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        version = GRADIO_VERSION
+    (folder / "Dockerfile").write_text(DOCKERFILE, encoding="utf-8")
     front_matter = {
         # A JSON string is a YAML string.
         "title": json.dumps(title, ensure_ascii=False),
         "emoji": "🪶",
         "colorFrom": "indigo",
         "colorTo": "yellow",
-        "sdk": "gradio",
-        "sdk_version": version,
-        "app_file": "app.py",
+        "sdk": "docker",
+        "app_port": "7860",
         "pinned": "false",
     }
     usage = USAGE.replace("BEGINNING", example_prompt(bundle.tokenizer))

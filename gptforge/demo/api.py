@@ -1,40 +1,45 @@
-"""`/v1/completions` and `/v1/models` in OpenAI's JSON, and the picture of the training curves.
+"""`/v1/completions` and `/v1/models` in OpenAI's JSON, for programs and for the page itself.
 
 The fields are those of https://platform.openai.com/docs/api-reference/completions; what is not
-supported is refused, not ignored. `top_k` is an addition.
+supported is refused, not ignored. `top_k` is an addition. A streamed response begins with comments,
+`: queue 2`, while it waits for its turn.
 """
 
 import json
 import secrets
-import threading
 import time
-from collections.abc import AsyncIterator, Generator, Mapping
-from contextlib import closing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-import gptforge.demo.sessions as limits
-from gptforge.demo.sessions import ModelCache
-from gptforge.demo.training_tab import CURVES
+from gptforge.demo.generation_queue import GenerationQueue, Waiting
+from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import UserError
 from gptforge.inference.detokenizer import StopMatcher
-from gptforge.inference.language_model import LanguageModel
+from gptforge.inference.language_model import LanguageModel, Token
 from gptforge.inference.sampling import SamplingParams
 from gptforge.inference.validation import as_str_list
 
+MAX_PROMPT_CHARS = 4000
+MAX_NEW_TOKENS = 1000
+MAX_SECONDS = 60.0
+"""For all texts of a request."""
 MAX_SEQUENCES = 8
 """Prompts times `n`."""
+MAX_LOGPROBS = 5
+FRAME_SECONDS = 0.05
+"""Between events of a stream; tokens that are generated meanwhile share one."""
 UNSUPPORTED_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
-    "logprobs": (),
     "suffix": ("",),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -56,12 +61,13 @@ class CompletionRequest(BaseModel):
 
     model: str = ""
     prompt: str | list[str] = ""
-    max_tokens: int = Field(16, ge=1, le=limits.MAX_NEW_TOKENS)
+    max_tokens: int = Field(16, ge=1, le=MAX_NEW_TOKENS)
     temperature: float = Field(1.0, ge=0, le=2)
     top_k: int = Field(0, ge=0, le=2**31)
     top_p: float = Field(1.0, ge=0.001, le=1)
     n: int = Field(1, ge=1, le=MAX_SEQUENCES)
     stop: str | list[Annotated[str, Field(min_length=1)]] = Field([], max_length=4)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -84,32 +90,26 @@ class CompletionChunk:
 
     index: int
     text: str
+    tokens: Sequence[Token]
+    """With `text`; or those whose text is held back, since a stop string may begin with it."""
     finish_reason: str | None = None
 
 
-Chunks = Generator[CompletionChunk, None, None]
-
-
-def routes(models: ModelCache, run_dir: Path) -> list[Route]:
-    """Endpoints for an ASGI application."""
-    slots = threading.BoundedSemaphore(limits.MAX_CONCURRENT)
+def routes(models: ModelCache, is_stopping: Callable[[], bool]) -> list[Route]:
+    """Endpoints for an ASGI application; see `GenerationQueue`."""
+    queue = GenerationQueue(is_stopping)
 
     async def get_models(_: Request) -> Response:
         fields = {"object": "model", "created": 0, "owned_by": "gptforge"}
         data = [{"id": name, **fields} for name in models.names()]
         return JSONResponse({"object": "list", "data": data})
 
-    async def get_curves(_: Request) -> Response:
-        path = run_dir / CURVES
-        is_servable = path.is_file() and not path.is_symlink()
-        return FileResponse(path) if is_servable else Response(status_code=404)
-
     async def post_completions(request: Request) -> Response:
         try:
             completion = parse_request(await request.body())
             name = completion.model or models.names()[0]
             model = await run_in_threadpool(models.get, name)
-            prompt_tokens = sum(len(model.encode(prompt)) for prompt in completion.prompts)
+            prompt_tokens = sum(len(model.encode_prompt(prompt)) for prompt in completion.prompts)
             for prompt in completion.prompts:
                 # Validates all parameters before the first byte of the response.
                 model.stream_tokens(
@@ -117,8 +117,8 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
                 )
         except UserError as error:
             return _error(400, str(error), "invalid_request_error")
-        if not await run_in_threadpool(slots.acquire, timeout=10):
-            return _error(429, "the server is busy: try again in a minute", "rate_limit")
+        if queue.is_full:
+            return _error(429, "many visitors are waiting: try again in a minute", "rate_limit")
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -126,27 +126,26 @@ def routes(models: ModelCache, run_dir: Path) -> list[Route]:
             "model": name,
         }
         counts = {"prompt_tokens": prompt_tokens * completion.n, "completion_tokens": 0}
-        chunks = _release_after(slots, _generate(model, completion, counts))
+        chunks = queue.run(_generate(model, completion, counts))
         if completion.stream:
-            include_usage = completion.stream_options.include_usage
-            events = _events(chunks, head, counts, include_usage=include_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        choices: list[dict[str, Any]] = [
-            {"text": "", "index": index, "logprobs": None, "finish_reason": None}
-            for index in range(len(completion.prompts) * completion.n)
+            return StreamingResponse(
+                _events(chunks, head, counts, completion), media_type="text/event-stream"
+            )
+        results: list[list[CompletionChunk]] = [
+            [] for _ in range(len(completion.prompts) * completion.n)
         ]
-        with closing(chunks):
-            async for chunk in iterate_in_threadpool(chunks):
-                choices[chunk.index]["text"] += chunk.text
-                choices[chunk.index]["finish_reason"] = chunk.finish_reason
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if isinstance(chunk, CompletionChunk):
+                    results[chunk.index].append(chunk)
                 if await request.is_disconnected():
                     break
+        choices = [_choice(parts, completion) for parts in results if parts]
         return JSONResponse({**head, "choices": choices, "usage": _usage(counts)})
 
     return [
         Route("/v1/models", get_models, methods=["GET"]),
         Route("/v1/completions", post_completions, methods=["POST"]),
-        Route(f"/{CURVES}", get_curves, methods=["GET"]),
     ]
 
 
@@ -170,53 +169,87 @@ def parse_request(body: bytes) -> CompletionRequest:
     prompts = request.prompts
     if not 1 <= request.n * len(prompts) <= MAX_SEQUENCES:
         raise UserError(f"prompt: give 1 to {MAX_SEQUENCES} texts at once, times n")
-    if (length := max(map(len, prompts))) > limits.MAX_PROMPT_CHARS:
-        raise UserError(f"prompt: at most {limits.MAX_PROMPT_CHARS:,} characters, not {length:,}")
+    if (length := max(map(len, prompts))) > MAX_PROMPT_CHARS:
+        raise UserError(f"prompt: at most {MAX_PROMPT_CHARS:,} characters, not {length:,}")
     return request
 
 
-def _generate(model: LanguageModel, request: CompletionRequest, counts: dict[str, int]) -> Chunks:
+def _generate(
+    model: LanguageModel, request: CompletionRequest, counts: dict[str, int]
+) -> Generator[CompletionChunk]:
     """The choices one after the other, within `MAX_SECONDS` for all of them."""
-    deadline = time.monotonic() + limits.MAX_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS
     choices = [(prompt, copy) for prompt in request.prompts for copy in range(request.n)]
     for index, (prompt, copy) in enumerate(choices):
         seed = None if request.seed is None else (request.seed + copy) % 2**63
-        matcher, count = StopMatcher(as_str_list(request.stop, "stop")), 0
+        matcher, count, text, last_frame = (
+            StopMatcher(as_str_list(request.stop, "stop")),
+            0,
+            "",
+            0.0,
+        )
+        tokens: list[Token] = []
         for token in model.stream_tokens(
-            prompt, request.max_tokens, request.params, seed=seed, top_logprobs=0
-        ):
+            prompt, request.max_tokens, request.params, seed=seed,
+            top_logprobs=request.logprobs or 0,
+        ):  # fmt: skip
             count += 1
             counts["completion_tokens"] += 1
-            yield CompletionChunk(index, matcher.add(token.text))
-            if matcher.is_stopped or time.monotonic() > deadline:
+            tokens.append(token)
+            text += matcher.add(token.text)
+            now = time.monotonic()
+            if matcher.is_stopped or now > deadline:
                 break
+            if now - last_frame > FRAME_SECONDS:
+                yield CompletionChunk(index, text, tokens)
+                text, tokens, last_frame = "", [], now
         is_full = count == request.max_tokens or time.monotonic() > deadline
         reason = "length" if is_full and not matcher.is_stopped else "stop"
-        yield CompletionChunk(index, matcher.flush(), reason)
-
-
-def _release_after(slots: threading.BoundedSemaphore, chunks: Chunks) -> Chunks:
-    """Pass the chunks on; release the slot at the end, or when the client disconnects."""
-    try:
-        yield from chunks
-    finally:
-        slots.release()
+        yield CompletionChunk(index, text + matcher.flush(), tokens, reason)
 
 
 async def _events(
-    chunks: Chunks, head: Mapping[str, Any], counts: Mapping[str, int], *, include_usage: bool
+    chunks: AsyncGenerator[CompletionChunk | Waiting],
+    head: Mapping[str, Any],
+    counts: Mapping[str, int],
+    request: CompletionRequest,
 ) -> AsyncIterator[str]:
     """Server-sent events in OpenAI's format."""
-    with closing(chunks):
-        async for chunk in iterate_in_threadpool(chunks):
-            choice = {"text": chunk.text, "index": chunk.index, "logprobs": None}
-            choice["finish_reason"] = chunk.finish_reason
-            if chunk.text or chunk.finish_reason:
-                yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
-        if include_usage:
-            usage = {**head, "choices": [], "usage": _usage(counts)}
-            yield f"data: {json.dumps(usage)}\n\n"
-        yield "data: [DONE]\n\n"
+    num_chars = [0] * len(request.prompts) * request.n
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if isinstance(chunk, Waiting):
+                yield f": queue {chunk.position}\n\n"
+                continue
+            choice = _choice([chunk], request, num_chars[chunk.index])
+            num_chars[chunk.index] += sum(len(token.text) for token in chunk.tokens)
+            yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+    if request.stream_options.include_usage:
+        yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(counts)})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _choice(
+    chunks: Sequence[CompletionChunk], request: CompletionRequest, num_chars: int = 0
+) -> dict[str, Any]:
+    """A choice in OpenAI's format, from its chunks so far, or from one after `num_chars`."""
+    index, logprobs = chunks[0].index, None
+    if request.logprobs is not None:
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        start = num_chars + len(request.prompts[index // request.n])
+        offsets = accumulate((len(token.text) for token in tokens), initial=start)
+        logprobs = {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [dict(token.top_logprobs) for token in tokens],
+            "text_offset": [offset for offset, _ in zip(offsets, tokens, strict=False)],
+        }
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "index": index,
+        "logprobs": logprobs,
+        "finish_reason": chunks[-1].finish_reason,
+    }
 
 
 def _usage(counts: Mapping[str, int]) -> dict[str, int]:

@@ -1,20 +1,23 @@
 """Start the page."""
 
-import os
+import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gptforge.builders.export_model import model_title, read_origin
 from gptforge.builders.load_model import limit_threads, load
-from gptforge.demo.port import find_free_port
-from gptforge.demo.sessions import ModelCache
-from gptforge.errors import RunError, require_package
+from gptforge.builders.prompts import suggest_prompts
+from gptforge.demo.model_cache import ModelCache
+from gptforge.demo.port import listen
+from gptforge.errors import UserError, require_package
+from gptforge.estimate import formulas
 from gptforge.inference.language_model import LanguageModel
 from gptforge.printable import safe_print
+from gptforge.report.format import format_count
 
-SERIF = ("Iowan Old Style", "Palatino Linotype", "Palatino", "Georgia", "serif")
-SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"]
-MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+STATIC = Path(__file__).with_name("static")
+CHARACTER_TOKENIZERS = ("char", "byte")
 
 
 def launch(
@@ -24,6 +27,7 @@ def launch(
     port: int = 0,
     device: str = "auto",
     title: str = "",
+    prompts: Sequence[str] = (),
     allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve the page until it is interrupted.
@@ -34,23 +38,24 @@ def launch(
         port: 0: the first free one from 7860.
         device: auto, cpu, cuda, cuda:N or mps.
         title: of the page; empty: the name of the run folder.
+        prompts: to suggest; empty: from the training text, if it is on this machine.
         allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
 
     Raises:
         UserError: for a missing model or package, or a host that is no address of this machine.
         RunError: if the port is taken.
     """
-    require_package("gradio", extra="demo")
-    port = find_free_port(host, port)
-    # Before the import: no telemetry.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    import gradio as gr
-    from starlette.middleware import Middleware
+    for package in ("starlette", "uvicorn", "pydantic"):
+        require_package(package, extra="demo")
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+    from starlette.staticfiles import StaticFiles
 
-    from gptforge.demo.api import routes
-    from gptforge.demo.page import STYLE, build_page
-    from gptforge.demo.request_limit import EventStreams, RequestFilter
+    from gptforge.demo import api, run_data
+    from gptforge.demo.request_filter import RequestFilter
+
+    listener = listen(host, port)
 
     def load_model(folder: str) -> LanguageModel:
         model = load(folder, device=device)
@@ -59,43 +64,42 @@ def launch(
         return model
 
     origin, title = read_origin(run), title or model_title(run)
-    models, event_streams = ModelCache(load_model, run), EventStreams()
+    models = ModelCache(load_model, run)
+    model = models.get(models.names()[0])
+    c = model.model.config
+    suggested = prompts or suggest_prompts(run, origin.config if origin else None)
+    about = {
+        "title": title,
+        "about": f"GPT-2 · {format_count(formulas.num_params(c))} parameters · {c.n_layer} layers"
+        f" · {model.tokenizer.name} tokenizer · context {c.block_size}",
+        "context": c.block_size,
+        "prompts": [text for text in suggested if _is_encodable(model, text)],
+        "tint": model.tokenizer.name not in CHARACTER_TOKENIZERS,
+        "max_prompt_chars": api.MAX_PROMPT_CHARS,
+        "max_new_tokens": api.MAX_NEW_TOKENS,
+        "max_logprobs": api.MAX_LOGPROBS,
+    }
     max_steps = origin.config.max_steps if origin else 0
-    page = build_page(models, event_streams, run=run, title=title, max_steps=max_steps)
-    theme = gr.themes.Base(
-        primary_hue=gr.themes.colors.indigo,
-        neutral_hue=gr.themes.colors.stone,
-        radius_size=gr.themes.sizes.radius_lg,
-        font=SANS,
-        font_mono=MONOSPACE,
+    app = Starlette(
+        routes=[
+            *api.routes(models, lambda: server.should_exit),
+            *run_data.routes(models, Path(run), max_steps=max_steps, about=about),
+            Mount("/", StaticFiles(directory=STATIC, html=True)),
+        ]
     )
-    serif = ", ".join(f'"{font}"' for font in SERIF)
-    middleware = Middleware(
-        RequestFilter, allowed_hosts={host, *allowed_hosts}, event_streams=event_streams
-    )
-    try:
-        _, address, _ = page.launch(
-            # An IPv6 address before a port needs brackets.
-            server_name=f"[{host.strip('[]')}]" if ":" in host else host,
-            server_port=port,
-            share=False,
-            inbrowser=False,
-            ssr_mode=False,
-            footer_links=[],
-            theme=theme,
-            css=STYLE.read_text(encoding="utf-8").replace("SERIF", serif),
-            favicon_path=Path(__file__).with_name("favicon.svg"),
-            # The page shows user errors itself; Python's messages are not for visitors.
-            show_error=False,
-            app_kwargs={"middleware": [middleware], "routes": routes(models, Path(run))},
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        # The port was taken meanwhile.
-        raise RunError(
-            f"the page cannot be served at {host}:{port}: try again, or choose another --port "
-            f"({error})"
-        ) from None
-    safe_print(f"{title}: {address} (Ctrl-C ends it)")
-    page.block_thread()
+    config = uvicorn.Config(
+        RequestFilter(app, allowed_hosts={host, *allowed_hosts}),
+        lifespan="off", ws="none", log_level="error", timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    address, bound_port = listener.getsockname()[:2]
+    name = f"[{address}]" if ":" in address else host
+    safe_print(f"{title}: http://{name}:{bound_port} (Ctrl-C ends it)")
+    with suppress(KeyboardInterrupt):
+        asyncio.run(server.serve(sockets=[listener]))
+
+
+def _is_encodable(model: LanguageModel, text: str) -> bool:
+    with suppress(UserError):
+        return bool(model.encode(text))
+    return False

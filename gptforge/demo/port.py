@@ -8,40 +8,44 @@ from gptforge.errors import RunError, UserError
 
 FIRST_PORT = 7860
 NUM_PORTS = 100
-LOCALHOST = "127.0.0.1"
-HOST_HINT = f"give {LOCALHOST} for this machine only, 0.0.0.0 to allow others"
+HOST_HINT = "give 127.0.0.1 for this machine only, 0.0.0.0 to allow others"
 
 
-def find_free_port(host: str, port: int) -> int:
-    """The given port, or for 0 the first free one from 7860; a RunError if there is none.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the given port, or for 0 on the first free one from 7860.
 
-    Gradio would try ports for seconds each, whatever the error.
+    Raises:
+        UserError: for an unknown address, or a port that needs more rights.
+        RunError: if the port is taken, or all are.
     """
-    for candidate in [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS):
-        # Gradio needs the port on localhost too, whatever the host.
-        if _is_free(host, candidate) and _is_free(LOCALHOST, candidate):
-            return candidate
+    ports = [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
+    for candidate in ports:
+        if listener := _try_to_listen(host, candidate):
+            return listener
     if port:
         raise RunError(f"--port {port}: taken by another program: choose another, or leave it out")
-    raise RunError(f"the ports {FIRST_PORT} to {candidate} are all taken: choose another --port")
+    raise RunError(f"the ports {ports[0]} to {ports[-1]} are all taken: choose another --port")
 
 
-def _is_free(host: str, port: int) -> bool:
+def _try_to_listen(host: str, port: int) -> socket.socket | None:
+    """None if the port is taken."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError):
         raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
     family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
     try:
-        with socket.socket(family, kind, protocol) as probe:
-            if os.name != "nt":
-                # A recently closed port is free; on Windows this would share a port in use.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        if os.name != "nt":
+            # A recently closed port is free; on Windows this would share a port in use.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
     except OSError as error:
+        listener.close()
         # On Windows, EACCES means that another program has the port exclusively.
         if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
-            return False
+            return None
         if error.errno == errno.EACCES:
             raise UserError(
                 f"--port {port}: not permitted to listen there: choose one above 1023"
@@ -49,4 +53,4 @@ def _is_free(host: str, port: int) -> bool:
         raise UserError(
             f"--host {host}: not an address of this machine ({error.strerror}): {HOST_HINT}"
         ) from None
-    return True
+    return listener

@@ -23,7 +23,7 @@ EXTRAS = {
     "data": ("Parquet, .zst and the fastest encoder", ("pyarrow", "zstandard", "gigatoken")),
     "hf": ("`gptforge export --to hf` and `import`", ("transformers", "huggingface_hub")),
     "gguf": ("`gptforge export --to gguf`", ("gguf",)),
-    "demo": ("`gptforge demo`", ("gradio",)),
+    "demo": ("`gptforge demo`", ("starlette", "uvicorn", "pydantic")),
     "sweep": ("`gptforge sweep --random` and `--tpe`", ("optuna",)),
 }
 LOW_DISK_BYTES = 10 * 10**9

@@ -78,7 +78,8 @@ class TrainState:
         is_last = self.step >= config.max_steps
         due = [a for a, n in intervals.items() if is_last or (n > 0 and self.step % n == 0)]
         # A longer run will resume from before the decay.
-        must_save = save_deferred or self.step == Schedule.from_config(config).stable_end
+        extra_saves = {*config.early_steps, Schedule.from_config(config).stable_end}
+        must_save = save_deferred or self.step in extra_saves
         return [*due, "save"] if must_save and "save" not in due else due
 
     def count_eval(self, config: Config, loss: float) -> None:

@@ -266,8 +266,8 @@ def test_a_smaller_preset_that_fits_is_suggested(monkeypatch) -> None:
 )
 def test_a_full_disk_is_reported(plan, monkeypatch, free, message) -> None:
     needed = plan()["disk"]
-    assert needed["checkpoints"] == 4
-    assert needed["needed_bytes"] > 4 * needed["checkpoint_bytes"] > 10**7
+    assert needed["checkpoints"] == 5
+    assert needed["needed_bytes"] > 5 * needed["checkpoint_bytes"] > 10**7
     usage = shutil._ntuple_diskusage(10**9, 0, max(free, 0))
     monkeypatch.setattr(plan_builder, "HEADROOM_BYTES", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

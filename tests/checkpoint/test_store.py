@@ -135,6 +135,13 @@ def test_pruning_spares_best_and_last(store, keep, left) -> None:
     assert [int(path.name[5:]) for path in store.checkpoints()] == left
 
 
+def test_pruning_spares_protected_steps(store) -> None:
+    for step in range(1, 6):
+        save(store, step)
+        store.prune(1, {2, None})
+    assert [int(path.name[5:]) for path in store.checkpoints()] == [2, 4, 5]
+
+
 def test_run_resolves_to_its_best_checkpoint(store) -> None:
     run = store.folder.parent
     first, second = save(store, 1), save(store, 2)

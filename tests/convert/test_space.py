@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import urllib.request
@@ -25,12 +26,12 @@ def space(run, program, tmp_path) -> Path:
 def test_a_space_is_complete_and_a_run_folder(space, run) -> None:
     card = (space / "README.md").read_text(encoding="utf-8")
     front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
-    assert front["sdk"] == "gradio"
+    assert (front["sdk"], front["app_port"]) == ("docker", "7860")
     assert front["title"] == '"run"'
     assert "license" not in front
     # The title is the name of the run, wherever the folder is.
     assert "title='run'" in (space / "app.py").read_text(encoding="utf-8")
-    assert (space / front["app_file"]).is_file()
+    assert '"app.py"' in (space / "Dockerfile").read_text(encoding="utf-8")
     assert "bits per byte" in card
     # The text has no c.
     assert "Once" not in card
@@ -41,6 +42,24 @@ def test_a_space_is_complete_and_a_run_folder(space, run) -> None:
     for link in ("best", "last"):
         (space / "checkpoints" / link).unlink()
     assert load(space, device="cpu").generate("ROMEO:", 20, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("space_id", "host", "allowed_hosts"),
+    [(None, "127.0.0.1", []), ("somebody/something", "0.0.0.0", ["*"])],
+)
+def test_only_on_spaces_others_can_connect(
+    space, monkeypatch, space_id, host, allowed_hosts
+) -> None:
+    calls: list[dict] = []
+    monkeypatch.setattr("gptforge.demo.launch.launch", lambda run, **options: calls.append(options))
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    if space_id:
+        monkeypatch.setenv("SPACE_ID", space_id)
+    runpy.run_path(str(space / "app.py"), run_name="__main__")
+    assert (calls[0]["host"], calls[0]["allowed_hosts"]) == (host, allowed_hosts)
+    # From the training text, which the Space does not have.
+    assert calls[0]["prompts"] == ["JULIET:\n", "ROMEO:\n"]
 
 
 @pytest.fixture
@@ -86,7 +105,7 @@ def serve_and_complete(python: Path, space: Path) -> None:
         address = re.search(r"http://127\.0\.0\.1:\d+", first)
         assert address, first + process.stdout.read()
         with urllib.request.urlopen(address[0], timeout=30) as page:
-            assert "gradio" in page.read().decode()
+            assert "<title>GPT-Forge</title>" in page.read().decode()
         body = json.dumps({"prompt": "ROMEO:", "max_tokens": 20, "seed": 1}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{address[0]}/v1/completions", body, headers)
@@ -98,7 +117,7 @@ def serve_and_complete(python: Path, space: Path) -> None:
 
 
 def test_a_space_runs_without_gptforge(space, other_python) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed")
     serve_and_complete(other_python, space)
 
 

@@ -48,4 +48,5 @@ def server(folder: Path, *command: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
+        assert output in ("", "terminated\n")

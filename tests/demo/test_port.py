@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gptforge.demo.port import FIRST_PORT, find_free_port
+from gptforge.demo.port import FIRST_PORT, listen
 from gptforge.errors import RunError, UserError
 
 
@@ -22,19 +22,23 @@ def test_an_unknown_host_is_refused(host) -> None:
     # Regression: a hundred ports were tried, for eight minutes.
     for port in (0, 7999):
         with pytest.raises(UserError, match=r"--host .*give 127\.0\.0\.1"):
-            find_free_port(host, port)
+            listen(host, port)
 
 
 def test_a_taken_port_is_reported(taken, monkeypatch) -> None:
     for host in ("127.0.0.1", "0.0.0.0", "localhost"):
         with pytest.raises(RunError, match=f"--port {taken}: taken"):
-            find_free_port(host, taken)
+            listen(host, taken)
     monkeypatch.setattr("gptforge.demo.port.FIRST_PORT", taken)
-    assert find_free_port("127.0.0.1", 0) > taken
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.getsockname()[1] > taken
     monkeypatch.setattr("gptforge.demo.port.NUM_PORTS", 1)
     with pytest.raises(RunError, match="all taken"):
-        find_free_port("127.0.0.1", 0)
+        listen("127.0.0.1", 0)
 
 
 def test_ports_are_tried_from_the_first() -> None:
-    assert FIRST_PORT <= find_free_port("127.0.0.1", 0) < FIRST_PORT + 100
+    with listen("127.0.0.1", 0) as listener:
+        assert FIRST_PORT <= listener.getsockname()[1] < FIRST_PORT + 100
+        # Connections wait until the page is loaded.
+        socket.create_connection(listener.getsockname()).close()

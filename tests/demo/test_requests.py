@@ -1,6 +1,7 @@
 """Requests of programs over HTTP: limits and validation."""
 
 import http.client
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 from tests.demo.serving import folder as folder
 from tests.demo.serving import server
 
-pytest.importorskip("gradio", reason="gradio is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_a_small_chunked_body_is_accepted(address) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:7860", "localhost.evil.example", ""]
 )
-@pytest.mark.parametrize("path", ["/", "/config", "/v1/models"])
+@pytest.mark.parametrize("path", ["/", "/run.json", "/v1/models"])
 def test_dns_rebinding_is_refused(address, host, path) -> None:
     assert send(address, "GET", path, host=host)[0] == 403
 
@@ -77,94 +78,58 @@ def test_names_and_addresses_of_this_machine_are_allowed(address, host) -> None:
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "null", "https://127.0.0.1.evil.example"]
 )
-@pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/v1/completions"])
-def test_cross_origin_requests_are_refused(address, origin, path) -> None:
-    assert send(address, "POST", path, {"prompt": "R"}, origin=origin)[0] == 403
+def test_cross_origin_requests_are_refused(address, origin) -> None:
+    assert send(address, "POST", "/v1/completions", {"prompt": "R"}, origin=origin)[0] == 403
 
 
-@pytest.mark.parametrize(
-    "path", ["call/write", "call/false", "run/write", "api/false", "upload", "vibe-edit"]
-)
-def test_other_endpoints_of_gradio_are_closed(address, path) -> None:
-    assert send(address, "POST", f"/gradio_api/{path}", {"data": []})[0] == 403
+@pytest.mark.parametrize("path", ["/", "/run.json", "/upload"])
+def test_other_paths_take_no_requests(address, path) -> None:
+    assert send(address, "POST", path, {"data": []})[0] in (404, 405)
 
 
-def test_no_endpoint_is_called_false(address) -> None:
-    status, text = send(address, "GET", "/gradio_api/info")
-    assert status == 200
-    assert json.loads(text)["named_endpoints"] == {}
-    assert "false" not in json.loads(send(address, "GET", "/config")[1])["title"]
+@pytest.mark.parametrize("path", ["/../launch.py", "/%2e%2e/launch.py", "/nothing.js"])
+def test_only_files_of_the_page_are_served(address, path) -> None:
+    assert send(address, "GET", path)[0] == 404
 
 
-def generate_fn_index(address: str) -> int:
-    """Gradio's index of the function behind the button Write."""
-    config = json.loads(send(address, "GET", "/config")[1])
-    return next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 7)
+def test_a_large_body_is_refused(address) -> None:
+    assert send(address, "POST", "/v1/completions", b"x" * 70_000)[0] == 413
 
 
-def queue_request(address: str, data: list, session: str) -> str:
-    """All events of one request to Gradio's queue."""
-    body = {"fn_index": generate_fn_index(address), "session_hash": session, "data": data}
-    raw = json.dumps(body).encode()
-    assert send(address, "POST", "/gradio_api/queue/join", raw)[0] == 200
-    return send(address, "GET", f"/gradio_api/queue/data?session_hash={session}")[1]
-
-
-VALID = ["ROMEO:", "best", 10, 0.8, 0, 1.0, "1"]
-
-
-@pytest.mark.parametrize(
-    ("index", "value"),
-    [
-        (0, None),
-        (0, ["x"]),
-        (0, {"a": 1}),
-        (0, "\ud800"),
-        (1, None),
-        (1, 7),
-        (2, None),
-        (2, float("nan")),
-        (2, "ten"),
-        (3, float("inf")),
-        (3, {}),
-        (5, None),
-        (6, None),
-        (6, "1e3"),
-        (6, "9" * 6000),
-    ],
-)
-def test_values_of_any_type_never_end_in_a_python_error(address, index, value) -> None:
-    data = [*VALID[:index], value, *VALID[index + 1 :]]
-    events = queue_request(address, data, f"odd{index}{ascii(value)[1:5].strip()!a}".encode().hex())
-    for word in ("Traceback", "TypeError", "ValueError", "NoneType", "Internal", "codec"):
-        assert word not in events
-    assert "process_completed" in events
-
-
-def test_a_valid_request_to_the_queue(address) -> None:
-    events = queue_request(address, VALID, "good1")
-    assert "10 tokens" in events and "seed 1" in events
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"fn_index": null}', b"\xff\xfe"])
-def test_malformed_bodies_of_the_queue_are_refused(address, body) -> None:
-    status, events = send(address, "POST", "/gradio_api/queue/join", body)
-    assert status in (400, 422)
-    assert "Traceback" not in events
-
-
-def test_texts_of_disconnected_sessions_are_not_generated(address) -> None:
-    fn_index, start = generate_fn_index(address), time.monotonic()
-    for n in range(10):
-        data = ["ROMEO:", "best", 1000, 0.8, 0, 1.0, "1"]
-        body = {"fn_index": fn_index, "session_hash": f"gone{n}", "data": data}
-        assert send(address, "POST", "/gradio_api/queue/join", body)[0] in (200, 503)
-    # The queue is free again as soon as the sessions count as disconnected.
-    events = queue_request(address, VALID, "after")
-    assert "10 tokens" in events
+def test_texts_of_disconnected_clients_are_not_generated(address) -> None:
+    start = time.monotonic()
+    for stream in (True, False) * 5:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+        body = {"prompt": ["ROMEO:"] * 8, "max_tokens": 1000, "stream": stream}
+        connection.request("POST", "/v1/completions", body=json.dumps(body).encode())
+        connection.close()
+    assert complete(address, prompt="ROMEO:", max_tokens=10)[0] == 200
     # Each of them could have taken a minute.
-    assert time.monotonic() - start < 60
-    assert "10 tokens" not in send(address, "GET", "/gradio_api/queue/data?session_hash=gone1")[1]
+    assert time.monotonic() - start < 30
+
+
+def test_the_run_is_sent_again_only_when_it_has_changed(address, folder) -> None:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    etags = []
+    for _ in range(3):
+        connection.request("GET", "/run.json", headers={"if-none-match": (etags or [""])[-1]})
+        response = connection.getresponse()
+        content = response.read()
+        etags.append(response.getheader("etag"))
+        assert response.status == (304 if etags[:-1] == etags[-1:] else 200)
+        if len(etags) == 2:
+            with (folder / "run" / "metrics.jsonl").open("a") as file:
+                file.write("\n")
+    assert etags[0] == etags[1] != etags[2]
+    run = json.loads(content)
+    # The text has one speaker, so it has no dialogue.
+    assert run["prompts"] == ["But soft, what light"]
+    assert [name for name, _ in run["checkpoints"]] == [
+        "best",
+        "last",
+        "step-000010",
+        "step-000001",
+    ]
 
 
 def test_a_completion_has_openais_format(address) -> None:
@@ -210,6 +175,26 @@ def test_a_stream_adds_up_to_the_completion(address) -> None:
     assert events[-1]["usage"] == completion["usage"]
 
 
+def test_log_probabilities_have_openais_format(address) -> None:
+    fields = {"prompt": ["But", "RO"], "max_tokens": 9, "seed": 2, "logprobs": 3}
+    first, second = complete(address, **fields)[1]["choices"]
+    for choice, start in ((first, 3), (second, 2)):
+        logprobs = choice["logprobs"]
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        assert logprobs["text_offset"] == list(range(start, start + 9))
+        assert all(len(top) == 3 for top in logprobs["top_logprobs"])
+        for value, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+            assert value <= max(top.values()) <= 0
+            assert list(top.values()) == sorted(top.values(), reverse=True)
+    # A stream has the same, in chunks.
+    text = send(address, "POST", "/v1/completions", fields | {"stream": True})[1]
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line[:7] == "data: {"]
+    chunks = [choice for line in lines for choice in json.loads(line)["choices"]]
+    for name, values in first["logprobs"].items():
+        parts = [choice["logprobs"][name] for choice in chunks if choice["index"] == 0]
+        assert list(itertools.chain(*parts)) == values
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -229,7 +214,7 @@ def test_a_stream_adds_up_to_the_completion(address) -> None:
         ({"seed": -1}, "seed:"),
         ({"model": "gpt-4"}, "gpt-4"),
         ({"model": 4}, "model:"),
-        ({"logprobs": 3}, "logprobs is not supported"),
+        ({"logprobs": 6}, "logprobs:"),
         ({"echo": True}, "echo is not supported"),
         ({"stream": "yes"}, "stream:"),
         ({"messages": []}, "messages:"),
@@ -268,9 +253,15 @@ def test_allowed_hosts(folder) -> None:
         assert send(address, "GET", "/v1/models", host="evil.example")[0] == 403
 
 
-def test_the_picture_of_the_curves_is_served(address) -> None:
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
-    connection.request("GET", "/training_curves.png?version")
-    response = connection.getresponse()
-    assert (response.status, response.getheader("content-type")) == (200, "image/png")
-    assert response.read().startswith(b"\x89PNG")
+def test_the_server_ends_while_it_generates(folder) -> None:
+    demo = ("-m", "gptforge", "demo", "run", "--port", "PORT", "--device", "cpu")
+    with server(folder, *demo) as address:
+        connections = []
+        for _ in range(4):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+            body = json.dumps({"prompt": ["RO"] * 8, "max_tokens": 1000, "stream": True})
+            connection.request("POST", "/v1/completions", body=body)
+            connections.append(connection)
+        assert connections[0].getresponse().read(10)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5

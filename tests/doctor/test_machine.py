@@ -20,7 +20,7 @@ def test_this_machine(program) -> None:
 
 def test_missing_packages_come_with_the_install_command(monkeypatch) -> None:
     def find_spec(name: str) -> object | None:
-        return None if name in ("pyarrow", "gradio") else object()
+        return None if name in ("pyarrow", "starlette") else object()
 
     monkeypatch.setattr(machine.importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "1.0")

@@ -130,7 +130,7 @@ def test_save_in_a_streak_waits_for_the_next_good_step(config) -> None:
     trainer = build(config)
     poison(trainer, {8 * 8, 8 * 9, 8 * 10})
     assert trainer.fit() == "finished"
-    assert [event["step"] for event in events(config, "save")] == [12, 20]
+    assert [event["step"] for event in events(config, "save")] == [1, 12, 20]
 
 
 def test_streak_continues_after_a_resume(config) -> None:

@@ -2,6 +2,9 @@ import dataclasses
 import json
 import math
 
+import pytest
+
+from gptforge.config import Config
 from gptforge.evaluate.val_loss import PartialValLoss
 from gptforge.train.state import TrainState
 
@@ -45,3 +48,14 @@ def test_json_round_trip() -> None:
     assert dataclasses.replace(read, **same) == dataclasses.replace(state, **same)
     del record["partial"]["chars"]
     assert TrainState.from_json(record).partial is None, "version 0.1 counted no characters"
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "early"),
+    [(0, 250, []), (1, 250, [25]), (2, 250, [2, 25]), (9**9, 1000, [1, 10, 100]), (1, 6, [])],
+)
+def test_early_checkpoints_are_log_spaced(keep, every, early) -> None:
+    config = Config(keep_checkpoints=keep, save_every=every, eval_every=0, sample_every=0)
+    steps = range(1, every)
+    due = [TrainState(step=step).due_actions(config, save_deferred=False) for step in steps]
+    assert [step for step, actions in zip(steps, due, strict=True) if actions == ["save"]] == early

@@ -1,0 +1,49 @@
+"""The models of a run by checkpoint."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from gptforge.checkpoint.store import CheckpointStore
+from gptforge.errors import UserError
+from gptforge.files import real_path
+from gptforge.inference.language_model import LanguageModel
+
+MAX_LOADED_MODELS = 2
+"""As many as a page compares."""
+
+
+class ModelCache:
+    """Models of a run by checkpoint, loaded on first use; the least recently used is dropped."""
+
+    def __init__(self, load: Callable[[str], LanguageModel], run: str) -> None:
+        self._load, self._run = load, run
+        self._store = CheckpointStore(Path(run) / "checkpoints")
+        self._models: OrderedDict[str, LanguageModel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The checkpoints: best and last, then the steps, newest first."""
+        links = [link for link in ("best", "last") if self._store.read_link(link)]
+        steps = [path.name for path in reversed(self._store.checkpoints())]
+        return [*links, *steps] or [Path(self._run).name]
+
+    def target(self, name: str) -> str:
+        """The checkpoint that `best` or `last` is now; other names stay as they are."""
+        path = self._store.read_link(name)
+        return path.name if path else name
+
+    def get(self, name: str) -> LanguageModel:
+        """The model of one of `names`; a UserError if it is gone or damaged."""
+        if name not in self.names():
+            raise UserError(f"there is no checkpoint {name} here any more: choose another")
+        path = self._store.folder / self.target(name)
+        key = str(real_path(path) if path.is_dir() else Path(self._run))
+        with self._lock:
+            if key not in self._models:
+                self._models[key] = self._load(key)
+            self._models.move_to_end(key)
+            while len(self._models) > MAX_LOADED_MODELS:
+                self._models.popitem(last=False)
+            return self._models[key]

@@ -1,0 +1,126 @@
+"""What the page shows of a run: its checkpoints, metrics and samples, as JSON."""
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gptforge.demo.model_cache import ModelCache
+from gptforge.report.format import format_duration
+from gptforge.report.metrics import History, read_history
+from gptforge.report.samples import read_samples
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.md"
+MAX_POINTS = 600
+"""Of a curve."""
+MAX_SAMPLES = 60
+CURVES = {"train": ("step", "loss", "lr", "norm", "tok_per_sec"), "evals": ("step", "val_loss")}
+
+
+def routes(
+    models: ModelCache, run_dir: Path, *, max_steps: int, about: Mapping[str, Any]
+) -> list[Route]:
+    """`run.json`, which pages load again and again: built when a file has changed.
+
+    Args:
+        models: names the checkpoints.
+        run_dir: the run folder.
+        max_steps: of the complete run.
+        about: constant fields.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def render(_: str, checkpoints: tuple[tuple[str, str], ...]) -> str:
+        samples = _thin(read_samples(run_dir / SAMPLES), MAX_SAMPLES)
+        metrics = run_metrics(read_history(run_dir / METRICS), checkpoints, max_steps=max_steps)
+        return json.dumps({**about, **metrics, "samples": samples})
+
+    def get_run(request: Request) -> Response:
+        checkpoints = tuple((name, models.target(name)) for name in models.names())
+        version = "-".join(_version(run_dir / name) for name in (METRICS, SAMPLES))
+        etag = f'"{version}-{abs(hash(checkpoints)):x}"'
+        headers = {"etag": etag, "cache-control": "no-cache"}
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        content = render(version, checkpoints)
+        return Response(content, media_type="application/json", headers=headers)
+
+    return [Route("/run.json", get_run, methods=["GET"])]
+
+
+def run_metrics(
+    history: History, checkpoints: Sequence[tuple[str, str]], *, max_steps: int
+) -> dict[str, Any]:
+    """Labels of the checkpoints, tiles of key figures and curves.
+
+    Args:
+        history: of the run.
+        checkpoints: the name of each, and its folder, which differ for `best` and `last`.
+        max_steps: of the complete run.
+    """
+    losses = {event["step"]: event["val_loss"] for event in history.scored_evals}
+    events = {"train": _thin(history.train, MAX_POINTS), "evals": history.scored_evals}
+    last_step = int(history.train[-1]["step"]) + 1 if history.train else 0
+    links = {folder for name, folder in checkpoints if name != folder}
+    listed = [(name, folder) for name, folder in checkpoints if name not in links]
+    return {
+        "checkpoints": [[name, _label(name, folder, losses)] for name, folder in listed],
+        "tiles": _tiles(history, last_step, max_steps) if history.train else [],
+        "progress": min(1.0, last_step / max(1, max_steps)),
+        **{
+            kind: {name: [_short(event[name]) for event in events[kind]] for name in names}
+            for kind, names in CURVES.items()
+        },
+    }
+
+
+def _label(name: str, folder: str, losses: Mapping[int, float]) -> str:
+    """'best · step 1,500 · val loss 1.423'."""
+    number = folder.removeprefix("step-").partition(".")[0]
+    if not number.isdecimal():
+        return name
+    step = f"step {int(number):,}"
+    loss = losses.get(int(number))
+    parts = [*([] if name == folder else [name]), step, *([f"val loss {loss:.3f}"] if loss else [])]
+    return " · ".join(parts)
+
+
+def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, str]]:
+    """Name, value and note of each."""
+    last = history.train[-1]
+    tiles = [("step", f"{step:,}", f"of {max_steps:,}")]
+    if history.scored_evals:
+        best = min(history.scored_evals, key=lambda event: float(event["val_loss"]))
+        tiles += [
+            ("best val loss", f"{best['val_loss']:.3f}", f"at step {best['step']:,}"),
+            ("bits per byte", f"{best['val_bpb']:.3f}", "held-out text"),
+        ]
+    tiles.append(("tokens per second", f"{float(last['tok_per_sec'] or 0):,.0f}", "training"))
+    if step < max_steps:
+        seconds = (max_steps - step) * float(last["dt_ms"] or 0) / 1e3
+        tiles.append(("time left", format_duration(seconds), "about"))
+    return tiles
+
+
+def _thin(items: list[Any], count: int) -> list[Any]:
+    """At most about `count` of the items, evenly spaced, with the last one."""
+    stride = max(1, math.ceil(len(items) / count))
+    return items[(len(items) - 1) % stride :: stride] if items else []
+
+
+def _short(value: float | None) -> float | None:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _version(path: Path) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
+        return ""
+    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"

@@ -1,0 +1,41 @@
+// A token's probability and the most likely tokens at its place.
+
+const SYMBOLS = { "": "…", "\n": "↵", " ": "␣" };
+const GAP = 8;
+const tip = document.getElementById("tip");
+
+/** Show the tip of a token's element above it, or below where there is no room. */
+export function showTip(span) {
+  const { text, probability, alternatives } = span.token;
+  const rows = Object.entries(alternatives).map(([name, logprob]) => [name, Math.exp(logprob)]);
+  tip.replaceChildren(heading(text, probability), ...rows.flatMap(row));
+  tip.hidden = false;
+  const token = span.getClientRects()[0] ?? span.getBoundingClientRect();
+  const { width, height } = tip.getBoundingClientRect();
+  const left = token.left + token.width / 2 - width / 2;
+  const above = token.top - height - GAP;
+  tip.style.left = `${Math.max(GAP, Math.min(left, document.documentElement.clientWidth - width - GAP))}px`;
+  tip.style.top = `${above > GAP ? above : token.bottom + GAP}px`;
+}
+
+export function hideTip() {
+  tip.hidden = true;
+}
+
+function heading(text, probability) {
+  const line = document.createElement("b");
+  line.textContent = `${visible(text)}  ${percent(probability)}`;
+  return line;
+}
+
+function row([name, probability]) {
+  return [visible(name), percent(probability), ""].map((content, i) => {
+    const cell = document.createElement("span");
+    cell.textContent = content;
+    if (i === 2) cell.style.width = `${100 * probability}px`;
+    return cell;
+  });
+}
+
+const percent = (probability) => `${(100 * probability).toFixed(1)}%`;
+const visible = (text) => SYMBOLS[text] ?? text.replaceAll("\n", "↵").replaceAll(" ", "␣");

@@ -1,0 +1,85 @@
+"""What the page knows of a run, without a browser."""
+
+import json
+
+import pytest
+
+from gptforge.builders.load_model import load
+from gptforge.demo.model_cache import ModelCache
+from gptforge.demo.run_data import MAX_POINTS, run_metrics
+from gptforge.errors import UserError
+from gptforge.files import json_line
+from gptforge.report.metrics import read_history
+from tests.convert.conftest import run as run
+from tests.convert.conftest import trained_run as trained_run
+
+
+def test_only_checkpoints_of_the_run_can_be_loaded(run) -> None:
+    loaded = []
+
+    def load_model(folder):
+        loaded.append(folder)
+        return load(folder, device="cpu")
+
+    models = ModelCache(load_model, run)
+    names = models.names()
+    assert names[:2] == ["best", "last"]
+    assert names[2] == "step-000020"
+    for name in names:
+        models.get(name)
+    # best and last are links to steps.
+    assert len(set(loaded)) == len(names) - 2
+    assert models.target("last") == models.target("step-000020") == "step-000020"
+    for unknown in ("../../etc", "step-999999", ""):
+        with pytest.raises(UserError, match="choose another"):
+            models.get(unknown)
+
+
+def metrics_of(tmp_path, lines, max_steps):
+    (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, lines)))
+    checkpoints = [("best", "step-000060"), ("step-000060",) * 2, ("step-000006",) * 2]
+    found = run_metrics(read_history(tmp_path / "metrics.jsonl"), checkpoints, max_steps=max_steps)
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def test_key_figures(tmp_path) -> None:
+    assert metrics_of(tmp_path, [], 100)["tiles"] == []
+    fields = {"loss": 2.0, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
+    lines = [{"event": "train", "step": step, **fields} for step in range(60)]
+    found = metrics_of(tmp_path, lines, 100)
+    assert [name for name, _, _ in found["tiles"]] == ["step", "tokens per second", "time left"]
+    assert found["tiles"][-1] == ("time left", "4 seconds", "about")
+    assert found["progress"] == 0.6
+    for step, loss in ((60, 3.21), (61, None)):
+        lines.append({"event": "eval", "step": step, "val_loss": loss, "val_bpb": loss})
+    found = metrics_of(tmp_path, lines, 100)
+    assert ("best val loss", "3.210", "at step 60") in found["tiles"]
+    assert found["evals"] == {"step": [60], "val_loss": [3.21]}
+    # A step that best or last points to is listed once.
+    assert found["checkpoints"] == [
+        ["best", "best · step 60 · val loss 3.210"], ["step-000006", "step 6"]
+    ]  # fmt: skip
+
+
+def test_long_curves_are_thinned(tmp_path) -> None:
+    fields = {"dt_ms": 1.0, "tok_per_sec": None, "norm": 1.0, "lr": 1.0}
+    lines = [{"event": "train", "step": n, "loss": 1 / (n + 1), **fields} for n in range(5000)]
+    train = metrics_of(tmp_path, lines, 5000)["train"]
+    assert MAX_POINTS / 2 < len(train["step"]) <= MAX_POINTS
+    assert train["step"][-1] == 4999
+    assert len(set(map(len, train.values()))) == 1
+    assert train["tok_per_sec"][0] is None
+
+
+def test_without_its_packages_there_is_an_install_hint(program, run, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = program("demo", run)
+    assert done.code == 2
+    assert "pip install -e '.[demo]'" in done.err
+
+
+def test_a_wrong_argument_is_one_line(program) -> None:
+    for args in (("demo", "nowhere"), ("demo", "run", "--port", "99999"), ("demo",)):
+        done = program(*args)
+        assert (done.code, done.err.count("\n")) == (2, 1)
