@@ -46,7 +46,7 @@ safetensors>=0.5,<1
 tokenizers>=0.20
 matplotlib>=3.9,<4
 filelock>=4,<5
-gradio>=6,<7
+gradio>=6.23.1,<7
 """
 
 GRADIO_VERSION = "6.31.0"  # tested; used where Gradio is not installed
