@@ -195,7 +195,8 @@ def _run_command(args: list[str]) -> int:
 def _command_hint(name: str) -> str:
     if Path(name).exists():
         return f"to train on that file: --input {quote(name)}"
-    close = ["--help"] if name == "help" else difflib.get_close_matches(name, COMMANDS, n=1)
+    is_flag = name in ("help", "version")
+    close = [f"--{name}"] if is_flag else difflib.get_close_matches(name, COMMANDS, n=1)
     return f"did you mean '{close[0]}'?" if close else f"there are {', '.join(COMMANDS)}"
 
 

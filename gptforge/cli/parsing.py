@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge, read_toml
-from gptforge.errors import UserError
+from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
 
 logger = logging.getLogger(__name__)
@@ -257,6 +257,12 @@ def _one_line(text: str, prog: str) -> str:
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
     mistake = sections[0].strip()
+    if mistake.startswith("Missing from"):
+        # Names are indented by four columns, and their descriptions by eight.
+        names = re.findall(r"^│ {5}(\S+)", text.partition("For full helptext")[0], re.MULTILINE)
+        mistake = f"{prog} needs {' and '.join(names)}"
+        if "RUN" in names:
+            mistake += f"; {runs_hint()}"
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))

@@ -41,7 +41,10 @@ from gptforge.errors import UserError
         (("--quiet", "--verbose"), "leave one out"),
         (("trian",), "did you mean 'train'?"),
         (("play.txt",), "--input play.txt"),
-        (("sample",), "RUN"),
+        (("version",), "did you mean '--version'?"),
+        (("sample",), "gptforge sample needs RUN; there is none in runs: train one first (see"),
+        (("export",), "gptforge export needs RUN and OUT and --to; there is"),
+        (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
         (("sample", "missing"), "missing"),
         (("eval", "missing"), "missing"),
     ],
@@ -52,6 +55,15 @@ def test_a_user_error_is_one_line_and_exit_code_2(program, play, args, words) ->
     assert done.code == 2
     assert re.fullmatch(r"error: [^\n]+\n", done.err)
     assert words in done.err
+
+
+def test_runs_are_listed_if_one_is_missing(program, tmp_path) -> None:
+    for number, name in enumerate("abcde"):
+        folder = tmp_path / "runs" / name / "checkpoints"
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    for command in (("sample",), ("eval", "nowhere"), ("export", "nowhere", "out", "--to", "hf")):
+        assert "; there are runs/e, runs/d, runs/c and 2 more" in program(*command).err
 
 
 def test_debug_mode_shows_the_traceback(program, monkeypatch) -> None:
