@@ -193,6 +193,10 @@ def _run_command(args: list[str]) -> int:
 
 
 def _command_hint(name: str) -> str:
+    if Path(name, "checkpoints").is_dir():
+        return (
+            f"to generate text: sample {quote(name)}, to train it further: --resume {quote(name)}"
+        )
     if Path(name).exists():
         return f"to train on that file: --input {quote(name)}"
     is_flag = name in ("help", "version")

@@ -9,6 +9,7 @@ import pytest
 
 from gptforge import __version__, cli
 from gptforge.cli import resume
+from gptforge.cli.parsing import FOREIGN_FLAGS, RENAMED_FLAGS
 from gptforge.config import FIELDS
 from gptforge.errors import UserError
 
@@ -41,6 +42,7 @@ from gptforge.errors import UserError
         (("--quiet", "--verbose"), "leave one out"),
         (("trian",), "did you mean 'train'?"),
         (("play.txt",), "--input play.txt"),
+        (("--learning_rate", "1e-3"), "did you mean --max_lr?"),
         (("version",), "did you mean '--version'?"),
         (("sample",), "gptforge sample needs RUN; there is none in runs: train one first (see"),
         (("export",), "gptforge export needs RUN and OUT and --to; there is"),
@@ -64,6 +66,17 @@ def test_runs_are_listed_if_one_is_missing(program, tmp_path) -> None:
         os.utime(folder, (number, number))
     for command in (("sample",), ("eval", "nowhere"), ("export", "nowhere", "out", "--to", "hf")):
         assert "; there are runs/e, runs/d, runs/c and 2 more" in program(*command).err
+
+
+def test_run_instead_of_a_command_gets_the_commands_for_it(program, tmp_path) -> None:
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    done = program("runs/mine")
+    assert "sample runs/mine, to train it further: --resume runs/mine" in done.err
+
+
+def test_suggested_flags_exist() -> None:
+    assert set(FOREIGN_FLAGS.values()) <= set(FIELDS)
+    assert not set(FOREIGN_FLAGS) & (set(FIELDS) | set(RENAMED_FLAGS))
 
 
 def test_debug_mode_shows_the_traceback(program, monkeypatch) -> None:
