@@ -7,6 +7,8 @@ from pathlib import Path
 
 from gptforge.printable import MAX_NAME, printable, short_repr
 
+MAX_RUNS = 3
+
 
 class UserError(ValueError):
     """A mistake in the input; the message says what is wrong, with the values, and what to do."""
@@ -85,3 +87,13 @@ def require_package(package: str, *, extra: str) -> None:
         raise UserError(
             f"this needs the package {package}, which is not installed: {install_hint(extra)}"
         )
+
+
+def runs_hint() -> str:
+    """Which runs there are in `runs`, newest first, for messages about a missing one."""
+    folders = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: -path.stat().st_mtime)
+    names = [folder.parent.as_posix() for folder in folders]
+    if not names:
+        return "there is none in runs: train one first"
+    more = f" and {len(names) - MAX_RUNS} more" * (len(names) > MAX_RUNS)
+    return f"there {'are' if len(names) > 1 else 'is'} {', '.join(names[:MAX_RUNS])}{more}"

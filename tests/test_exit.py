@@ -122,7 +122,7 @@ def wait(args):
         time.sleep(60)
     finally:
         print("cleaned up", flush=True)
-cli.COMMANDS["plan"] = (wait, "")
+cli.COMMANDS["plan"] = (wait, object, "")
 sys.exit(cli.main(["plan"]))
 """
 

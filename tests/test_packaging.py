@@ -1,4 +1,4 @@
-"""Extras, install commands, the source archive, and links in the docs."""
+"""Extras, install commands, the wheel and the source archive, and links in the docs."""
 
 import email
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gptforge.errors import install_hint
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 FOLDERS = ("gptforge", "docs", "tests", "benchmarks", "examples", "scripts")
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TEXTS = sorted(
     path
     for pattern in ("*.py", "*.md", "*.ipynb", "*.toml")
@@ -39,11 +41,19 @@ def test_extras_in_texts_exist() -> None:
     extras = set(PROJECT["optional-dependencies"])
     named = {
         extra
-        for path in TEXTS
-        for extras in re.findall(r"-e '\.\[([\w,-]+)\]'", path.read_text("utf-8"))
+        for path in (*TEXTS, *WORKFLOWS, ROOT / "Dockerfile")
+        for extras in re.findall(r"'(?:\.|/src)\[([\w,-]+)\]'", path.read_text("utf-8"))
         for extra in extras.split(",")
     }
-    assert {"test", "demo", "hf"} <= named <= extras
+    assert {"test", "demo", "hf", "gguf", "data"} <= named <= extras
+
+
+def test_python_versions_are_tested() -> None:
+    prefix = "Programming Language :: Python :: 3."
+    versions = {c.removeprefix(prefix) for c in PROJECT["classifiers"] if c.startswith(prefix)}
+    tested = set(re.findall(r'"3\.(\d+)"', (ROOT / ".github/workflows/ci.yml").read_text("utf-8")))
+    assert versions == tested == {"11", "12", "13", "14"}
+    assert PROJECT["requires-python"] == ">=3.11"
 
 
 def test_requirements_of_a_space() -> None:
@@ -93,6 +103,19 @@ def test_source_archive_is_complete(archive) -> None:
     listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     tracked = {name for name in listed.stdout.decode().split("\0") if (ROOT / name).is_file()}
     assert tracked - {".gitattributes"} <= set(archive)
+
+
+def test_wheel_has_the_text_and_all_that_the_program_reads(tmp_path) -> None:
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="its plugin is not installed")
+    [path] = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        assert archive.read("gptforge/data/input.txt") == (ROOT / "input.txt").read_bytes()
+    files = (path for path in (ROOT / "gptforge").rglob("*") if path.is_file())
+    program = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    metadata = {name for name in names if ".dist-info/" in name}
+    assert names - metadata == program | {"gptforge/data/input.txt"}
 
 
 def test_package_description_has_no_relative_links(archive) -> None:

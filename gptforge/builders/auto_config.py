@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, make_recipe
-from gptforge.builders.resolve import MODEL_FIELDS, config_of_run, is_config_of_run
+from gptforge.builders.resolve import MODEL_FIELDS, config_of_run, is_set_by_run_file
 from gptforge.builders.seed import seed_everything
 from gptforge.config import FIELDS, Config, merge, validate
 from gptforge.data.dataset import resolve_input
@@ -43,7 +43,7 @@ def resolve_auto(
     Raises:
         UserError: if the size of the text is unknown.
     """
-    if config.preset not in FITTED_PRESETS or is_config_of_run(config, FITTED_PRESETS):
+    if config.preset not in FITTED_PRESETS or is_set_by_run_file(config):
         return config
     if (old := config_of_run(config)) is not None:
         stored = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}

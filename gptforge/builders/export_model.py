@@ -36,6 +36,7 @@ from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import atomic_create, atomic_create_dir
 from gptforge.printable import MAX_NAME, printable
 from gptforge.report.metrics import read_history
+from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers.base import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
@@ -47,21 +48,26 @@ MIN_REPORTED_PROBABILITY = 1e-4
 def export_hf(run: str, out: Path) -> None:
     """Write a folder that transformers loads, and compare the logits."""
     require_package("transformers", extra="hf")
-    bundle, origin = load_bundle(run), read_origin(run)
-    usage = (
-        "```python\nfrom transformers import pipeline\n\n"
-        'generate = pipeline("text-generation", model="this/folder")\n'
-        f"print(generate({example_prompt(bundle.tokenizer)}, max_new_tokens=100)"
-        '[0]["generated_text"])\n```'
-    )
-    front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    card = model_card(
-        bundle, origin, title=model_title(run), usage=usage, front_matter=front_matter
-    )
-    with report_write_errors(out), atomic_create_dir(out) as folder:
-        difference = write_hf(folder, bundle, card=card)
-        if origin and origin.curves:
-            copy_run_file(origin.curves, folder)
+    with ProgressMeter("exporting") as meter:
+        meter(0, 3, "reading the model")
+        bundle, origin = load_bundle(run), read_origin(run)
+        usage = (
+            "```python\nfrom transformers import pipeline\n\n"
+            'generate = pipeline("text-generation", model="this/folder")\n'
+            f"print(generate({example_prompt(bundle.tokenizer)}, max_new_tokens=100)"
+            '[0]["generated_text"])\n```'
+        )
+        front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        card = model_card(
+            bundle, origin, title=model_title(run), usage=usage, front_matter=front_matter
+        )
+        meter(1, 3, "writing")
+        with report_write_errors(out), atomic_create_dir(out) as folder:
+            difference = write_hf(
+                folder, bundle, card=card, before_check=lambda: meter(2, 3, "comparing logits")
+            )
+            if origin and origin.curves:
+                copy_run_file(origin.curves, folder)
     logger.info(
         f"{out.as_posix()}: logits in transformers differ from ours by at most {difference:.1e}, "
         "float32"
@@ -78,16 +84,24 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
         dtype: of the matrices: f32, f16 or q8_0.
     """
     require_package("gguf", extra="gguf")
-    bundle = load_bundle(run)
-    config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
-    path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
-    _refuse_existing(path)
-    title, description = model_title(run), one_line_description(bundle, config)
-    with report_write_errors(path), atomic_create(path) as temp_path:
-        difference = write_gguf(
-            temp_path, bundle, outtype=dtype, name=title, description=description
-        )
+    with ProgressMeter("exporting") as meter:
+        meter(0, 3, "reading the model")
+        bundle = load_bundle(run)
+        config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
+        path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
         _refuse_existing(path)
+        title, description = model_title(run), one_line_description(bundle, config)
+        meter(1, 3, "writing")
+        with report_write_errors(path), atomic_create(path) as temp_path:
+            difference = write_gguf(
+                temp_path,
+                bundle,
+                outtype=dtype,
+                name=title,
+                description=description,
+                before_check=lambda: meter(2, 3, "comparing logits"),
+            )
+            _refuse_existing(path)
     logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )
@@ -118,16 +132,22 @@ def _log_eos_row(bundle: ModelBundle) -> None:
 
 def export_space(run: str, out: Path) -> None:
     """Write a complete Hugging Face Space: the web page, this program and the model."""
-    bundle, origin = load_bundle(run), read_origin(run)
-    config = bundle_toml(bundle)
-    if origin:
-        config = to_toml(origin.config, {"gptforge": __version__})
-    with report_write_errors(out), atomic_create_dir(out) as folder:
-        prompts = suggest_prompts(run, origin.config if origin else None)
-        write_space(folder, bundle, origin, title=model_title(run), prompts=prompts, config=config)
-        written = load_bundle(folder).state_dict
-        if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
-            raise RunError("the weights in the Space are not those of the run: it was not kept")
+    with ProgressMeter("exporting") as meter:
+        meter(0, 3, "reading the model")
+        bundle, origin = load_bundle(run), read_origin(run)
+        config = bundle_toml(bundle)
+        if origin:
+            config = to_toml(origin.config, {"gptforge": __version__})
+        meter(1, 3, "writing")
+        with report_write_errors(out), atomic_create_dir(out) as folder:
+            prompts = suggest_prompts(run, origin.config if origin else None)
+            write_space(
+                folder, bundle, origin, title=model_title(run), prompts=prompts, config=config
+            )
+            meter(2, 3, "comparing weights")
+            written = load_bundle(folder).state_dict
+            if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
+                raise RunError("the weights in the Space are not those of the run: it was not kept")
     logger.info(
         f"{out.as_posix()}: a Space with the same weights, bit for bit; try it: python app.py there"
     )

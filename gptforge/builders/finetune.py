@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-from gptforge.builders.resolve import config_of_run, is_config_of_run
+from gptforge.builders.resolve import config_of_run, is_set_by_run_file
 from gptforge.config import Config
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
@@ -36,9 +36,7 @@ def resolve_finetune(config: Config, dataset: Dataset, explicit: Collection[str]
     Explicit fields are kept, and a run that resumes keeps all of its own. Other presets are
     returned unchanged.
     """
-    if config.preset != FINETUNE:
-        return config
-    if is_config_of_run(config, (FINETUNE,)):
+    if config.preset != FINETUNE or is_set_by_run_file(config):
         return config
     values: dict[str, Any]
     if (old := config_of_run(config)) is not None:

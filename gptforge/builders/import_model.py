@@ -24,6 +24,7 @@ from gptforge.data.prepare.sources import open_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 from gptforge.lock import atomic_create, atomic_create_dir
+from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers import Tokenizer, from_name
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,13 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "")
     Raises:
         UserError: if the source is no GPT-2, naming the first thing that does not match.
     """
-    bundle = _read_model(source, _explicit_tokenizer(tokenizer, text))
-    with report_write_errors(out), atomic_create_dir(out) as folder:
-        _write_checkpoint(folder, bundle, source)
+    explicit, path = _explicit_tokenizer(tokenizer, text), _find_model(source)
+    with ProgressMeter("importing") as meter:
+        meter(0, 2, "reading the model")
+        bundle = _read_model(path, explicit)
+        meter(1, 2, "writing")
+        with report_write_errors(out), atomic_create_dir(out) as folder:
+            _write_checkpoint(folder, bundle, source)
     _log_import(out, bundle)
 
 
@@ -98,9 +103,13 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
                 f"--init_from {source}: imported by another process, using {out.as_posix()}"
             )
             return out.as_posix()
-        bundle = _read_model(source, None)
-        folder.mkdir()
-        _write_checkpoint(folder, bundle, source)
+        found = _find_model(source)
+        with ProgressMeter("importing") as meter:
+            meter(0, 2, "reading the model")
+            bundle = _read_model(found, None)
+            meter(1, 2, "writing")
+            folder.mkdir()
+            _write_checkpoint(folder, bundle, source)
         if os.path.lexists(out):
             reason = _why_not_reusable(out, path, source)
             backup = files.move_to_backup(out, "old")
@@ -171,7 +180,8 @@ def _looks_like_path(path: Path, source: str) -> bool:
     return has_path_syntax or is_in_folder or len(path.parts) > 2 or path.suffix in MODEL_SUFFIXES
 
 
-def _read_model(source: str, tokenizer: Tokenizer | None) -> ModelBundle:
+def _find_model(source: str) -> Path:
+    """The file or folder of a model, downloaded if it is none here."""
     path = Path(source)
     if (kind := files.nonregular_kind(path)) and not path.is_dir():
         raise UserError(f"{source} is {kind}, not a regular file: save the model to a file first")
@@ -180,7 +190,7 @@ def _read_model(source: str, tokenizer: Tokenizer | None) -> ModelBundle:
             raise UserError(f"{source}: GGUF is not read: import the model that it was made from")
         if path.suffix in (".safetensors", ".json") or path.match(PYTORCH_WEIGHTS):
             raise UserError(f"{source}: one file of a model: give the folder that it is in")
-        return read_nanogpt(path, tokenizer=tokenizer)
+        return path
     if path.is_dir():
         if _is_gptforge_model(source):
             raise UserError(
@@ -189,10 +199,15 @@ def _read_model(source: str, tokenizer: Tokenizer | None) -> ModelBundle:
             )
         if not is_hf_dir(path):
             raise UserError(f"{source} has no config.json: give a transformers folder")
-        return read_hf(path, tokenizer=tokenizer)
+        return path
     if _looks_like_path(path, source):
         raise UserError(
             f"{source} does not exist: give a transformers folder, nanoGPT's ckpt.pt, or a "
             "name on the Hugging Face Hub"
         )
-    return read_hf(download_model(source), tokenizer=tokenizer)
+    return download_model(source)
+
+
+def _read_model(path: Path, tokenizer: Tokenizer | None) -> ModelBundle:
+    read = read_nanogpt if path.is_file() else read_hf
+    return read(path, tokenizer=tokenizer)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
@@ -54,7 +54,7 @@ def resolve_init_from(
                 "(name or folder), or nanoGPT's ckpt.pt"
             )
         return config
-    if not is_config_of_run(config, (config.preset,)):  # a run names what was imported
+    if run_file_values(config).get("init_from") != config.init_from:  # there it was imported
         source = import_if_needed(config.init_from, temp_dir=temp_dir)
         config = dataclasses.replace(config, init_from=source)
     path = _initial_checkpoint(config)
@@ -129,12 +129,22 @@ def config_of_run(config: Config) -> Config | None:
     return old if old.preset == config.preset else None
 
 
-def is_config_of_run(config: Config, presets: Collection[str]) -> bool:
-    """Whether the values come from the configuration file of a run with one of these presets."""
-    if not config.config:
-        return False
-    values, is_from_run = read_toml(Path(config.config))
-    return is_from_run and values.get("preset") in presets
+def run_file_values(config: Config) -> Mapping[str, object]:
+    """The values of `--config`, if a run wrote the file; else none."""
+    values, is_from_run = read_toml(Path(config.config)) if config.config else ({}, False)
+    return values if is_from_run else {}
+
+
+def is_set_by_run_file(config: Config) -> bool:
+    """Whether a run's file gives all values: a preset then has nothing to choose, and a file comes
+    before a preset."""
+    values = run_file_values(config)
+    if values and values.get("preset") != config.preset:
+        logger.info(
+            f"note: --config {config.config} sets every value, and --preset {config.preset} "
+            "changes none: to take the preset's values, leave --config out"
+        )
+    return bool(values)
 
 
 def _initial_checkpoint(config: Config) -> Path:

@@ -39,7 +39,7 @@ from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
 from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
 from gptforge.printable import pluralize
-from gptforge.report.progress import EtaNotice
+from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers import byte_lengths, char_lengths
 
 logger = logging.getLogger(__name__)
@@ -120,14 +120,14 @@ def evaluate_run(
         context_length=config.context_length,
         batch_size=config.batch_size,
     )
-    notice, batches = EtaNotice(f"evaluating {evaluator.num_tokens:,} tokens"), itertools.count(1)
+    batches, precision = itertools.count(1), select_precision(config.dtype, model.device)
+    with ProgressMeter("evaluating") as meter:
 
-    def show_progress() -> bool:
-        notice(next(batches), evaluator.num_batches)
-        return False
+        def show_progress() -> bool:
+            meter(next(batches), evaluator.num_batches)
+            return False
 
-    precision = select_precision(config.dtype, model.device)
-    loss = evaluator.evaluate_until(show_progress, model.model, precision)
+        loss = evaluator.evaluate_until(show_progress, model.model, precision)
     assert isinstance(loss, ValLoss), "nothing stops it"
     return loss
 
@@ -149,7 +149,8 @@ def _read_run(run: str, *, block_size: int) -> _TrainedRun:
 
 def _open_data(data: str, options: DatasetOptions, trained: _TrainedRun) -> TokenDataset:
     """Open `--data`; warn if the model was trained on it, and say which split is used."""
-    dataset = open_dataset(Path(data), options)
+    with ProgressMeter("preparing the text") as meter:
+        dataset = open_dataset(Path(data), options, progress=meter)
     has_val = len(dataset.val) > 0
     if has_val:
         logger.info(f"note: evaluating the validation split of {data}, not the rest")
@@ -189,7 +190,8 @@ def _open_val_split(options: DatasetOptions, trained: _TrainedRun) -> TokenDatas
         raise UserError(missing)
     try:
         path = resolve_input("" if is_gone else config.input)
-        dataset = open_dataset(path, options)
+        with ProgressMeter("preparing the text") as meter:
+            dataset = open_dataset(path, options, progress=meter)
     except UserError as error:
         raise UserError(
             f"the training text of {run}, {config.input}, cannot be read any more: it has changed "
@@ -241,7 +243,8 @@ def evaluate_tasks(
     precision = select_precision(dtype, model.device)
     scores: Scores = {}
     for name, questions in examples.items():
-        answers = score_choices(model, questions, precision, progress=EtaNotice(name))
+        with ProgressMeter(name) as meter:
+            answers = score_choices(model, questions, precision, progress=meter)
         if any(math.isnan(choice.loglikelihood) for choices in answers for choice in choices):
             raise RunError(f"{run}: the model's loss is NaN: its training diverged")
         scores[name] = TASKS[name].score(questions, answers) | {"questions": len(questions)}

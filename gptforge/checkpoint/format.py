@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from gptforge import files
 from gptforge.checkpoint.state_dict import StateDict, save_safetensors
 from gptforge.config import Config, merge, read_toml, validate
-from gptforge.errors import RunError, UserError, error_reason, parsing
+from gptforge.errors import RunError, UserError, error_reason, parsing, runs_hint
 from gptforge.estimate.formulas import num_params
 from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
@@ -185,7 +185,10 @@ def resolve_checkpoint(run: str) -> Path:
         problem = "is a file"
     elif siblings := list_checkpoints(path.parent):
         problem = f"does not exist; the latest is {siblings[-1].name}"
-    raise UserError(f"{run} {problem}: give a run folder or a checkpoint folder")
+    hint = "give a run folder or a checkpoint folder"
+    if problem == "does not exist":
+        hint += f"; {runs_hint()}"
+    raise UserError(f"{run} {problem}: {hint}")
 
 
 def read_tensors(path: Path, name: str) -> StateDict:

@@ -19,6 +19,7 @@ from gptforge import files
 from gptforge.cli import (
     bench,
     cache,
+    completion,
     demo,
     doctor,
     eval,
@@ -37,23 +38,43 @@ from gptforge.shell import quote
 EXIT_USER_ERROR, EXIT_FAILURE = 2, 1
 GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others polls before it sleeps
 
-COMPLETION = "Shell completion: gptforge --tyro-print-completion bash (or zsh, tcsh)"
-
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "train": (train.main, "train a model or resume a run; the default command"),
-    "prepare": (prepare.main, "turn texts of any kind and size into token shards"),
-    "tokenizer": (tokenizer.main, "train a BPE tokenizer on your own text"),
-    "sample": (sample.main, "generate text with a trained model"),
-    "eval": (eval.main, "evaluate a trained model on held-out text or tasks"),
-    "export": (export.main, "export to transformers, llama.cpp, or a Hugging Face Space"),
-    "import": (export.import_main, "import a GPT-2 from Hugging Face or nanoGPT"),
-    "demo": (demo.main, "serve a model as a web page"),
-    "plan": (plan.main, "show what a run will be and cost, and whether it fits"),
-    "sweep": (sweep.main, "search the best hyperparameters with many training runs"),
-    "bench": (bench.main, "measure how fast this machine trains and generates"),
-    "cache": (cache.main, "show or clear the cache of tokenized texts"),
-    "doctor": (doctor.main, "check this machine or a dataset for problems"),
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
+    "train": (train.main, train.TrainArgs, "train a model or resume a run; the default command"),
+    "prepare": (
+        prepare.main,
+        prepare.PrepareArgs,
+        "turn texts of any kind and size into token shards",
+    ),
+    "tokenizer": (tokenizer.main, tokenizer.TrainArgs, "train a BPE tokenizer on your own text"),
+    "sample": (sample.main, sample.SampleArgs, "generate text with a trained model"),
+    "eval": (eval.main, eval.EvalArgs, "evaluate a trained model on held-out text or tasks"),
+    "export": (
+        export.main,
+        export.ExportArgs,
+        "export to transformers, llama.cpp, or a Hugging Face Space",
+    ),
+    "import": (
+        export.import_main,
+        export.ImportArgs,
+        "import a GPT-2 from Hugging Face or nanoGPT",
+    ),
+    "demo": (demo.main, demo.DemoArgs, "serve a model as a web page"),
+    "plan": (plan.main, plan.PlanConfig, "show what a run will be and cost, and whether it fits"),
+    "sweep": (
+        sweep.main,
+        sweep.SweepConfig,
+        "search the best hyperparameters with many training runs",
+    ),
+    "bench": (bench.main, bench.BenchConfig, "measure how fast this machine trains and generates"),
+    "cache": (cache.main, cache.CacheArgs, "show or clear the cache of tokenized texts"),
+    "doctor": (doctor.main, doctor.DoctorArgs, "check this machine or a dataset for problems"),
+    "completion": (
+        completion.main,
+        completion.CompletionArgs,
+        "print a script for completion by the Tab key, for bash, zsh or fish",
+    ),
 }
+"""Name -> function, its flags, and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +178,7 @@ def _run_command(args: list[str]) -> int:
     if args == ["--version"]:
         from gptforge import __version__
 
-        print(f"gptforge {__version__}\n\n{COMPLETION}")
+        print(f"gptforge {__version__}")
         return 0
     name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("train", args)
     if name not in COMMANDS:
@@ -167,20 +188,26 @@ def _run_command(args: list[str]) -> int:
     if "LOCAL_RANK" in os.environ and not _is_main_rank():
         # Started by torchrun: one process is enough, and several would write the same files.
         return 0
-    run, _ = COMMANDS[name]
+    run, _, _ = COMMANDS[name]
     return run(rest)
 
 
 def _command_hint(name: str) -> str:
+    if Path(name, "checkpoints").is_dir():
+        return (
+            f"to generate text: sample {quote(name)}, to train it further: --resume {quote(name)}"
+        )
     if Path(name).exists():
         return f"to train on that file: --input {quote(name)}"
-    close = ["--help"] if name == "help" else difflib.get_close_matches(name, COMMANDS, n=1)
+    is_flag = name in ("help", "version")
+    close = [f"--{name}"] if is_flag else difflib.get_close_matches(name, COMMANDS, n=1)
     return f"did you mean '{close[0]}'?" if close else f"there are {', '.join(COMMANDS)}"
 
 
 def _command_list() -> str:
-    lines = [f"  {name:<11}{about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines, "", COMPLETION])
+    lines = [f"  {name:<11}{about}" for name, (_, _, about) in COMMANDS.items()]
+    lines += ["", "gptforge --version prints the version.", "", completion.HINT]
+    return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines])
 
 
 def _is_main_rank() -> bool:

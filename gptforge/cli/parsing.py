@@ -13,7 +13,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge, read_toml
-from gptforge.errors import UserError
+from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,11 @@ C = TypeVar("C", bound=Config)
 BOOLEANS = {"true": True, "false": False}
 RENAMED_FLAGS = RENAMED_FIELDS | {"turns": "repeats"}
 """Old spelling -> flag. Aliases are accepted but not shown by `--help`."""
+FOREIGN_FLAGS = {
+    **{"learning_rate": "max_lr", "max_iters": "max_steps", "warmup_iters": "warmup_steps"},
+    **{"eval_interval": "eval_every", "epochs": "max_steps", "output": "out_dir", "data": "input"},
+}
+"""Flags of nanoGPT and other programs -> the flag to suggest."""
 NUMBER_ERRORS = {
     "invalid literal for int() with base 10:": "must be a whole number, not",
     "could not convert string to float:": "must be a number, not",
@@ -192,7 +197,7 @@ def parse_args(
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-    raise UserError(_one_line(stderr.getvalue(), prog))
+    raise UserError(_one_line(stderr.getvalue(), prog, _field_types(cls)))
 
 
 def rename_flags(cls: type, args: Sequence[str]) -> list[str]:
@@ -251,14 +256,24 @@ def _field_types(cls: type) -> dict[str, Any]:
     return {name: hint for base in bases for name, hint in base.__annotations__.items()}
 
 
-def _one_line(text: str, prog: str) -> str:
+def _one_line(text: str, prog: str, fields: Collection[str]) -> str:
     """Extract the mistake, and tyro's suggestion, from its boxed message."""
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
     mistake = sections[0].strip()
+    if mistake.startswith("Missing from"):
+        # Names are indented by four columns, and their descriptions by eight.
+        names = re.findall(r"^│ {5}(\S+)", text.partition("For full helptext")[0], re.MULTILINE)
+        mistake = f"{prog} needs {' and '.join(names)}"
+        if "RUN" in names:
+            mistake += f"; {runs_hint()}"
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
-    hint = f"; did you mean {suggestion[1]}?" if suggestion else ""
+    flag = suggestion[1] if suggestion else ""
+    unknown = re.match(r"Unrecognized options: --(\w+)", mistake)
+    if unknown and (name := FOREIGN_FLAGS.get(unknown[1])) in fields:
+        flag = f"--{name}"
+    hint = f"; did you mean {flag}?" if flag else ""
     return f"{mistake}{hint} (see {prog} --help)"

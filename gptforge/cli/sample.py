@@ -1,9 +1,9 @@
 """`gptforge sample RUN`: generate text with a trained model.
 
-Only text goes to stdout, so that it can be piped; notes and the prompt sign of `--interactive` go
-to stderr.
+Only text goes to stdout, so that it can be piped; notes go to stderr, before or after a text.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -103,9 +103,15 @@ def _stream(model: "LanguageModel", args: SampleArgs, prompt: str, seed: int) ->
         seed=seed,
     )
     # Printed after `stream` has validated its arguments.
-    for chunk in chain([prompt], chunks):
-        print(terminal_safe(chunk), end="", flush=True)
-    print(flush=True)
+    notes: list[str] = []
+    try:
+        with log_to(notes.append):
+            for chunk in chain([prompt], chunks):
+                print(terminal_safe(chunk), end="", flush=True)
+    finally:
+        print(flush=True)
+        for note in notes:
+            print_stderr(note)
 
 
 def _generate_batches(
@@ -146,12 +152,7 @@ def _interactive(model: "LanguageModel", args: SampleArgs) -> int:
     if is_terminal:
         print("Type a prompt; Ctrl-C stops generation, Ctrl-D quits.", file=sys.stderr)
     seed = args.seed
-    while True:
-        if is_terminal:
-            print("\n> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return 0
+    while (line := _read_line(is_terminal=is_terminal)) is not None:
         try:
             _stream(model, args, normalize_prompt(line).rstrip("\r\n"), seed)
         except UserError as error:
@@ -160,5 +161,23 @@ def _interactive(model: "LanguageModel", args: SampleArgs) -> int:
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
-            print(flush=True)
         seed = (seed + 1) % SEED_LIMIT
+    return 0
+
+
+def _read_line(*, is_terminal: bool) -> str | None:
+    """The next line of stdin, or None at its end."""
+    if not is_terminal:
+        return sys.stdin.readline() or None
+    print(file=sys.stderr, flush=True)
+    if not sys.stdout.isatty():
+        # `input` would print the prompt sign to stdout, where only text belongs.
+        print("> ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline() or None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` line editing and a history; not on Windows)
+    try:
+        return input("> ")
+    except EOFError:
+        print(file=sys.stderr)
+        return None

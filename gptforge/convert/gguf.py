@@ -1,6 +1,7 @@
 """Export to llama.cpp's GGUF: weights, configuration and tokenizer in one file."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ GGUF_TYPES = ("f32", "f16", "q8_0")
 
 
 def write_gguf(
-    path: Path, bundle: ModelBundle, *, outtype: str, name: str, description: str = ""
+    path: Path,
+    bundle: ModelBundle,
+    *,
+    outtype: str,
+    name: str,
+    description: str = "",
+    before_check: Callable[[], None] = lambda: None,
 ) -> float:
     """Write the file atomically; returns the largest difference of logits when read back.
 
+    `before_check` is called when all is written, and before logits are compared.
     `outtype` is that of the matrices: vectors and position embeddings stay float32.
 
     Raises:
@@ -85,6 +93,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        before_check()
         return _check(partial, bundle, is_exact=outtype == "f32")
 
 

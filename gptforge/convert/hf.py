@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,12 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 """Our names to transformers'; the first is written."""
 
 
-def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> float:
+def write_hf(
+    folder: Path, bundle: ModelBundle, *, card: str, before_check: Callable[[], None] = lambda: None
+) -> float:
     """Fill an empty folder; returns the largest difference of transformers' logits to ours.
+
+    `before_check` is called when all is written, and before logits are compared.
 
     Raises:
         RunError: if transformers loads a different model or tokenizer from it.
@@ -94,6 +98,7 @@ def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> float:
         (folder / name).write_text(text + "\n", encoding="utf-8")
     save_tokenizer(bundle.tokenizer, folder / NATIVE_TOKENIZER)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    before_check()
     return _check(folder, bundle, eos_id)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -28,6 +29,8 @@ from gptforge.errors import RunError, UserError
 from gptforge.lock import LOCK_FILE, lock_folder
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 2  # raise it when the index says more: older entries are prepared again
 MAX_AGE_DAYS = 90  # unused data is deleted after that: it can be prepared again
@@ -67,8 +70,14 @@ def prepare_cached(
         with _hints_for(request):
             if request.tokenizer == "bpe":
                 # The shards depend on the merges alone: a resumed run, which has them, finds them.
-                learned = cache / f"{BPE_PREFIX}{key_of(['bpe', request.vocab_size])[:24]}.json"
-                request = replace(request, tokenizer=_learn_bpe(learned, request, selection))
+                name = f"{BPE_PREFIX}{key_of(['bpe', request.vocab_size])[:24]}"
+                learned = _load_bpe(cache, name)
+                if learned is None:
+                    learned = _learn_bpe(request, selection)
+                    # Its content's hash is part of the name, so that damage is noticed.
+                    tokenizers.save(learned, unnamed := Path(spool) / "learned")
+                    unnamed.replace(cache / f"{name}-{files.sha256(unnamed)[:16]}.json")
+                request = replace(request, tokenizer=learned)
             tokenizer = request.tokenizer
             vocab = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
             if isinstance(vocab, str) and Path(vocab).is_file():
@@ -82,17 +91,23 @@ def prepare_cached(
     return index, selection.notices
 
 
-def _learn_bpe(path: Path, request: PrepareRequest, selection: FileSelection) -> Tokenizer:
-    """The tokenizer in this file of the cache; learn and write it if the file is missing."""
-    with contextlib.suppress(OSError, UserError):
-        tokenizer = tokenizers.load(path)
-        path.touch()
-        return tokenizer
+def _load_bpe(cache: Path, name: str) -> Tokenizer | None:
+    """The tokenizer that was learned from this text before, if any. Damaged files are deleted."""
+    for path in cache.glob(f"{name}-*.json"):
+        with contextlib.suppress(OSError, UserError):
+            if path.stem == f"{name}-{files.sha256(path)[:16]}":
+                tokenizer = tokenizers.load(path)
+                path.touch()
+                return tokenizer
+        logger.warning(f"warning: {path.as_posix()} was damaged: learning the tokenizer again")
+        files.remove(path)
+    return None
+
+
+def _learn_bpe(request: PrepareRequest, selection: FileSelection) -> Tokenizer:
     with no_skip_of_only_file(selection.sources):
         rule = scan_files(request, selection).split_rule
-        tokenizer = learn_bpe(request, selection.sources, rule)
-    tokenizers.save(tokenizer, path)
-    return tokenizer
+        return learn_bpe(request, selection.sources, rule)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from gptforge.data.token_dataset import TokenDataset
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
+from gptforge.report.progress import track
 from gptforge.tokenizers.base import END_OF_TEXT
 
 BLOCK_TOKENS = 2**20
@@ -51,7 +52,7 @@ def _check_hashes(index: Index) -> list[Finding]:
         hint = "put the right one back, or prepare the data again"
         found = [error(f"{TOKENIZER_FILE} is not the one that the shards were made with", hint)]
     shards = index.record["shards"]
-    for shard in shards:
+    for shard in track(shards, "comparing hashes"):
         if files.sha256(index.folder / shard["file"]) != shard["sha256"]:
             problem = f"{shard['file']}: its content differs from its hash in {INDEX_FILE}"
             found.append(error(problem, "it is damaged: prepare the data again"))
@@ -78,7 +79,7 @@ def _check_documents(dataset: Dataset) -> list[Finding]:
 def _document_digests(tokens: TokenDataset, eot: int | None) -> Iterator[int]:
     """64 bits of the hash of each document, however long."""
     digest, length = hashlib.sha256(), 0
-    for start in range(0, len(tokens), BLOCK_TOKENS):
+    for start in track(range(0, len(tokens), BLOCK_TOKENS), "reading tokens"):
         block = tokens[start : start + BLOCK_TOKENS].astype(np.uint32)
         ends = np.flatnonzero(block == eot).tolist() if eot is not None else []
         begin = 0

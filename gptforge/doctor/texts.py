@@ -17,6 +17,7 @@ from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
 from gptforge.printable import pluralize
+from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers import from_name
 from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.fast_encode import FastEncoder
@@ -47,8 +48,10 @@ def check_texts(
         except UserError as problem:
             return [error(str(problem))]
         text_scan = _TextScan(text_format, selection)
-        for i, source in enumerate(selection.sources):
-            text_scan.read(i, source)
+        with ProgressMeter("reading") as meter:
+            meter.start(sum(source.size for source in selection.sources))
+            for i, source in enumerate(selection.sources):
+                text_scan.read(i, source, meter)
         found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
         if not text_scan.num_documents:
             return [*found, error(f"{path.as_posix()}: there is no text to train on")]
@@ -73,12 +76,15 @@ class _TextScan:
         """Ids and hashes of the documents, if there are few."""
         self.duplicates = Duplicates()
 
-    def read(self, i: int, source: Source) -> None:
+    def read(self, i: int, source: Source, meter: ProgressMeter) -> None:
         """Read one file."""
+        done = 0
         if has_many_documents(source, self.text_format):
             for document in read_documents(source, self.text_format, self.bad_input):
                 self._add_text(document.text)
                 self._add_document((i, document.index), text_digest(document.text), source.name)
+                meter.add(document.bytes_read - done, len(document.text))
+                done = document.bytes_read
             return
         try:
             stats = scan_text(source, self.text_format.encoding)
@@ -92,6 +98,8 @@ class _TextScan:
             self.fixes |= {f"{source.name}: {fix}" for fix in describe_fixes(chunk)}
             self._add_text(chunk.text, tail)
             tail = (tail + chunk.text[-OVERLAP:])[-OVERLAP:]
+            meter.add(chunk.bytes_read - done, len(chunk.text))
+            done = chunk.bytes_read
         self._add_document((i, 0), stats.digest, source.name)
 
     def _add_document(self, document_id: tuple[int, int], digest: int, name: str) -> None:

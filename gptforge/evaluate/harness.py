@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 from gptforge.device import Precision
@@ -13,6 +14,7 @@ from gptforge.errors import RunError, UserError, install_hint
 from gptforge.evaluate.tasks import TASKS, loglikelihoods
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
+from gptforge.report.progress import ProgressMeter, track
 
 BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the harness's 100,000 take minutes
 MAX_GEN_TOKS = 256  # the harness's default for tasks that do not say
@@ -113,13 +115,14 @@ def harness_model(model: LanguageModel, precision: Precision) -> Any:
             for _strings, context, continuation in requests:
                 ids = (context + continuation)[-(block_size + 1) :]
                 texts.append((ids, min(len(continuation), len(ids) - 1)))
-            results = loglikelihoods(model, texts, precision)
+            with ProgressMeter("evaluating") as meter:
+                results = loglikelihoods(model, texts, precision, progress=meter)
             if any(math.isnan(result.loglikelihood) for result in results):
                 raise RunError("the log-likelihoods are NaN: the training of this model diverged")
             return [(result.loglikelihood, result.is_greedy) for result in results]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            totals = []
+            parts, counts = [], []
             for request in requests:
                 windows = get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
@@ -127,13 +130,14 @@ def harness_model(model: LanguageModel, precision: Precision) -> Any:
                     max_seq_len=block_size,
                     context_len=1,
                 )
-                parts = [("", *make_disjoint_window(window)) for window in windows]
-                totals.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
-            return totals
+                parts += [("", *make_disjoint_window(window)) for window in windows]
+                counts.append(len(parts))
+            values = [value for value, _ in self._loglikelihood_tokens(parts)]
+            return [sum(values[i:j]) for i, j in pairwise([0, *counts])]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             texts = []
-            for request in requests:
+            for request in track(requests, "generating"):
                 context, options = request.args
                 max_new_tokens = int(options.get("max_gen_toks", MAX_GEN_TOKS))
                 stop = options.get("until") or []

@@ -36,6 +36,7 @@ class BarOrLines:
             self._bar = Progress(
                 TextColumn(description), BarColumn(bar_width=30), *columns, transient=True,
                 refresh_per_second=4, console=rich.console.Console(file=self._file),
+                redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays there
             )  # fmt: skip
 
     @property

@@ -1,75 +1,57 @@
-"""Progress of work before and after training: a bar or lines on stderr, with the time left."""
+"""Progress of work before and after training: a bar with the time left, if stderr is a terminal."""
 
 import time
+from collections.abc import Collection, Iterator
+from typing import TypeVar
 
 from rich.progress import TextColumn, TimeRemainingColumn
 
-from gptforge.printable import print_stderr
 from gptforge.report.console import BarOrLines
-from gptforge.report.format import format_duration
-from gptforge.report.log_handler import shows_progress
 
-PRINT_EVERY = 10.0
-"""Seconds between lines if stderr is not a terminal."""
-MIN_CALLS = 3
-"""Calls before `EtaNotice` estimates: the first ones include warmup."""
-MIN_SECONDS = 5.0
-"""`EtaNotice` is silent if less time is left."""
+T = TypeVar("T")
 
 
 class ProgressMeter(BarOrLines):
-    """Shows how much of the input files has been read: a bar on a terminal, else lines."""
+    """A bar with the time left, on stderr; nothing in a pipe. One at a time.
+
+    Args:
+        description: what is being done, such as "exporting".
+    """
 
     def __init__(self, description: str) -> None:
         columns = (
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("[dim]{task.fields[speed]}"),
+            TextColumn("[dim]{task.fields[status]}"),
             TextColumn("[dim]left"),
             TimeRemainingColumn(),
         )
         super().__init__(description, *columns, stream="stderr")
         if self._bar is not None:
-            self._task = self._bar.add_task(description, total=None, speed="")
-        self._description = description
-        self._last_print = self._begin = time.perf_counter()
-        self.total = self._read = self._resumed_from = self._text_bytes = 0
-
-    def start(self, total: int, done: int) -> None:
-        """Start the clock; an earlier, interrupted call has read `done` of the `total` bytes."""
-        self.total, self._read, self._resumed_from, self._text_bytes = total, done, done, 0
+            self._task = self._bar.add_task(description, total=None, status="")
         self._begin = time.perf_counter()
+        self.total = self._done = self._text_bytes = 0
+
+    def __call__(self, done: int, total: int, status: str = "") -> None:
+        """Show how much is done, with `status` next to it."""
+        self.total, self._done = total, done
         if self._bar is not None:
-            self._bar.update(self._task, total=total, completed=done)
+            self._bar.update(self._task, completed=done, total=total, status=status)
+
+    def start(self, total: int, done: int = 0) -> None:
+        """Start to count the bytes of files; an earlier, interrupted call has read `done`."""
+        self._begin, self._text_bytes = time.perf_counter(), 0
+        self(done, total)
 
     def add(self, file_bytes: int, text_bytes: int) -> None:
         """Count bytes read from the files, and bytes of text found in them."""
-        self._read += file_bytes
         self._text_bytes += text_bytes
-        now = time.perf_counter()
-        seconds = max(1e-9, now - self._begin)
-        speed = f"{self._text_bytes / 1e6 / seconds:.1f} MB/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._read, speed=speed)
-        elif now - self._last_print >= PRINT_EVERY and self._read > self._resumed_from:
-            self._last_print = now
-            left = seconds / (self._read - self._resumed_from) * (self.total - self._read)
-            share = self._read / max(1, self.total)
-            line = f"{self._description}: {share:.0%}, {speed}, about {format_duration(left)} left"
-            if shows_progress():
-                self.log(line)
+        speed = self._text_bytes / 1e6 / max(1e-9, time.perf_counter() - self._begin)
+        self(self._done + file_bytes, self.total, f"{speed:.1f} MB/s")
 
 
-class EtaNotice:
-    """Prints the time left once, on stderr, if a task turns out to take long."""
-
-    def __init__(self, description: str) -> None:
-        self._description, self._begin = description, time.perf_counter()
-        self._calls, self._printed = 0, False
-
-    def __call__(self, done: int, total: int) -> None:
-        """Call after each part of the task, with the amount done so far."""
-        self._calls += 1
-        seconds = (time.perf_counter() - self._begin) / done * (total - done)
-        if self._calls >= MIN_CALLS and seconds > MIN_SECONDS and not self._printed:
-            self._printed = True
-            print_stderr(f"{self._description} takes about {format_duration(seconds)} more")
+def track(items: Collection[T], description: str) -> Iterator[T]:
+    """Yield the items, with a `ProgressMeter` that counts them."""
+    with ProgressMeter(description) as meter:
+        for i, item in enumerate(items):
+            meter(i, len(items))
+            yield item

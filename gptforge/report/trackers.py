@@ -130,6 +130,8 @@ def open_mlflow(id: str, folder: Path, config: Config) -> Tracker:
 
     server = os.environ.get("MLFLOW_TRACKING_URI")
     uri = server or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+    if not server:
+        (folder / "mlflow.db").touch()  # SQLite's own mode is 0644, whatever the umask allows
     client: Any = MlflowClient(uri)
     if id:
         client.update_run(id, status="RUNNING")

@@ -126,7 +126,9 @@ def optuna_search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{(folder / STORAGE).resolve().as_posix()}"
+    path = (folder / STORAGE).resolve()
+    path.touch()  # SQLite's own mode is 0644, whatever the umask allows
+    storage = f"sqlite:///{path.as_posix()}"
     opened = optuna.create_study(storage=storage, study_name=study, load_if_exists=True)
     # A new process must not repeat the draws of an earlier one.
     seed = (seed + len(opened.trials)) % 2**32

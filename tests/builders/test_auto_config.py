@@ -82,6 +82,31 @@ def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeyp
     assert dataclasses.replace(second, out_dir="a") == first
 
 
+@pytest.mark.parametrize("preset", ["auto", "shakespeare-cpu"])
+def test_config_file_of_a_run_comes_before_a_preset(program, play, preset) -> None:
+    flags = ("--preset", "debug", "--device", "cpu", "--max_steps", 2, "--warmup_steps", 1)
+    assert program(*flags, "--input", play, "--out_dir", "a").code == 0
+    done = program(
+        "--config", "a/config.toml", "--preset", preset, "--out_dir", "b", "--dropout", 0.1
+    )
+    assert (done.code, done.err) == (0, "")
+    assert (
+        f"--config a/config.toml sets every value, and --preset {preset} changes none" in done.out
+    )
+    first, second = (read_config(Path(name) / "checkpoints" / "step-000002") for name in "ab")
+    changed = {"preset": preset, "out_dir": "b", "dropout": 0.1}
+    assert second == dataclasses.replace(first, **changed)
+
+
+def test_config_file_of_the_user_comes_before_a_preset(program, play) -> None:
+    Path("my.toml").write_text("n_layer = 1\nn_embd = 16\nmax_steps = 2\ndropout = 0.25\n")
+    done = program(*AUTO, "--config", "my.toml", "--input", play, "--out_dir", "a", "--n_embd", 32)
+    assert done.code == 0, done.err
+    found = read_config(Path("a/checkpoints/step-000002"))
+    assert (found.n_layer, found.n_embd, found.max_steps, found.dropout) == (1, 32, 2, 0.25)
+    assert found.ema == recipe.EMA_DECAY
+
+
 def test_time_limit_cuts_the_steps_of_a_new_run_only(config, monkeypatch) -> None:
     config = dataclasses.replace(config, time_limit=100, max_steps=get_preset("auto").max_steps)
     flags = ["n_layer", "n_embd", "time_limit"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.report import progress
 from tests.conftest import play_text
 from tests.programs import DEBUG, events
 
@@ -71,14 +70,6 @@ def test_training_text_in_shards_is_noticed(program, play) -> None:
     assert "warning: run was trained on shards" in done.err
     # The run has no validation split to evaluate on instead.
     assert "without --data" not in done.err
-
-
-def test_a_slow_evaluation_prints_the_time_left(program, play, monkeypatch) -> None:
-    assert program(*TRAIN, "--input", play, "--batch_size", 2).code == 0
-    words = r"evaluating [\d,]+ tokens takes about .* more"
-    assert not re.search(words, program(*EVAL, "--data", play).err)
-    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
-    assert len(re.findall(words, program(*EVAL, "--data", play).err)) == 1
 
 
 def test_a_conversion_of_line_ends_is_reported_once(program) -> None:

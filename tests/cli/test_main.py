@@ -9,6 +9,7 @@ import pytest
 
 from gptforge import __version__, cli
 from gptforge.cli import resume
+from gptforge.cli.parsing import FOREIGN_FLAGS, RENAMED_FLAGS
 from gptforge.config import FIELDS
 from gptforge.errors import UserError
 
@@ -41,7 +42,11 @@ from gptforge.errors import UserError
         (("--quiet", "--verbose"), "leave one out"),
         (("trian",), "did you mean 'train'?"),
         (("play.txt",), "--input play.txt"),
-        (("sample",), "RUN"),
+        (("--learning_rate", "1e-3"), "did you mean --max_lr?"),
+        (("version",), "did you mean '--version'?"),
+        (("sample",), "gptforge sample needs RUN; there is none in runs: train one first (see"),
+        (("export",), "gptforge export needs RUN and OUT and --to; there is"),
+        (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
         (("sample", "missing"), "missing"),
         (("eval", "missing"), "missing"),
     ],
@@ -54,6 +59,26 @@ def test_a_user_error_is_one_line_and_exit_code_2(program, play, args, words) ->
     assert words in done.err
 
 
+def test_runs_are_listed_if_one_is_missing(program, tmp_path) -> None:
+    for number, name in enumerate("abcde"):
+        folder = tmp_path / "runs" / name / "checkpoints"
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    for command in (("sample",), ("eval", "nowhere"), ("export", "nowhere", "out", "--to", "hf")):
+        assert "; there are runs/e, runs/d, runs/c and 2 more" in program(*command).err
+
+
+def test_run_instead_of_a_command_gets_the_commands_for_it(program, tmp_path) -> None:
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    done = program("runs/mine")
+    assert "sample runs/mine, to train it further: --resume runs/mine" in done.err
+
+
+def test_suggested_flags_exist() -> None:
+    assert set(FOREIGN_FLAGS.values()) <= set(FIELDS)
+    assert not set(FOREIGN_FLAGS) & (set(FIELDS) | set(RENAMED_FLAGS))
+
+
 def test_debug_mode_shows_the_traceback(program, monkeypatch) -> None:
     monkeypatch.setenv("GPTFORGE_DEBUG", "1")
     with pytest.raises(UserError):
@@ -64,7 +89,7 @@ def test_a_full_disk_is_one_line_with_the_file(program, monkeypatch) -> None:
     def fail(args) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/index.json")
 
-    monkeypatch.setitem(cli.COMMANDS, "prepare", (fail, ""))
+    monkeypatch.setitem(cli.COMMANDS, "prepare", (fail, object, ""))
     done = program("prepare")
     assert done.code == 1
     assert done.err == (
@@ -80,18 +105,14 @@ def test_help_shows_all_fields_and_commands(capsys) -> None:
     shown = capsys.readouterr().out
     for name in FIELDS:
         assert f"--{name}" in shown
-    for name, (_, about) in cli.COMMANDS.items():
+    for name, (_, _, about) in cli.COMMANDS.items():
         assert re.search(rf"{name} +{re.escape(about)}", shown)
-    assert "--tyro-print-completion bash" in shown
+    assert "gptforge --version" in shown and 'eval "$(gptforge completion bash)"' in shown
 
 
-def test_version_and_shell_completion(capsys) -> None:
+def test_version(capsys) -> None:
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith(f"gptforge {__version__}\n")
-    with pytest.raises(SystemExit):
-        cli.main(["--tyro-print-completion", "bash"])
-    script = capsys.readouterr().out
-    assert "--max_steps" in script and "--resume" in script
+    assert capsys.readouterr().out == f"gptforge {__version__}\n"
 
 
 @pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"train"}))

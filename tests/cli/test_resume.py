@@ -1,9 +1,6 @@
 """Names of run folders, `--resume RUN`, and what training prints."""
 
 import json
-import os
-import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,23 +99,3 @@ def test_json_log_is_the_metrics(program, play) -> None:
     assert done.code == 0
     assert [json.loads(line) for line in done.out.splitlines()] == events()
     assert done.err.strip().startswith("Best held-out loss")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
-def test_files_have_the_mode_that_the_umask_allows(program, play, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    previous = os.umask(0o027)
-    try:
-        assert program(*SHORT, "--tokenizer", "bpe", "--input", play, "--out_dir", "run").code == 0
-        assert program("export", "run", "--to", "hf", "out").code == 0
-    finally:
-        os.umask(previous)
-    paths = [path for name in ("run", "cache", "out") for path in Path(name).rglob("*")]
-    modes = {
-        path.as_posix(): stat.S_IMODE(path.stat().st_mode)
-        for path in paths
-        if not path.is_symlink()
-    }
-    assert len(modes) > 20
-    wrong = {n: oct(m) for n, m in modes.items() if m != (0o750 if Path(n).is_dir() else 0o640)}
-    assert wrong == {}

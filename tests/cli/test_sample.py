@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 import gptforge
+from gptforge import cli
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import read_chunks
 from gptforge.inference.validation import normalize_prompt, prompt_from_argv
 from tests.environment import python_path
 
+SAMPLE_SEED = 1337
 SAMPLE = ("sample", "run", "--device", "cpu", "--max_new_tokens", 20)
 
 pytestmark = pytest.mark.usefixtures("run")
@@ -117,6 +120,50 @@ def test_interactive_continues_each_line(program, monkeypatch) -> None:
     first = program(*SAMPLE, "--prompt", "ROMEO").out
     third = program(*SAMPLE, "--prompt", "JULIET", "--seed", 1339).out
     assert done.out == first + third
+
+
+def read_until(terminal: int, text: str) -> str:
+    """What a terminal shows until `text` has been printed and half a second is quiet."""
+    shown = ""
+    while select.select([terminal], [], [], 0.5 if text in shown else 60)[0]:
+        try:
+            shown = (shown + os.read(terminal, 4096).decode()).replace("\r\n", "\n")
+        except OSError:  # Linux reports the end like this
+            break
+    return shown
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudoterminals")
+def test_interactive_terminal_has_line_editing_and_a_history(program) -> None:
+    pytest.importorskip("readline")
+    terminal, child = os.openpty()
+    env = {**os.environ, "PYTHONPATH": python_path(), "TERM": "dumb", "INPUTRC": os.devnull}
+    command = [sys.executable, "-m", "gptforge", *map(str, SAMPLE), "--interactive"]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env)
+    os.close(child)
+    try:
+        assert "Ctrl-D quits.\n\n> " in read_until(terminal, "> ")
+        up, backspace = b"\x1b[A", b"\x7f"
+        for seed, keys in enumerate((b"ROMEX" + backspace + b"O\n", up + b"\n"), SAMPLE_SEED):
+            os.write(terminal, keys)
+            text = program(*SAMPLE, "--prompt", "ROMEO", "--seed", seed).out
+            assert f"\n{text}" in read_until(terminal, f"{text[-5:]}\n> ")
+        os.write(terminal, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+def test_a_note_is_printed_after_the_text(monkeypatch) -> None:
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    assert cli.main([*map(str, SAMPLE), "--prompt", "ROMEO:", "--max_new_tokens", "60"]) == 0
+    text, end, note = both.getvalue().rpartition("\nnote: ")
+    assert len(text) == len("ROMEO:") + 60 and end
+    assert "window shifts" in note
 
 
 def test_only_the_program_limits_the_threads_for_a_small_model(program, monkeypatch) -> None:

@@ -1,6 +1,5 @@
 """Export to transformers and import from it, without a network."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +26,6 @@ from gptforge.errors import RunError, UserError
 from gptforge.model import GPT
 from gptforge.tokenizers import from_name
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
-from tests.train.runs import build
 
 ALL_TOKENIZERS = pytest.mark.parametrize("kind", TOKENIZERS)
 
@@ -393,34 +391,6 @@ def test_weights_too_large_for_the_configuration_are_not_read(exports, tmp_path)
         file.truncate(2**40)
     with pytest.raises(UserError, match="1,099,511,627,776 bytes, more than any"):
         read_hf(folder)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs a umask")
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_new_files_follow_the_umask(config, program, tmp_path, mask, play) -> None:
-    before = os.umask(mask)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "made" / "cache"))
-            run = str(tmp_path / "made" / "run")
-            build(dataclasses.replace(config, max_steps=2, warmup_steps=1, out_dir=run)).fit()
-        for form in ("hf", "space", "gguf"):
-            assert program("export", run, "--to", form, f"made/{form}").code == 0
-        assert program("import", "made/hf", "made/import").code == 0
-        prepared = ("prepare", play, "--out", "made/shards", "--tokenizer", "made/own.json")
-        assert (
-            program("tokenizer", "train", play, "--vocab_size", 300, "--out", prepared[-1]).code
-            == 0
-        )
-        assert program(*prepared).code == 0
-    finally:
-        os.umask(before)
-    unexpected = {
-        path.relative_to(tmp_path).as_posix(): oct(path.stat().st_mode & 0o777)
-        for path in (tmp_path / "made").rglob("*")
-        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~mask
-    }
-    assert unexpected == {}
 
 
 def test_the_next_export_deletes_what_a_killed_one_left(

@@ -1,9 +1,10 @@
+import io
 import sys
 
 import pytest
 
 from gptforge.report import progress
-from gptforge.report.progress import EtaNotice, ProgressMeter
+from gptforge.report.progress import ProgressMeter, track
 
 
 @pytest.fixture
@@ -13,28 +14,31 @@ def clock(monkeypatch):
     return now
 
 
-def test_pipe_gets_a_line_every_ten_seconds(clock, capsys) -> None:
+@pytest.fixture
+def open_terminal(monkeypatch):
+    """Makes stderr a terminal; called in the test, since pytest replaces it before."""
+
+    def open_terminal() -> io.StringIO:
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stderr", terminal)
+        return terminal
+
+    return open_terminal
+
+
+def test_pipe_gets_nothing(clock, capsys) -> None:
     with ProgressMeter("preparing") as meter:
         meter.start(400_000_000, 100_000_000)
         for _ in range(30):
-            clock[0] += 1
+            clock[0] += 100
             meter.add(5_000_000, 8_000_000)
-    lines = capsys.readouterr().err.splitlines()
-    # 50 of 300 MB were read in 10 seconds: 50 more seconds.
-    assert lines[0] == "preparing: 38%, 8.0 MB/s, about 50 seconds left"
-    assert len(lines) == 3
+    assert list(track("abc", "reading")) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "")
 
 
-def test_resumed_work_does_not_count_for_the_speed(clock, capsys) -> None:
-    with ProgressMeter("preparing") as meter:
-        meter.start(100, 90)
-        clock[0] += 60
-        meter.add(0, 0)
-    assert capsys.readouterr().err == ""
-
-
-def test_terminal_gets_a_bar(clock, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+def test_terminal_gets_a_bar(clock, open_terminal) -> None:
+    terminal = open_terminal()
     with ProgressMeter("preparing") as meter:
         meter.start(100, 10)
         clock[0] += 2
@@ -42,14 +46,33 @@ def test_terminal_gets_a_bar(clock, capsys, monkeypatch) -> None:
         meter.log("note: [brackets] stay as they are")
         assert meter._bar is not None
         task = meter._bar.tasks[0]
-        assert (task.total, task.completed, task.fields["speed"]) == (100, 60, "2.0 MB/s")
-    assert "note: [brackets] stay as they are" in capsys.readouterr().err
+        assert (task.total, task.completed, task.fields["status"]) == (100, 60, "2.0 MB/s")
+        meter(3, 4, "writing")
+        assert (task.percentage, task.fields["status"]) == (75, "writing")
+    assert "note: [brackets] stay as they are" in terminal.getvalue()
 
 
-def test_eta_is_printed_once_and_only_for_long_tasks(clock, capsys) -> None:
-    for seconds, lines in ((0.01, 0), (1, 1)):
-        notice = EtaNotice("the evaluation")
-        for done in range(1, 10):
-            clock[0] += seconds
-            notice(done, 20)
-        assert len(capsys.readouterr().err.splitlines()) == lines
+def test_resumed_work_does_not_count_for_the_time_left(open_terminal, monkeypatch) -> None:
+    open_terminal()
+    now = [0.0]
+    with ProgressMeter("preparing") as meter:
+        monkeypatch.setattr(meter._bar, "get_time", lambda: now[0])
+        meter._bar.tasks[0]._get_time = lambda: now[0]
+        meter.start(1000, 900)
+        for _ in range(5):
+            now[0] += 1
+            meter.add(10, 10)
+        assert meter._bar.tasks[0].time_remaining == 5
+
+
+def test_output_in_a_file_stays_there_while_a_bar_is_shown(capsys, open_terminal) -> None:
+    open_terminal()
+    with ProgressMeter("evaluating"):
+        print("result")
+    assert capsys.readouterr().out == "result\n"
+
+
+def test_items_are_counted(open_terminal) -> None:
+    terminal = open_terminal()
+    assert [item * 2 for item in track([1, 2, 3], "reading")] == [2, 4, 6]
+    assert "reading" in terminal.getvalue()

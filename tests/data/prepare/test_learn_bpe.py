@@ -188,6 +188,34 @@ def test_cache_is_shared_by_the_name_and_the_tokenizer_itself(tmp_path, monkeypa
     assert (again.tokenizer_name, by_tokenizer.tokenizer_name) == ("bpe", "bpe")
 
 
+def swap_merges(path: Path) -> None:
+    record = json.loads(path.read_text("utf-8"))
+    record["merges"][:2] = record["merges"][1::-1]
+    path.write_text(json.dumps(record) + "\n")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("damage", [swap_merges, truncate])
+def test_damaged_tokenizer_in_the_cache_is_learned_again(
+    tmp_path, monkeypatch, caplog, damage
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "t.txt"
+    path.write_text(" ".join(some_text(i) for i in range(90)), encoding="utf-8")
+    first = open_dataset(path, DatasetOptions(tokenizer="bpe"))
+    [cached] = (tmp_path / "cache").rglob("bpe-*.json")
+    content = cached.read_bytes()
+    damage(cached)
+    again = open_dataset(path, DatasetOptions(tokenizer="bpe"))
+    assert f"{cached.as_posix()} was damaged" in caplog.text
+    assert again.tokenizer.to_json() == first.tokenizer.to_json()
+    assert again.train.shards == first.train.shards
+    assert [p.read_bytes() for p in (tmp_path / "cache").rglob("bpe-*.json")] == [content]
+
+
 def test_bad_input_is_one_line_with_the_hint_of_other_tokenizers(tmp_path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"text": "words " * 9}) + "\n{broken\n")
