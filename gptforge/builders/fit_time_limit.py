@@ -20,6 +20,7 @@ from gptforge.builders.recipe import (
 from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.step_timing import time_step
+from gptforge.builders.train_teachers import cost_with_teachers
 from gptforge.config import Config
 from gptforge.errors import RunError
 from gptforge.presets import AUTO
@@ -60,13 +61,12 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         return c  # training reports it
     seconds = c.time_limit * 60 - (time.monotonic() - start_time)
     per_step = timing.seconds_per_sequence * c.global_batch_size / run.comm.world_size
-    share = 0.0
-    if "teacher_steps" in explicit and c.teacher_steps:
+    follow = c.teacher_steps and "teacher_steps" not in explicit
+    if c.teacher_steps and not follow:
         seconds -= c.teachers * c.teacher_steps * per_step
+        per_step *= 1 + c.teachers / 3
     else:
-        share = (c.teacher_steps or c.max_steps) / c.max_steps
-    # A teacher's step takes as long as one without teachers, and its forward a third of that.
-    per_step *= 1 + c.teachers * (1 / 3 + share)
+        per_step *= cost_with_teachers(c)
     val_tokens = len(run.dataset.val)
     fitted = fit_steps(
         c,
@@ -75,7 +75,7 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         seconds_per_step=per_step,
         val_tokens=min(val_tokens, c.eval_tokens or val_tokens),
     )
-    if share and c.teacher_steps:
+    if follow:
         fitted = dataclasses.replace(fitted, teacher_steps=teacher_steps(fitted.max_steps))
     if fitted.max_steps < c.max_steps:
         logger.info(

@@ -16,6 +16,7 @@ from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.rank_agreement import use_fsdp
 from gptforge.builders.resolve_run import resolve_run
 from gptforge.builders.step_timing import time_step
+from gptforge.builders.train_teachers import cost_with_teachers
 from gptforge.checkpoint.store import HEADROOM_BYTES
 from gptforge.config import Config
 from gptforge.data.dataloader import sequences_per_epoch
@@ -80,7 +81,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> TrainingPlan:
     if not memory.fits:
         warnings.append(f"memory: {estimator.suggest_fix(micro_batch, is_explicit=is_explicit)}")
     if c.teachers:
-        warnings.append(f"teachers: time and disk of all {c.teachers} come on top")
+        warnings.append(f"teachers: disk of all {c.teachers} comes on top, the time is included")
     if disk.free_bytes < disk.checkpoint_bytes + HEADROOM_BYTES:
         warnings.append("disk: no room for one checkpoint; free some, or use another --out_dir")
     elif not disk.fits:
@@ -187,7 +188,7 @@ def _plan_time(
         return dataclasses.replace(NOT_MEASURED, how=f"not measured: {error}")
     per_step = timing.seconds_per_sequence * config.global_batch_size
     return TimePlan(
-        seconds=per_step * config.max_steps,
+        seconds=per_step * config.max_steps * cost_with_teachers(config),
         seconds_per_step=per_step,
         tokens_per_second=config.tokens_per_step / per_step,
         how=f"measured here: {timing.how}",

@@ -54,6 +54,15 @@ def check_teachers(config: Config) -> None:
         raise UserError("--teachers needs --parallel ddp: each rank has a full copy of them")
 
 
+def cost_with_teachers(config: Config) -> float:
+    """Time of the steps of a run and its teachers, as a multiple of the run's without teachers.
+
+    A teacher's step takes as long as one without teachers, and its forward a third of that.
+    """
+    steps = config.teacher_steps or config.max_steps
+    return 1 + config.teachers * (1 / 3 + steps / config.max_steps)
+
+
 def teacher_config(config: Config, number: int) -> Config:
     """The configuration of teacher `number`, from 1: that of the student, with another seed."""
     steps = config.teacher_steps or config.max_steps

@@ -96,8 +96,11 @@ def test_memory_estimate_matches_the_tensors_of_training(play, tmp_path) -> None
     assert memory["snapshot"] == memory["weights"] + memory["optimizer"]
 
 
-def test_the_plan_says_that_teachers_come_on_top(plan) -> None:
-    assert any("all 2 come on top" in line for line in plan("--teachers", 2)["warnings"])
+def test_the_plan_includes_teachers(plan) -> None:
+    found = plan("--teachers", 2, "--teacher_steps", 10, "--max_steps", 20)
+    assert any("disk of all 2 comes on top" in line for line in found["warnings"])
+    time = found["time"]
+    assert time["seconds"] == pytest.approx(20 * time["seconds_per_step"] * (1 + 2 / 3 + 1))
     assert not any("teachers" in line for line in plan()["warnings"])
 
 
