@@ -243,7 +243,7 @@ def test_pointer_files_replace_links(program) -> None:
 
 def test_an_intact_checkpoint_is_suggested_for_a_corrupt_one(program) -> None:
     best = Path("run/checkpoints/best").resolve()
-    intact = next(path for path in sorted(best.parent.glob("step-*")) if path != best)
+    *_, intact = (path for path in sorted(best.parent.glob("step-*")) if path != best)
     (best / "model.safetensors").write_bytes(b"")
     done = program("sample", "run", "--device", "cpu")
     assert done.code == 2
