@@ -30,7 +30,7 @@ import torch
 
 from gptforge.checkpoint.format import save_inference_checkpoint
 from gptforge.checkpoint.state_dict import model_state_dict
-from gptforge.config import to_toml
+from gptforge.config_file import to_toml
 from gptforge.model import GPT
 from gptforge.presets import get_preset
 from gptforge.tokenizers import from_name

@@ -1,4 +1,4 @@
-"""The configuration of a run: a flat, frozen dataclass, its TOML form and its validation.
+"""The configuration of a run: a flat, frozen dataclass.
 
 A field's docstring is also its `--help`. An empty string or 0 stands for the default that the
 docstring names: neither TOML nor flags have a null.
@@ -6,17 +6,11 @@ docstring names: neither TOML nor flags have a null.
 
 import dataclasses
 import difflib
-import json
-import math
-import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from gptforge.errors import UserError, parsing
-from gptforge.files import read_text
+from gptforge.errors import UserError
 from gptforge.printable import short_repr
 
 MAX_TOKENS_PER_STEP = 2**28
@@ -290,50 +284,6 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
     return dataclasses.replace(base, **checked)
 
 
-def read_toml(path: Path) -> tuple[dict[str, object], bool]:
-    """Read the fields that a TOML file sets.
-
-    Returns:
-        The fields, and whether a run wrote the file: then no field counts as set by the user.
-    """
-    with parsing(f"--config {path}", "a readable TOML file"):
-        values = tomllib.loads(read_text(path))
-    is_from_run = isinstance(values.pop(METADATA_TABLE, None), dict)
-    for old, name in RENAMED_FIELDS.items():
-        if old in values and name not in values:
-            values[name] = values.pop(old)
-    if is_from_run:
-        values = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
-        if "split_by_name" not in values:
-            # Version 0.1 read CSV as plain text and ignored splits in file names.
-            is_table = Path(str(values.get("input"))).suffix.lower() in (".csv", ".tsv")
-            values |= {"split_by_name": False, "kind": "text" if is_table else "auto"}
-        # Runs from before this field make all their steps.
-        values.setdefault("patience", 0)
-    for name in sorted(FLAG_ONLY & values.keys()):
-        if values.pop(name):
-            raise UserError(f"--config {path}: {name} can only be set by a flag")
-    return values, is_from_run
-
-
-def to_toml(config: Config, metadata: Mapping[str, str]) -> str:
-    """All fields as TOML, with `metadata` (versions, command) in a table of their own."""
-    names = [name for name in FIELDS if name not in FLAG_ONLY]
-    lines = [f"{name} = {_toml_value(getattr(config, name))}" for name in names]
-    lines += ["", f"[{METADATA_TABLE}]"]
-    lines += [f"{name} = {_toml_value(text)}" for name, text in metadata.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Value) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON strings are TOML basic strings, except that TOML wants DEL escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
-
-
 def resume_conflicts(old: Config, new: Config) -> list[str]:
     """Why a run started with `old` cannot resume with `new`: lines of 'field: old -> new'."""
     found = [
@@ -346,78 +296,3 @@ def resume_conflicts(old: Config, new: Config) -> list[str]:
             f"batch_size x accumulation: {old.global_batch_size} -> {new.global_batch_size}"
         )
     return found
-
-
-def validate(config: Config) -> None:
-    """Check all values.
-
-    Raises:
-        UserError: for the first invalid value, with its flag.
-    """
-    c = config
-    for name, hint in typing.get_type_hints(Config).items():
-        value = getattr(c, name)
-        if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
-            raise UserError(f"--{name} {value!r} is not valid UTF-8 text: use another name")
-        choices = typing.get_args(hint)
-        if choices and value not in choices:
-            raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
-        if isinstance(value, int) and value.bit_length() > 63:
-            raise UserError(f"--{name} must be below 2**63")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} must be a finite number, not {value}")
-    _check_min(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
-    _check_min(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
-    _check_min(c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every")
-    _check_min(c, 0, "teachers teacher_steps")
-    _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk muon_lr")
-    _check_min(c, -1, "patience")
-    for name in ("embedding_weight_decay", "muon_weight_decay"):
-        if getattr(c, name) < 0 and getattr(c, name) != -1:
-            raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
-    for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
-        if not 0 <= getattr(c, name) < 1:
-            raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
-    if not 0 <= c.distill_weight <= 1:
-        raise UserError(f"--distill_weight must be from 0 to 1, not {c.distill_weight}")
-    if c.tokens_per_step > MAX_TOKENS_PER_STEP:
-        raise UserError(
-            f"--batch_size {c.batch_size} x --gradient_accumulation_steps "
-            f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
-            f"{c.tokens_per_step:,} tokens per step; the maximum is {MAX_TOKENS_PER_STEP:,}"
-        )
-    for tracker in c.trackers:
-        if tracker not in TRACKERS or c.trackers.count(tracker) > 1:
-            raise UserError(
-                f"--tracker {c.tracker}: takes one or more of {', '.join(TRACKERS)}, separated by "
-                "commas, each once"
-            )
-    if c.seed >= SEED_LIMIT:
-        raise UserError(f"--seed must be below 2**63, not {c.seed}")
-    if c.n_embd % c.n_head:
-        raise UserError(
-            f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}: "
-            f"each head has n_embd / n_head channels"
-        )
-    if c.context_length > c.block_size:
-        raise UserError(
-            f"--context_length {c.context_length} is more than --block_size {c.block_size}: "
-            "the model has no position embeddings for it"
-        )
-    if not 0 < c.decay_fraction <= 1:
-        raise UserError(f"--decay_fraction must be above 0 and at most 1, not {c.decay_fraction}")
-    if c.max_lr <= 0:
-        raise UserError(f"--max_lr must be above 0, not {c.max_lr}")
-    if c.min_lr > c.max_lr and c.schedule != "constant":
-        raise UserError(f"--min_lr {c.min_lr} is more than --max_lr {c.max_lr}")
-    if c.warmup_steps > c.max_steps:
-        raise UserError(
-            f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: "
-            "the learning rate would never reach --max_lr"
-        )
-
-
-def _check_min(config: Config, minimum: int, names: str) -> None:
-    for name in names.split():
-        if getattr(config, name) < minimum:
-            raise UserError(f"--{name} must be {minimum} or more, not {getattr(config, name)}")

@@ -172,7 +172,8 @@ def test_gguf_export_reports_the_difference_to_llama_cpp(ckpt, bundle, program, 
 def test_config_files_without_the_field_mean_tanh(tmp_path) -> None:
     import tomllib
 
-    from gptforge.config import merge, to_toml
+    from gptforge.config import merge
+    from gptforge.config_file import to_toml
 
     values = tomllib.loads(to_toml(Config(), {}))
     assert values.pop("activation") == "gelu_tanh"

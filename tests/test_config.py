@@ -5,15 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptforge.config import (
-    FIELDS,
-    Config,
-    merge,
-    read_toml,
-    resume_conflicts,
-    to_toml,
-    validate,
-)
+from gptforge.config import FIELDS, Config, merge, resume_conflicts
+from gptforge.config_checks import validate
+from gptforge.config_file import read_toml, to_toml
 from gptforge.errors import UserError
 
 

@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from gptforge import tokenizers
-from gptforge.config import (
-    Config,
-    merge,
-    read_toml,
-    validate,
-)
+from gptforge.config import Config, merge
+from gptforge.config_checks import validate
+from gptforge.config_file import read_toml
 from gptforge.convert.bundle import is_dense_real
 from gptforge.errors import (
     RunError,

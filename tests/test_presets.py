@@ -1,6 +1,7 @@
 import pytest
 
-from gptforge.config import Config, validate
+from gptforge.config import Config
+from gptforge.config_checks import validate
 from gptforge.errors import UserError
 from gptforge.estimate import formulas
 from gptforge.presets import PRESETS, get_preset

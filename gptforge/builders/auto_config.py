@@ -10,7 +10,8 @@ import torch
 from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, make_recipe
 from gptforge.builders.resolve import MODEL_FIELDS, config_of_run, is_set_by_run_file
 from gptforge.builders.seed import seed_everything
-from gptforge.config import FIELDS, Config, merge, validate
+from gptforge.config import FIELDS, Config, merge
+from gptforge.config_checks import validate
 from gptforge.data.dataset import resolve_input
 from gptforge.data.text_size import estimate_text_size
 from gptforge.device import select_device, select_precision, synchronize

@@ -12,12 +12,9 @@ from gptforge import __version__, files
 from gptforge.builders.load_model import load_bundle
 from gptforge.builders.prompts import suggest_prompts
 from gptforge.checkpoint import format as checkpoints
-from gptforge.config import (
-    Config,
-    merge,
-    to_toml,
-    validate,
-)
+from gptforge.config import Config, merge
+from gptforge.config_checks import validate
+from gptforge.config_file import to_toml
 from gptforge.convert.bundle import ModelBundle, unused_row_probability
 from gptforge.convert.gguf import gelu_tanh_difference, write_gguf
 from gptforge.convert.hf import is_hf_dir, write_hf

@@ -10,7 +10,8 @@ from gptforge.builders.import_model import import_if_needed
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import is_run_of
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import Config, GPTConfig, read_toml
+from gptforge.config import Config, GPTConfig
+from gptforge.config_file import read_toml
 from gptforge.data.checks import quick_check
 from gptforge.data.dataset import (
     BUNDLED_INPUT,

@@ -12,7 +12,8 @@ from gptforge.builders.build_train_step import attention_backend
 from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import OpenedRun
-from gptforge.config import METADATA_TABLE, to_toml
+from gptforge.config import METADATA_TABLE
+from gptforge.config_file import to_toml
 from gptforge.estimate.formulas import num_params
 from gptforge.model import GPT
 from gptforge.report.console import Console

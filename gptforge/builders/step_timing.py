@@ -12,7 +12,8 @@ from gptforge.builders.build_train_step import build_train_step
 from gptforge.builders.kernel_warmup import KernelWarmup
 from gptforge.builders.seed import seed_everything
 from gptforge.checkpoint.run_dir import OpenedRun
-from gptforge.config import Config, validate
+from gptforge.config import Config
+from gptforge.config_checks import validate
 from gptforge.device import select_device, select_precision
 from gptforge.estimate.formulas import flops_per_token
 from gptforge.model import GPT

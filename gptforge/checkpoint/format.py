@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from gptforge import files
 from gptforge.checkpoint.state_dict import StateDict, save_safetensors
-from gptforge.config import Config, merge, read_toml, validate
+from gptforge.config import Config, merge
+from gptforge.config_checks import validate
+from gptforge.config_file import read_toml
 from gptforge.errors import RunError, UserError, error_reason, parsing, runs_hint
 from gptforge.estimate.formulas import num_params
 from gptforge.printable import short_repr

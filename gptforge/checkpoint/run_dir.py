@@ -13,7 +13,8 @@ from gptforge import files
 from gptforge.checkpoint.extension import extend_run
 from gptforge.checkpoint.format import CONFIG, read_config, read_state, read_tokenizer
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import Config, read_toml, resume_conflicts
+from gptforge.config import Config, resume_conflicts
+from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, FolderLock, is_locked, lock_folder
 from gptforge.shell import quote

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge, read_toml
+from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge
+from gptforge.config_file import read_toml
 from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptforge.cli.parsing import expand_bool_flags, flag_values, rename_flags
-from gptforge.config import Config, read_toml
+from gptforge.config import Config
+from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.shell import env_int, program_name, torchrun_target
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gptforge.cli.parsing import parse_train_args, resolve_preset
-from gptforge.config import Config, merge, validate
+from gptforge.config import Config, merge
+from gptforge.config_checks import validate
 from gptforge.errors import Terminated, UserError
 from gptforge.presets import AUTO
 from gptforge.printable import print_stderr, safe_print

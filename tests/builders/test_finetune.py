@@ -10,7 +10,7 @@ import pytest
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.finetune import EPOCHS, MAX_TOKENS, choose_batch_size, choose_lr
 from gptforge.builders.resolve import resolve_out_dir
-from gptforge.config import read_toml
+from gptforge.config_file import read_toml
 from gptforge.presets import get_preset
 from tests.conftest import play_text
 from tests.programs import events
@@ -136,6 +136,18 @@ def test_config_of_a_run_is_taken_as_it_is(finetune, program) -> None:
     first, _ = read_toml(Path("tuned/config.toml"))
     again, _ = read_toml(Path("again/config.toml"))
     assert {**again, "out_dir": "tuned"} == first
+
+
+def test_config_of_a_run_with_another_model_imports_it(finetune, program) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert finetune("--max_steps", 4).code == 0
+    assert program("export", "tuned", "--to", "hf", "model").code == 0
+    flags = ("--config", "tuned/config.toml", "--init_from", "model", "--out_dir", "again")
+    done = program(*flags)
+    assert done.code == 0, done.err
+    again, _ = read_toml(Path("again/config.toml"))
+    assert again["init_from"] == "runs/imported/model"
+    assert again["max_steps"] == 4
 
 
 def test_without_a_model_is_an_error(program, play) -> None:

@@ -16,7 +16,8 @@ from gptforge.builders.recipe import (
     USABLE_TIME,
     make_recipe,
 )
-from gptforge.config import Config, merge, validate
+from gptforge.config import Config, merge
+from gptforge.config_checks import validate
 from gptforge.estimate.formulas import flops_per_token
 from gptforge.presets import get_preset
 

@@ -24,7 +24,7 @@ from gptforge.checkpoint.format import (
 )
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.cli import main
-from gptforge.config import read_toml
+from gptforge.config_file import read_toml
 from gptforge.errors import RunError, UserError
 
 

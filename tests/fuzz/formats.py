@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zstandard
+from gptforge.demo.training_tab import _render as render_training
 
 from gptforge import files, tokenizers
 from gptforge.builders.load_model import load_bundle
@@ -26,14 +27,9 @@ from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import load_rng_state_dict, save_safetensors
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.cli.prepare import describe
-from gptforge.config import (
-    Config,
-    GPTConfig,
-    merge,
-    read_toml,
-    to_toml,
-    validate,
-)
+from gptforge.config import Config, GPTConfig, merge
+from gptforge.config_checks import validate
+from gptforge.config_file import read_toml, to_toml
 from gptforge.convert.bundle import ModelBundle
 from gptforge.convert.hf import FIXED_CONFIG, read_hf
 from gptforge.convert.hf_tokenizer import load_hf_tokenizer, tokenizer_json
@@ -47,7 +43,6 @@ from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import VERIFIED_FILE, find_corruption, read_index
-from gptforge.demo.training_tab import _render as render_training
 from gptforge.doctor.shards import check_shards
 from gptforge.errors import UserError
 from gptforge.model import GPT

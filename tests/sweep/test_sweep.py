@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from gptforge import cli
-from gptforge.config import Config, read_toml
+from gptforge.config import Config
+from gptforge.config_file import read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.estimate.plan import MemoryPlan
 from gptforge.report import run_report

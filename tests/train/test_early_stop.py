@@ -6,7 +6,8 @@ import pytest
 
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.run_dir import resume_config
-from gptforge.config import Config, read_toml, to_toml
+from gptforge.config import Config
+from gptforge.config_file import read_toml, to_toml
 from gptforge.errors import UserError
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
 from gptforge.train.early_stop import resolve_patience

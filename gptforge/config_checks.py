@@ -1,0 +1,82 @@
+"""Checks of a configuration's values, before anything is built."""
+
+import math
+import typing
+
+from gptforge.config import MAX_TOKENS_PER_STEP, SEED_LIMIT, TRACKERS, Config
+from gptforge.errors import UserError
+
+
+def validate(config: Config) -> None:
+    """Check all values.
+
+    Raises:
+        UserError: for the first invalid value, with its flag.
+    """
+    c = config
+    for name, hint in typing.get_type_hints(Config).items():
+        value = getattr(c, name)
+        if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+            raise UserError(f"--{name} {value!r} is not valid UTF-8 text: use another name")
+        choices = typing.get_args(hint)
+        if choices and value not in choices:
+            raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise UserError(f"--{name} must be below 2**63")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, not {value}")
+    _check_min(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
+    _check_min(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
+    _check_min(c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every")
+    _check_min(c, 0, "teachers teacher_steps")
+    _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk muon_lr")
+    _check_min(c, -1, "patience")
+    for name in ("embedding_weight_decay", "muon_weight_decay"):
+        if getattr(c, name) < 0 and getattr(c, name) != -1:
+            raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
+    for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
+        if not 0 <= getattr(c, name) < 1:
+            raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
+    if not 0 <= c.distill_weight <= 1:
+        raise UserError(f"--distill_weight must be from 0 to 1, not {c.distill_weight}")
+    if c.tokens_per_step > MAX_TOKENS_PER_STEP:
+        raise UserError(
+            f"--batch_size {c.batch_size} x --gradient_accumulation_steps "
+            f"{c.gradient_accumulation_steps} x --context_length {c.context_length} is "
+            f"{c.tokens_per_step:,} tokens per step; the maximum is {MAX_TOKENS_PER_STEP:,}"
+        )
+    for tracker in c.trackers:
+        if tracker not in TRACKERS or c.trackers.count(tracker) > 1:
+            raise UserError(
+                f"--tracker {c.tracker}: takes one or more of {', '.join(TRACKERS)}, separated by "
+                "commas, each once"
+            )
+    if c.seed >= SEED_LIMIT:
+        raise UserError(f"--seed must be below 2**63, not {c.seed}")
+    if c.n_embd % c.n_head:
+        raise UserError(
+            f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}: "
+            f"each head has n_embd / n_head channels"
+        )
+    if c.context_length > c.block_size:
+        raise UserError(
+            f"--context_length {c.context_length} is more than --block_size {c.block_size}: "
+            "the model has no position embeddings for it"
+        )
+    if not 0 < c.decay_fraction <= 1:
+        raise UserError(f"--decay_fraction must be above 0 and at most 1, not {c.decay_fraction}")
+    if c.max_lr <= 0:
+        raise UserError(f"--max_lr must be above 0, not {c.max_lr}")
+    if c.min_lr > c.max_lr and c.schedule != "constant":
+        raise UserError(f"--min_lr {c.min_lr} is more than --max_lr {c.max_lr}")
+    if c.warmup_steps > c.max_steps:
+        raise UserError(
+            f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: "
+            "the learning rate would never reach --max_lr"
+        )
+
+
+def _check_min(config: Config, minimum: int, names: str) -> None:
+    for name in names.split():
+        if getattr(config, name) < minimum:
+            raise UserError(f"--{name} must be {minimum} or more, not {getattr(config, name)}")
