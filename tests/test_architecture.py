@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 
 # Modules and folders of the package. Each may import only from those before it.
 LAYERS = (
-    *("printable", "errors", "findings", "shell", "files", "lock", "cuda_prewarm"),
+    *("printable", "errors", "findings", "shell", "files", "patterns", "lock", "cuda_prewarm"),
     *("config", "config_checks", "config_file", "presets"),
     *("estimate", "kernels", "device", "kernel_select", "distributed", "model", "tokenizers"),
     *("data", "optim", "checkpoint", "report", "inference", "evaluate", "convert", "train"),

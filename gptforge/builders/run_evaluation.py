@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from gptforge import files
 from gptforge.builders.load_model import load
 from gptforge.checkpoint import format as checkpoints
 from gptforge.config import Config
@@ -38,6 +37,7 @@ from gptforge.evaluate.tasks import TASKS, Example, score_choices
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
 from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
+from gptforge.patterns import expand_glob
 from gptforge.printable import pluralize
 from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers import byte_lengths, char_lengths
@@ -185,7 +185,7 @@ def _open_val_split(options: DatasetOptions, trained: _TrainedRun) -> TokenDatas
     missing = f"the training text of {run}, {config.input}, is not here: give a text with --data"
     # The path of the bundled text depends on the folder and version; its hash does not.
     is_there = config.input == BUNDLED_INPUT or Path(config.input).exists()
-    is_gone = not is_there and not files.expand_glob(config.input)
+    is_gone = not is_there and not expand_glob(config.input)
     if is_gone and Path(config.input).name != "input.txt":
         raise UserError(missing)
     try:

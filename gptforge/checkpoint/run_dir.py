@@ -17,6 +17,7 @@ from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, FolderLock, is_locked, lock_folder
+from gptforge.patterns import is_inside
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
@@ -287,11 +288,11 @@ def _inputs_inside(config: Config, folder: Path) -> str:
     with the new run.
     """
     paths = {"input": config.input}
-    starts_inside = config.init_from and files.is_inside(folder, config.init_from)
+    starts_inside = config.init_from and is_inside(folder, config.init_from)
     if Path(config.tokenizer).is_file() and not starts_inside:
         paths["tokenizer"] = config.tokenizer
     return " and ".join(
-        f"--{flag} {path}" for flag, path in paths.items() if path and files.is_inside(folder, path)
+        f"--{flag} {path}" for flag, path in paths.items() if path and is_inside(folder, path)
     )
 
 

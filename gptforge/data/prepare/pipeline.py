@@ -35,6 +35,7 @@ from gptforge.data.shard_index import (
 )
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, lock_folder
+from gptforge.patterns import is_inside
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import smallest_dtype
@@ -280,7 +281,7 @@ def _check_sources_stay(out_dir: Path, request: PrepareRequest) -> None:
     if isinstance(request.tokenizer, str) and Path(request.tokenizer).is_file():
         names.append(request.tokenizer)
     for name in names:
-        if files.is_inside(out_dir, name):
+        if is_inside(out_dir, name):
             hint = "choose another --out, or move that file first"
             raise UserError(f"--restart would move {out_dir} away with {name} in it: {hint}")
 

@@ -16,6 +16,7 @@ from typing import IO, Literal
 
 from gptforge import files
 from gptforge.errors import UserError
+from gptforge.patterns import expand_glob
 from gptforge.shell import quote
 
 FileKind = Literal["text", "jsonl", "parquet", "csv"]
@@ -122,7 +123,7 @@ def _expand(name: str) -> list[Path]:
         return sorted(found, key=lambda file: file.as_posix())
     if path.exists():
         return [path]
-    found = [file for file in files.expand_glob(name) if file.is_file()]
+    found = [file for file in expand_glob(name) if file.is_file()]
     if not found:
         what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
         raise UserError(f"{name}: {what}")
