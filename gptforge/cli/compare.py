@@ -63,58 +63,40 @@ def main(argv: list[str]) -> int:
 
 
 def _text(comparison: "Comparison") -> str:
-    differing = [["run", *comparison.fields]]
-    differing += [
-        [name, *(printable(values[index]) for values in comparison.fields.values())]
-        for index, name in enumerate(comparison.names)
-    ]
-    outcomes = [list(OUTCOMES)]
-    for name, run in zip(comparison.names, comparison.runs, strict=True):
-        row = run.to_json()
-        best = ["", "", ""]
-        if run.best is not None:
-            best = [f"{row['val_loss']:.4f}", f"{row['val_bpb']:.4f}", f"{row['best_step']:,}"]
-        steps = [f"{row['step']:,} / {row['max_steps']:,}", format_count(row["tokens"])]
-        seconds = "" if row["seconds"] is None else format_duration(row["seconds"])
-        outcomes.append(
-            [name, run.state, *best, *steps, seconds, f"{row['tok_per_sec'] or 0:,.0f}"]
-        )
-    tables = [markdown_table(rows) for rows in (differing, outcomes)]
-    if not comparison.fields:
-        tables[0] = "The configurations are the same."
-    notes = [f"note: {note}" for note in comparison.notes]
-    return "\n".join([*tables[:1], "", *tables[1:], "", *notes, *comparison.verdict])
+    differing = [["field", *(run.path.as_posix() for run in comparison.runs)]]
+    differing += [[name, *map(printable, values)] for name, values in comparison.fields.items()]
+    if len(comparison.runs) > len(comparison.fields):
+        differing = [list(column) for column in zip(*differing, strict=True)]
+        differing[0][0] = "run"
+    outcomes = [OUTCOMES, *(_outcome(run.to_json()) for run in comparison.runs)]
+    lines = [markdown_table(differing) if comparison.fields else "The configurations are the same."]
+    lines += ["", markdown_table(outcomes), "", *(f"note: {note}" for note in comparison.notes)]
+    return "\n".join(lines + comparison.verdict)
+
+
+def _outcome(row: dict[str, Any]) -> list[str]:
+    """The cells of a run in the second table."""
+    best = [""] * 3
+    if row["val_loss"] is not None:
+        best = [f"{row['val_loss']:.4f}", f"{row['val_bpb']:.4f}", f"{row['best_step']:,}"]
+    steps = [f"{row['step']:,} / {row['max_steps']:,}", format_count(row["tokens"])]
+    seconds = "" if row["seconds"] is None else format_duration(row["seconds"])
+    return [row["run"], row["state"], *best, *steps, seconds, f"{row['tok_per_sec']:,.0f}"]
 
 
 def _to_json(comparison: "Comparison") -> dict[str, Any]:
-    groups = list(comparison.groups)
-    runs = []
-    for index, run in enumerate(comparison.runs):
-        values = {name: column[index] for name, column in comparison.fields.items()}
-        group = next(i for i, group in enumerate(groups) if run in group.runs)
-        runs.append(run.to_json() | {"group": group, "fields": values})
-    return {
-        "metric": comparison.metric,
-        "notes": list(comparison.notes),
-        "runs": runs,
+    return vars(comparison) | {
+        "runs": [run.to_json() for run in comparison.runs],
         "groups": [
             {
                 "name": group.name,
-                "scores": list(group.scores),
+                "runs": [run.path.as_posix() for run in group.runs],
+                "scores": group.scores,
                 "mean": group.mean if group.scores else None,
                 "spread": group.spread,
             }
-            for group in groups
+            for group in comparison.groups
         ],
-        "differences": [
-            {
-                "better": groups.index(difference.better),
-                "worse": groups.index(difference.worse),
-                "difference": difference.size,
-                "p_value": difference.p_value,
-                "is_real": difference.is_real if difference.p_value is not None else None,
-            }
-            for difference in comparison.differences
-        ],
+        "differences": [difference._asdict() for difference in comparison.differences],
         "verdict": comparison.verdict,
     }

@@ -13,6 +13,7 @@ from gptforge.printable import safe_print
 from gptforge.report.format import format_duration, format_time, markdown_table
 
 HEADER = ("run", "state", "text", "held-out loss", "step", "time", "size", "last change")
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> int:
         print(json.dumps(rows))
     elif rows:
         safe_print(markdown_table([HEADER, *map(_cells, rows)]))
+        for row in rows:
+            if row["state"] == DAMAGED:
+                safe_print(f"note: {row['problem']}")
     else:
         safe_print(f"No runs in {args.folder}.")
     return 0
@@ -56,7 +60,7 @@ def _row(path: Path) -> dict[str, Any]:
     try:
         return read_run(path).to_json() | size
     except (UserError, OSError) as error:
-        state = "damaged" if (path / CONFIG).is_file() else "no run"
+        state = DAMAGED if (path / CONFIG).is_file() else "no run"
         facts = {"run": path.as_posix(), "state": state, "problem": str(error)}
         return facts | {"modified": path.stat().st_mtime} | size
 
@@ -64,7 +68,7 @@ def _row(path: Path) -> dict[str, Any]:
 def _cells(row: dict[str, Any]) -> list[str]:
     size, changed = f"{row['bytes'] / 1e6:,.1f} MB", format_time(row["modified"])
     if "problem" in row:
-        return [row["run"], row["state"], row["problem"], "", "", "", size, changed]
+        return [row["run"], row["state"], *[""] * 4, size, changed]
     loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f} at {row['best_step']:,}"
     seconds = "" if row["seconds"] is None else format_duration(row["seconds"])
     steps = f"{row['step']:,} / {row['max_steps']:,}"

@@ -1,12 +1,10 @@
 """Compare runs: where their configurations differ, and whether a difference is more than noise."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME
 from gptforge.report.run_info import COMPLETE, RunInfo
@@ -15,22 +13,17 @@ SIGNIFICANCE = 0.05
 """Probability of calling a difference real that is none, over all pairs of groups."""
 HIDDEN = frozenset({"config", "out_dir", "restart"})
 """Fields that are not compared."""
-LEARNED = (FIELDS.keys() - MAY_CHANGE_ON_RESUME - {"seed"}) | {
-    *("max_steps", "eval_every", "patience"),
-}
-"""Fields that change what is learned. The text and the global batch size count, too."""
+LEARNED = sorted(
+    (FIELDS.keys() - MAY_CHANGE_ON_RESUME - {"seed", "tokenizer"})
+    | {"max_steps", "eval_every", "patience"}
+)
+"""Fields that change what is learned. Text, tokenizer and global batch size count, too."""
 METRIC_NAMES = {"val_loss": "held-out loss", "val_bpb": "held-out bits per byte"}
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ by the seed alone.
-
-    Attributes:
-        name: of its runs.
-        runs: all of them.
-        scores: best value of the metric of each complete run.
-    """
+    """Runs that differ by the seed alone, and the best value of the metric of each complete one."""
 
     name: str
     runs: Sequence[RunInfo]
@@ -38,45 +31,29 @@ class Group:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.scores)
+        """Mean over seeds; infinite without a score, so that it sorts last."""
+        return statistics.fmean(self.scores) if self.scores else math.inf
 
     @property
     def spread(self) -> float | None:
         """Sample standard deviation over seeds; None for one."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
-    @property
-    def label(self) -> str:
-        """Mean and spread, for people."""
-        spread = "" if self.spread is None else f" ± {self.spread:.4f}"
-        return f"{self.mean:.4f}{spread}" if self.scores else ""
 
-
-@dataclass(frozen=True)
-class Difference:
-    """The difference of the means of two groups.
+class Difference(NamedTuple):
+    """How much lower the mean of the better group is.
 
     Attributes:
-        better: the group with the lower mean.
-        worse: the other.
         p_value: of Student's t-test with the spread pooled over all groups, times the number of
-            pairs (Bonferroni); None if no group has two seeds.
+            pairs of groups (Bonferroni); None if no group has two seeds.
+        is_real: whether it is too large to be chance; None if that is unknown.
     """
 
-    better: Group
-    worse: Group
+    better: str
+    worse: str
+    difference: float
     p_value: float | None
-
-    @property
-    def size(self) -> float:
-        """How much lower the better mean is."""
-        return self.worse.mean - self.better.mean
-
-    @property
-    def is_real(self) -> bool:
-        """Whether it is too large to be chance."""
-        return self.p_value is not None and self.p_value < SIGNIFICANCE
+    is_real: bool | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +61,6 @@ class Comparison:
     """What `compare` found.
 
     Attributes:
-        names: short, different names of the runs.
         runs: as they were given.
         fields: the fields that differ, with the value of each run.
         metric: val_loss; val_bpb if the tokenizers differ; None if no metric is comparable.
@@ -93,7 +69,6 @@ class Comparison:
         differences: of the best group to each other one.
     """
 
-    names: Sequence[str]
     runs: Sequence[RunInfo]
     fields: Mapping[str, Sequence[Any]]
     metric: str | None
@@ -106,35 +81,33 @@ class Comparison:
         """What may be concluded, in sentences."""
         if self.metric is None:
             return ["No verdict: the losses of these runs cannot be compared."]
-        scored = [group for group in self.groups if group.scores]
         what = METRIC_NAMES[self.metric]
         lines = [
             f"{group.name}: mean {what} {group.mean:.4f}, spread {group.spread:.4f} over "
             f"{len(group.scores)} seeds"
-            for group in scored
+            for group in self.groups
             if group.spread is not None
         ]
-        if len(scored) < 2:
-            same = "They differ by the seed alone, so there is nothing to choose between."
-            return [*lines, same if len(self.groups) == 1 else "Too few complete runs to compare."]
+        if len(self.groups) == 1:
+            return [*lines, "They differ by the seed alone: nothing to choose between."]
+        if not self.differences:
+            return [*lines, "No verdict: too few complete runs."]
         return lines + [_sentence(difference, what) for difference in self.differences]
 
 
 def compare(runs: Sequence[RunInfo]) -> Comparison:
     """Compare two or more runs."""
-    names = _short_names(runs)
     metric, notes = _comparable_metric(runs)
-    for name, run in zip(names, runs, strict=True):
+    for run in runs:
+        name = run.path.as_posix()
         if run.best is None:
             notes.append(f"{name} has no held-out loss")
         elif run.state not in COMPLETE:
-            notes.append(
-                f"{name} is {run.state} at step {run.steps:,} of {run.config.max_steps:,}: it does "
-                "not count"
-            )
-    groups = _group(runs, names, metric or "val_loss", notes)
+            progress = f"step {run.steps:,} of {run.config.max_steps:,}"
+            notes.append(f"{name} is {run.state} at {progress}: it does not count")
+    groups = _group(runs, metric or "val_loss", notes)
     differences = _differences([group for group in groups if group.scores]) if metric else []
-    return Comparison(names, runs, _differing(runs), metric, notes, groups, differences)
+    return Comparison(runs, _differing(runs), metric, notes, groups, differences)
 
 
 def student_t_p_value(t: float, df: int) -> float:
@@ -142,17 +115,14 @@ def student_t_p_value(t: float, df: int) -> float:
 
     The finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4.
     """
-    theta = math.atan(abs(t) / math.sqrt(df))
-    cos2, odd = math.cos(theta) ** 2, df % 2
-    term = 1.0 if df > 1 else 0.0
-    total = term
+    theta, odd = math.atan(abs(t) / math.sqrt(df)), df % 2
+    term = total = float(df > 1)
     for k in range(1, (df - odd) // 2):
-        term *= cos2 * (2 * k - 1 + odd) / (2 * k + odd)
+        term *= math.cos(theta) ** 2 * (2 * k - 1 + odd) / (2 * k + odd)
         total += term
+    inside = math.sin(theta) * total
     if odd:
-        inside = 2 / math.pi * (theta + math.sin(theta) * math.cos(theta) * total)
-    else:
-        inside = math.sin(theta) * total
+        inside = 2 / math.pi * (theta + math.cos(theta) * inside)
     return max(0.0, 1 - inside)
 
 
@@ -161,101 +131,78 @@ def _comparable_metric(runs: Sequence[RunInfo]) -> tuple[str | None, list[str]]:
     if not all(run.has_same_text(runs[0]) for run in runs):
         texts = ", ".join(sorted({run.text for run in runs}))
         return None, [f"they were trained on different texts ({texts})"]
-    parts = ("val_fraction", "split_by_name", "eval_tokens")
-    names = [name for name in parts if len({getattr(run.config, name) for run in runs}) > 1]
-    if any(run.config.eval_tokens for run in runs):
-        names += ["context_length"] * (len({run.config.context_length for run in runs}) > 1)
-    if names:
+    is_partial = any(run.config.eval_tokens for run in runs)
+    parts = ["val_fraction", "split_by_name", "eval_tokens", *["context_length"] * is_partial]
+    if names := [name for name in parts if len({getattr(run.config, name) for run in runs}) > 1]:
         fields = ", ".join(names)
         return None, [f"they were evaluated on different parts of the text ({fields} differ)"]
-    if len(set(map(_tokenizer, runs))) == 1:
+    if len({run.tokenizer for run in runs}) == 1:
         return "val_loss", []
     note = "their tokenizers differ, so losses per token cannot be compared"
-    if any(run.config.eval_tokens for run in runs):
-        return None, [f"{note}, and with eval_tokens nor can bits per byte"]
+    if is_partial:
+        return None, [f"{note}, and with --eval_tokens nor can bits per byte"]
     return "val_bpb", [f"{note}: bits per byte are"]
 
 
-def _tokenizer(run: RunInfo) -> str:
-    return run.tokenizer or run.config.tokenizer
-
-
-def _group(
-    runs: Sequence[RunInfo], names: Sequence[str], metric: str, notes: list[str]
-) -> list[Group]:
+def _group(runs: Sequence[RunInfo], metric: str, notes: list[str]) -> list[Group]:
     """Group the runs by all but their seeds, best group first."""
-    found: dict[object, list[tuple[str, RunInfo]]] = {}
-    for name, run in zip(names, runs, strict=True):
-        learned = [getattr(run.config, field) for field in sorted(LEARNED - {"tokenizer"})]
+    found: dict[object, list[RunInfo]] = {}
+    for run in runs:
+        learned = [getattr(run.config, field) for field in LEARNED]
         text = next(index for index, other in enumerate(runs) if other.has_same_text(run))
-        key = (*learned, run.config.global_batch_size, text, _tokenizer(run))
-        found.setdefault(key, []).append((name, run))
+        minutes = run.config.time_limit if run.state == "time limit" else 0.0
+        key = (*learned, minutes, run.config.global_batch_size, text, run.tokenizer)
+        found.setdefault(key, []).append(run)
     groups = []
     for members in found.values():
         scores: dict[int, float] = {}
-        for name, run in members:
+        for run in members:
             if run.config.seed in scores:
+                name = run.path.as_posix()
                 notes.append(f"{name} repeats a configuration and seed: it counts only once")
             elif run.best is not None and run.state in COMPLETE:
                 scores[run.config.seed] = run.best[metric]
-        name = ", ".join(name for name, _ in members)
-        groups.append(Group(name, [run for _, run in members], list(scores.values())))
-    return sorted(groups, key=lambda group: group.mean if group.scores else math.inf)
+        count = f"{len(members)} runs like " if len(members) > 1 else ""
+        groups.append(Group(count + members[0].path.as_posix(), members, list(scores.values())))
+    return sorted(groups, key=lambda group: group.mean)
 
 
 def _differences(groups: Sequence[Group]) -> list[Difference]:
     """Differences of the best group to the others."""
     df = sum(len(group.scores) - 1 for group in groups)
-    pairs = len(list(combinations(groups, 2)))
-    variance = 0.0
-    if df:
-        squares = (len(g.scores) - 1 for g in groups)
-        spreads = ((g.spread or 0.0) ** 2 for g in groups)
-        variance = sum(n * s for n, s in zip(squares, spreads, strict=True)) / df
+    pairs = len(groups) * (len(groups) - 1) // 2
+    squares = sum((len(g.scores) - 1) * g.spread**2 for g in groups if g.spread is not None)
     found = []
     for worse in groups[1:]:
-        better = groups[0]
-        error = math.sqrt(variance * (1 / len(better.scores) + 1 / len(worse.scores)))
+        better, p_value = groups[0], None
         size = worse.mean - better.mean
-        t = size / error if error else (math.inf if size else 0.0)
-        p_value = min(1.0, pairs * student_t_p_value(t, df)) if df else None
-        found.append(Difference(better, worse, p_value))
+        if df:
+            error = math.sqrt(squares / df * (1 / len(better.scores) + 1 / len(worse.scores)))
+            t = size / error if error else (math.inf if size else 0.0)
+            p_value = min(1.0, pairs * student_t_p_value(t, df))
+        is_real = None if p_value is None else p_value < SIGNIFICANCE
+        found.append(Difference(better.name, worse.name, size, p_value, is_real))
     return found
 
 
 def _sentence(difference: Difference, what: str) -> str:
-    better, worse, p_value = difference.better, difference.worse, difference.p_value
-    lower = (
-        f"{better.name} has a {what} lower by {difference.size:.4f} "
-        f"({difference.size / worse.mean:.1%}) than {worse.name}"
-    )
-    if p_value is None:
+    better, worse, size, p_value, is_real = difference
+    lower = f"The {what} of {better} is lower by {size:.4f} than that of {worse}"
+    if is_real is None:
         return (
             f"{lower}. With one seed each, the spread over seeds is unknown and a small difference "
             "may be chance: train both with two or more other seeds (--seed) and compare all runs."
         )
-    if difference.is_real:
+    if is_real:
         return f"{lower}: real, large against the spread of seeds (p = {p_value:.2g})."
     return f"{lower}: no more than seeds differ (p = {p_value:.2g}), so no difference is shown."
 
 
 def _differing(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:
-    """Fields, and versions and devices, that are not the same in all runs."""
+    """Fields, devices and versions that are not the same in all runs."""
     columns: dict[str, list[Any]] = {
-        field.name: [getattr(run.config, field.name) for run in runs]
-        for field in dataclasses.fields(runs[0].config)
-        if field.name not in HIDDEN
+        name: [getattr(run.config, name) for run in runs] for name in FIELDS if name not in HIDDEN
     }
     for name in ("device", "dtype", "gptforge", "torch"):
         columns[name] = [str(run.facts.get(name, "unknown")) for run in runs]
     return {name: values for name, values in columns.items() if any(v != values[0] for v in values)}
-
-
-def _short_names(runs: Sequence[RunInfo]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart."""
-    count = max(len(run.path.parts) for run in runs)
-    for parts in range(1, count + 1):
-        names = ["/".join(run.path.parts[-parts:]) for run in runs]
-        if len(set(names)) == len(names):
-            break
-    return names

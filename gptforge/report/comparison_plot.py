@@ -10,7 +10,6 @@ from gptforge.files import atomic_replace
 from gptforge.printable import printable
 from gptforge.report.comparison import METRIC_NAMES, Comparison, Group
 from gptforge.report.curves import (
-    MUTED_COLOR,
     TEXT_COLOR,
     needs_log_scale,
     running_mean,
@@ -40,21 +39,23 @@ def plot_comparison(comparison: Comparison) -> "Figure":
     """Draw held-out and training loss by step, and the best losses; one color for each group."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     metric = comparison.metric or "val_loss"
-    figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
+    figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.55, 1), height_ratios=(1.25, 1))
     val, train, best = map(figure.add_subplot, (grid[:, 0], grid[0, 1], grid[1, 1]))
     colors = [COLORS[index % len(COLORS)] for index in range(len(comparison.groups))]
     for group, color in zip(comparison.groups, colors, strict=True):
         for index, run in enumerate(group.runs):
-            style: dict[str, Any] = {"color": color, "linewidth": 1.6, "alpha": 0.9}
+            style: dict[str, Any] = {"color": color, "linewidth": 1.4, "alpha": 0.9}
             evals, steps = run.history.scored_evals, series(run.history.train, "step")
             marker = "o" if len(evals) <= 40 else None
             label = "" if index else _label(group)
             val.plot(
-                series(evals, "step"), series(evals, metric), marker=marker, markersize=3.5,
+                series(evals, "step"), series(evals, metric), marker=marker, markersize=2.8,
                 label=label or "_", **style,
             )  # fmt: skip
             smoothed = running_mean(np.array(series(run.history.train, "loss")))
@@ -72,8 +73,9 @@ def plot_comparison(comparison: Comparison) -> "Figure":
 
 
 def _label(group: Group) -> str:
-    name = printable(group.name, MAX_NAME)
-    return f"{name}: {group.label}" if group.scores else name
+    spread = "" if group.spread is None else f" ± {group.spread:.4f}"
+    score = f": {group.mean:.4f}{spread}" if group.scores else ""
+    return printable(group.name, MAX_NAME) + score
 
 
 def _finish(axes: "Axes", title: str, losses: list[float]) -> None:
@@ -94,11 +96,13 @@ def _plot_best(axes: "Axes", groups: Sequence[Group], colors: Sequence[str], met
                 group.mean, row, xerr=group.spread, color=color, marker="|", markersize=16,
                 capsize=4, linewidth=1.4,
             )  # fmt: skip
-    style_axes(axes, f"best {METRIC_NAMES[metric]} of each run; mean and spread over seeds")
-    axes.set_yticks(range(len(groups)), [printable(group.name, 24) for group in groups])
-    for tick in axes.get_yticklabels():
-        tick.set_parse_math(False)
+        name = printable(group.name, MAX_NAME)
+        place = axes.get_yaxis_transform()  # x as a fraction of the width
+        font: dict[str, Any] = {"fontsize": 9, "color": TEXT_COLOR, "parse_math": False}
+        axes.text(0, row - 0.22, name, transform=place, **font)
+    style_axes(axes, f"best {METRIC_NAMES[metric]}, mean and spread over seeds")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.grid(axis="x", color="#e8eaee", linewidth=0.7)
-    axes.spines["left"].set_color(MUTED_COLOR)
+    axes.set_yticks([])
+    axes.set_ylim(len(groups) - 0.5, -0.7)
+    axes.margins(x=0.1)
+    axes.spines["left"].set_visible(False)

@@ -40,7 +40,7 @@ class RunInfo:
         made_by: versions and command of the last start.
         history: its events.
         saved: state.json of the last checkpoint; empty if there is none or it is damaged.
-        tokenizer: the tokenizer.json of that checkpoint; empty likewise.
+        tokenizer: text of that checkpoint's tokenizer.json, else its name.
         state: complete, time limit, stopped, running, or unfinished: it ended without a word.
     """
 
@@ -124,7 +124,7 @@ class RunInfo:
             "max_steps": self.config.max_steps,
             "tokens": self.steps * self.config.tokens_per_step,
             "seconds": self.seconds,
-            "tok_per_sec": self.history.tok_per_sec or None,
+            "tok_per_sec": self.history.tok_per_sec,
             "seed": self.config.seed,
             "modified": self.modified,
         }
@@ -143,15 +143,12 @@ def read_run(path: Path) -> RunInfo:
     if not isinstance(made_by, dict) or (path / MODEL).exists():
         raise UserError(f"{path.as_posix()} is no run folder: training did not write its {CONFIG}")
     history = read_history(path / METRICS)
-    reason, state = history.end.get("reason"), "unfinished"
+    state = "running" if is_locked(path) else "unfinished"
     if history.end:
-        state = STATES.get(str(reason), "stopped")
-    elif is_locked(path):
-        state = "running"
-    return RunInfo(
-        path, config, {str(name): str(text) for name, text in made_by.items()}, history,
-        *_read_checkpoint(path / "checkpoints"), state,
-    )  # fmt: skip
+        state = STATES.get(history.end["reason"], "stopped")
+    made_by = {str(name): str(text) for name, text in made_by.items()}
+    saved, tokenizer = _read_checkpoint(path / "checkpoints")
+    return RunInfo(path, config, made_by, history, saved, tokenizer or config.tokenizer, state)
 
 
 def check_run_dir(path: Path) -> None:
