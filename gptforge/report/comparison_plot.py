@@ -9,12 +9,7 @@ import numpy as np
 from gptforge.files import atomic_replace
 from gptforge.printable import printable
 from gptforge.report.comparison import METRIC_NAMES, Comparison, Group
-from gptforge.report.curves import (
-    TEXT_COLOR,
-    needs_log_scale,
-    running_mean,
-    style_axes,
-)
+from gptforge.report.curves import TEXT_COLOR, needs_log_scale, running_mean, style_axes
 from gptforge.report.metrics import series
 
 if TYPE_CHECKING:
@@ -53,11 +48,9 @@ def plot_comparison(comparison: Comparison) -> "Figure":
             style: dict[str, Any] = {"color": color, "linewidth": 1.4, "alpha": 0.9}
             evals, steps = run.history.scored_evals, series(run.history.train, "step")
             marker = "o" if len(evals) <= 40 else None
-            label = "" if index else _label(group)
-            val.plot(
-                series(evals, "step"), series(evals, metric), marker=marker, markersize=2.8,
-                label=label or "_", **style,
-            )  # fmt: skip
+            label = "_" if index else _label(group)  # not in the legend, or once
+            xy = series(evals, "step"), series(evals, metric)
+            val.plot(*xy, marker=marker, markersize=2.8, label=label, **style)
             smoothed = running_mean(np.array(series(run.history.train, "loss")))
             train.plot(steps, smoothed, marker="o" if len(steps) == 1 else None, **style)
     units = METRIC_NAMES[metric] + (", nats per token" if metric == "val_loss" else "")
@@ -92,10 +85,8 @@ def _plot_best(axes: "Axes", groups: Sequence[Group], colors: Sequence[str], met
         values = [run.best[metric] for run in group.runs if run.best is not None]
         axes.plot(values, [row] * len(values), "o", color=color, markersize=6, alpha=0.75)
         if group.spread is not None:
-            axes.errorbar(
-                group.mean, row, xerr=group.spread, color=color, marker="|", markersize=16,
-                capsize=4, linewidth=1.4,
-            )  # fmt: skip
+            style: dict[str, Any] = {"color": color, "marker": "|", "markersize": 16, "capsize": 4}
+            axes.errorbar(group.mean, row, xerr=group.spread, **style)
         name = printable(group.name, MAX_NAME)
         place = axes.get_yaxis_transform()  # x as a fraction of the width
         font: dict[str, Any] = {"fontsize": 9, "color": TEXT_COLOR, "parse_math": False}

@@ -38,8 +38,6 @@ PANELS = (
     ("tok_per_sec", "tokens per second", SPEED_COLOR, "%.0f"),
 )
 """Field, title, color and number format of the panels below the losses."""
-LOG_TICKS = [1, 2, 5]
-FONT = "system-ui, sans-serif"
 
 
 def has_bokeh() -> bool:
@@ -58,14 +56,14 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     from bokeh.resources import Resources
 
     train = _thin_out(history.train, MAX_POINTS["bokeh"])
-    columns = {name: np.array(series(train, name)) for name in ("step", "loss", "lr", "norm")}
-    columns["tok_per_sec"] = np.array(series(train, "tok_per_sec"))
+    names = ("loss", *(name for name, *_ in PANELS))
+    columns = {name: np.array(series(train, name)) for name in ("step", *names)}
     if len(train) > 1:
         columns["tok_per_sec"][0] = math.nan  # it includes compilation and warmup
     is_noisy = len(train) >= SMOOTH_FROM
-    for name in ("loss", "norm", "tok_per_sec"):
-        columns[f"mean_{name}"] = running_mean(columns[name]) if is_noisy else columns[name]
-    columns["mean_lr"] = columns["lr"]
+    for name in names:
+        has_mean = is_noisy and name != "lr"
+        columns[f"mean_{name}"] = running_mean(columns[name]) if has_mean else columns[name]
     source = ColumnDataSource(columns)
     is_log = needs_log_scale(finite_losses(history))
     title = f"loss, nats per token{', logarithmic' if is_log else ''}"
@@ -124,11 +122,9 @@ def _panel(**options: Any) -> "figure":
     )  # fmt: skip
     panel.toolbar.update(logo=None, autohide=True)
     panel.xgrid.visible = False
-    panel.ygrid.grid_line_color = "#e8eaee"
+    # Colors are CSS variables of the page.
     for axis in (panel.xaxis, panel.yaxis):
-        axis.update(major_label_text_color=TEXT_COLOR, major_label_text_font=FONT)
-        axis.update(axis_line_color=MUTED_COLOR, major_tick_line_color=MUTED_COLOR)
-        axis.minor_tick_line_color = None
+        axis.update(minor_tick_line_color=None, major_label_text_font="system-ui, sans-serif")
         axis.formatter = NumeralTickFormatter(format="0.[0000]a")
     return panel
 
@@ -183,5 +179,5 @@ def _loss_panel(
     # On the other side than the training loss.
     panel.add_tools(_hover(dots, columns, "%.4f", attachment="left"))
     if is_log:
-        panel.yaxis.ticker.mantissas = LOG_TICKS
+        panel.yaxis.ticker.mantissas = [1, 2, 5]
     return panel
