@@ -26,14 +26,16 @@ SAMPLE = re.compile(r"^## After (\d+) steps?\n\n(~{3,})text\n(.*?)\n\2$", re.DOT
 """As `RunReport.log_sample` writes it."""
 
 
-def save_report(run_dir: Path, path: Path | None = None) -> Path:
+def save_report(run_dir: Path, path: Path | None = None, *, pending: str = "") -> Path:
     """Write the report of a run, by default to report.html in its folder; returns the path.
+
+    `pending` are lines that are not in metrics.jsonl yet.
 
     Raises:
         UserError: if there is no run.
     """
     path = path or run_dir / REPORT
-    atomic_write(path, render_report(read_run(run_dir)))
+    atomic_write(path, render_report(read_run(run_dir, pending=pending)))
     return path
 
 

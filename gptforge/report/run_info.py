@@ -130,8 +130,10 @@ class RunInfo:
         }
 
 
-def read_run(path: Path) -> RunInfo:
+def read_run(path: Path, *, pending: str = "") -> RunInfo:
     """Read a run, finished or in progress, of this or an earlier version.
+
+    `pending` are lines that are not in metrics.jsonl yet.
 
     Raises:
         UserError: if there is no run, or its config.toml is damaged.
@@ -142,10 +144,11 @@ def read_run(path: Path) -> RunInfo:
         made_by = tomllib.loads(files.read_text(path / CONFIG)).get(METADATA_TABLE)
     if not isinstance(made_by, dict) or (path / MODEL).exists():
         raise UserError(f"{path.as_posix()} is no run folder: training did not write its {CONFIG}")
-    history = read_history(path / METRICS)
-    state = "running" if is_locked(path) else "unfinished"
+    history = read_history(path / METRICS, pending=pending)
     if history.end:
         state = STATES.get(history.end["reason"], "stopped")
+    else:
+        state = "running" if is_locked(path) else "unfinished"
     made_by = {str(name): str(text) for name, text in made_by.items()}
     saved, tokenizer = _read_checkpoint(path / "checkpoints")
     return RunInfo(path, config, made_by, history, saved, tokenizer or config.tokenizer, state)

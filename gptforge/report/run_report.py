@@ -235,11 +235,7 @@ class RunReport:
     def finish(
         self, reason: str, *, step: int, epochs: float, seconds: float, has_val: bool
     ) -> None:
-        """Close the log with the verdict.
-
-        The end event is written last: then no file is incomplete, and report.html can be made from
-        them at any time.
-        """
+        """Close the log with the verdict. The end event is written last: no file is incomplete."""
         if not self._enabled:
             return
         summary = verdict(
@@ -256,8 +252,10 @@ class RunReport:
         if self._plot_failed:
             picture = curves = ""
         self._write(LOG, f"{FENCE}\n\n{summary}\n{picture}")
-        self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
-        self.log(f"\n{summary}{curves}{self._save_html()}", RESULT)
+        facts = {"reason": reason, "step": step, "epoch": epochs, "seconds": round(seconds, 3)}
+        end = self._format_event("end", facts)
+        self.log(f"\n{summary}{curves}{self._save_html(end)}", RESULT)
+        self._write_event(end)
         if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
             warning = f"warning: the end of {', '.join(incomplete)} could not be written"
             self.log(warning, logging.WARNING)
@@ -265,10 +263,11 @@ class RunReport:
             self.trackers.log("end", step, {"training_curves": self.run_dir / CURVES})
         self.trackers.finish(reason)
 
-    def _save_html(self) -> str:
+    def _save_html(self, end: str) -> str:
         """Write report.html; returns the line that names it, empty if that failed."""
         try:
-            return f"\nReport: {save_report(self.run_dir).as_posix()}"
+            path = save_report(self.run_dir, pending=self._logs[METRICS].pending + end)
+            return f"\nReport: {path.as_posix()}"
         except Exception as error:
             # A run must not fail at its end for want of a page.
             retry = f"{self._program} report {quote(self.run_dir.as_posix())}"
@@ -293,8 +292,12 @@ class RunReport:
         self.log(line, level)
 
     def _event(self, event: str, **fields: object) -> None:
-        record = {"event": event, **fields, "time": round(time.time(), 3)}
-        line = json_line(record)
+        self._write_event(self._format_event(event, fields))
+
+    def _format_event(self, event: str, fields: Mapping[str, object]) -> str:
+        return json_line({"event": event, **fields, "time": round(time.time(), 3)})
+
+    def _write_event(self, line: str) -> None:
         self.log(line.strip(), EVENT)
         self._write(METRICS, line)
         for observer in self.observers:
