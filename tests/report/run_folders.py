@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from gptforge.config import Config, to_toml
+from gptforge.config import Config
+from gptforge.config_file import to_toml
 from tests.report.events import eval_events, train_event
 
 MADE_BY = {"gptforge": "0.2.0", "torch": "2.13.0", "command": "python gpt.py --preset debug"}
