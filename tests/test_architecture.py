@@ -25,7 +25,7 @@ NO_TORCH = {*LAYERS[: LAYERS.index("estimate") + 1], "cli", "__main__", "__init_
 LAZY = {
     *("triton", "matplotlib", "transformers", "huggingface_hub", "uvicorn", "gguf", "pyarrow"),
     *("zstandard", "gigatoken", "tokenizers", "datasets", "wandb", "tensorboard", "lm_eval"),
-    *("optuna", "IPython", "trackio", "mlflow"),
+    *("optuna", "IPython", "trackio", "mlflow", "bokeh", "jinja2"),
 }
 
 

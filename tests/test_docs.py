@@ -28,6 +28,7 @@ EXTENSIONS = {
     "bin",
     "csv",
     "gguf",
+    "html",
     "json",
     "jsonl",
     "md",

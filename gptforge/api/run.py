@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptforge.builders.load_model import load
-from gptforge.checkpoint.format import CONFIG, read_config, read_state, step_from_path
+from gptforge.checkpoint.format import read_config, read_state, step_from_path
 from gptforge.checkpoint.run_dir import read_metrics_lines
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
-from gptforge.errors import UserError
 from gptforge.inference.language_model import LanguageModel
 from gptforge.report.curves import plot_curves
-from gptforge.report.metrics import Event, read_history
-from gptforge.report.run_report import METRICS
+from gptforge.report.metrics import METRICS, Event, read_history
+from gptforge.report.run_info import check_run_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,11 +51,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._store = CheckpointStore(self.path / "checkpoints")
-        if not (self.path / CONFIG).is_file():
-            name = self.path.as_posix()
-            raise UserError(
-                f"{name} is no run folder, it has no {CONFIG}: give the out_dir of a run"
-            )
+        check_run_dir(self.path)
 
     @property
     def config(self) -> Config:

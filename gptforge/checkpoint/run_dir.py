@@ -26,7 +26,9 @@ TEACHERS = "teachers"
 TRACKING = "tracking"
 """Folder of the files of experiment trackers."""
 RUN_FOLDERS = {"checkpoints", TEACHERS, TRACKING}
-RUN_FILES = RUN_FOLDERS | {CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png"}
+RUN_FILES = RUN_FOLDERS | {
+    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "report.html")
+}
 """What a run leaves in its folder."""
 MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
 """How much of the end of the metrics is read, more than a million lines, and of a line at once."""

@@ -19,6 +19,7 @@ from gptforge import files
 from gptforge.cli import (
     bench,
     cache,
+    compare,
     completion,
     demo,
     doctor,
@@ -26,6 +27,8 @@ from gptforge.cli import (
     export,
     plan,
     prepare,
+    report,
+    runs,
     sample,
     sweep,
     tokenizer,
@@ -59,6 +62,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
         "import a GPT-2 from Hugging Face or nanoGPT",
     ),
     "demo": (demo.main, demo.DemoArgs, "serve a model as a web page"),
+    "runs": (runs.main, runs.RunsArgs, "list training runs"),
+    "compare": (
+        compare.main,
+        compare.CompareArgs,
+        "compare runs: curves, differences, and which is better",
+    ),
+    "report": (report.main, report.ReportArgs, "write the report of a run, one HTML page"),
     "plan": (plan.main, plan.PlanConfig, "show what a run will be and cost, and whether it fits"),
     "sweep": (
         sweep.main,

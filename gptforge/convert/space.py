@@ -64,6 +64,7 @@ safetensors>=0.5,<1
 tokenizers>=0.20
 matplotlib>=3.9,<4
 filelock>=4,<5
+jinja2>=3.1,<4
 starlette>=0.46,<2
 uvicorn>=0.30,<1
 pydantic>=2.9,<3

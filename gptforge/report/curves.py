@@ -1,7 +1,6 @@
 """training_curves.png: loss, learning rate, gradient norm and speed of a run."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 TEXT_COLOR, MUTED_COLOR = "#22262e", "#9aa1ac"
 TRAIN_COLOR, VAL_COLOR = "#4c78a8", "#d1495b"
-LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#e09f3e"
+LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#b8791f"
 
 TICK_STEPS = (1, 2, 2.5, 5, 10)
 SMOOTH_FROM = 300
@@ -55,15 +54,13 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     ]
     _plot_loss(loss, history)
     _plot_from_zero(lr, train, "lr", color=LR_COLOR)
-    _style(lr, "learning rate")
+    style_axes(lr, "learning rate")
     _plot_from_zero(norm, train, "norm", color=NORM_COLOR, is_noisy=True)
-    _style(norm, "gradient norm, before clipping")
-    # Without the first step, which includes compilation and warmup.
-    timed = train[1:] or train
-    speeds = [value for value in series(timed, "tok_per_sec") if math.isfinite(value)]
-    limit = MAX_SPEED_RATIO * statistics.median(speeds or [0.0])
+    style_axes(norm, "gradient norm, before clipping")
+    timed = history.timed
+    limit = MAX_SPEED_RATIO * history.tok_per_sec
     _plot_from_zero(speed, timed, "tok_per_sec", color=SPEED_COLOR, is_noisy=True, limit=limit)
-    _style(speed, "tokens per second", is_large=True)
+    style_axes(speed, "tokens per second", is_large=True)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
     for axes in panels:
         axes.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
@@ -81,10 +78,9 @@ def _plot_loss(axes: "Axes", history: History) -> None:
             series(evals, "step"), series(evals, "val_loss"), color=VAL_COLOR, linewidth=1.8,
             marker="o", markersize=4 if len(evals) <= 40 else 2, label="held out",
         )  # fmt: skip
-        _mark_best(axes, evals)
-    losses = series(history.train, "loss") + series(evals, "val_loss")
-    losses = [loss for loss in losses if math.isfinite(loss)]
-    is_log = bool(losses) and min(losses) > 0 and max(losses) > LOG_SCALE_RATIO * min(losses)
+        _mark_best(axes, history)
+    losses = finite_losses(history)
+    is_log = needs_log_scale(losses)
     if is_log:
         axes.set_yscale("log")
     elif losses:
@@ -93,11 +89,23 @@ def _plot_loss(axes: "Axes", history: History) -> None:
     if axes.lines:
         axes.legend(frameon=False, fontsize=10, labelcolor=TEXT_COLOR, loc="best")
     scale = ", logarithmic" if is_log else ""
-    _style(axes, f"loss, nats per token{scale}", max_ticks=8, is_log=is_log)
+    style_axes(axes, f"loss, nats per token{scale}", max_ticks=8, is_log=is_log)
 
 
-def _mark_best(axes: "Axes", evals: list[Event]) -> None:
-    best = min(evals, key=lambda event: float(event["val_loss"]))
+def finite_losses(history: History) -> list[float]:
+    """All training and held-out losses that are finite."""
+    losses = series(history.train, "loss") + series(history.evals, "val_loss")
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
+def needs_log_scale(losses: Sequence[float]) -> bool:
+    """Whether the losses span so much that their axis is logarithmic."""
+    return bool(losses) and min(losses) > 0 and max(losses) > LOG_SCALE_RATIO * min(losses)
+
+
+def _mark_best(axes: "Axes", history: History) -> None:
+    best = history.best
+    assert best is not None
     axes.axhline(best["val_loss"], color=VAL_COLOR, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.plot(
         best["step"], best["val_loss"], "o", markersize=10, markerfacecolor="none", color=VAL_COLOR
@@ -130,7 +138,7 @@ def _plot_series(
     steps, values = series(events, "step"), np.array(series(events, name))
     if is_noisy and len(steps) >= SMOOTH_FROM:
         axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-        axes.plot(steps, _running_mean(values), color=color, linewidth=1.6, label=label)
+        axes.plot(steps, running_mean(values), color=color, linewidth=1.6, label=label)
     elif steps:
         marker = "o" if len(steps) == 1 else None
         axes.plot(
@@ -138,7 +146,7 @@ def _plot_series(
         )
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Mean of the finite values within 1% of all points to each side."""
     reach = max(2, len(values) // 100)
     is_finite = np.isfinite(values)
@@ -153,9 +161,10 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _style(
+def style_axes(
     axes: "Axes", title: str, *, max_ticks: int = 4, is_log: bool = False, is_large: bool = False
 ) -> None:
+    """Title, grid and ticks of a panel over steps; large values get SI prefixes."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_title(title, fontsize=10, loc="left", color=TEXT_COLOR)

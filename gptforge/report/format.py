@@ -1,4 +1,7 @@
-"""Counts and durations in readable form."""
+"""Counts, durations, times and tables in readable form."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 
 def format_count(count: float) -> str:
@@ -21,3 +24,20 @@ def format_duration(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} hours"
     return f"{seconds / 86400:.0f} days"
+
+
+def format_time(seconds: object) -> str:
+    """Seconds since 1970 as '2026-11-29 16:10 UTC'; empty if they are no time."""
+    try:
+        return datetime.fromtimestamp(float(str(seconds)), UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of which is the header, as a Markdown table with aligned columns."""
+    header, *rest = rows
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = (" | ".join(map(str.ljust, row, widths)) for row in (header, rule, *rest))
+    return "\n".join(f"| {line} |" for line in lines)

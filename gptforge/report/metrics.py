@@ -1,6 +1,8 @@
 """metrics.jsonl: one event per line, read back for the curves and the verdict."""
 
 import json
+import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,26 +14,52 @@ from gptforge.files import is_finite_number
 
 MAX_TRAIN_EVENTS = 2**14
 """Longer runs are downsampled to between half as many and this many."""
+METRICS = "metrics.jsonl"
 EVENT_FIELDS = {
     "train": ("step", "loss", "dt_ms", "tok_per_sec", "norm", "lr", "epoch"),
     "eval": ("step", "val_loss", "val_bpb", "epoch"),
 }
 """Fields read per event: numbers, or null."""
+RARE_EVENTS = ("start", "resume", "anomaly", "end")
+"""Events of which all fields are read; their values are unchecked."""
 
 Event = dict[str, Any]
 
 
 @dataclass
 class History:
-    """A run's eval events in order, and its train events, downsampled evenly if there are many."""
+    """A run's events in order; the train events are downsampled evenly if there are many."""
 
     train: list[Event] = field(default_factory=list)
     evals: list[Event] = field(default_factory=list)
+    rare: list[Event] = field(default_factory=list)
 
     @property
     def scored_evals(self) -> list[Event]:
         """Evaluations whose loss was finite."""
         return [event for event in self.evals if event["val_loss"] is not None]
+
+    @property
+    def best(self) -> Event | None:
+        """The evaluation with the lowest loss."""
+        return min(self.scored_evals, key=lambda event: float(event["val_loss"]), default=None)
+
+    @property
+    def timed(self) -> list[Event]:
+        """Train events without the first, whose time includes compilation and warmup."""
+        return self.train[1:] or self.train
+
+    @property
+    def tok_per_sec(self) -> float:
+        """Median training speed; 0 if none was logged."""
+        speeds = [value for value in series(self.timed, "tok_per_sec") if math.isfinite(value)]
+        return statistics.median(speeds or [0.0])
+
+    @property
+    def end(self) -> Event:
+        """The end event; empty if the run has not ended, or was resumed since."""
+        last = self.rare[-1] if self.rare else {}
+        return last if last.get("event") == "end" and isinstance(last.get("reason"), str) else {}
 
 
 def read_history(path: Path, *, pending: str = "") -> History:
@@ -47,13 +75,20 @@ def read_history(path: Path, *, pending: str = "") -> History:
             history.train.append(event)
         elif event.get("event") == "eval":
             history.evals.append(event)
+        elif event:
+            history.rare.append(event)
     return history
 
 
 def _parse_event(line: str) -> Event:
-    """A train or eval event with all its fields, None where one is missing; {} if malformed."""
+    """A train or eval event with all its fields, None where one is missing; {} if malformed.
+
+    Rare events are returned as they are.
+    """
     try:
         event = json.loads(line)
+        if event["event"] in RARE_EVENTS:
+            return dict(event)
         fields = EVENT_FIELDS[event["event"]]
         event = {"event": event["event"], **{name: event.get(name) for name in fields}}
         event["epoch"] = event["epoch"] or 0.0
@@ -67,18 +102,18 @@ def _parse_event(line: str) -> Event:
 
 
 def downsample(lines: Iterable[str]) -> list[str]:
-    """All lines that may be eval events, and evenly spaced ones that may be train events.
+    """All lines that may be eval or rare events, and evenly spaced ones that may be train events.
 
     A plot shows about a thousand points, and parsing a million lines takes ten seconds. The first
     and the last train event are always kept.
     """
     train: list[str] = []
-    evals: list[str] = []
+    others: list[str] = []
     stride = 1
     count = 0
     for line in lines:
         if '"eval"' in line:
-            evals.append(line)
+            others.append(line)
         elif '"train"' in line:
             if train and (count - 1) % stride:
                 # Kept only while it was the last one; it lies between two multiples of stride.
@@ -88,7 +123,9 @@ def downsample(lines: Iterable[str]) -> list[str]:
             if len(train) > MAX_TRAIN_EVENTS:
                 stride *= 2
                 train = train[::2]
-    return [*train, *evals]
+        elif any(f'"{name}"' in line for name in RARE_EVENTS):
+            others.append(line)
+    return [*train, *others]
 
 
 def series(events: Iterable[Event], name: str) -> list[float]:

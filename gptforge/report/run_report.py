@@ -1,4 +1,4 @@
-"""A run's log.md, metrics.jsonl, samples.md, training_curves.png and console output."""
+"""A run's log.md, metrics.jsonl, samples.md, pictures, report.html and console output."""
 
 import json
 import logging
@@ -17,14 +17,16 @@ from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
 from gptforge.report.format import format_duration
+from gptforge.report.html_report import save_report
 from gptforge.report.log_handler import EVENT, RESULT
-from gptforge.report.metrics import Event, History, read_history, step_line
+from gptforge.report.metrics import METRICS, Event, History, read_history, step_line
 from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
+from gptforge.shell import quote
 
 logger = logging.getLogger(__name__)
 
-LOG, METRICS, SAMPLES = "log.md", "metrics.jsonl", "samples.md"
+LOG, SAMPLES = "log.md", "samples.md"
 CURVES = "training_curves.png"
 TRUNCATED_ON_RESUME = (LOG, METRICS, SAMPLES)
 PLOT_EVERY_SECONDS = 20.0
@@ -250,14 +252,27 @@ class RunReport:
         if self._plot_failed:
             picture = curves = ""
         self._write(LOG, f"{FENCE}\n\n{summary}\n{picture}")
-        self.log(f"\n{summary}{curves}", RESULT)
-        self._event("end", reason=reason, step=step, epoch=epochs, seconds=round(seconds, 3))
+        facts = {"reason": reason, "step": step, "epoch": epochs, "seconds": round(seconds, 3)}
+        end = self._format_event("end", facts)
+        self.log(f"\n{summary}{curves}{self._save_html(end)}", RESULT)
+        self._write_event(end)
         if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
             warning = f"warning: the end of {', '.join(incomplete)} could not be written"
             self.log(warning, logging.WARNING)
         if reason in ("finished", "early_stop") and not self._plot_failed:
             self.trackers.log("end", step, {"training_curves": self.run_dir / CURVES})
         self.trackers.finish(reason)
+
+    def _save_html(self, end: str) -> str:
+        """Write report.html; returns the line that names it, empty if that failed."""
+        try:
+            path = save_report(self.run_dir, pending=self._logs[METRICS].pending + end)
+            return f"\nReport: {path.as_posix()}"
+        except Exception as error:
+            # A run must not fail at its end for want of a page.
+            retry = f"{self._program} report {quote(self.run_dir.as_posix())}"
+            self.log(f"note: no report was written ({error}); retry: {retry}", logging.WARNING)
+            return ""
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes of each log file: where to truncate it when resuming from here."""
@@ -277,8 +292,12 @@ class RunReport:
         self.log(line, level)
 
     def _event(self, event: str, **fields: object) -> None:
-        record = {"event": event, **fields, "time": round(time.time(), 3)}
-        line = json_line(record)
+        self._write_event(self._format_event(event, fields))
+
+    def _format_event(self, event: str, fields: Mapping[str, object]) -> str:
+        return json_line({"event": event, **fields, "time": round(time.time(), 3)})
+
+    def _write_event(self, line: str) -> None:
         self.log(line.strip(), EVENT)
         self._write(METRICS, line)
         for observer in self.observers:

@@ -56,8 +56,7 @@ def _with_val(history: History, total_steps: int) -> list[str]:
     evals = history.scored_evals
     if not evals:
         return ["The held-out loss was always NaN or Inf: training diverged."]
-    best = min(evals, key=lambda event: float(event["val_loss"]))
-    last = evals[-1]
+    best, last = history.best or evals[0], evals[-1]
     steps_since_best = last["step"] - best["step"]
     if len(evals) < 2:
         trend = "It was evaluated only once, so whether it is still improving is unknown."

@@ -2,21 +2,18 @@
 
 import csv
 import io
-import json
 import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gptforge.checkpoint.run_dir import read_metrics_lines
 from gptforge.files import atomic_write
-from gptforge.report.metrics import read_history
+from gptforge.report.format import markdown_table
+from gptforge.report.metrics import METRICS, read_history
 from gptforge.sweep.space import Values, format_value
 from gptforge.train.signals import EXIT_CODES
 
-METRICS = "metrics.jsonl"
 COLUMNS = ("val_loss", "val_loss_std", "val_bpb", "best_step", "seconds", "error")
 
 
@@ -62,18 +59,14 @@ def read_result(folder: Path) -> RunResult | None:
 
     Early stopping and the time limit finish a run, too; a signal does not.
     """
-    try:
-        (line,) = deque(read_metrics_lines(folder / METRICS), maxlen=1)
-        end = json.loads(line)
-        if end["event"] != "end" or EXIT_CODES[end["reason"]] != 0:
-            return None
-    except (ValueError, TypeError, KeyError):
-        return None  # no metrics, or their last line is another event or malformed
+    history = read_history(folder / METRICS)
+    if EXIT_CODES.get(history.end.get("reason", "interrupted"), 1) != 0:
+        return None
     evals = {
         int(event["step"]): (float(event["val_loss"]), float(event["val_bpb"]))
-        for event in read_history(folder / METRICS).scored_evals
+        for event in history.scored_evals
     }
-    return RunResult(evals, float(end.get("seconds", 0))) if evals else None
+    return RunResult(evals, float(history.end.get("seconds", 0))) if evals else None
 
 
 def trial_result(
@@ -108,11 +101,7 @@ def write_results(folder: Path, results: Sequence[TrialResult]) -> None:
 
 def table(results: Sequence[TrialResult]) -> str:
     """The rows of results.csv as a Markdown table."""
-    header, *rows = _rows(results)
-    rows = [header, ["---"] * len(header), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (" | ".join(map(str.ljust, row, widths)) for row in rows)
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown_table(_rows(results))
 
 
 def _rows(results: Sequence[TrialResult]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from gptforge.presets import PRESETS
 # Words before and at the cursor -> words that are offered.
 CASES = {
     "gptforge s": {"sample", "sweep"},
-    "gptforge comp": {"completion"},
+    "gptforge compl": {"completion"},
     "gptforge export run out --to ": {"hf", "gguf", "space"},
     "gptforge sample run --max_": {"--max_new_tokens"},
     "gptforge --max_": {"--max_lr", "--max_steps"},

@@ -86,7 +86,7 @@ def test_quiet_and_verbose(program, play) -> None:
     quiet, usual, verbose = (program(*flags, *more) for more in (["--quiet"], [], ["--verbose"]))
     assert [done.code for done in (quiet, usual, verbose)] == [0, 0, 0]
     lines = quiet.out.strip().splitlines()
-    assert lines[0].startswith("Best held-out loss") and lines[-1].startswith("Curves: ")
+    assert lines[0].startswith("Best held-out loss") and lines[-1].startswith("Report: ")
     assert "step 3 | loss" in usual.out
     assert "saved step-000002" not in usual.out
     assert "saved step-000002" in verbose.out and "step 3 | loss" in verbose.out

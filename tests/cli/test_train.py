@@ -25,7 +25,8 @@ def test_a_run_writes_all_its_files(program, play) -> None:
     done = program(*DEBUG, "--input", play, "--out_dir", "run")
     assert done.code == 0, done.err
     assert done.err == ""
-    for name in ("config.toml", "log.md", "metrics.jsonl", "training_curves.png", "samples.md"):
+    logs = ("log.md", "metrics.jsonl", "samples.md", "training_curves.png", "report.html")
+    for name in ("config.toml", *logs):
         assert (Path("run") / name).stat().st_size > 0, name
     lines = re.findall(
         r"^step \d+ \| loss: \d+\.\d{4} \| dt: \d+\.\d{2}ms \| tok/sec: \d+\.\d{2} \| "

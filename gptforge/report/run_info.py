@@ -1,0 +1,199 @@
+"""What a run folder says about its run: configuration, state, outcome and versions."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptforge import files
+from gptforge.checkpoint.format import (
+    CONFIG,
+    MODEL,
+    TOKENIZER,
+    list_checkpoints,
+    read_config,
+    read_link,
+    read_state,
+)
+from gptforge.config import METADATA_TABLE, Config
+from gptforge.errors import UserError, parsing
+from gptforge.files import is_finite_number
+from gptforge.lock import is_locked
+from gptforge.report.metrics import METRICS, Event, History, read_history
+
+MAX_DEPTH = 3
+"""Levels of folders below which no runs are searched."""
+STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time limit"}
+"""Reason in the end event -> state; other reasons are "stopped"."""
+COMPLETE = frozenset(STATES.values())
+
+
+@dataclass(frozen=True, eq=False)
+class RunInfo:
+    """A run as it lies on disk; see `read_run`.
+
+    Attributes:
+        path: the run folder.
+        config: the resolved configuration.
+        made_by: versions and command of the last start.
+        history: its events.
+        saved: state.json of the last checkpoint; empty if there is none or it is damaged.
+        tokenizer: text of that checkpoint's tokenizer.json, else its name.
+        state: complete, time limit, stopped, running, or unfinished: it ended without a word.
+    """
+
+    path: Path
+    config: Config
+    made_by: Mapping[str, str]
+    history: History
+    saved: Mapping[str, Any]
+    tokenizer: str
+    state: str
+
+    @property
+    def text(self) -> str:
+        """Name of the text."""
+        name = self.config.input.removeprefix("bundled:")
+        return Path(name).name or name
+
+    def has_same_text(self, other: "RunInfo") -> bool:
+        """Whether both were trained on the same text: by hashes, else by its path."""
+        for name in ("text_sha256", "inputs"):
+            # The first depends on the tokenizer if there are several files; the second is newer.
+            if (value := self.saved.get(name)) and value == other.saved.get(name):
+                return True
+        return not (self.saved and other.saved) and self.config.input == other.config.input
+
+    @property
+    def best(self) -> Event | None:
+        """The evaluation with the lowest held-out loss."""
+        return self.history.best
+
+    @property
+    def steps(self) -> int:
+        """Steps that the logs know of."""
+        steps = [int(event["step"]) + 1 for event in self.history.train[-1:]]
+        steps += [int(event["step"]) for event in self.history.evals[-1:]]
+        end = self.history.end.get("step")
+        return max([0, *steps, end if type(end) is int else 0])
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training text."""
+        events = self.history.train[-1:] + self.history.evals[-1:]
+        return max((float(event["epoch"]) for event in events), default=0.0)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of training: at the end, else at the last checkpoint."""
+        progress = self.saved.get("progress", {})
+        for seconds in (self.history.end.get("seconds"), progress.get("seconds")):
+            if seconds is not None and is_finite_number(seconds):
+                return float(seconds)
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Device, precision and versions, of the first start; the last start's where known."""
+        start = self.history.rare[0] if self.history.rare else {}
+        facts = start if start.get("event") == "start" else {}
+        hidden = ("event", "time", "command")
+        found = {name: value for name, value in facts.items() if name not in hidden}
+        return found | {name: text for name, text in self.made_by.items() if name != "command"}
+
+    @property
+    def modified(self) -> float:
+        """When the run was last written to, in seconds since 1970."""
+        path = self.path / METRICS
+        return (path if path.is_file() else self.path / CONFIG).stat().st_mtime
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts that `gptforge runs` and `compare` print."""
+        best = self.best or {}
+        return {
+            "run": self.path.as_posix(),
+            "state": self.state,
+            "reason": self.history.end.get("reason"),
+            "text": self.text,
+            "val_loss": best.get("val_loss"),
+            "val_bpb": best.get("val_bpb"),
+            "best_step": best.get("step"),
+            "step": self.steps,
+            "max_steps": self.config.max_steps,
+            "tokens": self.steps * self.config.tokens_per_step,
+            "seconds": self.seconds,
+            "tok_per_sec": self.history.tok_per_sec,
+            "seed": self.config.seed,
+            "modified": self.modified,
+        }
+
+
+def read_run(path: Path, *, pending: str = "") -> RunInfo:
+    """Read a run, finished or in progress, of this or an earlier version.
+
+    `pending` are lines that are not in metrics.jsonl yet.
+
+    Raises:
+        UserError: if there is no run, or its config.toml is damaged.
+    """
+    check_run_dir(path)
+    config = read_config(path, with_model=False)
+    with parsing(path / CONFIG, "a configuration of a run"):
+        made_by = tomllib.loads(files.read_text(path / CONFIG)).get(METADATA_TABLE)
+    if not isinstance(made_by, dict) or (path / MODEL).exists():
+        raise UserError(f"{path.as_posix()} is no run folder: training did not write its {CONFIG}")
+    history = read_history(path / METRICS, pending=pending)
+    if history.end:
+        state = STATES.get(history.end["reason"], "stopped")
+    else:
+        state = "running" if is_locked(path) else "unfinished"
+    made_by = {str(name): str(text) for name, text in made_by.items()}
+    saved, tokenizer = _read_checkpoint(path / "checkpoints")
+    return RunInfo(path, config, made_by, history, saved, tokenizer or config.tokenizer, state)
+
+
+def check_run_dir(path: Path) -> None:
+    """Raise a UserError unless a folder has the configuration of a run."""
+    if not (path / CONFIG).is_file():
+        problem = f"is no run folder, it has no {CONFIG}" if path.exists() else "does not exist"
+        raise UserError(f"{path.as_posix()} {problem}: give the out_dir of a run")
+
+
+def find_runs(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
+    """A folder if it has a configuration, else those below it that do."""
+    if (folder / CONFIG).is_file():
+        return [folder]
+    inner = subfolders(folder) if depth else []
+    return [run for sub in inner for run in find_runs(sub, depth - 1)]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden; none if it cannot be read."""
+    try:
+        found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    except OSError:
+        return []
+    return sorted(found)
+
+
+def disk_bytes(folder: Path) -> int:
+    """Size of all files in a folder; links are not followed, and vanished files do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += 0 if path.is_dir() else path.lstat().st_size
+        except OSError:
+            continue
+    return total
+
+
+def _read_checkpoint(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """State and tokenizer of the last checkpoint."""
+    path = read_link(folder / "last") or next(iter(list_checkpoints(folder)[-1:]), folder)
+    try:
+        tokenizer = json.dumps(json.loads(files.read_text(path / TOKENIZER, follow_symlinks=False)))
+        return read_state(path), tokenizer
+    except (UserError, OSError, ValueError, RecursionError):
+        return {}, ""

@@ -1,0 +1,93 @@
+"""`gptforge runs`, `compare` and `report`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.programs import ROOT
+from tests.report.run_folders import write_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three runs of different ages, a damaged one and a foreign folder."""
+    folder = tmp_path / "runs"
+    for age, name in enumerate(("new", "middle", "sweep/old")):
+        run = write_run(folder / name, {10: 3.0, 20: 2.0 + age / 10}, dropout=age / 10)
+        os.utime(run / "metrics.jsonl", (1e9 - age, 1e9 - age))
+    (folder / "damaged").mkdir()
+    (folder / "damaged/config.toml").write_text("[[[")
+    (folder / "photos").mkdir()
+    return folder
+
+
+def test_runs_lists_the_newest_first(program, runs) -> None:
+    rows = json.loads(program("runs", "--json").out)
+    found = [row["run"] for row in rows]
+    order = [found.index(f"runs/{name}") for name in ("new", "middle", "sweep/old")]
+    assert order == sorted(order) and len(found) == 5
+    new = rows[order[0]]
+    facts = {"state": "complete", "text": "play.txt", "val_loss": 2.0, "val_bpb": 1.0, "step": 20}
+    assert facts.items() <= new.items()
+    assert new["bytes"] > 1000 and new["seconds"] == 90.0
+    table = " ".join(program("runs").out.split())
+    assert "2.0000 at 20 | 20 / 500 | 2 minutes" in table
+    assert "runs/damaged | damaged" in table and "not a readable TOML file" in table
+    assert "runs/photos | no run" in table
+
+
+def test_runs_of_other_folders(program, runs) -> None:
+    assert program("runs", "runs/new").out.count("runs/new") == 1
+    assert program("runs", "runs/photos").out == "No runs in runs/photos.\n"
+    done = program("runs", "missing")
+    assert done.code == 2 and done.err.count("\n") == 1 and "there is no such folder" in done.err
+
+
+def test_compare_prints_tables_and_draws(program, runs) -> None:
+    done = program("compare", "runs/new", "runs/middle", "runs/sweep/old")
+    assert done.code == 0
+    assert "| runs/sweep/old | 0.2" in done.out
+    assert "With one seed each" in done.out
+    assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
+    done = program("compare", "runs/new", "runs/middle", "--json", "--out", "two.svg")
+    result = json.loads(done.out)
+    assert result["fields"] == {"dropout": [0.0, 0.1]}
+    assert [run["val_loss"] for run in result["runs"]] == [2.0, 2.1]
+    assert result["differences"][0]["better"] == "runs/new"
+    assert result["picture"] == "two.svg" and "<svg" in Path("two.svg").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (("runs/new",), "two or more"),
+        (("runs/new", "runs/new"), "two or more"),
+        (("runs/new", "runs/photos"), "runs/photos is no run folder"),
+        (("runs/new", "runs/damaged"), "not a readable TOML file"),
+        (("runs/new", "runs/middle", "--out", "x.bmp"), "must end in .png"),
+        (("runs/new", "runs/middle", "--out", "no/x.png"), "there is no folder no"),
+    ],
+)
+def test_compare_refuses_in_one_line(program, runs, args, problem) -> None:
+    done = program("compare", *args)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert problem in done.err and not list(Path().glob("*.png"))
+
+
+def test_report_writes_one_page(program, runs) -> None:
+    assert program("report", "runs/new").out == "runs/new/report.html\n"
+    assert Path("runs/new/report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert program("report", "runs/new", "--out", "page.html").out == "page.html\n"
+    done = program("report", "runs/photos")
+    assert done.code == 2 and "no config.toml" in done.err and done.err.count("\n") == 1
+
+
+def test_commands_read_runs_of_version_0_1(program, runs) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(ROOT / "tests/golden/run-0.1", runs / name, symlinks=True)
+    assert program("compare", "runs/first", "runs/second").code == 0
+    assert program("report", "runs/first").code == 0
+    assert "runs/first " in program("runs").out
