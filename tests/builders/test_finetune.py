@@ -138,6 +138,18 @@ def test_config_of_a_run_is_taken_as_it_is(finetune, program) -> None:
     assert {**again, "out_dir": "tuned"} == first
 
 
+def test_config_of_a_run_with_another_model_imports_it(finetune, program) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert finetune("--max_steps", 4).code == 0
+    assert program("export", "tuned", "--to", "hf", "model").code == 0
+    flags = ("--config", "tuned/config.toml", "--init_from", "model", "--out_dir", "again")
+    done = program(*flags)
+    assert done.code == 0, done.err
+    again, _ = read_toml(Path("again/config.toml"))
+    assert again["init_from"] == "runs/imported/model"
+    assert again["max_steps"] == 4
+
+
 def test_without_a_model_is_an_error(program, play) -> None:
     for command in ("train", "plan"):
         done = program(command, "--preset", "finetune", "--input", play)
