@@ -9,7 +9,7 @@ import numpy as np
 from gptforge.files import atomic_replace
 from gptforge.printable import printable
 from gptforge.report.comparison import METRIC_NAMES, Comparison, Group
-from gptforge.report.curves import TEXT_COLOR, needs_log_scale, running_mean, style_axes
+from gptforge.report.curves import TEXT_COLOR, needs_log_scale, new_figure, running_mean, style_axes
 from gptforge.report.metrics import series
 
 if TYPE_CHECKING:
@@ -32,14 +32,7 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
 
 def plot_comparison(comparison: Comparison) -> "Figure":
     """Draw held-out and training loss by step, and the best losses; one color for each group."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    metric = comparison.metric or "val_loss"
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
-    figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
+    metric, figure = comparison.metric or "val_loss", new_figure()
     grid = figure.add_gridspec(2, 2, width_ratios=(1.55, 1), height_ratios=(1.25, 1))
     val, train, best = map(figure.add_subplot, (grid[:, 0], grid[0, 1], grid[1, 1]))
     colors = [COLORS[index % len(COLORS)] for index in range(len(comparison.groups))]

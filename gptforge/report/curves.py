@@ -36,14 +36,7 @@ def save_curves(history: History, path: Path, *, title: str) -> None:
 
 def plot_curves(history: History, *, title: str) -> "Figure":
     """Draw all curves of a run into one figure."""
-    # Imported here, since matplotlib takes a while to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06, wspace=0.03)
-    figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     grid = figure.add_gridspec(3, 3, width_ratios=(1, 1, 0.85))
     # parse_math=False: a file name may contain $.
     font: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": TEXT_COLOR}
@@ -67,6 +60,19 @@ def plot_curves(history: History, *, title: str) -> "Figure":
         axes.tick_params(labelbottom=axes in (loss, speed))
     for axes in (loss, speed):
         axes.set_xlabel("step", fontsize=9, color=TEXT_COLOR)
+    return figure
+
+
+def new_figure() -> "Figure":
+    """An empty figure for several panels."""
+    # Imported here, since matplotlib takes a while to load.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06, wspace=0.03)
+    figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
     return figure
 
 

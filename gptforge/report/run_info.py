@@ -142,7 +142,9 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
     config = read_config(path, with_model=False)
     with parsing(path / CONFIG, "a configuration of a run"):
         made_by = tomllib.loads(files.read_text(path / CONFIG)).get(METADATA_TABLE)
-    if not isinstance(made_by, dict) or (path / MODEL).exists():
+    if (path / MODEL).exists():
+        raise UserError(f"{path.as_posix()} is a model: give the run folder that it lies in")
+    if not isinstance(made_by, dict):
         raise UserError(f"{path.as_posix()} is no run folder: training did not write its {CONFIG}")
     history = read_history(path / METRICS, pending=pending)
     if history.end:

@@ -67,6 +67,9 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path) -> None:
     (folder / "config.toml").write_text("n_layer = 2\n")
     with pytest.raises(UserError, match="training did not write"):
         read_run(folder)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is a model: give the run folder"):
+        read_run(folder)
 
 
 def test_damaged_logs_and_checkpoints_still_give_a_run(tmp_path) -> None:
