@@ -44,10 +44,12 @@ def main() -> None:
         sample = run_program("sample", run, "--prompt", "Romeo:", "--max_new_tokens", "400")
     print(f"\n{sample}")
     print(f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}\n")
-    print("| text | validation loss, nats per character | bits per byte | seconds |")
+    print("| text | held-out loss, nats per character | bits per byte | seconds |")
     print("| --- | --- | --- | --- |")
     name = Path(args.input).name
-    print(f"| {name} | {score['loss']:.4f} | {score['bits_per_byte']:.4f} | {seconds:.0f} |")
+    print(
+        f"| {name} | {score['nats_per_char']:.4f} | {score['bits_per_byte']:.4f} | {seconds:.0f} |"
+    )
 
 
 if __name__ == "__main__":

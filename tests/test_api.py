@@ -39,7 +39,7 @@ def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
     assert path.samefile("run/checkpoints/best")
     assert run.config.max_steps == 20
     assert isinstance(run.model.generate("ROMEO", max_new_tokens=5), str)
-    assert repr(run) == f"Run(run, step 20 of 20, loss {loss:.4f} at step {step})"
+    assert repr(run) == f"Run(run, step 20 of 20, loss {loss:.4f} nats per token at step {step})"
     assert repr(gptforge.train(**DEBUG, input=play)) == repr(run)
     assert run.plot().axes[0].lines
     assert run._repr_html_().count("<tr>") == 3

@@ -15,7 +15,7 @@ from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.inference.language_model import LanguageModel
 from gptforge.report.curves import plot_curves
-from gptforge.report.metrics import METRICS, Event, read_history
+from gptforge.report.metrics import METRICS, Event, History, read_history
 from gptforge.report.run_info import check_run_dir
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ class Best(NamedTuple):
 
     Attributes:
         step: optimizer steps made.
-        loss: held-out loss in nats per token; without held-out text, the recent training loss.
+        loss: in nats per token. After training, that on all held-out text, which `gptforge eval`
+            prints; before, or if that took too long, that of an evaluation during training. Without
+            held-out text, the recent training loss.
         path: folder of the checkpoint.
     """
 
@@ -71,7 +73,14 @@ class Run:
         path = self._store.read_link("best")
         if path is None:
             return None
-        return Best(step_from_path(path), read_state(path)["progress"]["best_loss"], path)
+        step, final = step_from_path(path), self._history.final
+        if final and final["best_step"] == step:
+            return Best(step, final["final_val_loss"], path)
+        return Best(step, read_state(path)["progress"]["best_loss"], path)
+
+    @property
+    def _history(self) -> History:
+        return read_history(self.path / METRICS)
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -80,7 +89,7 @@ class Run:
 
     def plot(self) -> "Figure":
         """Draw losses, learning rate, gradient norm and speed."""
-        figure = plot_curves(read_history(self.path / METRICS), title=self.path.name)
+        figure = plot_curves(self._history, title=self.path.name)
         # IPython looks for this method to show an object.
         figure._repr_png_ = lambda: _png(figure)  # type: ignore[attr-defined]
         return figure
@@ -100,7 +109,9 @@ class Run:
         last, best = self._store.read_link("last"), self.best
         step = step_from_path(last) if last else 0
         summary = {"run": self.path.as_posix(), "saved": f"step {step} of {self.config.max_steps}"}
-        return summary | ({"best": f"loss {best.loss:.4f} at step {best.step}"} if best else {})
+        return summary | (
+            {"best": f"loss {best.loss:.4f} nats per token at step {best.step}"} if best else {}
+        )
 
 
 def _png(figure: "Figure") -> bytes:

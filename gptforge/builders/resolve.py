@@ -269,7 +269,7 @@ def describe_dataset(dataset: Dataset, config: Config) -> str:
     epochs = config.max_steps * config.tokens_per_step / train
     split = f"{val:,} held out" if val else "none held out"
     if 0 < config.eval_tokens < val:
-        split += f", evaluated on {config.eval_tokens:,} of them, evenly spaced"
+        split += f", {config.eval_tokens:,} of them evaluated during training, evenly spaced"
     documents = f" in {dataset.documents:,} documents" if dataset.documents > 2 else ""
     size = f", {dataset.characters:,} characters{documents}" if dataset.characters else ""
     return (

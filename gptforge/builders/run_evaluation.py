@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from gptforge.builders.load_model import load
 from gptforge.checkpoint import format as checkpoints
 from gptforge.config import Config
@@ -121,13 +123,18 @@ def evaluate_run(
         batch_size=config.batch_size,
     )
     batches, precision = itertools.count(1), select_precision(config.dtype, model.device)
-    with ProgressMeter("evaluating") as meter:
+    matmul_precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as in training
+    try:
+        with ProgressMeter("evaluating") as meter:
 
-        def show_progress() -> bool:
-            meter(next(batches), evaluator.num_batches)
-            return False
+            def show_progress() -> bool:
+                meter(next(batches), evaluator.num_batches)
+                return False
 
-        loss = evaluator.evaluate_until(show_progress, model.model, precision)
+            loss = evaluator.evaluate_until(show_progress, model.model, precision)
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
     assert isinstance(loss, ValLoss), "nothing stops it"
     return loss
 

@@ -104,6 +104,10 @@ def open_run(
         return OpenedRun("new", config)
     old, state = read_config(latest), read_state(latest)
     store.repair_links(latest)
+    known_best: dict[str, Any] = {}
+    if renamed := store.renamed_best(latest):
+        best = read_state(renamed)["progress"]
+        known_best = {name: best[name] for name in ("best_loss", "best_step")}
     requested_steps = config.max_steps
     config = resume_config(
         latest, config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
@@ -119,22 +123,27 @@ def open_run(
         checkpoint, counters, notice = extend_run(store, latest, config)
         return OpenedRun(
             "resume", config, checkpoint, read_state(checkpoint), (*notices, notice),
-            counters=counters, drops_decay=checkpoint != latest,
+            counters=counters | known_best, drops_decay=checkpoint != latest,
         )  # fmt: skip
     is_pending = progress.get("unjudged") or state.get("pending")
     is_done = progress["step"] >= config.max_steps or _stopped_early(config, progress)
-    if is_done and not is_pending and _has_event("end", metrics):
+    # A signal may have stopped the final evaluation of a run with all its steps.
+    has_ended = _has_line(metrics, '"reason": "finished"') or _is_early_stop(metrics)
+    if is_done and not is_pending and has_ended:
         return OpenedRun("finished", config, latest, state, tuple(notices))
     check_writable(folder)
-    return OpenedRun("resume", config, latest, state, tuple(notices))
+    return OpenedRun("resume", config, latest, state, tuple(notices), counters=known_best)
 
 
 def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:
     """Whether a run ended by early stopping, unless a higher patience lets it train on."""
     since_best = progress.get("evals_since_best", 0)
     is_final = config.patience < 0 or 0 < config.patience <= since_best
-    metrics = Path(config.out_dir) / "metrics.jsonl"
-    return is_final and _has_line(metrics, '"reason": "early_stop"')
+    return is_final and _is_early_stop(Path(config.out_dir) / "metrics.jsonl")
+
+
+def _is_early_stop(metrics: Path) -> bool:
+    return _has_line(metrics, '"reason": "early_stop"')
 
 
 def resume_config(

@@ -11,6 +11,8 @@ from typing import Literal
 
 from gptforge import files
 from gptforge.checkpoint.format import (
+    INFERENCE_FILES,
+    LINK_TARGET,
     Snapshot,
     find_corruption,
     is_folder,
@@ -20,7 +22,7 @@ from gptforge.checkpoint.format import (
     save_snapshot,
     step_from_path,
 )
-from gptforge.errors import RunError
+from gptforge.errors import RunError, UserError
 from gptforge.tokenizers import Tokenizer
 
 HEADROOM_BYTES = 8 * 2**20
@@ -115,12 +117,31 @@ class CheckpointStore:
         for leftover in self.folder.glob(".*.partial"):
             files.remove(leftover)
         best_step = int(read_state(latest)["progress"]["best_step"] or 0)
-        best = self.path_of(best_step)
+        best = self.renamed_best(latest) or self.path_of(best_step)
         for which, path in (("last", latest), ("best", best)):
             target = self.read_link(which)
             # By step: the best checkpoint may have been renamed by `discard_after`.
             if (target is None or step_from_path(target) != step_from_path(path)) and path.is_dir():
                 self.set_link(which, path.name)
+
+    def renamed_best(self, latest: Path) -> Path | None:
+        """The best checkpoint, if the state of the latest one does not know it.
+
+        That is so between `discard_after` and the next save, which deletes what is not the best.
+        """
+        best, loss = None, read_state(latest)["progress"]["best_loss"]
+        for path in filter(is_folder, self.folder.glob("step-*.*-*")):
+            if not LINK_TARGET.fullmatch(path.name):
+                continue
+            try:
+                progress = read_state(path)["progress"]
+            except (UserError, OSError):
+                continue
+            is_best = progress["best_step"] == step_from_path(path)
+            is_better = loss is None or (progress["best_loss"] or loss) < loss
+            if is_best and is_better and find_corruption(path, INFERENCE_FILES) is None:
+                best, loss = path, progress["best_loss"]
+        return best
 
     def discard_after(self, step: int, why: Literal["diverged", "decayed"] = "diverged") -> None:
         """Rename checkpoints after `step` to `step-N.<why>-k`, so that no resume finds them.

@@ -12,6 +12,7 @@ from gptforge.cli.parsing import parse_args
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError
 from gptforge.printable import print_stderr, safe_print
+from gptforge.report.format import format_val_loss
 from gptforge.report.log_handler import log_to
 
 
@@ -88,9 +89,13 @@ def _evaluate_text(args: EvalArgs) -> dict[str, object]:
     if not args.json:
         what = f"loss on {args.data}" if args.data else "held-out loss"
         safe_print(
-            f"{what} {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
-            f"{score.bits_per_byte:.4f} bits per byte, {score.nats_per_char:.4f} nats per "
-            f"character, over {score.num_tokens:,} tokens"
+            f"{what} "
+            + format_val_loss(
+                score.loss,
+                bits_per_byte=score.bits_per_byte,
+                nats_per_char=score.nats_per_char,
+                num_tokens=score.num_tokens,
+            )
         )
     return {
         "loss": score.loss,

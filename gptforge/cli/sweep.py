@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
                 best = done[0]
                 safe_print(
                     f"Best: trial {best.trial}, {describe(best.values)}: held-out loss "
-                    f"{best.label} at step {best.step:,}"
+                    f"{best.label} nats per token at step {best.step:,}"
                 )
                 safe_print(f"Picture: {picture.as_posix()}; all trials: results.csv beside it")
                 if not args.final:

@@ -103,10 +103,15 @@ def _training_rows(origin: Origin) -> list[str]:
         f"| Steps | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
         f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g}{decay} |",
     ]
-    scores = [event for event in origin.history.evals if event.get("step") == origin.step]
-    if scores and scores[-1].get("val_loss") is not None:
-        score = scores[-1]
-        lines.append(f"| Held-out loss | {score['val_loss']:.4f} nats per token |")
-        lines.append(f"| Held-out bits per byte | {score['val_bpb']:.4f} |")
+    scores = [
+        (e["val_loss"], e["val_bpb"]) for e in origin.history.evals if e["step"] == origin.step
+    ]
+    final = origin.history.final
+    if final and final["best_step"] == origin.step:
+        scores.append((final["final_val_loss"], final["final_val_bpb"]))
+    if scores and scores[-1][0] is not None:
+        loss, bits_per_byte = scores[-1]
+        lines.append(f"| Held-out loss | {loss:.4f} nats per token |")
+        lines.append(f"| Held-out bits per byte | {bits_per_byte:.4f} |")
         lines.append(f"| Held out | {config.val_fraction:.0%} of the text |")
     return lines

@@ -65,6 +65,7 @@ def run_metrics(
         max_steps: of the complete run.
     """
     losses = {event["step"]: event["val_loss"] for event in history.scored_evals}
+    losses |= {best["step"]: best["val_loss"]} if (best := history.best) else {}
     events = {"train": _thin(history.train, MAX_POINTS), "evals": history.scored_evals}
     last_step = int(history.train[-1]["step"]) + 1 if history.train else 0
     links = {folder for name, folder in checkpoints if name != folder}
@@ -95,11 +96,10 @@ def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, 
     """Name, value and note of each."""
     last = history.train[-1]
     tiles = [("step", f"{step:,}", f"of {max_steps:,}")]
-    if history.scored_evals:
-        best = min(history.scored_evals, key=lambda event: float(event["val_loss"]))
+    if best := history.best:
         tiles += [
-            ("best val loss", f"{best['val_loss']:.3f}", f"at step {best['step']:,}"),
-            ("bits per byte", f"{best['val_bpb']:.3f}", "held-out text"),
+            ("best val loss", f"{best['val_loss']:.4f}", f"nats per token, step {best['step']:,}"),
+            ("bits per byte", f"{best['val_bpb']:.4f}", "held-out text"),
         ]
     tiles.append(("tokens per second", f"{float(last['tok_per_sec'] or 0):,.0f}", "training"))
     if step < max_steps:

@@ -1,4 +1,9 @@
-"""Validation loss: nats per token; bits per byte and nats per character compare vocabularies."""
+"""Validation loss: nats per token; bits per byte and nats per character compare vocabularies.
+
+There is one definition, for training and `gptforge eval`: the held-out ids are cut into sequences
+of context_length that do not overlap, the last of which may be short, and each id but the first is
+predicted from those before it in its sequence. docs/training.md describes it for users.
+"""
 
 import math
 from collections.abc import Callable
@@ -83,10 +88,23 @@ class ValEvaluator:
         available = math.ceil((len(tokens) - 1) / context_length)
         count = min(math.ceil(max_tokens / context_length) or available, available)
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
+        self._max_batch_size = batch_size
         self._batch_size = min(batch_size, max(1, MAX_BATCH_TOKENS // context_length), count)
         self.fraction = count / available
-        self.num_tokens = count * context_length
+        self.num_tokens = min(count * context_length, len(tokens) - 1)
         self.num_batches = math.ceil(count / self._batch_size)
+
+    def full(self) -> "ValEvaluator":
+        """The evaluator of all the text, in the same batches."""
+        if self.fraction == 1:
+            return self
+        return ValEvaluator(
+            self._tokens,
+            self._byte_lengths,
+            context_length=self._context_length,
+            batch_size=self._max_batch_size,
+            char_lengths=self._char_lengths,
+        )
 
     def evaluate(
         self, model: nn.Module, precision: Precision, comm: Comm = SINGLE_PROCESS

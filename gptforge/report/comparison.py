@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME
@@ -96,7 +96,12 @@ class Comparison:
 
 
 def compare(runs: Sequence[RunInfo]) -> Comparison:
-    """Compare two or more runs."""
+    """Compare two or more runs.
+
+    By their losses on all held-out text, unless one lacks that: then by evaluations in training.
+    """
+    if not all(run.history.final for run in runs):
+        runs = [replace(run, history=replace(run.history, final=None)) for run in runs]
     metric, notes = _comparable_metric(runs)
     for run in runs:
         name = run.path.as_posix()
@@ -131,8 +136,9 @@ def _comparable_metric(runs: Sequence[RunInfo]) -> tuple[str | None, list[str]]:
     if not all(run.has_same_text(runs[0]) for run in runs):
         texts = ", ".join(sorted({run.text for run in runs}))
         return None, [f"they were trained on different texts ({texts})"]
-    is_partial = any(run.config.eval_tokens for run in runs)
-    parts = ["val_fraction", "split_by_name", "eval_tokens", *["context_length"] * is_partial]
+    is_partial = any(run.config.eval_tokens and not run.history.final for run in runs)
+    parts = ["val_fraction", "split_by_name"]
+    parts += ["eval_tokens", "context_length"] if is_partial else []
     if names := [name for name in parts if len({getattr(run.config, name) for run in runs}) > 1]:
         fields = ", ".join(names)
         return None, [f"they were evaluated on different parts of the text ({fields} differ)"]

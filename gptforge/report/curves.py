@@ -82,7 +82,7 @@ def _plot_loss(axes: "Axes", history: History) -> None:
     if evals:
         axes.plot(
             series(evals, "step"), series(evals, "val_loss"), color=VAL_COLOR, linewidth=1.8,
-            marker="o", markersize=4 if len(evals) <= 40 else 2, label="held out",
+            marker="o", markersize=4 if len(evals) <= 40 else 2, label=_val_label(history),
         )  # fmt: skip
         _mark_best(axes, history)
     losses = finite_losses(history)
@@ -109,17 +109,29 @@ def needs_log_scale(losses: Sequence[float]) -> bool:
     return bool(losses) and min(losses) > 0 and max(losses) > LOG_SCALE_RATIO * min(losses)
 
 
+def _val_label(history: History) -> str:
+    """Label of the held-out curve; it says so if that read only a part of the held-out text."""
+    subset = history.scored_evals[-1].get("val_tokens", 0)
+    total = history.final["final_val_tokens"] if history.final else 0
+    return f"held out, {subset:,} of {total:,} tokens" if 0 < subset < total else "held out"
+
+
 def _mark_best(axes: "Axes", history: History) -> None:
-    best = history.best
+    """Circle the best evaluation, and write the loss of the best checkpoint on all held-out text.
+
+    The two may differ: the curve may be of a part of it.
+    """
+    best = history.best_eval
     assert best is not None
     axes.axhline(best["val_loss"], color=VAL_COLOR, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.plot(
         best["step"], best["val_loss"], "o", markersize=10, markerfacecolor="none", color=VAL_COLOR
     )
+    best = history.best or best
     # Above the axes, where no curve can cross it.
     axes.set_title(
-        f"best held out {best['val_loss']:.3f}, {best['val_bpb']:.3f} bits per byte, "
-        f"after {best['step']:,} step{'s' * (best['step'] != 1)}",
+        f"best held out {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits per "
+        f"byte, after {best['step']:,} step{'s' * (best['step'] != 1)}",
         fontsize=10,
         loc="right",
         color=VAL_COLOR,

@@ -1,5 +1,6 @@
-"""Counts, durations, times and tables in readable form."""
+"""Counts, durations, losses, times and tables in readable form."""
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -41,3 +42,14 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     rule = ["-" * width for width in widths]
     lines = (" | ".join(map(str.ljust, row, widths)) for row in (header, rule, *rest))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def format_val_loss(
+    loss: float, *, bits_per_byte: float, nats_per_char: float, num_tokens: int
+) -> str:
+    """A held-out loss with its units, the same wherever the loss of a model is printed."""
+    return (
+        f"{loss:.4f} nats per token, perplexity {math.exp(min(loss, 700.0)):.2f}, "
+        f"{bits_per_byte:.4f} bits per byte, {nats_per_char:.4f} nats per character, over "
+        f"{num_tokens:,} tokens"
+    )

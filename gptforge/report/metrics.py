@@ -15,9 +15,11 @@ from gptforge.files import is_finite_number
 MAX_TRAIN_EVENTS = 2**14
 """Longer runs are downsampled to between half as many and this many."""
 METRICS = "metrics.jsonl"
+FINAL_FIELDS = ("final_val_loss", "final_val_bpb", "final_val_nats_per_char", "final_val_tokens")
+"""Fields of the end event: the best checkpoint on all held-out text, as `gptforge eval` prints."""
 EVENT_FIELDS = {
     "train": ("step", "loss", "dt_ms", "tok_per_sec", "norm", "lr", "epoch"),
-    "eval": ("step", "val_loss", "val_bpb", "epoch"),
+    "eval": ("step", "val_loss", "val_bpb", "val_tokens", "epoch"),
 }
 """Fields read per event: numbers, or null."""
 RARE_EVENTS = ("start", "resume", "anomaly", "end")
@@ -33,6 +35,9 @@ class History:
     train: list[Event] = field(default_factory=list)
     evals: list[Event] = field(default_factory=list)
     rare: list[Event] = field(default_factory=list)
+    final: Event | None = None
+    """`best_step` and `FINAL_FIELDS` of the end event; None if the best checkpoint was not evaluated
+    on all held-out text."""
 
     @property
     def scored_evals(self) -> list[Event]:
@@ -41,7 +46,18 @@ class History:
 
     @property
     def best(self) -> Event | None:
-        """The evaluation with the lowest loss."""
+        """`step`, `val_loss` and `val_bpb` of the best checkpoint.
+
+        On all held-out text if that is known, else by the best evaluation during training.
+        """
+        if self.final is None:
+            return self.best_eval
+        loss, bits_per_byte, *_ = (self.final[name] for name in FINAL_FIELDS)
+        return {"step": self.final["best_step"], "val_loss": loss, "val_bpb": bits_per_byte}
+
+    @property
+    def best_eval(self) -> Event | None:
+        """The evaluation during training with the lowest loss."""
         return min(self.scored_evals, key=lambda event: float(event["val_loss"]), default=None)
 
     @property
@@ -77,7 +93,14 @@ def read_history(path: Path, *, pending: str = "") -> History:
             history.evals.append(event)
         elif event:
             history.rare.append(event)
+    final = {name: history.end.get(name) for name in ("best_step", *FINAL_FIELDS)}
+    if all(map(is_finite_number, final.values())) and _is_step(final["best_step"]):
+        history.final = final
     return history
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def _parse_event(line: str) -> Event:
@@ -91,14 +114,15 @@ def _parse_event(line: str) -> Event:
             return dict(event)
         fields = EVENT_FIELDS[event["event"]]
         event = {"event": event["event"], **{name: event.get(name) for name in fields}}
-        event["epoch"] = event["epoch"] or 0.0
+        for name in {"epoch", "val_tokens"}.intersection(fields):  # older versions lack them
+            event[name] = event[name] or 0
     except Exception:
         # A crash may leave part of a line; a file from elsewhere may hold anything.
         return {}
     numbers = [event[name] for name in fields if event[name] is not None]
-    has_step = type(event["step"]) is int and 0 <= event["step"] < 2**62
     is_complete = event.get("val_loss") is None or None not in event.values()
-    return event if has_step and is_complete and all(map(is_finite_number, numbers)) else {}
+    is_valid = _is_step(event["step"]) and all(map(is_finite_number, numbers))
+    return event if is_valid and is_complete else {}
 
 
 def downsample(lines: Iterable[str]) -> list[str]:

@@ -68,7 +68,7 @@ class RunInfo:
 
     @property
     def best(self) -> Event | None:
-        """The evaluation with the lowest held-out loss."""
+        """Step and held-out loss of the best checkpoint."""
         return self.history.best
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from gptforge.report.curves import save_curves
 from gptforge.report.format import format_duration
 from gptforge.report.html_report import save_report
 from gptforge.report.log_handler import EVENT, RESULT
-from gptforge.report.metrics import METRICS, Event, History, read_history, step_line
+from gptforge.report.metrics import FINAL_FIELDS, METRICS, Event, History, read_history, step_line
 from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
 from gptforge.shell import quote
@@ -67,6 +68,7 @@ class RunReport:
         self.trackers = trackers or Trackers([], Config())
         self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
         self._has_warned = self._plot_failed = False
+        self._final: Event = {}
         self.observers: list[Callable[[Event], object]] = []
         """Called with each event after it is written, as metrics.jsonl has it."""
 
@@ -168,20 +170,21 @@ class RunReport:
         loss: float,
         bits_per_byte: float,
         nats_per_char: float,
+        num_tokens: int,
         epoch: float,
         is_best: bool,
     ) -> None:
-        """Log the validation loss after `step` steps."""
+        """Log the validation loss after `step` steps, on `num_tokens` tokens."""
         # With a character tokenizer they are the same number.
         is_per_char = f"{nats_per_char:.4f}" == f"{loss:.4f}"
         self._log_line(
-            f"after {step} step{'s' * (step != 1)} | held-out loss: {loss:.4f} | "
+            f"after {step} step{'s' * (step != 1)} | held-out loss: {loss:.4f} nats per token | "
             f"bits per byte: {bits_per_byte:.4f}"
             f"{'' if is_per_char else f' | nats per character: {nats_per_char:.4f}'}"
             f"{' | best so far' if is_best else ''}"
         )
         losses = {"val_loss": loss, "val_bpb": bits_per_byte, "val_nats_per_char": nats_per_char}
-        self._event("eval", step=step, **losses, epoch=epoch)
+        self._event("eval", step=step, **losses, val_tokens=num_tokens, epoch=epoch)
         self.trackers.log("eval", step, losses)
 
     def log_sample(self, step: int, text: str, *, is_last: bool) -> None:
@@ -216,6 +219,26 @@ class RunReport:
                 "on"
             )
         self._log_line(line, RESULT)
+
+    def set_final_eval(
+        self, step: int, *, loss: float, bits_per_byte: float, nats_per_char: float, num_tokens: int
+    ) -> None:
+        """Set the loss of the best checkpoint, of `step`, on all held-out text.
+
+        `plot` and `finish` report it.
+        """
+        if math.isfinite(loss):
+            values = (loss, bits_per_byte, nats_per_char, num_tokens)
+            self._final = {"best_step": step, **dict(zip(FINAL_FIELDS, values, strict=True))}
+
+    def log_no_final_eval(self, checkpoint: str, num_tokens: int, seconds: float) -> None:
+        """Log how to evaluate on all held-out text, where the end of training did not."""
+        self._log_line(
+            f"{checkpoint} was not evaluated on all {num_tokens:,} held-out tokens: "
+            f"{self._program} eval {quote(self.run_dir.as_posix())} does that, in about "
+            f"{format_duration(seconds)}",
+            RESULT,
+        )
 
     def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was done in the last 20 seconds."""
@@ -253,14 +276,15 @@ class RunReport:
             picture = curves = ""
         self._write(LOG, f"{FENCE}\n\n{summary}\n{picture}")
         facts = {"reason": reason, "step": step, "epoch": epochs, "seconds": round(seconds, 3)}
-        end = self._format_event("end", facts)
+        end = self._format_event("end", facts | self._final)
         self.log(f"\n{summary}{curves}{self._save_html(end)}", RESULT)
         self._write_event(end)
         if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
             warning = f"warning: the end of {', '.join(incomplete)} could not be written"
             self.log(warning, logging.WARNING)
         if reason in ("finished", "early_stop") and not self._plot_failed:
-            self.trackers.log("end", step, {"training_curves": self.run_dir / CURVES})
+            curves_file = {"training_curves": self.run_dir / CURVES}
+            self.trackers.log("end", step, {**self._final, **curves_file})
         self.trackers.finish(reason)
 
     def _save_html(self, end: str) -> str:
@@ -308,7 +332,9 @@ class RunReport:
             self._logs[name].write(text)
 
     def _history(self) -> History:
-        return read_history(self.run_dir / METRICS, pending=self._logs[METRICS].pending)
+        history = read_history(self.run_dir / METRICS, pending=self._logs[METRICS].pending)
+        history.final = self._final or None  # the end event is written last
+        return history
 
     def _warn(self, path: Path, error: OSError) -> None:
         if not self._has_warned:

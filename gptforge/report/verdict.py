@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gptforge.report.format import format_val_loss
 from gptforge.report.metrics import Event, History
 from gptforge.shell import quote
 
@@ -31,10 +32,10 @@ def verdict(
     """
     if not has_val:
         lines = _without_val(history, epochs, split_hint)
-    elif not history.evals:
-        lines = ["The model was not evaluated: training ended before the first evaluation."]
-    else:
+    elif history.evals or history.final:
         lines = _with_val(history, total_steps)
+    else:
+        lines = ["The model was not evaluated: training ended before the first evaluation."]
     has_diverged = history.train and history.train[-1]["loss"] is None and not history.scored_evals
     if not has_diverged:
         lines.append(f"Try it: {program} sample {quote(out_dir)}")
@@ -46,7 +47,7 @@ def _without_val(history: History, epochs: float, split_hint: str) -> list[str]:
         return ["No step was logged."]
     loss = float(history.train[-1]["loss"] or float("nan"))
     return [
-        f"Training loss {loss:.4f} after {epochs:.1f} epochs.",
+        f"Training loss {loss:.4f} nats per token after {epochs:.1f} epochs.",
         "No text was held out, so this measures how well the text is memorized, not how well the "
         f"model writes. To measure that, {split_hint} --val_fraction 0.1.",
     ]
@@ -55,8 +56,10 @@ def _without_val(history: History, epochs: float, split_hint: str) -> list[str]:
 def _with_val(history: History, total_steps: int) -> list[str]:
     evals = history.scored_evals
     if not evals:
+        if history.final:
+            return [_final_loss(history, history.final, total_steps)]
         return ["The held-out loss was always NaN or Inf: training diverged."]
-    best, last = history.best or evals[0], evals[-1]
+    best, last = history.best_eval or evals[0], evals[-1]
     steps_since_best = last["step"] - best["step"]
     if len(evals) < 2:
         trend = "It was evaluated only once, so whether it is still improving is unknown."
@@ -71,19 +74,40 @@ def _with_val(history: History, total_steps: int) -> list[str]:
             f"In the {steps_since_best} steps after that it stayed level: whether more steps "
             "would help is unknown."
         )
-    return [
-        f"Best held-out loss {best['val_loss']:.4f} ({best['val_bpb']:.3f} bits per byte) "
-        f"at step {best['step']} of {total_steps}, epoch {best['epoch']:.1f}.",
-        trend,
-    ]
+    final = history.final
+    if final is None:
+        tokens = f", over {best['val_tokens']:,} tokens" if best.get("val_tokens") else ""
+        best_loss = (
+            f"Best held-out loss {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits "
+            f"per byte{tokens}, at step {best['step']} of {total_steps}, epoch {best['epoch']:.1f}."
+        )
+        return [best_loss, trend]
+    best_loss, subset = _final_loss(history, final, total_steps), last.get("val_tokens", 0)
+    if 0 < subset < final["final_val_tokens"]:
+        trend = f"The evaluations during training read {subset:,} of these tokens. {trend}"
+    return [best_loss, trend]
+
+
+def _final_loss(history: History, final: Event, total_steps: int) -> str:
+    epochs = {event["step"]: f", epoch {event['epoch']:.1f}" for event in history.evals}
+    loss = format_val_loss(
+        final["final_val_loss"],
+        bits_per_byte=final["final_val_bpb"],
+        nats_per_char=final["final_val_nats_per_char"],
+        num_tokens=final["final_val_tokens"],
+    )
+    return (
+        f"Best held-out loss {loss}, all that is held out: step {final['best_step']} of "
+        f"{total_steps}{epochs.get(final['best_step'], '')}."
+    )
 
 
 def _why_worse(history: History, best: Event, last: Event) -> str:
     """Tell overfitting from divergence by the training loss, where the held-out loss rose."""
     at_best, at_end = (_mean_train_loss(history, int(event["step"])) for event in (best, last))
     worse = (
-        f"After that it got worse, {last['val_loss']:.4f} at the end with a training loss of "
-        f"{at_end:.4f}"
+        f"After that it got worse, from {best['val_loss']:.4f} to {last['val_loss']:.4f} nats per "
+        f"token at the end, with a training loss of {at_end:.4f}"
     )
     if last["epoch"] > 1 and at_end < last["val_loss"] and at_end < at_best:
         return f"{worse}: the model began to overfit. The best checkpoint was kept."

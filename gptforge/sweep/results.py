@@ -24,16 +24,18 @@ class RunResult(NamedTuple):
         int, tuple[float, float]
     ]  # step -> held-out loss in nats per token, bits per byte
     seconds: float  # of training, evaluations included
+    final: tuple[float, float] | None = None
+    """The same of the best checkpoint on all held-out text, as `gptforge eval` prints it."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial at the step where the mean held-out loss over its seeds is lowest."""
+    """A trial with the best checkpoint of each seed."""
 
     trial: str
     values: Values
-    losses: tuple[float, ...] = ()  # of each seed at that step; empty if a run has not finished
-    step: int = 0
+    losses: tuple[float, ...] = ()  # held-out loss of each seed; empty if a run has not finished
+    step: int = 0  # where the mean held-out loss over the seeds is lowest
     bits_per_byte: float = float("nan")
     seconds: float = 0.0
     error: str = ""  # of a failed run
@@ -66,7 +68,10 @@ def read_result(folder: Path) -> RunResult | None:
         int(event["step"]): (float(event["val_loss"]), float(event["val_bpb"]))
         for event in history.scored_evals
     }
-    return RunResult(evals, float(history.end.get("seconds", 0))) if evals else None
+    final = None
+    if history.final:
+        final = history.final["final_val_loss"], history.final["final_val_bpb"]
+    return RunResult(evals, float(history.end.get("seconds", 0)), final) if evals else None
 
 
 def trial_result(
@@ -75,11 +80,13 @@ def trial_result(
     runs: Sequence[RunResult | None],
     *,
     step: int | None = None,
+    use_final: bool = False,
     error: str = "",
 ) -> TrialResult:
     """Combine the runs of a trial, one for each seed; without a loss if one of them has none.
 
-    The step with the lowest mean loss counts, unless `step` names one.
+    The losses are those at the step with the lowest mean, or at `step`; with `use_final`, those of
+    each run's best checkpoint on all held-out text.
     """
     results = [run for run in runs if run is not None]
     steps = set.intersection(*(set(run.evals) for run in results)) if results else set()
@@ -87,7 +94,8 @@ def trial_result(
     if not steps or len(results) < len(runs):
         return TrialResult(trial, values, error=error)
     step = min(steps, key=lambda step: sum(run.evals[step][0] for run in results))
-    losses, bits_per_byte = zip(*(run.evals[step] for run in results), strict=True)
+    scores = [run.final if use_final and run.final else run.evals[step] for run in results]
+    losses, bits_per_byte = zip(*scores, strict=True)
     seconds = statistics.fmean(run.seconds for run in results)
     return TrialResult(trial, values, losses, step, statistics.fmean(bits_per_byte), seconds)
 

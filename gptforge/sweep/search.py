@@ -124,10 +124,18 @@ class Sweep:
         return self.results()
 
     def results(self) -> list[TrialResult]:
-        """The trials so far, best first."""
+        """The trials so far, best first.
+
+        Compared on all of the second split, unless that took a run too long.
+        """
+        use_final = all(r.final for r in self._results.values() if r)
         results = [
             trial_result(
-                trial, values, [self._results[r] for r in runs], error=self._errors.get(trial, "")
+                trial,
+                values,
+                [self._results[run] for run in runs],
+                use_final=use_final,
+                error=self._errors.get(trial, ""),
             )
             for trial, (values, runs) in self._trials.items()
         ]
@@ -234,8 +242,9 @@ class Sweep:
             error = self._errors[run.trial] = scheduler.last_error(run, code)
             logger.warning(f"{run.folder.name}: failed: {error} (see {run.log.as_posix()})")
         else:
-            (loss, _), step = min((loss, step) for step, loss in result.evals.items())
-            logger.info(f"{run.folder.name}: loss {loss:.4f} at step {step:,}")
+            score, step = min((score, step) for step, score in result.evals.items())
+            loss, _ = result.final or score
+            logger.info(f"{run.folder.name}: loss {loss:.4f} nats per token at step {step:,}")
         write_results(self.path, self.results())
 
 

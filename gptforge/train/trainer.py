@@ -20,6 +20,7 @@ from gptforge.optim.schedule import Schedule
 from gptforge.report.log_handler import RESULT
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
+from gptforge.train.final_evaluation import evaluate_best
 from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
@@ -63,6 +64,8 @@ class Trainer:
     _recent_losses: RecentLosses = field(init=False)
     rolled_back_to: int = field(init=False, default=-1)
     """Step of the last checkpoint that was rolled back to."""
+    full_score: ValLoss | None = field(init=False, default=None)
+    """Loss of the best checkpoint on all held-out text, if that is known."""
     is_save_deferred: bool = field(init=False, default=False)
     """Whether to save after the next good step, since a save was due in a streak of bad ones."""
 
@@ -92,7 +95,9 @@ class Trainer:
                     self.save(is_best=is_best)
                 self.report.log_saves(self.saver.poll())
             self.saver.wait()
-        self.report.log_saves(self.saver.poll())
+            self.report.log_saves(self.saver.poll())
+            # After the save, so that a second signal, which ends the process, loses nothing.
+            reason = evaluate_best(self, reason)
         self.report.plot(force=True)
         state = self.state
         self.report.finish(
@@ -213,6 +218,8 @@ class Trainer:
                 state.partial = None
                 score, loss = result, result.loss
             is_best = loss < state.best_loss
+            if is_best and self.val_evaluator is not None:
+                self.full_score = score if self.val_evaluator.fraction == 1 else None
             state.count_eval(self.config, loss)
             if score is not None:
                 self.report.log_eval(
@@ -220,6 +227,7 @@ class Trainer:
                     loss=loss,
                     bits_per_byte=score.bits_per_byte,
                     nats_per_char=score.nats_per_char,
+                    num_tokens=score.num_tokens,
                     epoch=self.dataloader.epoch,
                     is_best=is_best,
                 )

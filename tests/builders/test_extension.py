@@ -71,11 +71,32 @@ def test_best_checkpoint_of_a_dropped_decay_is_kept_until_it_is_beaten(wsd) -> N
 
 def test_wsd_run_killed_right_after_its_extension_resumes(wsd) -> None:
     build(wsd).fit()
+    best_loss = read_state(last(wsd))["progress"]["best_loss"]
     longer = dataclasses.replace(wsd, max_steps=30)
-    build(longer).lock.release()
-    assert last(wsd).name == "step-000016"
-    assert build(longer).fit() == "finished"
+    for _ in range(2):
+        build(longer).lock.release()
+        assert last(wsd).name == "step-000016"
+    trainer = build(longer)
+    # Step 16 does not know it.
+    assert (trainer.state.best_step, trainer.state.best_loss) == (20, best_loss)
+    assert store_of(longer).read_link("best").name == "step-000020.decayed-1"
+    assert trainer.fit() == "finished"
     assert [event["step"] for event in events(longer, "train")] == list(range(30))
+    assert not list(store_of(longer).folder.glob("*.decayed-*"))
+
+
+def test_wsd_run_killed_between_a_rename_and_its_link_keeps_its_best_checkpoint(wsd) -> None:
+    build(wsd).fit()
+    store, longer = store_of(wsd), dataclasses.replace(wsd, max_steps=30)
+    build(longer).lock.release()
+    (store.folder / "best").unlink()
+    assert build(wsd).state.best_step == 20  # also with the old --max_steps
+    assert store.read_link("best").name == "step-000020.decayed-1"
+    diverged = store.folder / "step-000020.diverged-1"
+    (store.folder / "step-000020.decayed-1").rename(diverged)
+    assert store.renamed_best(last(wsd)) == diverged
+    (diverged / "model.safetensors").write_bytes(b"damaged")
+    assert store.renamed_best(last(wsd)) is None
 
 
 def test_unfinished_wsd_run_before_its_decay_resumes_from_its_last_step(wsd, messages) -> None:

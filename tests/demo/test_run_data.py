@@ -54,7 +54,7 @@ def test_key_figures(tmp_path) -> None:
     for step, loss in ((60, 3.21), (61, None)):
         lines.append({"event": "eval", "step": step, "val_loss": loss, "val_bpb": loss})
     found = metrics_of(tmp_path, lines, 100)
-    assert ("best val loss", "3.210", "at step 60") in found["tiles"]
+    assert ("best val loss", "3.2100", "nats per token, step 60") in found["tiles"]
     assert found["evals"] == {"step": [60], "val_loss": [3.21]}
     # A step that best or last points to is listed once.
     assert found["checkpoints"] == [

@@ -112,7 +112,9 @@ def test_a_full_disk_is_reported_once_and_lines_are_added_later(
 def test_the_verdict_includes_pending_events(report, disk, messages) -> None:
     disk.free = 0
     report.log_step(train_event(0))
-    report.log_eval(1, loss=2.5, bits_per_byte=1.0, nats_per_char=2.0, epoch=1.0, is_best=True)
+    report.log_eval(
+        1, loss=2.5, bits_per_byte=1.0, nats_per_char=2.0, num_tokens=9, epoch=1.0, is_best=True
+    )
     report.finish("finished", step=1, epochs=1.0, seconds=1, has_val=True)
     out = "\n".join(messages)
     assert "Best held-out loss 2.5000" in out

@@ -5,7 +5,7 @@ import pytest
 
 from gptforge.report.curves import plot_curves, save_curves
 from gptforge.report.metrics import History
-from tests.report.events import eval_events, train_event
+from tests.report.events import eval_events, final_event, train_event
 
 
 def history(steps: int, *, every: int = 1, **fields: float) -> History:
@@ -49,8 +49,19 @@ def test_best_loss_is_above_the_axes_and_a_log_scale_is_named() -> None:
     for events in (history(40), rising):
         [loss, *_] = plot_curves(events, title="t").axes
         assert not loss.texts
-        assert "best held out" in loss.get_title(loc="right")
+        title = loss.get_title(loc="right")
+        assert "best held out" in title and "nats per token" in title
         assert ("logarithmic" in loss.get_title(loc="left")) == (loss.get_yscale() == "log")
+
+
+def test_the_loss_on_all_held_out_text_is_written_and_the_curve_names_its_part() -> None:
+    evals = [event | {"val_tokens": 400} for event in eval_events((9, 3), (40, 2))]
+    events = History([train_event(1)], evals, final_event(40, loss=2.5, tokens=1000))
+    [loss, *_] = plot_curves(events, title="t").axes
+    expected = "best held out 2.5000 nats per token, 1.2500 bits per byte, after 40 steps"
+    assert loss.get_title(loc="right") == expected
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels == ["training", "held out, 400 of 1,000 tokens"]
 
 
 def test_a_constant_speed_looks_constant() -> None:

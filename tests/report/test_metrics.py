@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ from gptforge.checkpoint import run_dir
 from gptforge.report import metrics
 from gptforge.report.format import format_count, format_duration
 from gptforge.report.metrics import read_history, step_line
-from tests.report.events import train_event
+from tests.report.events import final_event, train_event
 
 
 def test_step_line_format() -> None:
@@ -32,6 +33,18 @@ def test_malformed_lines_are_skipped(tmp_path) -> None:
     )
     history = read_history(path)
     assert (len(history.train), len(history.evals)) == (1, 1)
+
+
+def test_only_an_end_event_with_all_its_numbers_has_a_final_loss(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    end = {"event": "end", "step": 3, "epoch": 0.1, **final_event(2, loss=2.5, tokens=9)}
+    broken = [{"final_val_loss": value} for value in (None, "2", math.inf)]
+    broken += [{"best_step": 1.5}, {"best_step": -1}]
+    for change in ({}, *broken):
+        path.write_text(json.dumps(end | change) + "\n")
+        final = read_history(path).final
+        assert (final is None) == bool(change)
+        assert final is None or final.items() >= final_event(2, loss=2.5, tokens=9).items()
 
 
 @pytest.mark.parametrize("count", [0, 1, 16, 17, 18, 31, 32, 33, 34, 100, 1000, 1025])

@@ -62,7 +62,9 @@ def test_a_disabled_report_writes_and_logs_nothing(tmp_path, messages) -> None:
     report = RunReport(tmp_path, title="t", enabled=False)
     report.start("SUMMARY", command="c", facts={})
     report.log_step(train_event(0))
-    report.log_eval(1, loss=2.0, bits_per_byte=1.0, nats_per_char=2.0, epoch=0.1, is_best=True)
+    report.log_eval(
+        1, loss=2.0, bits_per_byte=1.0, nats_per_char=2.0, num_tokens=9, epoch=0.1, is_best=True
+    )
     report.log_sample(1, "words", is_last=True)
     report.plot(force=True)
     finish(report)

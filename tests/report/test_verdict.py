@@ -2,7 +2,7 @@ import pytest
 
 from gptforge.report.metrics import History
 from gptforge.report.verdict import verdict
-from tests.report.events import eval_events, train_event
+from tests.report.events import eval_events, final_event, train_event
 
 
 def summarize(evals, *, train=None, total_steps=150, epochs=3, has_val=True) -> str:
@@ -61,7 +61,7 @@ def test_overfitting_needs_a_falling_training_loss(train_losses, epochs, words) 
         train_event(50 * i + j, loss) for i, loss in enumerate(train_losses) for j in range(30, 50)
     ]
     text = summarize(evals, train=train, epochs=epochs)
-    assert "After that it got worse, 7.0000" in text and words in text
+    assert "After that it got worse, from 4.0000 to 7.0000 nats per token" in text and words in text
     assert "The best checkpoint was kept" in text
 
 
@@ -77,3 +77,27 @@ def test_a_diverged_run_has_no_sample_command() -> None:
     evals = [eval_events((10, 1.0))[0] | {"val_loss": None}]
     text = summarize(evals, train=train, total_steps=10)
     assert text == "The held-out loss was always NaN or Inf: training diverged."
+
+
+@pytest.mark.parametrize(("val_tokens", "is_subset"), [(400, True), (1000, False), (None, False)])
+def test_the_loss_on_all_held_out_text_comes_first(val_tokens, is_subset) -> None:
+    evals = [event | {"val_tokens": val_tokens} for event in eval_events((50, 5.0), (100, 4.0))]
+    if val_tokens is None:  # as of an older version
+        evals = eval_events((50, 5.0), (100, 4.0))
+    history = History(evals=evals, final=final_event(100, loss=3.5, tokens=1000))
+    text = verdict(history, total_steps=100, epochs=1.0, out_dir="runs/x", has_val=True)
+    first, second, _ = text.splitlines()
+    assert first == (
+        "Best held-out loss 3.5000 nats per token, perplexity 33.12, 1.7500 bits per byte, 3.5000 "
+        "nats per character, over 1,000 tokens, all that is held out: step 100 of 100, epoch 1.0."
+    )
+    subset = "The evaluations during training read 400 of these tokens. "
+    assert second.startswith(subset) == is_subset
+    assert "still improving" in second
+
+
+def test_a_run_that_was_evaluated_only_at_its_end() -> None:
+    history = History(train=[train_event(0)], final=final_event(1, loss=3.5, tokens=1000))
+    text = verdict(history, total_steps=1, epochs=0.1, out_dir="runs/x", has_val=True)
+    assert text.startswith("Best held-out loss 3.5000 nats per token")
+    assert "step 1 of 1.\nTry it" in text

@@ -15,6 +15,7 @@ from gptforge.sweep.results import (
     trial_result,
     write_results,
 )
+from tests.report.events import final_event
 
 
 def write_run(folder: Path, losses: dict[int, float | None], end: dict | None) -> Path:
@@ -60,6 +61,17 @@ def test_a_trial_is_ranked_at_the_step_with_the_lowest_mean_over_seeds() -> None
     assert result.spread == pytest.approx(math.sqrt(0.02))
     assert result.seconds == 15.0
     assert trial_result("five", {}, runs, step=20).losses == (1.0, 3.0)
+
+
+def test_the_loss_on_all_held_out_text_replaces_that_of_evaluations(tmp_path) -> None:
+    end = {"event": "end", "reason": "finished", "step": 30, "epoch": 1.0, "seconds": 5}
+    end |= final_event(30, loss=1.9, tokens=99)
+    run = read_result(write_run(tmp_path / "run", {10: 3.0, 30: 2.0}, end))
+    assert run is not None and run.final == (1.9, 0.95)
+    for use_final, expected in ((True, (1.9, 0.95)), (False, (2.0, 4.0))):
+        result = trial_result("five", {}, [run], use_final=use_final)
+        assert (result.loss, result.bits_per_byte) == expected
+        assert result.step == 30
 
 
 def test_a_trial_without_one_of_its_seeds_has_no_loss() -> None:

@@ -10,6 +10,7 @@ from gptforge.config import Config
 from gptforge.config_file import read_toml, to_toml
 from gptforge.errors import UserError
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
+from gptforge.train import trainer as trainer_module
 from gptforge.train.early_stop import resolve_patience
 from tests.distributed.spawn import on_ranks
 from tests.train.runs import StopAfter, build, events, last
@@ -21,6 +22,8 @@ def script_losses(patch, losses=LOSSES) -> None:
     """Let the n-th evaluation of a process, at step 2n, have the n-th loss."""
     left = iter(losses)
     patch.setattr(ValEvaluator, "evaluate_until", lambda *_: ValLoss(next(left), *[1] * 5))
+    # A resumed run would take one more at its end.
+    patch.setattr(trainer_module, "evaluate_best", lambda trainer, reason: reason)
 
 
 @pytest.fixture

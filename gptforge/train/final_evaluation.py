@@ -1,0 +1,109 @@
+"""Evaluate the best checkpoint at the end of training, as `gptforge eval` does.
+
+Evaluations during training may read only a part of the held-out text, `--eval_tokens`. This one
+reads all of it, so that a run ends with the loss that `gptforge eval RUN` prints.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptforge.checkpoint.format import MODEL, read_tensors, resolve_checkpoint, step_from_path
+from gptforge.checkpoint.state_dict import StateDict, load_model_state_dict
+from gptforge.errors import UserError
+from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
+from gptforge.report.format import format_duration
+from gptforge.train.signals import STOP_REASONS, StopReason
+
+if TYPE_CHECKING:
+    from gptforge.train.trainer import Trainer
+
+MAX_SECONDS, MAX_FRACTION = 60.0, 0.1
+"""After the last step it may take so many seconds, or this fraction of the training time."""
+MAX_SECONDS_AFTER_STOP = 10.0
+"""After a signal or the time limit it may take so long."""
+NOTICE_SECONDS = 3.0
+"""An evaluation that takes longer is announced."""
+
+
+def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
+    """Evaluate the checkpoint that `load` opens on all held-out text; a collective.
+
+    Call it after the last save: it may leave the weights of another checkpoint in the model. An
+    evaluation that would take too long is left to `gptforge eval`, and the report says so.
+
+    Returns:
+        `reason`, why training ended; if a signal stops the evaluation of a run that is otherwise
+        finished, that signal: a resumed run evaluates again.
+    """
+    if trainer.val_evaluator is None:
+        return reason
+    comm, state, report = trainer.comm, trainer.state, trainer.report
+    evaluator, score = trainer.val_evaluator.full(), trainer.full_score
+    has_stopped = reason not in ("finished", "early_stop")
+    # The forward is a third of a step's FLOPs.
+    steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
+    seconds = state.seconds / state.step * steps
+    limit = max(MAX_SECONDS, MAX_FRACTION * state.seconds)
+    is_quick = seconds <= (MAX_SECONDS_AFTER_STOP if has_stopped else limit)
+    name, is_quick = comm.broadcast_from_rank0(
+        lambda: (resolve_checkpoint(report.run_dir.as_posix()).name, is_quick)
+    )
+    begin = time.perf_counter()
+
+    def should_stop() -> bool:
+        signal = trainer.stop_signal.stop_reason()
+        if has_stopped or signal == "time_limit":
+            return time.perf_counter() > begin + MAX_SECONDS_AFTER_STOP
+        return signal is not None
+
+    path = trainer.saver.store.folder / name
+    if score is None and is_quick:
+        if seconds > NOTICE_SECONDS:
+            report.log(
+                f"Saved. Evaluating {name} on all {evaluator.num_tokens:,} held-out tokens takes "
+                f"about {format_duration(seconds)}"
+            )
+        score = _evaluate(trainer, evaluator, path, should_stop)
+        # The same on all ranks, as in the training loop.
+        priority = STOP_REASONS.index(trainer.stop_signal.stop_reason())
+        stop = STOP_REASONS[-comm.all_reduce_min(-priority)]
+        if score is None and not has_stopped and stop in ("interrupted", "terminated"):
+            reason = stop
+    if score is None:
+        report.log_no_final_eval(name, evaluator.num_tokens, seconds)
+    else:
+        report.set_final_eval(
+            step_from_path(path),
+            loss=score.loss,
+            bits_per_byte=score.bits_per_byte,
+            nats_per_char=score.nats_per_char,
+            num_tokens=score.num_tokens,
+        )
+    return reason
+
+
+def _evaluate(
+    trainer: "Trainer", evaluator: ValEvaluator, path: Path, should_stop: Callable[[], bool]
+) -> ValLoss | None:
+    """The loss of a checkpoint; None if the evaluation is stopped or the checkpoint is damaged."""
+    step_fn, comm = trainer.step_fn, trainer.comm
+    tensors: StateDict = {}
+
+    def read() -> str:
+        try:
+            tensors.update(read_tensors(path, MODEL))
+        except (UserError, OSError) as error:
+            return str(error)
+        return ""
+
+    with trainer.timer.exclude(), step_fn.ema_weights():
+        if path != trainer.saver.store.path_of(trainer.state.step):
+            if problem := comm.broadcast_from_rank0(read):
+                trainer.report.log(f"warning: {problem}", logging.WARNING)
+                return None
+            load_model_state_dict(step_fn.model, tensors, source=path.as_posix(), comm=comm)
+        result = evaluator.evaluate_until(should_stop, step_fn.root_module, step_fn.precision, comm)
+    return result if isinstance(result, ValLoss) else None
