@@ -36,8 +36,7 @@ class History:
     evals: list[Event] = field(default_factory=list)
     rare: list[Event] = field(default_factory=list)
     final: Event | None = None
-    """`best_step` and `FINAL_FIELDS` of the end event; None if the best checkpoint was not evaluated
-    on all held-out text."""
+    """`best_step` and `FINAL_FIELDS` of the end event; None without an evaluation on all text."""
 
     @property
     def scored_evals(self) -> list[Event]:

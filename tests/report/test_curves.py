@@ -56,7 +56,7 @@ def test_best_loss_is_above_the_axes_and_a_log_scale_is_named() -> None:
 
 def test_the_loss_on_all_held_out_text_is_written_and_the_curve_names_its_part() -> None:
     evals = [event | {"val_tokens": 400} for event in eval_events((9, 3), (40, 2))]
-    events = History([train_event(1)], evals, final_event(40, loss=2.5, tokens=1000))
+    events = History([train_event(1)], evals, final=final_event(40, loss=2.5, tokens=1000))
     [loss, *_] = plot_curves(events, title="t").axes
     expected = "best held out 2.5000 nats per token, 1.2500 bits per byte, after 40 steps"
     assert loss.get_title(loc="right") == expected

@@ -58,7 +58,7 @@ def test_a_report_has_all_sections(tmp_path) -> None:
         "debug on play.txt",
         "complete",
         "Best held-out loss 2.0000 nats per token, perplexity 7.39",
-        "Best held-out loss 2.0000 (1.000 bits per byte) at step 20 of 30",
+        "Best held-out loss 2.0000 nats per token, 1.0000 bits per byte, at step 20 of 30",
         "loss, nats per token",
         "gradient norm, before clipping",
         "dropout 0.25 0.0",

@@ -37,7 +37,7 @@ def test_malformed_lines_are_skipped(tmp_path) -> None:
 
 def test_only_an_end_event_with_all_its_numbers_has_a_final_loss(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
-    end = {"event": "end", "step": 3, "epoch": 0.1, **final_event(2, loss=2.5, tokens=9)}
+    end = {"event": "end", "reason": "finished", "step": 3, **final_event(2, loss=2.5, tokens=9)}
     broken = [{"final_val_loss": value} for value in (None, "2", math.inf)]
     broken += [{"best_step": 1.5}, {"best_step": -1}]
     for change in ({}, *broken):
