@@ -1,5 +1,6 @@
 """Which runs are compared by what, and when a difference is called real."""
 
+import json
 import math
 import random
 import statistics
@@ -9,6 +10,7 @@ import pytest
 
 from gptforge.report.comparison import compare, student_t_p_value
 from gptforge.report.run_info import read_run
+from tests.report.events import final_event
 from tests.report.run_folders import write_run
 
 
@@ -142,6 +144,23 @@ def test_different_tokenizers_are_compared_by_bits_per_byte(tmp_path) -> None:
     a = write_run(tmp_path / "c", {10: 3.0}, text="To be", tokenizer="char", eval_tokens=64)
     b = write_run(tmp_path / "d", {10: 2.0}, eval_tokens=64, **fields)
     assert compare_runs(a, b).metric is None
+
+
+def test_losses_on_all_held_out_text_compare_where_all_runs_have_them(tmp_path) -> None:
+    paths = []
+    for name, loss, fields in (("a", 1.5, {}), ("b", 1.6, {"eval_tokens": 64}), ("c", 1.7, {})):
+        paths.append(write_run(tmp_path / name, {10: loss}, dropout=loss / 10, **fields))
+    for path, loss in zip(paths[:2], (1.8, 1.7), strict=True):
+        metrics = path / "metrics.jsonl"
+        *lines, end = metrics.read_text().splitlines()
+        end = json.dumps(json.loads(end) | final_event(10, loss=loss, tokens=999))
+        metrics.write_text("\n".join([*lines, end]) + "\n")
+    found = compare_runs(*paths[:2])
+    assert found.metric == "val_loss" and [g.scores for g in found.groups] == [[1.7], [1.8]]
+    # One of these has only evaluations during training.
+    found = compare_runs(paths[0], paths[2])
+    assert [group.scores for group in found.groups] == [[1.5], [1.7]]
+    assert compare_runs(*paths).metric is None
 
 
 def test_runs_without_held_out_loss(tmp_path) -> None:
