@@ -49,6 +49,7 @@ def build_trainer(
     command: str = "",
     comm: Comm = SINGLE_PROCESS,
     start_time: float | None = None,
+    is_teacher: bool = False,
 ) -> Trainer | None:
     """Build all parts of a run; None if the run in the run folder is finished.
 
@@ -61,6 +62,7 @@ def build_trainer(
         command: the arguments, for the log.
         comm: all ranks; each of them builds, and rank 0 alone opens the run folder.
         start_time: `time.monotonic()` from which the time limit counts; None: now.
+        is_teacher: whether another run learns from this one, which then reports less.
 
     Raises:
         TeacherStopped: if a teacher's training is stopped.
@@ -77,6 +79,7 @@ def build_trainer(
             command=command,
             comm=comm,
             start_time=start_time,
+            is_teacher=True,
         )
         return trainer.fit() if trainer else "finished"
 
@@ -120,7 +123,15 @@ def build_trainer(
         # The run folder changes from here on: all errors that can be found have been found.
         opened = _move_old_run(run, opened, lock)
         config_text = config_toml(run, program=program, command=command)
-        report = start_report(run, opened, step, state, program=program, config_text=config_text)
+        report = start_report(
+            run,
+            opened,
+            step,
+            state,
+            program=program,
+            config_text=config_text,
+            is_teacher=is_teacher,
+        )
         if comm.is_main and opened.drops_decay:
             store.discard_after(state.step, "decayed")
         # Losses are read two steps late on a GPU, so that no step waits for the device.

@@ -37,6 +37,7 @@ def start_report(
     *,
     program: str,
     config_text: str,
+    is_teacher: bool = False,
 ) -> RunReport:
     """Create the run folder, or truncate the logs to the checkpoint that is resumed.
 
@@ -49,6 +50,7 @@ def start_report(
         program=program,
         split_hint=dataset.split_hint,
         trackers=Trackers(config.trackers, config) if is_main else None,
+        is_teacher=is_teacher,
         enabled=is_main,
     )
     if not is_main:

@@ -48,6 +48,7 @@ class RunReport:
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.
         trackers: get copies of the events, too.
+        is_teacher: only log steps and losses: no summary, pictures, samples or verdict.
         enabled: False on all ranks but 0, which write and log nothing.
     """
 
@@ -59,9 +60,10 @@ class RunReport:
         program: str = "python gpt.py",
         split_hint: str = "use",
         trackers: Trackers | None = None,
+        is_teacher: bool = False,
         enabled: bool = True,
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.is_teacher = run_dir, is_teacher
         self._program, self._split_hint = program, split_hint
         self._title, self._enabled, self._last_plot = title, enabled, 0.0
         self.console = Console()
@@ -85,7 +87,8 @@ class RunReport:
 
     def start(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
         """Begin the logs of a new run with the model summary."""
-        self.log(f"{summary}\n\nStarting training...\n")
+        if not self.is_teacher:
+            self.log(f"{summary}\n\nStarting training...\n")
         heading = f"# {escape_markdown(self._title)}\n\nMade by {code_span(command)}.\n"
         self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
         self._write(SAMPLES, f"# Samples: {escape_markdown(self._title)}\n")
@@ -243,7 +246,8 @@ class RunReport:
     def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was done in the last 20 seconds."""
         now = time.monotonic()
-        if not self._enabled or (not force and now - self._last_plot < PLOT_EVERY_SECONDS):
+        is_due = force or now - self._last_plot >= PLOT_EVERY_SECONDS
+        if not self._enabled or self.is_teacher or not is_due:
             return
         try:
             save_curves(self._history(), self.run_dir / CURVES, title=printable(self._title))
@@ -261,6 +265,11 @@ class RunReport:
         """Close the log with the verdict. The end event is written last: no file is incomplete."""
         if not self._enabled:
             return
+        facts = {"reason": reason, "step": step, "epoch": epochs, "seconds": round(seconds, 3)}
+        if self.is_teacher:
+            self._write(LOG, f"{FENCE}\n")
+            self._event("end", **facts)
+            return
         summary = verdict(
             self._history(),
             total_steps=step,
@@ -275,7 +284,6 @@ class RunReport:
         if self._plot_failed:
             picture = curves = ""
         self._write(LOG, f"{FENCE}\n\n{summary}\n{picture}")
-        facts = {"reason": reason, "step": step, "epoch": epochs, "seconds": round(seconds, 3)}
         end = self._format_event("end", facts | self._final)
         self.log(f"\n{summary}{curves}{self._save_html(end)}", RESULT)
         self._write_event(end)

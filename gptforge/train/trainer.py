@@ -97,7 +97,8 @@ class Trainer:
             self.saver.wait()
             self.report.log_saves(self.saver.poll())
             # After the save, so that a second signal, which ends the process, loses nothing.
-            reason = evaluate_best(self, reason)
+            if not self.report.is_teacher:
+                reason = evaluate_best(self, reason)
         self.report.plot(force=True)
         state = self.state
         self.report.finish(
@@ -237,6 +238,8 @@ class Trainer:
 
     def sample(self) -> None:
         """Log a sample, drawn with a separate RNG so that training is not affected."""
+        if self.report.is_teacher:
+            return
         with self.timer.exclude(), self.step_fn.ema_weights():
             model = self.step_fn.unsharded_model()
             if model is None:
