@@ -66,7 +66,7 @@ matplotlib>=3.9,<4
 filelock>=4,<5
 jinja2>=3.1,<4
 starlette>=0.46,<2
-uvicorn>=0.30,<1
+uvicorn>=0.34,<1
 pydantic>=2.9,<3
 """
 
