@@ -9,7 +9,7 @@ import tyro
 
 from gptforge.cli.parsing import parse_args
 from gptforge.errors import UserError
-from gptforge.printable import printable, safe_print
+from gptforge.printable import safe_print
 from gptforge.report.format import format_count, format_duration, markdown_table
 
 if TYPE_CHECKING:
@@ -53,18 +53,19 @@ def main(argv: list[str]) -> int:
     from gptforge.report.run_info import read_run
 
     comparison = compare([read_run(path) for path in paths])
+    if not args.json:  # before the picture, which may fail
+        safe_print(_text(comparison))
     save_comparison(comparison, picture)
     if args.json:
         print(json.dumps(_to_json(comparison) | {"picture": picture.as_posix()}))
     else:
-        safe_print(_text(comparison))
         safe_print(f"\nPicture: {picture.as_posix()}")
     return 0
 
 
 def _text(comparison: "Comparison") -> str:
     differing = [["field", *(run.path.as_posix() for run in comparison.runs)]]
-    differing += [[name, *map(printable, values)] for name, values in comparison.fields.items()]
+    differing += [[name, *values] for name, values in comparison.fields.items()]
     if len(comparison.runs) > len(comparison.fields):
         differing = [list(column) for column in zip(*differing, strict=True)]
         differing[0][0] = "run"

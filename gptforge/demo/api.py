@@ -182,13 +182,9 @@ def _generate(
     choices = [(prompt, copy) for prompt in request.prompts for copy in range(request.n)]
     for index, (prompt, copy) in enumerate(choices):
         seed = None if request.seed is None else (request.seed + copy) % 2**63
-        matcher, count, text, last_frame = (
-            StopMatcher(as_str_list(request.stop, "stop")),
-            0,
-            "",
-            0.0,
-        )
+        matcher = StopMatcher(as_str_list(request.stop, "stop"))
         tokens: list[Token] = []
+        count, text, last_frame = 0, "", 0.0
         for token in model.stream_tokens(
             prompt, request.max_tokens, request.params, seed=seed,
             top_logprobs=request.logprobs or 0,

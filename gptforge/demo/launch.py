@@ -79,11 +79,10 @@ def launch(
         "max_new_tokens": api.MAX_NEW_TOKENS,
         "max_logprobs": api.MAX_LOGPROBS,
     }
-    max_steps = origin.config.max_steps if origin else 0
     app = Starlette(
         routes=[
             *api.routes(models, lambda: server.should_exit),
-            *run_data.routes(models, Path(run), max_steps=max_steps, about=about),
+            *run_data.routes(models, Path(run), about=about),
             Mount("/", StaticFiles(directory=STATIC, html=True)),
         ]
     )

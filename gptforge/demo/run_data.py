@@ -2,8 +2,8 @@
 
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,35 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gptforge.checkpoint.format import read_config
 from gptforge.demo.model_cache import ModelCache
+from gptforge.errors import UserError
 from gptforge.report.format import format_duration
-from gptforge.report.metrics import History, read_history
+from gptforge.report.metrics import METRICS, History, read_history, thin_out
 from gptforge.report.samples import read_samples
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.md"
+SAMPLES = "samples.md"
 MAX_POINTS = 600
 """Of a curve."""
 MAX_SAMPLES = 60
 CURVES = {"train": ("step", "loss", "lr", "norm", "tok_per_sec"), "evals": ("step", "val_loss")}
 
 
-def routes(
-    models: ModelCache, run_dir: Path, *, max_steps: int, about: Mapping[str, Any]
-) -> list[Route]:
+def routes(models: ModelCache, run_dir: Path, *, about: Mapping[str, Any]) -> list[Route]:
     """`run.json`, which pages load again and again: built when a file has changed.
 
     Args:
         models: names the checkpoints.
         run_dir: the run folder.
-        max_steps: of the complete run.
         about: constant fields.
     """
 
     @functools.lru_cache(maxsize=1)
     def render(_: str, checkpoints: tuple[tuple[str, str], ...]) -> str:
-        samples = _thin(read_samples(run_dir / SAMPLES), MAX_SAMPLES)
+        samples = thin_out(read_samples(run_dir / SAMPLES), MAX_SAMPLES)
+        max_steps = 0
+        with suppress(UserError):  # of a model without a run
+            max_steps = read_config(run_dir, with_model=False).max_steps  # a resume may raise it
         metrics = run_metrics(read_history(run_dir / METRICS), checkpoints, max_steps=max_steps)
         return json.dumps({**about, **metrics, "samples": samples})
 
@@ -66,7 +68,7 @@ def run_metrics(
     """
     losses = {event["step"]: event["val_loss"] for event in history.scored_evals}
     losses |= {best["step"]: best["val_loss"]} if (best := history.best) else {}
-    events = {"train": _thin(history.train, MAX_POINTS), "evals": history.scored_evals}
+    events = {"train": thin_out(history.train, MAX_POINTS), "evals": history.scored_evals}
     last_step = int(history.train[-1]["step"]) + 1 if history.train else 0
     links = {folder for name, folder in checkpoints if name != folder}
     listed = [(name, folder) for name, folder in checkpoints if name not in links]
@@ -102,16 +104,10 @@ def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, 
             ("bits per byte", f"{best['val_bpb']:.4f}", "held-out text"),
         ]
     tiles.append(("tokens per second", f"{float(last['tok_per_sec'] or 0):,.0f}", "training"))
-    if step < max_steps:
+    if step < max_steps and not history.end:
         seconds = (max_steps - step) * float(last["dt_ms"] or 0) / 1e3
         tiles.append(("time left", format_duration(seconds), "about"))
     return tiles
-
-
-def _thin(items: list[Any], count: int) -> list[Any]:
-    """At most about `count` of the items, evenly spaced, with the last one."""
-    stride = max(1, math.ceil(len(items) / count))
-    return items[(len(items) - 1) % stride :: stride] if items else []
 
 
 def _short(value: float | None) -> float | None:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from gptforge.printable import printable
+
 
 def format_count(count: float) -> str:
     """'861 M', '113 T', '28.6 K': three digits and an SI prefix."""
@@ -35,10 +37,10 @@ def format_time(seconds: object) -> str:
         return ""
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     """Rows, the first of which is the header, as a Markdown table with aligned columns."""
-    header, *rest = rows
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    header, *rest = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(header, *rest, strict=True)]
     rule = ["-" * width for width in widths]
     lines = (" | ".join(map(str.ljust, row, widths)) for row in (header, rule, *rest))
     return "\n".join(f"| {line} |" for line in lines)

@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from gptforge.report.curves import (
     plot_curves,
     running_mean,
 )
-from gptforge.report.metrics import Event, History, series
+from gptforge.report.metrics import Event, History, series, thin_out
 
 if TYPE_CHECKING:
     from bokeh.models import ColumnDataSource, GlyphRenderer, HoverTool
@@ -55,7 +56,7 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     from bokeh.models import ColumnDataSource, CrosshairTool, Span
     from bokeh.resources import Resources
 
-    train = _thin_out(history.train, MAX_POINTS["bokeh"])
+    train = thin_out(history.train, MAX_POINTS["bokeh"])
     names = ("loss", *(name for name, *_ in PANELS))
     columns = {name: np.array(series(train, name)) for name in ("step", *names)}
     if len(train) > 1:
@@ -89,7 +90,7 @@ def svg_curves(history: History) -> str:
     """Draw the curves as SVG whose colors are the page's."""
     import matplotlib as mpl
 
-    thin = History(_thin_out(history.train, MAX_POINTS["svg"]), history.evals)
+    thin = replace(history, train=thin_out(history.train, MAX_POINTS["svg"]))
     out = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptforge"}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -101,13 +102,6 @@ def svg_curves(history: History) -> str:
         svg = svg.replace(color, f"var({variable})")
     # The page sets the size.
     return re.sub(r'(width|height)="[\d.]+pt"', "", svg, count=2)
-
-
-def _thin_out(events: Sequence[Event], limit: int) -> list[Event]:
-    """At most about `limit` events, evenly spaced, with the last one."""
-    stride = -(-len(events) // limit) or 1
-    last = len(events) - 1
-    return [event for index, event in enumerate(events) if index % stride == 0 or index == last]
 
 
 def _panel(**options: Any) -> "figure":

@@ -1,11 +1,9 @@
 """report.html: a run on one page that needs no network."""
 
 import math
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from gptforge import __version__, files
+from gptforge import __version__
 from gptforge.config import Config
 from gptforge.errors import install_hint
 from gptforge.estimate.formulas import num_params
@@ -14,7 +12,9 @@ from gptforge.presets import PRESETS, get_preset
 from gptforge.printable import printable, printable_text
 from gptforge.report.format import format_count, format_duration, format_time
 from gptforge.report.html_curves import has_bokeh, interactive_curves, svg_curves
+from gptforge.report.metrics import thin_out
 from gptforge.report.run_info import RunInfo, read_run
+from gptforge.report.samples import read_samples
 from gptforge.report.verdict import verdict
 from gptforge.shell import program_name
 
@@ -22,8 +22,6 @@ REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MAX_SAMPLES, MAX_SAMPLE_CHARS = 12, 4000
 MAX_ANOMALIES = 20
-SAMPLE = re.compile(r"^## After (\d+) steps?\n\n(~{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
-"""As `RunReport.log_sample` writes it."""
 
 
 def save_report(run_dir: Path, path: Path | None = None, *, pending: str = "") -> Path:
@@ -55,7 +53,8 @@ def render_report(run: RunInfo) -> str:
     fields = {name: (value, getattr(preset, name)) for name, value in vars(run.config).items()}
     del fields["preset"]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"printable": printable, "time": format_time}
+    filters = {"printable": printable, "printable_text": printable_text, "time": format_time}
+    environment.filters |= filters
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         run=run,
         title=f"{run.config.preset or 'GPT-2'} on {run.text}",
@@ -65,7 +64,8 @@ def render_report(run: RunInfo) -> str:
         panels={title: Markup(div) for title, div in panels.items()},
         svg=Markup(svg),
         install_hint=install_hint("report"),
-        samples=list(_samples(run.path / "samples.md")),
+        samples=thin_out(read_samples(run.path / "samples.md"), MAX_SAMPLES),
+        max_sample_chars=MAX_SAMPLE_CHARS,
         changed={name: pair for name, pair in fields.items() if pair[0] != pair[1]},
         fields=fields,
         facts=run.facts,
@@ -108,18 +108,6 @@ def _verdict(run: RunInfo) -> list[str]:
         program=program_name(),
     )
     return text.splitlines()
-
-
-def _samples(path: Path) -> Iterator[tuple[int, str]]:
-    """Steps and texts of evenly spaced samples with the last one; none without a readable file."""
-    try:
-        text = files.read_text(path, follow_symlinks=False)
-    except (OSError, ValueError):
-        return
-    found = list(SAMPLE.finditer(text))
-    stride = max(1, -(-(len(found) - 1) // (MAX_SAMPLES - 1)))
-    for match in found[(len(found) - 1) % stride :: stride]:
-        yield int(match[1]), printable_text(match[3][:MAX_SAMPLE_CHARS])
 
 
 def _timeline(run: RunInfo) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptforge.checkpoint.run_dir import read_metrics_lines
 from gptforge.files import is_finite_number
@@ -26,6 +26,7 @@ RARE_EVENTS = ("start", "resume", "anomaly", "end")
 """Events of which all fields are read; their values are unchecked."""
 
 Event = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -149,6 +150,12 @@ def downsample(lines: Iterable[str]) -> list[str]:
         elif any(f'"{name}"' in line for name in RARE_EVENTS):
             others.append(line)
     return [*train, *others]
+
+
+def thin_out(items: list[T], limit: int) -> list[T]:
+    """At most `limit` of the items, evenly spaced, with the last one."""
+    stride = max(1, -(-len(items) // limit))
+    return items[(len(items) - 1) % stride :: stride]
 
 
 def series(events: Iterable[Event], name: str) -> list[float]:

@@ -1,11 +1,11 @@
-"""samples.md, read back for the web page."""
+"""samples.md, read back for the web page and report.html."""
 
 import re
 from pathlib import Path
 
 from gptforge.files import read_text
 
-SAMPLE = re.compile(r"^## After (\d+) steps\n\n(~{3,})text\n(.*?)\n\2$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^## After (\d{1,18}) steps\n\n(~{3,})text\n", re.MULTILINE)
 
 
 def read_samples(path: Path) -> list[tuple[int, str]]:
@@ -14,4 +14,10 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
         text = read_text(path, follow_symlinks=False)
     except (OSError, UnicodeDecodeError):
         return []
-    return [(int(step), sample.strip("\n")) for step, _, sample in SAMPLE.findall(text)]
+    samples, end = [], 0
+    while heading := HEADING.search(text, end):
+        end = text.find(f"\n{heading[2]}\n", heading.end())
+        if end == -1:
+            break  # a crash may leave a part of the last one
+        samples.append((int(heading[1]), text[heading.end() : end].strip("\n")))
+    return samples

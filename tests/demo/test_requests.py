@@ -3,6 +3,7 @@
 import http.client
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator
 
@@ -118,10 +119,15 @@ def test_the_run_is_sent_again_only_when_it_has_changed(address, folder) -> None
         etags.append(response.getheader("etag"))
         assert response.status == (304 if etags[:-1] == etags[-1:] else 200)
         if len(etags) == 2:
+            # As a resume with more steps does.
+            config = folder / "run" / "config.toml"
+            text = re.sub(r"max_steps = \d+", "max_steps = 77", config.read_text())
+            config.write_text(text)
             with (folder / "run" / "metrics.jsonl").open("a") as file:
                 file.write("\n")
     assert etags[0] == etags[1] != etags[2]
     run = json.loads(content)
+    assert run["tiles"][0][2] == "of 77"
     # The text has one speaker, so it has no dialogue.
     assert run["prompts"] == ["But soft, what light"]
     assert [name for name, _ in run["checkpoints"]] == [

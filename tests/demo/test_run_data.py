@@ -56,6 +56,8 @@ def test_key_figures(tmp_path) -> None:
     found = metrics_of(tmp_path, lines, 100)
     assert ("best val loss", "3.2100", "nats per token, step 60") in found["tiles"]
     assert found["evals"] == {"step": [60], "val_loss": [3.21]}
+    lines.append({"event": "end", "reason": "interrupted", "step": 60})
+    assert "time left" not in str(metrics_of(tmp_path, lines, 100)["tiles"])
     # A step that best or last points to is listed once.
     assert found["checkpoints"] == [
         ["best", "best · step 60 · val loss 3.210"], ["step-000006", "step 6"]

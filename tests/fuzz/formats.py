@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zstandard
-from gptforge.demo.training_tab import _render as render_training
 
 from gptforge import files, tokenizers
 from gptforge.builders.load_model import load_bundle
@@ -43,10 +42,12 @@ from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import VERIFIED_FILE, find_corruption, read_index
+from gptforge.demo.run_data import run_metrics
 from gptforge.doctor.shards import check_shards
 from gptforge.errors import UserError
 from gptforge.model import GPT
 from gptforge.report.metrics import read_history
+from gptforge.report.run_info import read_run
 from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
@@ -289,7 +290,9 @@ def read_metrics(folder: Path) -> None:
     history = read_history(folder / "run/metrics.jsonl")
     verdict(history, total_steps=4, epochs=1.0, out_dir="run", has_val=True)
     verdict(history, total_steps=4, epochs=1.0, out_dir="run", has_val=False)
-    render_training.__wrapped__(folder / "run", 4, "", "")
+    json.dumps(run_metrics(history, [("best", "step-000004")], max_steps=4), allow_nan=False)
+    with contextlib.suppress(UserError):
+        read_run(folder / "run").to_json()
     origin = Origin(merge(Config(), {}, source="fuzz"), 4, history, None)
     model_card(
         ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front_matter={}

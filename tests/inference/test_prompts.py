@@ -14,7 +14,6 @@ from gptforge.builders.import_model import import_model
 from gptforge.config import Config
 from gptforge.convert.hf import read_hf
 from gptforge.data.dataset import DatasetOptions, open_dataset
-from gptforge.demo.sessions import generate_with_limits
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
 from gptforge.presets import get_preset
@@ -69,8 +68,8 @@ def test_a_model_trained_on_documents_starts_a_document(document_run, program) -
     sampling = SamplingParams(temperature=0.5)
     [completion] = model.generate_batch("", 5, sampling, seeds=0)
     assert completion.text == texts[0]
-    *_, last = generate_with_limits(model, "", max_new_tokens=5, params=sampling, seed=0)
-    assert "".join(token.text for token in last.tokens) == texts[0]
+    tokens = model.stream_tokens("", 5, sampling, seed=0)
+    assert "".join(token.text for token in tokens) == texts[0]
     flags = ("--max_new_tokens", 5, "--temperature", 0.5, "--seed", 0, "--device", "cpu")
     assert program("sample", document_run.out_dir, *flags).out == f"{texts[0]}\n"
 

@@ -47,7 +47,7 @@ function readAddress() {
     // A checkpoint that is gone by now.
     if (control.selectedIndex === -1) write(control, defaults[control.name]);
   }
-  showTab(params.get("tab") ?? "write");
+  showTab(params.get("tab") === "training" ? "training" : "write");
 }
 
 // Settings.

@@ -8,6 +8,7 @@ const tip = document.getElementById("tip");
 export function showTip(span) {
   const { text, probability, alternatives } = span.token;
   const rows = Object.entries(alternatives).map(([name, logprob]) => [name, Math.exp(logprob)]);
+  rows.sort(([, a], [, b]) => b - a); // objects list digits first
   tip.replaceChildren(heading(text, probability), ...rows.flatMap(row));
   tip.hidden = false;
   const token = span.getClientRects()[0] ?? span.getBoundingClientRect();
