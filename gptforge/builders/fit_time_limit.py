@@ -80,7 +80,8 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
     if fitted.max_steps < c.max_steps:
         logger.info(
             f"auto: {fitted.max_steps:,} steps instead of {c.max_steps:,}, of "
-            f"{1000 * per_step:.3g} ms each, to end within {format_duration(seconds)}"
+            f"{1000 * per_step:.3g} ms each{' with teachers' * bool(c.teachers)}, to end within "
+            f"{format_duration(seconds)}"
         )
     return fitted
 

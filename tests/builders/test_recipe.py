@@ -16,6 +16,7 @@ from gptforge.builders.recipe import (
     USABLE_TIME,
     make_recipe,
 )
+from gptforge.builders.train_teachers import cost_with_teachers
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.estimate.formulas import flops_per_token
@@ -126,7 +127,7 @@ def test_time_limit_leaves_about_half_of_the_steps(num_bytes, device, limit, rat
     model = dataclasses.replace(config.model, vocab_size=128)
     flops = (
         config.max_steps * config.tokens_per_step * flops_per_token(model, config.context_length)
-    )
+    ) * cost_with_teachers(config)
     assert flops * MIN_STEPS_SHARE <= 1.01 * limit * 60 * USABLE_TIME * rate
 
 

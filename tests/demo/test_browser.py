@@ -263,6 +263,18 @@ def test_settings_reach_the_model(visitor) -> None:
     assert "whole number, not seven" in page.inner_text(".error")
 
 
+def test_alternatives_are_listed_by_probability(visitor) -> None:
+    # JavaScript lists keys that are whole numbers before the others.
+    shown = visitor().evaluate("""async () => {
+        const { showTip } = await import("./tip.js");
+        const span = document.createElement("span");
+        span.token = { text: "x", probability: 0.1, alternatives: { 1: -3, a: -1, 2: -2 } };
+        showTip(span);
+        return document.getElementById("tip").innerText.split("\\n");
+    }""")
+    assert [text for text in shown if text in ("1", "2", "a")] == ["a", "2", "1"]
+
+
 def test_errors_appear_beside_the_text(visitor) -> None:
     page = visitor()
     text = generate(page, max_tokens=20)
@@ -316,7 +328,7 @@ def test_settings_survive_a_reload_and_are_a_link(visitor) -> None:
 
 def test_a_link_with_values_that_are_invalid_here(visitor, address) -> None:
     page = visitor()
-    page.goto(f"{address}/#checkpoint=step-999999&prompt=light&top_k2=-5&max_tokens=20")
+    page.goto(f"{address}/#checkpoint=step-999999&prompt=light&top_k2=-5&max_tokens=20&tab=x")
     page.wait_for_function("document.querySelector('#prompt').value === 'light'")
     assert page.locator("[name=checkpoint]").input_value() == "best"
     # The browser would refuse to submit what is invalid, even in a hidden sheet.
