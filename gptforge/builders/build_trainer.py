@@ -17,7 +17,8 @@ from gptforge.builders.seed import seed_everything
 from gptforge.builders.start_report import config_toml, start_report
 from gptforge.builders.train_teachers import load_teachers, train_teachers
 from gptforge.checkpoint.async_saver import AsyncSaver
-from gptforge.checkpoint.run_dir import OpenedRun, is_finished_read_only, lock_run_dir
+from gptforge.checkpoint.out_dir import is_finished_read_only
+from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader

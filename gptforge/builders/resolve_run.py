@@ -26,7 +26,7 @@ from gptforge.builders.resolve import (
 )
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.train_teachers import check_teachers
-from gptforge.checkpoint.run_dir import check_out_dir, check_writable
+from gptforge.checkpoint.out_dir import check_out_dir, check_writable
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset

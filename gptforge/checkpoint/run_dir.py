@@ -1,37 +1,22 @@
 """Opens a run folder: for a new run, to resume one, or to find it finished."""
 
 import dataclasses
-import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from gptforge import files
 from gptforge.checkpoint.extension import extend_run
 from gptforge.checkpoint.format import CONFIG, read_config, read_state, read_tokenizer
+from gptforge.checkpoint.out_dir import check_out_dir, check_writable, has_files
+from gptforge.checkpoint.run_files import has_event, has_line
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
-from gptforge.lock import LOCK_FILE, FolderLock, is_locked, lock_folder
-from gptforge.patterns import is_inside
-from gptforge.shell import quote
+from gptforge.lock import FolderLock, lock_folder
 from gptforge.tokenizers import Tokenizer
-
-TEACHERS = "teachers"
-"""Folder of a run's teachers, which are runs of their own."""
-TRACKING = "tracking"
-"""Folder of the files of experiment trackers."""
-RUN_FOLDERS = {"checkpoints", TEACHERS, TRACKING}
-RUN_FILES = RUN_FOLDERS | {
-    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "report.html")
-}
-"""What a run leaves in its folder."""
-MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
-"""How much of the end of the metrics is read, more than a million lines, and of a line at once."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +74,12 @@ def open_run(
     """
     check_out_dir(config)
     folder = Path(config.out_dir)
-    if config.restart and _has_files(folder):
+    if config.restart and has_files(folder):
         return OpenedRun("new", config, moves_old_run=True)
     store, metrics = CheckpointStore(folder / "checkpoints"), folder / "metrics.jsonl"
     latest, notices = store.latest()
     if latest is None:
-        if any(store.folder.glob("step-*")) or _has_event("save", metrics):
+        if any(store.folder.glob("step-*")) or has_event("save", metrics):
             problems = f"{'; '.join(notices)}; " if notices else ""
             raise UserError(
                 f"{problems}{folder.as_posix()} holds a run without an intact checkpoint: put one "
@@ -128,7 +113,7 @@ def open_run(
     is_pending = progress.get("unjudged") or state.get("pending")
     is_done = progress["step"] >= config.max_steps or _stopped_early(config, progress)
     # A signal may have stopped the final evaluation of a run with all its steps.
-    has_ended = _has_line(metrics, '"reason": "finished"') or _is_early_stop(metrics)
+    has_ended = has_line(metrics, '"reason": "finished"') or _is_early_stop(metrics)
     if is_done and not is_pending and has_ended:
         return OpenedRun("finished", config, latest, state, tuple(notices))
     check_writable(folder)
@@ -143,7 +128,7 @@ def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:
 
 
 def _is_early_stop(metrics: Path) -> bool:
-    return _has_line(metrics, '"reason": "early_stop"')
+    return has_line(metrics, '"reason": "early_stop"')
 
 
 def resume_config(
@@ -189,143 +174,3 @@ def is_run_of(folder: Path, preset: str, text: str) -> bool:
         return False
     is_same_text = files.real_path(str(values.get("input"))) == files.real_path(text)
     return is_same_text and values.get("preset") == preset
-
-
-def check_writable(folder: Path) -> None:
-    """Raise a UserError if the folder cannot be created or written to; changes no file."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        if existing.is_symlink():
-            raise UserError(f"--out_dir {folder}: {existing} is a dangling link")
-        existing = existing.parent
-    if not existing.is_dir():
-        problem = "is a file" if existing == folder else f"cannot be created: {existing} is a file"
-        raise UserError(f"--out_dir {folder} {problem}: choose another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out_dir {folder}: {existing} cannot be written to: choose another")
-
-
-def check_out_dir(config: Config) -> None:
-    """Raise a UserError if out_dir cannot be used or holds no run; changes no file."""
-    folder = Path(config.out_dir)
-    real = files.real_path(folder)
-    for parent in (real, *real.parents):
-        if parent.name == "checkpoints" and (parent.parent / CONFIG).is_file():
-            raise UserError(
-                f"--out_dir {folder} lies among the checkpoints of a run: choose another, or "
-                f"resume that run with --out_dir {quote(parent.parent.as_posix())}"
-            )
-    if is_finished_read_only(folder) and not config.restart:
-        return
-    check_writable(folder)
-    if not config.restart:
-        _refuse_links(folder)
-    if (folder / "checkpoints").is_dir():
-        check_writable(folder / "checkpoints")
-    outside = list(real.parents)
-    if real.parent.name == TEACHERS:
-        # A teacher lies in the run of its student, which is locked meanwhile.
-        outside.remove(real.parent.parent)
-    if outer := next(filter(is_locked, outside), None):
-        raise UserError(
-            f"--out_dir {folder} lies in {outer}, which another process trains into: choose another"
-        )
-    inputs = _inputs_inside(config, folder)
-    if config.restart and _has_files(folder):
-        if problem := _why_not_movable(folder):
-            raise UserError(f"--out_dir {folder} cannot be moved to a backup: {problem}")
-        if inputs:
-            raise UserError(
-                f"--restart would move {folder} to a backup with {inputs} in it: choose another "
-                "--out_dir, or put that elsewhere first"
-            )
-    elif not (folder / CONFIG).is_file() and _has_files(folder, ignore=RUN_FILES):
-        hint = "choose another, or give --restart to move it to a backup"
-        if inputs:
-            hint = f"choose another, as {inputs} lies there"
-        raise UserError(f"--out_dir {folder} holds other files and no run: {hint}")
-
-
-def is_finished_read_only(folder: Path) -> bool:
-    """Whether a finished run lies in a folder that cannot be written to."""
-    return (
-        (folder / CONFIG).is_file()
-        and not os.access(folder, os.W_OK)
-        and _has_event("end", folder / "metrics.jsonl")
-    )
-
-
-def _refuse_links(folder: Path) -> None:
-    """Raise a UserError for links among a run's files: a run from elsewhere may hold any."""
-    for name in sorted(RUN_FILES):
-        path = folder / name
-        kind = files.nonregular_kind(path, follow_symlinks=False)
-        if name in RUN_FOLDERS and path.is_symlink():
-            raise UserError(
-                f"--out_dir {folder}: {path} is a link to {path.readlink()}, and a run saves only "
-                "into its own folder: move the whole run there and give --out_dir that folder, or "
-                "a link to it"
-            )
-        if kind and not (name in RUN_FOLDERS and path.is_dir()):
-            raise UserError(
-                f"--out_dir {folder}: {path} is {kind}, which is neither read nor written through: "
-                "remove it, or choose another --out_dir"
-            )
-
-
-def _why_not_movable(folder: Path) -> str:
-    """Why a folder must not be renamed; else an empty string."""
-    if files.real_path(folder) in (Path.cwd(), *Path.cwd().parents):
-        return "it is or contains the working directory"
-    if os.path.ismount(folder):
-        return "something is mounted there; choose a folder inside it"
-    parent = folder.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return f"{files.real_path(parent)} cannot be written to"
-    # A run inside it may belong to somebody else or be training right now.
-    for depth in ("*", "*/*"):
-        locked = filter(is_locked, (lock.parent for lock in folder.glob(f"{depth}/{LOCK_FILE}")))
-        saved = (path.parents[1] for path in folder.glob(f"{depth}/checkpoints/step-*"))
-        others = (run for run in saved if run.parent != folder / TEACHERS)
-        if inner := next(chain(locked, others), None):
-            return f"it holds the run {inner.name}; choose that, or another"
-    return ""
-
-
-def _inputs_inside(config: Config, folder: Path) -> str:
-    """The flags, with values, that name files inside a run folder; else an empty string.
-
-    `--init_from` may: its weights and tokenizer are read before the folder is moved, and saved
-    with the new run.
-    """
-    paths = {"input": config.input}
-    starts_inside = config.init_from and is_inside(folder, config.init_from)
-    if Path(config.tokenizer).is_file() and not starts_inside:
-        paths["tokenizer"] = config.tokenizer
-    return " and ".join(
-        f"--{flag} {path}" for flag, path in paths.items() if path and is_inside(folder, path)
-    )
-
-
-def _has_event(event: str, metrics: Path) -> bool:
-    """Whether a run's metrics hold such an event."""
-    return _has_line(metrics, f'"event": "{event}"')
-
-
-def _has_line(metrics: Path, text: str) -> bool:
-    """Whether a line of a run's metrics contains a text."""
-    return any(text.encode() in line for line in read_metrics_lines(metrics))
-
-
-def read_metrics_lines(metrics: Path) -> Iterator[bytes]:
-    """The lines of a run's metrics; none if the file is missing or not regular."""
-    with suppress(OSError), files.open_regular(metrics, follow_symlinks=False) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - MAX_METRICS_BYTES))
-        yield from iter(lambda: file.readline(MAX_LINE_BYTES), b"")
-
-
-def _has_files(folder: Path, *, ignore: Collection[str] = ()) -> bool:
-    """Whether a folder holds files that are not hidden: a crash may leave hidden ones of ours."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return any(not name.startswith(".") for name in names.difference(ignore))

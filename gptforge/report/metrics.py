@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptforge.checkpoint.run_dir import read_metrics_lines
+from gptforge.checkpoint.run_files import read_metrics_lines
 from gptforge.files import is_finite_number
 
 MAX_TRAIN_EVENTS = 2**14
