@@ -15,6 +15,7 @@ import gptforge
 from gptforge.api.console import as_arguments
 from gptforge.config import FIELDS
 from gptforge.report import run_report
+from gptforge.train.trainer import Trainer
 from tests.conftest import play_text
 from tests.environment import python_path
 from tests.programs import events
@@ -108,6 +109,26 @@ def test_a_second_interrupt_ends_the_call_and_not_the_process(play) -> None:
     with pytest.raises(KeyboardInterrupt):
         gptforge.train(**DEBUG, input=play, on_step=interrupt_twice)
     assert gptforge.train(**DEBUG, input=play).metrics[-1]["reason"] == "finished"
+
+
+def test_a_second_interrupt_while_a_teacher_trains(play, monkeypatch) -> None:
+    train_step = Trainer.train_step
+
+    def interrupt_twice(trainer: Trainer) -> object:
+        assert trainer.report.is_teacher
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return train_step(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", interrupt_twice)
+        gptforge.train(**DEBUG, input=play, teachers=1)
+    # The teacher's folder is unlocked, and only the steps of the run itself are reported.
+    steps: list[int] = []
+    fields = {**DEBUG, "input": play, "teachers": 1}
+    run = gptforge.train(**fields, on_step=lambda event: steps.append(event["step"]))
+    assert run.metrics[-1]["reason"] == "finished"
+    assert steps == [event["step"] for event in run.metrics if event["event"] == "train"]
 
 
 def test_sigterm_saves_and_exits_with_its_code(play) -> None:

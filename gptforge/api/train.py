@@ -151,9 +151,11 @@ class _Observer:
         self.error: BaseException | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Observe a trainer that has not started."""
+        """Observe a trainer that has not started; of a teacher, there are no events."""
         self._stop_signal, report = trainer.stop_signal, trainer.report
         self._stop_signal.exits_on_second = False  # it would end the notebook's kernel
+        if report.is_teacher:
+            return
         self._checkpoints = report.run_dir / "checkpoints"
         if trainer.comm.is_main:
             report.observers.append(self._on_event)

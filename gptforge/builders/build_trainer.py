@@ -51,6 +51,7 @@ def build_trainer(
     comm: Comm = SINGLE_PROCESS,
     start_time: float | None = None,
     is_teacher: bool = False,
+    on_teacher: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer | None:
     """Build all parts of a run; None if the run in the run folder is finished.
 
@@ -64,6 +65,7 @@ def build_trainer(
         comm: all ranks; each of them builds, and rank 0 alone opens the run folder.
         start_time: `time.monotonic()` from which the time limit counts; None: now.
         is_teacher: whether another run learns from this one, which then reports less.
+        on_teacher: called with the trainer of each teacher before it trains.
 
     Raises:
         TeacherStopped: if a teacher's training is stopped.
@@ -82,7 +84,13 @@ def build_trainer(
             start_time=start_time,
             is_teacher=True,
         )
-        return trainer.fit() if trainer else "finished"
+        if trainer is None:
+            return "finished"
+        on_teacher(trainer)
+        try:
+            return trainer.fit()
+        finally:
+            close(trainer)
 
     run = resolve_run(config, explicit, comm)
     with contextlib.ExitStack() as on_failure:
@@ -157,6 +165,14 @@ def build_trainer(
         )
         on_failure.pop_all()
         return trainer
+
+
+def close(trainer: Trainer) -> None:
+    """After an error: complete a running save and unlock the run folder."""
+    with contextlib.suppress(Exception):
+        trainer.saver.wait()
+    if trainer.lock is not None:
+        trainer.lock.release()
 
 
 def _lock_run_dir(run: ResolvedRun) -> FolderLock | None:

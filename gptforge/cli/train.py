@@ -101,7 +101,8 @@ def run_training(
         command: the arguments, for the log.
         start_time: `time.monotonic()` from which the time limit counts.
         logging_as: prints what is logged meanwhile.
-        on_built: called with the trainer before it trains; not for a finished run.
+        on_built: called with the trainer, and those of teachers, before it trains; not for a
+            finished run.
     """
     with logging_as as handler:
         if os.environ.get("RANK", "0") != "0":
@@ -116,7 +117,7 @@ def run_training(
         comm = init_distributed(config.device)
         trainer: Trainer | None = None
         try:
-            from gptforge.builders.build_trainer import build_trainer
+            from gptforge.builders.build_trainer import build_trainer, close
             from gptforge.builders.resolve import resolve_out_dir
             from gptforge.builders.train_teachers import TeacherStopped
 
@@ -129,6 +130,7 @@ def run_training(
                     command=command,
                     comm=comm,
                     start_time=start_time,
+                    on_teacher=on_built,
                 )
             except TeacherStopped as stop:
                 reason = stop.reason
@@ -150,16 +152,8 @@ def run_training(
             raise
         finally:
             if trainer is not None:
-                _close(trainer)
+                close(trainer)
     return TrainingEnd(reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm)
-
-
-def _close(trainer: "Trainer") -> None:
-    """After an error: complete a running save and unlock the run folder."""
-    with contextlib.suppress(Exception):
-        trainer.saver.wait()
-    if trainer.lock is not None:
-        trainer.lock.release()
 
 
 @contextlib.contextmanager
