@@ -47,7 +47,7 @@ class Run:
         path: the run folder.
 
     Raises:
-        UserError: if it is no run folder.
+        UserError: if it is not a run folder.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -61,7 +61,7 @@ def load_bundle(run: str | Path) -> ModelBundle:
         UserError: if there is none, or it is damaged.
     """
     if not isinstance(run, str | Path) or not str(run):
-        raise UserError(f"{run!r} is no run: give the path of a run folder or a checkpoint folder")
+        raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
     path = Path(run)
     if is_hf_dir(path):
         return read_hf(path)

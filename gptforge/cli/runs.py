@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    """The facts of a run; of a folder without a readable one, what is wrong."""
+    """The facts of a run, or what is wrong with its folder."""
     from gptforge.checkpoint.format import CONFIG
     from gptforge.report.run_info import disk_bytes, read_run
 

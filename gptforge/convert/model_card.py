@@ -63,7 +63,7 @@ def model_card(
     lines += [
         "## Limits",
         "",
-        "The model continues text in the style of its training data. It is no source of facts, "
+        "The model continues text in the style of its training data. It is not a source of facts, "
         "follows no instructions and has not been made safe; it may repeat training text verbatim.",
         "",
     ]

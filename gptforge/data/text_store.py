@@ -38,7 +38,7 @@ def store_texts(texts: Texts, *, field: str) -> Path:
                 try:
                     data = line.encode()
                 except UnicodeEncodeError as error:
-                    raise UserError(f"text: document {number} is no valid text: {error}") from None
+                    raise UserError(f"text: document {number} is not valid text: {error}") from None
                 digest.update(data)
                 file.write(data)
             if not file.tell():

@@ -42,7 +42,7 @@ def launch(
         allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
 
     Raises:
-        UserError: for a missing model or package, or a host that is no address of this machine.
+        UserError: for a missing model or package, or a host that is not an address of this machine.
         RunError: if the port is taken.
     """
     for package in ("starlette", "uvicorn", "pydantic"):

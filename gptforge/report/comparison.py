@@ -10,7 +10,7 @@ from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME
 from gptforge.report.run_info import COMPLETE, RunInfo
 
 SIGNIFICANCE = 0.05
-"""Probability of calling a difference real that is none, over all pairs of groups."""
+"""Probability of calling a difference real where there is none, over all pairs of groups."""
 HIDDEN = frozenset({"config", "out_dir", "restart"})
 """Fields that are not compared."""
 LEARNED = sorted(
@@ -201,7 +201,7 @@ def _sentence(difference: Difference, what: str) -> str:
         )
     if is_real:
         return f"{lower}: real, large against the spread of seeds (p = {p_value:.2g})."
-    return f"{lower}: no more than seeds differ (p = {p_value:.2g}), so no difference is shown."
+    return f"{lower}: no larger than between seeds (p = {p_value:.2g}), so no difference is shown."
 
 
 def _differing(runs: Sequence[RunInfo]) -> dict[str, list[Any]]:

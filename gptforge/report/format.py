@@ -30,7 +30,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_time(seconds: object) -> str:
-    """Seconds since 1970 as '2026-11-29 16:10 UTC'; empty if they are no time."""
+    """Seconds since 1970 as '2026-11-29 16:10 UTC'; empty for anything else."""
     try:
         return datetime.fromtimestamp(float(str(seconds)), UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (ValueError, OverflowError, OSError):

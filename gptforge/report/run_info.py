@@ -24,7 +24,7 @@ from gptforge.lock import is_locked
 from gptforge.report.metrics import METRICS, Event, History, read_history
 
 MAX_DEPTH = 3
-"""Levels of folders below which no runs are searched."""
+"""Levels of folders that are searched for runs."""
 STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time limit"}
 """Reason in the end event -> state; other reasons are "stopped"."""
 COMPLETE = frozenset(STATES.values())
@@ -32,7 +32,7 @@ COMPLETE = frozenset(STATES.values())
 
 @dataclass(frozen=True, eq=False)
 class RunInfo:
-    """A run as it lies on disk; see `read_run`.
+    """A run on disk; see `read_run`.
 
     Attributes:
         path: the run folder.
@@ -41,7 +41,7 @@ class RunInfo:
         history: its events.
         saved: state.json of the last checkpoint; empty if there is none or it is damaged.
         tokenizer: text of that checkpoint's tokenizer.json, else its name.
-        state: complete, time limit, stopped, running, or unfinished: it ended without a word.
+        state: complete, time limit, stopped, running, or unfinished (no end event).
     """
 
     path: Path
@@ -73,7 +73,7 @@ class RunInfo:
 
     @property
     def steps(self) -> int:
-        """Steps that the logs know of."""
+        """Steps made, by the logs."""
         steps = [int(event["step"]) + 1 for event in self.history.train[-1:]]
         steps += [int(event["step"]) for event in self.history.evals[-1:]]
         end = self.history.end.get("step")
@@ -143,9 +143,9 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
     with parsing(path / CONFIG, "a configuration of a run"):
         made_by = tomllib.loads(files.read_text(path / CONFIG)).get(METADATA_TABLE)
     if (path / MODEL).exists():
-        raise UserError(f"{path.as_posix()} is a model: give the run folder that it lies in")
+        raise UserError(f"{path.as_posix()} is a model: give its run folder")
     if not isinstance(made_by, dict):
-        raise UserError(f"{path.as_posix()} is no run folder: training did not write its {CONFIG}")
+        raise UserError(f"{path.as_posix()} is not a run folder: its {CONFIG} is not from training")
     history = read_history(path / METRICS, pending=pending)
     if history.end:
         state = STATES.get(history.end["reason"], "stopped")
@@ -159,7 +159,7 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
 def check_run_dir(path: Path) -> None:
     """Raise a UserError unless a folder has the configuration of a run."""
     if not (path / CONFIG).is_file():
-        problem = f"is no run folder, it has no {CONFIG}" if path.exists() else "does not exist"
+        problem = f"is not a run folder, it has no {CONFIG}" if path.exists() else "does not exist"
         raise UserError(f"{path.as_posix()} {problem}: give the out_dir of a run")
 
 

@@ -65,7 +65,7 @@ def test_compare_prints_tables_and_draws(program, runs) -> None:
     [
         (("runs/new",), "two or more"),
         (("runs/new", "runs/new"), "two or more"),
-        (("runs/new", "runs/photos"), "runs/photos is no run folder"),
+        (("runs/new", "runs/photos"), "runs/photos is not a run folder"),
         (("runs/new", "runs/damaged"), "not a readable TOML file"),
         (("runs/new", "runs/middle", "--out", "x.bmp"), "must end in .png"),
         (("runs/new", "runs/middle", "--out", "no/x.png"), "there is no folder no"),

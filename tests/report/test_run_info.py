@@ -65,7 +65,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(UserError, match="not a readable TOML file"):
         read_run(folder)
     (folder / "config.toml").write_text("n_layer = 2\n")
-    with pytest.raises(UserError, match="training did not write"):
+    with pytest.raises(UserError, match="is not from training"):
         read_run(folder)
     (folder / "model.safetensors").touch()
     with pytest.raises(UserError, match="is a model: give the run folder"):

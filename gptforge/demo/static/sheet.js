@@ -127,7 +127,7 @@ export class Sheet {
     });
   }
 
-  /** Tips by pointer, and by arrow keys, so that tokens are no tab stops. */
+  /** Tips on hover and with the arrow keys; tokens are not tab stops. */
   #exploreTokens() {
     const select = (span) => {
       this.text.querySelector(".current")?.classList.remove("current");
