@@ -68,7 +68,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(UserError, match="is not from training"):
         read_run(folder)
     (folder / "model.safetensors").touch()
-    with pytest.raises(UserError, match="is a model: give the run folder"):
+    with pytest.raises(UserError, match="is a model: give its run folder"):
         read_run(folder)
 
 
