@@ -11,12 +11,14 @@ import torch
 from gptforge.builders import auto_config, fit_time_limit, recipe
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.step_timing import StepTiming
+from gptforge.builders.train_teachers import TeacherStopped
 from gptforge.checkpoint.format import read_config
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.presets import get_preset
+from gptforge.train.trainer import Trainer
 from tests.train.runs import StopAfter, events, last
 
 AUTO = ("--preset", "auto", "--device", "cpu")
@@ -71,6 +73,24 @@ def test_resumed_run_does_not_depend_on_the_rule(config, monkeypatch, has_link) 
     assert resumed.config.dropout != 0.4
     assert resumed.fit() == "finished"
     assert losses(resumed.config) == losses(straight)
+
+
+def test_a_run_stopped_in_a_teacher_does_not_depend_on_the_rule(config, monkeypatch) -> None:
+    flags = {"teachers": 1, "teacher_steps": 6}
+    config = dataclasses.replace(config, **flags)
+    fit = Trainer.fit
+
+    def stop(trainer: Trainer) -> object:
+        trainer.stop_signal = StopAfter(3)
+        return fit(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(TeacherStopped):
+        patch.setattr(Trainer, "fit", stop)
+        build(config, *flags)
+    monkeypatch.setattr(recipe, "ANCHORS", OTHER_ANCHORS)
+    student = build(config, *flags)
+    assert (student.config.dropout, student.config.max_lr) != (0.4, 5e-4)
+    assert student.fit() == "finished"
 
 
 def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeypatch) -> None:
