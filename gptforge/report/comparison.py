@@ -102,6 +102,9 @@ def compare(runs: Sequence[RunInfo]) -> Comparison:
     """
     if not all(run.history.final for run in runs):
         runs = [replace(run, history=replace(run.history, final=None)) for run in runs]
+    if not all(run.saved for run in runs):
+        # Of a run without checkpoints only the name of its tokenizer is known.
+        runs = [replace(run, tokenizer=run.config.tokenizer) for run in runs]
     metric, notes = _comparable_metric(runs)
     for run in runs:
         name = run.path.as_posix()

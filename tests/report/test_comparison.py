@@ -68,6 +68,13 @@ def test_runs_that_differ_by_the_seed_alone_are_grouped(tmp_path) -> None:
     assert "real" in found.verdict[-1] and worst.name in found.verdict[-1]
 
 
+def test_a_run_without_checkpoints_has_the_tokenizer_of_its_configuration(tmp_path) -> None:
+    fields = {"tokenizer": "char", "eval_tokens": 0}
+    saved = write_run(tmp_path / "a", {10: 2.0}, text="To be", **fields)
+    found = compare_runs(saved, write_run(tmp_path / "b", {10: 2.1}, seed=1, **fields))
+    assert (found.metric, found.notes) == ("val_loss", [])
+
+
 def test_a_difference_within_the_spread_of_seeds_is_not_real(tmp_path) -> None:
     runs = write_seeds(tmp_path, [1.50, 1.56], dropout=0.0)
     runs += write_seeds(tmp_path, [1.51, 1.57], dropout=0.1)
