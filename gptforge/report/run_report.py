@@ -330,7 +330,8 @@ class RunReport:
         return json_line({"event": event, **fields, "time": round(time.time(), 3)})
 
     def _write_event(self, line: str) -> None:
-        self.log(line.strip(), EVENT)
+        if not self.is_teacher:  # the events that --log_format json prints are those of one run
+            self.log(line.strip(), EVENT)
         self._write(METRICS, line)
         for observer in self.observers:
             observer(json.loads(line))

@@ -94,8 +94,10 @@ def test_quiet_and_verbose(program, play) -> None:
     assert finished.startswith("runs/play-debug is finished") and finished.count("\n") == 1
 
 
-def test_json_log_is_the_metrics(program, play) -> None:
-    done = program(*SHORT, "--input", play, "--log_format", "json", "--out_dir", "run")
+@pytest.mark.parametrize("teachers", [0, 1])
+def test_json_log_is_the_metrics(program, play, teachers) -> None:
+    flags = ("--teachers", teachers, "--log_format", "json", "--out_dir", "run")
+    done = program(*SHORT, "--input", play, *flags)
     assert done.code == 0
     assert [json.loads(line) for line in done.out.splitlines()] == events()
     assert done.err.strip().startswith("Best held-out loss")
