@@ -43,6 +43,21 @@ def exact_matmul() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blank curves and report.html outside their own tests: they take longer than a small run."""
+    if request.path.parent.name == "report":
+        return
+
+    def blank_figure(*_: object, **__: object) -> object:
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(1, 1))
+
+    monkeypatch.setattr("gptforge.report.curves.plot_curves", blank_figure)
+    monkeypatch.setattr("gptforge.report.html_report.render_report", lambda _: "<!DOCTYPE html>")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():

@@ -212,7 +212,7 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"text": {"train": ["a"]}}, "text is a dict of 'train': give one of them"),
         ({"text": [{"body": "a"}]}, "text has no column 'text', but 'body': name one with field"),
         ({"text": ["a", None]}, "document 1 is None, not a string"),
-        ({"text": "\ud800"}, "no valid text"),
+        ({"text": "\ud800"}, "not valid text"),
     ],
 )
 def test_errors_name_the_argument(play, arguments, message) -> None:
@@ -245,7 +245,7 @@ def test_the_signature_has_all_fields() -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
-    with pytest.raises(gptforge.UserError, match="no run folder"):
+    with pytest.raises(gptforge.UserError, match="is not a run folder"):
         gptforge.Run(tmp_path)
 
 
