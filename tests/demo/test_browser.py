@@ -4,21 +4,20 @@ Needs playwright and a Chromium on the path (Debian: apt-get install chromium).
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
+from tests.browser import browser as browser
+from tests.browser import needs_chromium
 from tests.demo.serving import ROOT, server
 from tests.demo.serving import folder as folder
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+pytestmark = needs_chromium
 
 
 SLOW = """
@@ -54,14 +53,6 @@ def address(folder) -> Iterator[str]:
 def slow_address(folder) -> Iterator[str]:
     with server(folder, "-c", SLOW, "PORT") as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

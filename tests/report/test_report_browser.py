@@ -1,30 +1,21 @@
 """report.html in a real browser. Needs bokeh, playwright and a Chromium on the path."""
 
-import shutil
 import time
 
 import pytest
 
 from gptforge.report import html_report
 from gptforge.report.html_report import save_report
+from tests.browser import browser as browser
+from tests.browser import needs_chromium
 from tests.report.run_folders import write_run
 
 pytest.importorskip("bokeh", reason="bokeh is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
+pytestmark = needs_chromium
 
 LOSSES = {100: 3.0, 200: 2.5, 300: 2.2, 400: 2.1}
 RANGES = """[...Bokeh.index.roots].filter(view => view.model.reset).map(
     ({model}) => [model.x_range.start, model.x_range.end])"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
