@@ -142,8 +142,9 @@ class GPTForgeStep:
         device: torch.device,
         *,
         plain: bool = False,
+        dtype: str = "auto",
     ) -> None:
-        precision = select_precision("auto", device)
+        precision = select_precision(dtype, device)
         kernels = select_kernels(Config(dropout=recipe.model.dropout), device, precision)
         if plain:
             precision, kernels = Precision(torch.float32, ""), DEFAULT_KERNELS
@@ -180,7 +181,7 @@ class GPTForgeStep:
 
 
 def time_recipe(
-    recipe: Recipe, nanogpt: Path, tokens: np.ndarray, device: torch.device
+    recipe: Recipe, nanogpt: Path, tokens: np.ndarray, device: torch.device, dtype: str
 ) -> dict[str, list[float]]:
     """Seconds of a step of each implementation, one value per repeat."""
     torch.manual_seed(1337)
@@ -189,7 +190,7 @@ def time_recipe(
     model = GPT(replace(recipe.model, vocab_size=vocab_size)).init_weights()
     steps = {
         "nanoGPT": NanoGPTStep(nanogpt, recipe, tokens, device),
-        "gptforge": GPTForgeStep(copy.deepcopy(model), recipe, tokens, device),
+        "gptforge": GPTForgeStep(copy.deepcopy(model), recipe, tokens, device, dtype=dtype),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(recipe.repeats + 1):
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("nanogpt", type=Path, help="folder of a checkout of nanoGPT")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=RECIPES)
+    parser.add_argument("--dtype", default="auto", help="of gptforge")
     parser.add_argument("--only", default="", help="recipes whose names contain this")
     args = parser.parse_args()
     device, name = select_device(args.device)
@@ -232,7 +234,7 @@ def main() -> None:
     speeds, losses = [], []
     for recipe in [r for r in RECIPES[args.device] if args.only in r.name]:
         tokens = from_name(recipe.tokenizer, text).encode(text)
-        seconds = time_recipe(recipe, args.nanogpt, tokens, device)
+        seconds = time_recipe(recipe, args.nanogpt, tokens, device, args.dtype)
         a, b = (statistics.median(times) for times in seconds.values())
         times = [1e3 * value for value in seconds["gptforge"]]
         rate = recipe.micro_batch * recipe.accumulation * recipe.model.block_size / b
@@ -243,7 +245,7 @@ def main() -> None:
         print(speeds[-1], flush=True)
         if recipe.compared_steps:
             losses += compare_losses(recipe, tokens, device)
-    precision = select_precision("auto", device).name
+    precision = select_precision(args.dtype, device).name
     print(f"\n{name}, torch {torch.__version__}, gptforge in {precision}\n")
     print("| recipe | nanoGPT, steps/s | gptforge, steps/s | ms/step | tokens/s | speedup |")
     print("| --- | --- | --- | --- | --- | --- |", *speeds, sep="\n")

@@ -17,11 +17,13 @@ class Precision:
 
     dtype: torch.dtype
     reason: str
+    float8: bool = False
+    """Whether the matmuls of training are in fp8, and the rest in `dtype`."""
 
     @property
     def name(self) -> str:
         """The dtype as `--dtype` spells it."""
-        return str(self.dtype).removeprefix("torch.")
+        return "fp8" if self.float8 else str(self.dtype).removeprefix("torch.")
 
     @property
     def is_mixed(self) -> bool:
@@ -73,7 +75,18 @@ def has_mps() -> bool:
 
 
 def select_precision(flag: str, device: torch.device) -> Precision:
-    """Resolve `--dtype`: bfloat16 where it is native, else float16 on a GPU, else float32."""
+    """Resolve `--dtype`: bfloat16 where it is native, else float16 on a GPU, else float32.
+
+    Raises:
+        UserError: for fp8 on a device without it.
+    """
+    if flag == "fp8":
+        if not has_float8(device):
+            raise UserError(
+                "--dtype fp8 needs a GPU of compute capability 8.9 or more, such as an H100; use "
+                "--dtype auto here"
+            )
+        return Precision(torch.bfloat16, "matmuls in fp8, the rest in bfloat16", float8=True)
     if flag != "auto":
         return Precision(getattr(torch, flag), "as requested")
     if device.type == "cuda":
@@ -81,6 +94,17 @@ def select_precision(flag: str, device: torch.device) -> Precision:
     if device.type == "cpu":
         return _cpu_precision()
     return Precision(torch.float32, "mixed precision on Apple GPUs has not been tried yet")
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in fp8."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def select_eval_precision(flag: str, device: torch.device) -> Precision:
+    """Resolve `--dtype` for evaluation, where fp8 means bfloat16."""
+    return select_precision("bfloat16" if flag == "fp8" else flag, device)
 
 
 def _cuda_precision(device: torch.device) -> Precision:

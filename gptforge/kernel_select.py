@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend
 
 from gptforge.config import Config
 from gptforge.device import Precision
+from gptforge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,19 @@ class KernelConfig:
     """Fuse the output layer with the loss, see kernels/cross_entropy.py."""
     residual_dtype: torch.dtype | None = None
     """Dtype of the residual stream; None: float32."""
+    float8: bool = False
+    """With the manual backward: matmuls in fp8, see train/backends/float8.py."""
 
 
 DEFAULT_KERNELS = KernelConfig()
 
 
 def select_kernels(config: Config, device: torch.device, precision: Precision) -> KernelConfig:
-    """Select the fastest kernels measured on this kind of device, before any of them is tried."""
+    """Select the fastest kernels measured on this kind of device, before any of them is tried.
+
+    Raises:
+        UserError: for fp8 with an option that the manual backward does not have.
+    """
     is_bf16 = precision.dtype == torch.bfloat16
     residual_dtype = torch.bfloat16 if is_bf16 else None
     if device.type == "cpu" and (is_bf16 or precision.dtype == torch.float32):
@@ -39,8 +46,16 @@ def select_kernels(config: Config, device: torch.device, precision: Precision) -
         and not (config.dropout and config.activation_checkpointing)
         and config.activation == "gelu_tanh"
     )
+    if precision.float8 and not manual_backward:
+        raise UserError(
+            "--dtype fp8 does not work with --compile true, with --activation gelu, or with "
+            "both --dropout and --activation_checkpointing: use --dtype bfloat16"
+        )
     return KernelConfig(
-        manual_backward=manual_backward, fused_cross_entropy=True, residual_dtype=residual_dtype
+        manual_backward=manual_backward,
+        fused_cross_entropy=True,
+        residual_dtype=residual_dtype,
+        float8=precision.float8,
     )
 
 

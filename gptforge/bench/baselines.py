@@ -28,7 +28,8 @@ BASELINES = {
 def describe_baseline(kind: str, device: torch.device, precision: Precision) -> str:
     """Describe a baseline on this device in a line."""
     compiled = "compiled" if device.type == "cuda" else "not compiled"
-    return f"{BASELINES[kind]}; {compiled}, {precision.name}, AdamW"
+    dtype = str(precision.dtype).removeprefix("torch.")  # fp8 is ours alone
+    return f"{BASELINES[kind]}; {compiled}, {dtype}, AdamW"
 
 
 class _Logits(nn.Module):

@@ -96,6 +96,8 @@ def build_train_step(
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):
+        if kernels.float8:
+            raise RunError(f"--dtype fp8 does not run here: {failure or 'not on all ranks'}")
         logger.info(f"note: the manual backward does not run here: {failure or 'not on all ranks'}")
         step.set_kernels(
             dataclasses.replace(kernels, manual_backward=False, fused_cross_entropy=False)

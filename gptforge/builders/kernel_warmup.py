@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from gptforge.config import Config
 from gptforge.device import Precision
@@ -21,6 +22,15 @@ from gptforge.kernels.attention import (
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
 from gptforge.kernels.dropout import DropoutSeed, dropout_threshold
 from gptforge.kernels.embedding import embedding, embedding_backward
+from gptforge.kernels.float8 import (
+    E4M3,
+    E5M2,
+    cast_transpose,
+    empty_float8,
+    gelu_backward_cast_transpose,
+    one,
+    transpose,
+)
 from gptforge.kernels.gelu import gelu_backward
 from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
 from gptforge.kernels.reductions import accumulate_column_sums
@@ -44,6 +54,7 @@ class KernelWarmup:
         self._device, self._config, self._dtype = device, config, precision.dtype
         self._threads: list[threading.Thread] = []
         self._is_manual = select_kernels(config, device, precision).manual_backward
+        self._float8 = precision.float8
         self._head_size = config.n_embd // config.n_head
         if device.type != "cuda":
             return
@@ -95,9 +106,14 @@ class KernelWarmup:
         embedding(ids, vector[None], positions, rows.dtype, dropout)
         embedding_backward(rows, ids[0], torch.zeros(1, n_embd, device=device))
         for sublayer_output in (None, rows.clone()):
-            _, saved = add_layer_norm(rows, sublayer_output, vector, vector, dropout)
+            _, saved = add_layer_norm(
+                rows, sublayer_output, vector, vector, dropout, E4M3 if self._float8 else None
+            )
             layer_norm_backward(rows.clone(), saved, vector, sublayer_output, qkv_bias)
         hidden, bias_grad = self._zeros(WARMUP_TOKENS, d_ff), torch.zeros(d_ff, device=device)
+        if self._float8:
+            self._run_float8_kernels(rows, hidden, bias_grad, ids[0])
+            return
         if gelu_save_interval(n_embd) > 1:
             gelu_backward(hidden, hidden.clone(), bias_grad, recompute=True)
         if prefer_separate_dgelu(device, n_embd):
@@ -107,6 +123,19 @@ class KernelWarmup:
         if c.vocab_size:
             # 0 until the text is tokenized.
             cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0], IGNORE_INDEX)
+
+    def _run_float8_kernels(
+        self, rows: Tensor, hidden: Tensor, bias_grad: Tensor, targets: Tensor
+    ) -> None:
+        scale = one(self._device)
+        for source, dtype in ((rows, E4M3), (rows, E5M2), (rows.float(), E4M3)):
+            transpose(cast_transpose(source, empty_float8(source, dtype, scale)).data)
+        cast_transpose(hidden, empty_float8(hidden, E4M3, scale), gelu=True)
+        gelu_backward_cast_transpose(hidden, hidden, empty_float8(hidden, E5M2, scale), bias_grad)
+        if self._config.vocab_size:
+            logits = self._zeros(WARMUP_TOKENS, self._config.vocab_size)
+            out = torch.empty_like(logits, dtype=E5M2)
+            cross_entropy_in_place(logits, targets, IGNORE_INDEX, out=out)
 
     def _run(self, work: Callable[[], None]) -> None:
         # Errors are ignored: training runs into the same ones, and reports them. The current
@@ -127,5 +156,5 @@ class KernelWarmup:
         seed = torch.zeros(2, dtype=torch.int32, device=self._device)
         return DropoutSeed(seed, threshold) if threshold else None
 
-    def _zeros(self, *shape: int) -> torch.Tensor:
+    def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self._device, dtype=self._dtype)

@@ -67,7 +67,7 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
         # Not tried on a CPU: out of memory, the kernel kills the process.
         fits=lambda sequences: not is_gpu or step.fits(sequences, config.context_length),
         cache_path=cache_dir() / "micro_batches.json" if is_gpu else None,
-        key=f"{config.model} {config.context_length} {step.precision.dtype} {manual} "
+        key=f"{config.model} {config.context_length} {step.precision.name} {manual} "
         f"{config.activation_checkpointing} {config.loss_chunk} {torch.__version__} {name}",
     )
 

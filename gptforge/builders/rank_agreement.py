@@ -105,6 +105,11 @@ def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: C
             "--dtype float16 does not work with --parallel fsdp, which has no loss scaling: "
             "use --dtype bfloat16 or float32, or --parallel ddp"
         )
+    if is_sharded and precision.float8:
+        raise UserError(
+            f"--dtype fp8 needs unsharded matrices, and the model would be sharded ({reason}): use "
+            "--dtype bfloat16, or --parallel ddp if it fits on each rank"
+        )
     if is_sharded and config.optimizer == "muon":
         raise UserError(
             f"--optimizer muon needs unsharded matrices, and the model would be sharded "

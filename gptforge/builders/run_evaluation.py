@@ -27,7 +27,7 @@ from gptforge.data.dataset import (
 from gptforge.data.prepare.sources import FileKind
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import TokenDataset
-from gptforge.device import select_precision
+from gptforge.device import select_eval_precision
 from gptforge.errors import (
     RunError,
     UserError,
@@ -122,7 +122,7 @@ def evaluate_run(
         context_length=config.context_length,
         batch_size=config.batch_size,
     )
-    batches, precision = itertools.count(1), select_precision(config.dtype, model.device)
+    batches, precision = itertools.count(1), select_eval_precision(config.dtype, model.device)
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as in training
     try:
@@ -247,7 +247,7 @@ def evaluate_tasks(
     dtype = "auto"
     if not is_hf_dir(Path(run)):
         dtype = checkpoints.read_config(checkpoints.resolve_checkpoint(run)).dtype
-    precision = select_precision(dtype, model.device)
+    precision = select_eval_precision(dtype, model.device)
     scores: Scores = {}
     for name, questions in examples.items():
         with ProgressMeter(name) as meter:

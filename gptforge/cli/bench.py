@@ -110,7 +110,7 @@ def _measure_training(
     for result in results:
         logger.info(_train_row(result))
     peak = results[0]["peak_tflops_per_second"]
-    note = f"peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
+    note = f"16-bit peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
     per_token = format_count(results[0]["flops_per_token"])
     logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
     if args.profile:

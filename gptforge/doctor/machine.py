@@ -13,7 +13,7 @@ import torch
 
 from gptforge.config import Config
 from gptforge.data.prepare.workers import num_cpus
-from gptforge.device import free_memory, peak_flops, select_device, select_precision
+from gptforge.device import free_memory, has_float8, peak_flops, select_device, select_precision
 from gptforge.errors import install_hint
 from gptforge.files import cache_dir
 from gptforge.findings import Finding, ok, warning
@@ -33,11 +33,12 @@ def check_machine() -> list[Finding]:
     """Device, precision, compiler, memory, disk and packages, each with the reason."""
     device, reason = select_device("auto")
     precision = select_precision("auto", device)
+    fp8 = "; --dtype fp8 is faster for large models" if has_float8(device) else ""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     found = [
         ok(f"{versions}, {platform.system()} on {platform.machine()}, {num_cpus()} cores"),
         ok(f"device: {device} ({reason})"),
-        ok(f"precision: {precision.name}, {precision.reason}"),
+        ok(f"precision: {precision.name}, {precision.reason}{fp8}"),
     ]
     if select_kernels(Config(), device, precision).fused_cross_entropy:
         found.append(ok("kernels: GPT-Forge's own for this device, beside torch's"))

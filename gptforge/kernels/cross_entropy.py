@@ -21,18 +21,24 @@ _CPU_CHUNK = 2**20
 
 
 def cross_entropy_in_place(
-    logits: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor = 1.0
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    scale: float | Tensor = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Losses (N,) in nats; the logits (N, V) become `scale` times the gradient of their sum.
 
-    Where the target is `ignore_index`, loss and gradient are zero.
+    With `out` (N, V), such as an fp8 tensor, the gradient is written there instead. Where the
+    target is `ignore_index`, loss and gradient are zero.
     """
+    out = logits if out is None else out
     if not uses_triton(logits):
-        return _cross_entropy_torch(logits, targets, ignore_index, scale)
+        return _cross_entropy_torch(logits, out, targets, ignore_index, scale)
     from gptforge.kernels.triton import cross_entropy as kernels
 
     rows, columns = logits.shape
-    assert logits.stride(1) == 1, "rows must be contiguous"
+    assert logits.stride(1) == out.stride(1) == 1, "rows must be contiguous"
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if not isinstance(scale, Tensor):
         # As a tensor, so that a CUDA graph can change it, and Triton does not specialize on it.
@@ -42,30 +48,30 @@ def cross_entropy_in_place(
     programs = min(rows, 2 * num_sms(logits.device) * max(1, 2**16 // columns))
     block = min(4096, max(8, next_power_of_2(columns)))
     kernels.cross_entropy[(programs,)](
-        logits, targets.contiguous(), losses, logits.stride(0), ignore_index, scale, rows, programs,
-        columns=columns, BLOCK=block, num_warps=max(1, block // 256),
+        logits, out, targets.contiguous(), losses, logits.stride(0), out.stride(0), ignore_index,
+        scale, rows, programs, columns=columns, BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip
     return losses
 
 
 def _cross_entropy_torch(
-    logits: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor
+    logits: Tensor, out: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor
 ) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(len(logits), dtype=dtype)
     rows = max(1, _CPU_CHUNK // logits.size(1))
-    chunks = zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True)
-    for chunk, target, loss in chunks:
+    tensors = (logits, out, targets, losses)
+    for chunk, grad, target, loss in zip(*(x.split(rows) for x in tensors), strict=True):
         is_valid = (target != ignore_index)[:, None]  # (n, 1)
         index = torch.where(is_valid, target[:, None], 0)
-        # A copy even if the dtype is the same: the logits are overwritten below.
+        # A copy even if the dtype is the same: the logits may be kept.
         x = chunk.to(dtype, copy=True)
         x -= x.logsumexp(1, keepdim=True)  # log-softmax, (n, V)
         loss.copy_(torch.where(is_valid, -x.gather(1, index), 0)[:, 0])
         # d loss / d logits = softmax - one_hot
         x.exp_()
         x.scatter_add_(1, index, x.new_full(index.shape, -1.0))
-        chunk.copy_(x.mul_(is_valid * scale))
+        grad.copy_(x.mul_(is_valid * scale))
     return losses
 
 

@@ -22,8 +22,10 @@ from torch import Tensor
 # cublasLtMatmulPreferenceAttributes_t
 _COMPUTE_32F = 68
 _R_32F, _R_16BF = 0, 14
+_INPUT_TYPES = {torch.bfloat16: _R_16BF, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8
 _EPILOGUE_AUX_POINTER, _EPILOGUE_AUX_LD = 11, 12
+_A_SCALE_POINTER, _B_SCALE_POINTER, _FAST_ACCUM = 17, 18, 25
 _PREF_MAX_WORKSPACE_BYTES = 1
 
 WORKSPACE_BYTES = 32 * 2**20
@@ -36,7 +38,7 @@ SLEEP_CYCLES = 2_000_000
 ALIGNMENT = 256
 """Bytes; the heuristic assumes pointers aligned to this."""
 
-_Value = ctypes.c_int | ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_void_p
+_Value = ctypes.c_int | ctypes.c_int8 | ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_void_p
 
 
 class Epilogue(IntEnum):
@@ -81,14 +83,17 @@ class _Library:
 
 
 class MatmulPlan:
-    """A GEMM of two bfloat16 tensors of fixed shapes; autotuned on its first call.
+    """A GEMM of two tensors of fixed shapes; autotuned on its first call.
 
     Args:
         device: of all tensors.
         left: shape of the first operand; `right` is that of the second.
+        dtypes: of the two: bfloat16, or fp8 with `transpose` (False, True) and sizes that are
+            multiples of 16.
         transpose: whether each of the two is transposed before the GEMM.
         epilogue: applied to the result.
         accumulate: add the result to a float32 output, instead of writing bfloat16.
+        fast_accum: in fp8, sum less accurately, but faster.
 
     Raises:
         RuntimeError: if the library has no kernel for these arguments.
@@ -100,14 +105,16 @@ class MatmulPlan:
         device: torch.device,
         left: torch.Size,
         right: torch.Size,
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
         transpose: tuple[bool, bool] = (False, False),
         epilogue: Epilogue = Epilogue.DEFAULT,
         accumulate: bool = False,
+        fast_accum: bool = False,
     ) -> None:
         self._lib = _library(device)
         rows, columns = left[transpose[0]], right[not transpose[1]]
         self._desc = ctypes.c_void_p()
-        # Inputs are bf16, accumulation and scales fp32.
+        # Accumulation and scales are fp32.
         self._lib.call("MatmulDescCreate", ctypes.byref(self._desc), _COMPUTE_32F, _R_32F)
         # cuBLAS's A is our second operand.
         self._set(_TRANSA, ctypes.c_int(transpose[1]))
@@ -121,7 +128,10 @@ class MatmulPlan:
         if epilogue in (Epilogue.GELU_AUX_BIAS, Epilogue.DGELU):
             self._set(_EPILOGUE_AUX_POINTER, placeholder)
             self._set(_EPILOGUE_AUX_LD, ctypes.c_int64(columns))
-        self._left, self._right = self._layout(left, _R_16BF), self._layout(right, _R_16BF)
+        if fast_accum:
+            self._set(_FAST_ACCUM, ctypes.c_int8(1))
+        left_type, right_type = (_INPUT_TYPES[dtype] for dtype in dtypes)
+        self._left, self._right = self._layout(left, left_type), self._layout(right, right_type)
         out_shape = torch.Size((rows, columns))
         self._out = self._layout(out_shape, _R_32F if accumulate else _R_16BF)
         self._candidates = self._query_heuristic()
@@ -139,11 +149,16 @@ class MatmulPlan:
         *,
         bias: Tensor | None = None,
         aux: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Write or, with `accumulate`, add to `out`; all tensors are contiguous.
 
-        `aux` is shaped like `out`: the GELU's input, written by GELU_AUX_BIAS, read by DGELU.
+        `aux` is shaped like `out`: the GELU's input, written by GELU_AUX_BIAS, read by DGELU. In
+        fp8, `scales` has float32 scalars, which multiply the two operands.
         """
+        if scales is not None:
+            self._set(_A_SCALE_POINTER, ctypes.c_void_p(scales[1].data_ptr()))
+            self._set(_B_SCALE_POINTER, ctypes.c_void_p(scales[0].data_ptr()))
         if bias is not None:
             self._set(_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
         if aux is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels.dropout import DropoutSeed, apply_dropout, dropout_kernel_args
+from gptforge.kernels.float8 import saturate
 from gptforge.kernels.launch import next_power_of_2, num_sms, tile_shape, uses_triton
 from gptforge.kernels.reductions import Pending, accumulate_partials
 
@@ -40,6 +41,7 @@ def add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     dropout: DropoutSeed | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, SavedLayerNorm]:
     """LayerNorm of residual + dropout(x); the sum is the new residual and overwrites `x`.
 
@@ -48,6 +50,7 @@ def add_layer_norm(
         x: (N, C) output of the previous sublayer, or None.
         weight: (C,) float32, as is `bias`.
         dropout: of `x`. Without `x`, the dropout that made the residual; only the backward uses it.
+        out_dtype: of the normalized tensor, such as fp8; by default that of the residual.
 
     Returns:
         The normalized tensor (N, C), and the saved tensors, which include the new residual.
@@ -60,12 +63,12 @@ def add_layer_norm(
         rstd = (fp32.var(1, correction=0) + EPS).rsqrt()
         x_hat = (fp32 - mean[:, None]) * rstd[:, None]
         saved = SavedLayerNorm(residual, mean, rstd, dropout)
-        return (x_hat * weight + bias).to(residual.dtype), saved
+        return saturate(x_hat * weight + bias, out_dtype or residual.dtype), saved
     from gptforge.kernels.triton import layer_norm as kernels
 
     rows, columns = residual.shape
     assert residual.is_contiguous() and (x is None or x.is_contiguous())
-    out = torch.empty_like(residual)
+    out = torch.empty_like(residual, dtype=out_dtype)
     mean = torch.empty(rows, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
     block, tile_rows = tile_shape(columns)

@@ -18,18 +18,20 @@ from gptforge.kernels.cublaslt import Epilogue
 from gptforge.kernels.gelu import gelu_backward
 from gptforge.kernels.reductions import Pending, accumulate_column_sums
 
+PLAN_DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: (N, in) to (N, out)."""
     epilogue = Epilogue.DEFAULT if bias is None else Epilogue.BIAS
-    if plan := _plan(x, weight, transpose=(False, True), epilogue=epilogue):
+    if plan := find_plan(x, weight, transpose=(False, True), epilogue=epilogue):
         return plan(x, weight, x.new_empty(len(x), len(weight)), bias=bias)
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """`linear(x, weight, bias)` and its GELU, (N, out) each."""
-    if plan := _plan(x, weight, transpose=(False, True), epilogue=Epilogue.GELU_AUX_BIAS):
+    if plan := find_plan(x, weight, transpose=(False, True), epilogue=Epilogue.GELU_AUX_BIAS):
         pre_act = x.new_empty(len(x), len(weight))
         return pre_act, plan(x, weight, torch.empty_like(pre_act), bias=bias, aux=pre_act)
     pre_act = linear(x, weight, bias)
@@ -38,14 +40,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 def linear_dgrad(grad_output: Tensor, weight: Tensor) -> Tensor:
     """Gradient of a linear layer's input, grad_output @ weight: (N, out) to (N, in)."""
-    if plan := _plan(grad_output, weight):
+    if plan := find_plan(grad_output, weight):
         return plan(grad_output, weight, grad_output.new_empty(len(grad_output), weight.size(1)))
     return grad_output @ weight
 
 
 def linear_dgrad_dgelu(grad_output: Tensor, weight: Tensor, pre_act: Tensor) -> Tensor:
     """Gradient of `pre_act` (N, in), whose GELU is the linear layer's input."""
-    if plan := _plan(grad_output, weight, epilogue=Epilogue.DGELU):
+    if plan := find_plan(grad_output, weight, epilogue=Epilogue.DGELU):
         return plan(grad_output, weight, torch.empty_like(pre_act), aux=pre_act)
     grad: Tensor = torch.ops.aten.gelu_backward(grad_output @ weight, pre_act, approximate="tanh")
     return grad
@@ -89,8 +91,8 @@ def accumulate_wgrad(weight_grad: Tensor, grad_output: Tensor, x: Tensor) -> Non
     """weight_grad += grad_output.T @ x: (out, N) @ (N, in) onto (out, in), in its dtype."""
     if (
         weight_grad.dtype == torch.float32
-        and _is_aligned(weight_grad)
-        and (plan := _plan(grad_output, x, transpose=(True, False), accumulate=True))
+        and is_aligned(weight_grad)
+        and (plan := find_plan(grad_output, x, transpose=(True, False), accumulate=True))
     ):
         plan(grad_output, x, weight_grad)
     elif x.is_cuda and x.dtype != weight_grad.dtype:
@@ -100,24 +102,29 @@ def accumulate_wgrad(weight_grad: Tensor, grad_output: Tensor, x: Tensor) -> Non
         weight_grad += grad_output.t() @ x
 
 
-def _plan(
+def find_plan(
     left: Tensor,
     right: Tensor,
     *,
     transpose: tuple[bool, bool] = (False, False),
     epilogue: Epilogue = Epilogue.DEFAULT,
     accumulate: bool = False,
+    fast_accum: bool = False,
 ) -> cublaslt.MatmulPlan | None:
     """A cuBLASLt plan for this GEMM; None leaves it to torch."""
-    if not left.is_cuda or left.dtype != torch.bfloat16 or right.dtype != torch.bfloat16:
+    dtypes = (left.dtype, right.dtype)
+    if not left.is_cuda or not all(dtype in PLAN_DTYPES for dtype in dtypes):
         return None
-    if torch.version.hip or not (_is_aligned(left) and _is_aligned(right)):
+    if torch.version.hip or not (is_aligned(left) and is_aligned(right)):
         return None
     # Cached by shape: a new plan queries the heuristic, and autotunes in its first call.
-    return _cached_plan(left.device, left.shape, right.shape, transpose, epilogue, accumulate)
+    return _cached_plan(
+        left.device, left.shape, right.shape, dtypes, transpose, epilogue, accumulate, fast_accum
+    )
 
 
-def _is_aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
+    """Whether cuBLASLt's kernels can read or write this tensor."""
     return x.is_contiguous() and x.data_ptr() % cublaslt.ALIGNMENT == 0
 
 

@@ -132,13 +132,13 @@ def gpu(device: torch.device) -> torch.device:
 
 def test_first_call_autotunes(gpu) -> None:
     x, weight, bias, _ = random_layer(1024, 768, 3072, gpu)
-    plan = matmul._plan(x, weight, transpose=(False, True), epilogue=Epilogue.BIAS)
+    plan = matmul.find_plan(x, weight, transpose=(False, True), epilogue=Epilogue.BIAS)
     assert plan is not None and not plan._is_tuned
     linear(x, weight, bias)
     assert plan._is_tuned
     dy, weight_grad = torch.ones(1024, 3072, device=gpu).bfloat16(), torch.zeros_like(weight)
     accumulate_wgrad(weight_grad.float(), dy, x)
-    plan = matmul._plan(dy, x, transpose=(True, False), accumulate=True)
+    plan = matmul.find_plan(dy, x, transpose=(True, False), accumulate=True)
     assert plan is not None and plan._is_tuned
 
 
@@ -158,7 +158,7 @@ def test_deterministic_runs_do_not_autotune(gpu) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         linear(x, weight, bias)
-        plan = matmul._plan(x, weight, transpose=(False, True), epilogue=Epilogue.BIAS)
+        plan = matmul.find_plan(x, weight, transpose=(False, True), epilogue=Epilogue.BIAS)
         assert plan is not None and plan._best is plan._candidates[0]
     finally:
         torch.use_deterministic_algorithms(before)

@@ -8,10 +8,11 @@ from gptforge.kernels.triton.gelu import LOG2_E
 
 @triton.jit(do_not_specialize=["ignore_index", "rows", "programs"])
 def cross_entropy(
-    logits,  # (rows, columns), overwritten by their gradient
+    logits,  # (rows, columns)
+    grad,  # (rows, columns), of the logits; may be the same tensor
     targets,  # (rows,) int64
     losses,  # (rows,) fp32
-    stride, ignore_index,
+    stride, grad_stride, ignore_index,
     scale,  # () fp32, factor of the gradient
     rows, programs, columns: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -22,15 +23,17 @@ def cross_entropy(
     """
     for row in range(tl.program_id(0), rows, programs):
         logits_row = logits + row * stride.to(tl.int64)
+        grad_row = grad + row * grad_stride.to(tl.int64)
         _cross_entropy_row(
-            logits_row, targets + row, losses + row, ignore_index, scale, columns, BLOCK
+            logits_row, grad_row, targets + row, losses + row, ignore_index, scale, columns, BLOCK
         )
 
 
 @triton.jit
 def _cross_entropy_row(
-    logits, target_ptr, loss_ptr, ignore_index, scale, columns: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, grad, target_ptr, loss_ptr, ignore_index, scale,
+    columns: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     target = tl.load(target_ptr)
     # Each thread keeps a maximum and a sum for its eight columns of a block: reducing across
     # threads in every block would take 50% longer. -3.4e38 since -inf - -inf is NaN.
@@ -54,13 +57,13 @@ def _cross_entropy_row(
     # All threads must have read the target's logit before one of them overwrites it.
     tl.debug_barrier()
     for start in range(0, FULL, BLOCK):
-        _write_gradient(logits, start, m, log2_norm, columns, BLOCK, False)
+        _write_gradient(logits, grad, start, m, log2_norm, columns, BLOCK, False)
     if columns > FULL:
-        _write_gradient(logits, FULL, m, log2_norm, columns, BLOCK, True)
+        _write_gradient(logits, grad, FULL, m, log2_norm, columns, BLOCK, True)
     # And the one-hot term has to be written after the loop has written the target's column.
     tl.debug_barrier()
     target_grad = tl.exp2((target_logit - m) * LOG2_E - log2_norm) - weight
-    tl.store(logits + index, target_grad.to(logits.dtype.element_ty))
+    tl.store(grad + index, target_grad.to(grad.dtype.element_ty))
 
 
 @triton.jit
@@ -92,12 +95,12 @@ def _online_softmax(
 
 @triton.jit
 def _write_gradient(
-    logits, start, m, log2_norm,
+    logits, grad, start, m, log2_norm,
     columns: tl.constexpr, BLOCK: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     offset = start + _thread_columns(columns, BLOCK)
     mask = offset < columns if IS_LAST else None
     x = tl.load(logits + offset, mask, eviction_policy="evict_first").to(tl.float32)
-    grad = tl.exp2((x - m) * LOG2_E - log2_norm).to(logits.dtype.element_ty)
-    # .cs (streaming): the next GEMM reads far more logits than fit into the cache.
-    tl.store(logits + offset, grad, mask, cache_modifier=".cs")
+    value = tl.exp2((x - m) * LOG2_E - log2_norm).to(grad.dtype.element_ty)
+    # .cs (streaming): the next GEMM reads far more than fits into the cache.
+    tl.store(grad + offset, value, mask, cache_modifier=".cs")

@@ -13,6 +13,16 @@ SCALE = tl.constexpr(1.5957691216057308)
 """2 * sqrt(2 / pi)."""
 
 
+@triton.jit
+def gelu_terms(x):
+    """sigmoid(2 * a), and the derivative of gelu(x) = x * sigmoid(2 * a)."""
+    square = x * x
+    inner = x * (SCALE + SCALE * 0.044715 * square)
+    sigmoid = 1.0 / (1.0 + tl.exp2(inner * -LOG2_E))
+    d_inner = SCALE + 3.0 * SCALE * 0.044715 * square
+    return sigmoid, sigmoid + (sigmoid - sigmoid * sigmoid) * x * d_inner
+
+
 @triton.jit(do_not_specialize=["rows", "steps"])
 def gelu_backward(
     x,  # (rows, columns), overwritten by gelu(x) if RECOMPUTE
@@ -33,12 +43,8 @@ def gelu_backward(
         offset = row.to(tl.int64)[:, None] * columns + column[None, :]
         value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(grad_output + offset, mask=mask, other=0.0).to(tl.float32)
-        square = value * value
-        inner = value * (SCALE + SCALE * 0.044715 * square)
-        sigmoid = 1.0 / (1.0 + tl.exp2(inner * -LOG2_E))
-        d_inner = SCALE + 3.0 * SCALE * 0.044715 * square
-        dx = dy * (sigmoid + (sigmoid - sigmoid * sigmoid) * value * d_inner)
-        rounded = dx.to(grad_output.dtype.element_ty)
+        sigmoid, derivative = gelu_terms(value)
+        rounded = (dy * derivative).to(grad_output.dtype.element_ty)
         tl.store(grad_output + offset, rounded, mask=mask)
         if RECOMPUTE:
             tl.store(x + offset, (value * sigmoid).to(x.dtype.element_ty), mask=mask)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows
+from gptforge.kernels.triton.float8 import saturate
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -11,7 +12,7 @@ def add_layer_norm(
     residual,  # (rows, columns)
     x,  # (rows, columns), overwritten by the sum
     weight, bias,  # (columns,) fp32
-    out,  # (rows, columns)
+    out,  # (rows, columns), may be fp8
     mean, rstd,  # (rows,) fp32
     seeds,  # (2,) int32
     rows, eps, columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -39,7 +40,7 @@ def add_layer_norm(
     w = tl.load(weight + column, mask=column < columns, other=0.0)
     b = tl.load(bias + column, mask=column < columns, other=0.0)
     y = centered * rs[:, None] * w[None, :] + b[None, :]
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offset, saturate(y, out.dtype.element_ty), mask=mask)
     tl.store(mean + row, mu, mask=row < rows)
     tl.store(rstd + row, rs, mask=row < rows)
 

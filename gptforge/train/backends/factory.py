@@ -10,6 +10,7 @@ from gptforge.distributed import Comm
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
 from gptforge.train.backends.autograd import AutogradBackend
+from gptforge.train.backends.float8 import Float8Backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
@@ -72,7 +73,7 @@ def build_backend(
         return autograd, reducer
 
     build = functools.partial(
-        ManualBackend,
+        Float8Backend if kernels.float8 else ManualBackend,
         model,
         precision.dtype,
         activation_checkpointing=activation_checkpointing,

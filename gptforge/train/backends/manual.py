@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from gptforge.estimate.formulas import default_loss_chunk, gelu_save_interval
-from gptforge.kernels.cross_entropy import cross_entropy_in_place
-from gptforge.kernels.distillation import distillation_in_place
 from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.layer_norm import SavedLayerNorm
-from gptforge.kernels.matmul import accumulate_wgrad, linear
-from gptforge.model import GPT, IGNORE_INDEX, Block
+from gptforge.kernels.matmul import accumulate_wgrad
+from gptforge.model import GPT, Block
 from gptforge.train.backends.manual_layers import (
     GROUPS_PER_BLOCK,
     BlockDropout,
     ComputeWeights,
     ManualBlock,
+    ManualHead,
     ManualLayerNorm,
     SavedActivations,
     grad_groups,
@@ -50,6 +49,9 @@ class ManualBackend:
         distillation: teachers to learn from besides the targets.
     """
 
+    block_class: type[ManualBlock] = ManualBlock
+    head_class: type[ManualHead] = ManualHead
+
     def __init__(
         self,
         model: GPT,
@@ -73,9 +75,9 @@ class ManualBackend:
         assert isinstance(wte, nn.Embedding) and isinstance(wpe, nn.Embedding)
         assert isinstance(ln_f, nn.LayerNorm)
         self._wte, self._wpe = weights.master(wte.weight), weights.master(wpe.weight)
-        # Tied to the embedding, whose lookup reads fp32: the sum with wpe is rounded once.
-        self._lm_head_weight = weights.compute_copy(wte.weight)  # (V, C)
         self.grads = grads = make_grads(grad_groups(model))
+        # Tied to the embedding, whose lookup reads fp32: the sum with wpe is rounded once.
+        self._head = self.head_class(wte.weight, weights, grads)
         self._dwte, self._dwpe = grads.view(wte.weight), grads.view(wpe.weight)
         self._blocks: list[ManualBlock] = []
         prev_bias, interval = None, gelu_save_interval(model.config.n_embd)
@@ -83,7 +85,9 @@ class ManualBackend:
             assert isinstance(block, Block)
             # With checkpointing only one block's activations exist at a time, so save the GELU too.
             save_gelu = activation_checkpointing or i % interval == 0
-            self._blocks.append(ManualBlock(block, prev_bias, weights, grads, save_gelu=save_gelu))
+            self._blocks.append(
+                self.block_class(block, prev_bias, weights, grads, save_gelu=save_gelu)
+            )
             prev_bias = block.mlp.c_proj.bias
         self._ln_f = ManualLayerNorm(ln_f, prev_bias, weights, grads)
         # Their forward runs with the same kernels; their gradient buffers stay unused.
@@ -173,28 +177,20 @@ class ManualBackend:
         teachers_out: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Output layer and loss in chunks: the summed loss, and the gradient of `ln_f_out`."""
-        dln_f = torch.empty_like(ln_f_out)
+        dln_f = torch.empty_like(ln_f_out, dtype=self._weights.dtype)
         losses = []
         for start in range(0, len(ln_f_out), self._loss_chunk):
             chunk = slice(start, start + self._loss_chunk)
-            logits = linear(ln_f_out[chunk], self._lm_head_weight)  # (n, V)
-            # In place: `logits` holds their gradient afterwards.
-            if teachers_out:
-                teacher_logits = [
-                    linear(out[chunk], teacher._lm_head_weight)
-                    for teacher, out in zip(self._teachers, teachers_out, strict=True)
-                ]
-                loss = distillation_in_place(
-                    logits, torch.stack(teacher_logits), targets[chunk], IGNORE_INDEX,
-                    weight=self._distill_weight, scale=scale,
-                )  # fmt: skip
-            else:
-                loss = cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale)
+            # The logits are freed before those of the next chunk are allocated.
+            teacher_logits = [
+                teacher._head.forward(out[chunk])
+                for teacher, out in zip(self._teachers, teachers_out, strict=True)
+            ]
+            loss = self._head.forward_backward(
+                ln_f_out[chunk], targets[chunk], scale, dln_f[chunk], teacher_logits,
+                self._distill_weight,
+            )  # fmt: skip
             losses.append(loss.sum())
-            torch.mm(logits, self._lm_head_weight, out=dln_f[chunk])
-            accumulate_wgrad(self._dwte, logits, ln_f_out[chunk])
-            # Or two chunks of logits would exist while the next GEMM allocates its output.
-            del logits
         return torch.stack(losses).sum(), dln_f
 
     def _embedding_backward(self, dx: Tensor, idx: Tensor) -> None:
