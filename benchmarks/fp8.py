@@ -251,7 +251,7 @@ def time_casts() -> None:
         lambda: logits.clone(),
     )
     row("cross-entropy", times[0] - times[2], times[1] - times[2])
-    model = GPT(GPT2).to(DEVICE)
+    model = GPT(GPT2).init_weights().to(DEVICE)
     weights = backend.Float8Backend(model, torch.bfloat16)._weights
     plain = ManualBackend(model, torch.bfloat16)._weights
     with torch.no_grad():
