@@ -259,19 +259,19 @@ def time_casts() -> None:
 
 
 def time_tiles() -> None:
-    x, qkv, wide, grad = randn(N, C), randn(N, 3 * C), randn(N, 4 * C), randn(N, 4 * C)
+    x, qkv, pre_act, grad = randn(N, C), randn(N, 3 * C), randn(N, 4 * C), randn(N, 4 * C)
     logits8 = torch.randint(0, 100, (CHUNK, V), device=DEVICE, dtype=torch.uint8).view(E5M2)
     x8 = quantize(x).data
     bias_grad = torch.zeros(4 * C, device=DEVICE)
-    outs = {t.size(1): empty_float8(t, E5M2, one(DEVICE)) for t in (x, qkv, wide)}
-    gelu_out = empty_float8(wide, E4M3, one(DEVICE))
+    outs = {t.size(1): empty_float8(t, E5M2, one(DEVICE)) for t in (x, qkv, pre_act)}
+    gelu_out = empty_float8(pre_act, E4M3, one(DEVICE))
     works: dict[str, tuple[Callable[[], object], int]] = {
         "cast_transpose C": (lambda: cast_transpose(x, outs[C]), 4 * x.numel()),
         "cast_transpose 3C": (lambda: cast_transpose(qkv, outs[3 * C]), 4 * qkv.numel()),
-        "gelu 4C": (lambda: cast_transpose(wide, gelu_out, gelu=True), 4 * wide.numel()),
+        "gelu 4C": (lambda: cast_transpose(pre_act, gelu_out, gelu=True), 4 * pre_act.numel()),
         "gelu backward 4C": (
-            lambda: float8.gelu_backward_cast_transpose(wide, grad, outs[4 * C], bias_grad),
-            6 * wide.numel(),
+            lambda: float8.gelu_backward_cast_transpose(pre_act, grad, outs[4 * C], bias_grad),
+            6 * pre_act.numel(),
         ),
         "transpose C": (lambda: float8.transpose(x8), 2 * x8.numel()),
         "transpose logits": (lambda: float8.transpose(logits8), 2 * logits8.numel()),
@@ -411,10 +411,10 @@ def losses(text: str) -> None:
             values = [float(loss) for loss in found]
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
                 pairs = zip(val[:-1].view(4, 8, 1024), val[1:].view(4, 8, 1024), strict=True)
-                held_out = sum(float(trained.model(a, b)) for a, b in pairs) / (32 * 1024)
+                val_loss = sum(float(trained.model(a, b)) for a, b in pairs) / (32 * 1024)
             cells = " | ".join(f"{values[s]:.4f}" for s in shown)
             mean = statistics.mean(values[-50:])
-            print(f"| {dtype}, seed {seed} | {cells} | {mean:.4f} | {held_out:.4f} |", flush=True)
+            print(f"| {dtype}, seed {seed} | {cells} | {mean:.4f} | {val_loss:.4f} |", flush=True)
     attempt(lambda: rounding_errors(trained, loader))
 
 

@@ -11,6 +11,7 @@ from gptforge.device import (
     _cpu_vendor,
     memory_bandwidth,
     select_device,
+    select_eval_precision,
     select_precision,
     usable_memory,
 )
@@ -40,6 +41,29 @@ def test_bfloat16_only_on_gpus_with_native_support(monkeypatch, capability, dtyp
     assert precision.dtype == dtype
     assert precision.needs_scaler == (dtype == torch.float16)
     assert f"{capability[0]}.{capability[1]}" in precision.reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_fp8"), [((8, 0), False), ((8, 9), True), ((9, 0), True)]
+)
+def test_fp8_only_on_gpus_that_have_it(monkeypatch, capability, has_fp8) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert select_precision("auto", CUDA).name == "bfloat16"
+    for device in (CPU, MPS, CUDA):
+        if device == CUDA and has_fp8:
+            precision = select_precision("fp8", device)
+            assert (precision.name, precision.dtype) == ("fp8", torch.bfloat16)
+            assert precision.float8 and not precision.needs_scaler
+        else:
+            with pytest.raises(UserError, match=r"--dtype fp8 needs a GPU.*--dtype auto"):
+                select_precision("fp8", device)
+
+
+def test_evaluation_of_an_fp8_run_is_in_bfloat16_on_any_device() -> None:
+    precision = select_eval_precision("fp8", CPU)
+    assert precision.dtype == torch.bfloat16 and not precision.float8
+    assert select_eval_precision("float32", CPU).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

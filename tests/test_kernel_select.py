@@ -1,10 +1,13 @@
 """Selection of kernels and of torch.compile, with fake devices."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from gptforge.config import Config
 from gptforge.device import Precision
+from gptforge.errors import UserError
 from gptforge.kernel_select import (
     DEFAULT_KERNELS,
     KernelConfig,
@@ -48,6 +51,20 @@ def test_out_of_memory_is_not_a_failed_compilation() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         try_compile("true", CUDA, too_big)
+
+
+def test_fp8_needs_the_manual_backward() -> None:
+    precision = Precision(torch.bfloat16, "", float8=True)
+    kernels = select_kernels(Config(), CUDA, precision)
+    assert kernels.float8 and kernels.manual_backward
+    assert not select_kernels(Config(), CUDA, Precision(torch.bfloat16, "")).float8
+    for options in (
+        {"compile": "true"},
+        {"activation": "gelu"},
+        {"dropout": 0.1, "activation_checkpointing": True},
+    ):
+        with pytest.raises(UserError, match="--dtype fp8 does not work with"):
+            select_kernels(dataclasses.replace(Config(), **options), CUDA, precision)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

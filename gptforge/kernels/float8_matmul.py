@@ -14,7 +14,7 @@ from gptforge.kernels.float8 import Float8Tensor, one
 from gptforge.kernels.matmul import find_plan, is_aligned
 
 FAST_ACCUM = {"forward": True, "dgrad": False, "wgrad": False}
-"""Whether tensor cores add up products in about 14 bits; else partial sums are moved to float32."""
+"""Whether the tensor cores sum in about 14 bits; else they pass on partial sums to float32."""
 
 
 def float8_linear(x: Tensor, weight: Float8Tensor, bias: Tensor | None = None) -> Tensor:

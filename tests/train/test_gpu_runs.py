@@ -10,6 +10,7 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
+from gptforge.device import has_float8
 from tests.train.runs import StopAfter, build, events, last
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -28,10 +29,12 @@ def deterministic(config: Config):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "fp8"])
 def test_resumed_deterministic_run_equals_an_uninterrupted_one(
     deterministic, tmp_path, dtype
 ) -> None:
+    if dtype == "fp8" and not has_float8(torch.device("cuda")):
+        pytest.skip("this GPU has no fp8")
     config = dataclasses.replace(deterministic, dtype=dtype)
     straight = dataclasses.replace(config, out_dir=str(tmp_path / "straight"))
     build(straight).fit()
