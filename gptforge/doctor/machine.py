@@ -33,7 +33,7 @@ def check_machine() -> list[Finding]:
     """Device, precision, compiler, memory, disk and packages, each with the reason."""
     device, reason = select_device("auto")
     precision = select_precision("auto", device)
-    fp8 = "; --dtype fp8 is faster for large models" if has_float8(device) else ""
+    fp8 = "; --dtype fp8 works too" if has_float8(device) else ""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     found = [
         ok(f"{versions}, {platform.system()} on {platform.machine()}, {num_cpus()} cores"),
