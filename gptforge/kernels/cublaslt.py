@@ -128,8 +128,10 @@ class MatmulPlan:
         if epilogue in (Epilogue.GELU_AUX_BIAS, Epilogue.DGELU):
             self._set(_EPILOGUE_AUX_POINTER, placeholder)
             self._set(_EPILOGUE_AUX_LD, ctypes.c_int64(columns))
-        if fast_accum:
-            self._set(_FAST_ACCUM, ctypes.c_int8(1))
+        if torch.bfloat16 not in dtypes:
+            self._set(_A_SCALE_POINTER, placeholder)
+            self._set(_B_SCALE_POINTER, placeholder)
+            self._set(_FAST_ACCUM, ctypes.c_int8(fast_accum))
         left_type, right_type = (_INPUT_TYPES[dtype] for dtype in dtypes)
         self._left, self._right = self._layout(left, left_type), self._layout(right, right_type)
         out_shape = torch.Size((rows, columns))
