@@ -332,7 +332,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         except Exception:
             # After an illegal memory access, each call fails until the process ends.
-            report.line("the GPU's context is lost: going on in a new process")
+            report.line("the GPU's context is lost: a new process runs the rest")
             if rest := names[i + 1 :]:
                 options = ["--out", str(args.out), "--only", ",".join(rest), "--append"]
                 command = [sys.executable, __file__, str(args.text), *options]

@@ -248,7 +248,7 @@ def check_model(report: Report) -> None:
 
 @contextlib.contextmanager
 def failing(report: Report, name: str) -> Iterator[None]:
-    """Report an error and go on, unless the GPU's context is lost."""
+    """Report an error and continue, unless the GPU's context is lost."""
     try:
         yield
     except Exception as error:
