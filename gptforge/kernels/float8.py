@@ -109,7 +109,8 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_torch(value: Tensor, out: Float8Tensor) -> Float8Tensor:
-    out.data.copy_(saturate(value * (1 / out.scale_inv), out.data.dtype))
+    scaled = (value * (1 / out.scale_inv)).bfloat16()  # as the kernels do
+    out.data.copy_(saturate(scaled, out.data.dtype))
     out.transpose.copy_(transpose(out.data))
     return out
 

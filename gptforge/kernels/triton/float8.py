@@ -33,9 +33,10 @@ def cast_transpose(
         if GELU:
             sigmoid, _ = gelu_terms(value)
             value *= sigmoid
-        tile = saturate(value * (1.0 / tl.load(scale_inv)), out.dtype.element_ty)
-        tl.store(out + offset, tile, mask=mask)
-    _store_transpose(out_t, tile, mask, rows, ROWS, COLUMNS)
+        _store_both(out, out_t, value, scale_inv, offset, mask, rows, ROWS, COLUMNS)
+    else:
+        offset_t = _transposed_offset(rows, ROWS, COLUMNS)
+        tl.store(out_t + offset_t, tl.trans(tile), mask=tl.trans(mask))
 
 
 @triton.jit
@@ -57,9 +58,7 @@ def gelu_backward_cast_transpose(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     partial = partials + tl.program_id(1).to(tl.int64) * columns + column
     tl.store(partial, tl.sum(dx, 0), mask=column < columns)
-    tile = saturate(dx * (1.0 / tl.load(scale_inv)), out.dtype.element_ty)
-    tl.store(out + offset, tile, mask=mask)
-    _store_transpose(out_t, tile, mask, rows, ROWS, COLUMNS)
+    _store_both(out, out_t, dx, scale_inv, offset, mask, rows, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -72,8 +71,22 @@ def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_transpose(out_t, tile, mask, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _store_both(
+    out, out_t, value, scale_inv, offset, mask, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Store `value / scale_inv` in fp8 to both layouts."""
+    # Rounded to bf16, because Triton 3.6 mixes up the bytes when it transposes a tile that it has
+    # just cast from fp32 to fp8.
+    tile = (value * (1.0 / tl.load(scale_inv))).to(tl.bfloat16)
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(out + offset, saturate(tile.to(tl.float32), dtype), mask=mask)
+    tile_t = saturate(tl.trans(tile).to(tl.float32), dtype)
+    tl.store(out_t + _transposed_offset(rows, ROWS, COLUMNS), tile_t, mask=tl.trans(mask))
+
+
+@triton.jit
+def _transposed_offset(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of this program's tile in the transpose, (COLUMNS, ROWS)."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    offset = column.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(out_t + offset, tl.trans(tile), mask=tl.trans(mask))
+    return column.to(tl.int64)[:, None] * rows + row[None, :]
