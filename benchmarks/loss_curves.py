@@ -1,11 +1,12 @@
 """Losses of the fast kernels and of the plain path, beside the spread of seeds.
 
     python benchmarks/loss_curves.py input.txt --out results
+    python benchmarks/loss_curves.py input.txt --out results --dtypes bfloat16 fp8
 
 GPT-2 small, 500 steps. Three seeds of the weights take the plain path in float32 (autograd and
-torch's cross-entropy); then each seed trains with this machine's defaults, from the same weights
-over the same batches. Losses are means over ten steps: how far the fast run is from the plain one
-of its seed, and how far the three plain runs are from each other.
+torch's cross-entropy); then each seed trains with the fast kernels in each dtype, from the same
+weights over the same batches. Losses are means over ten steps: how far a fast run is from the plain
+one of its seed, and how far the three plain runs are from each other.
 
 Writes `loss-curves.json` and `loss-curves.png`, and prints a small table last. `--layers`,
 `--width` and `--batch_size` make it small enough for a CPU.
@@ -74,18 +75,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--dtypes", nargs="+", default=["auto"], help="of the fast runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device, name = select_device("auto")
-    fast = select_precision("auto", device)
     # As in a run, float32 matmuls use TF32, except those of the plain path.
     text = args.text.read_text(encoding="utf-8")
     tokens = from_name("gpt2", text).encode(text)
     shape = GPTConfig(args.length, 50304, args.layers, args.width // 64, args.width)
-    paths = {
-        "plain": (Precision(torch.float32, "to compare"), DEFAULT_KERNELS, "highest"),
-        "fast": (fast, select_kernels(Config(), device, fast), "high"),
-    }
+    paths = {"plain": (Precision(torch.float32, "to compare"), DEFAULT_KERNELS, "highest")}
+    for dtype in args.dtypes:
+        precision = select_precision(dtype, device)
+        paths[precision.name] = (precision, select_kernels(Config(), device, precision), "high")
     curves: dict[str, list[np.ndarray]] = {path: [] for path in paths}
     for path, (precision, kernels, matmul_precision) in paths.items():
         torch.set_float32_matmul_precision(matmul_precision)
@@ -99,35 +100,38 @@ def main() -> None:
             curves[path].append(np.array(losses[:count]).reshape(-1, MEAN_OVER).mean(1))
             seconds = time.perf_counter() - begin
             print(f"{path}, seed {seed}: {losses[-1]:.4f} at the end, {seconds:.0f} s", flush=True)
-    plain, fast_curves = np.stack(curves["plain"]), np.stack(curves["fast"])
-    distance = np.abs(fast_curves - plain).mean(0)
+    losses = {path: np.stack(runs) for path, runs in curves.items()}
+    plain = losses.pop("plain")  # (seeds, points), as all others
     spread = plain.max(0) - plain.min(0)
+    distances = {path: np.abs(runs - plain).mean(0) for path, runs in losses.items()}
     found = {
         "device": name,
         "torch": torch.__version__,
-        "plain": plain.tolist(),
-        "fast": fast_curves.tolist(),
-        "mean_distance_to_twin": float(distance.mean()),
+        "losses": {"plain": plain.tolist()} | {path: x.tolist() for path, x in losses.items()},
         "mean_spread_of_seeds": float(spread.mean()),
-        "points_inside": int((distance <= spread).sum()),
+        "mean_distance_to_twin": {path: float(x.mean()) for path, x in distances.items()},
+        "points_inside": {path: int((x <= spread).sum()) for path, x in distances.items()},
         "points": len(spread),
     }
     (args.out / "loss-curves.json").write_text(json.dumps(found), encoding="utf-8")
-    draw(plain, fast_curves, args.out / "loss-curves.png")
-    print(f"\n{name}, torch {torch.__version__}, fast: {fast.name}\n")
-    print("| step | plain, three seeds | fast, same seeds | spread of seeds | fast to plain |")
-    print("| --- | --- | --- | --- | --- |")
+    draw(plain, losses, args.out / "loss-curves.png")
+    print(f"\n{name}, torch {torch.__version__}; losses of three seeds\n")
+    print(f"| step | plain | spread | {' | | '.join(losses)} | |")
+    print("| --- | --- | --- |" + " --- | --- |" * len(losses))
     for i in sorted({0, len(spread) // 8, len(spread) // 4, len(spread) // 2, len(spread) - 1}):
-        one, two = (" ".join(f"{c[i]:.3f}" for c in x) for x in (plain, fast_curves))
-        print(f"| {i * MEAN_OVER} | {one} | {two} | {spread[i]:.4f} | {distance[i]:.4f} |")
-    print(
-        f"\nmean distance fast to plain {distance.mean():.4f}, mean spread of seeds "
-        f"{spread.mean():.4f}; within the spread at "
-        f"{found['points_inside']} of {len(spread)} points"
-    )
+        cells = [" ".join(f"{c[i]:.3f}" for c in plain), f"{spread[i]:.4f}"]
+        for path, runs in losses.items():
+            cells += [" ".join(f"{c[i]:.3f}" for c in runs), f"{distances[path][i]:.4f}"]
+        print(f"| {i * MEAN_OVER} | {' | '.join(cells)} |")
+    for path, distance in distances.items():
+        print(
+            f"\n{path}: mean distance to plain {distance.mean():.4f}, mean spread of seeds "
+            f"{spread.mean():.4f}; within the spread at "
+            f"{found['points_inside'][path]} of {len(spread)} points"
+        )
 
 
-def draw(plain: np.ndarray, fast: np.ndarray, path: Path) -> None:
+def draw(plain: np.ndarray, losses: dict[str, np.ndarray], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,20 +144,19 @@ def draw(plain: np.ndarray, fast: np.ndarray, path: Path) -> None:
     top.fill_between(
         steps, plain.min(0), plain.max(0), color="#9bb7d4", label="plain path, fp32: 3 seeds"
     )
-    for i, curve in enumerate(fast):
-        name = "fast, same 3 seeds" if i == 0 else None
-        top.plot(steps, curve, color="#c0392b", linewidth=1, label=name)
-    top.set_ylabel("training loss (nats per token)")
-    top.legend(frameon=False)
     bottom.plot(steps, plain.max(0) - plain.min(0), color="#5b84b1", label="spread of the seeds")
-    bottom.plot(
-        steps, np.abs(fast - plain).mean(0), color="#c0392b", label="fast to plain, same seed"
-    )
+    for color, (name, runs) in zip(("#c0392b", "#27632a", "#8e44ad"), losses.items(), strict=False):
+        for i, curve in enumerate(runs):
+            label = f"{name}, same 3 seeds" if i == 0 else None
+            top.plot(steps, curve, color=color, linewidth=1, label=label)
+        distance = np.abs(runs - plain).mean(0)
+        bottom.plot(steps, distance, color=color, label=f"{name} to plain, same seed")
+    top.set_ylabel("training loss (nats per token)")
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("difference")
     bottom.set_xlabel("step")
-    bottom.legend(frameon=False)
     for axis in (top, bottom):
+        axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
