@@ -24,8 +24,9 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,13 +51,15 @@ from gptforge.data.dataloader import DataLoader
 from gptforge.device import select_precision
 from gptforge.kernel_select import select_kernels
 from gptforge.kernels import float8_matmul
-from gptforge.kernels.float8 import Float8Tensor, cast_transpose
+from gptforge.kernels.float8 import Float8Tensor, cast_transpose, transpose
+from gptforge.kernels.matmul import linear
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.tokenizers import from_name
 from gptforge.train.backends import factory
 from gptforge.train.backends import float8 as backend
-from gptforge.train.backends.manual_layers import ManualHead
+from gptforge.train.backends.manual_layers import ComputeWeights, ManualHead
+from gptforge.train.grad_buffer import GradBuffer
 from gptforge.train.train_step import TrainStep
 
 SEQUENCES, MICRO_BATCH, REPEATS, STEPS_PER_REPEAT = 128, 32, 4, 5
@@ -86,6 +89,34 @@ class Bf16HeadBackend(backend.Float8Backend):
         self._ln_f.out_dtype = dtype
 
 
+class Bf16LogitsHead(backend.Float8Head):
+    """An output layer with logits in bfloat16, and fp8 in the backward."""
+
+    def __init__(self, wte: Tensor, weights: ComputeWeights, grads: GradBuffer) -> None:
+        super().__init__(wte, weights, grads)
+        self._compute_weight = weights.compute_copy(wte)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self._compute_weight)
+
+    def forward_backward(self, hidden: Tensor, *args: Any) -> Tensor:
+        with patched(vars(backend), "transpose", transpose_activation):
+            return super().forward_backward(hidden, *args)
+
+
+def transpose_activation(x: Tensor) -> Tensor:
+    """The transpose of `x` in fp8; `x` may be in bfloat16."""
+    if x.dtype == torch.bfloat16:
+        return backend._cast_activation(x).transpose
+    return transpose(x)
+
+
+class Bf16LogitsBackend(Bf16HeadBackend):
+    """fp8 with the forward of the output layer in bfloat16."""
+
+    head_class = Bf16LogitsHead
+
+
 def build_step(dtype: str, *, seed: int = 1, shape: GPTConfig = GPT2) -> TrainStep:
     torch.manual_seed(seed)
     precision = select_precision(dtype, DEVICE)
@@ -100,19 +131,34 @@ def build_step(dtype: str, *, seed: int = 1, shape: GPTConfig = GPT2) -> TrainSt
     )
 
 
-def build_bf16_head() -> TrainStep:
-    with patched(vars(factory), "Float8Backend", Bf16HeadBackend):
-        return build_step("fp8")
+def build_variant(backend_class: type[backend.Float8Backend], seed: int) -> TrainStep:
+    with patched(vars(factory), "Float8Backend", backend_class):
+        return build_step("fp8", seed=seed)
 
 
-VARIANTS: dict[str, tuple[Callable[[], TrainStep], tuple[str, ...]]] = {
-    "bf16": (lambda: build_step("bfloat16"), ()),
-    "fp8": (lambda: build_step("fp8"), ()),
-    "fp8, head in bf16": (build_bf16_head, ()),
-    "fp8, fast dgrad": (lambda: build_step("fp8"), ("dgrad",)),
-    "fp8, fast dgrad and wgrad": (lambda: build_step("fp8"), ("dgrad", "wgrad")),
+def build_fp8(seed: int) -> TrainStep:
+    return build_step("fp8", seed=seed)
+
+
+VARIANTS: dict[str, tuple[Callable[[int], TrainStep], tuple[str, ...]]] = {
+    "bf16": (lambda seed: build_step("bfloat16", seed=seed), ("forward",)),
+    "fp8": (build_fp8, ("forward",)),
+    "fp8, full accumulation": (build_fp8, ()),
+    "fp8, logits in bf16": (lambda seed: build_variant(Bf16LogitsBackend, seed), ("forward",)),
+    "fp8, head in bf16": (lambda seed: build_variant(Bf16HeadBackend, seed), ("forward",)),
+    "fp8, fast dgrad": (build_fp8, ("forward", "dgrad")),
+    "fp8, all fast": (build_fp8, ("forward", "dgrad", "wgrad")),
 }
-"""What builds the step, and which matmuls sum less accurately besides the forward ones."""
+"""What builds the step from a seed, and which matmuls sum less accurately."""
+
+
+@contextlib.contextmanager
+def fast_accumulation(roles: Collection[str]) -> Iterator[None]:
+    """Sum less accurately in the matmuls of these roles only."""
+    with contextlib.ExitStack() as stack:
+        for role in tuple(float8_matmul.FAST_ACCUM):
+            stack.enter_context(patched(float8_matmul.FAST_ACCUM, role, role in roles))
+        yield
 
 
 class Steps:
@@ -124,15 +170,13 @@ class Steps:
         build, self._fast_roles = VARIANTS[name]
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        self._step = build()
+        self._step = build(1)
         self.run(3)
         self.peak_gb = (torch.cuda.max_memory_allocated() - held) / 1e9
 
     def run(self, count: int) -> float:
         """Seconds of a step."""
-        with contextlib.ExitStack() as stack:
-            for role in self._fast_roles:
-                stack.enter_context(patched(float8_matmul.FAST_ACCUM, role, True))
+        with fast_accumulation(self._fast_roles):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(count):
