@@ -24,7 +24,6 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
 from gptforge.model import GPT
-from gptforge.presets import AUTO
 from gptforge.train.distillation import Distillation
 from gptforge.train.signals import StopReason
 
@@ -104,11 +103,11 @@ def train_teachers(
     Raises:
         TeacherStopped: if one is stopped.
     """
-    if config.preset == AUTO and config.time_limit and "teacher_steps" not in explicit:
-        # Fitted to the time when the first one began; after a stop, other steps fit.
-        first = teacher_config(config, 1)
-        began = comm.broadcast_from_rank0(lambda: vars(config_of_run(first) or first))
-        config = dataclasses.replace(config, teacher_steps=began["max_steps"])
+    if "teacher_steps" not in explicit:
+        # The student's --max_steps may have been raised since the first one began.
+        begun = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
+        steps = begun["teacher_steps"] or begun["max_steps"]
+        config = dataclasses.replace(config, teacher_steps=steps)
     for number in range(1, config.teachers + 1):
         teacher = teacher_config(config, number)
         logger.info(f"teacher {number} of {config.teachers}: {teacher.out_dir}")

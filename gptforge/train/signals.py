@@ -35,12 +35,17 @@ EXIT_CODES: dict[StopReason, int] = {
     "terminated": 128 + signal.SIGTERM,
 }
 
+MESSAGE = "Stopping after this step, then saving. Ctrl-C again quits without saving."
+SAVED_MESSAGE = "Stopping the evaluation; all is saved. Ctrl-C again quits at once."
+
 
 class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
     The training loop polls it after each step. A second signal ends the process at once; that
-    leaves no half-written checkpoint, since saves are renamed into place.
+    leaves no half-written checkpoint, since saves are renamed into place. Once the loop has obeyed
+    a signal and saved (`mark_saved`), one more stops what is left to do, and the next one ends the
+    process.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -60,6 +65,7 @@ class StopSignal:
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
         self._previous: dict[int, object] = {}
+        self._is_saved = False
         self.exits_on_second = True
         """Whether a second signal ends the process; otherwise it raises KeyboardInterrupt."""
 
@@ -72,6 +78,12 @@ class StopSignal:
     def request(self) -> None:
         """Stop as after Ctrl-C."""
         self._signal = self._signal or "interrupted"
+
+    def mark_saved(self, reason: StopReason) -> None:
+        """Nothing is lost any more; `reason` is why the training loop ended."""
+        self._is_saved = True
+        if reason in ("interrupted", "terminated"):
+            self._signal = None
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
@@ -108,4 +120,4 @@ class StopSignal:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
-        logger.warning("Stopping after this step, then saving. Ctrl-C again quits without saving.")
+        logger.warning(SAVED_MESSAGE if self._is_saved else MESSAGE)

@@ -96,7 +96,8 @@ class Trainer:
                 self.report.log_saves(self.saver.poll())
             self.saver.wait()
             self.report.log_saves(self.saver.poll())
-            # After the save, so that a second signal, which ends the process, loses nothing.
+            # After the save, so that another signal loses nothing.
+            self.stop_signal.mark_saved(reason)
             if not self.report.is_teacher:
                 reason = evaluate_best(self, reason)
         self.report.plot(force=True)

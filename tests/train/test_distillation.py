@@ -234,22 +234,26 @@ def test_more_steps_keep_the_teachers_and_a_damaged_one_is_refused(config) -> No
         build(longer)
 
 
-def test_a_stopped_teacher_keeps_its_steps_when_fewer_fit_into_the_time(config) -> None:
-    """`--preset auto` fits them again at each start."""
-    config = dataclasses.replace(config, teachers=2, preset="auto", time_limit=1.0)
-    build(teacher_config(config, 1)).fit()
+def test_teachers_keep_their_steps_when_max_steps_are_raised_before_they_are_done(
+    config, monkeypatch
+) -> None:
+    config = dataclasses.replace(config, teachers=2, max_steps=8)
+    stop = StopAfter(10)
+    with monkeypatch.context() as patch, pytest.raises(TeacherStopped):
+        patch.setattr(Trainer, "stop_reason", lambda self: stop.stop_reason())
+        build(config)
+    longer = dataclasses.replace(config, max_steps=20)
+    assert build(longer).fit() == "finished"
+    for number in (1, 2):
+        teacher = dataclasses.replace(config, out_dir=f"{config.out_dir}/teachers/teacher-{number}")
+        assert last(teacher).name == "step-000008"
     trained: list[Config] = []
 
     def train(teacher: Config) -> str:
         trained.append(teacher)
         return "finished"
 
-    for steps in (0, 5):
-        train_teachers(dataclasses.replace(config, max_steps=7, teacher_steps=steps), (), train)
-        assert [teacher.max_steps for teacher in trained] == [config.max_steps] * 2
-        trained.clear()
-    explicit = dataclasses.replace(config, teacher_steps=5)
-    train_teachers(explicit, ("teacher_steps",), train)
+    train_teachers(dataclasses.replace(longer, teacher_steps=5), ("teacher_steps",), train)
     assert [teacher.max_steps for teacher in trained] == [5] * 2
 
 
