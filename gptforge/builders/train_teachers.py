@@ -104,9 +104,9 @@ def train_teachers(
         TeacherStopped: if one is stopped.
     """
     if "teacher_steps" not in explicit:
-        # The student's --max_steps may have been raised since the first one began.
-        begun = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
-        steps = begun["teacher_steps"] or begun["max_steps"]
+        # The student's --max_steps may have been raised since they began.
+        first = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
+        steps = first["teacher_steps"] or first["max_steps"]
         config = dataclasses.replace(config, teacher_steps=steps)
     for number in range(1, config.teachers + 1):
         teacher = teacher_config(config, number)

@@ -36,7 +36,7 @@ EXIT_CODES: dict[StopReason, int] = {
 }
 
 MESSAGE = "Stopping after this step, then saving. Ctrl-C again quits without saving."
-SAVED_MESSAGE = "Stopping the evaluation; all is saved. Ctrl-C again quits at once."
+SAVED_MESSAGE = "All is saved. Writing the report; Ctrl-C again quits at once."
 
 
 class StopSignal:

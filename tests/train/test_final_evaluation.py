@@ -222,7 +222,7 @@ def test_a_second_signal_skips_the_evaluation_of_a_stopped_run(
     assert trainer.fit() == "interrupted"
     first, second = [line for line in messages if "Ctrl-C again" in line]
     assert "quits without saving" in first
-    assert "all is saved" in second
+    assert "All is saved" in second
     [end] = events(config, "end")
     assert end["reason"] == "interrupted" and "final_val_loss" not in end
 
