@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -36,7 +37,7 @@ from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.distillation import Distillation
 from gptforge.train.early_stop import resolve_patience
 from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.signals import StopReason, StopSignal
+from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
 from gptforge.train.state import TrainState, restore
 from gptforge.train.train_step import TrainStep
 from gptforge.train.trainer import Trainer
@@ -89,10 +90,16 @@ def build_trainer(
         if trainer is None:
             return "finished"
         on_teacher(trainer)
-        try:
-            return trainer.fit()
-        finally:
-            close(trainer)
+        stop_signal = trainer.stop_signal
+        # A signal must not raise KeyboardInterrupt while objects are freed: it would be lost.
+        with stop_signal:
+            try:
+                reason = trainer.fit()
+            finally:
+                close(trainer)
+            del trainer
+            gc.collect()  # frees its CUDA graphs before the next model is built
+        return agree_on_signal(stop_signal, comm) or reason
 
     run = resolve_run(config, explicit, comm)
     with contextlib.ExitStack() as on_failure:

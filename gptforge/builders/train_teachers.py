@@ -6,7 +6,6 @@ errors, which a chain, where each learns from the one before, would pass on.
 """
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -112,7 +111,6 @@ def train_teachers(
         teacher = teacher_config(config, number)
         logger.info(f"teacher {number} of {config.teachers}: {teacher.out_dir}")
         reason = train(teacher)
-        gc.collect()  # frees its CUDA graphs before the next model is built
         if reason != "finished":
             raise TeacherStopped(reason)
     logger.info(

@@ -15,7 +15,7 @@ from gptforge.checkpoint.state_dict import StateDict, load_model_state_dict
 from gptforge.errors import UserError
 from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
 from gptforge.report.format import format_duration
-from gptforge.train.signals import STOP_REASONS, StopReason
+from gptforge.train.signals import StopReason, agree_on_signal
 
 if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
@@ -69,10 +69,8 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
                 f"about {format_duration(seconds)}; Ctrl-C{again} skips it"
             )
         score = _evaluate(trainer, evaluator, path, should_stop)
-        # The same on all ranks, as in the training loop.
-        priority = STOP_REASONS.index(trainer.stop_signal.stop_reason())
-        stop = STOP_REASONS[-comm.all_reduce_min(-priority)]
-        if score is None and not has_stopped and stop in ("interrupted", "terminated"):
+        stop = agree_on_signal(trainer.stop_signal, comm)
+        if score is None and not has_stopped and stop:
             reason = stop
     if score is None:
         report.log_no_final_eval(name, evaluator.num_tokens, seconds)

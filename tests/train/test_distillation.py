@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from gptforge.builders import build_trainer as build_trainer_module
 from gptforge.builders.auto_config import resolve_auto
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.builders.train_teachers import (
@@ -195,9 +197,9 @@ def test_a_stopped_run_resumes_to_identical_weights(config, tmp_path, monkeypatc
     build(undisturbed).fit()
     config = with_teachers(config)
     for stop in stops:
-        signal = StopAfter(stop)
+        stop_signal = StopAfter(stop)
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "stop_reason", lambda self: signal.stop_reason())  # noqa: B023
+            patch.setattr(Trainer, "stop_reason", lambda self: stop_signal.stop_reason())  # noqa: B023
             try:
                 reason = build(config).fit()
             except TeacherStopped as stopped:
@@ -208,6 +210,21 @@ def test_a_stopped_run_resumes_to_identical_weights(config, tmp_path, monkeypatc
     assert torch.equal(weights(config), weights(undisturbed))
     for left, right in zip(events(config, "train"), events(undisturbed, "train"), strict=True):
         assert (left["step"], left["loss"]) == (right["step"], right["loss"])
+
+
+def test_a_signal_between_teachers_is_not_lost(config, monkeypatch) -> None:
+    config = with_teachers(config)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(TeacherStopped) as stopped:
+        patch.setattr(
+            build_trainer_module.gc, "collect", lambda: signal.raise_signal(signal.SIGINT)
+        )
+        build(config)
+    assert stopped.value.reason == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert last(teacher_config(config, 1)).name == "step-000012"
+    assert not Path(teacher_config(config, 2).out_dir).exists()
+    assert build(config).fit() == "finished"
 
 
 def test_two_ranks_train_as_one(config, tmp_path) -> None:
