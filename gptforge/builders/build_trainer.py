@@ -24,6 +24,7 @@ from gptforge.checkpoint.out_dir import is_finished_read_only
 from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
+from gptforge.config_checks import unused_fields
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate.formulas import checkpoint_bytes
@@ -109,8 +110,14 @@ def build_trainer(
         opened = open_run_on_all_ranks(run.config, run.dataset, explicit, comm, requested=config)
         run = dataclasses.replace(run, config=opened.config)
         _log_notes(run, opened)
+        if not is_teacher:
+            for name, when in unused_fields(run.config, explicit):
+                logger.info(f"note: --{name} has no effect {when}")
         if opened.status == "finished":
-            _log_finished(opened, program)
+            if is_teacher:
+                logger.info(f"{opened.config.out_dir} is finished")
+            else:
+                _log_finished(opened, program)
             return None
         if opened.status == "new":
             run = fit_time_limit(run, start_time=start_time)

@@ -75,6 +75,22 @@ def test_a_run_writes_all_its_files(program, play) -> None:
     assert "is finished" in again.out
 
 
+def test_flags_without_effect_are_named(program, play) -> None:
+    flags = (*DEBUG, "--input", play, "--max_steps", 2, "--sample_every", 0)
+    unused = ("--muon_lr", 0.1, "--teacher_steps", 2, "--decay_fraction", 0.5)
+    done = program(*flags, *unused, "--out_dir", "a")
+    notes = [line for line in done.out.splitlines() if "has no effect" in line]
+    assert notes == [
+        "note: --muon_lr has no effect without --optimizer muon",
+        "note: --teacher_steps has no effect without --teachers",
+        "note: --decay_fraction has no effect without --schedule wsd",
+    ]
+    used = ("--optimizer", "muon", "--teachers", 1, "--schedule", "wsd")
+    assert "has no effect" not in program(*flags, *unused, *used, "--out_dir", "b").out
+    done = program(*flags, "--schedule", "constant", "--min_lr", 1e-5, "--out_dir", "c")
+    assert "--min_lr has no effect with --schedule constant" in done.out
+
+
 def test_two_processes_cannot_train_in_one_folder(tmp_path, play, program) -> None:
     command = (*DEBUG, "--input", play, "--out_dir", tmp_path / "run", "--max_steps", 10**6)
     process = start(*command, cwd=tmp_path)

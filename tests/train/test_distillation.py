@@ -29,6 +29,7 @@ from gptforge.train.distillation import Distillation
 from gptforge.train.trainer import Trainer
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, train
+from tests.programs import DEBUG
 from tests.train.runs import StopAfter, build, events, last
 from tests.train.steps import BFLOAT16, FLOAT32, make_batch, make_step
 
@@ -225,6 +226,19 @@ def test_a_signal_between_teachers_is_not_lost(config, monkeypatch) -> None:
     assert last(teacher_config(config, 1)).name == "step-000012"
     assert not Path(teacher_config(config, 2).out_dir).exists()
     assert build(config).fit() == "finished"
+
+
+def test_a_teacher_is_resumed_as_a_run_of_its_own(program, play, monkeypatch) -> None:
+    flags = (*DEBUG, "--input", play, "--out_dir", "run", "--teachers", 1)
+    stop = StopAfter(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "stop_reason", lambda self: stop.stop_reason())
+        program(*flags)
+    done = program("--resume", "run/teachers/teacher-1", "--device", "cpu")
+    assert (done.code, "Resuming from step-000005" in done.out) == (0, True), done.err
+    done = program("--resume", "run")
+    assert "run/teachers/teacher-1 is finished\n" in done.out
+    assert "Raise" not in done.out
 
 
 def test_two_ranks_train_as_one(config, tmp_path) -> None:
