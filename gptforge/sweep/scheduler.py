@@ -24,6 +24,7 @@ POLL_SECONDS = 0.1
 MAX_JOBS_PER_GPU = 4
 CONTEXT_BYTES = 10**9
 """GPU memory of a process before it allocates anything: the CUDA context and libraries."""
+TRIAL_MODULE = "gptforge.cli.trial_process"
 Process = subprocess.Popen[bytes]
 
 
@@ -89,8 +90,8 @@ def start_process(run: Run, *, device: str, jobs: int) -> Process:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gptforge", "train", f"--device={device}", *run.args],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", TRIAL_MODULE, f"--device={device}", *run.args],
+            stdin=subprocess.PIPE,  # closed when this process ends, however that happens
             stdout=log,
             stderr=subprocess.STDOUT,
             env=env,
