@@ -59,7 +59,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
 
     estimator = MemoryEstimator(c, precision, device)
     is_explicit = "batch_size" in explicit
-    micro_batch = c.batch_size if is_explicit else estimator.micro_batch()
+    micro_batch = estimator.micro_batch(explicit)
     memory, fits = estimator.memory(micro_batch), estimator.fits(micro_batch)
     params, per_token = num_params(c.model), flops_per_token(c.model, c.context_length)
     run, disk = _plan_run(c, dataset), _plan_disk(c, dataset)

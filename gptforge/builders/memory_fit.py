@@ -202,8 +202,10 @@ class MemoryEstimator:
         """Whether micro-batches of `sequences` fit into the free memory."""
         return _fits(sum(self.memory(sequences, config).values()), self.free_memory)
 
-    def micro_batch(self) -> int:
+    def micro_batch(self, explicit: Collection[str]) -> int:
         """The micro-batch that training starts with, before it tries it on a GPU."""
+        if "batch_size" in explicit:
+            return self._config.batch_size
         return find_micro_batch(
             self._config.batch_size,
             estimate=lambda sequences: sum(self.memory(sequences).values()),

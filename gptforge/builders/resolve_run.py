@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -162,24 +161,20 @@ def open_run_on_all_ranks(
         # A restarted worker resumes what the first start began.
         config = dataclasses.replace(config, restart=False)
 
-    def open_on_main() -> dict[str, Any]:
-        opened = open_run(
-            config,
-            explicit=explicit,
-            tokenizer=dataset.tokenizer,
-            text_sha256=dataset.sha256,
-        )
-        return opened.to_json()
-
-    opened = OpenedRun.from_json(comm.broadcast_from_rank0(open_on_main))
+    tokenizer, text_sha256 = dataset.tokenizer, dataset.sha256
+    record = comm.broadcast_from_rank0(
+        lambda: open_run(
+            config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
+        ).to_json()
+    )
     comm.assert_same(
         {
             **{f"--{name}": str(value) for name, value in vars(requested).items()},
             "choice of flags": " ".join(sorted(explicit)) or "none",
-            "text (SHA-256)": dataset.sha256,
-            "tokenizer": sha256(json.dumps(dataset.tokenizer.to_json()).encode()).hexdigest(),
+            "text (SHA-256)": text_sha256,
+            "tokenizer": sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
             "version of gptforge": __version__,
             "version of torch": torch.__version__,
         }
     )
-    return opened
+    return OpenedRun.from_json(record)

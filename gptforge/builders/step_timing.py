@@ -167,9 +167,7 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
     c, explicit = run.config, run.explicit
     if config_of_run(c) is not None:
         return c  # its teachers have begun with these steps
-    micro_batch = c.batch_size
-    if "batch_size" not in explicit:
-        micro_batch = MemoryEstimator(c, run.precision, run.device).micro_batch()
+    micro_batch = MemoryEstimator(c, run.precision, run.device).micro_batch(explicit)
     try:
         per_sequence, _ = time_step(c, explicit, device=run.device, micro_batch=micro_batch)
     except (RunError, torch.OutOfMemoryError):
@@ -209,12 +207,10 @@ def fit_steps(
     seconds_per_step: float,
     val_tokens: int,
 ) -> Config:
-    """Cut max_steps so that the schedule ends within `seconds`, unless the user set it.
+    """Cut max_steps so that the schedule ends within `seconds`; explicit fields stay.
 
     A training step takes `seconds_per_step`, and an evaluation reads `val_tokens`.
     """
-    if "max_steps" in explicit:
-        return config
     # The forward is a third of a step's FLOPs.
     steps_per_eval = val_tokens / config.tokens_per_step / 3
 

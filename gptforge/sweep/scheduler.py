@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -126,16 +126,13 @@ def find_devices(config: Config) -> list[str]:
     return [f"cuda:{i}" for i in range(count)] if count > 1 else [config.device]
 
 
-def jobs_per_device(config: Config, *, is_explicit: bool) -> int:
-    """Runs at a time that fit into the memory of a GPU; 1 on other devices.
-
-    `is_explicit`: whether the user set `batch_size`.
-    """
+def jobs_per_device(config: Config, explicit: Collection[str]) -> int:
+    """Runs at a time that fit into the memory of a GPU; 1 on other devices."""
     device, _ = select_device(config.device)
     if device.type != "cuda":
         return 1
     estimator = MemoryEstimator(config, select_precision(config.dtype, device), device)
-    micro_batch = config.batch_size if is_explicit else estimator.micro_batch()
+    needed = sum(estimator.memory(estimator.micro_batch(explicit)).values())
     free = MAX_MEMORY_FRACTION * (estimator.free_memory or 0)
-    fitting = int(free // (sum(estimator.memory(micro_batch).values()) + CONTEXT_BYTES))
+    fitting = int(free // (needed + CONTEXT_BYTES))
     return max(1, min(MAX_JOBS_PER_GPU, fitting))

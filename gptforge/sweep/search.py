@@ -101,9 +101,7 @@ class Sweep:
             f"{len(dataset.train):,}, and are compared on the last of these"
         )
         self._devices = scheduler.find_devices(config)
-        self._jobs = jobs or len(self._devices) * scheduler.jobs_per_device(
-            max_config, is_explicit="batch_size" in explicit
-        )
+        self._jobs = jobs or len(self._devices) * scheduler.jobs_per_device(max_config, explicit)
         self._space, self._method, self._resolve = space, method, resolve
         self._config, self._num_trials, self._num_seeds = config, trials, seeds
         self._trials: dict[str, tuple[Values, list[Run]]] = {}
