@@ -3,7 +3,7 @@
 from typing import Any
 
 from gptforge.report.format import format_val_loss
-from gptforge.report.metrics import Event, History
+from gptforge.report.metrics import FINAL_FIELDS, Event, History
 from gptforge.shell import quote
 
 LEVEL = 0.005
@@ -90,12 +90,7 @@ def _with_val(history: History, total_steps: int) -> list[str]:
 
 def _final_loss(history: History, final: Event, total_steps: int) -> str:
     epochs = {event["step"]: f", epoch {event['epoch']:.1f}" for event in history.evals}
-    loss = format_val_loss(
-        final["final_val_loss"],
-        bits_per_byte=final["final_val_bpb"],
-        nats_per_char=final["final_val_nats_per_char"],
-        num_tokens=final["final_val_tokens"],
-    )
+    loss = format_val_loss(*(final[name] for name in FINAL_FIELDS))
     return (
         f"Best held-out loss {loss}, all that is held out: step {final['best_step']} of "
         f"{total_steps}{epochs.get(final['best_step'], '')}."

@@ -5,12 +5,10 @@ import math
 from gptforge.config import Config
 from gptforge.errors import UserError
 
-AUTO_PATIENCE = 5
-"""Evaluations without a better held-out loss after which training stops."""
+AUTO_PATIENCE = 5  # evaluations without a better held-out loss after which training stops
 AUTO_FRACTION = 0.2
 """These evaluations cover at least this fraction of max_steps: loss curves have plateaus."""
-MAX_REPEATS = 4.0
-"""Up to about 4 epochs are as good as new text (Muennighoff et al., 2023)."""
+MAX_REPEATS = 4.0  # up to about 4 epochs are as good as new text (Muennighoff et al., 2023)
 
 
 def resolve_patience(config: Config, *, train_tokens: int, has_val: bool) -> int:

@@ -14,10 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-HISTORY = 64
-"""Recent losses that a new one is compared with."""
-MIN_HISTORY = 16
-"""Losses to collect before spikes are reported."""
+HISTORY = 64  # recent losses that a new one is compared with
+MIN_HISTORY = 16  # losses to collect before spikes are reported
 # Far beyond 3, since the losses of steps have heavier tails than a normal distribution.
 SPIKE_Z_SCORE = 8.0
 
@@ -28,14 +26,12 @@ class Anomaly:
 
     kind: Literal["not_finite", "spike"]
     step: int
-    position: int
-    """Dataloader position of the step's batch."""
+    position: int  # dataloader position of the step's batch
     loss: float
     norm: float
     z_score: float
     """Robust standard deviations above the recent median; infinite if the loss is not finite."""
-    bad_steps: int
-    """Consecutive steps, up to this one, whose loss or gradient was not finite."""
+    bad_steps: int  # consecutive steps, up to this one, whose loss or gradient was not finite
 
 
 class LossMonitor:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.checkpoint.format import read_state, step_from_path
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.distributed import Comm
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
 
 
-MAX_BAD_STEPS = 5
-"""Training rolls back after this many consecutive steps with NaN or Inf."""
+MAX_BAD_STEPS = 5  # training rolls back after this many consecutive steps with NaN or Inf
 MAX_ROLLBACKS = 3
 HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
 
@@ -46,14 +46,19 @@ def rollback(trainer: "Trainer") -> None:
         state.diverged_at = max(old.diverged_at, old.step)
         trainer.rolled_back_to, trainer.is_save_deferred = state.step, False
         comm.broadcast_from_rank0(lambda: store.discard_after(state.step))
-        report.log_rollback(
-            state.step,
+        report.truncate(
+            SavedCheckpoint(state.step, path.name, is_best=state.best_step == state.step),
             comm.broadcast_from_rank0(lambda: read_state(path)["file_sizes"]),
-            checkpoint=path.name,
-            is_best=state.best_step == state.step,
-            bad_steps=list(range(old.step - MAX_BAD_STEPS, old.step)),
-            skipped=(trainer.dataloader.position, position),
         )
+        bad_steps = list(range(old.step - MAX_BAD_STEPS, old.step))
+        skipped = (trainer.dataloader.position, position)  # in training order
+        report.log_line(
+            f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {path.name}; "
+            f"training sequences {skipped[0]} to {skipped[1] - 1} are skipped",
+            logging.WARNING,
+        )
+        facts = {"checkpoint": path.name, "bad_steps": bad_steps, "left_out": skipped}
+        report.log_event("anomaly", kind="return", step=state.step, **facts)
         # Resume at the data after the divergence: with the batches that led there, training would
         # likely diverge again (PaLM, Chowdhery et al., 2022, section 5.1).
         trainer.dataloader.load_state_dict({"position": position})

@@ -20,13 +20,12 @@ from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import parsing
-from gptforge.evaluate.val_loss import PartialValLoss
 from gptforge.optim.schedule import Schedule
+from gptforge.report.format import ValLoss
 from gptforge.train.train_step import TrainStep
 
 Action = Literal["evaluate", "sample", "save"]
-MAX_RECENT_LOSSES = 1000
-"""Training losses kept for an evaluation without validation data."""
+MAX_RECENT_LOSSES = 1000  # training losses kept for an evaluation without validation data
 
 PARTIAL_KEYS = {
     "windows": "sequences_done",
@@ -36,37 +35,28 @@ PARTIAL_KEYS = {
     "bytes": "num_bytes",
     "chars": "num_chars",
 }
-"""Keys of an unfinished evaluation in state.json, with the fields of `PartialValLoss`."""
+"""Keys of an unfinished evaluation in state.json, with the fields of `ValLoss`."""
 
 
 @dataclass
 class TrainState:
     """The counters of a run; they are part of every checkpoint."""
 
-    step: int = 0
-    """Steps completed."""
-    loss: float = math.nan
-    """Mean training loss of the last step."""
-    best_loss: float = math.inf
-    """Lowest validation loss, or training loss without validation data."""
-    best_step: int = 0
-    """Step at which `best_loss` was evaluated."""
+    step: int = 0  # steps completed
+    loss: float = math.nan  # mean training loss of the last step
+    best_loss: float = math.inf  # lowest validation loss, or training loss without validation data
+    best_step: int = 0  # step at which `best_loss` was evaluated
     evals_since_best: int = 0
     """Evaluations since then, or since max_steps was raised; those before wsd's decay excluded."""
     recent_losses: list[float] = field(default_factory=list)
     """Training losses of the last steps; their mean is evaluated without validation data."""
-    rollbacks: int = 0
-    """Rollbacks since the last good checkpoint after `diverged_at`."""
-    diverged_at: int = 0
-    """The last step at which training had diverged before a rollback."""
-    bad_steps: int = 0
-    """Consecutive steps, up to this one, whose loss or gradient was not finite."""
+    rollbacks: int = 0  # rollbacks since the last good checkpoint after `diverged_at`
+    diverged_at: int = 0  # the last step at which training had diverged before a rollback
+    bad_steps: int = 0  # consecutive steps, up to this one, whose loss or gradient was not finite
     pending: list[Action] = field(default_factory=list)
     """Actions due at this step and not done yet, in order."""
-    partial: PartialValLoss | None = None
-    """Partial result of an interrupted evaluation."""
-    seconds: float = 0.0
-    """Wall time of training, over all processes of this run."""
+    partial: ValLoss | None = None  # of an interrupted evaluation
+    seconds: float = 0.0  # wall time of training, over all processes of this run
 
     def due_actions(self, config: Config, *, save_deferred: bool) -> list[Action]:
         """Return the actions due after the current step, in order; all after the last step."""
@@ -119,7 +109,7 @@ class TrainState:
         if partial is not None and "chars" not in partial:
             partial = None  # version 0.1 counted no characters: evaluate from the start
         if partial is not None:
-            partial = PartialValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
+            partial = ValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
         return cls(
             **record | {"rollbacks": record.pop("returns", 0)},
             recent_losses=losses,
