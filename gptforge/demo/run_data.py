@@ -16,7 +16,7 @@ from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import UserError
 from gptforge.report.format import format_duration
 from gptforge.report.metrics import METRICS, History, read_history, thin_out
-from gptforge.report.samples import read_samples
+from gptforge.report.run_info import read_samples
 
 SAMPLES = "samples.md"
 MAX_POINTS = 600

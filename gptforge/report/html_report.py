@@ -13,8 +13,7 @@ from gptforge.printable import printable, printable_text
 from gptforge.report.format import format_count, format_duration, format_time
 from gptforge.report.html_curves import has_bokeh, interactive_curves, svg_curves
 from gptforge.report.metrics import thin_out
-from gptforge.report.run_info import RunInfo, read_run
-from gptforge.report.samples import read_samples
+from gptforge.report.run_info import RunInfo, read_run, read_samples
 from gptforge.report.verdict import verdict
 from gptforge.shell import program_name
 
@@ -52,6 +51,14 @@ def render_report(run: RunInfo) -> str:
     preset = get_preset(run.config.preset) if run.config.preset in PRESETS else Config()
     fields = {name: (value, getattr(preset, name)) for name, value in vars(run.config).items()}
     del fields["preset"]
+    summary = verdict(
+        run.history,
+        total_steps=run.steps,
+        epochs=run.epochs,
+        out_dir=run.path.as_posix(),
+        has_val=bool(run.history.evals) or run.config.val_fraction > 0,
+        program=program_name(),
+    )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     filters = {"printable": printable, "printable_text": printable_text, "time": format_time}
     environment.filters |= filters
@@ -59,7 +66,7 @@ def render_report(run: RunInfo) -> str:
         run=run,
         title=f"{run.config.preset or 'GPT-2'} on {run.text}",
         tiles=_tiles(run),
-        verdict=_verdict(run),
+        verdict=summary.splitlines(),
         script=Markup(script),
         panels={title: Markup(div) for title, div in panels.items()},
         svg=Markup(svg),
@@ -95,19 +102,6 @@ def _tiles(run: RunInfo) -> list[tuple[str, str, str]]:
     shape = f"{config.n_layer} layers, {config.n_embd} wide"
     tiles.append(("Parameters", format_count(num_params(config.model)), shape))
     return tiles
-
-
-def _verdict(run: RunInfo) -> list[str]:
-    """The sentences of the verdict; `log.md` has the same at the end of a run."""
-    text = verdict(
-        run.history,
-        total_steps=run.steps,
-        epochs=run.epochs,
-        out_dir=run.path.as_posix(),
-        has_val=bool(run.history.evals) or run.config.val_fraction > 0,
-        program=program_name(),
-    )
-    return text.splitlines()
 
 
 def _timeline(run: RunInfo) -> list[tuple[str, str]]:
