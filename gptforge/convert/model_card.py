@@ -35,14 +35,9 @@ def model_card(
     usage: str,
     front_matter: dict[str, str],
 ) -> str:
-    """A model card in Markdown, with front matter for the Hugging Face Hub.
+    """A model card in Markdown, with front matter for the Hugging Face Hub: YAML values by key.
 
-    Args:
-        bundle: the model.
-        origin: the run that it comes from; None: it was imported.
-        title: name of the model.
-        usage: Markdown that says how to use it.
-        front_matter: YAML values by key.
+    `origin` is the run that the model comes from, None if it was imported; `usage` is Markdown.
     """
     c = bundle.config
     lines = ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""]

@@ -92,13 +92,7 @@ def write_space(
 ) -> None:
     """Fill an empty folder.
 
-    Args:
-        folder: to fill.
-        bundle: the model.
-        origin: the run that it comes from; None: it was imported.
-        title: name of the model.
-        prompts: that the page suggests.
-        config: content of the run's config.toml.
+    `prompts` are suggested by the page; `config` is the content of the run's config.toml.
     """
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name

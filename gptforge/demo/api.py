@@ -30,13 +30,10 @@ from gptforge.inference.validation import as_str_list
 
 MAX_PROMPT_CHARS = 4000
 MAX_NEW_TOKENS = 1000
-MAX_SECONDS = 60.0
-"""For all texts of a request."""
-MAX_SEQUENCES = 8
-"""Prompts times `n`."""
+MAX_SECONDS = 60.0  # for all texts of a request
+MAX_SEQUENCES = 8  # prompts times `n`
 MAX_LOGPROBS = 5
-FRAME_SECONDS = 0.05
-"""Between events of a stream; tokens that are generated meanwhile share one."""
+FRAME_SECONDS = 0.05  # between events of a stream; tokens that are generated meanwhile share one
 UNSUPPORTED_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),

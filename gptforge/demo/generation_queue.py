@@ -8,10 +8,8 @@ from typing import TypeVar
 
 from starlette.concurrency import iterate_in_threadpool
 
-MAX_CONCURRENT = 2
-"""Requests that are answered at the same time."""
-MAX_QUEUED = 24
-"""Requests that wait; further ones are refused."""
+MAX_CONCURRENT = 2  # requests that are answered at the same time
+MAX_QUEUED = 24  # requests that wait; further ones are refused
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
@@ -25,11 +23,7 @@ class Waiting:
 
 
 class GenerationQueue:
-    """First come, first served; used by the event loop only, so it needs no lock.
-
-    Args:
-        is_stopping: whether the server is about to end, and texts with it.
-    """
+    """First come, first served, until `is_stopping`; used by the event loop only: no lock."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
         self._is_stopping = is_stopping

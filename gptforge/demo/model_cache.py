@@ -10,8 +10,7 @@ from gptforge.errors import UserError
 from gptforge.files import real_path
 from gptforge.inference.language_model import LanguageModel
 
-MAX_LOADED_MODELS = 2
-"""As many as a page compares."""
+MAX_LOADED_MODELS = 2  # as many as a page compares
 
 
 class ModelCache:

@@ -12,12 +12,7 @@ HOST_HINT = "give 127.0.0.1 for this machine only, 0.0.0.0 to allow others"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on the given port, or for 0 on the first free one from 7860.
-
-    Raises:
-        UserError: for an unknown address, or a port that needs more rights.
-        RunError: if the port is taken, or all are.
-    """
+    """A socket that listens on the given port, or for 0 on the first free one from 7860."""
     ports = [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
     for candidate in ports:
         if listener := _try_to_listen(host, candidate):

@@ -23,21 +23,13 @@ GRAPH_STEP_MULTIPLE = 256
 class SampledTokens:
     """Results of n steps for B sequences, with A alternatives per token."""
 
-    ids: list[list[int]]
-    """(B, n), sampled."""
-    logprobs: Tensor
-    """(B, n, 1 + A) natural logarithms: of the sampled token, then of `top_ids`."""
-    top_ids: Tensor
-    """(B, n, A), most likely first."""
+    ids: list[list[int]]  # (B, n), sampled
+    logprobs: Tensor  # (B, n, 1 + A) natural logarithms: of the sampled token, then of `top_ids`
+    top_ids: Tensor  # (B, n, A), most likely first
 
 
 class TokenGenerator:
-    """Continues prompts; keeps the last session for reuse if it has a CUDA graph.
-
-    Args:
-        model: the model to run.
-        cuda_graph: replay decode steps as a CUDA graph where there is CUDA.
-    """
+    """Continues prompts; keeps the last session for reuse if it has a CUDA graph."""
 
     def __init__(self, model: InferenceModel, *, cuda_graph: bool = False) -> None:
         self.model = model
@@ -64,7 +56,7 @@ class TokenGenerator:
         Args:
             prompts: B non-empty lists of ids.
             uniforms: (B, N), from `draw_uniforms`.
-            sampling: how tokens are sampled.
+            sampling: temperature, top-k and top-p.
             top_logprobs: most likely tokens to return per position; None: no log probabilities.
             on_context_shift: called when a sequence first exceeds the model's context.
         """

@@ -38,21 +38,18 @@ class Token:
     """A sampled token."""
 
     id: int
-    text: str
-    """The characters that it completes; empty inside a multi-byte character."""
-    logprob: float
-    """Natural logarithm of the model's probability, before any sampling parameter."""
-    top_logprobs: tuple[tuple[str, float], ...]
-    """The most likely tokens at this position, with their log probabilities."""
+    text: str  # the characters that it completes; empty inside a multi-byte character
+    logprob: float  # natural logarithm of the model's probability, before any sampling parameter
+    top_logprobs: tuple[tuple[str, float], ...]  # of the most likely tokens at this position
 
 
 class LanguageModel:
-    """A GPT with its tokenizer; `gptforge.load` returns one.
+    """A GPT, in training or not, with its tokenizer; `gptforge.load` returns one.
 
     Args:
-        model: any GPT, in training or not.
-        tokenizer: the tokenizer that the model was trained with.
-        dtype: compute dtype; None: that of the model. Weights are copied if it differs.
+        model: weights are shared with it, or copied if `dtype` differs.
+        tokenizer: the one that the model was trained with.
+        dtype: compute dtype; None: that of the model.
         frozen: whether the weights no longer change: large weights are then repacked on a CPU, and
             decode steps are replayed as CUDA graphs on a GPU.
         warn_on_context_shift: whether to log that the oldest tokens are forgotten.
@@ -162,9 +159,6 @@ class LanguageModel:
             top_p: sample from the most likely tokens that have this total probability; 1 from all.
             stop: end before this string, or any of these.
             seed: the same seed gives the same text; None draws a random one.
-
-        Raises:
-            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         sampling = SamplingParams(temperature, top_k, top_p)
         builder = CompletionBuilder(self.tokenizer, as_str_list(stop, "stop"), self._eot_ids())
@@ -188,10 +182,10 @@ class LanguageModel:
         matmuls.
 
         Args:
-            prompts: of any lengths, see `encode_prompt`; a string is one prompt.
-            max_new_tokens: tokens to generate for each.
-            sampling: how tokens are sampled.
-            stop: end before this string, or any of these.
+            prompts: of any lengths; a string is one prompt.
+            max_new_tokens: for each prompt.
+            sampling: temperature, top-k and top-p.
+            stop: as in `stream`.
             stop_token_ids: end at any of these tokens, besides the end-of-text token.
             seeds: one per prompt; None for random ones.
             logprobs: return the log probability of each token.

@@ -12,16 +12,7 @@ MAX_REPEATS = 4.0  # up to about 4 epochs are as good as new text (Muennighoff e
 
 
 def resolve_patience(config: Config, *, train_tokens: int, has_val: bool) -> int:
-    """Evaluations without a better held-out loss after which to stop; 0: never.
-
-    Args:
-        config: `patience` -1 means to choose.
-        train_tokens: length of the training text.
-        has_val: whether there is held-out text.
-
-    Raises:
-        UserError: for a patience that needs held-out text where there is none.
-    """
+    """Evaluations without a better held-out loss after which to stop; 0: never."""
     if config.patience > 0 and not has_val:
         raise UserError(
             f"--patience {config.patience} compares held-out losses, and no text is held out: "

@@ -32,11 +32,9 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     """Evaluate the checkpoint that `load` opens on all held-out text; a collective.
 
     Call it after the last save: it may leave the weights of another checkpoint in the model. An
-    evaluation that would take too long is left to `gptforge eval`, and the report says so.
-
-    Returns:
-        `reason`, why training ended; if a signal stops the evaluation of a run that is otherwise
-        finished, that signal: a resumed run evaluates again.
+    evaluation that would take too long is left to `gptforge eval`, and the report says so. Returns
+    `reason`, or the signal that stopped the evaluation of a run that is otherwise finished: a
+    resumed run evaluates again.
     """
     if trainer.val_evaluator is None:
         return reason

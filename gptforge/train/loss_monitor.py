@@ -29,8 +29,8 @@ class Anomaly:
     position: int  # dataloader position of the step's batch
     loss: float
     norm: float
+    # Robust standard deviations above the recent median; infinite if the loss is not finite.
     z_score: float
-    """Robust standard deviations above the recent median; infinite if the loss is not finite."""
     bad_steps: int  # consecutive steps, up to this one, whose loss or gradient was not finite
 
 

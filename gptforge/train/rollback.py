@@ -23,8 +23,7 @@ HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training 
 def rollback(trainer: "Trainer") -> None:
     """Roll a run back, with its logs; a collective.
 
-    Raises:
-        RunError: if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
+    A RunError if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
     report = trainer.report
@@ -78,9 +77,7 @@ def _latest_good_checkpoint(
     """Find the latest checkpoint that was not saved in a streak of bad steps.
 
     An older checkpoint is preferred to that of `avoid_step`, from which training diverged before.
-
-    Returns:
-        The path, and warnings about corrupt checkpoints.
+    Returns its path, and warnings about corrupt checkpoints.
     """
 
     def is_good(path: Path) -> bool:

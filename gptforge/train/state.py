@@ -28,12 +28,8 @@ Action = Literal["evaluate", "sample", "save"]
 MAX_RECENT_LOSSES = 1000  # training losses kept for an evaluation without validation data
 
 PARTIAL_KEYS = {
-    "windows": "sequences_done",
-    "num_windows": "num_sequences",
-    "nats": "total_nats",
-    "tokens": "num_tokens",
-    "bytes": "num_bytes",
-    "chars": "num_chars",
+    **{"windows": "sequences_done", "num_windows": "num_sequences", "nats": "total_nats"},
+    **{"tokens": "num_tokens", "bytes": "num_bytes", "chars": "num_chars"},
 }
 """Keys of an unfinished evaluation in state.json, with the fields of `ValLoss`."""
 
@@ -46,15 +42,14 @@ class TrainState:
     loss: float = math.nan  # mean training loss of the last step
     best_loss: float = math.inf  # lowest validation loss, or training loss without validation data
     best_step: int = 0  # step at which `best_loss` was evaluated
+    # Evaluations since then, or since max_steps was raised; those before wsd's decay excluded.
     evals_since_best: int = 0
-    """Evaluations since then, or since max_steps was raised; those before wsd's decay excluded."""
+    # Training losses of the last steps; their mean is evaluated without validation data.
     recent_losses: list[float] = field(default_factory=list)
-    """Training losses of the last steps; their mean is evaluated without validation data."""
     rollbacks: int = 0  # rollbacks since the last good checkpoint after `diverged_at`
     diverged_at: int = 0  # the last step at which training had diverged before a rollback
     bad_steps: int = 0  # consecutive steps, up to this one, whose loss or gradient was not finite
-    pending: list[Action] = field(default_factory=list)
-    """Actions due at this step and not done yet, in order."""
+    pending: list[Action] = field(default_factory=list)  # due at this step, in order
     partial: ValLoss | None = None  # of an interrupted evaluation
     seconds: float = 0.0  # wall time of training, over all processes of this run
 
@@ -183,10 +178,6 @@ def restore(
 
 
 def read_train_state(path: Path, state: Mapping[str, Any]) -> TrainState:
-    """Read the counters from a checkpoint's state.
-
-    Raises:
-        UserError: if `to_json` did not write them.
-    """
+    """Read the counters from a checkpoint's state; a UserError if `to_json` did not write them."""
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         return TrainState.from_json(state)
