@@ -5,6 +5,7 @@ of context_length that do not overlap, the last of which may be short, and each 
 predicted from those before it in its sequence. docs/training.md describes it for users.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -55,25 +56,22 @@ class ValEvaluator:
         self._byte_lengths = byte_lengths
         self._char_lengths = byte_lengths if char_lengths is None else char_lengths
         self._context_length = context_length
-        available = math.ceil((len(tokens) - 1) / context_length)
-        count = min(math.ceil(max_tokens / context_length) or available, available)
+        self._batch_size = min(batch_size, max(1, MAX_BATCH_TOKENS // context_length))
+        self._select(max_tokens)
+
+    def _select(self, max_tokens: int) -> None:
+        length, num_targets = self._context_length, len(self._tokens) - 1
+        available = math.ceil(num_targets / length)
+        count = min(math.ceil(max_tokens / length) or available, available)
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
-        self._max_batch_size = batch_size
-        self._batch_size = min(batch_size, max(1, MAX_BATCH_TOKENS // context_length), count)
         self.fraction = count / available
-        self.num_tokens = min(count * context_length, len(tokens) - 1)
+        self.num_tokens = min(count * length, num_targets)
 
     def full(self) -> "ValEvaluator":
-        """The evaluator of all the text, in the same batches."""
-        if self.fraction == 1:
-            return self
-        return ValEvaluator(
-            self._tokens,
-            self._byte_lengths,
-            context_length=self._context_length,
-            batch_size=self._max_batch_size,
-            char_lengths=self._char_lengths,
-        )
+        """The evaluator of all the text."""
+        full = copy.copy(self)
+        full._select(0)
+        return full
 
     @torch.no_grad()
     def evaluate(

@@ -19,7 +19,6 @@ from gptforge.inference.validation import (
     as_str_list,
     check_non_negative_int,
     check_str,
-    check_utf8,
     normalize_prompt,
 )
 from gptforge.model import GPT
@@ -80,8 +79,10 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; a UserError for a character that the tokenizer does not have."""
-        text = check_str(text, "the text")
-        check_utf8(text, "the text")
+        try:
+            check_str(text, "the text").encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which undecodable bytes become
+            raise UserError(f"the text is not UTF-8 text, at character {error.start}") from None
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def encode_prompt(self, prompt: str) -> list[int]:

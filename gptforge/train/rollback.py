@@ -84,11 +84,10 @@ def _latest_good_checkpoint(
         return not read_state(path)["progress"].get("bad_steps")
 
     def find() -> tuple[str | None, list[str]]:
-        path, warnings = store.latest(is_good)
-        if path is not None and step_from_path(path) == avoid_step:
-            latest = path
-            older, more_warnings = store.latest(lambda path: path != latest and is_good(path))
-            path, warnings = older or latest, warnings + more_warnings
+        path, warnings = store.latest(lambda p: step_from_path(p) != avoid_step and is_good(p))
+        if path is None:
+            path, more_warnings = store.latest(is_good)
+            warnings += more_warnings
         return None if path is None else path.as_posix(), warnings
 
     path, warnings = comm.broadcast_from_rank0(find)
