@@ -32,10 +32,9 @@ from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.distillation import Distillation
-from gptforge.train.early_stop import resolve_patience
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopReason, StopSignal
-from gptforge.train.state import TrainState, restore
+from gptforge.train.state import TrainState, resolve_patience, restore
 from gptforge.train.train_step import TrainStep
 from gptforge.train.trainer import Trainer
 

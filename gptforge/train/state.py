@@ -19,13 +19,17 @@ from gptforge.checkpoint.state_dict import (
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
-from gptforge.errors import parsing
+from gptforge.errors import UserError, parsing
 from gptforge.optim.schedule import Schedule
 from gptforge.report.format import ValLoss
 from gptforge.train.train_step import TrainStep
 
 Action = Literal["evaluate", "sample", "save"]
 MAX_RECENT_LOSSES = 1000  # training losses kept for an evaluation without validation data
+AUTO_PATIENCE = 5  # evaluations without a better held-out loss after which training stops
+# These evaluations cover at least this fraction of max_steps: loss curves have plateaus.
+AUTO_FRACTION = 0.2
+MAX_REPEATS = 4.0  # up to about 4 epochs are as good as new text (Muennighoff et al., 2023)
 
 PARTIAL_KEYS = {
     **{"windows": "sequences_done", "num_windows": "num_sequences", "nats": "total_nats"},
@@ -113,6 +117,21 @@ class TrainState:
         )
 
 
+def resolve_patience(config: Config, *, train_tokens: int, has_val: bool) -> int:
+    """Evaluations without a better held-out loss after which to stop; 0: never."""
+    if config.patience > 0 and not has_val:
+        raise UserError(
+            f"--patience {config.patience} compares held-out losses, and no text is held out: "
+            "leave it out, or hold out text with --val_fraction"
+        )
+    if config.patience >= 0:
+        return config.patience
+    epochs = config.max_steps * config.tokens_per_step / train_tokens
+    if not has_val or epochs <= MAX_REPEATS or config.preset.startswith("gpt2"):
+        return 0
+    return max(AUTO_PATIENCE, math.ceil(AUTO_FRACTION * config.max_steps / config.eval_every))
+
+
 def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -169,15 +188,9 @@ def restore(
     dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step.load_scaler_state_dict(state["scaler"])
+        train_state = TrainState.from_json(state)
     # Last: anything that draws random numbers would advance the restored generators.
     load_rng_state_dict(read(checkpoints.RNG_STATE), step.device, comm, source=source)
-    train_state = read_train_state(path, state)
     if step.ema is not None:
         step.ema.num_updates = train_state.step
     return train_state
-
-
-def read_train_state(path: Path, state: Mapping[str, Any]) -> TrainState:
-    """Read the counters from a checkpoint's state; a UserError if `to_json` did not write them."""
-    with parsing(path / checkpoints.STATE, "a state that a run saved"):
-        return TrainState.from_json(state)

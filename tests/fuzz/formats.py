@@ -44,7 +44,7 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import VERIFIED_FILE, find_corruption, read_index
 from gptforge.demo.run_data import run_metrics
 from gptforge.doctor.shards import check_shards
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.model import GPT
 from gptforge.report.metrics import read_history
 from gptforge.report.run_info import read_run
@@ -52,7 +52,7 @@ from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
 from gptforge.train.micro_batch_search import find_micro_batch
-from gptforge.train.state import TrainState, read_train_state
+from gptforge.train.state import TrainState
 from tests.fuzz import mutate
 
 SHAPE = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8)
@@ -235,7 +235,8 @@ def read_checkpoint(folder: Path) -> None:
 
 def read_state(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
-    read_train_state(path, checkpoints.read_state(path))
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        TrainState.from_json(checkpoints.read_state(path))
     CheckpointStore(path.parent).repair_links(path)
 
 

@@ -12,7 +12,7 @@ from gptforge.errors import UserError
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.report.format import ValLoss
 from gptforge.train import trainer as trainer_module
-from gptforge.train.early_stop import resolve_patience
+from gptforge.train.state import resolve_patience
 from tests.distributed.spawn import on_ranks
 from tests.train.runs import StopAfter, build, events, last
 
