@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gptforge.checkpoint.async_saver import AsyncSaver
@@ -22,7 +21,7 @@ from gptforge.report.metrics import Event
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
-from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
+from gptforge.train.loss_monitor import Anomaly, LossMonitor
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, STOPPED_BY, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
@@ -55,8 +54,6 @@ class Trainer:
 
     timer: StepTimer = field(init=False)
     _start_time: float = field(init=False)
-    _loss: Tensor = field(init=False)
-    _recent_losses: RecentLosses = field(init=False)
     rolled_back_to: int = field(init=False, default=-1)
     """Step of the last checkpoint that was rolled back to."""
     full_score: ValLoss | None = field(init=False, default=None)
@@ -121,9 +118,6 @@ class Trainer:
             inputs = replace_tokens(inputs, c.token_noise)
         loss, norm = self.step_fn(inputs, targets, lr=lr)
         # The device is still computing: everything below overlaps with it unless it reads `loss`.
-        self._loss = loss
-        if self.val_evaluator is None:
-            self._recent_losses.append(loss)
         self.state.step += 1
         self.state.pending = self.state.due_actions(c, save_deferred=self.is_save_deferred)
         if self.steps_left:
@@ -197,7 +191,7 @@ class Trainer:
             if evaluator is None:
                 # During a streak of bad steps, earlier losses are no estimate for these weights.
                 is_good = self.loss_monitor.bad_steps == 0
-                loss = self._recent_losses.mean() if is_good else math.nan
+                loss = self.loss_monitor.mean_loss() if is_good else math.nan
             else:
                 state.partial = score = evaluator.evaluate(
                     step_fn.root_module, step_fn.precision, self.comm,
@@ -253,8 +247,8 @@ class Trainer:
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:
                 state.rollbacks = 0
-            state.loss = float(self._loss)
-            state.recent_losses = self._recent_losses.tolist()
+            state.loss = self.loss_monitor.last_loss
+            state.recent_losses = list(self.loss_monitor.losses)
             state.seconds = time.perf_counter() - self._start_time
             saved = snapshot(
                 state, self.step_fn, self.dataloader, self.comm, text_sha256=self.text_sha256,
@@ -263,12 +257,13 @@ class Trainer:
             self.saver.save_async(state.step, saved, is_best=is_best)
 
     def reset_history(self) -> None:
-        """Reset the loss history, the last loss and the timer to `state`."""
-        state, device = self.state, self.step_fn.device
-        maxlen = max(1, min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES))
-        self._recent_losses = RecentLosses(state.recent_losses, maxlen=maxlen, device=device)
-        self.loss_monitor.reset(state.bad_steps)
-        self._loss = torch.tensor(state.loss, device=device)
+        """Reset the loss history and the timer to `state`."""
+        state, keep = self.state, 0
+        if self.val_evaluator is None:
+            keep = min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES)
+        self.loss_monitor.reset(
+            state.bad_steps, last_loss=state.loss, losses=state.recent_losses, keep_losses=keep
+        )
         self.timer.restart(state.step)
 
     def _log_stop(self, reason: StopReason) -> None:

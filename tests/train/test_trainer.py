@@ -8,7 +8,7 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_state, read_tensors
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.train.loss_monitor import RecentLosses
+from gptforge.train.loss_monitor import LossMonitor
 from tests.train.runs import StopAfter, build, events, last
 
 
@@ -139,9 +139,9 @@ def test_mean_train_loss_covers_as_many_steps_at_the_end(config, monkeypatch) ->
     config = dataclasses.replace(config, val_fraction=0.0, max_steps=18, eval_every=8)
     trainer = build(config)
     means = {}
-    mean = RecentLosses.mean
+    mean = LossMonitor.mean_loss
     monkeypatch.setattr(
-        RecentLosses, "mean", lambda self: means.setdefault(trainer.state.step, mean(self))
+        LossMonitor, "mean_loss", lambda self: means.setdefault(trainer.state.step, mean(self))
     )
     trainer.fit()
     losses = [event["loss"] for event in events(config, "train")]
