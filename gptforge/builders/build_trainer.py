@@ -26,7 +26,7 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate.formulas import checkpoint_bytes
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote
@@ -302,7 +302,7 @@ def _build_saver(run: ResolvedRun, store: CheckpointStore, config_text: str) -> 
         tokenizer=run.dataset.tokenizer,
         config=config_text,
         keep=run.config.keep_checkpoints,
-        protected_steps={*run.config.early_steps, Schedule.from_config(run.config).stable_end},
+        protected_steps={*run.config.early_steps, stable_end(run.config)},
         enabled=run.comm.is_main,
     )
 

@@ -22,7 +22,7 @@ from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.lock import FolderLock, lock_folder
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import learning_rate, stable_end
 from gptforge.tokenizers import Tokenizer
 
 LR_TOLERANCE = 0.05  # a relative change of the learning rate that is not worth a warning
@@ -131,21 +131,20 @@ def _extend_run(
         replace those of the checkpoint; and a line about the learning rate.
     """
     old, step = read_config(latest), step_from_path(latest)
-    schedule, longer = Schedule.from_config(old), Schedule.from_config(config)
     raised = f"--max_steps raised from {old.max_steps} to {config.max_steps}"
     # Or the evaluations before would end the longer run.
     counters: dict[str, Any] = {"evals_since_best": 0}
     advice = "a run with --schedule wsd can be extended without a jump"
-    if schedule.stable_end is not None and step > schedule.stable_end:
-        start = store.path_of(schedule.stable_end)
+    if (end := stable_end(old)) is not None and step > end:
+        start = store.path_of(end)
         if find_corruption(start) is None:
             counters |= _best_and_save(latest, start)
             return start, counters, (
                 f"{raised}: resuming from {start.name}, before the decay of the learning rate; "
-                f"the {step - schedule.stable_end} steps after it are dropped and trained again"
+                f"the {step - end} steps after it are dropped and trained again"
             )  # fmt: skip
         advice = f"there is no intact {start.name}, from before the decay, to resume from"
-    lr, new_lr = schedule.lr(step), longer.lr(step)
+    lr, new_lr = learning_rate(old, step), learning_rate(config, step)
     jump = ""
     if abs(new_lr - lr) > LR_TOLERANCE * lr:
         jump = (

@@ -20,7 +20,7 @@ from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError, parsing
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import stable_end
 from gptforge.report.format import ValLoss
 from gptforge.train.train_step import TrainStep
 
@@ -67,7 +67,7 @@ class TrainState:
         is_last = self.step >= config.max_steps
         due = [a for a, n in intervals.items() if is_last or (n > 0 and self.step % n == 0)]
         # A longer run will resume from before the decay.
-        extra_saves = {*config.early_steps, Schedule.from_config(config).stable_end}
+        extra_saves = {*config.early_steps, stable_end(config)}
         must_save = save_deferred or self.step in extra_saves
         return [*due, "save"] if must_save and "save" not in due else due
 
@@ -75,7 +75,7 @@ class TrainState:
         """Count an evaluation with this loss, and note if it is the best."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
-        elif self.step > (Schedule.from_config(config).stable_end or 0):
+        elif self.step > (stable_end(config) or 0):
             # Before the decay of wsd the loss may stay level, and falls in the decay.
             self.evals_since_best += 1
 

@@ -14,7 +14,7 @@ from gptforge.errors import RunError
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.inference.language_model import LanguageModel
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import learning_rate
 from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
 from gptforge.report.metrics import Event
@@ -112,7 +112,7 @@ class Trainer:
     def train_step(self) -> list[Anomaly]:
         """Make one optimizer step, and log it if that is due; returns the anomalies found."""
         c, step, position = self.config, self.state.step, self.dataloader.position
-        lr = Schedule.from_config(c).lr(step)
+        lr = learning_rate(c, step)
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)
