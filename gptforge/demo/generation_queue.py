@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.concurrency import iterate_in_threadpool
@@ -13,13 +12,6 @@ MAX_QUEUED = 24  # requests that wait; further ones are refused
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A request waits; the next one has position 1."""
-
-    position: int
 
 
 class GenerationQueue:
@@ -35,8 +27,8 @@ class GenerationQueue:
         """Whether another request would be one too many."""
         return len(self._waiting) >= MAX_QUEUED
 
-    async def run(self, chunks: Generator[T]) -> AsyncGenerator[T | Waiting]:
-        """Iterate over `chunks` in a thread, when its turn has come.
+    async def run(self, chunks: Generator[T]) -> AsyncGenerator[T | int]:
+        """Iterate over `chunks` in a thread, when its turn has come; until then yield its position.
 
         A client that disconnects cancels this, which ends the generation.
         """
@@ -46,7 +38,7 @@ class GenerationQueue:
             while (ahead := self._waiting.index(ticket)) or self._num_running >= MAX_CONCURRENT:
                 if self._is_stopping():
                     return
-                yield Waiting(ahead + 1)
+                yield ahead + 1
                 await asyncio.sleep(POLL_SECONDS)
             self._num_running += 1
         finally:
