@@ -24,7 +24,6 @@ from gptforge.convert.model_card import (
     SAMPLES,
     Origin,
     copy_run_file,
-    example_prompt,
     model_card,
     one_line_description,
 )
@@ -48,16 +47,7 @@ def export_hf(run: str, out: Path) -> None:
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
         bundle, origin = load_bundle(run), read_origin(run)
-        usage = (
-            "```python\nfrom transformers import pipeline\n\n"
-            'generate = pipeline("text-generation", model="this/folder")\n'
-            f"print(generate({example_prompt(bundle.tokenizer)}, max_new_tokens=100)"
-            '[0]["generated_text"])\n```'
-        )
-        front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        card = model_card(
-            bundle, origin, title=model_title(run), usage=usage, front_matter=front_matter
-        )
+        card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
             difference = write_hf(

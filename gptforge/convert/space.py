@@ -4,7 +4,6 @@ The folder is a run folder too, with a copy of this package, so that the Space n
 from the package index.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +16,12 @@ from gptforge.convert.model_card import (
     SAMPLES,
     Origin,
     copy_run_file,
-    example_prompt,
     model_card,
 )
 from gptforge.files import set_link
 
 FILES = Path(__file__).with_name("space_files")
 """In app.py.in, TITLE and PROMPTS stand for the values."""
-
-USAGE = """\
-This folder is a Space: a page to generate text with the model. On your machine:
-
-```bash
-pip install -r requirements.txt
-python app.py
-```
-
-It is also a run folder of GPT-Forge: `from gptforge import load; load(".").generate(BEGINNING)`."""
 
 
 def write_space(
@@ -67,18 +55,7 @@ def write_space(
         text = path.read_text("utf-8").replace("TITLE", repr(title))
         text = text.replace("PROMPTS", repr(list(prompts)))
         (folder / path.name.removesuffix(".in")).write_text(text, encoding="utf-8")
-    front_matter = {
-        # A JSON string is a YAML string.
-        "title": json.dumps(title, ensure_ascii=False),
-        "emoji": "🪶",
-        "colorFrom": "indigo",
-        "colorTo": "yellow",
-        "sdk": "docker",
-        "app_port": "7860",
-        "pinned": "false",
-    }
-    usage = USAGE.replace("BEGINNING", example_prompt(bundle.tokenizer))
-    card = model_card(bundle, origin, title=title, usage=usage, front_matter=front_matter)
+    card = model_card(bundle, origin, title=title, is_space=True)
     (folder / "README.md").write_text(card, encoding="utf-8")
     # New files without input.txt, since those of an installed package may be read-only.
     package = Path(gptforge.__file__).parent

@@ -295,9 +295,7 @@ def read_metrics(folder: Path) -> None:
     with contextlib.suppress(UserError):
         read_run(folder / "run").to_json()
     origin = Origin(merge(Config(), {}, source="fuzz"), 4, history, None)
-    model_card(
-        ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front_matter={}
-    )
+    model_card(ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m")
 
 
 def read_texts(folder: Path, name: str, options: TextFormat | None) -> None:
