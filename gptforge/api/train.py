@@ -12,7 +12,6 @@ from typing import Any, ParamSpec
 
 from gptforge.api.console import NotebookConsole, PythonConsole, as_arguments, is_notebook
 from gptforge.api.run import Run
-from gptforge.checkpoint.format import CONFIG
 from gptforge.cli.parsing import preset_and_file
 from gptforge.cli.train import run_training
 from gptforge.config import Config, merge
@@ -120,7 +119,7 @@ def train(
     if end.reason == "terminated":
         print(f"All is saved; resume with {call}", flush=True)
         raise SystemExit(EXIT_CODES["terminated"])
-    if not (Path(end.out_dir) / CONFIG).is_file():
+    if not (Path(end.out_dir) / "checkpoints").is_dir():
         raise RunError(f"time_limit was reached while a teacher trained; resume with {call}")
     return Run(end.out_dir)
 

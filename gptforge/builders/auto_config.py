@@ -7,16 +7,14 @@ from collections.abc import Collection
 
 import torch
 
-from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, intervals, make_recipe
+from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS, make_recipe
 from gptforge.builders.resolve import (
     MODEL_FIELDS,
     config_of_run,
     is_set_by_run_file,
-    resolve_out_dir,
 )
 from gptforge.builders.seed import seed_everything
-from gptforge.builders.train_teachers import teacher_config
-from gptforge.config import FIELDS, Config, Value, merge
+from gptforge.config import FIELDS, Config, merge
 from gptforge.config_checks import validate
 from gptforge.data.dataset import resolve_input
 from gptforge.data.text_size import estimate_text_size
@@ -28,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 TRAINING_EFFICIENCY = 0.25
 """FLOP/s of training over those of a large matmul: models of a recipe have small matrices."""
-TEACHER_FIELDS = RECIPE_FIELDS - {"teachers", "teacher_steps", "max_steps", *intervals(1)}
-"""Fields of a recipe that teachers and student share."""
 MATMUL_SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}
 
 
@@ -82,8 +78,6 @@ def resolve_auto(
     fixed_values = {name: getattr(config, name) for name in fixed if name in FIELDS}
     if size.tokenizer_name:
         fixed_values["tokenizer"] = size.tokenizer_name
-    # The speed that is measured varies; the shape must be that of a teacher which is there already.
-    of_teacher = {n: v for n, v in _values_of_teacher(config).items() if n not in fixed_values}
     time_limit = config.time_limit if config.preset == AUTO else 0.0
     recipe = make_recipe(
         size.num_bytes,
@@ -91,19 +85,11 @@ def resolve_auto(
         preset=config.preset,
         time_limit=time_limit,
         flops_per_second=world_size * _flops_per_second(torch_device, config) if time_limit else 0,
-        explicit=fixed_values | of_teacher,
+        explicit=fixed_values,
     )
-    as_before = (f"{config.preset}: shape and regularization are those of the first teacher",)
-    for line in as_before if of_teacher else recipe.reasons:
+    for line in recipe.reasons:
         logger.info(line)
-    return merge(config, {**recipe.values, **of_teacher}, source=f"preset {config.preset}")
-
-
-def _values_of_teacher(config: Config) -> dict[str, Value]:
-    """The recipe of a run that was stopped while its teachers were trained; else empty."""
-    student = dataclasses.replace(config, out_dir=resolve_out_dir(config))
-    teacher = None if config.restart else config_of_run(teacher_config(student, 1))
-    return {name: getattr(teacher, name) for name in TEACHER_FIELDS} if teacher else {}
+    return merge(config, recipe.values, source=f"preset {config.preset}")
 
 
 def _flops_per_second(device: torch.device, config: Config) -> float:

@@ -2,25 +2,29 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from gptforge import files
 from gptforge.builders.build_train_step import build_train_step, estimate_duration
 from gptforge.builders.fit_time_limit import fit_time_limit
 from gptforge.builders.memory_fit import check_fits_memory
 from gptforge.builders.rank_agreement import open_run_on_all_ranks
-from gptforge.builders.resolve import describe_dataset
+from gptforge.builders.resolve import config_of_run, describe_dataset
 from gptforge.builders.resolve_run import ResolvedRun, resolve_run
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.start_report import config_toml, start_report
 from gptforge.builders.train_teachers import load_teachers, train_teachers
 from gptforge.checkpoint.async_saver import AsyncSaver
+from gptforge.checkpoint.format import CONFIG
 from gptforge.checkpoint.out_dir import is_finished_read_only
 from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
+from gptforge.config_checks import unused_fields
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate.formulas import checkpoint_bytes
@@ -33,7 +37,7 @@ from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.distillation import Distillation
 from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.signals import StopReason, StopSignal
+from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
 from gptforge.train.state import TrainState, resolve_patience, restore
 from gptforge.train.train_step import TrainStep
 from gptforge.train.trainer import Trainer
@@ -86,10 +90,16 @@ def build_trainer(
         if trainer is None:
             return "finished"
         on_teacher(trainer)
-        try:
-            return trainer.fit()
-        finally:
-            close(trainer)
+        stop_signal = trainer.stop_signal
+        # A signal must not raise KeyboardInterrupt while objects are freed: it would be lost.
+        with stop_signal:
+            try:
+                reason = trainer.fit()
+            finally:
+                close(trainer)
+            del trainer
+            gc.collect()  # frees its CUDA graphs before the next model is built
+        return agree_on_signal(stop_signal, comm) or reason
 
     run = resolve_run(config, explicit, comm)
     with contextlib.ExitStack() as on_failure:
@@ -99,8 +109,14 @@ def build_trainer(
         opened = open_run_on_all_ranks(run.config, run.dataset, explicit, comm, requested=config)
         run = dataclasses.replace(run, config=opened.config)
         _log_notes(run, opened)
+        if not is_teacher:
+            for name, when in unused_fields(run.config, explicit):
+                logger.info(f"note: --{name} has no effect {when}")
         if opened.status == "finished":
-            _log_finished(opened, program)
+            if is_teacher:
+                logger.info(f"{opened.config.out_dir} is finished")
+            else:
+                _log_finished(opened, program)
             return None
         if opened.status == "new":
             run = fit_time_limit(run, start_time=start_time)
@@ -110,10 +126,11 @@ def build_trainer(
             check_fits_memory(
                 run.config, run.device, run.precision, is_explicit="batch_size" in explicit
             )
+        config_text = config_toml(run, program=program, command=command)
         distillation = None
         if run.config.teachers:
             opened = _move_old_run(run, opened, lock)
-            distillation = _build_distillation(run, opened, train_teacher)
+            distillation = _build_distillation(run, opened, train_teacher, config_text)
         step = build_train_step(
             run.config,
             opened,
@@ -125,12 +142,12 @@ def build_trainer(
             distillation=distillation,
         )
         dataloader = _build_dataloader(run)
+        on_failure.callback(dataloader.close)
         state = _restore_state(opened, step, dataloader, comm)
         evaluator = _build_evaluator(run, batch_size=step.micro_batch_size)
         _log_duration(run, step, state, evaluator)
         # The run folder changes from here on: all errors that can be found have been found.
         opened = _move_old_run(run, opened, lock)
-        config_text = config_toml(run, program=program, command=command)
         report = start_report(
             run,
             opened,
@@ -167,7 +184,8 @@ def build_trainer(
 
 
 def close(trainer: Trainer) -> None:
-    """After an error: complete a running save and unlock the run folder."""
+    """Complete a running save, end the data loader's thread and unlock the run folder."""
+    trainer.dataloader.close()
     with contextlib.suppress(Exception):
         trainer.saver.wait()
     if trainer.lock is not None:
@@ -248,11 +266,17 @@ def _move_old_run(run: ResolvedRun, opened: OpenedRun, lock: FolderLock | None) 
 
 
 def _build_distillation(
-    run: ResolvedRun, opened: OpenedRun, train: Callable[[Config], StopReason]
+    run: ResolvedRun,
+    opened: OpenedRun,
+    train: Callable[[Config], StopReason],
+    config_text: str,
 ) -> Distillation:
     """Train the teachers of a new run, and load them."""
     run.wait_for_warmup()
     if opened.status == "new":
+        if run.comm.is_main and config_of_run(run.config) is None:
+            # A run that is stopped in a teacher resumes with these values.
+            files.atomic_write(Path(run.config.out_dir) / CONFIG, config_text)
         train_teachers(run.config, run.explicit, train, run.comm)
         seed_everything(run.config, rank=run.comm.rank)  # as without teachers
     return load_teachers(run.config, run.device, run.comm)

@@ -17,6 +17,7 @@ from gptforge.builders.recipe import (
     round_nicely,
     teacher_steps,
 )
+from gptforge.builders.resolve import config_of_run
 from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.builders.seed import seed_everything
 from gptforge.builders.step_timing import time_step
@@ -52,6 +53,8 @@ def fit_time_limit(run: ResolvedRun, *, start_time: float) -> ResolvedRun:
 
 def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
     c, explicit = run.config, run.explicit
+    if config_of_run(c) is not None:
+        return c  # its teachers have begun with these steps
     micro_batch = c.batch_size
     if "batch_size" not in explicit:
         micro_batch = MemoryEstimator(c, run.precision, run.device).micro_batch()

@@ -9,6 +9,7 @@ from pathlib import Path
 from gptforge.builders.import_model import import_if_needed
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import is_run_of
+from gptforge.checkpoint.run_files import TEACHERS
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
 from gptforge.config_file import read_toml
@@ -122,11 +123,20 @@ def last_checkpoint(config: Config) -> Path | None:
 
 
 def config_of_run(config: Config) -> Config | None:
-    """The configuration of a run with the same preset in the run folder, to resume it."""
-    last = last_checkpoint(config)
-    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
+    """The configuration of a run with the same preset in the run folder, to resume it.
+
+    It is that of the last checkpoint, or that of the folder if the run's teachers have begun.
+    """
+    path = last_checkpoint(config)
+    if path is None:
+        path = Path(resolve_out_dir(config))
+        if config.restart or not (
+            (path / TEACHERS).is_dir() and (path / checkpoints.CONFIG).is_file()
+        ):
+            return None
+    elif checkpoints.find_corruption(path, (checkpoints.CONFIG,)):
         return None
-    old = checkpoints.read_config(last, with_model=False)
+    old = checkpoints.read_config(path, with_model=False)
     return old if old.preset == config.preset else None
 
 

@@ -116,9 +116,10 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         logger.info(
             "note: --mlp_matmul quack has no effect: support for the quack package was removed"
         )
+    is_from_run = bool(config.config) and read_toml(Path(config.config))[1]
     if config.preset:
         logger.info(f"preset: {config.preset} ({PRESETS[config.preset].description})")
-    else:
+    elif not is_from_run:  # the file of a teacher names no preset, and sets every value
         import torch
 
         has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")

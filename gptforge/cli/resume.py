@@ -1,11 +1,10 @@
 """`--resume RUN`, and the command that resumes a run which was stopped."""
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gptforge.cli.parsing import expand_bool_flags, flag_values, rename_flags
+from gptforge.cli.parsing import flag_values, rename_flags
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
@@ -37,16 +36,6 @@ def resume_command(env: Mapping[str, str], args: str) -> str:
         return f"{program_name()} {args}".rstrip()
     nodes = "" if nproc == world_size else "... "
     return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()} {args}".rstrip()
-
-
-def args_without_restart(args: Sequence[str]) -> str:
-    """The arguments without --restart, which would discard the run."""
-    expanded = expand_bool_flags(Config, rename_flags(Config, args))
-    kept = [arg for arg in expanded if not arg.startswith("--restart=")]
-    while "--restart" in kept:
-        index = kept.index("--restart")
-        del kept[index : index + 2]
-    return shlex.join(kept)
 
 
 def _find_run(path: Path) -> Path:

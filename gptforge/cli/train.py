@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gptforge.cli.parsing import parse_train_args, resolve_preset
-from gptforge.cli.resume import args_without_restart, expand_resume, resume_command
+from gptforge.cli.resume import expand_resume, resume_command
 from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError, UserError
@@ -72,11 +71,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     from gptforge.train.signals import EXIT_CODES
 
     if end.comm.is_main and end.reason not in ("finished", "early_stop"):
-        resume_args = args_without_restart(args)
-        # There is none yet if a teacher was stopped.
-        if (Path(end.out_dir) / "config.toml").is_file():
-            resume_args = f"--resume {quote(end.out_dir)}"
-        command = resume_command(os.environ, resume_args)
+        command = resume_command(os.environ, f"--resume {quote(end.out_dir)}")
         (print_stderr if parsed.log_format == "json" else safe_print)(f"Resume with: {command}")
     # With --max_restarts, torchrun would restart a rank that exits with an error.
     return end.comm.exit(0 if max_restarts > 0 else EXIT_CODES[end.reason])

@@ -118,6 +118,10 @@ class DataLoader:
         self.position = state["position"]
         self._on_device = None
 
+    def close(self) -> None:
+        """End the prefetching thread; there are no further batches."""
+        self._prefetcher.close()
+
     def _load_batch(self, position: int) -> Tensor:
         """Sequences of the batch at a position with one more token, for the targets: (b, T + 1)."""
         if position not in self._starts:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Prefetcher:
-    """Loads batches in one thread, which ends when the prefetcher is freed.
+    """Loads batches in one thread, which ends with `close`.
 
     Args:
         load: makes the batch at a position.
@@ -34,6 +34,10 @@ class Prefetcher:
         for i in range(len(self._pending), self._depth):
             self._submit(position + self._step * (i + 1))
         return batch.result()
+
+    def close(self) -> None:
+        """End the thread, after the batch that it is loading."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, position: int) -> None:
         self._pending.append((position, self._executor.submit(self._load, position)))

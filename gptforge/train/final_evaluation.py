@@ -17,7 +17,7 @@ from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote
-from gptforge.train.signals import STOP_REASONS, StopReason
+from gptforge.train.signals import StopReason, agree_on_signal
 
 if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
@@ -52,23 +52,23 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     begin = time.perf_counter()
 
     def should_stop() -> bool:
-        signal = trainer.stop_signal.stop_reason()
-        if has_stopped or signal == "time_limit":
-            return time.perf_counter() > begin + MAX_SECONDS_AFTER_STOP
-        return signal is not None
+        stop = trainer.stop_signal.stop_reason()
+        if stop in ("interrupted", "terminated"):
+            return True
+        is_late = time.perf_counter() > begin + MAX_SECONDS_AFTER_STOP
+        return is_late and (has_stopped or stop == "time_limit")
 
     path = trainer.saver.store.folder / name
     if score is None and is_quick:
         if seconds > NOTICE_SECONDS:
+            again = " again" * (reason in ("interrupted", "terminated"))
             report.log(
                 f"Saved. Evaluating {name} on all {evaluator.num_tokens:,} held-out tokens takes "
-                f"about {format_duration(seconds)}"
+                f"about {format_duration(seconds)}; Ctrl-C{again} skips it"
             )
         score = _evaluate(trainer, evaluator, path, should_stop)
-        # The same on all ranks, as in the training loop.
-        priority = STOP_REASONS.index(trainer.stop_signal.stop_reason())
-        stop = STOP_REASONS[-comm.all_reduce_min(-priority)]
-        if score is None and not has_stopped and stop in ("interrupted", "terminated"):
+        stop = agree_on_signal(trainer.stop_signal, comm)
+        if score is None and not has_stopped and stop:
             reason = stop
     if score is None:
         report.log_line(

@@ -66,11 +66,19 @@ class Trainer:
 
     def fit(self) -> StopReason:
         """Train to the last step or until a reason to stop; the state is saved either way."""
+        # Until the last line is written, so that a second signal does not cut the report short.
+        with self.stop_signal:
+            reason = self._train()
+            self._finish(reason)
+        return reason
+
+    def _train(self) -> StopReason:
+        """Train, save, and evaluate the best checkpoint; returns why training ended."""
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
         # After a crash between the last save and `finish`, only the report is missing.
         reason = None if self.state.pending else self.end_reason()
-        with self.stop_signal, self.report.console, self.report.trackers:
+        with self.report.console, self.report.trackers:
             while reason is None:
                 # A run that was interrupted in an evaluation resumes with it, not with a step.
                 if not self.state.pending and self.has_diverged(self.train_step()):
@@ -88,9 +96,14 @@ class Trainer:
                 self.report.log_saves(self.saver.poll())
             self.saver.wait()
             self.report.log_saves(self.saver.poll())
-            # After the save, so that a second signal, which ends the process, loses nothing.
+            # After the save, so that another signal loses nothing.
+            self.stop_signal.mark_saved(reason)
             if not self.report.is_teacher:
                 reason = evaluate_best(self, reason)
+        return reason
+
+    def _finish(self, reason: StopReason) -> None:
+        """Write the report, and unlock the run folder."""
         self.report.plot(force=True)
         state = self.state
         self.report.finish(
@@ -107,7 +120,6 @@ class Trainer:
                 f"training diverged before step {state.step}, with no finite loss: "
                 f"{HINT}; --restart starts from scratch"
             )
-        return reason
 
     def train_step(self) -> list[Anomaly]:
         """Make one optimizer step, and log it if that is due; returns the anomalies found."""

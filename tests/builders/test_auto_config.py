@@ -93,6 +93,30 @@ def test_a_run_stopped_in_a_teacher_does_not_depend_on_the_rule(config, monkeypa
     assert student.fit() == "finished"
 
 
+def test_steps_that_fit_a_time_limit_hold_when_a_stopped_teacher_resumes(
+    config, monkeypatch
+) -> None:
+    config = dataclasses.replace(config, time_limit=1.0, teachers=2)
+    explicit = ["n_layer", "n_embd", "teachers"]
+    fit, trained = Trainer.fit, []
+
+    def stop(trainer: Trainer) -> object:
+        trained.append(trainer.config.max_steps)
+        trainer.stop_signal = StopAfter(3)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    for seconds in (0.01, 0.2):  # slower when it resumes
+        timing = StepTiming(seconds, "faked")
+        monkeypatch.setattr(fit_time_limit, "time_step", lambda *_, t=timing, **__: t)
+        with pytest.raises(TeacherStopped):
+            build_trainer(config, explicit=explicit)
+    first, second = trained
+    student = read_config(Path("runs/play-auto"), with_model=False)
+    assert first == second == student.teacher_steps
+    assert 10 < student.max_steps < 1000
+
+
 def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeypatch) -> None:
     flags = ("--n_layer", 1, "--n_embd", 16, "--max_steps", 2, "--input", play)
     assert program(*AUTO, *flags, "--out_dir", "a").code == 0

@@ -138,11 +138,6 @@ def test_launch_command(monkeypatch, env, command) -> None:
     assert resume.resume_command(env, "--resume run") == f"{command} --resume run"
 
 
-def test_resume_args_are_without_restart() -> None:
-    args = ["--preset", "debug", "--restart", "--overwrite=true", "--out_dir", "a b"]
-    assert resume.args_without_restart(args) == "--preset debug --out_dir 'a b'"
-
-
 def test_under_torchrun_only_rank_0_runs_other_commands(program, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     args = ("plan", "--preset", "debug", "--device", "cpu")

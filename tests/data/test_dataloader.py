@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -186,3 +188,13 @@ def test_replaced_tokens_come_from_the_batch() -> None:
     rate = (replaced != tokens).double().mean().item()
     assert rate == pytest.approx(0.2 * 0.625, abs=0.015)
     assert torch.equal(replace_tokens(tokens, 0), tokens)
+
+
+def test_closing_ends_the_thread() -> None:
+    before = set(threading.enumerate())
+    loader = make_loader(range(100))
+    loader.next_batch()
+    [thread] = set(threading.enumerate()) - before
+    loader.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
