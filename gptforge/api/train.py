@@ -97,7 +97,7 @@ def train(
             config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
             values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
             values["input"] = path
-        end = run_training(
+        reason, out_dir, _ = run_training(
             config,
             frozenset(values) | from_file,
             program="gptforge",
@@ -114,14 +114,14 @@ def train(
         raise observer.error
     values.pop("restart", None)
     call = f"gptforge.train({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-    if end.reason == "interrupted":
+    if reason == "interrupted":
         raise KeyboardInterrupt(f"all is saved; resume with {call}")
-    if end.reason == "terminated":
+    if reason == "terminated":
         print(f"All is saved; resume with {call}", flush=True)
         raise SystemExit(EXIT_CODES["terminated"])
-    if not (Path(end.out_dir) / "checkpoints").is_dir():
+    if not (Path(out_dir) / "checkpoints").is_dir():
         raise RunError(f"time_limit was reached while a teacher trained; resume with {call}")
-    return Run(end.out_dir)
+    return Run(out_dir)
 
 
 def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:

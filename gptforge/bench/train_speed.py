@@ -36,13 +36,8 @@ def time_training(
 ) -> list[dict[str, Any]]:
     """Time implementations in alternation, so that a drift of the machine affects all alike.
 
-    Args:
-        factories: build each implementation; the weights of the first are on the device already.
-        batch: inputs and targets, each (G, T).
-        config: of the model.
-
-    Returns:
-        Results as `--json` prints them; the first implementation is the speedup's reference.
+    `factories` build the implementations; the weights of the first are on the device already.
+    Returns results as `--json` prints them; the first is the reference of the speedup.
     """
     device, is_gpu = batch[0].device, batch[0].is_cuda
     first_step: dict[str, float] = {}

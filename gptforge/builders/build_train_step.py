@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 
-from gptforge.builders.memory_fit import choose_micro_batch, fits_zero1, out_of_memory_hint
-from gptforge.builders.rank_agreement import use_fsdp
+from gptforge.builders.memory_fit import (
+    choose_micro_batch,
+    fits_zero1,
+    out_of_memory_hint,
+    use_fsdp,
+)
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.checkpoint.state_dict import load_model_state_dict
@@ -18,12 +22,7 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
 from gptforge.errors import RunError
 from gptforge.estimate.formulas import flops_per_token, num_params
-from gptforge.kernel_select import (
-    first_line,
-    sdpa_backend,
-    select_kernels,
-    try_compile,
-)
+from gptforge.kernel_select import first_line, sdpa_backend, select_kernels, try_compile
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer

@@ -1,7 +1,6 @@
 """Export a model to the formats of other programs, checking that logits agree."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,12 +62,9 @@ def export_hf(run: str, out: Path) -> None:
 
 
 def export_gguf(run: str, out: Path, *, dtype: str) -> None:
-    """Write a file that llama.cpp loads, read it back and compare the logits.
+    """Write a file that llama.cpp loads, or a folder with it, read it back and compare the logits.
 
-    Args:
-        run: see `load_bundle`.
-        out: the file, or a folder for it.
-        dtype: of the matrices: f32, f16 or q8_0.
+    The matrices are f32, f16 or q8_0.
     """
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
@@ -76,19 +72,16 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
         bundle = load_bundle(run)
         config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
         path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
-        _refuse_existing(path)
-        title, description = model_title(run), one_line_description(bundle, config)
         meter(1, 3, "writing")
-        with report_write_errors(path), atomic_create(path) as temp_path:
+        with report_write_errors(path), atomic_create(path, is_new=True) as temp_path:
             difference = write_gguf(
                 temp_path,
                 bundle,
                 outtype=dtype,
-                name=title,
-                description=description,
+                name=model_title(run),
+                description=one_line_description(bundle, config),
                 before_check=lambda: meter(2, 3, "comparing logits"),
             )
-            _refuse_existing(path)
     logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )
@@ -200,11 +193,6 @@ def model_title(run: str) -> str:
     path = files.real_path(run)
     is_checkpoint = path.parent.name == "checkpoints"
     return printable((path.parent.parent if is_checkpoint else path).name, MAX_NAME)
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
 
 
 @contextmanager

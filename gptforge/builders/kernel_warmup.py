@@ -32,13 +32,7 @@ WARMUP_TOKENS = 64
 
 
 class KernelWarmup:
-    """Warms up the kernels that the first step on a GPU would wait for.
-
-    Args:
-        device: nothing happens on a CPU.
-        config: with the shapes of attention and layers.
-        precision: of the matmuls.
-    """
+    """Warms up the kernels that the first step on a GPU would wait for; does nothing on a CPU."""
 
     def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
         self._device, self._config, self._dtype = device, config, precision.dtype

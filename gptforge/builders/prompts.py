@@ -27,13 +27,9 @@ OPENING_WORDS = 4
 
 
 def suggest_prompts(run: str, config: Config | None) -> list[str]:
-    """Speakers or the openings of lines, as they are spelled in the training text.
+    """Speakers or the openings of lines, as they are spelled in the training text of a run.
 
     Where that is not on this machine, the run's samples serve.
-
-    Args:
-        run: run folder.
-        config: of the run; None for a model without one.
     """
     text = "".join(_read(config))[:MAX_CHARS] if config else ""
     samples = (sample for _, sample in read_samples(Path(run) / "samples.md"))

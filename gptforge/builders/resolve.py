@@ -122,22 +122,28 @@ def last_checkpoint(config: Config) -> Path | None:
     return store.read_link("last") or next(reversed(store.checkpoints()), None)
 
 
-def config_of_run(config: Config) -> Config | None:
-    """The configuration of a run with the same preset in the run folder, to resume it.
+def _saved_config(config: Config, *needed: str) -> tuple[Path, Config] | None:
+    """The checkpoint to resume from and its configuration, if they and `needed` are intact.
 
-    It is that of the last checkpoint, or that of the folder if the run's teachers have begun.
+    Before there is a checkpoint, the configuration is in the folder of a run whose teachers have
+    begun.
     """
     path = last_checkpoint(config)
-    if path is None:
-        path = Path(resolve_out_dir(config))
-        if config.restart or not (
-            (path / TEACHERS).is_dir() and (path / checkpoints.CONFIG).is_file()
-        ):
+    if path is not None:
+        if checkpoints.find_corruption(path, (checkpoints.CONFIG, *needed)):
             return None
-    elif checkpoints.find_corruption(path, (checkpoints.CONFIG,)):
-        return None
-    old = checkpoints.read_config(path, with_model=False)
-    return old if old.preset == config.preset else None
+    else:
+        path = Path(resolve_out_dir(config))
+        has_started = (path / TEACHERS).is_dir() and (path / checkpoints.CONFIG).is_file()
+        if config.restart or needed or not has_started:
+            return None
+    return path, checkpoints.read_config(path, with_model=False)
+
+
+def config_of_run(config: Config) -> Config | None:
+    """The configuration of a run with the same preset in the run folder, to resume it."""
+    _, old = _saved_config(config) or (None, None)
+    return old if old and old.preset == config.preset else None
 
 
 def run_file_values(config: Config) -> Mapping[str, object]:
@@ -165,10 +171,9 @@ def _initial_checkpoint(config: Config) -> Path:
 
 def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Config:
     """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
-    last = last_checkpoint(config)
-    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
+    if (saved := _saved_config(config)) is None:
         return config
-    old = checkpoints.read_config(last, with_model=False)
+    last, old = saved
     is_gone = config.tokenizer not in NAMES and not Path(config.tokenizer).exists()
     if (
         is_gone
@@ -189,13 +194,10 @@ def _learned_by_run(config: Config) -> Tokenizer | None:
 
     Learning again would give the same one, but for another version of the package tokenizers.
     """
-    last = last_checkpoint(config) if config.tokenizer == "bpe" else None
-    needed = (checkpoints.CONFIG, checkpoints.TOKENIZER)
-    if last is None or checkpoints.find_corruption(last, needed):
+    if config.tokenizer != "bpe":
         return None
-    if checkpoints.read_config(last, with_model=False).tokenizer != "bpe":
-        return None
-    return checkpoints.read_tokenizer(last)
+    last, old = _saved_config(config, checkpoints.TOKENIZER) or (None, None)
+    return checkpoints.read_tokenizer(last) if last and old and old.tokenizer == "bpe" else None
 
 
 def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:

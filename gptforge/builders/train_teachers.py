@@ -91,13 +91,9 @@ def train_teachers(
     train: Callable[[Config], StopReason],
     comm: Comm = SINGLE_PROCESS,
 ) -> None:
-    """Train those teachers that are not finished.
+    """Train those teachers of a student that are not finished.
 
-    Args:
-        config: of the student, resolved.
-        explicit: fields that the user set.
-        train: trains a run, new or not, to its end or until it is stopped.
-        comm: the ranks.
+    `train` trains a run, new or not, to its end or until it is stopped.
 
     Raises:
         TeacherStopped: if one is stopped.

@@ -51,13 +51,9 @@ def run_all(
 ) -> None:
     """Keep `jobs` runs going until there are none left.
 
-    On Ctrl-C or SIGTERM, running ones get SIGTERM, save, and are waited for.
-
-    Args:
-        batches: runs; the next batch is taken only when a job is free.
-        jobs: runs at a time.
-        start: starts a run in a slot, 0 to jobs - 1.
-        on_end: called with a run and its exit code.
+    On Ctrl-C or SIGTERM, running ones get SIGTERM, save, and are waited for. The next batch is
+    taken only when a job is free. `start` gets a run and its slot, 0 to jobs - 1, `on_end` a run
+    and its exit code.
     """
     waiting = chain.from_iterable(batches)
     active: dict[int, tuple[Run, Process]] = {}
@@ -140,7 +136,6 @@ def jobs_per_device(config: Config, *, is_explicit: bool) -> int:
         return 1
     estimator = MemoryEstimator(config, select_precision(config.dtype, device), device)
     micro_batch = config.batch_size if is_explicit else estimator.micro_batch()
-    memory = estimator.estimate(micro_batch, str(device))
-    free = MAX_MEMORY_FRACTION * (memory.free_bytes or 0)
-    fitting = int(free // (memory.needed_bytes + CONTEXT_BYTES))
+    free = MAX_MEMORY_FRACTION * (estimator.free_memory or 0)
+    fitting = int(free // (sum(estimator.memory(micro_batch).values()) + CONTEXT_BYTES))
     return max(1, min(MAX_JOBS_PER_GPU, fitting))

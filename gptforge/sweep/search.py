@@ -55,9 +55,7 @@ class Sweep:
         space: fields and their values; `method` picks `trials` of them, grid all.
         resolve: gives the configuration of a trial, and which of its fields are set explicitly;
             `out_dir` is the folder of the sweep.
-        explicit: fields that the user set.
-        seeds: runs of each trial.
-        jobs: runs at a time; 0: as many as fit.
+        explicit, trials, seeds, jobs: fields that the user set, and the sweep's own flags.
 
     Raises:
         UserError: for a text or folder that cannot be used, before anything runs.

@@ -41,7 +41,8 @@ def from_name(name: str, text: str) -> Tokenizer:
     if name == "char":
         return CharTokenizer.from_text(text)
     if name == "bpe":
-        from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
+        from gptforge.estimate.formulas import default_vocab_size
+        from gptforge.tokenizers.train_bpe import train_bpe
 
         return train_bpe([text], default_vocab_size(len(text.encode("utf-8"))))
     if name in NAMES:

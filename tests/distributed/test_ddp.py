@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.rank_agreement import check_global_batch
+from gptforge.builders.resolve_run import check_global_batch
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader

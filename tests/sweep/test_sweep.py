@@ -16,7 +16,6 @@ from gptforge import cli
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
-from gptforge.estimate.plan import MemoryPlan
 from gptforge.report import run_report
 from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run
@@ -244,9 +243,10 @@ def test_another_configuration_or_text_has_other_trials(program, play, started) 
 
 @pytest.mark.parametrize(("free", "jobs"), [(None, 1), (10**9, 1), (3 * 10**9, 2), (10**12, 4)])
 def test_jobs_on_a_gpu_are_as_many_as_fit(monkeypatch, free, jobs) -> None:
-    memory = MemoryPlan("cuda", 3 * 10**8, {}, free, True)
+    estimator = SimpleNamespace(
+        micro_batch=lambda: 8, memory=lambda sequences: {"weights": 3 * 10**8}, free_memory=free
+    )
     monkeypatch.setattr(scheduler, "MemoryEstimator", lambda *args: estimator)
-    estimator = SimpleNamespace(micro_batch=lambda: 8, estimate=lambda *args: memory)
     monkeypatch.setattr(scheduler, "select_device", lambda name: (torch.device("cuda"), ""))
     monkeypatch.setattr(scheduler, "select_precision", lambda *args: None)
     assert scheduler.jobs_per_device(Config(), is_explicit=False) == jobs

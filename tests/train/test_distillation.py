@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from gptforge.builders import build_trainer as build_trainer_module
-from gptforge.builders.auto_config import resolve_auto
 from gptforge.builders.build_trainer import build_trainer
+from gptforge.builders.text_presets import resolve_auto
 from gptforge.builders.train_teachers import (
     TeacherStopped,
     check_teachers,

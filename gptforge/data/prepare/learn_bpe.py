@@ -27,7 +27,8 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
     Raises:
         UserError: for a `vocab_size` out of range, or if the package that learns is missing.
     """
-    from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
+    from gptforge.estimate.formulas import default_vocab_size
+    from gptforge.tokenizers.train_bpe import train_bpe
 
     def training_text() -> Iterator[str]:
         bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
