@@ -39,6 +39,8 @@ def validate(config: Config) -> None:
             raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
     if not 0 <= c.distill_weight <= 1:
         raise UserError(f"--distill_weight must be from 0 to 1, not {c.distill_weight}")
+    if not 0 <= c.dropout_ramp <= 1:
+        raise UserError(f"--dropout_ramp must be from 0 to 1, not {c.dropout_ramp}")
     if c.tokens_per_step > MAX_TOKENS_PER_STEP:
         raise UserError(
             f"--batch_size {c.batch_size} x --gradient_accumulation_steps "

@@ -1,4 +1,4 @@
-"""Learning rate schedules, as a pure function of the step."""
+"""Schedules of learning rate and dropout, as pure functions of the step."""
 
 import math
 from dataclasses import dataclass
@@ -65,3 +65,8 @@ class Schedule:
             return self.min_lr + 0.5 * span * (1 + math.cos(math.pi * progress))
         # Subtracted from max_lr, to start with exactly that, as a longer wsd run does.
         return self.max_lr - span * (progress if self.name == "linear" else math.sqrt(progress))
+
+
+def ramped_dropout(config: Config, step: int) -> float:
+    """The dropout of a step, with a ramp: a small text is overfit late, when dropout is needed."""
+    return config.dropout * min(1.0, step / (config.dropout_ramp * config.max_steps))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.optim.schedule import Schedule
+from gptforge.config import Config
+from gptforge.optim.schedule import Schedule, ramped_dropout
 
 BASELINE = Schedule("cosine", max_lr=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=500)
 
@@ -107,3 +108,9 @@ def test_wsd_decays_as_one_minus_sqrt_in_the_last_fifth() -> None:
     assert [schedule.lr(80 + n) for n in (5, 20)] == [0.5, 0.0]
     assert schedule.stable_end == 80
     assert Schedule("cosine", 1.0, 0.0, 10, 100).stable_end is None
+
+
+def test_dropout_rises_from_zero_in_the_first_part_of_the_steps() -> None:
+    config = Config(dropout=0.2, dropout_ramp=0.5, max_steps=100)
+    dropouts = [ramped_dropout(config, step) for step in (0, 10, 25, 50, 99)]
+    assert dropouts == pytest.approx([0, 0.04, 0.1, 0.2, 0.2])
