@@ -106,7 +106,8 @@ class KernelWarmup:
             accumulate_column_sums(hidden, bias_grad)
         if c.vocab_size:
             # 0 until the text is tokenized.
-            cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0], IGNORE_INDEX)
+            logits = self._zeros(WARMUP_TOKENS, c.vocab_size)
+            cross_entropy_in_place(logits, ids[0], IGNORE_INDEX, 1.0, c.label_smoothing)
 
     def _run(self, work: Callable[[], None]) -> None:
         # Errors are ignored: training runs into the same ones, and reports them. The current
