@@ -1,4 +1,4 @@
-"""Learning rate schedules, as pure functions of the step."""
+"""Schedules of learning rate and dropout, as pure functions of the step."""
 
 import math
 
@@ -43,3 +43,8 @@ def decay_start(config: Config) -> int:
 def stable_end(config: Config) -> int | None:
     """For wsd, the step whose checkpoint a longer run resumes from; else None."""
     return decay_start(config) if config.schedule == "wsd" else None
+
+
+def ramped_dropout(config: Config, step: int) -> float:
+    """The dropout of a step, with a ramp: a small text is overfit late, when dropout is needed."""
+    return config.dropout * min(1.0, step / (config.dropout_ramp * config.max_steps))

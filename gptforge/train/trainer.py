@@ -14,7 +14,7 @@ from gptforge.errors import RunError
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.inference.language_model import LanguageModel
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import learning_rate
+from gptforge.optim.schedule import learning_rate, ramped_dropout
 from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
 from gptforge.report.metrics import Event
@@ -128,6 +128,8 @@ class Trainer:
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)
+        if c.dropout_ramp:
+            self.step_fn.backend.set_dropout(ramped_dropout(c, step))
         loss, norm = self.step_fn(inputs, targets, lr=lr)
         # The device is still computing: everything below overlaps with it unless it reads `loss`.
         self.state.step += 1

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge.config import Config
-from gptforge.optim.schedule import decay_start, learning_rate, stable_end
+from gptforge.optim.schedule import decay_start, learning_rate, ramped_dropout, stable_end
 
 BASELINE = Config(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=500)
 
@@ -112,3 +112,9 @@ def test_wsd_decays_as_one_minus_sqrt_in_the_last_fifth() -> None:
     assert [learning_rate(config, 80 + n) for n in (5, 20)] == [0.5, 0.0]
     assert stable_end(config) == 80
     assert stable_end(BASELINE) is None
+
+
+def test_dropout_rises_from_zero_in_the_first_part_of_the_steps() -> None:
+    config = Config(dropout=0.2, dropout_ramp=0.5, max_steps=100)
+    dropouts = [ramped_dropout(config, step) for step in (0, 10, 25, 50, 99)]
+    assert dropouts == pytest.approx([0, 0.04, 0.1, 0.2, 0.2])
