@@ -30,8 +30,8 @@ from gptforge.convert.space import write_space
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import atomic_create, atomic_create_dir
 from gptforge.printable import MAX_NAME, printable
+from gptforge.report.console import ProgressMeter
 from gptforge.report.metrics import read_history
-from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers.base import END_OF_TEXT
 
 logger = logging.getLogger(__name__)

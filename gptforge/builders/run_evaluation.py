@@ -29,8 +29,8 @@ from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
 from gptforge.patterns import expand_glob
 from gptforge.printable import pluralize
+from gptforge.report.console import ProgressMeter
 from gptforge.report.format import ValLoss
-from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers import byte_lengths, char_lengths
 
 logger = logging.getLogger(__name__)

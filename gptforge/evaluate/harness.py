@@ -14,7 +14,7 @@ from gptforge.errors import RunError, UserError, install_hint
 from gptforge.evaluate.tasks import TASKS, loglikelihoods
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
-from gptforge.report.progress import ProgressMeter, track
+from gptforge.report.console import ProgressMeter, track
 
 BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the harness's 100,000 take minutes
 MAX_GEN_TOKS = 256  # the harness's default for tasks that do not say

@@ -17,12 +17,11 @@ from gptforge.lock import FolderLock
 from gptforge.optim.schedule import learning_rate, ramped_dropout
 from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
-from gptforge.report.metrics import Event
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
 from gptforge.train.loss_monitor import Anomaly, LossMonitor
-from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
+from gptforge.train.rollback import HINT, has_diverged, rollback
 from gptforge.train.signals import STOP_REASONS, STOPPED_BY, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
 from gptforge.train.timer import StepTimer
@@ -81,7 +80,7 @@ class Trainer:
         with self.report.console, self.report.trackers:
             while reason is None:
                 # A run that was interrupted in an evaluation resumes with it, not with a step.
-                if not self.state.pending and self.has_diverged(self.train_step()):
+                if not self.state.pending and has_diverged(self, self.train_step()):
                     rollback(self)
                     continue
                 is_best = self.run_due_actions()
@@ -145,20 +144,6 @@ class Trainer:
             # Evaluating and saving depend on whether this step was good, so wait for its loss.
             anomalies += self.loss_monitor.flush()
         return anomalies
-
-    def has_diverged(self, anomalies: list[Anomaly]) -> bool:
-        """Log anomalies; returns whether there were too many bad steps in a row."""
-        for anomaly in anomalies:
-            event: Event = {
-                "kind": anomaly.kind,
-                "step": anomaly.step,
-                "loss": anomaly.loss,
-                "norm": anomaly.norm,
-                "epoch": anomaly.position / self.dataloader.num_sequences,
-                "windows": self.dataloader.sequence_ids_at(anomaly.position),
-            }
-            self.report.log_anomaly(event, z_score=anomaly.z_score)
-        return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
 
     def stop_reason(self) -> StopReason | None:
         """Why to stop now, the same on all ranks, or None."""
@@ -256,7 +241,7 @@ class Trainer:
             # With an evaluation pending, this save is an extra one; the due save comes after it.
             if state.pending == ["save"]:
                 state.pending.clear()
-            self.has_diverged(self.loss_monitor.flush())
+            has_diverged(self, self.loss_monitor.flush())
             # A new best loss shows that the weights are good, even right after bad steps.
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:

@@ -51,7 +51,6 @@ from gptforge.report.run_info import read_run
 from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-from gptforge.train.micro_batch_search import find_micro_batch
 from gptforge.train.state import TrainState
 from tests.fuzz import mutate
 
@@ -309,12 +308,6 @@ def read_texts(folder: Path, name: str, options: TextFormat | None) -> None:
             bad_input.handle(bad)
 
 
-def read_micro_batch_cache(folder: Path) -> None:
-    path = folder / "micro.json"
-    fits = {"estimate": lambda count: count, "fits": lambda count: True, "free_memory": None}
-    assert 1 <= find_micro_batch(8, **fits, cache_path=path, key="k") <= 8
-
-
 def merges_file() -> bytes:
     return ("#version: 0.2\n" + "\n".join(MERGES) + "\n").encode()
 
@@ -438,7 +431,4 @@ FORMATS: dict[str, Format] = {
     "parquet": text_format("t.parquet", parquet),
     "hellaswag": task_format("hellaswag", hellaswag()),
     "lambada": task_format("lambada", LINES),
-    "micro_batch": Format(
-        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_micro_batch_cache
-    ),
 }
