@@ -119,7 +119,7 @@ class ValEvaluator:
             num_bytes += int(self._byte_lengths[predicted].sum())
             num_chars += int(self._char_lengths[predicted].sum())
             comm.tick()
-            done += self._batch_size * comm.world_size
+            done = min(done + self._batch_size * comm.world_size, num_sequences)
             progress(done, num_sequences)
             stopped = bool(stop_flag.update(int(should_stop())))
         model.train(was_training)
