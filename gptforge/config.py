@@ -95,6 +95,9 @@ class Config:
     GPU."""
     dropout: float = 0.0
     """Dropout probability in training."""
+    dropout_ramp: float = 0.0
+    """Fraction of max_steps, the first ones, in which dropout rises linearly from 0; 0: constant
+    dropout."""
 
     batch_size: int = 32
     """Sequences in a micro-batch."""
@@ -135,6 +138,9 @@ class Config:
     token_noise: float = 0.0
     """Probability that a training input token is replaced by another one of its batch; the targets
     are unchanged."""
+    label_smoothing: float = 0.0
+    """Probability that the targets of the training loss give to all ids alike; the loss that is
+    logged stays that of the text."""
     seed: int = 1337
     """Seed of initial weights, shuffling, dropout and samples."""
     init_from: str = ""

@@ -35,11 +35,14 @@ def validate(config: Config) -> None:
     for name in ("embedding_weight_decay", "muon_weight_decay"):
         if getattr(c, name) < 0 and getattr(c, name) != -1:
             raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
-    for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
+    probabilities = ("dropout", "token_noise", "label_smoothing")
+    for name in ("val_fraction", "beta1", "beta2", "ema", *probabilities):
         if not 0 <= getattr(c, name) < 1:
             raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
     if not 0 <= c.distill_weight <= 1:
         raise UserError(f"--distill_weight must be from 0 to 1, not {c.distill_weight}")
+    if not 0 <= c.dropout_ramp <= 1:
+        raise UserError(f"--dropout_ramp must be from 0 to 1, not {c.dropout_ramp}")
     if c.tokens_per_step > MAX_TOKENS_PER_STEP:
         raise UserError(
             f"--batch_size {c.batch_size} x --gradient_accumulation_steps "

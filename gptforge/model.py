@@ -9,6 +9,7 @@ Shapes: B sequences of T tokens, C channels (n_embd), H heads of D = C / H chann
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         with _SkipInit():
             self.transformer = nn.ModuleDict(
                 {
@@ -157,14 +158,31 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         return logits
 
-    def loss(self, hidden: Tensor, targets: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Compute the summed loss from the output of `forward_hidden`; arguments as `forward`."""
+    def loss(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        num_tokens: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Compute the summed loss from the output of `forward_hidden`; arguments as `forward`.
+
+        `label_smoothing` changes the gradient only, so that losses compare with those of other
+        runs.
+        """
         logits = self.lm_head(hidden).flatten(0, -2)
         if num_tokens is not None:
             logits = logits[:, :num_tokens]
-        return F.cross_entropy(
-            logits.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        cross_entropy = partial(
+            F.cross_entropy, logits.float(), targets.flatten(),
+            ignore_index=IGNORE_INDEX, reduction="sum",
+        )  # fmt: skip
+        loss = cross_entropy()
+        if label_smoothing:
+            smoothed = cross_entropy(label_smoothing=label_smoothing)
+            # The value of one, and the gradient of the other.
+            loss = loss.detach() + (smoothed - smoothed.detach())
+        return loss
 
     def forward_hidden(
         self,
@@ -185,13 +203,19 @@ class GPT(nn.Module):
         assert self.config.block_size >= T, f"{T} tokens, but block_size {self.config.block_size}"
         wte, wpe = self.transformer["wte"], self.transformer["wpe"]
         x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.dropout, self.training)
         if residual_dtype is not None:
             x = x.to(residual_dtype)
         for block in self.blocks():
             x = checkpoint(block, x, use_reentrant=False) if activation_checkpointing else block(x)
         y: Tensor = self.transformer["ln_f"](x)
         return y
+
+    def set_dropout(self, p: float) -> None:
+        """Change the dropout probability of all layers."""
+        for module in self.modules():
+            if isinstance(module, (GPT, CausalSelfAttention, MLP)):
+                module.dropout = p
 
     def blocks(self) -> Iterator[nn.Module]:
         """Iterate over the transformer blocks, first to last."""

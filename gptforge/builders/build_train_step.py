@@ -92,6 +92,7 @@ def build_train_step(
         root=root,
         ema_decay=config.ema,
         distillation=distillation,
+        label_smoothing=config.label_smoothing,
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):
@@ -117,6 +118,8 @@ def build_train_step(
     flops = flops_per_token(config.model, config.context_length)
     is_small = flops * step.micro_batch_size * config.context_length < CUDA_GRAPH_MAX_FLOPS
     can_capture = step.kernels.manual_backward and root is None
+    if config.dropout_ramp and not _has_triton_attention(step, config):
+        can_capture = False  # a graph would replay SDPA with the dropout of its capture
     if is_small and can_capture:
         captured = step.capture_cuda_graph(config.context_length)
         if not comm.all_true(captured):
@@ -163,6 +166,8 @@ def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
     """Compile if `--compile` wants it and it works; return whether, and why."""
     if step.kernels.manual_backward:
         return False, "the manual backward does not use it"
+    if config.dropout_ramp:
+        return False, "each step of --dropout_ramp would compile the model again"
 
     def attempt() -> None:
         logger.info("torch.compile: compiling, which can take a minute")
@@ -177,13 +182,16 @@ def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
 
 def attention_backend(step: TrainStep, config: Config) -> str:
     """Name the kernels that compute attention in this step."""
+    if _has_triton_attention(step, config):
+        return "cudnn, backward in Triton"
+    shape = {"head_size": config.n_embd // config.n_head, "context_length": config.context_length}
+    return sdpa_backend(step.device, step.precision.dtype, n_head=config.n_head, **shape)
+
+
+def _has_triton_attention(step: TrainStep, config: Config) -> bool:
     head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
-    if step.kernels.manual_backward:
-        kernel = select_attention(step.device, dtype, head_size=head_size, dropout=config.dropout)
-        if isinstance(kernel, TritonAttention):
-            return "cudnn, backward in Triton"
-    shape = {"head_size": head_size, "context_length": config.context_length}
-    return sdpa_backend(step.device, dtype, n_head=config.n_head, **shape)
+    attention = select_attention(step.device, dtype, head_size=head_size)
+    return step.kernels.manual_backward and isinstance(attention, TritonAttention)
 
 
 def estimate_duration(

@@ -29,15 +29,14 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate.formulas import checkpoint_bytes
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
-from gptforge.train.early_stop import resolve_patience
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
-from gptforge.train.state import TrainState, restore
+from gptforge.train.state import TrainState, resolve_patience, restore
 from gptforge.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ def build_trainer(
                 tokenizer=dataset.tokenizer,
                 config=config_text,
                 keep=c.keep_checkpoints,
-                protected_steps={*c.early_steps, Schedule.from_config(c).stable_end},
+                protected_steps={*c.early_steps, stable_end(c)},
                 enabled=comm.is_main,
             ),
             report=report,

@@ -23,7 +23,6 @@ from gptforge.convert.model_card import (
     SAMPLES,
     Origin,
     copy_run_file,
-    example_prompt,
     model_card,
     one_line_description,
 )
@@ -31,8 +30,8 @@ from gptforge.convert.space import write_space
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import atomic_create, atomic_create_dir
 from gptforge.printable import MAX_NAME, printable
+from gptforge.report.console import ProgressMeter
 from gptforge.report.metrics import read_history
-from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers.base import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
@@ -47,16 +46,7 @@ def export_hf(run: str, out: Path) -> None:
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
         bundle, origin = load_bundle(run), read_origin(run)
-        usage = (
-            "```python\nfrom transformers import pipeline\n\n"
-            'generate = pipeline("text-generation", model="this/folder")\n'
-            f"print(generate({example_prompt(bundle.tokenizer)}, max_new_tokens=100)"
-            '[0]["generated_text"])\n```'
-        )
-        front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        card = model_card(
-            bundle, origin, title=model_title(run), usage=usage, front_matter=front_matter
-        )
+        card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
             difference = write_hf(

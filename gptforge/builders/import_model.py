@@ -19,7 +19,7 @@ from gptforge.data.prepare.sources import open_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 from gptforge.lock import atomic_create, atomic_create_dir
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.tokenizers import Tokenizer, from_name
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from gptforge.kernels.attention import (
     select_attention,
 )
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
-from gptforge.kernels.dropout import DropoutSeed, dropout_threshold
+from gptforge.kernels.dropout import DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.gelu import gelu_backward
 from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
@@ -100,7 +100,8 @@ class KernelWarmup:
             accumulate_column_sums(hidden, bias_grad)
         if c.vocab_size:
             # 0 until the text is tokenized.
-            cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0], IGNORE_INDEX)
+            logits = self._zeros(WARMUP_TOKENS, c.vocab_size)
+            cross_entropy_in_place(logits, ids[0], IGNORE_INDEX, 1.0, c.label_smoothing)
 
     def _run(self, work: Callable[[], None]) -> None:
         # Errors are ignored: training runs into the same ones, and reports them. The current
@@ -110,16 +111,12 @@ class KernelWarmup:
 
     @property
     def _attention(self) -> PackedAttention:
-        dropout = self._config.dropout
-        return select_attention(
-            self._device, self._dtype, head_size=self._head_size, dropout=dropout
-        )
+        return select_attention(self._device, self._dtype, head_size=self._head_size)
 
     def _dropout_seed(self) -> DropoutSeed | None:
         """Any seed will do; drawing one would advance the RNG of training."""
-        threshold = dropout_threshold(self._config.dropout)
-        seed = torch.zeros(2, dtype=torch.int32, device=self._device)
-        return DropoutSeed(seed, threshold) if threshold else None
+        seed, p = torch.zeros(4, dtype=torch.int32, device=self._device), self._config.dropout
+        return DropoutSeed(seed, p) if p else None
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=self._device, dtype=self._dtype)

@@ -11,7 +11,6 @@ from gptforge.device import Precision, usable_memory
 from gptforge.distributed import Comm
 from gptforge.errors import UserError
 from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
-from gptforge.files import cache_dir
 from gptforge.kernel_select import select_kernels
 from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
 from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION, find_micro_batch
@@ -60,10 +59,6 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
         estimate=estimate,
         free_memory=free,
         fits=lambda sequences: step.fits(sequences, config.context_length),
-        cache_path=cache_dir() / "micro_batches.json",
-        key=f"{config.model} {config.context_length} {step.precision.dtype} {manual} "
-        f"{config.activation_checkpointing} {config.loss_chunk} {torch.__version__} "
-        f"{torch.cuda.get_device_name(device)}",
     )
 
 

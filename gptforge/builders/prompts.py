@@ -13,7 +13,7 @@ from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
-from gptforge.report.samples import read_samples
+from gptforge.report.run_info import read_samples
 
 MAX_PROMPTS = 6
 MAX_CHARS = 8_000_000

@@ -29,7 +29,7 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
 from gptforge.presets import FINETUNE
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
 

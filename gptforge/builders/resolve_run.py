@@ -35,7 +35,7 @@ from gptforge.device import Precision, seed_everything, select_device, select_pr
 from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
 from gptforge.presets import FINETUNE
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.shell import env_int
 
 

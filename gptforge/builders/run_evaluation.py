@@ -24,12 +24,13 @@ from gptforge.device import select_precision
 from gptforge.errors import RunError, UserError, install_hint, parsing
 from gptforge.evaluate.harness import load_task_manager, run_harness
 from gptforge.evaluate.tasks import TASKS, Example, score_choices
-from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
+from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
 from gptforge.patterns import expand_glob
 from gptforge.printable import pluralize
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
+from gptforge.report.format import ValLoss
 from gptforge.tokenizers import byte_lengths, char_lengths
 
 logger = logging.getLogger(__name__)
@@ -95,21 +96,14 @@ def evaluate_run(
         context_length=config.context_length,
         batch_size=config.batch_size,
     )
-    batches, precision = itertools.count(1), select_precision(config.dtype, model.device)
+    precision = select_precision(config.dtype, model.device)
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as in training
     try:
         with ProgressMeter("evaluating") as meter:
-
-            def show_progress() -> bool:
-                meter(next(batches), evaluator.num_batches)
-                return False
-
-            loss = evaluator.evaluate_until(show_progress, model.model, precision)
+            return evaluator.evaluate(model.model, precision, progress=meter)
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
-    assert isinstance(loss, ValLoss), "nothing stops it"
-    return loss
 
 
 def _read_run(run: str, *, block_size: int) -> tuple[Config, Path, dict[str, Any]]:

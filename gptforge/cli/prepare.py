@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     from gptforge.data.prepare.pipeline import prepare
     from gptforge.data.prepare.request import PrepareRequest
     from gptforge.data.prepare.text_io import TextFormat
-    from gptforge.report.progress import ProgressMeter
+    from gptforge.report.console import ProgressMeter
 
     request = PrepareRequest(
         args.sources,

@@ -17,7 +17,7 @@ from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
 from gptforge.printable import pluralize
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.tokenizers import from_name
 from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.fast_encode import FastEncoder

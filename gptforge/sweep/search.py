@@ -17,7 +17,7 @@ from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.shard_index import json_sha256
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.sweep import scheduler
 from gptforge.sweep.results import RunResult, TrialResult, read_result, trial_result, write_results
 from gptforge.sweep.scheduler import Run

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from gptforge.checkpoint.format import MODEL, read_tensors, resolve_checkpoint, step_from_path
 from gptforge.checkpoint.state_dict import StateDict, load_model_state_dict
 from gptforge.errors import UserError
-from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
-from gptforge.report.format import format_duration
+from gptforge.evaluate.val_loss import ValEvaluator
+from gptforge.report.format import ValLoss, format_duration
+from gptforge.report.log_handler import RESULT
+from gptforge.shell import quote
 from gptforge.train.signals import StopReason, agree_on_signal
 
 if TYPE_CHECKING:
@@ -22,21 +24,17 @@ if TYPE_CHECKING:
 
 MAX_SECONDS, MAX_FRACTION = 60.0, 0.1
 """After the last step it may take so many seconds, or this fraction of the training time."""
-MAX_SECONDS_AFTER_STOP = 10.0
-"""After a signal or the time limit it may take so long."""
-NOTICE_SECONDS = 3.0
-"""An evaluation that takes longer is announced."""
+MAX_SECONDS_AFTER_STOP = 10.0  # after a signal or the time limit it may take so long
+NOTICE_SECONDS = 3.0  # an evaluation that takes longer is announced
 
 
 def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     """Evaluate the checkpoint that `load` opens on all held-out text; a collective.
 
     Call it after the last save: it may leave the weights of another checkpoint in the model. An
-    evaluation that would take too long is left to `gptforge eval`, and the report says so.
-
-    Returns:
-        `reason`, why training ended; if a signal stops the evaluation of a run that is otherwise
-        finished, that signal: a resumed run evaluates again.
+    evaluation that would take too long is left to `gptforge eval`, and the report says so. Returns
+    `reason`, or the signal that stopped the evaluation of a run that is otherwise finished: a
+    resumed run evaluates again.
     """
     if trainer.val_evaluator is None:
         return reason
@@ -73,15 +71,14 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
         if score is None and not has_stopped and stop:
             reason = stop
     if score is None:
-        report.log_no_final_eval(name, evaluator.num_tokens, seconds)
-    else:
-        report.set_final_eval(
-            step_from_path(path),
-            loss=score.loss,
-            bits_per_byte=score.bits_per_byte,
-            nats_per_char=score.nats_per_char,
-            num_tokens=score.num_tokens,
+        report.log_line(
+            f"{name} was not evaluated on all {evaluator.num_tokens:,} held-out tokens: "
+            f"{report.program} eval {quote(report.run_dir.as_posix())} does that, in about "
+            f"{format_duration(seconds)}",
+            RESULT,
         )
+    else:
+        report.set_final_eval(step_from_path(path), score)
     return reason
 
 
@@ -105,5 +102,7 @@ def _evaluate(
                 trainer.report.log(f"warning: {problem}", logging.WARNING)
                 return None
             load_model_state_dict(step_fn.model, tensors, source=path.as_posix(), comm=comm)
-        result = evaluator.evaluate_until(should_stop, step_fn.root_module, step_fn.precision, comm)
-    return result if isinstance(result, ValLoss) else None
+        score = evaluator.evaluate(
+            step_fn.root_module, step_fn.precision, comm, should_stop=should_stop
+        )
+    return score if score.is_complete else None

@@ -20,8 +20,13 @@ StopReason = Literal["finished", "early_stop", "interrupted", "terminated", "tim
 STOP_REASONS: tuple[StopReason | None, ...] = (None, "time_limit", "interrupted", "terminated")
 """Sorted by priority: the ranks agree on the largest index, by an all-reduce with max."""
 
-SIGHUP = getattr(signal, "SIGHUP", None)
-"""Sent when the terminal closes; Windows has none."""
+STOPPED_BY: dict[StopReason, str] = {
+    "interrupted": "Ctrl-C",
+    "terminated": "SIGTERM or SIGHUP",
+    "time_limit": "the time limit",
+}
+
+SIGHUP = getattr(signal, "SIGHUP", None)  # sent when the terminal closes; Windows has none
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else []))
 
 MIN_TRAIN_SECONDS = 1.0

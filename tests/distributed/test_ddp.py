@@ -13,7 +13,7 @@ from gptforge.data.dataloader import DataLoader
 from gptforge.device import Precision
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
-from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator
+from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
@@ -234,8 +234,8 @@ def stop_evaluation(comm: Comm) -> list:
         batches.append(1)
         return comm.rank == 1 and len(batches) >= 3
 
-    score = evaluator.evaluate_until(should_stop, model, FLOAT32, comm)
-    return [isinstance(score, PartialValLoss), len(batches)]
+    score = evaluator.evaluate(model, FLOAT32, comm, should_stop=should_stop)
+    return [not score.is_complete, len(batches)]
 
 
 def test_stop_on_one_rank_ends_an_evaluation_on_all_after_the_same_batch() -> None:

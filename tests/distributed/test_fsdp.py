@@ -58,7 +58,7 @@ def test_checkpoint_resumes_with_and_without_fsdp(config, tmp_path) -> None:
 
 
 def test_resume_and_activation_checkpointing_are_bitwise_equal(config, tmp_path) -> None:
-    config = fsdp(config, dtype="bfloat16", dropout=0.1)
+    config = fsdp(config, dtype="bfloat16", dropout=0.1, dropout_ramp=0.8)
     train(2, config)
     other = dataclasses.replace(config, out_dir=str(tmp_path / "resumed"))
     train(2, other, 5)

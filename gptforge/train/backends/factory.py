@@ -34,6 +34,7 @@ def build_backend(
     root: FSDPRoot | None,
     autograd_grads: Callable[[], AutogradGradBuffer],
     distillation: Distillation | None,
+    label_smoothing: float,
 ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
     """Build the backend that `kernels` names, and its reducer.
 
@@ -68,6 +69,7 @@ def build_backend(
             # One graph of the full model would finish all gradients at its end: no overlap.
             compile_blocks=comm.world_size > 1,
             distillation=distillation,
+            label_smoothing=label_smoothing,
         )
         return autograd, reducer
 
@@ -78,6 +80,7 @@ def build_backend(
         activation_checkpointing=activation_checkpointing,
         loss_chunk=loss_chunk,
         distillation=distillation,
+        label_smoothing=label_smoothing,
     )
     if root is not None:
         manual = build(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gptforge.estimate.formulas import default_loss_chunk, gelu_save_interval
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
 from gptforge.kernels.distillation import distillation_in_place
-from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds
+from gptforge.kernels.dropout import DropoutRate, DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.layer_norm import SavedLayerNorm
 from gptforge.kernels.matmul import accumulate_wgrad, linear
@@ -48,6 +48,7 @@ class ManualBackend:
         weights: allocates the weights to compute with; by default for an unsharded model.
         make_grads: builds the gradient buffer from groups of parameters.
         distillation: teachers to learn from besides the targets.
+        label_smoothing: of the targets, in the gradient.
     """
 
     def __init__(
@@ -60,13 +61,15 @@ class ManualBackend:
         weights: ComputeWeights | None = None,
         make_grads: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
         distillation: Distillation | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
-        self._dropout = model.config.dropout
+        p, device = model.config.dropout, next(model.parameters()).device
+        self._dropout = DropoutRate(p, device) if p else None
         # SDPA with dropout would draw another mask when it is recomputed.
         assert not (self._dropout and activation_checkpointing), "cannot recompute dropout"
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
-        self._recompute = activation_checkpointing
+        self._recompute, self._label_smoothing = activation_checkpointing, label_smoothing
         self._loss_chunk = loss_chunk or default_loss_chunk(model.config.vocab_size)
         self._weights = weights = weights or ComputeWeights(dtype)
         wte, wpe, ln_f = (model.transformer[name] for name in ("wte", "wpe", "ln_f"))
@@ -96,6 +99,11 @@ class ManualBackend:
             teacher.zero_grad()  # their weights never change: copying them once is enough
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
         """Called with the number of leading groups that are final for this micro-batch."""
+
+    def set_dropout(self, p: float) -> None:
+        """Change the dropout probability; a model without dropout stays without."""
+        if self._dropout is not None:
+            self._dropout.set(p)
 
     @torch.no_grad()
     def zero_grad(self) -> None:
@@ -147,8 +155,8 @@ class ManualBackend:
         # One for the embedding; in each block one for attention, and one for each sublayer.
         num_seeds = 1 + 3 * len(self._blocks)
         seeds: list[DropoutSeed | None] = [None] * num_seeds
-        # All at once, by one kernel; the list is empty without dropout.
-        seeds = [*draw_dropout_seeds(num_seeds, self._dropout, idx.device)] or seeds
+        if self._dropout is not None:
+            seeds = [*self._dropout.draw_seeds(num_seeds)]  # all at once, by one kernel
 
         residual = embedding(idx, self._wte, self._wpe, self._weights.dtype, seeds[0])  # (N, C)
         mlp_out = None  # (N, C), added to the residual by the next LayerNorm's kernel
@@ -187,9 +195,12 @@ class ManualBackend:
                 loss = distillation_in_place(
                     logits, torch.stack(teacher_logits), targets[chunk], IGNORE_INDEX,
                     weight=self._distill_weight, scale=scale,
+                    label_smoothing=self._label_smoothing,
                 )  # fmt: skip
             else:
-                loss = cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale)
+                loss = cross_entropy_in_place(
+                    logits, targets[chunk], IGNORE_INDEX, scale, self._label_smoothing
+                )
             losses.append(loss.sum())
             torch.mm(logits, self._lm_head_weight, out=dln_f[chunk])
             accumulate_wgrad(self._dwte, logits, ln_f_out[chunk])

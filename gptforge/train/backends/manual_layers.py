@@ -165,9 +165,7 @@ class ManualBlock:
         attn, mlp = block.attn, block.mlp
         self._n_head, self._head_size = attn.n_head, n_embd // attn.n_head
         self._separate_dgelu = prefer_separate_dgelu(device, n_embd)
-        self._attention = select_attention(
-            device, weights.dtype, head_size=self._head_size, dropout=attn.dropout
-        )
+        self._attention = select_attention(device, weights.dtype, head_size=self._head_size)
         self.ln_1 = ManualLayerNorm(block.ln_1, prev_bias, weights, grads)
         self.ln_2 = ManualLayerNorm(block.ln_2, attn.c_proj.bias, weights, grads)
         layers = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
