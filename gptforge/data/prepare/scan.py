@@ -3,7 +3,7 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import IO
@@ -20,7 +20,7 @@ from gptforge.data.prepare.split import (
     digest_from_sha256,
     make_split_rule,
 )
-from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
+from gptforge.data.prepare.text_io import Chunk, TextFormat, read_chunks
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
 
@@ -37,7 +37,6 @@ class TextStats:
 
     num_chars: int = 0
     sha256: bytes = b""
-    fixes: set[str] = field(default_factory=set)
     is_blank: bool = True
     offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
 
@@ -107,12 +106,16 @@ def scan(
 
 def scan_text(source: Source, encoding: str) -> TextStats:
     """Read a text file in constant memory; a BadInput if it is not text."""
+    return text_stats(read_chunks(source, encoding=encoding))
+
+
+def text_stats(chunks: Iterable[Chunk]) -> TextStats:
+    """Statistics of all chunks of a text file."""
     stats, sha256 = TextStats(), hashlib.sha256()
-    for chunk in read_chunks(source, encoding=encoding):
+    for chunk in chunks:
         if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
             stats.offsets.append((chunk.offset, stats.num_chars))
         stats.num_chars += len(chunk.text)
-        stats.fixes |= describe_fixes(chunk)
         stats.is_blank = stats.is_blank and not chunk.text.strip()
         sha256.update(chunk.text.encode("utf-8"))
     stats.sha256 = sha256.digest()

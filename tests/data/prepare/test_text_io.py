@@ -4,10 +4,10 @@ import pytest
 
 from gptforge.data.input_errors import BadInputHandler
 from gptforge.data.prepare import scan, text_io
-from gptforge.data.prepare.job import last_safe_cut
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.scan import byte_offset, scan_text
 from gptforge.data.prepare.sources import find_sources
+from gptforge.data.prepare.split_reader import last_safe_cut
 from gptforge.data.prepare.text_io import (
     BOM,
     TextFormat,
