@@ -30,20 +30,14 @@ MAX_CACHED_CHARS = 2**24
 
 
 class FastEncoder:
-    """Encodes like a tokenizer, faster if possible.
+    """Encodes like a tokenizer, faster if possible."""
 
-    Args:
-        tokenizer: the reference.
-        fast: whether to look for a faster encoder.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, fast: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._dtype = smallest_dtype(tokenizer.vocab_size)
-        self._fast = _gigatoken(tokenizer) if fast else None
+        self._fast = _gigatoken(tokenizer)
         self._cached_chars = 0
-        if self._fast and not self.matches_reference(PROBE):
-            self._fast = None
+        self.matches_reference(PROBE)
 
     @property
     def name(self) -> str:
@@ -67,9 +61,7 @@ class FastEncoder:
         if self._cached_chars > MAX_CACHED_CHARS:
             self._fast, self._cached_chars = None, len(text)
             _malloc_trim()
-            self._fast = _gigatoken(self._tokenizer)
-            if self._fast is None:
-                return self._tokenizer.encode(text)
+            self._fast = _gigatoken(self._tokenizer) or self._tokenizer.encode
         return self._fast(text).astype(self._dtype)
 
 
@@ -86,8 +78,7 @@ def _gigatoken(tokenizer: Tokenizer) -> EncodeFn | None:
             path.write_bytes(b"".join(lines))
             # Without special tokens, <|endoftext|> in a text is ordinary characters.
             encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
-        encode: EncodeFn = encoder.encode
-        return encode
+        return encoder.encode  # type: ignore[no-any-return]
     except Exception:
         # An unsupported version or system is no reason to fail: tiktoken does the work.
         return None

@@ -14,7 +14,6 @@ from gptforge.tokenizers.gpt2 import PATTERN, GPT2Tokenizer
 
 GPT2 = GPT2Tokenizer()
 FAST = FastEncoder(GPT2)
-SLOW = FastEncoder(GPT2, fast=False)
 TIKTOKEN = tiktoken.Encoding(
     "gpt2", pat_str=PATTERN, mergeable_ranks=GPT2.ranks, special_tokens={END_OF_TEXT: 50256}
 )
@@ -57,7 +56,7 @@ def test_long_mixed_text(pieces) -> None:
 
 def test_gigatoken_is_used_if_installed() -> None:
     pytest.importorskip("gigatoken")
-    assert (FAST.name, SLOW.name) == ("gigatoken", "tiktoken")
+    assert FAST.name == "gigatoken"
 
 
 def test_wrong_fast_encoder_is_dropped(monkeypatch) -> None:
