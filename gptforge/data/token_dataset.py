@@ -5,10 +5,10 @@ A header of 256 int32 (magic, version, number of tokens, zeros), then the ids: u
 See github.com/karpathy/llm.c, dev/data.
 """
 
+import functools
 import os
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -105,14 +105,8 @@ class ShardReader:
     """An open shard, readable at any offset by several threads at once.
 
     It is not memory-mapped: truncating a mapped file kills the process with SIGBUS. Reading costs
-    about a microsecond more per sequence than copying from a mapping.
-
-    Args:
-        shard: what to open.
-        in_memory: whether to read all of it now.
-
-    Raises:
-        UserError: if the file is missing, or shorter than the shard.
+    about a microsecond more per sequence than copying from a mapping. With `in_memory` all of it is
+    read now. A file that is missing or too short is a UserError.
     """
 
     def __init__(self, shard: ShardFile, *, in_memory: bool = False) -> None:
@@ -172,22 +166,21 @@ class ShardDataset:
         self.shards = tuple(shard for shard in shards if shard.num_tokens)
         self._vocab_size = vocab_size
         self._shard_starts = [0, *accumulate(shard.num_tokens for shard in self.shards)]
-        sizes = (shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
-        self._in_memory = sum(sizes) <= MAX_IN_MEMORY_BYTES
         self._start = start
         self._stop = self._shard_starts[-1] if stop is None else stop
         assert 0 <= self._start <= self._stop <= self._shard_starts[-1]
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        num_bytes = sum(shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
+        open_shard = functools.partial(ShardReader, in_memory=num_bytes <= MAX_IN_MEMORY_BYTES)
+        # A file closes when it is dropped here and no other thread reads from it any more.
+        self._reader = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def subset(self, start: int, stop: int) -> "ShardDataset":
         """Tokens `start` to `stop` as a dataset."""
-        first = self._start
-        return ShardDataset(
-            self.shards, vocab_size=self._vocab_size, start=first + start, stop=first + stop
-        )
+        start, stop = self._start + start, self._start + stop
+        return ShardDataset(self.shards, vocab_size=self._vocab_size, start=start, stop=stop)
 
     def __getitem__(self, where: slice, /) -> Tokens:
         start, stop, step = where.indices(len(self))
@@ -197,30 +190,19 @@ class ShardDataset:
         parts: list[Tokens] = []
         while start < stop:
             shard_start, end = self._shard_starts[i], min(stop, self._shard_starts[i + 1])
-            part = self._reader(i).read(start - shard_start, end - shard_start)
-            self._check_ids(part, i)
-            parts.append(part)
+            reader = self._reader(self.shards[i])
+            parts.append(reader.read(start - shard_start, end - shard_start))
+            self._check_ids(parts[-1], self.shards[i])
             start, i = max(start, end), i + 1
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
-    def _reader(self, i: int) -> ShardReader:
-        if i in self._readers:
-            self._readers.move_to_end(i)
-            return self._readers[i]
-        while len(self._readers) >= MAX_OPEN_SHARDS:
-            # The file closes when no other thread reads from it any more.
-            self._readers.popitem(last=False)
-        self._readers[i] = reader = ShardReader(self.shards[i], in_memory=self._in_memory)
-        return reader
-
-    def _check_ids(self, part: Tokens, i: int) -> None:
+    def _check_ids(self, part: Tokens, shard: ShardFile) -> None:
         # On a GPU, an id beyond the embedding is just a device-side assert.
         if len(part) and (largest := int(part.max())) >= self._vocab_size:
-            name = self.shards[i].path.as_posix()
             raise UserError(
-                f"{name}: token id {largest} is outside the vocabulary of {self._vocab_size}: the "
+                f"{shard.path.as_posix()}: token id {largest} is outside the vocabulary of {self._vocab_size}: the "
                 "shard is damaged, or was made with another tokenizer; name that one with "
                 "--tokenizer"
             )

@@ -5,6 +5,7 @@ import os
 import resource
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,8 +148,10 @@ def test_more_shards_than_file_handles(tmp_path, monkeypatch) -> None:
     order = np.random.default_rng(0).permutation(len(shards))
     for i in [*order, *order]:
         assert tokens[2 * i : 2 * i + 2].tolist() == [i, i]
-    assert len(tokens._readers) == MAX_OPEN_SHARDS
-    assert sum(not reader._file.closed for reader in tokens._readers.values()) == MAX_OPEN_SHARDS
+    assert tokens._reader.cache_info().currsize == MAX_OPEN_SHARDS
+    if sys.platform == "linux":
+        links = [entry.resolve() for entry in Path("/proc/self/fd").iterdir()]
+        assert sum(link.parent == tmp_path for link in links) == MAX_OPEN_SHARDS
 
 
 @pytest.mark.parametrize("in_memory_bytes", [0, token_dataset.MAX_IN_MEMORY_BYTES])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from gptforge.data.input_errors import BadInput, BadInputHandler
+from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.job import Job
 from gptforge.data.prepare.json_reader import is_json_array
 from gptforge.data.prepare.readers import has_many_documents
@@ -19,12 +19,7 @@ from gptforge.data.prepare.text_io import TextFormat
 
 
 def partition(
-    sources: Sequence[Source],
-    scan: ScanResult,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    *,
-    job_bytes: int,
+    sources: Sequence[Source], scan: ScanResult, text_format: TextFormat, *, job_bytes: int
 ) -> list[Job]:
     """Partition the sources, in order, into jobs of about `job_bytes` bytes of the files each."""
     jobs: list[Job] = []
@@ -32,7 +27,7 @@ def partition(
     num_bytes = 0
     for index, source in enumerate(sources):
         file = FileSpan(index, source, num_bytes=source.size)
-        for span in _spans(file, scan, text_format, bad_input, job_bytes):
+        for span in _spans(file, scan, text_format, job_bytes):
             spans.append(span)
             num_bytes += span.num_bytes
             if num_bytes >= job_bytes:
@@ -44,52 +39,41 @@ def partition(
 
 
 def _spans(
-    file: FileSpan,
-    scan: ScanResult,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    job_bytes: int,
+    file: FileSpan, scan: ScanResult, text_format: TextFormat, job_bytes: int
 ) -> Iterable[FileSpan]:
-    source = file.source
-    is_large = source.size > job_bytes
-    is_seekable = is_large and not source.compression and text_format.encoding == "utf-8"
+    source, is_utf8 = file.source, text_format.encoding == "utf-8"
+    is_seekable = source.size > job_bytes and not source.compression and is_utf8
     # These rules need a document's index in its file, which is known only when reading from its
     # start.
     needs_index = scan.split_rule.rule in ("character", "boundary")
-    if not has_many_documents(source, text_format):
-        if is_seekable:
-            return _split_text(file, scan, text_format, bad_input, job_bytes)
-    elif source.kind == "jsonl" and is_seekable and not needs_index:
-        if not is_json_array(source, text_format.encoding):
-            return _split_lines(file, job_bytes)
-    elif source.kind == "parquet" and not needs_index:
-        return _split_row_groups(file, text_format, job_bytes)
+    try:
+        if not has_many_documents(source, text_format):
+            if is_seekable:
+                return _split_text(file, scan, job_bytes)
+        elif source.kind == "jsonl" and is_seekable and not needs_index:
+            if not is_json_array(source, text_format.encoding):
+                return _split_lines(file, job_bytes)
+        elif source.kind == "parquet" and not needs_index:
+            return _split_row_groups(file, text_format, job_bytes)
+    except BadInput:
+        pass  # the job that reads the file raises or counts it
     return [file]
 
 
-def _split_text(
-    file: FileSpan,
-    scan: ScanResult,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    job_bytes: int,
-) -> Iterator[FileSpan]:
+def _split_text(file: FileSpan, scan: ScanResult, job_bytes: int) -> list[FileSpan]:
     source, rule = file.source, scan.split_rule
-    try:
-        stats = scan.text_stats.get(file.source_index) or scan_text(source, text_format.encoding)
-    except BadInput as bad:
-        bad_input.handle(bad)
-        return
+    stats = scan.text_stats.get(file.source_index) or scan_text(source, "utf-8")
     if stats.is_blank:
-        return
+        return []
     parts = [(0, source.size, rule.assign((file.source_index, 0), stats.digest))]
     if rule.rule == "character":
         cut = byte_offset(source, stats, rule.cut)
         parts = [(0, cut, "train"), (cut, source.size, "val")]
-    for start, stop, split in parts:
-        cuts = find_safe_cuts(source, start, stop, job_bytes)
-        for span in _cut(file, start, stop, cuts):
-            yield replace(span, split=split, starts_document=span.start == start)
+    return [
+        replace(span, split=split, starts_document=span.start == start)
+        for start, stop, split in parts
+        for span in _cut(file, start, stop, find_safe_cuts(source, start, stop, job_bytes))
+    ]
 
 
 def _split_lines(file: FileSpan, job_bytes: int) -> Iterator[FileSpan]:
@@ -109,20 +93,16 @@ def _cut(file: FileSpan, start: int, stop: int, cuts: list[int]) -> Iterator[Fil
         yield replace(file, start=begin, stop=end, num_bytes=end - begin)
 
 
-def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> Iterator[FileSpan]:
-    try:
-        parquet = open_parquet(file.source, text_format)
-    except BadInput:
-        # The job that reads the file raises or counts this error.
-        yield file
-        return
-    with parquet:
+def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> list[FileSpan]:
+    with open_parquet(file.source, text_format) as parquet:
         metadata = parquet.metadata
         sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    spans: list[FileSpan] = []
     total, begin, num_bytes = max(1, sum(sizes)), 0, 0
     for end, group_bytes in enumerate(sizes, 1):
         num_bytes += group_bytes
         if num_bytes >= size or end == len(sizes):
-            span_bytes = file.source.size * sum(sizes[begin:end]) // total
-            yield replace(file, start=begin, stop=end, num_bytes=span_bytes)
+            span_bytes = file.source.size * num_bytes // total
+            spans.append(replace(file, start=begin, stop=end, num_bytes=span_bytes))
             begin, num_bytes = end, 0
+    return spans

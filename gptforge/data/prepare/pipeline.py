@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gptforge import files, tokenizers
-from gptforge.data.input_errors import BadInputError, BadInputHandler
+from gptforge.data.input_errors import BadInputError
 from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
 from gptforge.data.prepare.job import JobSettings
 from gptforge.data.prepare.learn_bpe import learn_bpe
@@ -163,18 +163,11 @@ class _Preparation:
                 raise UserError(f"--raw_bin stores ids as uint16, and {size} does not fit")
             path = self.out_dir / TOKENIZER_FILE
             tokenizers.save(tokenizer, path)
-            text_format, bad_input = request.text_format, BadInputHandler(request.skip_bad)
-            job_bytes = max(1, request.shard_bytes)
-            jobs = partition(sources, scanned, text_format, bad_input, job_bytes=job_bytes)
+            text_format, job_bytes = request.text_format, max(1, request.shard_bytes)
+            jobs = partition(sources, scanned, text_format, job_bytes=job_bytes)
             settings = JobSettings(self.out_dir, path, rule, text_format, request.skip_bad)
-            results = run_jobs(
-                jobs,
-                settings,
-                self.progress_dir,
-                num_workers=self.num_workers,
-                progress=self.progress,
-            )
-        prepared = PreparedData(sources, rule, tokenizer, results, bad_input, scanned)
+            results = run_jobs(jobs, settings, self.progress_dir, self.num_workers, self.progress)
+        prepared = PreparedData(sources, rule, tokenizer, results, scanned)
         log_summary(prepared)
         index = finalize(self.out_dir, prepared, raw_bin=request.raw_bin)
         mark_verified(index)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections import Counter
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ class ShardWriter:
     """Writes one shard to a temporary file and renames it when it is complete."""
 
     def __init__(self, path: Path, dtype: np.dtype[np.uint16] | np.dtype[np.uint32]) -> None:
-        self.path = path
-        self.num_tokens = 0
+        self.path, self.num_tokens = path, 0
         self._magic = next(magic for magic, ids in SHARD_DTYPES.items() if ids == dtype)
         self._dtype = dtype.newbyteorder("<")
-        self._replace: AbstractContextManager[Path] = files.atomic_replace(path)
+        self._replace = files.atomic_replace(path)
         self._partial = self._replace.__enter__()
         self._file = self._partial.open("wb")
         self._file.write(bytes(HEADER_BYTES))
@@ -70,7 +68,7 @@ class SplitWriter:
         encoder: FastEncoder,
         prepend_eot: bool,
     ) -> None:
-        self._out_dir, self._split, self._job_index = out_dir, split, job_index
+        self._name, self._split = (out_dir / f"{split}_{job_index:06d}").as_posix(), split
         self._encoder, self._is_checked = encoder, False
         self._dtype: Any = np.dtype(smallest_dtype(tokenizer.vocab_size))
         self._prefix = np.array([tokenizer.eot_token] if prepend_eot else [], self._dtype)
@@ -95,8 +93,7 @@ class SplitWriter:
             ids = np.concatenate([self._prefix, ids])
         if self._shard is None:
             suffix = f"_{len(self.shards)}" if self.shards else ""
-            name = f"{self._split}_{self._job_index:06d}{suffix}.bin"
-            self._shard = ShardWriter(self._out_dir / name, self._dtype)
+            self._shard = ShardWriter(Path(f"{self._name}{suffix}.bin"), self._dtype)
         self._shard.write(ids)
         self._counts.update(
             documents=int(starts_document),

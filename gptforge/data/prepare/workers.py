@@ -32,7 +32,6 @@ def run_jobs(
     jobs: Sequence[Job],
     settings: JobSettings,
     progress_dir: Path,
-    *,
     num_workers: int,
     progress: ProgressBar | None,
 ) -> list[JobResult]:
