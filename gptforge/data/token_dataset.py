@@ -5,6 +5,7 @@ A header of 256 int32 (magic, version, number of tokens, zeros), then the ids: u
 See github.com/karpathy/llm.c, dev/data.
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -17,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gptforge import files
 from gptforge.errors import UserError, parsing
-from gptforge.files import open_regular
 from gptforge.tokenizers.base import Tokens
 
 HEADER_INTS = 256
@@ -97,8 +98,46 @@ def read_raw_bin(path: Path) -> ShardFile:
 def _size_and_head(path: Path, length: int) -> tuple[int, bytes]:
     with parsing(path.as_posix(), "a readable token shard"):
         size = path.stat().st_size
-        with open_regular(path) as file:
+        with files.open_regular(path) as file:
             return size, file.read(length)
+
+
+class ShardWriter:
+    """Writes one shard to a temporary file and renames it when it is complete."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.num_tokens = path, 0
+        self._magic = next(magic for magic, ids in SHARD_DTYPES.items() if ids == dtype)
+        self._dtype = dtype.newbyteorder("<")
+        self._replace = files.atomic_replace(path)
+        self._partial = self._replace.__enter__()
+        self._file = self._partial.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def write(self, tokens: Tokens) -> None:
+        """Append ids."""
+        with files.add_filename_to_errors(self.path):
+            self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self.num_tokens += len(tokens)
+
+    def close(self) -> str:
+        """Write the header, sync and rename; returns the SHA-256 of the file."""
+        header = np.zeros(HEADER_INTS, "<i4")
+        header[:3] = (*self._magic, self.num_tokens)
+        with files.add_filename_to_errors(self.path):
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+            self._file.close()
+        sha256 = files.sha256(self._partial)
+        self._replace.__exit__(None, None, None)
+        return sha256
+
+    def abort(self) -> None:
+        """Delete the temporary file."""
+        with contextlib.suppress(OSError):
+            # Closing flushes the buffer, which fails again on a full disk.
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 class ShardReader:
@@ -114,7 +153,7 @@ class ShardReader:
         self._tokens: Tokens | None = None
         self._lock = threading.Lock()
         try:
-            self._file = open_regular(shard.path, buffering=0)
+            self._file = files.open_regular(shard.path, buffering=0)
         except OSError as error:
             raise self._unreadable(str(error.strerror)) from None
         size = os.fstat(self._file.fileno()).st_size
@@ -202,7 +241,7 @@ class ShardDataset:
         # On a GPU, an id beyond the embedding is just a device-side assert.
         if len(part) and (largest := int(part.max())) >= self._vocab_size:
             raise UserError(
-                f"{shard.path.as_posix()}: token id {largest} is outside the vocabulary of {self._vocab_size}: the "
-                "shard is damaged, or was made with another tokenizer; name that one with "
-                "--tokenizer"
+                f"{shard.path.as_posix()}: token id {largest} is outside the vocabulary of "
+                f"{self._vocab_size}: the shard is damaged, or was made with another tokenizer; "
+                "name that one with --tokenizer"
             )

@@ -27,6 +27,7 @@ EncodeFn = Callable[[str], Tokens]
 # gigatoken caches every word and is rebuilt after so many characters, which are up to 4 MB of cache
 # for source code and 165 MB for random words.
 MAX_CACHED_CHARS = 2**24
+COMPARED_CHARS = 2**16  # of the first text that each instance encodes
 
 
 class FastEncoder:
@@ -37,7 +38,7 @@ class FastEncoder:
         self._dtype = smallest_dtype(tokenizer.vocab_size)
         self._fast = _gigatoken(tokenizer)
         self._cached_chars = 0
-        self.matches_reference(PROBE)
+        self._compare(PROBE)
 
     @property
     def name(self) -> str:
@@ -46,23 +47,23 @@ class FastEncoder:
             return "gigatoken"
         return "tiktoken" if hasattr(self._tokenizer, "ranks") else self._tokenizer.name
 
-    def matches_reference(self, text: str) -> bool:
-        """Whether both encoders agree on a text; if not, the fast one is not used any more."""
-        if self._fast and not np.array_equal(self.encode(text), self._tokenizer.encode(text)):
-            self._fast = None
-            return False
-        return True
-
     def encode(self, text: str) -> Tokens:
         """Ids of a text, without special tokens."""
         if self._fast is None or not is_assigned(text):
             return self._tokenizer.encode(text)
-        self._cached_chars += len(text)
-        if self._cached_chars > MAX_CACHED_CHARS:
-            self._fast, self._cached_chars = None, len(text)
+        if self._cached_chars and self._cached_chars + len(text) > MAX_CACHED_CHARS:
+            self._fast, self._cached_chars = None, 0
             _malloc_trim()
-            self._fast = _gigatoken(self._tokenizer) or self._tokenizer.encode
-        return self._fast(text).astype(self._dtype)
+            self._fast = _gigatoken(self._tokenizer)
+        if not self._cached_chars:
+            self._compare(text[:COMPARED_CHARS])
+        self._cached_chars += len(text)
+        return self._fast(text).astype(self._dtype) if self._fast else self._tokenizer.encode(text)
+
+    def _compare(self, text: str) -> None:
+        """Drop the fast encoder if it gives other ids than the tokenizer."""
+        if self._fast and not np.array_equal(self._fast(text), self._tokenizer.encode(text)):
+            self._fast = None
 
 
 def _gigatoken(tokenizer: Tokenizer) -> EncodeFn | None:

@@ -17,10 +17,10 @@ from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.prepare.table_reader import MAX_BATCH_BYTES, rows_per_batch
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge.data import token_dataset
-from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.token_dataset import (
     MAX_OPEN_SHARDS,
     ShardDataset,
     ShardFile,
+    ShardWriter,
     read_raw_bin,
     read_shard_header,
 )

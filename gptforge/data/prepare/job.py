@@ -3,22 +3,27 @@
 Jobs are independent, so the shards do not depend on the number of processes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputHandler
 from gptforge.data.prepare.split import SplitName, SplitRule
 from gptforge.data.prepare.split_reader import FileSpan, read_split
-from gptforge.data.prepare.split_writer import SplitWriter
 from gptforge.data.prepare.text_io import TextFormat
-from gptforge.errors import RunError
-from gptforge.tokenizers.base import END_OF_TEXT
+from gptforge.data.token_dataset import ShardWriter
+from gptforge.errors import RunError, UserError
+from gptforge.tokenizers.base import END_OF_TEXT, Tokens, smallest_dtype
 from gptforge.tokenizers.fast_encode import FastEncoder
 
 PROGRESS_CHARS = 2**20  # reported at a time
+MAX_SHARD_TOKENS = 2**27
+SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,61 @@ class JobResult:
         return cls(num_eot_literals=fields.pop("marks"), splits=splits, **fields)
 
 
+class SplitWriter:
+    """Writes the ids of one split of a job as shards.
+
+    Args:
+        path: of the shards, without their number and suffix.
+        split: its name.
+        prefix: ids before each document.
+    """
+
+    def __init__(self, path: Path, split: SplitName, prefix: Tokens) -> None:
+        self._path, self._split, self._prefix = path, split, prefix
+        self._shard: ShardWriter | None = None
+        self._counts = Counter[str]()
+        self.shards: list[dict[str, Any]] = []  # records of the complete ones, for the index
+
+    def add(self, ids: Tokens, text: str, *, starts_document: bool) -> None:
+        """Write the ids of a document, or of a part of one."""
+        if starts_document:
+            ids = np.concatenate([self._prefix, ids])
+        if self._shard is None:
+            suffix = f"_{len(self.shards)}" if self.shards else ""
+            self._shard = ShardWriter(Path(f"{self._path}{suffix}.bin"), self._prefix.dtype)
+        self._shard.write(ids)
+        self._counts.update(
+            documents=int(starts_document),
+            characters=len(text),
+            bytes=len(text) if text.isascii() else len(text.encode("utf-8")),
+            tokens=len(ids),
+        )
+        if self._counts["tokens"] >= MAX_SHARD_TOKENS:
+            self.close()
+
+    def abort(self) -> None:
+        """Delete the open shard."""
+        if self._shard is not None:
+            self._shard.abort()
+
+    def close(self) -> None:
+        """Complete the open shard."""
+        if self._shard is None:
+            return
+        name, sha256 = self._shard.path.name, self._shard.close()
+        self.shards.append({"file": name, "split": self._split, "sha256": sha256, **self._counts})
+        self._shard, self._counts = None, Counter[str]()
+
+
 class JobRunner:
     """Runs jobs one after the other; an exception of `progress` stops a job."""
 
     def __init__(self, settings: JobSettings, progress: Callable[[int, int], None]) -> None:
         self._settings, self._progress = settings, progress
-        self._tokenizer = tokenizers.load(settings.tokenizer_file)
-        self._encoder = FastEncoder(self._tokenizer)
+        tokenizer = tokenizers.load(settings.tokenizer_file)
+        self._encoder = FastEncoder(tokenizer)
+        prefix = [tokenizer.eot_token] if settings.split_rule.prepend_eot else []
+        self._prefix: Tokens = np.array(prefix, smallest_dtype(tokenizer.vocab_size))
 
     def run(self, job: Job) -> JobResult:
         """Write the shards of a job; all of them are complete when this returns.
@@ -80,18 +133,15 @@ class JobRunner:
             UserError: for input that is not usable text.
             RunError: if the disk is full.
         """
-        out_dir, result = self._settings.out_dir, JobResult()
-        bad_input = BadInputHandler(self._settings.skip_bad)
-        prepend_eot = self._settings.split_rule.prepend_eot
-        common = (job.index, self._tokenizer, self._encoder, prepend_eot)
-        splits: tuple[SplitName, ...] = ("train", "val")
-        writers = {split: SplitWriter(out_dir, split, *common) for split in splits}
+        out_dir, bad_input = self._settings.out_dir, BadInputHandler(self._settings.skip_bad)
+        names = {split: f"{split}_{job.index:06d}" for split in SPLITS}
+        writers = {s: SplitWriter(out_dir / names[s], s, self._prefix) for s in SPLITS}
+        result = JobResult()
         try:
             for span in job.spans:
                 self._encode(span, writers, result, bad_input)
             for writer in writers.values():
                 writer.close()
-                result.shards += writer.shards
         except BaseException as error:
             for writer in writers.values():
                 writer.abort()
@@ -100,6 +150,7 @@ class JobRunner:
             path = Path(error.filename or out_dir).as_posix()
             hint = "free some space; finished parts are kept, and the same command resumes"
             raise RunError(f"{path}: the disk is full: {hint}") from None
+        result.shards = [shard for writer in writers.values() for shard in writer.shards]
         result.skipped, result.examples = dict(bad_input.counts), bad_input.examples
         result.notices, result.encoder = sorted(bad_input.notices), self._encoder.name
         return result
@@ -111,12 +162,15 @@ class JobRunner:
         result: JobResult,
         bad_input: BadInputHandler,
     ) -> None:
-        splits, reported, num_chars = set[SplitName](), 0, 0
+        splits = set(result.splits.get(span.source_index, ()))
+        reported = num_chars = 0
         rule, text_format = self._settings.split_rule, self._settings.text_format
         for part in read_split(span, rule, text_format, bad_input):
-            writers[part.split].add(
-                part.text, span.source.name, starts_document=part.starts_document
-            )
+            try:
+                ids = self._encoder.encode(part.text)
+            except UserError as error:  # a character that the tokenizer lacks
+                raise UserError(f"{span.source.name}: {error}") from None
+            writers[part.split].add(ids, part.text, starts_document=part.starts_document)
             splits.add(part.split)
             result.num_eot_literals += part.text.count(END_OF_TEXT)
             num_chars += len(part.text)
@@ -125,5 +179,4 @@ class JobRunner:
                 reported, num_chars = part.bytes_read, 0
         self._progress(span.num_bytes - reported, num_chars)
         if splits:
-            known = result.splits.get(span.source_index, [])
-            result.splits[span.source_index] = sorted(splits.union(known))
+            result.splits[span.source_index] = sorted(splits)

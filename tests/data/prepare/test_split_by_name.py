@@ -7,7 +7,7 @@ import pytest
 
 from gptforge.data.dataset import Dataset, DatasetOptions, open_dataset
 from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import UserError
 from tests.data.prepare.small_datasets import (
     prepare_files,
