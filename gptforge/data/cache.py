@@ -19,9 +19,9 @@ from gptforge.data.prepare.pipeline import (
     REQUEST_FILE,
     no_skip_of_only_file,
     prepare,
-    scan_files,
 )
-from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.request import PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.sources import find_sources, is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
@@ -73,7 +73,9 @@ def prepare_cached(
                 name = f"{BPE_PREFIX}{key_of(['bpe', request.vocab_size])[:24]}"
                 learned = _load_bpe(cache, name)
                 if learned is None:
-                    learned = _learn_bpe(request, selection)
+                    with no_skip_of_only_file(selection.sources):
+                        rule = scan(request, selection).split_rule
+                        learned = learn_bpe(request, selection.sources, rule)
                     # Its content's hash is part of the name, so that damage is noticed.
                     tokenizers.save(learned, unnamed := Path(spool) / "learned")
                     unnamed.replace(cache / f"{name}-{files.sha256(unnamed)[:16]}.json")
@@ -102,12 +104,6 @@ def _load_bpe(cache: Path, name: str) -> Tokenizer | None:
         logger.warning(f"warning: {path.as_posix()} was damaged: learning the tokenizer again")
         files.remove(path)
     return None
-
-
-def _learn_bpe(request: PrepareRequest, selection: FileSelection) -> Tokenizer:
-    with no_skip_of_only_file(selection.sources):
-        rule = scan_files(request, selection).split_rule
-        return learn_bpe(request, selection.sources, rule)
 
 
 @contextlib.contextmanager

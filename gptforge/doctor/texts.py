@@ -1,6 +1,7 @@
 """Checks of texts: reads every file to its end."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -185,10 +186,7 @@ def _check_split(
     if not fraction:
         return duplicates.findings()
     try:
-        rule = scan(
-            sources, request.text_format, fraction, skip_bad=True,
-            val_sources=selection.val_sources, split_duplicates=not request.split_by_name,
-        ).split_rule  # fmt: skip
+        rule = scan(replace(request, skip_bad=True), selection).split_rule
     except UserError as problem:
         return [*duplicates.findings(), error(str(problem))]
     if rule.rule == "boundary":

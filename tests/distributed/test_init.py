@@ -215,8 +215,8 @@ def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
 
     for waits in range(100):
         assert check(29 * DEADLOCK_FACTOR, waits=waits) is None
-    assert check(9999, waits=99, waiting=0) is None
     assert check(9999, waits=99, progress=1) is None
+    assert check(9999, waits=99, waiting=0) is None
     assert check(29 * DEADLOCK_FACTOR, waits=99) is None
     problem = check(DEADLOCK_FACTOR, waits=99)
     assert problem is not None

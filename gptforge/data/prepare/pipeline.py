@@ -19,7 +19,7 @@ from gptforge.data.prepare.job import JobSettings
 from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.partition import partition
 from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
-from gptforge.data.prepare.scan import ScanResult, collect_alphabet, scan
+from gptforge.data.prepare.scan import collect_alphabet, scan
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitRule
 from gptforge.data.prepare.workers import run_jobs
@@ -90,18 +90,6 @@ def prepare(
         return _Preparation(out_dir, request, num_workers, progress).run()
 
 
-def scan_files(request: PrepareRequest, selection: FileSelection) -> ScanResult:
-    """Scan the files of a request; see `scan`."""
-    return scan(
-        selection.sources,
-        request.text_format,
-        request.val_fraction,
-        skip_bad=request.skip_bad,
-        val_sources=selection.val_sources,
-        split_duplicates=not request.split_by_name,
-    )
-
-
 @contextlib.contextmanager
 def no_skip_of_only_file(sources: Sequence[Source]) -> Iterator[None]:
     """Let errors not suggest to skip the only file, which would leave nothing."""
@@ -150,7 +138,7 @@ class _Preparation:
         for notice in selection.notices:
             logger.info(f"note: {notice}")
         with no_skip_of_only_file(sources):
-            scanned = scan_files(request, selection)
+            scanned = scan(request, selection)
             rule = scanned.split_rule
             tokenizer = self._make_tokenizer(sources, rule)
             if rule.prepend_eot and tokenizer.eot_token is None:

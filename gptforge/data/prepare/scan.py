@@ -5,19 +5,19 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import IO
 
 import numpy as np
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.readers import has_many_documents, read_documents
+from gptforge.data.prepare.request import FileSelection, PrepareRequest
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import (
     MIN_HASH_DOCUMENTS,
     DocumentStats,
     SplitRule,
-    digest_from_sha256,
     make_split_rule,
 )
 from gptforge.data.prepare.text_io import Chunk, TextFormat, read_chunks
@@ -36,14 +36,14 @@ class TextStats:
     """Statistics of a text file after normalization."""
 
     num_chars: int = 0
-    sha256: bytes = b""
+    sha256: str = ""
     is_blank: bool = True
     offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
 
     @property
     def digest(self) -> int:
         """The digest of the text as a document."""
-        return digest_from_sha256(self.sha256)
+        return int(self.sha256[:16], 16)
 
 
 @dataclass
@@ -56,52 +56,50 @@ class ScanResult:
     notices: tuple[str, ...] = ()  # about the split
 
 
-def scan(
-    sources: Sequence[Source],
-    text_format: TextFormat,
-    val_fraction: float,
-    *,
-    skip_bad: bool,
-    val_sources: tuple[int, ...] = (),
-    split_duplicates: bool = False,
-) -> ScanResult:
+def scan(request: PrepareRequest, selection: FileSelection) -> ScanResult:
     """Read as many documents as the split rule needs, and build the rule.
 
     Raises:
         UserError: if there is no text, or it cannot be read.
     """
+    bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
     text_stats: dict[int, TextStats] = {}
-    documents: list[DocumentStats] = []
-    sha256 = ""
-    bad_input = BadInputHandler(skip_bad)  # the jobs count it for the report
+    found = _scan_documents(selection.sources, request.text_format, bad_input, text_stats)
+    documents = list(islice(found, MIN_HASH_DOCUMENTS))
+    if not documents:
+        raise UserError(no_text_message([s.name for s in selection.sources], bad_input))
+    fraction, val_sources = request.val_fraction, selection.val_sources
+    if val_sources:
+        _require_text_in_both_splits(request, selection)
+        return ScanResult(SplitRule("files", fraction, val_sources=val_sources), "", text_stats)
+    rule = make_split_rule(documents, fraction, split_duplicates=not request.split_by_name)
+    sha256 = documents[0].sha256 if len(documents) == 1 else ""
+    return ScanResult(rule, sha256, text_stats, _describe_duplicates(documents, rule))
+
+
+def _scan_documents(
+    sources: Sequence[Source],
+    text_format: TextFormat,
+    bad_input: BadInputHandler,
+    text_stats: dict[int, TextStats],
+) -> Iterator[DocumentStats]:
+    """The statistics of each document that is not blank; those of texts go to `text_stats`, too."""
     for index, source in enumerate(sources):
         if has_many_documents(source, text_format):
             for document in read_documents(source, text_format, bad_input):
-                sha256_bytes = hashlib.sha256(document.text.encode("utf-8")).digest()
-                digest = digest_from_sha256(sha256_bytes)
-                documents.append(DocumentStats((index, document.index), len(document.text), digest))
-                sha256 = sha256_bytes.hex()
-                if len(documents) == MIN_HASH_DOCUMENTS:
-                    break
-        else:
-            try:
-                stats = text_stats[index] = scan_text(source, text_format.encoding)
-            except BadInput as bad:
-                bad_input.handle(bad)
-                continue
-            if not stats.is_blank:
-                documents.append(DocumentStats((index, 0), stats.num_chars, stats.digest))
-                sha256 = stats.sha256.hex()
-        if len(documents) == MIN_HASH_DOCUMENTS:
-            break
-    if not documents:
-        raise UserError(no_text_message([source.name for source in sources], bad_input))
-    if val_sources:
-        _require_text_in_both_splits(sources, text_format, skip_bad, val_sources)
-        return ScanResult(SplitRule("files", val_fraction, val_sources=val_sources), "", text_stats)
-    rule = make_split_rule(documents, val_fraction, split_duplicates=split_duplicates)
-    notices = _describe_duplicates(documents, rule)
-    return ScanResult(rule, sha256 if len(documents) == 1 else "", text_stats, notices)
+                sha256 = hashlib.sha256(document.text.encode("utf-8")).hexdigest()
+                num_chars = len(document.text)
+                yield DocumentStats(
+                    (index, document.index), num_chars, int(sha256[:16], 16), sha256
+                )
+            continue
+        try:
+            stats = text_stats[index] = scan_text(source, text_format.encoding)
+        except BadInput as bad:
+            bad_input.handle(bad)
+            continue
+        if not stats.is_blank:
+            yield DocumentStats((index, 0), stats.num_chars, stats.digest, stats.sha256)
 
 
 def scan_text(source: Source, encoding: str) -> TextStats:
@@ -118,7 +116,7 @@ def text_stats(chunks: Iterable[Chunk]) -> TextStats:
         stats.num_chars += len(chunk.text)
         stats.is_blank = stats.is_blank and not chunk.text.strip()
         sha256.update(chunk.text.encode("utf-8"))
-    stats.sha256 = sha256.digest()
+    stats.sha256 = sha256.hexdigest()
     return stats
 
 
@@ -138,14 +136,12 @@ def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) ->
     return ()
 
 
-def _require_text_in_both_splits(
-    sources: Sequence[Source], text_format: TextFormat, skip_bad: bool, val_sources: tuple[int, ...]
-) -> None:
-    val = [sources[index] for index in val_sources]
-    train = [source for index, source in enumerate(sources) if index not in set(val_sources)]
-    for split, use in ((train, "to train on"), (val, "held out by name")):
-        bad_input = BadInputHandler(skip_bad)
-        texts = (text for source in split for text in iter_text(source, text_format, bad_input))
+def _require_text_in_both_splits(request: PrepareRequest, selection: FileSelection) -> None:
+    sources, val = selection.sources, set(selection.val_sources)
+    for is_val, use in ((False, "to train on"), (True, "held out by name")):
+        split = [source for index, source in enumerate(sources) if (index in val) == is_val]
+        bad_input = BadInputHandler(request.skip_bad)
+        texts = (t for source in split for t in iter_text(source, request.text_format, bad_input))
         if not any(text.strip() for text in texts):
             message = no_text_message([source.name for source in split], bad_input)
             hint = "--split_by_name false treats them like all others"

@@ -36,6 +36,7 @@ class DocumentStats:
     id: DocumentId
     num_chars: int
     digest: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,8 @@ class SplitRule:
 
 
 def text_digest(text: str) -> int:
-    """Return the first 64 bits of the SHA-256 of a text in UTF-8."""
-    return digest_from_sha256(hashlib.sha256(text.encode("utf-8")).digest())
-
-
-def digest_from_sha256(sha256: bytes) -> int:
-    """Return the first 64 bits of a hash."""
-    return int.from_bytes(sha256[:8], "big")
+    """The first 64 bits of the SHA-256 of a text in UTF-8."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
 
 
 def make_split_rule(

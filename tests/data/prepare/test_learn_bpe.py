@@ -164,8 +164,9 @@ def test_parts_are_the_training_text(tmp_path_factory, words, fraction, block) -
     path.write_bytes("".join(words).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gptforge.data.prepare.text_io.BLOCK_BYTES", block)
-        (source,) = select_files(PrepareRequest((str(path),))).sources
-        rule = scan([source], TextFormat(), fraction, skip_bad=False).split_rule
+        request = PrepareRequest((str(path),), val_fraction=fraction)
+        selection = select_files(request)
+        rule, (source,) = scan(request, selection).split_rule, selection.sources
         found = list(read_split(FileSpan(0, source), rule, TextFormat(), BadInputHandler(False)))
     parts = [part.text for part in found if part.split == "train"]
     assert "".join(part.text for part in found) == text
