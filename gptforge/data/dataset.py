@@ -2,18 +2,15 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
 from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.external_shards import has_eot, shard_splits, shards_digest, split_shards
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
-from gptforge.data.prepare.request import PrepareRequest, ProgressBar
-from gptforge.data.prepare.sources import FileKind
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.request import PrepareRequest, ProgressBar, TextOptions
 from gptforge.data.shard_index import SPLITS, TOKENIZER_FILE, Index, find_corruption, read_index
 from gptforge.data.token_dataset import ShardDataset, TokenDataset, read_raw_bin, read_shard_header
 from gptforge.errors import UserError
@@ -76,20 +73,12 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class DatasetOptions:
+class DatasetOptions(TextOptions):
     """How to read `--input`."""
 
-    tokenizer: str | Tokenizer = "gpt2"
-    val_fraction: float = 0.1
-    vocab_size: int = 0  # ids that the tokenizer bpe learns; 0: by the size of the text
-    text_format: TextFormat = field(default_factory=TextFormat)
-    raw_bin: bool = False
     require_tokenizer: bool = False  # refuse shards of another one instead of using theirs
     model_tokenizer: str = ""  # file of the tokenizer if it is a model's, not from a flag
     require_val_fraction: bool = False  # refuse prepared data with another one
-    needs_val: bool = False  # keep validation files apart even if val_fraction is 0
-    kind: FileKind | Literal["auto"] = "auto"
-    split_by_name: bool = True  # of text files; names of shards always decide their split
     verify: bool = True  # compare changed files of prepared data with their hashes
 
 
@@ -136,16 +125,8 @@ def open_dataset(
         raise UserError(f"{name} is not finished: run the command that prepared it again to resume")
     if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
         return _open_shards(path, shards, options)
-    request = PrepareRequest(
-        (path.as_posix(),),
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        val_fraction=options.val_fraction,
-        text_format=options.text_format,
-        kind=options.kind,
-        split_by_name=options.split_by_name,
-        needs_val=options.needs_val,
-    )
+    text_options = {f.name: getattr(options, f.name) for f in fields(TextOptions)}
+    request = PrepareRequest((path.as_posix(),), **text_options | {"raw_bin": False})
     index, notices = prepare_cached(request, progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)
 

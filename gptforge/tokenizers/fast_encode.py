@@ -40,13 +40,6 @@ class FastEncoder:
         self._cached_chars = 0
         self._compare(PROBE)
 
-    @property
-    def name(self) -> str:
-        """The library in use."""
-        if self._fast:
-            return "gigatoken"
-        return "tiktoken" if hasattr(self._tokenizer, "ranks") else self._tokenizer.name
-
     def encode(self, text: str) -> Tokens:
         """Ids of a text, without special tokens."""
         if self._fast is None or not is_assigned(text):

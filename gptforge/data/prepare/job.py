@@ -53,7 +53,6 @@ class JobResult:
     skipped: dict[str, int] = field(default_factory=dict)  # count by problem
     examples: list[str] = field(default_factory=list)  # skipped input, with locations
     notices: list[str] = field(default_factory=list)  # what was repaired while reading
-    encoder: str = ""
     splits: dict[int, list[SplitName]] = field(default_factory=dict)  # source index to splits
     num_eot_literals: int = 0  # end-of-text marks in the text, as plain characters
 
@@ -66,6 +65,7 @@ class JobResult:
     def from_json(cls, record: Mapping[str, Any]) -> "JobResult":
         """Read a record of `to_json`."""
         fields = dict(record)
+        fields.pop("encoder", None)  # written by earlier versions
         splits = {int(i): splits for i, splits in fields.pop("sides").items()}
         return cls(num_eot_literals=fields.pop("marks"), splits=splits, **fields)
 
@@ -152,7 +152,7 @@ class JobRunner:
             raise RunError(f"{path}: the disk is full: {hint}") from None
         result.shards = [shard for writer in writers.values() for shard in writer.shards]
         result.skipped, result.examples = dict(bad_input.counts), bad_input.examples
-        result.notices, result.encoder = sorted(bad_input.notices), self._encoder.name
+        result.notices = sorted(bad_input.notices)
         return result
 
     def _encode(

@@ -28,21 +28,27 @@ class ProgressBar(Protocol):
         """Add bytes of the files, and of their text, that are done."""
 
 
-@dataclass(frozen=True)
-class PrepareRequest:
-    """A data set to prepare."""
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How to read, split and tokenize texts."""
 
-    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
     tokenizer: str | Tokenizer = "gpt2"  # or its name or file; char and bpe are made from the text
     vocab_size: int = 0  # ids of "bpe"; 0: by the size of the text
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
     kind: FileKind | Literal["auto"] = "auto"  # auto: by the suffix of each file
-    shard_bytes: int = 2**26  # bytes of input files per shard
     split_by_name: bool = True  # hold out files named validation, ignore those named test
     needs_val: bool = False  # hold out such files even if val_fraction is 0
+    raw_bin: bool = False  # shards without a header, one for each split, as nanoGPT writes them
+
+
+@dataclass(frozen=True)
+class PrepareRequest(TextOptions):
+    """A data set to prepare."""
+
+    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
+    shard_bytes: int = 2**26  # bytes of input files per shard
     skip_bad: bool = False
-    raw_bin: bool = False  # one file for each split, without a header, as nanoGPT writes them
     sources: Sequence[Source] = ()  # the files, if `find_sources` has been called already
     cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
 

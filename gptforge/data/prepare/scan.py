@@ -87,11 +87,9 @@ def _scan_documents(
     for index, source in enumerate(sources):
         if has_many_documents(source, text_format):
             for document in read_documents(source, text_format, bad_input):
-                sha256 = hashlib.sha256(document.text.encode("utf-8")).hexdigest()
-                num_chars = len(document.text)
-                yield DocumentStats(
-                    (index, document.index), num_chars, int(sha256[:16], 16), sha256
-                )
+                document_id, text = (index, document.index), document.text
+                sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+                yield DocumentStats(document_id, len(text), int(sha256[:16], 16), sha256)
             continue
         try:
             stats = text_stats[index] = scan_text(source, text_format.encoding)
