@@ -55,11 +55,7 @@ class Index:
         return int(self.record["splits"].get(split, {}).get(quantity, 0))
 
     def shards(self, split: str) -> list[ShardFile]:
-        """Return the shards of a split, after comparing their sizes.
-
-        Raises:
-            UserError: if one is missing or has another size.
-        """
+        """The shards of a split; a UserError if one is missing or has another size."""
         read = read_raw_bin if self.record["layout"] == "headerless" else read_shard_header
         shards = []
         for record in (record for record in self.record["shards"] if record["split"] == split):
@@ -89,11 +85,7 @@ def write_index(folder: Path, record: Mapping[str, Any]) -> Index:
 
 
 def read_index(folder: Path) -> Index | None:
-    """Read the index of a folder; None if there is none, or only another program's.
-
-    Raises:
-        UserError: if it is damaged, or from a later version.
-    """
+    """Read the index of a folder; None if there is none, or only another program's."""
     path = folder / INDEX_FILE
     if not path.is_file():
         return None

@@ -59,11 +59,7 @@ class ShardFile:
 
 
 def read_shard_header(path: Path) -> ShardFile:
-    """Read the header of a shard and compare the file's size with it.
-
-    Raises:
-        UserError: if it is not a complete shard.
-    """
+    """Read the header of a shard; a UserError unless the file has the size that it says."""
     name, (size, raw) = path.as_posix(), _size_and_head(path, HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
         raise UserError(f"{name}: {size} bytes: too few for a token shard's header {RAW_BIN_HINT}")
@@ -82,11 +78,7 @@ def read_shard_header(path: Path) -> ShardFile:
 
 
 def read_raw_bin(path: Path) -> ShardFile:
-    """nanoGPT's format: uint16 ids without a header.
-
-    Raises:
-        UserError: if its size is odd, or it has a header after all.
-    """
+    """nanoGPT's format: uint16 ids without a header."""
     name, (size, raw) = path.as_posix(), _size_and_head(path, 8)
     if len(raw) == 8 and tuple(np.frombuffer(raw, "<i4")) in SHARD_DTYPES:
         raise UserError(f"{name} has a header: leave --raw_bin out")

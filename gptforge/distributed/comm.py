@@ -82,7 +82,7 @@ class Comm:
 
     def all_reduce_async(self, tensor: Tensor) -> Wait:
         """Start `all_reduce`; the tensor is valid once the returned function has been called."""
-        return _wait(dist.all_reduce(tensor, async_op=True)) if self._group else _no_wait
+        return self._start(dist.all_reduce, tensor)
 
     def local_rows(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor that belong to this rank: one of `world_size` equal chunks."""
@@ -94,15 +94,15 @@ class Comm:
 
         The other rows are undefined afterwards.
         """
-        if self._group is None:
-            return _no_wait
-        return _wait(_reduce_scatter(self.local_rows(tensor), tensor, async_op=True))
+        return self._start(_reduce_scatter, self.local_rows(tensor), tensor)
 
     def all_gather_async(self, tensor: Tensor) -> Wait:
         """Start to fill a tensor with the `local_rows` of every rank, in place."""
-        if self._group is None:
-            return _no_wait
-        return _wait(_all_gather(tensor, self.local_rows(tensor), async_op=True))
+        return self._start(_all_gather, tensor, self.local_rows(tensor))
+
+    def _start(self, collective: Callable[..., dist.Work | None], *tensors: Tensor) -> Wait:
+        work = collective(*tensors, async_op=True) if self._group else None
+        return cast(Wait, work.wait) if work else lambda: None
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with that of rank 0; returns it."""
@@ -278,15 +278,6 @@ class AsyncMax:
         if copied is not None:
             copied.synchronize()  # waits for this copy only
         return int(host)
-
-
-def _no_wait() -> None:
-    return None
-
-
-def _wait(work: dist.Work | None) -> Wait:
-    assert work is not None, "asynchronous collectives return a handle"
-    return cast(Wait, work.wait)
 
 
 SINGLE_PROCESS = Comm()

@@ -16,11 +16,7 @@ DEADLOCK_FACTOR = 4
 
 
 class HeartbeatMonitor:
-    """Remembers since when the heartbeats have not changed.
-
-    Args:
-        timeout: seconds after which a rank counts as lost.
-    """
+    """Remembers since when heartbeats have not changed; after `timeout` seconds a rank is lost."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout, self._longest_step = timeout, 0.0

@@ -83,11 +83,7 @@ class PreparedData:
 
 
 def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
-    """Write the index; with `raw_bin`, join the shards of each split first.
-
-    Raises:
-        UserError: if no text is left to train on.
-    """
+    """Write the index; with `raw_bin`, join the shards of each split first."""
     shards, tokenizer = prepared.shards, prepared.tokenizer
     totals = {split: _totals(shards, split) for split in SPLITS}
     if not totals["train"]["tokens"]:

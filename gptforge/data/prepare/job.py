@@ -71,13 +71,7 @@ class JobResult:
 
 
 class SplitWriter:
-    """Writes the ids of one split of a job as shards.
-
-    Args:
-        path: of the shards, without their number and suffix.
-        split: its name.
-        prefix: ids before each document.
-    """
+    """Writes the ids of one split of a job as shards, with `prefix` before each document."""
 
     def __init__(self, path: Path, split: SplitName, prefix: Tokens) -> None:
         self._path, self._split, self._prefix = path, split, prefix
@@ -127,12 +121,7 @@ class JobRunner:
         self._prefix: Tokens = np.array(prefix, smallest_dtype(tokenizer.vocab_size))
 
     def run(self, job: Job) -> JobResult:
-        """Write the shards of a job; all of them are complete when this returns.
-
-        Raises:
-            UserError: for input that is not usable text.
-            RunError: if the disk is full.
-        """
+        """Write the shards of a job; all of them are complete when this returns."""
         out_dir, bad_input = self._settings.out_dir, BadInputHandler(self._settings.skip_bad)
         names = {split: f"{split}_{job.index:06d}" for split in SPLITS}
         writers = {s: SplitWriter(out_dir / names[s], s, self._prefix) for s in SPLITS}

@@ -99,11 +99,7 @@ def read_json_array(part: InputPart) -> Iterator[tuple[str, int]]:
 
 
 def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
-    """Parse a JSON array in constant memory: each element, and the bytes of the file read so far.
-
-    Raises:
-        BadInput: where it is not JSON.
-    """
+    """Parse a JSON array in constant memory: each element, and the bytes read up to it."""
     decode = json.JSONDecoder().raw_decode
     source, chunks = part.source, part.read_chunks()
     text, position, number, bytes_read = "", 0, 0, 0
@@ -141,38 +137,31 @@ def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
                 # The element may continue in the next chunk; doubling keeps the total cost linear.
                 may_continue = isinstance(error, ValueError) and rest <= MAX_ELEMENT_CHARS
                 if not may_continue or not read(rest):
-                    location = f"{source.name}, element {number}"
                     hint = f"correct it ({error_reason(error)})"
-                    raise BadInput("not JSON", location, hint) from None
+                    raise BadInput("not JSON", f"{source.name}, element {number}", hint) from None
             else:
                 # A number at the end of a chunk may continue in the next one.
                 if end < len(text) or not read(1):
                     position = end
                     return value
 
-    truncated = BadInput(
-        "the array has no end: no ] after the last element",
-        source.name,
-        "the file was truncated: download it again, or add what is missing",
-    )
-    hint = "one array of objects is read, or one object a line"
     peek()
     position += 1  # the opening bracket
-    separator = peek()
+    separator = "]" if peek() == "]" else ","
     position += separator == "]"
-    while separator != "]":
-        if not peek():
-            raise truncated
+    while separator == "," and peek():
         number += 1
         yield parse_element(), bytes_read
         separator = peek()
         position += 1
-        if not separator:
-            raise truncated
-        if separator not in ",]":
-            raise BadInput("not JSON: no comma", f"{source.name}, after element {number}", hint)
-    if peek():
-        raise BadInput("text after the array", f"{source.name}, after element {number}", hint)
+    if separator in ("", ","):
+        hint = "the file was truncated: download it again, or add what is missing"
+        problem = "the array has no end: no ] after the last element"
+        raise BadInput(problem, source.name, hint)
+    if separator != "]" or peek():
+        problem = "not JSON: no comma" if separator != "]" else "text after the array"
+        hint = "one array of objects is read, or one object a line"
+        raise BadInput(problem, f"{source.name}, after element {number}", hint)
 
 
 def text_from_record(record: Any, part: InputPart) -> str:

@@ -17,9 +17,6 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
     """Learn the tokenizer of a request; equal texts give equal tokenizers.
 
     The text is read twice, to count its bytes and to learn.
-
-    Raises:
-        UserError: for a `vocab_size` out of range, or if the package that learns is missing.
     """
     from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
 

@@ -199,11 +199,7 @@ class _Preparation:
         return json_sha256(record)
 
     def _find_finished(self, key: str, *, was_finished: bool) -> Index | None:
-        """Return the index if this request is finished; discard it if it is corrupt.
-
-        Raises:
-            UserError: if the folder holds another data set.
-        """
+        """The index if this request is finished; discards a corrupt one, refuses another's."""
         is_same, corruption = _read(self.out_dir / REQUEST_FILE) == key, None
         try:
             index = read_index(self.out_dir)

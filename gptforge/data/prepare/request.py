@@ -63,11 +63,7 @@ class FileSelection:
 
 
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
-    """Select the files that a request reads; `spool_dir` gets the content of pipes.
-
-    Raises:
-        UserError: as `find_sources`.
-    """
+    """Select the files that a request reads; `spool_dir` gets the content of pipes."""
     sources = list(request.sources) or find_sources(
         request.names, kind=request.kind, spool_dir=spool_dir
     )
@@ -89,10 +85,7 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
 
 
 def fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits of a hash of a file's size, first and last bytes.
-
-    This is cheap for a file of any size, but misses changes in the middle.
-    """
+    """16 hexadecimal digits of a hash of a file's size and ends: cheap for a file of any size."""
     return hashlib.sha256(f"{path.stat().st_size}\n".encode() + read_ends(path)).hexdigest()[:16]
 
 

@@ -57,11 +57,7 @@ class ScanResult:
 
 
 def scan(request: PrepareRequest, selection: FileSelection) -> ScanResult:
-    """Read as many documents as the split rule needs, and build the rule.
-
-    Raises:
-        UserError: if there is no text, or it cannot be read.
-    """
+    """Read as many documents as the split rule needs, and build the rule."""
     bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
     text_stats: dict[int, TextStats] = {}
     found = _scan_documents(selection.sources, request.text_format, bad_input, text_stats)

@@ -91,10 +91,8 @@ def make_split_rule(
 ) -> SplitRule:
     """Build the rule for a data set from its first hundred documents, or all if there are fewer.
 
-    With `split_duplicates`, copies of a document may be in both splits if there are few documents.
-
-    Raises:
-        UserError: if one split would be empty.
+    A split that would be empty is a UserError. With `split_duplicates`, copies of a document may be
+    in both splits if there are few documents.
     """
     assert documents, "the caller checks that there is a document"
     if val_fraction == 0:

@@ -89,12 +89,7 @@ def _is_number(value: str) -> bool:
 
 
 def open_parquet(source: Source, text_format: TextFormat) -> Any:
-    """Open a Parquet file, and check that it has the column of texts.
-
-    Raises:
-        BadInput: if it is damaged, or the column is missing or contains something else.
-        UserError: if pyarrow is missing.
-    """
+    """Open a Parquet file, and check that it has the column of texts."""
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -163,10 +158,7 @@ def rows_per_batch(metadata: Any, group: int, column: str) -> int:
     """The number of rows of a row group that fit into memory, whatever their lengths.
 
     A dictionary stores a text once for any number of rows, so the size of a row group is a bound of
-    the length of one text, not of their sum.
-
-    Raises:
-        BadInput: if the row group decompresses to far more than text does.
+    the length of one text, not of their sum. A BadInput if it decompresses to more than text does.
     """
     row_group = metadata.row_group(group)
     columns = [row_group.column(i) for i in range(row_group.num_columns)]

@@ -66,9 +66,11 @@ class InputPart:
 
     def read_chunks(self) -> "Iterator[Chunk]":
         """The text in chunks; see `read_chunks`."""
-        encoding, notices = self.text_format.encoding, self.bad_input.notices
-        start, stop = self.start, self.stop
-        return read_chunks(self.source, encoding=encoding, start=start, stop=stop, notices=notices)
+        encoding, start, stop = self.text_format.encoding, self.start, self.stop
+        for chunk in read_chunks(self.source, encoding=encoding, start=start, stop=stop):
+            if chunk.has_replacements:
+                self.note(REPLACED_NOTICE)
+            yield chunk
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,7 @@ class Chunk:
 def read_blocks(
     source: Source, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[bytes, int]]:
-    """Decompressed bytes from `start` to `stop`, each block with the bytes read of the file so far.
-
-    Raises:
-        BadInput: for a damaged compressed file.
-        UserError: if the package that decompresses it is missing.
-    """
+    """Decompressed bytes from `start` to `stop`; each block with the file's bytes read so far."""
     damage: list[type[Exception]] = [EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error]
     if source.compression == "zst":
         damage.append(_zstd_module(source).ZstdError)
@@ -152,19 +149,11 @@ def _zstd_module(source: Source) -> Any:
 
 
 def read_chunks(
-    source: Source,
-    *,
-    encoding: str = "utf-8",
-    start: int = 0,
-    stop: int | None = None,
-    notices: set[str] | None = None,
+    source: Source, *, encoding: str = "utf-8", start: int = 0, stop: int | None = None
 ) -> Iterator[Chunk]:
     """The text of a file, or of its decompressed bytes from `start` to `stop`, in chunks.
 
-    Undecodable bytes that were replaced are reported in `notices`.
-
-    Raises:
-        BadInput: at the first byte that is not text in this encoding.
+    A BadInput tells the first byte that is not text in this encoding.
     """
     codec, errors = parse_encoding(encoding)
     decoder = codecs.getincrementaldecoder(codec)(errors)
@@ -195,8 +184,6 @@ def read_chunks(
         if raw:
             text = (raw.removeprefix(BOM) if offset == 0 else raw).replace("\r\n", "\n")
             has_replacements = errors == "replace" and "\ufffd" in raw
-            if has_replacements and notices is not None:
-                notices.add(f"{source.name}: {REPLACED_NOTICE}")
             yield Chunk(offset, raw, text, bytes_read, has_replacements)
 
 
