@@ -13,10 +13,10 @@ from pathlib import Path
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError
-from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.pipeline import (
     PREPARE_VERSION,
     REQUEST_FILE,
+    learn_bpe,
     no_skip_of_only_file,
     prepare,
 )

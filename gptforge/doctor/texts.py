@@ -10,10 +10,10 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.input_errors import MAX_EXAMPLES, BadInput, BadInputHandler
 from gptforge.data.prepare.readers import has_many_documents, read_documents
 from gptforge.data.prepare.request import FileSelection, PrepareRequest, select_files
-from gptforge.data.prepare.scan import collect_alphabet, scan, scan_text
+from gptforge.data.prepare.scan import collect_alphabet, scan
 from gptforge.data.prepare.sources import FileKind, Source, open_sources
 from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, text_digest
-from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
+from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks, scan_text
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning

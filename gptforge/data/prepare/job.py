@@ -13,8 +13,8 @@ import numpy as np
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputHandler
+from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.split import SplitName, SplitRule
-from gptforge.data.prepare.split_reader import FileSpan, read_split
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError

@@ -10,12 +10,11 @@ from itertools import pairwise
 from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.job import Job
 from gptforge.data.prepare.json_reader import is_json_array
-from gptforge.data.prepare.readers import has_many_documents
-from gptforge.data.prepare.scan import ScanResult, byte_offset, find_safe_cuts, scan_text
+from gptforge.data.prepare.readers import FileSpan, has_many_documents
+from gptforge.data.prepare.scan import ScanResult, byte_offset, find_safe_cuts
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.split_reader import FileSpan
 from gptforge.data.prepare.table_reader import open_parquet
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.text_io import TextFormat, scan_text
 
 
 def partition(

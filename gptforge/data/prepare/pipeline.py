@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from gptforge import files, tokenizers
-from gptforge.data.input_errors import BadInputError
+from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
 from gptforge.data.prepare.job import JobSettings
-from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.partition import partition
+from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
 from gptforge.data.prepare.scan import collect_alphabet, scan
 from gptforge.data.prepare.sources import Source
@@ -251,6 +251,31 @@ class _Preparation:
         if request.tokenizer == "bpe":
             return learn_bpe(request, sources, rule)
         return tokenizers.from_name(request.tokenizer, "")
+
+
+def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRule) -> Tokenizer:
+    """Learn the tokenizer of a request; equal texts give equal tokenizers.
+
+    The text is read twice, to count its bytes and to learn.
+    """
+    from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
+
+    def training_text() -> Iterator[str]:
+        bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
+        for index, source in enumerate(sources):
+            for part in read_split(FileSpan(index, source), rule, request.text_format, bad_input):
+                if part.split == "train":
+                    yield part.text
+
+    num_bytes = sum(len(text.encode("utf-8")) for text in training_text())
+    vocab_size = request.vocab_size or default_vocab_size(num_bytes)
+    tokenizer = train_bpe(training_text(), vocab_size)
+    size = "the size of the text" if not request.vocab_size else "--vocab_size"
+    logger.info(
+        f"tokenizer: bpe, {tokenizer.vocab_size:,} ids by {size}, learned from the "
+        f"{num_bytes / 1e6:.1f} MB to train on"
+    )
+    return tokenizer
 
 
 def _check_sources_stay(out_dir: Path, request: PrepareRequest) -> None:

@@ -3,8 +3,8 @@
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import IO
 
@@ -20,7 +20,7 @@ from gptforge.data.prepare.split import (
     SplitRule,
     make_split_rule,
 )
-from gptforge.data.prepare.text_io import Chunk, TextFormat, read_chunks
+from gptforge.data.prepare.text_io import TextFormat, TextStats, read_chunks, scan_text
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
 
@@ -28,22 +28,6 @@ from gptforge.printable import pluralize
 SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
 SEARCH_BLOCK = 2**16
 MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after so many bytes
-OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
-
-
-@dataclass
-class TextStats:
-    """Statistics of a text file after normalization."""
-
-    num_chars: int = 0
-    sha256: str = ""
-    is_blank: bool = True
-    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
-
-    @property
-    def digest(self) -> int:
-        """The digest of the text as a document."""
-        return int(self.sha256[:16], 16)
 
 
 @dataclass
@@ -94,24 +78,6 @@ def _scan_documents(
             continue
         if not stats.is_blank:
             yield DocumentStats((index, 0), stats.num_chars, stats.digest, stats.sha256)
-
-
-def scan_text(source: Source, encoding: str) -> TextStats:
-    """Read a text file in constant memory; a BadInput if it is not text."""
-    return text_stats(read_chunks(source, encoding=encoding))
-
-
-def text_stats(chunks: Iterable[Chunk]) -> TextStats:
-    """Statistics of all chunks of a text file."""
-    stats, sha256 = TextStats(), hashlib.sha256()
-    for chunk in chunks:
-        if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
-            stats.offsets.append((chunk.offset, stats.num_chars))
-        stats.num_chars += len(chunk.text)
-        stats.is_blank = stats.is_blank and not chunk.text.strip()
-        sha256.update(chunk.text.encode("utf-8"))
-    stats.sha256 = sha256.hexdigest()
-    return stats
 
 
 def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 import codecs
 import functools
 import gzip
+import hashlib
 import importlib
 import importlib.util
 import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, AnyStr
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
@@ -21,6 +22,7 @@ from gptforge.errors import UserError
 BLOCK_BYTES = 2**15
 MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
+OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
 REPLACED_NOTICE = "replaced bytes that are not in the encoding with U+FFFD"
@@ -82,6 +84,21 @@ class Chunk:
     text: str  # `raw` with CRLF turned into LF, and without a byte order mark
     bytes_read: int  # bytes of the file on disk that were read so far
     has_replacements: bool = False  # undecodable bytes became U+FFFD
+
+
+@dataclass
+class TextStats:
+    """Statistics of a text file after normalization."""
+
+    num_chars: int = 0
+    sha256: str = ""
+    is_blank: bool = True
+    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
+
+    @property
+    def digest(self) -> int:
+        """The digest of the text as a document."""
+        return int(self.sha256[:16], 16)
 
 
 def read_blocks(
@@ -185,6 +202,24 @@ def read_chunks(
             text = (raw.removeprefix(BOM) if offset == 0 else raw).replace("\r\n", "\n")
             has_replacements = errors == "replace" and "\ufffd" in raw
             yield Chunk(offset, raw, text, bytes_read, has_replacements)
+
+
+def scan_text(source: Source, encoding: str) -> TextStats:
+    """Read a text file in constant memory; a BadInput if it is not text."""
+    return text_stats(read_chunks(source, encoding=encoding))
+
+
+def text_stats(chunks: Iterable[Chunk]) -> TextStats:
+    """Statistics of all chunks of a text file."""
+    stats, sha256 = TextStats(), hashlib.sha256()
+    for chunk in chunks:
+        if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
+            stats.offsets.append((chunk.offset, stats.num_chars))
+        stats.num_chars += len(chunk.text)
+        stats.is_blank = stats.is_blank and not chunk.text.strip()
+        sha256.update(chunk.text.encode("utf-8"))
+    stats.sha256 = sha256.hexdigest()
+    return stats
 
 
 def split_lines(

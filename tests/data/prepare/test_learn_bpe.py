@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.data.input_errors import BadInputHandler
+from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.request import PrepareRequest, select_files
 from gptforge.data.prepare.scan import scan
-from gptforge.data.prepare.split_reader import FileSpan, read_split
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 from gptforge.tokenizers import char_lengths, decode

@@ -3,15 +3,15 @@
 import pytest
 
 from gptforge.data.input_errors import BadInputHandler
-from gptforge.data.prepare import scan, text_io
-from gptforge.data.prepare.readers import read_documents
-from gptforge.data.prepare.scan import byte_offset, scan_text
+from gptforge.data.prepare import text_io
+from gptforge.data.prepare.readers import last_safe_cut, read_documents
+from gptforge.data.prepare.scan import byte_offset
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.split_reader import last_safe_cut
 from gptforge.data.prepare.text_io import (
     BOM,
     TextFormat,
     read_blocks,
+    scan_text,
     split_lines,
 )
 from gptforge.tokenizers.base import END_OF_TEXT as EOT
@@ -31,7 +31,7 @@ def test_separator_across_blocks(tmp_path, monkeypatch, block) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_byte_offset_of_every_character(tmp_path, monkeypatch, newline) -> None:
     monkeypatch.setattr(text_io, "BLOCK_BYTES", 7)
-    monkeypatch.setattr(scan, "OFFSET_STRIDE", 100)
+    monkeypatch.setattr(text_io, "OFFSET_STRIDE", 100)
     text = "to be, 日本\n\nnaïve or not 🙂\n" * 50
     raw = (BOM + text.replace("\n", newline)).encode()
     (tmp_path / "t.txt").write_bytes(raw)
