@@ -1,5 +1,6 @@
 """`--input` as a dataset: token shards as they are, any text tokenized once and cached."""
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -8,11 +9,17 @@ from pathlib import Path
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
 from gptforge.data.dataloader import count_sequences, too_short_hint
-from gptforge.data.external_shards import has_eot, shard_splits, shards_digest, split_shards
+from gptforge.data.external_shards import shard_splits, shards_digest, split_shards
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import PrepareRequest, ProgressBar, TextOptions
 from gptforge.data.shard_index import SPLITS, TOKENIZER_FILE, Index, find_corruption, read_index
-from gptforge.data.token_dataset import ShardDataset, TokenDataset, read_raw_bin, read_shard_header
+from gptforge.data.token_dataset import (
+    ShardDataset,
+    TokenDataset,
+    edges,
+    read_raw_bin,
+    read_shard_header,
+)
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
 from gptforge.shell import quote
@@ -175,8 +182,11 @@ def _open_prepared(path: Path, index: Index, options: DatasetOptions) -> Dataset
 def _is_same(tokenizer: Tokenizer, other: str | Tokenizer) -> bool:
     if other in tokenizers.NAMES:
         return tokenizer.name == other
-    other = tokenizers.from_name(other, "") if isinstance(other, str) else other
-    return tokenizer.to_json() == other.to_json()
+    return tokenizer.to_json() == _load(other).to_json()
+
+
+def _load(tokenizer: str | Tokenizer) -> Tokenizer:
+    return tokenizers.from_name(tokenizer, "") if isinstance(tokenizer, str) else tokenizer
 
 
 def _from_index(
@@ -222,16 +232,14 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
     if tokenizer_name in ("char", "bpe"):
         problem = "shards do not say which text their ids stand for"
         raise UserError(f"{name}: {problem}: give --tokenizer a tokenizer.json")
-    if isinstance(tokenizer_name, str):
-        tokenizer = tokenizers.from_name(tokenizer_name, "")
-    else:
-        tokenizer = copy.copy(tokenizer_name)
+    tokenizer = copy.copy(_load(tokenizer_name))
     train_shards, val_shards = split_shards(shards)
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
         ignored = pluralize(num_ignored, "shard", "shards")
         notices.append(f"{ignored} whose name says test: left out")
     train = ShardDataset(train_shards, vocab_size=tokenizer.vocab_size)
-    tokenizer.prepends_eot = has_eot(train, tokenizer.eot_token)
+    with contextlib.suppress(UserError):  # ids outside the vocabulary are reported elsewhere
+        tokenizer.prepends_eot = any((i == tokenizer.eot_token).any() for i in edges(train))
     holds_out = options.val_fraction > 0 or options.needs_val
     val = ShardDataset(val_shards if holds_out else [], vocab_size=tokenizer.vocab_size)
     splits = {"train": train_shards, "val": val_shards}
@@ -242,7 +250,7 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
         splits["val"] = train_shards
     return Dataset(
         path=path,
-        sha256=shards_digest(shards, val_shards),
+        sha256=shards_digest(shards),
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name if isinstance(tokenizer_name, str) else tokenizer.name,
         train=train,

@@ -5,17 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from gptforge import files
-from gptforge.data.prepare.sources import FileKind, Source, count_ignored_files, find_sources
+from gptforge.data.prepare.sources import KindFlag, Source, describe_ignored_files, find_sources
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name
 from gptforge.data.prepare.text_io import TextFormat
-from gptforge.printable import pluralize
 from gptforge.tokenizers import Tokenizer
 
 FINGERPRINT_BYTES = 2**16  # at each end of a file
-MAX_SUFFIXES = 5  # suffixes of ignored files that are listed
 
 
 class ProgressBar(Protocol):
@@ -36,7 +34,7 @@ class TextOptions:
     vocab_size: int = 0  # ids of "bpe"; 0: by the size of the text
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
-    kind: FileKind | Literal["auto"] = "auto"  # auto: by the suffix of each file
+    kind: KindFlag = "auto"
     split_by_name: bool = True  # hold out files named validation, ignore those named test
     needs_val: bool = False  # hold out such files even if val_fraction is 0
     raw_bin: bool = False  # shards without a header, one for each split, as nanoGPT writes them
@@ -67,7 +65,7 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
     sources = list(request.sources) or find_sources(
         request.names, kind=request.kind, spool_dir=spool_dir
     )
-    notices = [notice for name in request.names if (notice := _describe_ignored_files(name))]
+    notices = [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]
@@ -113,14 +111,3 @@ def _describe_copies(sources: Sequence[Source], val_sources: Sequence[int]) -> l
     in_both_splits = any((source in val) != (original in val) for source, original in copies)
     effect = "held-out text is trained on" if in_both_splits else "the text is read again"
     return [f"{copies[0][0].name} is a copy of {copies[0][1].name}{more}: {effect}"]
-
-
-def _describe_ignored_files(name: str) -> str:
-    counts = count_ignored_files(name)
-    if not counts:
-        return ""
-    listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
-    if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
-        listed.append(f"{others:,} others")
-    subject = pluralize(counts.total(), "file is", "files are")
-    return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}"

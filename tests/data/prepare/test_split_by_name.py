@@ -116,17 +116,6 @@ def test_other_programs_shards_are_split_by_words(tmp_path) -> None:
     assert any(notice.startswith("1 shard") and "test" in notice for notice in dataset.notices)
 
 
-def test_shards_that_version_0_1_held_out_are_other_data(tmp_path) -> None:
-    # It looked for val anywhere in a name.
-    for folder, name in (("a", "medieval.bin"), ("b", "medieva.bin")):
-        (tmp_path / folder).mkdir()
-        write_shard(tmp_path / folder / "train.bin", range(100))
-        write_shard(tmp_path / folder / name, range(30))
-    datasets = [open_input(tmp_path / name) for name in "ab"]
-    assert [len(dataset.train) for dataset in datasets] == [117, 117]
-    assert datasets[0].sha256 != datasets[1].sha256
-
-
 def test_names_without_such_words_change_nothing(tmp_path) -> None:
     (tmp_path / "a.txt").write_text(some_text(1), "utf-8")
     assert PrepareRequest((str(tmp_path),)).split_by_name
