@@ -31,18 +31,18 @@ JSON_WHITESPACE = " \t\r\n"
 NON_SPACE = re.compile(f"[^{JSON_WHITESPACE}]")
 
 
-def read_json_lines(part: InputPart) -> Iterator[tuple[str, int]]:
-    """The texts of JSON lines, and how many bytes of the part were read up to each."""
+def read_json_lines(part: InputPart) -> Iterator[str]:
+    """The texts of JSON lines."""
     source, encoding, offset = part.source, part.text_format.encoding, part.start
     if codecs.decode(b"\n", parse_encoding(encoding)[0], "replace") != "\n":
         problem = f"JSON lines cannot be split in {encoding}"
         raise BadInput(problem, source.name, "save it as UTF-8")
-    for line, bytes_read in split_lines(read_blocks(source, part.start, part.stop), b"\n"):
+    for line in split_lines(part.read_blocks(), b"\n"):
         line_start, offset = offset, offset + len(line)
         if line.isspace():
             continue
         try:
-            yield text_from_record(_parse_line(line, part), part), bytes_read
+            yield text_from_record(_parse_line(line, part), part)
         except BadInput as bad:
             # Line numbers are counted only for errors, by reading the file again.
             before = read_blocks(source, 0, line_start)
@@ -89,29 +89,28 @@ def is_json_array(source: Source, encoding: str) -> bool:
     return False
 
 
-def read_json_array(part: InputPart) -> Iterator[tuple[str, int]]:
-    """The texts of the objects in an array, and how many bytes of the file were read up to each."""
-    for number, (record, bytes_read) in enumerate(_array_elements(part), 1):
+def read_json_array(part: InputPart) -> Iterator[str]:
+    """The texts of the objects in an array."""
+    for number, record in enumerate(_array_elements(part), 1):
         try:
-            yield text_from_record(record, part), bytes_read
+            yield text_from_record(record, part)
         except BadInput as bad:
             part.bad_input.handle(bad, f"{part.source.name}, element {number}")
 
 
-def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
-    """Parse a JSON array in constant memory: each element, and the bytes read up to it."""
+def _array_elements(part: InputPart) -> Iterator[Any]:
+    """Parse a JSON array in constant memory."""
     decode = json.JSONDecoder().raw_decode
     source, chunks = part.source, part.read_chunks()
-    text, position, number, bytes_read = "", 0, 0, 0
+    text, position, number = "", 0, 0
 
     def read(min_chars: int) -> bool:
         """Append to `text`, without what was parsed; returns whether there was anything."""
-        nonlocal text, position, bytes_read
+        nonlocal text, position
         parts = [text[position:]]
         while min_chars > 0 and (chunk := next(chunks, None)):
             parts.append(chunk.text)
             min_chars -= len(chunk.text)
-            bytes_read = chunk.bytes_read
         if len(parts) == 1:
             return False
         text, position = "".join(parts), 0
@@ -151,7 +150,7 @@ def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
     position += separator == "]"
     while separator == "," and peek():
         number += 1
-        yield parse_element(), bytes_read
+        yield parse_element()
         separator = peek()
         position += 1
     if separator in ("", ","):

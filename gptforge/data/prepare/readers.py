@@ -65,13 +65,13 @@ def read_documents(
         texts = read_json_lines(part)
     index = 0
     try:
-        for text, bytes_read in texts:
+        for text in texts:
             if "\0" in text:
                 location = f"{source.name}, document {index + 1}"
                 bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
                 continue
             if text.strip():
-                yield Document(clean_text(text), index, bytes_read)
+                yield Document(clean_text(text), index, part.bytes_read)
             index += 1
     except BadInput as bad:
         # The rest of the file cannot be read.
@@ -88,21 +88,20 @@ def clean_text(text: str) -> str:
     return text
 
 
-def _read_delimited(part: InputPart) -> Iterator[tuple[str, int]]:
-    separator, rest, bytes_read = part.text_format.split_on, "", 0
+def _read_delimited(part: InputPart) -> Iterator[str]:
+    separator, rest = part.text_format.split_on, ""
     for chunk in part.read_chunks():
         # `rest` was searched before, so a new separator ends in the new chunk.
         search_from = max(0, len(rest) - len(separator) + 1)
         rest += chunk.text
-        bytes_read = chunk.bytes_read
         if rest.find(separator, search_from) >= 0:
             *texts, rest = rest.split(separator)
-            yield from ((text.strip("\n"), bytes_read) for text in texts)
+            yield from (text.strip("\n") for text in texts)
         if len(rest) > MAX_LINE_LENGTH:
             problem = f"no {separator!r} in {MAX_LINE_LENGTH:,} characters"
             hint = "give the separator of this file with --split_on, or leave it out"
             raise BadInput(problem, part.source.name, hint)
-    yield rest.strip("\n"), bytes_read
+    yield rest.strip("\n")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class TextFormat:
             raise UserError(f"--encoding {self.encoding}: there is no such encoding") from None
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputPart:
     """A file, or a part of one, of which the documents are read."""
 
@@ -61,15 +61,23 @@ class InputPart:
     bad_input: BadInputHandler
     start: int = 0  # byte of a text or of JSON lines, row group of Parquet
     stop: int | None = None  # one past the last
+    bytes_read: int = 0  # of the file, since `start`
 
     def note(self, notice: str) -> None:
         """Tell the user, once, what was repaired in this file."""
         self.bad_input.notices.add(f"{self.source.name}: {notice}")
 
+    def read_blocks(self) -> Iterator[bytes]:
+        """The decompressed bytes; see `read_blocks`."""
+        for block, bytes_read in read_blocks(self.source, self.start, self.stop):
+            self.bytes_read = bytes_read
+            yield block
+
     def read_chunks(self) -> "Iterator[Chunk]":
         """The text in chunks; see `read_chunks`."""
         encoding, start, stop = self.text_format.encoding, self.start, self.stop
         for chunk in read_chunks(self.source, encoding=encoding, start=start, stop=stop):
+            self.bytes_read = chunk.bytes_read
             if chunk.has_replacements:
                 self.note(REPLACED_NOTICE)
             yield chunk
@@ -222,26 +230,24 @@ def text_stats(chunks: Iterable[Chunk]) -> TextStats:
     return stats
 
 
-def split_lines(
-    parts: Iterable[tuple[AnyStr, int]], newline: AnyStr
-) -> Iterator[tuple[AnyStr, int]]:
-    """Lines with their newlines, and the number that came with the part in which each ends.
+def split_lines(parts: Iterable[AnyStr], newline: AnyStr) -> Iterator[AnyStr]:
+    """Lines with their newlines.
 
     A line longer than MAX_LINE_LENGTH is truncated to a prefix, which is too long as well.
     """
     kept: list[AnyStr] = []
-    length = number = 0
-    for part, number in parts:
+    length = 0
+    for part in parts:
         lines = part.split(newline)
         last = lines.pop()
         for line in lines:
-            yield newline[:0].join(kept) + line + newline, number
+            yield newline[:0].join(kept) + line + newline
             kept, length = [], 0
         if last and length <= MAX_LINE_LENGTH:
             kept.append(last)
             length += len(last)
     if length:
-        yield newline[:0].join(kept), number
+        yield newline[:0].join(kept)
 
 
 def describe_fixes(chunk: Chunk) -> set[str]:

@@ -67,12 +67,12 @@ def test_zstd_blocks_have_the_same_size(tmp_path) -> None:
 @pytest.mark.parametrize("block", [1, 2, 3, 100])
 def test_split_lines_across_blocks(block) -> None:
     text = "a\n\nbc\nlast"
-    parts = [(text[i : i + block], i) for i in range(0, len(text), block)]
-    assert [line for line, _ in split_lines(parts, "\n")] == text.splitlines(keepends=True)
+    parts = [text[i : i + block] for i in range(0, len(text), block)]
+    assert list(split_lines(parts, "\n")) == text.splitlines(keepends=True)
 
 
 def test_split_lines_bounds_memory(monkeypatch) -> None:
     monkeypatch.setattr(text_io, "MAX_LINE_LENGTH", 10)
-    (line, _), last = split_lines([(b"x" * 4, 0)] * 1000 + [(b"\nend", 1)], b"\n")
+    line, last = split_lines([b"x" * 4] * 1000 + [b"\nend"], b"\n")
     assert 10 < len(line) < 20
-    assert last == (b"end", 1)
+    assert last == b"end"
