@@ -22,7 +22,7 @@ from gptforge.data.prepare.pipeline import (
 )
 from gptforge.data.prepare.request import PrepareRequest, ProgressBar, select_files
 from gptforge.data.prepare.scan import scan
-from gptforge.data.prepare.sources import find_sources, is_pipe
+from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.errors import RunError, UserError
@@ -53,12 +53,10 @@ def prepare_cached(
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
         RunError: if the disk of the cache is full.
     """
-    cache, names = writable_cache(), request.names
+    cache = writable_cache()
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as spool:
-        spool_dir = Path(spool) if is_pipe(Path(names[0])) else None
-        sources = find_sources(names, kind=request.kind, spool_dir=spool_dir)
-        request = replace(request, sources=sources)
-        selection = select_files(request)
+        spool_dir = Path(spool) if is_pipe(Path(request.names[0])) else None
+        selection = select_files(request, spool_dir=spool_dir)
         contents = [[s.kind, s.compression, files.sha256(s.path)] for s in selection.sources]
         options = [CACHE_VERSION, request.val_fraction, request.split_by_name]
         options += selection.val_sources
@@ -86,7 +84,7 @@ def prepare_cached(
                 vocab = files.sha256(Path(vocab))
             cache_key = key_of(vocab)
             folder = cache / cache_key[:24]
-            request = replace(request, cache_key=cache_key)
+            request = replace(request, selection=selection, cache_key=cache_key)
             index = prepare(folder, request, wait=True, progress=progress)
     (folder / REQUEST_FILE).touch()
     _delete_unused(cache)

@@ -93,7 +93,7 @@ def prepare(
         try:
             was_finished = not progress_dir.is_dir() and any(out_dir.glob("*.bin"))
             progress_dir.mkdir(parents=True, exist_ok=True)
-            selection = select_files(request, spool_dir=progress_dir)
+            selection = request.selection or select_files(request, spool_dir=progress_dir)
             key = _request_key(request, selection)
             index = _find_finished(out_dir, request, key, was_finished=was_finished)
             if index is None:

@@ -41,17 +41,6 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class PrepareRequest(TextOptions):
-    """A data set to prepare."""
-
-    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
-    shard_bytes: int = 2**26  # bytes of input files per shard
-    skip_bad: bool = False
-    sources: Sequence[Source] = ()  # the files, if `find_sources` has been called already
-    cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
-
-
-@dataclass(frozen=True)
 class FileSelection:
     """The files to read, the indices of those held out by name, and notices for the user."""
 
@@ -60,11 +49,20 @@ class FileSelection:
     notices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PrepareRequest(TextOptions):
+    """A data set to prepare."""
+
+    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
+    shard_bytes: int = 2**26  # bytes of input files per shard
+    skip_bad: bool = False
+    selection: FileSelection | None = None  # of the files, if it is known already
+    cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
+
+
 def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
     """Select the files that a request reads; `spool_dir` gets the content of pipes."""
-    sources = list(request.sources) or find_sources(
-        request.names, kind=request.kind, spool_dir=spool_dir
-    )
+    sources = find_sources(request.names, kind=request.kind, spool_dir=spool_dir)
     notices = [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
