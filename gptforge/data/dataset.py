@@ -79,7 +79,7 @@ class Dataset:
         return {name for name, splits in self.input_splits.items() if split in splits}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetOptions(TextOptions):
     """How to read `--input`."""
 
