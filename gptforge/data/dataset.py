@@ -16,6 +16,7 @@ from gptforge.data.shard_index import SPLITS, TOKENIZER_FILE, Index, find_corrup
 from gptforge.data.token_dataset import (
     ShardDataset,
     TokenDataset,
+    cut_shards,
     edges,
     read_raw_bin,
     read_shard_header,
@@ -244,8 +245,8 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
     val = ShardDataset(val_shards if holds_out else [], vocab_size=tokenizer.vocab_size)
     splits = {"train": train_shards, "val": val_shards}
     if not val_shards and options.val_fraction:
-        cut = int(len(train) * (1 - options.val_fraction))
-        train, val = train.subset(0, cut), train.subset(cut, len(train))
+        parts = cut_shards(train_shards, int(len(train) * (1 - options.val_fraction)))
+        train, val = (ShardDataset(part, vocab_size=tokenizer.vocab_size) for part in parts)
         notices.append("no shard has val in its name: the last tokens are held out")
         splits["val"] = train_shards
     return Dataset(

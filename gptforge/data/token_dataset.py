@@ -11,7 +11,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +56,20 @@ class ShardFile:
     dtype: np.dtype[Any]
     num_tokens: int
     offset: int
+
+
+def cut_shards(
+    shards: Sequence[ShardFile], position: int
+) -> tuple[list[ShardFile], list[ShardFile]]:
+    """The shards, or parts of them, before and from a token of their concatenation on."""
+    before, after = [], []
+    for shard in shards:
+        num_tokens = min(max(0, position), shard.num_tokens)
+        offset = shard.offset + num_tokens * shard.dtype.itemsize
+        before.append(replace(shard, num_tokens=num_tokens))
+        after.append(replace(shard, num_tokens=shard.num_tokens - num_tokens, offset=offset))
+        position -= shard.num_tokens
+    return before, after
 
 
 def read_shard_header(path: Path) -> ShardFile:
@@ -183,40 +197,23 @@ class ShardDataset:
     Args:
         shards: in the order of the tokens.
         vocab_size: a larger id in a shard is a UserError when it is read.
-        start: first token of the shards that belongs to the dataset; `stop` is one past the last.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[ShardFile],
-        *,
-        vocab_size: int,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> None:
+    def __init__(self, shards: Sequence[ShardFile], *, vocab_size: int) -> None:
         self.shards = tuple(shard for shard in shards if shard.num_tokens)
         self._vocab_size = vocab_size
         self._shard_starts = [0, *accumulate(shard.num_tokens for shard in self.shards)]
-        self._start = start
-        self._stop = self._shard_starts[-1] if stop is None else stop
-        assert 0 <= self._start <= self._stop <= self._shard_starts[-1]
         num_bytes = sum(shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
         open_shard = functools.partial(ShardReader, in_memory=num_bytes <= MAX_IN_MEMORY_BYTES)
         # A file closes when it is dropped here and no other thread reads from it any more.
         self._reader = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
     def __len__(self) -> int:
-        return self._stop - self._start
-
-    def subset(self, start: int, stop: int) -> "ShardDataset":
-        """Tokens `start` to `stop` as a dataset."""
-        start, stop = self._start + start, self._start + stop
-        return ShardDataset(self.shards, vocab_size=self._vocab_size, start=start, stop=stop)
+        return self._shard_starts[-1]
 
     def __getitem__(self, where: slice, /) -> Tokens:
         start, stop, step = where.indices(len(self))
         assert step == 1, "tokens are read in order"
-        start, stop = self._start + start, self._start + max(start, stop)
         i = bisect_right(self._shard_starts, start) - 1
         parts: list[Tokens] = []
         while start < stop:
@@ -224,7 +221,7 @@ class ShardDataset:
             reader = self._reader(self.shards[i])
             parts.append(reader.read(start - shard_start, end - shard_start))
             self._check_ids(parts[-1], self.shards[i])
-            start, i = max(start, end), i + 1
+            start, i = end, i + 1
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
