@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,12 +10,20 @@ from pathlib import Path
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
 from gptforge.data.dataloader import count_sequences, too_short_hint
-from gptforge.data.external_shards import shard_splits, shards_digest, split_shards
+from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
-from gptforge.data.prepare.request import PrepareRequest, ProgressBar, TextOptions
+from gptforge.data.prepare.request import (
+    PrepareRequest,
+    ProgressBar,
+    TextOptions,
+    fingerprint,
+    read_ends,
+)
+from gptforge.data.prepare.split import split_by_name
 from gptforge.data.shard_index import SPLITS, TOKENIZER_FILE, Index, find_corruption, read_index
 from gptforge.data.token_dataset import (
     ShardDataset,
+    ShardFile,
     TokenDataset,
     cut_shards,
     edges,
@@ -234,7 +243,11 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
         problem = "shards do not say which text their ids stand for"
         raise UserError(f"{name}: {problem}: give --tokenizer a tokenizer.json")
     tokenizer = copy.copy(_load(tokenizer_name))
-    train_shards, val_shards = split_shards(shards)
+    words = split_by_name(paths, require_train=False)
+    val_shards = [shard for shard, word in zip(shards, words, strict=True) if word == "val"]
+    train_shards = [s for s, word in zip(shards, words, strict=True) if word not in ("val", "test")]
+    if not train_shards:  # if all names say val, or test, they are not a split
+        train_shards, val_shards = val_shards or shards, []
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
         ignored = pluralize(num_ignored, "shard", "shards")
         notices.append(f"{ignored} whose name says test: left out")
@@ -251,12 +264,29 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
         splits["val"] = train_shards
     return Dataset(
         path=path,
-        sha256=shards_digest(shards),
+        sha256=_shards_digest(shards),
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name if isinstance(tokenizer_name, str) else tokenizer.name,
         train=train,
         val=val,
         val_fraction=options.val_fraction,
         notices=tuple(notices),
-        input_splits=shard_splits(splits),
+        input_splits=_shard_splits(splits),
     )
+
+
+def _shard_splits(shards: Mapping[str, Sequence[ShardFile]]) -> dict[str, list[str]]:
+    """The splits that have tokens of each shard, by its fingerprint."""
+    splits: dict[str, list[str]] = {}
+    for split, members in shards.items():
+        for shard in members[:MAX_FINGERPRINTS]:
+            splits.setdefault(fingerprint(shard.path), []).append(split)
+    return splits
+
+
+def _shards_digest(shards: Sequence[ShardFile]) -> str:
+    """A hash of names, sizes and both ends of all shards: cheap, and distinguishes data sets."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.path.name} {shard.num_tokens}\n".encode() + read_ends(shard.path))
+    return digest.hexdigest()

@@ -67,15 +67,14 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]
-        named = split_by_name(paths)
+        words = split_by_name(paths)
         uses_val = request.val_fraction > 0 or request.needs_val
-        ignored = {*named.test, *(() if uses_val else named.val)}
-        selected = [index for index in range(len(sources)) if index not in ignored]
-        if uses_val:
-            val_sources = tuple(i for i, index in enumerate(selected) if index in named.val)
-        if notice := describe_filename_splits(named, paths, uses_val=uses_val):
+        if notice := describe_filename_splits(paths, words, uses_val=uses_val):
             notices.append(notice)
-        sources = [sources[index] for index in selected]
+        ignored = ("test",) if uses_val else ("test", "val")
+        selected = [(s, w) for s, w in zip(sources, words, strict=True) if w not in ignored]
+        sources = [source for source, _ in selected]
+        val_sources = tuple(i for i, (_, word) in enumerate(selected) if word == "val")
     notices += _describe_copies(sources, val_sources)
     return FileSelection(sources, val_sources, tuple(notices))
 
