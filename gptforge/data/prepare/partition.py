@@ -3,18 +3,27 @@
 The jobs depend on the data and `job_bytes` alone, not on the number of processes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate
+from typing import IO
 
 from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.job import Job
 from gptforge.data.prepare.json_reader import is_json_array
 from gptforge.data.prepare.readers import FileSpan, has_many_documents
-from gptforge.data.prepare.scan import ScanResult, byte_offset, find_safe_cuts
+from gptforge.data.prepare.scan import ScanResult
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.table_reader import open_parquet
-from gptforge.data.prepare.text_io import TextFormat, scan_text
+from gptforge.data.prepare.text_io import TextFormat, TextStats, read_chunks, scan_text
+
+# GPT-2's pre-tokenization pattern always splits here: before the last of several blanks.
+SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
+SEARCH_BLOCK = 2**16
+MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after so many bytes
+FindNext = Callable[[IO[bytes], int, int], int | None]
 
 
 def partition(
@@ -51,7 +60,7 @@ def _spans(
                 return _split_text(file, scan, job_bytes)
         elif source.kind == "jsonl" and is_seekable and not needs_index:
             if not is_json_array(source, text_format.encoding):
-                return _split_lines(file, job_bytes)
+                return _cut(file, 0, source.size, job_bytes, _next_line)
         elif source.kind == "parquet" and not needs_index:
             return _split_row_groups(file, text_format, job_bytes)
     except BadInput:
@@ -71,25 +80,21 @@ def _split_text(file: FileSpan, scan: ScanResult, job_bytes: int) -> list[FileSp
     return [
         replace(span, split=split, starts_document=span.start == start)
         for start, stop, split in parts
-        for span in _cut(file, start, stop, find_safe_cuts(source, start, stop, job_bytes))
+        for span in _cut(file, start, stop, job_bytes, _next_safe_cut)
     ]
 
 
-def _split_lines(file: FileSpan, job_bytes: int) -> Iterator[FileSpan]:
-    size, cuts = file.source.size, [0]
-    with file.source.path.open("rb") as lines:
-        while (target := cuts[-1] + job_bytes) < size:
-            lines.seek(target - 1)
-            position = target - 1 + len(lines.readline())
-            if position >= size:
-                break
-            cuts.append(position)
-    return _cut(file, 0, size, cuts[1:])
-
-
-def _cut(file: FileSpan, start: int, stop: int, cuts: list[int]) -> Iterator[FileSpan]:
-    for begin, end in pairwise([start, *cuts, stop]):
-        yield replace(file, start=begin, stop=end, num_bytes=end - begin)
+def _cut(
+    file: FileSpan, start: int, stop: int, job_bytes: int, find_next: FindNext
+) -> Iterator[FileSpan]:
+    """Spans of about `job_bytes`, which end where `find_next` allows it."""
+    with file.source.path.open("rb") as opened:
+        while start < stop:
+            target = start + job_bytes
+            end = find_next(opened, target, stop) if target < stop else None
+            end = stop if end is None else end
+            yield replace(file, start=start, stop=end, num_bytes=end - start)
+            start = end
 
 
 def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> list[FileSpan]:
@@ -105,3 +110,39 @@ def _split_row_groups(file: FileSpan, text_format: TextFormat, size: int) -> lis
             spans.append(replace(file, start=begin, stop=end, num_bytes=span_bytes))
             begin, num_bytes = end, 0
     return spans
+
+
+def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
+    """Return the byte of a UTF-8 file where a character of its text starts."""
+    chars_before = [num_chars for _, num_chars in stats.offsets]
+    start, num_chars = stats.offsets[bisect_right(chars_before, char_index) - 1]
+    for chunk in read_chunks(source, start=start):
+        if char_index <= num_chars + len(chunk.text):
+            break
+        num_chars += len(chunk.text)
+    target = char_index - num_chars
+    # The BOM and the CR of each CRLF are bytes of the file, but not characters of the text.
+    bom = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
+    line_ends = accumulate(len(line) + 1 for line in chunk.raw[bom:].split("\r\n")[:-1])
+    carriage_returns = sum(end <= target for end in line_ends)
+    return chunk.offset + len(chunk.raw[: bom + target + carriage_returns].encode("utf-8"))
+
+
+def _next_line(file: IO[bytes], target: int, stop: int) -> int | None:
+    file.seek(target - 1)
+    file.readline()
+    return file.tell() if file.tell() < stop else None
+
+
+def _next_safe_cut(file: IO[bytes], target: int, stop: int) -> int | None:
+    """The next byte where cutting a UTF-8 text changes none of its ids."""
+    for begin in range(target, min(stop, target + MAX_SEARCH_BYTES), SEARCH_BLOCK):
+        # Include the byte before the block, for the lookbehind, and the bytes of the character
+        # after it.
+        file.seek(begin - 1)
+        block = file.read(min(SEARCH_BLOCK + 8, stop - begin + 1))
+        for match in SAFE_CUT_BYTES.finditer(block, 1, SEARCH_BLOCK):
+            following = block[match.end() : match.end() + 4].decode("utf-8", errors="ignore")
+            if following and not following[0].isspace():
+                return begin - 1 + match.start()
+    return None

@@ -1,12 +1,9 @@
-"""A first pass over the data: the split rule, and where a long text may be cut."""
+"""A first pass over the data, which builds the split rule."""
 
 import hashlib
-import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import IO
+from itertools import islice
 
 import numpy as np
 
@@ -23,11 +20,6 @@ from gptforge.data.prepare.split import (
 from gptforge.data.prepare.text_io import TextFormat, TextStats, read_chunks, scan_text
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
-
-# GPT-2's pre-tokenization pattern always splits here: before the last of several blanks.
-SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
-SEARCH_BLOCK = 2**16
-MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after so many bytes
 
 
 @dataclass
@@ -141,43 +133,3 @@ def iter_text(source: Source, text_format: TextFormat, bad_input: BadInputHandle
                 yield chunk.text
     except BadInput as bad:
         bad_input.handle(bad)
-
-
-def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
-    """Return the byte of a UTF-8 file where a character of its text starts."""
-    chars_before = [num_chars for _, num_chars in stats.offsets]
-    start, num_chars = stats.offsets[bisect_right(chars_before, char_index) - 1]
-    for chunk in read_chunks(source, start=start):
-        if char_index <= num_chars + len(chunk.text):
-            break
-        num_chars += len(chunk.text)
-    target = char_index - num_chars
-    # The BOM and the CR of each CRLF are bytes of the file, but not characters of the text.
-    bom = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
-    line_ends = accumulate(len(line) + 1 for line in chunk.raw[bom:].split("\r\n")[:-1])
-    carriage_returns = sum(end <= target for end in line_ends)
-    return chunk.offset + len(chunk.raw[: bom + target + carriage_returns].encode("utf-8"))
-
-
-def find_safe_cuts(source: Source, start: int, stop: int, stride: int) -> list[int]:
-    """Find bytes, about `stride` apart, where cutting a UTF-8 text changes none of its ids."""
-    cuts: list[int] = []
-    with source.path.open("rb") as file:
-        target = start + stride
-        while target < stop and (cut := _next_safe_cut(file, target, stop)) is not None:
-            cuts.append(cut)
-            target = cut + stride
-    return cuts
-
-
-def _next_safe_cut(file: IO[bytes], target: int, stop: int) -> int | None:
-    for begin in range(target, min(stop, target + MAX_SEARCH_BYTES), SEARCH_BLOCK):
-        # Include the byte before the block, for the lookbehind, and the bytes of the character
-        # after it.
-        file.seek(begin - 1)
-        block = file.read(min(SEARCH_BLOCK + 8, stop - begin + 1))
-        for match in SAFE_CUT_BYTES.finditer(block, 1, SEARCH_BLOCK):
-            following = block[match.end() : match.end() + 4].decode("utf-8", errors="ignore")
-            if following and not following[0].isspace():
-                return begin - 1 + match.start()
-    return None

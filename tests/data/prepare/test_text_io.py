@@ -4,8 +4,8 @@ import pytest
 
 from gptforge.data.input_errors import BadInputHandler
 from gptforge.data.prepare import text_io
+from gptforge.data.prepare.partition import byte_offset
 from gptforge.data.prepare.readers import last_safe_cut, read_documents
-from gptforge.data.prepare.scan import byte_offset
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import (
     BOM,
