@@ -83,7 +83,8 @@ class PreparedData:
 
 
 def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
-    """Write the index; with `raw_bin`, join the shards of each split first."""
+    """Log a summary and write the index; with `raw_bin`, join the shards of each split first."""
+    _log_summary(prepared)
     shards, tokenizer = prepared.shards, prepared.tokenizer
     totals = {split: _totals(shards, split) for split in SPLITS}
     if not totals["train"]["tokens"]:
@@ -116,7 +117,7 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
     return index
 
 
-def log_summary(prepared: PreparedData) -> None:
+def _log_summary(prepared: PreparedData) -> None:
     """Log repairs, skipped input, and a held-out fraction far from `val_fraction`."""
     num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
     fraction = prepared.split_rule.fraction

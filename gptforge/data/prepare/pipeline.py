@@ -14,7 +14,7 @@ import numpy as np
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError, BadInputHandler
-from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
+from gptforge.data.prepare.finalize import PreparedData, finalize
 from gptforge.data.prepare.job import JobSettings
 from gptforge.data.prepare.partition import partition
 from gptforge.data.prepare.readers import FileSpan, read_split
@@ -160,7 +160,6 @@ def _encode(
         settings = JobSettings(out_dir, path, rule, text_format, request.skip_bad)
         results = run_jobs(jobs, settings, out_dir / PROGRESS_DIR, num_workers, progress)
     prepared = PreparedData(sources, rule, tokenizer, results, scanned)
-    log_summary(prepared)
     index = finalize(out_dir, prepared, raw_bin=request.raw_bin)
     mark_verified(index)
     return index

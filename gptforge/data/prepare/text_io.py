@@ -200,9 +200,7 @@ def read_chunks(
         kept = "\r" if raw.endswith("\r") and block else ""
         raw = raw[: len(raw) - len(kept)]
         if "\0" in raw:
-            position = offset + len(raw[: raw.index("\0")].encode(codec, "replace"))
-            if errors == "replace" and b"\0" in block:
-                position = read - len(block) + block.index(b"\0")
+            position = read - len(block) + max(0, block.find(b"\0"))
             problem = f"NUL byte at offset {position}: this is a binary file or UTF-16"
             hint = "save it as text, or, if it is UTF-16, give --encoding utf-16"
             raise BadInput(problem, source.name, hint)
