@@ -49,8 +49,10 @@ class HeartbeatMonitor:
         wait_counts = [int(beat["wait_count"]) for beat in beats.values()]
         started = min(progress) > 0
         state = (started, progress if started else wait_counts)
-        is_busy = (lambda beat: beat["busy"]) if started else (lambda beat: not beat["waiting"])
-        busy = [rank for rank, beat in beats.items() if is_busy(beat)]
+        if started:
+            busy = [rank for rank, beat in beats.items() if beat["busy"]]
+        else:  # a rank that does not wait may be preparing the text
+            busy = [rank for rank, beat in beats.items() if not beat["waiting"]]
         if started and self._state[0] and state != self._state:
             self._longest_step = max(self._longest_step, now - self._last_change)
         if busy or state != self._state:
