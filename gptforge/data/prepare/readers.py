@@ -159,11 +159,10 @@ def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterat
 def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
     """A single text, which may not fit into memory, cut between words while it is read."""
     source, split, cut = part.source, span.split, None
-    chunks: Iterable[Chunk] = part.read_chunks()
+    is_small = source.size <= SMALL_FILE_BYTES and not source.compression
+    chunks: Iterable[Chunk] = list(part.read_chunks()) if is_small else part.read_chunks()
     if split is None:
-        if source.size <= SMALL_FILE_BYTES and not source.compression:
-            chunks = list(chunks)
-        stats = text_stats(chunks if isinstance(chunks, list) else part.read_chunks())
+        stats = text_stats(chunks if is_small else part.read_chunks())
         if stats.is_blank:
             return
         split = rule.assign((span.source_index, 0), stats.digest)
