@@ -13,8 +13,8 @@ from gptforge import files, tokenizers
 from gptforge.builders.resolve import check_tokenizer, load_dataset, resolve_config
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME, Config
 from gptforge.data.dataset import Dataset, check_length
-from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.shard_index import json_sha256
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.console import ProgressMeter

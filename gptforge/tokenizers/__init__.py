@@ -62,11 +62,7 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read a file that `save` or `gptforge tokenizer train` wrote.
-
-    Raises:
-        UserError: if the file is something else.
-    """
+    """Read a file that `save` or `gptforge tokenizer train` wrote; anything else is a UserError."""
     with parsing(path, "a tokenizer that can be used here"):
         record = json.loads(read_text(path))
         if isinstance(record, dict) and "model" in record:

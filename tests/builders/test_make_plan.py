@@ -15,7 +15,7 @@ from gptforge.builders import make_plan as plan_builder
 from gptforge.builders import memory_fit, step_timing
 from gptforge.cli.plan import _run_rows
 from gptforge.config import Config
-from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.device import Precision
 from gptforge.estimate.formulas import training_memory
 from gptforge.kernel_select import DEFAULT_KERNELS

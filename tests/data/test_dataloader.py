@@ -145,8 +145,8 @@ def test_jump_reads_nothing_in_between() -> None:
     loader = make_loader(tokens)
     loader.load_state_dict({"position": 10**12})
     loader.next_batch()
-    while loader._prefetcher._pending:
-        loader._prefetcher._pending.popleft()[1].result()
+    for batch in loader._prefetched.values():
+        batch.result()
     # The batch and the prefetched ones.
     assert len(tokens.starts) <= 4 * 6
     assert loader.sequence_ids_at(10**12) == [start // 10 for start in tokens.starts[:4]]

@@ -254,7 +254,7 @@ def test_rank_with_another_text_is_named() -> None:
     messages = on_ranks(3, compare_texts)
     assert "rank 2 on " in messages[0]
     assert "has another text than rank 0: that, not this" in messages[0]
-    assert messages[1:] == ["", ""]
+    assert len(set(messages)) == 1
 
 
 def test_ranks_compare_their_flags_and_not_what_rank0_resolved(config) -> None:

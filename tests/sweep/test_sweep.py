@@ -115,9 +115,11 @@ def test_documents_of_the_test_tail_are_left_out(tmp_path) -> None:
     # By hash, so they are spread over the file, and the rule holds none out a second time.
     lines = [json.dumps({"text": f"Document {i}, {i * 7 % 41}."}) for i in range(300)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-    dataset = open_dataset(tmp_path / "docs.jsonl", DatasetOptions("byte", val_fraction=0.2))
+    dataset = open_dataset(
+        tmp_path / "docs.jsonl", DatasetOptions(tokenizer="byte", val_fraction=0.2)
+    )
     _, flags = prepare_text(tmp_path, dataset)
-    options = DatasetOptions(flags["tokenizer"], val_fraction=0.2, require_tokenizer=True)
+    options = DatasetOptions(tokenizer=flags["tokenizer"], val_fraction=0.2, require_tokenizer=True)
     trial = open_dataset(Path(flags["input"]), options)
     expected = dataset.train[: len(dataset.train)].tolist()
     found = [*trial.train[: len(trial.train)], *trial.val[: len(trial.val)]]
