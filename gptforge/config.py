@@ -138,9 +138,6 @@ class Config:
     token_noise: float = 0.0
     """Probability that a training input token is replaced by another one of its batch; the targets
     are unchanged."""
-    label_smoothing: float = 0.0
-    """Probability that the targets of the training loss give to all ids alike; the loss that is
-    logged stays that of the text."""
     seed: int = 1337
     """Seed of initial weights, shuffling, dropout and samples."""
     init_from: str = ""

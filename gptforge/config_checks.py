@@ -35,8 +35,7 @@ def validate(config: Config) -> None:
     for name in ("embedding_weight_decay", "muon_weight_decay"):
         if getattr(c, name) < 0 and getattr(c, name) != -1:
             raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
-    probabilities = ("dropout", "token_noise", "label_smoothing")
-    for name in ("val_fraction", "beta1", "beta2", "ema", *probabilities):
+    for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
         if not 0 <= getattr(c, name) < 1:
             raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
     if not 0 <= c.distill_weight <= 1:

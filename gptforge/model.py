@@ -9,7 +9,6 @@ Shapes: B sequences of T tokens, C channels (n_embd), H heads of D = C / H chann
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -158,31 +157,14 @@ class GPT(nn.Module):
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         return logits
 
-    def loss(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        num_tokens: int | None = None,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        """Compute the summed loss from the output of `forward_hidden`; arguments as `forward`.
-
-        `label_smoothing` changes the gradient only, so that losses compare with those of other
-        runs.
-        """
+    def loss(self, hidden: Tensor, targets: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Compute the summed loss from the output of `forward_hidden`; arguments as `forward`."""
         logits = self.lm_head(hidden).flatten(0, -2)
         if num_tokens is not None:
             logits = logits[:, :num_tokens]
-        cross_entropy = partial(
-            F.cross_entropy, logits.float(), targets.flatten(),
-            ignore_index=IGNORE_INDEX, reduction="sum",
-        )  # fmt: skip
-        loss = cross_entropy()
-        if label_smoothing:
-            smoothed = cross_entropy(label_smoothing=label_smoothing)
-            # The value of one, and the gradient of the other.
-            loss = loss.detach() + (smoothed - smoothed.detach())
-        return loss
+        return F.cross_entropy(
+            logits.float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
 
     def forward_hidden(
         self,

@@ -92,7 +92,6 @@ def build_train_step(
         root=root,
         ema_decay=config.ema,
         distillation=distillation,
-        label_smoothing=config.label_smoothing,
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""
     if not comm.all_true(not failure):

@@ -100,8 +100,7 @@ class KernelWarmup:
             accumulate_column_sums(hidden, bias_grad)
         if c.vocab_size:
             # 0 until the text is tokenized.
-            logits = self._zeros(WARMUP_TOKENS, c.vocab_size)
-            cross_entropy_in_place(logits, ids[0], IGNORE_INDEX, 1.0, c.label_smoothing)
+            cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0], IGNORE_INDEX)
 
     def _run(self, work: Callable[[], None]) -> None:
         # Errors are ignored: training runs into the same ones, and reports them. The current

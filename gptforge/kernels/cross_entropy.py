@@ -21,19 +21,14 @@ _CPU_CHUNK = 2**20
 
 
 def cross_entropy_in_place(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    scale: float | Tensor = 1.0,
-    label_smoothing: float = 0.0,
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor = 1.0
 ) -> Tensor:
     """Losses (N,) in nats; the logits (N, V) become `scale` times the gradient of their sum.
 
-    Where the target is `ignore_index`, loss and gradient are zero. `label_smoothing` changes the
-    gradient only, so that losses compare with those of other runs.
+    Where the target is `ignore_index`, loss and gradient are zero.
     """
     if not uses_triton(logits):
-        return _cross_entropy_torch(logits, targets, ignore_index, scale, label_smoothing)
+        return _cross_entropy_torch(logits, targets, ignore_index, scale)
     from gptforge.kernels.triton import cross_entropy as kernels
 
     rows, columns = logits.shape
@@ -48,18 +43,13 @@ def cross_entropy_in_place(
     block = min(4096, max(8, next_power_of_2(columns)))
     kernels.cross_entropy[(programs,)](
         logits, targets.contiguous(), losses, logits.stride(0), ignore_index, scale, rows, programs,
-        columns=columns, BLOCK=block, LABEL_SMOOTHING=label_smoothing,
-        num_warps=max(1, block // 256),
+        columns=columns, BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip
     return losses
 
 
 def _cross_entropy_torch(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    scale: float | Tensor,
-    label_smoothing: float,
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor
 ) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(len(logits), dtype=dtype)
@@ -74,19 +64,13 @@ def _cross_entropy_torch(
         loss.copy_(torch.where(is_valid, -x.gather(1, index), 0)[:, 0])
         # d loss / d logits = softmax - one_hot
         x.exp_()
-        x.scatter_add_(1, index, x.new_full(index.shape, label_smoothing - 1))
-        if label_smoothing:
-            x -= label_smoothing / x.size(1)
+        x.scatter_add_(1, index, x.new_full(index.shape, -1.0))
         chunk.copy_(x.mul_(is_valid * scale))
     return losses
 
 
 def fused_linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float = 0.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` in nats, summed over the tokens; differentiable.
 
@@ -95,11 +79,8 @@ def fused_linear_cross_entropy(
         weight: (V, C) float32; so is its gradient.
         targets: (N,) ids.
         ignore_index: these targets are skipped.
-        label_smoothing: of the gradient; the loss stays that of the targets.
     """
-    loss: Tensor = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, ignore_index, label_smoothing
-    )
+    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -111,28 +92,23 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
     ) -> Tensor:
         weight = weight.to(hidden.dtype)  # (V, C)
         logits = hidden @ weight.t()  # (N, V)
-        losses = cross_entropy_in_place(logits, targets, ignore_index, 1.0, label_smoothing)
+        losses = cross_entropy_in_place(logits, targets, ignore_index)
         ctx.save_for_backward(hidden, weight, logits)
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, grad_logits = ctx.saved_tensors
         # cuBLAS warns if a GEMM is the first call in autograd's thread; this clone comes before it.
         scale = grad_output[0].clone()
         # Scaled in float32: rounding the scale to bfloat16 would bias all gradients the same way.
         grad_hidden = _mm_fp32(grad_logits, weight).mul_(scale)
         grad_weight = _mm_fp32(grad_logits.t(), hidden).mul_(scale)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ def distillation_in_place(
     *,
     weight: float,
     scale: float | Tensor = 1.0,
-    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Overwrite the logits with the gradient of the distillation loss.
 
@@ -37,16 +36,13 @@ def distillation_in_place(
         ignore_index: see `targets`.
         weight: of the teachers, from 0 to 1.
         scale: of the gradient.
-        label_smoothing: of the targets, in the gradient.
 
     Returns:
         The cross-entropy with `targets` alone (N,) in nats, which is comparable between runs with
         and without teachers.
     """
     if not uses_triton(logits):
-        return _distillation_torch(
-            logits, teacher_logits, targets, ignore_index, weight, scale, label_smoothing
-        )
+        return _distillation_torch(logits, teacher_logits, targets, ignore_index, weight, scale)
     from gptforge.kernels.triton import distillation as kernels
 
     rows, columns = logits.shape
@@ -59,7 +55,7 @@ def distillation_in_place(
     kernels.distillation[(-(-rows // rows_per_program),)](
         logits, teacher_logits, targets.contiguous(), losses, ignore_index, weight, scale, rows,
         columns=columns, TEACHERS=len(teacher_logits), BLOCK=block, ROWS=rows_per_program,
-        LABEL_SMOOTHING=label_smoothing, num_warps=8,
+        num_warps=8,
     )  # fmt: skip
     return losses
 
@@ -71,7 +67,6 @@ def _distillation_torch(
     ignore_index: int,
     weight: float,
     scale: float | Tensor,
-    label_smoothing: float,
 ) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     is_valid = (targets != ignore_index)[:, None]  # (N, 1)
@@ -81,9 +76,7 @@ def _distillation_torch(
     losses = torch.where(is_valid, -x.gather(1, index), 0)[:, 0]
     # d loss / d logits = softmax - target probabilities
     x.exp_()
-    x.scatter_add_(1, index, x.new_full(index.shape, (weight - 1) * (1 - label_smoothing)))
-    if label_smoothing:
-        x -= (1 - weight) * label_smoothing / x.size(1)
+    x.scatter_add_(1, index, x.new_full(index.shape, weight - 1))
     x -= weight * teacher_logits.to(dtype).softmax(-1).mean(0)
     logits.copy_(x.mul_(is_valid * scale))
     return losses

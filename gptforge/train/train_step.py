@@ -49,7 +49,6 @@ class TrainStep:
         root: the root module, if FSDP shards the model.
         ema_decay: final decay of the average of the weights; 0 for none.
         distillation: teachers to learn from besides the targets; not with `root`.
-        label_smoothing: of the targets; changes gradients, not the loss that is returned.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class TrainStep:
         root: FSDPRoot | None = None,
         ema_decay: float = 0.0,
         distillation: Distillation | None = None,
-        label_smoothing: float = 0.0,
     ) -> None:
         assert root is None or not halve_on_oom, "FSDP cannot retry: the other ranks would hang"
         self.model, self.optimizer, self.precision = model, optimizer, precision
@@ -77,7 +75,7 @@ class TrainStep:
         self._activation_checkpointing, self._loss_chunk = activation_checkpointing, loss_chunk
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, ema_decay) if ema_decay else None
-        self._distillation, self._label_smoothing = distillation, label_smoothing
+        self._distillation = distillation
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         self.set_kernels(kernels)
 
@@ -157,7 +155,6 @@ class TrainStep:
             root=self._root,
             autograd_grads=lambda: self._autograd_grad_buffer,
             distillation=self._distillation,
-            label_smoothing=self._label_smoothing,
         )
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(

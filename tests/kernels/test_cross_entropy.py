@@ -35,20 +35,16 @@ def test_fused_linear_cross_entropy_matches_autograd(device, rows, columns, dtyp
     assert weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("columns", [2, 7, 8, 65, 128, 777, 4096, 4097, 5000])
-def test_logits_become_their_gradient(device, columns, smoothing) -> None:
+def test_logits_become_their_gradient(device, columns) -> None:
     torch.manual_seed(columns)
     logits = torch.randn(40, columns, device=device) * 4
     exact = logits.double().requires_grad_()
     targets = torch.randint(0, columns, (40,), device=device)
     targets[7] = -1
-    losses = cross_entropy_in_place(logits, targets, -1, 0.25, smoothing)
+    losses = cross_entropy_in_place(logits, targets, -1, 0.25)
     expected = F.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
-    smoothed = F.cross_entropy(
-        exact, targets, ignore_index=-1, reduction="sum", label_smoothing=smoothing
-    )
-    (smoothed * 0.25).backward()
+    (expected.sum() * 0.25).backward()
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-4, atol=1e-6)
     assert not logits[7].any()

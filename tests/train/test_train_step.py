@@ -213,26 +213,6 @@ def test_saving_memory_does_not_change_the_loss(tiny_model, option, manual_backw
         torch.testing.assert_close(saving(*make_batch("cpu"), lr=1e-2), expected)
 
 
-@pytest.mark.parametrize(
-    "kernels",
-    [KernelConfig(), KernelConfig(fused_cross_entropy=True), KernelConfig(manual_backward=True)],
-    ids=["torch", "fused", "manual"],
-)
-@pytest.mark.parametrize("loss_chunk", [0, 24])
-def test_label_smoothing_changes_gradients_only(tiny_model, kernels, loss_chunk) -> None:
-    idx, targets = make_batch("cpu")
-    options = {"kernels": kernels, "loss_chunk": loss_chunk}
-    backend = make_step(tiny_model, label_smoothing=0.1, **options).backend
-    backend.zero_grad()
-    loss = backend.forward_backward(idx, targets, 0.5)
-    torch.testing.assert_close(loss, tiny_model(idx, targets).detach())
-    logits = tiny_model(idx).flatten(0, 1)
-    smoothed = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=0.1)
-    (smoothed * 0.5).backward()
-    for p, q in zip(backend.model.parameters(), tiny_model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
-
-
 def test_activation_checkpointing_recomputes_the_same_dropout(tiny_model) -> None:
     model = GPT(dataclasses.replace(tiny_model.config, dropout=0.3)).init_weights()
     losses = []

@@ -13,7 +13,7 @@ def cross_entropy(
     losses,  # (rows,) fp32
     stride, ignore_index,
     scale,  # () fp32, factor of the gradient
-    rows, programs, columns: tl.constexpr, BLOCK: tl.constexpr, LABEL_SMOOTHING: tl.constexpr,
+    rows, programs, columns: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over each row, then a second read that writes softmax - one_hot.
 
@@ -23,16 +23,14 @@ def cross_entropy(
     for row in range(tl.program_id(0), rows, programs):
         logits_row = logits + row * stride.to(tl.int64)
         _cross_entropy_row(
-            logits_row, targets + row, losses + row, ignore_index, scale,
-            columns, BLOCK, LABEL_SMOOTHING,
-        )  # fmt: skip
+            logits_row, targets + row, losses + row, ignore_index, scale, columns, BLOCK
+        )
 
 
 @triton.jit
 def _cross_entropy_row(
-    logits, target_ptr, loss_ptr, ignore_index, scale,
-    columns: tl.constexpr, BLOCK: tl.constexpr, LABEL_SMOOTHING: tl.constexpr,
-):  # fmt: skip
+    logits, target_ptr, loss_ptr, ignore_index, scale, columns: tl.constexpr, BLOCK: tl.constexpr
+):
     target = tl.load(target_ptr)
     # Each thread keeps a maximum and a sum for its eight columns of a block: reducing across
     # threads in every block would take 50% longer. -3.4e38 since -inf - -inf is NaN.
@@ -53,17 +51,16 @@ def _cross_entropy_row(
     # The gradient is scale * softmax = exp2((x - m) * log2(e) - log2_norm): no multiplication per
     # column. For ignored targets log2_norm is infinite, and the gradient 0.
     log2_norm = tl.log2(sum_exp) - tl.log2(weight)
-    uniform = weight * (LABEL_SMOOTHING / columns) if LABEL_SMOOTHING > 0 else 0.0
     # All threads must have read the target's logit before one of them overwrites it.
     tl.debug_barrier()
     for start in range(0, FULL, BLOCK):
-        _write_gradient(logits, start, m, log2_norm, uniform, columns, BLOCK, False)
+        _write_gradient(logits, start, m, log2_norm, columns, BLOCK, False)
     if columns > FULL:
-        _write_gradient(logits, FULL, m, log2_norm, uniform, columns, BLOCK, True)
+        _write_gradient(logits, FULL, m, log2_norm, columns, BLOCK, True)
     # And the one-hot term has to be written after the loop has written the target's column.
     tl.debug_barrier()
-    target_grad = tl.exp2((target_logit - m) * LOG2_E - log2_norm) - weight * (1 - LABEL_SMOOTHING)
-    tl.store(logits + index, (target_grad - uniform).to(logits.dtype.element_ty))
+    target_grad = tl.exp2((target_logit - m) * LOG2_E - log2_norm) - weight
+    tl.store(logits + index, target_grad.to(logits.dtype.element_ty))
 
 
 @triton.jit
@@ -95,12 +92,12 @@ def _online_softmax(
 
 @triton.jit
 def _write_gradient(
-    logits, start, m, log2_norm, uniform,
+    logits, start, m, log2_norm,
     columns: tl.constexpr, BLOCK: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     offset = start + _thread_columns(columns, BLOCK)
     mask = offset < columns if IS_LAST else None
     x = tl.load(logits + offset, mask, eviction_policy="evict_first").to(tl.float32)
-    grad = (tl.exp2((x - m) * LOG2_E - log2_norm) - uniform).to(logits.dtype.element_ty)
+    grad = tl.exp2((x - m) * LOG2_E - log2_norm).to(logits.dtype.element_ty)
     # .cs (streaming): the next GEMM reads far more logits than fit into the cache.
     tl.store(logits + offset, grad, mask, cache_modifier=".cs")

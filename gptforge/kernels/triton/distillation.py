@@ -16,7 +16,6 @@ def distillation(
     weight,  # of the teachers in the target probabilities
     scale,  # () fp32, factor of the gradient
     rows, columns: tl.constexpr, TEACHERS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """logits = scale * (softmax - (1 - weight) * one_hot - weight * mean of teachers' softmax)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -37,9 +36,7 @@ def distillation(
     loss = tl.log(sum_exp) + (m - target_logit)
     tl.store(losses + row, tl.where(is_valid, loss, 0.0), mask=row < rows)
 
-    grad = exp / sum_exp[:, None] - tl.where(is_target, (1 - weight) * (1 - LABEL_SMOOTHING), 0.0)
-    if LABEL_SMOOTHING > 0:
-        grad -= (1 - weight) * (LABEL_SMOOTHING / columns)
+    grad = exp / sum_exp[:, None] - tl.where(is_target, 1 - weight, 0.0)
     for _ in tl.static_range(TEACHERS):
         y = tl.load(teacher_logits + offset, mask=mask, other=0.0).to(tl.float32) + padding
         exp = tl.exp2((y - tl.max(y, 1)[:, None]) * LOG2_E)

@@ -42,10 +42,9 @@ class AutogradBackend:
         world_size: int = 1,
         compile_blocks: bool = False,
         distillation: Distillation | None = None,
-        label_smoothing: float = 0.0,
     ) -> None:
         assert root is None or distillation is None, "teachers are not sharded"
-        self._distillation, self._label_smoothing = distillation, label_smoothing
+        self._distillation = distillation
         self.model, self._precision, self._kernels = model, precision, kernels
         self._scaler, self._grads, self._root = scaler, grads, root
         self._activation_checkpointing = activation_checkpointing
@@ -130,7 +129,7 @@ class AutogradBackend:
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy, from hidden states (B, T, C)."""
         if not self._has_separate_loss:
-            return self.model.loss(hidden, targets, label_smoothing=self._label_smoothing)
+            return self.model.loss(hidden, targets)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if not self._loss_chunk:
             return self._lm_head(hidden, targets)
@@ -145,10 +144,8 @@ class AutogradBackend:
         if self._kernels.fused_cross_entropy:
             weight = self.model.lm_head.weight  # (V, C)
             hidden = hidden.to(self._precision.dtype)
-            return fused_linear_cross_entropy(
-                hidden, weight, targets, IGNORE_INDEX, self._label_smoothing
-            )
-        return self.model.loss(hidden, targets, label_smoothing=self._label_smoothing)
+            return fused_linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
+        return self.model.loss(hidden, targets)
 
 
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -34,7 +34,6 @@ def build_backend(
     root: FSDPRoot | None,
     autograd_grads: Callable[[], AutogradGradBuffer],
     distillation: Distillation | None,
-    label_smoothing: float,
 ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
     """Build the backend that `kernels` names, and its reducer.
 
@@ -69,7 +68,6 @@ def build_backend(
             # One graph of the full model would finish all gradients at its end: no overlap.
             compile_blocks=comm.world_size > 1,
             distillation=distillation,
-            label_smoothing=label_smoothing,
         )
         return autograd, reducer
 
@@ -80,7 +78,6 @@ def build_backend(
         activation_checkpointing=activation_checkpointing,
         loss_chunk=loss_chunk,
         distillation=distillation,
-        label_smoothing=label_smoothing,
     )
     if root is not None:
         manual = build(

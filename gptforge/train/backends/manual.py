@@ -48,7 +48,6 @@ class ManualBackend:
         weights: allocates the weights to compute with; by default for an unsharded model.
         make_grads: builds the gradient buffer from groups of parameters.
         distillation: teachers to learn from besides the targets.
-        label_smoothing: of the targets, in the gradient.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class ManualBackend:
         weights: ComputeWeights | None = None,
         make_grads: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
         distillation: Distillation | None = None,
-        label_smoothing: float = 0.0,
     ) -> None:
         p, device = model.config.dropout, next(model.parameters()).device
         self._dropout = DropoutRate(p, device) if p else None
@@ -69,7 +67,7 @@ class ManualBackend:
         assert not (self._dropout and activation_checkpointing), "cannot recompute dropout"
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
-        self._recompute, self._label_smoothing = activation_checkpointing, label_smoothing
+        self._recompute = activation_checkpointing
         self._loss_chunk = loss_chunk or default_loss_chunk(model.config.vocab_size)
         self._weights = weights = weights or ComputeWeights(dtype)
         wte, wpe, ln_f = (model.transformer[name] for name in ("wte", "wpe", "ln_f"))
@@ -195,12 +193,9 @@ class ManualBackend:
                 loss = distillation_in_place(
                     logits, torch.stack(teacher_logits), targets[chunk], IGNORE_INDEX,
                     weight=self._distill_weight, scale=scale,
-                    label_smoothing=self._label_smoothing,
                 )  # fmt: skip
             else:
-                loss = cross_entropy_in_place(
-                    logits, targets[chunk], IGNORE_INDEX, scale, self._label_smoothing
-                )
+                loss = cross_entropy_in_place(logits, targets[chunk], IGNORE_INDEX, scale)
             losses.append(loss.sum())
             torch.mm(logits, self._lm_head_weight, out=dln_f[chunk])
             accumulate_wgrad(self._dwte, logits, ln_f_out[chunk])
