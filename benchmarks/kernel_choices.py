@@ -22,7 +22,7 @@ from gptforge.kernels import (
 )
 from gptforge.kernels.attention import SdpaAttention, TritonAttention
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
-from gptforge.kernels.dropout import draw_dropout_seeds
+from gptforge.kernels.dropout import DropoutRate
 from gptforge.kernels.reductions import accumulate_column_sums
 
 N, C, V = 32768, 768, 50304
@@ -119,7 +119,7 @@ def dropout() -> None:
     residual, output, grad = randn(N, C), randn(N, C), randn(N, C)
     weight, grads = torch.ones(C, device="cuda"), torch.zeros(3 * C, device="cuda")
     bias_grad = torch.zeros(C, device="cuda")
-    [seed] = draw_dropout_seeds(1, DROPOUT, residual.device)
+    [seed] = DropoutRate(DROPOUT, residual.device).draw_seeds(1)
 
     def by_torch() -> None:
         dropped, mask = torch.native_dropout(output, DROPOUT, True)
@@ -183,10 +183,9 @@ def attention(batch: int, length: int, heads: int, head_dim: int) -> None:
     flops = 5 * batch * heads * head_dim * length * (length + 1)
     shape = f"{batch} sequences of {length}, {heads} heads of {head_dim}"
     print_row(f"attention backward, {shape}", both - forward, backward, flops=flops)
-    [seed] = draw_dropout_seeds(1, DROPOUT, qkv.device)
-    sdpa_dropout = SdpaAttention(DROPOUT)
+    [seed] = DropoutRate(DROPOUT, qkv.device).draw_seeds(1)
     times = time_interleaved(
-        lambda: sdpa_dropout.backward(grad, sdpa_dropout.forward(qkv, seed)[1], bias_grad),
+        lambda: sdpa.backward(grad, sdpa.forward(qkv, seed)[1], bias_grad),
         lambda: triton.backward(grad, triton.forward(qkv, seed)[1], bias_grad),
     )
     print_row(f"with dropout, forward and backward, {shape}", *times, flops=7 / 5 * flops)

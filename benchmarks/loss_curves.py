@@ -26,7 +26,7 @@ from gptforge.device import Precision, select_device, select_precision
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import learning_rate
 from gptforge.tokenizers import from_name
 from gptforge.train.train_step import TrainStep
 
@@ -59,10 +59,10 @@ def train(
         tokens, context_length=shape.block_size, global_batch_size=batch_size, seed=0, shuffle=True,
         device=device,
     )  # fmt: skip
-    schedule = Schedule("cosine", max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps)
+    config = Config(max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps)
     losses = []
     for number in range(steps):
-        losses.append(step(*loader.next_batch(), lr=schedule.lr(number))[0])
+        losses.append(step(*loader.next_batch(), lr=learning_rate(config, number))[0])
     return [float(loss) for loss in losses]
 
 

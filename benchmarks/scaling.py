@@ -27,11 +27,11 @@ import torch
 
 from gptforge.bench.train_speed import random_batch
 from gptforge.builders.build_train_step import build_train_step
-from gptforge.builders.seed import seed_everything
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config
 from gptforge.device import (
     peak_flops,
+    seed_everything,
     select_device,
     select_precision,
     synchronize,

@@ -4,6 +4,7 @@
 `gptforge.load("runs/shakespeare-cpu").generate("Romeo:")` generates text.
 """
 
+import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,14 @@ __version__ = "0.2.0"
 __all__ = ["Run", "RunError", "UserError", "__version__", "load", "train"]
 
 
+# Lazy, since importing torch takes a second and `--help` does not need it.
+_MODULES = {"load": "builders.load_model", "Run": "api.run", "train": "api.train"}
+
+
 def __getattr__(name: str) -> Any:
-    # Lazy, since importing torch takes a second and `--help` does not need it.
-    if name == "load":
-        from gptforge.builders.load_model import load
-
-        return load
-    if name == "Run":
-        from gptforge.api.run import Run
-
-        return Run
-    raise AttributeError(f"module 'gptforge' has no attribute '{name}'")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'gptforge' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"gptforge.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
@@ -39,13 +37,8 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """Keeps `gptforge.train` the function: importing the subpackage `train` would replace it."""
 
-    def _get_train(self) -> Any:
-        from gptforge.api.train import train
-
-        return train
-
     if not TYPE_CHECKING:
-        train = property(_get_train, lambda self, subpackage: None)
+        train = property(lambda self: __getattr__("train"), lambda self, subpackage: None)
 
 
 sys.modules[__name__].__class__ = _Package

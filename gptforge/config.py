@@ -95,6 +95,9 @@ class Config:
     GPU."""
     dropout: float = 0.0
     """Dropout probability in training."""
+    dropout_ramp: float = 0.0
+    """Fraction of max_steps, the first ones, in which dropout rises linearly from 0; 0: constant
+    dropout."""
 
     batch_size: int = 32
     """Sequences in a micro-batch."""

@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Collection
 
 from gptforge.config import MAX_TOKENS_PER_STEP, SEED_LIMIT, TRACKERS, Config
 from gptforge.errors import UserError
@@ -39,6 +40,8 @@ def validate(config: Config) -> None:
             raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
     if not 0 <= c.distill_weight <= 1:
         raise UserError(f"--distill_weight must be from 0 to 1, not {c.distill_weight}")
+    if not 0 <= c.dropout_ramp <= 1:
+        raise UserError(f"--dropout_ramp must be from 0 to 1, not {c.dropout_ramp}")
     if c.tokens_per_step > MAX_TOKENS_PER_STEP:
         raise UserError(
             f"--batch_size {c.batch_size} x --gradient_accumulation_steps "
@@ -74,6 +77,23 @@ def validate(config: Config) -> None:
             f"--warmup_steps {c.warmup_steps} is more than --max_steps {c.max_steps}: "
             "the learning rate would never reach --max_lr"
         )
+
+
+def unused_fields(config: Config, explicit: Collection[str]) -> list[tuple[str, str]]:
+    """Fields that the user set and that have no effect, and with which value of another field."""
+    c = config
+    unused = {
+        "without --optimizer muon": ("muon_lr muon_weight_decay", c.optimizer != "muon"),
+        "without --teachers": ("teacher_steps distill_weight", c.teachers == 0),
+        "without --schedule wsd": ("decay_fraction", c.schedule != "wsd"),
+        "with --schedule constant": ("min_lr", c.schedule == "constant"),
+    }
+    return [
+        (name, when)
+        for when, (names, is_unused) in unused.items()
+        for name in names.split()
+        if is_unused and name in explicit
+    ]
 
 
 def _check_min(config: Config, minimum: int, names: str) -> None:

@@ -60,13 +60,10 @@ def select_kernels(config: Config, device: torch.device, precision: Precision) -
 
 
 def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:
-    """Whether to use torch.compile, and why.
+    """Whether to use torch.compile by `--compile`, and why.
 
-    Args:
-        flag: `--compile`: auto, true or false.
-        device: of the model.
-        attempt: compiles the model and runs it once; may raise. The compiler needs Triton, a C++
-            compiler and a recent driver, and raises anything where one is missing.
+    `attempt` compiles the model and runs it once. The compiler needs Triton, a C++ compiler and a
+    recent driver, and raises anything where one is missing.
     """
     if flag == "false":
         return False, "as requested"

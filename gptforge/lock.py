@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from gptforge import files
 from gptforge.errors import UserError
@@ -23,16 +23,13 @@ RETRY_SECONDS, POLL_SECONDS = 0.12, 0.02
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
-class FolderLock:
+class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     """A locked folder. The operating system drops the lock however the process ends."""
 
     def __init__(self, folder: Path, lock: "BaseFileLock", created: Sequence[Path] = ()) -> None:
         self.folder = folder
         self._lock = lock
         self._created = created
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -107,7 +104,9 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_create(path: Path, *, log: Callable[[str], None] | None = None) -> Iterator[Path]:
+def atomic_create(
+    path: Path, *, is_new: bool = False, log: Callable[[str], None] | None = None
+) -> Iterator[Path]:
     """Yield a scratch path for a file or folder that is renamed to `path` if the block succeeds.
 
     The scratch path lies in `.NAME.partial` beside `path`. That folder is locked meanwhile, so
@@ -115,8 +114,11 @@ def atomic_create(path: Path, *, log: Callable[[str], None] | None = None) -> It
 
     Args:
         path: what to create; stays as it is if the block creates nothing.
+        is_new: raise a UserError if `path` exists, unless it is an empty folder.
         log: called if another process has to be waited for.
     """
+    if is_new:
+        _check_absent(path)
     workspace = path.with_name(f".{path.name}.partial")
     if workspace.is_symlink():
         workspace.unlink()
@@ -131,6 +133,8 @@ def atomic_create(path: Path, *, log: Callable[[str], None] | None = None) -> It
             for leftover in workspace.iterdir():
                 if leftover.name != LOCK_FILE:
                     files.remove(leftover)
+            if is_new:  # another process may have created it while this one waited
+                _check_absent(path)
             scratch = workspace / f"new{path.suffix}"
             try:
                 with files.add_filename_to_errors(path):
@@ -147,17 +151,10 @@ def atomic_create(path: Path, *, log: Callable[[str], None] | None = None) -> It
 
 @contextlib.contextmanager
 def atomic_create_dir(path: Path) -> Iterator[Path]:
-    """`atomic_create` for a folder that does not exist yet or is empty.
-
-    Raises:
-        UserError: if `path` exists and is not an empty folder.
-    """
+    """`atomic_create` for a folder that does not exist yet or is empty."""
     if path.is_symlink() and path.is_dir():
         path = path.resolve()
-    _check_absent(path)
-    with atomic_create(path) as scratch:
-        # Again, as another process may have created it while this one waited.
-        _check_absent(path)
+    with atomic_create(path, is_new=True) as scratch:
         scratch.mkdir()
         yield scratch
         if path.is_dir():

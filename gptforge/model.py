@@ -107,7 +107,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         with _SkipInit():
             self.transformer = nn.ModuleDict(
                 {
@@ -185,13 +185,19 @@ class GPT(nn.Module):
         assert self.config.block_size >= T, f"{T} tokens, but block_size {self.config.block_size}"
         wte, wpe = self.transformer["wte"], self.transformer["wpe"]
         x = wte(idx) + wpe(torch.arange(T, device=idx.device))  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.dropout, self.training)
         if residual_dtype is not None:
             x = x.to(residual_dtype)
         for block in self.blocks():
             x = checkpoint(block, x, use_reentrant=False) if activation_checkpointing else block(x)
         y: Tensor = self.transformer["ln_f"](x)
         return y
+
+    def set_dropout(self, p: float) -> None:
+        """Change the dropout probability of all layers."""
+        for module in self.modules():
+            if isinstance(module, (GPT, CausalSelfAttention, MLP)):
+                module.dropout = p
 
     def blocks(self) -> Iterator[nn.Module]:
         """Iterate over the transformer blocks, first to last."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gptforge.config import Config, Value, merge
 from gptforge.errors import UserError
+from gptforge.recipe import make_recipe
 
 
 @dataclass(frozen=True)
@@ -16,100 +17,31 @@ class Preset:
 
 
 AUTO = "auto"
-"""The preset whose values follow from the text; see `builders.recipe`."""
+"""The preset whose values follow from the text; see `recipe`."""
 FINETUNE = "finetune"
-"""The preset whose steps and rates follow from model and text; see `builders.finetune`."""
+"""The preset whose steps and rates follow from model and text; see `builders.text_presets`."""
 
-# Larger models have smaller micro-batches, which shrink further if memory is short; the global
-# batch size of all GPT-2 presets is 128.
+
+def _gpt2(description: str, n_layer: int, n_head: int, n_embd: int, batch_size: int) -> Preset:
+    """A larger GPT-2 with a global batch of 128 like the small one, in smaller micro-batches."""
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    batch = {"batch_size": batch_size, "gradient_accumulation_steps": 128 // batch_size}
+    return Preset(description, {**shape, **batch})
+
+
+# The shakespeare presets are those of a megabyte until the size of the text is known.
 PRESETS: dict[str, Preset] = {
     "gpt2": Preset("GPT-2 small, 124M parameters", {}),
-    "gpt2-medium": Preset(
-        "GPT-2 medium, 355M parameters",
-        {
-            "n_layer": 24,
-            "n_head": 16,
-            "n_embd": 1024,
-            "batch_size": 32,
-            "gradient_accumulation_steps": 4,
-        },
-    ),
-    "gpt2-large": Preset(
-        "GPT-2 large, 774M parameters",
-        {
-            "n_layer": 36,
-            "n_head": 20,
-            "n_embd": 1280,
-            "batch_size": 16,
-            "gradient_accumulation_steps": 8,
-        },
-    ),
-    "gpt2-xl": Preset(
-        "GPT-2 xl, 1.56B parameters",
-        {
-            "n_layer": 48,
-            "n_head": 25,
-            "n_embd": 1600,
-            "batch_size": 8,
-            "gradient_accumulation_steps": 16,
-        },
-    ),
+    "gpt2-medium": _gpt2("GPT-2 medium, 355M parameters", 24, 16, 1024, batch_size=32),
+    "gpt2-large": _gpt2("GPT-2 large, 774M parameters", 36, 20, 1280, batch_size=16),
+    "gpt2-xl": _gpt2("GPT-2 xl, 1.56B parameters", 48, 25, 1600, batch_size=8),
     "shakespeare": Preset(
         "characters, 11M parameters: best quality on one GPU for a text of 0.3 to 5 MB",
-        {
-            "tokenizer": "char",
-            "n_layer": 6,
-            "n_head": 6,
-            "n_embd": 384,
-            "dropout": 0.15,
-            "token_noise": 0.05,
-            "block_size": 256,
-            "context_length": 256,
-            "random_offset": True,
-            "batch_size": 64,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 3000,
-            "teachers": 2,
-            "teacher_steps": 1900,
-            "optimizer": "muon",
-            "muon_lr": 5e-3,
-            "muon_weight_decay": 1.2,
-            "weight_decay": 3.0,
-            "beta2": 0.99,
-            "ema": 0.998,
-            "log_every": 20,
-            "eval_every": 200,
-            "save_every": 500,
-            "sample_every": 500,
-        },
+        make_recipe(10**6, "gpu").values,
     ),
     "shakespeare-cpu": Preset(
         "a small model with its own vocabulary: minutes on two CPU cores",
-        {
-            "tokenizer": "bpe",
-            "n_layer": 4,
-            "n_head": 4,
-            "n_embd": 128,
-            "block_size": 256,
-            "context_length": 256,
-            "random_offset": True,
-            "batch_size": 8,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 1500,
-            "max_lr": 4e-3,
-            "min_lr": 4e-4,
-            "optimizer": "muon",
-            "muon_lr": 1e-2,
-            "muon_weight_decay": 0.5,
-            "weight_decay": 0.5,
-            "beta2": 0.99,
-            "ema": 0.998,
-            "log_every": 10,
-            "eval_every": 100,
-            "eval_tokens": 65536,
-            "save_every": 200,
-            "sample_every": 200,
-        },
+        make_recipe(10**6, "cpu").values,
     ),
     FINETUNE: Preset(
         "a pretrained model, --init_from, on a text of your own",

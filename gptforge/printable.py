@@ -41,9 +41,9 @@ def printable_text(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match), text)
 
 
-def terminal_safe(text: str, stream: TextIO | None = None) -> str:
-    """Generated text, escaped if the stream (default: stdout) is a terminal, as is for a pipe."""
-    return printable_text(text) if (stream or sys.stdout).isatty() else text
+def terminal_safe(text: str) -> str:
+    """Generated text, escaped if stdout is a terminal, as is for a pipe."""
+    return printable_text(text) if sys.stdout.isatty() else text
 
 
 def safe_print(text: object, *, file: TextIO | None = None) -> None:

@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 # Modules and folders of the package. Each may import only from those before it.
 LAYERS = (
     *("printable", "errors", "findings", "shell", "files", "patterns", "lock", "cuda_prewarm"),
-    *("config", "config_checks", "config_file", "presets"),
-    *("estimate", "kernels", "device", "kernel_select", "distributed", "model", "tokenizers"),
+    *("config", "config_checks", "config_file", "estimate", "recipe", "presets"),
+    *("kernels", "device", "kernel_select", "distributed", "model", "tokenizers"),
     *("data", "optim", "checkpoint", "report", "inference", "evaluate", "convert", "train"),
     *("builders", "bench", "doctor", "demo", "sweep", "cli", "api", "__main__"),
 )
-NO_TORCH = {*LAYERS[: LAYERS.index("estimate") + 1], "cli", "__main__", "__init__"}
+NO_TORCH = {*LAYERS[: LAYERS.index("presets") + 1], "cli", "__main__", "__init__"}
 # Optional or slow: imported inside the function that uses them.
 LAZY = {
     *("triton", "matplotlib", "transformers", "huggingface_hub", "uvicorn", "gguf", "pyarrow"),

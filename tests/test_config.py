@@ -22,6 +22,7 @@ from gptforge.errors import UserError
         ({"gradient_accumulation_steps": 0}, ["--gradient_accumulation_steps"]),
         ({"val_fraction": 1.0}, ["--val_fraction", "1.0"]),
         ({"dropout": -0.1}, ["--dropout", "-0.1"]),
+        ({"dropout_ramp": 1.5}, ["--dropout_ramp", "1.5"]),
         ({"max_lr": 0.0}, ["--max_lr"]),
         ({"max_lr": float("nan")}, ["--max_lr", "nan"]),
         ({"min_lr": 0.1}, ["--min_lr 0.1", "--max_lr 0.001"]),

@@ -59,7 +59,7 @@ def test_signal_saves_and_the_same_command_resumes(tmp_path, play, number, code)
     else:
         raise AssertionError("it did not resume")
     assert f"{stopped}{line}" in (tmp_path / "run/log.md").read_text()
-    # The second one ends the process at once.
+    # One more ends the process at once, or stops the final evaluation.
     time.sleep(0.2)
     process.send_signal(number)
     process.send_signal(number)

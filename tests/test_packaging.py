@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.convert.space import REQUIREMENTS
+from gptforge.convert.space import FILES
 from gptforge.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_python_versions_are_tested() -> None:
 
 
 def test_requirements_of_a_space() -> None:
-    required = set(REQUIREMENTS.splitlines())
+    required = set((FILES / "requirements.txt").read_text("utf-8").splitlines())
     assert set(PROJECT["dependencies"]) < required
     assert required - set(PROJECT["dependencies"]) == set(PROJECT["optional-dependencies"]["demo"])
 

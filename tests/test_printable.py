@@ -80,8 +80,6 @@ def test_model_card_escapes_the_name_of_the_text() -> None:
         ModelBundle(GPTConfig(8, 64, 1, 2, 8), {}, ByteTokenizer()),
         Origin(config, 3, History(), None),
         title="<script>",
-        usage="",
-        front_matter={},
     )
     assert r"| Training text | x\|!\[a\](http:)\<img src=x\> \# y.txt |" in card
     assert "\n# \\<script\\>\n" in card

@@ -27,12 +27,9 @@ INLINE_DPI = 75
 class Best(NamedTuple):
     """The checkpoint with the lowest loss.
 
-    Attributes:
-        step: optimizer steps made.
-        loss: in nats per token. After training, that on all held-out text, which `gptforge eval`
-            prints; before, or if that took too long, that of an evaluation during training. Without
-            held-out text, the recent training loss.
-        path: folder of the checkpoint.
+    The loss is in nats per token: after training, that on all held-out text, which `gptforge eval`
+    prints; before, or if that took too long, that of an evaluation during training. Without
+    held-out text, it is the recent training loss.
     """
 
     step: int
@@ -41,13 +38,9 @@ class Best(NamedTuple):
 
 
 class Run:
-    """A run, finished or in progress; files are read when needed. Notebooks show its curves.
+    """The run in a folder, finished or in progress; files are read when needed.
 
-    Args:
-        path: the run folder.
-
-    Raises:
-        UserError: if it is not a run folder.
+    Notebooks show its curves.
     """
 
     def __init__(self, path: str | Path) -> None:

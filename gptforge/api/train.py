@@ -12,7 +12,6 @@ from typing import Any, ParamSpec
 
 from gptforge.api.console import NotebookConsole, PythonConsole, as_arguments, is_notebook
 from gptforge.api.run import Run
-from gptforge.checkpoint.format import CONFIG
 from gptforge.cli.parsing import preset_and_file
 from gptforge.cli.train import run_training
 from gptforge.config import Config, merge
@@ -98,7 +97,7 @@ def train(
             config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
             values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
             values["input"] = path
-        end = run_training(
+        reason, out_dir, _ = run_training(
             config,
             frozenset(values) | from_file,
             program="gptforge",
@@ -115,14 +114,14 @@ def train(
         raise observer.error
     values.pop("restart", None)
     call = f"gptforge.train({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-    if end.reason == "interrupted":
+    if reason == "interrupted":
         raise KeyboardInterrupt(f"all is saved; resume with {call}")
-    if end.reason == "terminated":
+    if reason == "terminated":
         print(f"All is saved; resume with {call}", flush=True)
         raise SystemExit(EXIT_CODES["terminated"])
-    if not (Path(end.out_dir) / CONFIG).is_file():
+    if not (Path(out_dir) / "checkpoints").is_dir():
         raise RunError(f"time_limit was reached while a teacher trained; resume with {call}")
-    return Run(end.out_dir)
+    return Run(out_dir)
 
 
 def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:

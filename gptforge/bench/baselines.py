@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from gptforge.config import Config
 from gptforge.convert.hf import TRANSPOSED
@@ -32,19 +31,6 @@ def describe_baseline(kind: str, device: torch.device, precision: Precision) -> 
     return f"{BASELINES[kind]}; {compiled}, {dtype}, AdamW"
 
 
-class _Logits(nn.Module):
-    """A transformers model that returns the logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @override
-    def forward(self, idx: Tensor) -> Tensor:
-        logits: Tensor = self.model(idx, use_cache=False).logits
-        return logits
-
-
 def build_baseline(
     kind: str, model: GPT, config: Config, precision: Precision
 ) -> Callable[..., Tensor]:
@@ -58,10 +44,17 @@ def build_baseline(
         copy = GPT(model.config)
         copy.load_state_dict(model.state_dict())
     else:
-        copy = _Logits(transformers_model(model))
+        copy = transformers_model(model)
     device = next(model.parameters()).device
     copy.to(device).train()
-    forward: Callable[[Tensor], Tensor] = torch.compile(copy) if device.type == "cuda" else copy
+
+    def forward(idx: Tensor) -> Tensor:
+        logits: Tensor = copy(idx) if kind == "plain" else copy(idx, use_cache=False).logits
+        return logits
+
+    compiled: Callable[[Tensor], Tensor] = (
+        torch.compile(forward) if device.type == "cuda" else forward
+    )
     optimizer = build_adamw(
         copy.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
     )
@@ -71,7 +64,7 @@ def build_baseline(
         total = torch.zeros((), device=device)
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
             with autocast(device, precision):
-                loss = F.cross_entropy(forward(x).flatten(0, 1), y.flatten()) / accumulation
+                loss = F.cross_entropy(compiled(x).flatten(0, 1), y.flatten()) / accumulation
             loss.backward()
             total += loss.detach()
         if config.grad_clip:

@@ -36,13 +36,8 @@ def time_training(
 ) -> list[dict[str, Any]]:
     """Time implementations in alternation, so that a drift of the machine affects all alike.
 
-    Args:
-        factories: build each implementation; the weights of the first are on the device already.
-        batch: inputs and targets, each (G, T).
-        config: of the model.
-
-    Returns:
-        Results as `--json` prints them; the first implementation is the speedup's reference.
+    `factories` build the implementations; the weights of the first are on the device already.
+    Returns results as `--json` prints them; the first is the reference of the speedup.
     """
     device, is_gpu = batch[0].device, batch[0].is_cuda
     first_step: dict[str, float] = {}
@@ -93,9 +88,9 @@ def time_training(
 
 
 def profile(
-    step_fn: StepFn, batch: tuple[Tensor, Tensor], folder: Path, *, rows: int = 25
+    step_fn: StepFn, batch: tuple[Tensor, Tensor], folder: Path
 ) -> list[tuple[str, float, float]]:
-    """Profile a step: name, ms and calls of each kernel, the longest first.
+    """Profile a step: name, ms and calls of the 25 kernels that take longest.
 
     Writes `trace.json` into the folder, for chrome://tracing or Perfetto.
     """
@@ -111,7 +106,7 @@ def profile(
         found = [(e.key, e.self_device_time_total / 1e3, float(e.count)) for e in kernels]
     else:
         found = [(e.key, e.self_cpu_time_total / 1e3, float(e.count)) for e in events]
-    return sorted(found, key=lambda row: -row[1])[:rows]
+    return sorted(found, key=lambda row: -row[1])[:25]
 
 
 def _run(step_fn: StepFn, batch: tuple[Tensor, Tensor], count: int) -> float:

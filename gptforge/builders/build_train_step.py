@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 
-from gptforge.builders.memory_fit import choose_micro_batch, fits_zero1, out_of_memory_hint
-from gptforge.builders.rank_agreement import use_fsdp
+from gptforge.builders.memory_fit import (
+    choose_micro_batch,
+    fits_zero1,
+    out_of_memory_hint,
+    use_fsdp,
+)
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.checkpoint.state_dict import load_model_state_dict
@@ -16,14 +20,9 @@ from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
-from gptforge.errors import RunError
+from gptforge.errors import RunError, UserError
 from gptforge.estimate.formulas import flops_per_token, num_params
-from gptforge.kernel_select import (
-    first_line,
-    sdpa_backend,
-    select_kernels,
-    try_compile,
-)
+from gptforge.kernel_select import first_line, sdpa_backend, select_kernels, try_compile
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
@@ -63,6 +62,11 @@ def build_train_step(
     if use_fsdp(config, device, precision, comm):
         root = apply_fsdp(model, precision, comm)
         if kernels.manual_backward and not fits_zero1(config, device, explicit, comm):
+            if kernels.float8:
+                raise UserError(
+                    "--dtype fp8 keeps a full copy of the weights on each rank, which does not fit "
+                    "there: use --dtype bfloat16"
+                )
             kernels = dataclasses.replace(kernels, manual_backward=False)
     else:
         model.to(device)
@@ -120,6 +124,8 @@ def build_train_step(
     flops = flops_per_token(config.model, config.context_length)
     is_small = flops * step.micro_batch_size * config.context_length < CUDA_GRAPH_MAX_FLOPS
     can_capture = step.kernels.manual_backward and root is None
+    if config.dropout_ramp and not _has_triton_attention(step, config):
+        can_capture = False  # a graph would replay SDPA with the dropout of its capture
     if is_small and can_capture:
         captured = step.capture_cuda_graph(config.context_length)
         if not comm.all_true(captured):
@@ -166,6 +172,8 @@ def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
     """Compile if `--compile` wants it and it works; return whether, and why."""
     if step.kernels.manual_backward:
         return False, "the manual backward does not use it"
+    if config.dropout_ramp:
+        return False, "each step of --dropout_ramp would compile the model again"
 
     def attempt() -> None:
         logger.info("torch.compile: compiling, which can take a minute")
@@ -180,13 +188,16 @@ def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
 
 def attention_backend(step: TrainStep, config: Config) -> str:
     """Name the kernels that compute attention in this step."""
+    if _has_triton_attention(step, config):
+        return "cudnn, backward in Triton"
+    shape = {"head_size": config.n_embd // config.n_head, "context_length": config.context_length}
+    return sdpa_backend(step.device, step.precision.dtype, n_head=config.n_head, **shape)
+
+
+def _has_triton_attention(step: TrainStep, config: Config) -> bool:
     head_size, dtype = config.n_embd // config.n_head, step.precision.dtype
-    if step.kernels.manual_backward:
-        kernel = select_attention(step.device, dtype, head_size=head_size, dropout=config.dropout)
-        if isinstance(kernel, TritonAttention):
-            return "cudnn, backward in Triton"
-    shape = {"head_size": head_size, "context_length": config.context_length}
-    return sdpa_backend(step.device, dtype, n_head=config.n_head, **shape)
+    attention = select_attention(step.device, dtype, head_size=head_size)
+    return step.kernels.manual_backward and isinstance(attention, TritonAttention)
 
 
 def estimate_duration(

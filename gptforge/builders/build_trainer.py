@@ -2,41 +2,41 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from gptforge import files
 from gptforge.builders.build_train_step import build_train_step, estimate_duration
-from gptforge.builders.fit_time_limit import fit_time_limit
 from gptforge.builders.memory_fit import check_fits_memory
-from gptforge.builders.rank_agreement import open_run_on_all_ranks
-from gptforge.builders.resolve import describe_dataset
-from gptforge.builders.resolve_run import ResolvedRun, resolve_run
-from gptforge.builders.seed import seed_everything
+from gptforge.builders.resolve import config_of_run, describe_dataset
+from gptforge.builders.resolve_run import ResolvedRun, open_run_on_all_ranks, resolve_run
 from gptforge.builders.start_report import config_toml, start_report
+from gptforge.builders.step_timing import fit_time_limit
 from gptforge.builders.train_teachers import load_teachers, train_teachers
 from gptforge.checkpoint.async_saver import AsyncSaver
+from gptforge.checkpoint.format import CONFIG
 from gptforge.checkpoint.out_dir import is_finished_read_only
 from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
+from gptforge.config_checks import unused_fields
 from gptforge.data.dataloader import DataLoader
+from gptforge.device import seed_everything
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.estimate.formulas import checkpoint_bytes
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote
 from gptforge.tokenizers import byte_lengths, char_lengths
-from gptforge.train.distillation import Distillation
-from gptforge.train.early_stop import resolve_patience
 from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.signals import StopReason, StopSignal
-from gptforge.train.state import TrainState, restore
-from gptforge.train.train_step import TrainStep
+from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
+from gptforge.train.state import TrainState, resolve_patience, restore
 from gptforge.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -55,14 +55,13 @@ def build_trainer(
 ) -> Trainer | None:
     """Build all parts of a run; None if the run in the run folder is finished.
 
-    The teachers of a new run are trained before, in runs of their own.
+    All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
+    before, in runs of their own.
 
     Args:
-        config: as merged from preset, file and flags.
-        explicit: names of the fields that the user set, in the file or by flags.
+        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
         program: how the program is called, for the commands that it prints.
         command: the arguments, for the log.
-        comm: all ranks; each of them builds, and rank 0 alone opens the run folder.
         start_time: `time.monotonic()` from which the time limit counts; None: now.
         is_teacher: whether another run learns from this one, which then reports less.
         on_teacher: called with the trainer of each teacher before it trains.
@@ -87,51 +86,98 @@ def build_trainer(
         if trainer is None:
             return "finished"
         on_teacher(trainer)
-        try:
-            return trainer.fit()
-        finally:
-            close(trainer)
+        stop_signal = trainer.stop_signal
+        # A signal must not raise KeyboardInterrupt while objects are freed: it would be lost.
+        with stop_signal:
+            try:
+                reason = trainer.fit()
+            finally:
+                close(trainer)
+            del trainer
+            gc.collect()  # frees its CUDA graphs before the next model is built
+        return agree_on_signal(stop_signal, comm) or reason
 
     run = resolve_run(config, explicit, comm)
     with contextlib.ExitStack() as on_failure:
-        lock = _lock_run_dir(run)
-        if lock is not None:
+        folder, lock = Path(run.config.out_dir), None
+        if comm.is_main and not is_finished_read_only(folder):
+            lock = lock_run_dir(folder)
             on_failure.callback(lock.release)
         opened = open_run_on_all_ranks(run.config, run.dataset, explicit, comm, requested=config)
         run = dataclasses.replace(run, config=opened.config)
         _log_notes(run, opened)
+        if not is_teacher:
+            for name, when in unused_fields(run.config, explicit):
+                logger.info(f"note: --{name} has no effect {when}")
         if opened.status == "finished":
-            _log_finished(opened, program)
+            if is_teacher:
+                logger.info(f"{opened.config.out_dir} is finished")
+            else:
+                _log_finished(opened, program)
             return None
         if opened.status == "new":
             run = fit_time_limit(run, start_time=start_time)
+        c, dataset, device = run.config, run.dataset, run.device
         patience = _resolve_patience(run)
-        store = _open_store(run)
+        same = "the same command" + (" without --restart" if c.restart else "")
+        store = CheckpointStore(folder / "checkpoints", resume_command=same)
+        if comm.is_main:
+            store.check_disk_space(checkpoint_bytes(c))
         if comm.world_size == 1:
-            check_fits_memory(
-                run.config, run.device, run.precision, is_explicit="batch_size" in explicit
-            )
+            check_fits_memory(c, device, run.precision, is_explicit="batch_size" in explicit)
+        config_text = config_toml(run, program=program, command=command)
         distillation = None
-        if run.config.teachers:
-            opened = _move_old_run(run, opened, lock)
-            distillation = _build_distillation(run, opened, train_teacher)
+        if c.teachers:
+            opened = _move_old_run(opened, lock)
+            run.wait_for_warmup()
+            if opened.status == "new":
+                if comm.is_main and config_of_run(c) is None:
+                    # A run that is stopped in a teacher resumes with these values.
+                    files.atomic_write(folder / CONFIG, config_text)
+                train_teachers(c, explicit, train_teacher, comm)
+                seed_everything(c, rank=comm.rank)  # as without teachers
+            distillation = load_teachers(c, device, comm)
         step = build_train_step(
-            run.config,
+            c,
             opened,
-            run.device,
+            device,
             run.precision,
             explicit=explicit,
             comm=comm,
             wait_for_warmup=run.wait_for_warmup,
             distillation=distillation,
         )
-        dataloader = _build_dataloader(run)
-        state = _restore_state(opened, step, dataloader, comm)
-        evaluator = _build_evaluator(run, batch_size=step.micro_batch_size)
-        _log_duration(run, step, state, evaluator)
+        dataloader = DataLoader(
+            dataset.train,
+            context_length=c.context_length,
+            global_batch_size=c.global_batch_size,
+            seed=c.seed,
+            shuffle=c.shuffle,
+            random_offset=c.random_offset,
+            device=device,
+            rank=comm.rank,
+            world_size=comm.world_size,
+        )
+        on_failure.callback(dataloader.close)
+        state = TrainState()
+        if opened.checkpoint is not None:
+            state = restore(opened.checkpoint, step, dataloader, comm)
+            state = dataclasses.replace(state, **opened.counters)
+        evaluator = None
+        if len(dataset.val):
+            evaluator = ValEvaluator(
+                dataset.val,
+                byte_lengths(dataset.tokenizer),
+                char_lengths=char_lengths(dataset.tokenizer),
+                context_length=c.context_length,
+                batch_size=step.micro_batch_size,
+                max_tokens=c.eval_tokens,
+            )
+        val_tokens = evaluator.num_tokens if evaluator else 0
+        steps = c.max_steps - state.step
+        logger.info(estimate_duration(step, c, steps=steps, val_tokens=val_tokens, comm=comm))
         # The run folder changes from here on: all errors that can be found have been found.
-        opened = _move_old_run(run, opened, lock)
-        config_text = config_toml(run, program=program, command=command)
+        opened = _move_old_run(opened, lock)
         report = start_report(
             run,
             opened,
@@ -144,20 +190,27 @@ def build_trainer(
         if comm.is_main and opened.drops_decay:
             store.discard_after(state.step, "decayed")
         # Losses are read two steps late on a GPU, so that no step waits for the device.
-        lag = 2 if run.device.type == "cuda" else 0
+        lag = 2 if device.type == "cuda" else 0
         trainer = Trainer(
-            config=run.config,
+            config=c,
             step_fn=step,
             dataloader=dataloader,
             val_evaluator=evaluator,
-            tokenizer=run.dataset.tokenizer,
-            saver=_build_saver(run, store, config_text),
+            tokenizer=dataset.tokenizer,
+            saver=AsyncSaver(
+                store,
+                tokenizer=dataset.tokenizer,
+                config=config_text,
+                keep=c.keep_checkpoints,
+                protected_steps={*c.early_steps, stable_end(c)},
+                enabled=comm.is_main,
+            ),
             report=report,
-            stop_signal=StopSignal(run.config.time_limit, started=start_time),
+            stop_signal=StopSignal(c.time_limit, started=start_time),
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
-            text_sha256=run.dataset.sha256,
-            inputs=sorted(run.dataset.input_fingerprints("train")),
+            text_sha256=dataset.sha256,
+            inputs=sorted(dataset.input_fingerprints("train")),
             state=state,
             lock=lock,
             comm=comm,
@@ -168,35 +221,27 @@ def build_trainer(
 
 
 def close(trainer: Trainer) -> None:
-    """After an error: complete a running save and unlock the run folder."""
+    """Complete a running save, end the data loader's thread and unlock the run folder."""
+    trainer.dataloader.close()
     with contextlib.suppress(Exception):
         trainer.saver.wait()
     if trainer.lock is not None:
         trainer.lock.release()
 
 
-def _lock_run_dir(run: ResolvedRun) -> FolderLock | None:
-    """Lock the run folder on rank 0, unless it holds a finished run that cannot be changed."""
-    folder = Path(run.config.out_dir)
-    is_read_only = is_finished_read_only(folder)
-    return lock_run_dir(folder) if run.comm.is_main and not is_read_only else None
-
-
 def _log_notes(run: ResolvedRun, opened: OpenedRun) -> None:
-    notes = [f"note: {notice}" for notice in (*run.dataset.notices, *opened.notices)]
+    notes = [*(() if run.is_new_text else run.dataset.notices), *opened.notices]
     c = run.config
     has_usual = c.preset in PRESETS and c.preset != AUTO
     usual = get_preset(c.preset).warmup_steps if has_usual else 0
     is_cut = "warmup_steps" not in run.explicit and c.warmup_steps < usual
     if opened.status == "new" and is_cut:
-        notes.append(f"note: the preset's warmup of {usual} steps is cut to {c.warmup_steps}")
+        notes.append(f"the preset's warmup of {usual} steps is cut to {c.warmup_steps}")
     for note in notes:
-        if note not in run.logged:
-            logger.info(note)
+        logger.info(f"note: {note}")
 
 
 def _log_finished(opened: OpenedRun, program: str) -> None:
-    """Log how a finished run ended, and the flag to raise."""
     config, progress = opened.config, opened.state["progress"]
     reason = f"{config.max_steps} steps are done. Raise --max_steps"
     if progress["step"] < config.max_steps:
@@ -231,88 +276,9 @@ def _resolve_patience(run: ResolvedRun) -> int:
     return patience
 
 
-def _open_store(run: ResolvedRun) -> CheckpointStore:
-    command = "the same command" + (" without --restart" if run.config.restart else "")
-    store = CheckpointStore(Path(run.config.out_dir) / "checkpoints", resume_command=command)
-    if run.comm.is_main:
-        store.check_disk_space(checkpoint_bytes(run.config))
-    return store
-
-
-def _move_old_run(run: ResolvedRun, opened: OpenedRun, lock: FolderLock | None) -> OpenedRun:
-    """Move a run that `--restart` replaces to a backup, on rank 0."""
-    if opened.moves_old_run and run.comm.is_main:
-        assert lock is not None, "a read-only folder is not moved"
+def _move_old_run(opened: OpenedRun, lock: FolderLock | None) -> OpenedRun:
+    """Move a run that `--restart` replaces to a backup, on rank 0, which has the lock."""
+    if opened.moves_old_run and lock is not None:
         folder = lock.folder.as_posix()
         logger.info(f"note: moved the old {folder} to {lock.move_to_backup('old').as_posix()}")
     return dataclasses.replace(opened, moves_old_run=False)
-
-
-def _build_distillation(
-    run: ResolvedRun, opened: OpenedRun, train: Callable[[Config], StopReason]
-) -> Distillation:
-    """Train the teachers of a new run, and load them."""
-    run.wait_for_warmup()
-    if opened.status == "new":
-        train_teachers(run.config, run.explicit, train, run.comm)
-        seed_everything(run.config, rank=run.comm.rank)  # as without teachers
-    return load_teachers(run.config, run.device, run.comm)
-
-
-def _build_dataloader(run: ResolvedRun) -> DataLoader:
-    c = run.config
-    return DataLoader(
-        run.dataset.train,
-        context_length=c.context_length,
-        global_batch_size=c.global_batch_size,
-        seed=c.seed,
-        shuffle=c.shuffle,
-        random_offset=c.random_offset,
-        device=run.device,
-        rank=run.comm.rank,
-        world_size=run.comm.world_size,
-    )
-
-
-def _restore_state(
-    opened: OpenedRun, step: TrainStep, dataloader: DataLoader, comm: Comm
-) -> TrainState:
-    if opened.checkpoint is None:
-        return TrainState()
-    state = restore(opened.checkpoint, step, dataloader, comm)
-    return dataclasses.replace(state, **opened.counters)
-
-
-def _build_evaluator(run: ResolvedRun, *, batch_size: int) -> ValEvaluator | None:
-    dataset = run.dataset
-    if not len(dataset.val):
-        return None
-    return ValEvaluator(
-        dataset.val,
-        byte_lengths(dataset.tokenizer),
-        char_lengths=char_lengths(dataset.tokenizer),
-        context_length=run.config.context_length,
-        batch_size=batch_size,
-        max_tokens=run.config.eval_tokens,
-    )
-
-
-def _build_saver(run: ResolvedRun, store: CheckpointStore, config_text: str) -> AsyncSaver:
-    return AsyncSaver(
-        store,
-        tokenizer=run.dataset.tokenizer,
-        config=config_text,
-        keep=run.config.keep_checkpoints,
-        protected_steps={*run.config.early_steps, Schedule.from_config(run.config).stable_end},
-        enabled=run.comm.is_main,
-    )
-
-
-def _log_duration(
-    run: ResolvedRun, step: TrainStep, state: TrainState, evaluator: ValEvaluator | None
-) -> None:
-    val_tokens = evaluator.num_tokens if evaluator else 0
-    steps = run.config.max_steps - state.step
-    logger.info(
-        estimate_duration(step, run.config, steps=steps, val_tokens=val_tokens, comm=run.comm)
-    )

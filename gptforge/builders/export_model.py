@@ -1,7 +1,6 @@
 """Export a model to the formats of other programs, checking that logits agree."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ from gptforge.convert.model_card import (
     SAMPLES,
     Origin,
     copy_run_file,
-    example_prompt,
     model_card,
     one_line_description,
 )
@@ -32,8 +30,8 @@ from gptforge.convert.space import write_space
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import atomic_create, atomic_create_dir
 from gptforge.printable import MAX_NAME, printable
+from gptforge.report.console import ProgressMeter
 from gptforge.report.metrics import read_history
-from gptforge.report.progress import ProgressMeter
 from gptforge.tokenizers.base import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
@@ -48,16 +46,7 @@ def export_hf(run: str, out: Path) -> None:
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
         bundle, origin = load_bundle(run), read_origin(run)
-        usage = (
-            "```python\nfrom transformers import pipeline\n\n"
-            'generate = pipeline("text-generation", model="this/folder")\n'
-            f"print(generate({example_prompt(bundle.tokenizer)}, max_new_tokens=100)"
-            '[0]["generated_text"])\n```'
-        )
-        front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        card = model_card(
-            bundle, origin, title=model_title(run), usage=usage, front_matter=front_matter
-        )
+        card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
             difference = write_hf(
@@ -73,12 +62,9 @@ def export_hf(run: str, out: Path) -> None:
 
 
 def export_gguf(run: str, out: Path, *, dtype: str) -> None:
-    """Write a file that llama.cpp loads, read it back and compare the logits.
+    """Write a file that llama.cpp loads, or a folder with it, read it back and compare the logits.
 
-    Args:
-        run: see `load_bundle`.
-        out: the file, or a folder for it.
-        dtype: of the matrices: f32, f16 or q8_0.
+    The matrices are f32, f16 or q8_0.
     """
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
@@ -86,19 +72,16 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
         bundle = load_bundle(run)
         config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
         path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
-        _refuse_existing(path)
-        title, description = model_title(run), one_line_description(bundle, config)
         meter(1, 3, "writing")
-        with report_write_errors(path), atomic_create(path) as temp_path:
+        with report_write_errors(path), atomic_create(path, is_new=True) as temp_path:
             difference = write_gguf(
                 temp_path,
                 bundle,
                 outtype=dtype,
-                name=title,
-                description=description,
+                name=model_title(run),
+                description=one_line_description(bundle, config),
                 before_check=lambda: meter(2, 3, "comparing logits"),
             )
-            _refuse_existing(path)
     logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )
@@ -210,11 +193,6 @@ def model_title(run: str) -> str:
     path = files.real_path(run)
     is_checkpoint = path.parent.name == "checkpoints"
     return printable((path.parent.parent if is_checkpoint else path).name, MAX_NAME)
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise UserError(f"{path.as_posix()} is there already: choose another name or remove it")
 
 
 @contextmanager

@@ -11,12 +11,7 @@ from gptforge.builders.export_model import bundle_toml, report_write_errors
 from gptforge.checkpoint import format as checkpoints
 from gptforge.config import METADATA_TABLE
 from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.hf import (
-    PYTORCH_WEIGHTS,
-    is_hf_dir,
-    model_files,
-    read_hf,
-)
+from gptforge.convert.hf import PYTORCH_WEIGHTS, is_hf_dir, model_files, read_hf
 from gptforge.convert.hub import OPENAI_MODELS, download_model
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.data.prepare.scan import collect_alphabet
@@ -24,7 +19,7 @@ from gptforge.data.prepare.sources import open_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
 from gptforge.lock import atomic_create, atomic_create_dir
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.tokenizers import Tokenizer, from_name
 
 logger = logging.getLogger(__name__)
@@ -49,20 +44,23 @@ def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "")
         UserError: if the source is no GPT-2, naming the first thing that does not match.
     """
     explicit, path = _explicit_tokenizer(tokenizer, text), _find_model(source)
-    with ProgressMeter("importing") as meter:
-        meter(0, 2, "reading the model")
-        bundle = _read_model(path, explicit)
-        meter(1, 2, "writing")
-        with report_write_errors(out), atomic_create_dir(out) as folder:
-            _write_checkpoint(folder, bundle, source)
+    with report_write_errors(out), atomic_create_dir(out) as folder:
+        bundle = _import(source, path, folder, explicit)
     _log_import(out, bundle)
 
 
-def _write_checkpoint(folder: Path, bundle: ModelBundle, source: str) -> None:
-    config = bundle_toml(bundle, source=_digest(Path(source)))
-    checkpoints.save_inference_checkpoint(
-        folder, dict(bundle.state_dict), tokenizer=bundle.tokenizer, config=config
-    )
+def _import(source: str, path: Path, folder: Path, tokenizer: Tokenizer | None) -> ModelBundle:
+    with ProgressMeter("importing") as meter:
+        meter(0, 2, "reading the model")
+        bundle = (read_nanogpt if path.is_file() else read_hf)(path, tokenizer=tokenizer)
+        meter(1, 2, "writing")
+        checkpoints.save_inference_checkpoint(
+            folder,
+            dict(bundle.state_dict),
+            tokenizer=bundle.tokenizer,
+            config=bundle_toml(bundle, source=_digest(Path(source))),
+        )
+    return bundle
 
 
 def _log_import(out: Path, bundle: ModelBundle) -> None:
@@ -104,12 +102,8 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
             )
             return out.as_posix()
         found = _find_model(source)
-        with ProgressMeter("importing") as meter:
-            meter(0, 2, "reading the model")
-            bundle = _read_model(found, None)
-            meter(1, 2, "writing")
-            folder.mkdir()
-            _write_checkpoint(folder, bundle, source)
+        folder.mkdir()
+        bundle = _import(source, found, folder, None)
         if os.path.lexists(out):
             reason = _why_not_reusable(out, path, source)
             backup = files.move_to_backup(out, "old")
@@ -119,37 +113,30 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
 
 
 def _is_import_of(out: Path, source: Path) -> bool:
-    """Whether `out` is an intact import of the current content of `source`, or of a Hub model."""
     return out.is_dir() and not _why_not_reusable(out, source, "")
 
 
 def _why_not_reusable(out: Path, source: Path, name: str) -> str:
-    """Why `out` cannot serve as the import of `source`; empty if it can."""
-    if source.exists() and _recorded_digest(out) != _digest(source):
-        return f"came from another {name}"
+    """Why `out` is no intact import of the current content of `source`; empty if it is."""
+    if source.exists():
+        try:
+            config = tomllib.loads(files.read_text(out / checkpoints.CONFIG))
+            is_same = config[METADATA_TABLE].get("source") == _digest(source)
+        except Exception:
+            is_same = False  # missing or damaged: not an import
+        if not is_same:
+            return f"came from another {name}"
     reason = checkpoints.find_corruption(out, checkpoints.INFERENCE_FILES)
     return f"is damaged ({reason})" if reason else ""
 
 
 def _digest(source: Path) -> str:
     """SHA-256 over a model's files, whatever their folder is called; empty for one on the Hub."""
-    paths = [source] if source.is_file() else []
-    if source.is_dir():
-        paths = model_files(source)
+    paths = [source] if source.is_file() else model_files(source) if source.is_dir() else []
     text = "".join(f"{path.suffix} {files.sha256(path)} " for path in paths)
     if source.is_file():
         text += GELU_DIGEST_TAG
     return hashlib.sha256(text.encode()).hexdigest() if paths else ""
-
-
-def _recorded_digest(folder: Path) -> str:
-    """The digest in the config of an import; empty if there is none."""
-    try:
-        metadata = tomllib.loads(files.read_text(folder / checkpoints.CONFIG))[METADATA_TABLE]
-        return str(metadata.get("source", ""))
-    except Exception:
-        # Missing or damaged: not an import.
-        return ""
 
 
 def _explicit_tokenizer(name: str, text: str) -> Tokenizer | None:
@@ -165,21 +152,6 @@ def _explicit_tokenizer(name: str, text: str) -> Tokenizer | None:
         return from_name(name, collect_alphabet(sources, TextFormat(), skip_bad=False))
 
 
-def _is_gptforge_model(source: str) -> bool:
-    try:
-        checkpoints.resolve_checkpoint(source)
-    except UserError:
-        return False
-    return True
-
-
-def _looks_like_path(path: Path, source: str) -> bool:
-    """Whether something that does not exist was meant as a path, not as a name on the Hub."""
-    has_path_syntax = source.startswith((".", "/", "~")) or source.endswith("/") or "\\" in source
-    is_in_folder = len(path.parts) > 1 and path.parent.is_dir()
-    return has_path_syntax or is_in_folder or len(path.parts) > 2 or path.suffix in MODEL_SUFFIXES
-
-
 def _find_model(source: str) -> Path:
     """The file or folder of a model, downloaded if it is none here."""
     path = Path(source)
@@ -192,22 +164,23 @@ def _find_model(source: str) -> Path:
             raise UserError(f"{source}: one file of a model: give the folder that it is in")
         return path
     if path.is_dir():
-        if _is_gptforge_model(source):
-            raise UserError(
-                f"{source} is a model of this program already: sample, eval, export and "
-                "--init_from take it as it is"
-            )
-        if not is_hf_dir(path):
-            raise UserError(f"{source} has no config.json: give a transformers folder")
-        return path
-    if _looks_like_path(path, source):
+        if is_hf_dir(path):
+            return path
+        try:
+            checkpoints.resolve_checkpoint(source)
+        except UserError:
+            raise UserError(f"{source} has no config.json: give a transformers folder") from None
+        raise UserError(
+            f"{source} is a model of this program already: sample, eval, export and --init_from "
+            "take it as it is"
+        )
+    # A name on the Hub has one slash at most, and does not look like a path.
+    has_path_syntax = source.startswith((".", "/", "~")) or source.endswith("/") or "\\" in source
+    is_in_folder = len(path.parts) > 1 and path.parent.is_dir()
+    is_file_name = len(path.parts) > 2 or path.suffix in MODEL_SUFFIXES
+    if has_path_syntax or is_in_folder or is_file_name:
         raise UserError(
             f"{source} does not exist: give a transformers folder, nanoGPT's ckpt.pt, or a "
             "name on the Hugging Face Hub"
         )
     return download_model(source)
-
-
-def _read_model(path: Path, tokenizer: Tokenizer | None) -> ModelBundle:
-    read = read_nanogpt if path.is_file() else read_hf
-    return read(path, tokenizer=tokenizer)

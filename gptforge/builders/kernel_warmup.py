@@ -20,7 +20,7 @@ from gptforge.kernels.attention import (
     select_attention,
 )
 from gptforge.kernels.cross_entropy import cross_entropy_in_place
-from gptforge.kernels.dropout import DropoutSeed, dropout_threshold
+from gptforge.kernels.dropout import DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.float8 import (
     E4M3,
@@ -42,13 +42,7 @@ WARMUP_TOKENS = 64
 
 
 class KernelWarmup:
-    """Warms up the kernels that the first step on a GPU would wait for.
-
-    Args:
-        device: nothing happens on a CPU.
-        config: with the shapes of attention and layers.
-        precision: of the matmuls.
-    """
+    """Warms up the kernels that the first step on a GPU would wait for; does nothing on a CPU."""
 
     def __init__(self, device: torch.device, config: Config, precision: Precision) -> None:
         self._device, self._config, self._dtype = device, config, precision.dtype
@@ -145,16 +139,12 @@ class KernelWarmup:
 
     @property
     def _attention(self) -> PackedAttention:
-        dropout = self._config.dropout
-        return select_attention(
-            self._device, self._dtype, head_size=self._head_size, dropout=dropout
-        )
+        return select_attention(self._device, self._dtype, head_size=self._head_size)
 
     def _dropout_seed(self) -> DropoutSeed | None:
         """Any seed will do; drawing one would advance the RNG of training."""
-        threshold = dropout_threshold(self._config.dropout)
-        seed = torch.zeros(2, dtype=torch.int32, device=self._device)
-        return DropoutSeed(seed, threshold) if threshold else None
+        seed, p = torch.zeros(4, dtype=torch.int32, device=self._device), self._config.dropout
+        return DropoutSeed(seed, p) if p else None
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self._device, dtype=self._dtype)

@@ -1,6 +1,7 @@
-"""Does it fit into memory: the micro-batch to train with, and what would fit if nothing does."""
+"""Does it fit into memory: micro-batch and sharding, and what would fit if nothing does."""
 
 import dataclasses
+import logging
 from collections.abc import Collection
 
 import torch
@@ -9,18 +10,13 @@ from gptforge.config import Config
 from gptforge.device import Precision, usable_memory
 from gptforge.distributed import Comm
 from gptforge.errors import UserError
-from gptforge.estimate.formulas import (
-    fsdp_memory,
-    num_params,
-    training_memory,
-    zero1_memory,
-)
-from gptforge.estimate.plan import MemoryPlan
-from gptforge.files import cache_dir
+from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
 from gptforge.kernel_select import select_kernels
 from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
 from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION, find_micro_batch
 from gptforge.train.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 MIN_BUSY_TOKENS = 4096
 """Tokens in a micro-batch that keep a large GPU busy."""
@@ -51,24 +47,18 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
             return zero1_memory(config, sequences, world_size=ranks)
         return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
 
-    if step.is_sharded:
-        # Not tried: the other ranks would wait for one that runs out of memory. May exceed
-        # batch_size: sharding frees memory, and larger micro-batches gather weights less often.
-        return find_micro_batch(
-            per_rank if is_gpu else batch_size,
-            estimate=estimate,
-            free_memory=usable_memory(device),
-        )
-    name = torch.cuda.get_device_name(device) if is_gpu else str(device)
+    free = usable_memory(device)
+    if step.is_sharded or not is_gpu:
+        # Not tried: the other ranks would wait for one that runs out of memory, and on a CPU the
+        # kernel kills the process. May exceed batch_size on GPUs: sharding frees memory, and larger
+        # micro-batches gather weights less often.
+        most = per_rank if is_gpu else batch_size
+        return find_micro_batch(most, estimate=estimate, free_memory=free)
     return find_micro_batch(
         batch_size,
         estimate=estimate,
-        free_memory=usable_memory(device),
-        # Not tried on a CPU: out of memory, the kernel kills the process.
-        fits=lambda sequences: not is_gpu or step.fits(sequences, config.context_length),
-        cache_path=cache_dir() / "micro_batches.json" if is_gpu else None,
-        key=f"{config.model} {config.context_length} {step.precision.name} {manual} "
-        f"{config.activation_checkpointing} {config.loss_chunk} {torch.__version__} {name}",
+        free_memory=free,
+        fits=lambda sequences: step.fits(sequences, config.context_length),
     )
 
 
@@ -87,6 +77,44 @@ def fits_zero1(config: Config, device: torch.device, explicit: Collection[str], 
 
 def _fits(needed: int, free: int | None) -> bool:
     return free is None or needed <= MAX_MEMORY_FRACTION * free
+
+
+def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: Comm) -> bool:
+    """Whether to shard the model over the ranks (FSDP) instead of replicating it (DDP).
+
+    Raises:
+        UserError: if sharding is requested or needed, and does not work with another flag.
+    """
+    if comm.world_size == 1:
+        if config.parallel == "fsdp":
+            raise UserError(
+                "--parallel fsdp shards a model over several ranks: start them with torchrun "
+                "--nproc_per_node=N, or leave it out"
+            )
+        return False
+    reason = "as requested"
+    is_sharded = config.parallel == "fsdp"
+    if config.parallel == "auto" and not config.teachers:
+        memory = training_memory(config, 1, mixed_precision=precision.is_mixed)
+        needed = sum(memory.values())
+        free = usable_memory(device) if device.type == "cuda" else None
+        is_sharded = not comm.all_true(_fits(needed, free))
+        reason = "the model fits on each"
+        if is_sharded:
+            reason = f"a full copy takes {needed / 1e9:.1f} GB"
+    if is_sharded and precision.needs_scaler:
+        raise UserError(
+            "--dtype float16 does not work with --parallel fsdp, which has no loss scaling: "
+            "use --dtype bfloat16 or float32, or --parallel ddp"
+        )
+    if is_sharded and config.optimizer == "muon":
+        raise UserError(
+            f"--optimizer muon needs unsharded matrices, and the model would be sharded "
+            f"({reason}): use --optimizer adamw, or --parallel ddp if it fits on each rank"
+        )
+    kind = "fsdp, the model sharded over" if is_sharded else "ddp, a copy of the model on each of"
+    logger.info(f"parallel: {kind} {comm.world_size} ranks; {reason}")
+    return is_sharded
 
 
 def check_fits_memory(
@@ -152,60 +180,11 @@ class MemoryEstimator:
 
     def __init__(self, config: Config, precision: Precision, device: torch.device) -> None:
         self._config, self._precision, self._device = config, precision, device
-        self._free = usable_memory(device)
+        self.free_memory = usable_memory(device)
 
-    def estimate(self, sequences: int, device_name: str) -> MemoryPlan:
-        """Needed and free memory with micro-batches of `sequences`."""
-        memory = self._memory(self._config, sequences)
-        needed = sum(memory.values())
-        return MemoryPlan(device_name, needed, memory, self._free, _fits(needed, self._free))
-
-    def micro_batch(self) -> int:
-        """The micro-batch that training starts with, before it tries it on a GPU."""
-        return find_micro_batch(
-            self._config.batch_size,
-            estimate=lambda sequences: sum(self._memory(self._config, sequences).values()),
-            free_memory=self._free,
-        )
-
-    def suggest_fix(self, sequences: int, *, is_explicit: bool) -> str:
-        """Say what would fit, with the smallest change first."""
-        c = self._config
-        for n in _smaller_micro_batches(c, sequences) if is_explicit else ():
-            if self._does_fit(c, n):
-                return f"micro-batches of {sequences} do not fit; {_equivalent_flags(c, n)}"
-        checkpointing: dict[str, bool | int] = {"activation_checkpointing": True}
-        lengths = [c.context_length // 2**n for n in range(1, 20)]
-        changes = [checkpointing, {**checkpointing, "loss_chunk": 1024}] + [
-            {**checkpointing, "context_length": n} for n in lengths if n >= MIN_CONTEXT_LENGTH
-        ]
-        for change in changes:
-            if self._does_fit(dataclasses.replace(c, **change), 1):
-                flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
-                batch_size = " --batch_size 1" if is_explicit else ""
-                return f"not even a micro-batch of 1 fits; {flags}{batch_size} would"
-        state = sum(self._memory(c, 0).values())
-        return (
-            f"weights, gradients, optimizer and a snapshot alone take {state / 1e9:.1f} GB; use a "
-            f"smaller model{self._smaller_preset()}, or shard it over several GPUs (torchrun)"
-        )
-
-    def _smaller_preset(self) -> str:
-        configs = {
-            name: dataclasses.replace(get_preset(name), vocab_size=self._config.vocab_size)
-            for name in PRESETS
-            if name not in (AUTO, FINETUNE)  # their sizes vary
-        }
-        sizes = {name: num_params(config.model) for name, config in configs.items()}
-        limit = num_params(self._config.model)
-        fitting = [n for n in configs if sizes[n] < limit and self._does_fit(configs[n], 1)]
-        largest = max(fitting, key=lambda name: sizes[name], default="")
-        return f" (--preset {largest} would fit)" if largest else ""
-
-    def _does_fit(self, config: Config, sequences: int) -> bool:
-        return _fits(sum(self._memory(config, sequences).values()), self._free)
-
-    def _memory(self, config: Config, sequences: int) -> dict[str, int]:
+    def memory(self, sequences: int, config: Config | None = None) -> dict[str, int]:
+        """Bytes with micro-batches of `sequences`, by what takes them."""
+        config = config or self._config
         kernels = select_kernels(config, self._device, self._precision)
         return training_memory(
             config,
@@ -213,3 +192,49 @@ class MemoryEstimator:
             mixed_precision=self._precision.is_mixed,
             manual_backward=kernels.manual_backward,
         )
+
+    def fits(self, sequences: int, config: Config | None = None) -> bool:
+        """Whether micro-batches of `sequences` fit into the free memory."""
+        return _fits(sum(self.memory(sequences, config).values()), self.free_memory)
+
+    def micro_batch(self, explicit: Collection[str]) -> int:
+        """The micro-batch that training starts with, before it tries it on a GPU."""
+        if "batch_size" in explicit:
+            return self._config.batch_size
+        return find_micro_batch(
+            self._config.batch_size,
+            estimate=lambda sequences: sum(self.memory(sequences).values()),
+            free_memory=self.free_memory,
+        )
+
+    def suggest_fix(self, sequences: int, *, is_explicit: bool) -> str:
+        """Say what would fit, with the smallest change first."""
+        c = self._config
+        for n in _smaller_micro_batches(c, sequences) if is_explicit else ():
+            if self.fits(n):
+                return f"micro-batches of {sequences} do not fit; {_equivalent_flags(c, n)}"
+        checkpointing: dict[str, bool | int] = {"activation_checkpointing": True}
+        lengths = [c.context_length // 2**n for n in range(1, 20)]
+        changes = [checkpointing, {**checkpointing, "loss_chunk": 1024}] + [
+            {**checkpointing, "context_length": n} for n in lengths if n >= MIN_CONTEXT_LENGTH
+        ]
+        for change in changes:
+            if self.fits(1, dataclasses.replace(c, **change)):
+                flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+                batch_size = " --batch_size 1" if is_explicit else ""
+                return f"not even a micro-batch of 1 fits; {flags}{batch_size} would"
+        state = sum(self.memory(0).values())
+        return (
+            f"weights, gradients, optimizer and a snapshot alone take {state / 1e9:.1f} GB; use a "
+            f"smaller model{self._smaller_preset()}, or shard it over several GPUs (torchrun)"
+        )
+
+    def _smaller_preset(self) -> str:
+        sizes = {}
+        for name in PRESETS.keys() - {AUTO, FINETUNE}:  # the sizes of these two vary
+            config = dataclasses.replace(get_preset(name), vocab_size=self._config.vocab_size)
+            if self.fits(1, config):
+                sizes[name] = num_params(config.model)
+        limit = num_params(self._config.model)
+        smaller = [name for name, size in sizes.items() if size < limit]
+        return f" (--preset {max(smaller, key=sizes.__getitem__)} would fit)" if smaller else ""

@@ -13,7 +13,7 @@ from gptforge.data.prepare.scan import iter_text
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
-from gptforge.report.samples import read_samples
+from gptforge.report.run_info import read_samples
 
 MAX_PROMPTS = 6
 MAX_CHARS = 8_000_000
@@ -27,13 +27,9 @@ OPENING_WORDS = 4
 
 
 def suggest_prompts(run: str, config: Config | None) -> list[str]:
-    """Speakers or the openings of lines, as they are spelled in the training text.
+    """Speakers or the openings of lines, as they are spelled in the training text of a run.
 
     Where that is not on this machine, the run's samples serve.
-
-    Args:
-        run: run folder.
-        config: of the run; None for a model without one.
     """
     text = "".join(_read(config))[:MAX_CHARS] if config else ""
     samples = (sample for _, sample in read_samples(Path(run) / "samples.md"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from gptforge.builders.import_model import import_if_needed
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import is_run_of
+from gptforge.checkpoint.run_files import TEACHERS
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
 from gptforge.config_file import read_toml
@@ -28,7 +29,7 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
 from gptforge.presets import FINETUNE
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
 
@@ -121,13 +122,28 @@ def last_checkpoint(config: Config) -> Path | None:
     return store.read_link("last") or next(reversed(store.checkpoints()), None)
 
 
+def _saved_config(config: Config, *needed: str) -> tuple[Path, Config] | None:
+    """The checkpoint to resume from and its configuration, if they and `needed` are intact.
+
+    Before there is a checkpoint, the configuration is in the folder of a run whose teachers have
+    begun.
+    """
+    path = last_checkpoint(config)
+    if path is not None:
+        if checkpoints.find_corruption(path, (checkpoints.CONFIG, *needed)):
+            return None
+    else:
+        path = Path(resolve_out_dir(config))
+        has_started = (path / TEACHERS).is_dir() and (path / checkpoints.CONFIG).is_file()
+        if config.restart or needed or not has_started:
+            return None
+    return path, checkpoints.read_config(path, with_model=False)
+
+
 def config_of_run(config: Config) -> Config | None:
     """The configuration of a run with the same preset in the run folder, to resume it."""
-    last = last_checkpoint(config)
-    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
-        return None
-    old = checkpoints.read_config(last, with_model=False)
-    return old if old.preset == config.preset else None
+    _, old = _saved_config(config) or (None, None)
+    return old if old and old.preset == config.preset else None
 
 
 def run_file_values(config: Config) -> Mapping[str, object]:
@@ -155,10 +171,9 @@ def _initial_checkpoint(config: Config) -> Path:
 
 def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Config:
     """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
-    last = last_checkpoint(config)
-    if last is None or checkpoints.find_corruption(last, (checkpoints.CONFIG,)):
+    if (saved := _saved_config(config)) is None:
         return config
-    old = checkpoints.read_config(last, with_model=False)
+    last, old = saved
     is_gone = config.tokenizer not in NAMES and not Path(config.tokenizer).exists()
     if (
         is_gone
@@ -179,13 +194,10 @@ def _learned_by_run(config: Config) -> Tokenizer | None:
 
     Learning again would give the same one, but for another version of the package tokenizers.
     """
-    last = last_checkpoint(config) if config.tokenizer == "bpe" else None
-    needed = (checkpoints.CONFIG, checkpoints.TOKENIZER)
-    if last is None or checkpoints.find_corruption(last, needed):
+    if config.tokenizer != "bpe":
         return None
-    if checkpoints.read_config(last, with_model=False).tokenizer != "bpe":
-        return None
-    return checkpoints.read_tokenizer(last)
+    last, old = _saved_config(config, checkpoints.TOKENIZER) or (None, None)
+    return checkpoints.read_tokenizer(last) if last and old and old.tokenizer == "bpe" else None
 
 
 def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:

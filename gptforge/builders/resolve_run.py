@@ -6,17 +6,17 @@ tokenizer; finetune from the number of tokens.
 """
 
 import dataclasses
-import logging
+import json
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from gptforge.builders.auto_config import resolve_auto
-from gptforge.builders.finetune import resolve_finetune
+from gptforge import __version__
 from gptforge.builders.kernel_warmup import KernelWarmup
-from gptforge.builders.rank_agreement import check_global_batch
 from gptforge.builders.resolve import (
     check_tokenizer,
     load_dataset,
@@ -24,18 +24,19 @@ from gptforge.builders.resolve import (
     resolve_init_from,
     resolve_out_dir,
 )
-from gptforge.builders.seed import seed_everything
+from gptforge.builders.text_presets import resolve_auto, resolve_finetune
 from gptforge.builders.train_teachers import check_teachers
 from gptforge.checkpoint.out_dir import check_out_dir, check_writable
+from gptforge.checkpoint.run_dir import OpenedRun, open_run
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset
-from gptforge.device import Precision, select_device, select_precision
+from gptforge.device import Precision, seed_everything, select_device, select_precision
 from gptforge.distributed import Comm
-from gptforge.errors import require_package
+from gptforge.errors import UserError, require_package
 from gptforge.presets import FINETUNE
-from gptforge.report.log_handler import WriteHandler
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
+from gptforge.shell import env_int
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,10 @@ class ResolvedRun:
     device: torch.device
     device_description: str
     precision: Precision
-    logged: Collection[str]
-    """Notes about the text that are logged already."""
     wait_for_warmup: Callable[[], None]
     """Waits until the kernels are compiled."""
     is_new_text: bool
-    """Whether the text was prepared for this run."""
+    """Whether the text was prepared for this run, which logged its notices."""
 
 
 def resolve_run(
@@ -69,9 +68,7 @@ def resolve_run(
     """Resolve and check a configuration; all ranks call this, and agree on it.
 
     Args:
-        config: as merged from preset, file and flags.
-        explicit: fields that the user set.
-        comm: the ranks.
+        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
         temp_dir: where a model of `--init_from` is imported without keeping it.
         is_plan: compile no kernels in the background, and do not look into the run folder.
 
@@ -99,7 +96,7 @@ def resolve_run(
     precision = select_precision(c.dtype, device)
     seed_everything(c, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
     warmup = None if is_plan else KernelWarmup(device, c, precision)
-    dataset, logged, is_new_text = _load_dataset(c, explicit, comm)
+    dataset, is_new_text = _load_dataset(c, explicit, comm)
     resolved = resolve_config(c, dataset)
     c = _resolve_on_main(c, comm, lambda: resolve_finetune(resolved, dataset, explicit))
     check_global_batch(c, comm)
@@ -112,7 +109,6 @@ def resolve_run(
         device=device,
         device_description=description,
         precision=precision,
-        logged=logged,
         wait_for_warmup=warmup.wait if warmup else lambda: None,
         is_new_text=is_new_text,
     )
@@ -125,24 +121,60 @@ def _resolve_on_main(config: Config, comm: Comm, resolve: Callable[[], Config]) 
     return config
 
 
-def _load_dataset(
-    config: Config, explicit: Collection[str], comm: Comm
-) -> tuple[Dataset, list[str], bool]:
-    """Open the text on all ranks; one per machine prepares it.
-
-    Returns:
-        The text, what was logged about it, and whether it was prepared now.
-    """
-    logged: list[str] = []
-    recorder = WriteHandler(logged.append)
-    data_logger = logging.getLogger("gptforge.data")
-    data_logger.addHandler(recorder)
-    try:
-        with comm.local_main_process_first(), ProgressMeter("preparing the text") as meter:
-            dataset = load_dataset(config, explicit, meter)
-    finally:
-        data_logger.removeHandler(recorder)
+def _load_dataset(config: Config, explicit: Collection[str], comm: Comm) -> tuple[Dataset, bool]:
+    """Open the text on all ranks; one per machine prepares it. Also whether it was prepared now."""
+    with comm.local_main_process_first(), ProgressMeter("preparing the text") as meter:
+        dataset = load_dataset(config, explicit, meter)
     comm.broadcast_from_rank0(
         lambda: check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
     )
-    return dataset, logged, meter.total > 0
+    return dataset, meter.total > 0
+
+
+def check_global_batch(config: Config, comm: Comm) -> None:
+    """Raise a UserError unless the global batch divides evenly over the ranks."""
+    global_batch, ranks = config.global_batch_size, comm.world_size
+    if global_batch % ranks == 0:
+        return
+    accumulation = config.gradient_accumulation_steps
+    unit = ranks // math.gcd(ranks, config.batch_size)
+    suggested = max(unit, round(accumulation / unit) * unit)
+    divisors = [str(n) for n in range(2, global_batch + 1) if global_batch % n == 0]
+    possible_ranks = ", ".join(divisors[:8]) + (", ..." if len(divisors) > 8 else "")
+    raise UserError(
+        f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation} is a "
+        f"global batch of {global_batch} sequences, which does not divide by {ranks} ranks: use "
+        f"{possible_ranks or '1'} ranks, or, unless you resume a run, "
+        f"--gradient_accumulation_steps {suggested}"
+    )
+
+
+def open_run_on_all_ranks(
+    config: Config, dataset: Dataset, explicit: Collection[str], comm: Comm, *, requested: Config
+) -> OpenedRun:
+    """Open the run folder on rank 0, and broadcast what is there.
+
+    Raises:
+        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
+    """
+    if env_int("TORCHELASTIC_RESTART_COUNT", 0):
+        # A restarted worker resumes what the first start began.
+        config = dataclasses.replace(config, restart=False)
+
+    tokenizer, text_sha256 = dataset.tokenizer, dataset.sha256
+    record = comm.broadcast_from_rank0(
+        lambda: open_run(
+            config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
+        ).to_json()
+    )
+    comm.assert_same(
+        {
+            **{f"--{name}": str(value) for name, value in vars(requested).items()},
+            "choice of flags": " ".join(sorted(explicit)) or "none",
+            "text (SHA-256)": text_sha256,
+            "tokenizer": sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
+            "version of gptforge": __version__,
+            "version of torch": torch.__version__,
+        }
+    )
+    return OpenedRun.from_json(record)

@@ -6,8 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,30 +16,21 @@ from gptforge.checkpoint import format as checkpoints
 from gptforge.config import Config
 from gptforge.convert.hf import is_hf_dir
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER
-from gptforge.data.dataset import (
-    BUNDLED_INPUT,
-    DatasetOptions,
-    open_dataset,
-    resolve_input,
-)
+from gptforge.data.dataset import BUNDLED_INPUT, DatasetOptions, open_dataset, resolve_input
 from gptforge.data.prepare.sources import FileKind
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import select_eval_precision
-from gptforge.errors import (
-    RunError,
-    UserError,
-    install_hint,
-    parsing,
-)
+from gptforge.errors import RunError, UserError, install_hint, parsing
 from gptforge.evaluate.harness import load_task_manager, run_harness
 from gptforge.evaluate.tasks import TASKS, Example, score_choices
-from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
+from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.files import open_regular
 from gptforge.kernel_select import first_line
 from gptforge.patterns import expand_glob
 from gptforge.printable import pluralize
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
+from gptforge.report.format import ValLoss
 from gptforge.tokenizers import byte_lengths, char_lengths
 
 logger = logging.getLogger(__name__)
@@ -56,19 +45,6 @@ MAX_LINE = 2**20
 Scores = dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True)
-class _TrainedRun:
-    """What a model's checkpoint says about the training."""
-
-    name: str
-    config: Config
-    tokenizer_path: Path
-    text_sha256: str | None = None
-    """None for a model without a run."""
-    inputs: frozenset[str] = frozenset()
-    """Fingerprints of the files that were trained on."""
-
-
 def evaluate_run(
     run: str | Path,
     *,
@@ -81,13 +57,9 @@ def evaluate_run(
     """Compute the loss of a saved model on another text, or on the text its run held out.
 
     Args:
-        run: see `load`.
+        run: see `load`, also for `device`.
         data: a text, evaluated in full, or shards, by their validation split if they have one;
-            empty: what the run held out.
-        encoding: of `data`; empty: utf-8, whatever the run's text is in.
-        field: of JSON lines or columns in `data` that holds the text; empty: text.
-        kind: of files in `data`; auto: by their names.
-        device: see `load`.
+            empty: what the run held out. `encoding`, `field` and `kind` describe it.
 
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
@@ -96,8 +68,7 @@ def evaluate_run(
         if value not in ("", "auto") and not data:
             raise UserError(f"--{flag} describes the text of --data: give both, or neither")
     model = load(run, device=device)
-    trained = _read_run(str(run), block_size=model.model.config.block_size)
-    config = trained.config
+    config, tokenizer_path, state = _read_run(str(run), block_size=model.model.config.block_size)
     text_format = TextFormat(config.field, config.encoding)
     if data:
         text_format = TextFormat(field or TextFormat.field, encoding or TextFormat.encoding)
@@ -109,10 +80,13 @@ def evaluate_run(
         split_by_name=bool(data) or config.split_by_name,
         raw_bin=config.raw_bin,
         require_tokenizer=True,
-        model_tokenizer=trained.tokenizer_path.as_posix(),
+        model_tokenizer=tokenizer_path.as_posix(),
         needs_val=bool(data),
     )
-    tokens = _open_data(data, options, trained) if data else _open_val_split(options, trained)
+    if data:
+        tokens = _open_data(str(run), data, options, config.val_fraction, state)
+    else:
+        tokens = _open_val_split(str(run), options, config, state)
     if len(tokens) < 2:
         raise UserError(f"{data or config.input}: an evaluation needs at least 2 tokens")
     evaluator = ValEvaluator(
@@ -122,39 +96,31 @@ def evaluate_run(
         context_length=config.context_length,
         batch_size=config.batch_size,
     )
-    batches, precision = itertools.count(1), select_eval_precision(config.dtype, model.device)
+    precision = select_eval_precision(config.dtype, model.device)
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as in training
     try:
         with ProgressMeter("evaluating") as meter:
-
-            def show_progress() -> bool:
-                meter(next(batches), evaluator.num_batches)
-                return False
-
-            loss = evaluator.evaluate_until(show_progress, model.model, precision)
+            return evaluator.evaluate(model.model, precision, progress=meter)
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
-    assert isinstance(loss, ValLoss), "nothing stops it"
-    return loss
 
 
-def _read_run(run: str, *, block_size: int) -> _TrainedRun:
+def _read_run(run: str, *, block_size: int) -> tuple[Config, Path, dict[str, Any]]:
+    """Configuration, tokenizer file, and training state; no state for a model without a run."""
     if is_hf_dir(Path(run)):
         native = Path(run) / NATIVE_TOKENIZER
         path = native if native.is_file() else Path(run) / checkpoints.TOKENIZER
-        return _TrainedRun(run, Config(context_length=block_size), path)
+        return Config(context_length=block_size), path, {}
     checkpoint = checkpoints.resolve_checkpoint(run)
-    config, path = checkpoints.read_config(checkpoint), checkpoint / checkpoints.TOKENIZER
-    if not (checkpoint / checkpoints.STATE).exists():
-        return _TrainedRun(run, config, path)
-    state = checkpoints.read_state(checkpoint)
-    inputs = state.get("inputs")
-    names = frozenset(map(str, inputs)) if isinstance(inputs, list) else frozenset()
-    return _TrainedRun(run, config, path, str(state["text_sha256"]), names)
+    is_of_run = (checkpoint / checkpoints.STATE).exists()
+    state = checkpoints.read_state(checkpoint) if is_of_run else {}
+    return checkpoints.read_config(checkpoint), checkpoint / checkpoints.TOKENIZER, state
 
 
-def _open_data(data: str, options: DatasetOptions, trained: _TrainedRun) -> TokenDataset:
+def _open_data(
+    run: str, data: str, options: DatasetOptions, val_fraction: float, state: dict[str, Any]
+) -> TokenDataset:
     """Open `--data`; warn if the model was trained on it, and say which split is used."""
     with ProgressMeter("preparing the text") as meter:
         dataset = open_dataset(Path(data), options, progress=meter)
@@ -162,29 +128,28 @@ def _open_data(data: str, options: DatasetOptions, trained: _TrainedRun) -> Toke
     if has_val:
         logger.info(f"note: evaluating the validation split of {data}, not the rest")
     memorized = "this says how well the model remembers it"
-    if trained.text_sha256 == dataset.sha256:
+    inputs = state.get("inputs")
+    known = dataset.input_fingerprints("val" if has_val else "train").intersection(
+        map(str, inputs if isinstance(inputs, list) else ())
+    )
+    if state and state["text_sha256"] == dataset.sha256:
         # A smaller validation split of the same text is part of a larger one.
-        if not has_val or dataset.val_fraction > trained.config.val_fraction:
-            hint = "; without --data the held-out part is evaluated"
-            logger.warning(
-                f"warning: {trained.name} was trained on {data}: {memorized}"
-                f"{hint if trained.config.val_fraction else ''}"
-            )
-    elif known := dataset.input_fingerprints("val" if has_val else "train") & trained.inputs:
-        files_of = ""
-        if len(dataset.input_splits) > 1:
-            files_of = f"{pluralize(len(known), 'file', 'files')} of "
+        if not has_val or dataset.val_fraction > val_fraction:
+            hint = "; without --data the held-out part is evaluated" if val_fraction else ""
+            logger.warning(f"warning: {run} was trained on {data}: {memorized}{hint}")
+    elif known:
+        has_many = len(dataset.input_splits) > 1
+        count = f"{pluralize(len(known), 'file', 'files')} of " if has_many else ""
         logger.warning(
-            f"warning: {trained.name} was trained on {files_of}{data}, or on a part of it: "
-            f"{memorized}"
+            f"warning: {run} was trained on {count}{data}, or on a part of it: {memorized}"
         )
     return dataset.val if has_val else dataset.train
 
 
-def _open_val_split(options: DatasetOptions, trained: _TrainedRun) -> TokenDataset:
-    """Open what the run held out of its text."""
-    run, config = trained.name, trained.config
-    if trained.text_sha256 is None:
+def _open_val_split(
+    run: str, options: DatasetOptions, config: Config, state: dict[str, Any]
+) -> TokenDataset:
+    if not state:
         raise UserError(
             f"{run} is a model without its run, and does not say which text it was not trained on: "
             "give one with --data PATH"
@@ -204,7 +169,7 @@ def _open_val_split(options: DatasetOptions, trained: _TrainedRun) -> TokenDatas
             f"the training text of {run}, {config.input}, cannot be read any more: it has changed "
             f"or is damaged ({error}); give a text with --data"
         ) from None
-    if trained.text_sha256 != dataset.sha256:
+    if state["text_sha256"] != dataset.sha256:
         raise UserError(
             missing
             if is_gone
@@ -222,12 +187,10 @@ def evaluate_tasks(
     """Score a saved model on benchmark tasks; metrics have their names in lm-evaluation-harness.
 
     Args:
-        run: see `load`.
+        run: see `load`, also for `device`.
         tasks: comma-separated names; `NAME=FILE` reads JSON lines instead of the Hub. Names
-            that are not built in are run by lm-evaluation-harness.
+            that are not built in are run by lm-evaluation-harness, also those in `include_path`.
         limit: use the first so many examples of each task; 0: all.
-        device: see `load`.
-        include_path: folder with more tasks for lm-evaluation-harness.
 
     Raises:
         UserError: for an unknown task, or examples that cannot be downloaded or read.
@@ -264,7 +227,7 @@ def _load_examples(name: str, file: str, limit: int) -> list[Example]:
     rows = _read_jsonl(Path(file)) if file else _load_hub_dataset(name)
     source = file or HUB_DATASETS[name][0]
     examples = []
-    for number, row in enumerate(islice(rows, limit or None), 1):
+    for number, row in enumerate(itertools.islice(rows, limit or None), 1):
         with parsing(f"{source}, line {number}", f"an example of {name}"):
             examples.append(TASKS[name].parse(row))
     if not examples:

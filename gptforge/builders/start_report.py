@@ -11,6 +11,7 @@ from gptforge import __version__, files
 from gptforge.builders.build_train_step import attention_backend
 from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import METADATA_TABLE
 from gptforge.config_file import to_toml
@@ -66,14 +67,10 @@ def start_report(
             summary = model_summary(GPT(config.model))
         report.start(summary, command=command, facts=_facts(run, step))
     else:
-        report.resume(
-            state.step,
-            opened.state["file_sizes"],
-            max_steps=config.max_steps,
-            checkpoint=opened.checkpoint.name,
-            is_best=state.best_step == state.step,
-            command=command,
-        )
+        is_best = state.best_step == state.step
+        checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
+        sizes = opened.state["file_sizes"]
+        report.resume(checkpoint, sizes, max_steps=config.max_steps, command=command)
     report.console = Console(config.max_steps, state.step)
     return report
 

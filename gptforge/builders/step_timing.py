@@ -1,22 +1,30 @@
-"""Build a training step without a run, and time it in seconds however large the model is."""
+"""Build a training step without a run, time it, and make as many as a time limit allows."""
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gptforge.builders.build_train_step import build_train_step
 from gptforge.builders.kernel_warmup import KernelWarmup
-from gptforge.builders.seed import seed_everything
+from gptforge.builders.memory_fit import MemoryEstimator
+from gptforge.builders.resolve import config_of_run
+from gptforge.builders.resolve_run import ResolvedRun
+from gptforge.builders.train_teachers import cost_with_teachers
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config
 from gptforge.config_checks import validate
-from gptforge.device import select_device, select_precision
+from gptforge.device import seed_everything, select_device, select_precision
+from gptforge.errors import RunError
 from gptforge.estimate.formulas import flops_per_token
 from gptforge.model import GPT
+from gptforge.presets import AUTO
+from gptforge.recipe import EVALUATIONS, USABLE_TIME, intervals, round_nicely, teacher_steps
+from gptforge.report.format import format_duration
 from gptforge.report.log_handler import log_to
 from gptforge.train.train_step import TrainStep
 
@@ -31,14 +39,8 @@ MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
 MIN_CPU_SHARE = 0.8
 """CPU time over wall time below which other programs use the cores: an idle machine gave 0.97 to 1,
 one busy program beside it 0.5, with passes three to five times as slow."""
-
-
-@dataclass(frozen=True)
-class StepTiming:
-    """Seconds to train on one sequence, and how they were measured."""
-
-    seconds_per_sequence: float
-    how: str
+MIN_STEPS_PER_EVAL = 10
+"""Steps between evaluations, in steps that take as long as one evaluation."""
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
@@ -78,17 +80,17 @@ def build_random_model(config: Config) -> GPT:
 
 def time_step(
     config: Config, explicit: Collection[str], *, device: torch.device, micro_batch: int
-) -> StepTiming:
-    """Time forward and backward of a configuration.
+) -> tuple[float, str]:
+    """Time forward and backward of a resolved configuration.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
     are timed, and the line through both is extrapolated to all layers.
 
-    Args:
-        config: resolved; has to fit into memory, else a RunError is raised.
-        explicit: names of the fields that the user set.
-        device: to run on.
-        micro_batch: sequences that training would run at once; at most so many are run.
+    Returns:
+        Seconds to train on one sequence of a micro-batch, and how they were measured.
+
+    Raises:
+        RunError: if it does not fit into memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")
@@ -121,7 +123,7 @@ def time_step(
         how += ", without torch.compile, which takes longer than this plan"
     if device.type == "cpu" and cpu_share < MIN_CPU_SHARE:
         how += f"; other programs took {1 - cpu_share:.0%} of the cores: without them it is faster"
-    return StepTiming(total, how)
+    return total, how
 
 
 def _affordable(config: Config, micro_batch: int, max_flops: float) -> tuple[int, list[int]]:
@@ -144,3 +146,89 @@ def _time_passes(step: TrainStep, sequences: int, context_length: int) -> tuple[
         seconds.append(step.dry_run(sequences, context_length))
     cpu_share = (time.process_time() - start) / (sum(seconds) * torch.get_num_threads())
     return min(seconds), cpu_share
+
+
+def fit_time_limit(run: ResolvedRun, *, start_time: float) -> ResolvedRun:
+    """Rank 0 times a step, and all ranks make as many as end within `--time_limit`.
+
+    Runs of other presets, without a limit or with explicit `--max_steps` are unchanged. The limit
+    counts from `start_time`, of `time.monotonic()`.
+    """
+    c, comm = run.config, run.comm
+    if c.preset != AUTO or not c.time_limit or "max_steps" in run.explicit:
+        return run
+    run.wait_for_warmup()  # it would slow the steps that are timed
+    values = comm.broadcast_from_rank0(lambda: vars(_fit_on_main(run, start_time)))
+    seed_everything(c, rank=comm.rank)  # the steps drew dropout masks
+    return dataclasses.replace(run, config=dataclasses.replace(c, **values))
+
+
+def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
+    c, explicit = run.config, run.explicit
+    if config_of_run(c) is not None:
+        return c  # its teachers have begun with these steps
+    micro_batch = MemoryEstimator(c, run.precision, run.device).micro_batch(explicit)
+    try:
+        per_sequence, _ = time_step(c, explicit, device=run.device, micro_batch=micro_batch)
+    except (RunError, torch.OutOfMemoryError):
+        return c  # training reports it
+    seconds = c.time_limit * 60 - (time.monotonic() - start_time)
+    per_step = per_sequence * c.global_batch_size / run.comm.world_size
+    follow = c.teacher_steps and "teacher_steps" not in explicit
+    if c.teacher_steps and not follow:
+        seconds -= c.teachers * c.teacher_steps * per_step
+        per_step *= 1 + c.teachers / 3
+    else:
+        per_step *= cost_with_teachers(c)
+    val_tokens = len(run.dataset.val)
+    fitted = fit_steps(
+        c,
+        explicit,
+        seconds=seconds,
+        seconds_per_step=per_step,
+        val_tokens=min(val_tokens, c.eval_tokens or val_tokens),
+    )
+    if follow:
+        fitted = dataclasses.replace(fitted, teacher_steps=teacher_steps(fitted.max_steps))
+    if fitted.max_steps < c.max_steps:
+        logger.info(
+            f"auto: {fitted.max_steps:,} steps instead of {c.max_steps:,}, of "
+            f"{1000 * per_step:.3g} ms each{' with teachers' * bool(c.teachers)}, to end within "
+            f"{format_duration(seconds)}"
+        )
+    return fitted
+
+
+def fit_steps(
+    config: Config,
+    explicit: Collection[str],
+    *,
+    seconds: float,
+    seconds_per_step: float,
+    val_tokens: int,
+) -> Config:
+    """Cut max_steps so that the schedule ends within `seconds`; explicit fields stay.
+
+    A training step takes `seconds_per_step`, and an evaluation reads `val_tokens`.
+    """
+    # The forward is a third of a step's FLOPs.
+    steps_per_eval = val_tokens / config.tokens_per_step / 3
+
+    def eval_every(max_steps: int) -> int:
+        if "eval_every" in explicit:
+            return config.eval_every
+        return round_nicely(max(max_steps / EVALUATIONS, MIN_STEPS_PER_EVAL * steps_per_eval))
+
+    def steps_with_evals(max_steps: int) -> float:
+        return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval
+
+    affordable = seconds * USABLE_TIME / seconds_per_step
+    minimum = config.warmup_steps if "warmup_steps" in explicit else 1
+    # Two digits: the time of a step is not known better.
+    candidates = {digits * 10**zeros for zeros in range(7) for digits in range(1, 100)}
+    candidates = {n for n in candidates if n < config.max_steps} | {config.max_steps}
+    max_steps = max([minimum, *(n for n in candidates if steps_with_evals(n) <= affordable)])
+    values: dict[str, Any] = {"max_steps": max_steps, **intervals(max_steps)}
+    values["eval_every"] = eval_every(max_steps)
+    values = {name: value for name, value in values.items() if name not in explicit}
+    return dataclasses.replace(config, **values)

@@ -6,7 +6,6 @@ errors, which a chain, where each learns from the one before, would pass on.
 """
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -24,7 +23,6 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
 from gptforge.model import GPT
-from gptforge.presets import AUTO
 from gptforge.train.distillation import Distillation
 from gptforge.train.signals import StopReason
 
@@ -93,27 +91,22 @@ def train_teachers(
     train: Callable[[Config], StopReason],
     comm: Comm = SINGLE_PROCESS,
 ) -> None:
-    """Train those teachers that are not finished.
+    """Train those teachers of a student that are not finished.
 
-    Args:
-        config: of the student, resolved.
-        explicit: fields that the user set.
-        train: trains a run, new or not, to its end or until it is stopped.
-        comm: the ranks.
+    `train` trains a run, new or not, to its end or until it is stopped.
 
     Raises:
         TeacherStopped: if one is stopped.
     """
-    if config.preset == AUTO and config.time_limit and "teacher_steps" not in explicit:
-        # Fitted to the time when the first one began; after a stop, other steps fit.
-        first = teacher_config(config, 1)
-        began = comm.broadcast_from_rank0(lambda: vars(config_of_run(first) or first))
-        config = dataclasses.replace(config, teacher_steps=began["max_steps"])
+    if "teacher_steps" not in explicit:
+        # The student's --max_steps may have been raised since they began.
+        first = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
+        steps = first["teacher_steps"] or first["max_steps"]
+        config = dataclasses.replace(config, teacher_steps=steps)
     for number in range(1, config.teachers + 1):
         teacher = teacher_config(config, number)
         logger.info(f"teacher {number} of {config.teachers}: {teacher.out_dir}")
         reason = train(teacher)
-        gc.collect()  # frees its CUDA graphs before the next model is built
         if reason != "finished":
             raise TeacherStopped(reason)
     logger.info(

@@ -1,7 +1,7 @@
 """Saves checkpoints in a background thread, one at a time."""
 
-import threading
 from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,9 +47,8 @@ class AsyncSaver:
     ) -> None:
         self.store, self._tokenizer, self._config = store, tokenizer, config
         self._keep, self._protected_steps, self._enabled = keep, protected_steps, enabled
-        self._thread: threading.Thread | None = None
+        self._running: Future[SavedCheckpoint] | None = None
         self._saved: list[SavedCheckpoint] = []
-        self._error: BaseException | None = None
 
     def save_async(self, step: int, snapshot: Snapshot, *, is_best: bool) -> None:
         """Start to save a snapshot, once the previous save is complete; raises that one's error."""
@@ -60,47 +59,34 @@ class AsyncSaver:
         device = next(iter(snapshot.model.values())).device
         # After the copies that make up the snapshot.
         copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        # Not a daemon: a program that ends with an error still completes its save.
-        self._thread = threading.Thread(
-            target=self._save, args=(step, snapshot, is_best, copied), name="saver"
-        )
-        self._thread.start()
+        executor = ThreadPoolExecutor(1, "saver")
+        self._running = executor.submit(self._save, step, snapshot, is_best, copied)
+        # The thread ends after this save. A program that ends with an error still completes it.
+        executor.shutdown(wait=False)
 
     def poll(self) -> list[SavedCheckpoint]:
         """Checkpoints completed since the last call; raises the error of a failed save."""
-        self._raise_error()
-        saved = self._saved[:]
-        # The thread may append meanwhile.
-        del self._saved[: len(saved)]
+        if self._running is not None and self._running.done():
+            self.wait()
+        saved, self._saved = self._saved, []
         return saved
 
     def wait(self) -> None:
         """Wait for a running save; raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._raise_error()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        running, self._running = self._running, None
+        if running is not None:
+            self._saved.append(running.result())
 
     def _save(
         self, step: int, snapshot: Snapshot, is_best: bool, copied: torch.cuda.Event | None
-    ) -> None:
-        try:
-            with _side_stream(copied):
-                name = self.store.save(
-                    step, snapshot, tokenizer=self._tokenizer, config=self._config
-                )
-            with self.store.disk_errors(name):
-                if is_best:
-                    self.store.set_link("best", name)
-                self.store.prune(self._keep, self._protected_steps)
-            self._saved.append(SavedCheckpoint(step, name, is_best))
-        except BaseException as error:
-            self._error = error
+    ) -> SavedCheckpoint:
+        with _side_stream(copied):
+            name = self.store.save(step, snapshot, tokenizer=self._tokenizer, config=self._config)
+        with self.store.disk_errors(name):
+            if is_best:
+                self.store.set_link("best", name)
+            self.store.prune(self._keep, self._protected_steps)
+        return SavedCheckpoint(step, name, is_best)
 
 
 @contextmanager

@@ -92,23 +92,20 @@ def read_link(link: Path) -> Path | None:
 def save_snapshot(folder: Path, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> None:
     """Fill an empty folder with a checkpoint."""
     (folder / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", "utf-8")
-    _write(folder, CHECKPOINT_FILES, snapshot.tensors, tokenizer, config)
+    _write(folder, snapshot.tensors, tokenizer, config)
 
 
 def save_inference_checkpoint(
     folder: Path, tensors: StateDict, *, tokenizer: Tokenizer, config: str
 ) -> None:
     """Fill an empty folder with a checkpoint for inference or as initial weights."""
-    _write(folder, INFERENCE_FILES, {MODEL: tensors}, tokenizer, config)
+    _write(folder, {MODEL: tensors}, tokenizer, config)
 
 
 def _write(
-    folder: Path,
-    names: Iterable[str],
-    tensors: Mapping[str, StateDict],
-    tokenizer: Tokenizer,
-    config: str,
+    folder: Path, tensors: Mapping[str, StateDict], tokenizer: Tokenizer, config: str
 ) -> None:
+    """Add tensors, tokenizer and configuration to a folder, and a manifest of all its files."""
     written = {}
     for name, group in tensors.items():
         with files.add_filename_to_errors(folder / name):
@@ -116,13 +113,12 @@ def _write(
     (folder / CONFIG).write_text(config, "utf-8")
     save_tokenizer(tokenizer, folder / TOKENIZER)
     listed = {}
-    for name in names:
-        path = folder / name
+    for path in sorted(folder.iterdir()):
         files.fsync(path)
         # Tensor files were hashed while they were written: reading them again would hash what a
         # faulty disk returns.
-        size, digest = written.get(name) or (path.stat().st_size, files.sha256(path))
-        listed[name] = {"bytes": size, "sha256": digest}
+        size, digest = written.get(path.name) or (path.stat().st_size, files.sha256(path))
+        listed[path.name] = {"bytes": size, "sha256": digest}
     record = {"format": "gptforge-checkpoint", "version": 1, "files": listed}
     files.atomic_write(folder / MANIFEST, json.dumps(record, indent=1) + "\n")
 

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptforge import files
-from gptforge.checkpoint.extension import extend_run
-from gptforge.checkpoint.format import CONFIG, read_config, read_state, read_tokenizer
+from gptforge.checkpoint.format import (
+    CONFIG,
+    find_corruption,
+    read_config,
+    read_state,
+    read_tokenizer,
+    step_from_path,
+)
 from gptforge.checkpoint.out_dir import check_out_dir, check_writable, has_files
 from gptforge.checkpoint.run_files import has_event, has_line
 from gptforge.checkpoint.store import CheckpointStore
@@ -16,7 +22,10 @@ from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.lock import FolderLock, lock_folder
+from gptforge.optim.schedule import learning_rate, stable_end
 from gptforge.tokenizers import Tokenizer
+
+LR_TOLERANCE = 0.05  # a relative change of the learning rate that is not worth a warning
 
 
 @dataclass(frozen=True)
@@ -24,17 +33,14 @@ class OpenedRun:
     """What a run folder holds, and how to start from it."""
 
     status: Literal["new", "resume", "finished"]
-    config: Config
-    """The requested configuration, adapted to a run that resumes."""
+    config: Config  # as requested, adapted to a run that resumes
     checkpoint: Path | None = None
     state: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    # Fields of `TrainState` that replace those of the checkpoint.
     counters: dict[str, Any] = field(default_factory=dict)
-    """Fields of `TrainState` that replace those of the checkpoint."""
-    drops_decay: bool = False
-    """Whether to resume from before the decay, and drop the checkpoints after it."""
-    moves_old_run: bool = False
-    """Whether an old run has to be moved to a backup before this one starts."""
+    drops_decay: bool = False  # resume from before the decay, and drop the checkpoints after it
+    moves_old_run: bool = False  # to a backup, before this one starts
 
     def to_json(self) -> dict[str, Any]:
         """For ranks that cannot look themselves: the folder may be on another machine."""
@@ -64,13 +70,8 @@ def open_run(
 ) -> OpenedRun:
     """Decide between a new run, resuming and a finished run; repairs but never deletes.
 
-    Args:
-        config: resolved, with out_dir; `explicit` are the fields that the user set.
-        tokenizer: of this run.
-        text_sha256: hash of the training text.
-
-    Raises:
-        UserError: if the folder holds something else, or a run with another configuration.
+    `explicit` are the fields that the user set. A UserError if the folder holds something else, or
+    a run with another configuration.
     """
     check_out_dir(config)
     folder = Path(config.out_dir)
@@ -105,7 +106,7 @@ def open_run(
     progress = state["progress"]
     if config.max_steps > old.max_steps:
         check_writable(folder)
-        checkpoint, counters, notice = extend_run(store, latest, config)
+        checkpoint, counters, notice = _extend_run(store, latest, config)
         return OpenedRun(
             "resume", config, checkpoint, read_state(checkpoint), (*notices, notice),
             counters=counters | known_best, drops_decay=checkpoint != latest,
@@ -118,6 +119,48 @@ def open_run(
         return OpenedRun("finished", config, latest, state, tuple(notices))
     check_writable(folder)
     return OpenedRun("resume", config, latest, state, tuple(notices), counters=known_best)
+
+
+def _extend_run(
+    store: CheckpointStore, latest: Path, config: Config
+) -> tuple[Path, dict[str, Any], str]:
+    """Choose the checkpoint from which a run resumes with a larger max_steps; changes no file.
+
+    Returns:
+        `latest`, or the checkpoint from before the decay of wsd; the counters of `TrainState` that
+        replace those of the checkpoint; and a line about the learning rate.
+    """
+    old, step = read_config(latest), step_from_path(latest)
+    raised = f"--max_steps raised from {old.max_steps} to {config.max_steps}"
+    # Or the evaluations before would end the longer run.
+    counters: dict[str, Any] = {"evals_since_best": 0}
+    advice = "a run with --schedule wsd can be extended without a jump"
+    if (end := stable_end(old)) is not None and step > end:
+        start = store.path_of(end)
+        if find_corruption(start) is None:
+            counters |= _best_and_save(latest, start)
+            return start, counters, (
+                f"{raised}: resuming from {start.name}, before the decay of the learning rate; "
+                f"the {step - end} steps after it are dropped and trained again"
+            )  # fmt: skip
+        advice = f"there is no intact {start.name}, from before the decay, to resume from"
+    lr, new_lr = learning_rate(old, step), learning_rate(config, step)
+    jump = ""
+    if abs(new_lr - lr) > LR_TOLERANCE * lr:
+        jump = (
+            f" and jumps from {lr:.2g} to {new_lr:.2g} at step {step}: {advice}; --restart "
+            "trains all steps on one schedule"
+        )
+    return latest, counters, f"{raised}: the learning rate follows the new schedule from here{jump}"
+
+
+def _best_and_save(latest: Path, start: Path) -> dict[str, Any]:
+    """Keep the best checkpoint, if only a longer run will beat it, and save that at once."""
+    progress, pending = read_state(latest)["progress"], read_state(start).get("pending", [])
+    counters = {"pending": [*pending, *(["save"] if "save" not in pending else [])]}
+    if progress["best_loss"] is not None:
+        counters |= {name: progress[name] for name in ("best_loss", "best_step")}
+    return counters
 
 
 def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:

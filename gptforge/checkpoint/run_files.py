@@ -8,10 +8,8 @@ from pathlib import Path
 from gptforge import files
 from gptforge.checkpoint.format import CONFIG
 
-TEACHERS = "teachers"
-"""Folder of a run's teachers, which are runs of their own."""
-TRACKING = "tracking"
-"""Folder of the files of experiment trackers."""
+TEACHERS = "teachers"  # folder of a run's teachers, which are runs of their own
+TRACKING = "tracking"  # folder of the files of experiment trackers
 RUN_FOLDERS = {"checkpoints", TEACHERS, TRACKING}
 RUN_FILES = RUN_FOLDERS | {
     *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "report.html")

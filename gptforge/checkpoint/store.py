@@ -25,10 +25,8 @@ from gptforge.checkpoint.format import (
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers import Tokenizer
 
-HEADROOM_BYTES = 8 * 2**20
-"""Disk space for logs and plots besides a checkpoint."""
-REPLACED = ".replaced"
-"""Suffix of the hidden name of a checkpoint while a new one of the same step replaces it."""
+HEADROOM_BYTES = 8 * 2**20  # disk space for logs and plots besides a checkpoint
+REPLACED = ".replaced"  # ends the hidden name of a checkpoint that another one replaces
 
 
 class CheckpointStore:
@@ -43,7 +41,7 @@ class CheckpointStore:
 
         Returns its name; a RunError if the disk is full or fails, with earlier ones untouched.
         """
-        name = f"step-{step:06d}"
+        name = self.path_of(step).name
         partial = self.folder / f".{name}.partial"
         with self.disk_errors(name):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,10 +156,7 @@ class CheckpointStore:
             self.set_link("last", self.path_of(step).name)
 
     def prune(self, keep: int, protected_steps: Collection[int | None] = ()) -> None:
-        """Delete all but best, last and the `keep` latest others, and what failed saves left.
-
-        The checkpoints of `protected_steps` are kept in addition.
-        """
+        """Delete all but best, last, `protected_steps` and the `keep` latest others."""
         protected = {self.read_link("best"), self.read_link("last")}
         protected |= {self.path_of(step) for step in protected_steps if step is not None}
         others = [path for path in self.checkpoints() if path not in protected]
@@ -177,8 +172,7 @@ class CheckpointStore:
     def _move_into_place(self, partial: Path, name: str) -> None:
         """Rename a complete folder, replacing a checkpoint of the same step.
 
-        The old one keeps a hidden name until the new one is in place; `_finish_replacing` repairs
-        what a crash in between left.
+        Until then the old one keeps a hidden name, under which `_finish_replacing` finds it.
         """
         target, hidden = self.folder / name, self.folder / f".{name}{REPLACED}"
         if is_folder(target):

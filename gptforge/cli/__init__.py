@@ -18,20 +18,15 @@ from typing import NoReturn
 from gptforge import files
 from gptforge.cli import (
     bench,
-    cache,
-    compare,
     completion,
-    demo,
     doctor,
     eval,
     export,
     plan,
     prepare,
-    report,
     runs,
     sample,
     sweep,
-    tokenizer,
     train,
 )
 from gptforge.errors import RunError, Terminated, UserError
@@ -43,46 +38,22 @@ GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others pol
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
     "train": (train.main, train.TrainArgs, "train a model or resume a run; the default command"),
-    "prepare": (
-        prepare.main,
-        prepare.PrepareArgs,
-        "turn texts of any kind and size into token shards",
-    ),
-    "tokenizer": (tokenizer.main, tokenizer.TrainArgs, "train a BPE tokenizer on your own text"),
+    "prepare": (prepare.main, prepare.PrepareArgs, "turn texts of any kind into token shards"),
+    "tokenizer": (prepare.tokenizer_main, prepare.TokenizerArgs, "train a BPE tokenizer on a text"),
     "sample": (sample.main, sample.SampleArgs, "generate text with a trained model"),
     "eval": (eval.main, eval.EvalArgs, "evaluate a trained model on held-out text or tasks"),
-    "export": (
-        export.main,
-        export.ExportArgs,
-        "export to transformers, llama.cpp, or a Hugging Face Space",
-    ),
-    "import": (
-        export.import_main,
-        export.ImportArgs,
-        "import a GPT-2 from Hugging Face or nanoGPT",
-    ),
-    "demo": (demo.main, demo.DemoArgs, "serve a model as a web page"),
+    "export": (export.main, export.ExportArgs, "export to transformers, llama.cpp or a Space"),
+    "import": (export.import_main, export.ImportArgs, "import from Hugging Face or nanoGPT"),
+    "demo": (sample.demo_main, sample.DemoArgs, "serve a model as a web page"),
     "runs": (runs.main, runs.RunsArgs, "list training runs"),
-    "compare": (
-        compare.main,
-        compare.CompareArgs,
-        "compare runs: curves, differences, and which is better",
-    ),
-    "report": (report.main, report.ReportArgs, "write the report of a run, one HTML page"),
+    "compare": (runs.compare_main, runs.CompareArgs, "compare runs, with a verdict"),
+    "report": (runs.report_main, runs.ReportArgs, "write the report of a run, one HTML page"),
     "plan": (plan.main, plan.PlanConfig, "show what a run will be and cost, and whether it fits"),
-    "sweep": (
-        sweep.main,
-        sweep.SweepConfig,
-        "search the best hyperparameters with many training runs",
-    ),
+    "sweep": (sweep.main, sweep.SweepConfig, "search hyperparameters with many training runs"),
     "bench": (bench.main, bench.BenchConfig, "measure how fast this machine trains and generates"),
-    "cache": (cache.main, cache.CacheArgs, "show or clear the cache of tokenized texts"),
+    "cache": (prepare.cache_main, prepare.CacheArgs, "show or clear the cache of tokenized texts"),
     "doctor": (doctor.main, doctor.DoctorArgs, "check this machine or a dataset for problems"),
-    "completion": (
-        completion.main,
-        completion.CompletionArgs,
-        "print a script for completion by the Tab key, for bash, zsh or fish",
-    ),
+    "completion": (completion.main, completion.CompletionArgs, "print a script for Tab completion"),
 }
 """Name -> function, its flags, and what it does."""
 

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.presets import AUTO, FINETUNE
 from gptforge.printable import print_stderr, safe_print
-from gptforge.report.format import format_count
+from gptforge.report.format import format_count, markdown_table
 from gptforge.report.log_handler import log_to
 
 if TYPE_CHECKING:
     import torch
-
-    from gptforge.train.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +57,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--generate can be compared with --peer hf only, and has no --profile")
     if args.profile:
         # Checked before the measurement, which takes minutes.
-        try:
+        with parsing(f"--profile {args.profile}", "a folder that can be created"):
             Path(args.profile).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot create the folder ({error.strerror})"
-            raise UserError(f"--profile {args.profile}: {reason}") from None
     prewarm_cuda(args.device)
     measure = _measure_generation if args.generate else _measure_training
     with log_to(print_stderr if args.json else safe_print):
@@ -86,6 +81,7 @@ def _measure_training(
 ) -> dict[str, Any]:
     from gptforge.bench.baselines import build_baseline, describe_baseline
     from gptforge.bench.train_speed import StepFn, profile, random_batch, time_training
+    from gptforge.builders.build_train_step import attention_backend
     from gptforge.builders.step_timing import build_bench_step
 
     step = build_bench_step(config, explicit)
@@ -101,25 +97,41 @@ def _measure_training(
         )
     results = time_training(factories, batch, config, repeats=args.repeats)
     results[0]["first_step_seconds"] = first_step_seconds
-    machine = _machine(step, config)
-    found: dict[str, Any] = {"machine": machine, "formula": MFU_FORMULA, "results": results}
     logger.info(
         "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
         "| peak GB | speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
-    for result in results:
-        logger.info(_train_row(result))
+    for r in results:
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
+        memory = f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else ""
+        logger.info(
+            f"| {r['implementation']} | {r['tokens_per_second']:,.0f} "
+            f"| {r['ms_per_step']:.1f} ({r['ms_min']:.1f}, {r['ms_max']:.1f}) "
+            f"| {r['tflops_per_second']:.3g} | {mfu} | {r['first_step_seconds']:.1f} | {memory} "
+            f"| {r['gptforge_speedup']:.2f} x |"
+        )
     peak = results[0]["peak_tflops_per_second"]
     note = f"16-bit peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
     per_token = format_count(results[0]["flops_per_token"])
     logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
+    machine = {
+        **_device_facts(step.device),
+        "dtype": step.precision.name,
+        "backend": step.backend_name,
+        "compiled": step.is_compiled,
+        "attention": attention_backend(step, config),
+        "micro_batch": step.micro_batch_size,
+        "tokens_per_step": config.tokens_per_step,
+    }
+    found: dict[str, Any] = {"machine": machine, "formula": MFU_FORMULA, "results": results}
     if args.profile:
-        kernels = profile(step_fn, batch, Path(args.profile))
-        found["profile"] = kernels
+        found["profile"] = kernels = profile(step_fn, batch, Path(args.profile))
         total = sum(ms for _, ms, _ in kernels)
-        logger.info("\n| kernel | ms | calls | share |\n| --- | --- | --- | --- |")
-        for name, ms, calls in kernels:
-            logger.info(f"| {name[:80]} | {ms:.2f} | {calls:.0f} | {ms / total:.1%} |")
+        rows = [
+            (name[:80], f"{ms:.2f}", f"{calls:.0f}", f"{ms / total:.1%}")
+            for name, ms, calls in kernels
+        ]
+        logger.info(f"\n{markdown_table([('kernel', 'ms', 'calls', 'share'), *rows])}")
         logger.info(f"\nfull trace: {(Path(args.profile) / 'trace.json').as_posix()}")
     return found
 
@@ -153,11 +165,12 @@ def _measure_generation(
     generator = TokenGenerator(
         InferenceModel(model, vocab_size=num_tokens, dtype=dtype, frozen=True), cuda_graph=True
     )
-    generators = {f"gptforge, {_dtype_name(dtype)}": gptforge_generator(generator)}
+    generators = {f"gptforge, {dtype}": gptforge_generator(generator)}
     if args.peer:
         # In float32, as transformers loads a GPT-2, and in the dtype used above.
         for hf_dtype in dict.fromkeys((torch.float32, dtype)):
-            generators[f"hf, {_dtype_name(hf_dtype)}"] = transformers_generator(model, hf_dtype)
+            generators[f"hf, {hf_dtype}"] = transformers_generator(model, hf_dtype)
+    generators = {name.replace("torch.", ""): fn for name, fn in generators.items()}
     logger.info(
         f"\n{prompt_tokens} prompt tokens, {new_tokens} new ones, temperature 0.8, top-k 200\n\n"
         "| implementation | batch | new tokens/s (min, max) | ms to first token | speedup |\n"
@@ -165,7 +178,7 @@ def _measure_generation(
     )
     results = []
     for batch in (1, 256) if device.type == "cuda" else (1, 8):
-        for result in time_generation(
+        for r in time_generation(
             generators,
             batch=batch,
             vocab_size=num_tokens,
@@ -174,16 +187,17 @@ def _measure_generation(
             repeats=args.repeats,
             device=device,
         ):
-            results.append(result)
-            logger.info(_generate_row(result))
+            results.append(r)
+            first = f"{r['ms_to_first']:.1f}" if r["ms_to_first"] else ""
+            logger.info(
+                f"| {r['implementation']} | {r['batch']} | {r['tokens_per_second']:,.0f} "
+                f"({r['tokens_per_second_min']:,.0f}, {r['tokens_per_second_max']:,.0f}) "
+                f"| {first} | {r['gptforge_speedup']:.2f} x |"
+            )
     graph = "CUDA graph" if generator.has_cuda_graph else "no CUDA graph"
     logger.info(f"\ngptforge's decode steps: {graph}")
     machine = {**_device_facts(device), "cuda_graph": generator.has_cuda_graph}
     return {"machine": machine, "results": results}
-
-
-def _dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _device_facts(device: "torch.device") -> dict[str, Any]:
@@ -194,37 +208,3 @@ def _device_facts(device: "torch.device") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _machine(step: "TrainStep", config: Config) -> dict[str, Any]:
-    from gptforge.builders.build_train_step import attention_backend
-
-    return {
-        **_device_facts(step.device),
-        "dtype": step.precision.name,
-        "backend": step.backend_name,
-        "compiled": step.is_compiled,
-        "attention": attention_backend(step, config),
-        "micro_batch": step.micro_batch_size,
-        "tokens_per_step": config.tokens_per_step,
-    }
-
-
-def _train_row(r: dict[str, Any]) -> str:
-    mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
-    memory = f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else ""
-    return (
-        f"| {r['implementation']} | {r['tokens_per_second']:,.0f} "
-        f"| {r['ms_per_step']:.1f} ({r['ms_min']:.1f}, {r['ms_max']:.1f}) "
-        f"| {r['tflops_per_second']:.3g} | {mfu} | {r['first_step_seconds']:.1f} | {memory} "
-        f"| {r['gptforge_speedup']:.2f} x |"
-    )
-
-
-def _generate_row(r: dict[str, Any]) -> str:
-    first = f"{r['ms_to_first']:.1f}" if r["ms_to_first"] else ""
-    return (
-        f"| {r['implementation']} | {r['batch']} | {r['tokens_per_second']:,.0f} "
-        f"({r['tokens_per_second_min']:,.0f}, {r['tokens_per_second_max']:,.0f}) | {first} "
-        f"| {r['gptforge_speedup']:.2f} x |"
-    )

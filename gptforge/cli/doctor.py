@@ -64,8 +64,8 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
     path = Path(args.path)
     preset = get_preset(args.preset)
     if args.preset == AUTO:
-        from gptforge.builders.recipe import make_recipe
         from gptforge.data.text_size import estimate_text_size
+        from gptforge.recipe import make_recipe
 
         size = estimate_text_size(
             path, val_fraction=args.val_fraction, kind=args.kind, split_by_name=args.split_by_name

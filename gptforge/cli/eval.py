@@ -88,18 +88,11 @@ def _evaluate_text(args: EvalArgs) -> dict[str, object]:
         raise RunError(f"{args.run}: loss is NaN or Inf: {hint}")
     if not args.json:
         what = f"loss on {args.data}" if args.data else "held-out loss"
-        safe_print(
-            f"{what} "
-            + format_val_loss(
-                score.loss,
-                bits_per_byte=score.bits_per_byte,
-                nats_per_char=score.nats_per_char,
-                num_tokens=score.num_tokens,
-            )
-        )
+        values = score.loss, score.bits_per_byte, score.nats_per_char, score.num_tokens
+        safe_print(f"{what} {format_val_loss(*values)}")
     return {
         "loss": score.loss,
-        "perplexity": score.perplexity,
+        "perplexity": math.exp(min(score.loss, 700.0)),
         "bits_per_byte": score.bits_per_byte,
         "nats_per_char": score.nats_per_char,
         "tokens": score.num_tokens,

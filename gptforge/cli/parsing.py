@@ -5,7 +5,8 @@ import io
 import logging
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -81,12 +82,10 @@ def parse_train_args(
         The configuration, with an empty `preset` if none was named, and the fields set explicitly,
         by flags or in the file.
     """
-    args = rename_flags(cls, args)
-    flags = flag_values(args)
+    flags = flag_values(normalize_flags(cls, args))
     base, from_file = preset_and_file(flags.get("preset", ""), flags.get("config", ""))
     description = f"{(cls.__doc__ or '').strip()} Presets: {', '.join(PRESETS)}.{epilog}"
-    default = cls(**vars(base))
-    parsed = parse_args(cls, args, prog, default=default, description=description)
+    parsed = parse_args(cls, args, prog, default=cls(**vars(base)), description=description)
     return parsed, frozenset(flags) | from_file
 
 
@@ -116,9 +115,10 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         logger.info(
             "note: --mlp_matmul quack has no effect: support for the quack package was removed"
         )
+    is_from_run = bool(config.config) and read_toml(Path(config.config))[1]
     if config.preset:
         logger.info(f"preset: {config.preset} ({PRESETS[config.preset].description})")
-    else:
+    elif not is_from_run:  # the file of a teacher names no preset, and sets every value
         import torch
 
         has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
@@ -126,7 +126,7 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         name, reason = "shakespeare-cpu", "no CUDA GPU is used"
         if has_cuda:
             name, reason = "gpt2", "there is a CUDA GPU"
-            if _has_own_text(config) and not _is_run_of_gpt2(config):
+            if _fits_auto(config):
                 name, reason = AUTO, "there is a CUDA GPU, and the text is your own"
         logger.info(
             f"preset: {name} ({PRESETS[name].description}), because {reason}; choose with "
@@ -140,33 +140,36 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
     return config
 
 
-def _has_own_text(config: Config) -> bool:
-    """Whether `--input` names files whose size fits a configuration; a pipe has none."""
+def _fits_auto(config: Config) -> bool:
+    """Whether `--input` names files of the user, whose size fits a configuration; a pipe has none.
+
+    But not for a run of the text in the run folder that version 0.2 began, with gpt2 for all texts.
+    """
+    from gptforge.checkpoint.run_dir import is_run_of
     from gptforge.data.dataset import BUNDLED_INPUT
     from gptforge.data.prepare.sources import is_pipe
 
-    is_file = bool(config.input) and not is_pipe(Path(config.input))
-    return is_file and config.input != BUNDLED_INPUT and not config.init_from
-
-
-def _is_run_of_gpt2(config: Config) -> bool:
-    """Whether the run folder has a run of this text from version 0.2, which took gpt2 for all."""
-    from gptforge.checkpoint.run_dir import is_run_of
-
+    if config.input in ("", BUNDLED_INPUT) or config.init_from or is_pipe(Path(config.input)):
+        return False
     folder = Path(config.out_dir or "runs/gpt2")
-    return not config.restart and is_run_of(folder, "gpt2", config.input)
+    return config.restart or not is_run_of(folder, "gpt2", config.input)
 
 
 def flag_values(args: Sequence[str], names: Collection[str] = FIELDS) -> dict[str, str]:
     """Find flags in `args`, by default of `Config`: names with underscores -> their values."""
     found = {}
-    for index, arg in enumerate(args):
-        name, equals, value = arg.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if arg.startswith("--") and name in names:
-            following = args[index + 1] if index + 1 < len(args) else ""
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
+        name, equals, value = _split(arg)
+        if name in names:
             found[name] = value if equals else following
     return found
+
+
+def _split(arg: str) -> tuple[str, str, str]:
+    """`--max-lr=1e-3` as `max_lr`, `=` and `1e-3`; no name if it is no flag."""
+    flag, equals, value = arg.partition("=")
+    name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+    return name, equals, value
 
 
 def parse_args(
@@ -187,7 +190,7 @@ def parse_args(
         with contextlib.redirect_stderr(stderr):
             parsed: T = tyro.cli(
                 cls,
-                args=expand_bool_flags(cls, rename_flags(cls, args)),
+                args=normalize_flags(cls, args),
                 prog=prog,
                 use_underscores=True,
                 registry=registry,
@@ -198,24 +201,33 @@ def parse_args(
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-    raise UserError(_one_line(stderr.getvalue(), prog, _field_types(cls)))
+    raise UserError(_one_line(stderr.getvalue(), prog, cls))
 
 
-def rename_flags(cls: type, args: Sequence[str]) -> list[str]:
-    """Replace old spellings of flags that `cls` has under a new name."""
-    fields = _field_types(cls)
-    renamed = []
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        old = flag.removeprefix("--").replace("-", "_")
-        new = RENAMED_FLAGS.get(old, "")
-        is_alias = flag.startswith("--") and new in fields and old not in fields
-        renamed.append(f"--{new}{equals}{value}" if is_alias else arg)
-    return renamed
+def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:
+    """Replace old spellings of the flags of `cls`, and give switches without a value theirs.
+
+    A bare `--restart` is `--restart true`.
+    """
+    types = {field.name: field.type for field in fields(cls)}
+    switches = {name for name, hint in types.items() if hint is bool} | {"compile"} & set(types)
+    normalized = []
+    for arg, following in zip_longest(args, args[1:], fillvalue="--"):
+        name, equals, value = _split(arg)
+        new = RENAMED_FLAGS.get(name)
+        if name not in types and new in types:
+            name, arg = new, f"--{new}{equals}{value}"
+        normalized.append(arg)
+        # Commands other than train take a RUN, which may follow a switch.
+        is_value = following in BOOLEANS or (
+            issubclass(cls, Config) and not following.startswith("--")
+        )
+        if name in switches and not equals and not is_value:
+            normalized.append("true")
+    return normalized
 
 
 def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
-    """Booleans take `true` or `false`."""
     if info.type is not bool:
         return None
 
@@ -233,31 +245,7 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
     )
 
 
-def expand_bool_flags(cls: type, args: Sequence[str]) -> list[str]:
-    """Insert the value that a bare flag stands for: `--restart` is `--restart true`."""
-    types = _field_types(cls)
-    switches = {name for name, hint in types.items() if hint is bool} | {"compile"} & set(types)
-    expanded = []
-    for index, arg in enumerate(args):
-        expanded.append(arg)
-        following = args[index + 1] if index + 1 < len(args) else "--"
-        # Commands other than train take a RUN, which may follow a switch.
-        is_value = following in BOOLEANS or (
-            issubclass(cls, Config) and not following.startswith("--")
-        )
-        name = arg.removeprefix("--").replace("-", "_")
-        # Only with --: `--out_dir shuffle` has a value that is named like a switch.
-        if arg.startswith("--") and name in switches and not is_value:
-            expanded.append("true")
-    return expanded
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    bases = [base for base in cls.__mro__ if is_dataclass(base)]
-    return {name: hint for base in bases for name, hint in base.__annotations__.items()}
-
-
-def _one_line(text: str, prog: str, fields: Collection[str]) -> str:
+def _one_line(text: str, prog: str, cls: type) -> str:
     """Extract the mistake, and tyro's suggestion, from its boxed message."""
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
@@ -265,16 +253,17 @@ def _one_line(text: str, prog: str, fields: Collection[str]) -> str:
     mistake = sections[0].strip()
     if mistake.startswith("Missing from"):
         # Names are indented by four columns, and their descriptions by eight.
-        names = re.findall(r"^│ {5}(\S+)", text.partition("For full helptext")[0], re.MULTILINE)
-        mistake = f"{prog} needs {' and '.join(names)}"
-        if "RUN" in names:
+        missing = re.findall(r"^│ {5}(\S+)", text.partition("For full helptext")[0], re.MULTILINE)
+        mistake = f"{prog} needs {' and '.join(missing)}"
+        if "RUN" in missing:
             mistake += f"; {runs_hint()}"
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
     flag = suggestion[1] if suggestion else ""
     unknown = re.match(r"Unrecognized options: --(\w+)", mistake)
-    if unknown and (name := FOREIGN_FLAGS.get(unknown[1])) in fields:
+    name = FOREIGN_FLAGS.get(unknown[1]) if unknown else None
+    if name in {field.name for field in fields(cls)}:
         flag = f"--{name}"
     hint = f"; did you mean {flag}?" if flag else ""
     return f"{mistake}{hint} (see {prog} --help)"

@@ -1,15 +1,17 @@
-"""`gptforge prepare`: texts of any kind and size into token shards."""
+"""`gptforge prepare`, `cache` and `tokenizer train`: texts into tokens."""
 
-import sys
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.parsing import DatasetArgs, parse_args
+from gptforge.cli.parsing import DatasetArgs, TextFileArgs, parse_args
 from gptforge.errors import Terminated, UserError
-from gptforge.printable import pluralize, safe_print
+from gptforge.files import atomic_write
+from gptforge.printable import pluralize, print_stderr, safe_print
 from gptforge.report.log_handler import log_to
 from gptforge.shell import program_name, quote
 
@@ -40,6 +42,30 @@ class PrepareArgs(DatasetArgs):
     """Move an existing folder aside and start from scratch."""
 
 
+@dataclass(frozen=True)
+class CacheArgs:
+    """Show where texts are cached once they are tokenized, and how much disk they take."""
+
+    clear: bool = False
+    """Delete them; training prepares them again when it needs them."""
+
+
+@dataclass(frozen=True)
+class TokenizerArgs(TextFileArgs):
+    """Train a byte-level BPE tokenizer; --tokenizer and transformers read the file."""
+
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
+    """Files, folders and patterns, as for `gptforge prepare`."""
+    out: str
+    """The tokenizer.json to write."""
+    vocab_size: int = 8192
+    """Number of ids: 256 bytes, the merges, and <|endoftext|>."""
+    skip_bad: bool = False
+    """Skip what cannot be read instead of stopping."""
+    overwrite: bool = False
+    """Replace an existing file."""
+
+
 def main(argv: list[str]) -> int:
     """Prepare and describe the result; returns the exit code."""
     args = parse_args(PrepareArgs, argv, "gptforge prepare")
@@ -50,7 +76,7 @@ def main(argv: list[str]) -> int:
     from gptforge.data.prepare.pipeline import prepare
     from gptforge.data.prepare.request import PrepareRequest
     from gptforge.data.prepare.text_io import TextFormat
-    from gptforge.report.progress import ProgressMeter
+    from gptforge.report.console import ProgressMeter
 
     request = PrepareRequest(
         args.sources,
@@ -75,7 +101,7 @@ def main(argv: list[str]) -> int:
             )
     except (KeyboardInterrupt, Terminated):
         command = "the same command without --restart" if args.restart else "the same command"
-        print(f"note: {command} resumes with the finished parts", file=sys.stderr)
+        print_stderr(f"note: {command} resumes with the finished parts")
         raise
     safe_print(describe(index))
     safe_print(f"Train on it: {program_name()} --input {quote(args.out)}")
@@ -97,3 +123,59 @@ def describe(index: "Index") -> str:
         f"{index.folder.as_posix()}: {'; '.join(splits)}; {num_bytes:,} bytes of text, "
         f"{num_bytes / max(1, tokens):.2f} per {tokenizer} token"
     )
+
+
+def cache_main(argv: list[str]) -> int:
+    """Print the folder and its size, after clearing it if requested; returns the exit code."""
+    args = parse_args(CacheArgs, argv, "gptforge cache")
+    from gptforge.data.cache import clear_cache, writable_cache
+
+    if args.clear:
+        clear_cache()
+    folder = writable_cache()
+    num_bytes = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    entries = pluralize(len(list(folder.iterdir())), "entry", "entries")
+    safe_print(f"{folder.as_posix()}: {entries}, {num_bytes / 1e6:,.1f} MB")
+    return 0
+
+
+def tokenizer_main(argv: list[str]) -> int:
+    """Train the tokenizer and write it; returns the exit code."""
+    if argv[:1] != ["train"] and not {"-h", "--help"} & set(argv):
+        raise UserError("gptforge tokenizer: the only subcommand is `tokenizer train SRC...`")
+    args = parse_args(TokenizerArgs, argv[argv[:1] == ["train"] :], "gptforge tokenizer train")
+    out = Path(args.out)
+    if not args.sources:
+        raise UserError("gptforge tokenizer train: name at least one file, folder or pattern")
+    if out.exists() and (out.is_dir() or not args.overwrite):
+        raise UserError(f"--out {out} exists: choose another name, or --overwrite true")
+    from gptforge.convert.hf_tokenizer import tokenizer_json
+    from gptforge.tokenizers import load
+    from gptforge.tokenizers.train_bpe import train_bpe
+
+    trained = train_bpe(_iter_text(args), args.vocab_size)
+    if trained.vocab_size < args.vocab_size:
+        print_stderr(f"note: this text gave {trained.vocab_size} ids, not {args.vocab_size}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, json.dumps(tokenizer_json(trained), ensure_ascii=False, indent=1) + "\n")
+    assert load(out).to_json() == trained.to_json()
+    path = out.as_posix()
+    safe_print(f"{path}: {trained.vocab_size} ids. Use it with --tokenizer {quote(path)}")
+    return 0
+
+
+def _iter_text(args: TokenizerArgs) -> Iterator[str]:
+    from gptforge.data.input_errors import BadInputHandler
+    from gptforge.data.prepare.scan import iter_text, no_text_message
+    from gptforge.data.prepare.sources import open_sources
+    from gptforge.data.prepare.text_io import TextFormat
+
+    bad_input = BadInputHandler(args.skip_bad)
+    text_format, is_empty = TextFormat(args.field, args.encoding), True
+    with open_sources(args.sources, kind=args.kind) as sources:
+        for source in sources:
+            for text in iter_text(source, text_format, bad_input):
+                is_empty = is_empty and not text.strip()
+                yield text
+    if is_empty:
+        raise UserError(no_text_message(args.sources, bad_input))

@@ -1,19 +1,27 @@
-"""`gptforge runs [DIR]`: a table of training runs."""
+"""`gptforge runs`, `report` and `compare`: what was trained, and what is best."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from gptforge.cli.parsing import parse_args
 from gptforge.errors import UserError
 from gptforge.printable import safe_print
-from gptforge.report.format import format_duration, format_time, markdown_table
+from gptforge.report.format import format_count, format_duration, format_time, markdown_table
+
+if TYPE_CHECKING:
+    from gptforge.report.comparison import Comparison
 
 HEADER = ("run", "state", "text", "held-out loss", "step", "time", "size", "last change")
 DAMAGED = "damaged"
+PICTURES = (".png", ".svg", ".pdf")
+OUTCOMES = (
+    *("run", "state", "held-out loss", "bits per byte", "best step", "steps", "tokens", "time"),
+    "tokens/s",
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,31 @@ class RunsArgs:
     """Folder of run folders, which may be nested, as those of a sweep are."""
     json: bool = False
     """Print a JSON list with an object for each run."""
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Write report.html into a run folder, as training does at the end: one page, no network."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    out: str = ""
+    """File to write instead; empty: report.html in the run folder."""
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """Compare training runs: their curves, where their configurations differ, and which is better.
+
+    Runs that differ by the seed alone are grouped; a difference counts as real only if it is large
+    against the spread of seeds."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN RUN ...")]
+    """Run folders, two or more."""
+    out: str = "compare.png"
+    """File for the picture: .png, .svg or .pdf."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 def main(argv: list[str]) -> int:
@@ -51,6 +84,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def report_main(argv: list[str]) -> int:
+    """Write the report and print its path; returns the exit code."""
+    args = parse_args(ReportArgs, argv, "gptforge report")
+    from gptforge.report.html_report import save_report
+
+    safe_print(save_report(Path(args.run), Path(args.out) if args.out else None).as_posix())
+    return 0
+
+
 def _row(path: Path) -> dict[str, Any]:
     """The facts of a run, or what is wrong with its folder."""
     from gptforge.checkpoint.format import CONFIG
@@ -73,3 +115,69 @@ def _cells(row: dict[str, Any]) -> list[str]:
     seconds = "" if row["seconds"] is None else format_duration(row["seconds"])
     steps = f"{row['step']:,} / {row['max_steps']:,}"
     return [row["run"], row["state"], row["text"], loss, steps, seconds, size, changed]
+
+
+def compare_main(argv: list[str]) -> int:
+    """Print the comparison and draw the picture; returns the exit code."""
+    args = parse_args(CompareArgs, argv, "gptforge compare")
+    paths = list(dict.fromkeys(map(Path, args.runs)))
+    picture = Path(args.out)
+    if len(paths) < 2:
+        raise UserError("compare takes two or more different runs: gptforge compare RUN RUN")
+    if picture.suffix.lower() not in PICTURES:
+        raise UserError(f"--out {args.out}: must end in {', '.join(PICTURES)}")
+    if not picture.parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {picture.parent.as_posix()}")
+    from gptforge.report.comparison import compare
+    from gptforge.report.comparison_plot import save_comparison
+    from gptforge.report.run_info import read_run
+
+    comparison = compare([read_run(path) for path in paths])
+    if not args.json:  # before the picture, which may fail
+        safe_print(_describe(comparison))
+    save_comparison(comparison, picture)
+    if args.json:
+        print(json.dumps(_as_json(comparison) | {"picture": picture.as_posix()}))
+    else:
+        safe_print(f"\nPicture: {picture.as_posix()}")
+    return 0
+
+
+def _describe(comparison: "Comparison") -> str:
+    differing = [["field", *(run.path.as_posix() for run in comparison.runs)]]
+    differing += [[name, *values] for name, values in comparison.fields.items()]
+    if len(comparison.runs) > len(comparison.fields):
+        differing = [list(column) for column in zip(*differing, strict=True)]
+        differing[0][0] = "run"
+    outcomes = [OUTCOMES, *(_outcome(run.to_json()) for run in comparison.runs)]
+    lines = [markdown_table(differing) if comparison.fields else "The configurations are the same."]
+    lines += ["", markdown_table(outcomes), "", *(f"note: {note}" for note in comparison.notes)]
+    return "\n".join(lines + comparison.verdict)
+
+
+def _outcome(row: dict[str, Any]) -> list[str]:
+    """The cells of a run in the second table."""
+    best = [""] * 3
+    if row["val_loss"] is not None:
+        best = [f"{row['val_loss']:.4f}", f"{row['val_bpb']:.4f}", f"{row['best_step']:,}"]
+    steps = [f"{row['step']:,} / {row['max_steps']:,}", format_count(row["tokens"])]
+    seconds = "" if row["seconds"] is None else format_duration(row["seconds"])
+    return [row["run"], row["state"], *best, *steps, seconds, f"{row['tok_per_sec']:,.0f}"]
+
+
+def _as_json(comparison: "Comparison") -> dict[str, Any]:
+    return vars(comparison) | {
+        "runs": [run.to_json() for run in comparison.runs],
+        "groups": [
+            {
+                "name": group.name,
+                "runs": [run.path.as_posix() for run in group.runs],
+                "scores": group.scores,
+                "mean": group.mean if group.scores else None,
+                "spread": group.spread,
+            }
+            for group in comparison.groups
+        ],
+        "differences": [difference._asdict() for difference in comparison.differences],
+        "verdict": comparison.verdict,
+    }

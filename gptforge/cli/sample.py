@@ -1,6 +1,6 @@
-"""`gptforge sample RUN`: generate text with a trained model.
+"""`gptforge sample RUN`: generate text with a trained model; `gptforge demo RUN`: the web page.
 
-Only text goes to stdout, so that it can be piped; notes go to stderr, before or after a text.
+Only generated text goes to stdout, so that it can be piped; notes go to stderr.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from gptforge.report.log_handler import log_to
 
 if TYPE_CHECKING:
     from gptforge.inference.language_model import LanguageModel
-    from gptforge.inference.sampling import SamplingParams
 
 
 MAX_BATCH_SIZE = 64
@@ -60,6 +59,22 @@ class SampleArgs:
     """auto, cpu, cuda, cuda:N or mps."""
 
 
+@dataclass(frozen=True)
+class DemoArgs:
+    """Serve a web page to generate text with a trained model and to watch its training."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run folder, checkpoint folder or exported model."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: reachable from other machines."""
+    port: int = 0
+    """Port; 0: the first free one from 7860 on."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    allowed_hosts: str = ""
+    """Host names, separated by commas, under which others may reach the page; *: any."""
+
+
 @log_to(print_stderr)
 def main(argv: list[str]) -> int:
     """Load a model and generate; returns the exit code."""
@@ -72,7 +87,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed must be 0 or more and below 2**63, not {args.seed}")
     prewarm_cuda(args.device)
     from gptforge.builders.load_model import limit_threads, load
-    from gptforge.inference.sampling import SamplingParams
     from gptforge.inference.validation import normalize_prompt, prompt_from_argv
 
     args = replace(args, stop=tuple(prompt_from_argv(text) for text in args.stop))
@@ -87,8 +101,7 @@ def main(argv: list[str]) -> int:
     if args.num_samples == 1 and not args.json:
         _stream(model, args, prompt, args.seed)
     else:
-        params = SamplingParams(args.temperature, args.top_k, args.top_p)
-        _generate_batches(model, args, prompt, params)
+        _generate_batches(model, args, prompt)
     return 0
 
 
@@ -114,16 +127,16 @@ def _stream(model: "LanguageModel", args: SampleArgs, prompt: str, seed: int) ->
             print_stderr(note)
 
 
-def _generate_batches(
-    model: "LanguageModel", args: SampleArgs, prompt: str, params: "SamplingParams"
-) -> None:
+def _generate_batches(model: "LanguageModel", args: SampleArgs, prompt: str) -> None:
+    from gptforge.inference.sampling import SamplingParams
+
     for first in range(0, args.num_samples, MAX_BATCH_SIZE):
         numbers = range(first, min(first + MAX_BATCH_SIZE, args.num_samples))
         seeds = [(args.seed + number) % SEED_LIMIT for number in numbers]
         completions = model.generate_batch(
             [prompt] * len(seeds),
             args.max_new_tokens,
-            params,
+            SamplingParams(args.temperature, args.top_k, args.top_p),
             stop=args.stop,
             seeds=seeds,
             logprobs=args.json,
@@ -166,7 +179,6 @@ def _interactive(model: "LanguageModel", args: SampleArgs) -> int:
 
 
 def _read_line(*, is_terminal: bool) -> str | None:
-    """The next line of stdin, or None at its end."""
     if not is_terminal:
         return sys.stdin.readline() or None
     print(file=sys.stderr, flush=True)
@@ -181,3 +193,15 @@ def _read_line(*, is_terminal: bool) -> str | None:
     except EOFError:
         print(file=sys.stderr)
         return None
+
+
+def demo_main(argv: list[str]) -> int:
+    """Serve until interrupted; returns the exit code."""
+    args = parse_args(DemoArgs, argv, "gptforge demo")
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port must be 0 to 65535, not {args.port}")
+    from gptforge.demo.launch import launch
+
+    names = [name for word in args.allowed_hosts.split(",") if (name := word.strip())]
+    launch(args.run, host=args.host, port=args.port, device=args.device, allowed_hosts=names)
+    return 0

@@ -11,7 +11,8 @@ import tyro
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
-from gptforge.errors import Terminated, UserError
+from gptforge.errors import RunError, Terminated, UserError
+from gptforge.files import atomic_replace
 from gptforge.presets import AUTO
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import log_to
@@ -61,9 +62,7 @@ def main(argv: list[str]) -> int:
         resolve({})  # logs preset and recipe
         resolve = log_to(lambda text: None)(resolve)
         _check_trials(method, space, resolve)
-        from gptforge.errors import RunError
-        from gptforge.sweep.plot import save_plot
-        from gptforge.sweep.results import table
+        from gptforge.sweep.results import plot_sweep, table
         from gptforge.sweep.search import Sweep
 
         numbers = {"trials": args.trials, "seeds": args.seeds, "jobs": args.jobs}
@@ -75,7 +74,8 @@ def main(argv: list[str]) -> int:
                 if not done:
                     raise RunError(f"all trials failed; the first: {results[0].error}")
                 picture = sweep.path / "sweep.png"
-                save_plot(done, picture, title=f"Sweep of {sweep.path.name}")
+                with atomic_replace(picture) as partial:
+                    plot_sweep(done, title=f"Sweep of {sweep.path.name}").savefig(partial)
                 best = done[0]
                 safe_print(
                     f"Best: trial {best.trial}, {describe(best.values)}: held-out loss "
@@ -117,9 +117,9 @@ def _method(args: SweepConfig) -> "Method":
 
 def _resolver(args: SweepConfig, explicit: frozenset[str], method: "Method") -> "Resolve":
     """How the configuration of a trial follows from its values."""
-    from gptforge.builders.auto_config import resolve_auto
-    from gptforge.builders.recipe import FITTED_PRESETS, RECIPE_FIELDS
     from gptforge.builders.resolve import MODEL_FIELDS, resolve_init_from
+    from gptforge.builders.text_presets import resolve_auto
+    from gptforge.recipe import FITTED_PRESETS, RECIPE_FIELDS
 
     if args.preset == AUTO and args.time_limit and "max_steps" not in explicit:
         raise UserError(

@@ -5,20 +5,20 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gptforge.cli.parsing import parse_train_args, resolve_preset
-from gptforge.cli.resume import args_without_restart, expand_resume, resume_command
+from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args, resolve_preset
 from gptforge.config import Config
+from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
-from gptforge.shell import env_int, program_name, quote
+from gptforge.shell import env_int, program_name, quote, torchrun_target
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 START_TIME = time.monotonic()
 """`--time_limit` counts from here, so importing torch and preparing the text are included."""
+TAKEN_FROM_RUN = ("config", "out_dir", "preset", "restart")
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,6 @@ class TrainArgs(Config):
     the result as text, on stderr."""
 
 
-@dataclass(frozen=True)
-class TrainingEnd:
-    """Why training ended, the run folder, and the ranks, which have left each other."""
-
-    reason: "StopReason"
-    out_dir: str
-    comm: "Comm"
-
-
 def main(args: list[str], *, epilog: str = "") -> int:
     """Train to the end, or until a signal or the time limit; returns the exit code."""
     parsed, explicit = parse_train_args(expand_resume(args), cls=TrainArgs, epilog=epilog)
@@ -61,7 +53,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     prewarm_cuda(parsed.device)
     # Read before training, so that an invalid value cannot fail a finished run.
     max_restarts = env_int("TORCHELASTIC_MAX_RESTARTS", 0)
-    end = run_training(
+    reason, out_dir, comm = run_training(
         parsed,
         explicit,
         program=program_name(),
@@ -71,15 +63,11 @@ def main(args: list[str], *, epilog: str = "") -> int:
     )
     from gptforge.train.signals import EXIT_CODES
 
-    if end.comm.is_main and end.reason not in ("finished", "early_stop"):
-        resume_args = args_without_restart(args)
-        # There is none yet if a teacher was stopped.
-        if (Path(end.out_dir) / "config.toml").is_file():
-            resume_args = f"--resume {quote(end.out_dir)}"
-        command = resume_command(os.environ, resume_args)
+    if comm.is_main and reason not in ("finished", "early_stop"):
+        command = resume_command(os.environ, f"--resume {quote(out_dir)}")
         (print_stderr if parsed.log_format == "json" else safe_print)(f"Resume with: {command}")
     # With --max_restarts, torchrun would restart a rank that exits with an error.
-    return end.comm.exit(0 if max_restarts > 0 else EXIT_CODES[end.reason])
+    return comm.exit(0 if max_restarts > 0 else EXIT_CODES[reason])
 
 
 def run_training(
@@ -91,18 +79,15 @@ def run_training(
     start_time: float,
     logging_as: AbstractContextManager[WriteHandler],
     on_built: "Callable[[Trainer], object]" = lambda trainer: None,
-) -> TrainingEnd:
+) -> "tuple[StopReason, str, Comm]":
     """Train on all ranks: what `gptforge train` and `gptforge.train` have in common.
 
-    Args:
-        config: as merged from preset, file and flags; a preset is chosen if it names none.
-        explicit: fields that the user set.
-        program: how the program is called, for the commands that it prints.
-        command: the arguments, for the log.
-        start_time: `time.monotonic()` from which the time limit counts.
-        logging_as: prints what is logged meanwhile.
-        on_built: called with the trainer, and those of teachers, before it trains; not for a
-            finished run.
+    A preset is chosen if none was named. `logging_as` prints what is logged meanwhile; `on_built`
+    is called with the trainer, and those of teachers, before it trains, but not for a finished run.
+    The other arguments are those of `build_trainer`.
+
+    Returns:
+        Why training ended, the run folder, and the ranks, which have left each other.
     """
     with logging_as as handler:
         if os.environ.get("RANK", "0") != "0":
@@ -153,7 +138,7 @@ def run_training(
         finally:
             if trainer is not None:
                 close(trainer)
-    return TrainingEnd(reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm)
+    return reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm
 
 
 @contextlib.contextmanager
@@ -175,3 +160,49 @@ def _print(text: str) -> None:
     from gptforge.report.console import Console
 
     Console().log(text)
+
+
+def expand_resume(args: Sequence[str]) -> list[str]:
+    """Add the flags that `--resume RUN` stands for: `--config` and `--out_dir` of that run.
+
+    Raises:
+        UserError: if there is no such run, or for a flag that contradicts it.
+    """
+    name = flag_values(args, ("resume",)).get("resume")
+    if not name:
+        return list(args)
+    flags = flag_values(normalize_flags(Config, args))
+    if flag := next(filter(flags.__contains__, TAKEN_FROM_RUN), None):
+        raise UserError(f"--resume {name} takes --{flag} from the run: leave --{flag} out")
+    run = _find_run(Path(name))
+    return [*args, f"--config={(run / 'config.toml').as_posix()}", f"--out_dir={run.as_posix()}"]
+
+
+def resume_command(env: Mapping[str, str], args: str) -> str:
+    """How this program was started, with torchrun's options as far as known, and new arguments."""
+    nproc, world_size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
+    if env_int("WORLD_SIZE", 1, env) < 2:
+        return f"{program_name()} {args}".rstrip()
+    nodes = "" if nproc == world_size else "... "
+    return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()} {args}".rstrip()
+
+
+def _find_run(path: Path) -> Path:
+    if path.exists():
+        for parents in ("", "..", "../.."):
+            # Not resolved: `best` is a link, and the folder's name is shown as it was given.
+            folder = Path(os.path.normpath(path / parents))
+            if _is_run(folder):
+                return folder
+    raise UserError(
+        f"--resume {path}: there is no run: give the folder of a run, or a checkpoint in one"
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether training wrote the configuration there; checkpoints and exports hold a copy of it."""
+    try:
+        _, is_from_run = read_toml(folder / "config.toml")
+    except UserError:
+        return False
+    return is_from_run and not (folder / "model.safetensors").exists()

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from gptforge.tokenizers import Tokenizer
 LM_HEAD = "lm_head.weight"
 WTE = "transformer.wte.weight"
 MAX_DIM = 2**31 - 1  # largest dimension that a model may have
+# Between float32 logits of two programs: more than another order of additions explains.
 MAX_LOGIT_DIFFERENCE = 1e-4
-"""Between float32 logits of two programs: more than another order of additions explains."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,7 @@ class ModelBundle:
 
 
 def read_size(config: Mapping[str, Any], name: str) -> int:
-    """A dimension from an untrusted configuration.
-
-    Raises:
-        KeyError: if it is missing.
-        ValueError: if it is not a whole number from 1 to MAX_DIM.
-    """
+    """A dimension from an untrusted configuration; a KeyError or ValueError if it is none."""
     size = config[name]
     if type(size) is not int or not 1 <= size <= MAX_DIM:
         shown = short_repr(size)
@@ -55,24 +50,24 @@ def validate_state_dict(
 ) -> dict[str, Tensor]:
     """Check names and shapes of untrusted weights, with matrices as (out, in); returns float32.
 
-    `source` names them in errors; with `fill_biases`, missing biases are zeros.
-
-    Raises:
-        UserError: for the first tensor that is missing, unknown or misshapen.
+    A UserError names `source` and the first tensor that is missing, unknown or misshapen. With
+    `fill_biases`, missing biases are zeros.
     """
+
+    def refuse(problem: str) -> NoReturn:
+        raise UserError(f"{source}: {problem}")
+
     if config.n_embd % config.n_head:
-        sizes = f"{config.n_embd} channels do not divide into {config.n_head} heads"
-        raise UserError(f"{source}: {sizes}")
+        refuse(f"{config.n_embd} channels do not divide into {config.n_head} heads")
     if config.n_layer > len(state_dict):
-        raise UserError(f"{source}: {config.n_layer} layers, but only {len(state_dict)} tensors")
+        refuse(f"{config.n_layer} layers, but only {len(state_dict)} tensors")
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     if unknown := sorted(state_dict.keys() - expected.keys()):
-        name = printable(unknown[0], MAX_NAME)
-        raise UserError(f"{source}: a GPT-2 has no tensor '{name}'")
+        refuse(f"a GPT-2 has no tensor '{printable(unknown[0], MAX_NAME)}'")
     for name, value in state_dict.items():
         if not is_dense_real(value):
-            raise UserError(f"{source}: '{name}' is not a dense tensor of real numbers")
+            refuse(f"'{name}' is not a dense tensor of real numbers")
     del expected[LM_HEAD]
     validated = {}
     for name, shape in expected.items():
@@ -80,15 +75,13 @@ def validate_state_dict(
         if tensor is None and fill_biases and name.endswith("bias"):
             tensor = torch.zeros(shape)
         if tensor is None:
-            raise UserError(f"{source}: the tensor '{name}' is missing")
+            refuse(f"the tensor '{name}' is missing")
         if (found := tuple(tensor.shape)) != (size := tuple(shape)):
-            message = f"'{name}' has shape {found}, but the configuration says {size}"
-            raise UserError(f"{source}: {message}")
+            refuse(f"'{name}' has shape {found}, but the configuration says {size}")
         validated[name] = tensor.detach().float().contiguous().clone()
     head = state_dict.get(LM_HEAD)
     if head is not None and not torch.equal(head.float(), validated[WTE]):
-        problem = "the output layer differs from the token embedding; GPT-2 ties the two"
-        raise UserError(f"{source}: {problem}")
+        refuse("the output layer differs from the token embedding; GPT-2 ties the two")
     return validated
 
 
@@ -123,12 +116,10 @@ def with_eos_token(bundle: ModelBundle) -> tuple[ModelBundle, int]:
 
 
 def unused_row_probability(bundle: ModelBundle) -> float:
-    """The highest probability of the padding row that an export uses as end-of-text id.
+    """The highest probability, over some positions, of the padding row that serves as end-of-text.
 
-    Evaluation and sampling here leave that row out; other programs sample it like any id.
-
-    Returns:
-        The maximum over some positions; 0 if the tokenizer has an end-of-text id.
+    Evaluation and sampling here leave that row out; other programs sample it like any id. It is 0
+    if the tokenizer has an end-of-text id.
     """
     size = bundle.tokenizer.vocab_size
     if bundle.tokenizer.eot_token is not None or bundle.config.vocab_size == size:

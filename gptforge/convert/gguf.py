@@ -38,10 +38,6 @@ def write_gguf(
 
     `before_check` is called when all is written, and before logits are compared.
     `outtype` is that of the matrices: vectors and position embeddings stay float32.
-
-    Raises:
-        UserError: if the gguf package is missing or the shape does not suit `outtype`.
-        RunError: if the logits differ when the file is read back.
     """
     require_package("gguf", extra="gguf")
     import gguf

@@ -68,10 +68,8 @@ def write_hf(
 ) -> float:
     """Fill an empty folder; returns the largest difference of transformers' logits to ours.
 
-    `before_check` is called when all is written, and before logits are compared.
-
-    Raises:
-        RunError: if transformers loads a different model or tokenizer from it.
+    `before_check` is called when all is written, and before logits are compared. A RunError if
+    transformers loads a different model or tokenizer.
     """
     require_package("transformers", extra="hf")
     bundle, eos_id = with_eos_token(bundle)
@@ -114,11 +112,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
-    """A GPT-2 that transformers or `write_hf` saved.
-
-    Raises:
-        UserError: if it is not a GPT-2, or a tensor is missing or misshapen.
-    """
+    """A GPT-2 that transformers or `write_hf` saved; a UserError if it is not one."""
     source = folder.as_posix()
     with parsing(f"{source}/config.json", "a GPT-2's configuration"):
         hf_config = json.loads(read_text(folder / "config.json"))

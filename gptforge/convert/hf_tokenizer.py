@@ -20,23 +20,37 @@ NATIVE_TOKENIZER = "gptforge_tokenizer.json"
 
 def tokenizer_json(tokenizer: Tokenizer, eos_id: int | None = None) -> dict[str, Any]:
     """The content of tokenizer.json; `eos_id` is for a tokenizer without an end-of-text id."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    from gptforge.tokenizers.gpt2 import build_vocab
+
     record: dict[str, Any] = tokenizer.to_json()
     eos_id = eos_id if tokenizer.eot_token is None else tokenizer.eot_token
+    special = {} if eos_id is None else {END_OF_TEXT: eos_id}
     if record["kind"] == "char":
-        content = _word_level(record["alphabet"])
-    elif record["kind"] == "byte":
-        chars = bytes_to_unicode()
-        content = _byte_level({chars[byte]: byte for byte in range(256)}, [])
+        # Words of one character; an unknown character is an error, as in our tokenizer.
+        vocab = {char: i for i, char in enumerate(record["alphabet"])}
+        result = HFTokenizer(models.WordLevel(vocab | special, unk_token="[UNK]"))
+        result.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        result.decoder = decoders.Fuse()
     else:
-        from gptforge.tokenizers.gpt2 import build_vocab
-
-        merges = record["merges"]
-        content = _byte_level(build_vocab(merges), merges, use_regex=True)
-    if eos_id is not None:
-        content["model"]["vocab"][END_OF_TEXT] = eos_id
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        token = {"id": eos_id, "content": END_OF_TEXT, **flags, "special": True}
-        content["added_tokens"] = [token]
+        is_byte = record["kind"] == "byte"
+        merges = [] if is_byte else record["merges"]
+        vocab = build_vocab(merges)
+        if is_byte:
+            chars = bytes_to_unicode()
+            vocab = {chars[byte]: byte for byte in range(256)}
+        affixes = dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), "")
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        result = HFTokenizer(models.BPE(vocab | special, pairs, **affixes))
+        result.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=not is_byte
+        )
+        result.decoder = decoders.ByteLevel()
+    if special:
+        result.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    content: dict[str, Any] = json.loads(result.to_str())
     return content
 
 
@@ -86,35 +100,3 @@ def _load_merges_txt(folder: Path) -> Tokenizer:
             "added_tokens": [{"content": token, "id": number} for token, number in added.items()],
         }
     )
-
-
-def _content(model: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    unused = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    return {"version": "1.0", **unused, "added_tokens": [], **parts, "model": model}
-
-
-def _word_level(alphabet: str) -> dict[str, Any]:
-    """Words of one character; an unknown character is an error, as in our tokenizer."""
-    vocab = {char: i for i, char in enumerate(alphabet)}
-    pattern = {"pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    return _content(
-        {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
-        pre_tokenizer={"type": "Split", **pattern},
-        decoder={"type": "Fuse"},
-    )
-
-
-def _byte_level(
-    vocab: dict[str, int], merges: list[str], *, use_regex: bool = False
-) -> dict[str, Any]:
-    spaces = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    byte_level = {"type": "ByteLevel", **spaces}
-    model = {
-        "type": "BPE",
-        **dict.fromkeys(("dropout", "unk_token")),
-        **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
-        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
-        "vocab": vocab,
-        "merges": [merge.split(" ") for merge in merges],
-    }
-    return _content(model, pre_tokenizer=byte_level, decoder=dict(byte_level))

@@ -10,8 +10,8 @@ from gptforge.shell import quote
 
 logger = logging.getLogger(__name__)
 
+# Names that stand for openai-community/NAME.
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-"""Names that stand for openai-community/NAME."""
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -36,10 +36,6 @@ def push_to_hub(
     """Create the repository if it does not exist and upload the folder as one commit.
 
     Uses the account of `hf auth login` or HF_TOKEN, and the server of HF_ENDPOINT; returns the URL.
-
-    Raises:
-        UserError: if the Hub refuses the token or the name.
-        RunError: if the upload fails.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -49,12 +45,9 @@ def push_to_hub(
     kept = f"{folder.as_posix()} is complete and kept; to upload it: {command}"
     api = huggingface_hub.HfApi()
     try:
+        sdk = "docker" if repo_type == "space" else None
         url = api.create_repo(
-            repo_id,
-            repo_type=repo_type,
-            private=private,
-            exist_ok=True,
-            space_sdk="docker" if repo_type == "space" else None,
+            repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk
         )
         message = "Upload from GPT-Forge"
         api.upload_folder(
@@ -79,11 +72,7 @@ def push_to_hub(
 
 
 def download_model(source: str) -> Path:
-    """Download a model from the Hugging Face Hub; returns its folder.
-
-    Raises:
-        UserError: if there is no model of that name, or no network.
-    """
+    """Download a model from the Hugging Face Hub; returns its folder."""
     require_package("huggingface_hub", extra="hf")
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError

@@ -1,5 +1,6 @@
 """Model cards: the model, its training and its evaluation, as far as they are known."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from gptforge.report.metrics import History
 from gptforge.tokenizers import Tokenizer
 
 CURVES, METRICS, SAMPLES = "training_curves.png", "metrics.jsonl", "samples.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 MAX_COPY_BYTES = 2**30  # of a file copied from a run folder
 
 
@@ -28,46 +30,32 @@ class Origin:
 
 
 def model_card(
-    bundle: ModelBundle,
-    origin: Origin | None,
-    *,
-    title: str,
-    usage: str,
-    front_matter: dict[str, str],
+    bundle: ModelBundle, origin: Origin | None, *, title: str, is_space: bool = False
 ) -> str:
     """A model card in Markdown, with front matter for the Hugging Face Hub.
 
-    Args:
-        bundle: the model.
-        origin: the run that it comes from; None: it was imported.
-        title: name of the model.
-        usage: Markdown that says how to use it.
-        front_matter: YAML values by key.
+    `origin` is the run that the model comes from; None: it was imported.
     """
-    c = bundle.config
-    lines = ["---", *(f"{name}: {value}" for name, value in front_matter.items()), "---", ""]
-    lines += [f"# {escape_markdown(title)}", ""]
-    lines += [
-        f"{one_line_description(bundle, None)}.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| Layers, heads, embedding | {c.n_layer}, {c.n_head}, {c.n_embd} |",
-        f"| Context | {c.block_size} tokens |",
-        f"| Tokenizer | {bundle.tokenizer.name}, {bundle.tokenizer.vocab_size:,} ids |",
-    ]
-    lines += _training_rows(origin) if origin else []
-    lines += ["", "## Use", "", usage, ""]
-    if origin and origin.curves:
-        lines += ["## Training", "", f"![Training curves]({CURVES})", ""]
-    lines += [
-        "## Limits",
-        "",
-        "The model continues text in the style of its training data. It is not a source of facts, "
-        "follows no instructions and has not been made safe; it may repeat training text verbatim.",
-        "",
-    ]
-    return "\n".join(lines)
+    from jinja2 import Environment
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["escape_markdown"] = escape_markdown
+    # A JSON string is a YAML string.
+    environment.filters["json"] = functools.partial(json.dumps, ensure_ascii=False)
+    run = origin.config if origin else Config()
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        is_space=is_space,
+        title=title,
+        description=one_line_description(bundle, None),
+        c=bundle.config,
+        tokenizer=bundle.tokenizer,
+        origin=origin,
+        run=run,
+        text=Path(run.input).name,
+        num_tokens=origin.step * run.tokens_per_step if origin else 0,
+        score=_score(origin) if origin else None,
+        prompt=example_prompt(bundle.tokenizer),
+    )
 
 
 def one_line_description(bundle: ModelBundle, config: Config | None) -> str:
@@ -94,24 +82,11 @@ def copy_run_file(path: Path, folder: Path) -> None:
     (folder / path.name).write_bytes(read_bounded(path, MAX_COPY_BYTES, follow_symlinks=False))
 
 
-def _training_rows(origin: Origin) -> list[str]:
-    config = origin.config
-    tokens = origin.step * config.tokens_per_step
-    decay = "" if config.schedule == "constant" else f" to {config.min_lr:g}, {config.schedule}"
-    lines = [
-        f"| Training text | {escape_markdown(Path(config.input).name)} |",
-        f"| Steps | {origin.step:,} of {config.max_steps:,}, {tokens:,} tokens |",
-        f"| Optimizer | {config.optimizer}, learning rate {config.max_lr:g}{decay} |",
-    ]
-    scores = [
-        (e["val_loss"], e["val_bpb"]) for e in origin.history.evals if e["step"] == origin.step
-    ]
+def _score(origin: Origin) -> tuple[float, float] | None:
+    """The last held-out loss of the checkpoint, and its bits per byte."""
+    evals = (event for event in origin.history.evals if event["step"] == origin.step)
+    scores = [(event["val_loss"], event["val_bpb"]) for event in evals]
     final = origin.history.final
     if final and final["best_step"] == origin.step:
         scores.append((final["final_val_loss"], final["final_val_bpb"]))
-    if scores and scores[-1][0] is not None:
-        loss, bits_per_byte = scores[-1]
-        lines.append(f"| Held-out loss | {loss:.4f} nats per token |")
-        lines.append(f"| Held-out bits per byte | {bits_per_byte:.4f} |")
-        lines.append(f"| Held out | {config.val_fraction:.0%} of the text |")
-    return lines
+    return scores[-1] if scores and scores[-1][0] is not None else None

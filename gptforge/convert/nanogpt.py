@@ -17,13 +17,7 @@ DEFAULT_VOCAB_SIZE = 50304  # nanoGPT's where the data set does not say: GPT-2's
 def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
     """The model in a ckpt.pt; biases that nanoGPT leaves out are zeros.
 
-    Args:
-        path: the file.
-        tokenizer: the tokenizer that it was trained with; None: GPT-2's, if the size fits.
-
-    Raises:
-        UserError: if it is something else, or holds more than tensors and plain values, or does not
-            fit the tokenizer.
+    `tokenizer` is the one that it was trained with; None: GPT-2's, if the size fits.
     """
     try:
         check_file_size(path, MAX_BYTES)

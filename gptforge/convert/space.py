@@ -4,7 +4,6 @@ The folder is a run folder too, with a copy of this package, so that the Space n
 from the package index.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,68 +16,12 @@ from gptforge.convert.model_card import (
     SAMPLES,
     Origin,
     copy_run_file,
-    example_prompt,
     model_card,
 )
 from gptforge.files import set_link
 
-APP = '''"""The page of this Space; `python app.py` shows it on this machine too."""
-
-import os
-from pathlib import Path
-
-from gptforge.demo.launch import launch
-
-# A Space is public, under its host's names; elsewhere the page is for this machine only.
-IS_SPACE = "SPACE_ID" in os.environ
-
-if __name__ == "__main__":
-    launch(
-        str(Path(__file__).parent),
-        host="0.0.0.0" if IS_SPACE else "127.0.0.1",
-        port=7860,
-        title=TITLE,
-        prompts=PROMPTS,
-        allowed_hosts=["*"] if IS_SPACE else [],
-    )
-'''
-
-DOCKERFILE = """\
-FROM python:3.12-slim
-RUN useradd --create-home --uid 1000 user
-USER user
-WORKDIR /home/user/app
-COPY --chown=user requirements.txt .
-RUN pip install --no-cache-dir --user -r requirements.txt
-COPY --chown=user . .
-CMD ["python", "app.py"]
-"""
-
-REQUIREMENTS = """\
-torch>=2.11,<3
-numpy>=1.26,<3
-tiktoken>=0.13,<1
-tyro>=1.0.16,<2
-rich>=13.7,<17
-safetensors>=0.5,<1
-tokenizers>=0.20
-matplotlib>=3.9,<4
-filelock>=4,<5
-jinja2>=3.1,<4
-starlette>=0.46,<2
-uvicorn>=0.34,<1
-pydantic>=2.9,<3
-"""
-
-USAGE = """\
-This folder is a Space: a page to generate text with the model. On your machine:
-
-```bash
-pip install -r requirements.txt
-python app.py
-```
-
-It is also a run folder of GPT-Forge: `from gptforge import load; load(".").generate(BEGINNING)`."""
+FILES = Path(__file__).with_name("space_files")
+"""In app.py.in, TITLE and PROMPTS stand for the values."""
 
 
 def write_space(
@@ -92,13 +35,7 @@ def write_space(
 ) -> None:
     """Fill an empty folder.
 
-    Args:
-        folder: to fill.
-        bundle: the model.
-        origin: the run that it comes from; None: it was imported.
-        title: name of the model.
-        prompts: that the page suggests.
-        config: content of the run's config.toml.
+    `prompts` are suggested by the page; `config` is the content of the run's config.toml.
     """
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name
@@ -114,22 +51,11 @@ def write_space(
         for name in (METRICS, SAMPLES):
             if (path := origin.curves.with_name(name)).is_file():
                 copy_run_file(path, folder)
-    app = APP.replace("TITLE", repr(title)).replace("PROMPTS", repr(list(prompts)))
-    (folder / "app.py").write_text(app, encoding="utf-8")
-    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-    (folder / "Dockerfile").write_text(DOCKERFILE, encoding="utf-8")
-    front_matter = {
-        # A JSON string is a YAML string.
-        "title": json.dumps(title, ensure_ascii=False),
-        "emoji": "🪶",
-        "colorFrom": "indigo",
-        "colorTo": "yellow",
-        "sdk": "docker",
-        "app_port": "7860",
-        "pinned": "false",
-    }
-    usage = USAGE.replace("BEGINNING", example_prompt(bundle.tokenizer))
-    card = model_card(bundle, origin, title=title, usage=usage, front_matter=front_matter)
+    for path in FILES.iterdir():
+        text = path.read_text("utf-8").replace("TITLE", repr(title))
+        text = text.replace("PROMPTS", repr(list(prompts)))
+        (folder / path.name.removesuffix(".in")).write_text(text, encoding="utf-8")
+    card = model_card(bundle, origin, title=title, is_space=True)
     (folder / "README.md").write_text(card, encoding="utf-8")
     # New files without input.txt, since those of an installed package may be read-only.
     package = Path(gptforge.__file__).parent

@@ -28,10 +28,7 @@ allocate any amount of memory, such as a bytearray or a sparse tensor."""
 def read_torch_file(path: Path, *, what: str) -> Any:
     """Load a file of tensors and plain values without running any code in it.
 
-    `what` says in errors what the file should be.
-
-    Raises:
-        UserError: if it is something else, or holds more than tensors and plain values.
+    `what` says in the UserError for anything else what the file should be.
     """
     check_torch_archive(path, what)
     try:

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError
-from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.pipeline import (
     PREPARE_VERSION,
     REQUEST_FILE,
+    learn_bpe,
     no_skip_of_only_file,
     prepare,
-    scan_files,
 )
-from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
-from gptforge.data.prepare.sources import find_sources, is_pipe
+from gptforge.data.prepare.request import PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.scan import scan
+from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.errors import RunError, UserError
@@ -53,12 +53,10 @@ def prepare_cached(
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
         RunError: if the disk of the cache is full.
     """
-    cache, names = writable_cache(), request.names
+    cache = writable_cache()
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as spool:
-        spool_dir = Path(spool) if is_pipe(Path(names[0])) else None
-        sources = find_sources(names, kind=request.kind, spool_dir=spool_dir)
-        request = replace(request, sources=sources)
-        selection = select_files(request)
+        spool_dir = Path(spool) if is_pipe(Path(request.names[0])) else None
+        selection = select_files(request, spool_dir=spool_dir)
         contents = [[s.kind, s.compression, files.sha256(s.path)] for s in selection.sources]
         options = [CACHE_VERSION, request.val_fraction, request.split_by_name]
         options += selection.val_sources
@@ -73,7 +71,9 @@ def prepare_cached(
                 name = f"{BPE_PREFIX}{key_of(['bpe', request.vocab_size])[:24]}"
                 learned = _load_bpe(cache, name)
                 if learned is None:
-                    learned = _learn_bpe(request, selection)
+                    with no_skip_of_only_file(selection.sources):
+                        rule = scan(request, selection).split_rule
+                        learned = learn_bpe(request, selection.sources, rule)
                     # Its content's hash is part of the name, so that damage is noticed.
                     tokenizers.save(learned, unnamed := Path(spool) / "learned")
                     unnamed.replace(cache / f"{name}-{files.sha256(unnamed)[:16]}.json")
@@ -84,7 +84,7 @@ def prepare_cached(
                 vocab = files.sha256(Path(vocab))
             cache_key = key_of(vocab)
             folder = cache / cache_key[:24]
-            request = replace(request, cache_key=cache_key)
+            request = replace(request, selection=selection, cache_key=cache_key)
             index = prepare(folder, request, wait=True, progress=progress)
     (folder / REQUEST_FILE).touch()
     _delete_unused(cache)
@@ -102,12 +102,6 @@ def _load_bpe(cache: Path, name: str) -> Tokenizer | None:
         logger.warning(f"warning: {path.as_posix()} was damaged: learning the tokenizer again")
         files.remove(path)
     return None
-
-
-def _learn_bpe(request: PrepareRequest, selection: FileSelection) -> Tokenizer:
-    with no_skip_of_only_file(selection.sources):
-        rule = scan_files(request, selection).split_rule
-        return learn_bpe(request, selection.sources, rule)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ Shapes: B sequences in a global batch, b of them this rank's, T tokens in a sequ
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gptforge.data.prefetch import Prefetcher
 from gptforge.data.shuffle import epoch_offset, shuffled_index
 from gptforge.data.token_dataset import TokenDataset
 
@@ -74,8 +74,9 @@ class DataLoader:
         # Copies have their own CUDA stream, to overlap with computation.
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         batch_bytes = 8 * len(self.rows) * (context_length + 1)
-        depth = max(1, min(MAX_PREFETCH, MAX_PREFETCH_BYTES // batch_bytes))
-        self._prefetcher = Prefetcher(self._load_batch, step=global_batch_size, depth=depth)
+        self._depth = max(1, min(MAX_PREFETCH, MAX_PREFETCH_BYTES // batch_bytes))
+        self._executor = ThreadPoolExecutor(1, "prefetch")
+        self._prefetched: dict[int, Future[Tensor]] = {}  # by position
         self._on_device: Tensor | None = None
         # First tokens of sequences by the batch's position; only the prefetching thread uses it.
         self._starts: dict[int, NDArray[np.int64]] = {}
@@ -118,6 +119,10 @@ class DataLoader:
         self.position = state["position"]
         self._on_device = None
 
+    def close(self) -> None:
+        """End the prefetching thread, after the batch that it is loading."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
     def _load_batch(self, position: int) -> Tensor:
         """Sequences of the batch at a position with one more token, for the targets: (b, T + 1)."""
         if position not in self._starts:
@@ -144,7 +149,12 @@ class DataLoader:
 
     def _to_device(self, position: int) -> Tensor:
         """This rank's rows of the batch at a position, (b, T + 1), being copied to the device."""
-        batch = self._prefetcher.get(position)
+        end = position + (self._depth + 1) * self._global_batch_size
+        self._prefetched = {
+            p: self._prefetched.get(p) or self._executor.submit(self._load_batch, p)
+            for p in range(position, end, self._global_batch_size)
+        }
+        batch = self._prefetched.pop(position).result()
         if self._copy_stream is None:
             return batch.to(self._device)
         # Pinned here, not in the prefetching thread: no other thread may allocate CUDA memory

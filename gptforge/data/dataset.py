@@ -1,21 +1,35 @@
 """`--input` as a dataset: token shards as they are, any text tokenized once and cached."""
 
+import contextlib
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
 from gptforge.data.dataloader import count_sequences, too_short_hint
-from gptforge.data.external_shards import has_eot, shard_splits, shards_digest, split_shards
+from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
-from gptforge.data.prepare.request import PrepareRequest, ProgressBar
-from gptforge.data.prepare.sources import FileKind
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.request import (
+    PrepareRequest,
+    ProgressBar,
+    TextOptions,
+    fingerprint,
+    read_ends,
+)
+from gptforge.data.prepare.split import split_by_name
 from gptforge.data.shard_index import SPLITS, TOKENIZER_FILE, Index, find_corruption, read_index
-from gptforge.data.token_dataset import ShardDataset, TokenDataset, read_raw_bin, read_shard_header
+from gptforge.data.token_dataset import (
+    ShardDataset,
+    ShardFile,
+    TokenDataset,
+    cut_shards,
+    edges,
+    read_raw_bin,
+    read_shard_header,
+)
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
 from gptforge.shell import quote
@@ -75,21 +89,13 @@ class Dataset:
         return {name for name, splits in self.input_splits.items() if split in splits}
 
 
-@dataclass(frozen=True)
-class DatasetOptions:
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(TextOptions):
     """How to read `--input`."""
 
-    tokenizer: str | Tokenizer = "gpt2"
-    val_fraction: float = 0.1
-    vocab_size: int = 0  # ids that the tokenizer bpe learns; 0: by the size of the text
-    text_format: TextFormat = field(default_factory=TextFormat)
-    raw_bin: bool = False
     require_tokenizer: bool = False  # refuse shards of another one instead of using theirs
     model_tokenizer: str = ""  # file of the tokenizer if it is a model's, not from a flag
     require_val_fraction: bool = False  # refuse prepared data with another one
-    needs_val: bool = False  # keep validation files apart even if val_fraction is 0
-    kind: FileKind | Literal["auto"] = "auto"
-    split_by_name: bool = True  # of text files; names of shards always decide their split
     verify: bool = True  # compare changed files of prepared data with their hashes
 
 
@@ -136,16 +142,8 @@ def open_dataset(
         raise UserError(f"{name} is not finished: run the command that prepared it again to resume")
     if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
         return _open_shards(path, shards, options)
-    request = PrepareRequest(
-        (path.as_posix(),),
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        val_fraction=options.val_fraction,
-        text_format=options.text_format,
-        kind=options.kind,
-        split_by_name=options.split_by_name,
-        needs_val=options.needs_val,
-    )
+    text_options = {f.name: getattr(options, f.name) for f in fields(TextOptions)}
+    request = PrepareRequest((path.as_posix(),), **text_options | {"raw_bin": False})
     index, notices = prepare_cached(request, progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)
 
@@ -194,8 +192,11 @@ def _open_prepared(path: Path, index: Index, options: DatasetOptions) -> Dataset
 def _is_same(tokenizer: Tokenizer, other: str | Tokenizer) -> bool:
     if other in tokenizers.NAMES:
         return tokenizer.name == other
-    other = tokenizers.from_name(other, "") if isinstance(other, str) else other
-    return tokenizer.to_json() == other.to_json()
+    return tokenizer.to_json() == _load(other).to_json()
+
+
+def _load(tokenizer: str | Tokenizer) -> Tokenizer:
+    return tokenizers.from_name(tokenizer, "") if isinstance(tokenizer, str) else tokenizer
 
 
 def _from_index(
@@ -241,32 +242,51 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
     if tokenizer_name in ("char", "bpe"):
         problem = "shards do not say which text their ids stand for"
         raise UserError(f"{name}: {problem}: give --tokenizer a tokenizer.json")
-    if isinstance(tokenizer_name, str):
-        tokenizer = tokenizers.from_name(tokenizer_name, "")
-    else:
-        tokenizer = copy.copy(tokenizer_name)
-    train_shards, val_shards = split_shards(shards)
+    tokenizer = copy.copy(_load(tokenizer_name))
+    words = split_by_name(paths, require_train=False)
+    val_shards = [shard for shard, word in zip(shards, words, strict=True) if word == "val"]
+    train_shards = [s for s, word in zip(shards, words, strict=True) if word not in ("val", "test")]
+    if not train_shards:  # if all names say val, or test, they are not a split
+        train_shards, val_shards = val_shards or shards, []
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
         ignored = pluralize(num_ignored, "shard", "shards")
         notices.append(f"{ignored} whose name says test: left out")
     train = ShardDataset(train_shards, vocab_size=tokenizer.vocab_size)
-    tokenizer.prepends_eot = has_eot(train, tokenizer.eot_token)
+    with contextlib.suppress(UserError):  # ids outside the vocabulary are reported elsewhere
+        tokenizer.prepends_eot = any((i == tokenizer.eot_token).any() for i in edges(train))
     holds_out = options.val_fraction > 0 or options.needs_val
     val = ShardDataset(val_shards if holds_out else [], vocab_size=tokenizer.vocab_size)
     splits = {"train": train_shards, "val": val_shards}
     if not val_shards and options.val_fraction:
-        cut = int(len(train) * (1 - options.val_fraction))
-        train, val = train.subset(0, cut), train.subset(cut, len(train))
+        parts = cut_shards(train_shards, int(len(train) * (1 - options.val_fraction)))
+        train, val = (ShardDataset(part, vocab_size=tokenizer.vocab_size) for part in parts)
         notices.append("no shard has val in its name: the last tokens are held out")
         splits["val"] = train_shards
     return Dataset(
         path=path,
-        sha256=shards_digest(shards, val_shards),
+        sha256=_shards_digest(shards),
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name if isinstance(tokenizer_name, str) else tokenizer.name,
         train=train,
         val=val,
         val_fraction=options.val_fraction,
         notices=tuple(notices),
-        input_splits=shard_splits(splits),
+        input_splits=_shard_splits(splits),
     )
+
+
+def _shard_splits(shards: Mapping[str, Sequence[ShardFile]]) -> dict[str, list[str]]:
+    """The splits that have tokens of each shard, by its fingerprint."""
+    splits: dict[str, list[str]] = {}
+    for split, members in shards.items():
+        for shard in members[:MAX_FINGERPRINTS]:
+            splits.setdefault(fingerprint(shard.path), []).append(split)
+    return splits
+
+
+def _shards_digest(shards: Sequence[ShardFile]) -> str:
+    """A hash of names, sizes and both ends of all shards: cheap, and distinguishes data sets."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.path.name} {shard.num_tokens}\n".encode() + read_ends(shard.path))
+    return digest.hexdigest()

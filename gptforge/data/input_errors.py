@@ -10,12 +10,9 @@ MAX_EXAMPLES = 5  # locations listed for each kind of problem
 
 
 class BadInput(Exception):  # noqa: N818 (with --skip_bad it is counted, not an error)
-    """Input that is not usable text.
+    """Input that is not usable text; equal problems are counted together.
 
-    Args:
-        problem: what is wrong; equal problems are counted together.
-        location: file, and line or row group if known; see `BadInputHandler.handle`.
-        hint: how to fix it.
+    `location` is the file, and the line or row group if known; `hint` says how to fix it.
     """
 
     def __init__(self, problem: str, location: str = "", hint: str = "") -> None:
@@ -26,10 +23,7 @@ class BadInput(Exception):  # noqa: N818 (with --skip_bad it is counted, not an 
 class BadInputError(UserError):
     """Bad input without --skip_bad.
 
-    Args:
-        problem: the location and what is wrong there.
-        hint: how to fix it.
-        can_skip: whether any input is left if this is skipped.
+    `problem` names the location; `can_skip` says whether any input is left if this is skipped.
     """
 
     def __init__(self, problem: str, hint: str, can_skip: bool = True) -> None:
@@ -44,27 +38,16 @@ class BadInputError(UserError):
 
 @dataclass
 class BadInputHandler:
-    """Counts bad input if `skip` is set, otherwise raises at the first.
-
-    Attributes:
-        counts: skipped inputs by problem.
-        examples: the first few of each problem, with their locations.
-        hints: how to fix each of the examples.
-        notices: what was repaired while reading, such as replaced bytes.
-    """
+    """Counts bad input if `skip` is set, otherwise raises at the first."""
 
     skip: bool
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)
-    notices: set[str] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)  # by problem
+    examples: list[str] = field(default_factory=list)  # the first of each problem, with locations
+    hints: list[str] = field(default_factory=list)  # how to fix each of the examples
+    notices: set[str] = field(default_factory=set)  # what was repaired, such as replaced bytes
 
     def handle(self, bad: BadInput, location: str = "") -> None:
-        """Count bad input, at `location` if it does not know its own.
-
-        Raises:
-            BadInputError: unless `skip` is set.
-        """
+        """Count bad input, at `location` if it does not know its own, or raise a BadInputError."""
         example, hint = f"{location or bad.location}: {bad.problem}", bad.hint or "fix it"
         if not self.skip:
             raise BadInputError(example, hint)

@@ -6,6 +6,7 @@ that only files that changed since are hashed again.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import stat
 from collections.abc import Mapping
@@ -47,28 +48,22 @@ class Index:
     @property
     def input_splits(self) -> dict[str, list[str]]:
         """The splits that text of each file went to, by the file's fingerprint."""
-        inputs = self.record.get("inputs")
-        items = inputs.items() if isinstance(inputs, dict) else ()
-        return {name: list(map(str, splits)) for name, splits in items if isinstance(splits, list)}
+        return dict(self.record.get("inputs", {}))
 
     def total(self, split: str, quantity: str) -> int:
         """Return the documents, characters, bytes or tokens of a split."""
         return int(self.record["splits"].get(split, {}).get(quantity, 0))
 
     def shards(self, split: str) -> list[ShardFile]:
-        """Return the shards of a split, after comparing their sizes.
-
-        Raises:
-            UserError: if one is missing or has another size.
-        """
+        """The shards of a split; a UserError if one is missing or has another size."""
         read = read_raw_bin if self.record["layout"] == "headerless" else read_shard_header
         shards = []
         for record in (record for record in self.record["shards"] if record["split"] == split):
             shard = read(self.folder / record["file"])
             if shard.num_tokens != record["tokens"]:
-                sizes = f"{shard.num_tokens:,} tokens, and {INDEX_FILE} says {record['tokens']:,}"
                 raise UserError(
-                    f"{shard.path.as_posix()}: it holds {sizes}: prepare the data again"
+                    f"{shard.path.as_posix()}: it holds {shard.num_tokens:,} tokens, and "
+                    f"{INDEX_FILE} says {record['tokens']:,}: prepare the data again"
                 )
             shards.append(shard)
         return shards
@@ -90,11 +85,7 @@ def write_index(folder: Path, record: Mapping[str, Any]) -> Index:
 
 
 def read_index(folder: Path) -> Index | None:
-    """Read the index of a folder; None if there is none, or only another program's.
-
-    Raises:
-        UserError: if it is damaged, or from a later version.
-    """
+    """Read the index of a folder; None if there is none, or only another program's."""
     path = folder / INDEX_FILE
     if not path.is_file():
         return None
@@ -122,7 +113,8 @@ def _validate(record: Mapping[str, Any]) -> None:
         raise ValueError(f"a fraction of {short_repr(fraction)}")
     tokenizer = record["tokenizer"]
     texts = (record["digest"], record["layout"], tokenizer["name"], tokenizer["sha256"])
-    if not all(isinstance(text, str) for text in (*texts, *record.get("notices", ()))):
+    inputs = itertools.chain(*record.get("inputs", {}).values())
+    if not all(isinstance(text, str) for text in (*texts, *record.get("notices", ()), *inputs)):
         raise TypeError("expected a string")
     for split in SPLITS:
         if not all(map(_is_count, record["splits"].get(split, {}).values())):
@@ -159,8 +151,7 @@ def find_corruption(index: Index, *, max_hash_bytes: int | None = None) -> str |
     folder, verified = index.folder, _read_verified(index.folder)
     try:
         shard_hashes = _shard_hashes(index)
-        recorded = {n: str(verified.get(n, {}).get("sha256", "")) for n in METADATA_FILES}
-        expected = recorded | shard_hashes
+        expected = {n: verified.get(n, {}).get("sha256", "") for n in METADATA_FILES} | shard_hashes
         changed = [n for n in expected if verified.get(n) != _entry(folder / n, expected[n])]
         if not changed:
             return None
@@ -178,11 +169,9 @@ def find_corruption(index: Index, *, max_hash_bytes: int | None = None) -> str |
             return f"{TOKENIZER_FILE} is not the one that the shards were made with"
     except UserError as error:
         return str(error)
-    except OSError as error:
-        return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
-    except Exception as error:
-        # An index from elsewhere may hold anything.
-        return f"{INDEX_FILE}: {error_reason(error)}"
+    except (OSError, ValueError) as error:
+        name = getattr(error, "filename", None) or INDEX_FILE
+        return f"{Path(name).name}: {error_reason(error)}"
     # A read-only folder is hashed again the next time.
     with contextlib.suppress(OSError):
         _write_verified(folder, entries)
@@ -191,14 +180,12 @@ def find_corruption(index: Index, *, max_hash_bytes: int | None = None) -> str |
 
 def tokenizer_matches(index: Index) -> bool:
     """Return whether the tokenizer beside the shards is the one that they were made with."""
-    recorded = index.record.get("tokenizer")
-    if not isinstance(recorded, Mapping) or "sha256" not in recorded:
-        return True
-    return json_sha256(index.load_tokenizer().to_json()) == str(recorded["sha256"])
+    recorded = index.record["tokenizer"]["sha256"]
+    return json_sha256(index.load_tokenizer().to_json()) == str(recorded)
 
 
 def _shard_hashes(index: Index) -> dict[str, str]:
-    return {shard["file"]: str(shard.get("sha256", "")) for shard in index.record["shards"]}
+    return {shard["file"]: shard["sha256"] for shard in index.record["shards"]}
 
 
 def _entry(path: Path, sha256: str) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from gptforge.data.prepare.request import PrepareRequest, select_files
-from gptforge.data.prepare.sources import FileKind, Source
+from gptforge.data.prepare.sources import KindFlag, Source
 from gptforge.data.shard_index import read_index
 
 SHARD_SUFFIX = ".bin"
@@ -27,13 +26,12 @@ def estimate_text_size(
     path: Path,
     *,
     val_fraction: float,
-    kind: FileKind | Literal["auto"] = "auto",
+    kind: KindFlag = "auto",
     split_by_name: bool = True,
 ) -> TextSize:
     """Estimate the bytes of text to train on; exact for plain text and prepared shards.
 
-    Raises:
-        UserError: if there are no files, or it is a pipe, which could only be read once.
+    A UserError if there are no files, or it is a pipe, which can only be read once.
     """
     if path.is_dir() and (index := read_index(path)) is not None:
         name = str(index.record["tokenizer"]["name"])

@@ -5,20 +5,21 @@ A header of 256 int32 (magic, version, number of tokens, zeros), then the ids: u
 See github.com/karpathy/llm.c, dev/data.
 """
 
+import contextlib
+import functools
 import os
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from gptforge import files
 from gptforge.errors import UserError, parsing
-from gptforge.files import open_regular
 from gptforge.tokenizers.base import Tokens
 
 HEADER_INTS = 256
@@ -57,12 +58,22 @@ class ShardFile:
     offset: int
 
 
-def read_shard_header(path: Path) -> ShardFile:
-    """Read the header of a shard and compare the file's size with it.
+def cut_shards(
+    shards: Sequence[ShardFile], position: int
+) -> tuple[list[ShardFile], list[ShardFile]]:
+    """The shards, or parts of them, before and from a token of their concatenation on."""
+    before, after = [], []
+    for shard in shards:
+        num_tokens = min(max(0, position), shard.num_tokens)
+        offset = shard.offset + num_tokens * shard.dtype.itemsize
+        before.append(replace(shard, num_tokens=num_tokens))
+        after.append(replace(shard, num_tokens=shard.num_tokens - num_tokens, offset=offset))
+        position -= shard.num_tokens
+    return before, after
 
-    Raises:
-        UserError: if it is not a complete shard.
-    """
+
+def read_shard_header(path: Path) -> ShardFile:
+    """Read the header of a shard; a UserError unless the file has the size that it says."""
     name, (size, raw) = path.as_posix(), _size_and_head(path, HEADER_BYTES)
     if len(raw) < HEADER_BYTES:
         raise UserError(f"{name}: {size} bytes: too few for a token shard's header {RAW_BIN_HINT}")
@@ -81,11 +92,7 @@ def read_shard_header(path: Path) -> ShardFile:
 
 
 def read_raw_bin(path: Path) -> ShardFile:
-    """nanoGPT's format: uint16 ids without a header.
-
-    Raises:
-        UserError: if its size is odd, or it has a header after all.
-    """
+    """nanoGPT's format: uint16 ids without a header."""
     name, (size, raw) = path.as_posix(), _size_and_head(path, 8)
     if len(raw) == 8 and tuple(np.frombuffer(raw, "<i4")) in SHARD_DTYPES:
         raise UserError(f"{name} has a header: leave --raw_bin out")
@@ -97,22 +104,54 @@ def read_raw_bin(path: Path) -> ShardFile:
 def _size_and_head(path: Path, length: int) -> tuple[int, bytes]:
     with parsing(path.as_posix(), "a readable token shard"):
         size = path.stat().st_size
-        with open_regular(path) as file:
+        with files.open_regular(path) as file:
             return size, file.read(length)
+
+
+class ShardWriter:
+    """Writes one shard to a temporary file and renames it when it is complete."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.num_tokens = path, 0
+        self._magic = next(magic for magic, ids in SHARD_DTYPES.items() if ids == dtype)
+        self._dtype = dtype.newbyteorder("<")
+        self._replace = files.atomic_replace(path)
+        self._partial = self._replace.__enter__()
+        self._file = self._partial.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def write(self, tokens: Tokens) -> None:
+        """Append ids."""
+        with files.add_filename_to_errors(self.path):
+            self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self.num_tokens += len(tokens)
+
+    def close(self) -> str:
+        """Write the header, sync and rename; returns the SHA-256 of the file."""
+        header = np.zeros(HEADER_INTS, "<i4")
+        header[:3] = (*self._magic, self.num_tokens)
+        with files.add_filename_to_errors(self.path):
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+            self._file.close()
+        sha256 = files.sha256(self._partial)
+        self._replace.__exit__(None, None, None)
+        return sha256
+
+    def abort(self) -> None:
+        """Delete the temporary file."""
+        with contextlib.suppress(OSError):
+            # Closing flushes the buffer, which fails again on a full disk.
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 class ShardReader:
     """An open shard, readable at any offset by several threads at once.
 
     It is not memory-mapped: truncating a mapped file kills the process with SIGBUS. Reading costs
-    about a microsecond more per sequence than copying from a mapping.
-
-    Args:
-        shard: what to open.
-        in_memory: whether to read all of it now.
-
-    Raises:
-        UserError: if the file is missing, or shorter than the shard.
+    about a microsecond more per sequence than copying from a mapping. With `in_memory` all of it is
+    read now. A file that is missing or too short is a UserError.
     """
 
     def __init__(self, shard: ShardFile, *, in_memory: bool = False) -> None:
@@ -120,7 +159,7 @@ class ShardReader:
         self._tokens: Tokens | None = None
         self._lock = threading.Lock()
         try:
-            self._file = open_regular(shard.path, buffering=0)
+            self._file = files.open_regular(shard.path, buffering=0)
         except OSError as error:
             raise self._unreadable(str(error.strerror)) from None
         size = os.fstat(self._file.fileno()).st_size
@@ -158,69 +197,40 @@ class ShardDataset:
     Args:
         shards: in the order of the tokens.
         vocab_size: a larger id in a shard is a UserError when it is read.
-        start: first token of the shards that belongs to the dataset; `stop` is one past the last.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[ShardFile],
-        *,
-        vocab_size: int,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> None:
+    def __init__(self, shards: Sequence[ShardFile], *, vocab_size: int) -> None:
         self.shards = tuple(shard for shard in shards if shard.num_tokens)
         self._vocab_size = vocab_size
         self._shard_starts = [0, *accumulate(shard.num_tokens for shard in self.shards)]
-        sizes = (shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
-        self._in_memory = sum(sizes) <= MAX_IN_MEMORY_BYTES
-        self._start = start
-        self._stop = self._shard_starts[-1] if stop is None else stop
-        assert 0 <= self._start <= self._stop <= self._shard_starts[-1]
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        num_bytes = sum(shard.num_tokens * shard.dtype.itemsize for shard in self.shards)
+        open_shard = functools.partial(ShardReader, in_memory=num_bytes <= MAX_IN_MEMORY_BYTES)
+        # A file closes when it is dropped here and no other thread reads from it any more.
+        self._reader = functools.lru_cache(MAX_OPEN_SHARDS)(open_shard)
 
     def __len__(self) -> int:
-        return self._stop - self._start
-
-    def subset(self, start: int, stop: int) -> "ShardDataset":
-        """Tokens `start` to `stop` as a dataset."""
-        first = self._start
-        return ShardDataset(
-            self.shards, vocab_size=self._vocab_size, start=first + start, stop=first + stop
-        )
+        return self._shard_starts[-1]
 
     def __getitem__(self, where: slice, /) -> Tokens:
         start, stop, step = where.indices(len(self))
         assert step == 1, "tokens are read in order"
-        start, stop = self._start + start, self._start + max(start, stop)
         i = bisect_right(self._shard_starts, start) - 1
         parts: list[Tokens] = []
         while start < stop:
             shard_start, end = self._shard_starts[i], min(stop, self._shard_starts[i + 1])
-            part = self._reader(i).read(start - shard_start, end - shard_start)
-            self._check_ids(part, i)
-            parts.append(part)
-            start, i = max(start, end), i + 1
+            reader = self._reader(self.shards[i])
+            parts.append(reader.read(start - shard_start, end - shard_start))
+            self._check_ids(parts[-1], self.shards[i])
+            start, i = end, i + 1
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
-    def _reader(self, i: int) -> ShardReader:
-        if i in self._readers:
-            self._readers.move_to_end(i)
-            return self._readers[i]
-        while len(self._readers) >= MAX_OPEN_SHARDS:
-            # The file closes when no other thread reads from it any more.
-            self._readers.popitem(last=False)
-        self._readers[i] = reader = ShardReader(self.shards[i], in_memory=self._in_memory)
-        return reader
-
-    def _check_ids(self, part: Tokens, i: int) -> None:
+    def _check_ids(self, part: Tokens, shard: ShardFile) -> None:
         # On a GPU, an id beyond the embedding is just a device-side assert.
         if len(part) and (largest := int(part.max())) >= self._vocab_size:
-            name = self.shards[i].path.as_posix()
             raise UserError(
-                f"{name}: token id {largest} is outside the vocabulary of {self._vocab_size}: the "
-                "shard is damaged, or was made with another tokenizer; name that one with "
-                "--tokenizer"
+                f"{shard.path.as_posix()}: token id {largest} is outside the vocabulary of "
+                f"{self._vocab_size}: the shard is damaged, or was made with another tokenizer; "
+                "name that one with --tokenizer"
             )

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gptforge.demo.generation_queue import GenerationQueue, Waiting
+from gptforge.demo.generation_queue import GenerationQueue
 from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import UserError
 from gptforge.inference.detokenizer import StopMatcher
@@ -30,13 +30,10 @@ from gptforge.inference.validation import as_str_list
 
 MAX_PROMPT_CHARS = 4000
 MAX_NEW_TOKENS = 1000
-MAX_SECONDS = 60.0
-"""For all texts of a request."""
-MAX_SEQUENCES = 8
-"""Prompts times `n`."""
+MAX_SECONDS = 60.0  # for all texts of a request
+MAX_SEQUENCES = 8  # prompts times `n`
 MAX_LOGPROBS = 5
-FRAME_SECONDS = 0.05
-"""Between events of a stream; tokens that are generated meanwhile share one."""
+FRAME_SECONDS = 0.05  # between events of a stream; tokens that are generated meanwhile share one
 UNSUPPORTED_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "best_of": (1,),
@@ -205,7 +202,7 @@ def _generate(
 
 
 async def _events(
-    chunks: AsyncGenerator[CompletionChunk | Waiting],
+    chunks: AsyncGenerator[CompletionChunk | int],
     head: Mapping[str, Any],
     counts: Mapping[str, int],
     request: CompletionRequest,
@@ -214,8 +211,8 @@ async def _events(
     num_chars = [0] * len(request.prompts) * request.n
     async with aclosing(chunks):
         async for chunk in chunks:
-            if isinstance(chunk, Waiting):
-                yield f": queue {chunk.position}\n\n"
+            if isinstance(chunk, int):
+                yield f": queue {chunk}\n\n"
                 continue
             choice = _choice([chunk], request, num_chars[chunk.index])
             num_chars[chunk.index] += sum(len(token.text) for token in chunk.tokens)

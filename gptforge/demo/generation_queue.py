@@ -3,33 +3,19 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.concurrency import iterate_in_threadpool
 
-MAX_CONCURRENT = 2
-"""Requests that are answered at the same time."""
-MAX_QUEUED = 24
-"""Requests that wait; further ones are refused."""
+MAX_CONCURRENT = 2  # requests that are answered at the same time
+MAX_QUEUED = 24  # requests that wait; further ones are refused
 POLL_SECONDS = 0.2
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A request waits; the next one has position 1."""
-
-    position: int
-
-
 class GenerationQueue:
-    """First come, first served; used by the event loop only, so it needs no lock.
-
-    Args:
-        is_stopping: whether the server is about to end, and texts with it.
-    """
+    """First come, first served, until `is_stopping`; used by the event loop only: no lock."""
 
     def __init__(self, is_stopping: Callable[[], bool]) -> None:
         self._is_stopping = is_stopping
@@ -41,8 +27,8 @@ class GenerationQueue:
         """Whether another request would be one too many."""
         return len(self._waiting) >= MAX_QUEUED
 
-    async def run(self, chunks: Generator[T]) -> AsyncGenerator[T | Waiting]:
-        """Iterate over `chunks` in a thread, when its turn has come.
+    async def run(self, chunks: Generator[T]) -> AsyncGenerator[T | int]:
+        """Iterate over `chunks` in a thread, when its turn has come; until then yield its position.
 
         A client that disconnects cancels this, which ends the generation.
         """
@@ -52,7 +38,7 @@ class GenerationQueue:
             while (ahead := self._waiting.index(ticket)) or self._num_running >= MAX_CONCURRENT:
                 if self._is_stopping():
                     return
-                yield Waiting(ahead + 1)
+                yield ahead + 1
                 await asyncio.sleep(POLL_SECONDS)
             self._num_running += 1
         finally:

@@ -1,6 +1,9 @@
-"""Start the page."""
+"""Start the page: an address, a free port, the model and the server."""
 
 import asyncio
+import errno
+import os
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,8 +12,7 @@ from gptforge.builders.export_model import model_title, read_origin
 from gptforge.builders.load_model import limit_threads, load
 from gptforge.builders.prompts import suggest_prompts
 from gptforge.demo.model_cache import ModelCache
-from gptforge.demo.port import listen
-from gptforge.errors import UserError, require_package
+from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas
 from gptforge.inference.language_model import LanguageModel
 from gptforge.printable import safe_print
@@ -18,6 +20,9 @@ from gptforge.report.format import format_count
 
 STATIC = Path(__file__).with_name("static")
 CHARACTER_TOKENIZERS = ("char", "byte")
+FIRST_PORT = 7860
+NUM_PORTS = 100
+HOST_HINT = "give 127.0.0.1 for this machine only, 0.0.0.0 to allow others"
 
 
 def launch(
@@ -30,20 +35,16 @@ def launch(
     prompts: Sequence[str] = (),
     allowed_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the page until it is interrupted.
+    """Serve the page until it is interrupted; arguments are the flags of `gptforge demo`.
 
     Args:
         run: run folder, checkpoint folder or exported model.
         host: address to listen on; 0.0.0.0 is reachable from other machines.
         port: 0: the first free one from 7860.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: as for training.
         title: of the page; empty: the name of the run folder.
         prompts: to suggest; empty: from the training text, if it is on this machine.
         allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
-
-    Raises:
-        UserError: for a missing model or package, or a host that is not an address of this machine.
-        RunError: if the port is taken.
     """
     for package in ("starlette", "uvicorn", "pydantic"):
         require_package(package, extra="demo")
@@ -102,3 +103,43 @@ def _is_encodable(model: LanguageModel, text: str) -> bool:
     with suppress(UserError):
         return bool(model.encode(text))
     return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the given port, or for 0 on the first free one from 7860."""
+    ports = [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
+    for candidate in ports:
+        if listener := _try_to_listen(host, candidate):
+            return listener
+    if port:
+        raise RunError(f"--port {port}: taken by another program: choose another, or leave it out")
+    raise RunError(f"the ports {ports[0]} to {ports[-1]} are all taken: choose another --port")
+
+
+def _try_to_listen(host: str, port: int) -> socket.socket | None:
+    """None if the port is taken."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name != "nt":
+            # A recently closed port is free; on Windows this would share a port in use.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        # On Windows, EACCES means that another program has the port exclusively.
+        if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
+            return None
+        if error.errno == errno.EACCES:
+            raise UserError(
+                f"--port {port}: not permitted to listen there: choose one above 1023"
+            ) from None
+        raise UserError(
+            f"--host {host}: not an address of this machine ({error.strerror}): {HOST_HINT}"
+        ) from None
+    return listener

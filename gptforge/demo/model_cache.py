@@ -1,7 +1,7 @@
 """The models of a run by checkpoint."""
 
+import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +10,15 @@ from gptforge.errors import UserError
 from gptforge.files import real_path
 from gptforge.inference.language_model import LanguageModel
 
-MAX_LOADED_MODELS = 2
-"""As many as a page compares."""
+MAX_LOADED_MODELS = 2  # as many as a page compares
 
 
 class ModelCache:
     """Models of a run by checkpoint, loaded on first use; the least recently used is dropped."""
 
     def __init__(self, load: Callable[[str], LanguageModel], run: str) -> None:
-        self._load, self._run = load, run
-        self._store = CheckpointStore(Path(run) / "checkpoints")
-        self._models: OrderedDict[str, LanguageModel] = OrderedDict()
+        self._load = functools.lru_cache(MAX_LOADED_MODELS)(load)
+        self._run, self._store = run, CheckpointStore(Path(run) / "checkpoints")
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -39,11 +37,5 @@ class ModelCache:
         if name not in self.names():
             raise UserError(f"there is no checkpoint {name} here any more: choose another")
         path = self._store.folder / self.target(name)
-        key = str(real_path(path) if path.is_dir() else Path(self._run))
-        with self._lock:
-            if key not in self._models:
-                self._models[key] = self._load(key)
-            self._models.move_to_end(key)
-            while len(self._models) > MAX_LOADED_MODELS:
-                self._models.popitem(last=False)
-            return self._models[key]
+        with self._lock:  # or two requests would load the same model
+            return self._load(str(real_path(path) if path.is_dir() else Path(self._run)))

@@ -15,21 +15,13 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES = 64_000
-"""A prompt of four thousand characters as JSON, and the other fields."""
-BODY_TIMEOUT = 20.0
-"""Seconds for a body to arrive."""
-SEND_TIMEOUT = 20.0
-"""Seconds for a client to read what fills the buffers; then its answer ends."""
+MAX_BODY_BYTES = 64_000  # a prompt of four thousand characters as JSON, and the other fields
+BODY_TIMEOUT = 20.0  # seconds for a body to arrive
+SEND_TIMEOUT = 20.0  # seconds for a client to read what fills the buffers; then its answer ends
 
 
 class RequestFilter:
-    """ASGI middleware that passes on only requests that the page makes.
-
-    Args:
-        app: the page.
-        allowed_hosts: host names besides this machine's; `*` for all.
-    """
+    """ASGI middleware; `allowed_hosts` are names besides this machine's, `*` for all."""
 
     def __init__(self, app: ASGIApp, *, allowed_hosts: Collection[str]) -> None:
         self._app = app

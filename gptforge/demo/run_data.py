@@ -16,23 +16,16 @@ from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import UserError
 from gptforge.report.format import format_duration
 from gptforge.report.metrics import METRICS, History, read_history, thin_out
-from gptforge.report.samples import read_samples
+from gptforge.report.run_info import read_samples
 
 SAMPLES = "samples.md"
-MAX_POINTS = 600
-"""Of a curve."""
+MAX_POINTS = 600  # of a curve
 MAX_SAMPLES = 60
 CURVES = {"train": ("step", "loss", "lr", "norm", "tok_per_sec"), "evals": ("step", "val_loss")}
 
 
 def routes(models: ModelCache, run_dir: Path, *, about: Mapping[str, Any]) -> list[Route]:
-    """`run.json`, which pages load again and again: built when a file has changed.
-
-    Args:
-        models: names the checkpoints.
-        run_dir: the run folder.
-        about: constant fields.
-    """
+    """`run.json`, with the fields of `about`; pages poll it: built when a file has changed."""
 
     @functools.lru_cache(maxsize=1)
     def render(_: str, checkpoints: tuple[tuple[str, str], ...]) -> str:
@@ -61,10 +54,7 @@ def run_metrics(
 ) -> dict[str, Any]:
     """Labels of the checkpoints, tiles of key figures and curves.
 
-    Args:
-        history: of the run.
-        checkpoints: the name of each, and its folder, which differ for `best` and `last`.
-        max_steps: of the complete run.
+    `checkpoints` are the name and folder of each, which differ for `best` and `last`.
     """
     losses = {event["step"]: event["val_loss"] for event in history.scored_evals}
     losses |= {best["step"]: best["val_loss"]} if (best := history.best) else {}

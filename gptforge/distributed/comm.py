@@ -82,7 +82,7 @@ class Comm:
 
     def all_reduce_async(self, tensor: Tensor) -> Wait:
         """Start `all_reduce`; the tensor is valid once the returned function has been called."""
-        return _wait(dist.all_reduce(tensor, async_op=True)) if self._group else _no_wait
+        return self._start(dist.all_reduce, tensor)
 
     def local_rows(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor that belong to this rank: one of `world_size` equal chunks."""
@@ -94,15 +94,15 @@ class Comm:
 
         The other rows are undefined afterwards.
         """
-        if self._group is None:
-            return _no_wait
-        return _wait(_reduce_scatter(self.local_rows(tensor), tensor, async_op=True))
+        return self._start(_reduce_scatter, self.local_rows(tensor), tensor)
 
     def all_gather_async(self, tensor: Tensor) -> Wait:
         """Start to fill a tensor with the `local_rows` of every rank, in place."""
-        if self._group is None:
-            return _no_wait
-        return _wait(_all_gather(tensor, self.local_rows(tensor), async_op=True))
+        return self._start(_all_gather, tensor, self.local_rows(tensor))
+
+    def _start(self, collective: Callable[..., dist.Work | None], *tensors: Tensor) -> Wait:
+        work = collective(*tensors, async_op=True) if self._group else None
+        return cast(Wait, work.wait) if work else lambda: None
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with that of rank 0; returns it."""
@@ -165,27 +165,26 @@ class Comm:
             self._group.store.set(key, "done")
 
     def assert_same(self, values: dict[str, str]) -> None:
-        """Raise a UserError on rank 0 if another rank was started with other values."""
+        """Raise a UserError on all ranks if one was started with other values than rank 0."""
         if self._group is None:
             return
-        store, key = self._group.store, self._next_key("values")
-        store.set(f"{key}/{self.rank}", json.dumps({"label": self.label, **values}))
-        if not self.is_main:
-            # Wait here rather than in a collective, which would time out while another rank
-            # prepares its text.
-            self._get(f"{key}/compared")
-            return
-        try:
+        key = self._next_key("values")
+        self._group.store.set(f"{key}/{self.rank}", json.dumps({"label": self.label, **values}))
+
+        def find_difference() -> str:
             for rank in range(1, self.world_size):
                 other = json.loads(self._get(f"{key}/{rank}"))
                 for name, value in values.items():
                     if other[name] != value:
-                        raise UserError(
+                        return (
                             f"{other['label']} has another {name} than rank 0: {other[name]}, "
                             f"not {value}; all ranks need the same"
                         )
-        finally:
-            store.set(f"{key}/compared", "yes")
+            return ""
+
+        # Not by a collective, which would time out while another rank prepares its text.
+        if problem := self.broadcast_from_rank0(find_difference):
+            raise UserError(problem)
 
     def device_mesh(self) -> "DeviceMesh | None":
         """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""
@@ -193,8 +192,9 @@ class Comm:
             return None
         from torch.distributed.device_mesh import init_device_mesh
 
-        shape = (self.world_size,)
-        return init_device_mesh(self._group.device.type, shape, mesh_dim_names=("ranks",))
+        return init_device_mesh(
+            self._group.device.type, (self.world_size,), mesh_dim_names=("ranks",)
+        )
 
     def async_max(self, lag: int) -> "AsyncMax":
         """A maximum over the ranks in every step, read `lag` steps late."""
@@ -260,39 +260,24 @@ class AsyncMax:
 
     def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:
         self._device, self._lag = device, lag
-        self._pending: deque[Callable[[], int]] = deque()
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def update(self, value: int) -> int:
         """Submit this step's value; returns the maximum of `lag` steps ago, 0 before that."""
         if self._device is None:
             return value
-        self._pending.append(_all_reduce_max(torch.full((), value, device=self._device)))
-        return self._pending.popleft()() if len(self._pending) > self._lag else 0
-
-
-def _all_reduce_max(value: Tensor) -> Callable[[], int]:
-    """Start a maximum and its copy to the host; the returned function waits for that copy only."""
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    if value.device.type != "cuda":
-        return lambda: int(value)
-    host = torch.empty((), dtype=value.dtype, pin_memory=True)
-    host.copy_(value, non_blocking=True)
-    copied = torch.cuda.current_stream(value.device).record_event()
-
-    def read() -> int:
-        copied.synchronize()
+        maximum = torch.full((), value, device=self._device)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        host, copied = maximum.to("cpu", non_blocking=True), None  # pinned if from a GPU
+        if maximum.is_cuda:
+            copied = torch.cuda.current_stream(self._device).record_event()
+        self._pending.append((host, copied))
+        if len(self._pending) <= self._lag:
+            return 0
+        host, copied = self._pending.popleft()
+        if copied is not None:
+            copied.synchronize()  # waits for this copy only
         return int(host)
-
-    return read
-
-
-def _no_wait() -> None:
-    return None
-
-
-def _wait(work: dist.Work | None) -> Wait:
-    assert work is not None, "asynchronous collectives return a handle"
-    return cast(Wait, work.wait)
 
 
 SINGLE_PROCESS = Comm()

@@ -188,10 +188,8 @@ class Watchdog:
                 return f"rank {missing[0]} has sent no heartbeat for {silent:.0f} seconds"
             return None
         beats = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
-        if self._rank:
-            return self._monitor.find_failure(beats, None, self._host)
-        deadlock = self._monitor.find_deadlock({0: local, **beats}, since=self._all_joined_at)
-        return deadlock or self._monitor.find_failure(beats, local, self._host)
+        problem = self._monitor.find_lost(beats, self._host)
+        return problem if self._rank else problem or self._monitor.find_stall({0: local, **beats})
 
     def _send_heartbeat(self) -> dict[str, Any]:
         beat = {"pid": os.getpid(), "host": self._host, "beat": time.time()} | {

@@ -22,7 +22,7 @@ from gptforge.data.token_dataset import TokenDataset
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
-from gptforge.report.progress import track
+from gptforge.report.console import track
 from gptforge.tokenizers.base import END_OF_TEXT
 
 BLOCK_TOKENS = 2**20

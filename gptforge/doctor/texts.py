@@ -1,7 +1,9 @@
 """Checks of texts: reads every file to its end."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from gptforge.data.checks import LARGE_VOCAB, check_bytes_per_token
@@ -9,15 +11,15 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.input_errors import MAX_EXAMPLES, BadInput, BadInputHandler
 from gptforge.data.prepare.readers import has_many_documents, read_documents
 from gptforge.data.prepare.request import FileSelection, PrepareRequest, select_files
-from gptforge.data.prepare.scan import collect_alphabet, scan, scan_text
-from gptforge.data.prepare.sources import FileKind, Source, open_sources
+from gptforge.data.prepare.scan import collect_alphabet, scan
+from gptforge.data.prepare.sources import FileKind, Source
 from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, text_digest
-from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
+from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks, scan_text
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
 from gptforge.printable import pluralize
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.tokenizers import from_name
 from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.fast_encode import FastEncoder
@@ -39,12 +41,12 @@ def check_texts(
     """Findings about a file or a folder of texts."""
     with ExitStack() as stack:
         try:
-            sources = stack.enter_context(open_sources([path.as_posix()], kind=kind))
+            spool_dir = stack.enter_context(TemporaryDirectory(prefix="gptforge-"))
             request = PrepareRequest(
-                (path.as_posix(),), val_fraction=val_fraction, kind=kind, sources=sources,
+                (path.as_posix(),), val_fraction=val_fraction, kind=kind,
                 text_format=text_format, split_by_name=split_by_name,
             )  # fmt: skip
-            selection = select_files(request)
+            selection = select_files(request, spool_dir=Path(spool_dir))
         except UserError as problem:
             return [error(str(problem))]
         text_scan = _TextScan(text_format, selection)
@@ -185,10 +187,7 @@ def _check_split(
     if not fraction:
         return duplicates.findings()
     try:
-        rule = scan(
-            sources, request.text_format, fraction, skip_bad=True,
-            val_sources=selection.val_sources, split_duplicates=not request.split_by_name,
-        ).split_rule  # fmt: skip
+        rule = scan(replace(request, skip_bad=True), selection).split_rule
     except UserError as problem:
         return [*duplicates.findings(), error(str(problem))]
     if rule.rule == "boundary":

@@ -20,6 +20,17 @@ def default_loss_chunk(vocab_size: int) -> int:
     return LOSS_CHUNK_TOKENS * max(1, LOSS_CHUNK_VOCAB_SIZE // max(1, vocab_size))
 
 
+def default_vocab_size(num_bytes: int) -> int:
+    """Number of ids to learn from a text of `num_bytes`: a multiple of 64.
+
+    About 1,024 for 1 MB and 4,096 for 10 MB. It grows a little faster than the number of distinct
+    words, which is about the square root: a larger vocabulary shortens the text, but each id needs
+    enough occurrences to learn from.
+    """
+    size = 1024 * math.pow(num_bytes / 1e6, 0.6)
+    return min(32768, max(320, round(size / 64) * 64))
+
+
 def num_params(config: GPTConfig) -> int:
     """Parameters; the tied output layer counts once."""
     c, d_ff = config.n_embd, config.mlp_ratio * config.n_embd

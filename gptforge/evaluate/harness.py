@@ -14,18 +14,14 @@ from gptforge.errors import RunError, UserError, install_hint
 from gptforge.evaluate.tasks import TASKS, loglikelihoods
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
-from gptforge.report.progress import ProgressMeter, track
+from gptforge.report.console import ProgressMeter, track
 
 BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the harness's 100,000 take minutes
 MAX_GEN_TOKS = 256  # the harness's default for tasks that do not say
 
 
 def load_task_manager(names: Sequence[str], include_path: str) -> Any:
-    """Create the harness's task manager, after loading the data of the tasks.
-
-    Raises:
-        UserError: if lm_eval is not installed, a task is unknown, or its data cannot be loaded.
-    """
+    """Create the harness's task manager, and check that it can load the data of the tasks."""
     try:
         from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError:
@@ -57,11 +53,7 @@ def load_task_manager(names: Sequence[str], include_path: str) -> Any:
 def run_harness(
     model: LanguageModel, names: Sequence[str], manager: Any, precision: Precision, limit: int
 ) -> dict[str, dict[str, float]]:
-    """Evaluate tasks of the harness, on `limit` examples of each or, if it is 0, all.
-
-    Returns:
-        The metrics of each task, by their names in the harness, and the number of `questions`.
-    """
+    """Metrics of the harness for each task, on `limit` examples or, if it is 0, on all."""
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(

@@ -100,11 +100,7 @@ def score_choices(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[LogLikelihood]]:
-    """Return the log-likelihood of every choice of every example.
-
-    Raises:
-        UserError: for characters that the tokenizer lacks.
-    """
+    """Return the log-likelihood of every choice of every example."""
     requests = [
         _encode_choice(model, example.context, choice)
         for example in examples
@@ -124,11 +120,8 @@ def loglikelihoods(
 ) -> list[LogLikelihood]:
     """Return the log-likelihood of the last ids of texts.
 
-    Args:
-        model: model and tokenizer.
-        requests: the ids of a text, at most block_size + 1, and how many of the last to score.
-        precision: of the forward pass.
-        progress: called after each batch with the requests done, and all.
+    A request is the ids of a text, at most block_size + 1, and how many of the last to score.
+    `progress` is called after each batch with the requests done, and all.
     """
     # Sorted by length, to pad little; the longest first, so that memory runs out at once or never.
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))

@@ -5,9 +5,9 @@ of context_length that do not overlap, the last of which may be short, and each 
 predicted from those before it in its sequence. docs/training.md describes it for users.
 """
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,38 +18,10 @@ from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import Precision, autocast
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.model import IGNORE_INDEX
+from gptforge.report.format import ValLoss
 
 MAX_BATCH_TOKENS = 8192  # more would fill the memory with logits and be no faster
 STOP_LAG_BATCHES = 2  # the flag to stop is reduced asynchronously, and read so much later
-
-
-@dataclass(frozen=True)
-class ValLoss:
-    """The loss of a model on held-out text."""
-
-    loss: float  # mean cross-entropy, nats per token
-    bits_per_byte: float  # the same information per byte of UTF-8 text
-    nats_per_char: float  # the same information per character
-    num_tokens: int
-    num_bytes: int
-    num_chars: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
-
-
-@dataclass(frozen=True)
-class PartialValLoss:
-    """The sums of an interrupted evaluation, kept in the checkpoint to resume it."""
-
-    sequences_done: int  # by all ranks together
-    num_sequences: int  # of the full evaluation: the sums fit no other
-    total_nats: float
-    num_tokens: int
-    num_bytes: int
-    num_chars: int
 
 
 class ValEvaluator:
@@ -67,7 +39,6 @@ class ValEvaluator:
     Attributes:
         fraction: share of the text that is evaluated.
         num_tokens: about so many tokens are predicted.
-        num_batches: forward passes of a single process.
     """
 
     def __init__(
@@ -85,29 +56,33 @@ class ValEvaluator:
         self._byte_lengths = byte_lengths
         self._char_lengths = byte_lengths if char_lengths is None else char_lengths
         self._context_length = context_length
-        available = math.ceil((len(tokens) - 1) / context_length)
-        count = min(math.ceil(max_tokens / context_length) or available, available)
+        self._batch_size = min(batch_size, max(1, MAX_BATCH_TOKENS // context_length))
+        self._select(max_tokens)
+
+    def _select(self, max_tokens: int) -> None:
+        length, num_targets = self._context_length, len(self._tokens) - 1
+        available = math.ceil(num_targets / length)
+        count = min(math.ceil(max_tokens / length) or available, available)
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
-        self._max_batch_size = batch_size
-        self._batch_size = min(batch_size, max(1, MAX_BATCH_TOKENS // context_length), count)
         self.fraction = count / available
-        self.num_tokens = min(count * context_length, len(tokens) - 1)
-        self.num_batches = math.ceil(count / self._batch_size)
+        self.num_tokens = min(count * length, num_targets)
 
     def full(self) -> "ValEvaluator":
-        """The evaluator of all the text, in the same batches."""
-        if self.fraction == 1:
-            return self
-        return ValEvaluator(
-            self._tokens,
-            self._byte_lengths,
-            context_length=self._context_length,
-            batch_size=self._max_batch_size,
-            char_lengths=self._char_lengths,
-        )
+        """The evaluator of all the text."""
+        full = copy.copy(self)
+        full._select(0)
+        return full
 
+    @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, precision: Precision, comm: Comm = SINGLE_PROCESS
+        self,
+        model: nn.Module,
+        precision: Precision,
+        comm: Comm = SINGLE_PROCESS,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        partial: ValLoss | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> ValLoss:
         """Evaluate a model, then restore its training mode.
 
@@ -115,30 +90,17 @@ class ValEvaluator:
             model: called like `GPT.forward`; returns the summed loss of inputs and targets.
             precision: of the forward pass.
             comm: the ranks, which evaluate different sequences; all return the same loss.
-        """
-        loss = self.evaluate_until(lambda: False, model, precision, comm)
-        assert isinstance(loss, ValLoss), "nothing stops it"
-        return loss
-
-    @torch.no_grad()
-    def evaluate_until(
-        self,
-        should_stop: Callable[[], bool],
-        model: nn.Module,
-        precision: Precision,
-        comm: Comm = SINGLE_PROCESS,
-        partial: PartialValLoss | None = None,
-    ) -> ValLoss | PartialValLoss:
-        """Evaluate until `should_stop` is true on any rank after a batch that is not the last.
-
-        All ranks stop after the same batch. The result is the loss, or the sums so far, at least
-        one batch further than `partial`, the sums of an earlier call with the same weights.
+            should_stop: called after each batch. If it is true on any rank, all ranks stop after
+                the same batch, and the loss is not complete, unless that was the last one.
+            partial: such a loss of an earlier call with the same weights, which is continued.
+            progress: called after each batch with the sequences done, and all.
         """
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         num_sequences = len(self._sequence_indices)
         done, nats, num_tokens, num_bytes, num_chars = 0, 0.0, 0, 0, 0
+        # The sums of an evaluation with another number of sequences do not fit this one.
         if partial is not None and partial.num_sequences == num_sequences:
             done = partial.sequences_done
             if comm.is_main:
@@ -157,21 +119,13 @@ class ValEvaluator:
             num_bytes += int(self._byte_lengths[predicted].sum())
             num_chars += int(self._char_lengths[predicted].sum())
             comm.tick()
-            done += self._batch_size * comm.world_size
+            done = min(done + self._batch_size * comm.world_size, num_sequences)
+            progress(done, num_sequences)
             stopped = bool(stop_flag.update(int(should_stop())))
         model.train(was_training)
         nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes, num_chars])
-        num_tokens, num_bytes, num_chars = (round(count) for count in counts)
-        if done < num_sequences:
-            return PartialValLoss(done, num_sequences, nats, num_tokens, num_bytes, num_chars)
-        return ValLoss(
-            loss=nats / num_tokens,
-            bits_per_byte=nats / math.log(2) / max(1, num_bytes),
-            nats_per_char=nats / max(1, num_chars),
-            num_tokens=num_tokens,
-            num_bytes=num_bytes,
-            num_chars=num_chars,
-        )
+        num_tokens, num_bytes, num_chars = map(round, counts)
+        return ValLoss(nats, num_tokens, num_bytes, num_chars, done, num_sequences)
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, each (len(indices), T), with IGNORE_INDEX after the end.

@@ -22,16 +22,10 @@ WARMUP_STEPS = 3
 
 
 class DecodeSession:
-    """Buffers and KV cache for a batch of B sequences.
+    """Buffers and KV cache for `batch_size` sequences of at most `max_seq_length` tokens.
 
-    Args:
-        model: the model to run.
-        batch_size: number of sequences, B.
-        max_seq_length: prompt and new tokens of the longest sequence, S.
-        max_new_tokens: new tokens per sequence, N.
-        sampling: how tokens are sampled.
-        top_logprobs: most likely tokens to return per position, A; None: no log probabilities.
-        cuda_graph: replay decode steps as a CUDA graph, if it can be captured.
+    `max_new_tokens` of these are new. With `top_logprobs`, log probabilities are returned, too.
+    Decode steps are replayed as a CUDA graph if that can be captured.
     """
 
     def __init__(

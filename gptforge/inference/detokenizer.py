@@ -54,12 +54,9 @@ class StopMatcher:
 class Completion:
     """The continuation of a prompt."""
 
-    text: str
-    """Without the stop string."""
-    ids: list[int]
-    """All sampled ids, including those of the stop string."""
-    logprobs: list[float]
-    """As in `Token`, one per id; empty if not requested."""
+    text: str  # without the stop string
+    ids: list[int]  # all sampled ids, including those of the stop string
+    logprobs: list[float]  # as in `Token`, one per id; empty if not requested
     finish_reason: Literal["length", "stop"]
 
 

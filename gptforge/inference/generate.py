@@ -23,21 +23,13 @@ GRAPH_STEP_MULTIPLE = 256
 class SampledTokens:
     """Results of n steps for B sequences, with A alternatives per token."""
 
-    ids: list[list[int]]
-    """(B, n), sampled."""
-    logprobs: Tensor
-    """(B, n, 1 + A) natural logarithms: of the sampled token, then of `top_ids`."""
-    top_ids: Tensor
-    """(B, n, A), most likely first."""
+    ids: list[list[int]]  # (B, n), sampled
+    logprobs: Tensor  # (B, n, 1 + A) natural logarithms: of the sampled token, then of `top_ids`
+    top_ids: Tensor  # (B, n, A), most likely first
 
 
 class TokenGenerator:
-    """Continues prompts; keeps the last session for reuse if it has a CUDA graph.
-
-    Args:
-        model: the model to run.
-        cuda_graph: replay decode steps as a CUDA graph where there is CUDA.
-    """
+    """Continues prompts; keeps the last session for reuse if it has a CUDA graph."""
 
     def __init__(self, model: InferenceModel, *, cuda_graph: bool = False) -> None:
         self.model = model
@@ -64,15 +56,27 @@ class TokenGenerator:
         Args:
             prompts: B non-empty lists of ids.
             uniforms: (B, N), from `draw_uniforms`.
-            sampling: how tokens are sampled.
+            sampling: temperature, top-k and top-p.
             top_logprobs: most likely tokens to return per position; None: no log probabilities.
             on_context_shift: called when a sequence first exceeds the model's context.
         """
         sequences, steps = [list(prompt) for prompt in prompts], uniforms.size(1)
         block_size = self.model.config.block_size
         starts = [0] * len(sequences)
-        max_length = min(max(map(len, sequences)) + steps, block_size)
-        session, key = self._get_session(len(prompts), max_length, steps, sampling, top_logprobs)
+        max_length = _round_up(max(map(len, sequences)) + steps, CACHE_MULTIPLE)
+        key: dict[str, Any] = {
+            "batch_size": len(prompts),
+            "max_seq_length": min(max_length, block_size),
+            "max_new_tokens": _round_up(steps, GRAPH_STEP_MULTIPLE) if self.cuda_graph else steps,
+            "sampling": sampling,
+            "top_logprobs": top_logprobs,
+        }
+        # Taken, not shared: two threads may generate at the same time.
+        idle, self._idle = self._idle, None
+        if idle is not None and idle[0] == key:
+            session = idle[1]
+        else:
+            session = DecodeSession(self.model, **key, cuda_graph=self.cuda_graph)
         session.reset(uniforms)
         done, has_shifted = 0, False
         while done < steps:
@@ -101,26 +105,6 @@ class TokenGenerator:
                 count = min(remaining, chunk)
                 session.decode(count)
         self._idle = (key, session) if session.has_cuda_graph else None
-
-    def _get_session(
-        self,
-        batch_size: int,
-        max_length: int,
-        steps: int,
-        sampling: SamplingParams,
-        top_logprobs: int | None,
-    ) -> tuple[DecodeSession, object]:
-        """The idle session if it has the same shape, else a new one; and its key."""
-        max_length = min(_round_up(max_length, CACHE_MULTIPLE), self.model.config.block_size)
-        if self.cuda_graph:
-            steps = _round_up(steps, GRAPH_STEP_MULTIPLE)
-        key: dict[str, Any] = {"batch_size": batch_size, "max_seq_length": max_length}
-        key |= {"max_new_tokens": steps, "sampling": sampling, "top_logprobs": top_logprobs}
-        # Taken, not shared: two threads may generate at the same time.
-        idle, self._idle = self._idle, None
-        if idle is not None and idle[0] == key:
-            return idle[1], key
-        return DecodeSession(self.model, **key, cuda_graph=self.cuda_graph), key
 
 
 def window_start(start: int, length: int, block_size: int) -> int:

@@ -19,7 +19,6 @@ from gptforge.inference.validation import (
     as_str_list,
     check_non_negative_int,
     check_str,
-    check_utf8,
     normalize_prompt,
 )
 from gptforge.model import GPT
@@ -38,21 +37,18 @@ class Token:
     """A sampled token."""
 
     id: int
-    text: str
-    """The characters that it completes; empty inside a multi-byte character."""
-    logprob: float
-    """Natural logarithm of the model's probability, before any sampling parameter."""
-    top_logprobs: tuple[tuple[str, float], ...]
-    """The most likely tokens at this position, with their log probabilities."""
+    text: str  # the characters that it completes; empty inside a multi-byte character
+    logprob: float  # natural logarithm of the model's probability, before any sampling parameter
+    top_logprobs: tuple[tuple[str, float], ...]  # of the most likely tokens at this position
 
 
 class LanguageModel:
-    """A GPT with its tokenizer; `gptforge.load` returns one.
+    """A GPT, in training or not, with its tokenizer; `gptforge.load` returns one.
 
     Args:
-        model: any GPT, in training or not.
-        tokenizer: the tokenizer that the model was trained with.
-        dtype: compute dtype; None: that of the model. Weights are copied if it differs.
+        model: weights are shared with it, or copied if `dtype` differs.
+        tokenizer: the one that the model was trained with.
+        dtype: compute dtype; None: that of the model.
         frozen: whether the weights no longer change: large weights are then repacked on a CPU, and
             decode steps are replayed as CUDA graphs on a GPU.
         warn_on_context_shift: whether to log that the oldest tokens are forgotten.
@@ -83,8 +79,10 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; a UserError for a character that the tokenizer does not have."""
-        text = check_str(text, "the text")
-        check_utf8(text, "the text")
+        try:
+            check_str(text, "the text").encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which undecodable bytes become
+            raise UserError(f"the text is not UTF-8 text, at character {error.start}") from None
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -162,9 +160,6 @@ class LanguageModel:
             top_p: sample from the most likely tokens that have this total probability; 1 from all.
             stop: end before this string, or any of these.
             seed: the same seed gives the same text; None draws a random one.
-
-        Raises:
-            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         sampling = SamplingParams(temperature, top_k, top_p)
         builder = CompletionBuilder(self.tokenizer, as_str_list(stop, "stop"), self._eot_ids())
@@ -188,10 +183,10 @@ class LanguageModel:
         matmuls.
 
         Args:
-            prompts: of any lengths, see `encode_prompt`; a string is one prompt.
-            max_new_tokens: tokens to generate for each.
-            sampling: how tokens are sampled.
-            stop: end before this string, or any of these.
+            prompts: of any lengths; a string is one prompt.
+            max_new_tokens: for each prompt.
+            sampling: temperature, top-k and top-p.
+            stop: as in `stream`.
             stop_token_ids: end at any of these tokens, besides the end-of-text token.
             seeds: one per prompt; None for random ones.
             logprobs: return the log probability of each token.

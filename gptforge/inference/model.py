@@ -17,8 +17,7 @@ from gptforge.kernels.attention import causal_attention
 from gptforge.kernels.packed_linear import PackedLinear
 from gptforge.model import GPT, Block
 
-ROW_MULTIPLE = 64
-"""GEMMs are far slower with an odd number of outputs."""
+ROW_MULTIPLE = 64  # GEMMs are far slower with an odd number of outputs
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,10 @@ from gptforge.inference.validation import is_int, is_number
 class SamplingParams:
     """Temperature, top-k and top-p."""
 
-    temperature: float = 0.8
-    """Divides the logits; 0 is greedy."""
-    top_k: int = 200
-    """Sample from the k most likely tokens; 0 from all."""
+    temperature: float = 0.8  # divides the logits; 0 is greedy
+    top_k: int = 200  # sample from the k most likely tokens; 0 from all
+    # Sample from the smallest set with at least this probability (Holtzman et al., 2020).
     top_p: float = 1.0
-    """Sample from the smallest set with at least this probability (Holtzman et al., 2020)."""
 
     def validate(self) -> None:
         """Raise a UserError that names the parameter that is out of range."""

@@ -19,14 +19,6 @@ def check_str(value: Any, name: str) -> str:
     return value
 
 
-def check_utf8(text: str, name: str) -> None:
-    """Raise a UserError for lone surrogates, which undecodable bytes become."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is not UTF-8 text, at character {error.start}") from None
-
-
 def as_str_list(value: str | Iterable[str] | None, name: str) -> list[str]:
     """A list of strings from one, several or None."""
     if value is None:

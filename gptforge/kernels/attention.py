@@ -67,15 +67,12 @@ class SdpaAttention:
     Dropout uses torch's RNG; the seeds are ignored.
     """
 
-    def __init__(self, dropout_p: float = 0.0) -> None:
-        self._dropout_p = dropout_p
-
     def forward(self, qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, SavedAttention]:
         """(B, T, 3, H, D) to (N, C), and what the backward needs."""
         # Leaves of a graph of one operation, which `out` keeps alive until the backward.
         q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
         with torch.enable_grad():
-            out = causal_attention(q, k, v, self._dropout_p)
+            out = causal_attention(q, k, v, 0.0 if dropout is None else dropout.p)
         return _merge_heads(out.detach()), SavedAttention((q, k, v), out)
 
     def backward(
@@ -122,7 +119,7 @@ PackedAttention = SdpaAttention | TritonAttention
 
 
 def select_attention(
-    device: torch.device, dtype: torch.dtype, *, head_size: int, dropout: float
+    device: torch.device, dtype: torch.dtype, *, head_size: int
 ) -> PackedAttention:
     """Select the implementation that was measured to be faster for these arguments."""
     has_triton_backward = (
@@ -134,7 +131,7 @@ def select_attention(
         and torch.cuda.get_device_capability(device)[0] == 9
         and torch.backends.cuda.cudnn_sdp_enabled()
     )
-    return TritonAttention() if has_triton_backward else SdpaAttention(dropout)
+    return TritonAttention() if has_triton_backward else SdpaAttention()
 
 
 def attention_forward(qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor, Tensor]:
@@ -145,8 +142,8 @@ def attention_forward(qkv: Tensor, dropout: DropoutSeed | None) -> tuple[Tensor,
     assert qkv.is_contiguous()
     out = qkv.new_empty(B * T, H * D)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=qkv.device)
-    seeds, threshold = dropout_kernel_args(dropout, lse)
-    grid, shape = _launch_args(qkv, threshold)
+    seeds, has_dropout = dropout_kernel_args(dropout, lse)
+    grid, shape = _launch_args(qkv, has_dropout)
     kernels.attn_fwd[grid](qkv, out, lse, seeds, T, D**-0.5, **shape, num_warps=4, num_stages=3)
     return out, lse
 
@@ -162,8 +159,8 @@ def attention_backward(
 
     B, T, _, H, D = qkv.shape  # noqa: N806
     assert all(x.is_contiguous() for x in (qkv, out, lse, grad_output))
-    seeds, threshold = dropout_kernel_args(dropout, lse)
-    grid, shape = _launch_args(qkv, threshold)
+    seeds, has_dropout = dropout_kernel_args(dropout, lse)
+    grid, shape = _launch_args(qkv, has_dropout)
     grad_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     # A row for each tile of tokens in each sequence.
     partials = lse.new_empty(B * grid[0], 3 * H * D)
@@ -179,10 +176,12 @@ def attention_backward(
     return grad_qkv, partials
 
 
-def _launch_args(qkv: Tensor, threshold: int) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
+def _launch_args(
+    qkv: Tensor, has_dropout: bool
+) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """Grid and compile-time arguments."""
     B, T, _, H, D = qkv.shape  # noqa: N806
-    shape = {"H": H, "D": D, "BLOCK": BLOCK, "IS_EVEN": T % BLOCK == 0, "THRESHOLD": threshold}
+    shape = {"H": H, "D": D, "BLOCK": BLOCK, "IS_EVEN": T % BLOCK == 0, "DROPOUT": has_dropout}
     return (math.ceil(T / BLOCK), H, B), shape
 
 

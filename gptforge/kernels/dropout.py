@@ -21,9 +21,15 @@ class DropoutSeed(NamedTuple):
     """Determines one tensor's dropout mask."""
 
     seeds: Tensor
-    """(2,) int32, for rows and columns; on the device, so that a CUDA graph can redraw them."""
-    threshold: int
-    """Dropout probability, as a multiple of 1 / THRESHOLD_RANGE."""
+    """(4,) int32: the seeds of rows and columns, the threshold, and the bits of the float32 scale.
+    On the device, so that all of them may change between replays of a CUDA graph."""
+    p: float
+    """Dropout probability."""
+
+    @property
+    def threshold(self) -> int:
+        """The probability, as a multiple of 1 / THRESHOLD_RANGE."""
+        return round(self.p * THRESHOLD_RANGE)
 
     @property
     def scale(self) -> float:
@@ -31,24 +37,31 @@ class DropoutSeed(NamedTuple):
         return THRESHOLD_RANGE / (THRESHOLD_RANGE - self.threshold)
 
 
-def dropout_threshold(p: float) -> int:
-    """`DropoutSeed.threshold` for a dropout probability."""
-    return round(p * THRESHOLD_RANGE)
+class DropoutRate:
+    """A dropout probability that may change between replays of a CUDA graph."""
+
+    def __init__(self, p: float, device: torch.device) -> None:
+        self._words = torch.empty(2, dtype=torch.int32, device=device)
+        self.set(p)
+
+    def set(self, p: float) -> None:
+        """Change the probability of the seeds that are drawn from now on."""
+        self._p, seed = p, DropoutSeed(self._words, p)
+        # `fill_` does not wait for the device, as a copy from the host would.
+        self._words[:1].fill_(seed.threshold)
+        self._words[1:].view(torch.float32).fill_(seed.scale)
+
+    def draw_seeds(self, count: int) -> list[DropoutSeed]:
+        """Seeds for `count` tensors, drawn from torch's generator."""
+        # Rows of four int32: Triton would recompile for pointers that are not 16-byte aligned.
+        seeds = torch.empty(count, 4, dtype=torch.int32, device=self._words.device)
+        seeds.random_(-(2**31), 2**31)[:, 2:] = self._words
+        return [DropoutSeed(row, self._p) for row in seeds]
 
 
-def draw_dropout_seeds(count: int, p: float, device: torch.device) -> list[DropoutSeed]:
-    """Seeds for `count` tensors, drawn from torch's generator; an empty list if `p` is zero."""
-    threshold = dropout_threshold(p)
-    if not threshold:
-        return []
-    # Rows of four int32: Triton would recompile for pointers that are not 16-byte aligned.
-    seeds = torch.empty(count, 4, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
-    return [DropoutSeed(row[:2], threshold) for row in seeds]
-
-
-def dropout_kernel_args(dropout: DropoutSeed | None, placeholder: Tensor) -> tuple[Tensor, int]:
-    """Seeds and threshold for a Triton kernel; a threshold of 0 disables dropout."""
-    return (placeholder, 0) if dropout is None else dropout
+def dropout_kernel_args(dropout: DropoutSeed | None, placeholder: Tensor) -> tuple[Tensor, bool]:
+    """Seeds for a Triton kernel, and whether it drops elements."""
+    return (placeholder, False) if dropout is None else (dropout.seeds, True)
 
 
 def keep_mask(dropout: DropoutSeed, rows: int, columns: int) -> Tensor:
@@ -56,7 +69,7 @@ def keep_mask(dropout: DropoutSeed, rows: int, columns: int) -> Tensor:
 
     Attention probabilities (B, H, T, T) count as B * H * T rows of T columns.
     """
-    row_seed, column_seed = (int(seed) & _UINT32 for seed in dropout.seeds)
+    row_seed, column_seed = (int(seed) & _UINT32 for seed in dropout.seeds[:2])
     device = dropout.seeds.device
     row_hash, column_hash = _hash(rows, row_seed, device), _hash(columns, column_seed, device)
     return (row_hash[:, None] * column_hash & _UINT32) >= 2 * dropout.threshold

@@ -27,10 +27,10 @@ def embedding(
     rows, columns = idx.numel(), wte.size(1)
     out = torch.empty(rows, columns, dtype=dtype, device=idx.device)
     block, tile_rows = tile_shape(columns)
-    seeds, threshold = dropout_kernel_args(dropout, idx)
+    seeds, has_dropout = dropout_kernel_args(dropout, idx)
     kernels.embedding[(math.ceil(rows / tile_rows),)](
         idx.contiguous(), wte, wpe, out, seeds, rows, length,
-        columns=columns, BLOCK=block, ROWS=tile_rows, THRESHOLD=threshold,
+        columns=columns, BLOCK=block, ROWS=tile_rows, DROPOUT=has_dropout,
     )  # fmt: skip
     return out
 

@@ -72,10 +72,10 @@ def add_layer_norm(
     mean = torch.empty(rows, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
     block, tile_rows = tile_shape(columns)
-    seeds, threshold = dropout_kernel_args(dropout, mean)
+    seeds, has_dropout = dropout_kernel_args(dropout, mean)
     kernels.add_layer_norm[(math.ceil(rows / tile_rows),)](
         residual, residual if x is None else x, weight, bias, out, mean, rstd, seeds, rows, EPS,
-        columns=columns, BLOCK=block, ROWS=tile_rows, HAS_X=x is not None, THRESHOLD=threshold,
+        columns=columns, BLOCK=block, ROWS=tile_rows, HAS_X=x is not None, DROPOUT=has_dropout,
     )  # fmt: skip
     return out, SavedLayerNorm(residual if x is None else x, mean, rstd, dropout)
 
@@ -131,12 +131,12 @@ def layer_norm_backward(
     programs = min(programs_per_sm * num_sms(grad_output.device), math.ceil(rows / 16))
     partials = torch.empty(programs, 3 * columns, dtype=torch.float32, device=grad_output.device)
     grad_x = torch.empty_like(grad_output) if has_dropout else grad_output
-    seeds, threshold = dropout_kernel_args(saved.dropout, partials)
+    seeds, has_dropout = dropout_kernel_args(saved.dropout, partials)
     kernels.layer_norm_backward[(programs,)](
         grad_output, saved.residual, saved.mean, saved.rstd, weight,
         grad_output if grad_residual is None else grad_residual, grad_x, partials, seeds, rows,
         math.ceil(rows / (programs * tile_rows)), columns=columns, BLOCK=block, ROWS=tile_rows,
-        HAS_GRAD_RESIDUAL=grad_residual is not None, THRESHOLD=threshold, STAGES=stages,
+        HAS_GRAD_RESIDUAL=grad_residual is not None, DROPOUT=has_dropout, STAGES=stages,
         num_warps=block // 1024 or 1,
     )  # fmt: skip
     accumulate_partials(partials, grads, pending)

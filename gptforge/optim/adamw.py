@@ -10,8 +10,7 @@ from typing_extensions import override
 from gptforge.optim.optimizer import Optimizer
 
 EPS = 1e-8
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
-"""The keys of torch.optim.AdamW."""
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # the keys of torch.optim.AdamW
 
 
 class AdamW(Optimizer):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from gptforge.distributed.dtensor import is_sharded
 
-START_FRACTION = 4
-"""Early on, the average covers the last quarter of the steps so far."""
+START_FRACTION = 4  # early on, the average covers the last quarter of the steps so far
 
 
 class WeightEMA:
@@ -32,8 +31,7 @@ class WeightEMA:
         self._params = {name: p.detach() for name, p in model.named_parameters()}
         self._averages = {name: p.clone() for name, p in self._params.items()}
         self._decay = decay
-        self.num_updates = 0
-        """Updates so far: the steps of the run."""
+        self.num_updates = 0  # updates so far: the steps of the run
 
     @property
     def decay(self) -> float:

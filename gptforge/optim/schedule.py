@@ -1,15 +1,14 @@
-"""Learning rate schedules, as a pure function of the step."""
+"""Schedules of learning rate and dropout, as pure functions of the step."""
 
 import math
-from dataclasses import dataclass
-from typing import Self
 
 from gptforge.config import Config
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warmup to `max_lr`, then the decay that `name` says; steps count from 0.
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of a step, from 0 to `max_steps`, where the decay ends.
+
+    Linear warmup to `max_lr`, then the decay that `schedule` says:
 
     - cosine: half a cosine down to `min_lr` (Loshchilov and Hutter, 2017), as in GPT-3.
     - linear: a straight line down to `min_lr`.
@@ -19,49 +18,33 @@ class Schedule:
       can resume from there.
     - constant: `max_lr` to the end.
     """
+    c, start = config, decay_start(config)
+    if step < c.warmup_steps:
+        return c.max_lr * (step + 1) / c.warmup_steps
+    if c.schedule == "constant" or step < start:
+        return c.max_lr
+    progress = (step - start) / max(1, c.max_steps - start)
+    span = c.max_lr - c.min_lr
+    if c.schedule == "cosine":
+        # In this order of operations since version 0.1: runs are reproducible bit for bit.
+        return c.min_lr + 0.5 * span * (1 + math.cos(math.pi * progress))
+    # Subtracted from max_lr, to start with exactly that, as a longer wsd run does.
+    return c.max_lr - span * (progress if c.schedule == "linear" else math.sqrt(progress))
 
-    name: str
-    max_lr: float
-    min_lr: float
-    warmup_steps: int
-    max_steps: int
-    decay_fraction: float = 0.2
 
-    @classmethod
-    def from_config(cls, config: Config) -> Self:
-        """The schedule of a run."""
-        return cls(
-            config.schedule,
-            max_lr=config.max_lr,
-            min_lr=config.min_lr,
-            warmup_steps=config.warmup_steps,
-            max_steps=config.max_steps,
-            decay_fraction=config.decay_fraction,
-        )
+def decay_start(config: Config) -> int:
+    """The first step after the warmup, or after the stable part of wsd, at `max_lr`."""
+    if config.schedule != "wsd":
+        return config.warmup_steps
+    decay_steps = max(1, round(config.decay_fraction * config.max_steps))
+    return max(config.warmup_steps, config.max_steps - decay_steps)
 
-    @property
-    def decay_start(self) -> int:
-        """The first step after the warmup, or after the stable part of wsd, at `max_lr`."""
-        if self.name != "wsd":
-            return self.warmup_steps
-        decay_steps = max(1, round(self.decay_fraction * self.max_steps))
-        return max(self.warmup_steps, self.max_steps - decay_steps)
 
-    @property
-    def stable_end(self) -> int | None:
-        """For wsd, the step whose checkpoint a longer run resumes from; else None."""
-        return self.decay_start if self.name == "wsd" else None
+def stable_end(config: Config) -> int | None:
+    """For wsd, the step whose checkpoint a longer run resumes from; else None."""
+    return decay_start(config) if config.schedule == "wsd" else None
 
-    def lr(self, step: int) -> float:
-        """The learning rate of a step, from 0 to `max_steps`, where the decay ends."""
-        if step < self.warmup_steps:
-            return self.max_lr * (step + 1) / self.warmup_steps
-        if self.name == "constant" or step < self.decay_start:
-            return self.max_lr
-        progress = (step - self.decay_start) / max(1, self.max_steps - self.decay_start)
-        span = self.max_lr - self.min_lr
-        if self.name == "cosine":
-            # In this order of operations since version 0.1: runs are reproducible bit for bit.
-            return self.min_lr + 0.5 * span * (1 + math.cos(math.pi * progress))
-        # Subtracted from max_lr, to start with exactly that, as a longer wsd run does.
-        return self.max_lr - span * (progress if self.name == "linear" else math.sqrt(progress))
+
+def ramped_dropout(config: Config, step: int) -> float:
+    """The dropout of a step, with a ramp: a small text is overfit late, when dropout is needed."""
+    return config.dropout * min(1.0, step / (config.dropout_ramp * config.max_steps))

@@ -2,12 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from gptforge.files import open_regular
-
-BLOCK_BYTES = 2**16
-"""Read at a time when searching backwards for a newline."""
 
 
 class BufferedLog:
@@ -55,7 +51,7 @@ class BufferedLog:
         with open_regular(self.path, "rb+", follow_symlinks=False) as file:
             size = min(size, written)
             # A crash may have left part of a line, which the next write would be appended to.
-            file.truncate(size if self._pending else _end_of_last_line(file, size))
+            file.truncate(size if self._pending else file.read(size).rfind(b"\n") + 1)
         self._valid_size = None
 
     def delete(self) -> None:
@@ -83,16 +79,3 @@ class BufferedLog:
                 file.truncate(self._valid_size)
                 raise
         self._pending, self._valid_size = b"", None
-
-
-def _end_of_last_line(file: IO[bytes], size: int) -> int:
-    """Offset just after the last newline within the first `size` bytes."""
-    end = size
-    while end > 0:
-        begin = max(0, end - BLOCK_BYTES)
-        file.seek(begin)
-        newline = file.read(end - begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        end = begin
-    return 0

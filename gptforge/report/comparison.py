@@ -11,8 +11,7 @@ from gptforge.report.run_info import COMPLETE, RunInfo
 
 SIGNIFICANCE = 0.05
 """Probability of calling a difference real where there is none, over all pairs of groups."""
-HIDDEN = frozenset({"config", "out_dir", "restart"})
-"""Fields that are not compared."""
+HIDDEN = frozenset({"config", "out_dir", "restart"})  # fields that are not compared
 LEARNED = sorted(
     (FIELDS.keys() - MAY_CHANGE_ON_RESUME - {"seed", "tokenizer"})
     | {"max_steps", "eval_every", "patience"}
@@ -41,40 +40,27 @@ class Group:
 
 
 class Difference(NamedTuple):
-    """How much lower the mean of the better group is.
-
-    Attributes:
-        p_value: of Student's t-test with the spread pooled over all groups, times the number of
-            pairs of groups (Bonferroni); None if no group has two seeds.
-        is_real: whether it is too large to be chance; None if that is unknown.
-    """
+    """How much lower the mean of the better group is."""
 
     better: str
     worse: str
     difference: float
+    # Of Student's t-test with the spread pooled over all groups, times the number of pairs of
+    # groups (Bonferroni); None if no group has two seeds.
     p_value: float | None
-    is_real: bool | None
+    is_real: bool | None  # whether it is too large to be chance; None if that is unknown
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
-
-    Attributes:
-        runs: as they were given.
-        fields: the fields that differ, with the value of each run.
-        metric: val_loss; val_bpb if the tokenizers differ; None if no metric is comparable.
-        notes: what to know before comparing.
-        groups: best first.
-        differences: of the best group to each other one.
-    """
+    """What `compare` found."""
 
     runs: Sequence[RunInfo]
-    fields: Mapping[str, Sequence[Any]]
-    metric: str | None
-    notes: Sequence[str]
-    groups: Sequence[Group]
-    differences: Sequence[Difference]
+    fields: Mapping[str, Sequence[Any]]  # that differ, with the value of each run
+    metric: str | None  # val_loss; val_bpb if the tokenizers differ; None: nothing is comparable
+    notes: Sequence[str]  # what to know before comparing
+    groups: Sequence[Group]  # best first
+    differences: Sequence[Difference]  # of the best group to each other one
 
     @property
     def verdict(self) -> list[str]:

@@ -20,8 +20,7 @@ COLORS = (
     *("#4c78a8", "#d1495b", "#2a9d8f", "#b8791f", "#7a6bb0", "#5b8c3a", "#c0628f", "#6b7280"),
     *("#1f4e79", "#8c2f39"),
 )
-MAX_NAME = 44
-"""Characters of a name in the legend."""
+MAX_NAME = 44  # characters of a name in the legend
 
 
 def save_comparison(comparison: Comparison, path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Log lines on stdout, with a progress bar if stdout is a terminal."""
+"""Log lines on stdout and progress bars, where these are terminals."""
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Literal, Self, TextIO
+from typing import Literal, Self, TextIO, TypeVar
 
 import rich.console
 from rich.progress import (
@@ -19,6 +20,8 @@ from rich.progress import (
 from gptforge import files
 from gptforge.printable import printable_text, safe_print
 from gptforge.report.log_handler import shows_progress
+
+T = TypeVar("T")
 
 
 class BarOrLines:
@@ -100,3 +103,48 @@ class Console(BarOrLines):
         if self._bar is not None:
             with self._discard_after_error():
                 self._bar.update(self._task, completed=step, status=status)
+
+
+class ProgressMeter(BarOrLines):
+    """Progress of work before and after training: a bar on stderr; nothing in a pipe.
+
+    One at a time; `description` is what is being done, such as "exporting".
+    """
+
+    def __init__(self, description: str) -> None:
+        columns = (
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("[dim]{task.fields[status]}"),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+        )
+        super().__init__(description, *columns, stream="stderr")
+        if self._bar is not None:
+            self._task = self._bar.add_task(description, total=None, status="")
+        self._begin = time.perf_counter()
+        self.total = self._done = self._text_bytes = 0
+
+    def __call__(self, done: int, total: int, status: str = "") -> None:
+        """Show how much is done, with `status` next to it."""
+        self.total, self._done = total, done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, status=status)
+
+    def start(self, total: int, done: int = 0) -> None:
+        """Start to count the bytes of files; an earlier, interrupted call has read `done`."""
+        self._begin, self._text_bytes = time.perf_counter(), 0
+        self(done, total)
+
+    def add(self, file_bytes: int, text_bytes: int) -> None:
+        """Count bytes read from the files, and bytes of text found in them."""
+        self._text_bytes += text_bytes
+        speed = self._text_bytes / 1e6 / max(1e-9, time.perf_counter() - self._begin)
+        self(self._done + file_bytes, self.total, f"{speed:.1f} MB/s")
+
+
+def track(items: Collection[T], description: str) -> Iterator[T]:
+    """Yield the items, with a `ProgressMeter` that counts them."""
+    with ProgressMeter(description) as meter:
+        for i, item in enumerate(items):
+            meter(i, len(items))
+            yield item

@@ -20,10 +20,8 @@ TRAIN_COLOR, VAL_COLOR = "#4c78a8", "#d1495b"
 LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#b8791f"
 
 TICK_STEPS = (1, 2, 2.5, 5, 10)
-SMOOTH_FROM = 300
-"""Points from which a noisy curve is drawn faintly, below its running mean."""
-LOG_SCALE_RATIO = 3
-"""Largest to smallest loss from which the axis is logarithmic."""
+SMOOTH_FROM = 300  # points from which a noisy curve is drawn faintly, below its running mean
+LOG_SCALE_RATIO = 3  # largest to smallest loss from which the axis is logarithmic
 MAX_SPEED_RATIO = 3.0
 """Speeds above this multiple of the median, as after a clock change, are cut off."""
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from gptforge.printable import printable
@@ -46,8 +47,40 @@ def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+@dataclass(frozen=True)
+class ValLoss:
+    """The loss of a model on held-out text, as sums over the text, or over the part done so far."""
+
+    total_nats: float
+    num_tokens: int
+    num_bytes: int  # of UTF-8
+    num_chars: int
+    sequences_done: int = 1  # by all ranks together
+    num_sequences: int = 1  # of the full evaluation
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the evaluation was not interrupted."""
+        return self.sequences_done >= self.num_sequences
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats per token."""
+        return self.total_nats / self.num_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same information per byte of UTF-8 text."""
+        return self.total_nats / math.log(2) / max(1, self.num_bytes)
+
+    @property
+    def nats_per_char(self) -> float:
+        """The same information per character."""
+        return self.total_nats / max(1, self.num_chars)
+
+
 def format_val_loss(
-    loss: float, *, bits_per_byte: float, nats_per_char: float, num_tokens: int
+    loss: float, bits_per_byte: float, nats_per_char: float, num_tokens: int
 ) -> str:
     """A held-out loss with its units, the same wherever the loss of a model is printed."""
     return (

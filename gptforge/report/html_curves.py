@@ -10,21 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptforge.report.curves import (
-    LR_COLOR,
-    MAX_SPEED_RATIO,
-    MUTED_COLOR,
-    NORM_COLOR,
-    SMOOTH_FROM,
-    SPEED_COLOR,
-    TEXT_COLOR,
-    TRAIN_COLOR,
-    VAL_COLOR,
-    finite_losses,
-    needs_log_scale,
-    plot_curves,
-    running_mean,
-)
+from gptforge.report import curves
 from gptforge.report.metrics import Event, History, series, thin_out
 
 if TYPE_CHECKING:
@@ -34,9 +20,9 @@ if TYPE_CHECKING:
 MAX_POINTS = {"bokeh": 4000, "svg": 1000}
 """Train events that are drawn; more would only make the page larger."""
 PANELS = (
-    ("lr", "learning rate", LR_COLOR, "%.3g"),
-    ("norm", "gradient norm, before clipping", NORM_COLOR, "%.3f"),
-    ("tok_per_sec", "tokens per second", SPEED_COLOR, "%.0f"),
+    ("lr", "learning rate", curves.LR_COLOR, "%.3g"),
+    ("norm", "gradient norm, before clipping", curves.NORM_COLOR, "%.3f"),
+    ("tok_per_sec", "tokens per second", curves.SPEED_COLOR, "%.0f"),
 )
 """Field, title, color and number format of the panels below the losses."""
 
@@ -61,12 +47,12 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     columns = {name: np.array(series(train, name)) for name in ("step", *names)}
     if len(train) > 1:
         columns["tok_per_sec"][0] = math.nan  # it includes compilation and warmup
-    is_noisy = len(train) >= SMOOTH_FROM
+    is_noisy = len(train) >= curves.SMOOTH_FROM
     for name in names:
         has_mean = is_noisy and name != "lr"
-        columns[f"mean_{name}"] = running_mean(columns[name]) if has_mean else columns[name]
+        columns[f"mean_{name}"] = curves.running_mean(columns[name]) if has_mean else columns[name]
     source = ColumnDataSource(columns)
-    is_log = needs_log_scale(finite_losses(history))
+    is_log = curves.needs_log_scale(curves.finite_losses(history))
     title = f"loss, nats per token{', logarithmic' if is_log else ''}"
     panels = {title: _loss_panel(source, history.scored_evals, is_log=is_log, is_noisy=is_noisy)}
     for name, label, color, number_format in PANELS:
@@ -74,10 +60,10 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
         _draw(panel, source, name, label, color, number_format, is_noisy=is_noisy and name != "lr")
         top = max(filter(math.isfinite, columns[name]), default=1.0) or 1.0
         if name == "tok_per_sec":
-            top = min(top, MAX_SPEED_RATIO * history.tok_per_sec or top)
+            top = min(top, curves.MAX_SPEED_RATIO * history.tok_per_sec or top)
         panel.y_range.update(start=0, end=1.15 * top, bounds=(0, None))
         panels[label] = panel
-    line = Span(dimension="height", line_color=MUTED_COLOR, line_dash="dotted")
+    line = Span(dimension="height", line_color=curves.MUTED_COLOR, line_dash="dotted")
     for panel in panels.values():
         panel.add_tools(CrosshairTool(overlay=line, visible=False))
     script, divs = components(panels)
@@ -94,10 +80,11 @@ def svg_curves(history: History) -> str:
     out = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gptforge"}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        plot_curves(thin, title="").savefig(out, format="svg", transparent=True, metadata=nothing)
+        figure = curves.plot_curves(thin, title="")
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue().decode()
     svg = svg[svg.index("<svg") :]
-    colors = {TEXT_COLOR: "--text", MUTED_COLOR: "--muted", "#e8eaee": "--line"}
+    colors = {curves.TEXT_COLOR: "--text", curves.MUTED_COLOR: "--muted", "#e8eaee": "--line"}
     for color, variable in colors.items():
         svg = svg.replace(color, f"var({variable})")
     # The page sets the size.
@@ -162,11 +149,11 @@ def _loss_panel(
 
     scale: dict[str, Any] = {"y_axis_type": "log" if is_log else "linear"}
     panel = _panel(height=380, name="losses", toolbar_location="above", **scale)
-    _draw(panel, source, "loss", "training", TRAIN_COLOR, "%.4f", is_noisy=is_noisy)
+    _draw(panel, source, "loss", "training", curves.TRAIN_COLOR, "%.4f", is_noisy=is_noisy)
     points = ColumnDataSource(
         {name: np.array(series(evals, name)) for name in ("step", "val_loss", "val_bpb")}
     )
-    style = {"source": points, "color": VAL_COLOR}
+    style = {"source": points, "color": curves.VAL_COLOR}
     panel.line("step", "val_loss", line_width=2, **style)
     dots = panel.scatter("step", "val_loss", size=6 if len(evals) <= 100 else 3, **style)
     columns = {"held out": "val_loss", "bits per byte": "val_bpb"}

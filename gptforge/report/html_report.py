@@ -13,8 +13,7 @@ from gptforge.printable import printable, printable_text
 from gptforge.report.format import format_count, format_duration, format_time
 from gptforge.report.html_curves import has_bokeh, interactive_curves, svg_curves
 from gptforge.report.metrics import thin_out
-from gptforge.report.run_info import RunInfo, read_run
-from gptforge.report.samples import read_samples
+from gptforge.report.run_info import RunInfo, read_run, read_samples
 from gptforge.report.verdict import verdict
 from gptforge.shell import program_name
 
@@ -52,14 +51,27 @@ def render_report(run: RunInfo) -> str:
     preset = get_preset(run.config.preset) if run.config.preset in PRESETS else Config()
     fields = {name: (value, getattr(preset, name)) for name, value in vars(run.config).items()}
     del fields["preset"]
+    summary = verdict(
+        run.history,
+        total_steps=run.steps,
+        epochs=run.epochs,
+        out_dir=run.path.as_posix(),
+        has_val=bool(run.history.evals) or run.config.val_fraction > 0,
+        program=program_name(),
+    )
+    anomalies = [event for event in run.history.rare if event["event"] == "anomaly"]
+    hidden = {id(event) for event in anomalies[MAX_ANOMALIES:]}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = {"printable": printable, "printable_text": printable_text, "time": format_time}
-    environment.filters |= filters
+    filters = (printable, printable_text, format_count, format_duration, format_time)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         run=run,
         title=f"{run.config.preset or 'GPT-2'} on {run.text}",
-        tiles=_tiles(run),
-        verdict=_verdict(run),
+        best=run.best,
+        config=run.config,
+        num_params=num_params(run.config.model),
+        exp=math.exp,
+        verdict=summary.splitlines(),
         script=Markup(script),
         panels={title: Markup(div) for title, div in panels.items()},
         svg=Markup(svg),
@@ -69,63 +81,7 @@ def render_report(run: RunInfo) -> str:
         changed={name: pair for name, pair in fields.items() if pair[0] != pair[1]},
         fields=fields,
         facts=run.facts,
-        timeline=_timeline(run),
+        timeline=[event for event in run.history.rare if id(event) not in hidden],
+        num_hidden=len(hidden),
         version=__version__,
     )
-
-
-def _tiles(run: RunInfo) -> list[tuple[str, str, str]]:
-    """Name, value and remark of the key figures."""
-    best, config = run.best, run.config
-    tiles = [
-        ("Held-out loss", "–", "none held out" if not config.val_fraction else "not evaluated")
-    ]
-    if best is not None:
-        perplexity = f"perplexity {math.exp(min(best['val_loss'], 99)):,.2f}"
-        tiles = [
-            ("Best held-out loss", f"{best['val_loss']:.4f}", f"nats per token, {perplexity}"),
-            ("Bits per byte", f"{best['val_bpb']:.4f}", f"at step {best['step']:,}"),
-        ]
-    tiles.append(("Steps", f"{run.steps:,}", f"of {config.max_steps:,}"))
-    tokens = format_count(run.steps * config.tokens_per_step)
-    tiles.append(("Tokens", tokens, f"{run.epochs:,.2f} epochs of {run.text}"))
-    if run.seconds is not None:
-        speed = f"{format_count(run.history.tok_per_sec)} tokens per second"
-        tiles.append(("Training time", format_duration(run.seconds), speed))
-    shape = f"{config.n_layer} layers, {config.n_embd} wide"
-    tiles.append(("Parameters", format_count(num_params(config.model)), shape))
-    return tiles
-
-
-def _verdict(run: RunInfo) -> list[str]:
-    """The sentences of the verdict; `log.md` has the same at the end of a run."""
-    text = verdict(
-        run.history,
-        total_steps=run.steps,
-        epochs=run.epochs,
-        out_dir=run.path.as_posix(),
-        has_val=bool(run.history.evals) or run.config.val_fraction > 0,
-        program=program_name(),
-    )
-    return text.splitlines()
-
-
-def _timeline(run: RunInfo) -> list[tuple[str, str]]:
-    """Time and description of starts, resumes, anomalies and the end."""
-    lines: list[tuple[str, str]] = []
-    anomalies = 0
-    for event in run.history.rare:
-        kind, step = event["event"], printable(event.get("step", 0))
-        anomalies += kind == "anomaly"
-        if kind == "anomaly" and anomalies > MAX_ANOMALIES:
-            continue
-        what = {
-            "start": "started",
-            "resume": f"resumed at step {step}",
-            "anomaly": f"anomaly at step {step}: {printable(event.get('kind'))}",
-            "end": f"ended at step {step}: {printable(event.get('reason'))}",
-        }[kind]
-        lines.append((format_time(event.get("time")), what))
-    if anomalies > MAX_ANOMALIES:
-        lines.append(("", f"and {anomalies - MAX_ANOMALIES:,} more anomalies, in metrics.jsonl"))
-    return lines

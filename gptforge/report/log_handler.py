@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing_extensions import override
 
 PACKAGE = logging.getLogger("gptforge")
-RESULT = logging.INFO + 5
-"""Level of results, which are printed with `--quiet` too."""
+RESULT = logging.INFO + 5  # level of results, which are printed with `--quiet` too
 EVENT = logging.DEBUG - 5
 """Level of the events of metrics.jsonl, which only `--log_format json` prints."""
 

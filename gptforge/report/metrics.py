@@ -5,15 +5,13 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gptforge.checkpoint.run_files import read_metrics_lines
 from gptforge.files import is_finite_number
 
-MAX_TRAIN_EVENTS = 2**14
-"""Longer runs are downsampled to between half as many and this many."""
+MAX_TRAIN_EVENTS = 2**14  # more are downsampled evenly, with the first and the last
 METRICS = "metrics.jsonl"
 FINAL_FIELDS = ("final_val_loss", "final_val_bpb", "final_val_nats_per_char", "final_val_tokens")
 """Fields of the end event: the best checkpoint on all held-out text, as `gptforge eval` prints."""
@@ -31,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass
 class History:
-    """A run's events in order; the train events are downsampled evenly if there are many."""
+    """A run's events in order."""
 
     train: list[Event] = field(default_factory=list)
     evals: list[Event] = field(default_factory=list)
@@ -83,16 +81,17 @@ def read_history(path: Path, *, pending: str = "") -> History:
 
     The file may be missing, and a link is not followed; `pending` are lines not in the file yet.
     """
+    lines = [*read_metrics_lines(path), *pending.encode().splitlines()]
+    train = [line for line in lines if b'"train"' in line]
+    others = [line for line in lines if b'"train"' not in line]
+    # A plot shows about a thousand points, and parsing a million lines takes ten seconds.
+    stride = max(1, -(-len(train) // MAX_TRAIN_EVENTS))
+    is_last_left_out = (len(train) - 1) % stride > 0
+    events = map(_parse_event, [*train[::stride], *train[-1:] * is_last_left_out, *others])
     history = History()
-    lines = (line.decode("utf-8", "replace") for line in read_metrics_lines(path))
-    for line in downsample(chain(lines, pending.splitlines())):
-        event = _parse_event(line)
-        if event.get("event") == "train":
-            history.train.append(event)
-        elif event.get("event") == "eval":
-            history.evals.append(event)
-        elif event:
-            history.rare.append(event)
+    lists = {"train": history.train, "eval": history.evals}
+    for event in filter(None, events):
+        lists.get(event["event"], history.rare).append(event)
     final = {name: history.end.get(name) for name in ("best_step", *FINAL_FIELDS)}
     if all(map(is_finite_number, final.values())) and _is_step(final["best_step"]):
         history.final = final
@@ -103,7 +102,7 @@ def _is_step(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-def _parse_event(line: str) -> Event:
+def _parse_event(line: bytes) -> Event:
     """A train or eval event with all its fields, None where one is missing; {} if malformed.
 
     Rare events are returned as they are.
@@ -123,33 +122,6 @@ def _parse_event(line: str) -> Event:
     is_complete = event.get("val_loss") is None or None not in event.values()
     is_valid = _is_step(event["step"]) and all(map(is_finite_number, numbers))
     return event if is_valid and is_complete else {}
-
-
-def downsample(lines: Iterable[str]) -> list[str]:
-    """All lines that may be eval or rare events, and evenly spaced ones that may be train events.
-
-    A plot shows about a thousand points, and parsing a million lines takes ten seconds. The first
-    and the last train event are always kept.
-    """
-    train: list[str] = []
-    others: list[str] = []
-    stride = 1
-    count = 0
-    for line in lines:
-        if '"eval"' in line:
-            others.append(line)
-        elif '"train"' in line:
-            if train and (count - 1) % stride:
-                # Kept only while it was the last one; it lies between two multiples of stride.
-                train.pop()
-            train.append(line)
-            count += 1
-            if len(train) > MAX_TRAIN_EVENTS:
-                stride *= 2
-                train = train[::2]
-        elif any(f'"{name}"' in line for name in RARE_EVENTS):
-            others.append(line)
-    return [*train, *others]
 
 
 def thin_out(items: list[T], limit: int) -> list[T]:

@@ -1,6 +1,7 @@
 """What a run folder says about its run: configuration, state, outcome and versions."""
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,34 +24,24 @@ from gptforge.files import is_finite_number
 from gptforge.lock import is_locked
 from gptforge.report.metrics import METRICS, Event, History, read_history
 
-MAX_DEPTH = 3
-"""Levels of folders that are searched for runs."""
+MAX_DEPTH = 3  # levels of folders that are searched for runs
 STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time limit"}
 """Reason in the end event -> state; other reasons are "stopped"."""
 COMPLETE = frozenset(STATES.values())
+SAMPLE_HEADING = re.compile(r"^## After (\d{1,18}) steps\n\n(~{3,})text\n", re.MULTILINE)
 
 
 @dataclass(frozen=True, eq=False)
 class RunInfo:
-    """A run on disk; see `read_run`.
-
-    Attributes:
-        path: the run folder.
-        config: the resolved configuration.
-        made_by: versions and command of the last start.
-        history: its events.
-        saved: state.json of the last checkpoint; empty if there is none or it is damaged.
-        tokenizer: text of that checkpoint's tokenizer.json, else its name.
-        state: complete, time limit, stopped, running, or unfinished (no end event).
-    """
+    """A run on disk; see `read_run`."""
 
     path: Path
-    config: Config
-    made_by: Mapping[str, str]
+    config: Config  # resolved
+    made_by: Mapping[str, str]  # versions and command of the last start
     history: History
-    saved: Mapping[str, Any]
-    tokenizer: str
-    state: str
+    saved: Mapping[str, Any]  # state.json of the last checkpoint; empty if missing or damaged
+    tokenizer: str  # text of that checkpoint's tokenizer.json, else its name
+    state: str  # complete, time limit, stopped, running, or unfinished (no end event)
 
     @property
     def text(self) -> str:
@@ -189,6 +180,21 @@ def disk_bytes(folder: Path) -> int:
         except OSError:
             continue
     return total
+
+
+def read_samples(path: Path) -> list[tuple[int, str]]:
+    """Steps and generated texts of samples.md; none if the file is missing or no text."""
+    try:
+        text = files.read_text(path, follow_symlinks=False)
+    except (OSError, UnicodeDecodeError):
+        return []
+    samples, end = [], 0
+    while heading := SAMPLE_HEADING.search(text, end):
+        end = text.find(f"\n{heading[2]}\n", heading.end())
+        if end == -1:
+            break  # a crash may leave a part of the last one
+        samples.append((int(heading[1]), text[heading.end() : end].strip("\n")))
+    return samples
 
 
 def _read_checkpoint(folder: Path) -> tuple[Mapping[str, Any], str]:

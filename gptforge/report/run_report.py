@@ -17,7 +17,7 @@ from gptforge.printable import code_span, escape_markdown, printable, printable_
 from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.console import Console
 from gptforge.report.curves import save_curves
-from gptforge.report.format import format_duration
+from gptforge.report.format import ValLoss
 from gptforge.report.html_report import save_report
 from gptforge.report.log_handler import EVENT, RESULT
 from gptforge.report.metrics import FINAL_FIELDS, METRICS, Event, History, read_history, step_line
@@ -32,11 +32,6 @@ CURVES = "training_curves.png"
 TRUNCATED_ON_RESUME = (LOG, METRICS, SAMPLES)
 PLOT_EVERY_SECONDS = 20.0
 FENCE = "```"
-STOPPED_BY = {
-    "interrupted": "Ctrl-C",
-    "terminated": "SIGTERM or SIGHUP",
-    "time_limit": "the time limit",
-}
 
 
 class RunReport:
@@ -64,7 +59,7 @@ class RunReport:
         enabled: bool = True,
     ) -> None:
         self.run_dir, self.is_teacher = run_dir, is_teacher
-        self._program, self._split_hint = program, split_hint
+        self.program, self._split_hint = program, split_hint
         self._title, self._enabled, self._last_plot = title, enabled, 0.0
         self.console = Console()
         self.trackers = trackers or Trackers([], Config())
@@ -78,6 +73,15 @@ class RunReport:
         """Log to the console only."""
         if self._enabled:
             logger.log(level, text)
+
+    def log_line(self, line: str, level: int = logging.INFO) -> None:
+        """Log a line to log.md and the console."""
+        self._write(LOG, line + "\n")
+        self.log(line, level)
+
+    def log_event(self, event: str, **fields: object) -> None:
+        """Add an event to metrics.jsonl."""
+        self._write_event(self._format_event(event, fields))
 
     def delete_logs(self) -> None:
         """Delete the logs that an earlier start left without any checkpoint."""
@@ -93,101 +97,56 @@ class RunReport:
         self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
         self._write(SAMPLES, f"# Samples: {escape_markdown(self._title)}\n")
         self.log(json_line(facts).strip(), logging.DEBUG)
-        self._event("start", command=command, **facts)
+        self.log_event("start", command=command, **facts)
 
     def resume(
-        self,
-        step: int,
-        sizes: Mapping[str, int],
-        *,
-        max_steps: int,
-        checkpoint: str,
-        is_best: bool,
-        command: str,
+        self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], *, max_steps: int, command: str
     ) -> None:
-        """Truncate the files to their sizes at a checkpoint and continue them."""
-        self._truncate(step, sizes, checkpoint, is_best)
-        self._log_line(f"Resuming from {checkpoint}: step {step} of {max_steps}")
-        self._event("resume", step=step, checkpoint=checkpoint, command=command)
+        """Truncate the files to their `sizes` at a checkpoint and continue them."""
+        step, name = checkpoint.step, checkpoint.name
+        self.truncate(checkpoint, sizes)
+        self.log_line(f"Resuming from {name}: step {step} of {max_steps}")
+        self.log_event("resume", step=step, checkpoint=name, command=command)
 
-    def log_rollback(
-        self,
-        step: int,
-        sizes: Mapping[str, int],
-        *,
-        checkpoint: str,
-        is_best: bool,
-        bad_steps: list[int],
-        skipped: tuple[int, int],
-    ) -> None:
-        """Training went back to a checkpoint: truncate the files to it and log why.
+    def truncate(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int]) -> None:
+        """Truncate the files to their `sizes` at a checkpoint."""
+        if self._enabled:
+            for name, log in self._logs.items():
+                log.truncate(sizes.get(name, 0))
+        # The sizes were taken before the save finished, so its event was cut off.
+        self.log_saves([checkpoint])
 
-        Args:
-            step: of the checkpoint; `is_best` says whether it has the best validation loss.
-            sizes: `file_sizes` at that checkpoint.
-            checkpoint: its name.
-            bad_steps: steps without a finite loss.
-            skipped: range of training sequences to skip, in training order.
-        """
-        self._truncate(step, sizes, checkpoint, is_best)
-        self._log_line(
-            f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {checkpoint}; "
-            f"training sequences {skipped[0]} to {skipped[1] - 1} are skipped",
-            logging.WARNING,
-        )
-        facts = {"checkpoint": checkpoint, "bad_steps": bad_steps, "left_out": skipped}
-        self._event("anomaly", kind="return", step=step, **facts)
-
-    def log_anomaly(
-        self,
-        kind: str,
-        step: int,
-        *,
-        loss: float,
-        norm: float,
-        score: float,
-        epoch: float,
-        sequences: list[int],
-    ) -> None:
-        """Log a loss spike or a skipped step, and which sequences of the dataset it trained on."""
-        what = f"loss {loss}, gradient norm {norm}: the step was skipped"
-        if kind == "spike":
-            what = f"a loss of {loss:.4f}, {score:.0f} robust deviations above the recent ones"
-        listed = ", ".join(map(str, sequences[:4])) + (", ..." if len(sequences) > 4 else "")
-        line = f"anomaly at step {step}, epoch {epoch:.2f}, sequences {listed}: {what}"
-        self._log_line(line, logging.WARNING)
-        facts = {"loss": loss, "norm": norm, "epoch": epoch, "windows": sequences}
-        self._event("anomaly", kind=kind, step=step, **facts)
+    def log_anomaly(self, event: Event, *, z_score: float) -> None:
+        """Log a loss spike or a skipped step; "windows" are the sequences that it trained on."""
+        loss, windows = event["loss"], event["windows"]
+        what = f"loss {loss}, gradient norm {event['norm']}: the step was skipped"
+        if event["kind"] == "spike":
+            what = f"a loss of {loss:.4f}, {z_score:.0f} robust deviations above the recent ones"
+        listed = ", ".join(map(str, windows[:4])) + (", ..." if len(windows) > 4 else "")
+        place = f"step {event['step']}, epoch {event['epoch']:.2f}, sequences {listed}"
+        self.log_line(f"anomaly at {place}: {what}", logging.WARNING)
+        self.log_event("anomaly", **event)
 
     def log_step(self, event: Event) -> None:
-        """Log one step."""
-        self._log_line(step_line(event))
-        self._event("train", **event)
+        """Log one step, of which `event` has the fields of a train event."""
+        self.log_line(step_line(event))
+        self.log_event("train", **event)
         metrics = {name: value for name, value in event.items() if name != "step"}
         self.trackers.log("train", event["step"], metrics)
 
-    def log_eval(
-        self,
-        step: int,
-        *,
-        loss: float,
-        bits_per_byte: float,
-        nats_per_char: float,
-        num_tokens: int,
-        epoch: float,
-        is_best: bool,
-    ) -> None:
-        """Log the validation loss after `step` steps, on `num_tokens` tokens."""
+    def log_eval(self, step: int, score: ValLoss, *, epoch: float, is_best: bool) -> None:
+        """Log the validation loss after `step` steps."""
+        loss, bits_per_byte, nats_per_char = score.loss, score.bits_per_byte, score.nats_per_char
         # With a character tokenizer they are the same number.
         is_per_char = f"{nats_per_char:.4f}" == f"{loss:.4f}"
-        self._log_line(
+        self.log_line(
             f"after {step} step{'s' * (step != 1)} | held-out loss: {loss:.4f} nats per token | "
             f"bits per byte: {bits_per_byte:.4f}"
             f"{'' if is_per_char else f' | nats per character: {nats_per_char:.4f}'}"
             f"{' | best so far' if is_best else ''}"
         )
         losses = {"val_loss": loss, "val_bpb": bits_per_byte, "val_nats_per_char": nats_per_char}
-        self._event("eval", step=step, **losses, val_tokens=num_tokens, epoch=epoch)
+        self.log_event("eval", step=step, **losses, val_tokens=score.num_tokens, epoch=epoch)
         self.trackers.log("eval", step, losses)
 
     def log_sample(self, step: int, text: str, *, is_last: bool) -> None:
@@ -205,43 +164,13 @@ class RunReport:
         """Log checkpoints that are on disk now."""
         for save in saves:
             self.log(f"saved {save.name}{', the best' * save.is_best}", logging.DEBUG)
-            self._event("save", step=save.step, checkpoint=save.name, best=save.is_best)
+            self.log_event("save", step=save.step, checkpoint=save.name, best=save.is_best)
 
-    def log_stop(
-        self, reason: str, step: int, *, max_steps: int, best_step: int, seconds_saved: float
-    ) -> None:
-        """Log why training stops before the last step.
-
-        Call it before the save, or a resumed run, which truncates the log, loses the line.
-        """
-        line = f"Stopped by {STOPPED_BY.get(reason)} at step {step} of {max_steps}"
-        if reason == "early_stop":
-            line = (
-                f"Stopped early at step {step} of {max_steps}: no better held-out loss since step "
-                f"{best_step} (saved about {format_duration(seconds_saved)}); --patience 0 trains "
-                "on"
-            )
-        self._log_line(line, RESULT)
-
-    def set_final_eval(
-        self, step: int, *, loss: float, bits_per_byte: float, nats_per_char: float, num_tokens: int
-    ) -> None:
-        """Set the loss of the best checkpoint, of `step`, on all held-out text.
-
-        `plot` and `finish` report it.
-        """
-        if math.isfinite(loss):
-            values = (loss, bits_per_byte, nats_per_char, num_tokens)
+    def set_final_eval(self, step: int, score: ValLoss) -> None:
+        """Set the best checkpoint's loss on all held-out text, for `plot` and `finish`."""
+        if math.isfinite(score.loss):
+            values = (score.loss, score.bits_per_byte, score.nats_per_char, score.num_tokens)
             self._final = {"best_step": step, **dict(zip(FINAL_FIELDS, values, strict=True))}
-
-    def log_no_final_eval(self, checkpoint: str, num_tokens: int, seconds: float) -> None:
-        """Log how to evaluate on all held-out text, where the end of training did not."""
-        self._log_line(
-            f"{checkpoint} was not evaluated on all {num_tokens:,} held-out tokens: "
-            f"{self._program} eval {quote(self.run_dir.as_posix())} does that, in about "
-            f"{format_duration(seconds)}",
-            RESULT,
-        )
 
     def plot(self, *, force: bool = False) -> None:
         """Draw the curves, unless that was done in the last 20 seconds."""
@@ -268,7 +197,7 @@ class RunReport:
         facts = {"reason": reason, "step": step, "epoch": epochs, "seconds": round(seconds, 3)}
         if self.is_teacher:
             self._write(LOG, f"{FENCE}\n")
-            self._event("end", **facts)
+            self.log_event("end", **facts)
             return
         summary = verdict(
             self._history(),
@@ -277,7 +206,7 @@ class RunReport:
             out_dir=self.run_dir.as_posix(),
             has_val=has_val,
             split_hint=self._split_hint,
-            program=self._program,
+            program=self.program,
         )
         picture = f"\n![Training curves]({CURVES})\n"
         curves = f"\nCurves: {(self.run_dir / CURVES).as_posix()}"
@@ -302,29 +231,13 @@ class RunReport:
             return f"\nReport: {path.as_posix()}"
         except Exception as error:
             # A run must not fail at its end for want of a page.
-            retry = f"{self._program} report {quote(self.run_dir.as_posix())}"
+            retry = f"{self.program} report {quote(self.run_dir.as_posix())}"
             self.log(f"note: no report was written ({error}); retry: {retry}", logging.WARNING)
             return ""
 
     def file_sizes(self) -> dict[str, int]:
         """Bytes of each log file: where to truncate it when resuming from here."""
         return {name: log.size for name, log in self._logs.items()} if self._enabled else {}
-
-    def _truncate(
-        self, step: int, sizes: Mapping[str, int], checkpoint: str, is_best: bool
-    ) -> None:
-        if self._enabled:
-            for name, log in self._logs.items():
-                log.truncate(sizes.get(name, 0))
-        # The sizes were taken before the save finished, so its event was cut off.
-        self.log_saves([SavedCheckpoint(step, checkpoint, is_best)])
-
-    def _log_line(self, line: str, level: int = logging.INFO) -> None:
-        self._write(LOG, line + "\n")
-        self.log(line, level)
-
-    def _event(self, event: str, **fields: object) -> None:
-        self._write_event(self._format_event(event, fields))
 
     def _format_event(self, event: str, fields: Mapping[str, object]) -> str:
         return json_line({"event": event, **fields, "time": round(time.time(), 3)})

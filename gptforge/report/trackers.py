@@ -40,10 +40,8 @@ class Tracker:
     """A run in an experiment tracker; its functions, and those that open it, may raise anything."""
 
     id: str
-    hint: str
-    """How to see it."""
-    log: Callable[[int, Values], None]
-    """Adds values of a step."""
+    hint: str  # how to see it
+    log: Callable[[int, Values], None]  # adds values of a step
     finish: Callable[[str], object]
     """Sends what is left, given the reason of the end event, or "failed"."""
 

@@ -3,13 +3,11 @@
 from typing import Any
 
 from gptforge.report.format import format_val_loss
-from gptforge.report.metrics import Event, History
+from gptforge.report.metrics import FINAL_FIELDS, Event, History
 from gptforge.shell import quote
 
-LEVEL = 0.005
-"""Losses within half a percent of each other count as equal."""
-MEAN_OVER = 10
-"""Logged training losses that are averaged: single ones are noisy."""
+LEVEL = 0.005  # losses within half a percent of each other count as equal
+MEAN_OVER = 10  # logged training losses that are averaged: single ones are noisy
 
 
 def verdict(
@@ -22,13 +20,9 @@ def verdict(
     split_hint: str = "use",
     program: str = "python gpt.py",
 ) -> str:
-    """Summarize a finished or stopped run.
+    """Summarize a finished or stopped run, and name the `sample` command of `program`.
 
-    Args:
-        history: of `total_steps` steps, which were `epochs` passes over the training text.
-        out_dir: run folder, for the `sample` command of `program` at the end.
-        has_val: whether there is a validation split.
-        split_hint: how to get one if not, followed by `--val_fraction 0.1`.
+    `split_hint` says how to get a validation split, followed by `--val_fraction 0.1`.
     """
     if not has_val:
         lines = _without_val(history, epochs, split_hint)
@@ -90,12 +84,7 @@ def _with_val(history: History, total_steps: int) -> list[str]:
 
 def _final_loss(history: History, final: Event, total_steps: int) -> str:
     epochs = {event["step"]: f", epoch {event['epoch']:.1f}" for event in history.evals}
-    loss = format_val_loss(
-        final["final_val_loss"],
-        bits_per_byte=final["final_val_bpb"],
-        nats_per_char=final["final_val_nats_per_char"],
-        num_tokens=final["final_val_tokens"],
-    )
+    loss = format_val_loss(*(final[name] for name in FINAL_FIELDS))
     return (
         f"Best held-out loss {loss}, all that is held out: step {final['best_step']} of "
         f"{total_steps}{epochs.get(final['best_step'], '')}."

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ POLL_SECONDS = 0.1
 MAX_JOBS_PER_GPU = 4
 CONTEXT_BYTES = 10**9
 """GPU memory of a process before it allocates anything: the CUDA context and libraries."""
+TRIAL_MODULE = "gptforge.cli.trial_process"
 Process = subprocess.Popen[bytes]
 
 
@@ -51,13 +52,9 @@ def run_all(
 ) -> None:
     """Keep `jobs` runs going until there are none left.
 
-    On Ctrl-C or SIGTERM, running ones get SIGTERM, save, and are waited for.
-
-    Args:
-        batches: runs; the next batch is taken only when a job is free.
-        jobs: runs at a time.
-        start: starts a run in a slot, 0 to jobs - 1.
-        on_end: called with a run and its exit code.
+    On Ctrl-C or SIGTERM, running ones get SIGTERM, save, and are waited for. The next batch is
+    taken only when a job is free. `start` gets a run and its slot, 0 to jobs - 1, `on_end` a run
+    and its exit code.
     """
     waiting = chain.from_iterable(batches)
     active: dict[int, tuple[Run, Process]] = {}
@@ -89,8 +86,8 @@ def start_process(run: Run, *, device: str, jobs: int) -> Process:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "gptforge", "train", f"--device={device}", *run.args],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", TRIAL_MODULE, f"--device={device}", *run.args],
+            stdin=subprocess.PIPE,  # closed when this process ends, however that happens
             stdout=log,
             stderr=subprocess.STDOUT,
             env=env,
@@ -130,17 +127,13 @@ def find_devices(config: Config) -> list[str]:
     return [f"cuda:{i}" for i in range(count)] if count > 1 else [config.device]
 
 
-def jobs_per_device(config: Config, *, is_explicit: bool) -> int:
-    """Runs at a time that fit into the memory of a GPU; 1 on other devices.
-
-    `is_explicit`: whether the user set `batch_size`.
-    """
+def jobs_per_device(config: Config, explicit: Collection[str]) -> int:
+    """Runs at a time that fit into the memory of a GPU; 1 on other devices."""
     device, _ = select_device(config.device)
     if device.type != "cuda":
         return 1
     estimator = MemoryEstimator(config, select_precision(config.dtype, device), device)
-    micro_batch = config.batch_size if is_explicit else estimator.micro_batch()
-    memory = estimator.estimate(micro_batch, str(device))
-    free = MAX_MEMORY_FRACTION * (memory.free_bytes or 0)
-    fitting = int(free // (memory.needed_bytes + CONTEXT_BYTES))
+    needed = sum(estimator.memory(estimator.micro_batch(explicit)).values())
+    free = MAX_MEMORY_FRACTION * (estimator.free_memory or 0)
+    fitting = int(free // (needed + CONTEXT_BYTES))
     return max(1, min(MAX_JOBS_PER_GPU, fitting))

@@ -13,11 +13,11 @@ from gptforge import files, tokenizers
 from gptforge.builders.resolve import check_tokenizer, load_dataset, resolve_config
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME, Config
 from gptforge.data.dataset import Dataset, check_length
-from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.shard_index import json_sha256
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 from gptforge.sweep import scheduler
 from gptforge.sweep.results import RunResult, TrialResult, read_result, trial_result, write_results
 from gptforge.sweep.scheduler import Run
@@ -55,9 +55,7 @@ class Sweep:
         space: fields and their values; `method` picks `trials` of them, grid all.
         resolve: gives the configuration of a trial, and which of its fields are set explicitly;
             `out_dir` is the folder of the sweep.
-        explicit: fields that the user set.
-        seeds: runs of each trial.
-        jobs: runs at a time; 0: as many as fit.
+        explicit, trials, seeds, jobs: fields that the user set, and the sweep's own flags.
 
     Raises:
         UserError: for a text or folder that cannot be used, before anything runs.
@@ -103,9 +101,7 @@ class Sweep:
             f"{len(dataset.train):,}, and are compared on the last of these"
         )
         self._devices = scheduler.find_devices(config)
-        self._jobs = jobs or len(self._devices) * scheduler.jobs_per_device(
-            max_config, is_explicit="batch_size" in explicit
-        )
+        self._jobs = jobs or len(self._devices) * scheduler.jobs_per_device(max_config, explicit)
         self._space, self._method, self._resolve = space, method, resolve
         self._config, self._num_trials, self._num_seeds = config, trials, seeds
         self._trials: dict[str, tuple[Values, list[Run]]] = {}

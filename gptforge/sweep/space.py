@@ -46,10 +46,7 @@ Space = dict[str, Dimension]
 def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
     """Parse `max_lr=1e-3,2e-3` (values) and `dropout=0..0.4`, `max_lr=log:1e-4..1e-2` (ranges).
 
-    Args:
-        specs: one for each field.
-        base: a configuration, against whose types values are checked.
-        flag: where they come from, for error messages; `--grid` takes no ranges.
+    Values are checked against the types of `base`. `--grid` takes no ranges.
 
     Raises:
         UserError: for an unknown field, a value of the wrong type, or a range that is none.
@@ -110,18 +107,11 @@ def optuna_search(
     folder: Path,
     losses: Callable[[], Mapping[str, float | None]],
 ) -> Iterator[Values]:
-    """Values that Optuna samples, in a study that a later process continues.
+    """Values of so many trials that Optuna samples by `method`, tpe or random.
 
-    Values of an earlier process come first; few possible values come more than once.
-
-    Args:
-        space: what to search.
-        method: tpe or random.
-        seed: of the sampler.
-        trials: how many.
-        study: name of the study.
-        folder: where the storage is.
-        losses: gives the loss of each trial that has ended, None if it failed, by `describe`.
+    The study is stored in `folder`, and a later process continues it: values of an earlier process
+    come first; few possible values come more than once. `losses` gives the loss of each trial that
+    has ended, None if it failed, by `describe`.
     """
     import optuna
 

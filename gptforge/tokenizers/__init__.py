@@ -41,7 +41,8 @@ def from_name(name: str, text: str) -> Tokenizer:
     if name == "char":
         return CharTokenizer.from_text(text)
     if name == "bpe":
-        from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
+        from gptforge.estimate.formulas import default_vocab_size
+        from gptforge.tokenizers.train_bpe import train_bpe
 
         return train_bpe([text], default_vocab_size(len(text.encode("utf-8"))))
     if name in NAMES:
@@ -61,11 +62,7 @@ def save(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Read a file that `save` or `gptforge tokenizer train` wrote.
-
-    Raises:
-        UserError: if the file is something else.
-    """
+    """Read a file that `save` or `gptforge tokenizer train` wrote; anything else is a UserError."""
     with parsing(path, "a tokenizer that can be used here"):
         record = json.loads(read_text(path))
         if isinstance(record, dict) and "model" in record:

@@ -1,7 +1,7 @@
 """The tokenizer protocol, and what all tokenizers share."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -61,18 +61,17 @@ def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
     The end-of-text token is no text: 0.
     """
-    ids = range(tokenizer.vocab_size)
-    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in ids], np.int64)
-    if tokenizer.eot_token is not None:
-        lengths[tokenizer.eot_token] = 0
-    return lengths
+    return _lengths(tokenizer, len)
 
 
 def char_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """Characters of text per id, (vocab_size,); one that spans tokens counts where it starts."""
-    ids = range(tokenizer.vocab_size)
     # In UTF-8, all bytes of a character but the first are 0b10xxxxxx.
-    lengths = [sum(b & 0xC0 != 0x80 for b in tokenizer.decode_bytes([i])) for i in ids]
+    return _lengths(tokenizer, lambda text: sum(byte & 0xC0 != 0x80 for byte in text))
+
+
+def _lengths(tokenizer: Tokenizer, measure: Callable[[bytes], int]) -> NDArray[np.int64]:
+    lengths = [measure(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
     if tokenizer.eot_token is not None:
         lengths[tokenizer.eot_token] = 0
     return np.array(lengths, np.int64)

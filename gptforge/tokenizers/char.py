@@ -25,7 +25,8 @@ class CharTokenizer:
         self.eot_token = len(alphabet) if with_eot else None
         self.prepends_eot = with_eot
         self.vocab_size = len(alphabet) + with_eot
-        self._points = _code_points(alphabet)
+        # Larger than any code point, so that every search ends at an index.
+        self._points = np.append(_code_points(alphabet), np.uint32(2**32 - 1))
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
@@ -36,15 +37,13 @@ class CharTokenizer:
         """Ids of a text; a UserError names the first character that is not in the alphabet."""
         points = _code_points(text)
         ids = np.searchsorted(self._points, points)
-        known = np.zeros(len(points), bool)
-        inside = ids < len(self.alphabet)
-        known[inside] = self._points[ids[inside]] == points[inside]
+        known = self._points[ids] == points
         if not known.all():
             unknown = text[int(np.argmin(known))]
-            alphabet = (
-                f"this model's alphabet, the {len(self.alphabet)} characters of its training text"
+            raise UserError(
+                f"the character {unknown!r} is not in this model's alphabet, the "
+                f"{len(self.alphabet)} characters of its training text: leave it out"
             )
-            raise UserError(f"the character {unknown!r} is not in {alphabet}: leave it out")
         return ids.astype(smallest_dtype(self.vocab_size))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

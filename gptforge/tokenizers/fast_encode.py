@@ -27,50 +27,36 @@ EncodeFn = Callable[[str], Tokens]
 # gigatoken caches every word and is rebuilt after so many characters, which are up to 4 MB of cache
 # for source code and 165 MB for random words.
 MAX_CACHED_CHARS = 2**24
+COMPARED_CHARS = 2**16  # of the first text that each instance encodes
 
 
 class FastEncoder:
-    """Encodes like a tokenizer, faster if possible.
+    """Encodes like a tokenizer, faster if possible."""
 
-    Args:
-        tokenizer: the reference.
-        fast: whether to look for a faster encoder.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, fast: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._dtype = smallest_dtype(tokenizer.vocab_size)
-        self._fast = _gigatoken(tokenizer) if fast else None
+        self._fast = _gigatoken(tokenizer)
         self._cached_chars = 0
-        if self._fast and not self.matches_reference(PROBE):
-            self._fast = None
-
-    @property
-    def name(self) -> str:
-        """The library in use."""
-        if self._fast:
-            return "gigatoken"
-        return "tiktoken" if hasattr(self._tokenizer, "ranks") else self._tokenizer.name
-
-    def matches_reference(self, text: str) -> bool:
-        """Whether both encoders agree on a text; if not, the fast one is not used any more."""
-        if self._fast and not np.array_equal(self.encode(text), self._tokenizer.encode(text)):
-            self._fast = None
-            return False
-        return True
+        self._compare(PROBE)
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text, without special tokens."""
         if self._fast is None or not is_assigned(text):
             return self._tokenizer.encode(text)
-        self._cached_chars += len(text)
-        if self._cached_chars > MAX_CACHED_CHARS:
-            self._fast, self._cached_chars = None, len(text)
+        if self._cached_chars and self._cached_chars + len(text) > MAX_CACHED_CHARS:
+            self._fast, self._cached_chars = None, 0
             _malloc_trim()
             self._fast = _gigatoken(self._tokenizer)
-            if self._fast is None:
-                return self._tokenizer.encode(text)
-        return self._fast(text).astype(self._dtype)
+        if not self._cached_chars:
+            self._compare(text[:COMPARED_CHARS])
+        self._cached_chars += len(text)
+        return self._fast(text).astype(self._dtype) if self._fast else self._tokenizer.encode(text)
+
+    def _compare(self, text: str) -> None:
+        """Drop the fast encoder if it gives other ids than the tokenizer."""
+        if self._fast and not np.array_equal(self._fast(text), self._tokenizer.encode(text)):
+            self._fast = None
 
 
 def _gigatoken(tokenizer: Tokenizer) -> EncodeFn | None:
@@ -86,8 +72,7 @@ def _gigatoken(tokenizer: Tokenizer) -> EncodeFn | None:
             path.write_bytes(b"".join(lines))
             # Without special tokens, <|endoftext|> in a text is ordinary characters.
             encoder = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
-        encode: EncodeFn = encoder.encode
-        return encode
+        return encoder.encode  # type: ignore[no-any-return]
     except Exception:
         # An unsupported version or system is no reason to fail: tiktoken does the work.
         return None

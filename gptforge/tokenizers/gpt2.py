@@ -5,19 +5,17 @@ first, then one token per merge, in order (github.com/openai/gpt-2, encoder.py).
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 
-import numpy as np
 import tiktoken
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import END_OF_TEXT, SAFE_CUT, Tokens, bytes_to_unicode, smallest_dtype
+from gptforge.tokenizers.base import END_OF_TEXT, Tokens, bytes_to_unicode, smallest_dtype
 
 # GPT-2's pattern (same source) with tiktoken's possessive quantifiers: the same splits without
 # backtracking.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-CHUNK_CHARS = 1 << 20
 
 
 class GPT2Tokenizer:
@@ -41,14 +39,11 @@ class GPT2Tokenizer:
         """Ids of a text, in which <|endoftext|> is ordinary characters."""
         try:
             # To numpy: a list of Python integers would take as long as the encoding.
-            parts = [
-                self.encoding.encode_to_numpy(chunk, disallowed_special=()).astype(self._dtype)
-                for chunk in _chunks(text)
-            ]
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             # A lone surrogate, which UTF-8 cannot encode.
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+        return ids.astype(self._dtype)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of ids."""
@@ -97,13 +92,3 @@ def _mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
             raise UserError(f"{merge!r} makes a token that is there already: leave one out")
         ranks[token] = len(ranks)
     return ranks
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """Chunks of about a megabyte, which keep memory flat."""
-    start = 0
-    while len(text) - start > CHUNK_CHARS and (cut := SAFE_CUT.search(text, start + CHUNK_CHARS)):
-        yield text[start : cut.start()]
-        start = cut.start()
-    if start < len(text):
-        yield text[start:]

@@ -1,8 +1,6 @@
 """Loading a Hugging Face tokenizer.json that is GPT-2's byte-level BPE with any merges."""
 
-import heapq
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import Any
 
 from gptforge.tokenizers.base import END_OF_TEXT
@@ -47,7 +45,7 @@ def parse_tokenizer_json(record: dict[str, Any]) -> GPT2Tokenizer:
     if vocab != expected:
         raise ValueError(f"the ids are not bytes, merges and {END_OF_TEXT}, in this order")
     tokenizer = GPT2Tokenizer(merges)
-    if tokenizer.name != "gpt2" and not are_unambiguous(merges):
+    if tokenizer.name != "gpt2" and unambiguous_merges(merges) != merges:
         raise ValueError("some tokens result from more than one sequence of merges")
     return tokenizer
 
@@ -63,56 +61,16 @@ def unambiguous_merges(merges: Sequence[str]) -> list[str]:
     Some rank the pairs, others the tokens that these make. Both agree if every token results from
     one sequence of merges only, and from encoding its own text.
     """
-    while True:
-        kept = list(_unambiguous(merges))
-        if len(kept) == len(merges):
-            return kept
-        # Others may have been built on a merge that was dropped.
-        merges = kept
+    from tokenizers import Tokenizer, models
 
-
-def are_unambiguous(merges: Sequence[str]) -> bool:
-    """Whether `unambiguous_merges` would keep all; stops at the first that it would drop."""
-    return all(kept == merge for kept, merge in zip_longest(_unambiguous(merges), merges))
-
-
-def _unambiguous(merges: Sequence[str]) -> Iterator[str]:
-    ranks = {merge: rank for rank, merge in enumerate(merges)}
-    tokens: set[str] = set()
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    vocab = dict.fromkeys([*build_vocab(merges), *(part for pair in pairs for part in pair)], 0)
+    bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocab)}, merges=pairs))
+    kept: dict[str, str] = {}
     for merge in merges:
         token = merge.replace(" ", "", 1)
-        if token not in tokens and bpe(token, ranks) == [token]:
-            tokens.add(token)
-            yield merge
-
-
-def bpe(text: str, ranks: Mapping[str, int]) -> list[str]:
-    """The tokens of a text: merges the pair of lowest rank first, the leftmost among equals.
-
-    O(n log n) by a heap of pairs: a token may be as long as a file.
-    """
-    parts: list[str] = list(text)
-    next_part = [*range(1, len(parts)), -1]
-    previous_part = list(range(-1, len(parts) - 1))
-    heap: list[tuple[int, int, str]] = []
-
-    def push(left: int, right: int) -> None:
-        if left >= 0 and right >= 0:
-            pair = f"{parts[left]} {parts[right]}"
-            if (rank := ranks.get(pair)) is not None:
-                heapq.heappush(heap, (rank, left, pair))
-
-    for i in range(len(parts) - 1):
-        push(i, i + 1)
-    while heap:
-        _, left, pair = heapq.heappop(heap)
-        right = next_part[left]
-        if not parts[left] or right < 0 or pair != f"{parts[left]} {parts[right]}":
-            continue  # stale: one of the two was merged with another part
-        parts[left], parts[right] = parts[left] + parts[right], ""
-        next_part[left] = next_part[right]
-        if next_part[right] >= 0:
-            previous_part[next_part[right]] = left
-        push(previous_part[left], left)
-        push(left, next_part[left])
-    return [part for part in parts if part]
+        if token not in kept and bpe.encode(token).tokens == [token]:
+            kept[token] = merge
+    # Others may have been built on a merge that was dropped.
+    all_kept = len(kept) == len(merges)
+    return list(merges) if all_kept else unambiguous_merges(list(kept.values()))

@@ -1,7 +1,6 @@
 """Training a byte-level BPE with Hugging Face's trainer (package `tokenizers`)."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -11,22 +10,8 @@ from gptforge.tokenizers.hf_loader import normalize_merges, unambiguous_merges
 
 MIN_VOCAB_SIZE = 257  # 256 bytes and the end-of-text token
 MAX_VOCAB_SIZE = 2**20
-DEFAULT_SIZE_AT_1MB, DEFAULT_SIZE_GROWTH = 1024, 0.6
-DEFAULT_SIZE_LIMITS = (320, 32768)
 LONG_WORD = re.compile(r"\S{1000}")
 """Cut after it: the time to learn from a word is quadratic in its length."""
-
-
-def default_vocab_size(num_bytes: int) -> int:
-    """Number of ids to learn from a text of `num_bytes`: a multiple of 64.
-
-    About 1,024 for 1 MB and 4,096 for 10 MB. It grows a little faster than the number of distinct
-    words, which is about the square root: a larger vocabulary shortens the text, but each id needs
-    enough occurrences to learn from.
-    """
-    size = DEFAULT_SIZE_AT_1MB * math.pow(num_bytes / 1e6, DEFAULT_SIZE_GROWTH)
-    smallest, largest = DEFAULT_SIZE_LIMITS
-    return min(largest, max(smallest, round(size / 64) * 64))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:

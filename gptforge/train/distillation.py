@@ -21,8 +21,7 @@ from gptforge.model import GPT, IGNORE_INDEX
 class Distillation:
     """Teachers, and how much they count."""
 
-    teachers: Sequence[GPT]
-    """On the student's device, in evaluation mode and without dropout."""
+    teachers: Sequence[GPT]  # on the student's device, in evaluation mode and without dropout
     weight: float
     """Weight of the teachers' probabilities in the loss, from 0 to 1; the targets have the rest."""
 

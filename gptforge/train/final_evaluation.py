@@ -13,30 +13,28 @@ from typing import TYPE_CHECKING
 from gptforge.checkpoint.format import MODEL, read_tensors, resolve_checkpoint, step_from_path
 from gptforge.checkpoint.state_dict import StateDict, load_model_state_dict
 from gptforge.errors import UserError
-from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
-from gptforge.report.format import format_duration
-from gptforge.train.signals import STOP_REASONS, StopReason
+from gptforge.evaluate.val_loss import ValEvaluator
+from gptforge.report.format import ValLoss, format_duration
+from gptforge.report.log_handler import RESULT
+from gptforge.shell import quote
+from gptforge.train.signals import StopReason, agree_on_signal
 
 if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
 
 MAX_SECONDS, MAX_FRACTION = 60.0, 0.1
 """After the last step it may take so many seconds, or this fraction of the training time."""
-MAX_SECONDS_AFTER_STOP = 10.0
-"""After a signal or the time limit it may take so long."""
-NOTICE_SECONDS = 3.0
-"""An evaluation that takes longer is announced."""
+MAX_SECONDS_AFTER_STOP = 10.0  # after a signal or the time limit it may take so long
+NOTICE_SECONDS = 3.0  # an evaluation that takes longer is announced
 
 
 def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     """Evaluate the checkpoint that `load` opens on all held-out text; a collective.
 
     Call it after the last save: it may leave the weights of another checkpoint in the model. An
-    evaluation that would take too long is left to `gptforge eval`, and the report says so.
-
-    Returns:
-        `reason`, why training ended; if a signal stops the evaluation of a run that is otherwise
-        finished, that signal: a resumed run evaluates again.
+    evaluation that would take too long is left to `gptforge eval`, and the report says so. Returns
+    `reason`, or the signal that stopped the evaluation of a run that is otherwise finished: a
+    resumed run evaluates again.
     """
     if trainer.val_evaluator is None:
         return reason
@@ -54,34 +52,33 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     begin = time.perf_counter()
 
     def should_stop() -> bool:
-        signal = trainer.stop_signal.stop_reason()
-        if has_stopped or signal == "time_limit":
-            return time.perf_counter() > begin + MAX_SECONDS_AFTER_STOP
-        return signal is not None
+        stop = trainer.stop_signal.stop_reason()
+        if stop in ("interrupted", "terminated"):
+            return True
+        is_late = time.perf_counter() > begin + MAX_SECONDS_AFTER_STOP
+        return is_late and (has_stopped or stop == "time_limit")
 
     path = trainer.saver.store.folder / name
     if score is None and is_quick:
         if seconds > NOTICE_SECONDS:
+            again = " again" * (reason in ("interrupted", "terminated"))
             report.log(
                 f"Saved. Evaluating {name} on all {evaluator.num_tokens:,} held-out tokens takes "
-                f"about {format_duration(seconds)}"
+                f"about {format_duration(seconds)}; Ctrl-C{again} skips it"
             )
         score = _evaluate(trainer, evaluator, path, should_stop)
-        # The same on all ranks, as in the training loop.
-        priority = STOP_REASONS.index(trainer.stop_signal.stop_reason())
-        stop = STOP_REASONS[-comm.all_reduce_min(-priority)]
-        if score is None and not has_stopped and stop in ("interrupted", "terminated"):
+        stop = agree_on_signal(trainer.stop_signal, comm)
+        if score is None and not has_stopped and stop:
             reason = stop
     if score is None:
-        report.log_no_final_eval(name, evaluator.num_tokens, seconds)
-    else:
-        report.set_final_eval(
-            step_from_path(path),
-            loss=score.loss,
-            bits_per_byte=score.bits_per_byte,
-            nats_per_char=score.nats_per_char,
-            num_tokens=score.num_tokens,
+        report.log_line(
+            f"{name} was not evaluated on all {evaluator.num_tokens:,} held-out tokens: "
+            f"{report.program} eval {quote(report.run_dir.as_posix())} does that, in about "
+            f"{format_duration(seconds)}",
+            RESULT,
         )
+    else:
+        report.set_final_eval(step_from_path(path), score)
     return reason
 
 
@@ -105,5 +102,7 @@ def _evaluate(
                 trainer.report.log(f"warning: {problem}", logging.WARNING)
                 return None
             load_model_state_dict(step_fn.model, tensors, source=path.as_posix(), comm=comm)
-        result = evaluator.evaluate_until(should_stop, step_fn.root_module, step_fn.precision, comm)
-    return result if isinstance(result, ValLoss) else None
+        score = evaluator.evaluate(
+            step_fn.root_module, step_fn.precision, comm, should_stop=should_stop
+        )
+    return score if score.is_complete else None

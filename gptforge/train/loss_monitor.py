@@ -14,10 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-HISTORY = 64
-"""Recent losses that a new one is compared with."""
-MIN_HISTORY = 16
-"""Losses to collect before spikes are reported."""
+HISTORY = 64  # recent losses that a new one is compared with
+MIN_HISTORY = 16  # losses to collect before spikes are reported
 # Far beyond 3, since the losses of steps have heavier tails than a normal distribution.
 SPIKE_Z_SCORE = 8.0
 
@@ -28,14 +26,12 @@ class Anomaly:
 
     kind: Literal["not_finite", "spike"]
     step: int
-    position: int
-    """Dataloader position of the step's batch."""
+    position: int  # dataloader position of the step's batch
     loss: float
     norm: float
+    # Robust standard deviations above the recent median; infinite if the loss is not finite.
     z_score: float
-    """Robust standard deviations above the recent median; infinite if the loss is not finite."""
-    bad_steps: int
-    """Consecutive steps, up to this one, whose loss or gradient was not finite."""
+    bad_steps: int  # consecutive steps, up to this one, whose loss or gradient was not finite
 
 
 class LossMonitor:
@@ -52,6 +48,9 @@ class LossMonitor:
         self._uses_grad_scaler = uses_grad_scaler
         self._unread: deque[tuple[int, int, Callable[[], tuple[float, float]]]] = deque()
         self._recent: deque[float] = deque(maxlen=HISTORY)
+        self.losses: deque[float] = deque(maxlen=0)
+        """The last losses read, as many as `reset` says."""
+        self.last_loss = math.nan
         self.bad_steps = 0
         """Consecutive steps, up to the last one read, whose loss or gradient was not finite."""
 
@@ -64,11 +63,19 @@ class LossMonitor:
         """Read all steps, which waits for the device; returns the anomalies among them."""
         return self._read(0)
 
-    def reset(self, bad_steps: int = 0) -> None:
+    def reset(
+        self, bad_steps: int, *, last_loss: float, losses: Iterable[float], keep_losses: int
+    ) -> None:
         """Clear the history; `bad_steps` consecutive steps before were bad."""
         self._unread.clear()
         self._recent.clear()
-        self.bad_steps = bad_steps
+        self.bad_steps, self.last_loss = bad_steps, last_loss
+        self.losses = deque(losses, maxlen=keep_losses)
+
+    def mean_loss(self) -> float:
+        """Mean of those of the last losses that are finite, else NaN."""
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        return sum(finite) / len(finite) if finite else math.nan
 
     def _read(self, num_unread: int) -> list[Anomaly]:
         anomalies = []
@@ -80,6 +87,8 @@ class LossMonitor:
         return anomalies
 
     def _check(self, step: int, position: int, loss: float, norm: float) -> Anomaly | None:
+        self.last_loss = loss
+        self.losses.append(loss)
         if not math.isfinite(loss) or not (math.isfinite(norm) or self._uses_grad_scaler):
             self.bad_steps += 1
             return Anomaly("not_finite", step, position, loss, norm, math.inf, self.bad_steps)
@@ -90,30 +99,6 @@ class LossMonitor:
         if z_score > SPIKE_Z_SCORE:
             return Anomaly("spike", step, position, loss, norm, z_score, 0)
         return None
-
-
-class RecentLosses:
-    """Training losses of the last `maxlen` steps, on the device.
-
-    Without validation data, their mean stands in for the validation loss.
-    """
-
-    def __init__(self, losses: Iterable[float], *, maxlen: int, device: torch.device) -> None:
-        self._losses = deque((torch.tensor(x, device=device) for x in losses), maxlen=maxlen)
-
-    def append(self, loss: Tensor) -> None:
-        """Add the loss of a step."""
-        # A copy: a CUDA graph writes the next loss to the same address.
-        self._losses.append(loss.clone())
-
-    def tolist(self) -> list[float]:
-        """Return the losses; waits for the device."""
-        return [float(loss) for loss in self._losses]
-
-    def mean(self) -> float:
-        """Return the mean of the finite losses, or NaN; waits for the device."""
-        finite = [loss for loss in self.tolist() if math.isfinite(loss)]
-        return sum(finite) / len(finite) if finite else math.nan
 
 
 def _copy_to_host_async(loss: Tensor, norm: Tensor) -> Callable[[], tuple[float, float]]:

@@ -4,27 +4,43 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.checkpoint.format import read_state, step_from_path
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.distributed import Comm
 from gptforge.errors import RunError
+from gptforge.report.metrics import Event
+from gptforge.train.loss_monitor import Anomaly
 from gptforge.train.state import restore
 
 if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
 
 
-MAX_BAD_STEPS = 5
-"""Training rolls back after this many consecutive steps with NaN or Inf."""
+MAX_BAD_STEPS = 5  # training rolls back after this many consecutive steps with NaN or Inf
 MAX_ROLLBACKS = 3
 HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
+
+
+def has_diverged(trainer: "Trainer", anomalies: list[Anomaly]) -> bool:
+    """Log anomalies; returns whether there were too many bad steps in a row."""
+    for anomaly in anomalies:
+        event: Event = {
+            "kind": anomaly.kind,
+            "step": anomaly.step,
+            "loss": anomaly.loss,
+            "norm": anomaly.norm,
+            "epoch": anomaly.position / trainer.dataloader.num_sequences,
+            "windows": trainer.dataloader.sequence_ids_at(anomaly.position),
+        }
+        trainer.report.log_anomaly(event, z_score=anomaly.z_score)
+    return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
 
 
 def rollback(trainer: "Trainer") -> None:
     """Roll a run back, with its logs; a collective.
 
-    Raises:
-        RunError: if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
+    A RunError if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
     report = trainer.report
@@ -46,14 +62,19 @@ def rollback(trainer: "Trainer") -> None:
         state.diverged_at = max(old.diverged_at, old.step)
         trainer.rolled_back_to, trainer.is_save_deferred = state.step, False
         comm.broadcast_from_rank0(lambda: store.discard_after(state.step))
-        report.log_rollback(
-            state.step,
+        report.truncate(
+            SavedCheckpoint(state.step, path.name, is_best=state.best_step == state.step),
             comm.broadcast_from_rank0(lambda: read_state(path)["file_sizes"]),
-            checkpoint=path.name,
-            is_best=state.best_step == state.step,
-            bad_steps=list(range(old.step - MAX_BAD_STEPS, old.step)),
-            skipped=(trainer.dataloader.position, position),
         )
+        bad_steps = list(range(old.step - MAX_BAD_STEPS, old.step))
+        skipped = (trainer.dataloader.position, position)  # in training order
+        report.log_line(
+            f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {path.name}; "
+            f"training sequences {skipped[0]} to {skipped[1] - 1} are skipped",
+            logging.WARNING,
+        )
+        facts = {"checkpoint": path.name, "bad_steps": bad_steps, "left_out": skipped}
+        report.log_event("anomaly", kind="return", step=state.step, **facts)
         # Resume at the data after the divergence: with the batches that led there, training would
         # likely diverge again (PaLM, Chowdhery et al., 2022, section 5.1).
         trainer.dataloader.load_state_dict({"position": position})
@@ -73,20 +94,17 @@ def _latest_good_checkpoint(
     """Find the latest checkpoint that was not saved in a streak of bad steps.
 
     An older checkpoint is preferred to that of `avoid_step`, from which training diverged before.
-
-    Returns:
-        The path, and warnings about corrupt checkpoints.
+    Returns its path, and warnings about corrupt checkpoints.
     """
 
     def is_good(path: Path) -> bool:
         return not read_state(path)["progress"].get("bad_steps")
 
     def find() -> tuple[str | None, list[str]]:
-        path, warnings = store.latest(is_good)
-        if path is not None and step_from_path(path) == avoid_step:
-            latest = path
-            older, more_warnings = store.latest(lambda path: path != latest and is_good(path))
-            path, warnings = older or latest, warnings + more_warnings
+        path, warnings = store.latest(lambda p: step_from_path(p) != avoid_step and is_good(p))
+        if path is None:
+            path, more_warnings = store.latest(is_good)
+            warnings += more_warnings
         return None if path is None else path.as_posix(), warnings
 
     path, warnings = comm.broadcast_from_rank0(find)

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Literal, Self
 
 from gptforge import files
+from gptforge.distributed import Comm
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,13 @@ StopReason = Literal["finished", "early_stop", "interrupted", "terminated", "tim
 STOP_REASONS: tuple[StopReason | None, ...] = (None, "time_limit", "interrupted", "terminated")
 """Sorted by priority: the ranks agree on the largest index, by an all-reduce with max."""
 
-SIGHUP = getattr(signal, "SIGHUP", None)
-"""Sent when the terminal closes; Windows has none."""
+STOPPED_BY: dict[StopReason, str] = {
+    "interrupted": "Ctrl-C",
+    "terminated": "SIGTERM or SIGHUP",
+    "time_limit": "the time limit",
+}
+
+SIGHUP = getattr(signal, "SIGHUP", None)  # sent when the terminal closes; Windows has none
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else []))
 
 MIN_TRAIN_SECONDS = 1.0
@@ -35,12 +41,17 @@ EXIT_CODES: dict[StopReason, int] = {
     "terminated": 128 + signal.SIGTERM,
 }
 
+MESSAGE = "Stopping after this step, then saving. Ctrl-C again quits without saving."
+SAVED_MESSAGE = "All is saved. Writing the report; Ctrl-C again quits at once."
+
 
 class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
     The training loop polls it after each step. A second signal ends the process at once; that
-    leaves no half-written checkpoint, since saves are renamed into place.
+    leaves no half-written checkpoint, since saves are renamed into place. Once the loop has obeyed
+    a signal and saved (`mark_saved`), one more stops what is left to do, and the next one ends the
+    process. As a context manager it may be entered again while it is entered.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -60,6 +71,8 @@ class StopSignal:
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
         self._previous: dict[int, object] = {}
+        self._depth = 0
+        self._is_saved = False
         self.exits_on_second = True
         """Whether a second signal ends the process; otherwise it raises KeyboardInterrupt."""
 
@@ -73,6 +86,12 @@ class StopSignal:
         """Stop as after Ctrl-C."""
         self._signal = self._signal or "interrupted"
 
+    def mark_saved(self, reason: StopReason) -> None:
+        """Nothing is lost any more; `reason` is why the training loop ended."""
+        self._is_saved = True
+        if reason in ("interrupted", "terminated"):
+            self._signal = None
+
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
         return self._signal is not None or self._clock() >= self._deadline
@@ -80,8 +99,9 @@ class StopSignal:
     def __enter__(self) -> Self:
         # Or a scheduler with a short limit would restart a slow startup forever.
         self._deadline = max(self._deadline, self._clock() + MIN_TRAIN_SECONDS)
+        self._depth += 1
         # Python allows signal handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 # Under nohup SIGHUP is ignored, and has to stay so.
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -89,6 +109,9 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
@@ -108,4 +131,11 @@ class StopSignal:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
-        logger.warning("Stopping after this step, then saving. Ctrl-C again quits without saving.")
+        logger.warning(SAVED_MESSAGE if self._is_saved else MESSAGE)
+
+
+def agree_on_signal(stop_signal: StopSignal, comm: Comm) -> StopReason | None:
+    """The signal that arrived on any of the ranks, the same on all of them; a collective."""
+    priority = STOP_REASONS.index(stop_signal.stop_reason())
+    reason = STOP_REASONS[-comm.all_reduce_min(-priority)]
+    return None if reason == "time_limit" else reason

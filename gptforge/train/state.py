@@ -19,54 +19,43 @@ from gptforge.checkpoint.state_dict import (
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
-from gptforge.errors import parsing
-from gptforge.evaluate.val_loss import PartialValLoss
-from gptforge.optim.schedule import Schedule
+from gptforge.errors import UserError, parsing
+from gptforge.optim.schedule import stable_end
+from gptforge.report.format import ValLoss
 from gptforge.train.train_step import TrainStep
 
 Action = Literal["evaluate", "sample", "save"]
-MAX_RECENT_LOSSES = 1000
-"""Training losses kept for an evaluation without validation data."""
+MAX_RECENT_LOSSES = 1000  # training losses kept for an evaluation without validation data
+AUTO_PATIENCE = 5  # evaluations without a better held-out loss after which training stops
+# These evaluations cover at least this fraction of max_steps: loss curves have plateaus.
+AUTO_FRACTION = 0.2
+MAX_REPEATS = 4.0  # up to about 4 epochs are as good as new text (Muennighoff et al., 2023)
 
 PARTIAL_KEYS = {
-    "windows": "sequences_done",
-    "num_windows": "num_sequences",
-    "nats": "total_nats",
-    "tokens": "num_tokens",
-    "bytes": "num_bytes",
-    "chars": "num_chars",
+    **{"windows": "sequences_done", "num_windows": "num_sequences", "nats": "total_nats"},
+    **{"tokens": "num_tokens", "bytes": "num_bytes", "chars": "num_chars"},
 }
-"""Keys of an unfinished evaluation in state.json, with the fields of `PartialValLoss`."""
+"""Keys of an unfinished evaluation in state.json, with the fields of `ValLoss`."""
 
 
 @dataclass
 class TrainState:
     """The counters of a run; they are part of every checkpoint."""
 
-    step: int = 0
-    """Steps completed."""
-    loss: float = math.nan
-    """Mean training loss of the last step."""
-    best_loss: float = math.inf
-    """Lowest validation loss, or training loss without validation data."""
-    best_step: int = 0
-    """Step at which `best_loss` was evaluated."""
+    step: int = 0  # steps completed
+    loss: float = math.nan  # mean training loss of the last step
+    best_loss: float = math.inf  # lowest validation loss, or training loss without validation data
+    best_step: int = 0  # step at which `best_loss` was evaluated
+    # Evaluations since then, or since max_steps was raised; those before wsd's decay excluded.
     evals_since_best: int = 0
-    """Evaluations since then, or since max_steps was raised; those before wsd's decay excluded."""
+    # Training losses of the last steps; their mean is evaluated without validation data.
     recent_losses: list[float] = field(default_factory=list)
-    """Training losses of the last steps; their mean is evaluated without validation data."""
-    rollbacks: int = 0
-    """Rollbacks since the last good checkpoint after `diverged_at`."""
-    diverged_at: int = 0
-    """The last step at which training had diverged before a rollback."""
-    bad_steps: int = 0
-    """Consecutive steps, up to this one, whose loss or gradient was not finite."""
-    pending: list[Action] = field(default_factory=list)
-    """Actions due at this step and not done yet, in order."""
-    partial: PartialValLoss | None = None
-    """Partial result of an interrupted evaluation."""
-    seconds: float = 0.0
-    """Wall time of training, over all processes of this run."""
+    rollbacks: int = 0  # rollbacks since the last good checkpoint after `diverged_at`
+    diverged_at: int = 0  # the last step at which training had diverged before a rollback
+    bad_steps: int = 0  # consecutive steps, up to this one, whose loss or gradient was not finite
+    pending: list[Action] = field(default_factory=list)  # due at this step, in order
+    partial: ValLoss | None = None  # of an interrupted evaluation
+    seconds: float = 0.0  # wall time of training, over all processes of this run
 
     def due_actions(self, config: Config, *, save_deferred: bool) -> list[Action]:
         """Return the actions due after the current step, in order; all after the last step."""
@@ -78,7 +67,7 @@ class TrainState:
         is_last = self.step >= config.max_steps
         due = [a for a, n in intervals.items() if is_last or (n > 0 and self.step % n == 0)]
         # A longer run will resume from before the decay.
-        extra_saves = {*config.early_steps, Schedule.from_config(config).stable_end}
+        extra_saves = {*config.early_steps, stable_end(config)}
         must_save = save_deferred or self.step in extra_saves
         return [*due, "save"] if must_save and "save" not in due else due
 
@@ -86,7 +75,7 @@ class TrainState:
         """Count an evaluation with this loss, and note if it is the best."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
-        elif self.step > (Schedule.from_config(config).stable_end or 0):
+        elif self.step > (stable_end(config) or 0):
             # Before the decay of wsd the loss may stay level, and falls in the decay.
             self.evals_since_best += 1
 
@@ -119,13 +108,28 @@ class TrainState:
         if partial is not None and "chars" not in partial:
             partial = None  # version 0.1 counted no characters: evaluate from the start
         if partial is not None:
-            partial = PartialValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
+            partial = ValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
         return cls(
             **record | {"rollbacks": record.pop("returns", 0)},
             recent_losses=losses,
             pending=pending,
             partial=partial,
         )
+
+
+def resolve_patience(config: Config, *, train_tokens: int, has_val: bool) -> int:
+    """Evaluations without a better held-out loss after which to stop; 0: never."""
+    if config.patience > 0 and not has_val:
+        raise UserError(
+            f"--patience {config.patience} compares held-out losses, and no text is held out: "
+            "leave it out, or hold out text with --val_fraction"
+        )
+    if config.patience >= 0:
+        return config.patience
+    epochs = config.max_steps * config.tokens_per_step / train_tokens
+    if not has_val or epochs <= MAX_REPEATS or config.preset.startswith("gpt2"):
+        return 0
+    return max(AUTO_PATIENCE, math.ceil(AUTO_FRACTION * config.max_steps / config.eval_every))
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -184,19 +188,9 @@ def restore(
     dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step.load_scaler_state_dict(state["scaler"])
+        train_state = TrainState.from_json(state)
     # Last: anything that draws random numbers would advance the restored generators.
     load_rng_state_dict(read(checkpoints.RNG_STATE), step.device, comm, source=source)
-    train_state = read_train_state(path, state)
     if step.ema is not None:
         step.ema.num_updates = train_state.step
     return train_state
-
-
-def read_train_state(path: Path, state: Mapping[str, Any]) -> TrainState:
-    """Read the counters from a checkpoint's state.
-
-    Raises:
-        UserError: if `to_json` did not write them.
-    """
-    with parsing(path / checkpoints.STATE, "a state that a run saved"):
-        return TrainState.from_json(state)

@@ -2,10 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gptforge.checkpoint.async_saver import AsyncSaver
@@ -13,17 +11,18 @@ from gptforge.config import SEED_LIMIT, Config
 from gptforge.data.dataloader import DataLoader, replace_tokens
 from gptforge.distributed import AsyncMax, Comm
 from gptforge.errors import RunError
-from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
+from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.inference.language_model import LanguageModel
 from gptforge.lock import FolderLock
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import learning_rate, ramped_dropout
+from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
-from gptforge.train.loss_monitor import Anomaly, LossMonitor, RecentLosses
-from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
-from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
+from gptforge.train.loss_monitor import Anomaly, LossMonitor
+from gptforge.train.rollback import HINT, has_diverged, rollback
+from gptforge.train.signals import STOP_REASONS, STOPPED_BY, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
 from gptforge.train.timer import StepTimer
 from gptforge.train.train_step import TrainStep
@@ -44,24 +43,16 @@ class Trainer:
     report: RunReport
     stop_signal: StopSignal
     loss_monitor: LossMonitor
-    patience: int
-    """Evaluations without a better held-out loss after which to stop; 0: never."""
-    text_sha256: str
-    """Hash of the training text: a run resumes only with the same text."""
-    inputs: Sequence[str]
-    """Fingerprints of the files that the training text comes from."""
+    patience: int  # evaluations without a better held-out loss after which to stop; 0: never
+    text_sha256: str  # hash of the training text: a run resumes only with the same text
+    inputs: list[str]  # fingerprints of the files that the training text comes from
     state: TrainState
-    lock: FolderLock | None
-    """Lock of the run folder, released when training ends."""
-    comm: Comm
-    """The ranks; report and saver do nothing except on rank 0, which alone has the lock."""
-    stop_consensus: AsyncMax
-    """Makes all ranks stop at the same step."""
+    lock: FolderLock | None  # lock of the run folder, released when training ends
+    comm: Comm  # the ranks; report and saver do nothing except on rank 0, which alone has the lock
+    stop_consensus: AsyncMax  # makes all ranks stop at the same step
 
     timer: StepTimer = field(init=False)
     _start_time: float = field(init=False)
-    _loss: Tensor = field(init=False)
-    _recent_losses: RecentLosses = field(init=False)
     rolled_back_to: int = field(init=False, default=-1)
     """Step of the last checkpoint that was rolled back to."""
     full_score: ValLoss | None = field(init=False, default=None)
@@ -74,14 +65,22 @@ class Trainer:
 
     def fit(self) -> StopReason:
         """Train to the last step or until a reason to stop; the state is saved either way."""
+        # Until the last line is written, so that a second signal does not cut the report short.
+        with self.stop_signal:
+            reason = self._train()
+            self._finish(reason)
+        return reason
+
+    def _train(self) -> StopReason:
+        """Train, save, and evaluate the best checkpoint; returns why training ended."""
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
         # After a crash between the last save and `finish`, only the report is missing.
         reason = None if self.state.pending else self.end_reason()
-        with self.stop_signal, self.report.console, self.report.trackers:
+        with self.report.console, self.report.trackers:
             while reason is None:
                 # A run that was interrupted in an evaluation resumes with it, not with a step.
-                if not self.state.pending and self.has_diverged(self.train_step()):
+                if not self.state.pending and has_diverged(self, self.train_step()):
                     rollback(self)
                     continue
                 is_best = self.run_due_actions()
@@ -96,43 +95,42 @@ class Trainer:
                 self.report.log_saves(self.saver.poll())
             self.saver.wait()
             self.report.log_saves(self.saver.poll())
-            # After the save, so that a second signal, which ends the process, loses nothing.
+            # After the save, so that another signal loses nothing.
+            self.stop_signal.mark_saved(reason)
             if not self.report.is_teacher:
                 reason = evaluate_best(self, reason)
+        return reason
+
+    def _finish(self, reason: StopReason) -> None:
+        """Write the report, and unlock the run folder."""
         self.report.plot(force=True)
         state = self.state
         self.report.finish(
-            reason,
-            step=state.step,
-            epochs=self.dataloader.epoch,
-            seconds=state.seconds,
+            reason, step=state.step, epochs=self.dataloader.epoch, seconds=state.seconds,
             has_val=self.val_evaluator is not None,
-        )
-        has_ended = reason in ("finished", "early_stop")
-        if not has_ended:
-            saved = self.saver.store.path_of(state.step)
-            self.report.log(f"Saved: {saved.as_posix()}", RESULT)
+        )  # fmt: skip
         if self.lock is not None:
             self.lock.release()
-        if has_ended and not any(map(math.isfinite, (state.loss, state.best_loss))):
+        if reason not in ("finished", "early_stop"):
+            saved = self.saver.store.path_of(state.step)
+            self.report.log(f"Saved: {saved.as_posix()}", RESULT)
+        elif not any(map(math.isfinite, (state.loss, state.best_loss))):
             raise RunError(
                 f"training diverged before step {state.step}, with no finite loss: "
                 f"{HINT}; --restart starts from scratch"
             )
-        return reason
 
     def train_step(self) -> list[Anomaly]:
         """Make one optimizer step, and log it if that is due; returns the anomalies found."""
         c, step, position = self.config, self.state.step, self.dataloader.position
-        lr = Schedule.from_config(c).lr(step)
+        lr = learning_rate(c, step)
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)
+        if c.dropout_ramp:
+            self.step_fn.backend.set_dropout(ramped_dropout(c, step))
         loss, norm = self.step_fn(inputs, targets, lr=lr)
         # The device is still computing: everything below overlaps with it unless it reads `loss`.
-        self._loss = loss
-        if self.val_evaluator is None:
-            self._recent_losses.append(loss)
         self.state.step += 1
         self.state.pending = self.state.due_actions(c, save_deferred=self.is_save_deferred)
         if self.steps_left:
@@ -147,27 +145,13 @@ class Trainer:
             anomalies += self.loss_monitor.flush()
         return anomalies
 
-    def has_diverged(self, anomalies: list[Anomaly]) -> bool:
-        """Log anomalies; returns whether there were too many bad steps in a row."""
-        for anomaly in anomalies:
-            self.report.log_anomaly(
-                anomaly.kind,
-                anomaly.step,
-                loss=anomaly.loss,
-                norm=anomaly.norm,
-                score=anomaly.z_score,
-                epoch=anomaly.position / self.dataloader.num_sequences,
-                sequences=self.dataloader.sequence_ids_at(anomaly.position),
-            )
-        return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
-
     def stop_reason(self) -> StopReason | None:
-        """Return why to stop now, the same on all ranks, or None."""
+        """Why to stop now, the same on all ranks, or None."""
         priority = STOP_REASONS.index(self.stop_signal.stop_reason())
         return STOP_REASONS[self.stop_consensus.update(priority)]
 
     def end_reason(self) -> StopReason | None:
-        """Return why no further step is to be made, the same on all ranks, or None."""
+        """Why no further step is to be made, the same on all ranks, or None."""
         if not self.steps_left:
             return "finished"
         return "early_stop" if 0 < self.patience <= self.state.evals_since_best else None
@@ -201,36 +185,27 @@ class Trainer:
 
         Without validation data, the mean of the recent training losses takes its place.
         """
-        state, step_fn = self.state, self.step_fn
+        state, step_fn, evaluator = self.state, self.step_fn, self.val_evaluator
         with self.timer.exclude(), step_fn.ema_weights():
-            score: ValLoss | None = None
-            if self.val_evaluator is None:
+            if evaluator is None:
                 # During a streak of bad steps, earlier losses are no estimate for these weights.
                 is_good = self.loss_monitor.bad_steps == 0
-                loss = self._recent_losses.mean() if is_good else math.nan
+                loss = self.loss_monitor.mean_loss() if is_good else math.nan
             else:
-                result = self.val_evaluator.evaluate_until(
-                    self.stop_signal.should_stop, step_fn.root_module, step_fn.precision,
-                    self.comm, state.partial,
+                state.partial = score = evaluator.evaluate(
+                    step_fn.root_module, step_fn.precision, self.comm,
+                    should_stop=self.stop_signal.should_stop, partial=state.partial,
                 )  # fmt: skip
-                if isinstance(result, PartialValLoss):
-                    state.partial = result
+                if not score.is_complete:
                     return None
-                state.partial = None
-                score, loss = result, result.loss
+                state.partial, loss = None, score.loss
             is_best = loss < state.best_loss
-            if is_best and self.val_evaluator is not None:
-                self.full_score = score if self.val_evaluator.fraction == 1 else None
             state.count_eval(self.config, loss)
-            if score is not None:
+            if evaluator is not None:
+                if is_best:
+                    self.full_score = score if evaluator.fraction == 1 else None
                 self.report.log_eval(
-                    state.step,
-                    loss=loss,
-                    bits_per_byte=score.bits_per_byte,
-                    nats_per_char=score.nats_per_char,
-                    num_tokens=score.num_tokens,
-                    epoch=self.dataloader.epoch,
-                    is_best=is_best,
+                    state.step, score, epoch=self.dataloader.epoch, is_best=is_best
                 )
             if self.steps_left:  # else `fit` plots right after
                 self.report.plot()
@@ -266,43 +241,42 @@ class Trainer:
             # With an evaluation pending, this save is an extra one; the due save comes after it.
             if state.pending == ["save"]:
                 state.pending.clear()
-            self.has_diverged(self.loss_monitor.flush())
+            has_diverged(self, self.loss_monitor.flush())
             # A new best loss shows that the weights are good, even right after bad steps.
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:
                 state.rollbacks = 0
-            state.loss = float(self._loss)
-            state.recent_losses = self._recent_losses.tolist()
+            state.loss = self.loss_monitor.last_loss
+            state.recent_losses = list(self.loss_monitor.losses)
             state.seconds = time.perf_counter() - self._start_time
             saved = snapshot(
-                state,
-                self.step_fn,
-                self.dataloader,
-                self.comm,
-                text_sha256=self.text_sha256,
-                inputs=list(self.inputs),
-                file_sizes=self.report.file_sizes(),
-            )
+                state, self.step_fn, self.dataloader, self.comm, text_sha256=self.text_sha256,
+                inputs=self.inputs, file_sizes=self.report.file_sizes(),
+            )  # fmt: skip
             self.saver.save_async(state.step, saved, is_best=is_best)
 
     def reset_history(self) -> None:
-        """Reset the loss history, the last loss and the timer to `state`."""
-        state, device = self.state, self.step_fn.device
-        maxlen = max(1, min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES))
-        self._recent_losses = RecentLosses(state.recent_losses, maxlen=maxlen, device=device)
-        self.loss_monitor.reset(state.bad_steps)
-        self._loss = torch.tensor(state.loss, device=device)
+        """Reset the loss history and the timer to `state`."""
+        state, keep = self.state, 0
+        if self.val_evaluator is None:
+            keep = min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES)
+        self.loss_monitor.reset(
+            state.bad_steps, last_loss=state.loss, losses=state.recent_losses, keep_losses=keep
+        )
         self.timer.restart(state.step)
 
     def _log_stop(self, reason: StopReason) -> None:
-        seconds = time.perf_counter() - self._start_time
-        self.report.log_stop(
-            reason,
-            self.state.step,
-            max_steps=self.config.max_steps,
-            best_step=self.state.best_step,
-            seconds_saved=seconds / self.state.step * self.steps_left,
-        )
+        """Log why; before the save, or a resumed run, which truncates the log, loses the line."""
+        state, max_steps = self.state, self.config.max_steps
+        line = f"Stopped by {STOPPED_BY.get(reason)} at step {state.step} of {max_steps}"
+        if reason == "early_stop":
+            seconds = (time.perf_counter() - self._start_time) / state.step * self.steps_left
+            line = (
+                f"Stopped early at step {state.step} of {max_steps}: no better held-out loss since "
+                f"step {state.best_step} (saved about {format_duration(seconds)}); --patience 0 "
+                "trains on"
+            )
+        self.report.log_line(line, RESULT)
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         self.state.loss = float(loss)

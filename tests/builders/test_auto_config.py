@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.builders import auto_config, fit_time_limit, recipe
+from gptforge import recipe
+from gptforge.builders import step_timing, text_presets
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.step_timing import StepTiming
 from gptforge.builders.train_teachers import TeacherStopped
 from gptforge.checkpoint.format import read_config
 from gptforge.cli.parsing import parse_train_args, resolve_preset
@@ -93,6 +93,30 @@ def test_a_run_stopped_in_a_teacher_does_not_depend_on_the_rule(config, monkeypa
     assert student.fit() == "finished"
 
 
+def test_steps_that_fit_a_time_limit_hold_when_a_stopped_teacher_resumes(
+    config, monkeypatch
+) -> None:
+    config = dataclasses.replace(config, time_limit=1.0, teachers=2)
+    explicit = ["n_layer", "n_embd", "teachers"]
+    fit, trained = Trainer.fit, []
+
+    def stop(trainer: Trainer) -> object:
+        trained.append(trainer.config.max_steps)
+        trainer.stop_signal = StopAfter(3)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    for seconds in (0.01, 0.2):  # slower when it resumes
+        timing = seconds, "faked"
+        monkeypatch.setattr(step_timing, "time_step", lambda *_, t=timing, **__: t)
+        with pytest.raises(TeacherStopped):
+            build_trainer(config, explicit=explicit)
+    first, second = trained
+    student = read_config(Path("runs/play-auto"), with_model=False)
+    assert first == second == student.teacher_steps
+    assert 10 < student.max_steps < 1000
+
+
 def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeypatch) -> None:
     flags = ("--n_layer", 1, "--n_embd", 16, "--max_steps", 2, "--input", play)
     assert program(*AUTO, *flags, "--out_dir", "a").code == 0
@@ -130,11 +154,11 @@ def test_config_file_of_the_user_comes_before_a_preset(program, play) -> None:
 def test_time_limit_cuts_the_steps_of_a_new_run_only(config, monkeypatch) -> None:
     config = dataclasses.replace(config, time_limit=100, max_steps=get_preset("auto").max_steps)
     flags = ["n_layer", "n_embd", "time_limit"]
-    monkeypatch.setattr(auto_config, "_flops_per_second", lambda *_: 1e15)
+    monkeypatch.setattr(text_presets, "_flops_per_second", lambda *_: 1e15)
     for seconds, is_new in ((500.0, True), (1.0, False)):
         sequences = recipe.make_recipe(6228, "cpu").values["batch_size"]
-        timing = StepTiming(seconds / int(sequences), "faked")
-        monkeypatch.setattr(fit_time_limit, "time_step", lambda *_, t=timing, **__: t)
+        timing = seconds / int(sequences), "faked"
+        monkeypatch.setattr(step_timing, "time_step", lambda *_, t=timing, **__: t)
         trainer = build_trainer(config, explicit=flags)
         assert trainer is not None
         # 5,100 of 6,000 seconds, less the start: 8 steps, and at the end an evaluation.

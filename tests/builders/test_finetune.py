@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.finetune import EPOCHS, MAX_TOKENS, choose_batch_size, choose_lr
 from gptforge.builders.resolve import resolve_out_dir
+from gptforge.builders.text_presets import EPOCHS, MAX_TOKENS, choose_batch_size, choose_lr
 from gptforge.config_file import read_toml
 from gptforge.presets import get_preset
 from tests.conftest import play_text

@@ -13,13 +13,11 @@ import torch
 
 from gptforge.builders import make_plan as plan_builder
 from gptforge.builders import memory_fit, step_timing
-from gptforge.builders.step_timing import StepTiming
 from gptforge.cli.plan import _run_rows
 from gptforge.config import Config
-from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.device import Precision
 from gptforge.estimate.formulas import training_memory
-from gptforge.estimate.plan import RunPlan
 from gptforge.kernel_select import DEFAULT_KERNELS
 from gptforge.presets import get_preset
 from tests.train.runs import build
@@ -46,7 +44,7 @@ def plan(program, play):
 @pytest.fixture
 def untimed(monkeypatch) -> None:
     """Replace the measurement by a constant, which saves seconds."""
-    monkeypatch.setattr(plan_builder, "time_step", lambda *_, **__: StepTiming(1.0, "faked"))
+    monkeypatch.setattr(plan_builder, "time_step", lambda *_, **__: (1.0, "faked"))
 
 
 def all_files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -140,7 +138,8 @@ def test_table_has_a_row_for_each_section(program, play) -> None:
 
 
 def test_a_fraction_of_an_epoch_is_not_shown_as_zero() -> None:
-    rows = [dict(_run_rows(RunPlan(20, 5120, epochs, 0.17)))["run"] for epochs in (0.00119, 51.12)]
+    run = {"steps": 20, "tokens": 5120, "tokens_per_parameter": 0.17}
+    rows = [dict(_run_rows(run | {"epochs": epochs}))["run"] for epochs in (0.00119, 51.12)]
     assert "0.0012 epochs" in rows[0]
     assert "51.1 epochs" in rows[1]
 
@@ -301,7 +300,7 @@ def test_shards_of_this_and_other_programs(program, plan, play) -> None:
 
 def warning(config: Config, *, epochs: float, tokens: int, vocab_size: int = 50304) -> str:
     config = dataclasses.replace(config, vocab_size=vocab_size)
-    return plan_builder.memorization_warning(config, RunPlan(1, 1, epochs, 1.0), tokens=tokens)
+    return plan_builder.memorization_warning(config, epochs, tokens=tokens)
 
 
 def test_memorization_is_predicted_where_it_was_observed() -> None:
@@ -336,14 +335,14 @@ def test_a_large_model_is_timed_by_extrapolating_from_two_small_ones(monkeypatch
 
     monkeypatch.setattr(step_timing, "build_bench_step", build_fake)
     config = dataclasses.replace(get_preset("gpt2-xl"), vocab_size=50304, init_from="somewhere")
-    found = step_timing.time_step(config, (), device=CPU, micro_batch=8)
-    assert found.seconds_per_sequence == pytest.approx(3.0 + 2.0 * 48)
+    seconds, how = step_timing.time_step(config, (), device=CPU, micro_batch=8)
+    assert seconds == pytest.approx(3.0 + 2.0 * 48)
     assert depths == [1, 4]
-    assert "through 1 and 4 of 48 layers" in found.how
+    assert "through 1 and 4 of 48 layers" in how
     small = dataclasses.replace(config, n_layer=12, n_embd=768)
     depths.clear()
-    found = step_timing.time_step(small, (), device=CPU, micro_batch=8)
-    assert (depths, found.seconds_per_sequence) == ([12], pytest.approx(3.0 + 2.0 * 12))
+    seconds, how = step_timing.time_step(small, (), device=CPU, micro_batch=8)
+    assert (depths, seconds) == ([12], pytest.approx(3.0 + 2.0 * 12))
 
 
 @pytest.mark.parametrize(("cpu_share", "is_reported"), [(0.5, True), (1.0, False)])
@@ -359,8 +358,8 @@ def test_other_programs_on_the_cores_are_reported(monkeypatch, cpu_share, is_rep
     monkeypatch.setattr(step_timing, "build_bench_step", lambda *_: FakeStep())
     monkeypatch.setattr(step_timing.time, "process_time", lambda: clock[0])
     config = dataclasses.replace(get_preset("debug"), vocab_size=64)
-    found = step_timing.time_step(config, (), device=CPU, micro_batch=4)
-    assert ("other programs took 50% of the cores" in found.how) == is_reported
+    _, how = step_timing.time_step(config, (), device=CPU, micro_batch=4)
+    assert ("other programs took 50% of the cores" in how) == is_reported
 
 
 def test_help_works_without_torch() -> None:

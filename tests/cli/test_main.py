@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gptforge import __version__, cli
-from gptforge.cli import resume
+from gptforge.cli import train
 from gptforge.cli.parsing import FOREIGN_FLAGS, RENAMED_FLAGS
 from gptforge.config import FIELDS
 from gptforge.errors import UserError
@@ -135,12 +135,7 @@ def test_every_command_has_help(command, capsys) -> None:
 )
 def test_launch_command(monkeypatch, env, command) -> None:
     monkeypatch.setattr(sys, "argv", ["gpt.py"])
-    assert resume.resume_command(env, "--resume run") == f"{command} --resume run"
-
-
-def test_resume_args_are_without_restart() -> None:
-    args = ["--preset", "debug", "--restart", "--overwrite=true", "--out_dir", "a b"]
-    assert resume.args_without_restart(args) == "--preset debug --out_dir 'a b'"
+    assert train.resume_command(env, "--resume run") == f"{command} --resume run"
 
 
 def test_under_torchrun_only_rank_0_runs_other_commands(program, monkeypatch) -> None:

@@ -1,8 +1,7 @@
 import pytest
 
 from gptforge.cli.parsing import flag_values, parse_args, parse_train_args
-from gptforge.cli.prepare import PrepareArgs
-from gptforge.cli.tokenizer import TrainArgs
+from gptforge.cli.prepare import PrepareArgs, TokenizerArgs
 from gptforge.errors import UserError
 
 
@@ -49,7 +48,7 @@ def test_old_spellings_are_hidden_aliases(capsys) -> None:
     args = parse_args(PrepareArgs, ["text", "--out", "o", "--headerless", "--overwrite"], "p")
     assert (args.raw_bin, args.restart) == (True, True)
     # A command that has the old name itself keeps it.
-    assert parse_args(TrainArgs, ["text", "--out", "o", "--overwrite"], "t").overwrite
+    assert parse_args(TokenizerArgs, ["text", "--out", "o", "--overwrite"], "t").overwrite
     with pytest.raises(SystemExit):
         parse_train_args(["--help"])
     shown = capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptforge.report.progress import ProgressMeter
+from gptforge.report.console import ProgressMeter
 
 COMMANDS = {
     "eval run": "evaluating",

@@ -1,12 +1,15 @@
 """Names of run folders, `--resume RUN`, and what training prints."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from gptforge.builders.resolve import resolve_out_dir
+from gptforge.checkpoint.format import read_config
 from gptforge.config import Config
+from gptforge.train.trainer import Trainer
 from tests.conftest import play_text
 from tests.programs import DEBUG, events
 
@@ -48,6 +51,30 @@ def test_run_of_an_earlier_version_is_found_by_the_same_command(program, play) -
     play.with_name("other.txt").write_text(play_text())
     assert program(*SHORT, "--input", "other.txt").code == 0
     assert Path("runs/other-debug/config.toml").is_file()
+
+
+def test_a_run_that_is_stopped_in_a_teacher_is_listed_and_resumes(
+    program, play, monkeypatch
+) -> None:
+    train_step = Trainer.train_step
+
+    def interrupt(trainer: Trainer) -> object:
+        assert trainer.report.is_teacher
+        signal.raise_signal(signal.SIGINT)
+        return train_step(trainer)
+
+    flags = ("--teachers", 1, "--teacher_steps", 3, "--dropout", 0.2, "--out_dir", "runs/a b")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupt)
+        stopped = program(*SHORT, *flags, "--input", play)
+    assert (stopped.code, "--resume 'runs/a b'" in stopped.out) == (130, True), stopped.err
+    [row] = json.loads(program("runs", "--json").out)
+    assert (row["run"], row["state"], row["step"]) == ("runs/a b", "unfinished", 0)
+    done = program("--resume", "runs/a b")
+    assert (done.code, "teacher 1 of 1" in done.out) == (0, True), done.err
+    assert events(Path("runs/a b"))[-1]["step"] == 4
+    config = read_config(Path("runs/a b"), with_model=False)
+    assert (config.teachers, config.dropout) == (1, 0.2)
 
 
 @pytest.mark.parametrize("name", ["run", "run/checkpoints/last", "run/checkpoints/step-000004"])

@@ -1,11 +1,15 @@
 """`gptforge train`: what it prints and writes."""
 
+import errno
+import gc
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
-from gptforge.builders import memory_fit
+from gptforge.builders import build_trainer, memory_fit
+from gptforge.train.train_step import TrainStep
 from tests.programs import DEBUG, events, start
 
 
@@ -19,6 +23,28 @@ def test_the_default_preset_is_explained(program, play) -> None:
     assert any("warmup" in line and "cut to 1" in line for line in rest)
     assert any("this will take about" in line for line in rest)
     assert Path("runs/play-shakespeare-cpu/checkpoints/step-000002").is_dir()
+
+
+@pytest.mark.parametrize("where", ["", "start_report", "step"])
+def test_training_ends_its_threads_without_the_garbage_collector(
+    program, play, monkeypatch, where
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    if where == "step":
+        monkeypatch.setattr(TrainStep, "__call__", fail)
+    elif where:
+        monkeypatch.setattr(build_trainer, where, fail)
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        assert program(*DEBUG, "--input", play, "--out_dir", "run").code == (1 if where else 0)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(timeout=10)
+            assert not thread.is_alive(), thread
+    finally:
+        gc.enable()
 
 
 def test_a_run_writes_all_its_files(program, play) -> None:
@@ -47,6 +73,22 @@ def test_a_run_writes_all_its_files(program, play) -> None:
     again = program("--config", "run/config.toml")
     assert again.code == 0
     assert "is finished" in again.out
+
+
+def test_flags_without_effect_are_named(program, play) -> None:
+    flags = (*DEBUG, "--input", play, "--max_steps", 2, "--sample_every", 0)
+    unused = ("--muon_lr", 0.1, "--teacher_steps", 2, "--decay_fraction", 0.5)
+    done = program(*flags, *unused, "--out_dir", "a")
+    notes = [line for line in done.out.splitlines() if "has no effect" in line]
+    assert notes == [
+        "note: --muon_lr has no effect without --optimizer muon",
+        "note: --teacher_steps has no effect without --teachers",
+        "note: --decay_fraction has no effect without --schedule wsd",
+    ]
+    used = ("--optimizer", "muon", "--teachers", 1, "--schedule", "wsd")
+    assert "has no effect" not in program(*flags, *unused, *used, "--out_dir", "b").out
+    done = program(*flags, "--schedule", "constant", "--min_lr", 1e-5, "--out_dir", "c")
+    assert "--min_lr has no effect with --schedule constant" in done.out
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path, play, program) -> None:

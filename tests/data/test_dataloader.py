@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -143,8 +145,8 @@ def test_jump_reads_nothing_in_between() -> None:
     loader = make_loader(tokens)
     loader.load_state_dict({"position": 10**12})
     loader.next_batch()
-    while loader._prefetcher._pending:
-        loader._prefetcher._pending.popleft()[1].result()
+    for batch in loader._prefetched.values():
+        batch.result()
     # The batch and the prefetched ones.
     assert len(tokens.starts) <= 4 * 6
     assert loader.sequence_ids_at(10**12) == [start // 10 for start in tokens.starts[:4]]
@@ -186,3 +188,13 @@ def test_replaced_tokens_come_from_the_batch() -> None:
     rate = (replaced != tokens).double().mean().item()
     assert rate == pytest.approx(0.2 * 0.625, abs=0.015)
     assert torch.equal(replace_tokens(tokens, 0), tokens)
+
+
+def test_closing_ends_the_thread() -> None:
+    before = set(threading.enumerate())
+    loader = make_loader(range(100))
+    loader.next_batch()
+    [thread] = set(threading.enumerate()) - before
+    loader.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()

@@ -16,8 +16,8 @@ from gptforge.data.dataset import (
 )
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers import decode, from_name
 from tests.programs import DEBUG

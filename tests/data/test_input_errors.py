@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 
 from gptforge.data.input_errors import BadInputError, BadInputHandler
-from gptforge.data.prepare import job, table_reader, text_io
+from gptforge.data.prepare import readers, table_reader, text_io
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.split_writer import ShardWriter
 from gptforge.data.prepare.table_reader import MAX_BATCH_BYTES, rows_per_batch
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError
 from gptforge.tokenizers.char import CharTokenizer
 
@@ -168,8 +168,8 @@ def test_long_line_of_words_is_text(tmp_path) -> None:
 
 
 def test_text_without_spaces(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "MAX_UNBROKEN_CHARS", 2_000_000)
-    monkeypatch.setattr(job, "SMALL_FILE_BYTES", 1)
+    monkeypatch.setattr(readers, "MAX_UNBROKEN_CHARS", 2_000_000)
+    monkeypatch.setattr(readers, "SMALL_FILE_BYTES", 1)
     (tmp_path / "t.txt").write_text("x" * 5_000_000)
     expect_error(tmp_path, "t.txt: 2,000,000 characters without a", "t.txt")
 
@@ -294,7 +294,7 @@ def test_error_if_all_input_was_skipped(tmp_path, program) -> None:
 def test_character_that_the_tokenizer_lacks(
     tmp_path, monkeypatch, with_eot, small_file_bytes
 ) -> None:
-    monkeypatch.setattr(job, "SMALL_FILE_BYTES", small_file_bytes)
+    monkeypatch.setattr(readers, "SMALL_FILE_BYTES", small_file_bytes)
     (tmp_path / "a.txt").write_text("abc abc abc")
     (tmp_path / "b.txt").write_text("abd")
     tokenizer = CharTokenizer(" abc", with_eot=with_eot)
@@ -414,7 +414,7 @@ def test_undecodable_bytes_are_replaced_on_request(tmp_path) -> None:
 
 
 def test_replacement_in_a_file_read_in_chunks(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr(readers, "SMALL_FILE_BYTES", 0)
     (tmp_path / "t.txt").write_bytes(UTF8 + b"\xff" + UTF8)
     options = {"text_format": REPLACE, "tokenizer": "byte", "shard_bytes": 100}
     index = run_prepare(tmp_path, "t.txt", **options)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.rank_agreement import check_global_batch
+from gptforge.builders.resolve_run import check_global_batch
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.device import Precision
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
-from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator
+from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
@@ -234,8 +234,8 @@ def stop_evaluation(comm: Comm) -> list:
         batches.append(1)
         return comm.rank == 1 and len(batches) >= 3
 
-    score = evaluator.evaluate_until(should_stop, model, FLOAT32, comm)
-    return [isinstance(score, PartialValLoss), len(batches)]
+    score = evaluator.evaluate(model, FLOAT32, comm, should_stop=should_stop)
+    return [not score.is_complete, len(batches)]
 
 
 def test_stop_on_one_rank_ends_an_evaluation_on_all_after_the_same_batch() -> None:
@@ -254,7 +254,7 @@ def test_rank_with_another_text_is_named() -> None:
     messages = on_ranks(3, compare_texts)
     assert "rank 2 on " in messages[0]
     assert "has another text than rank 0: that, not this" in messages[0]
-    assert messages[1:] == ["", ""]
+    assert len(set(messages)) == 1
 
 
 def test_ranks_compare_their_flags_and_not_what_rank0_resolved(config) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gptforge import load
-from gptforge.builders import rank_agreement
+from gptforge.builders import memory_fit
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.rank_agreement import use_fsdp
+from gptforge.builders.memory_fit import use_fsdp
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.device import Precision
@@ -58,7 +58,7 @@ def test_checkpoint_resumes_with_and_without_fsdp(config, tmp_path) -> None:
 
 
 def test_resume_and_activation_checkpointing_are_bitwise_equal(config, tmp_path) -> None:
-    config = fsdp(config, dtype="bfloat16", dropout=0.1)
+    config = fsdp(config, dtype="bfloat16", dropout=0.1, dropout_ramp=0.8)
     train(2, config)
     other = dataclasses.replace(config, out_dir=str(tmp_path / "resumed"))
     train(2, other, 5)
@@ -116,7 +116,7 @@ def test_auto_takes_fsdp_for_a_model_that_does_not_fit(monkeypatch, messages) ->
     config = dataclasses.replace(Config(), vocab_size=50304, n_layer=48, n_embd=1600, n_head=25)
     gpu = torch.device("cuda", 0)
     for free, expected in ((80e9, False), (24e9, True)):
-        monkeypatch.setattr(rank_agreement, "usable_memory", lambda device, free=free: int(free))
+        monkeypatch.setattr(memory_fit, "usable_memory", lambda device, free=free: int(free))
         assert use_fsdp(config, gpu, BF16, TwoRanks()) is expected
     assert "ddp" in messages[0] and "fsdp" in messages[1]
     ddp = dataclasses.replace(config, parallel="ddp")

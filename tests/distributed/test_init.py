@@ -211,12 +211,12 @@ def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
     def check(seconds: float, *, waits: int, waiting: int = 1, progress: int = 0) -> str | None:
         now[0] += seconds
         beat = {"waiting": waiting, "wait_count": waits, "progress": progress, "host": "here"}
-        return monitor.find_deadlock({0: beat, 1: beat}, since=100.0)
+        return monitor.find_stall(dict.fromkeys((0, 1), beat | {"busy": progress}))
 
     for waits in range(100):
         assert check(29 * DEADLOCK_FACTOR, waits=waits) is None
-    assert check(9999, waits=99, waiting=0) is None
     assert check(9999, waits=99, progress=1) is None
+    assert check(9999, waits=99, waiting=0) is None
     assert check(29 * DEADLOCK_FACTOR, waits=99) is None
     problem = check(DEADLOCK_FACTOR, waits=99)
     assert problem is not None

@@ -25,6 +25,7 @@ from tests.distributed.test_ddp import batch
 from tests.train.runs import StopAfter, last
 
 DTYPES = {name: Precision(getattr(torch, name), "") for name in ("float32", "bfloat16")}
+DTYPES["fp8"] = Precision(torch.bfloat16, "", float8=True)
 BACKEND = "manual backward, sharded"
 ROWS = 12
 """Of a batch that 1, 2, 3 and 4 ranks can share."""
@@ -40,7 +41,8 @@ def make_step(
     optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     return TrainStep(
         model, optimizer, precision=precision, micro_batch_size=1, grad_clip=1.0,
-        kernels=KernelConfig(manual_backward=True), activation_checkpointing=recompute,
+        kernels=KernelConfig(manual_backward=True, float8=precision.float8),
+        activation_checkpointing=recompute,
         comm=comm, root=root,
     )  # fmt: skip
 
@@ -87,6 +89,16 @@ def test_zero1_trains_as_one_process(world_size, width, recompute, dtype) -> Non
             torch.testing.assert_close(
                 torch.tensor(weights), torch.tensor(expected_weights), rtol=1e-5, atol=1e-4
             )
+
+
+def test_fp8_casts_the_gathered_weights() -> None:
+    """They are rounded to bfloat16 on their way, and so are not exactly those of one process."""
+    _, expected, _ = five_steps(SINGLE_PROCESS, 16, False, "fp8")
+    for backend, results, _ in on_ranks(2, five_steps, 16, False, "fp8"):
+        assert backend == "manual backward, fp8, sharded"
+        torch.testing.assert_close(results[0][:2], expected[0][:2], rtol=2e-2, atol=0)
+        losses, expected_losses = ([row[0] for row in rows] for rows in (results, expected))
+        torch.testing.assert_close(losses, expected_losses, rtol=2e-2, atol=0)
 
 
 def run(comm: Comm, config: dict, stop_after: int = 0) -> str:

@@ -10,7 +10,7 @@ import pytest
 from gptforge.data.prepare import text_io
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.doctor import shards
 from gptforge.tokenizers import from_name, save
 from gptforge.tokenizers.base import END_OF_TEXT as EOT

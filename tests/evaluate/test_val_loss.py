@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptforge.device import Precision
-from gptforge.evaluate.val_loss import PartialValLoss, ValEvaluator, ValLoss
+from gptforge.evaluate.val_loss import ValEvaluator
 
 FLOAT32 = Precision(torch.float32, "")
 
@@ -36,7 +36,6 @@ def test_every_token_but_the_first_is_predicted_once(tiny_model, n) -> None:
     assert loss.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / loss.num_bytes, rel=1e-5)
     assert loss.num_chars == chars[ids[1:]].sum()
     assert loss.nats_per_char == pytest.approx(sum(losses) / max(1, loss.num_chars), rel=1e-5)
-    assert loss.perplexity == pytest.approx(math.exp(loss.loss))
     assert evaluator.fraction == 1.0
 
 
@@ -68,9 +67,9 @@ def test_stopped_evaluation_resumes_with_the_same_loss(tiny_model) -> None:
     full = evaluator.evaluate(tiny_model, FLOAT32)
     partial = None
     for sessions in range(1, 6):
-        partial = evaluator.evaluate_until(lambda: True, tiny_model, FLOAT32, partial=partial)
+        partial = evaluator.evaluate(tiny_model, FLOAT32, should_stop=lambda: True, partial=partial)
         assert tiny_model.training
-        if isinstance(partial, ValLoss):
+        if partial.is_complete:
             break
         assert partial.sequences_done == 2 * sessions
     # Stopped after each batch but the last.
@@ -81,10 +80,10 @@ def test_sums_of_another_evaluation_are_ignored(tiny_model) -> None:
     ids = np.random.default_rng(1).integers(0, 64, 16 * 10).astype(np.uint16)
     lengths = np.ones(64, np.int64)
     evaluator = ValEvaluator(ids, lengths, context_length=16, batch_size=2)
-    partial = evaluator.evaluate_until(lambda: True, tiny_model, FLOAT32)
-    assert isinstance(partial, PartialValLoss)
+    partial = evaluator.evaluate(tiny_model, FLOAT32, should_stop=lambda: True)
+    assert not partial.is_complete
     fewer = ValEvaluator(ids, lengths, context_length=16, batch_size=2, max_tokens=80)
-    loss = fewer.evaluate_until(lambda: False, tiny_model, FLOAT32, partial=partial)
+    loss = fewer.evaluate(tiny_model, FLOAT32, partial=partial)
     assert loss == fewer.evaluate(tiny_model, FLOAT32)
 
 

@@ -7,7 +7,6 @@ instead of wrapped functions, so that no change, now or later, can be missed.
 
 import builtins
 import errno
-import gc
 import io
 import os
 import signal
@@ -74,7 +73,6 @@ def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> No
         code = gptforge.cli.main(list(args))
     finally:
         faults.is_over = True
-    gc.collect()  # frees the data loader, which ends its thread
     # As in the program, threads complete their writes before the process exits.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

@@ -44,15 +44,14 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import VERIFIED_FILE, find_corruption, read_index
 from gptforge.demo.run_data import run_metrics
 from gptforge.doctor.shards import check_shards
-from gptforge.errors import UserError
+from gptforge.errors import UserError, parsing
 from gptforge.model import GPT
 from gptforge.report.metrics import read_history
 from gptforge.report.run_info import read_run
 from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-from gptforge.train.micro_batch_search import find_micro_batch
-from gptforge.train.state import TrainState, read_train_state
+from gptforge.train.state import TrainState
 from tests.fuzz import mutate
 
 SHAPE = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8)
@@ -235,7 +234,8 @@ def read_checkpoint(folder: Path) -> None:
 
 def read_state(folder: Path) -> None:
     path = folder / "run/checkpoints/step-000002"
-    read_train_state(path, checkpoints.read_state(path))
+    with parsing(path / checkpoints.STATE, "a state that a run saved"):
+        TrainState.from_json(checkpoints.read_state(path))
     CheckpointStore(path.parent).repair_links(path)
 
 
@@ -294,9 +294,7 @@ def read_metrics(folder: Path) -> None:
     with contextlib.suppress(UserError):
         read_run(folder / "run").to_json()
     origin = Origin(merge(Config(), {}, source="fuzz"), 4, history, None)
-    model_card(
-        ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m", usage="u", front_matter={}
-    )
+    model_card(ModelBundle(SHAPE, {}, ByteTokenizer()), origin, title="m")
 
 
 def read_texts(folder: Path, name: str, options: TextFormat | None) -> None:
@@ -308,12 +306,6 @@ def read_texts(folder: Path, name: str, options: TextFormat | None) -> None:
                 pass
         except BadInput as bad:
             bad_input.handle(bad)
-
-
-def read_micro_batch_cache(folder: Path) -> None:
-    path = folder / "micro.json"
-    fits = {"estimate": lambda count: count, "fits": lambda count: True, "free_memory": None}
-    assert 1 <= find_micro_batch(8, **fits, cache_path=path, key="k") <= 8
 
 
 def merges_file() -> bytes:
@@ -439,7 +431,4 @@ FORMATS: dict[str, Format] = {
     "parquet": text_format("t.parquet", parquet),
     "hellaswag": task_format("hellaswag", hellaswag()),
     "lambada": task_format("lambada", LINES),
-    "micro_batch": Format(
-        "micro.json", lambda: b'{"0123456789abcdef": 4}', mutate.json_file, read_micro_batch_cache
-    ),
 }

@@ -121,7 +121,7 @@ def test_shards_determine_the_empty_prompt(documents, play, program) -> None:
                 # As another program writes them.
                 Path("shards/index.json").unlink()
                 Path("shards/tokenizer.json").unlink()
-            options = DatasetOptions(tokenizer, require_tokenizer=True)
+            options = DatasetOptions(tokenizer=tokenizer, require_tokenizer=True)
             dataset = open_dataset(Path("shards"), options)
             assert dataset.tokenizer.prepends_eot == expected
             # A copy was changed.

@@ -17,7 +17,7 @@ from gptforge.kernels.attention import (
     matmul_attention,
     select_attention,
 )
-from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds, keep_mask
+from gptforge.kernels.dropout import DropoutRate, DropoutSeed, keep_mask
 from tests.kernels.helpers import INTERPRETED, bf16, rel_error
 
 
@@ -57,7 +57,7 @@ def test_long_sequences_use_sdpa(T) -> None:  # noqa: N803
 
 
 def implementations(device: torch.device, head_size: int) -> list[PackedAttention]:
-    selected = select_attention(device, torch.bfloat16, head_size=head_size, dropout=0.0)
+    selected = select_attention(device, torch.bfloat16, head_size=head_size)
     return [SdpaAttention(), *([selected] if isinstance(selected, TritonAttention) else [])]
 
 
@@ -80,7 +80,7 @@ def exact_attention(qkv: torch.Tensor, dropout: DropoutSeed | None) -> torch.Ten
 def test_packed_attention_matches_autograd(B, T, H, D, p, device) -> None:  # noqa: N803
     torch.manual_seed(T)
     qkv, dy = bf16(B, T, 3, H, D, device=device), bf16(B * T, H * D, device=device)
-    dropout = next(iter(draw_dropout_seeds(1, p, device)), None)
+    dropout = DropoutRate(p, device).draw_seeds(1)[0] if p else None
     exact = qkv.double().requires_grad_()
     expected = exact_attention(exact, dropout)
     expected.backward(dy.double())
@@ -110,7 +110,7 @@ def test_triton_backward_is_deterministic(device) -> None:
 def test_triton_backward_is_selected_where_it_was_measured(monkeypatch) -> None:
     hopper, bfloat16 = torch.device("cuda", 0), torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    args = {"head_size": 64, "dropout": 0.0}
+    args = {"head_size": 64}
     assert isinstance(select_attention(hopper, bfloat16, **args), TritonAttention)
     assert isinstance(select_attention(torch.device("cpu"), bfloat16, **args), SdpaAttention)
     assert isinstance(select_attention(hopper, torch.float16, **args), SdpaAttention)
@@ -128,7 +128,7 @@ def test_interpreted_kernels_on_cpu(T, p) -> None:  # noqa: N803
     B, H, D = 2, 2, 32  # noqa: N806
     qkv = torch.randn(B, T, 3, H, D)
     exact = qkv.double().requires_grad_()
-    dropout = next(iter(draw_dropout_seeds(1, p, torch.device("cpu"))), None)
+    dropout = DropoutRate(p, torch.device("cpu")).draw_seeds(1)[0] if p else None
     expected = exact_attention(exact, dropout)
     dy = torch.randn(B * T, H * D)
     expected.backward(dy.double())

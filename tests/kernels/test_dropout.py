@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from gptforge.kernels.dropout import (
-    THRESHOLD_RANGE,
+    DropoutRate,
     DropoutSeed,
     apply_dropout,
-    draw_dropout_seeds,
     keep_mask,
 )
 
@@ -16,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_masks_drop_the_right_share_and_are_independent() -> None:
     torch.manual_seed(1)
-    seeds = draw_dropout_seeds(6, 0.2, CPU)
+    seeds = DropoutRate(0.2, CPU).draw_seeds(6)
     masks = torch.stack([keep_mask(seed, 500, 400) for seed in seeds]).flatten(1).double()
     # Five standard deviations of independent draws.
     assert (masks.mean(1) - 0.8).abs().max() < 5 * (0.16 / 200_000) ** 0.5
@@ -26,7 +25,7 @@ def test_masks_drop_the_right_share_and_are_independent() -> None:
 
 def standardized_mask(rows: int, columns: int, p: float) -> torch.Tensor:
     """A mask with zero mean and unit variance."""
-    [dropout] = draw_dropout_seeds(1, p, CPU)
+    [dropout] = DropoutRate(p, CPU).draw_seeds(1)
     return (keep_mask(dropout, rows, columns).double() - (1 - p)) / (p * (1 - p)) ** 0.5
 
 
@@ -55,18 +54,17 @@ def test_masks_have_no_pattern(rows, columns, p) -> None:
 
 def test_seeds_come_from_torchs_generator() -> None:
     torch.manual_seed(3)
-    first = draw_dropout_seeds(2, 0.1, CPU)
-    second = draw_dropout_seeds(2, 0.1, CPU)
+    first = DropoutRate(0.1, CPU).draw_seeds(2)
+    second = DropoutRate(0.1, CPU).draw_seeds(2)
     torch.manual_seed(3)
-    repeated = draw_dropout_seeds(2, 0.1, CPU)
+    repeated = DropoutRate(0.1, CPU).draw_seeds(2)
     assert torch.equal(keep_mask(first[1], 9, 9), keep_mask(repeated[1], 9, 9))
     assert not torch.equal(keep_mask(first[1], 9, 9), keep_mask(second[1], 9, 9))
-    assert draw_dropout_seeds(2, 0.0, CPU) == [] == draw_dropout_seeds(2, 1e-12, CPU)
 
 
 def test_the_mean_is_preserved() -> None:
-    [dropout] = draw_dropout_seeds(1, 0.3, CPU)
+    [dropout] = DropoutRate(0.3, CPU).draw_seeds(1)
     x = torch.ones(300, 300)
     assert abs(apply_dropout(dropout, x).mean() - 1) < 0.01
     assert apply_dropout(None, x) is x
-    assert DropoutSeed(dropout.seeds, THRESHOLD_RANGE // 2).scale == 2
+    assert DropoutSeed(dropout.seeds, 0.5).scale == 2

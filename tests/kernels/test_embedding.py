@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptforge.kernels.dropout import draw_dropout_seeds, keep_mask
+from gptforge.kernels.dropout import DropoutRate, keep_mask
 from gptforge.kernels.embedding import embedding, embedding_backward
 from tests.kernels.helpers import bf16, rel_error
 
@@ -31,9 +31,12 @@ def test_gradients_are_added_to_the_rows_of_their_ids(device, rows, columns) -> 
     assert torch.equal(weight_grad[39], last)
 
 
-def test_dropout(device) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout(device, p) -> None:
     wte, wpe = torch.rand(50, 48, device=device) + 1, torch.zeros(16, 48, device=device)
     idx = torch.randint(0, 50, (3, 16), device=device)
-    [dropout] = draw_dropout_seeds(1, 0.5, device)
-    exact = wte[idx].flatten(0, 1) * keep_mask(dropout, 48, 48) * 2
+    rate = DropoutRate(0.25, device)
+    rate.set(p)
+    [dropout] = rate.draw_seeds(1)
+    exact = wte[idx].flatten(0, 1) * keep_mask(dropout, 48, 48) / (1 - p)
     torch.testing.assert_close(embedding(idx, wte, wpe, torch.float32, dropout), exact)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.kernels.dropout import draw_dropout_seeds, keep_mask
+from gptforge.kernels.dropout import DropoutRate, keep_mask
 from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
 from tests.kernels.helpers import bf16, rel_error
 
@@ -61,7 +61,7 @@ def test_backward_drops_what_the_forward_dropped(device, rows, columns, has_x) -
     residual, dy, grad_residual = (bf16(rows, columns, device=device) for _ in range(3))
     x = bf16(rows, columns, device=device) if has_x else None
     weight, bias = (torch.randn(columns, device=device) for _ in range(2))
-    [dropout] = draw_dropout_seeds(1, 0.25, device)
+    [dropout] = DropoutRate(0.25, device).draw_seeds(1)
     mask = keep_mask(dropout, rows, columns)
     total = residual.double()
     if x is not None:

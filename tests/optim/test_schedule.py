@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -5,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptforge.optim.schedule import Schedule
+from gptforge.config import Config
+from gptforge.optim.schedule import decay_start, learning_rate, ramped_dropout, stable_end
 
-BASELINE = Schedule("cosine", max_lr=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=500)
+BASELINE = Config(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=500)
 
 
 def warmup_cosine(
@@ -21,11 +23,11 @@ def warmup_cosine(
 
 
 @st.composite
-def schedules(draw, names=("cosine", "linear", "wsd", "constant")):
+def configs(draw, names=("cosine", "linear", "wsd", "constant")):
     max_steps = draw(st.integers(1, 300))
     max_lr = draw(st.floats(1e-6, 1.0))
-    return Schedule(
-        draw(st.sampled_from(names)),
+    return Config(
+        schedule=draw(st.sampled_from(names)),
         max_lr=max_lr,
         min_lr=max_lr * draw(st.floats(0, 1)),
         warmup_steps=draw(st.integers(0, max_steps)),
@@ -41,22 +43,23 @@ def schedules(draw, names=("cosine", "linear", "wsd", "constant")):
      (120, "0.000994"), (150, "0.000966"), (200, "0.000868"), (240, "0.000754"), (250, "0.000722")],
 )  # fmt: skip
 def test_cosine_matches_the_original_project(step, printed) -> None:
-    assert f"{BASELINE.lr(step):.6f}" == printed
+    assert f"{learning_rate(BASELINE, step):.6f}" == printed
 
 
 @settings(deadline=None)
-@given(schedules(names=["cosine"]))
-def test_cosine_equals_that_of_version_0_1_bit_for_bit(schedule) -> None:
-    fields = {k: v for k, v in vars(schedule).items() if k not in ("name", "decay_fraction")}
-    for step in range(schedule.max_steps):
-        assert schedule.lr(step) == warmup_cosine(step, **fields)
+@given(configs(names=["cosine"]))
+def test_cosine_equals_that_of_version_0_1_bit_for_bit(config) -> None:
+    names = ("max_lr", "min_lr", "warmup_steps", "max_steps")
+    fields = {name: getattr(config, name) for name in names}
+    for step in range(config.max_steps):
+        assert learning_rate(config, step) == warmup_cosine(step, **fields)
 
 
 @settings(deadline=None)
-@given(schedules())
-def test_rate_rises_to_the_maximum_and_then_never_rises(schedule) -> None:
-    warmup, high, low = schedule.warmup_steps, schedule.max_lr, schedule.min_lr
-    rates = [schedule.lr(step) for step in range(schedule.max_steps + 1)]
+@given(configs())
+def test_rate_rises_to_the_maximum_and_then_never_rises(config) -> None:
+    warmup, high, low = config.warmup_steps, config.max_lr, config.min_lr
+    rates = [learning_rate(config, step) for step in range(config.max_steps + 1)]
     assert rates[:warmup] == sorted(rates[:warmup])
     # Rounding: max_lr * 3 / 3 need not be max_lr, nor min_lr + (max_lr - min_lr).
     assert all(0 < rate <= high * (1 + 1e-12) for rate in rates[:warmup])
@@ -64,46 +67,54 @@ def test_rate_rises_to_the_maximum_and_then_never_rises(schedule) -> None:
     assert all(low - 1e-12 * high <= rate <= high * (1 + 1e-12) for rate in after)
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(after))
     assert math.isclose(rates[max(0, warmup - 1)], high)
-    if warmup < schedule.max_steps:
+    if warmup < config.max_steps:
         assert math.isclose(rates[warmup], high)
-        end = high if schedule.name == "constant" else low
+        end = high if config.schedule == "constant" else low
         assert math.isclose(rates[-1], end, abs_tol=1e-12 * high)
 
 
 @settings(deadline=None)
-@given(schedules(names=["cosine", "linear", "wsd"]))
-def test_decay_is_continuous(schedule) -> None:
-    start, end = schedule.decay_start, schedule.max_steps
+@given(configs(names=["cosine", "linear", "wsd"]))
+def test_decay_is_continuous(config) -> None:
+    start, end = decay_start(config), config.max_steps
     # The steepest decay is the first step of 1 - sqrt(progress).
     steps = max(1, end - start)
-    most = (schedule.max_lr - schedule.min_lr) * max(2, math.sqrt(steps)) / steps
+    most = (config.max_lr - config.min_lr) * max(2, math.sqrt(steps)) / steps
     for step in range(start, end):
-        assert schedule.lr(step) - schedule.lr(step + 1) <= most * (1 + 1e-9) + 1e-15
+        assert (
+            learning_rate(config, step) - learning_rate(config, step + 1)
+            <= most * (1 + 1e-9) + 1e-15
+        )
 
 
 @settings(deadline=None)
-@given(schedules(names=["linear"]))
-def test_linear_falls_by_the_same_amount_each_step(schedule) -> None:
-    steps = range(schedule.warmup_steps, schedule.max_steps)
-    fall = (schedule.max_lr - schedule.min_lr) / max(1, len(steps))
+@given(configs(names=["linear"]))
+def test_linear_falls_by_the_same_amount_each_step(config) -> None:
+    steps = range(config.warmup_steps, config.max_steps)
+    fall = (config.max_lr - config.min_lr) / max(1, len(steps))
     for step in steps:
-        drop = schedule.lr(step) - schedule.lr(step + 1)
+        drop = learning_rate(config, step) - learning_rate(config, step + 1)
         assert math.isclose(drop, fall, rel_tol=1e-6, abs_tol=1e-12)
 
 
 @settings(deadline=None)
-@given(schedules(names=["wsd"]), st.integers(0, 300))
-def test_longer_wsd_has_the_same_rates_before_the_decay(schedule, more) -> None:
-    fields = vars(schedule) | {"max_steps": schedule.max_steps + more}
-    longer = Schedule(**fields)
-    assert longer.stable_end >= schedule.stable_end == schedule.decay_start
-    for step in range(schedule.stable_end + 1):
-        assert longer.lr(step) == schedule.lr(step)
+@given(configs(names=["wsd"]), st.integers(0, 300))
+def test_longer_wsd_has_the_same_rates_before_the_decay(config, more) -> None:
+    longer = dataclasses.replace(config, max_steps=config.max_steps + more)
+    assert stable_end(longer) >= stable_end(config) == decay_start(config)
+    for step in range(stable_end(config) + 1):
+        assert learning_rate(longer, step) == learning_rate(config, step)
 
 
 def test_wsd_decays_as_one_minus_sqrt_in_the_last_fifth() -> None:
-    schedule = Schedule("wsd", max_lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=100)
-    assert [schedule.lr(step) for step in (9, 10, 50, 79, 80)] == [1.0] * 5
-    assert [schedule.lr(80 + n) for n in (5, 20)] == [0.5, 0.0]
-    assert schedule.stable_end == 80
-    assert Schedule("cosine", 1.0, 0.0, 10, 100).stable_end is None
+    config = Config(schedule="wsd", max_lr=1.0, min_lr=0.0, warmup_steps=10, max_steps=100)
+    assert [learning_rate(config, step) for step in (9, 10, 50, 79, 80)] == [1.0] * 5
+    assert [learning_rate(config, 80 + n) for n in (5, 20)] == [0.5, 0.0]
+    assert stable_end(config) == 80
+    assert stable_end(BASELINE) is None
+
+
+def test_dropout_rises_from_zero_in_the_first_part_of_the_steps() -> None:
+    config = Config(dropout=0.2, dropout_ramp=0.5, max_steps=100)
+    dropouts = [ramped_dropout(config, step) for step in (0, 10, 25, 50, 99)]
+    assert dropouts == pytest.approx([0, 0.04, 0.1, 0.2, 0.2])

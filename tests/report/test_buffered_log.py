@@ -7,6 +7,7 @@ import pytest
 
 from gptforge.report import buffered_log
 from gptforge.report.buffered_log import BufferedLog
+from gptforge.report.format import ValLoss
 from gptforge.report.run_report import RunReport
 from tests.programs import events
 from tests.report.events import train_event
@@ -112,9 +113,7 @@ def test_a_full_disk_is_reported_once_and_lines_are_added_later(
 def test_the_verdict_includes_pending_events(report, disk, messages) -> None:
     disk.free = 0
     report.log_step(train_event(0))
-    report.log_eval(
-        1, loss=2.5, bits_per_byte=1.0, nats_per_char=2.0, num_tokens=9, epoch=1.0, is_best=True
-    )
+    report.log_eval(1, ValLoss(22.5, 9, 9, 9), epoch=1.0, is_best=True)
     report.finish("finished", step=1, epochs=1.0, seconds=1, has_val=True)
     out = "\n".join(messages)
     assert "Best held-out loss 2.5000" in out

@@ -1,6 +1,8 @@
 import json
 
+from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.report import run_report
+from gptforge.report.format import ValLoss
 from gptforge.report.run_report import RunReport
 from tests.report.events import train_event
 
@@ -39,8 +41,8 @@ def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
     before = {name: (tmp_path / name).read_bytes() for name in sizes}
     report.log_step(train_event(1))
     report.log_sample(2, "words", is_last=False)
-    facts = {"checkpoint": "step-000001", "is_best": True, "command": "c"}
-    report.resume(1, sizes, max_steps=9, **facts)
+    checkpoint = SavedCheckpoint(1, "step-000001", is_best=True)
+    report.resume(checkpoint, sizes, max_steps=9, command="c")
     resumed = b"Resuming from step-000001: step 1 of 9\n"
     assert (tmp_path / "log.md").read_bytes() == before["log.md"] + resumed
     assert (tmp_path / "samples.md").read_bytes() == before["samples.md"]
@@ -62,9 +64,7 @@ def test_a_disabled_report_writes_and_logs_nothing(tmp_path, messages) -> None:
     report = RunReport(tmp_path, title="t", enabled=False)
     report.start("SUMMARY", command="c", facts={})
     report.log_step(train_event(0))
-    report.log_eval(
-        1, loss=2.0, bits_per_byte=1.0, nats_per_char=2.0, num_tokens=9, epoch=0.1, is_best=True
-    )
+    report.log_eval(1, ValLoss(18.0, 9, 9, 9), epoch=0.1, is_best=True)
     report.log_sample(1, "words", is_last=True)
     report.plot(force=True)
     finish(report)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from gptforge.sweep.plot import plot_sweep, save_plot
-from gptforge.sweep.results import TrialResult
+from gptforge.sweep.results import TrialResult, plot_sweep
 from gptforge.sweep.space import Space, grid_search
 
 ONE: Space = {"max_lr": (1e-4, 1e-3, 1e-2)}
@@ -58,5 +57,5 @@ def test_a_diverged_trial_does_not_flatten_the_others() -> None:
 
 
 def test_one_trial_can_be_drawn(tmp_path) -> None:
-    save_plot(results({"n_layer": (1,)}), tmp_path / "sweep.png", title="one")
+    plot_sweep(results({"n_layer": (1,)}), title="one").savefig(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[1:4] == b"PNG"

@@ -1,6 +1,10 @@
 """Several runs at a time, with processes that only pretend to run."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import pytest
 from gptforge.errors import Terminated
 from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run, last_error, run_all
+from tests.programs import ROOT, events
 
 
 class FakeProcess:
@@ -136,3 +141,30 @@ def test_last_error(tmp_path, log, error) -> None:
     if log is not None:
         run.log.write_text(log)
     assert last_error(run, 9) == error
+
+
+KILLED_SWEEP = """
+import os, sys
+from pathlib import Path
+from gptforge.sweep.scheduler import Run, start_process
+
+run = Run("1", 0, Path("trial-1"), tuple(sys.argv[1:]))
+process = start_process(run, device="cpu", jobs=1)
+while not Path("trial-1/metrics.jsonl").exists():
+    assert process.poll() is None, run.log.read_text()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
+def test_a_trial_of_a_killed_sweep_saves_and_ends(tmp_path, play) -> None:
+    args = ("--preset=debug", f"--input={play}", "--max_steps=100000", "--out_dir=trial-1")
+    command = [sys.executable, "-c", KILLED_SWEEP, *args]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, cwd=tmp_path, env=env, check=False).returncode == -9
+    deadline = time.monotonic() + 60
+    metrics = tmp_path / "trial-1/metrics.jsonl"
+    while '"event": "end"' not in metrics.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert events(tmp_path / "trial-1")[-1]["reason"] == "terminated"
+    assert (tmp_path / "trial-1/checkpoints/last").exists()

@@ -16,7 +16,6 @@ from gptforge import cli
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
-from gptforge.estimate.plan import MemoryPlan
 from gptforge.report import run_report
 from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run
@@ -116,9 +115,11 @@ def test_documents_of_the_test_tail_are_left_out(tmp_path) -> None:
     # By hash, so they are spread over the file, and the rule holds none out a second time.
     lines = [json.dumps({"text": f"Document {i}, {i * 7 % 41}."}) for i in range(300)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-    dataset = open_dataset(tmp_path / "docs.jsonl", DatasetOptions("byte", val_fraction=0.2))
+    dataset = open_dataset(
+        tmp_path / "docs.jsonl", DatasetOptions(tokenizer="byte", val_fraction=0.2)
+    )
     _, flags = prepare_text(tmp_path, dataset)
-    options = DatasetOptions(flags["tokenizer"], val_fraction=0.2, require_tokenizer=True)
+    options = DatasetOptions(tokenizer=flags["tokenizer"], val_fraction=0.2, require_tokenizer=True)
     trial = open_dataset(Path(flags["input"]), options)
     expected = dataset.train[: len(dataset.train)].tolist()
     found = [*trial.train[: len(trial.train)], *trial.val[: len(trial.val)]]
@@ -244,12 +245,15 @@ def test_another_configuration_or_text_has_other_trials(program, play, started) 
 
 @pytest.mark.parametrize(("free", "jobs"), [(None, 1), (10**9, 1), (3 * 10**9, 2), (10**12, 4)])
 def test_jobs_on_a_gpu_are_as_many_as_fit(monkeypatch, free, jobs) -> None:
-    memory = MemoryPlan("cuda", 3 * 10**8, {}, free, True)
+    estimator = SimpleNamespace(
+        micro_batch=lambda explicit: 8,
+        memory=lambda sequences: {"weights": 3 * 10**8},
+        free_memory=free,
+    )
     monkeypatch.setattr(scheduler, "MemoryEstimator", lambda *args: estimator)
-    estimator = SimpleNamespace(micro_batch=lambda: 8, estimate=lambda *args: memory)
     monkeypatch.setattr(scheduler, "select_device", lambda name: (torch.device("cuda"), ""))
     monkeypatch.setattr(scheduler, "select_precision", lambda *args: None)
-    assert scheduler.jobs_per_device(Config(), is_explicit=False) == jobs
+    assert scheduler.jobs_per_device(Config(), ()) == jobs
 
 
 def test_runs_take_turns_on_several_gpus(monkeypatch) -> None:

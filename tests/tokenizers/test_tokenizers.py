@@ -14,7 +14,6 @@ from gptforge.tokenizers import (
     char_lengths,
     decode,
     from_name,
-    gpt2,
 )
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
@@ -50,21 +49,6 @@ def test_eot_in_a_text_is_ordinary_characters() -> None:
     ids = GPT2.encode("a<|endoftext|>b")
     assert GPT2.eot_token not in ids
     assert decode(GPT2, ids) == "a<|endoftext|>b"
-
-
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.sampled_from(
-            ["\n", " ", "\n\n", "word", "?", "  ", "1 2", "é", "\t", "\r\n", "'s", "\x1c", "\u3000"]
-        )
-    ).map("".join)
-)
-def test_encoding_in_chunks_changes_no_id(text: str) -> None:
-    expected = GPT2.encoding.encode_ordinary(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt2, "CHUNK_CHARS", 3)
-        assert list(GPT2.encode(text)) == expected
 
 
 @settings(deadline=None)

@@ -14,12 +14,7 @@ from gptforge.convert.hf_tokenizer import tokenizer_json
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths, decode
 from gptforge.tokenizers.fast_encode import FastEncoder
-from gptforge.tokenizers.hf_loader import (
-    are_unambiguous,
-    bpe,
-    parse_tokenizer_json,
-    unambiguous_merges,
-)
+from gptforge.tokenizers.hf_loader import parse_tokenizer_json, unambiguous_merges
 from gptforge.tokenizers.train_bpe import train_bpe
 
 pytest.importorskip("tokenizers")
@@ -154,49 +149,11 @@ def test_usage_errors_are_one_line(program, tmp_path, args, words) -> None:
     assert len(done.err.splitlines()) == 1
 
 
-def slow_bpe(text: str, ranks: dict[str, int]) -> list[str]:
-    """The definition of BPE, in quadratic time."""
-    parts = list(text)
-    while pairs := [
-        (ranks[pair], i)
-        for i in range(len(parts) - 1)
-        if (pair := f"{parts[i]} {parts[i + 1]}") in ranks
-    ]:
-        _, i = min(pairs)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    choices=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), max_size=12),
-    text=st.text("abc", max_size=40),
-)
-def test_bpe_matches_its_definition(choices, text) -> None:
-    tokens, ranks = list("abc"), {}
-    for left, right in choices:
-        pair = tokens[left % len(tokens)], tokens[right % len(tokens)]
-        ranks.setdefault(" ".join(pair), len(ranks))
-        tokens.append("".join(pair))
-    assert bpe(text, ranks) == slow_bpe(text, ranks)
-
-
-class CountingRanks(dict):
-    """Counts the lookups."""
-
-    lookups = 0
-
-    def get(self, pair, default=None):
-        self.lookups += 1
-        return super().get(pair, default)
-
-
-def test_bpe_of_a_long_token_needs_few_lookups() -> None:
-    merges = [f"{'a' * 2**k} {'a' * 2**k}" for k in range(13)]
-    assert are_unambiguous(merges)
-    ranks = CountingRanks({merge: rank for rank, merge in enumerate(merges)})
-    assert bpe("a" * 2**13, ranks) == ["a" * 2**13]
-    assert ranks.lookups < 4 * 2**13
+def test_a_long_token_takes_linear_time() -> None:
+    merges = [f"{'a' * 2**k} {'a' * 2**k}" for k in range(18)]
+    start = time.process_time()
+    assert unambiguous_merges(merges) == merges
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -216,4 +173,3 @@ def test_bpe_of_a_long_token_needs_few_lookups() -> None:
 )
 def test_ambiguous_merges_are_dropped(merges, kept) -> None:
     assert unambiguous_merges(merges) == kept
-    assert are_unambiguous(merges) == (kept == merges)

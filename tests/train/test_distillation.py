@@ -3,14 +3,16 @@
 import copy
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gptforge.builders.auto_config import resolve_auto
+from gptforge.builders import build_trainer as build_trainer_module
 from gptforge.builders.build_trainer import build_trainer
+from gptforge.builders.text_presets import resolve_auto
 from gptforge.builders.train_teachers import (
     TeacherStopped,
     check_teachers,
@@ -27,6 +29,7 @@ from gptforge.train.distillation import Distillation
 from gptforge.train.trainer import Trainer
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, train
+from tests.programs import DEBUG
 from tests.train.runs import StopAfter, build, events, last
 from tests.train.steps import BFLOAT16, FLOAT32, make_batch, make_step
 
@@ -195,9 +198,9 @@ def test_a_stopped_run_resumes_to_identical_weights(config, tmp_path, monkeypatc
     build(undisturbed).fit()
     config = with_teachers(config)
     for stop in stops:
-        signal = StopAfter(stop)
+        stop_signal = StopAfter(stop)
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "stop_reason", lambda self: signal.stop_reason())  # noqa: B023
+            patch.setattr(Trainer, "stop_reason", lambda self: stop_signal.stop_reason())  # noqa: B023
             try:
                 reason = build(config).fit()
             except TeacherStopped as stopped:
@@ -208,6 +211,34 @@ def test_a_stopped_run_resumes_to_identical_weights(config, tmp_path, monkeypatc
     assert torch.equal(weights(config), weights(undisturbed))
     for left, right in zip(events(config, "train"), events(undisturbed, "train"), strict=True):
         assert (left["step"], left["loss"]) == (right["step"], right["loss"])
+
+
+def test_a_signal_between_teachers_is_not_lost(config, monkeypatch) -> None:
+    config = with_teachers(config)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(TeacherStopped) as stopped:
+        patch.setattr(
+            build_trainer_module.gc, "collect", lambda: signal.raise_signal(signal.SIGINT)
+        )
+        build(config)
+    assert stopped.value.reason == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert last(teacher_config(config, 1)).name == "step-000012"
+    assert not Path(teacher_config(config, 2).out_dir).exists()
+    assert build(config).fit() == "finished"
+
+
+def test_a_teacher_is_resumed_as_a_run_of_its_own(program, play, monkeypatch) -> None:
+    flags = (*DEBUG, "--input", play, "--out_dir", "run", "--teachers", 1)
+    stop = StopAfter(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "stop_reason", lambda self: stop.stop_reason())
+        program(*flags)
+    done = program("--resume", "run/teachers/teacher-1", "--device", "cpu")
+    assert (done.code, "Resuming from step-000005" in done.out) == (0, True), done.err
+    done = program("--resume", "run")
+    assert "run/teachers/teacher-1 is finished\n" in done.out
+    assert "Raise" not in done.out
 
 
 def test_two_ranks_train_as_one(config, tmp_path) -> None:
@@ -234,22 +265,26 @@ def test_more_steps_keep_the_teachers_and_a_damaged_one_is_refused(config) -> No
         build(longer)
 
 
-def test_a_stopped_teacher_keeps_its_steps_when_fewer_fit_into_the_time(config) -> None:
-    """`--preset auto` fits them again at each start."""
-    config = dataclasses.replace(config, teachers=2, preset="auto", time_limit=1.0)
-    build(teacher_config(config, 1)).fit()
+def test_teachers_keep_their_steps_when_max_steps_are_raised_before_they_are_done(
+    config, monkeypatch
+) -> None:
+    config = dataclasses.replace(config, teachers=2, max_steps=8)
+    stop = StopAfter(10)
+    with monkeypatch.context() as patch, pytest.raises(TeacherStopped):
+        patch.setattr(Trainer, "stop_reason", lambda self: stop.stop_reason())
+        build(config)
+    longer = dataclasses.replace(config, max_steps=20)
+    assert build(longer).fit() == "finished"
+    for number in (1, 2):
+        teacher = dataclasses.replace(config, out_dir=f"{config.out_dir}/teachers/teacher-{number}")
+        assert last(teacher).name == "step-000008"
     trained: list[Config] = []
 
     def train(teacher: Config) -> str:
         trained.append(teacher)
         return "finished"
 
-    for steps in (0, 5):
-        train_teachers(dataclasses.replace(config, max_steps=7, teacher_steps=steps), (), train)
-        assert [teacher.max_steps for teacher in trained] == [config.max_steps] * 2
-        trained.clear()
-    explicit = dataclasses.replace(config, teacher_steps=5)
-    train_teachers(explicit, ("teacher_steps",), train)
+    train_teachers(dataclasses.replace(longer, teacher_steps=5), ("teacher_steps",), train)
     assert [teacher.max_steps for teacher in trained] == [5] * 2
 
 

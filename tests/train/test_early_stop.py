@@ -9,9 +9,10 @@ from gptforge.checkpoint.run_dir import resume_config
 from gptforge.config import Config
 from gptforge.config_file import read_toml, to_toml
 from gptforge.errors import UserError
-from gptforge.evaluate.val_loss import ValEvaluator, ValLoss
+from gptforge.evaluate.val_loss import ValEvaluator
+from gptforge.report.format import ValLoss
 from gptforge.train import trainer as trainer_module
-from gptforge.train.early_stop import resolve_patience
+from gptforge.train.state import resolve_patience
 from tests.distributed.spawn import on_ranks
 from tests.train.runs import StopAfter, build, events, last
 
@@ -21,7 +22,7 @@ LOSSES = [3.0, 2.0, 2.1, float("nan"), 2.2, 2.3, 2.4, 2.5, 2.6, 2.7]
 def script_losses(patch, losses=LOSSES) -> None:
     """Let the n-th evaluation of a process, at step 2n, have the n-th loss."""
     left = iter(losses)
-    patch.setattr(ValEvaluator, "evaluate_until", lambda *_: ValLoss(next(left), *[1] * 5))
+    patch.setattr(ValEvaluator, "evaluate", lambda *_, **__: ValLoss(next(left), 1, 1, 1))
     # A resumed run would take one more at its end.
     patch.setattr(trainer_module, "evaluate_best", lambda trainer, reason: reason)
 

@@ -199,6 +199,34 @@ def test_a_signal_in_the_final_evaluation_leaves_it_to_the_resumed_run(config, m
     assert build_trainer(config, explicit=()) is None
 
 
+def test_a_second_signal_skips_the_evaluation_of_a_stopped_run(
+    config, monkeypatch, messages
+) -> None:
+    evaluate = final_evaluation._evaluate
+
+    def evaluate_with_signal(*args):
+        assert last(config).name == "step-000009"
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
+
+    trainer = build(dataclasses.replace(config, **SUBSET))
+    observe = trainer.report.log_step
+
+    def log_and_stop(event):
+        observe(event)
+        if event["step"] == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.report, "log_step", log_and_stop)
+    monkeypatch.setattr(final_evaluation, "_evaluate", evaluate_with_signal)
+    assert trainer.fit() == "interrupted"
+    first, second = [line for line in messages if "Ctrl-C again" in line]
+    assert "quits without saving" in first
+    assert "All is saved" in second
+    [end] = events(config, "end")
+    assert end["reason"] == "interrupted" and "final_val_loss" not in end
+
+
 def test_a_time_limit_that_ends_meanwhile_leaves_a_few_seconds(config, monkeypatch) -> None:
     config = dataclasses.replace(config, **SUBSET)
     for allowed in (10.0, -1.0):

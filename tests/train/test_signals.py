@@ -18,9 +18,9 @@ from tests.train.runs import build, events, last
 def interrupt_evaluations(trainer: Trainer, after_batches: int) -> None:
     """Send SIGTERM in the first evaluation, behind so many batches."""
     assert trainer.val_evaluator is not None
-    evaluate = trainer.val_evaluator.evaluate_until
+    evaluate = trainer.val_evaluator.evaluate
 
-    def interrupted(should_stop, *args):
+    def interrupted(*args, should_stop, **kwargs):
         batches = itertools.count(1)
 
         def should_stop_or_signal() -> bool:
@@ -29,9 +29,9 @@ def interrupt_evaluations(trainer: Trainer, after_batches: int) -> None:
                 signal.raise_signal(signal.SIGTERM)
             return should_stop()
 
-        return evaluate(should_stop_or_signal, *args)
+        return evaluate(*args, should_stop=should_stop_or_signal, **kwargs)
 
-    trainer.val_evaluator.evaluate_until = interrupted
+    trainer.val_evaluator.evaluate = interrupted
 
 
 def test_signal_in_the_final_evaluation(config, tmp_path) -> None:
@@ -91,13 +91,13 @@ def test_time_limit_stops_an_evaluation(config) -> None:
     trainer = build(config)
     trainer.stop_signal = StopSignal(1, clock=lambda: now[0])
     assert trainer.val_evaluator is not None
-    evaluate = trainer.val_evaluator.evaluate_until
+    evaluate = trainer.val_evaluator.evaluate
 
-    def late(*args):
+    def late(*args, **kwargs):
         now[0] = 61.0
-        return evaluate(*args)
+        return evaluate(*args, **kwargs)
 
-    trainer.val_evaluator.evaluate_until = late
+    trainer.val_evaluator.evaluate = late
     assert trainer.fit() == "time_limit"
     assert events(config, "eval") == []
     assert last(config).name == f"step-{config.eval_every:06d}"

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gptforge.config import Config
-from gptforge.evaluate.val_loss import PartialValLoss
+from gptforge.report.format import ValLoss
 from gptforge.train.state import TrainState
 
 
@@ -27,7 +27,7 @@ def test_json_round_trip() -> None:
         diverged_at=5,
         bad_steps=2,
         pending=["evaluate", "save"],
-        partial=PartialValLoss(
+        partial=ValLoss(
             sequences_done=3,
             num_sequences=9,
             total_nats=1.25,

@@ -8,7 +8,7 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_state, read_tensors
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.train.loss_monitor import RecentLosses
+from gptforge.train.loss_monitor import LossMonitor
 from tests.train.runs import StopAfter, build, events, last
 
 
@@ -48,6 +48,17 @@ def test_compile_flag(config, monkeypatch, messages) -> None:
     assert trainer.step_fn.is_compiled
 
 
+def test_dropout_ramp_is_not_compiled_and_changes_each_step(config, messages) -> None:
+    config = dataclasses.replace(config, compile="true", dropout=0.2, dropout_ramp=0.5)
+    trainer = build(config)
+    assert any("torch.compile: off" in line and "--dropout_ramp" in line for line in messages)
+    found = []
+    for _ in range(12):
+        trainer.train_step()
+        found.append(trainer.step_fn.model.dropout)
+    assert found == pytest.approx([0.02 * min(step, 10) for step in range(12)])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,6 +67,7 @@ def test_compile_flag(config, monkeypatch, messages) -> None:
         {"dtype": "bfloat16"},
         {"optimizer": "muon", "muon_lr": 0.01, "muon_weight_decay": 0.5},
         {"ema": 0.9, "token_noise": 0.2},
+        {"dropout_ramp": 0.6},
         {"ema": 0.9, "optimizer": "muon"},
     ],
 )
@@ -139,9 +151,9 @@ def test_mean_train_loss_covers_as_many_steps_at_the_end(config, monkeypatch) ->
     config = dataclasses.replace(config, val_fraction=0.0, max_steps=18, eval_every=8)
     trainer = build(config)
     means = {}
-    mean = RecentLosses.mean
+    mean = LossMonitor.mean_loss
     monkeypatch.setattr(
-        RecentLosses, "mean", lambda self: means.setdefault(trainer.state.step, mean(self))
+        LossMonitor, "mean_loss", lambda self: means.setdefault(trainer.state.step, mean(self))
     )
     trainer.fit()
     losses = [event["loss"] for event in events(config, "train")]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gptforge import files
-from gptforge.data.input_errors import MAX_EXAMPLES, BadInputHandler
+from gptforge.data.input_errors import MAX_EXAMPLES
 from gptforge.data.prepare.job import JobResult
 from gptforge.data.prepare.request import fingerprint
 from gptforge.data.prepare.scan import ScanResult
@@ -40,7 +40,6 @@ class PreparedData:
     split_rule: SplitRule
     tokenizer: Tokenizer
     job_results: Sequence[JobResult]  # in the order of the data
-    bad_input: BadInputHandler  # what was skipped before the jobs started
     scan: ScanResult
 
     @property
@@ -51,8 +50,7 @@ class PreparedData:
     @property
     def skip_counts(self) -> Counter[str]:
         """Number of skipped inputs by problem."""
-        skipped = (Counter(result.skipped) for result in self.job_results)
-        return sum(skipped, Counter(self.bad_input.counts))
+        return sum((Counter(result.skipped) for result in self.job_results), Counter[str]())
 
     @property
     def notices(self) -> list[str]:
@@ -85,11 +83,8 @@ class PreparedData:
 
 
 def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
-    """Write the index; with `raw_bin`, join the shards of each split first.
-
-    Raises:
-        UserError: if no text is left to train on.
-    """
+    """Log a summary and write the index; with `raw_bin`, join the shards of each split first."""
+    _log_summary(prepared)
     shards, tokenizer = prepared.shards, prepared.tokenizer
     totals = {split: _totals(shards, split) for split in SPLITS}
     if not totals["train"]["tokens"]:
@@ -122,7 +117,7 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
     return index
 
 
-def log_summary(prepared: PreparedData) -> None:
+def _log_summary(prepared: PreparedData) -> None:
     """Log repairs, skipped input, and a held-out fraction far from `val_fraction`."""
     num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
     fraction = prepared.split_rule.fraction
@@ -139,8 +134,7 @@ def log_summary(prepared: PreparedData) -> None:
         notes.append(f"and {more} more like these")
     if counts := prepared.skip_counts:
         notes.append("skipped: " + ", ".join(f"{n} x {kind}" for kind, n in sorted(counts.items())))
-        examples = list(prepared.bad_input.examples)
-        examples += [example for result in prepared.job_results for example in result.examples]
+        examples = [example for result in prepared.job_results for example in result.examples]
         notes += [f"skipped {example}" for example in examples[:MAX_EXAMPLES]]
     for note in notes:
         logger.info(f"note: {note}")

@@ -31,18 +31,18 @@ JSON_WHITESPACE = " \t\r\n"
 NON_SPACE = re.compile(f"[^{JSON_WHITESPACE}]")
 
 
-def read_json_lines(part: InputPart) -> Iterator[tuple[str, int]]:
-    """The texts of JSON lines, and how many bytes of the part were read up to each."""
+def read_json_lines(part: InputPart) -> Iterator[str]:
+    """The texts of JSON lines."""
     source, encoding, offset = part.source, part.text_format.encoding, part.start
     if codecs.decode(b"\n", parse_encoding(encoding)[0], "replace") != "\n":
         problem = f"JSON lines cannot be split in {encoding}"
         raise BadInput(problem, source.name, "save it as UTF-8")
-    for line, bytes_read in split_lines(read_blocks(source, part.start, part.stop), b"\n"):
+    for line in split_lines(part.read_blocks(), b"\n"):
         line_start, offset = offset, offset + len(line)
         if line.isspace():
             continue
         try:
-            yield text_from_record(_parse_line(line, part), part), bytes_read
+            yield text_from_record(_parse_line(line, part), part)
         except BadInput as bad:
             # Line numbers are counted only for errors, by reading the file again.
             before = read_blocks(source, 0, line_start)
@@ -89,33 +89,28 @@ def is_json_array(source: Source, encoding: str) -> bool:
     return False
 
 
-def read_json_array(part: InputPart) -> Iterator[tuple[str, int]]:
-    """The texts of the objects in an array, and how many bytes of the file were read up to each."""
-    for number, (record, bytes_read) in enumerate(_array_elements(part), 1):
+def read_json_array(part: InputPart) -> Iterator[str]:
+    """The texts of the objects in an array."""
+    for number, record in enumerate(_array_elements(part), 1):
         try:
-            yield text_from_record(record, part), bytes_read
+            yield text_from_record(record, part)
         except BadInput as bad:
             part.bad_input.handle(bad, f"{part.source.name}, element {number}")
 
 
-def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
-    """Parse a JSON array in constant memory: each element, and the bytes of the file read so far.
-
-    Raises:
-        BadInput: where it is not JSON.
-    """
+def _array_elements(part: InputPart) -> Iterator[Any]:
+    """Parse a JSON array in constant memory."""
     decode = json.JSONDecoder().raw_decode
     source, chunks = part.source, part.read_chunks()
-    text, position, number, bytes_read = "", 0, 0, 0
+    text, position, number = "", 0, 0
 
     def read(min_chars: int) -> bool:
         """Append to `text`, without what was parsed; returns whether there was anything."""
-        nonlocal text, position, bytes_read
+        nonlocal text, position
         parts = [text[position:]]
         while min_chars > 0 and (chunk := next(chunks, None)):
             parts.append(chunk.text)
             min_chars -= len(chunk.text)
-            bytes_read = chunk.bytes_read
         if len(parts) == 1:
             return False
         text, position = "".join(parts), 0
@@ -141,38 +136,31 @@ def _array_elements(part: InputPart) -> Iterator[tuple[Any, int]]:
                 # The element may continue in the next chunk; doubling keeps the total cost linear.
                 may_continue = isinstance(error, ValueError) and rest <= MAX_ELEMENT_CHARS
                 if not may_continue or not read(rest):
-                    location = f"{source.name}, element {number}"
                     hint = f"correct it ({error_reason(error)})"
-                    raise BadInput("not JSON", location, hint) from None
+                    raise BadInput("not JSON", f"{source.name}, element {number}", hint) from None
             else:
                 # A number at the end of a chunk may continue in the next one.
                 if end < len(text) or not read(1):
                     position = end
                     return value
 
-    truncated = BadInput(
-        "the array has no end: no ] after the last element",
-        source.name,
-        "the file was truncated: download it again, or add what is missing",
-    )
-    hint = "one array of objects is read, or one object a line"
     peek()
     position += 1  # the opening bracket
-    separator = peek()
+    separator = "]" if peek() == "]" else ","
     position += separator == "]"
-    while separator != "]":
-        if not peek():
-            raise truncated
+    while separator == "," and peek():
         number += 1
-        yield parse_element(), bytes_read
+        yield parse_element()
         separator = peek()
         position += 1
-        if not separator:
-            raise truncated
-        if separator not in ",]":
-            raise BadInput("not JSON: no comma", f"{source.name}, after element {number}", hint)
-    if peek():
-        raise BadInput("text after the array", f"{source.name}, after element {number}", hint)
+    if separator in ("", ","):
+        hint = "the file was truncated: download it again, or add what is missing"
+        problem = "the array has no end: no ] after the last element"
+        raise BadInput(problem, source.name, hint)
+    if separator != "]" or peek():
+        problem = "not JSON: no comma" if separator != "]" else "text after the array"
+        hint = "one array of objects is read, or one object a line"
+        raise BadInput(problem, f"{source.name}, after element {number}", hint)
 
 
 def text_from_record(record: Any, part: InputPart) -> str:

@@ -14,12 +14,12 @@ import numpy as np
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError, BadInputHandler
-from gptforge.data.prepare.finalize import PreparedData, finalize, log_summary
+from gptforge.data.prepare.finalize import PreparedData, finalize
 from gptforge.data.prepare.job import JobSettings
-from gptforge.data.prepare.learn_bpe import learn_bpe
 from gptforge.data.prepare.partition import partition
+from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
-from gptforge.data.prepare.scan import ScanResult, collect_alphabet, scan
+from gptforge.data.prepare.scan import collect_alphabet, scan
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitRule
 from gptforge.data.prepare.workers import run_jobs
@@ -87,19 +87,27 @@ def prepare(
         if restart and _is_in_use(out_dir):
             _check_sources_stay(out_dir, request)
             logger.info(f"note: moved the old {out_dir} to {lock.move_to_backup('old')}")
-        return _Preparation(out_dir, request, num_workers, progress).run()
-
-
-def scan_files(request: PrepareRequest, selection: FileSelection) -> ScanResult:
-    """Scan the files of a request; see `scan`."""
-    return scan(
-        selection.sources,
-        request.text_format,
-        request.val_fraction,
-        skip_bad=request.skip_bad,
-        val_sources=selection.val_sources,
-        split_duplicates=not request.split_by_name,
-    )
+        progress_dir = out_dir / PROGRESS_DIR
+        is_started = (out_dir / REQUEST_FILE).is_file() or progress_dir.is_dir()
+        _check_folder(out_dir, request, is_started=is_started)
+        try:
+            was_finished = not progress_dir.is_dir() and any(out_dir.glob("*.bin"))
+            progress_dir.mkdir(parents=True, exist_ok=True)
+            selection = request.selection or select_files(request, spool_dir=progress_dir)
+            key = _request_key(request, selection)
+            index = _find_finished(out_dir, request, key, was_finished=was_finished)
+            if index is None:
+                _discard_other_results(out_dir, key)
+                index = _encode(out_dir, request, selection, num_workers, progress)
+        except UserError:
+            if not is_started and not any(progress_dir.glob("job-*")):
+                # Failed before there was any result: leave no files behind.
+                files.remove(progress_dir)
+                for name in (REQUEST_FILE, TOKENIZER_FILE):
+                    (out_dir / name).unlink(missing_ok=True)
+            raise
+        files.remove(progress_dir)
+        return index
 
 
 @contextlib.contextmanager
@@ -112,168 +120,158 @@ def no_skip_of_only_file(sources: Sequence[Source]) -> Iterator[None]:
         raise BadInputError(error.problem, error.hint, can_skip=not is_only_file) from None
 
 
-class _Preparation:
-    def __init__(
-        self, out_dir: Path, request: PrepareRequest, num_workers: int, progress: ProgressBar | None
-    ) -> None:
-        self.out_dir, self.request, self.num_workers = out_dir, request, num_workers
-        self.progress = progress
-        self.progress_dir = out_dir / PROGRESS_DIR
-        self._is_cache = bool(request.cache_key)
+def _check_folder(out_dir: Path, request: PrepareRequest, *, is_started: bool) -> None:
+    if (link := out_dir / PROGRESS_DIR).is_symlink() and not request.cache_key:
+        raise UserError(f"{link.as_posix()} is a symbolic link: delete it")
+    if _is_in_use(out_dir) and not is_started and not request.cache_key:
+        hint = "choose another, or give --restart to move them away"
+        raise UserError(f"--out {out_dir} holds other files: {hint}")
+    for name in request.names:
+        if read_index(Path(name)) is not None:
+            use = f"train on them with --input {quote(name)}"
+            other = "name the texts that they were made of to prepare them differently"
+            raise UserError(f"{name} holds shards, prepared already: {use}, or {other}")
 
-    def run(self) -> Index:
-        is_started = (self.out_dir / REQUEST_FILE).is_file() or self.progress_dir.is_dir()
-        if not self._is_cache:
-            self._refuse_foreign_folder(is_started=is_started)
-        self._refuse_shards()
-        try:
-            was_finished = not self.progress_dir.is_dir() and any(self.out_dir.glob("*.bin"))
-            self.progress_dir.mkdir(parents=True, exist_ok=True)
-            selection = select_files(self.request, spool_dir=self.progress_dir)
-            key = self._request_key(selection)
-            index = self._find_finished(key, was_finished=was_finished)
-            if index is None:
-                self._discard_other_results(key)
-                index = self._encode(selection)
-        except UserError:
-            if not is_started and not any(self.progress_dir.glob("job-*")):
-                # Failed before there was any result: leave no files behind.
-                files.remove(self.progress_dir)
-                for name in (REQUEST_FILE, TOKENIZER_FILE):
-                    (self.out_dir / name).unlink(missing_ok=True)
+
+def _encode(
+    out_dir: Path,
+    request: PrepareRequest,
+    selection: FileSelection,
+    num_workers: int,
+    progress: ProgressBar | None,
+) -> Index:
+    sources, text_format = selection.sources, request.text_format
+    for notice in selection.notices:
+        logger.info(f"note: {notice}")
+    with no_skip_of_only_file(sources):
+        scanned = scan(request, selection)
+        rule = scanned.split_rule
+        tokenizer = _make_tokenizer(request, sources, rule)
+        if rule.prepend_eot and tokenizer.eot_token is None:
+            name = tokenizer.name
+            logger.info(f"note: {name} has no end-of-text id: documents are not separated")
+            rule = replace(rule, prepend_eot=False)
+        if request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
+            size = f"a vocabulary of {tokenizer.vocab_size}"
+            raise UserError(f"--raw_bin stores ids as uint16, and {size} does not fit")
+        path = out_dir / TOKENIZER_FILE
+        tokenizers.save(tokenizer, path)
+        jobs = partition(sources, scanned, text_format, job_bytes=max(1, request.shard_bytes))
+        settings = JobSettings(out_dir, path, rule, text_format, request.skip_bad)
+        results = run_jobs(jobs, settings, out_dir / PROGRESS_DIR, num_workers, progress)
+    prepared = PreparedData(sources, rule, tokenizer, results, scanned)
+    index = finalize(out_dir, prepared, raw_bin=request.raw_bin)
+    mark_verified(index)
+    return index
+
+
+def _request_key(request: PrepareRequest, selection: FileSelection) -> str:
+    if request.cache_key:
+        return request.cache_key
+    tokenizer = request.tokenizer
+    if not isinstance(tokenizer, str):
+        tokenizer = json_sha256(tokenizer.to_json())
+    elif Path(tokenizer).is_file():
+        tokenizer = files.sha256(Path(tokenizer))
+    sources = [[s.name, s.kind, s.compression, s.size, s.stamp] for s in selection.sources]
+    record = {
+        "version": PREPARE_VERSION,
+        "sources": sources,
+        "tokenizer": tokenizer,
+        "form": asdict(request.text_format),
+        "how": [request.val_fraction, request.shard_bytes, request.skip_bad, request.raw_bin],
+    }
+    if tokenizer == "bpe":
+        record["vocab_size"] = request.vocab_size
+    if selection.val_sources:
+        record["held_out"] = selection.val_sources
+    return json_sha256(record)
+
+
+def _find_finished(
+    out_dir: Path, request: PrepareRequest, key: str, *, was_finished: bool
+) -> Index | None:
+    """The index if this request is finished; discards a corrupt one, refuses another's."""
+    is_same, corruption = _read(out_dir / REQUEST_FILE) == key, None
+    try:
+        index = read_index(out_dir)
+    except UserError as error:
+        if not is_same and not request.cache_key:
             raise
-        files.remove(self.progress_dir)
+        index, corruption = None, str(error)
+    if index is not None:
+        if not is_same and not request.cache_key:
+            problem = "holds data that was prepared from something else, or differently"
+            hint = "choose another, or give --restart to move it away"
+            raise UserError(f"--out {out_dir} {problem}: {hint}")
+        missing = f"{REQUEST_FILE} is missing or damaged"
+        corruption = find_corruption(index) if is_same else missing
+    elif was_finished:
+        corruption = corruption or f"{INDEX_FILE} is missing"
+    if corruption is None:
+        if index is not None and not request.cache_key:
+            logger.info(f"{out_dir.as_posix()} is prepared already")
         return index
+    logger.info(f"note: {corruption}: {out_dir.as_posix()} is prepared again")
+    # The shards stay until new ones replace them: a training run may be reading them.
+    folders = [path for path in out_dir.glob("*.bin") if path.is_dir()]
+    names = (INDEX_FILE, VERIFIED_FILE, TOKENIZER_FILE)
+    for path in [*folders, *(out_dir / name for name in names)]:
+        files.remove(path)
+    return None
 
-    def _encode(self, selection: FileSelection) -> Index:
-        request, sources = self.request, selection.sources
-        for notice in selection.notices:
-            logger.info(f"note: {notice}")
-        with no_skip_of_only_file(sources):
-            scanned = scan_files(request, selection)
-            rule = scanned.split_rule
-            tokenizer = self._make_tokenizer(sources, rule)
-            if rule.prepend_eot and tokenizer.eot_token is None:
-                logger.info(
-                    f"note: {tokenizer.name} has no end-of-text id: documents are not separated"
-                )
-                rule = replace(rule, prepend_eot=False)
-            if request.raw_bin and smallest_dtype(tokenizer.vocab_size) is not np.uint16:
-                size = f"a vocabulary of {tokenizer.vocab_size}"
-                raise UserError(f"--raw_bin stores ids as uint16, and {size} does not fit")
-            path = self.out_dir / TOKENIZER_FILE
-            tokenizers.save(tokenizer, path)
-            text_format, bad_input = request.text_format, BadInputHandler(request.skip_bad)
-            job_bytes = max(1, request.shard_bytes)
-            jobs = partition(sources, scanned, text_format, bad_input, job_bytes=job_bytes)
-            settings = JobSettings(self.out_dir, path, rule, text_format, request.skip_bad)
-            results = run_jobs(
-                jobs,
-                settings,
-                self.progress_dir,
-                num_workers=self.num_workers,
-                progress=self.progress,
-            )
-        prepared = PreparedData(sources, rule, tokenizer, results, bad_input, scanned)
-        log_summary(prepared)
-        index = finalize(self.out_dir, prepared, raw_bin=request.raw_bin)
-        mark_verified(index)
-        return index
 
-    def _refuse_foreign_folder(self, *, is_started: bool) -> None:
-        if self.progress_dir.is_symlink():
-            raise UserError(f"{self.progress_dir.as_posix()} is a symbolic link: delete it")
-        if not is_started and _is_in_use(self.out_dir):
-            hint = "choose another, or give --restart to move them away"
-            raise UserError(f"--out {self.out_dir} holds other files: {hint}")
-
-    def _refuse_shards(self) -> None:
-        for name in self.request.names:
-            if read_index(Path(name)) is not None:
-                use = f"train on them with --input {quote(name)}"
-                other = "name the texts that they were made of to prepare them differently"
-                raise UserError(f"{name} holds shards, prepared already: {use}, or {other}")
-
-    def _request_key(self, selection: FileSelection) -> str:
-        request = self.request
-        if request.cache_key:
-            return request.cache_key
-        tokenizer = request.tokenizer
-        if not isinstance(tokenizer, str):
-            tokenizer = json_sha256(tokenizer.to_json())
-        elif Path(tokenizer).is_file():
-            tokenizer = files.sha256(Path(tokenizer))
-        sources = [[s.name, s.kind, s.compression, s.size, s.stamp] for s in selection.sources]
-        record = {
-            "version": PREPARE_VERSION,
-            "sources": sources,
-            "tokenizer": tokenizer,
-            "form": asdict(request.text_format),
-            "how": [request.val_fraction, request.shard_bytes, request.skip_bad, request.raw_bin],
-        }
-        if tokenizer == "bpe":
-            record["vocab_size"] = request.vocab_size
-        if selection.val_sources:
-            record["held_out"] = selection.val_sources
-        return json_sha256(record)
-
-    def _find_finished(self, key: str, *, was_finished: bool) -> Index | None:
-        """Return the index if this request is finished; discard it if it is corrupt.
-
-        Raises:
-            UserError: if the folder holds another data set.
-        """
-        is_same, corruption = _read(self.out_dir / REQUEST_FILE) == key, None
-        try:
-            index = read_index(self.out_dir)
-        except UserError as error:
-            if not is_same and not self._is_cache:
-                raise
-            index, corruption = None, str(error)
-        if index is not None:
-            if not is_same and not self._is_cache:
-                problem = "holds data that was prepared from something else, or differently"
-                hint = "choose another, or give --restart to move it away"
-                raise UserError(f"--out {self.out_dir} {problem}: {hint}")
-            missing = f"{REQUEST_FILE} is missing or damaged"
-            corruption = find_corruption(index) if is_same else missing
-        elif was_finished:
-            corruption = corruption or f"{INDEX_FILE} is missing"
-        if corruption is None:
-            if index is not None and not self._is_cache:
-                logger.info(f"{self.out_dir.as_posix()} is prepared already")
-            return index
-        logger.info(f"note: {corruption}: {self.out_dir.as_posix()} is prepared again")
-        # The shards stay until new ones replace them: a training run may be reading them.
-        folders = [path for path in self.out_dir.glob("*.bin") if path.is_dir()]
-        names = (INDEX_FILE, VERIFIED_FILE, TOKENIZER_FILE)
-        for path in [*folders, *(self.out_dir / name for name in names)]:
-            files.remove(path)
-        return None
-
-    def _discard_other_results(self, key: str) -> None:
-        """Delete the results of an unfinished preparation of another request."""
-        if (old_key := _read(self.out_dir / REQUEST_FILE)) and old_key != key:
-            if any(self.progress_dir.glob("job-*")):
-                logger.info("note: the data or the options have changed: starting from scratch")
-            for path in [*self.out_dir.glob("*.bin"), *self.progress_dir.glob("job-*")]:
-                path.unlink()
-        for path in self.out_dir.glob(".*.partial.bin"):
+def _discard_other_results(out_dir: Path, key: str) -> None:
+    """Delete the results of an unfinished preparation of another request."""
+    if (old_key := _read(out_dir / REQUEST_FILE)) and old_key != key:
+        if any((out_dir / PROGRESS_DIR).glob("job-*")):
+            logger.info("note: the data or the options have changed: starting from scratch")
+        for path in [*out_dir.glob("*.bin"), *(out_dir / PROGRESS_DIR).glob("job-*")]:
             path.unlink()
-        files.atomic_write(self.out_dir / REQUEST_FILE, key)
+    for path in out_dir.glob(".*.partial.bin"):
+        path.unlink()
+    files.atomic_write(out_dir / REQUEST_FILE, key)
 
-    def _make_tokenizer(self, sources: Sequence[Source], rule: SplitRule) -> Tokenizer:
-        request = self.request
-        if not isinstance(request.tokenizer, str):
-            return request.tokenizer
-        if request.tokenizer == "char":
-            alphabet = collect_alphabet(sources, request.text_format, skip_bad=request.skip_bad)
-            return CharTokenizer(alphabet, with_eot=rule.prepend_eot)
-        if request.tokenizer == "byte":
-            return ByteTokenizer(with_eot=rule.prepend_eot)
-        if request.tokenizer == "bpe":
-            return learn_bpe(request, sources, rule)
-        return tokenizers.from_name(request.tokenizer, "")
+
+def _make_tokenizer(
+    request: PrepareRequest, sources: Sequence[Source], rule: SplitRule
+) -> Tokenizer:
+    if not isinstance(request.tokenizer, str):
+        return request.tokenizer
+    if request.tokenizer == "char":
+        alphabet = collect_alphabet(sources, request.text_format, skip_bad=request.skip_bad)
+        return CharTokenizer(alphabet, with_eot=rule.prepend_eot)
+    if request.tokenizer == "byte":
+        return ByteTokenizer(with_eot=rule.prepend_eot)
+    if request.tokenizer == "bpe":
+        return learn_bpe(request, sources, rule)
+    return tokenizers.from_name(request.tokenizer, "")
+
+
+def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRule) -> Tokenizer:
+    """Learn the tokenizer of a request; equal texts give equal tokenizers.
+
+    The text is read twice, to count its bytes and to learn.
+    """
+    from gptforge.estimate.formulas import default_vocab_size
+    from gptforge.tokenizers.train_bpe import train_bpe
+
+    def training_text() -> Iterator[str]:
+        bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
+        for index, source in enumerate(sources):
+            for part in read_split(FileSpan(index, source), rule, request.text_format, bad_input):
+                if part.split == "train":
+                    yield part.text
+
+    num_bytes = sum(len(text.encode("utf-8")) for text in training_text())
+    vocab_size = request.vocab_size or default_vocab_size(num_bytes)
+    tokenizer = train_bpe(training_text(), vocab_size)
+    size = "the size of the text" if not request.vocab_size else "--vocab_size"
+    logger.info(
+        f"tokenizer: bpe, {tokenizer.vocab_size:,} ids by {size}, learned from the "
+        f"{num_bytes / 1e6:.1f} MB to train on"
+    )
+    return tokenizer
 
 
 def _check_sources_stay(out_dir: Path, request: PrepareRequest) -> None:

@@ -1,13 +1,29 @@
-"""Documents of a file: JSON records, table rows, or text between separators."""
+"""Documents of a file: a text, JSON records, table rows, or text between separators.
 
-from collections.abc import Iterator
+`read_split` gives their split as well, to encode them or to learn a tokenizer from them.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.json_reader import is_json_array, read_json_array, read_json_lines
 from gptforge.data.prepare.sources import Source
+from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
 from gptforge.data.prepare.table_reader import read_csv, read_parquet
-from gptforge.data.prepare.text_io import MAX_LINE_LENGTH, InputPart, TextFormat
+from gptforge.data.prepare.text_io import (
+    MAX_LINE_LENGTH,
+    Chunk,
+    InputPart,
+    TextFormat,
+    describe_fixes,
+    text_stats,
+)
+from gptforge.errors import UserError
+from gptforge.tokenizers.base import SAFE_CUT
+
+SMALL_FILE_BYTES = 2**23  # text files up to this size are kept in memory instead of read twice
+MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,13 @@ def read_documents(
         texts = read_json_lines(part)
     index = 0
     try:
-        for text, bytes_read in texts:
+        for text in texts:
             if "\0" in text:
                 location = f"{source.name}, document {index + 1}"
                 bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
                 continue
             if text.strip():
-                yield Document(clean_text(text), index, bytes_read)
+                yield Document(clean_text(text), index, part.bytes_read)
             index += 1
     except BadInput as bad:
         # The rest of the file cannot be read.
@@ -72,18 +88,114 @@ def clean_text(text: str) -> str:
     return text
 
 
-def _read_delimited(part: InputPart) -> Iterator[tuple[str, int]]:
-    separator, rest, bytes_read = part.text_format.split_on, "", 0
+def _read_delimited(part: InputPart) -> Iterator[str]:
+    separator, rest = part.text_format.split_on, ""
     for chunk in part.read_chunks():
         # `rest` was searched before, so a new separator ends in the new chunk.
         search_from = max(0, len(rest) - len(separator) + 1)
         rest += chunk.text
-        bytes_read = chunk.bytes_read
         if rest.find(separator, search_from) >= 0:
             *texts, rest = rest.split(separator)
-            yield from ((text.strip("\n"), bytes_read) for text in texts)
+            yield from (text.strip("\n") for text in texts)
         if len(rest) > MAX_LINE_LENGTH:
             problem = f"no {separator!r} in {MAX_LINE_LENGTH:,} characters"
             hint = "give the separator of this file with --split_on, or leave it out"
             raise BadInput(problem, part.source.name, hint)
-    yield rest.strip("\n"), bytes_read
+    yield rest.strip("\n")
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """A file or a part of one."""
+
+    source_index: int
+    source: Source
+    start: int = 0  # byte of a text or of JSON lines, row group of a Parquet file
+    stop: int | None = None  # in the same unit
+    split: SplitName | None = None  # set for the parts of a long text
+    starts_document: bool = True
+    num_bytes: int = 0  # bytes on disk, for the progress bar
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """A document, or a part of a long one that ends where its ids are those of the parts."""
+
+    text: str
+    split: SplitName
+    starts_document: bool
+    bytes_read: int  # of the span, so far
+
+
+def read_split(
+    span: FileSpan, rule: SplitRule, text_format: TextFormat, bad_input: BadInputHandler
+) -> Iterator[SplitText]:
+    """Yield the documents of a span in order; a file that is one text in parts."""
+    part = InputPart(span.source, text_format, bad_input, span.start, span.stop)
+    try:
+        if has_many_documents(span.source, text_format):
+            yield from _split_documents(part, span, rule)
+        else:
+            yield from _split_text(part, span, rule)
+    except BadInput as bad:
+        bad_input.handle(bad)
+
+
+def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
+    for document in read_documents(
+        part.source, part.text_format, part.bad_input, start=part.start, stop=part.stop
+    ):
+        text = document.text
+        if rule.rule == "character":
+            yield SplitText(text[: rule.cut], "train", True, document.bytes_read)
+            yield SplitText(text[rule.cut :], "val", True, document.bytes_read)
+        else:
+            # Hashing every document costs time.
+            digest = text_digest(text) if rule.needs_digest else 0
+            split = rule.assign((span.source_index, document.index), digest)
+            yield SplitText(text, split, True, document.bytes_read)
+
+
+def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
+    """A single text, which may not fit into memory, cut between words while it is read."""
+    source, split, cut = part.source, span.split, None
+    is_small = source.size <= SMALL_FILE_BYTES and not source.compression
+    chunks: Iterable[Chunk] = list(part.read_chunks()) if is_small else part.read_chunks()
+    if split is None:
+        stats = text_stats(chunks if is_small else part.read_chunks())
+        if stats.is_blank:
+            return
+        split = rule.assign((span.source_index, 0), stats.digest)
+        cut = rule.cut if rule.rule == "character" else None
+    pending, num_chars, bytes_read, starts_document = "", 0, 0, span.starts_document
+    for chunk in chunks:
+        part.bad_input.notices |= {f"{source.name}: {fix}" for fix in describe_fixes(chunk)}
+        text, bytes_read = chunk.text, chunk.bytes_read
+        if cut is not None and cut - num_chars < len(text):
+            train, text = text[: cut - num_chars], text[cut - num_chars :]
+            yield SplitText(pending + train, split, starts_document, bytes_read)
+            pending, split, starts_document, cut = "", "val", True, None
+        num_chars += len(chunk.text)
+        # A space at the old end may become a safe cut by the character after it.
+        search_start = max(1, len(pending) - 1)
+        pending += text
+        if (position := last_safe_cut(pending, search_start)) is not None:
+            yield SplitText(pending[:position], split, starts_document, bytes_read)
+            pending, starts_document = pending[position:], False
+        elif len(pending) > MAX_UNBROKEN_CHARS:
+            problem = f"{MAX_UNBROKEN_CHARS:,} characters without a space"
+            raise UserError(f"{source.name}: {problem}: this is not text; leave it out")
+    if pending:
+        yield SplitText(pending, split, starts_document, bytes_read)
+
+
+def last_safe_cut(text: str, start: int = 1) -> int | None:
+    """Find the last index, at least `start`, where cutting a text changes none of its ids."""
+    end = len(text)
+    while end > start:
+        begin = max(start, end - 4096)
+        cuts = [match.start() for match in SAFE_CUT.finditer(text, begin, end + 1)]
+        if cuts:
+            return cuts[-1]
+        end = begin
+    return None

@@ -5,17 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from gptforge import files
-from gptforge.data.prepare.sources import FileKind, Source, count_ignored_files, find_sources
+from gptforge.data.prepare.sources import KindFlag, Source, describe_ignored_files, find_sources
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name
 from gptforge.data.prepare.text_io import TextFormat
-from gptforge.printable import pluralize
 from gptforge.tokenizers import Tokenizer
 
 FINGERPRINT_BYTES = 2**16  # at each end of a file
-MAX_SUFFIXES = 5  # suffixes of ignored files that are listed
 
 
 class ProgressBar(Protocol):
@@ -28,23 +26,18 @@ class ProgressBar(Protocol):
         """Add bytes of the files, and of their text, that are done."""
 
 
-@dataclass(frozen=True)
-class PrepareRequest:
-    """A data set to prepare."""
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How to read, split and tokenize texts."""
 
-    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
     tokenizer: str | Tokenizer = "gpt2"  # or its name or file; char and bpe are made from the text
     vocab_size: int = 0  # ids of "bpe"; 0: by the size of the text
     val_fraction: float = 0.1
     text_format: TextFormat = field(default_factory=TextFormat)
-    kind: FileKind | Literal["auto"] = "auto"  # auto: by the suffix of each file
-    shard_bytes: int = 2**26  # bytes of input files per shard
+    kind: KindFlag = "auto"
     split_by_name: bool = True  # hold out files named validation, ignore those named test
     needs_val: bool = False  # hold out such files even if val_fraction is 0
-    skip_bad: bool = False
-    raw_bin: bool = False  # one file for each split, without a header, as nanoGPT writes them
-    sources: Sequence[Source] = ()  # the files, if `find_sources` has been called already
-    cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
+    raw_bin: bool = False  # shards without a header, one for each split, as nanoGPT writes them
 
 
 @dataclass(frozen=True)
@@ -56,37 +49,38 @@ class FileSelection:
     notices: tuple[str, ...]
 
 
-def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
-    """Select the files that a request reads; `spool_dir` gets the content of pipes.
+@dataclass(frozen=True)
+class PrepareRequest(TextOptions):
+    """A data set to prepare."""
 
-    Raises:
-        UserError: as `find_sources`.
-    """
-    sources = list(request.sources) or find_sources(
-        request.names, kind=request.kind, spool_dir=spool_dir
-    )
-    notices = [notice for name in request.names if (notice := _describe_ignored_files(name))]
+    names: tuple[str, ...]  # files, folders, patterns and pipes; - is standard input
+    shard_bytes: int = 2**26  # bytes of input files per shard
+    skip_bad: bool = False
+    selection: FileSelection | None = None  # of the files, if it is known already
+    cache_key: str = ""  # empty: a hash of the files' names and dates, and the options
+
+
+def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> FileSelection:
+    """Select the files that a request reads; `spool_dir` gets the content of pipes."""
+    sources = find_sources(request.names, kind=request.kind, spool_dir=spool_dir)
+    notices = [notice for name in request.names if (notice := describe_ignored_files(name))]
     val_sources: tuple[int, ...] = ()
     if request.split_by_name:
         paths = [source.path for source in sources]
-        named = split_by_name(paths)
+        words = split_by_name(paths)
         uses_val = request.val_fraction > 0 or request.needs_val
-        ignored = {*named.test, *(() if uses_val else named.val)}
-        selected = [index for index in range(len(sources)) if index not in ignored]
-        if uses_val:
-            val_sources = tuple(i for i, index in enumerate(selected) if index in named.val)
-        if notice := describe_filename_splits(named, paths, uses_val=uses_val):
+        if notice := describe_filename_splits(paths, words, uses_val=uses_val):
             notices.append(notice)
-        sources = [sources[index] for index in selected]
+        ignored = ("test",) if uses_val else ("test", "val")
+        selected = [(s, w) for s, w in zip(sources, words, strict=True) if w not in ignored]
+        sources = [source for source, _ in selected]
+        val_sources = tuple(i for i, (_, word) in enumerate(selected) if word == "val")
     notices += _describe_copies(sources, val_sources)
     return FileSelection(sources, val_sources, tuple(notices))
 
 
 def fingerprint(path: Path) -> str:
-    """Return 16 hexadecimal digits of a hash of a file's size, first and last bytes.
-
-    This is cheap for a file of any size, but misses changes in the middle.
-    """
+    """16 hexadecimal digits of a hash of a file's size and ends: cheap for a file of any size."""
     return hashlib.sha256(f"{path.stat().st_size}\n".encode() + read_ends(path)).hexdigest()[:16]
 
 
@@ -114,14 +108,3 @@ def _describe_copies(sources: Sequence[Source], val_sources: Sequence[int]) -> l
     in_both_splits = any((source in val) != (original in val) for source, original in copies)
     effect = "held-out text is trained on" if in_both_splits else "the text is read again"
     return [f"{copies[0][0].name} is a copy of {copies[0][1].name}{more}: {effect}"]
-
-
-def _describe_ignored_files(name: str) -> str:
-    counts = count_ignored_files(name)
-    if not counts:
-        return ""
-    listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
-    if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
-        listed.append(f"{others:,} others")
-    subject = pluralize(counts.total(), "file is", "files are")
-    return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}"

@@ -1,50 +1,25 @@
-"""A first pass over the data: the split rule, and where a long text may be cut."""
+"""A first pass over the data, which builds the split rule."""
 
 import hashlib
-import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import IO
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.readers import has_many_documents, read_documents
+from gptforge.data.prepare.request import FileSelection, PrepareRequest
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import (
     MIN_HASH_DOCUMENTS,
     DocumentStats,
     SplitRule,
-    digest_from_sha256,
     make_split_rule,
 )
-from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks
+from gptforge.data.prepare.text_io import TextFormat, TextStats, read_chunks, scan_text
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
-
-# GPT-2's pre-tokenization pattern always splits here: before the last of several blanks.
-SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
-SEARCH_BLOCK = 2**16
-MAX_SEARCH_BYTES = 2**26  # stop looking for a safe cut after so many bytes
-OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
-
-
-@dataclass
-class TextStats:
-    """Statistics of a text file after normalization."""
-
-    num_chars: int = 0
-    sha256: bytes = b""
-    fixes: set[str] = field(default_factory=set)
-    is_blank: bool = True
-    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
-
-    @property
-    def digest(self) -> int:
-        """The digest of the text as a document."""
-        return digest_from_sha256(self.sha256)
 
 
 @dataclass
@@ -57,66 +32,44 @@ class ScanResult:
     notices: tuple[str, ...] = ()  # about the split
 
 
-def scan(
+def scan(request: PrepareRequest, selection: FileSelection) -> ScanResult:
+    """Read as many documents as the split rule needs, and build the rule."""
+    bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
+    text_stats: dict[int, TextStats] = {}
+    found = _scan_documents(selection.sources, request.text_format, bad_input, text_stats)
+    documents = list(islice(found, MIN_HASH_DOCUMENTS))
+    if not documents:
+        raise UserError(no_text_message([s.name for s in selection.sources], bad_input))
+    fraction, val_sources = request.val_fraction, selection.val_sources
+    if val_sources:
+        _require_text_in_both_splits(request, selection)
+        return ScanResult(SplitRule("files", fraction, val_sources=val_sources), "", text_stats)
+    rule = make_split_rule(documents, fraction, split_duplicates=not request.split_by_name)
+    sha256 = documents[0].sha256 if len(documents) == 1 else ""
+    return ScanResult(rule, sha256, text_stats, _describe_duplicates(documents, rule))
+
+
+def _scan_documents(
     sources: Sequence[Source],
     text_format: TextFormat,
-    val_fraction: float,
-    *,
-    skip_bad: bool,
-    val_sources: tuple[int, ...] = (),
-    split_duplicates: bool = False,
-) -> ScanResult:
-    """Read as many documents as the split rule needs, and build the rule.
-
-    Raises:
-        UserError: if there is no text, or it cannot be read.
-    """
-    text_stats: dict[int, TextStats] = {}
-    documents: list[DocumentStats] = []
-    sha256 = ""
-    bad_input = BadInputHandler(skip_bad)  # the jobs count it for the report
+    bad_input: BadInputHandler,
+    text_stats: dict[int, TextStats],
+) -> Iterator[DocumentStats]:
+    """The statistics of each document that is not blank; those of texts go to `text_stats`, too."""
     for index, source in enumerate(sources):
         if has_many_documents(source, text_format):
             for document in read_documents(source, text_format, bad_input):
-                sha256_bytes = hashlib.sha256(document.text.encode("utf-8")).digest()
-                digest = digest_from_sha256(sha256_bytes)
-                documents.append(DocumentStats((index, document.index), len(document.text), digest))
-                sha256 = sha256_bytes.hex()
-                if len(documents) == MIN_HASH_DOCUMENTS:
-                    break
-        else:
-            try:
-                stats = text_stats[index] = scan_text(source, text_format.encoding)
-            except BadInput as bad:
-                bad_input.handle(bad)
-                continue
-            if not stats.is_blank:
-                documents.append(DocumentStats((index, 0), stats.num_chars, stats.digest))
-                sha256 = stats.sha256.hex()
-        if len(documents) == MIN_HASH_DOCUMENTS:
-            break
-    if not documents:
-        raise UserError(no_text_message([source.name for source in sources], bad_input))
-    if val_sources:
-        _require_text_in_both_splits(sources, text_format, skip_bad, val_sources)
-        return ScanResult(SplitRule("files", val_fraction, val_sources=val_sources), "", text_stats)
-    rule = make_split_rule(documents, val_fraction, split_duplicates=split_duplicates)
-    notices = _describe_duplicates(documents, rule)
-    return ScanResult(rule, sha256 if len(documents) == 1 else "", text_stats, notices)
-
-
-def scan_text(source: Source, encoding: str) -> TextStats:
-    """Read a text file in constant memory; a BadInput if it is not text."""
-    stats, sha256 = TextStats(), hashlib.sha256()
-    for chunk in read_chunks(source, encoding=encoding):
-        if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
-            stats.offsets.append((chunk.offset, stats.num_chars))
-        stats.num_chars += len(chunk.text)
-        stats.fixes |= describe_fixes(chunk)
-        stats.is_blank = stats.is_blank and not chunk.text.strip()
-        sha256.update(chunk.text.encode("utf-8"))
-    stats.sha256 = sha256.digest()
-    return stats
+                document_id, text = (index, document.index), document.text
+                sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+                yield DocumentStats(document_id, len(text), int(sha256[:16], 16), sha256)
+            continue
+        try:
+            stats = text_stats[index] = scan_text(source, text_format.encoding)
+        except BadInput as bad:
+            bad_input.handle(bad)
+            continue
+        if not stats.is_blank:
+            yield DocumentStats((index, 0), stats.num_chars, stats.digest, stats.sha256)
 
 
 def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) -> tuple[str, ...]:
@@ -135,14 +88,12 @@ def _describe_duplicates(documents: Sequence[DocumentStats], rule: SplitRule) ->
     return ()
 
 
-def _require_text_in_both_splits(
-    sources: Sequence[Source], text_format: TextFormat, skip_bad: bool, val_sources: tuple[int, ...]
-) -> None:
-    val = [sources[index] for index in val_sources]
-    train = [source for index, source in enumerate(sources) if index not in set(val_sources)]
-    for split, use in ((train, "to train on"), (val, "held out by name")):
-        bad_input = BadInputHandler(skip_bad)
-        texts = (text for source in split for text in iter_text(source, text_format, bad_input))
+def _require_text_in_both_splits(request: PrepareRequest, selection: FileSelection) -> None:
+    sources, val = selection.sources, set(selection.val_sources)
+    for is_val, use in ((False, "to train on"), (True, "held out by name")):
+        split = [source for index, source in enumerate(sources) if (index in val) == is_val]
+        bad_input = BadInputHandler(request.skip_bad)
+        texts = (t for source in split for t in iter_text(source, request.text_format, bad_input))
         if not any(text.strip() for text in texts):
             message = no_text_message([source.name for source in split], bad_input)
             hint = "--split_by_name false treats them like all others"
@@ -182,43 +133,3 @@ def iter_text(source: Source, text_format: TextFormat, bad_input: BadInputHandle
                 yield chunk.text
     except BadInput as bad:
         bad_input.handle(bad)
-
-
-def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
-    """Return the byte of a UTF-8 file where a character of its text starts."""
-    chars_before = [num_chars for _, num_chars in stats.offsets]
-    start, num_chars = stats.offsets[bisect_right(chars_before, char_index) - 1]
-    for chunk in read_chunks(source, start=start):
-        if char_index <= num_chars + len(chunk.text):
-            break
-        num_chars += len(chunk.text)
-    target = char_index - num_chars
-    # The BOM and the CR of each CRLF are bytes of the file, but not characters of the text.
-    bom = len(chunk.raw) - len(chunk.text) - chunk.raw.count("\r\n")
-    line_ends = accumulate(len(line) + 1 for line in chunk.raw[bom:].split("\r\n")[:-1])
-    carriage_returns = sum(end <= target for end in line_ends)
-    return chunk.offset + len(chunk.raw[: bom + target + carriage_returns].encode("utf-8"))
-
-
-def find_safe_cuts(source: Source, start: int, stop: int, stride: int) -> list[int]:
-    """Find bytes, about `stride` apart, where cutting a UTF-8 text changes none of its ids."""
-    cuts: list[int] = []
-    with source.path.open("rb") as file:
-        target = start + stride
-        while target < stop and (cut := _next_safe_cut(file, target, stop)) is not None:
-            cuts.append(cut)
-            target = cut + stride
-    return cuts
-
-
-def _next_safe_cut(file: IO[bytes], target: int, stop: int) -> int | None:
-    for begin in range(target, min(stop, target + MAX_SEARCH_BYTES), SEARCH_BLOCK):
-        # Include the byte before the block, for the lookbehind, and the bytes of the character
-        # after it.
-        file.seek(begin - 1)
-        block = file.read(min(SEARCH_BLOCK + 8, stop - begin + 1))
-        for match in SAFE_CUT_BYTES.finditer(block, 1, SEARCH_BLOCK):
-            following = block[match.end() : match.end() + 4].decode("utf-8", errors="ignore")
-            if following and not following[0].isspace():
-                return begin - 1 + match.start()
-    return None

@@ -17,9 +17,11 @@ from typing import IO, Literal
 from gptforge import files
 from gptforge.errors import UserError
 from gptforge.patterns import expand_glob
+from gptforge.printable import pluralize
 from gptforge.shell import quote
 
 FileKind = Literal["text", "jsonl", "parquet", "csv"]
+KindFlag = FileKind | Literal["auto"]  # auto: by the suffix of each file
 Compression = Literal["", "gz", "zst", "xz"]
 
 KIND_BY_SUFFIX: dict[str, FileKind] = {
@@ -38,6 +40,7 @@ COMPRESSION_BY_MAGIC: dict[bytes, Compression] = {
     b"\xfd7zXZ": "xz",
 }
 STDIN_FILE = "stdin"  # in the spool folder
+MAX_SUFFIXES = 5  # suffixes of ignored files that are listed
 PIPE_TIMEOUT = 10.0  # seconds to wait for a program that writes to a pipe
 
 
@@ -54,16 +57,13 @@ class Source:
 
 
 def find_sources(
-    names: Sequence[str],
-    *,
-    kind: FileKind | Literal["auto"] = "auto",
-    spool_dir: Path | None = None,
+    names: Sequence[str], *, kind: KindFlag = "auto", spool_dir: Path | None = None
 ) -> list[Source]:
     """Expand names to files, in the order given; those of a folder or pattern are sorted.
 
     Args:
         names: files, folders, patterns with * ? or [], and - for standard input.
-        kind: of all files; auto: by the suffix of each.
+        kind: of all files.
         spool_dir: folder for copies of standard input and pipes, since files are read twice.
 
     Raises:
@@ -90,21 +90,23 @@ def find_sources(
 
 
 @contextmanager
-def open_sources(
-    names: Sequence[str], *, kind: FileKind | Literal["auto"] = "auto"
-) -> Iterator[list[Source]]:
+def open_sources(names: Sequence[str], *, kind: KindFlag = "auto") -> Iterator[list[Source]]:
     """`find_sources` with a temporary spool folder."""
     with tempfile.TemporaryDirectory(prefix="gptforge-") as spool_dir:
         yield find_sources(names, kind=kind, spool_dir=Path(spool_dir))
 
 
-def count_ignored_files(name: str) -> Counter[str]:
-    """Count the files of a folder that are not read, by suffix."""
-    folder = Path(name)
-    if name == "-" or not folder.is_dir():
-        return Counter()
-    ignored = (path for path in _walk(folder) if _suffixes(path)[0] not in FOLDER_SUFFIXES)
-    return Counter(path.suffix.lower() or "without" for path in ignored)
+def describe_ignored_files(name: str) -> str:
+    """Count the files of a folder that are not read, by suffix; empty if there are none."""
+    if name == "-" or not Path(name).is_dir():
+        return ""
+    ignored = (path for path in _walk(Path(name)) if _suffixes(path)[0] not in FOLDER_SUFFIXES)
+    counts = Counter(path.suffix.lower() or "without" for path in ignored)
+    listed = [f"{count:,} {suffix}" for suffix, count in counts.most_common(MAX_SUFFIXES)]
+    if others := sum(count for _, count in counts.most_common()[MAX_SUFFIXES:]):
+        listed.append(f"{others:,} others")
+    subject = pluralize(counts.total(), "file is", "files are")
+    return f"{subject} ignored in {name}, by suffix: {', '.join(listed)}" if counts else ""
 
 
 def _expand(name: str) -> list[Path]:
@@ -155,7 +157,7 @@ def _suffixes(path: Path) -> tuple[str, Compression]:
     return suffix.lower(), compression
 
 
-def _file_source(path: Path, kind: FileKind | Literal["auto"]) -> Source:
+def _file_source(path: Path, kind: KindFlag) -> Source:
     name = path.as_posix()
     suffix, compression = _suffixes(path)
     file_kind = KIND_BY_SUFFIX.get(suffix, "text") if kind == "auto" else kind
@@ -170,7 +172,7 @@ def _file_source(path: Path, kind: FileKind | Literal["auto"]) -> Source:
     return Source(path, file_kind, compression, status.st_size, str(status.st_mtime_ns), name)
 
 
-def _spooled_source(name: str, path: Path, kind: FileKind | Literal["auto"]) -> Source:
+def _spooled_source(name: str, path: Path, kind: KindFlag) -> Source:
     """Copy standard input or a pipe to a file; its magic number gives the compression."""
     if kind == "parquet":
         raise UserError(f"{name}: reading Parquet needs random access: give a file")

@@ -36,6 +36,7 @@ class DocumentStats:
     id: DocumentId
     num_chars: int
     digest: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class SplitRule:
     exceptions: Mapping[str, SplitName] = field(default_factory=dict)  # digest in hex to split
     val_sources: tuple[int, ...] = ()
     prepend_eot: bool = True  # an end-of-text id before each document
+
+    @property
+    def needs_digest(self) -> bool:
+        """Whether `assign` looks at the digest."""
+        return self.rule == "hash" or bool(self.exceptions)
 
     def assign(self, document_id: DocumentId, digest: int) -> SplitName:
         """Return the split of an undivided document."""
@@ -76,13 +82,8 @@ class SplitRule:
 
 
 def text_digest(text: str) -> int:
-    """Return the first 64 bits of the SHA-256 of a text in UTF-8."""
-    return digest_from_sha256(hashlib.sha256(text.encode("utf-8")).digest())
-
-
-def digest_from_sha256(sha256: bytes) -> int:
-    """Return the first 64 bits of a hash."""
-    return int.from_bytes(sha256[:8], "big")
+    """The first 64 bits of the SHA-256 of a text in UTF-8."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
 
 
 def make_split_rule(
@@ -90,10 +91,8 @@ def make_split_rule(
 ) -> SplitRule:
     """Build the rule for a data set from its first hundred documents, or all if there are fewer.
 
-    With `split_duplicates`, copies of a document may be in both splits if there are few documents.
-
-    Raises:
-        UserError: if one split would be empty.
+    A split that would be empty is a UserError. With `split_duplicates`, copies of a document may be
+    in both splits if there are few documents.
     """
     assert documents, "the caller checks that there is a document"
     if val_fraction == 0:
@@ -158,47 +157,37 @@ def _keep_from_empty(
     return exceptions
 
 
-@dataclass(frozen=True)
-class FilenameSplits:
-    """Indices of the files that are named validation or test."""
-
-    val: tuple[int, ...] = ()
-    test: tuple[int, ...] = ()
-
-
-def split_by_name(paths: Sequence[Path], *, require_train: bool = True) -> FilenameSplits:
-    """Find the files that are named validation or test.
+def split_by_name(
+    paths: Sequence[Path], *, require_train: bool = True
+) -> Sequence[SplitWord | None]:
+    """The split that the name of each file says, None for those that say none.
 
     A name is split into words at everything that is not a letter: `data-validation-0001.parquet` is
     for validation, `medieval_000.bin` is not. Without such a word in the file's name, the nearest
     folder with one decides, below the folder that all files have in common. With `require_train`,
     names decide only if one has the word train: otherwise `dev_notes.txt` is ordinary text.
     """
-    if len(paths) < 2:
-        return FilenameSplits()
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 (keeps symlinks)
     try:
         depth = len(Path(os.path.commonpath([path.parent for path in absolute])).parts)
     except ValueError:
         depth = 1  # the paths are on different drives
     words = [_split_word(path.parts[depth:]) for path in absolute]
-    if require_train and "train" not in words:
-        return FilenameSplits()
-    val, test = (tuple(i for i, w in enumerate(words) if w == split) for split in ("val", "test"))
-    return FilenameSplits(val, test)
+    names_count = len(paths) > 1 and ("train" in words or not require_train)
+    return words if names_count else [None] * len(paths)
 
 
 def describe_filename_splits(
-    named: FilenameSplits, paths: Sequence[Path], *, uses_val: bool
+    paths: Sequence[Path], words: Sequence[SplitWord | None], *, uses_val: bool
 ) -> str:
     """Describe in one line what happens to these files; empty if there are none."""
     reason = "held out as named" if uses_val else "left out, since nothing is held out"
     parts = []
-    for indices, what in ((named.val, reason), (named.test, "left out as named")):
-        if indices:
-            names = ", ".join(paths[index].as_posix() for index in indices[:3])
-            more = f" and {len(indices) - 3:,} more" if len(indices) > 3 else ""
-            parts.append(f"{what}: {names}{more}")
+    for split, what in (("val", reason), ("test", "left out as named")):
+        names = [path.as_posix() for path, word in zip(paths, words, strict=True) if word == split]
+        if names:
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            parts.append(f"{what}: {', '.join(names[:3])}{more}")
     hint = " (--split_by_name false treats them like all others)"
     return "; ".join(parts) + hint * bool(parts)
 

@@ -1,8 +1,8 @@
 """Texts in a column of a CSV, TSV or Parquet file."""
 
 import csv
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterator
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 from gptforge.data.input_errors import BadInput, BadInputError
@@ -24,20 +24,19 @@ MAX_BATCH_BYTES = 2**28  # size of a batch if every row were as long as its row 
 MAX_RATIO = 1000  # decompressed to compressed size of a large row group; about 10 for text
 
 
-def read_csv(part: InputPart) -> Iterator[tuple[str, int]]:
-    """The texts of a column, and how many bytes of the file were read up to each.
+def read_csv(part: InputPart) -> Iterator[str]:
+    """The texts of a column.
 
     The first line names the columns. A .tsv is delimited by tabs, any other file by whichever of
     , ; tab and | is most frequent in its first line. Quoting follows RFC 4180.
     """
     csv.field_size_limit(MAX_LINE_LENGTH)  # an unclosed quote must not read the rest of the file
-    source, field, bytes_read, line_number = part.source, part.text_format.field, 0, 0
+    source, field, line_number = part.source, part.text_format.field, 0
 
     def read_lines() -> Iterator[str]:
-        nonlocal bytes_read, line_number
-        lines = split_lines(((c.text, c.bytes_read) for c in part.read_chunks()), "\n")
-        for line, read_so_far in lines:
-            line_number, bytes_read = line_number + 1, read_so_far
+        nonlocal line_number
+        for line in split_lines((chunk.text for chunk in part.read_chunks()), "\n"):
+            line_number += 1
             if len(line) > MAX_LINE_LENGTH:
                 problem = f"a line longer than {MAX_LINE_LENGTH // 2**20} MB"
                 raise BadInput(problem, location(), KIND_TEXT_HINT.removeprefix("or "))
@@ -56,13 +55,14 @@ def read_csv(part: InputPart) -> Iterator[tuple[str, int]]:
         if not header:
             return
         if field not in header:
-            texts = _text_columns(header, list(islice(rows, PEEK_ROWS)))
+            columns = zip_longest(header, *islice(rows, PEEK_ROWS), fillvalue="")
+            texts = [name for name, *cells in columns if name and any(map(_is_text, cells))]
             hint = f"{available_fields_hint(header, texts)}, {KIND_TEXT_HINT}"
             raise BadInput(f"no column '{field}'", source.name, hint)
         column = header.index(field)
         for row in rows:
             if len(row) == len(header):
-                yield row[column], bytes_read
+                yield row[column]
             elif row:
                 problem = f"{len(row)} fields, and the first line names {len(header)}"
                 hint = f"put fields that contain a delimiter in quotes, {KIND_TEXT_HINT}"
@@ -72,29 +72,16 @@ def read_csv(part: InputPart) -> Iterator[tuple[str, int]]:
         raise BadInput(f"not CSV: {error}", location(), hint) from None
 
 
-def _text_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        name
-        for column, name in enumerate(header)
-        if any(column < len(row) and row[column] and not _is_number(row[column]) for row in rows)
-    ]
-
-
-def _is_number(value: str) -> bool:
+def _is_text(cell: str) -> bool:
     try:
-        float(value)
+        float(cell or "0")
     except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def open_parquet(source: Source, text_format: TextFormat) -> Any:
-    """Open a Parquet file, and check that it has the column of texts.
-
-    Raises:
-        BadInput: if it is damaged, or the column is missing or contains something else.
-        UserError: if pyarrow is missing.
-    """
+    """Open a Parquet file, and check that it has the column of texts."""
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -128,15 +115,15 @@ def _is_text_column(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def read_parquet(part: InputPart) -> Iterator[tuple[str, int]]:
-    """The texts of row groups, and how many bytes of the file were read up to each."""
+def read_parquet(part: InputPart) -> Iterator[str]:
+    """The texts of row groups."""
     source, start, bad_input = part.source, part.start, part.bad_input
     file = open_parquet(source, part.text_format)
     column = find_field(file.schema_arrow.names, part.text_format.field)
     with file:
         num_groups = file.metadata.num_row_groups
         for group in range(start, num_groups if part.stop is None else part.stop):
-            bytes_read = source.size * (group + 1 - start) // max(1, num_groups)
+            part.bytes_read = source.size * (group + 1 - start) // max(1, num_groups)
             location = f"{source.name}, row group {group + 1} of {num_groups}"
             try:
                 rows = rows_per_batch(file.metadata, group, column)
@@ -144,7 +131,7 @@ def read_parquet(part: InputPart) -> Iterator[tuple[str, int]]:
                 for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                     for value in batch.column(0).to_pylist():
                         if is_text(value):
-                            yield text_from_value(value, column, part), bytes_read
+                            yield text_from_value(value, column, part)
                             continue
                         problem, hint = f"'{column}' is a chat with more than text", ""
                         if value is None:
@@ -163,10 +150,7 @@ def rows_per_batch(metadata: Any, group: int, column: str) -> int:
     """The number of rows of a row group that fit into memory, whatever their lengths.
 
     A dictionary stores a text once for any number of rows, so the size of a row group is a bound of
-    the length of one text, not of their sum.
-
-    Raises:
-        BadInput: if the row group decompresses to far more than text does.
+    the length of one text, not of their sum. A BadInput if it decompresses to more than text does.
     """
     row_group = metadata.row_group(group)
     columns = [row_group.column(i) for i in range(row_group.num_columns)]

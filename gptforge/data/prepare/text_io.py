@@ -3,13 +3,14 @@
 import codecs
 import functools
 import gzip
+import hashlib
 import importlib
 import importlib.util
 import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, AnyStr
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
@@ -21,6 +22,7 @@ from gptforge.errors import UserError
 BLOCK_BYTES = 2**15
 MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
+OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
 REPLACED_NOTICE = "replaced bytes that are not in the encoding with U+FFFD"
@@ -50,7 +52,7 @@ class TextFormat:
             raise UserError(f"--encoding {self.encoding}: there is no such encoding") from None
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputPart:
     """A file, or a part of one, of which the documents are read."""
 
@@ -59,16 +61,26 @@ class InputPart:
     bad_input: BadInputHandler
     start: int = 0  # byte of a text or of JSON lines, row group of Parquet
     stop: int | None = None  # one past the last
+    bytes_read: int = 0  # of the file, since `start`
 
     def note(self, notice: str) -> None:
         """Tell the user, once, what was repaired in this file."""
         self.bad_input.notices.add(f"{self.source.name}: {notice}")
 
+    def read_blocks(self) -> Iterator[bytes]:
+        """The decompressed bytes; see `read_blocks`."""
+        for block, bytes_read in read_blocks(self.source, self.start, self.stop):
+            self.bytes_read = bytes_read
+            yield block
+
     def read_chunks(self) -> "Iterator[Chunk]":
         """The text in chunks; see `read_chunks`."""
-        encoding, notices = self.text_format.encoding, self.bad_input.notices
-        start, stop = self.start, self.stop
-        return read_chunks(self.source, encoding=encoding, start=start, stop=stop, notices=notices)
+        encoding, start, stop = self.text_format.encoding, self.start, self.stop
+        for chunk in read_chunks(self.source, encoding=encoding, start=start, stop=stop):
+            self.bytes_read = chunk.bytes_read
+            if chunk.has_replacements:
+                self.note(REPLACED_NOTICE)
+            yield chunk
 
 
 @dataclass(frozen=True)
@@ -82,15 +94,25 @@ class Chunk:
     has_replacements: bool = False  # undecodable bytes became U+FFFD
 
 
+@dataclass
+class TextStats:
+    """Statistics of a text file after normalization."""
+
+    num_chars: int = 0
+    sha256: str = ""
+    is_blank: bool = True
+    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
+
+    @property
+    def digest(self) -> int:
+        """The digest of the text as a document."""
+        return int(self.sha256[:16], 16)
+
+
 def read_blocks(
     source: Source, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[bytes, int]]:
-    """Decompressed bytes from `start` to `stop`, each block with the bytes read of the file so far.
-
-    Raises:
-        BadInput: for a damaged compressed file.
-        UserError: if the package that decompresses it is missing.
-    """
+    """Decompressed bytes from `start` to `stop`; each block with the file's bytes read so far."""
     damage: list[type[Exception]] = [EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error]
     if source.compression == "zst":
         damage.append(_zstd_module(source).ZstdError)
@@ -152,19 +174,11 @@ def _zstd_module(source: Source) -> Any:
 
 
 def read_chunks(
-    source: Source,
-    *,
-    encoding: str = "utf-8",
-    start: int = 0,
-    stop: int | None = None,
-    notices: set[str] | None = None,
+    source: Source, *, encoding: str = "utf-8", start: int = 0, stop: int | None = None
 ) -> Iterator[Chunk]:
     """The text of a file, or of its decompressed bytes from `start` to `stop`, in chunks.
 
-    Undecodable bytes that were replaced are reported in `notices`.
-
-    Raises:
-        BadInput: at the first byte that is not text in this encoding.
+    A BadInput tells the first byte that is not text in this encoding.
     """
     codec, errors = parse_encoding(encoding)
     decoder = codecs.getincrementaldecoder(codec)(errors)
@@ -186,40 +200,52 @@ def read_chunks(
         kept = "\r" if raw.endswith("\r") and block else ""
         raw = raw[: len(raw) - len(kept)]
         if "\0" in raw:
-            position = offset + len(raw[: raw.index("\0")].encode(codec, "replace"))
-            if errors == "replace" and b"\0" in block:
-                position = read - len(block) + block.index(b"\0")
+            position = read - len(block) + max(0, block.find(b"\0"))
             problem = f"NUL byte at offset {position}: this is a binary file or UTF-16"
             hint = "save it as text, or, if it is UTF-16, give --encoding utf-16"
             raise BadInput(problem, source.name, hint)
         if raw:
             text = (raw.removeprefix(BOM) if offset == 0 else raw).replace("\r\n", "\n")
             has_replacements = errors == "replace" and "\ufffd" in raw
-            if has_replacements and notices is not None:
-                notices.add(f"{source.name}: {REPLACED_NOTICE}")
             yield Chunk(offset, raw, text, bytes_read, has_replacements)
 
 
-def split_lines(
-    parts: Iterable[tuple[AnyStr, int]], newline: AnyStr
-) -> Iterator[tuple[AnyStr, int]]:
-    """Lines with their newlines, and the number that came with the part in which each ends.
+def scan_text(source: Source, encoding: str) -> TextStats:
+    """Read a text file in constant memory; a BadInput if it is not text."""
+    return text_stats(read_chunks(source, encoding=encoding))
+
+
+def text_stats(chunks: Iterable[Chunk]) -> TextStats:
+    """Statistics of all chunks of a text file."""
+    stats, sha256 = TextStats(), hashlib.sha256()
+    for chunk in chunks:
+        if not stats.offsets or chunk.offset - stats.offsets[-1][0] >= OFFSET_STRIDE:
+            stats.offsets.append((chunk.offset, stats.num_chars))
+        stats.num_chars += len(chunk.text)
+        stats.is_blank = stats.is_blank and not chunk.text.strip()
+        sha256.update(chunk.text.encode("utf-8"))
+    stats.sha256 = sha256.hexdigest()
+    return stats
+
+
+def split_lines(parts: Iterable[AnyStr], newline: AnyStr) -> Iterator[AnyStr]:
+    """Lines with their newlines.
 
     A line longer than MAX_LINE_LENGTH is truncated to a prefix, which is too long as well.
     """
     kept: list[AnyStr] = []
-    length = number = 0
-    for part, number in parts:
+    length = 0
+    for part in parts:
         lines = part.split(newline)
         last = lines.pop()
         for line in lines:
-            yield newline[:0].join(kept) + line + newline, number
+            yield newline[:0].join(kept) + line + newline
             kept, length = [], 0
         if last and length <= MAX_LINE_LENGTH:
             kept.append(last)
             length += len(last)
     if length:
-        yield newline[:0].join(kept), number
+        yield newline[:0].join(kept)
 
 
 def describe_fixes(chunk: Chunk) -> set[str]:

@@ -32,7 +32,6 @@ def run_jobs(
     jobs: Sequence[Job],
     settings: JobSettings,
     progress_dir: Path,
-    *,
     num_workers: int,
     progress: ProgressBar | None,
 ) -> list[JobResult]:
@@ -67,8 +66,10 @@ def _load_result(path: Path, out_dir: Path) -> JobResult | None:
         result = JobResult.from_json(json.loads(files.read_text(path, follow_symlinks=False)))
         for shard in result.shards:
             shard_path = out_dir / shard["file"]
-            is_complete = read_shard_header(shard_path).num_tokens == shard["tokens"]
-            if not is_complete or files.sha256(shard_path) != shard["sha256"]:
+            num_tokens = read_shard_header(shard_path).num_tokens
+            if shard_path.parent != out_dir or num_tokens != shard["tokens"]:
+                return None
+            if files.sha256(shard_path) != shard["sha256"]:
                 return None
         return result
     except Exception:

@@ -16,7 +16,7 @@ side by side, 3 * C elements, and so do their gradients.
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import dropout_scale, hash_columns, hash_rows, is_kept
+from gptforge.kernels.triton.dropout import hash_columns, hash_rows, is_kept, load_rate
 from gptforge.kernels.triton.gelu import LOG2_E
 
 
@@ -25,9 +25,9 @@ def attn_fwd(
     qkv,  # (B, T, 3, H, D)
     out,  # (B, T, H, D)
     lse,  # (B, H, T) fp32, log-sum-exp of the scores
-    seeds,  # (2,) int32
+    seeds,  # (4,) int32, see `DropoutSeed`
     length, scale, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, IS_EVEN: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK queries of one head."""
     C: tl.constexpr = H * D
@@ -41,21 +41,21 @@ def attn_fwd(
     q_ptr = qkv + start * 3 * C + head * D
     q = _load_rows(q_ptr, offs_m, 3 * C, length, D, IS_EVEN)  # (BLOCK, D)
     row = (batch * H + head) * length + offs_m
-    row_hash = hash_rows(row, seeds) if THRESHOLD else offs_m
+    row_hash = hash_rows(row, seeds) if DROPOUT else offs_m
     m_i = tl.full((BLOCK,), -float("inf"), tl.float32)
     l_i = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, D), tl.float32)
     # Tiles below the diagonal need no mask; the scale is log2(e) times as large, for exp2.
     m_i, l_i, acc = _attn_fwd_inner(
         m_i, l_i, acc, q, q_ptr + C, row_hash, seeds, offs_m, 0, block_m * BLOCK, length,
-        scale * LOG2_E, C, D, BLOCK, False, IS_EVEN, THRESHOLD,
+        scale * LOG2_E, C, D, BLOCK, False, IS_EVEN, DROPOUT,
     )  # fmt: skip
     m_i, l_i, acc = _attn_fwd_inner(
         m_i, l_i, acc, q, q_ptr + C, row_hash, seeds, offs_m, block_m * BLOCK,
-        block_m * BLOCK + BLOCK, length, scale * LOG2_E, C, D, BLOCK, True, IS_EVEN, THRESHOLD,
+        block_m * BLOCK + BLOCK, length, scale * LOG2_E, C, D, BLOCK, True, IS_EVEN, DROPOUT,
     )  # fmt: skip
-    if THRESHOLD:
-        acc *= dropout_scale(THRESHOLD)
+    if DROPOUT:
+        acc *= load_rate(seeds)[1]
     offset = start * C + head * D + offs_m[:, None] * C + offs_d[None, :]
     o = (acc / l_i[:, None]).to(out.dtype.element_ty)
     tl.store(out + offset, o, mask=(offs_m < length)[:, None])
@@ -67,7 +67,7 @@ def attn_fwd(
 def _attn_fwd_inner(
     m_i, l_i, acc, q, k_ptr, row_hash, seeds, offs_m, start, stop, length, qk_scale,
     C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    IS_DIAGONAL: tl.constexpr, IS_EVEN: tl.constexpr, THRESHOLD: tl.constexpr,
+    IS_DIAGONAL: tl.constexpr, IS_EVEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     for start_n in range(start, stop, BLOCK):
         offs_n = start_n + tl.arange(0, BLOCK)
@@ -82,8 +82,9 @@ def _attn_fwd_inner(
         alpha = tl.exp2(m_i - m_new)
         # The sum is that of the softmax: dropout comes after it, so only `acc` sees the mask.
         l_i = l_i * alpha + tl.sum(p, 1)
-        if THRESHOLD:
-            keep = is_kept(row_hash[:, None], hash_columns(offs_n, seeds)[None, :], THRESHOLD)
+        if DROPOUT:
+            rate = load_rate(seeds)
+            keep = is_kept(row_hash[:, None], hash_columns(offs_n, seeds)[None, :], rate)
             p = tl.where(keep, p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
         m_i = m_new
@@ -98,9 +99,9 @@ def attn_bwd_dq(
     delta,  # (B, H, T) fp32, written: sum of out * grad_output over D
     grad_qkv,  # (B, T, 3, H, D), its queries are written
     partials,  # (B * blocks, 3, H, D) fp32, sums of grad_qkv over a tile's tokens
-    seeds,  # (2,) int32
+    seeds,  # (4,) int32, see `DropoutSeed`
     length, scale, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, IS_EVEN: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK queries of one head."""
     C: tl.constexpr = H * D
@@ -126,16 +127,16 @@ def attn_bwd_dq(
     delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + row, delta_i, mask=in_sequence)
     dq = tl.zeros((BLOCK, D), tl.float32)
-    row_hash = hash_rows(row, seeds) if THRESHOLD else offs_m
+    row_hash = hash_rows(row, seeds) if DROPOUT else offs_m
     k_ptr = qkv + head_offset + C
     qk_scale = scale * LOG2_E
     dq = _attn_bwd_dq_inner(
         dq, q, do, lse_i, delta_i, k_ptr, row_hash, seeds, offs_m, 0, block_m * BLOCK, length,
-        qk_scale, C, D, BLOCK, False, IS_EVEN, THRESHOLD,
+        qk_scale, C, D, BLOCK, False, IS_EVEN, DROPOUT,
     )  # fmt: skip
     dq = _attn_bwd_dq_inner(
         dq, q, do, lse_i, delta_i, k_ptr, row_hash, seeds, offs_m, block_m * BLOCK,
-        block_m * BLOCK + BLOCK, length, qk_scale, C, D, BLOCK, True, IS_EVEN, THRESHOLD,
+        block_m * BLOCK + BLOCK, length, qk_scale, C, D, BLOCK, True, IS_EVEN, DROPOUT,
     )  # fmt: skip
     # The bias gradient sums the rounded values, as a sum over the stored tensor would.
     rounded = (dq * scale).to(grad_qkv.dtype.element_ty)
@@ -148,7 +149,7 @@ def attn_bwd_dq(
 def _attn_bwd_dq_inner(
     dq, q, do, lse_i, delta_i, k_ptr, row_hash, seeds, offs_m, start, stop, length, qk_scale,
     C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    IS_DIAGONAL: tl.constexpr, IS_EVEN: tl.constexpr, THRESHOLD: tl.constexpr,
+    IS_DIAGONAL: tl.constexpr, IS_EVEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     for start_n in range(start, stop, BLOCK):
         offs_n = start_n + tl.arange(0, BLOCK)
@@ -164,9 +165,10 @@ def _attn_bwd_dq_inner(
         if IS_DIAGONAL:
             p = tl.where(offs_n[None, :] <= offs_m[:, None], p, 0.0)
         dp = tl.dot(do, tl.trans(v))
-        if THRESHOLD:
-            keep = is_kept(row_hash[:, None], hash_columns(offs_n, seeds)[None, :], THRESHOLD)
-            dp = tl.where(keep, dp * dropout_scale(THRESHOLD), 0.0)
+        if DROPOUT:
+            rate = load_rate(seeds)
+            keep = is_kept(row_hash[:, None], hash_columns(offs_n, seeds)[None, :], rate)
+            dp = tl.where(keep, dp * rate[1], 0.0)
         ds = p * (dp - delta_i[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
     return dq
@@ -179,9 +181,9 @@ def attn_bwd_dkdv(
     lse, delta,  # (B, H, T) fp32; delta from attn_bwd_dq
     grad_qkv,  # (B, T, 3, H, D), its keys and values are written
     partials,  # (B * blocks, 3, H, D) fp32, sums of grad_qkv over a tile's tokens
-    seeds,  # (2,) int32
+    seeds,  # (4,) int32, see `DropoutSeed`
     length, scale, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, IS_EVEN: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK keys and values of one head."""
     C: tl.constexpr = H * D
@@ -202,18 +204,18 @@ def attn_bwd_dkdv(
     do_ptr = grad_output + start * C + head * D
     row = (batch * H + head) * length
     qk_scale = scale * LOG2_E
-    column_hash = hash_columns(offs_n, seeds) if THRESHOLD else offs_n
+    column_hash = hash_columns(offs_n, seeds) if DROPOUT else offs_n
     # Queries before this tile do not attend to it.
     dk, dv = _attn_bwd_dkdv_inner(
         dk, dv, k, v, q_ptr, do_ptr, lse, delta, column_hash, seeds, row, offs_n, block_n * BLOCK,
-        block_n * BLOCK + BLOCK, length, qk_scale, C, D, BLOCK, True, IS_EVEN, THRESHOLD,
+        block_n * BLOCK + BLOCK, length, qk_scale, C, D, BLOCK, True, IS_EVEN, DROPOUT,
     )  # fmt: skip
     dk, dv = _attn_bwd_dkdv_inner(
         dk, dv, k, v, q_ptr, do_ptr, lse, delta, column_hash, seeds, row, offs_n,
-        block_n * BLOCK + BLOCK, length, length, qk_scale, C, D, BLOCK, False, IS_EVEN, THRESHOLD,
+        block_n * BLOCK + BLOCK, length, length, qk_scale, C, D, BLOCK, False, IS_EVEN, DROPOUT,
     )  # fmt: skip
-    if THRESHOLD:
-        dv *= dropout_scale(THRESHOLD)
+    if DROPOUT:
+        dv *= load_rate(seeds)[1]
     rounded_dk = (dk * scale).to(grad_qkv.dtype.element_ty)
     rounded_dv = dv.to(grad_qkv.dtype.element_ty)
     tl.store(grad_qkv + k_offset, rounded_dk, mask=mask)
@@ -228,7 +230,7 @@ def attn_bwd_dkdv(
 def _attn_bwd_dkdv_inner(
     dk, dv, k, v, q_ptr, do_ptr, lse, delta, column_hash, seeds, row, offs_n, start, stop, length,
     qk_scale, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    IS_DIAGONAL: tl.constexpr, IS_EVEN: tl.constexpr, THRESHOLD: tl.constexpr,
+    IS_DIAGONAL: tl.constexpr, IS_EVEN: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     for start_m in range(start, stop, BLOCK):
         offs_m = start_m + tl.arange(0, BLOCK)
@@ -249,9 +251,10 @@ def _attn_bwd_dkdv_inner(
             p = tl.where((offs_m < length)[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(do))
         p_dropped = p
-        if THRESHOLD:
-            keep = is_kept(hash_rows(row + offs_m, seeds)[None, :], column_hash[:, None], THRESHOLD)
-            dp = tl.where(keep, dp * dropout_scale(THRESHOLD), 0.0)
+        if DROPOUT:
+            rate = load_rate(seeds)
+            keep = is_kept(hash_rows(row + offs_m, seeds)[None, :], column_hash[:, None], rate)
+            dp = tl.where(keep, dp * rate[1], 0.0)
             p_dropped = tl.where(keep, p, 0.0)
         dv = tl.dot(p_dropped.to(do.dtype), do, dv)
         ds = p * (dp - delta_i[None, :])

@@ -24,20 +24,20 @@ def _hash(index, seed):
 
 
 @triton.jit
-def is_kept(row_hash, column_hash, THRESHOLD: tl.constexpr):
+def load_rate(seeds):
+    """Threshold p * 2**31 and scale 1 / (1 - p); load them before a loop that stores."""
+    threshold = tl.load(seeds + 2).to(tl.uint32, bitcast=True)
+    return threshold, tl.load(seeds + 3).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_kept(row_hash, column_hash, rate):
     """Whether dropout keeps the element at this row and column."""
-    # THRESHOLD is p * 2**31, which fits an int32; the product is a uint32.
-    return row_hash * column_hash >= 2 * THRESHOLD
+    return row_hash * column_hash >= 2 * rate[0]
 
 
 @triton.jit
-def dropout_scale(THRESHOLD: tl.constexpr):
-    """1 / (1 - p)."""
-    return 2147483648.0 / (2147483648.0 - THRESHOLD)
-
-
-@triton.jit
-def dropout(x, row_hash, column_hash, THRESHOLD: tl.constexpr):
+def dropout(x, row_hash, column_hash, rate):
     """Dropout of a tile x (ROWS, BLOCK)."""
-    keep = is_kept(row_hash[:, None], column_hash[None, :], THRESHOLD)
-    return tl.where(keep, x * dropout_scale(THRESHOLD), 0.0)
+    keep = is_kept(row_hash[:, None], column_hash[None, :], rate)
+    return tl.where(keep, x * rate[1], 0.0)

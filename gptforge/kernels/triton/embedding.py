@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows
+from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows, load_rate
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -11,9 +11,9 @@ def embedding(
     idx,  # (rows,) token ids
     wte, wpe,  # (V, columns) and (length or more, columns)
     out,  # (rows, columns)
-    seeds,  # (2,) int32
+    seeds,  # (4,) int32, see `DropoutSeed`
     rows, length, columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """out = dropout(wte[idx] + wpe[position]); each program takes ROWS tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -23,8 +23,8 @@ def embedding(
     x = tl.load(wte + token[:, None] * columns + column[None, :], mask=mask, other=0.0)
     x += tl.load(wpe + (row % length)[:, None] * columns + column[None, :], mask=mask, other=0.0)
     offset = row.to(tl.int64)[:, None] * columns + column[None, :]
-    if THRESHOLD:
-        x = dropout(x, hash_rows(row, seeds), hash_columns(column, seeds), THRESHOLD)
+    if DROPOUT:
+        x = dropout(x, hash_rows(row, seeds), hash_columns(column, seeds), load_rate(seeds))
     tl.store(out + offset, x.to(out.dtype.element_ty), mask=mask)
 
 

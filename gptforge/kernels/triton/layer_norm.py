@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows
+from gptforge.kernels.triton.dropout import dropout, hash_columns, hash_rows, load_rate
 from gptforge.kernels.triton.float8 import saturate
 
 
@@ -14,9 +14,9 @@ def add_layer_norm(
     weight, bias,  # (columns,) fp32
     out,  # (rows, columns), may be fp8
     mean, rstd,  # (rows,) fp32
-    seeds,  # (2,) int32
+    seeds,  # (4,) int32, see `DropoutSeed`
     rows, eps, columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    HAS_X: tl.constexpr, THRESHOLD: tl.constexpr,
+    HAS_X: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """x = residual + dropout(x); out = layer_norm(x)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -26,8 +26,8 @@ def add_layer_norm(
     total = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
     if HAS_X:
         y = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
-        if THRESHOLD:
-            y = dropout(y, hash_rows(row, seeds), hash_columns(column, seeds), THRESHOLD)
+        if DROPOUT:
+            y = dropout(y, hash_rows(row, seeds), hash_columns(column, seeds), load_rate(seeds))
         total += y
         rounded = total.to(x.dtype.element_ty)
         tl.store(x + offset, rounded, mask=mask)
@@ -54,9 +54,9 @@ def layer_norm_backward(
     grad_residual,  # (rows, columns)
     grad_x,  # (rows, columns), written only with dropout
     partials,  # (programs, 3, columns) fp32: sums for weight, bias and x's bias
-    seeds,  # (2,) int32
+    seeds,  # (4,) int32, see `DropoutSeed`
     rows, steps, columns: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    HAS_GRAD_RESIDUAL: tl.constexpr, THRESHOLD: tl.constexpr, STAGES: tl.constexpr,
+    HAS_GRAD_RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (w * dy - mean(w * dy) - x_hat * mean(w * dy * x_hat)), plus grad_residual."""
     pid = tl.program_id(0)
@@ -66,7 +66,8 @@ def layer_norm_backward(
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
     dx_bias = tl.zeros((BLOCK,), tl.float32)
-    column_hash = hash_columns(column, seeds) if THRESHOLD else column
+    if DROPOUT:
+        column_hash, rate = hash_columns(column, seeds), load_rate(seeds)
     for step in tl.range(0, steps, num_stages=STAGES):
         # Last rows first: the GEMM before wrote them last, so they are still in the L2 cache.
         row = ((steps - 1 - step) * tl.num_programs(0) + pid) * ROWS + tl.arange(0, ROWS)
@@ -87,8 +88,8 @@ def layer_norm_backward(
             dx += tl.load(grad_residual + offset, mask=mask, other=0.0).to(tl.float32)
         rounded = dx.to(grad_output.dtype.element_ty)
         tl.store(grad_output + offset, rounded, mask=mask)
-        if THRESHOLD:
-            masked = dropout(rounded.to(tl.float32), hash_rows(row, seeds), column_hash, THRESHOLD)
+        if DROPOUT:
+            masked = dropout(rounded.to(tl.float32), hash_rows(row, seeds), column_hash, rate)
             rounded = masked.to(grad_output.dtype.element_ty)
             tl.store(grad_x + offset, rounded, mask=mask)
         dx_bias += tl.sum(tl.where(mask, rounded.to(tl.float32), 0.0), 0)

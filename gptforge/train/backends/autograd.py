@@ -69,6 +69,10 @@ class AutogradBackend:
         else:
             self._loss = torch.compile(self._forward_loss, dynamic=False)
 
+    def set_dropout(self, p: float) -> None:
+        """Change the dropout probability."""
+        self.model.set_dropout(p)
+
     def zero_grad(self) -> None:
         """Start a step."""
         if self._grads is not None:

@@ -37,6 +37,10 @@ class CudaGraphBackend:
         self._micro_batches: dict[torch.Size, tuple[Tensor, Tensor, _CapturedCall[Tensor]]] = {}
         self._zero_grad = _CapturedCall(backend.zero_grad)
 
+    def set_dropout(self, p: float) -> None:
+        """Change the dropout probability, which the captured kernels read from the device."""
+        self._backend.set_dropout(p)
+
     def zero_grad(self) -> None:
         """Start a step; see `ManualBackend.zero_grad`."""
         self._zero_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptforge.estimate.formulas import default_loss_chunk, gelu_save_interval
-from gptforge.kernels.dropout import DropoutSeed, draw_dropout_seeds
+from gptforge.kernels.dropout import DropoutRate, DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.layer_norm import SavedLayerNorm
 from gptforge.kernels.matmul import accumulate_wgrad
@@ -63,7 +63,8 @@ class ManualBackend:
         make_grads: Callable[[list[list[Tensor]]], GradBuffer] = GradBuffer,
         distillation: Distillation | None = None,
     ) -> None:
-        self._dropout = model.config.dropout
+        p, device = model.config.dropout, next(model.parameters()).device
+        self._dropout = DropoutRate(p, device) if p else None
         # SDPA with dropout would draw another mask when it is recomputed.
         assert not (self._dropout and activation_checkpointing), "cannot recompute dropout"
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
@@ -100,6 +101,11 @@ class ManualBackend:
             teacher.zero_grad()  # their weights never change: copying them once is enough
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
         """Called with the number of leading groups that are final for this micro-batch."""
+
+    def set_dropout(self, p: float) -> None:
+        """Change the dropout probability; a model without dropout stays without."""
+        if self._dropout is not None:
+            self._dropout.set(p)
 
     @torch.no_grad()
     def zero_grad(self) -> None:
@@ -151,8 +157,8 @@ class ManualBackend:
         # One for the embedding; in each block one for attention, and one for each sublayer.
         num_seeds = 1 + 3 * len(self._blocks)
         seeds: list[DropoutSeed | None] = [None] * num_seeds
-        # All at once, by one kernel; the list is empty without dropout.
-        seeds = [*draw_dropout_seeds(num_seeds, self._dropout, idx.device)] or seeds
+        if self._dropout is not None:
+            seeds = [*self._dropout.draw_seeds(num_seeds)]  # all at once, by one kernel
 
         residual = embedding(idx, self._wte, self._wpe, self._weights.dtype, seeds[0])  # (N, C)
         mlp_out = None  # (N, C), added to the residual by the next LayerNorm's kernel
@@ -177,7 +183,7 @@ class ManualBackend:
         teachers_out: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Output layer and loss in chunks: the summed loss, and the gradient of `ln_f_out`."""
-        dln_f = torch.empty_like(ln_f_out, dtype=self._weights.dtype)
+        dln_f = torch.empty_like(ln_f_out)
         losses = []
         for start in range(0, len(ln_f_out), self._loss_chunk):
             chunk = slice(start, start + self._loss_chunk)

@@ -61,6 +61,10 @@ class ComputeWeights:
         # Cast once a step: autocast would cast the weights in every micro-batch.
         torch._foreach_copy_(self._copies, self._sources)
 
+    def full(self, parameter: Tensor) -> Tensor:
+        """Return all values of a parameter in the most precise dtype that is at hand anyway."""
+        return self.master(parameter)
+
     def wait_for(self, *copies: Tensor) -> None:
         """Wait until copies have arrived, before their first use in a step."""
 
@@ -224,9 +228,7 @@ class ManualBlock:
         attn, mlp = block.attn, block.mlp
         self._n_head, self._head_size = attn.n_head, n_embd // attn.n_head
         self._separate_dgelu = prefer_separate_dgelu(device, n_embd)
-        self._attention = select_attention(
-            device, weights.dtype, head_size=self._head_size, dropout=attn.dropout
-        )
+        self._attention = select_attention(device, weights.dtype, head_size=self._head_size)
         self.ln_1 = ManualLayerNorm(block.ln_1, prev_bias, weights, grads)
         self.ln_2 = ManualLayerNorm(block.ln_2, attn.c_proj.bias, weights, grads)
         layers = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)

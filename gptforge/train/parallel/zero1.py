@@ -60,6 +60,12 @@ class AllGatheredWeights(ComputeWeights):
         return self._compute[parameter][: len(parameter)]
 
     @override
+    def full(self, parameter: Tensor) -> Tensor:
+        if parameter in self._master:
+            return self.master(parameter)
+        return self.compute_copy(parameter)
+
+    @override
     def refresh(self) -> None:
         """Gather the weights; a collective. Matrices arrive later: see `wait_for`."""
         self._root.reshard_root()

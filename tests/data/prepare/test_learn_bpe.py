@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.data.input_errors import BadInputHandler
-from gptforge.data.prepare.learn_bpe import iter_training_text
+from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.request import PrepareRequest, select_files
 from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.errors import UserError
+from gptforge.estimate.formulas import default_vocab_size
 from gptforge.tokenizers import char_lengths, decode
-from gptforge.tokenizers.train_bpe import default_vocab_size, train_bpe
+from gptforge.tokenizers.train_bpe import train_bpe
 from tests.data.prepare.small_datasets import (
     DOCUMENTS,
     prepare_files,
@@ -164,9 +165,12 @@ def test_parts_are_the_training_text(tmp_path_factory, words, fraction, block) -
     path.write_bytes("".join(words).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gptforge.data.prepare.text_io.BLOCK_BYTES", block)
-        sources = select_files(PrepareRequest((str(path),))).sources
-        rule = scan(sources, TextFormat(), fraction, skip_bad=False).split_rule
-        parts = list(iter_training_text(sources, TextFormat(), rule, BadInputHandler(False)))
+        request = PrepareRequest((str(path),), val_fraction=fraction)
+        selection = select_files(request)
+        rule, (source,) = scan(request, selection).split_rule, selection.sources
+        found = list(read_split(FileSpan(0, source), rule, TextFormat(), BadInputHandler(False)))
+    parts = [part.text for part in found if part.split == "train"]
+    assert "".join(part.text for part in found) == text
     assert "".join(parts) == text[: int(len(text) * (1 - fraction)) if fraction else len(text)]
     # Words are whole: a part ends where the next begins with its space.
     assert all(part[0] in " \n" and not part[1:2].isspace() for part in parts[1:])

@@ -90,7 +90,7 @@ def test_shard_bytes_changes_no_token(tmp_path) -> None:
 @pytest.mark.parametrize("block", [50, 2**15])
 def test_long_text_in_parts_has_the_same_ids(tmp_path, monkeypatch, newline, size, block) -> None:
     monkeypatch.setattr("gptforge.data.prepare.text_io.BLOCK_BYTES", block)
-    monkeypatch.setattr("gptforge.data.prepare.scan.OFFSET_STRIDE", 10 * block)
+    monkeypatch.setattr("gptforge.data.prepare.text_io.OFFSET_STRIDE", 10 * block)
     text = "\n\n".join(some_text(i) + "  \n\n  x" + "-" * i * i for i in range(40))
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", newline).encode())
     index = prepare_files(tmp_path / "out", tmp_path / "t.txt", shard_bytes=size, val_fraction=0.13)
@@ -177,8 +177,6 @@ def test_job_result_of_version_0_1_is_read() -> None:
     record = JobResult(splits={3: ["val"]}, num_eot_literals=2).to_json()
     assert (record["sides"], record["marks"]) == ({3: ["val"]}, 2)
     assert JobResult.from_json(record | {"sides": {"3": ["val"]}}).splits == {3: ["val"]}
-    with pytest.raises(TypeError):
-        JobResult.from_json(record | {"marks": "two"})
 
 
 def interrupt_before_index(monkeypatch) -> None:

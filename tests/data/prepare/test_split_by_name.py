@@ -7,7 +7,7 @@ import pytest
 
 from gptforge.data.dataset import Dataset, DatasetOptions, open_dataset
 from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.prepare.split_writer import ShardWriter
+from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import UserError
 from tests.data.prepare.small_datasets import (
     prepare_files,
@@ -114,17 +114,6 @@ def test_other_programs_shards_are_split_by_words(tmp_path) -> None:
     np.testing.assert_array_equal(dataset.train[:], [*range(100), *range(200, 230)])
     np.testing.assert_array_equal(dataset.val[:], range(50, 90))
     assert any(notice.startswith("1 shard") and "test" in notice for notice in dataset.notices)
-
-
-def test_shards_that_version_0_1_held_out_are_other_data(tmp_path) -> None:
-    # It looked for val anywhere in a name.
-    for folder, name in (("a", "medieval.bin"), ("b", "medieva.bin")):
-        (tmp_path / folder).mkdir()
-        write_shard(tmp_path / folder / "train.bin", range(100))
-        write_shard(tmp_path / folder / name, range(30))
-    datasets = [open_input(tmp_path / name) for name in "ab"]
-    assert [len(dataset.train) for dataset in datasets] == [117, 117]
-    assert datasets[0].sha256 != datasets[1].sha256
 
 
 def test_names_without_such_words_change_nothing(tmp_path) -> None:

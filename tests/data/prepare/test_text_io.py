@@ -3,15 +3,15 @@
 import pytest
 
 from gptforge.data.input_errors import BadInputHandler
-from gptforge.data.prepare import scan, text_io
-from gptforge.data.prepare.job import last_safe_cut
-from gptforge.data.prepare.readers import read_documents
-from gptforge.data.prepare.scan import byte_offset, scan_text
+from gptforge.data.prepare import text_io
+from gptforge.data.prepare.partition import byte_offset
+from gptforge.data.prepare.readers import last_safe_cut, read_documents
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.text_io import (
     BOM,
     TextFormat,
     read_blocks,
+    scan_text,
     split_lines,
 )
 from gptforge.tokenizers.base import END_OF_TEXT as EOT
@@ -31,7 +31,7 @@ def test_separator_across_blocks(tmp_path, monkeypatch, block) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_byte_offset_of_every_character(tmp_path, monkeypatch, newline) -> None:
     monkeypatch.setattr(text_io, "BLOCK_BYTES", 7)
-    monkeypatch.setattr(scan, "OFFSET_STRIDE", 100)
+    monkeypatch.setattr(text_io, "OFFSET_STRIDE", 100)
     text = "to be, 日本\n\nnaïve or not 🙂\n" * 50
     raw = (BOM + text.replace("\n", newline)).encode()
     (tmp_path / "t.txt").write_bytes(raw)
@@ -67,12 +67,12 @@ def test_zstd_blocks_have_the_same_size(tmp_path) -> None:
 @pytest.mark.parametrize("block", [1, 2, 3, 100])
 def test_split_lines_across_blocks(block) -> None:
     text = "a\n\nbc\nlast"
-    parts = [(text[i : i + block], i) for i in range(0, len(text), block)]
-    assert [line for line, _ in split_lines(parts, "\n")] == text.splitlines(keepends=True)
+    parts = [text[i : i + block] for i in range(0, len(text), block)]
+    assert list(split_lines(parts, "\n")) == text.splitlines(keepends=True)
 
 
 def test_split_lines_bounds_memory(monkeypatch) -> None:
     monkeypatch.setattr(text_io, "MAX_LINE_LENGTH", 10)
-    (line, _), last = split_lines([(b"x" * 4, 0)] * 1000 + [(b"\nend", 1)], b"\n")
+    line, last = split_lines([b"x" * 4] * 1000 + [b"\nend"], b"\n")
     assert 10 < len(line) < 20
-    assert last == (b"end", 1)
+    assert last == b"end"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptforge.config import GPTConfig
 from gptforge.kernels.attention import TritonAttention, select_attention
-from gptforge.kernels.dropout import apply_dropout, draw_dropout_seeds, keep_mask
+from gptforge.kernels.dropout import DropoutRate, apply_dropout, keep_mask
 from gptforge.model import GPT, IGNORE_INDEX
 from gptforge.train.backends import manual
 from gptforge.train.backends.cuda_graph import CudaGraphBackend
@@ -109,13 +109,13 @@ def test_backward_drops_what_the_forward_dropped(uses_triton, device, monkeypatc
     shape, dtype = dataclasses.replace(SHAPE, dropout=0.25), torch.float32
     if uses_triton:
         shape, dtype = dataclasses.replace(shape, n_embd=128), torch.bfloat16
-        attention = select_attention(device, dtype, head_size=32, dropout=0.25)
+        attention = select_attention(device, dtype, head_size=32)
         if not isinstance(attention, TritonAttention):
             pytest.skip("there is no Triton attention for this device")
     _, idx, targets = model_and_batch(device)
     model = GPT(shape).init_weights(torch.Generator().manual_seed(0)).to(device).train()
     torch.manual_seed(5)
-    seeds = iter(draw_dropout_seeds(1 + 3 * SHAPE.n_layer, 0.25, device))
+    seeds = iter(DropoutRate(0.25, device).draw_seeds(1 + 3 * SHAPE.n_layer))
 
     def dropout(x: Tensor, *_: object) -> Tensor:
         return apply_dropout(next(seeds), x.flatten(0, 1)).view_as(x)
@@ -145,6 +145,23 @@ def test_backward_drops_what_the_forward_dropped(uses_triton, device, monkeypatc
     torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=0)
     error, name = max_grad_error(model, reference)
     assert error < 2 * rtol, name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_may_change(p, device) -> None:
+    _, idx, targets = model_and_batch(device)
+    weights = GPT(SHAPE).init_weights().state_dict()
+    losses = []
+    for initial in (0.25, p):
+        model = GPT(dataclasses.replace(SHAPE, dropout=initial)).to(device).train()
+        model.load_state_dict(weights)
+        backend = started(ManualBackend(model, torch.float32))
+        backend.set_dropout(p)
+        torch.manual_seed(5)
+        loss = backend.forward_backward(idx, targets, 1.0)
+        model.set_dropout(p)
+        losses.append(torch.stack([loss, model(idx, targets)]))
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1e3, float("inf")])
@@ -197,3 +214,8 @@ def test_cuda_graph_draws_new_dropout_masks_from_the_rng_state() -> None:
     first = losses()
     assert len(set(first)) == 4
     assert losses() == first
+    if isinstance(select_attention(device, torch.bfloat16, head_size=32), TritonAttention):
+        graph.set_dropout(0.0)  # SDPA would keep the dropout of the capture
+        without = losses()
+        torch.testing.assert_close(without[0], float(model.eval()(idx, targets)), rtol=1e-2, atol=0)
+        assert len(set(without)) == 1

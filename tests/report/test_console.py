@@ -3,14 +3,14 @@ import sys
 
 import pytest
 
-from gptforge.report import progress
-from gptforge.report.progress import ProgressMeter, track
+from gptforge.report import console
+from gptforge.report.console import ProgressMeter, track
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
     return now
 
 

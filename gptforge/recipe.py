@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gptforge.builders.explain_recipe import explain_recipe
 from gptforge.config import GPTConfig, Value
-from gptforge.estimate.formulas import flops_per_token
-from gptforge.tokenizers.train_bpe import default_vocab_size
+from gptforge.estimate.formulas import default_vocab_size, flops_per_token
 
 DeviceClass = Literal["gpu", "cpu"]
 
@@ -90,8 +88,6 @@ EVALUATIONS = 12
 VOCAB_SIZES = {"char": 128, "gpt2": 50304}
 SMALL_VOCABULARIES = ("char", "byte")
 """Tokenizers of models that have teachers."""
-
-
 RECIPE_FIELDS = frozenset(
     {
         *("tokenizer", "n_layer", "n_head", "n_embd", "block_size", "context_length"),
@@ -107,10 +103,11 @@ RECIPE_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fields for a text, without those that the user set, and lines that explain them."""
+    """Fields for a text, without those that the user set."""
 
-    values: Mapping[str, Value]
-    reasons: tuple[str, ...]
+    values: dict[str, Value]
+    is_limited: bool
+    """Whether a time limit made the model smaller."""
 
 
 def make_recipe(
@@ -122,12 +119,10 @@ def make_recipe(
     flops_per_second: float = 0.0,
     explicit: Mapping[str, Value] | None = None,
 ) -> Recipe:
-    """Choose a configuration for a text.
+    """Choose a configuration for a text of about `num_bytes` to train on.
 
     Args:
-        num_bytes: about so many bytes of text to train on.
-        device: what trains.
-        preset: one of FITTED_PRESETS.
+        num_bytes, device, preset: the text, what trains, and one of FITTED_PRESETS.
         time_limit: minutes to train; 0: as many as it takes.
         flops_per_second: about what training reaches; 0: unknown, and the limit changes nothing.
         explicit: fields that the user set. They win, and the others adapt to them.
@@ -166,16 +161,8 @@ def make_recipe(
     is_small_vocab = values["tokenizer"] in SMALL_VOCABULARIES and "init_from" not in fixed
     values["teachers"] = fixed.get("teachers", affordable.teachers if is_small_vocab else 0)
     values["teacher_steps"] = teacher_steps(values["max_steps"]) if values["teachers"] else 0
-    values |= fixed
-    reasons = explain_recipe(
-        preset,
-        num_bytes,
-        device,
-        values,
-        {name: fixed[name] for name in RECIPE_FIELDS & fixed.keys()},
-        time_limit=time_limit if affordable != text else 0.0,
-    )
-    return Recipe({name: v for name, v in values.items() if name not in fixed}, reasons)
+    unset = {name: value for name, value in values.items() if name not in fixed}
+    return Recipe(unset, is_limited=affordable != text)
 
 
 def teacher_steps(max_steps: int) -> int:
@@ -202,11 +189,9 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
     logarithm of the size. Rounding keeps the order, so a larger text never has a smaller model.
     """
     megabytes = min(max(megabytes, anchors[0].megabytes), anchors[-1].megabytes)
-    above = next(i for i, a in enumerate(anchors) if a.megabytes >= megabytes)
-    low, high = anchors[max(0, above - 1)], anchors[above]
-    share = 1.0
-    if low is not high:
-        share = math.log(megabytes / low.megabytes) / math.log(high.megabytes / low.megabytes)
+    above = next(i for i, a in enumerate(anchors[1:], 1) if a.megabytes >= megabytes)
+    low, high = anchors[above - 1], anchors[above]
+    share = math.log(megabytes / low.megabytes) / math.log(high.megabytes / low.megabytes)
 
     def linear(name: str) -> float:
         first, last = getattr(low, name), getattr(high, name)
@@ -239,7 +224,7 @@ def _affordable(anchors: Sequence[Anchor], flops: float) -> float:
     low, high = math.log(anchors[0].megabytes), math.log(anchors[-1].megabytes)
     if _training_flops(anchors[-1]) * MIN_STEPS_SHARE <= flops:
         return anchors[-1].megabytes
-    for _ in range(30):
+    for _ in range(30):  # bisection
         middle = (low + high) / 2
         cost = _training_flops(_interpolate(anchors, math.exp(middle)))
         low, high = (middle, high) if cost * MIN_STEPS_SHARE <= flops else (low, middle)
@@ -255,20 +240,18 @@ def _training_flops(a: Anchor) -> float:
     return float(tokens * flops_per_token(model, a.context_length) * with_teachers)
 
 
-def _shape(
-    anchor: Anchor, num_bytes: int, head_size: int, fixed: Mapping[str, Any]
-) -> dict[str, int]:
+def _shape(a: Anchor, num_bytes: int, head_size: int, fixed: Mapping[str, Any]) -> dict[str, int]:
     """Layers, widths and lengths that are valid together with those that the user set."""
-    n_embd, n_head = anchor.n_embd, anchor.n_embd // head_size
+    n_embd, n_head = a.n_embd, a.n_embd // head_size
     if "n_embd" in fixed:
         most = max(1, fixed["n_embd"] // head_size)
         n_head = next(n for n in range(most, 0, -1) if fixed["n_embd"] % n == 0)
     elif "n_head" in fixed:
         n_embd = max(1, round(n_embd / max(1, fixed["n_head"]))) * fixed["n_head"]
-    context_length = min(anchor.context_length, _power_of_two(num_bytes / MIN_SEQUENCES_OF_TEXT))
+    context_length = min(a.context_length, _power_of_two(num_bytes / MIN_SEQUENCES_OF_TEXT))
     context_length = min(context_length, fixed.get("block_size", context_length))
     return {
-        "n_layer": anchor.n_layer,
+        "n_layer": a.n_layer,
         "n_embd": n_embd,
         "n_head": n_head,
         "context_length": context_length,
@@ -277,10 +260,10 @@ def _shape(
 
 
 def _batch(
-    anchor: Anchor, num_bytes: int, context_length: int, fixed: Mapping[str, Any]
+    a: Anchor, num_bytes: int, context_length: int, fixed: Mapping[str, Any]
 ) -> dict[str, int]:
     """Sequences per step, at most half of the text's; flags divide them into micro-batches."""
-    sequences = min(anchor.sequences, _power_of_two(num_bytes / max(1, context_length) / 2))
+    sequences = min(a.sequences, _power_of_two(num_bytes / max(1, context_length) / 2))
     batch_size = min(sequences, _power_of_two(MAX_MICRO_BATCH_TOKENS / max(1, context_length)))
     if "gradient_accumulation_steps" in fixed:
         batch_size = max(1, round(sequences / max(1, fixed["gradient_accumulation_steps"])))

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gptforge.demo.port import FIRST_PORT, listen
+from gptforge.demo.launch import FIRST_PORT, listen
 from gptforge.errors import RunError, UserError
 
 
@@ -29,10 +29,10 @@ def test_a_taken_port_is_reported(taken, monkeypatch) -> None:
     for host in ("127.0.0.1", "0.0.0.0", "localhost"):
         with pytest.raises(RunError, match=f"--port {taken}: taken"):
             listen(host, taken)
-    monkeypatch.setattr("gptforge.demo.port.FIRST_PORT", taken)
+    monkeypatch.setattr("gptforge.demo.launch.FIRST_PORT", taken)
     with listen("127.0.0.1", 0) as listener:
         assert listener.getsockname()[1] > taken
-    monkeypatch.setattr("gptforge.demo.port.NUM_PORTS", 1)
+    monkeypatch.setattr("gptforge.demo.launch.NUM_PORTS", 1)
     with pytest.raises(RunError, match="all taken"):
         listen("127.0.0.1", 0)
 
