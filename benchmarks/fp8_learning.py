@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fp8 import MICRO_BATCH, SEQUENCES, VARIANTS, fast_accumulation
-from fp8_kernels import DEVICE, GPT2
+from fp8 import DEVICE, GPT2, SEQUENCES, VARIANTS, build_variant, fast_accumulation
 
+from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.data.token_dataset import ShardDataset, read_shard_header
 from gptforge.model import GPT
-from gptforge.optim.schedule import Schedule
+from gptforge.optim.schedule import learning_rate
 
 VAL_TOKENS, MEAN_OVER = 2_000_000, 50
 
@@ -44,22 +44,19 @@ def val_loss(model: GPT, val: ShardDataset) -> float:
 
 
 def train(name: str, seed: int, folder: Path, steps: int, max_lr: float) -> dict[str, Any]:
-    build, fast_roles = VARIANTS[name]
     loader = DataLoader(
         read_split(folder, "train"), context_length=GPT2.block_size, global_batch_size=SEQUENCES,
         seed=7, shuffle=True, device=DEVICE,
     )  # fmt: skip
-    schedule = Schedule(
-        "cosine", max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=60, max_steps=steps
-    )
+    config = Config(max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=60, max_steps=steps)
     losses, norms = [], []
-    with fast_accumulation(fast_roles):
-        step = build(seed)
+    with fast_accumulation(VARIANTS[name][2]):
+        step = build_variant(name, seed)
         for number in range(steps):
             if number == 5:
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-            loss, norm = step(*loader.next_batch(), lr=schedule.lr(number))[:2]
+            loss, norm = step(*loader.next_batch(), lr=learning_rate(config, number))[:2]
             losses.append(loss)
             norms.append(norm)
         torch.cuda.synchronize()
@@ -101,7 +98,7 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
     tokens = SEQUENCES * GPT2.block_size
-    print(f"\n{args.steps} steps of {tokens:,} tokens, micro-batches of {MICRO_BATCH} sequences\n")
+    print(f"\n{torch.cuda.get_device_name()}, {args.steps} steps of {tokens:,} tokens\n")
     header = f"training loss, last {MEAN_OVER}"
     print(f"| variant | seed | {header} | held-out loss | largest norm after a quarter | ms/step |")
     print("| --- | --- | --- | --- | --- | --- |")

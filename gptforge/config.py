@@ -256,12 +256,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 
 def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
-    """Override fields of `base`.
-
-    Args:
-        base: the configuration to start from.
-        values: field names and new values.
-        source: where they come from, for error messages.
+    """Override fields of `base`; errors name the `source` of the values.
 
     Raises:
         UserError: for an unknown name (with the closest known one) or a value of the wrong type.

@@ -82,8 +82,9 @@ def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _acquire(folder, wait=wait)
-        except (FileNotFoundError, FileExistsError):
-            # The previous owner has just removed the folder.
+        except FileNotFoundError:
+            continue  # the previous owner has just removed the folder
+        except FileExistsError:
             if folder.exists() and not folder.is_dir():
                 raise
             continue

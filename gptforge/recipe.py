@@ -41,7 +41,7 @@ ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
         #       MB   tokenizer optimizer layers width T seqs steps    lr  decay muon's drop noise
         Anchor(  0.01, "char", "muon",   4, 128,  128,  32,  1_500, 1e-3, 4.0, 2.0, 0.3, 0.10, 2),
         Anchor(  0.3,  "char", "muon",   6, 384,  256,  64,  2_000, 1e-3, 4.0, 1.6, .25, 0.08, 2),
-        Anchor(  1,    "char", "muon",   6, 384,  256,  64,  3_000, 1e-3, 3.0, 1.2, .15, 0.05, 2),
+        Anchor(  1,    "char", "muon",   6, 384,  256,  64,  2_500, 1e-3, 3.0, 1.2, 0.1, 0.05, 2),
         Anchor(  5,    "char", "muon",   8, 512,  256,  64,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.01, 0),
         Anchor( 16,    "bpe",  "muon",  12, 768,  512,  32,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.00, 0),
         Anchor(100,    "gpt2", "adamw", 12, 768, 1024, 128,  6_000, 6e-4, 0.1, 0.1, 0.0, 0.00, 0),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptforge.config import Config
-from gptforge.convert.hf import TRANSPOSED
+from gptforge.convert.hf import TRANSPOSED, hf_config
 from gptforge.device import Precision, autocast
 from gptforge.errors import require_package
 from gptforge.model import GPT
@@ -84,24 +84,9 @@ def transformers_model(model: GPT) -> Any:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    c = model.config
-    hf_model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.block_size,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_inner=c.mlp_ratio * c.n_embd,
-            activation_function="gelu" if c.activation == "gelu" else "gelu_new",
-            resid_pdrop=c.dropout,
-            embd_pdrop=c.dropout,
-            attn_pdrop=c.dropout,
-            # Random prompts have no such tokens.
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    # Random prompts have no such tokens.
+    record = hf_config(model.config, {"bos_token_id": None, "eos_token_id": None})
+    hf_model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(record))
     weights = {
         name: tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in model.state_dict().items()

@@ -77,15 +77,7 @@ def build_train_step(
     is_explicit = "batch_size" in explicit
     step = TrainStep(
         model,
-        build_optimizer(
-            config.optimizer,
-            model,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            embedding_weight_decay=_unless_default(config.embedding_weight_decay),
-            muon_weight_decay=_unless_default(config.muon_weight_decay),
-            muon_lr_scale=config.muon_lr / config.max_lr if config.muon_lr else 1.0,
-        ),
+        build_optimizer(config, model),
         precision=precision,
         micro_batch_size=config.batch_size,
         grad_clip=config.grad_clip,
@@ -131,10 +123,6 @@ def build_train_step(
         if not comm.all_true(captured):
             step.set_kernels(step.kernels)
     return step
-
-
-def _unless_default(decay: float) -> float | None:
-    return None if decay < 0 else decay
 
 
 def _build_model(config: Config, opened: OpenedRun, comm: Comm) -> GPT:

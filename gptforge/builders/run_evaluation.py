@@ -207,10 +207,8 @@ def evaluate_tasks(
     manager = load_task_manager(harness_names, include_path) if harness_names else None
     examples = {n: _load_examples(n, file, limit) for n, _, file in parsed if n in TASKS}
     model = load(run, device=device)
-    dtype = "auto"
-    if not is_hf_dir(Path(run)):
-        dtype = checkpoints.read_config(checkpoints.resolve_checkpoint(run)).dtype
-    precision = select_eval_precision(dtype, model.device)
+    config, _, _ = _read_run(run, block_size=model.model.config.block_size)
+    precision = select_eval_precision(config.dtype, model.device)
     scores: Scores = {}
     for name, questions in examples.items():
         with ProgressMeter(name) as meter:

@@ -82,7 +82,7 @@ def write_hf(
     top_k = min(200, bundle.tokenizer.vocab_size)
     sampling = {"do_sample": True, "temperature": 0.8, "top_k": top_k}
     for name, record in {
-        "config.json": _hf_config(bundle.config, special_ids),
+        "config.json": hf_config(bundle.config, special_ids),
         "generation_config.json": {**sampling, **special_ids},
         "tokenizer.json": tokenizer_json(bundle.tokenizer, eos_id),
         "tokenizer_config.json": {
@@ -140,7 +140,8 @@ def read_hf(folder: Path, *, tokenizer: Tokenizer | None = None) -> ModelBundle:
     return ModelBundle(config, state_dict, tokenizer)
 
 
-def _hf_config(config: GPTConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
+def hf_config(config: GPTConfig, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """The content of transformers' config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **{name: values[0] for name, values in FIXED_CONFIG.items()},

@@ -264,7 +264,7 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
         splits["val"] = train_shards
     return Dataset(
         path=path,
-        sha256=_shards_digest(shards),
+        sha256=_shards_digest(shards, val_shards),
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name if isinstance(tokenizer_name, str) else tokenizer.name,
         train=train,
@@ -284,9 +284,13 @@ def _shard_splits(shards: Mapping[str, Sequence[ShardFile]]) -> dict[str, list[s
     return splits
 
 
-def _shards_digest(shards: Sequence[ShardFile]) -> str:
+def _shards_digest(shards: Sequence[ShardFile], val_shards: Sequence[ShardFile]) -> str:
     """A hash of names, sizes and both ends of all shards: cheap, and distinguishes data sets."""
     digest = hashlib.sha256()
+    has_val_in_name = [shard for shard in shards if "val" in shard.path.stem]
+    if val_shards != has_val_in_name and 0 < len(has_val_in_name) < len(shards):
+        # Version 0.1 held these out: its runs must not resume with another split.
+        digest.update(f"held out: {[shard.path.name for shard in val_shards]}\n".encode())
     for shard in shards:
         digest.update(f"{shard.path.name} {shard.num_tokens}\n".encode() + read_ends(shard.path))
     return digest.hexdigest()

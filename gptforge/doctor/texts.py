@@ -1,6 +1,5 @@
 """Checks of texts: reads every file to its end."""
 
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,9 +38,8 @@ def check_texts(
     split_by_name: bool = True,
 ) -> list[Finding]:
     """Findings about a file or a folder of texts."""
-    with ExitStack() as stack:
+    with TemporaryDirectory(prefix="gptforge-") as spool_dir:
         try:
-            spool_dir = stack.enter_context(TemporaryDirectory(prefix="gptforge-"))
             request = PrepareRequest(
                 (path.as_posix(),), val_fraction=val_fraction, kind=kind,
                 text_format=text_format, split_by_name=split_by_name,
@@ -74,8 +72,7 @@ class _TextScan:
         self.sample: list[str] = []
         self.num_sampled = self.num_documents = self.num_chars = self.num_bytes = 0
         self.num_eot_literals = 0
-        self.digests: list[tuple[tuple[int, int], int]] = []
-        """Ids and hashes of the documents, if there are few."""
+        self.digests: list[tuple[tuple[int, int], int]] = []  # with ids, of the first documents
         self.duplicates = Duplicates()
 
     def read(self, i: int, source: Source, meter: ProgressMeter) -> None:

@@ -4,42 +4,25 @@ import functools
 
 from torch import Tensor
 
+from gptforge.config import Config
 from gptforge.model import GPT, Block
 from gptforge.optim.adamw import build_adamw
 from gptforge.optim.muon import Muon
 from gptforge.optim.optimizer import Optimizer
 
 
-def build_optimizer(
-    name: str,
-    model: GPT,
-    *,
-    betas: tuple[float, float],
-    weight_decay: float,
-    embedding_weight_decay: float | None = None,
-    muon_weight_decay: float | None = None,
-    muon_lr_scale: float = 1.0,
-) -> Optimizer:
-    """Build AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest.
-
-    Args:
-        name: "adamw" or "muon", the value of `--optimizer`.
-        model: the model to train.
-        betas: of AdamW.
-        weight_decay: for matrices and embeddings.
-        embedding_weight_decay: for the embeddings, if it differs.
-        muon_weight_decay: for the matrices that Muon trains, if it differs.
-        muon_lr_scale: learning rate of these matrices, as a multiple of AdamW's.
-    """
+def build_optimizer(config: Config, model: GPT) -> Optimizer:
+    """AdamW over all parameters, or Muon over the blocks' matrices and AdamW over the rest."""
+    c = config
     embeddings = [p for name, p in model.named_parameters() if ".wte." in name or ".wpe." in name]
     make_adamw = functools.partial(
         build_adamw,
-        betas=betas,
-        weight_decay=weight_decay,
-        embeddings=embeddings,
-        embedding_weight_decay=embedding_weight_decay,
+        betas=(c.beta1, c.beta2),
+        weight_decay=c.weight_decay,
+        embeddings=embeddings if c.embedding_weight_decay >= 0 else (),
+        embedding_weight_decay=c.embedding_weight_decay,
     )
-    if name == "adamw":
+    if c.optimizer == "adamw":
         return make_adamw(model.parameters())
     matrices: list[tuple[Tensor, int]] = []
     for block in model.blocks():
@@ -50,5 +33,6 @@ def build_optimizer(
     muon_ids = {id(parameter) for parameter, _ in matrices}
     # Muon is for hidden matrices: embeddings, norms and biases stay with AdamW (Jordan).
     rest = (p for p in model.parameters() if id(p) not in muon_ids)
-    decay = weight_decay if muon_weight_decay is None else muon_weight_decay
-    return Muon(matrices, make_adamw(rest), weight_decay=decay, lr_scale=muon_lr_scale)
+    decay = c.weight_decay if c.muon_weight_decay < 0 else c.muon_weight_decay
+    lr_scale = c.muon_lr / c.max_lr if c.muon_lr else 1.0
+    return Muon(matrices, make_adamw(rest), weight_decay=decay, lr_scale=lr_scale)

@@ -78,16 +78,15 @@ def build_adamw(
     betas: tuple[float, float],
     weight_decay: float,
     embeddings: Iterable[Tensor] = (),
-    embedding_weight_decay: float | None = None,
+    embedding_weight_decay: float = 0.0,
 ) -> AdamW:
     """Build AdamW over parameters, decaying those with two or more dimensions.
 
-    `embeddings` may have a decay of their own.
+    `embeddings` have a decay of their own.
     """
     params = [p for p in parameters if p.requires_grad]
     decays = {id(p): weight_decay if p.dim() >= 2 else 0.0 for p in params}
-    if embedding_weight_decay is not None:
-        decays |= {id(p): embedding_weight_decay for p in embeddings}
+    decays |= {id(p): embedding_weight_decay for p in embeddings}
     # One group, and so one kernel, for each value.
     values = dict.fromkeys((weight_decay, 0.0, *decays.values()))
     groups = [

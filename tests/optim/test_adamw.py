@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from gptforge.config import Config
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
 from gptforge.optim.adamw import AdamW, build_adamw
@@ -27,9 +28,8 @@ def test_only_matrices_and_embeddings_decay(tiny_model) -> None:
 
 def test_embeddings_may_decay_apart(tiny_model) -> None:
     for name in ("adamw", "muon"):
-        optimizer = build_optimizer(
-            name, tiny_model, betas=(0.9, 0.95), weight_decay=0.1, embedding_weight_decay=3.0
-        )
+        config = Config(optimizer=name, embedding_weight_decay=3.0)
+        optimizer = build_optimizer(config, tiny_model)
         names = {parameter: name for name, parameter in tiny_model.named_parameters()}
         decays = {names[p]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
         assert set(decays) == set(names.values())

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from gptforge.config import Config
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
 from gptforge.optim.muon import newton_schulz
@@ -10,7 +11,7 @@ from gptforge.optim.optimizer import Optimizer
 
 
 def build(model: GPT, name: str = "muon") -> Optimizer:
-    optimizer = build_optimizer(name, model, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = build_optimizer(Config(optimizer=name), model)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     return optimizer
@@ -65,11 +66,9 @@ def test_matrices_match_torchs_muon_with_separate_q_k_v(tiny_model, device) -> N
 
 def test_matrices_may_have_their_own_rate_and_decay(tiny_model) -> None:
     other = copy.deepcopy(tiny_model)
-    separate = build_optimizer(
-        "muon", tiny_model, betas=(0.9, 0.95), weight_decay=0.1,
-        muon_lr_scale=4, muon_weight_decay=0.3,
-    )  # fmt: skip
-    common = build_optimizer("muon", other, betas=(0.9, 0.95), weight_decay=0.3)
+    config = Config(optimizer="muon", max_lr=0.01, muon_lr=0.04, muon_weight_decay=0.3)
+    separate = build_optimizer(config, tiny_model)
+    common = build_optimizer(Config(optimizer="muon", weight_decay=0.3), other)
     separate.set_lr(0.01)
     common.set_lr(0.04)
     for model, optimizer in ((tiny_model, separate), (other, common)):

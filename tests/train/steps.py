@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
+from gptforge.config import Config
 from gptforge.device import Precision
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
@@ -19,7 +20,7 @@ def make_step(model: GPT, *, optimizer: str = "adamw", **options) -> TrainStep:
     model = copy.deepcopy(model)
     return TrainStep(
         model,
-        build_optimizer(optimizer, model, betas=(0.9, 0.95), weight_decay=0.1),
+        build_optimizer(Config(optimizer=optimizer), model),
         **{"precision": FLOAT32, "micro_batch_size": 8, "grad_clip": 1.0} | options,
     )
 

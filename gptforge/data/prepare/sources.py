@@ -80,12 +80,10 @@ def find_sources(
             sources.append(_spooled_source(name, path, kind))
         else:
             sources += [_file_source(path, kind) for path in _expand(name)]
-    seen: set[Path] = set()
+    by_path: dict[Path, Source] = {}
     for source in sources:
-        real_path = files.real_path(source.path)
-        if real_path in seen:
+        if by_path.setdefault(files.real_path(source.path), source) is not source:
             raise UserError(f"{source.name} is named twice: leave one out")
-        seen.add(real_path)
     return sources
 
 

@@ -176,10 +176,7 @@ def _zstd_module(source: Source) -> Any:
 def read_chunks(
     source: Source, *, encoding: str = "utf-8", start: int = 0, stop: int | None = None
 ) -> Iterator[Chunk]:
-    """The text of a file, or of its decompressed bytes from `start` to `stop`, in chunks.
-
-    A BadInput tells the first byte that is not text in this encoding.
-    """
+    """The text of a file, or of its decompressed bytes from `start` to `stop`, in chunks."""
     codec, errors = parse_encoding(encoding)
     decoder = codecs.getincrementaldecoder(codec)(errors)
     read, undecoded, kept = start, 0, ""

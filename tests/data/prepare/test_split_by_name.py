@@ -1,13 +1,14 @@
 """Named splits in preparation, training and other programs' shards."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gptforge.data.dataset import Dataset, DatasetOptions, open_dataset
-from gptforge.data.prepare.request import PrepareRequest
-from gptforge.data.token_dataset import ShardWriter
+from gptforge.data.prepare.request import PrepareRequest, read_ends
+from gptforge.data.token_dataset import ShardWriter, read_shard_header
 from gptforge.errors import UserError
 from tests.data.prepare.small_datasets import (
     prepare_files,
@@ -114,6 +115,22 @@ def test_other_programs_shards_are_split_by_words(tmp_path) -> None:
     np.testing.assert_array_equal(dataset.train[:], [*range(100), *range(200, 230)])
     np.testing.assert_array_equal(dataset.val[:], range(50, 90))
     assert any(notice.startswith("1 shard") and "test" in notice for notice in dataset.notices)
+
+
+def test_shards_that_version_0_1_held_out_are_other_data(tmp_path) -> None:
+    """It looked for val anywhere in a name; its runs must not resume with another split."""
+    for folder, name in (("a", "medieval.bin"), ("b", "more.bin")):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "train.bin", range(100))
+        write_shard(tmp_path / folder / name, range(30))
+    for folder, is_same in (("a", False), ("b", True)):
+        shards = [read_shard_header(path) for path in sorted((tmp_path / folder).iterdir())]
+        digest = hashlib.sha256()
+        for shard in shards:
+            digest.update(
+                f"{shard.path.name} {shard.num_tokens}\n".encode() + read_ends(shard.path)
+            )
+        assert (open_input(tmp_path / folder).sha256 == digest.hexdigest()) is is_same
 
 
 def test_names_without_such_words_change_nothing(tmp_path) -> None:
