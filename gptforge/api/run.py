@@ -38,9 +38,9 @@ class Best(NamedTuple):
 
 
 class Run:
-    """The run in a folder, finished or in progress; files are read when needed.
+    """The run in a folder, finished or in progress; a UserError if there is none.
 
-    Notebooks show its curves.
+    Files are read when needed. Notebooks show its curves.
     """
 
     def __init__(self, path: str | Path) -> None:

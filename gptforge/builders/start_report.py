@@ -1,11 +1,13 @@
 """Start the report of a run: its first writes, after everything that can be refused."""
 
 import platform
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gptforge import __version__, files
 from gptforge.builders.build_train_step import attention_backend
@@ -19,10 +21,11 @@ from gptforge.estimate.formulas import num_params
 from gptforge.model import GPT
 from gptforge.report.console import Console
 from gptforge.report.run_report import RunReport
-from gptforge.report.summary import model_summary
 from gptforge.report.trackers import Trackers
 from gptforge.train.state import TrainState
 from gptforge.train.train_step import TrainStep
+
+RULE, THIN_RULE = "=" * 50, "-" * 50
 
 
 def config_toml(run: ResolvedRun, *, program: str, command: str) -> str:
@@ -94,3 +97,32 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def model_summary(model: GPT) -> str:
+    """Parameter counts and module tree of a GPT, as text."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = _count(model)
+    lines = [
+        f"{RULE}\n\nTotal Parameters: {total:,}",
+        f"Trainable Parameters: {trainable:,}",
+        f"Non-trainable Parameters: {total - trainable:,}",
+        f"\nLayer Details:\n{THIN_RULE}",
+    ]
+    for name, child in model.named_children():
+        lines.append(f"{name}: {type(child).__name__} ({_count(child):,} parameters)")
+        for layer, module in child.items() if isinstance(child, nn.ModuleDict) else ():
+            kind = type(module).__name__
+            lines.append(f"  └─{layer}: {kind} ({_count(module):,} parameters)")
+            if isinstance(module, nn.ModuleList):
+                lines.append("    └─Transformer Blocks:")
+                for index, block in enumerate(module):
+                    lines.append(f"      └─Block {index}: ({_count(block):,} parameters)")
+    # Later versions of torch add whether a LayerNorm has a bias.
+    tree = re.sub(r"(LayerNorm\(.*), bias=True\)", r"\1)", repr(model))
+    lines += ["", "Model Architecture:", THIN_RULE, tree, RULE]
+    return "\n".join(lines)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

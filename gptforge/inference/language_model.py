@@ -160,6 +160,9 @@ class LanguageModel:
             top_p: sample from the most likely tokens that have this total probability; 1 from all.
             stop: end before this string, or any of these.
             seed: the same seed gives the same text; None draws a random one.
+
+        Raises:
+            UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         sampling = SamplingParams(temperature, top_k, top_p)
         builder = CompletionBuilder(self.tokenizer, as_str_list(stop, "stop"), self._eot_ids())

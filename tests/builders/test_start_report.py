@@ -2,9 +2,9 @@ from pathlib import Path
 
 import torch
 
+from gptforge.builders.start_report import model_summary
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
-from gptforge.report.summary import model_summary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
