@@ -25,7 +25,7 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.train.backends import factory
 from gptforge.train.backends.float8 import Float8Backend, Float8Head
-from gptforge.train.backends.manual_layers import ManualHead
+from gptforge.train.backends.manual import ManualHead
 from gptforge.train.train_step import TrainStep
 
 DEVICE = torch.device("cuda")

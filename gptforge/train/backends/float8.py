@@ -38,15 +38,13 @@ from gptforge.kernels.float8_matmul import (
 )
 from gptforge.kernels.reductions import PendingReductions
 from gptforge.model import GPT, IGNORE_INDEX
-from gptforge.train.backends.manual import ManualBackend
+from gptforge.train.backends.manual import ManualBackend, ManualHead, loss_in_place
 from gptforge.train.backends.manual_layers import (
     BlockDropout,
     ComputeWeights,
     ManualBlock,
-    ManualHead,
     ManualLinear,
     SavedActivations,
-    loss_in_place,
 )
 from gptforge.train.grad_buffer import GradBuffer
 

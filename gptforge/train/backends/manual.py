@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from gptforge.estimate.formulas import default_loss_chunk, gelu_save_interval
+from gptforge.kernels.cross_entropy import cross_entropy_in_place
+from gptforge.kernels.distillation import distillation_in_place
 from gptforge.kernels.dropout import DropoutRate, DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.layer_norm import SavedLayerNorm
-from gptforge.kernels.matmul import accumulate_wgrad
-from gptforge.model import GPT, Block
+from gptforge.kernels.matmul import accumulate_wgrad, linear
+from gptforge.model import GPT, IGNORE_INDEX, Block
 from gptforge.train.backends.manual_layers import (
     GROUPS_PER_BLOCK,
     BlockDropout,
     ComputeWeights,
     ManualBlock,
-    ManualHead,
     ManualLayerNorm,
     SavedActivations,
     grad_groups,
@@ -34,6 +35,59 @@ from gptforge.train.grad_buffer import GradBuffer
 
 MAX_ONE_HOT_VOCAB = 1024
 """Up to this vocabulary size, the token embedding's gradient is a GEMM with one-hot rows."""
+
+
+class ManualHead:
+    """The output layer, whose weight is the token embedding, and the loss."""
+
+    def __init__(self, wte: Tensor, weights: ComputeWeights, grads: GradBuffer) -> None:
+        self.weight_grad = grads.view(wte)
+        self._compute_weight = weights.compute_copy(wte)  # (V, C)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(n, C) -> logits (n, V)."""
+        return linear(hidden, self._compute_weight)
+
+    def forward_backward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        scale: float | Tensor,
+        grad_hidden: Tensor,
+        teacher_logits: Sequence[Tensor],
+        distill_weight: float,
+    ) -> Tensor:
+        """Compute the losses (n,), and accumulate the weight's gradient times `scale`.
+
+        Args:
+            hidden: (n, C).
+            targets: (n,) token ids.
+            scale: of the gradients, see `ManualBackend.forward_backward`.
+            grad_hidden: (n, C), gets the gradient of `hidden`.
+            teacher_logits: (n, V) of each teacher.
+            distill_weight: weight of the teachers in the loss.
+        """
+        logits = self.forward(hidden)  # overwritten by their gradient
+        losses = loss_in_place(logits, targets, scale, teacher_logits, distill_weight)
+        torch.mm(logits, self._compute_weight, out=grad_hidden)
+        accumulate_wgrad(self.weight_grad, logits, hidden)
+        return losses
+
+
+def loss_in_place(
+    logits: Tensor,
+    targets: Tensor,
+    scale: float | Tensor,
+    teacher_logits: Sequence[Tensor],
+    distill_weight: float,
+) -> Tensor:
+    """Losses (n,); the logits (n, V) become their gradient. See `ManualHead.forward_backward`."""
+    if not teacher_logits:
+        return cross_entropy_in_place(logits, targets, IGNORE_INDEX, scale)
+    return distillation_in_place(
+        logits, torch.stack(list(teacher_logits)), targets, IGNORE_INDEX,
+        weight=distill_weight, scale=scale,
+    )  # fmt: skip
 
 
 class ManualBackend:

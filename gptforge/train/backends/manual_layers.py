@@ -9,7 +9,6 @@ computes the bias gradient of the projection whose output was added.
 Shapes: N = B * T tokens in sequences of T, C channels, H heads of D = C / H channels.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from gptforge.device import memory_bandwidth
 from gptforge.estimate.formulas import SMALL_N_EMBD
 from gptforge.kernels.attention import SavedAttention, select_attention
-from gptforge.kernels.cross_entropy import cross_entropy_in_place
-from gptforge.kernels.distillation import distillation_in_place
 from gptforge.kernels.dropout import DropoutSeed
 from gptforge.kernels.layer_norm import SavedLayerNorm, add_layer_norm, layer_norm_backward
 from gptforge.kernels.matmul import (
@@ -30,7 +27,7 @@ from gptforge.kernels.matmul import (
     linear_gelu_backward,
 )
 from gptforge.kernels.reductions import PendingReductions
-from gptforge.model import GPT, IGNORE_INDEX, Block
+from gptforge.model import GPT, Block
 from gptforge.train.grad_buffer import GradBuffer
 
 GROUPS_PER_BLOCK = 8
@@ -123,59 +120,6 @@ class ManualLayerNorm:
         return layer_norm_backward(
             grad_output, saved, self._weight, grad_residual, self._grads, pending
         )
-
-
-class ManualHead:
-    """The output layer, whose weight is the token embedding, and the loss."""
-
-    def __init__(self, wte: Tensor, weights: ComputeWeights, grads: GradBuffer) -> None:
-        self.weight_grad = grads.view(wte)
-        self._compute_weight = weights.compute_copy(wte)  # (V, C)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(n, C) -> logits (n, V)."""
-        return linear(hidden, self._compute_weight)
-
-    def forward_backward(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        scale: float | Tensor,
-        grad_hidden: Tensor,
-        teacher_logits: Sequence[Tensor],
-        distill_weight: float,
-    ) -> Tensor:
-        """Compute the losses (n,), and accumulate the weight's gradient times `scale`.
-
-        Args:
-            hidden: (n, C).
-            targets: (n,) token ids.
-            scale: of the gradients, see `ManualBackend.forward_backward`.
-            grad_hidden: (n, C), gets the gradient of `hidden`.
-            teacher_logits: (n, V) of each teacher.
-            distill_weight: weight of the teachers in the loss.
-        """
-        logits = self.forward(hidden)  # overwritten by their gradient
-        losses = loss_in_place(logits, targets, scale, teacher_logits, distill_weight)
-        torch.mm(logits, self._compute_weight, out=grad_hidden)
-        accumulate_wgrad(self.weight_grad, logits, hidden)
-        return losses
-
-
-def loss_in_place(
-    logits: Tensor,
-    targets: Tensor,
-    scale: float | Tensor,
-    teacher_logits: Sequence[Tensor],
-    distill_weight: float,
-) -> Tensor:
-    """Losses (n,); the logits (n, V) become their gradient. See `ManualHead.forward_backward`."""
-    if not teacher_logits:
-        return cross_entropy_in_place(logits, targets, IGNORE_INDEX, scale)
-    return distillation_in_place(
-        logits, torch.stack(list(teacher_logits)), targets, IGNORE_INDEX,
-        weight=distill_weight, scale=scale,
-    )  # fmt: skip
 
 
 class BlockDropout(NamedTuple):
