@@ -56,10 +56,14 @@ def resolve_init_from(
                 "(name or folder), or nanoGPT's ckpt.pt"
             )
         return config
-    if run_file_values(config).get("init_from") != config.init_from:  # there it was imported
-        source = import_if_needed(config.init_from, temp_dir=temp_dir)
-        config = dataclasses.replace(config, init_from=source)
-    path = _initial_checkpoint(config)
+    try:
+        if run_file_values(config).get("init_from") != config.init_from:  # there it was imported
+            source = import_if_needed(config.init_from, temp_dir=temp_dir)
+            config = dataclasses.replace(config, init_from=source)
+        path = _initial_checkpoint(config)
+    except UserError as error:
+        flag = "--init_from " * str(error).startswith(config.init_from)
+        raise UserError(f"{flag}{error}") from None
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
     pretrained = checkpoints.read_config(path)

@@ -109,9 +109,9 @@ def train_teachers(
         reason = train(teacher)
         if reason != "finished":
             raise TeacherStopped(reason)
+    teachers = f"{config.teachers} teacher{'s' * (config.teachers > 1)}"
     logger.info(
-        f"student of {config.teachers} teachers: {config.out_dir}; the loss that is logged is that "
-        f"of the text alone"
+        f"student of {teachers}: {config.out_dir}; the logged loss is that of the text alone"
     )
 
 

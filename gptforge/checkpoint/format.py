@@ -178,7 +178,8 @@ def resolve_checkpoint(run: str) -> Path:
     if path.is_dir() and NAME.fullmatch(path.name):
         problem = f"is damaged: {MANIFEST} is missing"
     elif path.is_dir():
-        problem = "has no checkpoint yet"
+        is_run = folder.is_dir() or (path / CONFIG).is_file()
+        problem = "has no checkpoint yet" if is_run else "is not the folder of a run"
     elif path.exists():
         problem = "is a file"
     elif siblings := list_checkpoints(path.parent):

@@ -144,3 +144,21 @@ def test_gpt2_model_refuses_a_char_tokenizer(tmp_path, play) -> None:
     )
     with pytest.raises(UserError, match=r"--tokenizer char \(char, \d+ ids\) is not the one of"):
         build_trainer(other, explicit=("tokenizer",))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nothing", "does not exist"),
+        ("folder", "is not the folder of a run"),
+        ("begun", "has no checkpoint yet"),
+        ("sonnet.txt", "not nanoGPT's ckpt.pt"),
+    ],
+)
+def test_what_is_no_model_is_refused_with_the_flag(program, sonnet, name, problem) -> None:
+    Path("folder").mkdir()
+    Path("begun").mkdir()
+    Path("begun/config.toml").write_text("")
+    done = program(*DEBUG, "--input", sonnet, "--init_from", name)
+    assert done.code == 2
+    assert done.err.startswith(f"error: --init_from {name}") and problem in done.err

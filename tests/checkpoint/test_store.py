@@ -152,6 +152,9 @@ def test_run_resolves_to_its_best_checkpoint(store) -> None:
 
 
 def test_path_without_a_checkpoint_is_refused_with_a_hint(store, tmp_path) -> None:
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        resolve_checkpoint(str(tmp_path))
+    (tmp_path / "config.toml").touch()
     with pytest.raises(UserError, match="has no checkpoint yet"):
         resolve_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
