@@ -14,6 +14,7 @@ from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
 from gptforge.config_file import read_toml
 from gptforge.data.checks import quick_check
+from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import (
     BUNDLED_INPUT,
     Dataset,
@@ -30,6 +31,7 @@ from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
+from gptforge.report.format import format_epochs
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
 
@@ -282,7 +284,10 @@ def resolve_out_dir(config: Config) -> str:
 def describe_dataset(dataset: Dataset, config: Config) -> str:
     """Describe the text in one line: size, split, and the epochs that training will take."""
     train, val = len(dataset.train), len(dataset.val)
-    epochs = config.max_steps * config.tokens_per_step / train
+    sequences = sequences_per_epoch(
+        train, config.context_length, random_offset=config.random_offset
+    )
+    epochs = config.max_steps * config.global_batch_size / sequences
     split = f"{val:,} held out" if val else "none held out"
     if 0 < config.eval_tokens < val:
         split += f", {config.eval_tokens:,} of them evaluated during training, evenly spaced"
@@ -290,5 +295,5 @@ def describe_dataset(dataset: Dataset, config: Config) -> str:
     size = f", {dataset.characters:,} characters{documents}" if dataset.characters else ""
     return (
         f"{dataset.path.as_posix()}{size}; {train:,} {dataset.tokenizer.name} tokens to train on, "
-        f"{split}; about {epochs:.1f} epochs"
+        f"{split}; about {format_epochs(epochs)} epochs"
     )

@@ -9,7 +9,7 @@ from typing import Any
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config
 from gptforge.printable import print_stderr, safe_print
-from gptforge.report.format import format_count, format_duration
+from gptforge.report.format import format_count, format_duration, format_epochs
 from gptforge.report.log_handler import log_to
 
 INDENT = 12
@@ -100,8 +100,7 @@ def _describe_text(text: dict[str, Any]) -> str:
 
 
 def _run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
-    # Two significant digits below 0.1, so that a fraction of an epoch is not shown as 0.
-    epochs = f"{run['epochs']:.1f}" if run["epochs"] >= 0.1 else f"{run['epochs']:.2g}"
+    epochs = format_epochs(run["epochs"])
     ratio = f"{run['tokens_per_parameter']:.2g} tokens per parameter"
     steps = f"{run['steps']:,} steps, {run['tokens']:,} tokens: {epochs} epochs over this text"
     return [("run", f"{steps}, {ratio}"), ("", ADVICE)]

@@ -88,3 +88,8 @@ def format_val_loss(
         f"{bits_per_byte:.4f} bits per byte, {nats_per_char:.4f} nats per character, over "
         f"{num_tokens:,} tokens"
     )
+
+
+def format_epochs(epochs: float) -> str:
+    """A number of epochs; below 0.1 with two significant digits, so that it is not shown as 0."""
+    return f"{epochs:.1f}" if epochs >= 0.1 else f"{epochs:.2g}"

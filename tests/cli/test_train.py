@@ -75,6 +75,14 @@ def test_a_run_writes_all_its_files(program, play) -> None:
     assert "is finished" in again.out
 
 
+def test_the_epochs_that_are_announced_are_those_at_the_end(program, tmp_path) -> None:
+    (tmp_path / "short.txt").write_text("a quick fox and a lazy dog\n" * 12)
+    flags = ("--input", "short.txt", "--random_offset", "true", "--max_steps", 10)
+    done = program(*DEBUG, *flags, "--sample_every", 0)
+    announced = re.search(r"about ([\d.]+) epochs", done.out)
+    assert announced and f", epoch {announced[1]}." in done.out
+
+
 def test_flags_without_effect_are_named(program, play) -> None:
     flags = (*DEBUG, "--input", play, "--max_steps", 2, "--sample_every", 0)
     unused = ("--muon_lr", 0.1, "--teacher_steps", 2, "--decay_fraction", 0.5)
