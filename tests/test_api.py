@@ -83,6 +83,7 @@ def test_an_error_in_a_callback_is_raised_once_the_state_is_saved(play) -> None:
     with pytest.raises(ZeroDivisionError, match="in the callback"):
         gptforge.train(**DEBUG, input=play, on_step=fail)
     assert Path("run/checkpoints/last").resolve().name == "step-000004"
+    assert "Stopped by ZeroDivisionError in a callback at step 4" in Path("run/log.md").read_text()
     # The folder is unlocked, and the same call resumes.
     run = gptforge.train(**DEBUG, input=play)
     assert [e["step"] for e in run.metrics if e["event"] == "train"] == list(range(20))

@@ -172,4 +172,4 @@ class _Observer:
             callback(self._checkpoints / event["checkpoint"] if kind == "save" else event)
         except BaseException as error:
             self.error = error
-            self._stop_signal.request()
+            self._stop_signal.request(f"{type(error).__name__} in a callback")

@@ -70,6 +70,7 @@ class StopSignal:
         started = clock() if started is None else started
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
+        self._requested_by = ""
         self._previous: dict[int, object] = {}
         self._depth = 0
         self._is_saved = False
@@ -82,9 +83,14 @@ class StopSignal:
             return self._signal
         return "time_limit" if self._clock() >= self._deadline else None
 
-    def request(self) -> None:
-        """Stop as after Ctrl-C."""
-        self._signal = self._signal or "interrupted"
+    def request(self, by: str) -> None:
+        """Stop as after Ctrl-C; the log says that `by` stopped the run."""
+        if self._signal is None:
+            self._signal, self._requested_by = "interrupted", by
+
+    def stopped_by(self, reason: StopReason) -> str:
+        """What a stop for this reason is called in the log."""
+        return self._requested_by or STOPPED_BY[reason]
 
     def mark_saved(self, reason: StopReason) -> None:
         """Nothing is lost any more; `reason` is why the training loop ended."""

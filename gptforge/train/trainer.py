@@ -22,7 +22,7 @@ from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
 from gptforge.train.loss_monitor import Anomaly, LossMonitor
 from gptforge.train.rollback import HINT, has_diverged, rollback
-from gptforge.train.signals import STOP_REASONS, STOPPED_BY, StopReason, StopSignal
+from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
 from gptforge.train.timer import StepTimer
 from gptforge.train.train_step import TrainStep
@@ -268,7 +268,6 @@ class Trainer:
     def _log_stop(self, reason: StopReason) -> None:
         """Log why; before the save, or a resumed run, which truncates the log, loses the line."""
         state, max_steps = self.state, self.config.max_steps
-        line = f"Stopped by {STOPPED_BY.get(reason)} at step {state.step} of {max_steps}"
         if reason == "early_stop":
             seconds = (time.perf_counter() - self._start_time) / state.step * self.steps_left
             line = (
@@ -276,6 +275,9 @@ class Trainer:
                 f"step {state.best_step} (saved about {format_duration(seconds)}); --patience 0 "
                 "trains on"
             )
+        else:
+            by = self.stop_signal.stopped_by(reason)
+            line = f"Stopped by {by} at step {state.step} of {max_steps}"
         self.report.log_line(line, RESULT)
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
