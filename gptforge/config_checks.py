@@ -85,6 +85,7 @@ def unused_fields(config: Config, explicit: Collection[str]) -> list[tuple[str, 
     unused = {
         "without --optimizer muon": ("muon_lr muon_weight_decay", c.optimizer != "muon"),
         "without --teachers": ("teacher_steps distill_weight", c.teachers == 0),
+        "without --dropout": ("dropout_ramp", c.dropout == 0),
         "without --schedule wsd": ("decay_fraction", c.schedule != "wsd"),
         "with --schedule constant": ("min_lr", c.schedule == "constant"),
     }

@@ -214,11 +214,13 @@ class MemoryEstimator:
             if self.fits(n):
                 return f"micro-batches of {sequences} do not fit; {_equivalent_flags(c, n)}"
         checkpointing: dict[str, bool | int] = {"activation_checkpointing": True}
+        if c.dropout and self._precision.float8:
+            checkpointing = {}  # fp8 has no activation checkpointing with dropout
         lengths = [c.context_length // 2**n for n in range(1, 20)]
         changes = [checkpointing, {**checkpointing, "loss_chunk": 1024}] + [
             {**checkpointing, "context_length": n} for n in lengths if n >= MIN_CONTEXT_LENGTH
         ]
-        for change in changes:
+        for change in filter(None, changes):
             if self.fits(1, dataclasses.replace(c, **change)):
                 flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
                 batch_size = " --batch_size 1" if is_explicit else ""

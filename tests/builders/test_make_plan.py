@@ -262,6 +262,18 @@ def test_a_smaller_preset_that_fits_is_suggested(monkeypatch) -> None:
     assert "--preset gpt2 would fit" in estimator.suggest_fix(1, is_explicit=False)
 
 
+def test_what_fits_in_fp8_is_not_what_fp8_cannot_do(monkeypatch) -> None:
+    """It recomputes no dropout, so it has no activation checkpointing with dropout."""
+    monkeypatch.setattr(memory_fit, "usable_memory", lambda _: 44 * 10**8)
+    for dropout, flags in ((0.0, "--activation_checkpointing true"), (0.1, "--context_length 512")):
+        config = dataclasses.replace(get_preset("gpt2"), vocab_size=50304, dropout=dropout)
+        precision = Precision(torch.bfloat16, "", float8=True)
+        estimator = memory_fit.MemoryEstimator(config, precision, torch.device("cuda"))
+        fix = estimator.suggest_fix(1, is_explicit=False)
+        assert flags in fix, fix
+        assert ("--activation_checkpointing" in fix) == (not dropout)
+
+
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize(
     ("free", "message"), [(1000, "no room for one checkpoint"), (10**7, "it would fill up")]

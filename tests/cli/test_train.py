@@ -86,14 +86,16 @@ def test_the_epochs_that_are_announced_are_those_at_the_end(program, tmp_path) -
 def test_flags_without_effect_are_named(program, play) -> None:
     flags = (*DEBUG, "--input", play, "--max_steps", 2, "--sample_every", 0)
     unused = ("--muon_lr", 0.1, "--teacher_steps", 2, "--decay_fraction", 0.5)
+    unused = (*unused, "--dropout_ramp", 0.5)
     done = program(*flags, *unused, "--out_dir", "a")
     notes = [line for line in done.out.splitlines() if "has no effect" in line]
     assert notes == [
         "note: --muon_lr has no effect without --optimizer muon",
         "note: --teacher_steps has no effect without --teachers",
+        "note: --dropout_ramp has no effect without --dropout",
         "note: --decay_fraction has no effect without --schedule wsd",
     ]
-    used = ("--optimizer", "muon", "--teachers", 1, "--schedule", "wsd")
+    used = ("--optimizer", "muon", "--teachers", 1, "--schedule", "wsd", "--dropout", 0.1)
     assert "has no effect" not in program(*flags, *unused, *used, "--out_dir", "b").out
     done = program(*flags, "--schedule", "constant", "--min_lr", 1e-5, "--out_dir", "c")
     assert "--min_lr has no effect with --schedule constant" in done.out
