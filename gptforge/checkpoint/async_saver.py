@@ -1,6 +1,7 @@
 """Saves checkpoints in a background thread, one at a time."""
 
 from collections.abc import Collection, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,9 +73,10 @@ class AsyncSaver:
         return saved
 
     def wait(self) -> None:
-        """Wait for a running save; raises its error."""
-        running, self._running = self._running, None
-        if running is not None:
+        """Wait for a running save; raises its error. After Ctrl-C it can be waited for again."""
+        if self._running is not None:
+            futures.wait([self._running])
+            running, self._running = self._running, None
             self._saved.append(running.result())
 
     def _save(
