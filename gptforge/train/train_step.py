@@ -19,7 +19,6 @@ from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
 from gptforge.train.backends.factory import build_backend
-from gptforge.train.backends.float8 import Float8Backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
@@ -170,13 +169,7 @@ class TrainStep:
     @property
     def backend_name(self) -> str:
         """The backend, for messages."""
-        names = {
-            AutogradBackend: "autograd",
-            ManualBackend: "manual backward",
-            Float8Backend: "manual backward, fp8",
-            CudaGraphBackend: "manual backward, CUDA graph",
-        }
-        return names[type(self.backend)] + (", sharded" if self.is_sharded else "")
+        return self.backend.name + (", sharded" if self.is_sharded else "")
 
     @property
     def is_sharded(self) -> bool:

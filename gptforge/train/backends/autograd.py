@@ -28,6 +28,8 @@ class AutogradBackend:
         distillation: teachers to learn from besides the targets; not with `root`.
     """
 
+    name = "autograd"
+
     def __init__(
         self,
         model: GPT,

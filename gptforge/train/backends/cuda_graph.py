@@ -32,6 +32,7 @@ class CudaGraphBackend:
 
     def __init__(self, backend: ManualBackend, *, assign_grads: bool) -> None:
         self._backend = backend
+        self.name = f"{backend.name}, CUDA graph"
         self._assign_grads = assign_grads
         self._scale = torch.zeros((), device=backend.grads.flat.device)
         self._micro_batches: dict[torch.Size, tuple[Tensor, Tensor, _CapturedCall[Tensor]]] = {}

@@ -214,6 +214,7 @@ class Float8Block(ManualBlock):
 class Float8Backend(ManualBackend):
     """A `ManualBackend` with matmuls in fp8; `dtype` is that of the rest."""
 
+    name = "manual backward, fp8"
     block_class, head_class = Float8Block, Float8Head
 
     def __init__(

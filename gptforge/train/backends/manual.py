@@ -103,6 +103,7 @@ class ManualBackend:
         distillation: teachers to learn from besides the targets.
     """
 
+    name = "manual backward"
     block_class: type[ManualBlock] = ManualBlock
     head_class: type[ManualHead] = ManualHead
 
