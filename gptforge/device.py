@@ -85,8 +85,8 @@ def select_precision(flag: str, device: torch.device) -> Precision:
     if flag == "fp8":
         if not has_float8(device):
             raise UserError(
-                "--dtype fp8 needs a GPU of compute capability 8.9 or more, such as an H100; use "
-                "--dtype auto here"
+                "--dtype fp8 needs a GPU of compute capability 8.9 or more, such as an H100, to "
+                "train and to resume; use --dtype auto for a new run here"
             )
         return Precision(torch.bfloat16, "matmuls in fp8, the rest in bfloat16", float8=True)
     if flag != "auto":
