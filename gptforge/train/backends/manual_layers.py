@@ -59,7 +59,7 @@ class ComputeWeights:
         torch._foreach_copy_(self._copies, self._sources)
 
     def full(self, parameter: Tensor) -> Tensor:
-        """Return all values of a parameter in the most precise dtype that is at hand anyway."""
+        """Return a full matrix to cast from: in fp32, unless only the compute copy is gathered."""
         return self.master(parameter)
 
     def wait_for(self, *copies: Tensor) -> None:
