@@ -83,7 +83,7 @@ class Sweep:
             raise UserError(
                 "a sweep needs a test tail and a second split: give a --val_fraction above 0"
             )
-        config = resolve_config(config, dataset)
+        config = resolve_config(config, dataset, explicit)
         max_config, _ = resolve(largest(space))
         max_config = dataclasses.replace(max_config, vocab_size=config.vocab_size)
         check_length(dataset, max_config.context_length, random_offset=max_config.random_offset)
