@@ -1,7 +1,7 @@
 """Errors that the command line prints as one line, without a traceback."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,16 @@ class RunError(RuntimeError):
 
 class Terminated(BaseException):
     """SIGTERM or a closed terminal, raised so that a command cleans up as after Ctrl-C."""
+
+
+@contextmanager
+def explain_interruption(hint: Callable[[], str]) -> Iterator[None]:
+    """Add a hint to Ctrl-C and `Terminated`: what is lost, and what to do next."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        stop.args = (hint(),)
+        raise
 
 
 @contextmanager

@@ -43,3 +43,8 @@ def env_int(name: str, default: int, env: Mapping[str, str] = os.environ) -> int
             "or start several processes with torchrun"
         )
     return int(text)
+
+
+def same_command(*, restart: bool) -> str:
+    """What to call the command that resumes its work, in messages: `--restart` would not."""
+    return "the same command without --restart" if restart else "the same command"

@@ -143,6 +143,34 @@ def test_signal_makes_any_command_clean_up(name, code, message) -> None:
     assert (process.returncode, out, err) == (code, "cleaned up\n", f"{message}\n")
 
 
+UNSTARTED = "no step was made and nothing is lost; the same command starts or resumes the run"
+UNFINISHED = "the same command without --restart resumes what was saved"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("where", "flags", "name", "hint"),
+    [
+        ("resolve_run.load_dataset", (), "SIGINT", UNSTARTED),
+        ("build_trainer.check_fits_memory", (), "SIGTERM", UNSTARTED),
+        ("build_trainer.build_train_step", ("--restart",), "SIGINT", UNSTARTED),
+        ("build_trainer.load_teachers", ("--restart", "--teachers", 1), "SIGINT", UNFINISHED),
+    ],
+)
+def test_a_signal_before_training_says_what_to_do(
+    program, play, monkeypatch, where, flags, name, hint
+) -> None:
+    run = (*DEBUG, "--input", play, "--max_steps", 2, "--sample_every", 0, "--out_dir", "run")
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"gptforge.builders.{where}", lambda *_, **__: signal.raise_signal(number))
+        done = program(*run, *flags)
+    word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[name]
+    assert (done.code, done.err) == (128 + number, f"{word}: {hint}\n")
+    assert program(*run, *flags[1:]).code == 0
+    assert events()[-1]["reason"] == "finished"
+
+
 def test_diverged_training_is_a_failure(program, play) -> None:
     # Too few steps to give up in the middle.
     broken = (*DEBUG, "--input", play, "--max_steps", 3, "--max_lr", 1e9, "--out_dir", "run")

@@ -32,7 +32,7 @@ from gptforge.lock import FolderLock
 from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.report.log_handler import RESULT
-from gptforge.shell import quote
+from gptforge.shell import quote, same_command
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
@@ -119,7 +119,7 @@ def build_trainer(
             run = fit_time_limit(run, start_time=start_time)
         c, dataset, device = run.config, run.dataset, run.device
         patience = _resolve_patience(run)
-        same = "the same command" + (" without --restart" if c.restart else "")
+        same = same_command(restart=c.restart)
         store = CheckpointStore(folder / "checkpoints", resume_command=same)
         if comm.is_main:
             store.check_disk_space(checkpoint_bytes(c))

@@ -34,6 +34,7 @@ from gptforge.report.console import ProgressMeter
 from gptforge.report.format import format_epochs
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
+from gptforge.tokenizers.train_bpe import MIN_VOCAB_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,15 @@ def _learned_by_run(config: Config) -> Tokenizer | None:
     return checkpoints.read_tokenizer(last) if last and old and old.tokenizer == "bpe" else None
 
 
+def _vocab_size(config: Config, explicit: Collection[str], minimum: int) -> int:
+    """`--vocab_size`; 0 instead of the run's if that is too small for another tokenizer.
+
+    The run then refuses to resume with that tokenizer, which the user did set.
+    """
+    is_of_run = "vocab_size" not in explicit and _saved_config(config) is not None
+    return 0 if is_of_run and config.vocab_size < minimum else config.vocab_size
+
+
 def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:
     """Open the text of `--input`, preparing it if needed, and check that it can be trained on.
 
@@ -215,7 +225,7 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
     is_finetuning = bool(config.init_from)
     options = DatasetOptions(
         tokenizer=_learned_by_run(config) or config.tokenizer,
-        vocab_size=config.vocab_size,
+        vocab_size=_vocab_size(config, explicit, MIN_VOCAB_SIZE),
         val_fraction=config.val_fraction,
         text_format=TextFormat(config.field, config.encoding),
         kind=config.kind,
@@ -241,14 +251,14 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
     return dataset
 
 
-def resolve_config(config: Config, dataset: Dataset) -> Config:
+def resolve_config(config: Config, dataset: Dataset, explicit: Collection[str]) -> Config:
     """Fill in vocabulary size, run folder, and how the text was found.
 
     Raises:
         UserError: if `--vocab_size` is too small for the tokenizer.
     """
     num_ids = dataset.tokenizer.vocab_size
-    vocab_size = config.vocab_size or -(-num_ids // 64) * 64
+    vocab_size = _vocab_size(config, explicit, num_ids) or -(-num_ids // 64) * 64
     if vocab_size < num_ids:
         raise UserError(
             f"--vocab_size {vocab_size} is less than the {num_ids} ids of --tokenizer "

@@ -97,7 +97,7 @@ def resolve_run(
     seed_everything(c, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
     warmup = None if is_plan else KernelWarmup(device, c, precision)
     dataset, is_new_text = _load_dataset(c, explicit, comm)
-    resolved = resolve_config(c, dataset)
+    resolved = resolve_config(c, dataset, explicit)
     c = _resolve_on_main(c, comm, lambda: resolve_finetune(resolved, dataset, explicit))
     check_global_batch(c, comm)
     check_teachers(c)

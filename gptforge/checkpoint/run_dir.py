@@ -25,6 +25,8 @@ from gptforge.lock import FolderLock, lock_folder
 from gptforge.optim.schedule import learning_rate, stable_end
 from gptforge.tokenizers import Tokenizer
 
+TEXT_FIELDS = ("input", "encoding", "field", "kind", "split_by_name", "raw_bin")
+"""Fields that say what the text is, apart from how it is split and tokenized."""
 LR_TOLERANCE = 0.05  # a relative change of the learning rate that is not worth a warning
 
 
@@ -195,11 +197,18 @@ def resume_config(
     # A tokenizer is compared by content, not by path.
     max_steps = max(config.max_steps, old.max_steps)
     config = dataclasses.replace(config, tokenizer=old.tokenizer, max_steps=max_steps)
+    has_other_tokenizer = read_tokenizer(checkpoint).to_json() != tokenizer.to_json()
+    if has_other_tokenizer and "vocab_size" not in explicit:
+        config = dataclasses.replace(config, vocab_size=old.vocab_size)  # it follows the tokenizer
     conflicts = resume_conflicts(old, config)
-    if read_tokenizer(checkpoint).to_json() != tokenizer.to_json():
+    if has_other_tokenizer:
         conflicts.append("tokenizer: not the one that the run was started with")
     if read_state(checkpoint)["text_sha256"] != text_sha256:
-        conflicts.append(f"input: not the text that {folder.as_posix()} was trained on")
+        flags = [name for name in TEXT_FIELDS if name in explicit]
+        # The hash may depend on the tokenizer, too.
+        if flags or not (has_other_tokenizer and "tokenizer" in explicit):
+            name = " or ".join(flags) or "input"
+            conflicts.append(f"{name}: not the text that {folder.as_posix()} was trained on")
     if conflicts:
         raise UserError(
             f"{folder.as_posix()} holds a run with another configuration "

@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(3)
         print_stderr(f"error: {printable(error)}")
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
-    except Terminated:
-        print("terminated", file=sys.stderr)
+    except Terminated as stop:
+        print(": ".join(["terminated", *stop.args]), file=sys.stderr)
         return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if is_debug:
             raise
-        print("interrupted", file=sys.stderr)
+        print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has finished.

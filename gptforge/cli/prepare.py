@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from gptforge.cli.parsing import DatasetArgs, TextFileArgs, parse_args
-from gptforge.errors import Terminated, UserError
+from gptforge.errors import UserError, explain_interruption
 from gptforge.files import atomic_write
 from gptforge.printable import pluralize, print_stderr, safe_print
 from gptforge.report.log_handler import log_to
-from gptforge.shell import program_name, quote
+from gptforge.shell import program_name, quote, same_command
 
 if TYPE_CHECKING:
     from gptforge.data.shard_index import Index
@@ -90,19 +90,19 @@ def main(argv: list[str]) -> int:
         skip_bad=args.skip_bad,
         raw_bin=args.raw_bin,
     )
-    try:
-        with ProgressMeter("preparing") as progress, log_to(progress.log):
-            index = prepare(
-                Path(args.out),
-                request,
-                num_workers=args.workers,
-                restart=args.restart,
-                progress=progress,
-            )
-    except (KeyboardInterrupt, Terminated):
-        command = "the same command without --restart" if args.restart else "the same command"
-        print_stderr(f"note: {command} resumes with the finished parts")
-        raise
+    same = same_command(restart=args.restart)
+    with (
+        explain_interruption(lambda: f"{same} resumes with the finished parts"),
+        ProgressMeter("preparing") as progress,
+        log_to(progress.log),
+    ):
+        index = prepare(
+            Path(args.out),
+            request,
+            num_workers=args.workers,
+            restart=args.restart,
+            progress=progress,
+        )
     safe_print(describe(index))
     safe_print(f"Train on it: {program_name()} --input {quote(args.out)}")
     return 0

@@ -62,7 +62,7 @@ class CompareArgs:
 def main(argv: list[str]) -> int:
     """Print the table; returns the exit code."""
     args = parse_args(RunsArgs, argv, "gptforge runs")
-    from gptforge.report.run_info import find_runs, subfolders
+    from gptforge.report.run_info import SWEEP_DATA, find_runs, subfolders
 
     folder = Path(args.folder)
     if not folder.is_dir():
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{args.folder}: there is no such folder: {hint}")
     # A subfolder without any run gets a row that says so.
     paths = find_runs(folder, depth=0)
-    paths = paths or [path for sub in subfolders(folder) for path in find_runs(sub) or [sub]]
+    for sub in [] if paths else subfolders(folder):
+        paths += find_runs(sub) or [sub] * (sub.name != SWEEP_DATA)
     rows = sorted(map(_row, paths), key=lambda row: -row["modified"])
     if args.json:
         print(json.dumps(rows))

@@ -11,11 +11,12 @@ import tyro
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
-from gptforge.errors import RunError, Terminated, UserError
+from gptforge.errors import RunError, UserError, explain_interruption
 from gptforge.files import atomic_replace
 from gptforge.presets import AUTO
-from gptforge.printable import print_stderr, safe_print
+from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
+from gptforge.shell import same_command
 from gptforge.sweep.space import Space, Values, describe, ends, grid_search, parse_space
 
 if TYPE_CHECKING:
@@ -66,38 +67,37 @@ def main(argv: list[str]) -> int:
         from gptforge.sweep.search import Sweep
 
         numbers = {"trials": args.trials, "seeds": args.seeds, "jobs": args.jobs}
-        try:
-            with closing(Sweep(space, method, resolve, explicit, **numbers)) as sweep:
-                results = sweep.run()
-                done = [result for result in results if result.losses]
-                safe_print(f"\n{table(results[:MAX_ROWS])}\n")
-                if not done:
-                    raise RunError(f"all trials failed; the first: {results[0].error}")
-                picture = sweep.path / "sweep.png"
-                with atomic_replace(picture) as partial:
-                    plot_sweep(done, title=f"Sweep of {sweep.path.name}").savefig(partial)
-                best = done[0]
+        same = same_command(restart=args.restart)
+        with (
+            explain_interruption(lambda: f"{same} resumes the sweep"),
+            closing(Sweep(space, method, resolve, explicit, **numbers)) as sweep,
+        ):
+            results = sweep.run()
+            done = [result for result in results if result.losses]
+            safe_print(f"\n{table(results[:MAX_ROWS])}\n")
+            if not done:
+                raise RunError(f"all trials failed; the first: {results[0].error}")
+            picture = sweep.path / "sweep.png"
+            with atomic_replace(picture) as partial:
+                plot_sweep(done, title=f"Sweep of {sweep.path.name}").savefig(partial)
+            best = done[0]
+            safe_print(
+                f"Best: trial {best.trial}, {describe(best.values)}: held-out loss "
+                f"{best.label} nats per token at step {best.step:,}"
+            )
+            safe_print(f"Picture: {picture.as_posix()}; all trials: results.csv beside it")
+            if not args.final:
                 safe_print(
-                    f"Best: trial {best.trial}, {describe(best.values)}: held-out loss "
-                    f"{best.label} nats per token at step {best.step:,}"
+                    "The best of many trials is also the luckiest: for a loss to quote, the "
+                    "same command with --final evaluates it on the test tail."
                 )
-                safe_print(f"Picture: {picture.as_posix()}; all trials: results.csv beside it")
-                if not args.final:
-                    safe_print(
-                        "The best of many trials is also the luckiest: for a loss to quote, the "
-                        "same command with --final evaluates it on the test tail."
-                    )
-                    return 0
-                final = sweep.run_final(best)
-                safe_print(
-                    f"Test tail: {final.label} nats per token, {final.bits_per_byte:.4f} bits per "
-                    f"byte, after {final.step:,} steps; mean and standard deviation over "
-                    f"{len(final.losses)} seeds that no trial had"
-                )
-        except (KeyboardInterrupt, Terminated):
-            command = "the same command without --restart" if args.restart else "the same command"
-            print_stderr(f"note: {command} resumes the sweep")
-            raise
+                return 0
+            final = sweep.run_final(best)
+            safe_print(
+                f"Test tail: {final.label} nats per token, {final.bits_per_byte:.4f} bits per "
+                f"byte, after {final.step:,} steps; mean and standard deviation over "
+                f"{len(final.losses)} seeds that no trial had"
+            )
     return 0
 
 

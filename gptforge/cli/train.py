@@ -15,10 +15,10 @@ from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args,
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, explain_interruption
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
-from gptforge.shell import env_int, program_name, quote, torchrun_target
+from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
@@ -89,7 +89,19 @@ def run_training(
     Returns:
         Why training ended, the run folder, and the ranks, which have left each other.
     """
-    with logging_as as handler:
+    has_started = False
+
+    def start(trainer: "Trainer") -> None:
+        nonlocal has_started
+        has_started = True
+        on_built(trainer)
+
+    def hint() -> str:
+        if has_started:  # a teacher, or the run itself
+            return f"{same_command(restart=config.restart)} resumes what was saved"
+        return "no step was made and nothing is lost; the same command starts or resumes the run"
+
+    with logging_as as handler, explain_interruption(hint):
         if os.environ.get("RANK", "0") != "0":
             for each in PACKAGE.handlers:
                 each.addFilter(lambda record: hasattr(record, "any_rank"))
@@ -115,12 +127,12 @@ def run_training(
                     command=command,
                     comm=comm,
                     start_time=start_time,
-                    on_teacher=on_built,
+                    on_teacher=start,
                 )
             except TeacherStopped as stop:
                 reason = stop.reason
             if trainer is not None:
-                on_built(trainer)
+                start(trainer)
                 if comm.is_main:
                     handler.write = trainer.report.console.log  # above the progress bar
                 reason = trainer.fit()

@@ -27,6 +27,8 @@ from gptforge.report.metrics import METRICS, Event, History, read_history
 MAX_DEPTH = 3  # levels of folders that are searched for runs
 STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time limit"}
 """Reason in the end event -> state; other reasons are "stopped"."""
+SWEEP_DATA = "sweep-data"
+"""Folder beside the trials of a sweep, with the text that they read; locked while it runs."""
 COMPLETE = frozenset(STATES.values())
 SAMPLE_HEADING = re.compile(r"^## After (\d{1,18}) steps\n\n(~{3,})text\n", re.MULTILINE)
 

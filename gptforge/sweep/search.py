@@ -18,6 +18,7 @@ from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.console import ProgressMeter
+from gptforge.report.run_info import SWEEP_DATA
 from gptforge.sweep import scheduler
 from gptforge.sweep.results import RunResult, TrialResult, read_result, trial_result, write_results
 from gptforge.sweep.scheduler import Run
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 FINAL_SEEDS = 3
 """Runs of the best trial on the full training part."""
-DATA = "sweep-data"
-"""Folder of the text that trials read, which is locked while a sweep runs."""
 COPY_TOKENS = 2**24
 """Tokens copied at a time."""
 COMPARED = {"max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "patience"}
@@ -84,14 +83,14 @@ class Sweep:
             raise UserError(
                 "a sweep needs a test tail and a second split: give a --val_fraction above 0"
             )
-        config = resolve_config(config, dataset)
+        config = resolve_config(config, dataset, explicit)
         max_config, _ = resolve(largest(space))
         max_config = dataclasses.replace(max_config, vocab_size=config.vocab_size)
         check_length(dataset, max_config.context_length, random_offset=max_config.random_offset)
         self.path = Path(config.out_dir)
         self._lock = _lock(self.path, restart=config.restart)
         try:
-            self._text_id, self._input_flags = prepare_text(self.path / DATA, dataset)
+            self._text_id, self._input_flags = prepare_text(self.path / SWEEP_DATA, dataset)
         except BaseException:
             self._lock.release()
             raise
@@ -246,12 +245,12 @@ class Sweep:
 
 def _lock(path: Path, *, restart: bool) -> FolderLock:
     """Lock the folder of a sweep, moving an old sweep to a backup for `restart`."""
-    is_sweep = (path / DATA).is_dir()
+    is_sweep = (path / SWEEP_DATA).is_dir()
     if path.exists() and any(path.iterdir()) and not is_sweep:
         raise UserError(f"{path.as_posix()} is not empty and holds no sweep: use another --out_dir")
     # Not the folder itself: a run in a locked folder would be refused.
-    (path / DATA).mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(path / DATA)
+    (path / SWEEP_DATA).mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(path / SWEEP_DATA)
     if lock is None:
         raise UserError(f"{path.as_posix()} is in use by another sweep: wait for it")
     if not (restart and is_sweep):

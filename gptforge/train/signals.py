@@ -48,10 +48,10 @@ SAVED_MESSAGE = "All is saved. Writing the report; Ctrl-C again quits at once."
 class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
-    The training loop polls it after each step. A second signal ends the process at once; that
-    leaves no half-written checkpoint, since saves are renamed into place. Once the loop has obeyed
-    a signal and saved (`mark_saved`), one more stops what is left to do, and the next one ends the
-    process. As a context manager it may be entered again while it is entered.
+    The training loop polls it after each step. A second signal other than SIGHUP ends the process
+    at once; that leaves no half-written checkpoint, since saves are renamed into place. Once the
+    loop has obeyed a signal and saved (`mark_saved`), one more stops what is left to do, and the
+    next one ends the process. As a context manager it may be entered again while it is entered.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -123,7 +123,14 @@ class StopSignal:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == SIGHUP:
+            # The terminal is gone: writing to it would raise an error.
+            for stream in (sys.stdout, sys.stderr):
+                if stream.isatty():
+                    files.redirect_to_devnull(stream)
         if self._signal is not None:
+            if number == SIGHUP:
+                return  # not impatience: the kernel and the shell each send one
             if not self.exits_on_second:
                 raise KeyboardInterrupt
             if sys.stdout.isatty():
@@ -132,11 +139,6 @@ class StopSignal:
             os._exit(128 + number)
         # Only a flag: the loop saves between steps, where state and weights are consistent.
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
-        if number == SIGHUP:
-            # The terminal is gone: writing to it would raise an error.
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    files.redirect_to_devnull(stream)
         logger.warning(SAVED_MESSAGE if self._is_saved else MESSAGE)
 
 

@@ -108,6 +108,22 @@ def test_resume_refuses_what_contradicts_the_run(program, run) -> None:
         assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "conflict"),
+    [
+        (("--tokenizer", "byte"), "tokenizer: not the one that the run was started with"),
+        (("--tokenizer", "bpe"), "tokenizer: not the one that the run was started with"),
+        (("--field", "other"), "field: not the text that run was trained on"),
+    ],
+)
+def test_resume_blames_the_flag_that_was_given(program, tmp_path, flags, conflict) -> None:
+    lines = [{"text": line, "other": line[::-1]} for line in play_text().splitlines() if line]
+    Path("play.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert program(*SHORT, "--input", "play.jsonl", "--out_dir", "run").code == 0
+    done = program("--resume", "run", *flags)
+    assert (done.code, f"another configuration ({conflict}): " in done.err) == (2, True), done.err
+
+
 def test_quiet_and_verbose(program, play) -> None:
     flags = (*SHORT, "--input", play, "--save_every", 2, "--restart")
     quiet, usual, verbose = (program(*flags, *more) for more in (["--quiet"], [], ["--verbose"]))

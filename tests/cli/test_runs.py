@@ -46,6 +46,14 @@ def test_runs_of_other_folders(program, runs) -> None:
     assert done.code == 2 and done.err.count("\n") == 1 and "there is no such folder" in done.err
 
 
+def test_runs_of_a_sweep_are_its_trials(program, runs) -> None:
+    trials = [write_run(Path("sweep", name), {10: 3.0}).as_posix() for name in ("a", "b")]
+    Path("sweep/sweep-data").mkdir()
+    Path("sweep/photos").mkdir()
+    found = sorted(row["run"] for row in json.loads(program("runs", "sweep", "--json").out))
+    assert found == [*trials, "sweep/photos"]
+
+
 def test_compare_prints_tables_and_draws(program, runs) -> None:
     done = program("compare", "runs/new", "runs/middle", "runs/sweep/old")
     assert done.code == 0

@@ -152,15 +152,19 @@ run = Run("1", 0, Path("trial-1"), tuple(sys.argv[1:]))
 process = start_process(run, device="cpu", jobs=1)
 while not Path("trial-1/metrics.jsonl").exists():
     assert process.poll() is None, run.log.read_text()
+if os.environ["STOPS_TRIALS"]:
+    process.terminate()  # as a sweep does after Ctrl-C
 os.kill(os.getpid(), 9)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
-def test_a_trial_of_a_killed_sweep_saves_and_ends(tmp_path, play) -> None:
+@pytest.mark.parametrize("stops_trials", ["", "1"])
+def test_a_trial_of_a_killed_sweep_saves_and_ends(tmp_path, play, stops_trials) -> None:
     args = ("--preset=debug", f"--input={play}", "--max_steps=100000", "--out_dir=trial-1")
     command = [sys.executable, "-c", KILLED_SWEEP, *args]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env["STOPS_TRIALS"] = stops_trials
     assert subprocess.run(command, cwd=tmp_path, env=env, check=False).returncode == -9
     deadline = time.monotonic() + 60
     metrics = tmp_path / "trial-1/metrics.jsonl"

@@ -17,9 +17,10 @@ from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
 from gptforge.report import run_report
+from gptforge.report.run_info import SWEEP_DATA
 from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run
-from gptforge.sweep.search import DATA, prepare_text
+from gptforge.sweep.search import prepare_text
 from tests import programs
 from tests.conftest import play_text
 
@@ -106,7 +107,9 @@ def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:
     # Other text with the same characters.
     Path("play.txt").write_text(text[:cut] + text[cut:][::-1])
     assert program("sweep", *TINY, *GRID, "--out_dir", "other").code == 0
-    data = [next(Path(folder, DATA).glob("*.bin")).read_bytes() for folder in ("sweep", "other")]
+    data = [
+        next(Path(folder, SWEEP_DATA).glob("*.bin")).read_bytes() for folder in ("sweep", "other")
+    ]
     assert data[0] == data[1]
     assert [row["val_loss"] for row in rows()] == [row["val_loss"] for row in rows("other")]
 

@@ -152,3 +152,14 @@ def test_ignored_sighup_stays_ignored() -> None:
             assert stop_signal.stop_reason() is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_sighup_after_another_signal_still_lets_it_save(first, monkeypatch) -> None:
+    monkeypatch.setattr("os._exit", lambda code: pytest.fail(f"exit code {code} without saving"))
+    with StopSignal(0) as stop_signal:
+        signal.raise_signal(getattr(signal, first))
+        reason = stop_signal.stop_reason()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop_signal.stop_reason() == reason
