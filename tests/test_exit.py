@@ -143,6 +143,29 @@ def test_signal_makes_any_command_clean_up(name, code, message) -> None:
     assert (process.returncode, out, err) == (code, "cleaned up\n", f"{message}\n")
 
 
+SHUTDOWN_COMMAND = """
+import os, signal, sys, threading
+from gptforge import cli
+def interrupt(args):
+    threading.Thread(target=end).start()
+    raise KeyboardInterrupt
+def end():
+    threading.main_thread().join()  # the interpreter shuts down, and waits for this thread
+    os.kill(os.getpid(), signal.SIGINT)
+cli.COMMANDS["plan"] = (interrupt, object, "")
+sys.argv[1:] = ["plan"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_ctrl_c_again_after_the_end_prints_no_traceback() -> None:
+    command = [sys.executable, "-c", SHUTDOWN_COMMAND]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == "interrupted\n"
+    assert done.returncode == -signal.SIGINT  # a shell reports 130 for it
+
+
 UNSTARTED = "no step was made and nothing is lost; the same command starts or resumes the run"
 UNFINISHED = "the same command without --restart resumes what was saved"
 

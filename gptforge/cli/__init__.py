@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_openmp_spinning()
     is_debug = os.environ.get("GPTFORGE_DEBUG") == "1"
     try:
-        with _raise_on_signals():
+        with _raise_on_signals(is_program=argv is None):
             return _run_command(args)
     except (UserError, RunError) as error:
         if is_debug:
@@ -126,13 +126,17 @@ def _set_up_streams() -> None:
 
 
 @contextlib.contextmanager
-def _raise_on_signals() -> Iterator[None]:
+def _raise_on_signals(*, is_program: bool) -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP instead of ending the process at once.
 
     Not under torchrun: a rank may be blocked in a collective, where Python handles no signals.
+
+    Args:
+        is_program: whether the process ends after the body; any later Ctrl-C then ends it at once.
     """
+    is_main_thread = threading.current_thread() is threading.main_thread()
     numbers = []
-    if threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ:
+    if is_main_thread and "LOCAL_RANK" not in os.environ:
         existing = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
         numbers = [n for n in existing if n and signal.getsignal(n) is signal.SIG_DFL]
     for number in numbers:
@@ -140,6 +144,10 @@ def _raise_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        # Python's own handler would print a traceback while the interpreter shuts down.
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_program and is_main_thread and is_default:
+            numbers.append(signal.SIGINT)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 

@@ -58,6 +58,9 @@ class Injection:
 
 def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> None:
     """Run the program in `folder` with output in out.txt and err.txt, and exit with its code."""
+    # Until the program has its own handlers, and after it, Ctrl-C ends the process at once: the
+    # traceback of a KeyboardInterrupt here would be none of the program's.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.chdir(folder)
     for number, name in ((1, OUT), (2, ERR)):
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -70,7 +73,9 @@ def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> No
     faults = FaultInjector(Path(folder), injections)
     faults.install()
     try:
-        code = gptforge.cli.main(list(args))
+        sys.argv[1:] = args
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = gptforge.cli.main()
     finally:
         faults.is_over = True
     # As in the program, threads complete their writes before the process exits.

@@ -69,8 +69,8 @@ def stop_signal(harness: Harness, rng: random.Random) -> Case:
         result = harness.go(case, *(Injection(n, number.name) for n in (at, later)[:times]))
     else:
         process = harness.start(case)
-        # Not in the first moments, before the process has installed its signal handlers.
-        process.join(rng.uniform(0.1, harness.reference.seconds))
+        harness.wait_for_start(case, process)
+        process.join(rng.uniform(0, harness.reference.seconds))
         for _ in range(times):
             send(process, number)
             process.join(rng.uniform(0, 0.05))

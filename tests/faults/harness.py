@@ -114,6 +114,11 @@ class Harness:
         assert isinstance(process, BaseProcess)
         return process
 
+    def wait_for_start(self, case: Case, process: BaseProcess) -> None:
+        """Wait until the process is about to call the program."""
+        while process.is_alive() and not (case.folder / ERR).exists():
+            time.sleep(0.001)
+
     def wait(self, case: Case, process: BaseProcess) -> ProcessResult:
         """Wait for the process; one that hangs is killed and reported."""
         process.join(HANG_SECONDS)
