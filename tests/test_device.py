@@ -1,6 +1,8 @@
 """Selection of device and precision, with fake devices."""
 
 import platform
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from gptforge.device import (
 from gptforge.errors import UserError
 from gptforge.train.backends.manual_layers import prefer_separate_dgelu
 
+ROOT = Path(__file__).parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
 
@@ -155,3 +158,38 @@ def test_memory_bandwidth(monkeypatch) -> None:
     # Older versions of torch lack these properties.
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
     assert memory_bandwidth(CUDA) == memory_bandwidth(CPU) == 0
+
+
+ALLOCATE = """
+import ctypes, resource, sys
+from gptforge.device import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+SIZE = 6144 * 4096
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(SIZE) for _ in range(4)]
+    for block in blocks:
+        ctypes.memset(block, 1, SIZE)
+    for block in reversed(blocks):
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+print([page_faults() for _ in range(8)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only GNU's C library has mallopt")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    def page_faults(mode: str) -> int:
+        command = [sys.executable, "-c", ALLOCATE, mode]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert page_faults("keep") < 100
+    assert page_faults("return") > 6144

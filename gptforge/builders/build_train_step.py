@@ -17,7 +17,7 @@ from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.config import Config
-from gptforge.device import Precision
+from gptforge.device import Precision, keep_freed_memory
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
 from gptforge.errors import RunError, UserError
@@ -57,6 +57,8 @@ def build_train_step(
     """
     model = _build_model(config, opened, comm)
     wait_for_warmup()
+    if device.type == "cpu":
+        keep_freed_memory()
     kernels = select_kernels(config, device, precision)
     root = None
     if use_fsdp(config, device, precision, comm):
