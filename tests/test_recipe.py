@@ -163,12 +163,13 @@ def test_reasons_name_choices_and_explicit_flags() -> None:
 )
 def test_fitted_schedule_ends_in_time(seconds, seconds_per_step, val_tokens, explicit) -> None:
     config = configure(10**6, "gpu")
+    eval_seconds = seconds_per_step * val_tokens / config.tokens_per_step / 3
     fitted = fit_steps(
         config,
         explicit,
         seconds=seconds,
         seconds_per_step=seconds_per_step,
-        val_tokens=val_tokens,
+        seconds_per_eval=eval_seconds,
     )
     validate(fitted)
     assert {name: getattr(fitted, name) for name in explicit} == {
@@ -176,7 +177,6 @@ def test_fitted_schedule_ends_in_time(seconds, seconds_per_step, val_tokens, exp
     }
     assert fitted.max_steps <= config.max_steps
     evaluations = -(-fitted.max_steps // fitted.eval_every)
-    eval_seconds = seconds_per_step * val_tokens / config.tokens_per_step / 3
     total = fitted.max_steps * seconds_per_step + evaluations * eval_seconds
     minimum = config.warmup_steps if "warmup_steps" in explicit else 1
     if "eval_every" not in explicit:
@@ -187,7 +187,9 @@ def test_fitted_schedule_ends_in_time(seconds, seconds_per_step, val_tokens, exp
 def test_longer_limit_never_makes_fewer_steps() -> None:
     config = configure(10**6, "gpu")
     steps = [
-        fit_steps(config, (), seconds=seconds, seconds_per_step=0.01, val_tokens=100_000).max_steps
+        fit_steps(
+            config, (), seconds=seconds, seconds_per_step=0.01, seconds_per_eval=0.02
+        ).max_steps
         for seconds in range(1, 60)
     ]
     assert steps == sorted(steps)

@@ -172,21 +172,19 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         per_sequence, _ = time_step(c, explicit, device=run.device, micro_batch=micro_batch)
     except (RunError, torch.OutOfMemoryError):
         return c  # training reports it
-    seconds = c.time_limit * 60 - (time.monotonic() - start_time)
+    left = c.time_limit * 60 - (time.monotonic() - start_time)
     per_step = per_sequence * c.global_batch_size / run.comm.world_size
+    val_tokens = min(len(run.dataset.val), c.eval_tokens or len(run.dataset.val))
+    per_eval = per_step * val_tokens / c.tokens_per_step / 3  # the forward is a third of a step
+    seconds = USABLE_TIME * left - c.teachers * per_eval  # each is evaluated once
     follow = c.teacher_steps and "teacher_steps" not in explicit
     if c.teacher_steps and not follow:
         seconds -= c.teachers * c.teacher_steps * per_step
         per_step *= 1 + c.teachers / 3
     else:
         per_step *= cost_with_teachers(c)
-    val_tokens = len(run.dataset.val)
     fitted = fit_steps(
-        c,
-        explicit,
-        seconds=seconds,
-        seconds_per_step=per_step,
-        val_tokens=min(val_tokens, c.eval_tokens or val_tokens),
+        c, explicit, seconds=seconds, seconds_per_step=per_step, seconds_per_eval=per_eval
     )
     if follow:
         fitted = dataclasses.replace(fitted, teacher_steps=teacher_steps(fitted.max_steps))
@@ -194,7 +192,7 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         logger.info(
             f"auto: {fitted.max_steps:,} steps instead of {c.max_steps:,}, of "
             f"{1000 * per_step:.3g} ms each{' with teachers' * bool(c.teachers)}, to end within "
-            f"{format_duration(seconds)}"
+            f"{format_duration(left)}"
         )
     return fitted
 
@@ -205,14 +203,10 @@ def fit_steps(
     *,
     seconds: float,
     seconds_per_step: float,
-    val_tokens: int,
+    seconds_per_eval: float,
 ) -> Config:
-    """Cut max_steps so that the schedule ends within `seconds`; explicit fields stay.
-
-    A training step takes `seconds_per_step`, and an evaluation reads `val_tokens`.
-    """
-    # The forward is a third of a step's FLOPs.
-    steps_per_eval = val_tokens / config.tokens_per_step / 3
+    """Cut max_steps so that steps and evaluations take at most `seconds`; explicit fields stay."""
+    steps_per_eval = seconds_per_eval / seconds_per_step
 
     def eval_every(max_steps: int) -> int:
         if "eval_every" in explicit:
@@ -222,7 +216,7 @@ def fit_steps(
     def steps_with_evals(max_steps: int) -> float:
         return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval
 
-    affordable = seconds * USABLE_TIME / seconds_per_step
+    affordable = seconds / seconds_per_step
     minimum = config.warmup_steps if "warmup_steps" in explicit else 1
     # Two digits: the time of a step is not known better.
     candidates = {digits * 10**zeros for zeros in range(7) for digits in range(1, 100)}

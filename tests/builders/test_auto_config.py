@@ -117,6 +117,35 @@ def test_steps_that_fit_a_time_limit_hold_when_a_stopped_teacher_resumes(
     assert 10 < student.max_steps < 1000
 
 
+@pytest.mark.parametrize("teacher_steps", [None, 30])
+def test_teachers_and_all_evaluations_end_within_a_time_limit(
+    config, monkeypatch, teacher_steps
+) -> None:
+    limit, per_sequence = 6000, 3.0  # seconds
+    changes = {"time_limit": limit / 60, "teachers": 2, "eval_every": 1}
+    changes |= {"teacher_steps": teacher_steps} if teacher_steps else {}
+    monkeypatch.setattr(text_presets, "_flops_per_second", lambda *_: 1e15)
+    monkeypatch.setattr(step_timing, "time_step", lambda *_, **__: (per_sequence, "faked"))
+
+    def stop(trainer: Trainer) -> object:
+        trainer.stop_signal = StopAfter(1)
+        return fit(trainer)
+
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", stop)
+    with pytest.raises(TeacherStopped):
+        build_trainer(
+            dataclasses.replace(config, **changes), explicit=["n_layer", "n_embd", *changes]
+        )
+    c = read_config(Path("runs/play-auto"), with_model=False)
+    step = per_sequence * c.global_batch_size
+    evaluation = step / 3 * 691 / c.tokens_per_step
+    teacher = c.teacher_steps * step + evaluation
+    seconds = 2 * teacher + c.max_steps * ((1 + 2 / 3) * step + evaluation)
+    usable = recipe.USABLE_TIME * limit
+    assert 0.95 * usable < seconds < 1.01 * usable  # steps have two digits
+
+
 def test_config_file_of_a_run_does_not_depend_on_the_rule(program, play, monkeypatch) -> None:
     flags = ("--n_layer", 1, "--n_embd", 16, "--max_steps", 2, "--input", play)
     assert program(*AUTO, *flags, "--out_dir", "a").code == 0
