@@ -22,8 +22,8 @@ MAX_ROLLBACKS = 3
 HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
 
 
-def has_diverged(trainer: "Trainer", anomalies: list[Anomaly]) -> bool:
-    """Log anomalies; returns whether there were too many bad steps in a row."""
+def log_anomalies(trainer: "Trainer", anomalies: list[Anomaly]) -> None:
+    """Log steps with a spike, NaN or Inf, with the training sequences that they saw."""
     for anomaly in anomalies:
         event: Event = {
             "kind": anomaly.kind,
@@ -34,7 +34,6 @@ def has_diverged(trainer: "Trainer", anomalies: list[Anomaly]) -> bool:
             "windows": trainer.dataloader.sequence_ids_at(anomaly.position),
         }
         trainer.report.log_anomaly(event, z_score=anomaly.z_score)
-    return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
 
 
 def rollback(trainer: "Trainer") -> None:

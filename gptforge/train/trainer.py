@@ -20,8 +20,8 @@ from gptforge.report.log_handler import RESULT
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
-from gptforge.train.loss_monitor import Anomaly, LossMonitor
-from gptforge.train.rollback import HINT, has_diverged, rollback
+from gptforge.train.loss_monitor import LossMonitor
+from gptforge.train.rollback import HINT, MAX_BAD_STEPS, log_anomalies, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
 from gptforge.train.timer import StepTimer
@@ -80,18 +80,23 @@ class Trainer:
         with self.report.console, self.report.trackers:
             while reason is None:
                 # A run that was interrupted in an evaluation resumes with it, not with a step.
-                if not self.state.pending and has_diverged(self, self.train_step()):
+                if not self.state.pending and self.train_step():
                     rollback(self)
                     continue
                 is_best = self.run_due_actions()
-                is_idle = self.state.pending in ([], ["save"])
-                reason = (self.end_reason() if is_idle else None) or self.stop_reason()
+                # An evaluation that was interrupted may be the one that ends the run.
+                reason = None if "evaluate" in self.state.pending else self.end_reason()
+                reason = reason or self.stop_reason()
                 if reason in ("interrupted", "terminated") and not self.stop_signal.should_stop():
                     self.report.log("Stopping: another rank got a signal.")
                 if reason and reason != "finished":
                     self._log_stop(reason)
-                if reason or is_best or self.should_save():
+                is_due = self.state.pending == ["save"]
+                if reason or is_best or (is_due and not self.loss_monitor.bad_steps):
                     self.save(is_best=is_best)
+                elif is_due:
+                    self.is_save_deferred = True
+                    self.state.pending.clear()
                 self.report.log_saves(self.saver.poll())
             self.saver.wait()
             self.report.log_saves(self.saver.poll())
@@ -120,8 +125,8 @@ class Trainer:
                 f"{HINT}; --restart starts from scratch"
             )
 
-    def train_step(self) -> list[Anomaly]:
-        """Make one optimizer step, and log it if that is due; returns the anomalies found."""
+    def train_step(self) -> bool:
+        """Make one optimizer step, and log it if due; returns whether training has diverged."""
         c, step, position = self.config, self.state.step, self.dataloader.position
         lr = learning_rate(c, step)
         inputs, targets = self.dataloader.next_batch()
@@ -143,7 +148,8 @@ class Trainer:
         if self.state.pending:
             # Evaluating and saving depend on whether this step was good, so wait for its loss.
             anomalies += self.loss_monitor.flush()
-        return anomalies
+        log_anomalies(self, anomalies)
+        return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
 
     def stop_reason(self) -> StopReason | None:
         """Why to stop now, the same on all ranks, or None."""
@@ -168,10 +174,9 @@ class Trainer:
         """
         pending, is_best = self.state.pending, False
         if "evaluate" in pending:
-            result = self.evaluate()
-            if result is None:
+            is_best = self.evaluate()
+            if self.state.partial is not None:
                 return False
-            is_best = result
             pending.remove("evaluate")
             if self.end_reason() == "early_stop":
                 pending[:] = ["sample", "save"]
@@ -180,10 +185,11 @@ class Trainer:
             pending.remove("sample")
         return is_best
 
-    def evaluate(self) -> bool | None:
-        """Compute the validation loss; returns whether it is the lowest, or None if interrupted.
+    def evaluate(self) -> bool:
+        """Compute the validation loss; returns whether it is the lowest so far.
 
-        Without validation data, the mean of the recent training losses takes its place.
+        If that is interrupted, `state.partial` has the sums to continue from. Without validation
+        data, the mean of the recent training losses takes its place.
         """
         state, step_fn, evaluator = self.state, self.step_fn, self.val_evaluator
         with self.timer.exclude(), step_fn.ema_weights():
@@ -197,7 +203,7 @@ class Trainer:
                     should_stop=self.stop_signal.should_stop, partial=state.partial,
                 )  # fmt: skip
                 if not score.is_complete:
-                    return None
+                    return False
                 state.partial, loss = None, score.loss
             is_best = loss < state.best_loss
             state.count_eval(self.config, loss)
@@ -224,15 +230,6 @@ class Trainer:
             text = lm.generate("", SAMPLE_TOKENS, seed=seed)
             self.report.log_sample(self.state.step, text, is_last=bool(self.end_reason()))
 
-    def should_save(self) -> bool:
-        """Whether a save is due, and the last step was good; else the next good step saves."""
-        if self.state.pending != ["save"]:
-            return False
-        self.is_save_deferred = self.loss_monitor.bad_steps > 0
-        if self.is_save_deferred:
-            self.state.pending.clear()
-        return not self.is_save_deferred
-
     def save(self, *, is_best: bool) -> None:
         """Start to write a checkpoint in the background."""
         with self.timer.exclude():
@@ -241,7 +238,7 @@ class Trainer:
             # With an evaluation pending, this save is an extra one; the due save comes after it.
             if state.pending == ["save"]:
                 state.pending.clear()
-            has_diverged(self, self.loss_monitor.flush())
+            log_anomalies(self, self.loss_monitor.flush())
             # A new best loss shows that the weights are good, even right after bad steps.
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:
