@@ -1,6 +1,6 @@
 """Exponential moving average of the weights (Polyak averaging)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,8 @@ class WeightEMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._params = {name: p.detach() for name, p in model.named_parameters()}
-        self._averages = {name: p.clone() for name, p in self._params.items()}
+        self.tensors = {name: p.clone() for name, p in self._params.items()}
+        """The averages by the parameter's name; within `swap`, the weights that are trained."""
         self._decay = decay
         self.num_updates = 0  # updates so far: the steps of the run
 
@@ -42,7 +43,7 @@ class WeightEMA:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights; the caller counts `num_updates`."""
-        averages = [_local(tensor) for tensor in self._averages.values()]
+        averages = [_local(tensor) for tensor in self.tensors.values()]
         params = [_local(tensor) for tensor in self._params.values()]
         torch._foreach_lerp_(averages, params, 1 - self.decay)
 
@@ -55,14 +56,9 @@ class WeightEMA:
         finally:
             self._swap()
 
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The averages by the parameter's name; within `swap`, the weights that are trained."""
-        return self._averages
-
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, average in self._averages.items():
+        for name, average in self.tensors.items():
             a, b = _local(average), _local(self._params[name])
             held = a.clone()
             a.copy_(b)

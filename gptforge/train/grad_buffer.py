@@ -51,7 +51,6 @@ class GradBuffer:
 
     def zero_(self) -> None:
         """Set all gradients to zero, and assign them to the parameters."""
-        # One memset for all parameters.
         self.flat.zero_()
         self.assign_grads()
 
@@ -91,26 +90,22 @@ class AutogradGradBuffer(GradBuffer):
     def __init__(self, model: nn.Module) -> None:
         parameters = _backward_order(model)
         super().__init__([[p] for p in parameters])
-        self._num_ready = 0
-        self._is_ready = [False] * len(parameters)
+        self.start_micro_batch()
         for i, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(self._make_hook(i))
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._on_grad, i))
 
     def start_micro_batch(self) -> None:
         """Forget which gradients were ready in the previous micro-batch."""
         self._num_ready = 0
-        self._is_ready = [False] * len(self._is_ready)
+        self._is_ready = [False] * len(self.group_ends)
 
-    def _make_hook(self, i: int) -> Callable[[Tensor], None]:
-        def hook(_: Tensor) -> None:
-            self._is_ready[i] = True
-            # Gradients may become ready out of order; only a prefix can be sent, since all ranks
-            # must reduce the same buckets in the same order.
-            while self._num_ready < len(self._is_ready) and self._is_ready[self._num_ready]:
-                self._num_ready += 1
-            self.on_grads_ready(self._num_ready)
-
-        return hook
+    def _on_grad(self, i: int, _: Tensor) -> None:
+        self._is_ready[i] = True
+        # Gradients may become ready out of order; only a prefix can be sent, since all ranks must
+        # reduce the same buckets in the same order.
+        while self._num_ready < len(self._is_ready) and self._is_ready[self._num_ready]:
+            self._num_ready += 1
+        self.on_grads_ready(self._num_ready)
 
 
 def _backward_order(model: nn.Module) -> list[Tensor]:

@@ -109,12 +109,8 @@ class TrainState:
             partial = None  # version 0.1 counted no characters: evaluate from the start
         if partial is not None:
             partial = ValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
-        return cls(
-            **record | {"rollbacks": record.pop("returns", 0)},
-            recent_losses=losses,
-            pending=pending,
-            partial=partial,
-        )
+        record["rollbacks"] = record.pop("returns", 0)
+        return cls(**record, recent_losses=losses, pending=pending, partial=partial)
 
 
 def resolve_patience(config: Config, *, train_tokens: int, has_val: bool) -> int:

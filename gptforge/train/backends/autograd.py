@@ -23,9 +23,6 @@ class AutogradBackend:
         root: the root module, if FSDP shards the model: FSDP casts the weights, and averages
             gradients over `world_size` ranks.
         world_size: ranks that train together.
-        compile_blocks: compile each block separately, so that gradients of the last blocks are
-            ready while those of the first are computed, and FSDP gathers weights block by block.
-        distillation: teachers to learn from besides the targets; not with `root`.
     """
 
     name = "autograd"
@@ -42,7 +39,6 @@ class AutogradBackend:
         grads: AutogradGradBuffer | None = None,
         root: FSDPRoot | None = None,
         world_size: int = 1,
-        compile_blocks: bool = False,
         distillation: Distillation | None = None,
     ) -> None:
         assert root is None or distillation is None, "teachers are not sharded"
@@ -50,7 +46,10 @@ class AutogradBackend:
         self.model, self._precision, self._kernels = model, precision, kernels
         self._scaler, self._grads, self._root = scaler, grads, root
         self._activation_checkpointing = activation_checkpointing
-        self._loss_chunk, self._compile_blocks = loss_chunk, compile_blocks
+        self._loss_chunk = loss_chunk
+        # One graph of the full model would finish all gradients at its end, where nothing is left
+        # to overlap their reduction with, and FSDP gathers weights block by block.
+        self._compile_blocks = world_size > 1
         # FSDP averages over the ranks; `scale` already divides by the tokens of all of them.
         self._grad_factor = world_size if root else 1
         self._device = next(model.parameters()).device

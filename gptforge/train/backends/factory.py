@@ -66,8 +66,6 @@ def build_backend(
             grads=grads,
             root=root,
             world_size=comm.world_size,
-            # One graph of the full model would finish all gradients at its end: no overlap.
-            compile_blocks=comm.world_size > 1,
             distillation=distillation,
         )
         return autograd, reducer

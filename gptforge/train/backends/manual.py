@@ -146,12 +146,10 @@ class ManualBackend:
             )
             prev_bias = block.mlp.c_proj.bias
         self._ln_f = ManualLayerNorm(ln_f, prev_bias, weights, grads)
+        distillation = distillation or Distillation(teachers=(), weight=0.0)
+        self._distill_weight = distillation.weight
         # Their forward runs with the same kernels; their gradient buffers stay unused.
-        self._teachers: list[ManualBackend] = []
-        self._distill_weight = 0.0
-        if distillation is not None:
-            self._teachers = [ManualBackend(teacher, dtype) for teacher in distillation.teachers]
-            self._distill_weight = distillation.weight
+        self._teachers = [ManualBackend(teacher, dtype) for teacher in distillation.teachers]
         for teacher in self._teachers:
             teacher.zero_grad()  # their weights never change: copying them once is enough
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None

@@ -19,12 +19,7 @@ from typing_extensions import override
 from gptforge.distributed import Comm
 from gptforge.distributed.dtensor import dtensor_from_local, local_tensor
 from gptforge.train.backends.manual_layers import ComputeWeights
-from gptforge.train.grad_buffer import (
-    ALIGNMENT,
-    GradBuffer,
-    clip_coef,
-    round_up,
-)
+from gptforge.train.grad_buffer import ALIGNMENT, GradBuffer, clip_coef, round_up
 from gptforge.train.parallel.fsdp import FSDPRoot
 from gptforge.train.parallel.grad_reducer import BucketedAllReduce, make_buckets
 
