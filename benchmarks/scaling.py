@@ -27,7 +27,6 @@ import torch
 
 from gptforge.bench.train_speed import random_batch
 from gptforge.builders.build_train_step import build_train_step
-from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config
 from gptforge.device import (
     peak_flops,
@@ -114,8 +113,7 @@ def child(args: argparse.Namespace) -> None:
 def build(config: Config, comm: Comm, device: torch.device, *explicit: str) -> TrainStep:
     precision = select_precision(config.dtype, device)
     seed_everything(config, rank=comm.rank)
-    opened = OpenedRun("new", config)
-    return build_train_step(config, opened, device, precision, explicit=explicit, comm=comm)
+    return build_train_step(config, device, precision, explicit=explicit, comm=comm)
 
 
 def small(args: argparse.Namespace, comm: Comm, device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from gptforge.builders.memory_fit import (
     use_fsdp,
 )
 from gptforge.checkpoint import format as checkpoints
-from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.config import Config
 from gptforge.device import Precision, keep_freed_memory
@@ -41,11 +40,11 @@ CUDA_GRAPH_MAX_FLOPS = 5e12
 
 def build_train_step(
     config: Config,
-    opened: OpenedRun,
     device: torch.device,
     precision: Precision,
     *,
     explicit: Collection[str],
+    is_resumed: bool = False,
     comm: Comm = SINGLE_PROCESS,
     wait_for_warmup: Callable[[], None] = lambda: None,
     distillation: Distillation | None = None,
@@ -55,7 +54,9 @@ def build_train_step(
     The weights of a resumed run are left for `restore` to load. `wait_for_warmup` is called once
     the weights are there. Each choice is logged with the reason.
     """
-    model = _build_model(config, opened, comm)
+    model = GPT(config.model)
+    if not is_resumed:
+        _init_weights(model, config, comm)
     wait_for_warmup()
     if device.type == "cpu":
         keep_freed_memory()
@@ -72,7 +73,7 @@ def build_train_step(
             kernels = dataclasses.replace(kernels, manual_backward=False)
     else:
         model.to(device)
-        if comm.world_size > 1 and opened.checkpoint is None:
+        if comm.world_size > 1 and not is_resumed:
             # All ranks draw from the same seed, but another CPU may round differently.
             for parameter in model.parameters():
                 copy_from_rank0(parameter, parameter if comm.is_main else None, comm)
@@ -127,16 +128,13 @@ def build_train_step(
     return step
 
 
-def _build_model(config: Config, opened: OpenedRun, comm: Comm) -> GPT:
-    model = GPT(config.model)
-    if opened.checkpoint is not None:
-        return model
+def _init_weights(model: GPT, config: Config, comm: Comm) -> None:
     if not config.init_from:
-        return model.init_weights(torch.Generator().manual_seed(config.seed))
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        return
     path = checkpoints.resolve_checkpoint(config.init_from) if comm.is_main else Path()
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
     load_model_state_dict(model, tensors, source=path.as_posix(), comm=comm)
-    return model
 
 
 def _try_manual_backward(step: TrainStep, config: Config) -> str:

@@ -118,7 +118,19 @@ def build_trainer(
         if opened.status == "new":
             run = fit_time_limit(run, start_time=start_time)
         c, dataset, device = run.config, run.dataset, run.device
-        patience = _resolve_patience(run)
+        logger.info(f"text: {describe_dataset(dataset, c)}")
+        logger.info(
+            f"device: {device} ({run.device_description}), {run.precision.name}: "
+            f"{run.precision.reason}"
+        )
+        patience = resolve_patience(
+            c, train_tokens=len(dataset.train), has_val=len(dataset.val) > 0
+        )
+        if patience:
+            logger.info(
+                f"early stopping: after {patience} evaluations without a better held-out loss; "
+                "--patience 0 turns it off"
+            )
         same = same_command(restart=c.restart)
         store = CheckpointStore(folder / "checkpoints", resume_command=same)
         if comm.is_main:
@@ -139,10 +151,10 @@ def build_trainer(
             distillation = load_teachers(c, device, comm)
         step = build_train_step(
             c,
-            opened,
             device,
             run.precision,
             explicit=explicit,
+            is_resumed=opened.checkpoint is not None,
             comm=comm,
             wait_for_warmup=run.wait_for_warmup,
             distillation=distillation,
@@ -255,25 +267,6 @@ def _log_finished(opened: OpenedRun, program: str) -> None:
         f"{config.out_dir} is finished: {reason} to train on, --restart to start over, or try the "
         f"model: {program} sample {quote(config.out_dir)}",
     )
-
-
-def _resolve_patience(run: ResolvedRun) -> int:
-    """Log text, device and early stopping; returns the patience, 0 for none."""
-    dataset = run.dataset
-    logger.info(f"text: {describe_dataset(dataset, run.config)}")
-    logger.info(
-        f"device: {run.device} ({run.device_description}), {run.precision.name}: "
-        f"{run.precision.reason}"
-    )
-    patience = resolve_patience(
-        run.config, train_tokens=len(dataset.train), has_val=len(dataset.val) > 0
-    )
-    if patience:
-        logger.info(
-            f"early stopping: after {patience} evaluations without a better held-out loss; "
-            "--patience 0 turns it off"
-        )
-    return patience
 
 
 def _move_old_run(opened: OpenedRun, lock: FolderLock | None) -> OpenedRun:

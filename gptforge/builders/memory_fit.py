@@ -2,26 +2,57 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
 from gptforge.config import Config
 from gptforge.device import Precision, usable_memory
 from gptforge.distributed import Comm
-from gptforge.errors import UserError
+from gptforge.errors import RunError, UserError
 from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
 from gptforge.kernel_select import select_kernels
 from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
-from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION, find_micro_batch
 from gptforge.train.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
+MAX_MEMORY_FRACTION = 0.92
+"""Fraction of the free memory that an estimate may fill; the rest is for fragmentation."""
 MIN_BUSY_TOKENS = 4096
 """Tokens in a micro-batch that keep a large GPU busy."""
 MIN_CONTEXT_LENGTH = 64
 """Shortest context length that is suggested."""
+
+
+def find_micro_batch(
+    max_size: int,
+    *,
+    estimate: Callable[[int], int],
+    free_memory: int | None,
+    fits: Callable[[int], bool] = lambda sequences: True,
+) -> int:
+    """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
+
+    Args:
+        max_size: sequences to start with.
+        estimate: from sequences in a micro-batch to bytes of memory.
+        free_memory: bytes; None if unknown.
+        fits: runs a micro-batch of so many sequences; False if memory ran out.
+    """
+    size = max_size
+    # Estimates are free, each trial below costs a forward and backward pass.
+    while size > 1 and not _fits(estimate(size), free_memory):
+        size = -(-size // 2)
+    while not fits(size):
+        if size == 1:
+            raise RunError(
+                f"not even one sequence fits into the {(free_memory or 0) / 1e9:.1f} GB of free "
+                "memory: use --activation_checkpointing true, a smaller --context_length or a "
+                "smaller model"
+            )
+        size = -(-size // 2)
+    return size
 
 
 def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explicit: bool) -> int:

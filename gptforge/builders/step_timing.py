@@ -15,7 +15,6 @@ from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.resolve import config_of_run
 from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.builders.train_teachers import cost_with_teachers
-from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.device import seed_everything, select_device, select_precision
@@ -56,7 +55,6 @@ def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
     seed_everything(config)  # sets what cuBLAS reads when the warmup starts it
     return build_train_step(
         config,
-        OpenedRun("new", config),
         device,
         precision,
         explicit=explicit,

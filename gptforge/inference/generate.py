@@ -90,19 +90,20 @@ class TokenGenerator:
             starts = shifted
             windows = [ids[start:] for start, ids in zip(starts, sequences, strict=True)]
             session.prefill(windows)
-            count, free = 1, block_size - max(map(len, windows))
-            remaining = min(steps - done, 1 + free)
+            # One token from the prefill, then until the longest window is full.
+            end = min(steps, done + 1 + block_size - max(map(len, windows)))
+            count = 1
             while True:
                 ids, logprobs = session.read_tokens(done, done + count)
                 new_ids = ids[:, :, 0].tolist()
                 for sequence, row in zip(sequences, new_ids, strict=True):
                     sequence += row
-                done, remaining = done + count, remaining - count
+                done += count
                 yield SampledTokens(new_ids, logprobs, ids[:, :, 1:])
-                if not remaining:
+                if done == end:
                     break
                 chunk = DECODE_CHUNK if self.model.device.type == "cuda" else 1
-                count = min(remaining, chunk)
+                count = min(end - done, chunk)
                 session.decode(count)
         self._idle = (key, session) if session.has_cuda_graph else None
 

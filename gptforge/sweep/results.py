@@ -64,7 +64,8 @@ class TrialResult:
     @property
     def label(self) -> str:
         """Loss and spread, for people."""
-        return f"{self.loss:.4f}" + f" ± {self.spread:.4f}" * (len(self.losses) > 1)
+        spread = f" ± {self.spread:.4f}" if len(self.losses) > 1 else ""
+        return f"{self.loss:.4f}{spread}"
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -101,7 +102,8 @@ def trial_result(
     """
     results = [run for run in runs if run is not None]
     steps = set.intersection(*(set(run.evals) for run in results)) if results else set()
-    steps &= steps if step is None else {step}
+    if step is not None:
+        steps &= {step}
     if not steps or len(results) < len(runs):
         return TrialResult(trial, values, error=error)
     step = min(steps, key=lambda step: sum(run.evals[step][0] for run in results))

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from gptforge.builders.memory_fit import MemoryEstimator
+from gptforge.builders.memory_fit import MAX_MEMORY_FRACTION, MemoryEstimator
 from gptforge.config import Config
 from gptforge.data.prepare.workers import num_cpus
 from gptforge.device import select_device, select_precision
 from gptforge.printable import printable
-from gptforge.train.micro_batch_search import MAX_MEMORY_FRACTION
 
 POLL_SECONDS = 0.1
 MAX_JOBS_PER_GPU = 4

@@ -45,9 +45,10 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
     seconds = state.seconds / state.step * steps
     limit = max(MAX_SECONDS, MAX_FRACTION * state.seconds)
-    is_quick = seconds <= (MAX_SECONDS_AFTER_STOP if has_stopped else limit)
+    if has_stopped:
+        limit = MAX_SECONDS_AFTER_STOP
     name, is_quick = comm.broadcast_from_rank0(
-        lambda: (resolve_checkpoint(report.run_dir.as_posix()).name, is_quick)
+        lambda: (resolve_checkpoint(report.run_dir.as_posix()).name, seconds <= limit)
     )
     begin = time.perf_counter()
 

@@ -1,7 +1,7 @@
 import pytest
 
+from gptforge.builders.memory_fit import find_micro_batch
 from gptforge.errors import RunError
-from gptforge.train.micro_batch_search import find_micro_batch
 
 
 def find(limit: int, tried: list[int], *, free_memory: int = 10**12) -> int:
