@@ -149,7 +149,7 @@ def build_trainer(
                 train_teachers(c, explicit, train_teacher, comm)
                 seed_everything(c, rank=comm.rank)  # as without teachers
             distillation = load_teachers(c, device, comm)
-        step = build_train_step(
+        step_fn = build_train_step(
             c,
             device,
             run.precision,
@@ -173,7 +173,7 @@ def build_trainer(
         on_failure.callback(dataloader.close)
         state = TrainState()
         if opened.checkpoint is not None:
-            state = restore(opened.checkpoint, step, dataloader, comm)
+            state = restore(opened.checkpoint, step_fn, dataloader, comm)
             state = dataclasses.replace(state, **opened.counters)
         evaluator = None
         if len(dataset.val):
@@ -182,18 +182,18 @@ def build_trainer(
                 byte_lengths(dataset.tokenizer),
                 char_lengths=char_lengths(dataset.tokenizer),
                 context_length=c.context_length,
-                batch_size=step.micro_batch_size,
+                batch_size=step_fn.micro_batch_size,
                 max_tokens=c.eval_tokens,
             )
         val_tokens = evaluator.num_tokens if evaluator else 0
         steps = c.max_steps - state.step
-        logger.info(estimate_duration(step, c, steps=steps, val_tokens=val_tokens, comm=comm))
+        logger.info(estimate_duration(step_fn, c, steps=steps, val_tokens=val_tokens, comm=comm))
         # The run folder changes from here on: all errors that can be found have been found.
         opened = _move_old_run(opened, lock)
         report = start_report(
             run,
             opened,
-            step,
+            step_fn,
             state,
             program=program,
             config_text=config_text,
@@ -205,7 +205,7 @@ def build_trainer(
         lag = 2 if device.type == "cuda" else 0
         trainer = Trainer(
             config=c,
-            step_fn=step,
+            step_fn=step_fn,
             dataloader=dataloader,
             val_evaluator=evaluator,
             tokenizer=dataset.tokenizer,

@@ -60,10 +60,9 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
 
     A GPU tries sizes out, unless the model is sharded.
     """
-    device, manual = step.device, step.kernels.manual_backward
+    manual, is_gpu = step.kernels.manual_backward, step.device.type == "cuda"
     per_rank = config.global_batch_size // comm.world_size
     batch_size = min(config.batch_size, per_rank)
-    is_gpu = device.type == "cuda"
     if is_explicit:
         return batch_size
 
@@ -78,18 +77,16 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
             return zero1_memory(config, sequences, world_size=ranks)
         return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
 
-    free = usable_memory(device)
-    if step.is_sharded or not is_gpu:
-        # Not tried: the other ranks would wait for one that runs out of memory, and on a CPU the
-        # kernel kills the process. May exceed batch_size on GPUs: sharding frees memory, and larger
-        # micro-batches gather weights less often.
-        most = per_rank if is_gpu else batch_size
-        return find_micro_batch(most, estimate=estimate, free_memory=free)
+    # Sharding frees memory, and larger micro-batches gather weights less often.
+    max_size = per_rank if step.is_sharded and is_gpu else batch_size
+    # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the kernel
+    # kills the process.
+    can_try = is_gpu and not step.is_sharded
     return find_micro_batch(
-        batch_size,
+        max_size,
         estimate=estimate,
-        free_memory=free,
-        fits=lambda sequences: step.fits(sequences, config.context_length),
+        free_memory=usable_memory(step.device),
+        fits=lambda sequences: not can_try or step.fits(sequences, config.context_length),
     )
 
 
@@ -241,7 +238,8 @@ class MemoryEstimator:
     def suggest_fix(self, sequences: int, *, is_explicit: bool) -> str:
         """Say what would fit, with the smallest change first."""
         c = self._config
-        for n in _smaller_micro_batches(c, sequences) if is_explicit else ():
+        smaller = _smaller_micro_batches(c, sequences) if is_explicit else []
+        for n in smaller:
             if self.fits(n):
                 return f"micro-batches of {sequences} do not fit; {_equivalent_flags(c, n)}"
         checkpointing: dict[str, bool | int] = {"activation_checkpointing": True}

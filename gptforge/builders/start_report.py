@@ -36,7 +36,7 @@ def config_toml(run: ResolvedRun, *, program: str, command: str) -> str:
 def start_report(
     run: ResolvedRun,
     opened: OpenedRun,
-    step: TrainStep,
+    step_fn: TrainStep,
     state: TrainState,
     *,
     program: str,
@@ -68,7 +68,7 @@ def start_report(
         # On the meta device: the step's model may be sharded.
         with torch.device("meta"):
             summary = model_summary(GPT(config.model))
-        report.start(summary, command=command, facts=_facts(run, step))
+        report.start(summary, command=command, facts=_facts(run, step_fn))
     else:
         is_best = state.best_step == state.step
         checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
@@ -78,14 +78,14 @@ def start_report(
     return report
 
 
-def _facts(run: ResolvedRun, step: TrainStep) -> dict[str, Any]:
+def _facts(run: ResolvedRun, step_fn: TrainStep) -> dict[str, Any]:
     return {
         "parameters": num_params(run.config.model),
-        "device": str(step.device),
-        "dtype": step.precision.name,
-        "compiled": step.is_compiled,
-        "attention": attention_backend(step, run.config),
-        "micro_batch": step.micro_batch_size,
+        "device": str(step_fn.device),
+        "dtype": step_fn.precision.name,
+        "compiled": step_fn.is_compiled,
+        "attention": attention_backend(step_fn, run.config),
+        "micro_batch": step_fn.micro_batch_size,
         "ranks": run.comm.world_size,
         **_versions(),
     }

@@ -134,7 +134,7 @@ def _finite_or_none(value: float) -> float | None:
 
 def snapshot(
     state: TrainState,
-    step: TrainStep,
+    step_fn: TrainStep,
     dataloader: DataLoader,
     comm: Comm,
     **extra: Any,
@@ -145,21 +145,22 @@ def snapshot(
         **state.to_json(),
         "loader": dataloader.state_dict(),
         # The loss scale: starting from the default again would skip steps until it fits.
-        "scaler": step.scaler_state_dict(),
+        "scaler": step_fn.scaler_state_dict(),
         **extra,
     }
+    model, optimizer = step_fn.model, step_fn.optimizer
     # The weights to use are those of the model: the EMA, if there is one.
-    with step.ema_weights():
+    with step_fn.ema_weights():
         return checkpoints.Snapshot(
-            model=model_state_dict(step.model, comm),
-            optimizer=optimizer_state_dict(step.model, step.optimizer, comm, step.raw_weights),
-            rng_state=rng_state_dict(step.device, comm),
+            model=model_state_dict(model, comm),
+            optimizer=optimizer_state_dict(model, optimizer, comm, step_fn.raw_weights),
+            rng_state=rng_state_dict(step_fn.device, comm),
             state=record,
         )
 
 
 def restore(
-    path: Path, step: TrainStep, dataloader: DataLoader, comm: Comm = SINGLE_PROCESS
+    path: Path, step_fn: TrainStep, dataloader: DataLoader, comm: Comm = SINGLE_PROCESS
 ) -> TrainState:
     """Restore weights, optimizer, scaler, dataloader and RNG state; returns the counters.
 
@@ -170,23 +171,23 @@ def restore(
     def read(name: str) -> StateDict:
         return checkpoints.read_tensors(path, name) if comm.is_main else {}
 
-    with step.ema_weights():
-        load_model_state_dict(step.model, read(checkpoints.MODEL), source=source, comm=comm)
+    with step_fn.ema_weights():
+        load_model_state_dict(step_fn.model, read(checkpoints.MODEL), source=source, comm=comm)
         load_optimizer_state_dict(
-            step.model,
-            step.optimizer,
+            step_fn.model,
+            step_fn.optimizer,
             read(checkpoints.OPTIMIZER),
             source=source,
             comm=comm,
-            raw_weights=step.raw_weights,
+            raw_weights=step_fn.raw_weights,
         )
     state = comm.broadcast_from_rank0(lambda: checkpoints.read_state(path))
     dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
-        step.load_scaler_state_dict(state["scaler"])
+        step_fn.load_scaler_state_dict(state["scaler"])
         train_state = TrainState.from_json(state)
     # Last: anything that draws random numbers would advance the restored generators.
-    load_rng_state_dict(read(checkpoints.RNG_STATE), step.device, comm, source=source)
-    if step.ema is not None:
-        step.ema.num_updates = train_state.step
+    load_rng_state_dict(read(checkpoints.RNG_STATE), step_fn.device, comm, source=source)
+    if step_fn.ema is not None:
+        step_fn.ema.num_updates = train_state.step
     return train_state
