@@ -144,14 +144,17 @@ def test_last_error(tmp_path, log, error) -> None:
 
 
 KILLED_SWEEP = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from gptforge.sweep.scheduler import Run, start_process
 
 run = Run("1", 0, Path("trial-1"), tuple(sys.argv[1:]))
 process = start_process(run, device="cpu", jobs=1)
-while not Path("trial-1/metrics.jsonl").exists():
+metrics = Path("trial-1/metrics.jsonl")
+# Before the first step a stop has nothing to save.
+while not metrics.exists() or '"event": "train"' not in metrics.read_text():
     assert process.poll() is None, run.log.read_text()
+    time.sleep(0.01)
 if os.environ["STOPS_TRIALS"]:
     process.terminate()  # as a sweep does after Ctrl-C
 os.kill(os.getpid(), 9)
