@@ -11,9 +11,9 @@ from pathlib import Path
 from gptforge import files
 from gptforge.builders.build_train_step import build_train_step, estimate_duration
 from gptforge.builders.memory_fit import check_fits_memory
-from gptforge.builders.resolve import config_of_run, describe_dataset
+from gptforge.builders.resolve import config_of_run
 from gptforge.builders.resolve_run import ResolvedRun, open_run_on_all_ranks, resolve_run
-from gptforge.builders.start_report import config_toml, start_report
+from gptforge.builders.start_report import config_toml, describe_dataset, start_report
 from gptforge.builders.step_timing import fit_time_limit
 from gptforge.builders.train_teachers import load_teachers, train_teachers
 from gptforge.checkpoint.async_saver import AsyncSaver

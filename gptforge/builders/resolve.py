@@ -14,7 +14,6 @@ from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
 from gptforge.config_file import read_toml
 from gptforge.data.checks import quick_check
-from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import (
     BUNDLED_INPUT,
     Dataset,
@@ -31,7 +30,6 @@ from gptforge.data.shard_index import INDEX_FILE
 from gptforge.errors import UserError
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
-from gptforge.report.format import format_epochs
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
 from gptforge.tokenizers.train_bpe import MIN_VOCAB_SIZE
@@ -289,21 +287,3 @@ def resolve_out_dir(config: Config) -> str:
     if not text or (has_old_run and not (Path(new) / checkpoints.CONFIG).exists()):
         return old
     return new
-
-
-def describe_dataset(dataset: Dataset, config: Config) -> str:
-    """Describe the text in one line: size, split, and the epochs that training will take."""
-    train, val = len(dataset.train), len(dataset.val)
-    sequences = sequences_per_epoch(
-        train, config.context_length, random_offset=config.random_offset
-    )
-    epochs = config.max_steps * config.global_batch_size / sequences
-    split = f"{val:,} held out" if val else "none held out"
-    if 0 < config.eval_tokens < val:
-        split += f", {config.eval_tokens:,} of them evaluated during training, evenly spaced"
-    documents = f" in {dataset.documents:,} documents" if dataset.documents > 2 else ""
-    size = f", {dataset.characters:,} characters{documents}" if dataset.characters else ""
-    return (
-        f"{dataset.path.as_posix()}{size}; {train:,} {dataset.tokenizer.name} tokens to train on, "
-        f"{split}; about {format_epochs(epochs)} epochs"
-    )

@@ -15,11 +15,14 @@ from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.checkpoint.run_dir import OpenedRun
-from gptforge.config import METADATA_TABLE
+from gptforge.config import METADATA_TABLE, Config
 from gptforge.config_file import to_toml
+from gptforge.data.dataloader import sequences_per_epoch
+from gptforge.data.dataset import Dataset
 from gptforge.estimate.formulas import num_params
 from gptforge.model import GPT
 from gptforge.report.console import Console
+from gptforge.report.format import format_epochs
 from gptforge.report.run_report import RunReport
 from gptforge.report.trackers import Trackers
 from gptforge.train.state import TrainState
@@ -126,3 +129,21 @@ def model_summary(model: GPT) -> str:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def describe_dataset(dataset: Dataset, config: Config) -> str:
+    """Describe the text in one line: size, split, and the epochs that training will take."""
+    train, val = len(dataset.train), len(dataset.val)
+    sequences = sequences_per_epoch(
+        train, config.context_length, random_offset=config.random_offset
+    )
+    epochs = config.max_steps * config.global_batch_size / sequences
+    split = f"{val:,} held out" if val else "none held out"
+    if 0 < config.eval_tokens < val:
+        split += f", {config.eval_tokens:,} of them evaluated during training, evenly spaced"
+    documents = f" in {dataset.documents:,} documents" if dataset.documents > 2 else ""
+    size = f", {dataset.characters:,} characters{documents}" if dataset.characters else ""
+    return (
+        f"{dataset.path.as_posix()}{size}; {train:,} {dataset.tokenizer.name} tokens to train on, "
+        f"{split}; about {format_epochs(epochs)} epochs"
+    )
