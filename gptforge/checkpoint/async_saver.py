@@ -47,7 +47,7 @@ class AsyncSaver:
         enabled: bool = True,
     ) -> None:
         self.store, self._tokenizer, self._config = store, tokenizer, config
-        self._keep, self._protected_steps, self._enabled = keep, protected_steps, enabled
+        self._keep, self.protected_steps, self._enabled = keep, protected_steps, enabled
         self._running: Future[SavedCheckpoint] | None = None
         self._saved: list[SavedCheckpoint] = []
 
@@ -87,7 +87,7 @@ class AsyncSaver:
         with self.store.disk_errors(name):
             if is_best:
                 self.store.set_link("best", name)
-            self.store.prune(self._keep, self._protected_steps)
+            self.store.prune(self._keep, self.protected_steps)
         return SavedCheckpoint(step, name, is_best)
 
 

@@ -140,7 +140,10 @@ def _extend_run(
     if (end := stable_end(old)) is not None and step > end:
         start = store.path_of(end)
         if find_corruption(start) is None:
-            counters |= _best_and_save(latest, start)
+            # Only a longer run will beat it.
+            best = read_state(latest)["progress"]
+            if best["best_loss"] is not None:
+                counters |= {name: best[name] for name in ("best_loss", "best_step")}
             return start, counters, (
                 f"{raised}: resuming from {start.name}, before the decay of the learning rate; "
                 f"the {step - end} steps after it are dropped and trained again"
@@ -154,15 +157,6 @@ def _extend_run(
             "trains all steps on one schedule"
         )
     return latest, counters, f"{raised}: the learning rate follows the new schedule from here{jump}"
-
-
-def _best_and_save(latest: Path, start: Path) -> dict[str, Any]:
-    """Keep the best checkpoint, if only a longer run will beat it, and save that at once."""
-    progress, pending = read_state(latest)["progress"], read_state(start).get("pending", [])
-    counters = {"pending": [*pending, *(["save"] if "save" not in pending else [])]}
-    if progress["best_loss"] is not None:
-        counters |= {name: progress[name] for name in ("best_loss", "best_step")}
-    return counters
 
 
 def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:

@@ -74,6 +74,8 @@ class LossMonitor:
 
     def mean_loss(self) -> float:
         """Mean of those of the last losses that are finite, else NaN."""
+        if self.bad_steps:
+            return math.nan  # earlier losses are no estimate for these weights
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import (
@@ -24,7 +24,6 @@ from gptforge.optim.schedule import stable_end
 from gptforge.report.format import ValLoss
 from gptforge.train.train_step import TrainStep
 
-Action = Literal["evaluate", "sample", "save"]
 MAX_RECENT_LOSSES = 1000  # training losses kept for an evaluation without validation data
 AUTO_PATIENCE = 5  # evaluations without a better held-out loss after which training stops
 # These evaluations cover at least this fraction of max_steps: loss curves have plateaus.
@@ -53,42 +52,28 @@ class TrainState:
     rollbacks: int = 0  # rollbacks since the last good checkpoint after `diverged_at`
     diverged_at: int = 0  # the last step at which training had diverged before a rollback
     bad_steps: int = 0  # consecutive steps, up to this one, whose loss or gradient was not finite
-    pending: list[Action] = field(default_factory=list)  # due at this step, in order
-    partial: ValLoss | None = None  # of an interrupted evaluation
+    partial_eval: ValLoss | None = None  # of an interrupted evaluation at this step
     seconds: float = 0.0  # wall time of training, over all processes of this run
 
-    def due_actions(self, config: Config, *, save_deferred: bool) -> list[Action]:
-        """Return the actions due after the current step, in order; all after the last step."""
-        intervals: dict[Action, int] = {
-            "evaluate": config.eval_every,
-            "sample": config.sample_every,
-            "save": config.save_every,
-        }
-        is_last = self.step >= config.max_steps
-        due = [a for a, n in intervals.items() if is_last or (n > 0 and self.step % n == 0)]
-        # A longer run will resume from before the decay.
-        extra_saves = {*config.early_steps, stable_end(config)}
-        must_save = save_deferred or self.step in extra_saves
-        return [*due, "save"] if must_save and "save" not in due else due
-
-    def count_eval(self, config: Config, loss: float) -> None:
-        """Count an evaluation with this loss, and note if it is the best."""
-        if loss < self.best_loss:
+    def count_eval(self, config: Config, loss: float) -> bool:
+        """Count an evaluation with this loss; returns whether it is the best so far."""
+        is_best = loss < self.best_loss
+        if is_best:
             self.best_loss, self.best_step, self.evals_since_best = loss, self.step, 0
         elif self.step > (stable_end(config) or 0):
             # Before the decay of wsd the loss may stay level, and falls in the decay.
             self.evals_since_best += 1
+        return is_best
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters for state.json; NaN and Inf become null."""
         record = asdict(self)
         # On-disk keys predate the field names; renaming them would break old checkpoints.
-        losses, pending = record.pop("recent_losses"), record.pop("pending")
-        partial = record.pop("partial")
+        losses, partial = record.pop("recent_losses"), record.pop("partial_eval")
         record["returns"] = record.pop("rollbacks")  # the key since version 0.1
         return {
             "progress": {name: _finite_or_none(value) for name, value in record.items()},
-            "pending": pending,
+            "pending": ["evaluate"] if partial else [],
             "partial": partial and {key: partial[name] for key, name in PARTIAL_KEYS.items()},
             "recent_losses": [_finite_or_none(loss) for loss in losses],
         }
@@ -98,19 +83,18 @@ class TrainState:
         """Read the record of `to_json`, of this version or of version 0.1."""
         record = {name: value for name, value in state["progress"].items() if value is not None}
         losses = [math.nan if loss is None else loss for loss in state.get("recent_losses", ())]
-        partial, pending = state.get("partial"), list(state.get("pending", ()))
+        partial, pending = state.get("partial"), state.get("pending", ())
         # Version 0.1 had a sum of losses, and a flag for an interrupted final evaluation.
         count, total = int(record.pop("loss_count", 0)), record.pop("loss_sum", 0.0)
         if count and not losses:
             losses = [total / count] * min(count, MAX_RECENT_LOSSES)
-        if record.pop("unjudged", 0):
-            pending = ["evaluate", "sample", "save"]
-        if partial is not None and "chars" not in partial:
-            partial = None  # version 0.1 counted no characters: evaluate from the start
-        if partial is not None:
-            partial = ValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
+        partial_eval = None
+        if record.pop("unjudged", 0) or "evaluate" in pending:
+            partial_eval = ValLoss(0.0, 0, 0, 0, sequences_done=0)
+        if partial is not None and "chars" in partial:  # which version 0.1 did not count
+            partial_eval = ValLoss(**{PARTIAL_KEYS[key]: n for key, n in partial.items()})
         record["rollbacks"] = record.pop("returns", 0)
-        return cls(**record, recent_losses=losses, pending=pending, partial=partial)
+        return cls(**record, recent_losses=losses, partial_eval=partial_eval)
 
 
 def resolve_patience(config: Config, *, train_tokens: int, has_val: bool) -> int:

@@ -67,43 +67,42 @@ class Trainer:
         """Train to the last step or until a reason to stop; the state is saved either way."""
         # Until the last line is written, so that a second signal does not cut the report short.
         with self.stop_signal:
-            reason = self._train()
+            with self.report.console, self.report.trackers:
+                reason = self._train()
+                self.saver.wait()
+                self.report.log_saves(self.saver.poll())
+                # After the save, so that another signal loses nothing.
+                self.stop_signal.mark_saved(reason)
+                if not self.report.is_teacher:
+                    reason = evaluate_best(self, reason)
             self._finish(reason)
         return reason
 
     def _train(self) -> StopReason:
-        """Train, save, and evaluate the best checkpoint; returns why training ended."""
+        """The training loop; returns why it ended, after the last save has started."""
+        c = self.config
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
-        # After a crash between the last save and `finish`, only the report is missing.
-        reason = None if self.state.pending else self.end_reason()
-        with self.report.console, self.report.trackers:
-            while reason is None:
-                # A run that was interrupted in an evaluation resumes with it, not with a step.
-                if not self.state.pending and self.train_step():
-                    rollback(self)
-                    continue
-                is_best = self.run_due_actions()
-                # An evaluation that was interrupted may be the one that ends the run.
-                reason = None if "evaluate" in self.state.pending else self.end_reason()
-                reason = reason or self.stop_reason()
-                if reason in ("interrupted", "terminated") and not self.stop_signal.should_stop():
-                    self.report.log("Stopping: another rank got a signal.")
-                if reason and reason != "finished":
-                    self._log_stop(reason)
-                is_due = self.state.pending == ["save"]
-                if reason or is_best or (is_due and not self.loss_monitor.bad_steps):
-                    self.save(is_best=is_best)
-                elif is_due:
-                    self.is_save_deferred = True
-                    self.state.pending.clear()
-                self.report.log_saves(self.saver.poll())
-            self.saver.wait()
+        # After a crash between the last save and `_finish`, only the report is missing.
+        reason = self.end_reason()
+        while reason is None:
+            # A run that was interrupted in an evaluation resumes with it, not with a step.
+            if not self.state.partial_eval and self.train_step():
+                rollback(self)
+                continue
+            is_best = False
+            if self.state.partial_eval or self.is_due(c.eval_every):
+                is_best = self.evaluate()
+            if self.is_due(c.sample_every):
+                self.sample()
+            reason = self.end_reason() or self.stop_reason()
+            if reason:
+                self._log_stop(reason)
+            if reason or is_best or (self.is_save_due and not self.loss_monitor.bad_steps):
+                self.save(is_best=is_best)
+            elif self.is_save_due:
+                self.is_save_deferred = True
             self.report.log_saves(self.saver.poll())
-            # After the save, so that another signal loses nothing.
-            self.stop_signal.mark_saved(reason)
-            if not self.report.is_teacher:
-                reason = evaluate_best(self, reason)
         return reason
 
     def _finish(self, reason: StopReason) -> None:
@@ -137,7 +136,6 @@ class Trainer:
         loss, norm = self.step_fn(inputs, targets, lr=lr)
         # The device is still computing: everything below overlaps with it unless it reads `loss`.
         self.state.step += 1
-        self.state.pending = self.state.due_actions(c, save_deferred=self.is_save_deferred)
         if self.steps_left:
             self.dataloader.prefetch_to_device()
         # Reading the loss syncs with the device, so it is read only when a line is due.
@@ -145,7 +143,7 @@ class Trainer:
             self._log(step, loss, norm, lr)
         self.report.console.update(self.state.step, f"loss {self.state.loss:.3f}")
         anomalies = self.loss_monitor.update(step, position, loss, norm)
-        if self.state.pending:
+        if self.is_save_due or self.is_due(c.eval_every) or self.is_due(c.sample_every):
             # Evaluating and saving depend on whether this step was good, so wait for its loss.
             anomalies += self.loss_monitor.flush()
         log_anomalies(self, anomalies)
@@ -158,6 +156,8 @@ class Trainer:
 
     def end_reason(self) -> StopReason | None:
         """Why no further step is to be made, the same on all ranks, or None."""
+        if self.state.partial_eval:
+            return None  # it is completed first, and may be the one that ends the run
         if not self.steps_left:
             return "finished"
         return "early_stop" if 0 < self.patience <= self.state.evals_since_best else None
@@ -167,47 +167,36 @@ class Trainer:
         """Steps still to make."""
         return self.config.max_steps - self.state.step
 
-    def run_due_actions(self) -> bool:
-        """Evaluate and sample if pending; returns whether the model is the best so far.
+    def is_due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and after the last one, happens now."""
+        is_due = self.end_reason() is not None or (every > 0 and self.state.step % every == 0)
+        return is_due and not self.state.partial_eval
 
-        An evaluation that is interrupted stays pending, also in the checkpoint.
-        """
-        pending, is_best = self.state.pending, False
-        if "evaluate" in pending:
-            is_best = self.evaluate()
-            if self.state.partial is not None:
-                return False
-            pending.remove("evaluate")
-            if self.end_reason() == "early_stop":
-                pending[:] = ["sample", "save"]
-        if "sample" in pending:
-            self.sample()
-            pending.remove("sample")
-        return is_best
+    @property
+    def is_save_due(self) -> bool:
+        """Whether to save now, or after the next good step."""
+        is_protected = self.state.step in self.saver.protected_steps
+        return self.is_save_deferred or is_protected or self.is_due(self.config.save_every)
 
     def evaluate(self) -> bool:
         """Compute the validation loss; returns whether it is the lowest so far.
 
-        If that is interrupted, `state.partial` has the sums to continue from. Without validation
-        data, the mean of the recent training losses takes its place.
+        If that is interrupted, `state.partial_eval` has the sums to continue from. Without
+        validation data, the mean of the recent training losses takes its place.
         """
         state, step_fn, evaluator = self.state, self.step_fn, self.val_evaluator
         with self.timer.exclude(), step_fn.ema_weights():
             if evaluator is None:
-                # During a streak of bad steps, earlier losses are no estimate for these weights.
-                is_good = self.loss_monitor.bad_steps == 0
-                loss = self.loss_monitor.mean_loss() if is_good else math.nan
+                is_best = state.count_eval(self.config, self.loss_monitor.mean_loss())
             else:
-                state.partial = score = evaluator.evaluate(
+                score = evaluator.evaluate(
                     step_fn.root_module, step_fn.precision, self.comm,
-                    should_stop=self.stop_signal.should_stop, partial=state.partial,
+                    should_stop=self.stop_signal.should_stop, partial=state.partial_eval,
                 )  # fmt: skip
+                state.partial_eval = None if score.is_complete else score
                 if not score.is_complete:
                     return False
-                state.partial, loss = None, score.loss
-            is_best = loss < state.best_loss
-            state.count_eval(self.config, loss)
-            if evaluator is not None:
+                is_best = state.count_eval(self.config, score.loss)
                 if is_best:
                     self.full_score = score if evaluator.fraction == 1 else None
                 self.report.log_eval(
@@ -235,9 +224,6 @@ class Trainer:
         with self.timer.exclude():
             state = self.state
             self.is_save_deferred = False
-            # With an evaluation pending, this save is an extra one; the due save comes after it.
-            if state.pending == ["save"]:
-                state.pending.clear()
             log_anomalies(self, self.loss_monitor.flush())
             # A new best loss shows that the weights are good, even right after bad steps.
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
@@ -264,6 +250,10 @@ class Trainer:
 
     def _log_stop(self, reason: StopReason) -> None:
         """Log why; before the save, or a resumed run, which truncates the log, loses the line."""
+        if reason == "finished":
+            return
+        if reason in ("interrupted", "terminated") and not self.stop_signal.should_stop():
+            self.report.log("Stopping: another rank got a signal.")
         state, max_steps = self.state, self.config.max_steps
         if reason == "early_stop":
             seconds = (time.perf_counter() - self._start_time) / state.step * self.steps_left

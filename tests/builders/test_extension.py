@@ -56,7 +56,7 @@ def test_best_checkpoint_of_a_dropped_decay_is_kept_until_it_is_beaten(wsd) -> N
     longer = dataclasses.replace(wsd, max_steps=30)
     trainer = build(longer)
     assert not store.path_of(20).is_dir()
-    trainer.stop_signal = StopAfter(2)  # the first action is a save
+    trainer.stop_signal = StopAfter(1)
     assert trainer.fit() == "interrupted"
     # Also after another start, which repairs the links.
     trainer = build(longer)
