@@ -238,7 +238,7 @@ def _training_flops(a: Anchor) -> float:
     vocab_size = VOCAB_SIZES.get(a.tokenizer, default_vocab_size(round(a.megabytes * 1e6)))
     model = GPTConfig(a.context_length, vocab_size, a.n_layer, a.n_embd // WIDTH_MULTIPLE, a.n_embd)
     tokens = a.max_steps * a.sequences * a.context_length
-    # As `train_teachers.cost_with_teachers`, before there is a Config.
+    # As `teachers.cost_with_teachers`, before there is a Config.
     with_teachers = 1 + a.teachers * (1 / 3 + TEACHER_STEPS_SHARE)
     return float(tokens * flops_per_token(model, a.context_length) * with_teachers)
 

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptforge.builders.step_timing import fit_steps
+from gptforge.builders.teachers import cost_with_teachers
 from gptforge.builders.text_presets import explain_recipe
-from gptforge.builders.train_teachers import cost_with_teachers
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.estimate.formulas import flops_per_token

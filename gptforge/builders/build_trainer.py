@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -12,14 +11,13 @@ from gptforge import files
 from gptforge.builders.build_train_step import build_train_step, estimate_duration
 from gptforge.builders.memory_fit import check_fits_memory
 from gptforge.builders.resolve import config_of_run
-from gptforge.builders.resolve_run import ResolvedRun, open_run_on_all_ranks, resolve_run
+from gptforge.builders.resolve_run import ResolvedRun, open_run_dir, resolve_run
 from gptforge.builders.start_report import config_toml, describe_dataset, start_report
 from gptforge.builders.step_timing import fit_time_limit
-from gptforge.builders.train_teachers import load_teachers, train_teachers
+from gptforge.builders.teachers import TeacherStopped, load_teachers, teacher_configs
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.format import CONFIG
-from gptforge.checkpoint.out_dir import is_finished_read_only
-from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir
+from gptforge.checkpoint.run_dir import OpenedRun
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.config_checks import unused_fields
@@ -31,9 +29,11 @@ from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.lock import FolderLock
 from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
+from gptforge.printable import pluralize
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import quote, same_command
 from gptforge.tokenizers import byte_lengths, char_lengths
+from gptforge.train.distillation import Distillation
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
 from gptforge.train.state import TrainState, resolve_patience, restore
@@ -50,7 +50,6 @@ def build_trainer(
     command: str = "",
     comm: Comm = SINGLE_PROCESS,
     start_time: float | None = None,
-    is_teacher: bool = False,
     on_teacher: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer | None:
     """Build all parts of a run; None if the run in the run folder is finished.
@@ -60,10 +59,7 @@ def build_trainer(
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program: how the program is called, for the commands that it prints.
-        command: the arguments, for the log.
-        start_time: `time.monotonic()` from which the time limit counts; None: now.
-        is_teacher: whether another run learns from this one, which then reports less.
+        program, command, start_time: see `resolve_run`.
         on_teacher: called with the trainer of each teacher before it trains.
 
     Raises:
@@ -71,20 +67,72 @@ def build_trainer(
         UserError: for a configuration, text or run folder that cannot be trained.
         RunError: if the disk has no room for a checkpoint.
     """
-    start_time = time.monotonic() if start_time is None else start_time
-
-    def train_teacher(teacher: Config) -> StopReason:
-        trainer = build_trainer(
-            teacher,
-            explicit=explicit,
-            program=program,
-            command=command,
-            comm=comm,
-            start_time=start_time,
-            is_teacher=True,
+    run = resolve_run(
+        config, explicit, comm, program=program, command=command, start_time=start_time
+    )
+    with contextlib.ExitStack() as on_failure:
+        opened, lock = open_run_dir(run, on_failure, requested=config)
+        run = dataclasses.replace(run, config=opened.config)
+        _log_notes(run, opened)
+        if opened.status == "finished":
+            _log_finished(opened, program)
+            return None
+        if opened.status == "new":
+            run = fit_time_limit(run)
+        c, device = run.config, run.device
+        logger.info(f"text: {describe_dataset(run.dataset, c)}")
+        logger.info(
+            f"device: {device} ({run.device_description}), {run.precision.name}: "
+            f"{run.precision.reason}"
         )
-        if trainer is None:
+        patience = _resolve_patience(run)
+        if comm.is_main:
+            _open_store(c).check_disk_space(checkpoint_bytes(c))
+        if comm.world_size == 1:
+            check_fits_memory(c, device, run.precision, is_explicit="batch_size" in explicit)
+        distillation = None
+        if c.teachers:
+            opened = _move_old_run(opened, lock)
+            if opened.status == "new":
+                _train_teachers(run, on_teacher)
+            distillation = load_teachers(c, device, comm)
+        trainer = _assemble(run, opened, lock, patience=patience, distillation=distillation)
+        on_failure.pop_all()
+        return trainer
+
+
+def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
+    """Train those teachers of a student that are not finished.
+
+    Raises:
+        TeacherStopped: if one is stopped.
+    """
+    c, comm = run.config, run.comm
+    if comm.is_main and config_of_run(c) is None:
+        # A run that is stopped in a teacher resumes with these values.
+        files.atomic_write(Path(c.out_dir) / CONFIG, config_toml(run))
+    for number, teacher in enumerate(teacher_configs(c, run.explicit, comm), 1):
+        logger.info(f"teacher {number} of {c.teachers}: {teacher.out_dir}")
+        reason = _train_teacher(dataclasses.replace(run, config=teacher), on_teacher)
+        if reason != "finished":
+            raise TeacherStopped(reason)
+    seed_everything(c, rank=comm.rank)  # as without teachers
+    teachers = pluralize(c.teachers, "teacher", "teachers")
+    logger.info(f"student of {teachers}: {c.out_dir}; the logged loss is that of the text alone")
+
+
+def _train_teacher(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
+    """Train a teacher to its last step or until it is stopped; `run` has its configuration."""
+    seed_everything(run.config, rank=run.comm.rank)
+    with contextlib.ExitStack() as on_exit:
+        opened, lock = open_run_dir(run, on_exit, requested=run.config)
+        for notice in opened.notices:
+            logger.info(f"note: {notice}")
+        if opened.status == "finished":
+            logger.info(f"{run.config.out_dir} is finished")
             return "finished"
+        run = dataclasses.replace(run, config=opened.config)
+        trainer = _assemble(run, opened, lock, is_teacher=True)
         on_teacher(trainer)
         stop_signal = trainer.stop_signal
         # A signal must not raise KeyboardInterrupt while objects are freed: it would be lost.
@@ -92,73 +140,37 @@ def build_trainer(
             try:
                 reason = trainer.fit()
             finally:
-                close(trainer)
+                trainer.close()
             del trainer
             gc.collect()  # frees its CUDA graphs before the next model is built
-        return agree_on_signal(stop_signal, comm) or reason
+    return agree_on_signal(stop_signal, run.comm) or reason
 
-    run = resolve_run(config, explicit, comm)
+
+def _assemble(
+    run: ResolvedRun,
+    opened: OpenedRun,
+    lock: FolderLock | None,
+    *,
+    patience: int = 0,
+    distillation: Distillation | None = None,
+    is_teacher: bool = False,
+) -> Trainer:
+    """Build the parts of an opened run, and write its first files.
+
+    `is_teacher` says whether another run learns from this one, which then reports less.
+    """
+    c, dataset, device, comm = run.config, run.dataset, run.device, run.comm
+    step_fn = build_train_step(
+        c,
+        device,
+        run.precision,
+        explicit=run.explicit,
+        is_resumed=opened.checkpoint is not None,
+        comm=comm,
+        wait_for_warmup=run.wait_for_warmup,
+        distillation=distillation,
+    )
     with contextlib.ExitStack() as on_failure:
-        folder, lock = Path(run.config.out_dir), None
-        if comm.is_main and not is_finished_read_only(folder):
-            lock = lock_run_dir(folder)
-            on_failure.callback(lock.release)
-        opened = open_run_on_all_ranks(run.config, run.dataset, explicit, comm, requested=config)
-        run = dataclasses.replace(run, config=opened.config)
-        _log_notes(run, opened)
-        if not is_teacher:
-            for name, when in unused_fields(run.config, explicit):
-                logger.info(f"note: --{name} has no effect {when}")
-        if opened.status == "finished":
-            if is_teacher:
-                logger.info(f"{opened.config.out_dir} is finished")
-            else:
-                _log_finished(opened, program)
-            return None
-        if opened.status == "new":
-            run = fit_time_limit(run, start_time=start_time)
-        c, dataset, device = run.config, run.dataset, run.device
-        logger.info(f"text: {describe_dataset(dataset, c)}")
-        logger.info(
-            f"device: {device} ({run.device_description}), {run.precision.name}: "
-            f"{run.precision.reason}"
-        )
-        patience = resolve_patience(
-            c, train_tokens=len(dataset.train), has_val=len(dataset.val) > 0
-        )
-        if patience:
-            logger.info(
-                f"early stopping: after {patience} evaluations without a better held-out loss; "
-                "--patience 0 turns it off"
-            )
-        same = same_command(restart=c.restart)
-        store = CheckpointStore(folder / "checkpoints", resume_command=same)
-        if comm.is_main:
-            store.check_disk_space(checkpoint_bytes(c))
-        if comm.world_size == 1:
-            check_fits_memory(c, device, run.precision, is_explicit="batch_size" in explicit)
-        config_text = config_toml(run, program=program, command=command)
-        distillation = None
-        if c.teachers:
-            opened = _move_old_run(opened, lock)
-            run.wait_for_warmup()
-            if opened.status == "new":
-                if comm.is_main and config_of_run(c) is None:
-                    # A run that is stopped in a teacher resumes with these values.
-                    files.atomic_write(folder / CONFIG, config_text)
-                train_teachers(c, explicit, train_teacher, comm)
-                seed_everything(c, rank=comm.rank)  # as without teachers
-            distillation = load_teachers(c, device, comm)
-        step_fn = build_train_step(
-            c,
-            device,
-            run.precision,
-            explicit=explicit,
-            is_resumed=opened.checkpoint is not None,
-            comm=comm,
-            wait_for_warmup=run.wait_for_warmup,
-            distillation=distillation,
-        )
         dataloader = DataLoader(
             dataset.train,
             context_length=c.context_length,
@@ -190,15 +202,8 @@ def build_trainer(
         logger.info(estimate_duration(step_fn, c, steps=steps, val_tokens=val_tokens, comm=comm))
         # The run folder changes from here on: all errors that can be found have been found.
         opened = _move_old_run(opened, lock)
-        report = start_report(
-            run,
-            opened,
-            step_fn,
-            state,
-            program=program,
-            config_text=config_text,
-            is_teacher=is_teacher,
-        )
+        report = start_report(run, opened, step_fn, state, is_teacher=is_teacher)
+        store = _open_store(c)
         if comm.is_main and opened.drops_decay:
             store.discard_after(state.step, "decayed")
         # Losses are read two steps late on a GPU, so that no step waits for the device.
@@ -212,13 +217,13 @@ def build_trainer(
             saver=AsyncSaver(
                 store,
                 tokenizer=dataset.tokenizer,
-                config=config_text,
+                config=config_toml(run),
                 keep=c.keep_checkpoints,
                 protected_steps={*c.early_steps, stable_end(c)},
                 enabled=comm.is_main,
             ),
             report=report,
-            stop_signal=StopSignal(c.time_limit, started=start_time),
+            stop_signal=StopSignal(c.time_limit, started=run.start_time),
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,
@@ -232,13 +237,20 @@ def build_trainer(
         return trainer
 
 
-def close(trainer: Trainer) -> None:
-    """Complete a running save, end the data loader's thread and unlock the run folder."""
-    trainer.dataloader.close()
-    with contextlib.suppress(Exception):
-        trainer.saver.wait()
-    if trainer.lock is not None:
-        trainer.lock.release()
+def _open_store(config: Config) -> CheckpointStore:
+    folder = Path(config.out_dir) / "checkpoints"
+    return CheckpointStore(folder, resume_command=same_command(restart=config.restart))
+
+
+def _resolve_patience(run: ResolvedRun) -> int:
+    has_val = len(run.dataset.val) > 0
+    patience = resolve_patience(run.config, train_tokens=len(run.dataset.train), has_val=has_val)
+    if patience:
+        logger.info(
+            f"early stopping: after {patience} evaluations without a better held-out loss; "
+            "--patience 0 turns it off"
+        )
+    return patience
 
 
 def _log_notes(run: ResolvedRun, opened: OpenedRun) -> None:
@@ -249,6 +261,7 @@ def _log_notes(run: ResolvedRun, opened: OpenedRun) -> None:
     is_cut = "warmup_steps" not in run.explicit and c.warmup_steps < usual
     if opened.status == "new" and is_cut:
         notes.append(f"the preset's warmup of {usual} steps is cut to {c.warmup_steps}")
+    notes += [f"--{name} has no effect {when}" for name, when in unused_fields(c, run.explicit)]
     for note in notes:
         logger.info(f"note: {note}")
 

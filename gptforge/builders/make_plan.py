@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from gptforge import files
 from gptforge.builders.memory_fit import MemoryEstimator, use_fsdp
 from gptforge.builders.resolve_run import resolve_run
 from gptforge.builders.step_timing import fit_time_limit, time_step
-from gptforge.builders.train_teachers import cost_with_teachers
+from gptforge.builders.teachers import cost_with_teachers
 from gptforge.checkpoint.store import HEADROOM_BYTES
 from gptforge.config import Config
 from gptforge.data.dataloader import sequences_per_epoch
@@ -45,14 +44,13 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
     Raises:
         UserError: for all that training refuses, with the same message.
     """
-    start_time = time.monotonic()
     with tempfile.TemporaryDirectory() as temp_dir:
         config = dataclasses.replace(config, restart=True)  # nothing of an existing run is taken
         resolved = resolve_run(
             config, explicit, SINGLE_PROCESS, temp_dir=Path(temp_dir), is_plan=True
         )
     dataset, device, precision = resolved.dataset, resolved.device, resolved.precision
-    c = fit_time_limit(resolved, start_time=start_time).config
+    c = fit_time_limit(resolved).config
     use_fsdp(c, device, precision, SINGLE_PROCESS)
     for notice in () if resolved.is_new_text else dataset.notices:
         logger.info(f"note: {notice}")

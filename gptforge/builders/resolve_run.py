@@ -1,13 +1,15 @@
-"""Resolve all that a run needs before its folder is opened: flags, checkpoint, machine and text.
+"""Resolve all that a run needs, flags, checkpoint, machine and text, and open its folder.
 
 Presets that follow the text are resolved here, for training and for `gptforge plan` alike: auto and
 the shakespeare presets from the size of the text, before it is read, since they choose the
 tokenizer; finetune from the number of tokens.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,16 +26,17 @@ from gptforge.builders.resolve import (
     resolve_init_from,
     resolve_out_dir,
 )
+from gptforge.builders.teachers import check_teachers
 from gptforge.builders.text_presets import resolve_auto, resolve_finetune
-from gptforge.builders.train_teachers import check_teachers
-from gptforge.checkpoint.out_dir import check_out_dir, check_writable
-from gptforge.checkpoint.run_dir import OpenedRun, open_run
+from gptforge.checkpoint.out_dir import check_out_dir, check_writable, is_finished_read_only
+from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir, open_run
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset
 from gptforge.device import Precision, seed_everything, select_device, select_precision
 from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
+from gptforge.lock import FolderLock
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
 from gptforge.shell import env_int
@@ -41,7 +44,7 @@ from gptforge.shell import env_int
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A configuration without open fields, and what it was resolved with."""
+    """A configuration without open fields, what it was resolved with, and how it was started."""
 
     config: Config
     explicit: Collection[str]
@@ -55,6 +58,12 @@ class ResolvedRun:
     """Waits until the kernels are compiled."""
     is_new_text: bool
     """Whether the text was prepared for this run, which logged its notices."""
+    program: str
+    """How the program is called, for the commands that it prints."""
+    command: str
+    """The arguments, for the log."""
+    start_time: float
+    """`time.monotonic()` from which the time limit counts."""
 
 
 def resolve_run(
@@ -62,6 +71,9 @@ def resolve_run(
     explicit: Collection[str],
     comm: Comm,
     *,
+    program: str = "",
+    command: str = "",
+    start_time: float | None = None,
     temp_dir: Path | None = None,
     is_plan: bool = False,
 ) -> ResolvedRun:
@@ -69,12 +81,14 @@ def resolve_run(
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
+        program, command, start_time: see `ResolvedRun`; the time limit counts from now by default.
         temp_dir: where a model of `--init_from` is imported without keeping it.
         is_plan: compile no kernels in the background, and do not look into the run folder.
 
     Raises:
         UserError: for a configuration, text or run folder that cannot be trained.
     """
+    start_time = time.monotonic() if start_time is None else start_time
     device_flag = comm.local_device or config.device
 
     def resolve_before_text() -> Config:
@@ -111,6 +125,9 @@ def resolve_run(
         precision=precision,
         wait_for_warmup=warmup.wait if warmup else lambda: None,
         is_new_text=is_new_text,
+        program=program,
+        command=command,
+        start_time=start_time,
     )
 
 
@@ -149,19 +166,26 @@ def check_global_batch(config: Config, comm: Comm) -> None:
     )
 
 
-def open_run_on_all_ranks(
-    config: Config, dataset: Dataset, explicit: Collection[str], comm: Comm, *, requested: Config
-) -> OpenedRun:
-    """Open the run folder on rank 0, and broadcast what is there.
+def open_run_dir(
+    run: ResolvedRun, on_failure: contextlib.ExitStack, *, requested: Config
+) -> tuple[OpenedRun, FolderLock | None]:
+    """Lock the run folder on rank 0, and tell all ranks what is there.
+
+    `on_failure` gets the release of the lock. `requested` is the configuration of the command.
 
     Raises:
         RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
     """
+    config, explicit, comm = run.config, run.explicit, run.comm
+    folder, lock = Path(config.out_dir), None
+    if comm.is_main and not is_finished_read_only(folder):
+        lock = lock_run_dir(folder)
+        on_failure.callback(lock.release)
     if env_int("TORCHELASTIC_RESTART_COUNT", 0):
         # A restarted worker resumes what the first start began.
         config = dataclasses.replace(config, restart=False)
 
-    tokenizer, text_sha256 = dataset.tokenizer, dataset.sha256
+    tokenizer, text_sha256 = run.dataset.tokenizer, run.dataset.sha256
     record = comm.broadcast_from_rank0(
         lambda: open_run(
             config, explicit=explicit, tokenizer=tokenizer, text_sha256=text_sha256
@@ -177,4 +201,4 @@ def open_run_on_all_ranks(
             "version of torch": torch.__version__,
         }
     )
-    return OpenedRun.from_json(record)
+    return OpenedRun.from_json(record), lock

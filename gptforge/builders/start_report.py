@@ -2,7 +2,6 @@
 
 import platform
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from gptforge.builders.resolve_run import ResolvedRun
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.checkpoint.run_dir import OpenedRun
-from gptforge.config import METADATA_TABLE, Config
+from gptforge.config import Config
 from gptforge.config_file import to_toml
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
@@ -31,9 +30,13 @@ from gptforge.train.train_step import TrainStep
 RULE, THIN_RULE = "=" * 50, "-" * 50
 
 
-def config_toml(run: ResolvedRun, *, program: str, command: str) -> str:
+def config_toml(run: ResolvedRun) -> str:
     """The text of config.toml, with the versions and the command that made the run."""
-    return to_toml(run.config, {**_versions(), "command": f"{program} {command}".strip()})
+    return to_toml(run.config, {**_versions(), "command": _command(run)})
+
+
+def _command(run: ResolvedRun) -> str:
+    return f"{run.program} {run.command}".strip()
 
 
 def start_report(
@@ -42,9 +45,7 @@ def start_report(
     step_fn: TrainStep,
     state: TrainState,
     *,
-    program: str,
-    config_text: str,
-    is_teacher: bool = False,
+    is_teacher: bool,
 ) -> RunReport:
     """Create the run folder, or truncate the logs to the checkpoint that is resumed.
 
@@ -54,7 +55,7 @@ def start_report(
     report = RunReport(
         Path(config.out_dir),
         title=f"{config.preset or 'GPT-2'} on {dataset.path.name}",
-        program=program,
+        program=run.program,
         split_hint=dataset.split_hint,
         trackers=Trackers(config.trackers, config) if is_main else None,
         is_teacher=is_teacher,
@@ -65,18 +66,17 @@ def start_report(
     report.run_dir.mkdir(parents=True, exist_ok=True)
     if opened.status == "new":
         report.delete_logs()
-    files.atomic_write(report.run_dir / checkpoints.CONFIG, config_text)
-    command = tomllib.loads(config_text)[METADATA_TABLE]["command"]
+    files.atomic_write(report.run_dir / checkpoints.CONFIG, config_toml(run))
     if opened.checkpoint is None:
         # On the meta device: the step's model may be sharded.
         with torch.device("meta"):
             summary = model_summary(GPT(config.model))
-        report.start(summary, command=command, facts=_facts(run, step_fn))
+        report.start(summary, command=_command(run), facts=_facts(run, step_fn))
     else:
         is_best = state.best_step == state.step
         checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
         sizes = opened.state["file_sizes"]
-        report.resume(checkpoint, sizes, max_steps=config.max_steps, command=command)
+        report.resume(checkpoint, sizes, max_steps=config.max_steps, command=_command(run))
     report.console = Console(config.max_steps, state.step)
     return report
 

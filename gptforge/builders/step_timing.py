@@ -14,7 +14,7 @@ from gptforge.builders.kernel_warmup import KernelWarmup
 from gptforge.builders.memory_fit import MemoryEstimator
 from gptforge.builders.resolve import config_of_run
 from gptforge.builders.resolve_run import ResolvedRun
-from gptforge.builders.train_teachers import cost_with_teachers
+from gptforge.builders.teachers import cost_with_teachers
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.device import seed_everything, select_device, select_precision
@@ -146,22 +146,21 @@ def _time_passes(step: TrainStep, sequences: int, context_length: int) -> tuple[
     return min(seconds), cpu_share
 
 
-def fit_time_limit(run: ResolvedRun, *, start_time: float) -> ResolvedRun:
+def fit_time_limit(run: ResolvedRun) -> ResolvedRun:
     """Rank 0 times a step, and all ranks make as many as end within `--time_limit`.
 
-    Runs of other presets, without a limit or with explicit `--max_steps` are unchanged. The limit
-    counts from `start_time`, of `time.monotonic()`.
+    Runs of other presets, without a limit or with explicit `--max_steps` are unchanged.
     """
     c, comm = run.config, run.comm
     if c.preset != AUTO or not c.time_limit or "max_steps" in run.explicit:
         return run
     run.wait_for_warmup()  # it would slow the steps that are timed
-    values = comm.broadcast_from_rank0(lambda: vars(_fit_on_main(run, start_time)))
+    values = comm.broadcast_from_rank0(lambda: vars(_fit_on_main(run)))
     seed_everything(c, rank=comm.rank)  # the steps drew dropout masks
     return dataclasses.replace(run, config=dataclasses.replace(c, **values))
 
 
-def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
+def _fit_on_main(run: ResolvedRun) -> Config:
     c, explicit = run.config, run.explicit
     if config_of_run(c) is not None:
         return c  # its teachers have begun with these steps
@@ -170,7 +169,7 @@ def _fit_on_main(run: ResolvedRun, start_time: float) -> Config:
         per_sequence, _ = time_step(c, explicit, device=run.device, micro_batch=micro_batch)
     except (RunError, torch.OutOfMemoryError):
         return c  # training reports it
-    left = c.time_limit * 60 - (time.monotonic() - start_time)
+    left = c.time_limit * 60 - (time.monotonic() - run.start_time)
     per_step = per_sequence * c.global_batch_size / run.comm.world_size
     val_tokens = min(len(run.dataset.val), c.eval_tokens or len(run.dataset.val))
     per_eval = per_step * val_tokens / c.tokens_per_step / 3  # the forward is a third of a step

@@ -114,9 +114,9 @@ def run_training(
         comm = init_distributed(config.device)
         trainer: Trainer | None = None
         try:
-            from gptforge.builders.build_trainer import build_trainer, close
+            from gptforge.builders.build_trainer import build_trainer
             from gptforge.builders.resolve import resolve_out_dir
-            from gptforge.builders.train_teachers import TeacherStopped
+            from gptforge.builders.teachers import TeacherStopped
 
             reason: StopReason = "finished"
             try:
@@ -149,7 +149,7 @@ def run_training(
             raise
         finally:
             if trainer is not None:
-                close(trainer)
+                trainer.close()
     return reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm
 
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -77,6 +78,14 @@ class Trainer:
                     reason = evaluate_best(self, reason)
             self._finish(reason)
         return reason
+
+    def close(self) -> None:
+        """Complete a running save, end the data loader's thread and unlock the run folder."""
+        self.dataloader.close()
+        with contextlib.suppress(Exception):
+            self.saver.wait()
+        if self.lock is not None:
+            self.lock.release()
 
     def _train(self) -> StopReason:
         """The training loop; returns why it ended, after the last save has started."""

@@ -11,7 +11,7 @@ import torch
 from gptforge import recipe
 from gptforge.builders import step_timing, text_presets
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.train_teachers import TeacherStopped
+from gptforge.builders.teachers import TeacherStopped
 from gptforge.checkpoint.format import read_config
 from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 
 from gptforge.builders import build_trainer as build_trainer_module
 from gptforge.builders.build_trainer import build_trainer
-from gptforge.builders.text_presets import resolve_auto
-from gptforge.builders.train_teachers import (
+from gptforge.builders.teachers import (
     TeacherStopped,
     check_teachers,
     teacher_config,
-    train_teachers,
+    teacher_configs,
 )
+from gptforge.builders.text_presets import resolve_auto
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
+from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT, IGNORE_INDEX
@@ -278,14 +279,9 @@ def test_teachers_keep_their_steps_when_max_steps_are_raised_before_they_are_don
     for number in (1, 2):
         teacher = dataclasses.replace(config, out_dir=f"{config.out_dir}/teachers/teacher-{number}")
         assert last(teacher).name == "step-000008"
-    trained: list[Config] = []
-
-    def train(teacher: Config) -> str:
-        trained.append(teacher)
-        return "finished"
-
-    train_teachers(dataclasses.replace(longer, teacher_steps=5), ("teacher_steps",), train)
-    assert [teacher.max_steps for teacher in trained] == [5] * 2
+    explicit = dataclasses.replace(longer, teacher_steps=5)
+    teachers = teacher_configs(explicit, ("teacher_steps",), SINGLE_PROCESS)
+    assert [teacher.max_steps for teacher in teachers] == [5] * 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -1,4 +1,4 @@
-"""Train the teachers of `--teachers`, one after another, and load them.
+"""The teachers of `--teachers`: their configurations, and their weights once they are trained.
 
 Each is an ordinary run with another seed, in the folder `teachers/` of the student's run, so it is
 saved, resumed and used like any other. They are independent: an ensemble gains from different
@@ -6,8 +6,7 @@ errors, which a chain, where each learns from the one before, would pass on.
 """
 
 import dataclasses
-import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -19,14 +18,12 @@ from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import SEED_LIMIT, Config, GPTConfig
 from gptforge.data.prepare.sources import is_pipe
-from gptforge.distributed import SINGLE_PROCESS, Comm
+from gptforge.distributed import Comm
 from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
 from gptforge.model import GPT
 from gptforge.train.distillation import Distillation
 from gptforge.train.signals import StopReason
-
-logger = logging.getLogger(__name__)
 
 
 class TeacherStopped(Exception):  # noqa: N818  (not an error)
@@ -61,6 +58,16 @@ def cost_with_teachers(config: Config) -> float:
     return 1 + config.teachers * (1 / 3 + steps / config.max_steps)
 
 
+def teacher_configs(config: Config, explicit: Collection[str], comm: Comm) -> list[Config]:
+    """The configurations of all teachers of a student, new or resumed."""
+    if "teacher_steps" not in explicit:
+        # The student's --max_steps may have been raised since they began.
+        first = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
+        steps = first["teacher_steps"] or first["max_steps"]
+        config = dataclasses.replace(config, teacher_steps=steps)
+    return [teacher_config(config, number) for number in range(1, config.teachers + 1)]
+
+
 def teacher_config(config: Config, number: int) -> Config:
     """The configuration of teacher `number`, from 1: that of the student, with another seed."""
     steps = config.teacher_steps or config.max_steps
@@ -82,36 +89,6 @@ def teacher_config(config: Config, number: int) -> Config:
         keep_checkpoints=0,
         restart=False,
         tracker="",
-    )
-
-
-def train_teachers(
-    config: Config,
-    explicit: Collection[str],
-    train: Callable[[Config], StopReason],
-    comm: Comm = SINGLE_PROCESS,
-) -> None:
-    """Train those teachers of a student that are not finished.
-
-    `train` trains a run, new or not, to its end or until it is stopped.
-
-    Raises:
-        TeacherStopped: if one is stopped.
-    """
-    if "teacher_steps" not in explicit:
-        # The student's --max_steps may have been raised since they began.
-        first = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
-        steps = first["teacher_steps"] or first["max_steps"]
-        config = dataclasses.replace(config, teacher_steps=steps)
-    for number in range(1, config.teachers + 1):
-        teacher = teacher_config(config, number)
-        logger.info(f"teacher {number} of {config.teachers}: {teacher.out_dir}")
-        reason = train(teacher)
-        if reason != "finished":
-            raise TeacherStopped(reason)
-    teachers = f"{config.teachers} teacher{'s' * (config.teachers > 1)}"
-    logger.info(
-        f"student of {teachers}: {config.out_dir}; the logged loss is that of the text alone"
     )
 
 
