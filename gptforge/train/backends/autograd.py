@@ -45,6 +45,8 @@ class AutogradBackend:
         self._distillation = distillation
         self.model, self._precision, self._kernels = model, precision, kernels
         self._scaler, self._grads, self._root = scaler, grads, root
+        if root is not None:
+            root.train_forward = self._loss
         self._activation_checkpointing = activation_checkpointing
         self._loss_chunk = loss_chunk
         # One graph of the full model would finish all gradients at its end, where nothing is left
@@ -53,22 +55,21 @@ class AutogradBackend:
         # FSDP averages over the ranks; `scale` already divides by the tokens of all of them.
         self._grad_factor = world_size if root else 1
         self._device = next(model.parameters()).device
-        self._hidden: Callable[[Tensor], Tensor] = self._forward_hidden
-        self._loss: Callable[[Tensor, Tensor], Tensor] = self._forward_loss
         for block in model.blocks():
             # An earlier backend may have compiled the same block.
             block.__dict__.pop("forward", None)
 
     def compile(self) -> None:
         """Compile the model. Parameters keep the names of the plain module."""
+        # Instance attributes that shadow methods; the state dict gets no "_orig_mod".
         if self._compile_blocks:
-            # An instance attribute that shadows the method; the state dict gets no "_orig_mod".
             for block in self.model.blocks():
                 block.forward = _compile_for_training(block)
-        elif self._has_separate_loss or self._distillation is not None:
-            self._hidden = torch.compile(self._forward_hidden, dynamic=False)
+        elif self._kernels.fused_cross_entropy or self._loss_chunk or self._distillation:
+            # Output layer and loss stay eager.
+            self._hidden = torch.compile(self._hidden, dynamic=False)  # type: ignore[method-assign]
         else:
-            self._loss = torch.compile(self._forward_loss, dynamic=False)
+            self._loss = torch.compile(self._loss, dynamic=False)  # type: ignore[method-assign]
 
     def set_dropout(self, p: float) -> None:
         """Change the dropout probability."""
@@ -84,7 +85,6 @@ class AutogradBackend:
         if self._grads is not None:
             self._grads.start_micro_batch()
         if self._root is not None:
-            self._root.train_forward = self._loss
             loss: Tensor = self._root(idx, targets)
             train_loss = loss
         else:
@@ -99,18 +99,6 @@ class AutogradBackend:
             return clip_grad_norm_(self.model, max_norm)
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
-    @property
-    def _has_separate_loss(self) -> bool:
-        """Whether output layer and loss are fused or chunked, and stay out of torch.compile."""
-        return self._kernels.fused_cross_entropy or self._loss_chunk > 0
-
-    def _forward_hidden(self, idx: Tensor) -> Tensor:
-        return self.model.forward_hidden(
-            idx,
-            self._kernels.residual_dtype,
-            activation_checkpointing=self._activation_checkpointing,
-        )
-
     def _losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy of the targets, and the loss to train with: the same, or distillation.
 
@@ -124,29 +112,33 @@ class AutogradBackend:
         logits = self.model.lm_head(hidden)
         return loss, self._distillation.loss(logits, idx, targets, loss)
 
-    def _forward_loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self._head_loss(self._hidden(idx), targets)
 
+    def _hidden(self, idx: Tensor) -> Tensor:
+        return self.model.forward_hidden(
+            idx,
+            self._kernels.residual_dtype,
+            activation_checkpointing=self._activation_checkpointing,
+        )
+
     def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross-entropy, from hidden states (B, T, C)."""
-        if not self._has_separate_loss:
-            return self.model.loss(hidden, targets)
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        """Output layer and summed cross-entropy, from hidden states (B, T, C)."""
         if not self._loss_chunk:
-            return self._lm_head(hidden, targets)
+            return self._chunk_loss(hidden, targets)
         # Checkpointing frees each chunk's logits, the largest tensor, and recomputes them in the
         # backward: one more GEMM for 1 / num_chunks of the memory.
-        chunks = zip(hidden.split(self._loss_chunk), targets.split(self._loss_chunk), strict=True)
-        losses = [checkpoint(self._lm_head, *chunk, use_reentrant=False) for chunk in chunks]
+        hidden_chunks = hidden.flatten(0, 1).split(self._loss_chunk)
+        chunks = zip(hidden_chunks, targets.flatten().split(self._loss_chunk), strict=True)
+        losses = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.stack(losses).sum()
 
-    def _lm_head(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Output layer and summed loss of (n, C) hidden states."""
-        if self._kernels.fused_cross_entropy:
-            weight = self.model.lm_head.weight  # (V, C)
-            hidden = hidden.to(self._precision.dtype)
-            return fused_linear_cross_entropy(hidden, weight, targets, IGNORE_INDEX)
-        return self.model.loss(hidden, targets)
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if not self._kernels.fused_cross_entropy:
+            return self.model.loss(hidden, targets)
+        hidden = hidden.flatten(0, -2).to(self._precision.dtype)
+        weight = self.model.lm_head.weight
+        return fused_linear_cross_entropy(hidden, weight, targets.flatten(), IGNORE_INDEX)
 
 
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
