@@ -72,11 +72,22 @@ class TrainStep:
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.device = next(model.parameters()).device
         self.micro_batch_size, self._grad_clip = micro_batch_size, grad_clip
-        self._activation_checkpointing, self._loss_chunk = activation_checkpointing, loss_chunk
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, ema_decay) if ema_decay else None
-        self._distillation = distillation
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
+        self._build_backend = functools.partial(
+            build_backend,
+            model,
+            precision,
+            scaler=self._scaler,
+            activation_checkpointing=activation_checkpointing,
+            loss_chunk=loss_chunk,
+            comm=comm,
+            root=root,
+            # Built once, since the hooks that it registers on the parameters are not removed.
+            autograd_grads=functools.cache(functools.partial(AutogradGradBuffer, model)),
+            distillation=distillation,
+        )
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
@@ -144,27 +155,11 @@ class TrainStep:
             self.__dict__.pop(name, None)
         self.optimizer.zero_grad(set_to_none=True)
         self.reducer: GradReducer
-        backend, self.reducer = build_backend(
-            self.model,
-            self.precision,
-            kernels,
-            scaler=self._scaler,
-            activation_checkpointing=self._activation_checkpointing,
-            loss_chunk=self._loss_chunk,
-            comm=self._comm,
-            root=self._root,
-            autograd_grads=lambda: self._autograd_grad_buffer,
-            distillation=self._distillation,
-        )
+        backend, self.reducer = self._build_backend(kernels)
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
             self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler, ema=self.ema
         )
-
-    @functools.cached_property
-    def _autograd_grad_buffer(self) -> AutogradGradBuffer:
-        """Built once, since the hooks that it registers on the parameters are not removed."""
-        return AutogradGradBuffer(self.model)
 
     @property
     def backend_name(self) -> str:
@@ -216,22 +211,20 @@ class TrainStep:
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
         assert isinstance(self._optimizer_step, OptimizerStep)
         assert self._root is None, "a graph cannot wait for other ranks"
+        assert not self.precision.needs_scaler, "the manual backward scales no loss"
         # Collectives are not captured, so they cannot overlap with a replay: they all run after it.
         manual.on_grads_ready = lambda num_groups: None
-        captures_optimizer = not self.precision.needs_scaler
-        self.backend = CudaGraphBackend(manual, assign_grads=not captures_optimizer)
-        if captures_optimizer:
-            self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual)
+        self.backend = CudaGraphBackend(manual)
+        self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual)
         # The first call warms up, the second one is captured.
         if not all(self.fits(self.micro_batch_size, context_length) for _ in range(2)):
             return False
-        if captures_optimizer:
-            try:
-                for _ in range(2):
-                    # With a loss of NaN the step is skipped, so weights and state do not change.
-                    self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
-            except torch.OutOfMemoryError:
-                return False
+        try:
+            for _ in range(2):
+                # With a loss of NaN the step is skipped, so weights and state do not change.
+                self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
+        except torch.OutOfMemoryError:
+            return False
         return True
 
     def dry_run(self, batch_size: int, context_length: int) -> float:

@@ -131,7 +131,7 @@ def record_buckets(comm: Comm, manual: bool) -> list:
     if manual:
         step.backend.on_grads_ready = record_ready
     else:
-        step._autograd_grad_buffer.on_grads_ready = record_ready
+        step.backend._grads.on_grads_ready = record_ready
     step(*batch(comm), lr=1e-2)
     return [sent, sum(p.numel() for p in step.model.parameters())]
 

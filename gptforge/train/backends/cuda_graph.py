@@ -24,16 +24,12 @@ T = TypeVar("T")
 class CudaGraphBackend:
     """A `ManualBackend`, captured at the second call with a shape; the first call is the warmup.
 
-    Args:
-        backend: the backend to capture.
-        assign_grads: assign the gradients to the parameters in `zero_grad`; not needed with
-            `CudaGraphOptimizerStep`, which does so.
+    Gradients are in the backend's buffer; `CudaGraphOptimizerStep` assigns them to the parameters.
     """
 
-    def __init__(self, backend: ManualBackend, *, assign_grads: bool) -> None:
+    def __init__(self, backend: ManualBackend) -> None:
         self._backend = backend
         self.name = f"{backend.name}, CUDA graph"
-        self._assign_grads = assign_grads
         self._scale = torch.zeros((), device=backend.grads.flat.device)
         self._micro_batches: dict[torch.Size, tuple[Tensor, Tensor, _CapturedCall[Tensor]]] = {}
         self._zero_grad = _CapturedCall(backend.zero_grad)
@@ -45,8 +41,6 @@ class CudaGraphBackend:
     def zero_grad(self) -> None:
         """Start a step; see `ManualBackend.zero_grad`."""
         self._zero_grad()
-        if self._assign_grads:
-            self._backend.grads.assign_grads()
 
     def forward_backward(self, idx: Tensor, targets: Tensor, scale: float) -> Tensor:
         """Replay a micro-batch; see `ManualBackend.forward_backward`."""

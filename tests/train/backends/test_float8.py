@@ -132,7 +132,7 @@ def test_cuda_graph_matches_the_captured_backend(device) -> None:
     model, *batch = model_and_batch(device)
     backend = Float8Backend(model, torch.bfloat16)
     expected = train(backend, batch, 0.5)
-    graph = CudaGraphBackend(backend, assign_grads=True)
+    graph = CudaGraphBackend(backend)
     for scale in (0.1, 0.3, 0.5):
         graph.zero_grad()
         graph.forward_backward(*batch, scale)

@@ -185,7 +185,7 @@ def test_cuda_graph_matches_the_captured_backend() -> None:
     batches = [(idx, targets), (targets.clamp(0), idx)]
     expected = [backend.forward_backward(*batch, 0.5) for batch in batches]
     grads = backend.grads.flat.clone()
-    graph = CudaGraphBackend(backend, assign_grads=True)
+    graph = CudaGraphBackend(backend)
     for _ in range(3):
         graph.zero_grad()
         losses = [graph.forward_backward(*batch, 0.5) for batch in batches]
@@ -200,7 +200,7 @@ def test_cuda_graph_draws_new_dropout_masks_from_the_rng_state() -> None:
     shape = dataclasses.replace(SHAPE, n_embd=128, dropout=0.25)
     model = GPT(shape).init_weights(torch.Generator().manual_seed(0)).to(device)
     idx, targets = torch.randint(0, 71, (2, 6, 16), device=device)
-    graph = CudaGraphBackend(ManualBackend(model, torch.bfloat16), assign_grads=True)
+    graph = CudaGraphBackend(ManualBackend(model, torch.bfloat16))
 
     def losses() -> list[float]:
         torch.manual_seed(11)
