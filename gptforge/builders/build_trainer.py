@@ -37,6 +37,7 @@ from gptforge.train.distillation import Distillation
 from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
 from gptforge.train.state import TrainState, resolve_patience, restore
+from gptforge.train.timer import StepTimer
 from gptforge.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,7 @@ def _assemble(
             lock=lock,
             comm=comm,
             stop_consensus=comm.async_max(lag),
+            timer=StepTimer(device, comm),
         )
         on_failure.pop_all()
         return trainer

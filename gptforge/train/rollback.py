@@ -9,8 +9,6 @@ from gptforge.checkpoint.format import read_state, step_from_path
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.distributed import Comm
 from gptforge.errors import RunError
-from gptforge.report.metrics import Event
-from gptforge.train.loss_monitor import Anomaly
 from gptforge.train.state import restore
 
 if TYPE_CHECKING:
@@ -20,20 +18,6 @@ if TYPE_CHECKING:
 MAX_BAD_STEPS = 5  # training rolls back after this many consecutive steps with NaN or Inf
 MAX_ROLLBACKS = 3
 HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
-
-
-def log_anomalies(trainer: "Trainer", anomalies: list[Anomaly]) -> None:
-    """Log steps with a spike, NaN or Inf, with the training sequences that they saw."""
-    for anomaly in anomalies:
-        event: Event = {
-            "kind": anomaly.kind,
-            "step": anomaly.step,
-            "loss": anomaly.loss,
-            "norm": anomaly.norm,
-            "epoch": anomaly.position / trainer.dataloader.num_sequences,
-            "windows": trainer.dataloader.sequence_ids_at(anomaly.position),
-        }
-        trainer.report.log_anomaly(event, z_score=anomaly.z_score)
 
 
 def rollback(trainer: "Trainer") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,11 +19,12 @@ from gptforge.lock import FolderLock
 from gptforge.optim.schedule import learning_rate, ramped_dropout
 from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
+from gptforge.report.metrics import Event
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
-from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.rollback import HINT, MAX_BAD_STEPS, log_anomalies, rollback
+from gptforge.train.loss_monitor import Anomaly, LossMonitor
+from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
 from gptforge.train.state import MAX_RECENT_LOSSES, TrainState, snapshot
 from gptforge.train.timer import StepTimer
@@ -51,8 +53,8 @@ class Trainer:
     lock: FolderLock | None  # lock of the run folder, released when training ends
     comm: Comm  # the ranks; report and saver do nothing except on rank 0, which alone has the lock
     stop_consensus: AsyncMax  # makes all ranks stop at the same step
+    timer: StepTimer
 
-    timer: StepTimer = field(init=False)
     _start_time: float = field(init=False)
     rolled_back_to: int = field(init=False, default=-1)
     """Step of the last checkpoint that was rolled back to."""
@@ -60,9 +62,6 @@ class Trainer:
     """Loss of the best checkpoint on all held-out text, if that is known."""
     is_save_deferred: bool = field(init=False, default=False)
     """Whether to save after the next good step, since a save was due in a streak of bad ones."""
-
-    def __post_init__(self) -> None:
-        self.timer = StepTimer(self.step_fn.device, self.comm)
 
     def fit(self) -> StopReason:
         """Train to the last step or until a reason to stop; the state is saved either way."""
@@ -89,7 +88,6 @@ class Trainer:
 
     def _train(self) -> StopReason:
         """The training loop; returns why it ended, after the last save has started."""
-        c = self.config
         self._start_time = time.perf_counter() - self.state.seconds
         self.reset_history()
         # After a crash between the last save and `_finish`, only the report is missing.
@@ -100,9 +98,9 @@ class Trainer:
                 rollback(self)
                 continue
             is_best = False
-            if self.state.partial_eval or self.is_due(c.eval_every):
+            if self.state.partial_eval or self.is_due(self.config.eval_every):
                 is_best = self.evaluate()
-            if self.is_due(c.sample_every):
+            if self.is_due(self.config.sample_every):
                 self.sample()
             reason = self.end_reason() or self.stop_reason()
             if reason:
@@ -155,7 +153,7 @@ class Trainer:
         if self.is_save_due or self.is_due(c.eval_every) or self.is_due(c.sample_every):
             # Evaluating and saving depend on whether this step was good, so wait for its loss.
             anomalies += self.loss_monitor.flush()
-        log_anomalies(self, anomalies)
+        self._log_anomalies(anomalies)
         return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
 
     def stop_reason(self) -> StopReason | None:
@@ -233,7 +231,7 @@ class Trainer:
         with self.timer.exclude():
             state = self.state
             self.is_save_deferred = False
-            log_anomalies(self, self.loss_monitor.flush())
+            self._log_anomalies(self.loss_monitor.flush())
             # A new best loss shows that the weights are good, even right after bad steps.
             state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:
@@ -290,3 +288,12 @@ class Trainer:
                 "epoch": self.dataloader.epoch,
             }
         )
+
+    def _log_anomalies(self, anomalies: Sequence[Anomaly]) -> None:
+        """Log steps with a spike, NaN or Inf, with the training sequences that they saw."""
+        for a in anomalies:
+            epoch = a.position / self.dataloader.num_sequences
+            windows = self.dataloader.sequence_ids_at(a.position)
+            event: Event = {"kind": a.kind, "step": a.step, "loss": a.loss, "norm": a.norm}
+            event |= {"epoch": epoch, "windows": windows}
+            self.report.log_anomaly(event, z_score=a.z_score)
