@@ -86,7 +86,14 @@ def build_trainer(
             f"device: {device} ({run.device_description}), {run.precision.name}: "
             f"{run.precision.reason}"
         )
-        patience = _resolve_patience(run)
+        patience = resolve_patience(
+            c, train_tokens=len(run.dataset.train), has_val=len(run.dataset.val) > 0
+        )
+        if patience:
+            logger.info(
+                f"early stopping: after {patience} evaluations without a better held-out loss; "
+                "--patience 0 turns it off"
+            )
         if comm.is_main:
             _open_store(c).check_disk_space(checkpoint_bytes(c))
         if comm.world_size == 1:
@@ -242,17 +249,6 @@ def _assemble(
 def _open_store(config: Config) -> CheckpointStore:
     folder = Path(config.out_dir) / "checkpoints"
     return CheckpointStore(folder, resume_command=same_command(restart=config.restart))
-
-
-def _resolve_patience(run: ResolvedRun) -> int:
-    has_val = len(run.dataset.val) > 0
-    patience = resolve_patience(run.config, train_tokens=len(run.dataset.train), has_val=has_val)
-    if patience:
-        logger.info(
-            f"early stopping: after {patience} evaluations without a better held-out loss; "
-            "--patience 0 turns it off"
-        )
-    return patience
 
 
 def _log_notes(run: ResolvedRun, opened: OpenedRun) -> None:
