@@ -91,7 +91,7 @@ def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, 
     if best := history.best:
         tiles += [
             ("best val loss", f"{best['val_loss']:.4f}", f"nats per token, step {best['step']:,}"),
-            ("bits per byte", f"{best['val_bpb']:.4f}", _held_out(best)),
+            ("bits per byte", f"{best['val_bpb']:.4f}", _val_size(best)),
         ]
     tiles.append(("tokens per second", f"{float(last['tok_per_sec'] or 0):,.0f}", "training"))
     if step < max_steps and not history.end:
@@ -100,7 +100,7 @@ def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, 
     return tiles
 
 
-def _held_out(best: Event) -> str:
+def _val_size(best: Event) -> str:
     """How much text the loss is over; runs of earlier versions do not say."""
     tokens = best.get("val_tokens")
     return f"{tokens:,} held-out tokens" if tokens else "held-out text"
