@@ -239,7 +239,7 @@ RENAMED_FIELDS = {
 """Old spelling -> name, accepted in flags and TOML files."""
 REMOVED_FIELDS = frozenset({"attention"})
 """Fields of earlier versions that changed nothing of the results: ignored in their runs' files."""
-FLAG_ONLY = frozenset({"restart", "config"})
+FLAG_ONLY = frozenset({"restart", "config", "resume", "quiet", "verbose", "log_format"})
 """Apply to one start of the program, so a TOML file must not set them."""
 
 # Fields that may differ when resuming, since they do not change the results. batch_size and

@@ -8,6 +8,8 @@ from pathlib import Path
 from gptforge.printable import MAX_NAME, printable, short_repr
 
 MAX_RUNS = 3
+NOTHING_LOST = "no step was made and nothing is lost; the same command starts or resumes the run"
+"""What to say of an interruption before the first step."""
 
 
 class UserError(ValueError):

@@ -19,6 +19,8 @@ LOCK_FILE = ".lock"
 
 RETRY_SECONDS, POLL_SECONDS = 0.12, 0.02
 """How long a lock is retried, as `is_locked` takes it for an instant, and how often."""
+MAX_ATTEMPTS = 100
+"""To create a folder that its previous owners remove; more mean that it cannot be created."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -75,20 +77,25 @@ def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
         None if another process holds the lock and `wait` is False.
 
     Raises:
-        UserError: if the lock file is a link or not a regular file.
+        UserError: if the folder cannot be created, or the lock file is not a regular file.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    while True:
+    problem: OSError | None = None
+    for _ in range(MAX_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _acquire(folder, wait=wait)
-        except FileNotFoundError:
-            continue  # the previous owner has just removed the folder
-        except FileExistsError:
+        except FileNotFoundError as error:
+            problem = error  # the previous owner has just removed the folder
+        except FileExistsError as error:
             if folder.exists() and not folder.is_dir():
                 raise
-            continue
-        return None if lock is None else FolderLock(folder, lock, created)
+            problem = error
+        else:
+            return None if lock is None else FolderLock(folder, lock, created)
+    # The folder of a device or of a process (/proc), or a dangling link.
+    reason = problem.strerror if problem else "unknown"
+    raise UserError(f"{folder.as_posix()} cannot be created ({reason}): choose another folder")
 
 
 def is_locked(folder: Path) -> bool:

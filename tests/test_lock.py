@@ -5,6 +5,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -184,3 +185,18 @@ def test_threads_that_create_the_same_path_take_turns(tmp_path) -> None:
     assert made == [1]
     assert (tmp_path / "model").read_text() == "complete"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@needs_links
+def test_a_folder_that_cannot_be_created_is_an_error_and_not_tried_forever(tmp_path) -> None:
+    (tmp_path / "dangling").symlink_to("missing/deeper")
+    with pytest.raises(UserError, match=r"dangling cannot be created .*: choose another folder"):
+        lock_folder(tmp_path / "dangling")
+    with pytest.raises(UserError, match="cannot be created"):
+        atomic_create(tmp_path / "dangling/model").__enter__()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux only")
+def test_a_file_system_that_takes_no_folders_is_an_error(tmp_path) -> None:
+    with pytest.raises(UserError, match="/proc/gptforge cannot be created"):
+        lock_folder(Path("/proc/gptforge"))

@@ -86,6 +86,11 @@ def train(
     start_time = time.monotonic()
     observer = _Observer({"train": on_step, "eval": on_eval, "save": on_save})
     try:
+        if "resume" in fields:
+            raise UserError(
+                "gptforge.train: there is no field 'resume': the same call resumes a run, and "
+                "config='RUN/config.toml', out_dir='RUN' resumes any run"
+            )
         values = _plain_values(fields)
         merge(Config(), values, source="gptforge.train")  # checks names and types
         base, from_file = preset_and_file(values.get("preset", ""), values.get("config", ""))

@@ -204,10 +204,14 @@ def resume_config(
             name = " or ".join(flags) or "input"
             conflicts.append(f"{name}: not the text that {folder.as_posix()} was trained on")
     if conflicts:
+        hint = "choose another --out_dir, or --restart to move it to a backup"
+        if config.config and Path(config.config) == folder / CONFIG:  # --resume takes neither
+            names = {name for text in conflicts for name in text.partition(":")[0].split(" or ")}
+            fix = "leave these flags out" if names.intersection(explicit) else "restore the text"
+            hint = f"{fix} to resume it, or start a new run without --resume"
         raise UserError(
             f"{folder.as_posix()} holds a run with another configuration "
-            f"({'; '.join(conflicts)}): choose another --out_dir, or --restart to move it to a "
-            "backup"
+            f"({'; '.join(conflicts)}): {hint}"
         )
     return config
 

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if is_debug:
             raise
-        print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
+        if _is_main_rank():  # a terminal interrupts all ranks
+            print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has finished.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HEADER = ("run", "state", "text", "held-out loss", "step", "time", "size", "last change")
 DAMAGED = "damaged"
 PICTURES = (".png", ".svg", ".pdf")
+PAGES = (".html", ".htm")
 OUTCOMES = (
     *("run", "state", "held-out loss", "bits per byte", "best step", "steps", "tokens", "time"),
     "tokens/s",
@@ -41,7 +42,7 @@ class ReportArgs:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     out: str = ""
-    """File to write instead; empty: report.html in the run folder."""
+    """File to write instead, .html; empty: report.html in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def main(argv: list[str]) -> int:
 def report_main(argv: list[str]) -> int:
     """Write the report and print its path; returns the exit code."""
     args = parse_args(ReportArgs, argv, "gptforge report")
+    if args.out and Path(args.out).suffix.lower() not in PAGES:
+        raise UserError(f"--out {args.out}: must end in .html")  # or it may replace another file
     from gptforge.report.html_report import save_report
 
     safe_print(save_report(Path(args.run), Path(args.out) if args.out else None).as_posix())
@@ -113,6 +116,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if "problem" in row:
         return [row["run"], row["state"], *[""] * 4, size, changed]
     loss = "" if row["val_loss"] is None else f"{row['val_loss']:.4f} at {row['best_step']:,}"
+    if row["is_val_subset"]:
+        loss += f", over {row['val_tokens']:,} tokens"
     seconds = "" if row["seconds"] is None else format_duration(row["seconds"])
     steps = f"{row['step']:,} / {row['max_steps']:,}"
     return [row["run"], row["state"], row["text"], loss, steps, seconds, size, changed]

@@ -89,12 +89,12 @@ def main(argv: list[str]) -> int:
             if not args.final:
                 safe_print(
                     "The best of many trials is also the luckiest: for a loss to quote, the "
-                    "same command with --final evaluates it on the test tail."
+                    "same command with --final evaluates it on the test split."
                 )
                 return 0
             final = sweep.run_final(best)
             safe_print(
-                f"Test tail: {final.label} nats per token, {final.bits_per_byte:.4f} bits per "
+                f"Test split: {final.label} nats per token, {final.bits_per_byte:.4f} bits per "
                 f"byte, after {final.step:,} steps; mean and standard deviation over "
                 f"{len(final.losses)} seeds that no trial had"
             )

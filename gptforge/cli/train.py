@@ -15,7 +15,13 @@ from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args,
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import RunError, UserError, explain_interruption
+from gptforge.errors import (
+    NOTHING_LOST,
+    RunError,
+    Terminated,
+    UserError,
+    explain_interruption,
+)
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
 from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
 START_TIME = time.monotonic()
 """`--time_limit` counts from here, so importing torch and preparing the text are included."""
-TAKEN_FROM_RUN = ("config", "out_dir", "preset", "restart")
+TAKEN_FROM_RUN = ("config", "out_dir", "preset")
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def run_training(
     def hint() -> str:
         if has_started:  # a teacher, or the run itself
             return f"{same_command(restart=config.restart)} resumes what was saved"
-        return "no step was made and nothing is lost; the same command starts or resumes the run"
+        return NOTHING_LOST
 
     with logging_as as handler, explain_interruption(hint):
         if os.environ.get("RANK", "0") != "0":
@@ -145,6 +151,8 @@ def run_training(
             comm.abort(error)
             raise error from None
         except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, Terminated)):
+                error.args = (hint(),)  # with several ranks, `abort` prints it
             comm.abort(error)
             raise
         finally:
@@ -184,6 +192,11 @@ def expand_resume(args: Sequence[str]) -> list[str]:
     if not name:
         return list(args)
     flags = flag_values(normalize_flags(Config, args))
+    if flags.get("restart", "false") != "false":
+        raise UserError(
+            f"--resume {name} and --restart contradict each other: leave one out; --restart goes "
+            "with the command that started the run"
+        )
     if flag := next(filter(flags.__contains__, TAKEN_FROM_RUN), None):
         raise UserError(f"--resume {name} takes --{flag} from the run: leave --{flag} out")
     run = _find_run(Path(name))

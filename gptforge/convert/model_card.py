@@ -12,7 +12,7 @@ from gptforge.errors import UserError
 from gptforge.estimate import formulas
 from gptforge.files import read_bounded
 from gptforge.printable import MAX_NAME, escape_markdown, printable
-from gptforge.report.metrics import History
+from gptforge.report.metrics import Event, History
 from gptforge.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -91,11 +91,10 @@ def copy_run_file(path: Path, folder: Path) -> None:
     (folder / path.name).write_bytes(read_bounded(path, MAX_COPY_BYTES, follow_symlinks=False))
 
 
-def _score(origin: Origin) -> tuple[float, float] | None:
-    """The last held-out loss of the checkpoint, and its bits per byte."""
-    evals = (event for event in origin.history.evals if event["step"] == origin.step)
-    scores = [(event["val_loss"], event["val_bpb"]) for event in evals]
-    final = origin.history.final
-    if final and final["best_step"] == origin.step:
-        scores.append((final["final_val_loss"], final["final_val_bpb"]))
-    return scores[-1] if scores and scores[-1][0] is not None else None
+def _score(origin: Origin) -> Event | None:
+    """The checkpoint's loss on all held-out text if that is known, else its last evaluation."""
+    history = origin.history
+    scores = [event for event in history.evals if event["step"] == origin.step]
+    if history.final and history.best and history.best["step"] == origin.step:
+        scores.append(history.best)
+    return scores[-1] if scores and scores[-1]["val_loss"] is not None else None

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from gptforge.device import has_mps
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
-from gptforge.errors import RunError, UserError
+from gptforge.errors import NOTHING_LOST, RunError, UserError
 from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 
@@ -110,6 +110,8 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
                 world_size=world_size, timeout=COLLECTIVE_TIMEOUT, device_id=gpu,
             )  # fmt: skip
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (NOTHING_LOST,)
         watchdog.abort(error)
     return Comm(Group(rank, world_size, local_rank, host, local_device, store, watchdog))
 

@@ -127,7 +127,7 @@ class Watchdog:
         if isinstance(error, UserError):
             code = 2
         elif isinstance(error, KeyboardInterrupt):
-            code, text = 130, "interrupted"
+            code, text = 130, ": ".join(["interrupted", *map(str, error.args)])
         elif not isinstance(error, RunError):
             text = f"{type(error).__name__}: {text}"
         code = code if isinstance(code, int) and code else EXIT_FAILURE

@@ -7,6 +7,7 @@ predicted from those before it in its sequence. docs/training.md describes it fo
 
 import copy
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -39,7 +40,10 @@ class ValEvaluator:
     Attributes:
         fraction: share of the text that is evaluated.
         num_tokens: about so many tokens are predicted.
+        seconds_per_sequence: time of the last evaluation over its sequences; None before the first.
     """
+
+    seconds_per_sequence: float | None = None
 
     def __init__(
         self,
@@ -66,6 +70,11 @@ class ValEvaluator:
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
         self.fraction = count / available
         self.num_tokens = min(count * length, num_targets)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are evaluated, on all ranks together."""
+        return len(self._sequence_indices)
 
     def full(self) -> "ValEvaluator":
         """The evaluator of all the text."""
@@ -98,7 +107,7 @@ class ValEvaluator:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        num_sequences = len(self._sequence_indices)
+        num_sequences = self.num_sequences
         done, nats, num_tokens, num_bytes, num_chars = 0, 0.0, 0, 0, 0
         # The sums of an evaluation with another number of sequences do not fit this one.
         if partial is not None and partial.num_sequences == num_sequences:
@@ -108,6 +117,7 @@ class ValEvaluator:
                 num_bytes, num_chars = partial.num_bytes, partial.num_chars
         total = torch.tensor(nats, dtype=torch.float64, device="cpu")
         stop_flag, stopped = comm.async_max(STOP_LAG_BATCHES), False
+        start, first = time.perf_counter(), done
         while done < num_sequences and not stopped:
             begin = done + comm.rank * self._batch_size
             inputs, targets = self._batch(self._sequence_indices[begin : begin + self._batch_size])
@@ -123,6 +133,8 @@ class ValEvaluator:
             progress(done, num_sequences)
             stopped = bool(stop_flag.update(int(should_stop())))
         model.train(was_training)
+        if done > first:
+            self.seconds_per_sequence = (time.perf_counter() - start) / (done - first)
         nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes, num_chars])
         num_tokens, num_bytes, num_chars = map(round, counts)
         return ValLoss(nats, num_tokens, num_bytes, num_chars, done, num_sequences)

@@ -86,12 +86,19 @@ def compare(runs: Sequence[RunInfo]) -> Comparison:
 
     By their losses on all held-out text, unless one lacks that: then by evaluations in training.
     """
+    partial = [run for run in runs if run.subset_tokens]
     if not all(run.history.final for run in runs):
         runs = [replace(run, history=replace(run.history, final=None)) for run in runs]
     if not all(run.saved for run in runs):
         # Of a run without checkpoints only the name of its tokenizer is known.
         runs = [replace(run, tokenizer=run.config.tokenizer) for run in runs]
     metric, notes = _comparable_metric(runs)
+    if partial:
+        names = ", ".join(run.path.as_posix() for run in partial)
+        notes.append(
+            f"without a loss on all held-out text: {names}; so the losses of all runs are those of "
+            "their evaluations during training"
+        )
     for run in runs:
         name = run.path.as_posix()
         if run.best is None:

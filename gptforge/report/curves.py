@@ -108,10 +108,12 @@ def needs_log_scale(losses: Sequence[float]) -> bool:
 
 
 def _val_label(history: History) -> str:
-    """Label of the held-out curve; it says so if that read only a part of the held-out text."""
+    """Label of the held-out curve; it says how many tokens were read."""
     subset = history.scored_evals[-1].get("val_tokens", 0)
-    total = history.final["final_val_tokens"] if history.final else 0
-    return f"held out, {subset:,} of {total:,} tokens" if 0 < subset < total else "held out"
+    if not subset:
+        return "held out"
+    total = history.final["final_val_tokens"] if history.final else subset
+    return f"held out, {subset:,} {f'of {total:,} ' * (subset < total)}tokens"
 
 
 def _mark_best(axes: "Axes", history: History) -> None:

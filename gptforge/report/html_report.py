@@ -53,7 +53,7 @@ def render_report(run: RunInfo) -> str:
     del fields["preset"]
     summary = verdict(
         run.history,
-        total_steps=run.steps,
+        max_steps=run.config.max_steps,
         epochs=run.epochs,
         out_dir=run.path.as_posix(),
         has_val=bool(run.history.evals) or run.config.val_fraction > 0,

@@ -44,14 +44,15 @@ class History:
 
     @property
     def best(self) -> Event | None:
-        """`step`, `val_loss` and `val_bpb` of the best checkpoint.
+        """`step`, `val_loss`, `val_bpb` and `val_tokens` of the best checkpoint.
 
         On all held-out text if that is known, else by the best evaluation during training.
         """
         if self.final is None:
             return self.best_eval
-        loss, bits_per_byte, *_ = (self.final[name] for name in FINAL_FIELDS)
-        return {"step": self.final["best_step"], "val_loss": loss, "val_bpb": bits_per_byte}
+        names = ("val_loss", "val_bpb", "val_nats_per_char", "val_tokens")
+        values = (self.final[name] for name in FINAL_FIELDS)
+        return {"step": self.final["best_step"], **dict(zip(names, values, strict=True))}
 
     @property
     def best_eval(self) -> Event | None:

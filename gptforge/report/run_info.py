@@ -65,6 +65,12 @@ class RunInfo:
         return self.history.best
 
     @property
+    def subset_tokens(self) -> int:
+        """Held-out tokens that the loss of `best` is over; 0 if these are all of them."""
+        is_subset = self.config.eval_tokens and not self.history.final
+        return int((self.best or {}).get("val_tokens", 0)) if is_subset else 0
+
+    @property
     def steps(self) -> int:
         """Steps made, by the logs."""
         steps = [int(event["step"]) + 1 for event in self.history.train[-1:]]
@@ -112,6 +118,8 @@ class RunInfo:
             "text": self.text,
             "val_loss": best.get("val_loss"),
             "val_bpb": best.get("val_bpb"),
+            "val_tokens": best.get("val_tokens") or None,
+            "is_val_subset": self.subset_tokens > 0,
             "best_step": best.get("step"),
             "step": self.steps,
             "max_steps": self.config.max_steps,

@@ -189,7 +189,14 @@ class RunReport:
         self._last_plot = time.monotonic()
 
     def finish(
-        self, reason: str, *, step: int, epochs: float, seconds: float, has_val: bool
+        self,
+        reason: str,
+        *,
+        step: int,
+        max_steps: int,
+        epochs: float,
+        seconds: float,
+        has_val: bool,
     ) -> None:
         """Close the log with the verdict. The end event is written last: no file is incomplete."""
         if not self._enabled:
@@ -201,7 +208,7 @@ class RunReport:
             return
         summary = verdict(
             self._history(),
-            total_steps=step,
+            max_steps=max_steps,
             epochs=epochs,
             out_dir=self.run_dir.as_posix(),
             has_val=has_val,

@@ -13,7 +13,7 @@ MEAN_OVER = 10  # logged training losses that are averaged: single ones are nois
 def verdict(
     history: History,
     *,
-    total_steps: int,
+    max_steps: int,
     epochs: float,
     out_dir: str,
     has_val: bool,
@@ -27,7 +27,7 @@ def verdict(
     if not has_val:
         lines = _without_val(history, epochs, split_hint)
     elif history.evals or history.final:
-        lines = _with_val(history, total_steps)
+        lines = _with_val(history, max_steps)
     else:
         lines = ["The model was not evaluated: training ended before the first evaluation."]
     has_diverged = history.train and history.train[-1]["loss"] is None and not history.scored_evals
@@ -47,11 +47,11 @@ def _without_val(history: History, epochs: float, split_hint: str) -> list[str]:
     ]
 
 
-def _with_val(history: History, total_steps: int) -> list[str]:
+def _with_val(history: History, max_steps: int) -> list[str]:
     evals = history.scored_evals
     if not evals:
         if history.final:
-            return [_final_loss(history, history.final, total_steps)]
+            return [_final_loss(history, history.final, max_steps)]
         return ["The held-out loss was always NaN or Inf: training diverged."]
     best, last = history.best_eval or evals[0], evals[-1]
     steps_since_best = last["step"] - best["step"]
@@ -73,21 +73,21 @@ def _with_val(history: History, total_steps: int) -> list[str]:
         tokens = f", over {best['val_tokens']:,} tokens" if best.get("val_tokens") else ""
         best_loss = (
             f"Best held-out loss {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits "
-            f"per byte{tokens}, at step {best['step']} of {total_steps}, epoch {best['epoch']:.1f}."
+            f"per byte{tokens}, at step {best['step']} of {max_steps}, epoch {best['epoch']:.1f}."
         )
         return [best_loss, trend]
-    best_loss, subset = _final_loss(history, final, total_steps), last.get("val_tokens", 0)
+    best_loss, subset = _final_loss(history, final, max_steps), last.get("val_tokens", 0)
     if 0 < subset < final["final_val_tokens"]:
         trend = f"The evaluations during training read {subset:,} of these tokens. {trend}"
     return [best_loss, trend]
 
 
-def _final_loss(history: History, final: Event, total_steps: int) -> str:
+def _final_loss(history: History, final: Event, max_steps: int) -> str:
     epochs = {event["step"]: f", epoch {event['epoch']:.1f}" for event in history.evals}
     loss = format_val_loss(*(final[name] for name in FINAL_FIELDS))
     return (
         f"Best held-out loss {loss}, all that is held out: step {final['best_step']} of "
-        f"{total_steps}{epochs.get(final['best_step'], '')}."
+        f"{max_steps}{epochs.get(final['best_step'], '')}."
     )
 
 

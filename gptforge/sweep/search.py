@@ -81,7 +81,7 @@ class Sweep:
         check_tokenizer(config, dataset.tokenizer, prepared_path=dataset.prepared_dir)
         if not len(dataset.val):
             raise UserError(
-                "a sweep needs a test tail and a second split: give a --val_fraction above 0"
+                "a sweep needs a test split and a second split: give a --val_fraction above 0"
             )
         config = resolve_config(config, dataset, explicit)
         max_config, _ = resolve(largest(space))
@@ -96,7 +96,7 @@ class Sweep:
             raise
         logger.info(
             f"text: {dataset.path.as_posix()}; {len(dataset.val):,} {dataset.tokenizer.name} "
-            f"tokens are the test tail, which trials do not read; they train on the other "
+            f"tokens are the test split, which trials do not read; they train on the other "
             f"{len(dataset.train):,}, and are compared on the last of these"
         )
         self._devices = scheduler.find_devices(config)
@@ -137,7 +137,7 @@ class Sweep:
         return sorted(results, key=lambda result: result.loss)
 
     def run_final(self, best: TrialResult) -> TrialResult:
-        """Train a trial on the full training part, and evaluate it on the test tail.
+        """Train a trial on the full training part, and evaluate it on the test split.
 
         The step is the trial's, so nothing is chosen on the tail, and so are not the seeds: no
         trial had them.
@@ -264,7 +264,7 @@ def _lock(path: Path, *, restart: bool) -> FolderLock:
 def prepare_text(folder: Path, dataset: Dataset) -> tuple[str, dict[str, str]]:
     """Write the training part of a text as tokens, with its tokenizer.
 
-    The held-out part is the test tail. Trials hold out a second split at the end of the tokens, by
+    The held-out part is the test split. Trials hold out a second split at the end of the tokens, by
     the same fraction.
 
     Returns:

@@ -41,9 +41,12 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     comm, state, report = trainer.comm, trainer.state, trainer.report
     evaluator, score = trainer.val_evaluator.full(), trainer.full_score
     has_stopped = reason not in ("finished", "early_stop")
-    # The forward is a third of a step's FLOPs.
-    steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
-    seconds = state.seconds / state.step * steps
+    if evaluator.seconds_per_sequence is None:
+        # Stopped before any evaluation. The forward is a third of a step's FLOPs.
+        steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
+        seconds = state.seconds / state.step * steps
+    else:
+        seconds = evaluator.seconds_per_sequence * evaluator.num_sequences
     limit = max(MAX_SECONDS, MAX_FRACTION * state.seconds)
     if has_stopped:
         limit = MAX_SECONDS_AFTER_STOP

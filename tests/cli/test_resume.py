@@ -95,7 +95,7 @@ def test_resume_refuses_what_contradicts_the_run(program, run) -> None:
     for flags, words in (
         (("--n_layer", 3), "n_layer: 2 -> 3"),
         (("--out_dir", "b"), "leave --out_dir out"),
-        (("--overwrite",), "leave --restart out"),
+        (("--overwrite",), "--resume run and --restart contradict each other: leave one out"),
     ):
         done = program("--resume", "run", *flags)
         assert (done.code, words in done.err) == (2, True), done.err
@@ -121,7 +121,20 @@ def test_resume_blames_the_flag_that_was_given(program, tmp_path, flags, conflic
     Path("play.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert program(*SHORT, "--input", "play.jsonl", "--out_dir", "run").code == 0
     done = program("--resume", "run", *flags)
-    assert (done.code, f"another configuration ({conflict}): " in done.err) == (2, True), done.err
+    message = f"another configuration ({conflict}): leave these flags out to resume it"
+    assert (done.code, message in done.err) == (2, True), done.err
+
+
+def test_a_refused_resume_says_what_can_be_done_with_resume(program, play) -> None:
+    assert program(*SHORT, "--input", play, "--out_dir", "run").code == 0
+    done = program("--resume", "run", "--n_layer", 3)
+    assert "(n_layer: 2 -> 3): leave these flags out to resume it, or start a new run" in done.err
+    play.write_text(play_text() + "more")
+    done = program("--resume", "run")
+    assert "restore the text to resume it, or start a new run without --resume" in done.err
+    # The command that started the run may well get another folder.
+    done = program(*SHORT, "--input", play, "--out_dir", "run")
+    assert "choose another --out_dir, or --restart to move it to a backup" in done.err
 
 
 def test_quiet_and_verbose(program, play) -> None:

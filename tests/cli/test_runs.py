@@ -39,6 +39,16 @@ def test_runs_lists_the_newest_first(program, runs) -> None:
     assert "runs/photos | no run" in table
 
 
+def test_runs_says_how_many_tokens_a_loss_is_over_if_not_all(program, runs) -> None:
+    write_run(runs / "part", {10: 3.0}, eval_tokens=512, val_tokens=512)
+    write_run(runs / "all", {10: 3.0}, val_tokens=4096)
+    rows = {row["run"]: row for row in json.loads(program("runs", "--json").out)}
+    assert (rows["runs/part"]["val_tokens"], rows["runs/part"]["is_val_subset"]) == (512, True)
+    assert (rows["runs/all"]["val_tokens"], rows["runs/all"]["is_val_subset"]) == (4096, False)
+    table = program("runs").out
+    assert table.count("3.0000 at 10, over 512 tokens") == 1 and "4,096" not in table
+
+
 def test_runs_of_other_folders(program, runs) -> None:
     assert program("runs", "runs/new").out.count("runs/new") == 1
     assert program("runs", "runs/photos").out == "No runs in runs/photos.\n"
@@ -89,6 +99,10 @@ def test_report_writes_one_page(program, runs) -> None:
     assert program("report", "runs/new").out == "runs/new/report.html\n"
     assert Path("runs/new/report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
     assert program("report", "runs/new", "--out", "page.html").out == "page.html\n"
+    Path("book.txt").write_text("my text")
+    done = program("report", "runs/new", "--out", "book.txt")
+    assert done.code == 2 and done.err == "error: --out book.txt: must end in .html\n"
+    assert Path("book.txt").read_text() == "my text"
     done = program("report", "runs/photos")
     assert done.code == 2 and "no config.toml" in done.err and done.err.count("\n") == 1
 

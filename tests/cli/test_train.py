@@ -4,11 +4,17 @@ import errno
 import gc
 import re
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from gptforge import distributed
 from gptforge.builders import build_trainer, memory_fit
+from gptforge.cli.train import run_training
+from gptforge.config import Config
+from gptforge.errors import NOTHING_LOST
+from gptforge.report.log_handler import WriteHandler
 from gptforge.train.train_step import TrainStep
 from tests.programs import DEBUG, events, start
 
@@ -23,6 +29,28 @@ def test_the_default_preset_is_explained(program, play) -> None:
     assert any("warmup" in line and "cut to 1" in line for line in rest)
     assert any("this will take about" in line for line in rest)
     assert Path("runs/play-shakespeare-cpu/checkpoints/step-000002").is_dir()
+
+
+def test_an_interruption_before_training_says_on_every_rank_that_nothing_is_lost(
+    monkeypatch, play
+) -> None:
+    aborted = []
+
+    class Rank:
+        def abort(self, error: BaseException) -> None:
+            aborted.append(str(error))
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distributed, "init_distributed", lambda device: Rank())
+    monkeypatch.setattr(build_trainer, "build_trainer", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="nothing is lost"):
+        run_training(
+            Config(preset="debug", input=str(play)), frozenset(), program="gptforge", command="",
+            start_time=0.0, logging_as=nullcontext(WriteHandler(print)),
+        )  # fmt: skip
+    assert aborted == [NOTHING_LOST]
 
 
 @pytest.mark.parametrize("where", ["", "start_report", "step"])

@@ -235,7 +235,7 @@ def test_a_run_is_exported_imported_and_trained_further(
     # The metrics of the best checkpoint.
     events = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     best = min((e for e in events if e["event"] == "eval"), key=lambda e: e["val_loss"])
-    assert f"{best['val_loss']:.4f} nats" in card
+    assert f"{best['val_loss']:.4f} nats per token, over {best['val_tokens']:,} tokens" in card
     assert "play.txt" in card
     # The play has no c.
     assert "Once" not in card

@@ -129,7 +129,7 @@ def test_missing_files(tmp_path) -> None:
         ('{"text": ', "line 3: not JSON"),
         ("[1, 2]", "line 3: a list, not an object: give objects with a field 'text'"),
         ('{"body": "x", "id": 3}', "line 3: no field 'text': it has body: choose one with --field"),
-        ('{"text": null}', "line 3: field 'text' is not text but of type NoneType: none"),
+        ('{"text": null}', "line 3: field 'text' is null: fill it in"),
         ('{"text": 7}', "line 3: field 'text' is not text but of type int: none of its fields"),
         ('{"text": "a\\u0000b"}', "bad.jsonl, document 3: NUL character"),
         ("[" * 100_000, "line 3: not JSON"),

@@ -56,6 +56,10 @@ def test_key_figures(tmp_path) -> None:
     found = metrics_of(tmp_path, lines, 100)
     assert ("best val loss", "3.2100", "nats per token, step 60") in found["tiles"]
     assert found["evals"] == {"step": [60], "val_loss": [3.21]}
+    assert ("bits per byte", "3.2100", "held-out text") in found["tiles"]
+    lines.append(lines[60] | {"step": 62, "val_loss": 2.0, "val_bpb": 3.0, "val_tokens": 4096})
+    found = metrics_of(tmp_path, lines, 100)
+    assert ("bits per byte", "3.0000", "4,096 held-out tokens") in found["tiles"]
     lines.append({"event": "end", "reason": "interrupted", "step": 60})
     assert "time left" not in str(metrics_of(tmp_path, lines, 100)["tiles"])
     # A step that best or last points to is listed once.

@@ -60,6 +60,19 @@ def exits(
     return found
 
 
+def rank1_is_interrupted(comm: Comm) -> None:
+    if comm.rank == 1:
+        raise KeyboardInterrupt("nothing is lost")
+    time.sleep(600)
+
+
+@needs_linux
+def test_an_interrupted_rank_says_what_is_lost() -> None:
+    first, second = exits_of(2, rank1_is_interrupted, timeout=30)
+    assert first.code == second.code == 130
+    assert f"error: rank 1 on {HOST}: interrupted: nothing is lost\n" in second.output
+
+
 @needs_linux
 def test_killed_rank_is_named_at_once(config) -> None:
     first, second, *others = exits(config, "killed", world_size=4)

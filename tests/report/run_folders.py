@@ -19,6 +19,7 @@ def write_run(
     *,
     reason: str | None = "finished",
     text: str = "",
+    val_tokens: int = 0,
     **fields: object,
 ) -> Path:
     """Write a run with these held-out losses by step.
@@ -28,6 +29,7 @@ def write_run(
         losses: held-out loss by step; bits per byte are half of it.
         reason: of the end event; None for none.
         text: what the hash of its text follows from; empty for a run without checkpoints.
+        val_tokens: of each evaluation; 0: not written, as in early versions.
         fields: of its configuration.
     """
     config = dataclasses.replace(
@@ -38,7 +40,8 @@ def write_run(
     last = max(losses, default=1)
     start = {"event": "start", "device": "cpu", "dtype": "float32", "command": "c", "time": 1e9}
     events = [start, *({"event": "train", **train_event(step)} for step in range(last))]
-    events += [{"event": "eval", **event} for event in eval_events(*losses.items())]
+    size = {"val_tokens": val_tokens} if val_tokens else {}
+    events += [{"event": "eval", **event, **size} for event in eval_events(*losses.items())]
     if reason:
         events.append({"event": "end", "reason": reason, "step": last, "seconds": 90.0})
     lines = [json.dumps(event) + "\n" for event in events]

@@ -114,7 +114,7 @@ def test_the_verdict_includes_pending_events(report, disk, messages) -> None:
     disk.free = 0
     report.log_step(train_event(0))
     report.log_eval(1, ValLoss(22.5, 9, 9, 9), epoch=1.0, is_best=True)
-    report.finish("finished", step=1, epochs=1.0, seconds=1, has_val=True)
+    report.finish("finished", step=1, max_steps=9, epochs=1.0, seconds=1, has_val=True)
     out = "\n".join(messages)
     assert "Best held-out loss 2.5000" in out
     assert "metrics.jsonl could not be written" in out

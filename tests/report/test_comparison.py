@@ -170,6 +170,17 @@ def test_losses_on_all_held_out_text_compare_where_all_runs_have_them(tmp_path) 
     assert compare_runs(*paths).metric is None
 
 
+def test_losses_on_a_part_of_the_held_out_text_are_named_as_such(tmp_path) -> None:
+    fields = {"eval_tokens": 64, "val_tokens": 64}
+    a, b = (write_run(tmp_path / name, {10: 3.0}, seed=ord(name), **fields) for name in "ab")
+    [*lines, end] = (a / "metrics.jsonl").read_text().splitlines()
+    end = json.dumps(json.loads(end) | final_event(10, loss=2.9, tokens=999))
+    (a / "metrics.jsonl").write_text("\n".join([*lines, end]) + "\n")
+    [note] = compare_runs(a, b).notes
+    assert note.startswith(f"without a loss on all held-out text: {b.as_posix()}; so the losses")
+    assert "without a loss" not in " ".join(compare_runs(a, a).notes)
+
+
 def test_runs_without_held_out_loss(tmp_path) -> None:
     runs = [write_run(tmp_path / name, {}, dropout=d) for name, d in (("a", 0.0), ("b", 0.1))]
     found = compare_runs(*runs)

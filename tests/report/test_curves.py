@@ -64,6 +64,12 @@ def test_the_loss_on_all_held_out_text_is_written_and_the_curve_names_its_part()
     assert labels == ["training", "held out, 400 of 1,000 tokens"]
 
 
+def test_without_a_loss_on_all_held_out_text_the_curve_names_its_tokens() -> None:
+    evals = [event | {"val_tokens": 400} for event in eval_events((9, 3), (40, 2))]
+    [loss, *_] = plot_curves(History([train_event(1)], evals), title="t").axes
+    assert "held out, 400 tokens" in [text.get_text() for text in loss.get_legend().get_texts()]
+
+
 def test_a_constant_speed_looks_constant() -> None:
     *_, speed = plot_curves(history(50, tok_per_sec=9000.0), title="t").axes
     bottom, top = speed.get_ylim()

@@ -58,7 +58,7 @@ def test_a_report_has_all_sections(tmp_path) -> None:
         "debug on play.txt",
         "complete",
         "Best held-out loss 2.0000 nats per token, perplexity 7.39",
-        "Best held-out loss 2.0000 nats per token, 1.0000 bits per byte, at step 20 of 30",
+        "Best held-out loss 2.0000 nats per token, 1.0000 bits per byte, at step 20 of 500",
         "loss, nats per token",
         "gradient norm, before clipping",
         "dropout 0.25 0.0",
@@ -136,7 +136,7 @@ def test_training_ends_with_a_report(tmp_path, messages) -> None:
     folder = write_run(tmp_path / "run", {}, reason=None)
     report = RunReport(folder, title="t")
     report.log_step(train_event(1))
-    report.finish("interrupted", step=2, epochs=0.1, seconds=2, has_val=False)
+    report.finish("interrupted", step=2, max_steps=9, epochs=0.1, seconds=2, has_val=False)
     assert messages[-1].endswith(f"Report: {(folder / 'report.html').as_posix()}")
     assert "stopped" in (folder / "report.html").read_text("utf-8")
 
@@ -149,7 +149,7 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, message
 
     monkeypatch.setattr(html_report, "render_report", fail)
     report = RunReport(folder, title="t")
-    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
+    report.finish("finished", step=1, max_steps=9, epochs=0.1, seconds=2, has_val=False)
     assert "no report was written (no page here)" in "\n".join(messages)
     assert "Report:" not in messages[-1]
     assert '"end"' in (folder / "metrics.jsonl").read_text()

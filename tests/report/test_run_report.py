@@ -8,7 +8,7 @@ from tests.report.events import train_event
 
 
 def finish(report: RunReport) -> None:
-    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
+    report.finish("finished", step=1, max_steps=9, epochs=0.1, seconds=2, has_val=False)
 
 
 def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, messages) -> None:

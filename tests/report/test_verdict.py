@@ -5,11 +5,9 @@ from gptforge.report.verdict import verdict
 from tests.report.events import eval_events, final_event, train_event
 
 
-def summarize(evals, *, train=None, total_steps=150, epochs=3, has_val=True) -> str:
-    history = History(train=train or [train_event(total_steps - 1, 0.05)], evals=evals)
-    return verdict(
-        history, total_steps=total_steps, epochs=epochs, out_dir="runs/x", has_val=has_val
-    )
+def summarize(evals, *, train=None, max_steps=150, epochs=3, has_val=True) -> str:
+    history = History(train=train or [train_event(max_steps - 1, 0.05)], evals=evals)
+    return verdict(history, max_steps=max_steps, epochs=epochs, out_dir="runs/x", has_val=has_val)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +34,7 @@ def summarize(evals, *, train=None, total_steps=150, epochs=3, has_val=True) -> 
     ],
 )
 def test_verdict_describes_the_curve(losses, words) -> None:
-    text = summarize(eval_events(*losses), total_steps=losses[-1][0])
+    text = summarize(eval_events(*losses), max_steps=losses[-1][0])
     assert words in text
     assert f"{min(loss for _, loss in losses):.4f}" in text
     assert "python gpt.py sample runs/x" in text
@@ -66,8 +64,8 @@ def test_overfitting_needs_a_falling_training_loss(train_losses, epochs, words) 
 
 
 def test_without_val_split_and_without_evaluation() -> None:
-    assert "No text was held out" in summarize([], total_steps=10, has_val=False)
-    stopped_early = summarize([], total_steps=10)
+    assert "No text was held out" in summarize([], max_steps=10, has_val=False)
+    stopped_early = summarize([], max_steps=10)
     assert "was not evaluated" in stopped_early
     assert "held out" not in stopped_early
 
@@ -75,7 +73,7 @@ def test_without_val_split_and_without_evaluation() -> None:
 def test_a_diverged_run_has_no_sample_command() -> None:
     train = [train_event(9) | {"loss": None}]
     evals = [eval_events((10, 1.0))[0] | {"val_loss": None}]
-    text = summarize(evals, train=train, total_steps=10)
+    text = summarize(evals, train=train, max_steps=10)
     assert text == "The held-out loss was always NaN or Inf: training diverged."
 
 
@@ -85,7 +83,7 @@ def test_the_loss_on_all_held_out_text_comes_first(val_tokens, is_subset) -> Non
     if val_tokens is None:  # as of an older version
         evals = eval_events((50, 5.0), (100, 4.0))
     history = History(evals=evals, final=final_event(100, loss=3.5, tokens=1000))
-    text = verdict(history, total_steps=100, epochs=1.0, out_dir="runs/x", has_val=True)
+    text = verdict(history, max_steps=100, epochs=1.0, out_dir="runs/x", has_val=True)
     first, second, _ = text.splitlines()
     assert first == (
         "Best held-out loss 3.5000 nats per token, perplexity 33.12, 1.7500 bits per byte, 3.5000 "
@@ -98,6 +96,6 @@ def test_the_loss_on_all_held_out_text_comes_first(val_tokens, is_subset) -> Non
 
 def test_a_run_that_was_evaluated_only_at_its_end() -> None:
     history = History(train=[train_event(0)], final=final_event(1, loss=3.5, tokens=1000))
-    text = verdict(history, total_steps=1, epochs=0.1, out_dir="runs/x", has_val=True)
+    text = verdict(history, max_steps=1, epochs=0.1, out_dir="runs/x", has_val=True)
     assert text.startswith("Best held-out loss 3.5000 nats per token")
     assert "step 1 of 1.\nTry it" in text

@@ -142,7 +142,7 @@ def test_final_trains_the_best_trial_and_quotes_the_test_tail(program, play, sta
         text = Path(run.folder, "config.toml").read_text()
         assert 'input = "play.txt"' in text and f"max_lr = {best['max_lr']}" in text
         losses.append(val_losses(run.folder)[int(best["best_step"])])
-    assert f"Test tail: {sum(losses) / 3:.4f} ± " in done.out
+    assert f"Test split: {sum(losses) / 3:.4f} ± " in done.out
     # Nothing is trained twice, and a trial never reads what final runs do.
     started.clear()
     assert program("sweep", *TINY, *GRID, "--final").code == 0

@@ -227,6 +227,17 @@ def test_a_second_signal_skips_the_evaluation_of_a_stopped_run(
     assert end["reason"] == "interrupted" and "final_val_loss" not in end
 
 
+def test_its_time_is_estimated_from_the_last_evaluation_and_not_from_the_steps(
+    config, monkeypatch
+) -> None:
+    monkeypatch.setattr(final_evaluation, "MAX_FRACTION", 0.0)
+    trainer = build(dataclasses.replace(config, **SUBSET))
+    trainer.state.seconds = 1e9  # plots, samples and a busy machine count
+    trainer.fit()
+    [end] = events(config, "end")
+    assert end["final_val_loss"] == evaluate_run(config.out_dir).loss
+
+
 def test_a_time_limit_that_ends_meanwhile_leaves_a_few_seconds(config, monkeypatch) -> None:
     config = dataclasses.replace(config, **SUBSET)
     for allowed in (10.0, -1.0):

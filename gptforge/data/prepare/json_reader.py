@@ -190,6 +190,8 @@ def text_from_value(value: Any, field: str, part: InputPart, hint: str = "") -> 
     """The text in the value of a field, a string or a chat; a BadInput with `hint` if neither."""
     if isinstance(value, str):
         return value
+    if value is None:
+        raise BadInput(f"field '{field}' is null", hint="fill it in")
     if not isinstance(value, list):
         problem = f"field '{field}' is not text but of type {type(value).__name__}"
         raise BadInput(problem, hint=hint)
