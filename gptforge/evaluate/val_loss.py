@@ -40,10 +40,11 @@ class ValEvaluator:
     Attributes:
         fraction: share of the text that is evaluated.
         num_tokens: about so many tokens are predicted.
-        seconds_per_sequence: time of the last evaluation over its sequences; None before the first.
+        seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
+            may share the machine; infinite before the first.
     """
 
-    seconds_per_sequence: float | None = None
+    seconds_per_sequence = math.inf
 
     def __init__(
         self,
@@ -134,7 +135,8 @@ class ValEvaluator:
             stopped = bool(stop_flag.update(int(should_stop())))
         model.train(was_training)
         if done > first:
-            self.seconds_per_sequence = (time.perf_counter() - start) / (done - first)
+            seconds = (time.perf_counter() - start) / (done - first)
+            self.seconds_per_sequence = min(self.seconds_per_sequence, seconds)
         nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes, num_chars])
         num_tokens, num_bytes, num_chars = map(round, counts)
         return ValLoss(nats, num_tokens, num_bytes, num_chars, done, num_sequences)

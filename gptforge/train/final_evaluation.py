@@ -5,6 +5,7 @@ reads all of it, so that a run ends with the loss that `gptforge eval RUN` print
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,12 +42,11 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     comm, state, report = trainer.comm, trainer.state, trainer.report
     evaluator, score = trainer.val_evaluator.full(), trainer.full_score
     has_stopped = reason not in ("finished", "early_stop")
-    if evaluator.seconds_per_sequence is None:
+    seconds = evaluator.seconds_per_sequence * evaluator.num_sequences
+    if seconds == math.inf:
         # Stopped before any evaluation. The forward is a third of a step's FLOPs.
         steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
         seconds = state.seconds / state.step * steps
-    else:
-        seconds = evaluator.seconds_per_sequence * evaluator.num_sequences
     limit = max(MAX_SECONDS, MAX_FRACTION * state.seconds)
     if has_stopped:
         limit = MAX_SECONDS_AFTER_STOP

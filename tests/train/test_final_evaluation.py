@@ -168,9 +168,10 @@ def test_an_evaluation_that_takes_too_long_is_left_to_eval(
     tokens = evaluate_run(config.out_dir).num_tokens
     line = (
         f"{name} was not evaluated on all {tokens:,} held-out tokens: python gpt.py eval "
-        f"{config.out_dir} does that, in about 1 second"
+        f"{config.out_dir} does that, in about "
     )
-    assert line in messages and line in (Path(config.out_dir) / "log.md").read_text()
+    assert any(message.startswith(line) for message in messages)
+    assert line in (Path(config.out_dir) / "log.md").read_text()
     assert "final_val_loss" not in events(config, "end")[0]
     assert any("bits per byte, over 128 tokens, at step" in line for line in messages)
 
@@ -231,8 +232,9 @@ def test_its_time_is_estimated_from_the_last_evaluation_and_not_from_the_steps(
     config, monkeypatch
 ) -> None:
     monkeypatch.setattr(final_evaluation, "MAX_FRACTION", 0.0)
+    monkeypatch.setattr(final_evaluation, "MAX_SECONDS", 1e6)
     trainer = build(dataclasses.replace(config, **SUBSET))
-    trainer.state.seconds = 1e9  # plots, samples and a busy machine count
+    trainer.state.seconds = 1e12  # plots, samples and other programs count
     trainer.fit()
     [end] = events(config, "end")
     assert end["final_val_loss"] == evaluate_run(config.out_dir).loss
