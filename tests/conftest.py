@@ -1,30 +1,49 @@
 """Shared fixtures: a small text, a small model, and the command line in this process."""
 
 import os
+import random
 
 # On a busy machine, two OpenMP threads per worker can be fifty times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS reads this once; deterministic runs need it from the first matmul on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Help and tables are as wide as that, in a narrow terminal too.
+os.environ["COLUMNS"] = "80"
 
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.font_manager
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from gptforge.cli import main
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
 from gptforge.report.log_handler import log_to
+from tests.pictures import blank_curves, blank_report
 
 torch.set_num_threads(1)
+# Child processes find the list of fonts: one that searches for long warns on stderr.
+os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())
 # nohup, and shells for background jobs, ignore these signals, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# The same examples in every run, and no limit of time: a busy machine must not fail a test.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 
@@ -43,6 +62,14 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in each run of a test, whatever ran before it in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def exact_matmul() -> None:
     """Undo the TF32 setting of a training run in this process."""
     torch.set_float32_matmul_precision("highest")
@@ -50,17 +77,10 @@ def exact_matmul() -> None:
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blank curves and report.html outside their own tests: they take longer than a small run."""
-    if request.path.parent.name == "report":
-        return
-
-    def blank_figure(*_: object, **__: object) -> object:
-        from matplotlib.figure import Figure
-
-        return Figure(figsize=(1, 1))
-
-    monkeypatch.setattr("gptforge.report.curves.plot_curves", blank_figure)
-    monkeypatch.setattr("gptforge.report.html_report.render_report", lambda _: "<!DOCTYPE html>")
+    """Blank curves and report.html outside their own tests."""
+    if request.path.parent.name != "report":
+        monkeypatch.setattr("gptforge.report.curves.plot_curves", blank_curves)
+        monkeypatch.setattr("gptforge.report.html_report.render_report", blank_report)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -56,7 +56,7 @@ def configure(num_bytes: int, device: str, **options) -> Config:
     return merge(AUTO, {**recipe.values, **explicit}, source="test")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(sizes, devices, limits, rates, explicit_flags)
 def test_any_text_gets_a_valid_configuration(num_bytes, device, limit, rate, explicit) -> None:
     if explicit.keys() >= {"n_embd", "n_head"}:
@@ -72,7 +72,7 @@ def test_any_text_gets_a_valid_configuration(num_bytes, device, limit, rate, exp
     assert {name: getattr(config, name) for name in explicit} == explicit
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(sizes, sizes, devices, limits, rates)
 def test_more_text_means_no_smaller_model_and_no_more_regularization(
     one, other, device, limit, rate
@@ -114,7 +114,7 @@ def test_docs_have_the_anchors() -> None:
     assert len(rows) == sum(map(len, ANCHORS.values())) + len(ANCHORS)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(sizes, devices, st.floats(0.1, 1000), rates)
 @example(3162277, "gpu", 122.0, 1e12)  # a slightly larger text has no teachers, and costs less
 def test_time_limit_leaves_about_half_of_the_steps(num_bytes, device, limit, rate) -> None:
@@ -155,7 +155,7 @@ def test_reasons_name_choices_and_explicit_flags() -> None:
     assert "as large as --time_limit 1 allows" in "\n".join(explain_recipe(short, {}, time_limit=1))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.floats(0.1, 1e5),
     st.floats(1e-4, 10),

@@ -75,11 +75,7 @@ def read_all_files(path: Path) -> None:
             continue
 
 
-@settings(
-    deadline=None,
-    max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([*CHECKPOINT_FILES, "manifest.json"]))
 def test_readers_survive_any_bytes_in_any_file(good, tmp_path, data, name) -> None:
     raw = (good / name).read_bytes()
@@ -96,7 +92,7 @@ def test_readers_survive_any_bytes_in_any_file(good, tmp_path, data, name) -> No
     read_all_files(path)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8")))
 def test_config_reader_survives_any_bytes(tmp_path_factory, raw) -> None:
     path = tmp_path_factory.mktemp("config") / "c.toml"

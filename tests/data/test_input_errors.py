@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,7 +177,7 @@ def test_text_without_spaces(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["t.txt.gz", "t.jsonl.gz", "t.txt.xz", "t.txt.zst"])
 def test_damaged_compressed_file(tmp_path, name) -> None:
-    raw = os.urandom(20_000).hex().encode()
+    raw = random.Random(1).randbytes(20_000).hex().encode()
     if name.endswith("zst"):
         raw = pytest.importorskip("zstandard").compress(raw)
     elif name.endswith("xz"):
@@ -198,7 +199,8 @@ def test_damaged_compressed_file(tmp_path, name) -> None:
 def test_damaged_parquet_row_group(tmp_path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "t.parquet"
-    rows = [f"row {i} " + os.urandom(30).hex() for i in range(300)]
+    rng = random.Random(1)
+    rows = [f"row {i} " + rng.randbytes(30).hex() for i in range(300)]
     pq.write_table(
         pa.table({"text": rows}), path, row_group_size=100, compression="gzip", use_dictionary=False
     )

@@ -1,19 +1,17 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge.data.shuffle import permute, shuffled_index
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_each_index_once_an_epoch(n, key) -> None:
     image = permute(np.arange(n), n, keys=np.uint64(key))
     assert sorted(image) == list(range(n))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 2**62), st.integers(0, 5000), st.integers(1, 300))
 def test_random_access(n, seed, start, length) -> None:
     full = shuffled_index(np.arange(start + length), n, seed=seed, shuffle=True)

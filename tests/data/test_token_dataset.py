@@ -81,7 +81,7 @@ def test_incomplete_shard_is_refused(tmp_path, content, words) -> None:
         read_shard_header(tmp_path / "a.bin")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=3000))
 def test_arbitrary_bytes_are_read_or_refused(tmp_path_factory, content) -> None:
     path = tmp_path_factory.mktemp("any") / "a.bin"
@@ -116,7 +116,6 @@ def test_aborted_writer_leaves_no_file(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_slices_span_shards(tmp_path_factory, data) -> None:
     folder = tmp_path_factory.mktemp("many")

@@ -24,7 +24,7 @@ def total_memory(config: Config, sequences: int, **options: bool) -> int:
     return sum(formulas.training_memory(config, sequences, **options).values())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(shapes)
 def test_num_params_counts_the_model_s(shape: GPTConfig) -> None:
     assert formulas.num_params(shape) == sum(p.numel() for p in GPT(shape).parameters())

@@ -91,7 +91,7 @@ def build_rank(config: Config, world_size: int) -> tuple[ManualBackend, list[Ten
     return backend, shards, live
 
 
-@settings(deadline=None, max_examples=8, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(
     world_size=st.integers(2, 16),
     head_size=st.sampled_from([64, 80, 128]),

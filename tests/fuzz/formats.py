@@ -106,7 +106,8 @@ def fill_folder(folder: Path) -> None:
     checkpoints.save_inference_checkpoint(
         checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config
     )
-    save_safetensors(checkpoint / checkpoints.RNG_STATE, {"cpu": torch.get_rng_state()})
+    rng_state = torch.Generator().manual_seed(0).get_state()
+    save_safetensors(checkpoint / checkpoints.RNG_STATE, {"cpu": rng_state})
     (checkpoint / checkpoints.STATE).write_text(json.dumps(STATE))
     (folder / "run/config.toml").write_text(config)
     (folder / "run/metrics.jsonl").write_bytes(metrics())

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge.errors import UserError
@@ -125,7 +125,6 @@ def test_logits_have_one_row_per_token(model) -> None:
         model.logits(list(range(17)))
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab", max_size=3)), st.lists(st.text("ab", min_size=1, max_size=3)))
 def test_text_ends_before_the_first_stop_string(pieces, stop) -> None:
     expected = ""

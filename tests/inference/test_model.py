@@ -47,7 +47,7 @@ def generated(generator: TokenGenerator, prompts, uniforms, sampling) -> list[li
     return [[i for step in steps for i in step.ids[row]] for row in range(len(prompts))]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=4),
     st.integers(1, 40),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge.errors import UserError
@@ -37,7 +37,6 @@ def test_frequencies_follow_the_filtered_distribution(params, expected) -> None:
     assert sampled_frequencies(params) == pytest.approx(expected, abs=0.002)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(-50, 50), min_size=1, max_size=9),
     st.floats(0, 1, exclude_max=True, width=32),

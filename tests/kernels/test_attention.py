@@ -21,7 +21,7 @@ from gptforge.kernels.dropout import DropoutRate, DropoutSeed, keep_mask
 from tests.kernels.helpers import INTERPRETED, bf16, rel_error
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     B=st.integers(1, 3), H=st.integers(1, 4), T=st.integers(1, 70), D=st.sampled_from([8, 32]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

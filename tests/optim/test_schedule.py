@@ -3,7 +3,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge.config import Config
@@ -46,7 +46,6 @@ def test_cosine_matches_the_original_project(step, printed) -> None:
     assert f"{learning_rate(BASELINE, step):.6f}" == printed
 
 
-@settings(deadline=None)
 @given(configs(names=["cosine"]))
 def test_cosine_equals_that_of_version_0_1_bit_for_bit(config) -> None:
     names = ("max_lr", "min_lr", "warmup_steps", "max_steps")
@@ -55,7 +54,6 @@ def test_cosine_equals_that_of_version_0_1_bit_for_bit(config) -> None:
         assert learning_rate(config, step) == warmup_cosine(step, **fields)
 
 
-@settings(deadline=None)
 @given(configs())
 def test_rate_rises_to_the_maximum_and_then_never_rises(config) -> None:
     warmup, high, low = config.warmup_steps, config.max_lr, config.min_lr
@@ -73,7 +71,6 @@ def test_rate_rises_to_the_maximum_and_then_never_rises(config) -> None:
         assert math.isclose(rates[-1], end, abs_tol=1e-12 * high)
 
 
-@settings(deadline=None)
 @given(configs(names=["cosine", "linear", "wsd"]))
 def test_decay_is_continuous(config) -> None:
     start, end = decay_start(config), config.max_steps
@@ -87,7 +84,6 @@ def test_decay_is_continuous(config) -> None:
         )
 
 
-@settings(deadline=None)
 @given(configs(names=["linear"]))
 def test_linear_falls_by_the_same_amount_each_step(config) -> None:
     steps = range(config.warmup_steps, config.max_steps)
@@ -97,7 +93,6 @@ def test_linear_falls_by_the_same_amount_each_step(config) -> None:
         assert math.isclose(drop, fall, rel_tol=1e-6, abs_tol=1e-12)
 
 
-@settings(deadline=None)
 @given(configs(names=["wsd"]), st.integers(0, 300))
 def test_longer_wsd_has_the_same_rates_before_the_decay(config, more) -> None:
     longer = dataclasses.replace(config, max_steps=config.max_steps + more)

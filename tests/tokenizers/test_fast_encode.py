@@ -33,7 +33,7 @@ def reference(text: str) -> list[int]:
     return TIKTOKEN.encode_ordinary(text)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=1000)
 @given(st.one_of(st.text(st.characters()), piece_texts))
 def test_any_text(text) -> None:
     assert GPT2.encode(text).tolist() == FAST.encode(text).tolist() == reference(text)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge import tokenizers
@@ -39,7 +39,6 @@ def test_known_ids() -> None:
     assert list(GPT2.encode("")) == []
 
 
-@settings(deadline=None)
 @given(valid_text)
 def test_gpt2_round_trip(text: str) -> None:
     assert decode(GPT2, GPT2.encode(text)) == text
@@ -51,7 +50,6 @@ def test_eot_in_a_text_is_ordinary_characters() -> None:
     assert decode(GPT2, ids) == "a<|endoftext|>b"
 
 
-@settings(deadline=None)
 @given(valid_text)
 def test_char_and_byte_round_trip(text: str) -> None:
     char, byte = CharTokenizer.from_text(text), ByteTokenizer()

@@ -52,7 +52,7 @@ def test_a_text_without_spaces_takes_linear_time() -> None:
     assert decode(tokenizer, tokenizer.encode(letters)) == letters
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=40),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge.data.input_errors import BadInputError, BadInputHandler
@@ -32,7 +32,6 @@ def run_prepare(out: Path, path: Path, **options) -> Index:
     return prepare(out, PrepareRequest((str(path),), tokenizer="byte", **options), num_workers=1)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.text(min_size=1).map(lambda text: text.replace("\0", "") + "x"), max_size=20),
     st.sampled_from([1, 5, 64, 2**15]),

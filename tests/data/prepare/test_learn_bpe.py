@@ -138,7 +138,7 @@ def test_default_vocab_size_grows_with_the_text() -> None:
     assert default_vocab_size(10**7) == pytest.approx(4096, rel=0.02)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     learned_from=st.lists(valid_text, max_size=5),
     text=valid_text,
@@ -151,7 +151,7 @@ def test_any_text_round_trips(learned_from, text, vocab_size) -> None:
     assert char_lengths(tokenizer)[tokenizer.encode(text)].sum() == len(text)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     words=st.lists(st.sampled_from(["a", " ", "\n", "bc", "  d", "é", "日本", "\r\n", "!"])),
     fraction=st.sampled_from([0.0, 0.1, 0.5]),

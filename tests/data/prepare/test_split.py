@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptforge.data.prepare.split import (
@@ -51,7 +51,6 @@ def test_few_documents_are_split_at_the_nearest_boundary(lengths, fraction) -> N
     assert distances[first - 1] == min(distances)
 
 
-@settings(deadline=None)
 @given(
     st.integers(MIN_HASH_DOCUMENTS, 150),
     st.floats(0.0001, 0.9999),
