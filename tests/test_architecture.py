@@ -1,6 +1,7 @@
 """Imports point one way, and slow packages are imported where they are used."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.environment import python_path
 
 PACKAGE = Path(__file__).parents[1] / "gptforge"
 
@@ -89,13 +92,16 @@ def test_training_without_compile_does_not_import_the_compiler(tmp_path) -> None
     # attention on a GPU.
     unwanted = {"torch._dynamo"} if torch.cuda.is_available() else {"torch._dynamo", "sympy"}
     code = (
-        "import sys; from gptforge.cli import main\n"
+        "import sys; from gptforge.cli import main; from tests.pictures import use_blank_pictures\n"
+        "use_blank_pictures()\n"
         f"assert main({flags}) == 0\n"
         f"assert not {unwanted} & set(sys.modules)"
     )
+    env = os.environ | {"PYTHONPATH": python_path()}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

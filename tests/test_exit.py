@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.programs import DEBUG, ROOT, events, start
+from tests.programs import DEBUG, ROOT, command, environment, events, start
 
 if sys.platform == "linux":
     import fcntl
@@ -19,9 +19,10 @@ if sys.platform == "linux":
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows closes streams differently")
 def test_training_needs_no_output_stream(tmp_path, play) -> None:
-    args = [sys.executable, "-m", "gptforge", *DEBUG, "--input", play, "--out_dir", "run"]
-    command = " ".join(shlex.quote(str(word)) for word in args)
-    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=tmp_path, check=False)
+    words = shlex.join(command(*DEBUG, "--input", play, "--out_dir", "run"))
+    done = subprocess.run(
+        ["sh", "-c", f"{words} >&- 2>&-"], cwd=tmp_path, env=environment(), check=False
+    )
     assert done.returncode == 0
     assert events(tmp_path / "run")[-1]["reason"] == "finished"
 
@@ -29,14 +30,14 @@ def test_training_needs_no_output_stream(tmp_path, play) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_the_same_command_resumes(tmp_path, play, number, code) -> None:
-    command = (*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000)
-    process = start(*command, cwd=tmp_path)
+    flags = (*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000)
+    process = start(*flags, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 30 "):
             break
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Stopping after this step" in out
     *_, saved, resume = out.splitlines()
@@ -59,21 +60,22 @@ def test_signal_saves_and_the_same_command_resumes(tmp_path, play, number, code)
     else:
         raise AssertionError("it did not resume")
     assert f"{stopped}{line}" in (tmp_path / "run/log.md").read_text()
-    # One more ends the process at once, or stops the final evaluation.
+    # One more ends the process at once, or stops the final evaluation. If it comes as late as in
+    # Python's own shutdown, the process ends by the signal, for which a shell reports `code`.
     time.sleep(0.2)
     process.send_signal(number)
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=120) in (code, -number)
     process.stdout.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' terminals hang up otherwise")
 def test_closed_terminal_saves_first(tmp_path, play) -> None:
     terminal, child = os.openpty()
-    args = [*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "gpt.py"), *map(str, args)],
-        cwd=tmp_path, stdin=child, stdout=child, stderr=child, start_new_session=True,
+        command(*DEBUG, "--input", play, "--out_dir", "run", "--max_steps", 100000),
+        cwd=tmp_path, env=environment(),
+        stdin=child, stdout=child, stderr=child, start_new_session=True,
         # As the controlling terminal, so that closing it sends SIGHUP.
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
@@ -82,7 +84,7 @@ def test_closed_terminal_saves_first(tmp_path, play) -> None:
     while b"step 30 " not in output:
         output += os.read(terminal, 4096)
     os.close(terminal)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=120) == 143
     end = events(tmp_path / "run")[-1]
     assert (end["event"], end["reason"]) == ("end", "terminated")
     last = (tmp_path / "run/checkpoints/last").resolve()
@@ -95,7 +97,7 @@ def test_closed_pipe_does_not_end_the_training(tmp_path, play) -> None:
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
@@ -139,7 +141,7 @@ def test_signal_makes_any_command_clean_up(name, code, message) -> None:
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (code, "cleaned up\n", f"{message}\n")
 
 
@@ -160,8 +162,8 @@ sys.exit(cli.main())
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_ctrl_c_again_after_the_end_prints_no_traceback() -> None:
-    command = [sys.executable, "-c", SHUTDOWN_COMMAND]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    shutdown = [sys.executable, "-c", SHUTDOWN_COMMAND]
+    done = subprocess.run(shutdown, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr == "interrupted\n"
     assert done.returncode == -signal.SIGINT  # a shell reports 130 for it
 

@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks, each a process forked from a server that loaded torch."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 
 from gptforge.distributed import init_distributed
 from gptforge.errors import RunError, UserError
+from tests.pictures import use_blank_pictures
 
 # A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
 _context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -72,7 +75,7 @@ def _run(
     timeout: float | None = None,
     before: Callable[[int], Any] | None = None,
 ) -> list[RankExit]:
-    """Once rank 0 or two ranks have exited, those that do not follow are killed."""
+    """Wait until all ranks have ended; those that have stopped themselves are killed then."""
     env = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     if timeout is not None:
@@ -83,34 +86,44 @@ def _run(
     ]
     for child in children:
         child.start()
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        ended = [child.exitcode is not None for child in children]
-        if ended[0] or sum(ended) > 1:
-            break
+    deadline = time.monotonic() + 200
+    while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    # A single one that is left is the lost rank, which does not follow.
-    deadline = time.monotonic() + 8
-    last = time.monotonic() + 4
-    while (left := [c for c in children if c.exitcode is None]) and time.monotonic() < deadline:
-        if len(left) > 1:
-            last = time.monotonic() + 4
-        elif time.monotonic() > last:
-            break
-        time.sleep(0.05)
-    for child in left:
-        child.kill()
-        child.join()
+    for child in children:
+        if child.exitcode is None:
+            child.kill()
+            child.join()
     outputs = [(Path(folder) / f"{rank}.out").read_text() for rank in range(world_size)]
     return [
         RankExit(child.exitcode, output) for child, output in zip(children, outputs, strict=True)
     ]
 
 
+def is_running(child: BaseProcess) -> bool:
+    """Whether a rank has neither ended nor stopped itself by SIGSTOP, which only Linux shows."""
+    if child.exitcode is not None:
+        return False
+    try:
+        return Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2][0] != "T"
+    except OSError:  # it has just ended, or there is no /proc
+        return True
+
+
+# From a place of this process's own, below the ports that systems give to any socket: so no other
+# program gets one before the ranks do.
+_ports = itertools.count(10_000 + os.getpid() * 7919 % 20_000)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free now, and that no test gets a second time."""
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
 
 
 def _child(
@@ -129,6 +142,11 @@ def _child(
     import torch
 
     torch.set_num_threads(1)
+    use_blank_pictures()
+    # Ranks wait for each other for seconds, and a busy machine may start one later than that.
+    (Path(folder) / f"{rank}.ready").touch()
+    while len(list(Path(folder).glob("*.ready"))) < env["WORLD_SIZE"]:
+        time.sleep(0.01)
     try:
         if before is not None:
             before(rank)

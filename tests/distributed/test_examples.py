@@ -40,7 +40,7 @@ def start(script: str, *flags: object, **env: object) -> subprocess.Popen:
 
 
 def wait_until_open(port: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         try:
             with socket.create_connection(("localhost", port), 1):
@@ -53,13 +53,15 @@ def wait_until_open(port: int) -> None:
 def test_two_machines_train_together(play, tmp_path) -> None:
     """Two launchers on one machine stand for two machines."""
     env = {"FIRST": "localhost", "PORT": free_port(), "GPUS": 1, "RUN": tmp_path.name}
+    # The second machine starts later.
+    env["GPTFORGE_SILENCE"] = 120
     flags = ("--input", play, "--out_dir", tmp_path / "run", "--sample_every", 0)
     launchers = [start("two_nodes.sh", *flags, **env)]
     try:
         # Both launchers take themselves for FIRST; the later one must find the port taken.
         wait_until_open(env["PORT"])
         launchers.append(start("two_nodes.sh", *flags, **env))
-        outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+        outputs = [launcher.communicate(timeout=200)[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.kill()

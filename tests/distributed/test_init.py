@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from gptforge.distributed import (
     Comm,
     comm,
+    init,
     init_distributed,
     is_distributed_launch,
     watchdog,
@@ -88,10 +90,21 @@ def rank0_stops(rank: int) -> None:
 
 
 def rank0_stops_with_the_store(rank: int) -> None:
-    if rank == 0:
-        threading.Timer(2, freeze).start()
     if rank == 1:
         os._exit(9)
+    host_rendezvous = init.host_rendezvous
+
+    def host_and_freeze(store: Store, attempt: str, *args) -> tuple[str, int] | None:
+        def freeze_later() -> None:
+            while not store.check([f"{attempt}/life/2"]):  # its first heartbeat
+                time.sleep(0.05)
+            freeze()
+
+        threading.Thread(target=freeze_later, daemon=True).start()
+        return host_rendezvous(store, attempt, *args)
+
+    if rank == 0:
+        init.host_rendezvous = host_and_freeze
 
 
 def rank1_stops_in_setup(rank: int) -> None:
@@ -190,7 +203,10 @@ def wait_before_first_step(ranks: Comm) -> None:
     # Preparing a text may take longer than any one wait for it.
     comm.STORE_WAIT = timedelta(seconds=0.5)
     if ranks.rank == 1:
-        time.sleep(8)
+        output = Path("/proc/self/fd/1").resolve().with_name("0.out")
+        deadline = time.monotonic() + 60
+        while "are waiting for rank 1" not in output.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
     ranks.broadcast_from_rank0(lambda: None)
     ranks.assert_same({"text": "this"})
     ranks.all_true(True)
@@ -198,7 +214,7 @@ def wait_before_first_step(ranks: Comm) -> None:
 
 @needs_linux
 def test_slow_rank_before_the_first_step_is_named() -> None:
-    first, second = exits_of(2, wait_before_first_step, timeout=2)
+    first, second = exits_of(2, wait_before_first_step, timeout=2 * TIMEOUT)
     assert (first.code, second.code) == (0, 0)
     assert "the other ranks are waiting for rank 1 on" in first.output
 
@@ -225,15 +241,17 @@ def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
 
 ABSENT_AT_FIRST = """
 import os, time
-if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
-    time.sleep(600)
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    os.environ["GPTFORGE_SILENCE"] = "4"
+    if os.environ.get("RANK") == "1":
+        time.sleep(600)
 """
 
 
 @needs_linux
 def test_torchrun_restarts_after_a_rank_did_not_join(play, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ABSENT_AT_FIRST)
-    env = {"PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1", "GPTFORGE_SILENCE": "4"}
+    env = {"PYTHONPATH": python_path(tmp_path), "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
               "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
     train = ["--preset", "debug", "--device", "cpu", "--input", str(play), "--max_steps", "5",

@@ -21,6 +21,7 @@ from gptforge.distributed.watchdog import is_connection_error
 from gptforge.errors import RunError, UserError
 from tests.distributed.spawn import RankExit, exits_of, free_port
 from tests.environment import python_path
+from tests.programs import command, environment
 from tests.train.runs import events, last
 
 ROOT = Path(__file__).parents[2]
@@ -83,13 +84,13 @@ def test_killed_rank_is_named_at_once(config) -> None:
 
 @needs_linux
 def test_stopped_rank_is_named(config) -> None:
-    first, _ = exits(config, "stopped", timeout=3)
+    first, _ = exits(config, "stopped", timeout=6)
     assert first.code == 1
     assert f"error: rank 1 on {HOST} has sent no heartbeat for " in first.output
 
 
 def test_hanging_rank_is_named(config) -> None:
-    first, second = exits(config, "hangs", timeout=3)
+    first, second = exits(config, "hangs", timeout=6)
     assert first.code == second.code == 1
     assert f"error: rank 1 on {HOST} stalled for " in first.output + second.output
     assert "while the others waited" in first.output + second.output
@@ -172,12 +173,11 @@ def test_only_a_connection_error_is_blamed_on_other_ranks() -> None:
 
 def start(folder: Path, *flags: str, env: dict[str, str], before: tuple[str, ...] = ()):
     """Start gpt.py on a tiny model, with its output in `folder`/out.txt."""
-    command = [sys.executable, str(ROOT / "gpt.py"), *FLAGS, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **env}
     with (folder / "out.txt").open("w") as out:
         return subprocess.Popen(
-            [*before, *command], env=environment, stdout=out, stderr=out, cwd=folder
-        )
+            [*before, *command(*FLAGS, *flags)],
+            env=environment() | env, stdout=out, stderr=out, cwd=folder,
+        )  # fmt: skip
 
 
 FLAGS = (
@@ -216,25 +216,24 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes(play, tmp_path)
     out = str(tmp_path / "run")
     # --restart only applies to the first start: after that there are checkpoints to resume from.
     args = (*flags, "--out_dir", out, "--restart")
-    # Slow enough that there are steps left to resume.
-    slow = ("--batch_size", "4", "--gradient_accumulation_steps", "2", "--max_steps", "60")
+    batch = ("--batch_size", "4", "--gradient_accumulation_steps", "2", "--max_steps", "60")
     folder = tmp_path / "launch"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SLOW_STEPS)
+    (folder / "sitecustomize.py").write_text(RANK_1_HANGS)
     env = {"PYTHONPATH": python_path(folder), "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}",
               "--nproc_per_node=2", "--max_restarts=1"]  # fmt: skip
     with (folder / "out.txt").open("w") as out_file:
         run = subprocess.Popen(
-            [sys.executable, *launch, str(ROOT / "gpt.py"), *FLAGS, *args, *slow],
+            [sys.executable, *launch, str(ROOT / "gpt.py"), *FLAGS, *args, *batch],
             env={**os.environ, **env}, stdout=out_file, stderr=out_file,
         )  # fmt: skip
     wait_for(lambda: (Path(out) / "checkpoints" / "step-000020").is_dir(), run)
     os.kill(process_of_rank(1, out), signal.SIGKILL)
-    code = run.wait(120)
+    code = run.wait(200)
     output = (folder / "out.txt").read_text()
     assert code == 0, output
-    assert uninterrupted.wait(120) == 0
+    assert uninterrupted.wait(200) == 0
     assert f"error: rank 1 on {HOST} has died" in output
     assert "from step-0000" in output
     configs = Config(out_dir=str(tmp_path / "uninterrupted")), Config(out_dir=out)
@@ -244,16 +243,17 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_it_resumes(play, tmp_path)
     assert len(events(configs[1], "resume")) == 1
 
 
-SLOW_STEPS = """
+# Until it is killed, with steps left to resume.
+RANK_1_HANGS = """
 import os
-if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
     from gptforge.train import trainer
     import time
     train_step = trainer.Trainer.train_step
-    def slow_step(self):
-        time.sleep(0.1 if self.state.step > 20 else 0)
+    def train_step_or_hang(self):
+        time.sleep(600 if self.state.step > 20 else 0)
         return train_step(self)
-    trainer.Trainer.train_step = slow_step
+    trainer.Trainer.train_step = train_step_or_hang
 """
 
 
@@ -290,10 +290,24 @@ def two_hosts() -> Iterator[list[tuple[str, ...]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+# A rank waits for the other for seconds, and a busy machine may start it later than that.
+STARTS_TOGETHER = """
+import os, time
+from pathlib import Path
+import gptforge.builders.build_trainer  # takes most of the time of a start
+folder = Path(__file__).parent
+(folder / os.environ["RANK"]).touch()
+while not all((folder / rank).exists() for rank in "01"):
+    time.sleep(0.01)
+"""
+
+
 def test_host_that_is_cut_off_is_named_on_both_hosts(play, tmp_path, two_hosts):
+    (tmp_path / "sitecustomize.py").write_text(STARTS_TOGETHER)
     address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": str(free_port())}
     world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    more = {"GLOO_SOCKET_IFNAME": "wire0", "GPTFORGE_SILENCE": "4"}
+    more = {"GLOO_SOCKET_IFNAME": "wire0", "GPTFORGE_SILENCE": "8"}
+    more["PYTHONPATH"] = python_path(tmp_path)
     processes = []
     for rank, before in enumerate(two_hosts):
         folder = tmp_path / f"host-{rank}"
@@ -307,7 +321,7 @@ def test_host_that_is_cut_off_is_named_on_both_hosts(play, tmp_path, two_hosts):
     names = [before[-1] for before in two_hosts]
     cut = ["ip", "-n", names[1], "link", "set", "wire0", "down"]
     subprocess.run(cut, check=True)
-    assert [process.wait(60) for process in processes] == [1, 1]
+    assert [process.wait(120) for process in processes] == [1, 1]
     first, second = (path.read_text() for path in outputs)
     assert f"error: rank 1 on {names[1]} has sent no heartbeat for " in first
     assert f"error: rank 1 on {names[1]} can no longer reach the other ranks at 10.77" in second

@@ -8,6 +8,7 @@ instead of wrapped functions, so that no change, now or later, can be missed.
 import builtins
 import errno
 import io
+import math
 import os
 import signal
 import subprocess
@@ -24,14 +25,13 @@ import filelock  # noqa: F401
 # Imported before the fork, so that a round does not pay for them again.
 import torch
 import torch._dynamo
-from matplotlib.figure import Figure
 
 import gptforge.builders.build_trainer
 import gptforge.cli.train
-import gptforge.report.curves
-import gptforge.report.html_report
+import gptforge.report.run_report
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.train import signals
+from tests.pictures import use_blank_pictures
 
 OPERATIONS = "operations.txt"
 OUT, ERR = "out.txt", "err.txt"
@@ -68,8 +68,10 @@ def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> No
         os.close(fd)
     torch.set_num_threads(1)
     # The files are written as always; drawing full curves would be half of the time of a round.
-    gptforge.report.curves.plot_curves = lambda *_, **__: Figure(figsize=(1, 1))
-    gptforge.report.html_report.render_report = lambda _: "<!DOCTYPE html>"
+    use_blank_pictures()
+    # They are written at the end only: every some seconds, a slow run would change the disk more
+    # often than a fast one.
+    gptforge.report.run_report.PLOT_EVERY_SECONDS = math.inf
     faults = FaultInjector(Path(folder), injections)
     faults.install()
     try:

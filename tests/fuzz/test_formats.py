@@ -11,7 +11,7 @@ pytest.importorskip("zstandard", reason="zstandard is not installed")
 from tests.fuzz.formats import FORMATS, make_folder
 from tests.fuzz.harness import Trial
 
-MUTATIONS = 1000
+MUTATIONS = 500
 
 
 @pytest.fixture(scope="module")
