@@ -1,7 +1,7 @@
 """The page as a subprocess, and a small run to show."""
 
 import os
-import socket
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.cli import main
 from tests.environment import python_path
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"OMP_NUM_THREADS": "1", "GPTFORGE_DEBUG": "1"}
+
+# A text of 1,000 tokens takes minutes, and a server that waited for it would have no limit.
+SLOW = """
+import sys, time
+import uvicorn
+from gptforge.demo import api, generation_queue
+from gptforge.demo.launch import launch
+from gptforge.inference.language_model import LanguageModel
+
+class PatientConfig(uvicorn.Config):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"timeout_graceful_shutdown": None})
+
+stream_tokens = LanguageModel.stream_tokens
+
+def slow_stream_tokens(model, prompt, max_new_tokens, *args, **options):
+    for token in stream_tokens(model, prompt, max_new_tokens, *args, **options):
+        time.sleep(0.3 if max_new_tokens == 1000 else 0.03)
+        yield token
+
+uvicorn.Config = PatientConfig
+api.MAX_SECONDS = 600.0
+# One visitor at a time.
+generation_queue.MAX_CONCURRENT, generation_queue.MAX_QUEUED = 1, int(sys.argv[1])
+LanguageModel.stream_tokens = slow_stream_tokens
+launch("run", device="cpu")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +50,18 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     line = "ROMEO:\nBut soft, what light through yonder window breaks?\n\n"
     (folder / "play.txt").write_text(line * 150)
-    train = ["--preset", "debug", "--device", "cpu", "--input", "play.txt", "--out_dir", "run"]
-    command = [sys.executable, str(ROOT / "gpt.py"), *train]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=os.environ | QUIET)
+    flags = ("--preset", "debug", "--device", "cpu", "--input", "play.txt", "--out_dir", "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*flags]) == 0
     return folder
 
 
 @contextmanager
 def server(folder: Path, *command: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The address of the page, at the first free port; one that does not end at once fails."""
     process = subprocess.Popen(
-        [sys.executable, *(word.replace("PORT", str(port)) for word in command)],
+        [sys.executable, *command],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,9 +71,13 @@ def server(folder: Path, *command: str) -> Iterator[str]:
     assert process.stdout is not None
     first = process.stdout.readline()
     try:
-        assert f"http://127.0.0.1:{port}" in first, first + process.stdout.read()
-        yield f"http://127.0.0.1:{port}"
+        address = re.search(r"http://127\.0\.0\.1:\d+", first)
+        assert address, first + process.stdout.read()
+        yield address[0]
     finally:
         process.terminate()
-        output, _ = process.communicate(timeout=30)
+        try:
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert output in ("", "terminated\n")

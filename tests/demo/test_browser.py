@@ -13,7 +13,7 @@ import pytest
 
 from tests.browser import browser as browser
 from tests.browser import needs_chromium
-from tests.demo.serving import ROOT, server
+from tests.demo.serving import ROOT, SLOW, server
 from tests.demo.serving import folder as folder
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -21,38 +21,16 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytestmark = needs_chromium
 
 
-SLOW = """
-import sys, time
-import gptforge.demo.generation_queue as limits
-from gptforge.demo.launch import launch
-from gptforge.inference.language_model import LanguageModel
-
-# One visitor at a time, one more in the queue, and slow tokens.
-limits.MAX_CONCURRENT, limits.MAX_QUEUED = 1, 1
-stream_tokens = LanguageModel.stream_tokens
-
-
-def slow_stream_tokens(*args, **more):
-    for token in stream_tokens(*args, **more):
-        time.sleep(0.03)
-        yield token
-
-
-LanguageModel.stream_tokens = slow_stream_tokens
-launch("run", port=int(sys.argv[1]), device="cpu")
-"""
-
-
 @pytest.fixture(scope="module")
 def address(folder) -> Iterator[str]:
-    demo = ("demo", "run", "--port", "PORT", "--device", "cpu")
-    with server(folder, str(ROOT / "gpt.py"), *demo) as address:
+    with server(folder, str(ROOT / "gpt.py"), "demo", "run", "--device", "cpu") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def slow_address(folder) -> Iterator[str]:
-    with server(folder, "-c", SLOW, "PORT") as address:
+    """Of a server for one visitor, one more in the queue, and slow tokens."""
+    with server(folder, "-c", SLOW, "1") as address:
         yield address
 
 
@@ -65,7 +43,7 @@ def visit(browser):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20000)
+        page.set_default_timeout(60000)
 
         def check(request) -> None:
             if not request.url.startswith((address, "data:", "blob:")):
@@ -127,7 +105,7 @@ def wait_for_tokens(page, minimum: int) -> None:
 
 def test_type_and_generate(visitor) -> None:
     page = visitor()
-    text = generate(page, prompt="But soft, what")
+    text = generate(page, prompt="But soft, what", seed=1)
     assert page.inner_text(".prompt") == text[:14] == "But soft, what"
     assert count(page) == len(text) - 14 == 300
     assert "300 tokens" in status(page)
@@ -171,10 +149,11 @@ def test_text_is_copied_and_downloaded_as_it_is(visitor) -> None:
 
 def test_text_streams_and_stops(visit, slow_address) -> None:
     page = visit(slow_address)
+    set_value(page, "max_tokens", 900)
     page.click("#go")
     for minimum in (3, 10, 20):
         wait_for_tokens(page, minimum)
-    assert count(page) < 300
+    assert count(page) < 900
     assert page.locator(".text[aria-busy]").count() == 1
     assert page.inner_text("#go") == "Stop"
     page.click("#go")
@@ -201,6 +180,7 @@ def test_text_is_followed_unless_the_reader_scrolls_up(visit, slow_address) -> N
     # A narrow sheet, so that it is soon full.
     page.add_style_tag(content=".text { min-height: 0 !important; height: 90px !important; }")
     page.fill("#prompt", "what\n" * 4)
+    set_value(page, "max_tokens", 900)
     page.click("#go")
     from_end = (
         "(e => e.scrollHeight - e.scrollTop - e.clientHeight)(document.querySelector('.text'))"
@@ -228,15 +208,14 @@ def test_reloading_the_page_stops_the_generation(visit, slow_address) -> None:
     wait_for_tokens(page, 5)
     page.reload()
     page.wait_for_selector(".text.blank")
-    # It would have taken half a minute, for which the next visitor would wait.
-    start = time.monotonic()
+    # It would have taken minutes, for which the next visitor would wait.
     other.click("#go")
     wait_for_tokens(other, 3)
-    assert time.monotonic() - start < 15
 
 
 def test_a_full_queue_is_reported(visit, slow_address) -> None:
     pages = [visit(slow_address) for _ in range(3)]
+    set_value(pages[0], "max_tokens", 1000)
     pages[0].click("#go")
     wait_for_tokens(pages[0], 3)
     pages[1].click("#go")
@@ -350,7 +329,7 @@ def test_two_checkpoints_side_by_side(visitor) -> None:
 
 def test_keyboard(visitor) -> None:
     page = visitor()
-    generate(page, max_tokens=30)
+    generate(page, max_tokens=30, seed=1)
     page.focus(".text")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
@@ -383,7 +362,7 @@ def test_axe_finds_no_violation(visitor, scheme, width) -> None:
     check()
     page.get_by_label("Compare").check()
     page.get_by_label("Tint").check()
-    generate(page, max_tokens=60)
+    generate(page, max_tokens=60, seed=1)
     letters(page).nth(3).hover()
     set_value(page, "seed", "x")
     page.click("#go")
@@ -396,6 +375,7 @@ def test_axe_finds_no_violation(visitor, scheme, width) -> None:
 
 def test_the_page_fits_a_phone(visitor) -> None:
     page = visitor(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    set_value(page, "seed", 1)
     page.tap("#go")
     page.wait_for_function("document.querySelector('.status').innerText.includes('300 tokens')")
     # Nothing is wider than the screen, not even hidden overflow.

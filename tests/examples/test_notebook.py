@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+traitlets = pytest.importorskip("traitlets.config", reason="traitlets is not installed")
 pytest.importorskip("ipykernel", reason="ipykernel is not installed")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,8 +33,16 @@ def execute(tmp_path, monkeypatch):
         """The code cells of a notebook, with their outputs."""
         notebook = nbformat.read(EXAMPLES / name, as_version=4)
         nbformat.validate(notebook)
-        resources = {"metadata": {"path": str(tmp_path)}}
-        nbclient.NotebookClient(notebook, timeout=200, resources=resources).execute()
+        # Sockets with names: ports that are free now may be taken once the kernel has started.
+        with TemporaryDirectory() as sockets:  # of a short path, as names have a limit
+            options = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            nbclient.NotebookClient(
+                notebook,
+                timeout=200,
+                startup_timeout=200,
+                resources={"metadata": {"path": str(tmp_path)}},
+                config=traitlets.Config(KernelManager=options),
+            ).execute()
         return code_cells(notebook)
 
     return run

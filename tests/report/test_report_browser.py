@@ -29,7 +29,7 @@ def visit(browser, tmp_path):
     def open_page():
         path = save_report(folder)
         page = context.new_page()
-        page.set_default_timeout(20000)
+        page.set_default_timeout(60000)
         page.on(
             "request",
             lambda r: r.url.startswith(("file:", "data:", "blob:")) or problems.append(r.url),
@@ -46,7 +46,7 @@ def visit(browser, tmp_path):
 
 def wait_until(page, condition: str) -> None:
     """Like `wait_for_function`, whose use of eval the page's security policy forbids."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, condition
         time.sleep(0.05)
@@ -55,6 +55,7 @@ def wait_until(page, condition: str) -> None:
 def canvas_center(page) -> tuple[float, float]:
     """Where the middle of the first panel is, once it is drawn."""
     wait_until(page, "window.Bokeh !== undefined && Bokeh.index.roots.length >= 4")
+    wait_until(page, "Bokeh.documents.every(document => document.is_idle)")
     box = page.locator(".curves canvas").first.bounding_box()
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
