@@ -168,6 +168,8 @@ libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
 SIZE = 6144 * 4096
+if hasattr(libc, "prctl"):
+    libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KB, wherever it runs
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

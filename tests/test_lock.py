@@ -83,7 +83,7 @@ def test_waiter_locks_the_new_file_after_the_old_one_is_deleted(tmp_path) -> Non
     time.sleep(0.05)
     assert not waited
     first.release()
-    thread.join(30)
+    thread.join(120)
     assert lock_folder(tmp_path) is None
     waited[0].release()
     assert not any(tmp_path.iterdir())
@@ -109,7 +109,7 @@ def test_file_system_without_locks_still_locks_on_this_machine(tmp_path, monkeyp
 
 
 def test_checking_a_lock_takes_and_deletes_nothing(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lock, "RETRY_SECONDS", 30)
+    monkeypatch.setattr(lock, "RETRY_SECONDS", 120)
     (tmp_path / LOCK_FILE).touch()
     checking = lock._acquire(tmp_path, wait=False)
     threading.Timer(0.1, checking.release).start()

@@ -113,7 +113,9 @@ def test_wheel_has_the_text_and_all_that_the_program_reads(tmp_path) -> None:
         names = set(archive.namelist())
         assert archive.read("gptforge/data/input.txt") == (ROOT / "input.txt").read_bytes()
     files = (path for path in (ROOT / "gptforge").rglob("*") if path.is_file())
-    program = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    # Also without the temporary names under which Python writes compiled modules.
+    files = (path for path in files if path.parent.name != "__pycache__")
+    program = {path.relative_to(ROOT).as_posix() for path in files}
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == program | {"gptforge/data/input.txt"}
 

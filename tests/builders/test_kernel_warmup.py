@@ -15,11 +15,11 @@ from gptforge.presets import get_preset
 
 
 def test_cpu_has_no_warmup() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     warmup = KernelWarmup(
         torch.device("cpu"), get_preset("debug"), Precision(torch.float32, "test")
     )
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     warmup.wait()
 
 

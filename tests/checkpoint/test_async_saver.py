@@ -27,7 +27,7 @@ def test_training_continues_while_a_checkpoint_is_saved(tmp_path, monkeypatch) -
     save = store.save
 
     def wait_and_save(*args, **options) -> str:
-        assert may_save.wait(timeout=60)
+        assert may_save.wait(timeout=120)
         return save(*args, **options)
 
     monkeypatch.setattr(store, "save", wait_and_save)
@@ -49,7 +49,7 @@ def test_a_save_that_ctrl_c_stops_waiting_for_is_waited_for_again(tmp_path, monk
     save = store.save
 
     def wait_and_save(*args, **options) -> str:
-        assert may_save.wait(timeout=60)
+        assert may_save.wait(timeout=120)
         return save(*args, **options)
 
     def interrupt(_: object) -> None:

@@ -37,7 +37,7 @@ def script(capsys):
 
 
 def run(*command: str, cwd: Path) -> set[str]:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=120)
     return {line.partition("\t")[0].strip() for line in done.stdout.splitlines()}
 
 

@@ -94,7 +94,7 @@ def test_ctrl_c_ends_without_a_traceback() -> None:
     assert process.stdout is not None
     assert process.stdout.read(20).startswith("ROMEO:")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert err.endswith("interrupted\n")
@@ -105,7 +105,7 @@ def test_a_closed_pipe_ends_without_a_traceback() -> None:
     assert process.stdout is not None
     assert process.stdout.read(6) == "ROMEO:"
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
@@ -125,7 +125,7 @@ def test_interactive_continues_each_line(program, monkeypatch) -> None:
 def read_until(terminal: int, text: str) -> str:
     """What a terminal shows until `text` has been printed and half a second is quiet."""
     shown = ""
-    while select.select([terminal], [], [], 0.5 if text in shown else 60)[0]:
+    while select.select([terminal], [], [], 0.5 if text in shown else 120)[0]:
         try:
             shown = (shown + os.read(terminal, 4096).decode()).replace("\r\n", "\n")
         except OSError:  # Linux reports the end like this
@@ -149,7 +149,7 @@ def test_interactive_terminal_has_line_editing_and_a_history(program) -> None:
             text = program(*SAMPLE, "--prompt", "ROMEO", "--seed", seed).out
             assert f"\n{text}" in read_until(terminal, f"{text[-5:]}\n> ")
         os.write(terminal, b"\x04")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=120) == 0
     finally:
         process.kill()
         process.wait()

@@ -69,7 +69,7 @@ def test_training_ends_its_threads_without_the_garbage_collector(
     try:
         assert program(*DEBUG, "--input", play, "--out_dir", "run").code == (1 if where else 0)
         for thread in set(threading.enumerate()) - before:
-            thread.join(timeout=10)
+            thread.join(timeout=120)
             assert not thread.is_alive(), thread
     finally:
         gc.enable()
@@ -138,7 +138,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, play, program) -> No
             break
     second = program(*command)
     process.kill()
-    process.wait(timeout=60)
+    process.wait(timeout=120)
     process.stdout.close()
     assert second.code == 2
     assert "another process" in second.err

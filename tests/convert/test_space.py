@@ -104,16 +104,16 @@ def serve_and_complete(python: Path, space: Path) -> None:
         first = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+", first)
         assert address, first + process.stdout.read()
-        with urllib.request.urlopen(address[0], timeout=30) as page:
+        with urllib.request.urlopen(address[0], timeout=120) as page:
             assert "<title>GPT-Forge</title>" in page.read().decode()
         body = json.dumps({"prompt": "ROMEO:", "max_tokens": 20, "seed": 1}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{address[0]}/v1/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 20
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
 
 
 def test_a_space_runs_without_gptforge(space, other_python) -> None:

@@ -169,7 +169,7 @@ def test_a_trial_of_a_killed_sweep_saves_and_ends(tmp_path, play, stops_trials) 
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env["STOPS_TRIALS"] = stops_trials
     assert subprocess.run(command, cwd=tmp_path, env=env, check=False).returncode == -9
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     metrics = tmp_path / "trial-1/metrics.jsonl"
     while '"event": "end"' not in metrics.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
