@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from gptforge.builders.train_teachers import cost_with_teachers
+from gptforge.builders.teachers import cost_with_teachers
 from gptforge.config import Config
 from gptforge.device import select_device
 from gptforge.estimate.formulas import default_vocab_size, flops_per_token
