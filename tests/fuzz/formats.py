@@ -60,9 +60,8 @@ ALPHABET = "".join(sorted(set(TEXT)))
 MERGES = ["Ġ t", "h e", "Ġt o", "b e", "o n"]
 STATE = {
     "version": 1,
-    **TrainState(
-        step=2, best_step=2, best_loss=1.4, recent_losses=[2.0], pending=["save"]
-    ).to_json(),
+    **TrainState(step=2, best_step=2, best_loss=1.4, recent_losses=[2.0]).to_json(),
+    "pending": ["evaluate", "save"],  # as a run of an earlier version that was interrupted
     "loader": {"position": 16},
     "scaler": {},
     "file_sizes": {"log.md": 10, "metrics.jsonl": 20, "samples.md": 0},
