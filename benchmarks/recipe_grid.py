@@ -8,8 +8,8 @@ The last tenth of each text is removed first, and the run holds out the last ten
 so the choice of a recipe never sees the text that is quoted. One run is the rule's; each of the
 others changes one thing: half or twice the weight decay or the learning rate, less or more dropout,
 a narrower or wider model and a smaller or larger batch with as many steps as take the same FLOPs, a
-wider model with all steps, another vocabulary. The loss is in nats per character, of the best
-checkpoint on all that is held out.
+wider model with all steps, twice the steps, another vocabulary. The loss is in nats per character,
+of the best checkpoint on all that is held out.
 
 Results are lines of results.jsonl in `--out`: what is there is not run again. The picture is
 recipe-grid.png.
@@ -45,7 +45,7 @@ GPT_PY = Path(__file__).resolve().parents[1] / "gpt.py"
 RULE = "the rule"
 COLORS = (
     *("#4c78a8", "#d1495b", "#2a9d8f", "#b8791f", "#7a6bb0", "#8fbf5b", "#c0628f"),
-    *("#1f2937", "#f0b429"),
+    *("#1f2937", "#f0b429", "#7f5539"),
 )
 Result = dict[str, Any]
 Flags = dict[str, Any]
@@ -102,6 +102,12 @@ def neighbors(num_bytes: int, preset: str, device: DeviceClass) -> dict[str, Fla
         n_head = max(1, round(rule.n_embd * factor / head))
         return same_cost(n_embd=n_head * head, n_head=n_head)
 
+    def batch(factor: float) -> Flags:
+        # Both flags: the rule divides its batch by either of them.
+        sequences = max(1, round(rule.batch_size * factor))
+        steps = rule.gradient_accumulation_steps
+        return same_cost(batch_size=sequences, gradient_accumulation_steps=steps)
+
     changes: dict[str, Flags] = {
         RULE: {},
         "half the decay": decay(0.5),
@@ -113,8 +119,9 @@ def neighbors(num_bytes: int, preset: str, device: DeviceClass) -> dict[str, Fla
         "narrower": width(0.7),
         "wider": width(1.5),
         "wider, all steps": width(1.5) | {"max_steps": rule.max_steps},
-        "half the batch": same_cost(batch_size=max(1, rule.batch_size // 2)),
-        "twice the batch": same_cost(batch_size=rule.batch_size * 2),
+        "half the batch": batch(0.5),
+        "twice the batch": batch(2),
+        "twice the steps": {"max_steps": 2 * rule.max_steps},
         "token noise": {"token_noise": 0.05 if rule.token_noise == 0 else 0.0},
     }
     if rule.tokenizer == "bpe":
@@ -250,7 +257,9 @@ def _kind(change: str) -> str:
     for kind in ("decay", "dropout", "rate", "batch", "vocabulary", "teachers", "token noise"):
         if kind in change:
             return kind
-    return "width" if change.startswith(("narrower", "wider")) else "tokenizer"
+    if change.startswith(("narrower", "wider")):
+        return "width"
+    return "steps" if "steps" in change else "tokenizer"
 
 
 def main() -> None:

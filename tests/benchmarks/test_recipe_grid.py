@@ -27,6 +27,16 @@ def test_neighbors_are_valid_and_differ_from_the_rule(num_bytes, device) -> None
         assert asdict(config) != asdict(Config(**recipe.values))
 
 
+def test_batches_are_those_of_a_step() -> None:
+    rule = make_recipe(300_000, "cpu").values
+    changes = recipe_grid.neighbors(300_000, "auto", "cpu")
+    for change, factor in (("half the batch", 0.5), ("twice the batch", 2)):
+        values = changes[change]
+        config = Config(**make_recipe(300_000, "cpu", explicit=values).values | values)
+        assert config.tokens_per_step == factor * Config(**rule).tokens_per_step
+        assert config.max_steps == rule["max_steps"] / factor
+
+
 def test_table_compares_means_with_the_rule() -> None:
     def result(change: str, nats: float, seed: int) -> dict:
         task = recipe_grid.Task("book", 300_000, "auto", "cpu", change, "--dropout 0.1", seed)
