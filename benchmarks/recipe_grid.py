@@ -9,7 +9,7 @@ so the choice of a recipe never sees the text that is quoted. One run is the rul
 others changes one thing: half or twice the weight decay or the learning rate, less or more dropout,
 a narrower or wider model and a smaller or larger batch with as many steps as take the same FLOPs, a
 wider model with all steps, twice the steps, another vocabulary. The loss is in nats per character,
-of the best checkpoint on all that is held out.
+of the best checkpoint as `gptforge runs` lists it.
 
 Results are lines of results.jsonl in `--out`: what is there is not run again. The picture is
 recipe-grid.png.
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_texts import GPT_PY, Result, cut, read_results
 
 from gptforge.builders.teachers import cost_with_teachers
 from gptforge.config import Config
@@ -40,14 +41,13 @@ from gptforge.device import select_device
 from gptforge.estimate.formulas import default_vocab_size, flops_per_token
 from gptforge.recipe import FITTED_PRESETS, HEAD_SIZES, VOCAB_SIZES, DeviceClass, make_recipe
 from gptforge.report.curves import TEXT_COLOR, new_figure
+from gptforge.report.metrics import read_history
 
-GPT_PY = Path(__file__).resolve().parents[1] / "gpt.py"
 RULE = "the rule"
 COLORS = (
     *("#4c78a8", "#d1495b", "#2a9d8f", "#b8791f", "#7a6bb0", "#8fbf5b", "#c0628f"),
     *("#1f2937", "#f0b429", "#7f5539"),
 )
-Result = dict[str, Any]
 Flags = dict[str, Any]
 
 
@@ -67,7 +67,7 @@ class Task:
 def cut_text(path: Path, num_bytes: int) -> str:
     """A text without its last tenth; with `num_bytes`, about so many of them from its middle."""
     text = path.read_text(encoding="utf-8")
-    text = text[: int(len(text) * 0.9)]
+    text = text[: cut(text)]
     if num_bytes:
         text = text[len(text) // 3 :].encode()[:num_bytes].decode(errors="ignore")
     return text
@@ -77,7 +77,6 @@ def neighbors(num_bytes: int, preset: str, device: DeviceClass) -> dict[str, Fla
     """The flags of each change to the rule for a text with so many bytes to train on."""
     rule = Config(**make_recipe(num_bytes, device, preset=preset).values)
     head = HEAD_SIZES[device]
-
     vocab_size = VOCAB_SIZES.get(rule.tokenizer, default_vocab_size(num_bytes))
 
     def cost(config: Config) -> float:
@@ -104,9 +103,10 @@ def neighbors(num_bytes: int, preset: str, device: DeviceClass) -> dict[str, Fla
 
     def batch(factor: float) -> Flags:
         # Both flags: the rule divides its batch by either of them.
-        sequences = max(1, round(rule.batch_size * factor))
-        steps = rule.gradient_accumulation_steps
-        return same_cost(batch_size=sequences, gradient_accumulation_steps=steps)
+        return same_cost(
+            batch_size=max(1, round(rule.batch_size * factor)),
+            gradient_accumulation_steps=rule.gradient_accumulation_steps,
+        )
 
     changes: dict[str, Flags] = {
         RULE: {},
@@ -163,22 +163,18 @@ class Runner:
         if done.returncode:
             print(f"error: {name}: {shlex.join(command)}\n{done.stdout[-3000:]}", flush=True)
             return False
-        events = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        end = json.loads(events[-1])
+        metrics = folder / "run" / "metrics.jsonl"
+        best, end = read_history(metrics).best, read_results(metrics)[-1]
+        assert best is not None, "every run evaluates its last step"
         found = {
-            "nats": end["final_val_nats_per_char"], "best_step": end["best_step"],
-            "steps": end["step"], "seconds": seconds, "torch": torch.__version__,
+            "nats": best["val_nats_per_char"], "best_step": best["step"], "steps": end["step"],
+            "seconds": seconds, "torch": torch.__version__,
         }  # fmt: skip
         with self.lock, self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**asdict(task), **found}) + "\n")
         print(f"{name}: {found['nats']:.4f} nats/character, {seconds:.0f} s", flush=True)
         shutil.rmtree(folder)
         return True
-
-
-def read_results(path: Path) -> list[Result]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def by_text(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
