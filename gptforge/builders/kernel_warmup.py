@@ -1,6 +1,7 @@
 """Compile Triton kernels and build cuDNN plans in threads, while texts are read: saves seconds."""
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -99,15 +100,14 @@ class KernelWarmup:
         positions = torch.zeros(WARMUP_TOKENS, n_embd, device=device)
         embedding(ids, vector[None], positions, rows.dtype, dropout)
         embedding_backward(rows, ids[0], torch.zeros(1, n_embd, device=device))
-        for sublayer_output in (None, rows.clone()):
-            _, saved = add_layer_norm(
-                rows, sublayer_output, vector, vector, dropout, E4M3 if self._float8 else None
-            )
+        # A run in fp8 has its warmup steps in bfloat16.
+        ln_out_dtypes = (None, E4M3) if self._float8 else (None,)
+        for sublayer_output, dtype in itertools.product((None, rows.clone()), ln_out_dtypes):
+            _, saved = add_layer_norm(rows, sublayer_output, vector, vector, dropout, dtype)
             layer_norm_backward(rows.clone(), saved, vector, sublayer_output, qkv_bias)
         hidden, bias_grad = self._zeros(WARMUP_TOKENS, d_ff), torch.zeros(d_ff, device=device)
         if self._float8:
             self._run_float8_kernels(rows, hidden, bias_grad, ids[0])
-            return
         if gelu_save_interval(n_embd) > 1:
             gelu_backward(hidden, hidden.clone(), bias_grad, recompute=True)
         if prefer_separate_dgelu(device, n_embd):

@@ -205,7 +205,8 @@ class TrainStep:
         """Replay steps as CUDA graphs from now on; returns False if memory does not suffice.
 
         All graphs are captured here, without side effects other than that the optimizer's state is
-        allocated. Their private memory pools come on top of the memory of an eager step.
+        allocated. Their private memory pools come on top of the memory of an eager step. Once there
+        are steps, the next two capture the optimizer: here, the EMA of the weights would change.
         """
         manual = self.backend
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
@@ -219,12 +220,13 @@ class TrainStep:
         # The first call warms up, the second one is captured.
         if not all(self.fits(self.micro_batch_size, context_length) for _ in range(2)):
             return False
-        try:
-            for _ in range(2):
-                # With a loss of NaN the step is skipped, so weights and state do not change.
-                self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
-        except torch.OutOfMemoryError:
-            return False
+        if not self.optimizer.state:
+            try:
+                for _ in range(2):
+                    # With a loss of NaN the step is skipped, so weights and state do not change.
+                    self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
+            except torch.OutOfMemoryError:
+                return False
         return True
 
     def dry_run(self, batch_size: int, context_length: int) -> float:
@@ -248,7 +250,7 @@ class TrainStep:
         reserved, fits = None, True
         try:
             # Before the first step the optimizer's state does not exist yet: hold its memory.
-            if self.device.type == "cuda" and not self.optimizer.state:
+            if self.device.type == "cuda":
                 per_param = BYTES_PER_PARAM + (0 if self.ema is None else 4)
                 nbytes = per_param * sum(p.numel() for p in self.model.parameters())
                 reserved = torch.empty(nbytes, dtype=torch.uint8, device=self.device)

@@ -23,6 +23,7 @@ from gptforge.report.metrics import Event
 from gptforge.report.run_report import RunReport
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
+from gptforge.train.float8_warmup import select_float8
 from gptforge.train.loss_monitor import Anomaly, LossMonitor
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
@@ -136,6 +137,7 @@ class Trainer:
         """Make one optimizer step, and log it if due; returns whether training has diverged."""
         c, step, position = self.config, self.state.step, self.dataloader.position
         lr = learning_rate(c, step)
+        select_float8(self)
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)

@@ -42,14 +42,17 @@ def test_failures_are_ignored(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("vocab_size", [0, 64])
-def test_all_warmed_up_kernels_run(vocab_size, dropout, monkeypatch) -> None:
+@pytest.mark.parametrize("float8", [False, True])
+def test_all_warmed_up_kernels_run(vocab_size, dropout, float8, monkeypatch) -> None:
     config = dataclasses.replace(get_preset("debug"), vocab_size=vocab_size, dropout=dropout)
-    warmup = KernelWarmup(torch.device("cpu"), config, Precision(torch.bfloat16, "test"))
+    precision = Precision(torch.bfloat16, "test", float8=float8)
+    warmup = KernelWarmup(torch.device("cpu"), config, precision)
     calls = []
-    monkeypatch.setattr(kernel_warmup, "cross_entropy_in_place", lambda *_: calls.append(1))
+    monkeypatch.setattr(kernel_warmup, "cross_entropy_in_place", lambda *_, **__: calls.append(1))
     warmup.run_attention()
     warmup.run_triton_kernels()
-    assert len(calls) == bool(vocab_size)
+    # A run in fp8 begins in bfloat16, so it has the kernels of both.
+    assert len(calls) == bool(vocab_size) * (1 + float8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
