@@ -179,7 +179,7 @@ class Config:
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
     """Compute dtype of matmuls; master weights and optimizer states stay float32. fp8: for training
-    on GPUs like H100 and H200; evaluation is in bfloat16."""
+    on GPUs like H100 and H200; warmup_steps and evaluation are in bfloat16."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile; auto: on CUDA only."""
     mlp_matmul: Literal["auto", "cublas", "quack"] = "auto"
