@@ -154,6 +154,8 @@ class TrainStep:
         for name in ("backend", "reducer", "_optimizer_step"):
             self.__dict__.pop(name, None)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # in other sizes than those of the new backend
         self.reducer: GradReducer
         backend, self.reducer = self._build_backend(kernels)
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend

@@ -12,6 +12,7 @@ import torch
 
 from gptforge import device
 from gptforge.builders import build_train_step
+from gptforge.builders.step_timing import build_bench_step
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.kernel_select import KernelConfig
@@ -133,6 +134,19 @@ def test_resumed_run_is_bitwise_equal(config, stop, graph, use_graphs) -> None:
     resumed.fit()
     assert steps == expected_kernels(*range(stop, 10))
     assert_same_run(straight, config)
+
+
+def test_teachers_have_a_warmup_too(config) -> None:
+    config = dataclasses.replace(config, teachers=1, max_steps=6)
+    assert build(config).fit() == "finished"
+    teacher = dataclasses.replace(config, out_dir=f"{config.out_dir}/teachers/teacher-1")
+    for run in (teacher, config):
+        assert lines(run) == [f"Step 0: {BF16_LINE}", FP8_LINE]
+
+
+def test_bench_times_steps_in_fp8(config) -> None:
+    step = build_bench_step(dataclasses.replace(config, vocab_size=64), ())
+    assert step.backend_name == "manual backward, fp8"
 
 
 def test_extended_run_stays_in_fp8(config) -> None:
