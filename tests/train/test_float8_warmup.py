@@ -16,7 +16,6 @@ from gptforge.builders.step_timing import build_bench_step
 from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.kernel_select import KernelConfig
-from gptforge.train import train_step
 from gptforge.train.backends import cuda_graph
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.trainer import Trainer
@@ -205,16 +204,18 @@ def test_without_memory_for_cuda_graphs_training_continues(config, monkeypatch, 
 def test_old_buffers_are_freed_before_new_ones_are_allocated(config, monkeypatch) -> None:
     """There may be no memory for both, so a reference cycle would be a bug."""
     trainer = build(dataclasses.replace(config, max_steps=WARMUP + 1))
-    build_backend, buffers, is_freed = train_step.build_backend, [], []
+    step_fn = trainer.step_fn
+    build_backend, buffers, is_freed = step_fn._build_backend, [], []
 
-    def watched(model, *args, **options):
-        is_freed.extend([buffers[-1]() is None, all(p.grad is None for p in model.parameters())])
-        backend, reducer = build_backend(model, *args, **options)
+    def watched(kernels):
+        is_freed.append(buffers[-1]() is None)
+        is_freed.append(all(p.grad is None for p in step_fn.model.parameters()))
+        backend, reducer = build_backend(kernels)
         buffers.append(weakref.ref(backend.grads.flat))
         return backend, reducer
 
-    buffers.append(weakref.ref(trainer.step_fn.backend.grads.flat))
-    monkeypatch.setattr(train_step, "build_backend", watched)
+    buffers.append(weakref.ref(step_fn.backend.grads.flat))
+    monkeypatch.setattr(step_fn, "_build_backend", watched)
     gc.collect()
     gc.disable()
     try:
