@@ -12,6 +12,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from gptforge.device import cuda_graph_capture
 from gptforge.inference.fused_decode import FusedDecode, build_fused_decode
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, sample
@@ -158,8 +159,7 @@ class DecodeSession:
             self.cache_position.zero_()
             self.step.zero_()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU during the capture: only this thread's errors count.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with cuda_graph_capture(graph):
                 self._static_step(fused)
         except torch.OutOfMemoryError:
             raise

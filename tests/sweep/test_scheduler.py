@@ -13,7 +13,8 @@ import pytest
 from gptforge.errors import Terminated
 from gptforge.sweep import scheduler
 from gptforge.sweep.scheduler import Run, last_error, run_all
-from tests.programs import ROOT, events
+from tests.environment import python_path
+from tests.programs import events
 
 
 class FakeProcess:
@@ -166,7 +167,7 @@ os.kill(os.getpid(), 9)
 def test_a_trial_of_a_killed_sweep_saves_and_ends(tmp_path, play, stops_trials) -> None:
     args = ("--preset=debug", f"--input={play}", "--max_steps=100000", "--out_dir=trial-1")
     command = [sys.executable, "-c", KILLED_SWEEP, *args]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     env["STOPS_TRIALS"] = stops_trials
     assert subprocess.run(command, cwd=tmp_path, env=env, check=False).returncode == -9
     deadline = time.monotonic() + 120

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from gptforge.device import cuda_graph_capture
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.optimizer_step import OptimizerStep
 
@@ -115,7 +116,6 @@ class _CapturedCall(Generic[T]):
 def _capture(function: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """Capture a function without running it; returns the graph and its static result."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: a thread that writes a checkpoint may call CUDA functions during the capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with cuda_graph_capture(graph):
         result = function()
     return graph, result
