@@ -13,6 +13,7 @@ Writes `loss-curves.json` and `loss-curves.png`, and prints a small table last. 
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -62,6 +63,9 @@ def train(
     config = Config(max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps)
     losses = []
     for number in range(steps):
+        if kernels.float8 and number in (0, config.warmup_steps):
+            # As `--dtype fp8` does, after a warmup in bfloat16.
+            step.set_kernels(dataclasses.replace(kernels, float8=number > 0))
         losses.append(step(*loader.next_batch(), lr=learning_rate(config, number))[0])
     return [float(loss) for loss in losses]
 
