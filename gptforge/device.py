@@ -1,10 +1,8 @@
 """The device to run on, the precision to compute in, seeds, and how much memory is free."""
 
 import ctypes
-import gc
 import os
 import platform
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -250,27 +248,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-_CAPTURE_LOCK = threading.Lock()
-
-
-@contextmanager
-def cuda_graph_capture(graph: "torch.cuda.CUDAGraph") -> Iterator[None]:
-    """Capture the CUDA calls of this thread; other threads may use the GPU meanwhile.
-
-    Python's garbage collection waits: if it destroyed another graph, that would invalidate the
-    capture (pytorch/pytorch#161037).
-    """
-    with _CAPTURE_LOCK:
-        collects_garbage = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                yield
-        finally:
-            if collects_garbage:
-                gc.enable()
 
 
 def seed_everything(config: Config, *, rank: int = 0) -> None:

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "gptforge"
 LAYERS = (
     *("printable", "errors", "findings", "shell", "files", "patterns", "lock", "cuda_prewarm"),
     *("config", "config_checks", "config_file", "estimate", "recipe", "presets"),
-    *("kernels", "device", "kernel_select", "distributed", "model", "tokenizers"),
+    *("kernels", "cuda_capture", "device", "kernel_select", "distributed", "model", "tokenizers"),
     *("data", "optim", "checkpoint", "report", "inference", "evaluate", "convert", "train"),
     *("builders", "bench", "doctor", "demo", "sweep", "cli", "api", "__main__"),
 )

@@ -1,7 +1,5 @@
 """Selection of device and precision, with fake devices."""
 
-import contextlib
-import gc
 import platform
 import subprocess
 import sys
@@ -13,7 +11,6 @@ import torch
 
 from gptforge.device import (
     _cpu_vendor,
-    cuda_graph_capture,
     memory_bandwidth,
     select_device,
     select_eval_precision,
@@ -198,48 +195,3 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
     assert page_faults("keep") < 100
     assert page_faults("return") > 6144
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_no_garbage_is_collected_during_a_capture(monkeypatch, enabled) -> None:
-    seen = []
-
-    @contextlib.contextmanager
-    def graph(graph, capture_error_mode):
-        seen.append(gc.isenabled())
-        yield
-
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    was_enabled = gc.isenabled()
-    (gc.enable if enabled else gc.disable)()
-    try:
-        for error in (None, RuntimeError()):
-            with contextlib.suppress(RuntimeError), cuda_graph_capture(None):
-                seen.append(gc.isenabled())
-                if error:
-                    raise error
-            assert gc.isenabled() == enabled
-    finally:
-        (gc.enable if was_enabled else gc.disable)()
-    assert seen == [False] * 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_graph_in_a_reference_cycle_does_not_break_the_capture_of_another() -> None:
-    x = torch.zeros(8, device="cuda")
-    for _ in range(20):
-        garbage = [torch.cuda.CUDAGraph()]
-        with cuda_graph_capture(garbage[0]):
-            x + 1
-        garbage.append(garbage)
-        del garbage
-        graph, threshold = torch.cuda.CUDAGraph(), gc.get_threshold()
-        gc.set_threshold(1)
-        try:
-            with cuda_graph_capture(graph):
-                [[] for _ in range(100)]
-                x += 1
-        finally:
-            gc.set_threshold(*threshold)
-        graph.replay()
-    assert x.tolist() == [20] * 8

@@ -10,6 +10,7 @@ import torch
 
 from gptforge.checkpoint.format import Snapshot
 from gptforge.checkpoint.store import CheckpointStore
+from gptforge.cuda_capture import CUDA_CAPTURE_LOCK
 from gptforge.tokenizers import Tokenizer
 
 
@@ -97,8 +98,9 @@ def _side_stream(after: torch.cuda.Event | None) -> Iterator[None]:
     if after is None:
         yield
         return
-    stream = torch.cuda.Stream(after.device)
-    with torch.cuda.stream(stream):
-        stream.wait_event(after)
-        yield
-    stream.synchronize()
+    with CUDA_CAPTURE_LOCK:
+        stream = torch.cuda.Stream(after.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(after)
+            yield
+        stream.synchronize()

@@ -155,11 +155,17 @@ def test_a_stopped_run_is_evaluated_after_its_save(config, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(final_evaluation, "_evaluate", evaluate_later)
         assert trainer.fit() == "interrupted"
-    assert events(config, "end")[0]["final_val_loss"] == evaluate_run(config.out_dir).loss
+    assert (
+        events(config, "end")[0]["final_val_loss"]
+        == evaluate_run(config.out_dir, device="cpu").loss
+    )
     # A resumed run drops that end, and has another one.
     assert build(config).fit() == "finished"
     [end] = events(config, "end")
-    assert end["step"] == 20 and end["final_val_loss"] == evaluate_run(config.out_dir).loss
+    assert (
+        end["step"] == 20
+        and end["final_val_loss"] == evaluate_run(config.out_dir, device="cpu").loss
+    )
 
 
 def test_a_run_stopped_before_its_first_evaluation_evaluates_its_last_checkpoint(config) -> None:
@@ -168,7 +174,7 @@ def test_a_run_stopped_before_its_first_evaluation_evaluates_its_last_checkpoint
     trainer.fit()
     [end] = events(config, "end")
     assert end["best_step"] == 2
-    assert end["final_val_loss"] == evaluate_run(config.out_dir).loss
+    assert end["final_val_loss"] == evaluate_run(config.out_dir, device="cpu").loss
 
 
 @pytest.mark.parametrize("limit", ["MAX_SECONDS_AFTER_STOP", "MAX_SECONDS"])
@@ -184,7 +190,7 @@ def test_an_evaluation_that_takes_too_long_is_left_to_eval(
         trainer.stop_signal = StopAfter(9)
     assert trainer.fit() == ("interrupted" if is_stop else "finished")
     name = "step-000008" if is_stop else "step-000020"
-    tokens = evaluate_run(config.out_dir).num_tokens
+    tokens = evaluate_run(config.out_dir, device="cpu").num_tokens
     line = (
         f"{name} was not evaluated on all {tokens:,} held-out tokens: python gpt.py eval "
         f"{config.out_dir} does that, in about "
@@ -215,7 +221,7 @@ def test_a_signal_in_the_final_evaluation_leaves_it_to_the_resumed_run(config, m
     assert build(config).fit() == "finished"
     assert [path.stat().st_mtime_ns for path in saved] == before
     [end] = events(config, "end")
-    assert end["final_val_loss"] == evaluate_run(config.out_dir).loss
+    assert end["final_val_loss"] == evaluate_run(config.out_dir, device="cpu").loss
     assert build_trainer(config, explicit=()) is None
 
 
@@ -256,7 +262,7 @@ def test_its_time_is_estimated_from_the_last_evaluation_and_not_from_the_steps(
     trainer.state.seconds = 1e12  # plots, samples and other programs count
     trainer.fit()
     [end] = events(config, "end")
-    assert end["final_val_loss"] == evaluate_run(config.out_dir).loss
+    assert end["final_val_loss"] == evaluate_run(config.out_dir, device="cpu").loss
 
 
 def test_a_time_limit_that_ends_meanwhile_leaves_a_few_seconds(config, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from gptforge.device import cuda_graph_capture
+from gptforge.cuda_capture import cuda_graph_capture
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.optimizer_step import OptimizerStep
 
