@@ -1,6 +1,8 @@
 """Errors that the command line prints as one line, without a traceback."""
 
+import errno
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +86,36 @@ def error_reason(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError) and message:
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+_OS_ERRORS = {
+    "ENOSPC": ("the disk is full", "free some space"),
+    "EDQUOT": ("your disk quota is used up", "free some space"),
+    "EFBIG": (
+        "the file would exceed the size limit",
+        "raise it (`ulimit -f unlimited`), or use a disk that allows larger files",
+    ),
+    "EROFS": ("the disk is read-only", "make it writable, or use another"),
+    "EACCES": ("permission denied", "change the permissions, or use another path"),
+    "EPERM": ("operation not permitted", "change the permissions, or use another path"),
+    "EMFILE": ("too many open files", "raise the limit (`ulimit -n 4096`)"),
+    "ENFILE": ("too many open files on this machine", "end programs that hold many"),
+    "EIO": ("input/output error", "check the disk and its connection"),
+}
+"""What happened and how to fix it, by the name of the error number."""
+
+
+def explain_os_error(error: Exception) -> tuple[str, str]:
+    """The reason of a failed file operation, and how to fix it; no fix if it is unknown.
+
+    Args:
+        error: an OSError, or the error of a Rust library with "(os error N)" in its message.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
+    name = errno.errorcode.get(number or 0, "")
+    return _OS_ERRORS.get(name, (error_reason(error), ""))
 
 
 def install_hint(extra: str) -> str:

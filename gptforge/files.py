@@ -20,7 +20,6 @@ from typing import IO, Any, TextIO, cast
 
 MAX_TEXT_BYTES = 16 * 2**20  # ten times the largest text file of a checkpoint, GPT-2's merge list
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # or a user's quota
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 _KINDS = (
@@ -128,10 +127,20 @@ def add_filename_to_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None and "requested and" in str(error):
             # numpy's tofile only reports how many items were written.
-            error.errno, error.strerror = errno.ENOSPC, os.strerror(errno.ENOSPC)
+            error.errno = errno.EFBIG if _has_file_size_limit() else errno.ENOSPC
+            error.strerror = os.strerror(error.errno)
         if error.filename is None:
             error.filename = path.as_posix()
         raise
+
+
+def _has_file_size_limit() -> bool:
+    """Whether `ulimit -f` limits the size of files; Windows has no such limit."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
 
 def free_disk_bytes(path: Path) -> int:

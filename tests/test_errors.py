@@ -1,5 +1,6 @@
 """Any error of a parser becomes one line that names the file."""
 
+import errno
 import json
 import os
 import struct
@@ -17,6 +18,7 @@ from gptforge.errors import (
     RunError,
     Terminated,
     UserError,
+    explain_os_error,
     parsing,
 )
 from gptforge.report.curves import plot_curves
@@ -140,3 +142,47 @@ def test_loop_of_links_is_one_line_of_error(program, args) -> None:
     done = program(*args)
     assert done.code == 2 and done.err.startswith("error: ") and "loop" in done.err
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "fix"),
+    [
+        (OSError(errno.ENOSPC, "x"), "the disk is full", "free some space"),
+        (OSError(errno.EFBIG, "x"), "the file would exceed the size limit", "ulimit -f"),
+        (OSError(errno.EROFS, "x"), "the disk is read-only", "make it writable"),
+        (OSError(errno.EACCES, "x"), "permission denied", "change the permissions"),
+        (OSError(errno.EMFILE, "x"), "too many open files", "ulimit -n"),
+        (OSError(errno.EIO, "x"), "input/output error", "check the disk"),
+        (OSError(errno.ENOENT, "gone", "a.txt"), "gone", ""),
+        (OSError("no number"), "no number", ""),
+        (RuntimeError("I/O error: File too large (os error 27)"), "the file would", "ulimit -f"),
+    ],
+)
+def test_advice_on_a_failed_file_operation_fits_its_error_number(error, reason, fix) -> None:
+    found, hint = explain_os_error(error)
+    assert found.startswith(reason)
+    assert fix in hint and bool(fix) == bool(hint)
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no ulimit")
+def test_a_file_size_limit_is_not_called_a_full_or_broken_disk(
+    command, program, tmp_path, monkeypatch
+) -> None:
+    import resource
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("Some words, and some more. " * 8000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        if command == "train":
+            done = program("--input", "t.txt", "--preset", "debug", "--tokenizer", "byte")
+        else:
+            done = program("prepare", "t.txt", "--out", "shards", "--tokenizer", "byte")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.code == 1
+    assert "the file would exceed the size limit" in done.err and "ulimit -f" in done.err
+    assert "free some space" not in done.err and "check the disk" not in done.err

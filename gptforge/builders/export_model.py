@@ -27,7 +27,7 @@ from gptforge.convert.model_card import (
     one_line_description,
 )
 from gptforge.convert.space import write_space
-from gptforge.errors import RunError, UserError, require_package
+from gptforge.errors import RunError, UserError, explain_os_error, require_package
 from gptforge.lock import atomic_create, atomic_create_dir
 from gptforge.printable import MAX_NAME, printable
 from gptforge.report.console import ProgressMeter
@@ -201,8 +201,8 @@ def report_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
+        reason, fix = explain_os_error(error)
         raise RunError(
-            f"{out.as_posix()} could not be written ({reason}): give a folder with space that you "
-            "may write to; nothing of it is kept, and the source is unchanged"
+            f"{out.as_posix()} could not be written ({reason}): {fix or 'choose another folder'}; "
+            "nothing of it is kept, and the source is unchanged"
         ) from error

@@ -18,7 +18,7 @@ from gptforge.checkpoint.state_dict import StateDict, save_safetensors
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.config_file import read_toml
-from gptforge.errors import RunError, UserError, error_reason, parsing, runs_hint
+from gptforge.errors import RunError, UserError, error_reason, explain_os_error, parsing, runs_hint
 from gptforge.estimate.formulas import num_params
 from gptforge.printable import short_repr
 from gptforge.tokenizers import Tokenizer
@@ -149,10 +149,11 @@ def find_corruption(path: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str 
         return f"{Path(str(error.filename)).name} is not a file: {error.strerror}"
     except OSError as error:
         # The bytes may be intact, and renaming the checkpoint could lose it.
+        reason, fix = explain_os_error(error)
         raise RunError(
-            f"{Path(error.filename or path).as_posix()}: {error.strerror or error}: a checkpoint "
-            "that cannot be read is left as it is; repair the disk or the file's permissions, or "
-            "move the checkpoint elsewhere to resume from another"
+            f"{Path(error.filename or path).as_posix()}: {reason}: a checkpoint that cannot be "
+            f"read is left as it is; {fix or 'check the disk'}, or move the checkpoint elsewhere "
+            "to resume from another"
         ) from None
     except Exception as error:
         return f"{MANIFEST} cannot be read: {error_reason(error)}"

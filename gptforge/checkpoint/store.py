@@ -22,7 +22,7 @@ from gptforge.checkpoint.format import (
     save_snapshot,
     step_from_path,
 )
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, explain_os_error
 from gptforge.tokenizers import Tokenizer
 
 HEADROOM_BYTES = 8 * 2**20  # disk space for logs and plots besides a checkpoint
@@ -62,11 +62,10 @@ class CheckpointStore:
         try:
             yield
         except OSError as error:
-            is_full = error.errno in files.DISK_FULL_ERRNOS
-            what = "the disk filled up" if is_full else error.strerror or str(error)
+            reason, fix = explain_os_error(error)
             where = Path(error.filename or self.folder).as_posix()
-            kept = self._kept("make room" if is_full else "repair the disk")
-            raise RunError(f"{where}: {what} while saving {name}: {kept}") from error
+            kept = self._kept(fix or "check the disk")
+            raise RunError(f"{where}: {reason}, while saving {name}: {kept}") from error
 
     def check_disk_space(self, nbytes: int) -> None:
         """Raise a RunError unless there is room for so many bytes and the logs."""
@@ -74,7 +73,7 @@ class CheckpointStore:
         if free < needed:
             raise RunError(
                 f"{self.folder}: a checkpoint and the logs take {needed / 1e6:,.0f} MB and "
-                f"{free / 1e6:,.0f} MB are free: {self._kept('make room')}"
+                f"{free / 1e6:,.0f} MB are free: {self._kept('free some space')}"
             )
 
     def latest(

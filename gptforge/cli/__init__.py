@@ -29,7 +29,7 @@ from gptforge.cli import (
     sweep,
     train,
 )
-from gptforge.errors import RunError, Terminated, UserError
+from gptforge.errors import RunError, Terminated, UserError, explain_os_error
 from gptforge.printable import print_stderr, printable
 from gptforge.shell import quote
 
@@ -95,10 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error)
-        if error.errno in files.DISK_FULL_ERRNOS:
-            reason = "the disk is full: free some space, then run the same command again"
-        print_stderr(f"error: {printable(where + reason)}")
+        reason, fix = explain_os_error(error)
+        hint = f": {fix}, then run the same command again" if fix else ""
+        print_stderr(f"error: {printable(where + reason + hint)}")
         return EXIT_FAILURE
 
 

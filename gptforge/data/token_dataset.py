@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptforge import files
-from gptforge.errors import UserError, parsing
+from gptforge.errors import UserError, explain_os_error, parsing
 from gptforge.tokenizers.base import Tokens
 
 HEADER_INTS = 256
@@ -161,7 +161,7 @@ class ShardReader:
         try:
             self._file = files.open_regular(shard.path, buffering=0)
         except OSError as error:
-            raise self._unreadable(str(error.strerror)) from None
+            raise self._unreadable(*explain_os_error(error)) from None
         size = os.fstat(self._file.fileno()).st_size
         if size < shard.offset + shard.num_tokens * shard.dtype.itemsize:
             raise self._unreadable("it is truncated")
@@ -180,15 +180,17 @@ class ShardReader:
                 self._file.seek(offset)
                 data = self._file.read(length)
         except OSError as error:
-            raise self._unreadable(str(error.strerror)) from None
+            raise self._unreadable(*explain_os_error(error)) from None
         if len(data) < length:
             raise self._unreadable("it was truncated while in use")
         tokens: Tokens = np.frombuffer(data, self._shard.dtype)
         return tokens
 
-    def _unreadable(self, reason: str) -> UserError:
+    def _unreadable(self, reason: str, fix: str = "") -> UserError:
         name = self._shard.path.as_posix()
-        return UserError(f"{name}: no longer readable: {reason}; create or download it again")
+        return UserError(
+            f"{name}: no longer readable: {reason}; {fix or 'create or download it again'}"
+        )
 
 
 class ShardDataset:

@@ -12,6 +12,7 @@ from gptforge import files
 from gptforge.checkpoint.async_saver import SavedCheckpoint
 from gptforge.checkpoint.run_files import TRACKING
 from gptforge.config import Config
+from gptforge.errors import explain_os_error
 from gptforge.files import json_line
 from gptforge.printable import code_span, escape_markdown, printable, printable_text
 from gptforge.report.buffered_log import BufferedLog
@@ -267,10 +268,11 @@ class RunReport:
 
     def _warn(self, path: Path, error: OSError) -> None:
         if not self._has_warned:
+            reason, fix = explain_os_error(error)
             self.log(
-                f"warning: {path.as_posix()} cannot be written ({error.strerror or error}): "
-                "training continues as long as checkpoints can be saved, and missing log lines are "
-                "added once there is space",
+                f"warning: {path.as_posix()} cannot be written ({reason}): training continues as "
+                "long as checkpoints can be saved, and missing log lines are added later; "
+                f"{fix or 'check the disk'}",
                 logging.WARNING,
             )
         self._has_warned = True

@@ -97,7 +97,7 @@ def test_failed_save_raises_and_keeps_what_was_there(tmp_path, monkeypatch) -> N
 
     monkeypatch.setattr("gptforge.checkpoint.format.save_safetensors", no_space)
     saver.save_async(2, snapshot(2.0), is_best=True)
-    with pytest.raises(RunError, match="disk filled up"):
+    with pytest.raises(RunError, match="the disk is full"):
         saver.wait()
     assert store.read_link("best") == store.read_link("last") == tmp_path / "step-000001"
     assert [path.name for path in store.checkpoints()] == ["step-000001"]
@@ -106,9 +106,9 @@ def test_failed_save_raises_and_keeps_what_was_there(tmp_path, monkeypatch) -> N
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (28, "last: the disk filled up while saving step-000002: step-000002 is kept: make room, "
-         "and the same command resumes from it"),
-        (5, "last: Input/output error while saving step-000002: step-000002 is kept: repair the "),
+        (28, "last: the disk is full, while saving step-000002: step-000002 is kept: free some "
+         "space, and the same command resumes from it"),
+        (5, "last: input/output error, while saving step-000002: step-000002 is kept: check the "),
     ],
 )  # fmt: skip
 def test_error_after_a_save_says_what_is_kept_and_how_to_resume(
@@ -129,5 +129,5 @@ def test_error_after_a_save_says_what_is_kept_and_how_to_resume(
 
 def test_full_disk_is_reported_before_the_save_starts(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
-    with pytest.raises(RunError, match="make room"):
+    with pytest.raises(RunError, match="free some space"):
         make_saver(CheckpointStore(tmp_path)).save_async(1, snapshot(1.0), is_best=False)

@@ -121,7 +121,7 @@ def test_disk_that_fills_up_while_saving_keeps_the_last_checkpoint(store, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_safetensors", no_space)
-    with pytest.raises(RunError, match=r"disk filled up.*step-000001 is kept"):
+    with pytest.raises(RunError, match=r"disk is full.*step-000001 is kept"):
         save(store, 2)
     assert store.latest() == (first, [])
 

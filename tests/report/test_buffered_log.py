@@ -104,7 +104,7 @@ def test_a_full_disk_is_reported_once_and_lines_are_added_later(
         report.log_step(train_event(step))
     out = "\n".join(messages)
     assert out.count("warning:") == 1
-    assert "log.md cannot be written (No space left on device): training continues" in out
+    assert "log.md cannot be written (the disk is full): training continues" in out
     disk.free = 10**6
     report.log_step(train_event(5))
     assert [e["step"] for e in events(tmp_path) if e["event"] == "train"] == list(range(6))

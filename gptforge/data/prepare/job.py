@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from gptforge import files, tokenizers
+from gptforge import tokenizers
 from gptforge.data.input_errors import BadInputHandler
 from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.split import SplitName, SplitRule
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import ShardWriter
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, explain_os_error
 from gptforge.tokenizers.base import END_OF_TEXT, Tokens, smallest_dtype
 from gptforge.tokenizers.fast_encode import FastEncoder
 
@@ -134,11 +134,14 @@ class JobRunner:
         except BaseException as error:
             for writer in writers.values():
                 writer.abort()
-            if not isinstance(error, OSError) or error.errno not in files.DISK_FULL_ERRNOS:
+            path = Path((isinstance(error, OSError) and error.filename) or out_dir)
+            if not isinstance(error, OSError) or not path.is_relative_to(out_dir):
                 raise
-            path = Path(error.filename or out_dir).as_posix()
-            hint = "free some space; finished parts are kept, and the same command resumes"
-            raise RunError(f"{path}: the disk is full: {hint}") from None
+            reason, fix = explain_os_error(error)
+            hint = "finished parts are kept, and the same command resumes"
+            raise RunError(
+                f"{path.as_posix()}: {reason}: {fix or 'check the disk'}; {hint}"
+            ) from None
         result.shards = [shard for writer in writers.values() for shard in writer.shards]
         result.skipped, result.examples = dict(bad_input.counts), bad_input.examples
         result.notices = sorted(bad_input.notices)
