@@ -93,7 +93,7 @@ _OS_ERRORS = {
     "EDQUOT": ("your disk quota is used up", "free some space"),
     "EFBIG": (
         "the file would exceed the size limit",
-        "raise it (`ulimit -f unlimited`), or use a disk that allows larger files",
+        "raise the limit (`ulimit -f unlimited`), or use a disk that allows larger files",
     ),
     "EROFS": ("the disk is read-only", "make it writable, or use another"),
     "EACCES": ("permission denied", "change the permissions, or use another path"),

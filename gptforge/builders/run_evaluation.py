@@ -52,6 +52,7 @@ def evaluate_run(
     encoding: str = "",
     field: str = "",
     kind: FileKind | Literal["auto"] = "auto",
+    raw_bin: bool = False,
     device: str = "auto",
 ) -> ValLoss:
     """Compute the loss of a saved model on another text, or on the text its run held out.
@@ -59,13 +60,14 @@ def evaluate_run(
     Args:
         run: see `load`, also for `device`.
         data: a text, evaluated in full, or shards, by their validation split if they have one;
-            empty: what the run held out. `encoding`, `field` and `kind` describe it.
+            empty: what the run held out. `encoding`, `field`, `kind` and `raw_bin` describe it.
 
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
     """
-    for flag, value in (("encoding", encoding), ("field", field), ("kind", kind)):
-        if value not in ("", "auto") and not data:
+    flags = {"encoding": encoding, "field": field, "kind": kind, "raw_bin": raw_bin}
+    for flag, value in flags.items():
+        if value not in ("", "auto", False) and not data:
             raise UserError(f"--{flag} describes the text of --data: give both, or neither")
     model = load(run, device=device)
     config, tokenizer_path, state = _read_run(str(run), block_size=model.model.config.block_size)
@@ -78,7 +80,7 @@ def evaluate_run(
         text_format=text_format,
         kind=kind if data else config.kind,
         split_by_name=bool(data) or config.split_by_name,
-        raw_bin=config.raw_bin,
+        raw_bin=raw_bin if data else config.raw_bin,
         require_tokenizer=True,
         model_tokenizer=tokenizer_path.as_posix(),
         needs_val=bool(data),

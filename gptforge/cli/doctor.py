@@ -56,10 +56,12 @@ def main(argv: list[str]) -> int:
 
 def _check_data(args: DoctorArgs) -> "list[Finding]":
     from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
+    from gptforge.data.prepare.request import RAW_BIN_UNUSED
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
     from gptforge.doctor.texts import check_texts
+    from gptforge.findings import warning
 
     path = Path(args.path)
     preset = get_preset(args.preset)
@@ -81,7 +83,7 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
             require_tokenizer=bool(args.tokenizer),
         )
         return check_shards(path, options, context_length=context_length)
-    return check_texts(
+    found = check_texts(
         path,
         tokenizer=args.tokenizer or preset.tokenizer,
         val_fraction=args.val_fraction,
@@ -90,3 +92,4 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
         kind=args.kind,
         split_by_name=args.split_by_name,
     )
+    return found + [warning(RAW_BIN_UNUSED)] * args.raw_bin

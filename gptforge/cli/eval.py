@@ -31,6 +31,8 @@ class EvalArgs:
     """Field of a JSON line, or column, that holds the text of --data; empty: text."""
     kind: Literal["auto", "text", "jsonl", "parquet", "csv"] = "auto"
     """Format of --data; auto: by its name."""
+    raw_bin: bool = False
+    """Read .bin files of --data as raw uint16 ids without a header, as nanoGPT writes them."""
     tasks: str = ""
     """hellaswag, lambada or both, instead of held-out text or in addition to --data. They are
     downloaded from the Hugging Face Hub; NAME=FILE.jsonl reads them from a file. Other names are
@@ -81,6 +83,7 @@ def _evaluate_text(args: EvalArgs) -> dict[str, object]:
         encoding=args.encoding,
         field=args.field,
         kind=args.kind,
+        raw_bin=args.raw_bin,
         device=args.device,
     )
     if not math.isfinite(score.loss):

@@ -257,6 +257,11 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         mistake = f"{prog} needs {' and '.join(missing)}"
         if "RUN" in missing:
             mistake += f"; {runs_hint()}"
+    if no_value := re.match(r"Missing value for argument '(\S+)'", mistake):
+        name = no_value[1]
+        mistake = f"{name} needs a value"
+        if not name.startswith("-"):  # the user gave it a flag
+            mistake = f"{prog} takes {name.upper()} without a flag"
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))

@@ -20,7 +20,12 @@ from gptforge.data.prepare.pipeline import (
     no_skip_of_only_file,
     prepare,
 )
-from gptforge.data.prepare.request import PrepareRequest, ProgressBar, select_files
+from gptforge.data.prepare.request import (
+    RAW_BIN_UNUSED,
+    PrepareRequest,
+    ProgressBar,
+    select_files,
+)
 from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
@@ -57,6 +62,9 @@ def prepare_cached(
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as spool:
         spool_dir = Path(spool) if is_pipe(Path(request.names[0])) else None
         selection = select_files(request, spool_dir=spool_dir)
+        if request.raw_bin:
+            selection = replace(selection, notices=(*selection.notices, RAW_BIN_UNUSED))
+            request = replace(request, raw_bin=False)
         contents = [[s.kind, s.compression, files.sha256(s.path)] for s in selection.sources]
         options = [CACHE_VERSION, request.val_fraction, request.split_by_name]
         options += selection.val_sources
@@ -119,7 +127,7 @@ def _hints_for(request: PrepareRequest) -> Iterator[None]:
         values = {**vars(request.text_format), "kind": request.kind}
         flags = [f" --{f} {quote(values[f])}" for f in defaults if values[f] != defaults[f]]
         command = f"gptforge prepare {quote(request.names[0])} --out DIR --skip_bad true"
-        hint = f"skip such input: `{command}{''.join(flags)}`, and give --input DIR instead"
+        hint = f"skip such input: `{command}{''.join(flags)}`, and give DIR instead"
         raise UserError(f"{message}, or {hint}") from None
     except RunError as error:
         where = "it is the cache of prepared data, which XDG_CACHE_HOME moves elsewhere"

@@ -16,6 +16,7 @@ from gptforge.data.prepare.request import (
     PrepareRequest,
     ProgressBar,
     TextOptions,
+    describe_unused_flags,
     fingerprint,
     read_ends,
 )
@@ -143,7 +144,7 @@ def open_dataset(
     if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
         return _open_shards(path, shards, options)
     text_options = {f.name: getattr(options, f.name) for f in fields(TextOptions)}
-    request = PrepareRequest((path.as_posix(),), **text_options | {"raw_bin": False})
+    request = PrepareRequest((path.as_posix(),), **text_options)
     index, notices = prepare_cached(request, progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)
 
@@ -186,7 +187,8 @@ def _open_prepared(path: Path, index: Index, options: DatasetOptions) -> Dataset
         raise UserError(f"{name} was prepared with {found}: {hint}")
     is_named = tokenizer.name in ("gpt2", "byte")
     tokenizer_name = tokenizer.name if is_named else (path / TOKENIZER_FILE).as_posix()
-    return _from_index(path, index, tokenizer, tokenizer_name, is_prepared=True)
+    notices = describe_unused_flags(options, ())
+    return _from_index(path, index, tokenizer, tokenizer_name, notices=notices, is_prepared=True)
 
 
 def _is_same(tokenizer: Tokenizer, other: str | Tokenizer) -> bool:
@@ -232,7 +234,7 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
     name = path.as_posix()
     read = read_raw_bin if options.raw_bin else read_shard_header
     shards = [read(path) for path in paths]
-    tokenizer_name, notices = options.tokenizer, []
+    tokenizer_name, notices = options.tokenizer, describe_unused_flags(options, ())
     if not options.require_tokenizer:
         if any(shard.dtype.itemsize > 2 for shard in shards):
             problem = "these shards do not say which tokenizer they were made with"

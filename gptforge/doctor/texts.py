@@ -54,7 +54,7 @@ def check_texts(
                 text_scan.read(i, source, meter)
         found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
         if not text_scan.num_documents:
-            return [*found, error(f"{path.as_posix()}: there is no text to train on")]
+            return [*found, error(f"{path.as_posix()}: there is no text in it")]
         found += _check_tokens(text_scan, selection.sources, tokenizer, context_length)
         return found + _check_split(text_scan, selection, request)
 

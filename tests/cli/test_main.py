@@ -46,6 +46,8 @@ from gptforge.errors import UserError
         (("version",), "did you mean '--version'?"),
         (("sample",), "gptforge sample needs RUN; there is none in runs: train one first (see"),
         (("export",), "gptforge export needs RUN and OUT and --to; there is"),
+        (("export", "r", "--to", "hf", "--out", "o"), "gptforge export takes OUT without a flag"),
+        (("sample", "r", "--prompt"), "--prompt needs a value"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
         (("sample", "missing"), "missing"),
         (("eval", "missing"), "missing"),

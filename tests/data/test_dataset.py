@@ -259,3 +259,14 @@ def test_run_of_an_earlier_version_finds_the_bundled_text(program, bundled_run) 
     done = program(*DEBUG, "--input", "/opt/old/input.txt", "--out_dir", "other")
     assert done.code == 2
     assert "/opt/old/input.txt: there is no such file" in done.err
+
+
+def test_flags_without_effect_are_noted(tmp_path) -> None:
+    (tmp_path / "t.txt").write_text("some words and more " * 50)
+    options = {"raw_bin": True, "text_format": TextFormat(field="body")}
+    notices = open_input(tmp_path / "t.txt", **options).notices
+    assert any(notice.startswith("--raw_bin has no effect") for notice in notices)
+    assert any(notice.startswith("--field has no effect") for notice in notices)
+    write_shard(tmp_path / "train.bin", range(500))
+    notices = open_input(tmp_path / "train.bin", text_format=TextFormat(field="body")).notices
+    assert "--field has no effect on token shards" in notices

@@ -129,7 +129,7 @@ def test_missing_files(tmp_path) -> None:
         ("not json", "bad.jsonl, line 3: not JSON"),
         ('{"text": ', "line 3: not JSON"),
         ("[1, 2]", "line 3: a list, not an object: give objects with a field 'text'"),
-        ('{"body": "x", "id": 3}', "line 3: no field 'text': it has body: choose one with --field"),
+        ('{"body": "x", "id": 3}', "line 3: no field 'text': other objects have it"),
         ('{"text": null}', "line 3: field 'text' is null: fill it in"),
         ('{"text": 7}', "line 3: field 'text' is not text but of type int: none of its fields"),
         ('{"text": "a\\u0000b"}', "bad.jsonl, document 3: NUL character"),
@@ -426,3 +426,26 @@ def test_replacement_in_a_file_read_in_chunks(tmp_path, monkeypatch) -> None:
 def test_offset_of_a_nul_after_replaced_bytes(tmp_path) -> None:
     (tmp_path / "t.txt").write_bytes(b"a\xff\xffb\0c")
     expect_error(tmp_path, "NUL byte at offset 4", "t.txt", text_format=REPLACE)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("t.jsonl", f'{GOOD}\n{{"txt": "a"}}\n{GOOD}\n', "line 2"),
+        ("t.jsonl", f'{{"txt": "a"}}\n{GOOD}\n', "line 1"),
+        ("t.json", f'[{GOOD}, {{"text": 5, "txt": "a"}}]', "element 2"),
+    ],
+)
+def test_another_field_is_not_suggested_if_other_records_have_it(
+    tmp_path, name, text, where
+) -> None:
+    (tmp_path / name).write_text(text)
+    expect_error(tmp_path, f"{where}: .*: other objects have it: correct or remove this one", name)
+
+
+def test_carriage_returns_and_lone_surrogates_are_noted(tmp_path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"old\rline ends\rof CR alone")
+    (tmp_path / "t.jsonl").write_text('{"text": "a\\ud83d b"}\n{"text": "a\\r\\n b"}\n')
+    notices = run_prepare(tmp_path, "t.txt", "t.jsonl").record["notices"]
+    for words in ("t.txt: kept CR without", "t.jsonl: replaced lone", "t.jsonl: turned CRLF"):
+        assert any(words in notice for notice in notices)

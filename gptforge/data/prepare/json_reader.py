@@ -4,9 +4,10 @@ import codecs
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from gptforge.data.input_errors import BadInput
+from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.text_io import (
     BOM,
@@ -26,6 +27,8 @@ DEFAULT_FIELD = "text"
 CHAT_FIELDS = ("messages", "conversations", "conversation")  # read if there is no field "text"
 CHAT_NOTICE = "joined the messages of each chat as 'role: content', with a blank line between"
 MAX_LISTED_FIELDS = 8
+PEEK_RECORDS = 20  # searched for the field if a record lacks it
+FIELD_HINT = "choose one with --field"
 MAX_ELEMENT_CHARS = 64 * 2**20  # per array element: several copies must fit into memory
 JSON_WHITESPACE = " \t\r\n"
 NON_SPACE = re.compile(f"[^{JSON_WHITESPACE}]")
@@ -47,7 +50,7 @@ def read_json_lines(part: InputPart) -> Iterator[str]:
             # Line numbers are counted only for errors, by reading the file again.
             before = read_blocks(source, 0, line_start)
             number = 1 + sum(block.count(b"\n") for block, _ in before)
-            part.bad_input.handle(bad, f"{source.name}, line {number}")
+            part.bad_input.handle(_with_fitting_hint(bad, part), f"{source.name}, line {number}")
 
 
 def _parse_line(line: bytes, part: InputPart) -> Any:
@@ -95,7 +98,37 @@ def read_json_array(part: InputPart) -> Iterator[str]:
         try:
             yield text_from_record(record, part)
         except BadInput as bad:
-            part.bad_input.handle(bad, f"{part.source.name}, element {number}")
+            location = f"{part.source.name}, element {number}"
+            part.bad_input.handle(_with_fitting_hint(bad, part), location)
+
+
+def _with_fitting_hint(bad: BadInput, part: InputPart) -> BadInput:
+    """Do not suggest another `--field` if only this record lacks the field."""
+    if FIELD_HINT in bad.hint and _has_field_elsewhere(part):
+        return BadInput(bad.problem, hint="other objects have it: correct or remove this one")
+    return bad
+
+
+def _has_field_elsewhere(part: InputPart) -> bool:
+    """Whether any of the first objects of the file has text in the field."""
+    whole = InputPart(part.source, part.text_format, BadInputHandler(skip=True))
+    is_array = is_json_array(part.source, part.text_format.encoding)
+    records = _array_elements(whole) if is_array else _line_records(whole)
+    try:
+        for record in islice(records, PEEK_RECORDS):
+            if isinstance(record, dict):
+                field = find_field(record, part.text_format.field)
+                if is_text(record.get(field)):
+                    return True
+    except BadInput:
+        pass  # reported when it is read
+    return False
+
+
+def _line_records(part: InputPart) -> Iterator[Any]:
+    for line in split_lines(part.read_blocks(), b"\n"):
+        if not line.isspace():
+            yield _parse_line(line, part)
 
 
 def _array_elements(part: InputPart) -> Iterator[Any]:
@@ -211,7 +244,7 @@ def is_text(value: Any) -> bool:
 def available_fields_hint(names: Sequence[str], texts: Sequence[str]) -> str:
     """The hint for a missing field: which of the existing ones contain text."""
     if texts:
-        return f"it has {_join_names(texts)}: choose one with --field"
+        return f"it has {_join_names(texts)}: {FIELD_HINT}"
     return f"none of its fields ({_join_names(names)}) is text" if names else "it has no fields"
 
 

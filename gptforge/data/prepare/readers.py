@@ -12,7 +12,10 @@ from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
 from gptforge.data.prepare.table_reader import read_csv, read_parquet
 from gptforge.data.prepare.text_io import (
+    CR_NOTICE,
+    CRLF_NOTICE,
     MAX_LINE_LENGTH,
+    SURROGATE_NOTICE,
     Chunk,
     InputPart,
     TextFormat,
@@ -71,19 +74,24 @@ def read_documents(
                 bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
                 continue
             if text.strip():
-                yield Document(clean_text(text), index, part.bytes_read)
+                yield Document(clean_text(text, part), index, part.bytes_read)
             index += 1
     except BadInput as bad:
         # The rest of the file cannot be read.
         bad_input.handle(bad)
 
 
-def clean_text(text: str) -> str:
-    """Turn CRLF into LF, and lone surrogates, which UTF-8 cannot encode, into U+FFFD."""
-    text = text.replace("\r\n", "\n") if "\r" in text else text
+def clean_text(text: str, part: InputPart) -> str:
+    """Turn CRLF into LF, and lone surrogates, which UTF-8 cannot encode, into U+FFFD; note it."""
+    if "\r\n" in text:
+        part.note(CRLF_NOTICE)
+        text = text.replace("\r\n", "\n")
+    if "\r" in text:
+        part.note(CR_NOTICE)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
+        part.note(SURROGATE_NOTICE)
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
@@ -91,6 +99,8 @@ def clean_text(text: str) -> str:
 def _read_delimited(part: InputPart) -> Iterator[str]:
     separator, rest = part.text_format.split_on, ""
     for chunk in part.read_chunks():
+        for fix in describe_fixes(chunk):
+            part.note(fix)
         # `rest` was searched before, so a new separator ends in the new chunk.
         search_from = max(0, len(rest) - len(separator) + 1)
         rest += chunk.text
@@ -169,7 +179,8 @@ def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[Sp
         cut = rule.cut if rule.rule == "character" else None
     pending, num_chars, bytes_read, starts_document = "", 0, 0, span.starts_document
     for chunk in chunks:
-        part.bad_input.notices |= {f"{source.name}: {fix}" for fix in describe_fixes(chunk)}
+        for fix in describe_fixes(chunk):
+            part.note(fix)
         text, bytes_read = chunk.text, chunk.bytes_read
         if cut is not None and cut - num_chars < len(text):
             train, text = text[: cut - num_chars], text[cut - num_chars :]

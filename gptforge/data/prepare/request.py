@@ -2,17 +2,30 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from gptforge import files
-from gptforge.data.prepare.sources import KindFlag, Source, describe_ignored_files, find_sources
+from gptforge.data.prepare.sources import (
+    FileKind,
+    KindFlag,
+    Source,
+    describe_ignored_files,
+    find_sources,
+)
 from gptforge.data.prepare.split import describe_filename_splits, split_by_name
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.tokenizers import Tokenizer
 
+_KINDS_WITH: dict[str, dict[FileKind, str]] = {
+    "field": {"jsonl": "JSON", "csv": "CSV", "parquet": "Parquet"},
+    "encoding": {"text": "text", "jsonl": "JSON", "csv": "CSV"},
+    "split_on": {"text": "text"},
+}
+"""The kinds of files that a flag of `TextFormat` has an effect on."""
+RAW_BIN_UNUSED = "--raw_bin has no effect: the input is no .bin file"
 FINGERPRINT_BYTES = 2**16  # at each end of a file
 
 
@@ -76,7 +89,25 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
         sources = [source for source, _ in selected]
         val_sources = tuple(i for i, (_, word) in enumerate(selected) if word == "val")
     notices += _describe_copies(sources, val_sources)
+    notices += describe_unused_flags(request, {source.kind for source in sources})
     return FileSelection(sources, val_sources, tuple(notices))
+
+
+def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> list[str]:
+    """Notices about flags that have no effect on files of these kinds; none for token shards."""
+    given, default = options.text_format, TextFormat()
+    unused = [
+        name
+        for name, readers in _KINDS_WITH.items()
+        if getattr(given, name) != getattr(default, name) and not readers.keys() & set(kinds)
+    ]
+    if not kinds:
+        unused += ["kind"] * (options.kind != "auto")
+        return [f"--{name} has no effect on token shards" for name in unused]
+    return [
+        f"--{name} has no effect: no file is {' or '.join(_KINDS_WITH[name].values())}"
+        for name in unused
+    ]
 
 
 def fingerprint(path: Path) -> str:

@@ -105,10 +105,10 @@ def no_text_message(names: Sequence[str], bad_input: BadInputHandler) -> str:
     more = f" and {len(names[3:]):,} more" if len(names) > 3 else ""
     where = ", ".join(names[:3]) + more
     if not bad_input.counts:
-        return f"{where}: empty: there is no text to train on"
+        return f"{where}: empty: there is no text"
     problems = ", ".join(f"{count:,} x {problem}" for problem, count in bad_input.counts.items())
     return (
-        f"{where}: all input was skipped ({problems}), and there is no text to train on; first "
+        f"{where}: all input was skipped ({problems}), and no text is left; first "
         f"{bad_input.examples[0]}: {bad_input.hints[0]}"
     )
 

@@ -25,6 +25,9 @@ MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
+CRLF_NOTICE = "turned CRLF line ends into LF"
+CR_NOTICE = "kept CR without LF, which is not turned into a line end"
+SURROGATE_NOTICE = "replaced lone surrogates, which are no characters, with U+FFFD"
 REPLACED_NOTICE = "replaced bytes that are not in the encoding with U+FFFD"
 
 
@@ -246,12 +249,14 @@ def split_lines(parts: Iterable[AnyStr], newline: AnyStr) -> Iterator[AnyStr]:
 
 
 def describe_fixes(chunk: Chunk) -> set[str]:
-    """Describe what was normalized in a chunk."""
+    """Describe what was normalized in a chunk, and carriage returns, which are not."""
     fixes = set()
     if chunk.offset == 0 and chunk.raw.startswith(BOM):
         fixes.add("dropped the byte order mark")
     if "\r\n" in chunk.raw:
-        fixes.add("turned CRLF line ends into LF")
+        fixes.add(CRLF_NOTICE)
+    if "\r" in chunk.text:
+        fixes.add(CR_NOTICE)
     if chunk.has_replacements:
         fixes.add(REPLACED_NOTICE)
     return fixes
