@@ -154,7 +154,7 @@ def test_loop_of_links_is_one_line_of_error(program, args) -> None:
         (OSError(errno.EMFILE, "x"), "too many open files", "ulimit -n"),
         (OSError(errno.EIO, "x"), "input/output error", "check the disk"),
         (OSError(errno.ENOENT, "gone", "a.txt"), "gone", ""),
-        (OSError("no number"), "no number", ""),
+        (OSError("unnumbered"), "unnumbered", ""),
         (RuntimeError("I/O error: File too large (os error 27)"), "the file would", "ulimit -f"),
     ],
 )

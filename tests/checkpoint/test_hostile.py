@@ -150,7 +150,7 @@ def test_unreadable_checkpoint_is_left_as_it_is(good, tmp_path, monkeypatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "sha256", refuse)
-        with pytest.raises(RunError, match=r"model\.safetensors: Permission denied: .* left as it"):
+        with pytest.raises(RunError, match=r"model\.safetensors: permission denied: .* left as it"):
             CheckpointStore(tmp_path / "checkpoints").latest()
     newest, warnings = CheckpointStore(tmp_path / "checkpoints").latest()
     assert newest is not None and newest.name == good.name and not warnings

@@ -111,9 +111,9 @@ def _with_fitting_hint(bad: BadInput, part: InputPart) -> BadInput:
 
 def _has_field_elsewhere(part: InputPart) -> bool:
     """Whether any of the first objects of the file has text in the field."""
-    whole = InputPart(part.source, part.text_format, BadInputHandler(skip=True))
+    file = InputPart(part.source, part.text_format, BadInputHandler(skip=True))
     is_array = is_json_array(part.source, part.text_format.encoding)
-    records = _array_elements(whole) if is_array else _line_records(whole)
+    records = _array_elements(file) if is_array else _line_records(file)
     try:
         for record in islice(records, PEEK_RECORDS):
             if isinstance(record, dict):

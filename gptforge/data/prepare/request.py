@@ -95,11 +95,11 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
 
 def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> list[str]:
     """Notices about flags that have no effect on files of these kinds; none for token shards."""
-    given, default = options.text_format, TextFormat()
+    text_format, default = options.text_format, TextFormat()
     unused = [
         name
         for name, readers in _KINDS_WITH.items()
-        if getattr(given, name) != getattr(default, name) and not readers.keys() & set(kinds)
+        if getattr(text_format, name) != getattr(default, name) and not readers.keys() & set(kinds)
     ]
     if not kinds:
         unused += ["kind"] * (options.kind != "auto")

@@ -54,7 +54,7 @@ def test_array_is_read_like_lines(tmp_path_factory, texts, block, indent) -> Non
         ('[{"text": "a"}', "the array has no end"),
         ('[{"text": "a"} {"text": "b"}]', "after element 1: not JSON: no comma"),
         ('[{"text": "a"}] {"text": "b"}', "text after the array"),
-        ('[{"text": "a"}, {"body": "b"}]', "element 2: no field 'text': it has body: choose"),
+        ('[{"text": "a"}, {"body": "b"}]', "element 2: no field 'text': other objects have it"),
         ('["a", "b"]', "element 1: a string, not an object: give objects with a field 'text'"),
         ('[{"text": "a"},]', "element 2: not JSON"),
         ("[" * 100_000, "element 1: not JSON"),
