@@ -17,6 +17,7 @@ from gptforge.inference.fused_decode import FusedDecode, build_fused_decode
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, sample
 from gptforge.kernels.decode import DecodeInputs
+from gptforge.kernels.sampling import sample_top_k, supports_sample_top_k
 
 WARMUP_STEPS = 3
 """Steps before the capture: the first initializes libraries, which cannot be captured."""
@@ -46,8 +47,9 @@ class DecodeSession:
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         # First slot of each sequence: the length of its left padding.
         self.starts = torch.zeros_like(self.ids)
-        self.cache_position = torch.zeros(1, dtype=torch.long, device=device)
-        self.step = torch.zeros_like(self.cache_position)
+        # Together, so that one kernel advances both.
+        self._counters = torch.zeros(2, dtype=torch.long, device=device)
+        self.cache_position, self.step = self._counters.split(1)
         self.uniforms = torch.zeros(batch_size, max_new_tokens, device=device)
         # Column 0 is the sampled token, the others are the most likely ones.
         shape = (batch_size, max_new_tokens, 1 + (top_logprobs or 0))
@@ -56,6 +58,9 @@ class DecodeSession:
         self._slots = torch.arange(max_seq_length, device=device)
         self._length = 0
         self._is_padded = False
+        # Greedy decoding is top-1.
+        self._top_k = sampling.top_k if sampling.temperature else 1
+        self._samples_top_k = cuda_graph and top_logprobs is None and self._can_sample_top_k()
         self._graph = self._capture() if cuda_graph and device.type == "cuda" else None
 
     @property
@@ -86,6 +91,7 @@ class DecodeSession:
         position_ids = (slots[None] - self.starts).clamp(min=0)
         cache = self.cache.prefix(length)
         self._sample(self.model.forward(ids, position_ids, cache, slots, mask))
+        self.step += 1
         self.cache_position.fill_(length)
 
     def decode(self, steps: int) -> None:
@@ -111,7 +117,7 @@ class DecodeSession:
         position_ids = self.cache_position - self.starts
         cache = self.cache.prefix(length)
         self._sample(self.model.forward(self.ids, position_ids, cache, self.cache_position, mask))
-        self.cache_position += 1
+        self._counters += 1
 
     def _static_step(self, fused: FusedDecode | None) -> None:
         """One step over all slots: a CUDA graph needs the same shapes in each step."""
@@ -119,9 +125,12 @@ class DecodeSession:
             self._decode_one_token(len(self._slots), use_mask=True)
             return
         self._sample(fused(self.cache, DecodeInputs(self.ids, self.starts, self.cache_position)))
-        self.cache_position += 1
+        self._counters += 1
 
     def _sample(self, logits: Tensor) -> None:
+        if self._samples_top_k:
+            self._sample_top_k(logits)
+            return
         # Indexed by a tensor on the device: an int would be fixed in the captured graph.
         uniforms = self.uniforms.index_select(1, self.step).squeeze(1)  # (B,)
         ids = sample(logits, uniforms, self.sampling)[:, None]  # (B, 1)
@@ -132,7 +141,26 @@ class DecodeSession:
                 ids = torch.cat([ids, logprobs.topk(self.top_logprobs).indices], 1)
             self.logprobs.index_copy_(1, self.step, logprobs.gather(1, ids)[:, None])
         self.token_ids.index_copy_(1, self.step, ids[:, None])
-        self.step += 1
+
+    def _sample_top_k(self, logits: Tensor) -> None:
+        sample_top_k(
+            logits, self.uniforms, self.step, ids=self.ids, token_ids=self.token_ids,
+            temperature=self.sampling.temperature or 1.0, top_k=self._top_k,
+            top_p=self.sampling.top_p,
+        )  # fmt: skip
+
+    def _can_sample_top_k(self) -> bool:
+        """Whether the fused sampler supports these settings, compiles, and agrees with `sample`."""
+        device, shape = self.model.device, (len(self.ids), self.model.vocab_size)
+        if not supports_sample_top_k(device, shape[1], self._top_k):
+            return False
+        logits = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+        self.uniforms.fill_(0.5)
+        try:
+            self._sample_top_k(logits)
+        except Exception:
+            return False  # no Triton, no C compiler, an unknown GPU
+        return torch.equal(self.ids[:, 0], sample(logits, self.uniforms[:, 0], self.sampling))
 
     def _additive_mask(self, visible: Tensor) -> Tensor:
         """(B, T, S) booleans to 0 and -inf, (B, 1, T, S)."""

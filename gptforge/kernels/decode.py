@@ -30,6 +30,8 @@ MAX_BATCH_SIZE = 4
 """Each sequence reads all weights again, so GEMMs are faster beyond this batch size."""
 MAX_CHANNELS = 4096
 """A program holds a few rows of a weight in registers, so they cannot be longer than this."""
+LARGE_VOCAB = 2**14
+"""Output layers of at least this size get programs with more rows."""
 NUM_SPLITS = 4
 """Programs per head (split-KV, as in flash decoding): B * H alone would not fill the GPU."""
 TILE = 64
@@ -94,6 +96,7 @@ class TritonDecodeOps:
         self._launch(
             self._kernels.layer_norm_qkv, linear.weight, x, *norm, linear.weight, linear.bias, q,
             kv_cache, inputs.slot, EPS, *kv_cache.stride()[:3], D=kv_cache.size(-1),
+            num_warps=_layer_norm_warps(linear.weight),
         )  # fmt: skip
         return q
 
@@ -129,7 +132,7 @@ class TritonDecodeOps:
         self._launch(
             self._kernels.layer_norm_linear, weight, x, *norm, weight,
             weight if bias is None else bias, out, len(weight), EPS,
-            HAS_BIAS=bias is not None, GELU=gelu,
+            HAS_BIAS=bias is not None, GELU=gelu, num_warps=_layer_norm_warps(weight),
         )  # fmt: skip
         return out
 
@@ -139,18 +142,29 @@ class TritonDecodeOps:
             self._kernels.linear_add, linear.weight, y, linear.weight, linear.bias, x, x.size(1)
         )
 
-    def _launch(self, kernel: Any, weight: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
+    def _launch(
+        self, kernel: Any, weight: Tensor, x: Tensor, *args: Any, num_warps: int = 8, **options: Any
+    ) -> None:
         """Launch programs for each row of x and tile of the weight's rows, held in registers.
 
         Few rows per program give many programs, which saturate the memory bandwidth. The output
         layer takes more: with its many programs, the LayerNorm that each repeats would dominate.
         """
         outputs, columns = weight.shape
-        block, rows = next_power_of_2(min(columns, MAX_CHANNELS)), 4 if outputs < 2**14 else 16
+        rows = 16 if outputs >= LARGE_VOCAB else 4
         kernel[(len(x), math.ceil(outputs / rows))](
-            x, *args, columns=columns, BLOCK=block, ROWS=rows,
-            num_warps=4 if rows * block <= 2**12 else 8, **options, **self._pdl_args,
+            x, *args, columns=columns, BLOCK=next_power_of_2(min(columns, MAX_CHANNELS)), ROWS=rows,
+            num_warps=num_warps, **options, **self._pdl_args,
         )  # fmt: skip
+
+
+def _layer_norm_warps(weight: Tensor) -> int:
+    """Warps of a program that computes a LayerNorm before its rows of `weight`, (outputs, C).
+
+    A single warp sums the channels without waiting for others, if it can hold them.
+    """
+    outputs, columns = weight.shape
+    return 1 if columns <= 1024 and outputs < LARGE_VOCAB else 8
 
 
 def supports_pdl(device: torch.device) -> bool:

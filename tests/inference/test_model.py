@@ -137,6 +137,35 @@ def test_weights_are_not_copied_where_memory_is_short(monkeypatch) -> None:
     assert model.layers[0].c_fc.weight.data_ptr() == c_fc.weight.data_ptr()
 
 
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2]])
+@pytest.mark.parametrize("kernel", ["right", "wrong", "does not compile"])
+def test_a_sampling_kernel_is_used_if_it_works(monkeypatch, kernel, sampling) -> None:
+    calls = 0
+
+    def sample_top_k(logits, uniforms, step, *, ids, token_ids, temperature, top_k, top_p) -> None:
+        nonlocal calls
+        calls += 1
+        if kernel == "does not compile":
+            raise ImportError("no Triton")
+        params = SamplingParams(temperature, top_k, top_p)
+        right = sample(logits, uniforms[:, int(step)], params)
+        ids[:, 0] = token_ids[:, int(step), 0] = right + (kernel == "wrong")
+
+    monkeypatch.setattr("gptforge.inference.decode_session.sample_top_k", sample_top_k)
+    monkeypatch.setattr(
+        "gptforge.inference.decode_session.supports_sample_top_k", lambda *args: True
+    )
+    model = InferenceModel(gpt(), vocab_size=VOCAB)
+    prompts, uniforms = [[1, 2, 3], [5]], draw_uniforms([1, 2], 8)
+    expected = generated(TokenGenerator(model), prompts, uniforms, sampling)
+    assert calls == 0
+    generator = TokenGenerator(model)
+    generator.cuda_graph = True  # there is none on a CPU, but the sampler is chosen as for one
+    assert generated(generator, prompts, uniforms, sampling) == expected
+    # One call to check it, then one for each step.
+    assert calls == (9 if kernel == "right" else 1)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_cuda_graph_gives_the_same_tokens(sampling) -> None:
