@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 CUDA_CAPTURE_LOCK = threading.Lock()
-"""Held during a capture, and by threads whose CUDA calls would invalidate it, such as allocating
-pinned memory."""
+"""Held during a capture, and by a thread that saves a checkpoint: captures failed beside one."""
 
 
 @contextmanager
