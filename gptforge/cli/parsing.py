@@ -253,8 +253,13 @@ def _one_line(text: str, prog: str, cls: type) -> str:
     mistake = sections[0].strip()
     if mistake.startswith("Missing from"):
         # Names are indented by four columns, and their descriptions by eight.
-        missing = re.findall(r"^│ {5}(\S+)", text.partition("For full helptext")[0], re.MULTILINE)
+        required, _, rest = text.partition("For full helptext")[0].partition("Unrecognized options")
+        missing, unrecognized = (
+            re.findall(r"^│ {5}(\S+)", part, re.MULTILINE) for part in (required, rest)
+        )
         mistake = f"{prog} needs {' and '.join(missing)}"
+        if unrecognized:
+            mistake = f"Unrecognized options: {' '.join(unrecognized)}; {mistake}"
         if "RUN" in missing:
             mistake += f"; {runs_hint()}"
     if no_value := re.match(r"Missing value for argument '(\S+)'", mistake):

@@ -47,6 +47,10 @@ from gptforge.errors import UserError
         (("sample",), "gptforge sample needs RUN; there is none in runs: train one first (see"),
         (("export",), "gptforge export needs RUN and OUT and --to; there is"),
         (("export", "r", "--to", "hf", "--out", "o"), "gptforge export takes OUT without a flag"),
+        (
+            ("export", "r", "out", "--format", "hf"),
+            "Unrecognized options: --format hf; gptforge export needs --to (see",
+        ),
         (("sample", "r", "--prompt"), "--prompt needs a value"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
         (("sample", "missing"), "missing"),
