@@ -92,4 +92,6 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
         kind=args.kind,
         split_by_name=args.split_by_name,
     )
-    return found + [warning(RAW_BIN_UNUSED)] * args.raw_bin
+    if args.raw_bin:
+        found.append(warning(RAW_BIN_UNUSED))
+    return found

@@ -28,8 +28,8 @@ from gptforge.train.parallel.grad_reducer import GradReducer
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_PARAM = 20
-"""Reserved by `TrainStep.fits`: 8 for AdamW's moments, 12 for the copy that a save makes."""
+MOMENT_BYTES, SAVE_BYTES = 8, 12
+"""Per parameter: of AdamW's moments, and of the copy that a save makes."""
 
 
 class TrainStep:
@@ -251,9 +251,10 @@ class TrainStep:
         """Whether a micro-batch fits into the device's memory, by a dry run."""
         reserved, fits = None, True
         try:
-            # Before the first step the optimizer's state does not exist yet: hold its memory.
+            # Hold the memory of a save, and before the first step that of the optimizer's state.
             if self.device.type == "cuda":
-                per_param = BYTES_PER_PARAM + (0 if self.ema is None else 4)
+                per_param = SAVE_BYTES + (0 if self.ema is None else 4)
+                per_param += 0 if self.optimizer.state else MOMENT_BYTES
                 nbytes = per_param * sum(p.numel() for p in self.model.parameters())
                 reserved = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self.dry_run(batch_size, context_length)
