@@ -145,6 +145,19 @@ def test_signal_makes_any_command_clean_up(name, code, message) -> None:
     assert (process.returncode, out, err) == (code, "cleaned up\n", f"{message}\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("pair", [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGHUP",) * 2])
+def test_sighup_beside_sigterm_does_not_cut_the_cleanup_short(pair) -> None:
+    command = [sys.executable, "-c", WAITING_COMMAND]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
+        # Stopped, so that both signals are pending when it goes on.
+        for name in ("SIGSTOP", *pair, "SIGCONT"):
+            process.send_signal(getattr(signal, name))
+        assert process.communicate(timeout=120)[0] == "cleaned up\n"
+        assert process.returncode == 143
+
+
 SHUTDOWN_COMMAND = """
 import os, signal, sys, threading
 from gptforge import cli

@@ -153,14 +153,24 @@ def _raise_on_signals(*, is_program: bool) -> Iterator[None]:
 
 
 def _raise_terminated(number: int, frame: object) -> NoReturn:
-    # A second signal ends the process at once.
-    signal.signal(number, signal.SIG_DFL)
-    if number != signal.SIGTERM:
+    if number == signal.SIGTERM:
+        # A second SIGTERM ends the process at once.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    else:
         # SIGHUP: the terminal is gone, and writing to it would fail.
         for stream in (sys.stdout, sys.stderr):
             if stream.isatty():
                 files.redirect_to_devnull(stream)
+        # One that comes with it must not cut the cleanup short.
+        signal.signal(signal.SIGTERM, _allow_one)
+    if hangup := getattr(signal, "SIGHUP", None):
+        # The kernel and the shell each send one, systemd sends one with SIGTERM.
+        signal.signal(hangup, signal.SIG_IGN)
     raise Terminated
+
+
+def _allow_one(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _run_command(args: list[str]) -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Literal, Self
+from typing import Literal, NoReturn, Self
 
 from gptforge import files
 from gptforge.distributed import Comm
@@ -48,10 +48,11 @@ SAVED_MESSAGE = "All is saved. Writing the report; Ctrl-C again quits at once."
 class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
-    The training loop polls it after each step. A second signal other than SIGHUP ends the process
-    at once; that leaves no half-written checkpoint, since saves are renamed into place. Once the
-    loop has obeyed a signal and saved (`mark_saved`), one more stops what is left to do, and the
-    next one ends the process. As a context manager it may be entered again while it is entered.
+    The training loop polls it after each step. A second Ctrl-C or SIGTERM ends the process at
+    once; that leaves no half-written checkpoint, since saves are renamed into place. SIGHUP, which
+    often accompanies SIGTERM, does not count. Once the loop has obeyed a signal and saved
+    (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
+    context manager it may be entered again while it is entered.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -70,6 +71,7 @@ class StopSignal:
         started = clock() if started is None else started
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
+        self._is_requested = False  # by anything but SIGHUP
         self._requested_by = ""
         self._previous: dict[int, object] = {}
         self._depth = 0
@@ -87,6 +89,7 @@ class StopSignal:
         """Stop as after Ctrl-C; the log says that `by` stopped the run."""
         if self._signal is None:
             self._signal, self._requested_by = "interrupted", by
+            self._is_requested = True
 
     def stopped_by(self, reason: StopReason) -> str:
         """What a stop for this reason is called in the log."""
@@ -96,7 +99,7 @@ class StopSignal:
         """Nothing is lost any more; `reason` is why the training loop ended."""
         self._is_saved = True
         if reason in ("interrupted", "terminated"):
-            self._signal = None
+            self._signal, self._is_requested = None, False
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
@@ -128,18 +131,25 @@ class StopSignal:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
+        if number != SIGHUP:
+            if self._is_requested:
+                self._end_at_once(number)
+            self._is_requested = True
         if self._signal is not None:
-            if number == SIGHUP:
-                return  # not impatience: the kernel and the shell each send one
-            if not self.exits_on_second:
-                raise KeyboardInterrupt
-            if sys.stdout.isatty():
-                # The progress bar hid the cursor.
-                os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
-            os._exit(128 + number)
+            # SIGHUP comes with SIGTERM from systemd, and twice from the kernel and the shell; of
+            # two pending signals Python handles the lower number first.
+            return
         # Only a flag: the loop saves between steps, where state and weights are consistent.
         self._signal = "interrupted" if number == signal.SIGINT else "terminated"
         logger.warning(SAVED_MESSAGE if self._is_saved else MESSAGE)
+
+    def _end_at_once(self, number: int) -> NoReturn:
+        if not self.exits_on_second:
+            raise KeyboardInterrupt
+        if sys.stdout.isatty():
+            # The progress bar hid the cursor.
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
+        os._exit(128 + number)
 
 
 def agree_on_signal(stop_signal: StopSignal, comm: Comm) -> StopReason | None:
