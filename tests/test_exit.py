@@ -151,7 +151,7 @@ def test_sighup_beside_sigterm_does_not_cut_the_cleanup_short(pair) -> None:
     command = [sys.executable, "-c", WAITING_COMMAND]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == "started\n"
-        # Stopped, so that both signals are pending when it goes on.
+        # Stopped, so that both signals are pending when it continues.
         for name in ("SIGSTOP", *pair, "SIGCONT"):
             process.send_signal(getattr(signal, name))
         assert process.communicate(timeout=120)[0] == "cleaned up\n"
