@@ -2,21 +2,28 @@
 
     python benchmarks/loss_curves.py input.txt --out results
     python benchmarks/loss_curves.py input.txt --out results --dtypes bfloat16 fp8
+    python benchmarks/loss_curves.py input.txt --out results --seeds 1 --without attention cublaslt
 
 GPT-2 small, 500 steps. Three seeds of the weights take the plain path in float32 (autograd and
 torch's cross-entropy); then each seed trains with the fast kernels in each dtype, from the same
 weights over the same batches. Losses are means over ten steps: how far a fast run is from the plain
-one of its seed, and how far the three plain runs are from each other.
+one of its seed, and how far the three plain runs are from each other. `--without` finds out which
+kernel a difference comes from: each one named gets a run in the first dtype where torch's own
+operations replace it.
 
 Writes `loss-curves.json` and `loss-curves.png`, and prints a small table last. `--layers`,
 `--width` and `--batch_size` make it small enough for a CPU.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,14 +32,25 @@ from gptforge.config import Config, GPTConfig
 from gptforge.data.dataloader import DataLoader
 from gptforge.device import Precision, select_device, select_precision
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
+from gptforge.kernels.attention import SdpaAttention
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.optim.schedule import learning_rate
 from gptforge.tokenizers import from_name
 from gptforge.train.train_step import TrainStep
 
-SEEDS = (1, 2, 3)
 MEAN_OVER = 10
+# Of each kernel: the function that selects it, and one that selects torch's operations instead.
+REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "attention": (
+        "gptforge.train.backends.manual_layers.select_attention", lambda *_, **__: SdpaAttention(),
+    ),
+    "cublaslt": ("gptforge.kernels.matmul.find_plan", lambda *_, **__: None),
+    **{
+        name: (f"gptforge.kernels.{name}.uses_triton", lambda _: False)
+        for name in ("cross_entropy", "embedding", "gelu", "layer_norm", "reductions")
+    },
+}  # fmt: skip
 
 
 def train(
@@ -79,7 +97,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["auto"], help="of the fast runs")
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=[*REPLACEMENTS, "manual_backward"],
+        help="kernels to replace, one at a time",
+    )  # fmt: skip
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device, name = select_device("auto")
@@ -91,15 +114,23 @@ def main() -> None:
     for dtype in args.dtypes:
         precision = select_precision(dtype, device)
         paths[precision.name] = (precision, select_kernels(Config(), device, precision), "high")
+    precision, kernels, _ = list(paths.values())[1]
+    for kernel in args.without:
+        is_backward = kernel == "manual_backward"
+        others = dataclasses.replace(kernels, manual_backward=False) if is_backward else kernels
+        paths[f"without {kernel}"] = (precision, others, "high")
     curves: dict[str, list[np.ndarray]] = {path: [] for path in paths}
     for path, (precision, kernels, matmul_precision) in paths.items():
         torch.set_float32_matmul_precision(matmul_precision)
-        for seed in SEEDS:
+        target, function = REPLACEMENTS.get(path.removeprefix("without "), ("", None))
+        replaced = mock.patch(target, function) if function else contextlib.nullcontext()
+        for seed in range(1, args.seeds + 1):
             begin = time.perf_counter()
-            losses = train(
-                shape, tokens, seed, steps=args.steps, batch_size=args.batch_size, device=device,
-                precision=precision, kernels=kernels,
-            )  # fmt: skip
+            with replaced:
+                losses = train(
+                    shape, tokens, seed, steps=args.steps, batch_size=args.batch_size,
+                    device=device, precision=precision, kernels=kernels,
+                )  # fmt: skip
             count = len(losses) // MEAN_OVER * MEAN_OVER
             curves[path].append(np.array(losses[:count]).reshape(-1, MEAN_OVER).mean(1))
             seconds = time.perf_counter() - begin
@@ -119,7 +150,7 @@ def main() -> None:
     }
     (args.out / "loss-curves.json").write_text(json.dumps(found), encoding="utf-8")
     draw(plain, losses, args.out / "loss-curves.png")
-    print(f"\n{name}, torch {torch.__version__}; losses of three seeds\n")
+    print(f"\n{name}, torch {torch.__version__}; losses of {args.seeds} seeds\n")
     print(f"| step | plain | spread | {' | | '.join(losses)} | |")
     print("| --- | --- | --- |" + " --- | --- |" * len(losses))
     for i in sorted({0, len(spread) // 8, len(spread) // 4, len(spread) // 2, len(spread) - 1}):
@@ -128,6 +159,9 @@ def main() -> None:
             cells += [" ".join(f"{c[i]:.3f}" for c in runs), f"{distances[path][i]:.4f}"]
         print(f"| {i * MEAN_OVER} | {' | '.join(cells)} |")
     for path, distance in distances.items():
+        if args.seeds == 1:
+            print(f"\n{path}: mean distance to plain {distance.mean():.4f}")
+            continue
         print(
             f"\n{path}: mean distance to plain {distance.mean():.4f}, mean spread of seeds "
             f"{spread.mean():.4f}; within the spread at "
@@ -146,12 +180,17 @@ def draw(plain: np.ndarray, losses: dict[str, np.ndarray], path: Path) -> None:
         2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True, layout="constrained"
     )
     top.fill_between(
-        steps, plain.min(0), plain.max(0), color="#9bb7d4", label="plain path, fp32: 3 seeds"
+        steps,
+        plain.min(0),
+        plain.max(0),
+        color="#9bb7d4",
+        label=f"plain path, fp32: {len(plain)} seeds",
     )
     bottom.plot(steps, plain.max(0) - plain.min(0), color="#5b84b1", label="spread of the seeds")
-    for color, (name, runs) in zip(("#c0392b", "#27632a", "#8e44ad"), losses.items(), strict=False):
-        for i, curve in enumerate(runs):
-            label = f"{name}, same 3 seeds" if i == 0 else None
+    for i, (name, runs) in enumerate(losses.items()):
+        color = ("#c0392b", "#27632a", "#8e44ad", *plt.get_cmap("tab10").colors)[i]
+        for j, curve in enumerate(runs):
+            label = f"{name}, same seeds" if j == 0 else None
             top.plot(steps, curve, color=color, linewidth=1, label=label)
         distance = np.abs(runs - plain).mean(0)
         bottom.plot(steps, distance, color=color, label=f"{name} to plain, same seed")
