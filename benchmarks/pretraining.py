@@ -86,12 +86,9 @@ def parse(flags: Iterable[str]) -> Config:
 def optimizer_of(result: Mapping[str, Any]) -> tuple[str, float, float]:
     """Optimizer, rate and decay of a result."""
     c = parse(shlex.split(result["flags"]))
-    muon = c.optimizer == "muon"
-    return (
-        c.optimizer,
-        c.muon_lr if muon else c.max_lr,
-        (c.muon_weight_decay if muon else c.weight_decay),
-    )
+    if c.optimizer == "muon":
+        return c.optimizer, c.muon_lr, c.muon_weight_decay
+    return c.optimizer, c.max_lr, c.weight_decay
 
 
 def training_flags(
@@ -157,7 +154,7 @@ def best_of_sweep(results: Sequence[Result], optimizer: str, data: str) -> tuple
         result
         for result in results
         if result["mode"] == "sweep" and result["data"] == data and result["state"] == COMPLETE
-        and optimizer_of(result)[0] == optimizer
+        and result["val_loss"] is not None and optimizer_of(result)[0] == optimizer
     ]  # fmt: skip
     if not found:
         raise UserError(
@@ -171,14 +168,14 @@ def best_of_sweep(results: Sequence[Result], optimizer: str, data: str) -> tuple
 
 def race_trials(options: argparse.Namespace, results: Sequence[Result]) -> list[Trial]:
     data, trials = fingerprint(options.data), []
-    explicit = {
-        "adamw": (options.rate, options.decay), "muon": (options.muon_rate, options.muon_decay)
-    }  # fmt: skip
-    for optimizer, values in explicit.items():
-        rate, decay = best_of_sweep(results, optimizer, data) if None in values else values
-        rate, decay = (
-            new if new is not None else old for new, old in zip(values, (rate, decay), strict=True)
-        )
+    for optimizer, rate, decay in (
+        ("adamw", options.rate, options.decay),
+        ("muon", options.muon_rate, options.muon_decay),
+    ):
+        if rate is None or decay is None:
+            best_rate, best_decay = best_of_sweep(results, optimizer, data)
+            rate = best_rate if rate is None else rate
+            decay = best_decay if decay is None else decay
         tokens = options.tokens * (options.fraction if optimizer == "muon" else 1)
         flags = training_flags(options, tokens=tokens, evals=options.evals)
         name = f"{optimizer}, rate {rate:g}, decay {decay:g}"
@@ -349,11 +346,7 @@ def verdict(results: Sequence[Result]) -> str:
         return "Some runs are not finished: the same command continues."
     mode = results[0]["mode"]
     if mode == "sweep":
-        for optimizer in ("adamw", "muon"):
-            found = [r for r in results if optimizer_of(r)[0] == optimizer]
-            if found:
-                best = min(found, key=lambda r: r["val_loss"])
-                lines.append(f"Best of {len(found)}: {best['name']}: {best['val_loss']:.4f}.")
+        lines += [best_line(results, optimizer) for optimizer in ("adamw", "muon")]
     if mode == "race" and len(results) == 2:
         adamw, muon = results
         level = min(point[1] for point in adamw["curve"])
@@ -388,6 +381,21 @@ def verdict(results: Sequence[Result]) -> str:
                 f"after {scratch['steps']:,} steps; fine-tuning {reached}."
             )
     return "\n".join(lines)
+
+
+def best_line(results: Sequence[Result], optimizer: str) -> str:
+    """The best of an optimizer's runs, and whether it is at the edge of the grid."""
+    found = [r for r in results if optimizer_of(r)[0] == optimizer and r["val_loss"] is not None]
+    if not found:
+        return f"{optimizer}: no run has a loss."
+    best = min(found, key=lambda r: r["val_loss"])
+    edges = []
+    for index, name in ((1, "rate"), (2, "decay")):
+        values = [optimizer_of(r)[index] for r in found]
+        if min(values) < max(values) and optimizer_of(best)[index] in (min(values), max(values)):
+            edges.append(name)
+    edge = f"; its {' and '.join(edges)} at the edge: extend the grid" if edges else ""
+    return f"Best of {len(found)}: {best['name']}: {best['val_loss']:.4f}{edge}."
 
 
 def by_text(results: Sequence[Result]) -> dict[str, tuple[Result, Result]]:

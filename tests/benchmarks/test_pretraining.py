@@ -109,6 +109,16 @@ def test_verdicts(data) -> None:
     assert "held-out loss +0.50%" in text and "tokens/s +30.0%" in text
 
 
+def test_best_at_the_edge_of_the_grid(data) -> None:
+    trials = bench.sweep_trials(options("sweep", data))
+    results = [result(trial, 3.0 + i) for i, trial in enumerate(trials)]
+    first, second = bench.verdict(results).splitlines()
+    assert first == "Best of 9: adamw, rate 0.0012, decay 0.4: 3.0000."
+    results[1]["val_loss"] = None
+    second = bench.verdict(results).splitlines()[1]
+    assert second.startswith("Best of 8: muon, rate 0.001, decay 0.4: 6.0000; its rate at the edge")
+
+
 def test_fine_tuning_takes_a_share_of_the_steps(tmp_path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("A sentence of a book.\n" * 2_000, encoding="utf-8")
