@@ -22,6 +22,7 @@ after which it lets its runs save and ends. Saving can take half a minute.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shlex
@@ -79,13 +80,14 @@ def optimizer_flags(optimizer: str, rate: float, decay: float) -> list[str]:
     return [*flags, "--weight_decay", f"{decay:g}"]
 
 
-def parse(flags: Iterable[str]) -> Config:
-    return parse_train_args(list(flags))[0]
+@functools.cache
+def parse(flags: str) -> Config:
+    return parse_train_args(shlex.split(flags))[0]
 
 
 def optimizer_of(result: Mapping[str, Any]) -> tuple[str, float, float]:
     """Optimizer, rate and decay of a result."""
-    c = parse(shlex.split(result["flags"]))
+    c = parse(result["flags"])
     if c.optimizer == "muon":
         return c.optimizer, c.muon_lr, c.muon_weight_decay
     return c.optimizer, c.max_lr, c.weight_decay
@@ -96,7 +98,7 @@ def training_flags(
 ) -> list[str]:
     """Flags of a run with GPT-2's preset and so many steps or tokens."""
     flags = ["--preset", "gpt2", "--seed", str(options.seed), *options.flags]
-    steps = steps or max(1, round(tokens / parse(flags).tokens_per_step))
+    steps = steps or max(1, round(tokens / parse(shlex.join(flags)).tokens_per_step))
     return [
         *("--preset", "gpt2", "--seed", str(options.seed), "--max_steps", str(steps)),
         *("--warmup_steps", str(round(WARMUP * steps)), "--eval_every", str(-(-steps // evals))),
@@ -109,7 +111,7 @@ def fingerprint(data: Path) -> str:
     """Name of the data and a hash of its start, so that results of other data are not taken."""
     paths = sorted(data.glob("*.bin")) if data.is_dir() else [data]
     if not data.exists() or not paths:
-        raise UserError(f"{data}: no token shards; write them with `gptforge prepare`")
+        raise SystemExit(f"error: {data}: no token shards; write them with `gptforge prepare`")
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -145,7 +147,7 @@ def sweep_trials(options: argparse.Namespace) -> list[Trial]:
     }
     # Alternating, so that both have had the same chance whenever a call ends.
     longest = max(map(len, trials.values()))
-    return [own[i] for i in range(longest) for own in trials.values() if i < len(own)]
+    return [grid[i] for i in range(longest) for grid in trials.values() if i < len(grid)]
 
 
 def best_of_sweep(results: Sequence[Result], optimizer: str, data: str) -> tuple[float, float]:
@@ -157,9 +159,9 @@ def best_of_sweep(results: Sequence[Result], optimizer: str, data: str) -> tuple
         and result["val_loss"] is not None and optimizer_of(result)[0] == optimizer
     ]  # fmt: skip
     if not found:
-        raise UserError(
-            f"no finished run of {optimizer} in the sweep of this data: run `sweep` with the same "
-            "--out first, or give a rate and a decay"
+        raise SystemExit(
+            f"error: no finished run of {optimizer} in the sweep of this data: run `sweep` with "
+            "the same --out first, or give a rate and a decay"
         )
     longest = max(result["max_steps"] for result in found)
     best = min((r for r in found if r["max_steps"] == longest), key=lambda r: r["val_loss"])
