@@ -34,9 +34,8 @@ class Optimizer(ABC):
         for group in self.param_groups:
             group["lr"] = lr if group["lr_scale"] == 1 else lr * group["lr_scale"]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Free all gradients."""
-        assert set_to_none, "gradients are freed, not zeroed"
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None

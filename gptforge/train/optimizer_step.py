@@ -64,5 +64,5 @@ class OptimizerStep:
         self._scaler.update()
         if self.ema is not None:
             self.ema.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         return norm

@@ -103,7 +103,7 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
-        return self._signal is not None or self._clock() >= self._deadline
+        return self.stop_reason() is not None
 
     def __enter__(self) -> Self:
         # Or a scheduler with a short limit would restart a slow startup forever.
@@ -131,9 +131,9 @@ class StopSignal:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
-        if number != SIGHUP:
-            if self._is_requested:
-                self._end_at_once(number)
+        elif self._is_requested:
+            self._end_at_once(number)
+        else:
             self._is_requested = True
         if self._signal is not None:
             # SIGHUP comes with SIGTERM from systemd, and twice from the kernel and the shell; of

@@ -92,11 +92,7 @@ class ManualLayerNorm:
     """
 
     def __init__(
-        self,
-        layer: nn.LayerNorm,
-        x_bias: Tensor | None,
-        weights: ComputeWeights,
-        grads: GradBuffer,
+        self, layer: nn.LayerNorm, x_bias: Tensor | None, weights: ComputeWeights, grads: GradBuffer
     ) -> None:
         self._weight, self._bias = weights.master(layer.weight), weights.master(layer.bias)
         self.out_dtype = weights.ln_out_dtype
