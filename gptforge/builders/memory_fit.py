@@ -34,11 +34,8 @@ def find_micro_batch(
 ) -> int:
     """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
 
-    Args:
-        max_size: sequences to start with.
-        estimate: from sequences in a micro-batch to bytes of memory.
-        free_memory: bytes; None if unknown.
-        fits: runs a micro-batch of so many sequences; False if memory ran out.
+    `estimate` says how many bytes a micro-batch takes; `fits` runs one, and is False if memory ran
+    out. `free_memory` is None if unknown.
     """
     size = max_size
     # Estimates are free, each trial below costs a forward and backward pass.
@@ -110,8 +107,7 @@ def _fits(needed: int, free: int | None) -> bool:
 def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: Comm) -> bool:
     """Whether to shard the model over the ranks (FSDP) instead of replicating it (DDP).
 
-    Raises:
-        UserError: if sharding is requested or needed, and does not work with another flag.
+    A UserError if sharding is requested or needed, and does not work with another flag.
     """
     if comm.world_size == 1:
         if config.parallel == "fsdp":
@@ -120,8 +116,7 @@ def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: C
                 "--nproc_per_node=N, or leave it out"
             )
         return False
-    reason = "as requested"
-    is_sharded = config.parallel == "fsdp"
+    is_sharded, reason = config.parallel == "fsdp", "as requested"
     if config.parallel == "auto" and not config.teachers:
         memory = training_memory(config, 1, mixed_precision=precision.is_mixed)
         needed = sum(memory.values())
@@ -183,12 +178,11 @@ def out_of_memory_hint(step: TrainStep, config: Config) -> str:
             "--activation_checkpointing true"
         )
     step.set_kernels(step.kernels)
-    smaller = _smaller_micro_batches(config, size)
-    fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)
     too_large = f"--batch_size {size} does not fit into the memory of {step.device}"
-    if fitting is None:
-        return f"{too_large}, nor does less: use a smaller --context_length or model"
-    return f"{too_large}; {_equivalent_flags(config, fitting)}"
+    for smaller in _smaller_micro_batches(config, size):
+        if step.fits(smaller, config.context_length):
+            return f"{too_large}; {_equivalent_flags(config, smaller)}"
+    return f"{too_large}, nor does less: use a smaller --context_length or model"
 
 
 def _smaller_micro_batches(config: Config, size: int) -> list[int]:

@@ -45,29 +45,19 @@ MIN_STEPS_PER_EVAL = 10
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
     """Build model, optimizer and kernels as for training; write nothing to disk.
 
-    Raises:
-        UserError: for a configuration that cannot be trained.
+    A UserError for a configuration that cannot be trained.
     """
     validate(config)
     device, description = select_device(config.device)
     precision = select_precision(config.dtype, device)
     logger.info(f"device: {device} ({description}), {precision.name}: {precision.reason}")
     seed_everything(config)  # sets what cuBLAS reads when the warmup starts it
-    return build_train_step(
-        config,
-        device,
-        precision,
-        explicit=explicit,
-        wait_for_warmup=KernelWarmup(device, config, precision).wait,
-    )
+    wait = KernelWarmup(device, config, precision).wait
+    return build_train_step(config, device, precision, explicit=explicit, wait_for_warmup=wait)
 
 
 def build_random_model(config: Config) -> GPT:
-    """Build a model with random weights on its device, for inference.
-
-    Raises:
-        UserError: for an invalid configuration.
-    """
+    """Build a model with random weights on its device, for inference."""
     validate(config)
     device, description = select_device(config.device)
     logger.info(f"device: {device} ({description})")
@@ -85,10 +75,8 @@ def time_step(
     are timed, and the line through both is extrapolated to all layers.
 
     Returns:
-        Seconds to train on one sequence of a micro-batch, and how they were measured.
-
-    Raises:
-        RunError: if it does not fit into memory.
+        Seconds to train on one sequence of a micro-batch, and how they were measured; a RunError if
+        it does not fit into memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")
