@@ -54,12 +54,9 @@ def _import(source: str, path: Path, folder: Path, tokenizer: Tokenizer | None) 
         meter(0, 2, "reading the model")
         bundle = (read_nanogpt if path.is_file() else read_hf)(path, tokenizer=tokenizer)
         meter(1, 2, "writing")
-        checkpoints.save_inference_checkpoint(
-            folder,
-            dict(bundle.state_dict),
-            tokenizer=bundle.tokenizer,
-            config=bundle_toml(bundle, source=_digest(Path(source))),
-        )
+        tensors = {checkpoints.MODEL: dict(bundle.state_dict)}
+        config = bundle_toml(bundle, source=_digest(Path(source)))
+        checkpoints.save_checkpoint(folder, tensors, tokenizer=bundle.tokenizer, config=config)
     return bundle
 
 

@@ -216,23 +216,17 @@ def _gather_on_rank0(tensors: StateDict, comm: Comm) -> StateDict:
 def _load(
     targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str, comm: Comm
 ) -> None:
-    if comm.is_main:
-        _check_tensors(targets, tensors, source)
+    if comm.is_main:  # check all of them before any is changed
+        if unknown := sorted(tensors.keys() - targets.keys()):
+            name = printable(unknown[0], MAX_NAME)
+            raise UserError(f"{source}: this model has no tensor '{name}'")
+        for name, target in targets.items():
+            if (tensor := tensors.get(name)) is None:
+                raise UserError(f"{source}: the tensor '{name}' is missing")
+            if tensor.shape != target.shape:
+                shapes = f"{tuple(tensor.shape)}, this model's {tuple(target.shape)}"
+                raise UserError(f"{source}: '{name}' has shape {shapes}")
+            if tensor.dtype != torch.float32:
+                raise UserError(f"{source}: '{name}' is {tensor.dtype}, not torch.float32")
     for name, target in targets.items():
         copy_from_rank0(target, tensors.get(name), comm)
-
-
-def _check_tensors(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str
-) -> None:
-    if unknown := sorted(found.keys() - expected.keys()):
-        name = printable(unknown[0], MAX_NAME)
-        raise UserError(f"{source}: this model has no tensor '{name}'")
-    for name, tensor in expected.items():
-        if (other := found.get(name)) is None:
-            raise UserError(f"{source}: the tensor '{name}' is missing")
-        if other.shape != tensor.shape:
-            shapes = f"{tuple(other.shape)}, this model's {tuple(tensor.shape)}"
-            raise UserError(f"{source}: '{name}' has shape {shapes}")
-        if other.dtype != torch.float32:
-            raise UserError(f"{source}: '{name}' is {other.dtype}, not torch.float32")

@@ -102,8 +102,8 @@ def fill_folder(folder: Path) -> None:
     for place in (checkpoint, hf, folder / "in"):
         place.mkdir(parents=True)
     config = config_text()
-    checkpoints.save_inference_checkpoint(
-        checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config
+    checkpoints.save_checkpoint(
+        checkpoint, {checkpoints.MODEL: tensors}, tokenizer=CharTokenizer(ALPHABET), config=config
     )
     rng_state = torch.Generator().manual_seed(0).get_state()
     save_safetensors(checkpoint / checkpoints.RNG_STATE, {"cpu": rng_state})
