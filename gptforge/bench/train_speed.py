@@ -55,10 +55,7 @@ def time_training(
         _run(steps[name], batch, WARMUP_STEPS - 1)
         if is_gpu:
             peak_memory[name] = torch.cuda.max_memory_allocated(device) - allocated
-    counts = {
-        name: max(1, round(MIN_REPEAT_SECONDS / _run(step, batch, 1)))
-        for name, step in steps.items()
-    }
+    counts = {n: max(1, round(MIN_REPEAT_SECONDS / _run(s, batch, 1))) for n, s in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -94,14 +91,13 @@ def profile(
 
     Writes `trace.json` into the folder, for chrome://tracing or Perfetto.
     """
-    is_gpu = batch[0].is_cuda
     _run(step_fn, batch, 1)
     with torch.profiler.profile() as profiler:
         _run(step_fn, batch, 1)
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = profiler.key_averages()
-    if is_gpu:
+    if batch[0].is_cuda:
         kernels = [e for e in events if str(e.device_type).endswith("CUDA")]
         found = [(e.key, e.self_device_time_total / 1e3, float(e.count)) for e in kernels]
     else:

@@ -198,9 +198,8 @@ def resume_config(
             conflicts.append(f"{name}: not the text that {folder.as_posix()} was trained on")
     if conflicts:
         hint = "choose another --out_dir, or --restart to move it to a backup"
-        if (
-            config.config and Path(config.config) == folder / checkpoints.CONFIG
-        ):  # --resume takes neither
+        # --resume takes neither.
+        if config.config and Path(config.config) == folder / checkpoints.CONFIG:
             names = {name for text in conflicts for name in text.partition(":")[0].split(" or ")}
             fix = "leave these flags out" if names.intersection(explicit) else "restore the text"
             hint = f"{fix} to resume it, or start a new run without --resume"

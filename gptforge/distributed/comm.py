@@ -90,10 +90,7 @@ class Comm:
         return tensor[self.rank * chunk : (self.rank + 1) * chunk]
 
     def reduce_scatter_async(self, tensor: Tensor) -> Wait:
-        """Start a sum over the ranks of which each gets its `local_rows`, in place.
-
-        The other rows are undefined afterwards.
-        """
+        """Start a sum over the ranks, in place: each gets its `local_rows`, and no other rows."""
         return self._start(_reduce_scatter, self.local_rows(tensor), tensor)
 
     def all_gather_async(self, tensor: Tensor) -> Wait:
@@ -253,9 +250,7 @@ class Comm:
 class AsyncMax:
     """A maximum over the ranks, the same on all of them at the same step.
 
-    Args:
-        device: of this rank; None for a single process.
-        lag: how many steps late it is read, when a GPU has long computed it.
+    It is read `lag` steps late, when a GPU has long computed it. With no device there is one rank.
     """
 
     def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:

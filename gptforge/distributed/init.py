@@ -18,6 +18,7 @@ from gptforge.device import has_mps
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
 from gptforge.errors import NOTHING_LOST, RunError, UserError
+from gptforge.kernel_select import first_line
 from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 
@@ -37,11 +38,8 @@ def is_distributed_launch(env: Mapping[str, str] = os.environ) -> bool:
 def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Comm:
     """Join the other ranks and start the watchdog; `SINGLE_PROCESS` without a launcher.
 
-    The backend is NCCL for GPUs and gloo for CPUs.
-
-    Args:
-        device: value of `--device`.
-        env: set by torchrun; a UserError if its variables contradict each other.
+    The backend is NCCL for GPUs and gloo for CPUs. A UserError if variables of the launcher in
+    `env` contradict each other, or `device`, the value of `--device`.
     """
     if not is_distributed_launch(env):
         if "RANK" in env and "WORLD_SIZE" not in env:
@@ -85,9 +83,8 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
     except RunError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
         problem = f"cannot listen at {address}:{port}" if is_server else unreachable
-        raise RunError(f"{problem} ({reason})") from None
+        raise RunError(f"{problem} ({first_line(error)})") from None
     watchdog = Watchdog(
         rank, world_size=world_size, host=host, store=PrefixStore(attempt, watchdog_store),
         is_local_main=local_rank == 0, timeout=timeout, is_server=is_server,

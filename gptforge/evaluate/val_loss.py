@@ -36,15 +36,10 @@ class ValEvaluator:
         batch_size: sequences in a forward pass.
         char_lengths: characters that each id stands for, (vocab,); None: one per byte.
         max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
-
-    Attributes:
-        fraction: share of the text that is evaluated.
-        num_tokens: about so many tokens are predicted.
-        seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
-            may share the machine; infinite before the first.
     """
 
     seconds_per_sequence = math.inf
+    """Of the fastest evaluation, since the first may compile and any may share the machine."""
 
     def __init__(
         self,
@@ -69,13 +64,9 @@ class ValEvaluator:
         available = math.ceil(num_targets / length)
         count = min(math.ceil(max_tokens / length) or available, available)
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
-        self.fraction = count / available
-        self.num_tokens = min(count * length, num_targets)
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that are evaluated, on all ranks together."""
-        return len(self._sequence_indices)
+        self.num_sequences = count  # on all ranks together
+        self.fraction = count / available  # of the text
+        self.num_tokens = min(count * length, num_targets)  # predicted, about
 
     def full(self) -> "ValEvaluator":
         """The evaluator of all the text."""

@@ -83,8 +83,7 @@ class LossMonitor:
         anomalies = []
         while len(self._unread) > num_unread:
             step, position, read = self._unread.popleft()
-            anomaly = self._check(step, position, *read())
-            if anomaly is not None:
+            if anomaly := self._check(step, position, *read()):
                 anomalies.append(anomaly)
         return anomalies
 

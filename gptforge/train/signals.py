@@ -54,10 +54,7 @@ class StopSignal:
     (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
     context manager it may be entered again while it is entered.
 
-    Args:
-        time_limit: minutes; 0 for none.
-        started: start of the time limit, by `clock`; now if None.
-        clock: seconds, monotonic.
+    `time_limit` is in minutes, 0 for none, from `started` on, by `clock`; None is now.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
-        return self.stop_reason() is not None
+        return self._signal is not None or self._clock() >= self._deadline
 
     def __enter__(self) -> Self:
         # Or a scheduler with a short limit would restart a slow startup forever.
