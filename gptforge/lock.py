@@ -48,8 +48,7 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     def move_to_backup(self, suffix: str) -> Path:
         """Rename the folder as `files.move_to_backup` does, and lock a new, empty one in its place.
 
-        Raises:
-            UserError: if another process locks the new folder first.
+        A UserError if another process locks the new folder first.
         """
         if os.name == "nt":
             # Windows cannot rename a folder that holds an open file.

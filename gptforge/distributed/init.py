@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from gptforge.device import has_mps
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
 from gptforge.errors import NOTHING_LOST, RunError, UserError
@@ -211,7 +210,7 @@ def _local_device(flag: str, local_rank: int, *, local_world_size: int) -> torch
     if flag == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
-        if flag == "auto" and has_mps():
+        if flag == "auto" and torch.backends.mps.is_available():
             raise UserError("several processes train on CUDA GPUs or on CPUs: add --device cpu")
         return torch.device("cpu")
     available = torch.cuda.device_count()
