@@ -65,26 +65,23 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
 
     def estimate(sequences: int) -> int:
         is_mixed, ranks = step.precision.is_mixed, comm.world_size
-        if not step.is_sharded:
-            memory = training_memory(
-                config, sequences, mixed_precision=is_mixed, manual_backward=manual
-            )
-            return sum(memory.values())
-        if manual:
+        if step.is_sharded and manual:
             return zero1_memory(config, sequences, world_size=ranks)
-        return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
+        if step.is_sharded:
+            return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
+        kinds = training_memory(config, sequences, mixed_precision=is_mixed, manual_backward=manual)
+        return sum(kinds.values())
+
+    def fits(sequences: int) -> bool:
+        # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the
+        # kernel kills the process.
+        can_try = is_gpu and not step.is_sharded
+        return not can_try or step.fits(sequences, config.context_length)
 
     # Sharding frees memory, and larger micro-batches gather weights less often.
     max_size = per_rank if step.is_sharded and is_gpu else batch_size
-    # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the kernel
-    # kills the process.
-    can_try = is_gpu and not step.is_sharded
-    return find_micro_batch(
-        max_size,
-        estimate=estimate,
-        free_memory=usable_memory(step.device),
-        fits=lambda sequences: not can_try or step.fits(sequences, config.context_length),
-    )
+    free = usable_memory(step.device)
+    return find_micro_batch(max_size, estimate=estimate, free_memory=free, fits=fits)
 
 
 def fits_zero1(config: Config, device: torch.device, explicit: Collection[str], comm: Comm) -> bool:

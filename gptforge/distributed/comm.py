@@ -183,15 +183,13 @@ class Comm:
         if problem := self.broadcast_from_rank0(find_difference):
             raise UserError(problem)
 
-    def device_mesh(self) -> "DeviceMesh | None":
-        """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""
-        if self._group is None:
-            return None
+    def device_mesh(self) -> "DeviceMesh":
+        """A one-dimensional mesh of all ranks, for FSDP."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(
-            self._group.device.type, (self.world_size,), mesh_dim_names=("ranks",)
-        )
+        assert self._group is not None, "sharding needs several processes"
+        kind = self._group.device.type
+        return init_device_mesh(kind, (self.world_size,), mesh_dim_names=("ranks",))
 
     def async_max(self, lag: int) -> "AsyncMax":
         """A maximum over the ranks in every step, read `lag` steps late."""

@@ -99,15 +99,15 @@ class ValEvaluator:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        num_sequences = self.num_sequences
-        done, nats, num_tokens, num_bytes, num_chars = 0, 0.0, 0, 0, 0
+        done, num_sequences = 0, self.num_sequences
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        counts = np.zeros(3, np.int64)  # tokens, bytes and characters
         # The sums of an evaluation with another number of sequences do not fit this one.
         if partial is not None and partial.num_sequences == num_sequences:
             done = partial.sequences_done
             if comm.is_main:
-                nats, num_tokens = partial.total_nats, partial.num_tokens
-                num_bytes, num_chars = partial.num_bytes, partial.num_chars
-        total = torch.tensor(nats, dtype=torch.float64, device="cpu")
+                total += partial.total_nats
+                counts += (partial.num_tokens, partial.num_bytes, partial.num_chars)
         stop_flag, stopped = comm.async_max(STOP_LAG_BATCHES), False
         start, first = time.perf_counter(), done
         while done < num_sequences and not stopped:
@@ -117,9 +117,11 @@ class ValEvaluator:
                 loss: Tensor = model(inputs.to(device), targets.to(device), len(self._byte_lengths))
                 total += loss.double().cpu()
             predicted = targets[targets != IGNORE_INDEX].numpy()
-            num_tokens += len(predicted)
-            num_bytes += int(self._byte_lengths[predicted].sum())
-            num_chars += int(self._char_lengths[predicted].sum())
+            byte_lengths, char_lengths = (
+                self._byte_lengths[predicted],
+                self._char_lengths[predicted],
+            )
+            counts += (len(predicted), byte_lengths.sum(), char_lengths.sum())
             comm.tick()
             done = min(done + self._batch_size * comm.world_size, num_sequences)
             progress(done, num_sequences)
@@ -128,8 +130,8 @@ class ValEvaluator:
         if done > first:
             seconds = (time.perf_counter() - start) / (done - first)
             self.seconds_per_sequence = min(self.seconds_per_sequence, seconds)
-        nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes, num_chars])
-        num_tokens, num_bytes, num_chars = map(round, counts)
+        nats, *sums = comm.sum_scalars([float(total), *counts.tolist()])
+        num_tokens, num_bytes, num_chars = map(round, sums)
         return ValLoss(nats, num_tokens, num_bytes, num_chars, done, num_sequences)
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
