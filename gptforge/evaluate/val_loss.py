@@ -117,11 +117,8 @@ class ValEvaluator:
                 loss: Tensor = model(inputs.to(device), targets.to(device), len(self._byte_lengths))
                 total += loss.double().cpu()
             predicted = targets[targets != IGNORE_INDEX].numpy()
-            byte_lengths, char_lengths = (
-                self._byte_lengths[predicted],
-                self._char_lengths[predicted],
-            )
-            counts += (len(predicted), byte_lengths.sum(), char_lengths.sum())
+            num_bytes = self._byte_lengths[predicted].sum()
+            counts += (len(predicted), num_bytes, self._char_lengths[predicted].sum())
             comm.tick()
             done = min(done + self._batch_size * comm.world_size, num_sequences)
             progress(done, num_sequences)
