@@ -142,12 +142,11 @@ def _try_manual_backward(step: TrainStep, config: Config) -> str:
     for sequences in (1,) if step.is_sharded else (config.batch_size, 1):
         try:
             step.dry_run(sequences, config.context_length)
+            return ""
         except torch.OutOfMemoryError:
-            # choose_micro_batch deals with it.
-            continue
+            continue  # choose_micro_batch deals with it
         except Exception as error:
             return first_line(error)
-        return ""
     return ""
 
 

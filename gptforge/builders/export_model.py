@@ -36,6 +36,7 @@ from gptforge.tokenizers.base import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
 
+VERSION = {"gptforge": __version__}
 MIN_REPORTED_PROBABILITY = 1e-4
 """Probability of an unused embedding row from which an export reports it."""
 
@@ -115,15 +116,12 @@ def export_space(run: str, out: Path) -> None:
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
         bundle, origin = load_bundle(run), read_origin(run)
-        config = bundle_toml(bundle)
-        if origin:
-            config = to_toml(origin.config, {"gptforge": __version__})
+        run_config = origin.config if origin else None
+        config = to_toml(run_config, VERSION) if run_config else bundle_toml(bundle)
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
-            prompts = suggest_prompts(run, origin.config if origin else None)
-            write_space(
-                folder, bundle, origin, title=model_title(run), prompts=prompts, config=config
-            )
+            title, prompts = model_title(run), suggest_prompts(run, run_config)
+            write_space(folder, bundle, origin, title=title, prompts=prompts, config=config)
             meter(2, 3, "comparing weights")
             written = load_bundle(folder).state_dict
             if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
@@ -143,7 +141,7 @@ def bundle_toml(bundle: ModelBundle, *, source: str = "") -> str:
     }
     config = merge(Config(), fields, source="import")
     validate(config)
-    return to_toml(config, {"gptforge": __version__, "command": "import", "source": source})
+    return to_toml(config, {**VERSION, "command": "import", "source": source})
 
 
 def read_origin(run: str) -> Origin | None:
@@ -155,11 +153,10 @@ def read_origin(run: str) -> Origin | None:
         return None
     path = _checkpoint_of(run)
     step = path.name.removeprefix("step-").partition(".")[0]
-    folder = path.parent.parent
     if path.parent.name != "checkpoints" or not step.isdecimal():
         return None
-    curves, metrics = folder / CURVES, folder / METRICS
-    for file in (curves, metrics, folder / SAMPLES):
+    curves, metrics, samples = (path.parents[1] / name for name in (CURVES, METRICS, SAMPLES))
+    for file in (curves, metrics, samples):
         if kind := files.nonregular_kind(file, follow_symlinks=False):
             raise UserError(
                 f"{file.as_posix()} is {kind}, and not copied into an export: remove it, or put "

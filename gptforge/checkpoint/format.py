@@ -165,10 +165,9 @@ def resolve_checkpoint(run: str) -> Path:
     is_checkpoints = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
     folder = path if is_checkpoints else path / "checkpoints"
     latest = list_checkpoints(folder)[-1:]
-    if found := next(
-        filter(None, (*map(read_link, (folder / "best", folder / "last")), *latest)), None
-    ):
-        return found
+    for found in (read_link(folder / "best"), read_link(folder / "last"), *latest):
+        if found:
+            return found
     problem = "does not exist"
     if path.is_dir() and NAME.fullmatch(path.name):
         problem = f"is damaged: {MANIFEST} is missing"

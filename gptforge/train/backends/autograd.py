@@ -100,17 +100,13 @@ class AutogradBackend:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def _losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross-entropy of the targets, and the loss to train with: the same, or distillation.
-
-        Both are summed.
-        """
+        """The summed cross-entropy, and the loss to train with, which distillation changes."""
         if self._distillation is None:
             loss = self._loss(idx, targets)
             return loss, loss
         hidden = self._hidden(idx)
         loss = self._head_loss(hidden, targets)
-        logits = self.model.lm_head(hidden)
-        return loss, self._distillation.loss(logits, idx, targets, loss)
+        return loss, self._distillation.loss(self.model.lm_head(hidden), idx, targets, loss)
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self._head_loss(self._hidden(idx), targets)
@@ -142,11 +138,8 @@ class AutogradBackend:
 
 
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Compile a block's forward for training only: evaluation batches have other shapes.
-
-    The code is compiled once, since Dynamo's guards hold for all blocks.
-    """
-    plain = block.forward
+    """Compile a block's forward for training only: evaluation batches have other shapes."""
+    plain = block.forward  # compiled once, since Dynamo's guards hold for all blocks
     compiled = torch.compile(plain, dynamic=False)
 
     def forward(x: Tensor) -> Tensor:
