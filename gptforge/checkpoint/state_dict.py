@@ -107,13 +107,7 @@ def optimizer_state_dict(
 
     `raw_weights` are what the optimizer trains where the model has an average of them.
     """
-    state = {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    state |= {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
-    return _gather_on_rank0(state, comm)
+    return _gather_on_rank0(_optimizer_tensors(model, optimizer, raw_weights), comm)
 
 
 def load_optimizer_state_dict(
@@ -130,13 +124,18 @@ def load_optimizer_state_dict(
     Learning rates and weight decay are not part of it: they come from the configuration.
     """
     optimizer.init_state()
+    _load(_optimizer_tensors(model, optimizer, raw_weights), tensors, source, comm)
+
+
+def _optimizer_tensors(
+    model: GPT, optimizer: Optimizer, raw_weights: Mapping[str, Tensor]
+) -> StateDict:
     state = {
-        f"{name}.{key}": optimizer.state[parameter][key]
+        f"{name}.{key}": value
         for name, parameter in model.named_parameters()
-        for key in optimizer.state_keys(parameter)
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
-    state |= {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
-    _load(state, tensors, source, comm)
+    return state | {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
 
 
 def rng_state_dict(device: torch.device, comm: Comm = SINGLE_PROCESS) -> StateDict:

@@ -24,28 +24,15 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(param_groups)
         self._betas = betas
-        self._is_initialized = False
 
     @override
-    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
-        return STATE_KEYS
-
-    @override
-    @torch.no_grad()
-    def init_state(self) -> None:
-        if self._is_initialized:
-            # Called in every step: looking up all parameters takes as long as a kernel launch.
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter not in self.state:
-                    self.state[parameter] = {
-                        # On the device, where skipped steps are decided: they must not count.
-                        "step": torch.zeros((), device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-                    }
-        self._is_initialized = True
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {
+            # On the device, where skipped steps are decided: they must not count.
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
 
     @override
     @torch.no_grad()

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,7 @@ class Optimizer(ABC):
     def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
         self.param_groups = [{"lr": 0.0, "lr_scale": 1.0, **group} for group in param_groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._is_initialized = False
 
     def set_lr(self, lr: float | Tensor) -> None:
         """Set the learning rate of all groups for the next step."""
@@ -40,13 +42,21 @@ class Optimizer(ABC):
             for parameter in group["params"]:
                 parameter.grad = None
 
-    @abstractmethod
-    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
-        """Names of the tensors in a parameter's state."""
-
-    @abstractmethod
+    @torch.no_grad()
     def init_state(self) -> None:
         """Allocate the state of all parameters; otherwise the first step does so."""
+        if self._is_initialized:
+            # Called in every step: looking up all parameters takes as long as a kernel launch.
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.state[parameter] = self.new_state(parameter)
+        self._is_initialized = True
+
+    @abstractmethod
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Allocate the state of a parameter."""
 
     @abstractmethod
     def step(self) -> None:

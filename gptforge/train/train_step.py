@@ -21,6 +21,7 @@ from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
 from gptforge.train.backends.float8 import Float8Backend
 from gptforge.train.backends.manual import ManualBackend
+from gptforge.train.backends.manual_layers import grad_groups
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep
@@ -201,7 +202,7 @@ class TrainStep:
     @cached_property
     def _autograd_grads(self) -> AutogradGradBuffer:
         """Built once, since the hooks that it registers on the parameters are not removed."""
-        return AutogradGradBuffer(self.model)
+        return AutogradGradBuffer([p for group in grad_groups(self.model) for p in group])
 
     @property
     def backend_name(self) -> str:

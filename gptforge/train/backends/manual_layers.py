@@ -242,7 +242,8 @@ def grad_groups(model: GPT) -> list[list[Tensor]]:
     """List the parameters in the order in which the backward pass computes their gradients.
 
     One kernel computes all gradients of a group. The final LayerNorm's group comes first, then
-    `GROUPS_PER_BLOCK` groups for each block, last block first, then the embeddings.
+    `GROUPS_PER_BLOCK` groups for each block, last block first, then the embeddings: the tied one is
+    also the output layer, but its gradient is only final once the pass reaches the input.
     """
     names = ("ln_f.weight", "ln_f.bias", "wpe.weight", "wte.weight")
     ln_f, ln_f_bias, wpe, wte = (model.get_parameter(f"transformer.{name}") for name in names)
