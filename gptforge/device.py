@@ -13,8 +13,7 @@ import torch
 from gptforge.config import SEED_LIMIT, Config
 from gptforge.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of GNU's mallopt, from its malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of GNU's mallopt, from its malloc.h
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Precision:
 
     dtype: torch.dtype
     reason: str
-    float8: bool = False
-    """Whether the matmuls of training are in fp8, and the rest in `dtype`."""
+    float8: bool = False  # whether the matmuls of training are in fp8, and the rest in `dtype`
 
     @property
     def name(self) -> str:
@@ -109,13 +107,12 @@ def _cuda_precision(device: torch.device) -> Precision:
         return Precision(torch.bfloat16, "native on the AMD GPUs that torch supports")
     # torch.cuda.is_bf16_supported() is also true where bfloat16 is emulated, and slow.
     major, minor = torch.cuda.get_device_capability(device)
+    capability = f"compute capability {major}.{minor}"
     if major >= 8:
-        return Precision(torch.bfloat16, f"native at compute capability {major}.{minor}")
+        return Precision(torch.bfloat16, f"native at {capability}")
     if major >= 7:
-        return Precision(
-            torch.float16, f"no native bfloat16 at compute capability {major}.{minor}, below 8.0"
-        )
-    return Precision(torch.float32, f"no tensor cores at compute capability {major}.{minor}")
+        return Precision(torch.float16, f"no native bfloat16 at {capability}, below 8.0")
+    return Precision(torch.float32, f"no tensor cores at {capability}")
 
 
 def _cpu_precision() -> Precision:

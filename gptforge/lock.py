@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 
-LOCK_FILE = ".lock"
-"""The lock file inside a locked folder."""
+LOCK_FILE = ".lock"  # the lock file inside a locked folder
 
 RETRY_SECONDS, POLL_SECONDS = 0.12, 0.02
 """How long a lock is retried, as `is_locked` takes it for an instant, and how often."""

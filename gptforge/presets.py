@@ -16,8 +16,7 @@ class Preset:
     values: Mapping[str, Value]
 
 
-AUTO = "auto"
-"""The preset whose values follow from the text; see `recipe`."""
+AUTO = "auto"  # the preset whose values follow from the text; see `recipe`
 FINETUNE = "finetune"
 """The preset whose steps and rates follow from model and text; see `builders.text_presets`."""
 

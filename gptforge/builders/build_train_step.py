@@ -27,8 +27,7 @@ from gptforge.train.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-SLOW_RUN_SECONDS = 6 * 3600
-"""Length of a run on a CPU from which a smaller one is suggested."""
+SLOW_RUN_SECONDS = 6 * 3600  # length of a run on a CPU from which a smaller one is suggested
 CUDA_GRAPH_MAX_FLOPS = 5e12
 """FLOPs of a micro-batch below which launching the kernels takes longer than running them."""
 

@@ -56,12 +56,8 @@ def build_trainer(
     """Build all parts of a run; None if the run in the run folder is finished.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
-    before, in runs of their own.
-
-    Args:
-        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program, command, start_time: see `resolve_run`.
-        on_teacher: called with the trainer of each teacher before it trains.
+    before, in runs of their own; `on_teacher` is called with the trainer of each before it trains.
+    For the other arguments see `resolve_run`.
 
     Raises:
         TeacherStopped: if a teacher's training is stopped.

@@ -63,10 +63,7 @@ def export_hf(run: str, out: Path) -> None:
 
 
 def export_gguf(run: str, out: Path, *, dtype: str) -> None:
-    """Write a file that llama.cpp loads, or a folder with it, read it back and compare the logits.
-
-    The matrices are f32, f16 or q8_0.
-    """
+    """Write a file for llama.cpp with matrices in f32, f16 or q8_0, and compare the logits."""
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")

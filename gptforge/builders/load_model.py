@@ -16,8 +16,7 @@ from gptforge.inference.language_model import LanguageModel
 
 MAX_FLOAT32_PARAMS = 30_000_000
 """Below, a CPU generates faster in float32: the weights fit into its caches anyway."""
-MAX_SINGLE_THREAD_PARAMS = 4_000_000
-"""Below, one CPU thread generates as fast as two."""
+MAX_SINGLE_THREAD_PARAMS = 4_000_000  # below, one CPU thread generates as fast as two
 
 
 def load(

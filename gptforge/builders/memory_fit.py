@@ -19,10 +19,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MEMORY_FRACTION = 0.92
 """Fraction of the free memory that an estimate may fill; the rest is for fragmentation."""
-MIN_BUSY_TOKENS = 4096
-"""Tokens in a micro-batch that keep a large GPU busy."""
-MIN_CONTEXT_LENGTH = 64
-"""Shortest context length that is suggested."""
+MIN_BUSY_TOKENS = 4096  # tokens in a micro-batch that keep a large GPU busy
+MIN_CONTEXT_LENGTH = 64  # shortest context length that is suggested
 
 
 def find_micro_batch(

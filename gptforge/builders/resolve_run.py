@@ -47,23 +47,17 @@ class ResolvedRun:
     """A configuration without open fields, what it was resolved with, and how it was started."""
 
     config: Config
-    explicit: Collection[str]
-    """Fields that the user set."""
+    explicit: Collection[str]  # fields that the user set
     comm: Comm
     dataset: Dataset
     device: torch.device
     device_description: str
     precision: Precision
-    wait_for_warmup: Callable[[], None]
-    """Waits until the kernels are compiled."""
-    is_new_text: bool
-    """Whether the text was prepared for this run, which logged its notices."""
-    program: str
-    """How the program is called, for the commands that it prints."""
-    command: str
-    """The arguments, for the log."""
-    start_time: float
-    """`time.monotonic()` from which the time limit counts."""
+    wait_for_warmup: Callable[[], None]  # waits until the kernels are compiled
+    is_new_text: bool  # whether the text was prepared for this run, which logged its notices
+    program: str  # how the program is called, for the commands that it prints
+    command: str  # the arguments, for the log
+    start_time: float  # `time.monotonic()` from which the time limit counts
 
 
 def resolve_run(

@@ -38,8 +38,7 @@ MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
 MIN_CPU_SHARE = 0.8
 """CPU time over wall time below which other programs use the cores: an idle machine gave 0.97 to 1,
 one busy program beside it 0.5, with passes three to five times as slow."""
-MIN_STEPS_PER_EVAL = 10
-"""Steps between evaluations, in steps that take as long as one evaluation."""
+MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long as one evaluation
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:

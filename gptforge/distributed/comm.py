@@ -31,8 +31,7 @@ STORE_WAIT = timedelta(seconds=60)
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Wait = Callable[[], None]
-"""Waits for an asynchronous collective."""
+Wait = Callable[[], None]  # waits for an asynchronous collective
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Group:
     local_rank: int
     host: str
     device: torch.device
-    store: Store
-    """Key-value store shared by all ranks."""
+    store: Store  # key-value store shared by all ranks
     watchdog: Watchdog
 
 
@@ -54,8 +52,7 @@ class Comm:
 
     rank = 0
     world_size = 1
-    label = ""
-    """Rank and host, for messages."""
+    label = ""  # rank and host, for messages
 
     def __init__(self, group: Group | None = None) -> None:
         self._group = group

@@ -22,8 +22,7 @@ from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 
 REQUIRED_ENV = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""The watchdog finds lost ranks long before."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the watchdog finds lost ranks long before
 GRACE_SECONDS = 3.0
 """How much longer than its timeout a store may take that neither answers nor fails."""
 POLL_SECONDS = 0.05

@@ -25,8 +25,7 @@ from gptforge.distributed.heartbeats import HeartbeatMonitor
 from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, printable
 
-BEAT_INTERVAL = 1.0
-"""Seconds between heartbeats."""
+BEAT_INTERVAL = 1.0  # seconds between heartbeats
 TIMEOUT = 30.0
 """Seconds without a heartbeat, or without progress, after which a rank counts as lost."""
 EXIT_FAILURE = 1

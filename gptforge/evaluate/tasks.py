@@ -36,8 +36,7 @@ class LogLikelihood:
     is_greedy: bool  # whether each token is the most likely one
 
 
-Results = Sequence[Sequence[LogLikelihood]]
-"""Of the choices of each example."""
+Results = Sequence[Sequence[LogLikelihood]]  # of the choices of each example
 
 
 @dataclass(frozen=True)

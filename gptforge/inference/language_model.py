@@ -39,9 +39,11 @@ class LanguageModel:
     """A GPT, in training or not, with its tokenizer; `gptforge.load` returns one.
 
     Args:
-        model, dtype, frozen: see `InferenceModel`; with `frozen`, decode steps are replayed as CUDA
-            graphs on a GPU.
+        model: weights are shared with it, or copied if `dtype` differs.
         tokenizer: the one that the model was trained with.
+        dtype: compute dtype; None: that of the model.
+        frozen: whether the weights no longer change: large weights are then repacked on a CPU, and
+            decode steps are replayed as CUDA graphs on a GPU.
         warn_on_context_shift: whether to log that the oldest tokens are forgotten.
     """
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ALIGNMENT = 64
-"""In elements: 256 bytes of fp32, the alignment that `kernels.cublaslt` requires."""
+ALIGNMENT = 64  # in elements: 256 bytes of fp32, the alignment that `kernels.cublaslt` requires
 
 
 class GradBuffer:
@@ -27,8 +26,7 @@ class GradBuffer:
         for group in groups:
             starts.append(end)
             end += round_up(sum(self._numel(p) for p in group), ALIGNMENT)
-        self.group_ends = [*starts[1:], end]
-        """Offset of the end of each group."""
+        self.group_ends = [*starts[1:], end]  # offset of the end of each group
         first = groups[0][0]
         self.flat = torch.zeros(end, dtype=first.dtype, device=first.device)
         self._views: dict[Tensor, Tensor] = {}

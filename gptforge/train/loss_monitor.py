@@ -48,8 +48,7 @@ class LossMonitor:
         self._uses_grad_scaler = uses_grad_scaler
         self._unread: deque[tuple[int, int, Callable[[], tuple[float, float]]]] = deque()
         self._recent: deque[float] = deque(maxlen=HISTORY)
-        self.losses: deque[float] = deque(maxlen=0)
-        """The last losses read, as many as `reset` says."""
+        self.losses: deque[float] = deque(maxlen=0)  # the last losses read, as many as `reset` says
         self.last_loss = math.nan
         self.bad_steps = 0
         """Consecutive steps, up to the last one read, whose loss or gradient was not finite."""
