@@ -29,14 +29,14 @@ from gptforge.builders.resolve import (
 from gptforge.builders.teachers import check_teachers
 from gptforge.builders.text_presets import resolve_auto, resolve_finetune
 from gptforge.checkpoint.out_dir import check_out_dir, check_writable, is_finished_read_only
-from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir, open_run
+from gptforge.checkpoint.run_dir import OpenedRun, open_run
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset
 from gptforge.device import Precision, seed_everything, select_device, select_precision
 from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
-from gptforge.lock import FolderLock
+from gptforge.lock import FolderLock, lock_folder
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
 from gptforge.shell import env_int
@@ -171,7 +171,12 @@ def open_run_dir(
     config, explicit, comm = run.config, run.explicit, run.comm
     folder, lock = Path(config.out_dir), None
     if comm.is_main and not is_finished_read_only(folder):
-        lock = lock_run_dir(folder)
+        lock = lock_folder(folder)
+        if lock is None:
+            raise UserError(
+                f"{folder.as_posix()} is being trained by another process: wait for it, or choose "
+                "another --out_dir"
+            )
         on_failure.callback(lock.release)
     if env_int("TORCHELASTIC_RESTART_COUNT", 0):
         # A restarted worker resumes what the first start began.

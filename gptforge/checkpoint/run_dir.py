@@ -14,7 +14,6 @@ from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
-from gptforge.lock import FolderLock, lock_folder
 from gptforge.optim.schedule import learning_rate, stable_end
 from gptforge.tokenizers import Tokenizer
 
@@ -48,16 +47,6 @@ class OpenedRun:
         path, notices = record["checkpoint"], tuple(record["notices"])
         fields = {"config": Config(**record["config"]), "notices": notices}
         return cls(**{**record, **fields, "checkpoint": path and Path(path)})
-
-
-def lock_run_dir(folder: Path) -> FolderLock:
-    """Lock a run folder; a UserError if another process trains into it."""
-    if lock := lock_folder(folder):
-        return lock
-    raise UserError(
-        f"{folder.as_posix()} is being trained by another process: wait for it, or choose another "
-        "--out_dir"
-    )
 
 
 def open_run(
@@ -107,9 +96,12 @@ def open_run(
             counters=counters | known_best, drops_decay=checkpoint != latest,
         )  # fmt: skip
     is_pending = progress.get("unjudged") or state.get("pending")
-    is_done = progress["step"] >= config.max_steps or _stopped_early(config, progress)
+    stopped_early = has_line(metrics, '"reason": "early_stop"')
+    # Unless a higher patience lets it train on.
+    is_final = config.patience < 0 or 0 < config.patience <= progress.get("evals_since_best", 0)
+    is_done = progress["step"] >= config.max_steps or (stopped_early and is_final)
     # A signal may have stopped the final evaluation of a run with all its steps.
-    has_ended = has_line(metrics, '"reason": "finished"') or _is_early_stop(metrics)
+    has_ended = stopped_early or has_line(metrics, '"reason": "finished"')
     if is_done and not is_pending and has_ended:
         return OpenedRun("finished", config, latest, state, tuple(notices))
     check_writable(folder)
@@ -150,17 +142,6 @@ def _extend_run(
             "trains all steps on one schedule"
         )
     return latest, counters, f"{raised}: the learning rate follows the new schedule from here{jump}"
-
-
-def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:
-    """Whether a run ended by early stopping, unless a higher patience lets it train on."""
-    since_best = progress.get("evals_since_best", 0)
-    is_final = config.patience < 0 or 0 < config.patience <= since_best
-    return is_final and _is_early_stop(Path(config.out_dir) / "metrics.jsonl")
-
-
-def _is_early_stop(metrics: Path) -> bool:
-    return has_line(metrics, '"reason": "early_stop"')
 
 
 def resume_config(
