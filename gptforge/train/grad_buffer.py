@@ -16,9 +16,8 @@ ALIGNMENT = 64  # in elements: 256 bytes of fp32, the alignment that `kernels.cu
 class GradBuffer:
     """One tensor with the gradients of all parameters, in backward order.
 
-    Args:
-        groups: parameters whose gradients become ready together, in that order. Parameters of a
-            group are contiguous; each group starts at an aligned offset.
+    `groups` are parameters whose gradients become ready together, in that order. Parameters of a
+    group are contiguous; each group starts at an aligned offset.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
