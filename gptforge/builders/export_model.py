@@ -15,8 +15,8 @@ from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.config_file import to_toml
 from gptforge.convert.bundle import ModelBundle, unused_row_probability
-from gptforge.convert.gguf import gelu_tanh_difference, write_gguf
-from gptforge.convert.hf import is_hf_dir, write_hf
+from gptforge.convert.gguf import check_gguf, gelu_tanh_difference, write_gguf
+from gptforge.convert.hf import check_hf, is_hf_dir, write_hf
 from gptforge.convert.model_card import (
     CURVES,
     METRICS,
@@ -50,11 +50,11 @@ def export_hf(run: str, out: Path) -> None:
         card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
-            difference = write_hf(
-                folder, bundle, card=card, before_check=lambda: meter(2, 3, "comparing logits")
-            )
+            write_hf(folder, bundle, card=card)
             if origin and origin.curves:
                 copy_run_file(origin.curves, folder)
+            meter(2, 3, "comparing logits")
+            difference = check_hf(folder, bundle)
     logger.info(
         f"{out.as_posix()}: logits in transformers differ from ours by at most {difference:.1e}, "
         "float32"
@@ -72,14 +72,10 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
         path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
         meter(1, 3, "writing")
         with report_write_errors(path), atomic_create(path, is_new=True) as temp_path:
-            difference = write_gguf(
-                temp_path,
-                bundle,
-                outtype=dtype,
-                name=model_title(run),
-                description=one_line_description(bundle, config),
-                before_check=lambda: meter(2, 3, "comparing logits"),
-            )
+            name, description = model_title(run), one_line_description(bundle, config)
+            write_gguf(temp_path, bundle, outtype=dtype, name=name, description=description)
+            meter(2, 3, "comparing logits")
+            difference = check_gguf(temp_path, bundle, outtype=dtype)
     logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )

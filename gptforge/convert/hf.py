@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,8 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 """Our names to transformers'; the first is written."""
 
 
-def write_hf(
-    folder: Path, bundle: ModelBundle, *, card: str, before_check: Callable[[], None] = lambda: None
-) -> float:
-    """Fill an empty folder; returns the largest difference of transformers' logits to ours.
-
-    `before_check` is called when all is written, and before logits are compared. A RunError if
-    transformers loads a different model or tokenizer.
-    """
+def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> None:
+    """Fill an empty folder."""
     require_package("transformers", extra="hf")
     bundle, eos_id = with_eos_token(bundle)
     tensors = {
@@ -96,8 +90,6 @@ def write_hf(
         (folder / name).write_text(text + "\n", encoding="utf-8")
     save_tokenizer(bundle.tokenizer, folder / NATIVE_TOKENIZER)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    before_check()
-    return _check(folder, bundle, eos_id)
 
 
 def is_hf_dir(folder: Path) -> bool:
@@ -218,10 +210,14 @@ def _read_pytorch_weights(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _check(folder: Path, bundle: ModelBundle, eos_id: int) -> float:
-    """Load the folder with transformers and compare tokenizer and logits."""
+def check_hf(folder: Path, bundle: ModelBundle) -> float:
+    """The largest difference of transformers' logits to ours; a RunError if it is large.
+
+    Also a RunError if transformers loads a different tokenizer.
+    """
     import transformers
 
+    bundle, eos_id = with_eos_token(bundle)
     transformers.utils.logging.disable_progress_bar()
     # Without the end-of-text token: as text, our tokenizers encode it letter by letter.
     tokenizer = bundle.tokenizer
