@@ -71,11 +71,9 @@ def time_step(
     """Time forward and backward of a resolved configuration.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
-    are timed, and the line through both is extrapolated to all layers.
-
-    Returns:
-        Seconds to train on one sequence of a micro-batch, and how they were measured; a RunError if
-        it does not fit into memory.
+    are timed, and the line through both is extrapolated to all layers. Returns the seconds to train
+    on one sequence of a micro-batch, and how they were measured; a RunError if it does not fit into
+    memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")

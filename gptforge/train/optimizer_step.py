@@ -15,7 +15,6 @@ class OptimizerStep:
     """Unscales and clips gradients, updates the weights, and skips steps with NaN or Inf.
 
     Args:
-        optimizer: its learning rate is set at each step.
         backend: computed the gradients.
         grad_clip: see `Config`.
         scaler: loss scaler for fp16; may be disabled.

@@ -20,9 +20,7 @@ class AutogradBackend:
 
     Args:
         grads: buffer that gradients accumulate in, if several ranks reduce it.
-        root: the root module, if FSDP shards the model: FSDP casts the weights, and averages
-            gradients over `world_size` ranks.
-        world_size: ranks that train together.
+        root: with FSDP, which casts the weights, and averages gradients over `world_size` ranks.
     """
 
     name = "autograd"

@@ -57,15 +57,10 @@ class ManualHead:
         teacher_logits: Sequence[Tensor],
         distill_weight: float,
     ) -> Tensor:
-        """Compute the losses (n,), and accumulate the weight's gradient times `scale`.
+        """Compute the losses (n,) of `hidden` (n, C) and `targets` (n,), and their gradients.
 
-        Args:
-            hidden: (n, C).
-            targets: (n,) token ids.
-            scale: of the gradients, see `ManualBackend.forward_backward`.
-            grad_hidden: (n, C), gets the gradient of `hidden`.
-            teacher_logits: (n, V) of each teacher.
-            distill_weight: weight of the teachers in the loss.
+        The weight's gradient times `scale` is accumulated, and `grad_hidden` (n, C) gets that of
+        `hidden`. `teacher_logits` are (n, V) of each teacher.
         """
         logits = self.forward(hidden)  # overwritten by their gradient
         losses = loss_in_place(logits, targets, scale, teacher_logits, distill_weight)
