@@ -55,7 +55,10 @@ def time_training(
         _run(steps[name], batch, WARMUP_STEPS - 1)
         if is_gpu:
             peak_memory[name] = torch.cuda.max_memory_allocated(device) - allocated
-    counts = {n: max(1, round(MIN_REPEAT_SECONDS / _run(s, batch, 1))) for n, s in steps.items()}
+    counts = {
+        name: max(1, round(MIN_REPEAT_SECONDS / _run(step, batch, 1)))
+        for name, step in steps.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():

@@ -91,7 +91,9 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
         return (temp_dir / out.name).as_posix()
     with report_write_errors(out), atomic_create(out, log=logger.info) as folder:
         if _is_import_of(out, path):
-            logger.info(f"--init_from {source}: another process imported it to {out.as_posix()}")
+            logger.info(
+                f"--init_from {source}: imported by another process, using {out.as_posix()}"
+            )
             return out.as_posix()
         found = _find_model(source)
         folder.mkdir()

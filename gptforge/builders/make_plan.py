@@ -166,7 +166,7 @@ def _plan_disk(c: Config, dataset: Dataset) -> dict[str, Any]:
 def _plan_time(
     c: Config, explicit: Collection[str], device: torch.device, micro_batch: int, *, fits: bool
 ) -> dict[str, Any]:
-    unknown = {"seconds": None, "seconds_per_step": None, "tokens_per_second": None}
+    unknown: dict[str, Any] = dict.fromkeys(("seconds", "seconds_per_step", "tokens_per_second"))
     if not fits:
         return {**unknown, "how": "not measured: it does not fit into memory"}
     try:

@@ -87,7 +87,7 @@ class Comm:
         return tensor[self.rank * chunk : (self.rank + 1) * chunk]
 
     def reduce_scatter_async(self, tensor: Tensor) -> Wait:
-        """Start a sum over the ranks, in place: each gets its `local_rows`, and no other rows."""
+        """Start a sum over the ranks, in place; rows but the `local_rows` are then undefined."""
         return self._start(_reduce_scatter, self.local_rows(tensor), tensor)
 
     def all_gather_async(self, tensor: Tensor) -> Wait:
