@@ -14,7 +14,7 @@ from gptforge.convert.bundle import (
     with_eos_token,
 )
 from gptforge.convert.hf_tokenizer import tokenizer_json
-from gptforge.errors import RunError, UserError, require_package
+from gptforge.errors import RunError, UserError
 from gptforge.estimate import formulas
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT, bytes_to_unicode
@@ -27,7 +27,6 @@ def write_gguf(
     path: Path, bundle: ModelBundle, *, outtype: str, name: str, description: str = ""
 ) -> None:
     """Write the file; `outtype` is for matrices: vectors and position embeddings stay float32."""
-    require_package("gguf", extra="gguf")
     import gguf
 
     bundle, eos_id = with_eos_token(bundle)
