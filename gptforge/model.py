@@ -8,8 +8,8 @@ Shapes: B sequences of T tokens, C channels (n_embd), H heads of D = C / H chann
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -191,8 +191,6 @@ class GPT(nn.Module):
             if isinstance(module, (GPT, CausalSelfAttention, MLP)):
                 module.dropout = p
 
-    def blocks(self) -> Iterator[nn.Module]:
+    def blocks(self) -> Iterator[Block]:
         """Iterate over the transformer blocks, first to last."""
-        blocks = self.transformer["h"]
-        assert isinstance(blocks, nn.ModuleList)
-        return iter(blocks)
+        return iter(cast(Iterable[Block], self.transformer["h"]))

@@ -136,9 +136,7 @@ def config_text() -> str:
 
 def hf_config() -> bytes:
     sizes = {"n_positions": 8, "n_ctx": 8, "vocab_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 8}
-    return json.dumps(
-        {**FIXED_CONFIG, **sizes, "n_inner": 32}
-    ).encode()
+    return json.dumps({**FIXED_CONFIG, **sizes, "n_inner": 32}).encode()
 
 
 def metrics() -> bytes:

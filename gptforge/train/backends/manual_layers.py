@@ -240,7 +240,6 @@ def grad_groups(model: GPT) -> list[list[Tensor]]:
     norm: list[Tensor] = [ln_f, ln_f_bias]
     groups: list[list[Tensor]] = []
     for block in reversed(list(model.blocks())):
-        assert isinstance(block, Block)
         attn, mlp = block.attn, block.mlp
         groups += [
             [*norm, mlp.c_proj.bias],
