@@ -62,7 +62,7 @@ class AutogradBackend:
         # Instance attributes that shadow methods; the state dict gets no "_orig_mod".
         if self._compile_blocks:
             for block in self.model.blocks():
-                block.forward = _compile_for_training(block)  # type: ignore[method-assign]
+                block.__dict__["forward"] = _compile_for_training(block)
         elif self._kernels.fused_cross_entropy or self._loss_chunk or self._distillation:
             # Output layer and loss stay eager.
             self._hidden = torch.compile(self._hidden, dynamic=False)  # type: ignore[method-assign]
