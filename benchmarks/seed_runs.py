@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from gptforge.checkpoint.format import save_inference_checkpoint
+from gptforge.checkpoint.format import MODEL, save_checkpoint
 from gptforge.checkpoint.state_dict import model_state_dict
 from gptforge.config_file import to_toml
 from gptforge.model import GPT
@@ -96,7 +96,8 @@ def published_weights(out: Path, seed: int) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     text = to_toml(config, {})
-    save_inference_checkpoint(path, model_state_dict(model), tokenizer=tokenizer, config=text)
+    tensors = {MODEL: model_state_dict(model)}
+    save_checkpoint(path, tensors, tokenizer=tokenizer, config=text)
     return path
 
 

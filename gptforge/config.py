@@ -258,8 +258,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
 def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
     """Override fields of `base`; errors name the `source` of the values.
 
-    Raises:
-        UserError: for an unknown name (with the closest known one) or a value of the wrong type.
+    A UserError for an unknown name (with the closest known one) or a value of the wrong type.
     """
     checked: dict[str, Any] = {}
     for name, value in values.items():

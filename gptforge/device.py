@@ -13,8 +13,7 @@ import torch
 from gptforge.config import SEED_LIMIT, Config
 from gptforge.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of GNU's mallopt, from its malloc.h."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of GNU's mallopt, from its malloc.h
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Precision:
 
     dtype: torch.dtype
     reason: str
-    float8: bool = False
-    """Whether the matmuls of training are in fp8, and the rest in `dtype`."""
+    float8: bool = False  # whether the matmuls of training are in fp8, and the rest in `dtype`
 
     @property
     def name(self) -> str:
@@ -43,20 +41,17 @@ class Precision:
 
 
 def select_device(flag: str) -> tuple[torch.device, str]:
-    """Resolve `--device` to a device and a short description of it.
-
-    Raises:
-        UserError: if there is no such device on this machine.
-    """
+    """Resolve `--device` to a device and its description; a UserError if it is not there."""
     kind, _, index = flag.partition(":")
+    has_mps = torch.backends.mps.is_available()
     if flag == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps() else "cpu"
+        kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
         raise UserError(f"--device {flag}: give auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda":
         return _select_cuda(flag, int(index or 0))
     if kind == "mps":
-        if not has_mps():
+        if not has_mps:
             raise UserError(f"--device {flag}: torch finds no Apple GPU here; use --device auto")
         return torch.device("mps"), "Apple GPU"
     threads = torch.get_num_threads()
@@ -75,16 +70,10 @@ def _select_cuda(flag: str, index: int) -> tuple[torch.device, str]:
     return torch.device("cuda", index), torch.cuda.get_device_name(index)
 
 
-def has_mps() -> bool:
-    """Whether torch can use an Apple GPU."""
-    return torch.backends.mps.is_available()
-
-
 def select_precision(flag: str, device: torch.device) -> Precision:
     """Resolve `--dtype`: bfloat16 where it is native, else float16 on a GPU, else float32.
 
-    Raises:
-        UserError: for fp8 on a device without it.
+    A UserError for fp8 on a device without it.
     """
     if flag == "fp8":
         if not has_float8(device):
@@ -118,13 +107,12 @@ def _cuda_precision(device: torch.device) -> Precision:
         return Precision(torch.bfloat16, "native on the AMD GPUs that torch supports")
     # torch.cuda.is_bf16_supported() is also true where bfloat16 is emulated, and slow.
     major, minor = torch.cuda.get_device_capability(device)
+    capability = f"compute capability {major}.{minor}"
     if major >= 8:
-        return Precision(torch.bfloat16, f"native at compute capability {major}.{minor}")
+        return Precision(torch.bfloat16, f"native at {capability}")
     if major >= 7:
-        return Precision(
-            torch.float16, f"no native bfloat16 at compute capability {major}.{minor}, below 8.0"
-        )
-    return Precision(torch.float32, f"no tensor cores at compute capability {major}.{minor}")
+        return Precision(torch.float16, f"no native bfloat16 at {capability}, below 8.0")
+    return Precision(torch.float32, f"no tensor cores at {capability}")
 
 
 def _cpu_precision() -> Precision:
@@ -150,13 +138,9 @@ def _cpu_vendor() -> str:
 
 
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "GH200": 989e12,
+    **dict.fromkeys(("H100", "H200", "H800", "GH200"), 989e12),
     "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
+    **dict.fromkeys(("A100", "A800"), 312e12),
     "L40S": 362e12,
     "L4": 121e12,
     "A10G": 70e12,

@@ -106,12 +106,9 @@ _OS_ERRORS = {
 
 
 def explain_os_error(error: Exception) -> tuple[str, str]:
-    """The reason of a failed file operation, and how to fix it; no fix if it is unknown.
-
-    Args:
-        error: an OSError, or the error of a Rust library with "(os error N)" in its message.
-    """
+    """The reason of a failed file operation, and how to fix it; no fix if it is unknown."""
     number = error.errno if isinstance(error, OSError) else None
+    # The errors of Rust libraries have the number in their message.
     if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(match[1])
     name = errno.errorcode.get(number or 0, "")

@@ -150,11 +150,7 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def private_temp_dir() -> Path:
-    """A folder in the temporary directory that only this user's processes can access.
-
-    If its name is taken, as by a folder of another user, it is a new one that lasts as long as this
-    process.
-    """
+    """A folder in the temporary directory that only this user's processes can access."""
     return _private_dir_in(Path(tempfile.gettempdir()))
 
 
@@ -172,6 +168,7 @@ def _private_dir_in(folder: Path) -> Path:
     is_private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) & 0o077 == 0
     if is_private and status.st_uid == os.getuid():
         return path
+    # Another user's: a new one that lasts as long as this process.
     path = Path(tempfile.mkdtemp(prefix="gptforge-", dir=folder))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 
-LOCK_FILE = ".lock"
-"""The lock file inside a locked folder."""
+LOCK_FILE = ".lock"  # the lock file inside a locked folder
 
 RETRY_SECONDS, POLL_SECONDS = 0.12, 0.02
 """How long a lock is retried, as `is_locked` takes it for an instant, and how often."""
@@ -48,8 +47,7 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     def move_to_backup(self, suffix: str) -> Path:
         """Rename the folder as `files.move_to_backup` does, and lock a new, empty one in its place.
 
-        Raises:
-            UserError: if another process locks the new folder first.
+        A UserError if another process locks the new folder first.
         """
         if os.name == "nt":
             # Windows cannot rename a folder that holds an open file.
@@ -68,16 +66,11 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
-    """Lock a folder, which is created if needed.
+    """Lock a folder, created if needed; None if another process has the lock, unless `wait`.
 
     The lock file lies in the folder, so every path to it leads to the same lock, and on a network
-    file system it holds between machines where that supports locks.
-
-    Returns:
-        None if another process holds the lock and `wait` is False.
-
-    Raises:
-        UserError: if the folder cannot be created, or the lock file is not a regular file.
+    file system it holds between machines where that supports locks. A UserError if the folder
+    cannot be created, or the lock file is not a regular file.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     problem: OSError | None = None

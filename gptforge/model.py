@@ -8,8 +8,8 @@ Shapes: B sequences of T tokens, C channels (n_embd), H heads of D = C / H chann
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +86,7 @@ class _SkipInit(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -175,11 +171,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Compute the hidden states that the output layer reads: (B, T) ids to (B, T, C).
 
-        Args:
-            idx: (B, T) token ids.
-            residual_dtype: dtype of the residual; float32 if None.
-            activation_checkpointing: save only the input of each block and recompute the rest in
-                the backward pass.
+        The residual is in `residual_dtype`, float32 if None. With `activation_checkpointing`, only
+        the input of each block is saved, and the backward pass recomputes the rest.
         """
         T = idx.size(1)  # noqa: N806
         assert self.config.block_size >= T, f"{T} tokens, but block_size {self.config.block_size}"
@@ -199,8 +192,6 @@ class GPT(nn.Module):
             if isinstance(module, (GPT, CausalSelfAttention, MLP)):
                 module.dropout = p
 
-    def blocks(self) -> Iterator[nn.Module]:
+    def blocks(self) -> Iterator[Block]:
         """Iterate over the transformer blocks, first to last."""
-        blocks = self.transformer["h"]
-        assert isinstance(blocks, nn.ModuleList)
-        return iter(blocks)
+        return iter(cast(Iterable[Block], self.transformer["h"]))

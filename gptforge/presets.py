@@ -16,8 +16,7 @@ class Preset:
     values: Mapping[str, Value]
 
 
-AUTO = "auto"
-"""The preset whose values follow from the text; see `recipe`."""
+AUTO = "auto"  # the preset whose values follow from the text; see `recipe`
 FINETUNE = "finetune"
 """The preset whose steps and rates follow from model and text; see `builders.text_presets`."""
 
@@ -28,6 +27,18 @@ def _gpt2(description: str, n_layer: int, n_head: int, n_embd: int, batch_size: 
     batch = {"batch_size": batch_size, "gradient_accumulation_steps": 128 // batch_size}
     return Preset(description, {**shape, **batch})
 
+
+_FINETUNE: dict[str, Value] = {
+    "dropout": 0.1, "random_offset": True, "eval_tokens": 2**20,
+    "batch_size": 4, "gradient_accumulation_steps": 1,
+    "max_lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 1, "beta2": 0.99, "ema": 0.99,
+}  # fmt: skip
+_DEBUG: dict[str, Value] = {
+    "tokenizer": "char", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32,
+    "context_length": 32, "batch_size": 4, "gradient_accumulation_steps": 2,
+    "max_steps": 20, "warmup_steps": 5, "dtype": "float32", "eval_tokens": 4096,
+    "log_every": 1, "eval_every": 10, "save_every": 10, "sample_every": 10,
+}  # fmt: skip
 
 # The shakespeare presets are those of a megabyte until the size of the text is known.
 PRESETS: dict[str, Preset] = {
@@ -43,53 +54,15 @@ PRESETS: dict[str, Preset] = {
         "a small model with its own vocabulary: minutes on two CPU cores",
         make_recipe(10**6, "cpu").values,
     ),
-    FINETUNE: Preset(
-        "a pretrained model, --init_from, on a text of your own",
-        {
-            "dropout": 0.1,
-            "random_offset": True,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "max_lr": 1e-4,
-            "min_lr": 1e-5,
-            "warmup_steps": 1,
-            "beta2": 0.99,
-            "ema": 0.99,
-            "eval_tokens": 2**20,
-        },
-    ),
-    "debug": Preset(
-        "a tiny model: seconds on a CPU, to test the installation",
-        {
-            "tokenizer": "char",
-            "n_layer": 2,
-            "n_head": 2,
-            "n_embd": 32,
-            "block_size": 32,
-            "context_length": 32,
-            "batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 20,
-            "warmup_steps": 5,
-            "log_every": 1,
-            "eval_every": 10,
-            "eval_tokens": 4096,
-            "save_every": 10,
-            "sample_every": 10,
-            "dtype": "float32",
-        },
-    ),
+    FINETUNE: Preset("a pretrained model, --init_from, on a text of your own", _FINETUNE),
+    "debug": Preset("a tiny model: seconds on a CPU, to test the installation", _DEBUG),
     # Last: without a text, it is GPT-2 small.
     AUTO: Preset("model, vocabulary and regularization that fit the size of the text", {}),
 }
 
 
 def get_preset(name: str) -> Config:
-    """Build the Config of a preset.
-
-    Raises:
-        UserError: for an unknown name; the message lists the known ones.
-    """
+    """The Config of a preset; a UserError for an unknown name, with the known ones."""
     if name not in PRESETS:
         raise UserError(f"--preset {name}: unknown preset; there are {', '.join(PRESETS)}")
     return merge(Config(preset=name), PRESETS[name].values, source=f"preset {name}")

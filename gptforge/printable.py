@@ -8,10 +8,8 @@ import re
 import sys
 from typing import TextIO
 
-MAX_LINE = 2000
-"""Characters of an error message; longer ones are cut in the middle."""
-MAX_NAME = 200
-"""Characters of a name inside a message."""
+MAX_LINE = 2000  # characters of an error message; longer ones are cut in the middle
+MAX_NAME = 200  # characters of a name inside a message
 
 # C0 and C1 controls, bidirectional marks and overrides, line and paragraph separators, lone
 # surrogates, annotation marks. Joiners (U+200C, U+200D) stay: emoji and Persian need them.

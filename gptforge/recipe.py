@@ -63,8 +63,7 @@ FITTED_PRESETS: dict[str, DeviceClass | None] = {
     "shakespeare-cpu": "cpu",
 }
 """Presets whose values follow from the text, and for which device; None: the one that trains."""
-MAX_PRESET_MEGABYTES = 5
-"""The presets with a fixed device are for texts up to this size."""
+MAX_PRESET_MEGABYTES = 5  # the presets with a fixed device are for texts up to this size
 HEAD_SIZES: dict[DeviceClass, int] = {"gpu": 64, "cpu": 32}
 WIDTH_MULTIPLE = 64
 MUON_LR: dict[DeviceClass, float] = {"gpu": 5e-3, "cpu": 1e-2}
@@ -72,24 +71,20 @@ EMA_DECAY = 0.998
 MIN_LR_RATIO = 0.1
 TEACHER_STEPS_SHARE = 0.625
 """Steps of a teacher, as a share of the steps of the model that learns from it."""
-MIN_SEQUENCES_OF_TEXT = 16
-"""A sequence is at most this fraction of the text."""
+MIN_SEQUENCES_OF_TEXT = 16  # a sequence is at most this fraction of the text
 MAX_MICRO_BATCH_TOKENS = 2**15
 SMALL_STEP_TOKENS = 2**15
 """Up to so many tokens per step the gradient is noisy, and beta2 is 0.99 instead of 0.95."""
-LARGE_TEXT_BYTES = 20_000_000
-"""Evaluations of larger texts read a part of what is held out."""
+LARGE_TEXT_BYTES = 20_000_000  # evaluations of larger texts read a part of what is held out
 MIN_STEPS_SHARE = 0.5
 """With a time limit, the model shrinks until about this share of its steps fits."""
 NUM_SIZES = 1000
 """Sizes of texts, evenly spaced in their logarithm, that are tried for a time limit."""
 USABLE_TIME = 0.85
 """Share of a time limit for training and evaluation; saves, samples and surprises take the rest."""
-EVALUATIONS = 12
-"""About so many in a run."""
+EVALUATIONS = 12  # about so many in a run
 VOCAB_SIZES = {"char": 128, "gpt2": 50304}
-SMALL_VOCABULARIES = ("char", "byte")
-"""Tokenizers of models that have teachers."""
+SMALL_VOCABULARIES = ("char", "byte")  # tokenizers of models that have teachers
 RECIPE_FIELDS = frozenset(
     {
         *("tokenizer", "n_layer", "n_head", "n_embd", "block_size", "context_length"),
@@ -108,8 +103,7 @@ class Recipe:
     """Fields for a text, without those that the user set."""
 
     values: dict[str, Value]
-    is_limited: bool
-    """Whether a time limit made the model smaller."""
+    is_limited: bool  # whether a time limit made the model smaller
 
 
 def make_recipe(

@@ -115,8 +115,8 @@ def bell_model(tmp_path: Path) -> Path:
     text = "".join(f"{n} = {json.dumps(v)}\n" for n, v in shape.items())
     folder = tmp_path / "bell_model"
     folder.mkdir()
-    checkpoints.save_inference_checkpoint(
-        folder, weights, tokenizer=CharTokenizer("\x07a"), config=text
+    checkpoints.save_checkpoint(
+        folder, {checkpoints.MODEL: weights}, tokenizer=CharTokenizer("\x07a"), config=text
     )
     assert gptforge.load(folder).generate("a", 3, temperature=0) == "\x07\x07\x07"
     return folder

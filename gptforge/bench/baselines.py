@@ -72,7 +72,7 @@ def build_baseline(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return total
 
     return step

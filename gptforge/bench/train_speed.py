@@ -94,14 +94,13 @@ def profile(
 
     Writes `trace.json` into the folder, for chrome://tracing or Perfetto.
     """
-    is_gpu = batch[0].is_cuda
     _run(step_fn, batch, 1)
     with torch.profiler.profile() as profiler:
         _run(step_fn, batch, 1)
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = profiler.key_averages()
-    if is_gpu:
+    if batch[0].is_cuda:
         kernels = [e for e in events if str(e.device_type).endswith("CUDA")]
         found = [(e.key, e.self_device_time_total / 1e3, float(e.count)) for e in kernels]
     else:

@@ -7,12 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gptforge.builders.memory_fit import (
-    choose_micro_batch,
-    fits_zero1,
-    out_of_memory_hint,
-    use_fsdp,
-)
+from gptforge.builders import memory_fit
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.config import Config
@@ -32,8 +27,7 @@ from gptforge.train.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-SLOW_RUN_SECONDS = 6 * 3600
-"""Length of a run on a CPU from which a smaller one is suggested."""
+SLOW_RUN_SECONDS = 6 * 3600  # length of a run on a CPU from which a smaller one is suggested
 CUDA_GRAPH_MAX_FLOPS = 5e12
 """FLOPs of a micro-batch below which launching the kernels takes longer than running them."""
 
@@ -62,9 +56,9 @@ def build_train_step(
         keep_freed_memory()
     kernels = select_kernels(config, device, precision)
     root = None
-    if use_fsdp(config, device, precision, comm):
+    if memory_fit.use_fsdp(config, device, precision, comm):
         root = apply_fsdp(model, precision, comm)
-        if kernels.manual_backward and not fits_zero1(config, device, explicit, comm):
+        if kernels.manual_backward and not memory_fit.fits_zero1(config, device, explicit, comm):
             if kernels.float8:
                 raise UserError(
                     "--dtype fp8 keeps a full copy of the weights on each rank, which does not fit "
@@ -102,7 +96,7 @@ def build_train_step(
             dataclasses.replace(kernels, manual_backward=False, fused_cross_entropy=False)
         )
     step.micro_batch_size = comm.all_reduce_min(
-        choose_micro_batch(step, config, comm, is_explicit=is_explicit)
+        memory_fit.choose_micro_batch(step, config, comm, is_explicit=is_explicit)
     )
     per_rank = f" on each of {comm.world_size} ranks" if comm.world_size > 1 else ""
     logger.info(
@@ -114,7 +108,7 @@ def build_train_step(
         if device.type == "cuda" and not compiled:
             step.dry_run(step.micro_batch_size, config.context_length)
     except torch.OutOfMemoryError:
-        raise RunError(out_of_memory_hint(step, config)) from None
+        raise RunError(memory_fit.out_of_memory_hint(step, config)) from None
     logger.info(f"torch.compile: {'on' if compiled else 'off'}, {reason}")
     flops = flops_per_token(config.model, config.context_length)
     is_small = flops * step.micro_batch_size * config.context_length < CUDA_GRAPH_MAX_FLOPS
@@ -147,12 +141,11 @@ def _try_manual_backward(step: TrainStep, config: Config) -> str:
     for sequences in (1,) if step.is_sharded else (config.batch_size, 1):
         try:
             step.dry_run(sequences, config.context_length)
+            return ""
         except torch.OutOfMemoryError:
-            # choose_micro_batch deals with it.
-            continue
+            continue  # choose_micro_batch deals with it
         except Exception as error:
             return first_line(error)
-        return ""
     return ""
 
 

@@ -56,12 +56,8 @@ def build_trainer(
     """Build all parts of a run; None if the run in the run folder is finished.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
-    before, in runs of their own.
-
-    Args:
-        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program, command, start_time: see `resolve_run`.
-        on_teacher: called with the trainer of each teacher before it trains.
+    before, in runs of their own; `on_teacher` is called with the trainer of each before it trains.
+    For the other arguments see `resolve_run`.
 
     Raises:
         TeacherStopped: if a teacher's training is stopped.
@@ -110,11 +106,7 @@ def build_trainer(
 
 
 def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
-    """Train those teachers of a student that are not finished.
-
-    Raises:
-        TeacherStopped: if one is stopped.
-    """
+    """Train the unfinished teachers of a student; TeacherStopped if one is stopped."""
     c, comm = run.config, run.comm
     if comm.is_main and config_of_run(c) is None:
         # A run that is stopped in a teacher resumes with these values.
@@ -254,11 +246,10 @@ def _open_store(config: Config) -> CheckpointStore:
 def _log_notes(run: ResolvedRun, opened: OpenedRun) -> None:
     notes = [*(() if run.is_new_text else run.dataset.notices), *opened.notices]
     c = run.config
-    has_usual = c.preset in PRESETS and c.preset != AUTO
-    usual = get_preset(c.preset).warmup_steps if has_usual else 0
-    is_cut = "warmup_steps" not in run.explicit and c.warmup_steps < usual
-    if opened.status == "new" and is_cut:
-        notes.append(f"the preset's warmup of {usual} steps is cut to {c.warmup_steps}")
+    if opened.status == "new" and c.preset in PRESETS and c.preset != AUTO:
+        usual = get_preset(c.preset).warmup_steps
+        if c.warmup_steps < usual and "warmup_steps" not in run.explicit:
+            notes.append(f"the preset's warmup of {usual} steps is cut to {c.warmup_steps}")
     notes += [f"--{name} has no effect {when}" for name, when in unused_fields(c, run.explicit)]
     for note in notes:
         logger.info(f"note: {note}")

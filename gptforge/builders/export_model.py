@@ -15,8 +15,8 @@ from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.config_file import to_toml
 from gptforge.convert.bundle import ModelBundle, unused_row_probability
-from gptforge.convert.gguf import gelu_tanh_difference, write_gguf
-from gptforge.convert.hf import is_hf_dir, write_hf
+from gptforge.convert.gguf import check_gguf, gelu_tanh_difference, write_gguf
+from gptforge.convert.hf import check_hf, is_hf_dir, write_hf
 from gptforge.convert.model_card import (
     CURVES,
     METRICS,
@@ -36,6 +36,7 @@ from gptforge.tokenizers.base import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
 
+VERSION = {"gptforge": __version__}
 MIN_REPORTED_PROBABILITY = 1e-4
 """Probability of an unused embedding row from which an export reports it."""
 
@@ -49,11 +50,11 @@ def export_hf(run: str, out: Path) -> None:
         card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
-            difference = write_hf(
-                folder, bundle, card=card, before_check=lambda: meter(2, 3, "comparing logits")
-            )
+            write_hf(folder, bundle, card=card)
             if origin and origin.curves:
                 copy_run_file(origin.curves, folder)
+            meter(2, 3, "comparing logits")
+            difference = check_hf(folder, bundle)
     logger.info(
         f"{out.as_posix()}: logits in transformers differ from ours by at most {difference:.1e}, "
         "float32"
@@ -62,10 +63,7 @@ def export_hf(run: str, out: Path) -> None:
 
 
 def export_gguf(run: str, out: Path, *, dtype: str) -> None:
-    """Write a file that llama.cpp loads, or a folder with it, read it back and compare the logits.
-
-    The matrices are f32, f16 or q8_0.
-    """
+    """Write a file for llama.cpp with matrices in f32, f16 or q8_0, and compare the logits."""
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
@@ -74,14 +72,10 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
         path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
         meter(1, 3, "writing")
         with report_write_errors(path), atomic_create(path, is_new=True) as temp_path:
-            difference = write_gguf(
-                temp_path,
-                bundle,
-                outtype=dtype,
-                name=model_title(run),
-                description=one_line_description(bundle, config),
-                before_check=lambda: meter(2, 3, "comparing logits"),
-            )
+            name, description = model_title(run), one_line_description(bundle, config)
+            write_gguf(temp_path, bundle, outtype=dtype, name=name, description=description)
+            meter(2, 3, "comparing logits")
+            difference = check_gguf(temp_path, bundle, outtype=dtype)
     logger.info(
         f"{path.as_posix()}: logits read back differ from ours by at most {difference:.1e}, {dtype}"
     )
@@ -115,15 +109,12 @@ def export_space(run: str, out: Path) -> None:
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
         bundle, origin = load_bundle(run), read_origin(run)
-        config = bundle_toml(bundle)
-        if origin:
-            config = to_toml(origin.config, {"gptforge": __version__})
+        run_config = origin.config if origin else None
+        config = to_toml(run_config, VERSION) if run_config else bundle_toml(bundle)
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
-            prompts = suggest_prompts(run, origin.config if origin else None)
-            write_space(
-                folder, bundle, origin, title=model_title(run), prompts=prompts, config=config
-            )
+            title, prompts = model_title(run), suggest_prompts(run, run_config)
+            write_space(folder, bundle, origin, title=title, prompts=prompts, config=config)
             meter(2, 3, "comparing weights")
             written = load_bundle(folder).state_dict
             if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
@@ -143,24 +134,22 @@ def bundle_toml(bundle: ModelBundle, *, source: str = "") -> str:
     }
     config = merge(Config(), fields, source="import")
     validate(config)
-    return to_toml(config, {"gptforge": __version__, "command": "import", "source": source})
+    return to_toml(config, {**VERSION, "command": "import", "source": source})
 
 
 def read_origin(run: str) -> Origin | None:
     """Read what the run folder says about a checkpoint; None for a model without a run.
 
-    Raises:
-        UserError: for a link in the run folder, whose target would get into the export.
+    A UserError for a link in the run folder, whose target would get into the export.
     """
     if is_hf_dir(Path(run)):
         return None
     path = _checkpoint_of(run)
     step = path.name.removeprefix("step-").partition(".")[0]
-    folder = path.parent.parent
     if path.parent.name != "checkpoints" or not step.isdecimal():
         return None
-    curves, metrics = folder / CURVES, folder / METRICS
-    for file in (curves, metrics, folder / SAMPLES):
+    curves, metrics, samples = (path.parents[1] / name for name in (CURVES, METRICS, SAMPLES))
+    for file in (curves, metrics, samples):
         if kind := files.nonregular_kind(file, follow_symlinks=False):
             raise UserError(
                 f"{file.as_posix()} is {kind}, and not copied into an export: remove it, or put "

@@ -54,12 +54,9 @@ def _import(source: str, path: Path, folder: Path, tokenizer: Tokenizer | None) 
         meter(0, 2, "reading the model")
         bundle = (read_nanogpt if path.is_file() else read_hf)(path, tokenizer=tokenizer)
         meter(1, 2, "writing")
-        checkpoints.save_inference_checkpoint(
-            folder,
-            dict(bundle.state_dict),
-            tokenizer=bundle.tokenizer,
-            config=bundle_toml(bundle, source=_digest(Path(source))),
-        )
+        tensors = {checkpoints.MODEL: dict(bundle.state_dict)}
+        config = bundle_toml(bundle, source=_digest(Path(source)))
+        checkpoints.save_checkpoint(folder, tensors, tokenizer=bundle.tokenizer, config=config)
     return bundle
 
 
@@ -75,12 +72,9 @@ def _log_import(out: Path, bundle: ModelBundle) -> None:
 def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
     """Return the path of a checkpoint for `--init_from`, importing another program's model.
 
-    Concurrent starts import once: the others wait. An import of something else under the same name
-    is moved to a backup.
-
-    Args:
-        source: a run or checkpoint, returned as it is, or what `import_model` takes.
-        temp_dir: where to import to, without keeping it; None: `runs/imported`.
+    A run or checkpoint is returned as it is. Concurrent starts import once: the others wait. An
+    import of something else under the same name is moved to a backup. With `temp_dir`, the import
+    goes there instead of `runs/imported`, without being kept.
     """
     path = Path(source)
     is_run = path.is_dir() and not is_hf_dir(path)

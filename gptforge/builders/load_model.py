@@ -16,8 +16,7 @@ from gptforge.inference.language_model import LanguageModel
 
 MAX_FLOAT32_PARAMS = 30_000_000
 """Below, a CPU generates faster in float32: the weights fit into its caches anyway."""
-MAX_SINGLE_THREAD_PARAMS = 4_000_000
-"""Below, one CPU thread generates as fast as two."""
+MAX_SINGLE_THREAD_PARAMS = 4_000_000  # below, one CPU thread generates as fast as two
 
 
 def load(
@@ -55,11 +54,7 @@ def limit_threads(model: LanguageModel) -> None:
 
 
 def load_bundle(run: str | Path) -> ModelBundle:
-    """Load shape, weights and tokenizer of a run, a checkpoint or an exported model.
-
-    Raises:
-        UserError: if there is none, or it is damaged.
-    """
+    """Load a run, a checkpoint or an exported model; a UserError if it is missing or damaged."""
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
     path = Path(run)
@@ -104,8 +99,7 @@ def _load_checkpoint(path: Path) -> ModelBundle:
 def inference_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.dtype:
     """Resolve `--dtype` for inference; auto is the fastest for this device and model size.
 
-    Raises:
-        UserError: for an unknown dtype.
+    A UserError for an unknown dtype.
     """
     if flag not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {flag}: give auto, float32, bfloat16 or float16")

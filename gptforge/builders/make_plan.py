@@ -21,12 +21,7 @@ from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
 from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import RunError
-from gptforge.estimate.formulas import (
-    checkpoint_bytes,
-    flops_per_token,
-    num_embedding_params,
-    num_params,
-)
+from gptforge.estimate import formulas
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +34,8 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
     """Compute what a configuration amounts to, as `gptforge plan --json` prints it.
 
     It is that of a new run: a run that exists in the run folder is not looked at. A new text is
-    prepared into the user's cache, where training finds it.
-
-    Raises:
-        UserError: for all that training refuses, with the same message.
+    prepared into the user's cache, where training finds it. A UserError for all that training
+    refuses, with the same message.
     """
     with tempfile.TemporaryDirectory() as temp_dir:
         config = dataclasses.replace(config, restart=True)  # nothing of an existing run is taken
@@ -59,7 +52,8 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
     is_explicit = "batch_size" in explicit
     micro_batch = estimator.micro_batch(explicit)
     memory, fits = estimator.memory(micro_batch), estimator.fits(micro_batch)
-    params, per_token = num_params(c.model), flops_per_token(c.model, c.context_length)
+    params = formulas.num_params(c.model)
+    flops_per_token = formulas.flops_per_token(c.model, c.context_length)
     run, disk = _plan_run(c, dataset), _plan_disk(c, dataset)
     warnings = [memorization_warning(c, run["epochs"], tokens=len(dataset.train))]
     if not fits:
@@ -76,7 +70,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
         "model": {
             **{name: getattr(c, name) for name in shape},
             "parameters": params,
-            "non_embedding_parameters": params - num_embedding_params(c.model),
+            "non_embedding_parameters": params - formulas.num_embedding_params(c.model),
         },
         "text": {
             "path": dataset.path.as_posix(),
@@ -97,9 +91,9 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
         },
         "run": run,
         "flops": {
-            "per_token": per_token,
-            "per_step": per_token * c.tokens_per_step,
-            "run": per_token * c.tokens_per_step * c.max_steps,
+            "per_token": flops_per_token,
+            "per_step": flops_per_token * c.tokens_per_step,
+            "run": flops_per_token * c.tokens_per_step * c.max_steps,
             "formula": "6 N + 12 L C T",
         },
         "memory": {
@@ -123,7 +117,7 @@ def memorization_warning(config: Config, epochs: float, *, tokens: int) -> str:
     parameter per token can memorize the text. Whether it does depends on the epochs. Dropout
     delays it by an unknown amount, and turns the warning off.
     """
-    params = num_params(config.model)
+    params = formulas.num_params(config.model)
     if epochs <= MAX_USEFUL_EPOCHS or tokens >= params or config.dropout:
         return ""
     kept = "; the checkpoint with the best held-out loss is kept"
@@ -143,7 +137,7 @@ def _plan_run(c: Config, dataset: Dataset) -> dict[str, Any]:
         "steps": c.max_steps,
         "tokens": tokens,
         "epochs": c.max_steps * c.global_batch_size / sequences,
-        "tokens_per_parameter": tokens / num_params(c.model),
+        "tokens_per_parameter": tokens / formulas.num_params(c.model),
     }
 
 
@@ -157,7 +151,7 @@ def _plan_disk(c: Config, dataset: Dataset) -> dict[str, Any]:
     count += sum(step < c.max_steps for step in c.early_steps)
     # And the one before the decay of wsd.
     count += c.schedule == "wsd"
-    size, free = checkpoint_bytes(c), files.free_disk_bytes(Path(c.out_dir))
+    size, free = formulas.checkpoint_bytes(c), files.free_disk_bytes(Path(c.out_dir))
     needed = count * size + HEADROOM_BYTES
     return {
         "out_dir": c.out_dir,
@@ -172,17 +166,17 @@ def _plan_disk(c: Config, dataset: Dataset) -> dict[str, Any]:
 def _plan_time(
     c: Config, explicit: Collection[str], device: torch.device, micro_batch: int, *, fits: bool
 ) -> dict[str, Any]:
-    how = "not measured: it does not fit into memory"
-    if fits:
-        try:
-            per_sequence, how = time_step(c, explicit, device=device, micro_batch=micro_batch)
-            per_step = per_sequence * c.global_batch_size
-            return {
-                "seconds": per_step * c.max_steps * cost_with_teachers(c),
-                "seconds_per_step": per_step,
-                "tokens_per_second": c.tokens_per_step / per_step,
-                "how": f"measured here: {how}",
-            }
-        except (RunError, torch.OutOfMemoryError) as error:
-            how = f"not measured: {error}"
-    return {"seconds": None, "seconds_per_step": None, "tokens_per_second": None, "how": how}
+    unknown: dict[str, Any] = dict.fromkeys(("seconds", "seconds_per_step", "tokens_per_second"))
+    if not fits:
+        return {**unknown, "how": "not measured: it does not fit into memory"}
+    try:
+        per_sequence, how = time_step(c, explicit, device=device, micro_batch=micro_batch)
+    except (RunError, torch.OutOfMemoryError) as error:
+        return {**unknown, "how": f"not measured: {error}"}
+    per_step = per_sequence * c.global_batch_size
+    return {
+        "seconds": per_step * c.max_steps * cost_with_teachers(c),
+        "seconds_per_step": per_step,
+        "tokens_per_second": c.tokens_per_step / per_step,
+        "how": f"measured here: {how}",
+    }

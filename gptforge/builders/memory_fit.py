@@ -19,10 +19,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MEMORY_FRACTION = 0.92
 """Fraction of the free memory that an estimate may fill; the rest is for fragmentation."""
-MIN_BUSY_TOKENS = 4096
-"""Tokens in a micro-batch that keep a large GPU busy."""
-MIN_CONTEXT_LENGTH = 64
-"""Shortest context length that is suggested."""
+MIN_BUSY_TOKENS = 4096  # tokens in a micro-batch that keep a large GPU busy
+MIN_CONTEXT_LENGTH = 64  # shortest context length that is suggested
 
 
 def find_micro_batch(
@@ -34,11 +32,8 @@ def find_micro_batch(
 ) -> int:
     """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
 
-    Args:
-        max_size: sequences to start with.
-        estimate: from sequences in a micro-batch to bytes of memory.
-        free_memory: bytes; None if unknown.
-        fits: runs a micro-batch of so many sequences; False if memory ran out.
+    `estimate` says how many bytes a micro-batch takes; `fits` runs one, and is False if memory ran
+    out. `free_memory` is None if unknown.
     """
     size = max_size
     # Estimates are free, each trial below costs a forward and backward pass.
@@ -68,26 +63,23 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
 
     def estimate(sequences: int) -> int:
         is_mixed, ranks = step.precision.is_mixed, comm.world_size
-        if not step.is_sharded:
-            memory = training_memory(
-                config, sequences, mixed_precision=is_mixed, manual_backward=manual
-            )
-            return sum(memory.values())
-        if manual:
+        if step.is_sharded and manual:
             return zero1_memory(config, sequences, world_size=ranks)
-        return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
+        if step.is_sharded:
+            return fsdp_memory(config, sequences, world_size=ranks, mixed_precision=is_mixed)
+        kinds = training_memory(config, sequences, mixed_precision=is_mixed, manual_backward=manual)
+        return sum(kinds.values())
+
+    def fits(sequences: int) -> bool:
+        # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the
+        # kernel kills the process.
+        can_try = is_gpu and not step.is_sharded
+        return not can_try or step.fits(sequences, config.context_length)
 
     # Sharding frees memory, and larger micro-batches gather weights less often.
     max_size = per_rank if step.is_sharded and is_gpu else batch_size
-    # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the kernel
-    # kills the process.
-    can_try = is_gpu and not step.is_sharded
-    return find_micro_batch(
-        max_size,
-        estimate=estimate,
-        free_memory=usable_memory(step.device),
-        fits=lambda sequences: not can_try or step.fits(sequences, config.context_length),
-    )
+    free = usable_memory(step.device)
+    return find_micro_batch(max_size, estimate=estimate, free_memory=free, fits=fits)
 
 
 def fits_zero1(config: Config, device: torch.device, explicit: Collection[str], comm: Comm) -> bool:
@@ -110,8 +102,7 @@ def _fits(needed: int, free: int | None) -> bool:
 def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: Comm) -> bool:
     """Whether to shard the model over the ranks (FSDP) instead of replicating it (DDP).
 
-    Raises:
-        UserError: if sharding is requested or needed, and does not work with another flag.
+    A UserError if sharding is requested or needed, and does not work with another flag.
     """
     if comm.world_size == 1:
         if config.parallel == "fsdp":
@@ -120,8 +111,7 @@ def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: C
                 "--nproc_per_node=N, or leave it out"
             )
         return False
-    reason = "as requested"
-    is_sharded = config.parallel == "fsdp"
+    is_sharded, reason = config.parallel == "fsdp", "as requested"
     if config.parallel == "auto" and not config.teachers:
         memory = training_memory(config, 1, mixed_precision=precision.is_mixed)
         needed = sum(memory.values())
@@ -183,12 +173,11 @@ def out_of_memory_hint(step: TrainStep, config: Config) -> str:
             "--activation_checkpointing true"
         )
     step.set_kernels(step.kernels)
-    smaller = _smaller_micro_batches(config, size)
-    fitting = next((n for n in smaller if step.fits(n, config.context_length)), None)
     too_large = f"--batch_size {size} does not fit into the memory of {step.device}"
-    if fitting is None:
-        return f"{too_large}, nor does less: use a smaller --context_length or model"
-    return f"{too_large}; {_equivalent_flags(config, fitting)}"
+    for smaller in _smaller_micro_batches(config, size):
+        if step.fits(smaller, config.context_length):
+            return f"{too_large}; {_equivalent_flags(config, smaller)}"
+    return f"{too_large}, nor does less: use a smaller --context_length or model"
 
 
 def _smaller_micro_batches(config: Config, size: int) -> list[int]:

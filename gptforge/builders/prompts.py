@@ -16,12 +16,10 @@ from gptforge.errors import UserError
 from gptforge.report.run_info import read_samples
 
 MAX_PROMPTS = 6
-MAX_CHARS = 8_000_000
-"""How much of the text is read."""
+MAX_CHARS = 8_000_000  # how much of the text is read
 SPEAKER = re.compile(r"^([^\W\d_][^\n:]{0,30}:)([ \n])", re.MULTILINE)
 """The start of a speech: a name and a colon, on a line of its own or before the words."""
-MIN_SPEECHES = 0.02
-"""Speeches per line of a text that is a dialogue."""
+MIN_SPEECHES = 0.02  # speeches per line of a text that is a dialogue
 MIN_SPEECHES_EACH = 3
 OPENING_WORDS = 4
 

@@ -44,10 +44,8 @@ def resolve_init_from(
 ) -> Config:
     """Take shape and tokenizer from the checkpoint of `--init_from`, unless set explicitly.
 
-    Another program's model is imported, into `runs` or, without keeping it, into `temp_dir`.
-
-    Raises:
-        UserError: if the checkpoint is damaged, or does not match an explicit flag.
+    Another program's model is imported, into `runs` or, without keeping it, into `temp_dir`. A
+    UserError if the checkpoint is damaged, or does not match an explicit flag.
     """
     config = _with_input_options_of_run(config, explicit)
     if not config.init_from:
@@ -179,16 +177,11 @@ def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Con
     if (saved := _saved_config(config)) is None:
         return config
     last, old = saved
-    is_gone = config.tokenizer not in NAMES and not Path(config.tokenizer).exists()
-    if (
-        is_gone
-        and old.tokenizer == config.tokenizer
-        and not checkpoints.find_corruption(last, (checkpoints.TOKENIZER,))
-    ):
+    name = config.tokenizer
+    is_gone = name not in NAMES and not Path(name).exists() and name == old.tokenizer
+    if is_gone and not checkpoints.find_corruption(last, (checkpoints.TOKENIZER,)):
         copy = (last / checkpoints.TOKENIZER).as_posix()
-        logger.info(
-            f"note: {config.tokenizer} does not exist any more: using the run's copy, {copy}"
-        )
+        logger.info(f"note: {name} does not exist any more: using the run's copy, {copy}")
         config = dataclasses.replace(config, tokenizer=copy)
     names = {"field", "kind", "split_by_name"}.difference(explicit)
     return dataclasses.replace(config, **{name: getattr(old, name) for name in names})
@@ -215,11 +208,7 @@ def _vocab_size(config: Config, explicit: Collection[str], minimum: int) -> int:
 
 
 def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:
-    """Open the text of `--input`, preparing it if needed, and check that it can be trained on.
-
-    Raises:
-        UserError: if it cannot be read or trained on.
-    """
+    """Open the text of `--input`, preparing it if needed; a UserError if that fails."""
     is_finetuning = bool(config.init_from)
     options = DatasetOptions(
         tokenizer=_learned_by_run(config) or config.tokenizer,
@@ -252,8 +241,7 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
 def resolve_config(config: Config, dataset: Dataset, explicit: Collection[str]) -> Config:
     """Fill in vocabulary size, run folder, and how the text was found.
 
-    Raises:
-        UserError: if `--vocab_size` is too small for the tokenizer.
+    A UserError if `--vocab_size` is too small for the tokenizer.
     """
     num_ids = dataset.tokenizer.vocab_size
     vocab_size = _vocab_size(config, explicit, num_ids) or -(-num_ids // 64) * 64

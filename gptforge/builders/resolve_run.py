@@ -29,14 +29,14 @@ from gptforge.builders.resolve import (
 from gptforge.builders.teachers import check_teachers
 from gptforge.builders.text_presets import resolve_auto, resolve_finetune
 from gptforge.checkpoint.out_dir import check_out_dir, check_writable, is_finished_read_only
-from gptforge.checkpoint.run_dir import OpenedRun, lock_run_dir, open_run
+from gptforge.checkpoint.run_dir import OpenedRun, open_run
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset
 from gptforge.device import Precision, seed_everything, select_device, select_precision
 from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
-from gptforge.lock import FolderLock
+from gptforge.lock import FolderLock, lock_folder
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
 from gptforge.shell import env_int
@@ -47,23 +47,17 @@ class ResolvedRun:
     """A configuration without open fields, what it was resolved with, and how it was started."""
 
     config: Config
-    explicit: Collection[str]
-    """Fields that the user set."""
+    explicit: Collection[str]  # fields that the user set
     comm: Comm
     dataset: Dataset
     device: torch.device
     device_description: str
     precision: Precision
-    wait_for_warmup: Callable[[], None]
-    """Waits until the kernels are compiled."""
-    is_new_text: bool
-    """Whether the text was prepared for this run, which logged its notices."""
-    program: str
-    """How the program is called, for the commands that it prints."""
-    command: str
-    """The arguments, for the log."""
-    start_time: float
-    """`time.monotonic()` from which the time limit counts."""
+    wait_for_warmup: Callable[[], None]  # waits until the kernels are compiled
+    is_new_text: bool  # whether the text was prepared for this run, which logged its notices
+    program: str  # how the program is called, for the commands that it prints
+    command: str  # the arguments, for the log
+    start_time: float  # `time.monotonic()` from which the time limit counts
 
 
 def resolve_run(
@@ -171,15 +165,18 @@ def open_run_dir(
 ) -> tuple[OpenedRun, FolderLock | None]:
     """Lock the run folder on rank 0, and tell all ranks what is there.
 
-    `on_failure` gets the release of the lock. `requested` is the configuration of the command.
-
-    Raises:
-        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
+    `on_failure` gets the release of the lock. `requested` is the configuration of the command. A
+    RunError naming a rank with another text, tokenizer, `requested` configuration or version.
     """
     config, explicit, comm = run.config, run.explicit, run.comm
     folder, lock = Path(config.out_dir), None
     if comm.is_main and not is_finished_read_only(folder):
-        lock = lock_run_dir(folder)
+        lock = lock_folder(folder)
+        if lock is None:
+            raise UserError(
+                f"{folder.as_posix()} is being trained by another process: wait for it, or choose "
+                "another --out_dir"
+            )
         on_failure.callback(lock.release)
     if env_int("TORCHELASTIC_RESTART_COUNT", 0):
         # A restarted worker resumes what the first start began.

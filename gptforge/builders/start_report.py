@@ -40,12 +40,7 @@ def _command(run: ResolvedRun) -> str:
 
 
 def start_report(
-    run: ResolvedRun,
-    opened: OpenedRun,
-    step_fn: TrainStep,
-    state: TrainState,
-    *,
-    is_teacher: bool,
+    run: ResolvedRun, opened: OpenedRun, step_fn: TrainStep, state: TrainState, *, is_teacher: bool
 ) -> RunReport:
     """Create the run folder, or truncate the logs to the checkpoint that is resumed.
 

@@ -38,36 +38,25 @@ MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
 MIN_CPU_SHARE = 0.8
 """CPU time over wall time below which other programs use the cores: an idle machine gave 0.97 to 1,
 one busy program beside it 0.5, with passes three to five times as slow."""
-MIN_STEPS_PER_EVAL = 10
-"""Steps between evaluations, in steps that take as long as one evaluation."""
+MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long as one evaluation
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
     """Build model, optimizer and kernels as for training; write nothing to disk.
 
-    Raises:
-        UserError: for a configuration that cannot be trained.
+    A UserError for a configuration that cannot be trained.
     """
     validate(config)
     device, description = select_device(config.device)
     precision = select_precision(config.dtype, device)
     logger.info(f"device: {device} ({description}), {precision.name}: {precision.reason}")
     seed_everything(config)  # sets what cuBLAS reads when the warmup starts it
-    return build_train_step(
-        config,
-        device,
-        precision,
-        explicit=explicit,
-        wait_for_warmup=KernelWarmup(device, config, precision).wait,
-    )
+    wait = KernelWarmup(device, config, precision).wait
+    return build_train_step(config, device, precision, explicit=explicit, wait_for_warmup=wait)
 
 
 def build_random_model(config: Config) -> GPT:
-    """Build a model with random weights on its device, for inference.
-
-    Raises:
-        UserError: for an invalid configuration.
-    """
+    """Build a model with random weights on its device, for inference."""
     validate(config)
     device, description = select_device(config.device)
     logger.info(f"device: {device} ({description})")
@@ -82,13 +71,9 @@ def time_step(
     """Time forward and backward of a resolved configuration.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
-    are timed, and the line through both is extrapolated to all layers.
-
-    Returns:
-        Seconds to train on one sequence of a micro-batch, and how they were measured.
-
-    Raises:
-        RunError: if it does not fit into memory.
+    are timed, and the line through both is extrapolated to all layers. Returns the seconds to train
+    on one sequence of a micro-batch, and how they were measured; a RunError if it does not fit into
+    memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")

@@ -6,6 +6,7 @@ errors, which a chain, where each learns from the one before, would pass on.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.run_files import TEACHERS
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import SEED_LIMIT, Config, GPTConfig
+from gptforge.config import SEED_LIMIT, Config
 from gptforge.data.prepare.sources import is_pipe
 from gptforge.distributed import Comm
 from gptforge.errors import UserError
@@ -93,37 +94,29 @@ def teacher_config(config: Config, number: int) -> Config:
 
 
 def load_teachers(config: Config, device: torch.device, comm: Comm) -> Distillation:
-    """Load the final weights of all teachers.
-
-    Raises:
-        UserError: if one is missing, damaged or not finished.
-    """
+    """Load the final weights of all; a UserError if one is missing, damaged or not finished."""
     shape = dataclasses.replace(config.model, dropout=0.0)
-    dirs = [_teacher_dir(config, number) for number in range(1, config.teachers + 1)]
-    teachers = [_load_teacher(folder, shape, device, comm) for folder in dirs]
+    teachers = []
+    for number in range(1, config.teachers + 1):
+        find = functools.partial(_final_checkpoint, _teacher_dir(config, number))
+        path = Path(comm.broadcast_from_rank0(find))
+        tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
+        teacher = GPT(shape).to(device)
+        load_model_state_dict(teacher, tensors, source=path.as_posix(), comm=comm)
+        teachers.append(teacher.eval().requires_grad_(False))
     return Distillation(teachers, config.distill_weight)
-
-
-def _load_teacher(folder: Path, shape: GPTConfig, device: torch.device, comm: Comm) -> GPT:
-    path = Path(comm.broadcast_from_rank0(lambda: _final_checkpoint(folder).as_posix()))
-    tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
-    teacher = GPT(shape).to(device)
-    load_model_state_dict(teacher, tensors, source=path.as_posix(), comm=comm)
-    return teacher.eval().requires_grad_(False)
 
 
 def _teacher_dir(config: Config, number: int) -> Path:
     return Path(config.out_dir) / TEACHERS / f"teacher-{number}"
 
 
-def _final_checkpoint(folder: Path) -> Path:
+def _final_checkpoint(folder: Path) -> str:
     """The last checkpoint of a finished teacher; its files match their hashes."""
     path, warnings = CheckpointStore(folder / "checkpoints").latest()
-    if path is not None:
-        # As many steps as its own run has: the student's --max_steps may be raised later.
-        is_finished = checkpoints.step_from_path(path) >= checkpoints.read_config(path).max_steps
-        if is_finished:
-            return path
+    # As many steps as its own run has: the student's --max_steps may be raised later.
+    if path and checkpoints.step_from_path(path) >= checkpoints.read_config(path).max_steps:
+        return path.as_posix()
     problem = f" ({'; '.join(warnings)})" if warnings else ""
     raise UserError(
         f"{folder.as_posix()} holds no finished teacher{problem}: put it back, or start over with "

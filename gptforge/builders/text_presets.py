@@ -33,11 +33,9 @@ EPOCHS = 3
 memorizes a small text."""
 MIN_STEPS_PER_EPOCH = 100
 """The batch shrinks for a text that does not have so many steps of full batches."""
-MIN_SEQUENCES, MAX_TOKENS = 4, 2**15
-"""Bounds of the global batch."""
+MIN_SEQUENCES, MAX_TOKENS = 4, 2**15  # bounds of the global batch
 GPT2_SMALL_LR, GPT2_SMALL_WIDTH = 1e-4, 768
-MAX_LR = 1e-3
-"""That of training from scratch: an upper bound for narrow models."""
+MAX_LR = 1e-3  # that of training from scratch: an upper bound for narrow models
 EVALS_PER_EPOCH = 5
 RESOLVED_FIELDS = (
     *("batch_size", "gradient_accumulation_steps", "max_steps", "max_lr", "min_lr"),
@@ -51,10 +49,8 @@ def resolve_auto(
     """Fill in the fields that auto and the shakespeare presets leave to the text.
 
     Other presets are unchanged. A run that resumes keeps its own values, and so does the
-    configuration file of a run: they do not depend on this rule any more.
-
-    Raises:
-        UserError: if auto does not find out the size of the text.
+    configuration file of a run: they do not depend on this rule any more. A UserError if auto does
+    not find out the size of the text.
     """
     if config.preset not in FITTED_PRESETS or is_set_by_run_file(config):
         return config

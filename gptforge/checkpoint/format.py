@@ -89,23 +89,17 @@ def read_link(link: Path) -> Path | None:
     return path if path is not None and is_folder(path) else None
 
 
-def save_snapshot(folder: Path, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> None:
-    """Fill an empty folder with a checkpoint."""
-    (folder / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", "utf-8")
-    _write(folder, snapshot.tensors, tokenizer, config)
-
-
-def save_inference_checkpoint(
-    folder: Path, tensors: StateDict, *, tokenizer: Tokenizer, config: str
+def save_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, StateDict],
+    *,
+    tokenizer: Tokenizer,
+    config: str,
+    state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Fill an empty folder with a checkpoint for inference or as initial weights."""
-    _write(folder, {MODEL: tensors}, tokenizer, config)
-
-
-def _write(
-    folder: Path, tensors: Mapping[str, StateDict], tokenizer: Tokenizer, config: str
-) -> None:
-    """Add tensors, tokenizer and configuration to a folder, and a manifest of all its files."""
+    """Fill an empty folder with a checkpoint; for inference, the model's tensors are enough."""
+    if state is not None:
+        (folder / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
     written = {}
     for name, group in tensors.items():
         with files.add_filename_to_errors(folder / name):
@@ -171,10 +165,9 @@ def resolve_checkpoint(run: str) -> Path:
     is_checkpoints = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
     folder = path if is_checkpoints else path / "checkpoints"
     latest = list_checkpoints(folder)[-1:]
-    if found := next(
-        filter(None, (*map(read_link, (folder / "best", folder / "last")), *latest)), None
-    ):
-        return found
+    for found in (read_link(folder / "best"), read_link(folder / "last"), *latest):
+        if found:
+            return found
     problem = "does not exist"
     if path.is_dir() and NAME.fullmatch(path.name):
         problem = f"is damaged: {MANIFEST} is missing"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptforge import files
 from gptforge.checkpoint.format import CONFIG
-from gptforge.checkpoint.run_files import RUN_FILES, RUN_FOLDERS, TEACHERS, has_event
+from gptforge.checkpoint.run_files import RUN_FILES, RUN_FOLDERS, TEACHERS, has_line
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, is_locked
@@ -75,7 +75,7 @@ def is_finished_read_only(folder: Path) -> bool:
     return (
         (folder / CONFIG).is_file()
         and not os.access(folder, os.W_OK)
-        and has_event("end", folder / "metrics.jsonl")
+        and has_line(folder / "metrics.jsonl", '"event": "end"')
     )
 
 

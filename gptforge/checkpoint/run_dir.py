@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptforge import files
-from gptforge.checkpoint.format import (
-    CONFIG,
-    find_corruption,
-    read_config,
-    read_state,
-    read_tokenizer,
-    step_from_path,
-)
+from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.out_dir import check_out_dir, check_writable, has_files
-from gptforge.checkpoint.run_files import has_event, has_line
+from gptforge.checkpoint.run_files import has_line
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
-from gptforge.lock import FolderLock, lock_folder
 from gptforge.optim.schedule import learning_rate, stable_end
 from gptforge.tokenizers import Tokenizer
 
@@ -57,16 +49,6 @@ class OpenedRun:
         return cls(**{**record, **fields, "checkpoint": path and Path(path)})
 
 
-def lock_run_dir(folder: Path) -> FolderLock:
-    """Lock a run folder; a UserError if another process trains into it."""
-    if lock := lock_folder(folder):
-        return lock
-    raise UserError(
-        f"{folder.as_posix()} is being trained by another process: wait for it, or choose another "
-        "--out_dir"
-    )
-
-
 def open_run(
     config: Config, *, explicit: Collection[str], tokenizer: Tokenizer, text_sha256: str
 ) -> OpenedRun:
@@ -82,7 +64,7 @@ def open_run(
     store, metrics = CheckpointStore(folder / "checkpoints"), folder / "metrics.jsonl"
     latest, notices = store.latest()
     if latest is None:
-        if any(store.folder.glob("step-*")) or has_event("save", metrics):
+        if any(store.folder.glob("step-*")) or has_line(metrics, '"event": "save"'):
             problems = f"{'; '.join(notices)}; " if notices else ""
             raise UserError(
                 f"{problems}{folder.as_posix()} holds a run without an intact checkpoint: put one "
@@ -90,11 +72,11 @@ def open_run(
             )
         # It ended before its first save: start from scratch in place.
         return OpenedRun("new", config)
-    old, state = read_config(latest), read_state(latest)
+    old, state = checkpoints.read_config(latest), checkpoints.read_state(latest)
     store.repair_links(latest)
     known_best: dict[str, Any] = {}
     if renamed := store.renamed_best(latest):
-        best = read_state(renamed)["progress"]
+        best = checkpoints.read_state(renamed)["progress"]
         known_best = {name: best[name] for name in ("best_loss", "best_step")}
     requested_steps = config.max_steps
     config = resume_config(
@@ -110,13 +92,16 @@ def open_run(
         check_writable(folder)
         checkpoint, counters, notice = _extend_run(store, latest, config)
         return OpenedRun(
-            "resume", config, checkpoint, read_state(checkpoint), (*notices, notice),
+            "resume", config, checkpoint, checkpoints.read_state(checkpoint), (*notices, notice),
             counters=counters | known_best, drops_decay=checkpoint != latest,
         )  # fmt: skip
     is_pending = progress.get("unjudged") or state.get("pending")
-    is_done = progress["step"] >= config.max_steps or _stopped_early(config, progress)
+    stopped_early = has_line(metrics, '"reason": "early_stop"')
+    # Unless a higher patience lets it train on.
+    is_final = config.patience < 0 or 0 < config.patience <= progress.get("evals_since_best", 0)
+    is_done = progress["step"] >= config.max_steps or (stopped_early and is_final)
     # A signal may have stopped the final evaluation of a run with all its steps.
-    has_ended = has_line(metrics, '"reason": "finished"') or _is_early_stop(metrics)
+    has_ended = stopped_early or has_line(metrics, '"reason": "finished"')
     if is_done and not is_pending and has_ended:
         return OpenedRun("finished", config, latest, state, tuple(notices))
     check_writable(folder)
@@ -132,16 +117,16 @@ def _extend_run(
         `latest`, or the checkpoint from before the decay of wsd; the counters of `TrainState` that
         replace those of the checkpoint; and a line about the learning rate.
     """
-    old, step = read_config(latest), step_from_path(latest)
+    old, step = checkpoints.read_config(latest), checkpoints.step_from_path(latest)
     raised = f"--max_steps raised from {old.max_steps} to {config.max_steps}"
     # Or the evaluations before would end the longer run.
     counters: dict[str, Any] = {"evals_since_best": 0}
     advice = "a run with --schedule wsd can be extended without a jump"
     if (end := stable_end(old)) is not None and step > end:
         start = store.path_of(end)
-        if find_corruption(start) is None:
+        if checkpoints.find_corruption(start) is None:
             # Only a longer run will beat it.
-            best = read_state(latest)["progress"]
+            best = checkpoints.read_state(latest)["progress"]
             if best["best_loss"] is not None:
                 counters |= {name: best[name] for name in ("best_loss", "best_step")}
             return start, counters, (
@@ -159,17 +144,6 @@ def _extend_run(
     return latest, counters, f"{raised}: the learning rate follows the new schedule from here{jump}"
 
 
-def _stopped_early(config: Config, progress: Mapping[str, Any]) -> bool:
-    """Whether a run ended by early stopping, unless a higher patience lets it train on."""
-    since_best = progress.get("evals_since_best", 0)
-    is_final = config.patience < 0 or 0 < config.patience <= since_best
-    return is_final and _is_early_stop(Path(config.out_dir) / "metrics.jsonl")
-
-
-def _is_early_stop(metrics: Path) -> bool:
-    return has_line(metrics, '"reason": "early_stop"')
-
-
 def resume_config(
     checkpoint: Path,
     config: Config,
@@ -180,24 +154,22 @@ def resume_config(
 ) -> Config:
     """The configuration with which `config` resumes the run of a checkpoint; changes no file.
 
-    A run whose max_steps was raised keeps them, so the command that started it still works.
-
-    Raises:
-        UserError: saying what differs in the run: configuration, tokenizer or text.
+    A run whose max_steps was raised keeps them, so the command that started it still works. A
+    UserError saying what differs in the run: configuration, tokenizer or text.
     """
-    old, folder = read_config(checkpoint), Path(config.out_dir)
+    old, folder = checkpoints.read_config(checkpoint), Path(config.out_dir)
     for name in {"warmup_steps", "patience"}.difference(explicit):
         config = dataclasses.replace(config, **{name: getattr(old, name)})
     # A tokenizer is compared by content, not by path.
     max_steps = max(config.max_steps, old.max_steps)
     config = dataclasses.replace(config, tokenizer=old.tokenizer, max_steps=max_steps)
-    has_other_tokenizer = read_tokenizer(checkpoint).to_json() != tokenizer.to_json()
+    has_other_tokenizer = checkpoints.read_tokenizer(checkpoint).to_json() != tokenizer.to_json()
     if has_other_tokenizer and "vocab_size" not in explicit:
         config = dataclasses.replace(config, vocab_size=old.vocab_size)  # it follows the tokenizer
     conflicts = resume_conflicts(old, config)
     if has_other_tokenizer:
         conflicts.append("tokenizer: not the one that the run was started with")
-    if read_state(checkpoint)["text_sha256"] != text_sha256:
+    if checkpoints.read_state(checkpoint)["text_sha256"] != text_sha256:
         flags = [name for name in TEXT_FIELDS if name in explicit]
         # The hash may depend on the tokenizer, too.
         if flags or not (has_other_tokenizer and "tokenizer" in explicit):
@@ -205,7 +177,8 @@ def resume_config(
             conflicts.append(f"{name}: not the text that {folder.as_posix()} was trained on")
     if conflicts:
         hint = "choose another --out_dir, or --restart to move it to a backup"
-        if config.config and Path(config.config) == folder / CONFIG:  # --resume takes neither
+        # --resume takes neither.
+        if config.config and Path(config.config) == folder / checkpoints.CONFIG:
             names = {name for text in conflicts for name in text.partition(":")[0].split(" or ")}
             fix = "leave these flags out" if names.intersection(explicit) else "restore the text"
             hint = f"{fix} to resume it, or start a new run without --resume"
@@ -219,7 +192,7 @@ def resume_config(
 def is_run_of(folder: Path, preset: str, text: str) -> bool:
     """Whether a folder has a run with this preset and this `--input`."""
     try:
-        values, _ = read_toml(folder / CONFIG)
+        values, _ = read_toml(folder / checkpoints.CONFIG)
     except UserError:
         return False
     is_same_text = files.real_path(str(values.get("input"))) == files.real_path(text)

@@ -19,11 +19,6 @@ MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
 """How much of the end of the metrics is read, more than a million lines, and of a line at once."""
 
 
-def has_event(event: str, metrics: Path) -> bool:
-    """Whether a run's metrics hold such an event."""
-    return has_line(metrics, f'"event": "{event}"')
-
-
 def has_line(metrics: Path, text: str) -> bool:
     """Whether a line of a run's metrics contains a text."""
     return any(text.encode() in line for line in read_metrics_lines(metrics))

@@ -107,13 +107,7 @@ def optimizer_state_dict(
 
     `raw_weights` are what the optimizer trains where the model has an average of them.
     """
-    state = {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    state |= {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
-    return _gather_on_rank0(state, comm)
+    return _gather_on_rank0(_optimizer_tensors(model, optimizer, raw_weights), comm)
 
 
 def load_optimizer_state_dict(
@@ -130,13 +124,18 @@ def load_optimizer_state_dict(
     Learning rates and weight decay are not part of it: they come from the configuration.
     """
     optimizer.init_state()
+    _load(_optimizer_tensors(model, optimizer, raw_weights), tensors, source, comm)
+
+
+def _optimizer_tensors(
+    model: GPT, optimizer: Optimizer, raw_weights: Mapping[str, Tensor]
+) -> StateDict:
     state = {
-        f"{name}.{key}": optimizer.state[parameter][key]
+        f"{name}.{key}": value
         for name, parameter in model.named_parameters()
-        for key in optimizer.state_keys(parameter)
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
-    state |= {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
-    _load(state, tensors, source, comm)
+    return state | {f"{name}.{RAW_WEIGHT}": weight for name, weight in raw_weights.items()}
 
 
 def rng_state_dict(device: torch.device, comm: Comm = SINGLE_PROCESS) -> StateDict:
@@ -216,23 +215,17 @@ def _gather_on_rank0(tensors: StateDict, comm: Comm) -> StateDict:
 def _load(
     targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str, comm: Comm
 ) -> None:
-    if comm.is_main:
-        _check_tensors(targets, tensors, source)
+    if comm.is_main:  # check all of them before any is changed
+        if unknown := sorted(tensors.keys() - targets.keys()):
+            name = printable(unknown[0], MAX_NAME)
+            raise UserError(f"{source}: this model has no tensor '{name}'")
+        for name, target in targets.items():
+            if (tensor := tensors.get(name)) is None:
+                raise UserError(f"{source}: the tensor '{name}' is missing")
+            if tensor.shape != target.shape:
+                shapes = f"{tuple(tensor.shape)}, this model's {tuple(target.shape)}"
+                raise UserError(f"{source}: '{name}' has shape {shapes}")
+            if tensor.dtype != torch.float32:
+                raise UserError(f"{source}: '{name}' is {tensor.dtype}, not torch.float32")
     for name, target in targets.items():
         copy_from_rank0(target, tensors.get(name), comm)
-
-
-def _check_tensors(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str
-) -> None:
-    if unknown := sorted(found.keys() - expected.keys()):
-        name = printable(unknown[0], MAX_NAME)
-        raise UserError(f"{source}: this model has no tensor '{name}'")
-    for name, tensor in expected.items():
-        if (other := found.get(name)) is None:
-            raise UserError(f"{source}: the tensor '{name}' is missing")
-        if other.shape != tensor.shape:
-            shapes = f"{tuple(other.shape)}, this model's {tuple(tensor.shape)}"
-            raise UserError(f"{source}: '{name}' has shape {shapes}")
-        if other.dtype != torch.float32:
-            raise UserError(f"{source}: '{name}' is {other.dtype}, not torch.float32")

@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from gptforge import files
-from gptforge.checkpoint.format import (
-    INFERENCE_FILES,
-    LINK_TARGET,
-    Snapshot,
-    find_corruption,
-    is_folder,
-    list_checkpoints,
-    read_link,
-    read_state,
-    save_snapshot,
-    step_from_path,
-)
+from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.format import Snapshot, find_corruption, read_state, step_from_path
 from gptforge.errors import RunError, UserError, explain_os_error
 from gptforge.tokenizers import Tokenizer
 
@@ -39,7 +29,8 @@ class CheckpointStore:
     def save(self, step: int, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> str:
         """Write checkpoint `step-N`, complete or not at all, and link `last` to it.
 
-        Returns its name; a RunError if the disk is full or fails, with earlier ones untouched.
+        `config` is the text of config.toml. Returns the name; a RunError if the disk is full or
+        fails, with earlier ones untouched.
         """
         name = self.path_of(step).name
         partial = self.folder / f".{name}.partial"
@@ -49,7 +40,10 @@ class CheckpointStore:
             self.check_disk_space(snapshot.nbytes)
             partial.mkdir()
             try:
-                save_snapshot(partial, snapshot, tokenizer=tokenizer, config=config)
+                checkpoints.save_checkpoint(
+                    partial, snapshot.tensors, tokenizer=tokenizer, config=config,
+                    state=snapshot.state,
+                )  # fmt: skip
                 self._move_into_place(partial, name)
             finally:
                 files.remove(partial)
@@ -96,11 +90,11 @@ class CheckpointStore:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint folders, oldest first, intact or not."""
-        return list_checkpoints(self.folder)
+        return checkpoints.list_checkpoints(self.folder)
 
     def read_link(self, which: str) -> Path | None:
         """The checkpoint that `best` or `last` points to, if it exists."""
-        return read_link(self.folder / which)
+        return checkpoints.read_link(self.folder / which)
 
     def set_link(self, which: str, name: str) -> None:
         """Point `best` or `last` to a checkpoint."""
@@ -127,8 +121,8 @@ class CheckpointStore:
         That is so between `discard_after` and the next save, which deletes what is not the best.
         """
         best, loss = None, read_state(latest)["progress"]["best_loss"]
-        for path in filter(is_folder, self.folder.glob("step-*.*-*")):
-            if not LINK_TARGET.fullmatch(path.name):
+        for path in filter(checkpoints.is_folder, self.folder.glob("step-*.*-*")):
+            if not checkpoints.LINK_TARGET.fullmatch(path.name):
                 continue
             try:
                 progress = read_state(path)["progress"]
@@ -136,7 +130,7 @@ class CheckpointStore:
                 continue
             is_best = progress["best_step"] == step_from_path(path)
             is_better = loss is None or (progress["best_loss"] or loss) < loss
-            if is_best and is_better and find_corruption(path, INFERENCE_FILES) is None:
+            if is_best and is_better and not find_corruption(path, checkpoints.INFERENCE_FILES):
                 best, loss = path, progress["best_loss"]
         return best
 
@@ -174,7 +168,7 @@ class CheckpointStore:
         Until then the old one keeps a hidden name, under which `_finish_replacing` finds it.
         """
         target, hidden = self.folder / name, self.folder / f".{name}{REPLACED}"
-        if is_folder(target):
+        if checkpoints.is_folder(target):
             files.remove(hidden)
             target.rename(hidden)
         elif os.path.lexists(target):
@@ -193,7 +187,6 @@ class CheckpointStore:
 
     def _kept(self, fix: str) -> str:
         # Checkpoints under their own name are complete, as they are renamed in one step.
-        if checkpoints := self.checkpoints():
-            last = checkpoints[-1].name
-            return f"{last} is kept: {fix}, and {self._resume_command} resumes from it"
+        if saved := self.checkpoints():
+            return f"{saved[-1].name} is kept: {fix}, and {self._resume_command} resumes from it"
         return f"nothing has been saved yet: {fix}, or give another --out_dir"

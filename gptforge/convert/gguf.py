@@ -1,7 +1,6 @@
 """Export to llama.cpp's GGUF: weights, configuration and tokenizer in one file."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from gptforge.convert.bundle import (
     with_eos_token,
 )
 from gptforge.convert.hf_tokenizer import tokenizer_json
-from gptforge.errors import RunError, UserError, require_package
+from gptforge.errors import RunError, UserError
 from gptforge.estimate import formulas
-from gptforge.files import atomic_replace
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT, bytes_to_unicode
 from gptforge.tokenizers.char import CharTokenizer
@@ -26,20 +24,9 @@ GGUF_TYPES = ("f32", "f16", "q8_0")
 
 
 def write_gguf(
-    path: Path,
-    bundle: ModelBundle,
-    *,
-    outtype: str,
-    name: str,
-    description: str = "",
-    before_check: Callable[[], None] = lambda: None,
-) -> float:
-    """Write the file atomically; returns the largest difference of logits when read back.
-
-    `before_check` is called when all is written, and before logits are compared.
-    `outtype` is that of the matrices: vectors and position embeddings stay float32.
-    """
-    require_package("gguf", extra="gguf")
+    path: Path, bundle: ModelBundle, *, outtype: str, name: str, description: str = ""
+) -> None:
+    """Write the file; `outtype` is for matrices: vectors and position embeddings stay float32."""
     import gguf
 
     bundle, eos_id = with_eos_token(bundle)
@@ -50,47 +37,44 @@ def write_gguf(
         problem = f"n_embd {config.n_embd} is not a multiple of 32"
         raise UserError(f"q8_0 has blocks of 32 numbers: {problem}")
     tokens, merges = _vocabulary(bundle.tokenizer, eos_id)
-    with atomic_replace(path) as partial:
-        writer = gguf.GGUFWriter(partial, "gpt2")
-        # No licence: that depends on the training text.
-        writer.add_type("model")
-        writer.add_name(name)
-        if description:
-            writer.add_description(description)
-        num_params = formulas.num_params(config)
-        writer.add_size_label(gguf.size_label(num_params, num_params, 0, 0))
-        writer.add_tags(["text-generation", "gpt2"])
-        prefix = "ALL" if outtype == "f32" else "MOSTLY"
-        writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{outtype.upper()}"])
-        if outtype == "q8_0":
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_context_length(config.block_size)
-        writer.add_embedding_length(config.n_embd)
-        writer.add_feed_forward_length(config.mlp_ratio * config.n_embd)
-        writer.add_block_count(config.n_layer)
-        writer.add_head_count(config.n_head)
-        writer.add_layer_norm_eps(1e-5)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(tokens)
-        normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
-        writer.add_token_types([control if i == eos_id else normal for i in range(len(tokens))])
-        writer.add_token_merges(merges)
-        for kind in ("bos", "eos", "unk", "pad"):
-            getattr(writer, f"add_{kind}_token_id")(eos_id)
-        writer.add_add_bos_token(False)
-        names = _tensor_names(bundle)
-        for key, tensor in bundle.state_dict.items():
-            is_matrix = tensor.ndim == 2 and key != "transformer.wpe.weight"
-            dtype = gguf.GGMLQuantizationType[outtype.upper() if is_matrix else "F32"]
-            values = gguf.quants.quantize(tensor.numpy(), dtype)
-            writer.add_tensor(names[key], values, raw_dtype=dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        before_check()
-        return _check(partial, bundle, is_exact=outtype == "f32")
+    writer = gguf.GGUFWriter(path, "gpt2")
+    # No licence: that depends on the training text.
+    writer.add_type("model")
+    writer.add_name(name)
+    if description:
+        writer.add_description(description)
+    num_params = formulas.num_params(config)
+    writer.add_size_label(gguf.size_label(num_params, num_params, 0, 0))
+    writer.add_tags(["text-generation", "gpt2"])
+    prefix = "ALL" if outtype == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{outtype.upper()}"])
+    if outtype == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.mlp_ratio * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types([control if i == eos_id else normal for i in range(len(tokens))])
+    writer.add_token_merges(merges)
+    for kind in ("bos", "eos", "unk", "pad"):
+        getattr(writer, f"add_{kind}_token_id")(eos_id)
+    writer.add_add_bos_token(False)
+    names = _tensor_names(bundle)
+    for key, tensor in bundle.state_dict.items():
+        is_matrix = tensor.ndim == 2 and key != "transformer.wpe.weight"
+        dtype = gguf.GGMLQuantizationType[outtype.upper() if is_matrix else "F32"]
+        values = gguf.quants.quantize(tensor.numpy(), dtype)
+        writer.add_tensor(names[key], values, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def gelu_tanh_difference(bundle: ModelBundle) -> float:
@@ -130,10 +114,11 @@ def _vocabulary(tokenizer: Tokenizer, eos_id: int) -> tuple[list[str], list[str]
     return tokens, merges or [f"{byte_chars[0]} {byte_chars[0]}"]
 
 
-def _check(path: Path, bundle: ModelBundle, *, is_exact: bool) -> float:
-    """Read the file back and compare logits; quantized ones are only reported."""
+def check_gguf(path: Path, bundle: ModelBundle, *, outtype: str) -> float:
+    """The largest difference of logits when the file is read back; a RunError if f32 has any."""
     import gguf
 
+    bundle, _ = with_eos_token(bundle)
     tensors = {}
     for tensor in gguf.GGUFReader(path).tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -141,6 +126,6 @@ def _check(path: Path, bundle: ModelBundle, *, is_exact: bool) -> float:
     state_dict = {key: tensors[name] for key, name in _tensor_names(bundle).items()}
     model = dataclasses.replace(bundle, state_dict=state_dict).build_model()
     difference = logit_difference(bundle, model, bundle.config.vocab_size)
-    if is_exact and not difference <= MAX_LOGIT_DIFFERENCE:
+    if outtype == "f32" and not difference <= MAX_LOGIT_DIFFERENCE:
         raise RunError(f"the file's logits differ by {difference:.2e}: it was not kept")
     return difference

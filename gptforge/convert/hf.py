@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gptforge.convert.bundle import (
 )
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER, load_hf_tokenizer, tokenizer_json
 from gptforge.convert.torch_file import check_tensors, read_torch_file
-from gptforge.errors import RunError, UserError, parsing, require_package
+from gptforge.errors import RunError, UserError, parsing
 from gptforge.estimate import formulas
 from gptforge.files import check_file_size, read_text
 from gptforge.printable import short_repr
@@ -46,15 +46,15 @@ OTHER_FILES = (
 )
 """Files that are read besides the weights."""
 
-FIXED_CONFIG: Mapping[str, tuple[object, ...]] = {
-    "model_type": ("gpt2",),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+FIXED_CONFIG: Mapping[str, object] = {
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
 }
-"""Settings of config.json that are fixed here, with the supported values."""
+"""Settings of config.json that are fixed here."""
 
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"),
@@ -63,15 +63,8 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 """Our names to transformers'; the first is written."""
 
 
-def write_hf(
-    folder: Path, bundle: ModelBundle, *, card: str, before_check: Callable[[], None] = lambda: None
-) -> float:
-    """Fill an empty folder; returns the largest difference of transformers' logits to ours.
-
-    `before_check` is called when all is written, and before logits are compared. A RunError if
-    transformers loads a different model or tokenizer.
-    """
-    require_package("transformers", extra="hf")
+def write_hf(folder: Path, bundle: ModelBundle, *, card: str) -> None:
+    """Fill an empty folder."""
     bundle, eos_id = with_eos_token(bundle)
     tensors = {
         name.removeprefix(PREFIX): (t.t() if name.endswith(TRANSPOSED) else t).contiguous()
@@ -96,8 +89,6 @@ def write_hf(
         (folder / name).write_text(text + "\n", encoding="utf-8")
     save_tokenizer(bundle.tokenizer, folder / NATIVE_TOKENIZER)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    before_check()
-    return _check(folder, bundle, eos_id)
 
 
 def is_hf_dir(folder: Path) -> bool:
@@ -144,7 +135,7 @@ def hf_config(config: GPTConfig, special_ids: Mapping[str, int | None]) -> dict[
     """The content of transformers' config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
-        **{name: values[0] for name, values in FIXED_CONFIG.items()},
+        **FIXED_CONFIG,
         "activation_function": ACTIVATIONS[config.activation][0],
         **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
         **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
@@ -159,8 +150,8 @@ def hf_config(config: GPTConfig, special_ids: Mapping[str, int | None]) -> dict[
 
 def _parse_config(hf_config: dict[str, Any]) -> GPTConfig:
     for name, supported in FIXED_CONFIG.items():
-        if (value := hf_config.get(name, supported[0])) not in supported:
-            raise ValueError(f"{name} is {short_repr(value)}, GPT-2's is {supported[0]!r}")
+        if (value := hf_config.get(name, supported)) != supported:
+            raise ValueError(f"{name} is {short_repr(value)}, GPT-2's is {supported!r}")
     function = hf_config.get("activation_function", "gelu_new")
     activation = next((name for name, names in ACTIVATIONS.items() if function in names), None)
     if activation is None:
@@ -218,10 +209,11 @@ def _read_pytorch_weights(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _check(folder: Path, bundle: ModelBundle, eos_id: int) -> float:
-    """Load the folder with transformers and compare tokenizer and logits."""
+def check_hf(folder: Path, bundle: ModelBundle) -> float:
+    """The difference of transformers' logits to ours; a RunError for another model or tokenizer."""
     import transformers
 
+    bundle, eos_id = with_eos_token(bundle)
     transformers.utils.logging.disable_progress_bar()
     # Without the end-of-text token: as text, our tokenizers encode it letter by letter.
     tokenizer = bundle.tokenizer

@@ -6,6 +6,7 @@ from typing import Literal
 
 from gptforge.convert.hf import OTHER_FILES, PYTORCH_WEIGHTS, SAFETENSORS_WEIGHTS
 from gptforge.errors import RunError, UserError, require_package
+from gptforge.kernel_select import first_line
 from gptforge.shell import quote
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,10 @@ def download_model(source: str) -> Path:
         hint = "check the name; for a private or gated one, hf auth login first"
         raise UserError(f"{source} is {problem}: {hint}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         local = name.rpartition("/")[2]
         raise UserError(
             f"{source} is not a path here, and could not be downloaded from the Hugging Face Hub "
-            f"({first}): try again with a network; or where there is one, hf download {name} "
-            f"--local-dir {local}, copy that folder here and give its path"
+            f"({first_line(error)}): try again with a network; or where there is one, hf download "
+            f"{name} --local-dir {local}, copy that folder here and give its path"
         ) from None
     return Path(folder)

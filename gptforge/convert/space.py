@@ -11,13 +11,7 @@ from pathlib import Path
 import gptforge
 from gptforge.checkpoint import format as checkpoints
 from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.model_card import (
-    METRICS,
-    SAMPLES,
-    Origin,
-    copy_run_file,
-    model_card,
-)
+from gptforge.convert.model_card import METRICS, SAMPLES, Origin, copy_run_file, model_card
 from gptforge.files import set_link
 
 FILES = Path(__file__).with_name("space_files")
@@ -40,9 +34,8 @@ def write_space(
     name = f"step-{origin.step if origin else 0:06d}"
     checkpoint = folder / "checkpoints" / name
     checkpoint.mkdir(parents=True)
-    checkpoints.save_inference_checkpoint(
-        checkpoint, dict(bundle.state_dict), tokenizer=bundle.tokenizer, config=config
-    )
+    tensors = {checkpoints.MODEL: dict(bundle.state_dict)}
+    checkpoints.save_checkpoint(checkpoint, tensors, tokenizer=bundle.tokenizer, config=config)
     for link in ("best", "last"):
         set_link(checkpoint.parent / link, name)
     (folder / "config.toml").write_text(config, encoding="utf-8")

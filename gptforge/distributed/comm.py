@@ -31,8 +31,7 @@ STORE_WAIT = timedelta(seconds=60)
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Wait = Callable[[], None]
-"""Waits for an asynchronous collective."""
+Wait = Callable[[], None]  # waits for an asynchronous collective
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Group:
     local_rank: int
     host: str
     device: torch.device
-    store: Store
-    """Key-value store shared by all ranks."""
+    store: Store  # key-value store shared by all ranks
     watchdog: Watchdog
 
 
@@ -54,8 +52,7 @@ class Comm:
 
     rank = 0
     world_size = 1
-    label = ""
-    """Rank and host, for messages."""
+    label = ""  # rank and host, for messages
 
     def __init__(self, group: Group | None = None) -> None:
         self._group = group
@@ -90,10 +87,7 @@ class Comm:
         return tensor[self.rank * chunk : (self.rank + 1) * chunk]
 
     def reduce_scatter_async(self, tensor: Tensor) -> Wait:
-        """Start a sum over the ranks of which each gets its `local_rows`, in place.
-
-        The other rows are undefined afterwards.
-        """
+        """Start a sum over the ranks, in place; rows but the `local_rows` are then undefined."""
         return self._start(_reduce_scatter, self.local_rows(tensor), tensor)
 
     def all_gather_async(self, tensor: Tensor) -> Wait:
@@ -186,15 +180,13 @@ class Comm:
         if problem := self.broadcast_from_rank0(find_difference):
             raise UserError(problem)
 
-    def device_mesh(self) -> "DeviceMesh | None":
-        """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""
-        if self._group is None:
-            return None
+    def device_mesh(self) -> "DeviceMesh":
+        """A one-dimensional mesh of all ranks, for FSDP."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(
-            self._group.device.type, (self.world_size,), mesh_dim_names=("ranks",)
-        )
+        assert self._group is not None, "sharding needs several processes"
+        kind = self._group.device.type
+        return init_device_mesh(kind, (self.world_size,), mesh_dim_names=("ranks",))
 
     def async_max(self, lag: int) -> "AsyncMax":
         """A maximum over the ranks in every step, read `lag` steps late."""
@@ -253,9 +245,7 @@ class Comm:
 class AsyncMax:
     """A maximum over the ranks, the same on all of them at the same step.
 
-    Args:
-        device: of this rank; None for a single process.
-        lag: how many steps late it is read, when a GPU has long computed it.
+    It is read `lag` steps late, when a GPU has long computed it. With no device there is one rank.
     """
 
     def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:

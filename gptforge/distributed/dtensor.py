@@ -44,10 +44,9 @@ def copy_from_rank0(tensor: Tensor, source: Tensor | None, comm: Comm = SINGLE_P
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor."""
-    assert is_sharded(tensor), "the tensor is replicated"
-    shard: Tensor = tensor.to_local().detach()
-    return shard
+    """This rank's shard of a sharded tensor, all of another one."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return local.detach()
 
 
 def dtensor_from_local(local: Tensor, like: Tensor) -> Tensor:

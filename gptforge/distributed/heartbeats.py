@@ -8,8 +8,7 @@ from typing import Any
 
 from gptforge.printable import print_stderr
 
-Heartbeats = Mapping[int, Mapping[str, Any]]
-"""The latest heartbeat by rank."""
+Heartbeats = Mapping[int, Mapping[str, Any]]  # the latest heartbeat by rank
 
 DEADLOCK_FACTOR = 4
 """All ranks may wait for each other for so many timeouts before step 1: connecting takes time."""

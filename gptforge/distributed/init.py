@@ -14,16 +14,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from gptforge.device import has_mps
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
 from gptforge.errors import NOTHING_LOST, RunError, UserError
+from gptforge.kernel_select import first_line
 from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 
 REQUIRED_ENV = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""The watchdog finds lost ranks long before."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the watchdog finds lost ranks long before
 GRACE_SECONDS = 3.0
 """How much longer than its timeout a store may take that neither answers nor fails."""
 POLL_SECONDS = 0.05
@@ -37,11 +36,8 @@ def is_distributed_launch(env: Mapping[str, str] = os.environ) -> bool:
 def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Comm:
     """Join the other ranks and start the watchdog; `SINGLE_PROCESS` without a launcher.
 
-    The backend is NCCL for GPUs and gloo for CPUs.
-
-    Args:
-        device: value of `--device`.
-        env: set by torchrun; a UserError if its variables contradict each other.
+    The backend is NCCL for GPUs and gloo for CPUs. A UserError if variables of the launcher in
+    `env` contradict each other, or `device`, the value of `--device`.
     """
     if not is_distributed_launch(env):
         if "RANK" in env and "WORLD_SIZE" not in env:
@@ -85,9 +81,8 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
     except RunError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
         problem = f"cannot listen at {address}:{port}" if is_server else unreachable
-        raise RunError(f"{problem} ({reason})") from None
+        raise RunError(f"{problem} ({first_line(error)})") from None
     watchdog = Watchdog(
         rank, world_size=world_size, host=host, store=PrefixStore(attempt, watchdog_store),
         is_local_main=local_rank == 0, timeout=timeout, is_server=is_server,
@@ -214,7 +209,7 @@ def _local_device(flag: str, local_rank: int, *, local_world_size: int) -> torch
     if flag == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
-        if flag == "auto" and has_mps():
+        if flag == "auto" and torch.backends.mps.is_available():
             raise UserError("several processes train on CUDA GPUs or on CPUs: add --device cpu")
         return torch.device("cpu")
     available = torch.cuda.device_count()

@@ -25,8 +25,7 @@ from gptforge.distributed.heartbeats import HeartbeatMonitor
 from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, printable
 
-BEAT_INTERVAL = 1.0
-"""Seconds between heartbeats."""
+BEAT_INTERVAL = 1.0  # seconds between heartbeats
 TIMEOUT = 30.0
 """Seconds without a heartbeat, or without progress, after which a rank counts as lost."""
 EXIT_FAILURE = 1
@@ -37,8 +36,7 @@ class Watchdog:
     """The heartbeat threads of one rank.
 
     Args:
-        rank: global rank, of `world_size`.
-        host: name of this machine.
+        rank, world_size, host: as in `Group`.
         store: a connection used by nothing else, as others block in long waits.
         is_local_main: whether this rank prints what ranks on other machines have found.
         timeout: seconds after which a rank counts as lost.
@@ -106,11 +104,9 @@ class Watchdog:
         self._all_joined_at = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the threads at the end of a run.
-
-        A thread inside a request to the store would abort an interpreter that shuts down.
-        """
+        """Stop the threads at the end of a run."""
         self._stopped.set()
+        # A thread inside a request to the store would abort an interpreter that shuts down.
         for thread in self._threads:
             thread.join(self._timeout)
 

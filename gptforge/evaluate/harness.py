@@ -14,6 +14,7 @@ from gptforge.errors import RunError, UserError, install_hint
 from gptforge.evaluate.tasks import TASKS, loglikelihoods
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
+from gptforge.kernel_select import first_line
 from gptforge.report.console import ProgressMeter, track
 
 BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the harness's 100,000 take minutes
@@ -42,10 +43,9 @@ def load_task_manager(names: Sequence[str], include_path: str) -> Any:
             get_task_dict([name], manager)
         except Exception as error:
             # It downloads data, and may run the task's code: any exception is possible.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"--tasks {name}: lm_eval cannot load its questions: {reason}: they come from the "
-                "Hugging Face Hub, which needs a network"
+                f"--tasks {name}: lm_eval cannot load its questions: {first_line(error)}: they "
+                "come from the Hugging Face Hub, which needs a network"
             ) from None
     return manager
 

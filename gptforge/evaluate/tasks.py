@@ -36,12 +36,15 @@ class LogLikelihood:
     is_greedy: bool  # whether each token is the most likely one
 
 
+Results = Sequence[Sequence[LogLikelihood]]  # of the choices of each example
+
+
 @dataclass(frozen=True)
 class Task:
     """How to parse a row of a task's data, and how to score the results of all examples."""
 
     parse: Callable[[Mapping[str, Any]], Example]
-    score: Callable[[Sequence[Example], Sequence[Sequence[LogLikelihood]]], dict[str, float]]
+    score: Callable[[Sequence[Example], Results], dict[str, float]]
 
 
 def parse_hellaswag(row: Mapping[str, Any]) -> Example:
@@ -63,9 +66,7 @@ def parse_lambada(row: Mapping[str, Any]) -> Example:
     return Example(context, (blank + word,))
 
 
-def score_hellaswag(
-    examples: Sequence[Example], results: Sequence[Sequence[LogLikelihood]]
-) -> dict[str, float]:
+def score_hellaswag(examples: Sequence[Example], results: Results) -> dict[str, float]:
     """Return the accuracy by log-likelihood, and by log-likelihood per character."""
     correct, correct_norm = [], []
     for example, choices in zip(examples, results, strict=True):
@@ -78,9 +79,7 @@ def score_hellaswag(
     return {**_accuracy("acc", correct), **_accuracy("acc_norm", correct_norm)}
 
 
-def score_lambada(
-    examples: Sequence[Example], results: Sequence[Sequence[LogLikelihood]]
-) -> dict[str, float]:
+def score_lambada(examples: Sequence[Example], results: Results) -> dict[str, float]:
     """Return the share of last words that greedy decoding gives, and their perplexity."""
     mean = sum(choice.loglikelihood for [choice] in results) / len(results)
     correct = [choice.is_greedy for [choice] in results]

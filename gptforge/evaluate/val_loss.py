@@ -36,15 +36,10 @@ class ValEvaluator:
         batch_size: sequences in a forward pass.
         char_lengths: characters that each id stands for, (vocab,); None: one per byte.
         max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
-
-    Attributes:
-        fraction: share of the text that is evaluated.
-        num_tokens: about so many tokens are predicted.
-        seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
-            may share the machine; infinite before the first.
     """
 
     seconds_per_sequence = math.inf
+    """Of the fastest evaluation, since the first may compile and any may share the machine."""
 
     def __init__(
         self,
@@ -69,13 +64,9 @@ class ValEvaluator:
         available = math.ceil(num_targets / length)
         count = min(math.ceil(max_tokens / length) or available, available)
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
-        self.fraction = count / available
-        self.num_tokens = min(count * length, num_targets)
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that are evaluated, on all ranks together."""
-        return len(self._sequence_indices)
+        self.num_sequences = count  # on all ranks together
+        self.fraction = count / available  # of the text
+        self.num_tokens = min(count * length, num_targets)  # predicted, about
 
     def full(self) -> "ValEvaluator":
         """The evaluator of all the text."""
@@ -108,15 +99,15 @@ class ValEvaluator:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        num_sequences = self.num_sequences
-        done, nats, num_tokens, num_bytes, num_chars = 0, 0.0, 0, 0, 0
+        done, num_sequences = 0, self.num_sequences
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        counts = np.zeros(3, np.int64)  # tokens, bytes and characters
         # The sums of an evaluation with another number of sequences do not fit this one.
         if partial is not None and partial.num_sequences == num_sequences:
             done = partial.sequences_done
             if comm.is_main:
-                nats, num_tokens = partial.total_nats, partial.num_tokens
-                num_bytes, num_chars = partial.num_bytes, partial.num_chars
-        total = torch.tensor(nats, dtype=torch.float64, device="cpu")
+                total += partial.total_nats
+                counts += (partial.num_tokens, partial.num_bytes, partial.num_chars)
         stop_flag, stopped = comm.async_max(STOP_LAG_BATCHES), False
         start, first = time.perf_counter(), done
         while done < num_sequences and not stopped:
@@ -126,9 +117,8 @@ class ValEvaluator:
                 loss: Tensor = model(inputs.to(device), targets.to(device), len(self._byte_lengths))
                 total += loss.double().cpu()
             predicted = targets[targets != IGNORE_INDEX].numpy()
-            num_tokens += len(predicted)
-            num_bytes += int(self._byte_lengths[predicted].sum())
-            num_chars += int(self._char_lengths[predicted].sum())
+            num_bytes = self._byte_lengths[predicted].sum()
+            counts += (len(predicted), num_bytes, self._char_lengths[predicted].sum())
             comm.tick()
             done = min(done + self._batch_size * comm.world_size, num_sequences)
             progress(done, num_sequences)
@@ -137,8 +127,8 @@ class ValEvaluator:
         if done > first:
             seconds = (time.perf_counter() - start) / (done - first)
             self.seconds_per_sequence = min(self.seconds_per_sequence, seconds)
-        nats, *counts = comm.sum_scalars([float(total), num_tokens, num_bytes, num_chars])
-        num_tokens, num_bytes, num_chars = map(round, counts)
+        nats, *sums = comm.sum_scalars([float(total), *counts.tolist()])
+        num_tokens, num_bytes, num_chars = map(round, sums)
         return ValLoss(nats, num_tokens, num_bytes, num_chars, done, num_sequences)
 
     def _batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -62,11 +62,7 @@ class DecodeSession:
         self._top_k = sampling.top_k if sampling.temperature else 1
         self._samples_top_k = cuda_graph and top_logprobs is None and self._can_sample_top_k()
         self._graph = self._capture() if cuda_graph and device.type == "cuda" else None
-
-    @property
-    def has_cuda_graph(self) -> bool:
-        """Whether decode steps are replayed as a CUDA graph."""
-        return self._graph is not None
+        self.has_cuda_graph = self._graph is not None
 
     def reset(self, uniforms: Tensor) -> None:
         """Start at step 0 with the random numbers (B, N) to sample with."""

@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from gptforge.errors import UserError
+from gptforge.inference import validation
 from gptforge.inference.detokenizer import Completion, CompletionBuilder, IncrementalDetokenizer
 from gptforge.inference.generate import SampledTokens, TokenGenerator
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, draw_uniforms
-from gptforge.inference.validation import (
-    as_int_list,
-    as_seed_list,
-    as_str_list,
-    check_non_negative_int,
-    check_str,
-    normalize_prompt,
-)
 from gptforge.model import GPT
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import decode as decode_ids
@@ -80,7 +73,7 @@ class LanguageModel:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; a UserError for a character that the tokenizer does not have."""
         try:
-            check_str(text, "the text").encode()
+            validation.check_str(text, "the text").encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which undecodable bytes become
             raise UserError(f"the text is not UTF-8 text, at character {error.start}") from None
         return [int(i) for i in self.tokenizer.encode(text)]
@@ -92,7 +85,8 @@ class LanguageModel:
         token if the model was trained on documents separated by it, else a line break. As in
         training texts, a byte order mark is dropped and CRLF is a line break.
         """
-        prompt, eot = normalize_prompt(check_str(prompt, "the prompt")), self.tokenizer.eot_token
+        prompt = validation.normalize_prompt(validation.check_str(prompt, "the prompt"))
+        eot = self.tokenizer.eot_token
         if prompt == "":
             return self._empty_prompt()
         if eot is None:
@@ -105,14 +99,14 @@ class LanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; a UserError for one that the tokenizer does not have."""
-        ids = as_int_list(ids, "the ids", below=self.tokenizer.vocab_size)
+        ids = validation.as_int_list(ids, "the ids", below=self.tokenizer.vocab_size)
         return decode_ids(self.tokenizer, ids)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each of 1 to block_size ids: (T, tokenizer.vocab_size) fp32, on the CPU."""
         size = self.tokenizer.vocab_size
-        ids = as_int_list(ids, "the ids", below=size)
+        ids = validation.as_int_list(ids, "the ids", below=size)
         if not 1 <= len(ids) <= self.model.config.block_size:
             raise UserError(f"give 1 to {self.model.config.block_size} ids, not {len(ids)}")
         was_training = self.model.training
@@ -165,7 +159,8 @@ class LanguageModel:
             UserError: for an argument out of range, or a prompt that cannot be encoded.
         """
         sampling = SamplingParams(temperature, top_k, top_p)
-        builder = CompletionBuilder(self.tokenizer, as_str_list(stop, "stop"), self._eot_ids())
+        stop = validation.as_str_list(stop, "stop")
+        builder = CompletionBuilder(self.tokenizer, stop, self._eot_ids())
         steps = self._generate([prompt], max_new_tokens, sampling, [seed], None)
         return self._texts(steps, builder)
 
@@ -187,19 +182,18 @@ class LanguageModel:
 
         Args:
             prompts: of any lengths; a string is one prompt.
-            max_new_tokens: for each prompt.
+            max_new_tokens, stop: as in `stream`, for each prompt.
             sampling: temperature, top-k and top-p.
-            stop: as in `stream`.
             stop_token_ids: end at any of these tokens, besides the end-of-text token.
             seeds: one per prompt; None for random ones.
             logprobs: return the log probability of each token.
         """
-        prompts = as_str_list(prompts, "the prompts")
+        prompts = validation.as_str_list(prompts, "the prompts")
         if not prompts:
             raise UserError("give at least one prompt; an empty one starts a document or a line")
-        seeds = as_seed_list(seeds, len(prompts))
-        stop = as_str_list(stop, "stop")
-        stop_ids = {*as_int_list(stop_token_ids, "stop_token_ids"), *self._eot_ids()}
+        seeds = validation.as_seed_list(seeds, len(prompts))
+        stop = validation.as_str_list(stop, "stop")
+        stop_ids = {*validation.as_int_list(stop_token_ids, "stop_token_ids"), *self._eot_ids()}
         builders = [CompletionBuilder(self.tokenizer, stop, stop_ids) for _ in prompts]
         top_logprobs = 0 if logprobs else None
         for step in self._generate(prompts, max_new_tokens, sampling, seeds, top_logprobs):
@@ -221,7 +215,7 @@ class LanguageModel:
         top_logprobs: int = 5,
     ) -> Iterator[Token]:
         """Tokens as they are sampled, each with its probability and the most likely others."""
-        top_logprobs = check_non_negative_int(top_logprobs, "top_logprobs")
+        top_logprobs = validation.check_non_negative_int(top_logprobs, "top_logprobs")
         count = min(top_logprobs, self.tokenizer.vocab_size)
         return self._tokens(self._generate([prompt], max_new_tokens, sampling, [seed], count))
 
@@ -234,7 +228,7 @@ class LanguageModel:
         top_logprobs: int | None,
     ) -> Iterator[SampledTokens]:
         """Check the arguments now rather than with the first token, then generate."""
-        count = check_non_negative_int(max_new_tokens, "--max_new_tokens")
+        count = validation.check_non_negative_int(max_new_tokens, "--max_new_tokens")
         if count * len(prompts) > MAX_TOKENS:
             raise UserError(f"--max_new_tokens {count}: at most {MAX_TOKENS:,} tokens in one call")
         if not isinstance(sampling, SamplingParams):

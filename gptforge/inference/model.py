@@ -93,8 +93,7 @@ class InferenceModel:
             rows = _pad_rows(wte, vocab_size)
             self.lm_head = PackedLinear(rows if self._float32_output else rows.float())
 
-        def convert(block: nn.Module) -> LayerWeights:
-            assert isinstance(block, Block)
+        def convert(block: Block) -> LayerWeights:
             attn, mlp = block.attn, block.mlp
             return LayerWeights(
                 cast(block.ln_1), linear(attn.c_attn), linear(attn.c_proj),

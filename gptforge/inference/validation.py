@@ -10,12 +10,13 @@ from numbers import Integral, Real
 from typing import Any
 
 from gptforge.errors import UserError
+from gptforge.printable import short_repr
 
 
 def check_str(value: Any, name: str) -> str:
     """The value, if it is a string."""
     if not isinstance(value, str):
-        raise UserError(f"{name} must be a string, not {_short(value)}")
+        raise UserError(f"{name} must be a string, not {short_repr(value)}")
     return value
 
 
@@ -26,14 +27,14 @@ def as_str_list(value: str | Iterable[str] | None, name: str) -> list[str]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Iterable):
-        raise UserError(f"{name} must be a string or several, not {_short(value)}")
+        raise UserError(f"{name} must be a string or several, not {short_repr(value)}")
     return [check_str(text, f"each of {name}") for text in value]
 
 
 def check_non_negative_int(value: Any, name: str) -> int:
     """The value as an int, if it is a non-negative integer."""
     if not is_int(value) or value < 0:
-        raise UserError(f"{name} must be a whole number, 0 or more, not {_short(value)}")
+        raise UserError(f"{name} must be a whole number, 0 or more, not {short_repr(value)}")
     return int(value)
 
 
@@ -66,11 +67,6 @@ def is_int(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether the value is a real Python or NumPy number, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) < 50 else f"{shown[:50]}…"
 
 
 def prompt_from_argv(text: str) -> str:

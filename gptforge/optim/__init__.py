@@ -5,7 +5,7 @@ import functools
 from torch import Tensor
 
 from gptforge.config import Config
-from gptforge.model import GPT, Block
+from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.optim.muon import Muon
 from gptforge.optim.optimizer import Optimizer
@@ -26,7 +26,6 @@ def build_optimizer(config: Config, model: GPT) -> Optimizer:
         return make_adamw(model.parameters())
     matrices: list[tuple[Tensor, int]] = []
     for block in model.blocks():
-        assert isinstance(block, Block)
         # q, k and v are three matrices in one parameter, each orthogonalized separately.
         matrices.append((block.attn.c_attn.weight, 3))
         matrices += [(m.weight, 1) for m in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]

@@ -14,11 +14,9 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # the keys of torch.optim.AdamW
 
 
 class AdamW(Optimizer):
-    """AdamW by torch's fused kernel, one call for each parameter group. eps is 1e-8.
+    """AdamW by torch's fused kernel, one call for each parameter group.
 
-    Args:
-        param_groups: each with its "weight_decay", which is multiplied by the learning rate.
-        betas: decay rates of the running averages of the gradient and of its square.
+    Each has its "weight_decay", which is multiplied by the learning rate.
     """
 
     def __init__(
@@ -26,28 +24,15 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(param_groups)
         self._betas = betas
-        self._is_initialized = False
 
     @override
-    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
-        return STATE_KEYS
-
-    @override
-    @torch.no_grad()
-    def init_state(self) -> None:
-        if self._is_initialized:
-            # Called in every step: looking up all parameters takes as long as a kernel launch.
-            return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter not in self.state:
-                    self.state[parameter] = {
-                        # On the device, where skipped steps are decided: they must not count.
-                        "step": torch.zeros((), device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-                    }
-        self._is_initialized = True
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {
+            # On the device, where skipped steps are decided: they must not count.
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
 
     @override
     @torch.no_grad()
@@ -80,10 +65,7 @@ def build_adamw(
     embeddings: Iterable[Tensor] = (),
     embedding_weight_decay: float = 0.0,
 ) -> AdamW:
-    """Build AdamW over parameters, decaying those with two or more dimensions.
-
-    `embeddings` have a decay of their own.
-    """
+    """AdamW with weight decay on two or more dimensions; `embeddings` have a decay of their own."""
     params = [p for p in parameters if p.requires_grad]
     decays = {id(p): weight_decay if p.dim() >= 2 else 0.0 for p in params}
     decays |= {id(p): embedding_weight_decay for p in embeddings}

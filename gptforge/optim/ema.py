@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gptforge.distributed.dtensor import is_sharded
+from gptforge.distributed.dtensor import local_tensor
 
 START_FRACTION = 4  # early on, the average covers the last quarter of the steps so far
 
@@ -20,11 +20,7 @@ class WeightEMA:
 
     The decay grows to its final value, so that the initial weights do not count for long. It grows
     in powers of two: a CUDA graph contains the decay as a constant, and is captured again whenever
-    that changes.
-
-    Args:
-        model: its parameters are averaged; on a sharded model, each rank averages its shards.
-        decay: final decay, from 0 to below 1.
+    that changes. On a sharded model, each rank averages its shards.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -43,8 +39,8 @@ class WeightEMA:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights; the caller counts `num_updates`."""
-        averages = [_local(tensor) for tensor in self.tensors.values()]
-        params = [_local(tensor) for tensor in self._params.values()]
+        averages = [local_tensor(tensor) for tensor in self.tensors.values()]
+        params = [local_tensor(tensor) for tensor in self._params.values()]
         torch._foreach_lerp_(averages, params, 1 - self.decay)
 
     @contextmanager
@@ -59,11 +55,7 @@ class WeightEMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, average in self.tensors.items():
-            a, b = _local(average), _local(self._params[name])
+            a, b = local_tensor(average), local_tensor(self._params[name])
             held = a.clone()
             a.copy_(b)
             b.copy_(held)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor

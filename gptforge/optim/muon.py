@@ -59,18 +59,10 @@ class Muon(Optimizer):
             self._by_shape.setdefault((rows // count, columns), []).append((parameter, count))
 
     @override
-    def state_keys(self, parameter: Tensor) -> tuple[str, ...]:
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         if any(p is parameter for p in self._muon_group["params"]):
-            return (MOMENTUM_BUFFER,)
-        return self._adamw.state_keys(parameter)
-
-    @override
-    def init_state(self) -> None:
-        for parameter in self._muon_group["params"]:
-            if parameter not in self.state:
-                buffer = torch.zeros_like(parameter, requires_grad=False)
-                self.state[parameter] = {MOMENTUM_BUFFER: buffer}
-        self._adamw.init_state()
+            return {MOMENTUM_BUFFER: torch.zeros_like(parameter, requires_grad=False)}
+        return self._adamw.new_state(parameter)
 
     @override
     @torch.no_grad()

@@ -8,18 +8,16 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-ALIGNMENT = 64
-"""In elements: 256 bytes of fp32, the alignment that `kernels.cublaslt` requires."""
+ALIGNMENT = 64  # in elements: 256 bytes of fp32, the alignment that `kernels.cublaslt` requires
 
 
 class GradBuffer:
     """One tensor with the gradients of all parameters, in backward order.
 
-    Args:
-        groups: parameters whose gradients become ready together, in that order. Parameters of a
-            group are contiguous; each group starts at an aligned offset.
+    `groups` are parameters whose gradients become ready together, in that order. Parameters of a
+    group are contiguous; each group starts at an aligned offset.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -27,8 +25,7 @@ class GradBuffer:
         for group in groups:
             starts.append(end)
             end += round_up(sum(self._numel(p) for p in group), ALIGNMENT)
-        self.group_ends = [*starts[1:], end]
-        """Offset of the end of each group."""
+        self.group_ends = [*starts[1:], end]  # offset of the end of each group
         first = groups[0][0]
         self.flat = torch.zeros(end, dtype=first.dtype, device=first.device)
         self._views: dict[Tensor, Tensor] = {}
@@ -80,15 +77,13 @@ class GradBuffer:
 class AutogradGradBuffer(GradBuffer):
     """A `GradBuffer` that autograd accumulates into, with one parameter per group.
 
-    Args:
-        model: gets a hook on each parameter that reports its gradient; hooks are not removed.
+    Each parameter gets a hook that reports its gradient; hooks are not removed.
     """
 
     on_grads_ready: Callable[[int], None]
     """Called with the number of leading groups that are final for this micro-batch."""
 
-    def __init__(self, model: nn.Module) -> None:
-        parameters = _backward_order(model)
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__([[p] for p in parameters])
         self.start_micro_batch()
         for i, parameter in enumerate(parameters):
@@ -106,18 +101,6 @@ class AutogradGradBuffer(GradBuffer):
         while self._num_ready < len(self._is_ready) and self._is_ready[self._num_ready]:
             self._num_ready += 1
         self.on_grads_ready(self._num_ready)
-
-
-def _backward_order(model: nn.Module) -> list[Tensor]:
-    """Parameters in the order in which a backward pass finishes their gradients.
-
-    That is last layer first. The embeddings come last: the tied one is also the output layer, but
-    its gradient is only final once the backward pass reaches the input.
-    """
-    named = list(model.named_parameters())
-    embeddings = [p for name, p in named if ".wte." in name or ".wpe." in name]
-    rest: list[Tensor] = [p for _, p in reversed(named) if all(p is not e for e in embeddings)]
-    return rest + embeddings[::-1]
 
 
 def round_up(count: int, multiple: int) -> int:

@@ -35,12 +35,10 @@ class Anomaly:
 
 
 class LossMonitor:
-    """Compares each loss with the recent ones.
+    """Compares each loss with the recent ones; it is read `lag` steps late.
 
-    Args:
-        lag: steps to wait before a loss is read; 0 where the device is synchronous.
-        uses_grad_scaler: do not report an infinite gradient with a finite loss: a loss scaler
-            raises its scale until gradients overflow.
+    With `uses_grad_scaler`, an infinite gradient with a finite loss is not reported: a loss scaler
+    raises its scale until gradients overflow.
     """
 
     def __init__(self, *, lag: int, uses_grad_scaler: bool) -> None:
@@ -48,8 +46,7 @@ class LossMonitor:
         self._uses_grad_scaler = uses_grad_scaler
         self._unread: deque[tuple[int, int, Callable[[], tuple[float, float]]]] = deque()
         self._recent: deque[float] = deque(maxlen=HISTORY)
-        self.losses: deque[float] = deque(maxlen=0)
-        """The last losses read, as many as `reset` says."""
+        self.losses: deque[float] = deque(maxlen=0)  # the last losses read, as many as `reset` says
         self.last_loss = math.nan
         self.bad_steps = 0
         """Consecutive steps, up to the last one read, whose loss or gradient was not finite."""
@@ -83,8 +80,7 @@ class LossMonitor:
         anomalies = []
         while len(self._unread) > num_unread:
             step, position, read = self._unread.popleft()
-            anomaly = self._check(step, position, *read())
-            if anomaly is not None:
+            if anomaly := self._check(step, position, *read()):
                 anomalies.append(anomaly)
         return anomalies
 

@@ -15,9 +15,8 @@ class OptimizerStep:
     """Unscales and clips gradients, updates the weights, and skips steps with NaN or Inf.
 
     Args:
-        optimizer: its learning rate is set at each step.
         backend: computed the gradients.
-        grad_clip: maximum gradient norm; 0 disables clipping.
+        grad_clip: see `Config`.
         scaler: loss scaler for fp16; may be disabled.
         ema: average of the weights to update, if any.
     """
@@ -37,18 +36,15 @@ class OptimizerStep:
         self._max_norm = grad_clip if grad_clip > 0 else float("inf")
 
     def __call__(self, lr: float | Tensor, loss: Tensor) -> Tensor:
-        """Update the weights, and free the gradients.
+        """Update the weights, and free the gradients; returns their norm before clipping.
 
-        If the gradient norm or the loss is not finite, weights and optimizer state stay unchanged;
-        this is decided on the device, without a sync.
+        If the norm or the loss is not finite, weights and optimizer state stay unchanged; this is
+        decided on the device, without a sync.
 
         Args:
             lr: learning rate. As an fp32 scalar on the device it may change between replays of a
                 CUDA graph.
             loss: of this step; NaN if the gradients of a rank are incomplete.
-
-        Returns:
-            The gradient norm before clipping, on the device.
         """
         # The scaler is typed for torch.optim, but only uses what our base class has.
         optimizer = cast(torch.optim.Optimizer, self._optimizer)
@@ -64,5 +60,5 @@ class OptimizerStep:
         self._scaler.update()
         if self.ema is not None:
             self.ema.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         return norm

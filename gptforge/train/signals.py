@@ -54,10 +54,7 @@ class StopSignal:
     (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
     context manager it may be entered again while it is entered.
 
-    Args:
-        time_limit: minutes; 0 for none.
-        started: start of the time limit, by `clock`; now if None.
-        clock: seconds, monotonic.
+    `time_limit` is in minutes, 0 for none, from `started` on, by `clock`; None is now.
     """
 
     def __init__(
@@ -131,9 +128,9 @@ class StopSignal:
             for stream in (sys.stdout, sys.stderr):
                 if stream.isatty():
                     files.redirect_to_devnull(stream)
-        if number != SIGHUP:
-            if self._is_requested:
-                self._end_at_once(number)
+        elif self._is_requested:
+            self._end_at_once(number)
+        else:
             self._is_requested = True
         if self._signal is not None:
             # SIGHUP comes with SIGTERM from systemd, and twice from the kernel and the shell; of

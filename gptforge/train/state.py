@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptforge.checkpoint import format as checkpoints
-from gptforge.checkpoint.state_dict import (
-    StateDict,
-    load_model_state_dict,
-    load_optimizer_state_dict,
-    load_rng_state_dict,
-    model_state_dict,
-    optimizer_state_dict,
-    rng_state_dict,
-)
+from gptforge.checkpoint import state_dict as state_dicts
 from gptforge.config import Config
 from gptforge.data.dataloader import DataLoader
 from gptforge.distributed import SINGLE_PROCESS, Comm
@@ -117,11 +109,7 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def snapshot(
-    state: TrainState,
-    step_fn: TrainStep,
-    dataloader: DataLoader,
-    comm: Comm,
-    **extra: Any,
+    state: TrainState, step_fn: TrainStep, dataloader: DataLoader, comm: Comm, **extra: Any
 ) -> checkpoints.Snapshot:
     """Copy the full training state; a collective. `extra` are more entries of state.json."""
     record = {
@@ -136,10 +124,10 @@ def snapshot(
     # The weights to use are those of the model: the EMA, if there is one.
     with step_fn.ema_weights():
         return checkpoints.Snapshot(
-            model=model_state_dict(model, comm),
-            optimizer=optimizer_state_dict(model, optimizer, comm, step_fn.raw_weights),
-            rng_state=rng_state_dict(step_fn.device, comm),
-            state=record,
+            state_dicts.model_state_dict(model, comm),
+            state_dicts.optimizer_state_dict(model, optimizer, comm, step_fn.raw_weights),
+            state_dicts.rng_state_dict(step_fn.device, comm),
+            record,
         )
 
 
@@ -152,26 +140,24 @@ def restore(
     """
     source = path.as_posix()
 
-    def read(name: str) -> StateDict:
+    def read(name: str) -> state_dicts.StateDict:
         return checkpoints.read_tensors(path, name) if comm.is_main else {}
 
     with step_fn.ema_weights():
-        load_model_state_dict(step_fn.model, read(checkpoints.MODEL), source=source, comm=comm)
-        load_optimizer_state_dict(
-            step_fn.model,
-            step_fn.optimizer,
-            read(checkpoints.OPTIMIZER),
-            source=source,
-            comm=comm,
-            raw_weights=step_fn.raw_weights,
-        )
+        model = step_fn.model
+        state_dicts.load_model_state_dict(model, read(checkpoints.MODEL), source=source, comm=comm)
+        state_dicts.load_optimizer_state_dict(
+            model, step_fn.optimizer, read(checkpoints.OPTIMIZER),
+            source=source, comm=comm, raw_weights=step_fn.raw_weights,
+        )  # fmt: skip
     state = comm.broadcast_from_rank0(lambda: checkpoints.read_state(path))
     dataloader.load_state_dict(state["loader"])
     with parsing(path / checkpoints.STATE, "a state that a run saved"):
         step_fn.load_scaler_state_dict(state["scaler"])
         train_state = TrainState.from_json(state)
     # Last: anything that draws random numbers would advance the restored generators.
-    load_rng_state_dict(read(checkpoints.RNG_STATE), step_fn.device, comm, source=source)
+    rng_state = read(checkpoints.RNG_STATE)
+    state_dicts.load_rng_state_dict(rng_state, step_fn.device, comm, source=source)
     if step_fn.ema is not None:
         step_fn.ema.num_updates = train_state.step
     return train_state

@@ -1,11 +1,12 @@
 """One optimizer step: forward and backward over micro-batches, reduction, clipping, update."""
 
-import functools
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,19 @@ from gptforge.optim.ema import WeightEMA
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
-from gptforge.train.backends.factory import build_backend
+from gptforge.train.backends.float8 import Float8Backend
 from gptforge.train.backends.manual import ManualBackend
+from gptforge.train.backends.manual_layers import grad_groups
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep
-from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
-from gptforge.train.parallel.grad_reducer import GradReducer
+from gptforge.train.parallel.fsdp import FSDPReducer, FSDPRoot, gather_model
+from gptforge.train.parallel.grad_reducer import BucketedAllReduce, GradReducer
+from gptforge.train.parallel.zero1 import (
+    AllGatheredWeights,
+    BucketedReduceScatter,
+    ShardedGradBuffer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +47,8 @@ class TrainStep:
         optimizer: over the model's parameters; its learning rate is set at each step.
         precision: compute dtype of the matmuls.
         micro_batch_size: sequences in a micro-batch.
-        grad_clip: maximum gradient norm; 0 disables clipping.
         kernels: the kernels to use where there is a choice.
-        activation_checkpointing: save only each block's input, and recompute the rest.
-        loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
+        grad_clip, activation_checkpointing, loss_chunk: see `Config`.
         halve_on_oom: on an out-of-memory error, halve the micro-batch size and try again.
         comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
@@ -75,31 +80,18 @@ class TrainStep:
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, ema_decay) if ema_decay else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
-        self._build_backend = functools.partial(
-            build_backend,
-            model,
-            precision,
-            scaler=self._scaler,
-            activation_checkpointing=activation_checkpointing,
-            loss_chunk=loss_chunk,
-            comm=comm,
-            root=root,
-            # Built once, since the hooks that it registers on the parameters are not removed.
-            autograd_grads=functools.cache(functools.partial(AutogradGradBuffer, model)),
-            distillation=distillation,
-        )
+        self._backend_options: dict[str, Any] = {
+            "activation_checkpointing": activation_checkpointing,
+            "loss_chunk": loss_chunk,
+            "distillation": distillation,
+        }
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Train on this rank's slice of a global batch.
+        """Train on this rank's slice of a global batch: token ids and next ones, (G, T) each.
 
         A step whose loss or gradient is not finite is skipped: weights and optimizer state stay
         unchanged.
-
-        Args:
-            inputs: (G, T) token ids.
-            targets: (G, T) next token ids.
-            lr: learning rate.
 
         Returns:
             The mean cross-entropy of the targets over the tokens of all ranks, and the gradient
@@ -132,7 +124,7 @@ class TrainStep:
             is_oom = True
         if is_oom and not self.reducer.has_sent():
             # No collective has started, so the other ranks just wait a little longer in theirs.
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             self._halve_micro_batch()
             return self(inputs, targets, lr=lr)
         if is_oom:
@@ -153,7 +145,7 @@ class TrainStep:
         # Free the old backend first: there may be no memory for the buffers of two.
         for name in ("backend", "reducer", "_optimizer_step"):
             self.__dict__.pop(name, None)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # in other sizes than those of the new backend
         self.reducer: GradReducer
@@ -162,6 +154,55 @@ class TrainStep:
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
             self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler, ema=self.ema
         )
+
+    def _build_backend(
+        self, kernels: KernelConfig
+    ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
+        """The backend that `kernels` names, and the gradient reduction that goes with it.
+
+        | ranks | autograd | manual backward |
+        | --- | --- | --- |
+        | one | gradients where autograd puts them | gradient buffer |
+        | several | gradient buffer, all-reduced | gradient buffer, all-reduced |
+        | several, sharded | FSDP | ZeRO-1 |
+        """
+        comm, root, options = self._comm, self._root, self._backend_options
+        reducer = GradReducer()
+        if kernels.manual_backward:
+            dtype = self.precision.dtype
+            build = partial(
+                Float8Backend if kernels.float8 else ManualBackend, self.model, dtype, **options
+            )
+            if root is None:
+                manual = build()
+                if comm.world_size > 1:
+                    reducer = BucketedAllReduce(comm, manual.grads)
+            else:
+                manual = build(
+                    weights=AllGatheredWeights(dtype, root, comm),
+                    make_grads=partial(ShardedGradBuffer, comm=comm),
+                )
+                assert isinstance(manual.grads, ShardedGradBuffer)
+                reducer = BucketedReduceScatter(comm, manual.grads)
+            manual.on_grads_ready = reducer.grads_ready
+            return manual, reducer
+        grads = None
+        if root is not None:
+            reducer = FSDPReducer(comm)
+        elif comm.world_size > 1:
+            grads = self._autograd_grads
+            reducer = BucketedAllReduce(comm, grads)
+            grads.on_grads_ready = reducer.grads_ready
+        backend = AutogradBackend(
+            self.model, self.precision, kernels, scaler=self._scaler, grads=grads, root=root,
+            world_size=comm.world_size, **options,
+        )  # fmt: skip
+        return backend, reducer
+
+    @cached_property
+    def _autograd_grads(self) -> AutogradGradBuffer:
+        """Built once, since the hooks that it registers on the parameters are not removed."""
+        return AutogradGradBuffer([p for group in grad_groups(self.model) for p in group])
 
     @property
     def backend_name(self) -> str:
@@ -244,7 +285,7 @@ class TrainStep:
             self.backend.zero_grad()
             self.backend.forward_backward(x, x, 1 / num_tokens)
             synchronize(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return time.perf_counter() - start
 
     def fits(self, batch_size: int, context_length: int) -> bool:
@@ -261,7 +302,7 @@ class TrainStep:
         except torch.OutOfMemoryError:
             fits = False
         del reserved
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.device.type == "cuda":
             # Blocks cached for this batch size would fragment the memory for the next one.
             torch.cuda.empty_cache()

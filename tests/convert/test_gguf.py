@@ -16,7 +16,7 @@ from gptforge.convert.bundle import (
     unused_row_probability,
     with_eos_token,
 )
-from gptforge.convert.gguf import write_gguf
+from gptforge.convert.gguf import check_gguf, write_gguf
 from gptforge.model import GPT
 from gptforge.tokenizers.char import CharTokenizer
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
@@ -33,10 +33,9 @@ def make_bundle(kind: str, rows: int) -> ModelBundle:
 
 @pytest.mark.parametrize(("outtype", "tolerance"), [("f32", 0.0), ("f16", 2e-3), ("q8_0", 0.05)])
 def test_the_file_has_the_same_logits(tmp_path, outtype, tolerance) -> None:
-    difference = write_gguf(
-        tmp_path / "m.gguf", make_bundle("byte", 256), outtype=outtype, name="m"
-    )
-    assert difference <= tolerance
+    path, bundle = tmp_path / "m.gguf", make_bundle("byte", 256)
+    write_gguf(path, bundle, outtype=outtype, name="m")
+    assert check_gguf(path, bundle, outtype=outtype) <= tolerance
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -52,7 +51,8 @@ def test_a_model_of_64_rows_gets_an_end_of_text_id(tmp_path, letters) -> None:
     bundle = make_bundle("byte", 64)
     alphabet = CharTokenizer("".join(chr(ord("0") + i) for i in range(letters)))
     bundle = ModelBundle(bundle.config, bundle.state_dict, alphabet)
-    assert write_gguf(tmp_path / "m.gguf", bundle, outtype="f32", name="m") == 0
+    write_gguf(tmp_path / "m.gguf", bundle, outtype="f32", name="m")
+    assert check_gguf(tmp_path / "m.gguf", bundle, outtype="f32") == 0
     metadata = fields(tmp_path / "m.gguf")
     tokens = metadata["tokenizer.ggml.tokens"]
     assert (len(tokens), tokens[letters]) == (letters + 1, "<|endoftext|>")

@@ -18,8 +18,8 @@ from gptforge.builders.import_model import import_if_needed, import_model
 from gptforge.checkpoint.format import INFERENCE_FILES, find_corruption
 from gptforge.config import GPTConfig
 from gptforge.convert import hf
-from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.hf import read_hf, write_hf
+from gptforge.convert.bundle import MAX_LOGIT_DIFFERENCE, ModelBundle
+from gptforge.convert.hf import check_hf, read_hf, write_hf
 from gptforge.convert.hf_tokenizer import tokenizer_json
 from gptforge.convert.model_card import example_prompt
 from gptforge.errors import RunError, UserError
@@ -42,7 +42,9 @@ def exports(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for kind, tokenizer in TOKENIZERS.items():
         folders[kind] = tmp_path_factory.mktemp(kind.split()[0])
-        write_hf(folders[kind], make_bundle(tokenizer, ROWS[kind]), card="# A model\n")
+        bundle = make_bundle(tokenizer, ROWS[kind])
+        write_hf(folders[kind], bundle, card="# A model\n")
+        assert check_hf(folders[kind], bundle) <= MAX_LOGIT_DIFFERENCE
     return folders
 
 

@@ -102,8 +102,8 @@ def fill_folder(folder: Path) -> None:
     for place in (checkpoint, hf, folder / "in"):
         place.mkdir(parents=True)
     config = config_text()
-    checkpoints.save_inference_checkpoint(
-        checkpoint, tensors, tokenizer=CharTokenizer(ALPHABET), config=config
+    checkpoints.save_checkpoint(
+        checkpoint, {checkpoints.MODEL: tensors}, tokenizer=CharTokenizer(ALPHABET), config=config
     )
     rng_state = torch.Generator().manual_seed(0).get_state()
     save_safetensors(checkpoint / checkpoints.RNG_STATE, {"cpu": rng_state})
@@ -136,9 +136,7 @@ def config_text() -> str:
 
 def hf_config() -> bytes:
     sizes = {"n_positions": 8, "n_ctx": 8, "vocab_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 8}
-    return json.dumps(
-        {**{n: v[0] for n, v in FIXED_CONFIG.items()}, **sizes, "n_inner": 32}
-    ).encode()
+    return json.dumps({**FIXED_CONFIG, **sizes, "n_inner": 32}).encode()
 
 
 def metrics() -> bytes:

@@ -84,7 +84,7 @@ def test_steps_equal_torchs_fused_adamw_bit_for_bit(tiny_model, device, found_in
         reference.step()
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
-        for key in optimizer.state_keys(left):
+        for key in optimizer.new_state(left):
             assert torch.equal(optimizer.state[left][key], reference.state[right][key]), key
 
 

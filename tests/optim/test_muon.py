@@ -109,6 +109,6 @@ def test_step_that_is_not_finite_changes_nothing(tiny_model, device) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for parameter, state in states.items():
-        assert set(state) == set(optimizer.state_keys(parameter))
+        assert set(state) == set(optimizer.new_state(parameter))
         for key, value in state.items():
             assert torch.equal(optimizer.state[parameter][key], value), key

@@ -20,9 +20,7 @@ class AutogradBackend:
 
     Args:
         grads: buffer that gradients accumulate in, if several ranks reduce it.
-        root: the root module, if FSDP shards the model: FSDP casts the weights, and averages
-            gradients over `world_size` ranks.
-        world_size: ranks that train together.
+        root: with FSDP, which casts the weights, and averages gradients over `world_size` ranks.
     """
 
     name = "autograd"
@@ -64,7 +62,7 @@ class AutogradBackend:
         # Instance attributes that shadow methods; the state dict gets no "_orig_mod".
         if self._compile_blocks:
             for block in self.model.blocks():
-                block.forward = _compile_for_training(block)
+                block.__dict__["forward"] = _compile_for_training(block)
         elif self._kernels.fused_cross_entropy or self._loss_chunk or self._distillation:
             # Output layer and loss stay eager.
             self._hidden = torch.compile(self._hidden, dynamic=False)  # type: ignore[method-assign]
@@ -100,17 +98,13 @@ class AutogradBackend:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def _losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross-entropy of the targets, and the loss to train with: the same, or distillation.
-
-        Both are summed.
-        """
+        """The summed cross-entropy, and the loss to train with, which distillation changes."""
         if self._distillation is None:
             loss = self._loss(idx, targets)
             return loss, loss
         hidden = self._hidden(idx)
         loss = self._head_loss(hidden, targets)
-        logits = self.model.lm_head(hidden)
-        return loss, self._distillation.loss(logits, idx, targets, loss)
+        return loss, self._distillation.loss(self.model.lm_head(hidden), idx, targets, loss)
 
     def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self._head_loss(self._hidden(idx), targets)
@@ -142,11 +136,8 @@ class AutogradBackend:
 
 
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Compile a block's forward for training only: evaluation batches have other shapes.
-
-    The code is compiled once, since Dynamo's guards hold for all blocks.
-    """
-    plain = block.forward
+    """Compile a block's forward for training only: evaluation batches have other shapes."""
+    plain = block.forward  # compiled once, since Dynamo's guards hold for all blocks
     compiled = torch.compile(plain, dynamic=False)
 
     def forward(x: Tensor) -> Tensor:

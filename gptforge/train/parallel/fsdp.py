@@ -53,7 +53,6 @@ def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
     param_dtype = precision.dtype if precision.is_mixed else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     mesh = comm.device_mesh()
-    assert mesh is not None, "sharding needs several processes"
     # One block per unit: the next block is gathered while this one runs, and the full weights of
     # only two exist at a time.
     for block in model.blocks():
