@@ -150,7 +150,11 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def private_temp_dir() -> Path:
-    """A folder in the temporary directory that only this user's processes can access."""
+    """A folder in the temporary directory that only this user's processes can access.
+
+    If its name is taken, as by a folder of another user, it is a new one that lasts as long as this
+    process.
+    """
     return _private_dir_in(Path(tempfile.gettempdir()))
 
 

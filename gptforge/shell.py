@@ -31,7 +31,11 @@ def quote(path: str) -> str:
 
 
 def env_int(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
-    """A non-negative integer from an environment variable; a UserError for anything else."""
+    """A non-negative integer from an environment variable, as launchers set them.
+
+    Raises:
+        UserError: if the variable holds anything else.
+    """
     text = env.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise UserError(

@@ -56,8 +56,12 @@ def build_trainer(
     """Build all parts of a run; None if the run in the run folder is finished.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
-    before, in runs of their own; `on_teacher` is called with the trainer of each before it trains.
-    For the other arguments see `resolve_run`.
+    before, in runs of their own.
+
+    Args:
+        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
+        program, command, start_time: see `resolve_run`.
+        on_teacher: called with the trainer of each teacher before it trains.
 
     Raises:
         TeacherStopped: if a teacher's training is stopped.
@@ -106,7 +110,11 @@ def build_trainer(
 
 
 def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
-    """Train the unfinished teachers of a student; TeacherStopped if one is stopped."""
+    """Train those teachers of a student that are not finished.
+
+    Raises:
+        TeacherStopped: if one is stopped.
+    """
     c, comm = run.config, run.comm
     if comm.is_main and config_of_run(c) is None:
         # A run that is stopped in a teacher resumes with these values.

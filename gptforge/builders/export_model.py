@@ -63,7 +63,10 @@ def export_hf(run: str, out: Path) -> None:
 
 
 def export_gguf(run: str, out: Path, *, dtype: str) -> None:
-    """Write a file for llama.cpp with matrices in f32, f16 or q8_0, and compare the logits."""
+    """Write a file that llama.cpp loads, or a folder with it, read it back and compare the logits.
+
+    The matrices are f32, f16 or q8_0.
+    """
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
@@ -140,7 +143,8 @@ def bundle_toml(bundle: ModelBundle, *, source: str = "") -> str:
 def read_origin(run: str) -> Origin | None:
     """Read what the run folder says about a checkpoint; None for a model without a run.
 
-    A UserError for a link in the run folder, whose target would get into the export.
+    Raises:
+        UserError: for a link in the run folder, whose target would get into the export.
     """
     if is_hf_dir(Path(run)):
         return None

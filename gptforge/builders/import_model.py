@@ -72,9 +72,12 @@ def _log_import(out: Path, bundle: ModelBundle) -> None:
 def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
     """Return the path of a checkpoint for `--init_from`, importing another program's model.
 
-    A run or checkpoint is returned as it is. Concurrent starts import once: the others wait. An
-    import of something else under the same name is moved to a backup. With `temp_dir`, the import
-    goes there instead of `runs/imported`, without being kept.
+    Concurrent starts import once: the others wait. An import of something else under the same name
+    is moved to a backup.
+
+    Args:
+        source: a run or checkpoint, returned as it is, or what `import_model` takes.
+        temp_dir: where to import to, without keeping it; None: `runs/imported`.
     """
     path = Path(source)
     is_run = path.is_dir() and not is_hf_dir(path)

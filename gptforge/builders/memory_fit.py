@@ -32,8 +32,11 @@ def find_micro_batch(
 ) -> int:
     """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
 
-    `estimate` says how many bytes a micro-batch takes; `fits` runs one, and is False if memory ran
-    out. `free_memory` is None if unknown.
+    Args:
+        max_size: sequences to start with.
+        estimate: from sequences in a micro-batch to bytes of memory.
+        free_memory: bytes; None if unknown.
+        fits: runs a micro-batch of so many sequences; False if memory ran out.
     """
     size = max_size
     # Estimates are free, each trial below costs a forward and backward pass.
@@ -102,7 +105,8 @@ def _fits(needed: int, free: int | None) -> bool:
 def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: Comm) -> bool:
     """Whether to shard the model over the ranks (FSDP) instead of replicating it (DDP).
 
-    A UserError if sharding is requested or needed, and does not work with another flag.
+    Raises:
+        UserError: if sharding is requested or needed, and does not work with another flag.
     """
     if comm.world_size == 1:
         if config.parallel == "fsdp":

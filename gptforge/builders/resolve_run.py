@@ -165,8 +165,10 @@ def open_run_dir(
 ) -> tuple[OpenedRun, FolderLock | None]:
     """Lock the run folder on rank 0, and tell all ranks what is there.
 
-    `on_failure` gets the release of the lock. `requested` is the configuration of the command. A
-    RunError naming a rank with another text, tokenizer, `requested` configuration or version.
+    `on_failure` gets the release of the lock. `requested` is the configuration of the command.
+
+    Raises:
+        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
     """
     config, explicit, comm = run.config, run.explicit, run.comm
     folder, lock = Path(config.out_dir), None

@@ -44,7 +44,8 @@ MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
     """Build model, optimizer and kernels as for training; write nothing to disk.
 
-    A UserError for a configuration that cannot be trained.
+    Raises:
+        UserError: for a configuration that cannot be trained.
     """
     validate(config)
     device, description = select_device(config.device)
@@ -56,7 +57,11 @@ def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
 
 
 def build_random_model(config: Config) -> GPT:
-    """Build a model with random weights on its device, for inference."""
+    """Build a model with random weights on its device, for inference.
+
+    Raises:
+        UserError: for an invalid configuration.
+    """
     validate(config)
     device, description = select_device(config.device)
     logger.info(f"device: {device} ({description})")
@@ -71,9 +76,13 @@ def time_step(
     """Time forward and backward of a resolved configuration.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
-    are timed, and the line through both is extrapolated to all layers. Returns the seconds to train
-    on one sequence of a micro-batch, and how they were measured; a RunError if it does not fit into
-    memory.
+    are timed, and the line through both is extrapolated to all layers.
+
+    Returns:
+        Seconds to train on one sequence of a micro-batch, and how they were measured.
+
+    Raises:
+        RunError: if it does not fit into memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")

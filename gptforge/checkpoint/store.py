@@ -29,8 +29,7 @@ class CheckpointStore:
     def save(self, step: int, snapshot: Snapshot, *, tokenizer: Tokenizer, config: str) -> str:
         """Write checkpoint `step-N`, complete or not at all, and link `last` to it.
 
-        `config` is the text of config.toml. Returns the name; a RunError if the disk is full or
-        fails, with earlier ones untouched.
+        Returns its name; a RunError if the disk is full or fails, with earlier ones untouched.
         """
         name = self.path_of(step).name
         partial = self.folder / f".{name}.partial"

@@ -26,7 +26,10 @@ allocate any amount of memory, such as a bytearray or a sparse tensor."""
 
 
 def read_torch_file(path: Path, *, what: str) -> Any:
-    """Load a file of tensors and plain values without running any code; a UserError says `what`."""
+    """Load a file of tensors and plain values without running any code in it.
+
+    `what` says in the UserError for anything else what the file should be.
+    """
     check_torch_archive(path, what)
     try:
         # weights_only loads tensors and plain containers, and refuses to import anything else.
@@ -38,7 +41,10 @@ def read_torch_file(path: Path, *, what: str) -> Any:
 
 
 def check_torch_archive(path: Path, what: str) -> None:
-    """Raise a UserError unless loading takes about as much memory as the file is long."""
+    """Raise a UserError unless loading takes about as much memory as the file is long.
+
+    The pickle's opcodes are only inspected, not run.
+    """
     try:
         with path.open("rb") as file:
             if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
@@ -83,7 +89,7 @@ def unsafe_file_error(path: Path, name: str, what: str) -> UserError:
 
 
 def _globals(pickle: bytes) -> list[str]:
-    """The classes and functions that a pickle names, with dots; nothing of it is run."""
+    """The classes and functions that a pickle names, with dots."""
     names = []
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name == "GLOBAL":

@@ -87,7 +87,10 @@ class Comm:
         return tensor[self.rank * chunk : (self.rank + 1) * chunk]
 
     def reduce_scatter_async(self, tensor: Tensor) -> Wait:
-        """Start a sum over the ranks, in place; rows but the `local_rows` are then undefined."""
+        """Start a sum over the ranks of which each gets its `local_rows`, in place.
+
+        The other rows are undefined afterwards.
+        """
         return self._start(_reduce_scatter, self.local_rows(tensor), tensor)
 
     def all_gather_async(self, tensor: Tensor) -> Wait:
@@ -181,7 +184,7 @@ class Comm:
             raise UserError(problem)
 
     def device_mesh(self) -> "DeviceMesh":
-        """A one-dimensional mesh of all ranks, for FSDP."""
+        """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""
         from torch.distributed.device_mesh import init_device_mesh
 
         assert self._group is not None, "sharding needs several processes"
@@ -245,7 +248,9 @@ class Comm:
 class AsyncMax:
     """A maximum over the ranks, the same on all of them at the same step.
 
-    It is read `lag` steps late, when a GPU has long computed it. With no device there is one rank.
+    Args:
+        device: of this rank; None for a single process.
+        lag: how many steps late it is read, when a GPU has long computed it.
     """
 
     def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:

@@ -44,7 +44,7 @@ def copy_from_rank0(tensor: Tensor, source: Tensor | None, comm: Comm = SINGLE_P
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor, all of another one."""
+    """This rank's shard of a sharded tensor."""
     local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return local.detach()
 

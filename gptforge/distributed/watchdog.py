@@ -36,7 +36,8 @@ class Watchdog:
     """The heartbeat threads of one rank.
 
     Args:
-        rank, world_size, host: as in `Group`.
+        rank: global rank, of `world_size`.
+        host: name of this machine.
         store: a connection used by nothing else, as others block in long waits.
         is_local_main: whether this rank prints what ranks on other machines have found.
         timeout: seconds after which a rank counts as lost.
@@ -104,7 +105,10 @@ class Watchdog:
         self._all_joined_at = time.monotonic()
 
     def stop(self) -> None:
-        """Stop the threads at the end of a run."""
+        """Stop the threads at the end of a run.
+
+        A thread inside a request to the store would abort an interpreter that shuts down.
+        """
         self._stopped.set()
         # A thread inside a request to the store would abort an interpreter that shuts down.
         for thread in self._threads:

@@ -36,6 +36,12 @@ class ValEvaluator:
         batch_size: sequences in a forward pass.
         char_lengths: characters that each id stands for, (vocab,); None: one per byte.
         max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
+
+    Attributes:
+        fraction: share of the text that is evaluated.
+        num_tokens: about so many tokens are predicted.
+        seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
+            may share the machine; infinite before the first.
     """
 
     seconds_per_sequence = math.inf

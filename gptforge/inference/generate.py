@@ -51,10 +51,12 @@ class TokenGenerator:
         top_logprobs: int | None = None,
         on_context_shift: Callable[[], None] = lambda: None,
     ) -> Iterator[SampledTokens]:
-        """Yield N new tokens for each of B non-empty lists of ids, some steps at a time.
+        """Yield N new tokens per prompt, some steps at a time.
 
         Args:
+            prompts: B non-empty lists of ids.
             uniforms: (B, N), from `draw_uniforms`.
+            sampling: temperature, top-k and top-p.
             top_logprobs: most likely tokens to return per position; None: no log probabilities.
             on_context_shift: called when a sequence first exceeds the model's context.
         """

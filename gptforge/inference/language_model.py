@@ -182,8 +182,9 @@ class LanguageModel:
 
         Args:
             prompts: of any lengths; a string is one prompt.
-            max_new_tokens, stop: as in `stream`, for each prompt.
+            max_new_tokens: for each prompt.
             sampling: temperature, top-k and top-p.
+            stop: as in `stream`.
             stop_token_ids: end at any of these tokens, besides the end-of-text token.
             seeds: one per prompt; None for random ones.
             logprobs: return the log probability of each token.

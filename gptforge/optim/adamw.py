@@ -14,9 +14,11 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # the keys of torch.optim.AdamW
 
 
 class AdamW(Optimizer):
-    """AdamW by torch's fused kernel, one call for each parameter group.
+    """AdamW by torch's fused kernel, one call for each parameter group. eps is 1e-8.
 
-    Each has its "weight_decay", which is multiplied by the learning rate.
+    Args:
+        param_groups: each with its "weight_decay", which is multiplied by the learning rate.
+        betas: decay rates of the running averages of the gradient and of its square.
     """
 
     def __init__(
@@ -65,7 +67,10 @@ def build_adamw(
     embeddings: Iterable[Tensor] = (),
     embedding_weight_decay: float = 0.0,
 ) -> AdamW:
-    """AdamW with weight decay on two or more dimensions; `embeddings` have a decay of their own."""
+    """Build AdamW over parameters, decaying those with two or more dimensions.
+
+    `embeddings` have a decay of their own.
+    """
     params = [p for p in parameters if p.requires_grad]
     decays = {id(p): weight_decay if p.dim() >= 2 else 0.0 for p in params}
     decays |= {id(p): embedding_weight_decay for p in embeddings}

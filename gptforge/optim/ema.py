@@ -20,7 +20,11 @@ class WeightEMA:
 
     The decay grows to its final value, so that the initial weights do not count for long. It grows
     in powers of two: a CUDA graph contains the decay as a constant, and is captured again whenever
-    that changes. On a sharded model, each rank averages its shards.
+    that changes.
+
+    Args:
+        model: its parameters are averaged; on a sharded model, each rank averages its shards.
+        decay: final decay, from 0 to below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 class Optimizer(ABC):
     """Parameter groups and per-parameter state, with torch.optim's names.
 
-    Groups are dicts with the parameters under "params" and the settings that they share. The
-    learning rate, "lr", is set before each step, to a multiple "lr_scale" of the step's.
+    Args:
+        param_groups: dicts with the parameters under "params" and the settings that they share. The
+            learning rate, "lr", is set before each step, to a multiple "lr_scale" of the step's.
     """
 
     found_inf: Tensor | None = None

@@ -32,9 +32,13 @@ class Distillation:
         return torch.stack(probs).mean(0)
 
     def loss(self, logits: Tensor, idx: Tensor, targets: Tensor, target_loss: Tensor) -> Tensor:
-        """Compute the summed loss to train with, from logits (B, T, V) of the student.
+        """Compute the summed loss to train with.
 
-        `idx` and `targets` are (B, T); `target_loss` is the summed cross-entropy of the targets.
+        Args:
+            logits: (B, T, V) of the student.
+            idx: (B, T) token ids.
+            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
+            target_loss: summed cross-entropy of the logits and `targets`.
         """
         probs = self.probs(idx) * (targets != IGNORE_INDEX)[..., None]
         soft_loss = F.cross_entropy(

@@ -16,8 +16,9 @@ ALIGNMENT = 64  # in elements: 256 bytes of fp32, the alignment that `kernels.cu
 class GradBuffer:
     """One tensor with the gradients of all parameters, in backward order.
 
-    `groups` are parameters whose gradients become ready together, in that order. Parameters of a
-    group are contiguous; each group starts at an aligned offset.
+    Args:
+        groups: parameters whose gradients become ready together, in that order. Parameters of a
+            group are contiguous; each group starts at an aligned offset.
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -77,7 +78,8 @@ class GradBuffer:
 class AutogradGradBuffer(GradBuffer):
     """A `GradBuffer` that autograd accumulates into, with one parameter per group.
 
-    Each parameter gets a hook that reports its gradient; hooks are not removed.
+    Args:
+        model: gets a hook on each parameter that reports its gradient; hooks are not removed.
     """
 
     on_grads_ready: Callable[[int], None]

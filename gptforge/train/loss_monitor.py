@@ -35,10 +35,12 @@ class Anomaly:
 
 
 class LossMonitor:
-    """Compares each loss with the recent ones; it is read `lag` steps late.
+    """Compares each loss with the recent ones.
 
-    With `uses_grad_scaler`, an infinite gradient with a finite loss is not reported: a loss scaler
-    raises its scale until gradients overflow.
+    Args:
+        lag: steps to wait before a loss is read; 0 where the device is synchronous.
+        uses_grad_scaler: do not report an infinite gradient with a finite loss: a loss scaler
+            raises its scale until gradients overflow.
     """
 
     def __init__(self, *, lag: int, uses_grad_scaler: bool) -> None:

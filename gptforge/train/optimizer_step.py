@@ -15,8 +15,9 @@ class OptimizerStep:
     """Unscales and clips gradients, updates the weights, and skips steps with NaN or Inf.
 
     Args:
+        optimizer: its learning rate is set at each step.
         backend: computed the gradients.
-        grad_clip: see `Config`.
+        grad_clip: maximum gradient norm; 0 disables clipping.
         scaler: loss scaler for fp16; may be disabled.
         ema: average of the weights to update, if any.
     """
@@ -36,15 +37,18 @@ class OptimizerStep:
         self._max_norm = grad_clip if grad_clip > 0 else float("inf")
 
     def __call__(self, lr: float | Tensor, loss: Tensor) -> Tensor:
-        """Update the weights, and free the gradients; returns their norm before clipping.
+        """Update the weights, and free the gradients.
 
-        If the norm or the loss is not finite, weights and optimizer state stay unchanged; this is
-        decided on the device, without a sync.
+        If the gradient norm or the loss is not finite, weights and optimizer state stay unchanged;
+        this is decided on the device, without a sync.
 
         Args:
             lr: learning rate. As an fp32 scalar on the device it may change between replays of a
                 CUDA graph.
             loss: of this step; NaN if the gradients of a rank are incomplete.
+
+        Returns:
+            The gradient norm before clipping, on the device.
         """
         # The scaler is typed for torch.optim, but only uses what our base class has.
         optimizer = cast(torch.optim.Optimizer, self._optimizer)

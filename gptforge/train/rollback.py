@@ -74,9 +74,10 @@ def rollback(trainer: "Trainer") -> None:
 def _latest_good_checkpoint(
     store: CheckpointStore, comm: Comm, *, avoid_step: int
 ) -> tuple[Path | None, list[str]]:
-    """The latest checkpoint not saved in a streak of bad steps, and warnings about corrupt ones.
+    """Find the latest checkpoint that was not saved in a streak of bad steps.
 
-    An older one is preferred to that of `avoid_step`, from which training diverged before.
+    An older checkpoint is preferred to that of `avoid_step`, from which training diverged before.
+    Returns its path, and warnings about corrupt checkpoints.
     """
 
     def is_good(path: Path) -> bool:

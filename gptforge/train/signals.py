@@ -54,7 +54,10 @@ class StopSignal:
     (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
     context manager it may be entered again while it is entered.
 
-    `time_limit` is in minutes, 0 for none, from `started` on, by `clock`; None is now.
+    Args:
+        time_limit: minutes; 0 for none.
+        started: start of the time limit, by `clock`; now if None.
+        clock: seconds, monotonic.
     """
 
     def __init__(

@@ -47,8 +47,10 @@ class TrainStep:
         optimizer: over the model's parameters; its learning rate is set at each step.
         precision: compute dtype of the matmuls.
         micro_batch_size: sequences in a micro-batch.
+        grad_clip: maximum gradient norm; 0 disables clipping.
         kernels: the kernels to use where there is a choice.
-        grad_clip, activation_checkpointing, loss_chunk: see `Config`.
+        activation_checkpointing: save only each block's input, and recompute the rest.
+        loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
         halve_on_oom: on an out-of-memory error, halve the micro-batch size and try again.
         comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
@@ -88,10 +90,15 @@ class TrainStep:
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Train on this rank's slice of a global batch: token ids and next ones, (G, T) each.
+        """Train on this rank's slice of a global batch.
 
         A step whose loss or gradient is not finite is skipped: weights and optimizer state stay
         unchanged.
+
+        Args:
+            inputs: (G, T) token ids.
+            targets: (G, T) next token ids.
+            lr: learning rate.
 
         Returns:
             The mean cross-entropy of the targets over the tokens of all ranks, and the gradient

@@ -20,7 +20,9 @@ class AutogradBackend:
 
     Args:
         grads: buffer that gradients accumulate in, if several ranks reduce it.
-        root: with FSDP, which casts the weights, and averages gradients over `world_size` ranks.
+        root: the root module, if FSDP shards the model: FSDP casts the weights, and averages
+            gradients over `world_size` ranks.
+        world_size: ranks that train together.
     """
 
     name = "autograd"
@@ -98,7 +100,10 @@ class AutogradBackend:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def _losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy, and the loss to train with, which distillation changes."""
+        """The cross-entropy of the targets, and the loss to train with: the same, or distillation.
+
+        Both are summed.
+        """
         if self._distillation is None:
             loss = self._loss(idx, targets)
             return loss, loss
@@ -136,7 +141,10 @@ class AutogradBackend:
 
 
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Compile a block's forward for training only: evaluation batches have other shapes."""
+    """Compile a block's forward for training only: evaluation batches have other shapes.
+
+    The code is compiled once, since Dynamo's guards hold for all blocks.
+    """
     plain = block.forward  # compiled once, since Dynamo's guards hold for all blocks
     compiled = torch.compile(plain, dynamic=False)
 

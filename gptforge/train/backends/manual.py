@@ -57,10 +57,15 @@ class ManualHead:
         teacher_logits: Sequence[Tensor],
         distill_weight: float,
     ) -> Tensor:
-        """Compute the losses (n,) of `hidden` (n, C) and `targets` (n,), and their gradients.
+        """Compute the losses (n,), and accumulate the weight's gradient times `scale`.
 
-        The weight's gradient times `scale` is accumulated, and `grad_hidden` (n, C) gets that of
-        `hidden`. `teacher_logits` are (n, V) of each teacher.
+        Args:
+            hidden: (n, C).
+            targets: (n,) token ids.
+            scale: of the gradients, see `ManualBackend.forward_backward`.
+            grad_hidden: (n, C), gets the gradient of `hidden`.
+            teacher_logits: (n, V) of each teacher.
+            distill_weight: weight of the teachers in the loss.
         """
         logits = self.forward(hidden)  # overwritten by their gradient
         losses = loss_in_place(logits, targets, scale, teacher_logits, distill_weight)
@@ -88,12 +93,14 @@ def loss_in_place(
 class ManualBackend:
     """Computes in `dtype` with fp32 master weights and fp32 gradients.
 
-    See `TrainStep` for arguments not listed here.
-
     Args:
+        model: its parameters get the gradients.
         dtype: compute dtype of the GEMMs, and dtype of the residual.
+        activation_checkpointing: save only each block's input, and recompute the rest.
+        loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
         weights: allocates the weights to compute with; by default for an unsharded model.
         make_grads: builds the gradient buffer from groups of parameters.
+        distillation: teachers to learn from besides the targets.
     """
 
     name = "manual backward"
@@ -194,7 +201,9 @@ class ManualBackend:
     ) -> tuple[Tensor, SavedLayerNorm]:
         """Compute the output (N, C) of the last LayerNorm, which the output layer reads.
 
-        `idx` are token ids (B, T); `saved` gets what the backward of each block needs.
+        Args:
+            idx: (B, T) token ids.
+            saved: gets what the backward of each block needs.
         """
         seq_len = idx.size(1)
         # One for the embedding; in each block one for attention, and one for each sublayer.

@@ -144,8 +144,12 @@ class SavedActivations(NamedTuple):
 class ManualBlock:
     """A transformer block.
 
-    `prev_bias` is the bias of the projection that computes `mlp_out`, None for the first block.
-    With `save_gelu`, the GELU's output is saved instead of recomputed.
+    Args:
+        block: the module whose weights are used.
+        prev_bias: bias of the projection that computes `mlp_out`; None for the first block.
+        weights: allocates copies in the compute dtype.
+        grads: accumulates the gradients.
+        save_gelu: save the GELU's output instead of recomputing it.
     """
 
     linear_class: type[ManualLinear] = ManualLinear
@@ -174,11 +178,17 @@ class ManualBlock:
     def forward(
         self, residual: Tensor, mlp_out: Tensor | None, seq_len: int, dropout: BlockDropout
     ) -> tuple[Tensor, SavedActivations]:
-        """Run the block, on sequences of `seq_len` tokens.
+        """Run the block.
 
-        `mlp_out` is the MLP output (N, C) of the previous block, not yet added to `residual`
-        (N, C). Returns that of this block, not yet added to the residual, which is
-        `saved.ln_2.residual`; and the saved activations.
+        Args:
+            residual: (N, C).
+            mlp_out: (N, C) MLP output of the previous block, not yet added to the residual.
+            seq_len: tokens in a sequence.
+            dropout: seeds.
+
+        Returns:
+            This block's MLP output (N, C), not yet added to the residual, which is
+            `saved.ln_2.residual`; and the saved activations.
         """
         # With ZeRO-1 this block's weights may still be arriving from the other ranks.
         self._weights.wait_for(*(layer.compute_weight for layer in self._linears))
@@ -232,8 +242,7 @@ def grad_groups(model: GPT) -> list[list[Tensor]]:
     """List the parameters in the order in which the backward pass computes their gradients.
 
     One kernel computes all gradients of a group. The final LayerNorm's group comes first, then
-    `GROUPS_PER_BLOCK` groups for each block, last block first, then the embeddings: the tied one is
-    also the output layer, but its gradient is only final once the pass reaches the input.
+    `GROUPS_PER_BLOCK` groups for each block, last block first, then the embeddings.
     """
     names = ("ln_f.weight", "ln_f.bias", "wpe.weight", "wte.weight")
     ln_f, ln_f_bias, wpe, wte = (model.get_parameter(f"transformer.{name}") for name in names)

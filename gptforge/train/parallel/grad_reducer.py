@@ -100,7 +100,10 @@ class BucketedAllReduce(GradReducer):
 
 
 def make_buckets(ends: Sequence[int], min_size: int) -> list[tuple[int, int]]:
-    """Merge adjacent ranges, given by their ends, into (start, stop) of at least `min_size`."""
+    """Merge adjacent ranges, given by their ends, into buckets (start, stop).
+
+    All but the last have at least `min_size` elements.
+    """
     buckets, start = [], 0
     for end in ends:
         if end - start >= min_size or (end == ends[-1] and end > start):
