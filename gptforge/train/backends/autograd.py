@@ -145,7 +145,7 @@ def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:
 
     The code is compiled once, since Dynamo's guards hold for all blocks.
     """
-    plain = block.forward  # compiled once, since Dynamo's guards hold for all blocks
+    plain = block.forward
     compiled = torch.compile(plain, dynamic=False)
 
     def forward(x: Tensor) -> Tensor:
