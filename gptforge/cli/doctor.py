@@ -56,12 +56,10 @@ def main(argv: list[str]) -> int:
 
 def _check_data(args: DoctorArgs) -> "list[Finding]":
     from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
-    from gptforge.data.prepare.request import RAW_BIN_UNUSED
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
     from gptforge.doctor.texts import check_texts
-    from gptforge.findings import warning
 
     path = Path(args.path)
     preset = get_preset(args.preset)
@@ -74,24 +72,15 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
         )
         preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
     context_length = args.context_length or preset.context_length
-    is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
-    if is_prepared or path.suffix == SHARD_SUFFIX:
-        options = DatasetOptions(
-            tokenizer=args.tokenizer or "gpt2",
-            val_fraction=args.val_fraction,
-            raw_bin=args.raw_bin,
-            require_tokenizer=bool(args.tokenizer),
-        )
-        return check_shards(path, options, context_length=context_length)
-    found = check_texts(
-        path,
+    options = DatasetOptions(
         tokenizer=args.tokenizer or preset.tokenizer,
         val_fraction=args.val_fraction,
-        context_length=context_length,
         text_format=TextFormat(args.field, args.encoding, args.split_on),
         kind=args.kind,
         split_by_name=args.split_by_name,
+        raw_bin=args.raw_bin,
+        require_tokenizer=bool(args.tokenizer),
     )
-    if args.raw_bin:
-        found.append(warning(RAW_BIN_UNUSED))
-    return found
+    is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
+    check = check_shards if is_prepared or path.suffix == SHARD_SUFFIX else check_texts
+    return check(path, options, context_length=context_length)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptforge import tokenizers
@@ -13,7 +13,6 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import (
-    PrepareRequest,
     ProgressBar,
     TextOptions,
     describe_unused_flags,
@@ -143,9 +142,7 @@ def open_dataset(
         raise UserError(f"{name} is not finished: run the command that prepared it again to resume")
     if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
         return _open_shards(path, shards, options)
-    text_options = {f.name: getattr(options, f.name) for f in fields(TextOptions)}
-    request = PrepareRequest((path.as_posix(),), **text_options)
-    index, notices = prepare_cached(request, progress=progress)
+    index, notices = prepare_cached(options.request(path), progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)
 
 
