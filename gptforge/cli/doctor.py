@@ -61,19 +61,9 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
     from gptforge.doctor.shards import check_shards
     from gptforge.doctor.texts import check_texts
 
-    path = Path(args.path)
-    preset = get_preset(args.preset)
-    if args.preset == AUTO:
-        from gptforge.data.text_size import estimate_text_size
-        from gptforge.recipe import make_recipe
-
-        size = estimate_text_size(
-            path, val_fraction=args.val_fraction, kind=args.kind, split_by_name=args.split_by_name
-        )
-        preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
-    context_length = args.context_length or preset.context_length
+    path, preset = Path(args.path), get_preset(args.preset)
     options = DatasetOptions(
-        tokenizer=args.tokenizer or preset.tokenizer,
+        tokenizer=args.tokenizer,
         val_fraction=args.val_fraction,
         text_format=TextFormat(args.field, args.encoding, args.split_on),
         kind=args.kind,
@@ -81,6 +71,13 @@ def _check_data(args: DoctorArgs) -> "list[Finding]":
         raw_bin=args.raw_bin,
         require_tokenizer=bool(args.tokenizer),
     )
+    if args.preset == AUTO:
+        from gptforge.data.text_size import estimate_text_size
+        from gptforge.recipe import make_recipe
+
+        size = estimate_text_size(path, options)
+        preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
+    options = dataclasses.replace(options, tokenizer=args.tokenizer or preset.tokenizer)
     is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
     check = check_shards if is_prepared or path.suffix == SHARD_SUFFIX else check_texts
-    return check(path, options, context_length=context_length)
+    return check(path, options, context_length=args.context_length or preset.context_length)
