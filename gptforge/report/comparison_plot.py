@@ -1,12 +1,10 @@
 """The picture of `gptforge compare`: the curves of all runs, and their best losses."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptforge.files import atomic_replace
 from gptforge.printable import printable
 from gptforge.report.comparison import METRIC_NAMES, Comparison, Group
 from gptforge.report.curves import TEXT_COLOR, needs_log_scale, new_figure, running_mean, style_axes
@@ -21,12 +19,6 @@ COLORS = (
     *("#1f4e79", "#8c2f39"),
 )
 MAX_NAME = 44  # characters of a name in the legend
-
-
-def save_comparison(comparison: Comparison, path: Path) -> None:
-    """`plot_comparison` into the file at `path`."""
-    with atomic_replace(path) as partial:
-        plot_comparison(comparison).savefig(partial)
 
 
 def plot_comparison(comparison: Comparison) -> "Figure":
