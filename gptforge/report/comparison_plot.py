@@ -66,7 +66,7 @@ def _finish(axes: "Axes", title: str, losses: list[float]) -> None:
 def _plot_best(axes: "Axes", groups: Sequence[Group], colors: Sequence[str], metric: str) -> None:
     """A row for each group, the best on top: its runs as dots, and mean and spread over seeds."""
     for row, (group, color) in enumerate(zip(groups, colors, strict=True)):
-        values = [run.best[metric] for run in group.runs if run.best is not None]
+        values = [best[metric] for run in group.runs if (best := run.history.best)]
         axes.plot(values, [row] * len(values), "o", color=color, markersize=6, alpha=0.75)
         if group.spread is not None:
             style: dict[str, Any] = {"color": color, "marker": "|", "markersize": 16, "capsize": 4}

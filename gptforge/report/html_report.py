@@ -67,7 +67,7 @@ def render_report(run: RunInfo) -> str:
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         run=run,
         title=f"{run.config.preset or 'GPT-2'} on {run.text}",
-        best=run.best,
+        best=run.history.best,
         config=run.config,
         num_params=num_params(run.config.model),
         exp=math.exp,

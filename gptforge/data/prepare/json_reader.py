@@ -1,13 +1,14 @@
 """Texts in JSON lines and arrays: a field of each object, or the joined messages of a chat."""
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from gptforge.data.input_errors import BadInput, BadInputHandler
+from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.text_io import (
     BOM,
@@ -82,12 +83,10 @@ def _json_hint(source: Source, error: Exception) -> str:
 
 def is_json_array(source: Source, text_format: TextFormat) -> bool:
     """Whether the first character of a file is the bracket that opens an array."""
-    try:
+    with contextlib.suppress(BadInput):  # reported when the file is read
         for chunk in InputPart(source, text_format).read_chunks():
             if text := chunk.text.lstrip(JSON_WHITESPACE):
                 return text.startswith("[")
-    except BadInput:
-        pass  # reported when the file is read
     return False
 
 
@@ -110,17 +109,15 @@ def _with_fitting_hint(bad: BadInput, part: InputPart) -> BadInput:
 
 def _has_field_elsewhere(part: InputPart) -> bool:
     """Whether any of the first objects of the file has text in the field."""
-    file = InputPart(part.source, part.text_format, BadInputHandler(skip=True))
+    file = InputPart(part.source, part.text_format)
     is_array = is_json_array(part.source, part.text_format)
     records = _array_elements(file) if is_array else _line_records(file)
-    try:
+    with contextlib.suppress(BadInput):  # reported when it is read
         for record in islice(records, PEEK_RECORDS):
             if isinstance(record, dict):
                 field = find_field(record, part.text_format.field)
                 if is_text(record.get(field)):
                     return True
-    except BadInput:
-        pass  # reported when it is read
     return False
 
 

@@ -20,6 +20,7 @@ from gptforge.data.prepare.split import (
 from gptforge.data.prepare.text_io import InputPart, TextFormat, TextStats, text_stats
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
+from gptforge.tokenizers.base import code_points
 
 
 @dataclass
@@ -118,7 +119,7 @@ def collect_alphabet(sources: Sequence[Source], text_format: TextFormat, *, skip
     seen = np.zeros(0x110000, bool)
     for source in sources:
         for text in iter_text(source, text_format, BadInputHandler(skip_bad)):
-            seen[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
+            seen[code_points(text)] = True
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
