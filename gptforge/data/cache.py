@@ -1,8 +1,6 @@
 """Prepare a text only once: shards in the user's cache, by content."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -24,7 +22,7 @@ from gptforge.data.prepare.request import RAW_BIN_UNUSED, PrepareRequest, Progre
 from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
-from gptforge.data.shard_index import Index
+from gptforge.data.shard_index import Index, json_sha256
 from gptforge.errors import RunError, UserError
 from gptforge.lock import LOCK_FILE, lock_folder
 from gptforge.shell import quote
@@ -63,8 +61,8 @@ def prepare_cached(
         options += selection.val_sources
 
         def key_of(vocab: object) -> str:
-            record = [PREPARE_VERSION, contents, vocab, options, asdict(request.text_format)]
-            return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+            text_format = asdict(request.text_format)
+            return json_sha256([PREPARE_VERSION, contents, vocab, options, text_format])
 
         with _hints_for(request):
             if request.tokenizer == "bpe":

@@ -211,7 +211,7 @@ def _from_index(
     totals = {q: sum(index.total(split, q) for split in SPLITS) for q in quantities}
     return Dataset(
         path=path,
-        sha256=index.digest,
+        sha256=index.record["digest"],
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name if isinstance(tokenizer_name, str) else tokenizer.name,
         train=ShardDataset(index.shards("train"), vocab_size=vocab_size),
@@ -219,7 +219,7 @@ def _from_index(
         val_fraction=index.val_fraction,
         **totals,
         notices=(*notices, *index.record.get("notices", ())),
-        input_splits=index.input_splits,
+        input_splits=index.record.get("inputs", {}),
         is_split_by_name=index.record["split"].get("rule") == "files",
         is_prepared=is_prepared,
     )

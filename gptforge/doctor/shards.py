@@ -30,20 +30,18 @@ BLOCK_TOKENS = 2**20
 
 def check_shards(path: Path, options: DatasetOptions, *, context_length: int) -> list[Finding]:
     """Findings about a folder that `gptforge prepare` wrote, or about external shards."""
+    found: list[Finding] = []
     try:
         # Without `verify`, which stops at the first corrupted file.
         dataset = open_dataset(path, replace(options, verify=False))
         index = read_index(path) if path.is_dir() else None
+        found += _check_hashes(index) if index else map(warning, dataset.notices)
+        found += quick_check(dataset, context_length=context_length)
+        if all(finding.level != "error" for finding in found):
+            found += _check_documents(dataset)
     except UserError as problem:
-        return [error(str(problem))]
-    found = _check_hashes(index) if index else [warning(notice) for notice in dataset.notices]
-    found += quick_check(dataset, context_length=context_length)
-    if any(finding.level == "error" for finding in found):
-        return found
-    try:
-        return [*found, *_check_documents(dataset)]
-    except UserError as problem:
-        return [*found, error(str(problem))]
+        found.append(error(str(problem)))
+    return found
 
 
 def _check_hashes(index: Index) -> list[Finding]:
