@@ -4,18 +4,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from gptforge.cli.parsing import DatasetArgs, parse_args
 from gptforge.config import merge
 from gptforge.errors import UserError
+from gptforge.findings import Finding
 from gptforge.presets import AUTO, get_preset
 from gptforge.printable import printable
-
-if TYPE_CHECKING:
-    from gptforge.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def main(argv: list[str]) -> int:
     return 0 if is_ok else 1
 
 
-def _check_data(args: DoctorArgs) -> "list[Finding]":
+def _check_data(args: DoctorArgs) -> list[Finding]:
     from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE

@@ -51,10 +51,9 @@ def main(argv: list[str]) -> int:
 
 
 def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    model, step, run = plan["model"], plan["step"], plan["run"]
-    flops, disk = plan["flops"], plan["disk"]
-    per_token, per_step, total = (
-        format_count(flops[name]) for name in ("per_token", "per_step", "run")
+    model, step, flops, disk = plan["model"], plan["step"], plan["flops"], plan["disk"]
+    per_token, per_step, run = map(
+        format_count, (flops["per_token"], flops["per_step"], flops["run"])
     )
     is_reduced = plan["memory"]["fits"] and step["micro_batch"] < step["requested_micro_batch"]
     reason = f", since {step['requested_micro_batch']} do not fit" if is_reduced else ""
@@ -75,15 +74,10 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"{step['sequences']:,} sequences of {step['context_length']:,}, {step['tokens']:,} "
             f"tokens, in micro-batches of {step['micro_batch']}{reason}",
         ),
-        (
-            "run",
-            f"{run['steps']:,} steps, {run['tokens']:,} tokens: {format_epochs(run['epochs'])} "
-            f"epochs over this text, {run['tokens_per_parameter']:.2g} tokens per parameter",
-        ),
-        ("", ADVICE),
+        *_run_rows(plan["run"]),
         (
             "FLOPs",
-            f"{per_token} per token ({flops['formula']}), {per_step} per step, {total} in total",
+            f"{per_token} per token ({flops['formula']}), {per_step} per step, {run} in total",
         ),
         *_memory_rows(plan["memory"]),
         (
@@ -103,6 +97,13 @@ def _describe_text(text: dict[str, Any]) -> str:
         f"{text['path']}: {size}{text['tokens']:,} {text['tokenizer']} tokens "
         f"({text['tokenizer_ids']:,} ids) to train on, {val_tokens} held out{prepared}"
     )
+
+
+def _run_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    epochs = format_epochs(run["epochs"])
+    ratio = f"{run['tokens_per_parameter']:.2g} tokens per parameter"
+    steps = f"{run['steps']:,} steps, {run['tokens']:,} tokens: {epochs} epochs over this text"
+    return [("run", f"{steps}, {ratio}"), ("", ADVICE)]
 
 
 def _memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:

@@ -80,14 +80,12 @@ def _document_digests(tokens: TokenDataset, eot: int | None) -> Iterator[int]:
     for start in track(range(0, len(tokens), BLOCK_TOKENS), "reading tokens"):
         block = tokens[start : start + BLOCK_TOKENS].astype(np.uint32)
         ends = np.flatnonzero(block == eot).tolist() if eot is not None else []
-        begin = 0
-        for end in [*ends, len(block)]:
-            digest.update(block[begin:end].tobytes())
-            length += end - begin
-            if end < len(block):
+        for number, part in enumerate(np.split(block, ends)):
+            if number:  # a new document, after its end-of-text id
                 if length:
                     yield int.from_bytes(digest.digest()[:8], "big")
-                digest, length = hashlib.sha256(), 0
-            begin = end + 1
+                digest, length, part = hashlib.sha256(), 0, part[1:]
+            digest.update(part.tobytes())
+            length += len(part)
     if length:
         yield int.from_bytes(digest.digest()[:8], "big")

@@ -77,7 +77,6 @@ def render_report(run: RunInfo) -> str:
         max_sample_chars=MAX_SAMPLE_CHARS,
         changed={name: pair for name, pair in fields.items() if pair[0] != pair[1]},
         fields=fields,
-        facts=run.facts,
         timeline=[event for event in run.history.rare if id(event) not in hidden],
         num_hidden=len(hidden),
         version=__version__,
