@@ -199,6 +199,11 @@ def is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e100
 
 
+def is_count(value: object) -> bool:
+    """Whether a JSON value is a whole number from 0 on that fits into 64 bits."""
+    return type(value) is int and 0 <= value < 2**62
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open_regular(path) as file:

@@ -13,6 +13,7 @@ from gptforge.config import FIELDS, Config, merge
 from gptforge.config_checks import validate
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset, resolve_input
+from gptforge.data.prepare.request import TextOptions
 from gptforge.data.text_size import estimate_text_size
 from gptforge.device import seed_everything, select_device, select_precision, synchronize
 from gptforge.errors import UserError
@@ -62,12 +63,10 @@ def resolve_auto(
     others = {n: getattr(config, n) for n in FIELDS.keys() - RECIPE_FIELDS - MODEL_FIELDS}
     validate(Config(**others))
     try:
-        size = estimate_text_size(
-            resolve_input(config.input),
-            val_fraction=config.val_fraction,
-            kind=config.kind,
-            split_by_name=config.split_by_name,
+        options = TextOptions(
+            val_fraction=config.val_fraction, kind=config.kind, split_by_name=config.split_by_name
         )
+        size = estimate_text_size(resolve_input(config.input), options)
     except UserError:
         if config.preset == AUTO:
             raise

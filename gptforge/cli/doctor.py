@@ -4,18 +4,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from gptforge.cli.parsing import DatasetArgs, parse_args
 from gptforge.config import merge
 from gptforge.errors import UserError
+from gptforge.findings import Finding
 from gptforge.presets import AUTO, get_preset
 from gptforge.printable import printable
-
-if TYPE_CHECKING:
-    from gptforge.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -54,44 +52,30 @@ def main(argv: list[str]) -> int:
     return 0 if is_ok else 1
 
 
-def _check_data(args: DoctorArgs) -> "list[Finding]":
+def _check_data(args: DoctorArgs) -> list[Finding]:
     from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
-    from gptforge.data.prepare.request import RAW_BIN_UNUSED
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
     from gptforge.doctor.texts import check_texts
-    from gptforge.findings import warning
 
-    path = Path(args.path)
-    preset = get_preset(args.preset)
+    path, preset = Path(args.path), get_preset(args.preset)
+    options = DatasetOptions(
+        tokenizer=args.tokenizer,
+        val_fraction=args.val_fraction,
+        text_format=TextFormat(args.field, args.encoding, args.split_on),
+        kind=args.kind,
+        split_by_name=args.split_by_name,
+        raw_bin=args.raw_bin,
+        require_tokenizer=bool(args.tokenizer),
+    )
     if args.preset == AUTO:
         from gptforge.data.text_size import estimate_text_size
         from gptforge.recipe import make_recipe
 
-        size = estimate_text_size(
-            path, val_fraction=args.val_fraction, kind=args.kind, split_by_name=args.split_by_name
-        )
+        size = estimate_text_size(path, options)
         preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
-    context_length = args.context_length or preset.context_length
+    options = dataclasses.replace(options, tokenizer=args.tokenizer or preset.tokenizer)
     is_prepared = (path / INDEX_FILE).is_file() or any(path.glob(f"*{SHARD_SUFFIX}"))
-    if is_prepared or path.suffix == SHARD_SUFFIX:
-        options = DatasetOptions(
-            tokenizer=args.tokenizer or "gpt2",
-            val_fraction=args.val_fraction,
-            raw_bin=args.raw_bin,
-            require_tokenizer=bool(args.tokenizer),
-        )
-        return check_shards(path, options, context_length=context_length)
-    found = check_texts(
-        path,
-        tokenizer=args.tokenizer or preset.tokenizer,
-        val_fraction=args.val_fraction,
-        context_length=context_length,
-        text_format=TextFormat(args.field, args.encoding, args.split_on),
-        kind=args.kind,
-        split_by_name=args.split_by_name,
-    )
-    if args.raw_bin:
-        found.append(warning(RAW_BIN_UNUSED))
-    return found
+    check = check_shards if is_prepared or path.suffix == SHARD_SUFFIX else check_texts
+    return check(path, options, context_length=args.context_length or preset.context_length)

@@ -135,13 +135,14 @@ def compare_main(argv: list[str]) -> int:
     if not picture.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {picture.parent.as_posix()}")
     from gptforge.report.comparison import compare
-    from gptforge.report.comparison_plot import save_comparison
+    from gptforge.report.comparison_plot import plot_comparison
+    from gptforge.report.curves import save_figure
     from gptforge.report.run_info import read_run
 
     comparison = compare([read_run(path) for path in paths])
     if not args.json:  # before the picture, which may fail
         safe_print(_describe(comparison))
-    save_comparison(comparison, picture)
+    save_figure(plot_comparison(comparison), picture)
     if args.json:
         print(json.dumps(_as_json(comparison) | {"picture": picture.as_posix()}))
     else:

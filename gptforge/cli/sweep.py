@@ -12,7 +12,6 @@ from gptforge.cli.parsing import parse_train_args, resolve_preset
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.errors import RunError, UserError, explain_interruption
-from gptforge.files import atomic_replace
 from gptforge.presets import AUTO
 from gptforge.printable import safe_print
 from gptforge.report.log_handler import log_to
@@ -63,6 +62,7 @@ def main(argv: list[str]) -> int:
         resolve({})  # logs preset and recipe
         resolve = log_to(lambda text: None)(resolve)
         _check_trials(method, space, resolve)
+        from gptforge.report.curves import save_figure
         from gptforge.sweep.results import plot_sweep, table
         from gptforge.sweep.search import Sweep
 
@@ -78,8 +78,7 @@ def main(argv: list[str]) -> int:
             if not done:
                 raise RunError(f"all trials failed; the first: {results[0].error}")
             picture = sweep.path / "sweep.png"
-            with atomic_replace(picture) as partial:
-                plot_sweep(done, title=f"Sweep of {sweep.path.name}").savefig(partial)
+            save_figure(plot_sweep(done, title=f"Sweep of {sweep.path.name}"), picture)
             best = done[0]
             safe_print(
                 f"Best: trial {best.trial}, {describe(best.values)}: held-out loss "

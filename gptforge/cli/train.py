@@ -15,13 +15,7 @@ from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args,
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import (
-    NOTHING_LOST,
-    RunError,
-    Terminated,
-    UserError,
-    explain_interruption,
-)
+from gptforge.errors import NOTHING_LOST, RunError, Terminated, UserError, explain_interruption
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
 from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
@@ -92,8 +86,7 @@ def run_training(
     is called with the trainer, and those of teachers, before it trains, but not for a finished run.
     The other arguments are those of `build_trainer`.
 
-    Returns:
-        Why training ended, the run folder, and the ranks, which have left each other.
+    Returns why training ended, the run folder, and the ranks, which have left each other.
     """
     has_started = False
 
@@ -185,8 +178,7 @@ def _print(text: str) -> None:
 def expand_resume(args: Sequence[str]) -> list[str]:
     """Add the flags that `--resume RUN` stands for: `--config` and `--out_dir` of that run.
 
-    Raises:
-        UserError: if there is no such run, or for a flag that contradicts it.
+    A UserError if there is no such run, or for a flag that contradicts it.
     """
     name = flag_values(args, ("resume",)).get("resume")
     if not name:

@@ -1,8 +1,6 @@
 """Prepare a text only once: shards in the user's cache, by content."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -20,16 +18,11 @@ from gptforge.data.prepare.pipeline import (
     no_skip_of_only_file,
     prepare,
 )
-from gptforge.data.prepare.request import (
-    RAW_BIN_UNUSED,
-    PrepareRequest,
-    ProgressBar,
-    select_files,
-)
+from gptforge.data.prepare.request import RAW_BIN_UNUSED, PrepareRequest, ProgressBar, select_files
 from gptforge.data.prepare.scan import scan
 from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
-from gptforge.data.shard_index import Index
+from gptforge.data.shard_index import Index, json_sha256
 from gptforge.errors import RunError, UserError
 from gptforge.lock import LOCK_FILE, lock_folder
 from gptforge.shell import quote
@@ -49,10 +42,8 @@ def prepare_cached(
 ) -> tuple[Index, tuple[str, ...]]:
     """Prepare one file, folder or pattern, or find its shards in the cache.
 
-    The same content has the same shards, whatever its path.
-
-    Returns:
-        The index, and what the user should know about the choice of files.
+    The same content has the same shards, whatever its path. Returns the index, and notices about
+    the choice of files.
 
     Raises:
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
@@ -70,8 +61,8 @@ def prepare_cached(
         options += selection.val_sources
 
         def key_of(vocab: object) -> str:
-            record = [PREPARE_VERSION, contents, vocab, options, asdict(request.text_format)]
-            return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+            text_format = asdict(request.text_format)
+            return json_sha256([PREPARE_VERSION, contents, vocab, options, text_format])
 
         with _hints_for(request):
             if request.tokenizer == "bpe":
@@ -164,13 +155,8 @@ def clear_cache() -> None:
 
 def _delete_unused(cache: Path) -> None:
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
-    requests = list(cache.glob(f"*/{REQUEST_FILE}"))
-    others = [
-        path
-        for prefix in (SPOOL_PREFIX, BPE_PREFIX, TEXT_PREFIX)
-        for path in cache.glob(f"{prefix}*")
-    ]
-    for path in [*requests, *others]:
+    patterns = (f"*/{REQUEST_FILE}", f"{SPOOL_PREFIX}*", f"{BPE_PREFIX}*", f"{TEXT_PREFIX}*")
+    for path in [path for pattern in patterns for path in cache.glob(pattern)]:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < oldest:
                 files.remove(path.parent if path.name == REQUEST_FILE else path)

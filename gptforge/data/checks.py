@@ -5,8 +5,8 @@ They run before each training; `gptforge doctor` reads all of the data.
 
 import numpy as np
 
-from gptforge.data.dataloader import count_sequences, too_short_hint
-from gptforge.data.dataset import Dataset
+from gptforge.data.dataloader import count_sequences
+from gptforge.data.dataset import Dataset, check_length
 from gptforge.data.token_dataset import EDGE_TOKENS, edges
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
@@ -20,9 +20,10 @@ LARGE_VOCAB = 1000  # ids from which on a vocabulary holds words and parts of wo
 def quick_check(dataset: Dataset, *, context_length: int, global_batch: int = 1) -> list[Finding]:
     """Check a data set's size, ids, end-of-text ids and bytes per token."""
     try:
+        check_length(dataset, context_length)
         ends = edges(dataset.train)
         edges(dataset.val)
-    except UserError as mistake:  # an id outside the vocabulary
+    except UserError as mistake:  # too short, or an id outside the vocabulary
         return [error(str(mistake))]
     return [
         *_check_size(dataset, context_length, global_batch),
@@ -35,16 +36,12 @@ def _check_size(dataset: Dataset, context_length: int, global_batch: int) -> lis
     num_train, num_val = len(dataset.train), len(dataset.val)
     sequences = count_sequences(num_train, context_length)
     size = f"{num_train:,} training tokens, {sequences:,} sequences of {context_length}"
-    if sequences == 0:
-        return [error(size, too_short_hint(num_train))]
     findings = [ok(size)]
     if sequences < global_batch:
         few = f"{size}, fewer than the {global_batch} of one step"
         hint = "use more text, a smaller --context_length or a smaller --batch_size"
         findings = [warning(few, f"each step sees some of the text twice; {hint}")]
-    if dataset.val_fraction and num_val < 2:
-        findings.append(error(f"{num_val} tokens held out", dataset.more_val_hint))
-    elif 0 < num_val <= context_length:
+    if 0 < num_val <= context_length:
         few = f"only {num_val:,} tokens are held out, less than one sequence"
         hint = f"the validation loss will be noisy; {dataset.more_val_hint}"
         findings.append(warning(few, hint))

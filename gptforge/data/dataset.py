@@ -4,7 +4,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptforge import tokenizers
@@ -13,7 +13,6 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import (
-    PrepareRequest,
     ProgressBar,
     TextOptions,
     describe_unused_flags,
@@ -131,8 +130,7 @@ def open_dataset(
 ) -> Dataset:
     """Open token shards; tokenize any other input, unless the cache has its shards.
 
-    Raises:
-        UserError: if there is nothing, or it is unreadable, or contradicts the options.
+    A UserError if there is nothing, or it is unreadable, or contradicts the options.
     """
     if path.is_dir() and (index := read_index(path)) is not None:
         return _open_prepared(path, index, options)
@@ -143,9 +141,7 @@ def open_dataset(
         raise UserError(f"{name} is not finished: run the command that prepared it again to resume")
     if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
         return _open_shards(path, shards, options)
-    text_options = {f.name: getattr(options, f.name) for f in fields(TextOptions)}
-    request = PrepareRequest((path.as_posix(),), **text_options)
-    index, notices = prepare_cached(request, progress=progress)
+    index, notices = prepare_cached(options.request(path), progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)
 
 
@@ -215,7 +211,7 @@ def _from_index(
     totals = {q: sum(index.total(split, q) for split in SPLITS) for q in quantities}
     return Dataset(
         path=path,
-        sha256=index.digest,
+        sha256=index.record["digest"],
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name if isinstance(tokenizer_name, str) else tokenizer.name,
         train=ShardDataset(index.shards("train"), vocab_size=vocab_size),
@@ -223,7 +219,7 @@ def _from_index(
         val_fraction=index.val_fraction,
         **totals,
         notices=(*notices, *index.record.get("notices", ())),
-        input_splits=index.input_splits,
+        input_splits=index.record.get("inputs", {}),
         is_split_by_name=index.record["split"].get("rule") == "files",
         is_prepared=is_prepared,
     )

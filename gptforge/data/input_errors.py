@@ -40,7 +40,7 @@ class BadInputError(UserError):
 class BadInputHandler:
     """Counts bad input if `skip` is set, otherwise raises at the first."""
 
-    skip: bool
+    skip: bool = False
     counts: Counter[str] = field(default_factory=Counter)  # by problem
     examples: list[str] = field(default_factory=list)  # the first of each problem, with locations
     hints: list[str] = field(default_factory=list)  # how to fix each of the examples

@@ -36,19 +36,9 @@ class Index:
     record: Mapping[str, Any]
 
     @property
-    def digest(self) -> str:
-        """Identifies the data: the SHA-256 of a single text, else of all shards' hashes."""
-        return str(self.record["digest"])
-
-    @property
     def val_fraction(self) -> float:
         """The share that was to be held out."""
         return float(self.record["split"]["fraction"])
-
-    @property
-    def input_splits(self) -> dict[str, list[str]]:
-        """The splits that text of each file went to, by the file's fingerprint."""
-        return dict(self.record.get("inputs", {}))
 
     def total(self, split: str, quantity: str) -> int:
         """Return the documents, characters, bytes or tokens of a split."""
@@ -117,19 +107,15 @@ def _validate(record: Mapping[str, Any]) -> None:
     if not all(isinstance(text, str) for text in (*texts, *record.get("notices", ()), *inputs)):
         raise TypeError("expected a string")
     for split in SPLITS:
-        if not all(map(_is_count, record["splits"].get(split, {}).values())):
+        if not all(map(files.is_count, record["splits"].get(split, {}).values())):
             raise TypeError("expected counts")
     for shard in record["shards"]:
         name = shard["file"]
         # An index from elsewhere must not lead out of its folder.
         if not isinstance(name, str) or Path(name).name != name or shard["split"] not in SPLITS:
             raise ValueError(f"shard {short_repr(name)}")
-        if not isinstance(shard["sha256"], str) or not _is_count(shard["tokens"]):
+        if not isinstance(shard["sha256"], str) or not files.is_count(shard["tokens"]):
             raise ValueError(f"{short_repr(shard['tokens'])} tokens")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**62
 
 
 def json_sha256(value: object) -> str:

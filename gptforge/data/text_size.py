@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptforge.data.prepare.request import PrepareRequest, select_files
-from gptforge.data.prepare.sources import KindFlag, Source
+from gptforge.data.prepare.request import TextOptions, select_files
+from gptforge.data.prepare.sources import Source
 from gptforge.data.shard_index import read_index
 
 SHARD_SUFFIX = ".bin"
@@ -22,13 +22,7 @@ class TextSize:
     tokenizer_name: str = ""
 
 
-def estimate_text_size(
-    path: Path,
-    *,
-    val_fraction: float,
-    kind: KindFlag = "auto",
-    split_by_name: bool = True,
-) -> TextSize:
+def estimate_text_size(path: Path, options: TextOptions) -> TextSize:
     """Estimate the bytes of text to train on; exact for plain text and prepared shards.
 
     A UserError if there are no files, or it is a pipe, which can only be read once.
@@ -42,12 +36,9 @@ def estimate_text_size(
     if shards:
         num_bytes = sum(shard.stat().st_size for shard in shards if shard.is_file())
         return TextSize(TEXT_PER_SHARD_BYTE * num_bytes, "gpt2")
-    request = PrepareRequest(
-        (path.as_posix(),), val_fraction=val_fraction, kind=kind, split_by_name=split_by_name
-    )
-    selection = select_files(request)
+    selection = select_files(options.request(path))
     train = [s for i, s in enumerate(selection.sources) if i not in set(selection.val_sources)]
-    share = 1.0 if selection.val_sources else 1 - val_fraction
+    share = 1.0 if selection.val_sources else 1 - options.val_fraction
     return TextSize(round(sum(map(_text_bytes, train)) * share))
 
 

@@ -30,11 +30,13 @@ class RequestFilter:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
 
         async def send_in_time(message: Message) -> None:
             await asyncio.wait_for(send(message), SEND_TIMEOUT)
+
+        async def pass_on(receive: Receive) -> None:
+            with suppress(TimeoutError):  # of a client that does not read
+                await self._app(scope, receive, send_in_time)
 
         async def refuse(status: int, reason: str) -> None:
             response = PlainTextResponse(reason, status, headers={"connection": "close"})
@@ -48,7 +50,7 @@ class RequestFilter:
         if scope["type"] != "http":
             return await refuse(403, "this page has no websockets")
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return await self._pass_on(scope, receive, send_in_time)
+            return await pass_on(receive)
         origins = headers.getlist("origin")
         if any(urlsplit(origin).netloc.lower() != host[0].lower() for origin in origins):
             return await refuse(403, "cross-origin requests are not allowed")
@@ -63,11 +65,7 @@ class RequestFilter:
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
-        await self._pass_on(scope, replay, send_in_time)
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(TimeoutError):  # of a client that does not read
-            await self._app(scope, receive, send)
+        await pass_on(replay)
 
     def _is_allowed(self, host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""

@@ -15,7 +15,7 @@ from gptforge.checkpoint.format import read_config
 from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import UserError
 from gptforge.report.format import format_duration
-from gptforge.report.metrics import METRICS, Event, History, read_history, thin_out
+from gptforge.report.metrics import METRICS, History, read_history, thin_out
 from gptforge.report.run_info import read_samples
 
 SAMPLES = "samples.md"
@@ -89,21 +89,17 @@ def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, 
     last = history.train[-1]
     tiles = [("step", f"{step:,}", f"of {max_steps:,}")]
     if best := history.best:
+        # Runs of earlier versions do not say how much text the loss is over.
+        tokens = f"{best['val_tokens']:,} held-out tokens" if best.get("val_tokens") else ""
         tiles += [
             ("best val loss", f"{best['val_loss']:.4f}", f"nats per token, step {best['step']:,}"),
-            ("bits per byte", f"{best['val_bpb']:.4f}", _val_size(best)),
+            ("bits per byte", f"{best['val_bpb']:.4f}", tokens or "held-out text"),
         ]
     tiles.append(("tokens per second", f"{float(last['tok_per_sec'] or 0):,.0f}", "training"))
     if step < max_steps and not history.end:
         seconds = (max_steps - step) * float(last["dt_ms"] or 0) / 1e3
         tiles.append(("time left", format_duration(seconds), "about"))
     return tiles
-
-
-def _val_size(best: Event) -> str:
-    """How much text the loss is over; runs of earlier versions do not say."""
-    tokens = best.get("val_tokens")
-    return f"{tokens:,} held-out tokens" if tokens else "held-out text"
 
 
 def _short(value: float | None) -> float | None:

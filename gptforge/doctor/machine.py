@@ -58,13 +58,11 @@ def _check_gpus() -> list[Finding]:
     found = []
     for i in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", i)
-        name, (major, minor) = (
-            torch.cuda.get_device_name(gpu),
-            torch.cuda.get_device_capability(gpu),
-        )
-        size = f"{torch.cuda.get_device_properties(gpu).total_memory / 1e9:.0f} GB"
+        properties = torch.cuda.get_device_properties(gpu)
+        size = f"{properties.total_memory / 1e9:.0f} GB"
+        capability = f"{properties.major}.{properties.minor}"
         speed = f", at most {peak / 1e12:,.0f} TFLOP/s" if (peak := peak_flops(gpu)) else ""
-        found.append(ok(f"GPU {i}: {name}, {size}, capability {major}.{minor}{speed}"))
+        found.append(ok(f"GPU {i}: {properties.name}, {size}, capability {capability}{speed}"))
     return found
 
 

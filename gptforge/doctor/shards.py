@@ -30,20 +30,18 @@ BLOCK_TOKENS = 2**20
 
 def check_shards(path: Path, options: DatasetOptions, *, context_length: int) -> list[Finding]:
     """Findings about a folder that `gptforge prepare` wrote, or about external shards."""
+    found: list[Finding] = []
     try:
         # Without `verify`, which stops at the first corrupted file.
         dataset = open_dataset(path, replace(options, verify=False))
         index = read_index(path) if path.is_dir() else None
+        found += _check_hashes(index) if index else map(warning, dataset.notices)
+        found += quick_check(dataset, context_length=context_length)
+        if all(finding.level != "error" for finding in found):
+            found += _check_documents(dataset)
     except UserError as problem:
-        return [error(str(problem))]
-    found = _check_hashes(index) if index else [warning(notice) for notice in dataset.notices]
-    found += quick_check(dataset, context_length=context_length)
-    if any(finding.level == "error" for finding in found):
-        return found
-    try:
-        return [*found, *_check_documents(dataset)]
-    except UserError as problem:
-        return [*found, error(str(problem))]
+        found.append(error(str(problem)))
+    return found
 
 
 def _check_hashes(index: Index) -> list[Finding]:
@@ -82,14 +80,12 @@ def _document_digests(tokens: TokenDataset, eot: int | None) -> Iterator[int]:
     for start in track(range(0, len(tokens), BLOCK_TOKENS), "reading tokens"):
         block = tokens[start : start + BLOCK_TOKENS].astype(np.uint32)
         ends = np.flatnonzero(block == eot).tolist() if eot is not None else []
-        begin = 0
-        for end in [*ends, len(block)]:
-            digest.update(block[begin:end].tobytes())
-            length += end - begin
-            if end < len(block):
+        for number, part in enumerate(np.split(block, ends)):
+            if number:  # a new document, after its end-of-text id
                 if length:
                     yield int.from_bytes(digest.digest()[:8], "big")
-                digest, length = hashlib.sha256(), 0
-            begin = end + 1
+                digest, length, part = hashlib.sha256(), 0, part[1:]
+            digest.update(part.tobytes())
+            length += len(part)
     if length:
         yield int.from_bytes(digest.digest()[:8], "big")

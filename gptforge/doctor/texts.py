@@ -1,19 +1,26 @@
 """Checks of texts: reads every file to its end."""
 
+import hashlib
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from gptforge.data.checks import LARGE_VOCAB, check_bytes_per_token
 from gptforge.data.dataloader import count_sequences, too_short_hint
-from gptforge.data.input_errors import MAX_EXAMPLES, BadInput, BadInputHandler
-from gptforge.data.prepare.readers import has_many_documents, read_documents
-from gptforge.data.prepare.request import FileSelection, PrepareRequest, select_files
+from gptforge.data.dataset import DatasetOptions
+from gptforge.data.input_errors import MAX_EXAMPLES, BadInputHandler
+from gptforge.data.prepare.readers import FileSpan, read_split
+from gptforge.data.prepare.request import (
+    RAW_BIN_UNUSED,
+    FileSelection,
+    PrepareRequest,
+    select_files,
+)
 from gptforge.data.prepare.scan import collect_alphabet, scan
-from gptforge.data.prepare.sources import FileKind, Source
-from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, text_digest
-from gptforge.data.prepare.text_io import TextFormat, describe_fixes, read_chunks, scan_text
+from gptforge.data.prepare.sources import Source
+from gptforge.data.prepare.split import MIN_HASH_DOCUMENTS, DocumentId, SplitRule
+from gptforge.data.prepare.text_io import TextFormat
 from gptforge.doctor.duplicates import Duplicates
 from gptforge.errors import UserError
 from gptforge.findings import Finding, error, ok, warning
@@ -24,38 +31,26 @@ from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.fast_encode import FastEncoder
 
 MAX_SAMPLE_CHARS = 2**22  # encoded to estimate the number of tokens
-OVERLAP = len(END_OF_TEXT) - 1  # characters of an <|endoftext|> that spans two chunks
+UNDIVIDED = SplitRule("none", 0.0)
 
 
-def check_texts(
-    path: Path,
-    *,
-    tokenizer: str,
-    val_fraction: float,
-    context_length: int,
-    text_format: TextFormat,
-    kind: FileKind | Literal["auto"] = "auto",
-    split_by_name: bool = True,
-) -> list[Finding]:
+def check_texts(path: Path, options: DatasetOptions, *, context_length: int) -> list[Finding]:
     """Findings about a file or a folder of texts."""
-    with TemporaryDirectory(prefix="gptforge-") as spool_dir:
+    request = options.request(path)
+    with TemporaryDirectory(prefix="gptforge-") as spool_dir, ProgressMeter("reading") as meter:
         try:
-            request = PrepareRequest(
-                (path.as_posix(),), val_fraction=val_fraction, kind=kind,
-                text_format=text_format, split_by_name=split_by_name,
-            )  # fmt: skip
             selection = select_files(request, spool_dir=Path(spool_dir))
-        except UserError as problem:
-            return [error(str(problem))]
-        text_scan = _TextScan(text_format, selection)
-        with ProgressMeter("reading") as meter:
             meter.start(sum(source.size for source in selection.sources))
+            text_scan = _TextScan(request.text_format, selection)
             for i, source in enumerate(selection.sources):
                 text_scan.read(i, source, meter)
-        found = [*text_scan.findings(), *(warning(notice) for notice in selection.notices)]
+        except UserError as problem:
+            return [error(str(problem))]
+        notices = [*selection.notices, *[RAW_BIN_UNUSED] * request.raw_bin]
+        found = [*text_scan.findings(), *map(warning, notices)]
         if not text_scan.num_documents:
             return [*found, error(f"{path.as_posix()}: there is no text in it")]
-        found += _check_tokens(text_scan, selection.sources, tokenizer, context_length)
+        found += _check_tokens(text_scan, request, selection.sources, context_length)
         return found + _check_split(text_scan, selection, request)
 
 
@@ -68,53 +63,37 @@ class _TextScan:
         self.only_source = sources[0].name if len(sources) == 1 else ""
         self.has_plain_text = any(source.kind == "text" for source in sources)
         self.bad_input = BadInputHandler(skip=True)
-        self.fixes: set[str] = set()
         self.sample: list[str] = []
         self.num_sampled = self.num_documents = self.num_chars = self.num_bytes = 0
         self.num_eot_literals = 0
-        self.digests: list[tuple[tuple[int, int], int]] = []  # with ids, of the first documents
+        self.digests: list[tuple[DocumentId, int]] = []  # with ids, of the first documents
         self.duplicates = Duplicates()
 
     def read(self, i: int, source: Source, meter: ProgressMeter) -> None:
         """Read one file."""
         done = 0
-        if has_many_documents(source, self.text_format):
-            for document in read_documents(source, self.text_format, self.bad_input):
-                self._add_text(document.text)
-                self._add_document((i, document.index), text_digest(document.text), source.name)
-                meter.add(document.bytes_read - done, len(document.text))
-                done = document.bytes_read
-            return
-        try:
-            stats = scan_text(source, self.text_format.encoding)
-        except BadInput as bad:
-            self.bad_input.handle(bad)
-            return
-        if stats.is_blank:
-            return
-        tail = ""
-        for chunk in read_chunks(source, encoding=self.text_format.encoding):
-            self.fixes |= {f"{source.name}: {fix}" for fix in describe_fixes(chunk)}
-            self._add_text(chunk.text, tail)
-            tail = (tail + chunk.text[-OVERLAP:])[-OVERLAP:]
-            meter.add(chunk.bytes_read - done, len(chunk.text))
-            done = chunk.bytes_read
-        self._add_document((i, 0), stats.digest, source.name)
+        texts = read_split(FileSpan(i, source), UNDIVIDED, self.text_format, self.bad_input)
+        for number, parts in groupby(texts, key=lambda part: part.document):
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part.text.encode("utf-8"))
+                self._add_text(part.text)
+                meter.add(part.bytes_read - done, len(part.text))
+                done = part.bytes_read
+            self._add_document((i, number), int(digest.hexdigest()[:16], 16), source.name)
 
-    def _add_document(self, document_id: tuple[int, int], digest: int, name: str) -> None:
+    def _add_document(self, document_id: DocumentId, digest: int, name: str) -> None:
         self.num_documents += 1
         split = "val" if document_id[0] in self.val_sources else ""
         self.duplicates.add(digest, split, name)
         if len(self.digests) < MIN_HASH_DOCUMENTS:
             self.digests.append((document_id, digest))
 
-    def _add_text(self, text: str, tail: str = "") -> None:
-        """Count a chunk of a document; `tail` is the end of the text before it."""
+    def _add_text(self, text: str) -> None:
         self.num_chars += len(text)
         self.num_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
         if not self.text_format.split_on:
-            spanning = (tail + text[:OVERLAP]).count(END_OF_TEXT)
-            self.num_eot_literals += text.count(END_OF_TEXT) + spanning
+            self.num_eot_literals += text.count(END_OF_TEXT)
         if self.num_sampled < MAX_SAMPLE_CHARS:
             self.sample.append(text[: MAX_SAMPLE_CHARS - self.num_sampled])
             self.num_sampled += len(self.sample[-1])
@@ -125,8 +104,8 @@ class _TextScan:
         if self.num_documents or not self.bad_input.examples:
             documents = pluralize(self.num_documents, "document", "documents")
             found = [ok(f"{documents}, {self.num_chars:,} characters, {self.num_bytes:,} bytes")]
-        notices = sorted(self.fixes | self.bad_input.notices)
-        found += [warning(f"{notice} while reading") for notice in notices[:MAX_EXAMPLES]]
+        notices = sorted(self.bad_input.notices)[:MAX_EXAMPLES]
+        found += [warning(f"{notice} while reading") for notice in notices]
         for example, hint in zip(self.bad_input.examples, self.bad_input.hints, strict=True):
             # Without its only file nothing would be left.
             can_skip = not example.startswith(f"{self.only_source}: ")
@@ -145,9 +124,10 @@ class _TextScan:
 
 
 def _check_tokens(
-    text_scan: _TextScan, sources: list[Source], name: str, context_length: int
+    text_scan: _TextScan, request: PrepareRequest, sources: list[Source], context_length: int
 ) -> list[Finding]:
     """Estimate the number of tokens from a sample, and check the vocabulary by it."""
+    name = str(request.tokenizer)
     text = "".join(text_scan.sample) if name == "bpe" else ""
     if name == "char":
         text = collect_alphabet(sources, text_scan.text_format, skip_bad=True)

@@ -101,7 +101,7 @@ def compare(runs: Sequence[RunInfo]) -> Comparison:
         )
     for run in runs:
         name = run.path.as_posix()
-        if run.best is None:
+        if run.history.best is None:
             notes.append(f"{name} has no held-out loss")
         elif run.state not in COMPLETE:
             progress = f"step {run.steps:,} of {run.config.max_steps:,}"
@@ -162,8 +162,8 @@ def _group(runs: Sequence[RunInfo], metric: str, notes: list[str]) -> list[Group
             if run.config.seed in scores:
                 name = run.path.as_posix()
                 notes.append(f"{name} repeats a configuration and seed: it counts only once")
-            elif run.best is not None and run.state in COMPLETE:
-                scores[run.config.seed] = run.best[metric]
+            elif (best := run.history.best) and run.state in COMPLETE:
+                scores[run.config.seed] = best[metric]
         count = f"{len(members)} runs like " if len(members) > 1 else ""
         groups.append(Group(count + members[0].path.as_posix(), members, list(scores.values())))
     return sorted(groups, key=lambda group: group.mean)

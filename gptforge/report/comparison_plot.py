@@ -1,12 +1,10 @@
 """The picture of `gptforge compare`: the curves of all runs, and their best losses."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptforge.files import atomic_replace
 from gptforge.printable import printable
 from gptforge.report.comparison import METRIC_NAMES, Comparison, Group
 from gptforge.report.curves import TEXT_COLOR, needs_log_scale, new_figure, running_mean, style_axes
@@ -21,12 +19,6 @@ COLORS = (
     *("#1f4e79", "#8c2f39"),
 )
 MAX_NAME = 44  # characters of a name in the legend
-
-
-def save_comparison(comparison: Comparison, path: Path) -> None:
-    """`plot_comparison` into the file at `path`."""
-    with atomic_replace(path) as partial:
-        plot_comparison(comparison).savefig(partial)
 
 
 def plot_comparison(comparison: Comparison) -> "Figure":
@@ -74,7 +66,7 @@ def _finish(axes: "Axes", title: str, losses: list[float]) -> None:
 def _plot_best(axes: "Axes", groups: Sequence[Group], colors: Sequence[str], metric: str) -> None:
     """A row for each group, the best on top: its runs as dots, and mean and spread over seeds."""
     for row, (group, color) in enumerate(zip(groups, colors, strict=True)):
-        values = [run.best[metric] for run in group.runs if run.best is not None]
+        values = [best[metric] for run in group.runs if (best := run.history.best)]
         axes.plot(values, [row] * len(values), "o", color=color, markersize=6, alpha=0.75)
         if group.spread is not None:
             style: dict[str, Any] = {"color": color, "marker": "|", "markersize": 16, "capsize": 4}

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Literal, Self, TextIO, TypeVar
+from typing import Any, Literal, Self, TextIO, TypeVar
 
 import rich.console
 from rich.progress import (
@@ -31,7 +31,12 @@ class BarOrLines:
     """
 
     def __init__(
-        self, description: str, *columns: ProgressColumn, stream: Literal["stdout", "stderr"]
+        self,
+        description: str,
+        *columns: ProgressColumn,
+        stream: Literal["stdout", "stderr"],
+        total: int | None = None,
+        completed: int = 0,
     ) -> None:
         self._stream = stream
         self._bar: Progress | None = None
@@ -41,6 +46,7 @@ class BarOrLines:
                 refresh_per_second=4, console=rich.console.Console(file=self._file),
                 redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays there
             )  # fmt: skip
+            self._task = self._bar.add_task("", total=total, completed=completed, status="")
 
     @property
     def _file(self) -> TextIO:
@@ -70,6 +76,11 @@ class BarOrLines:
             with self._discard_after_error():
                 self._bar.stop()
 
+    def _update(self, **fields: Any) -> None:
+        if self._bar is not None:
+            with self._discard_after_error():
+                self._bar.update(self._task, **fields)
+
     @contextmanager
     def _discard_after_error(self) -> Iterator[None]:
         try:
@@ -79,12 +90,7 @@ class BarOrLines:
 
 
 class Console(BarOrLines):
-    """The output of a training run.
-
-    Args:
-        total: steps of the whole run; 0 for no progress bar.
-        step: steps done so far.
-    """
+    """The output of a training run; `total` and `step` for its progress bar, 0 for none."""
 
     def __init__(self, total: int = 0, step: int = 0) -> None:
         columns = (
@@ -94,15 +100,12 @@ class Console(BarOrLines):
             TextColumn("[dim]left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        super().__init__("training", *(columns if total else ()), stream="stdout")
-        if self._bar is not None:
-            self._task = self._bar.add_task("training", total=total, completed=step, status="")
+        shown = columns if total else ()
+        super().__init__("training", *shown, stream="stdout", total=total, completed=step)
 
     def update(self, step: int, status: str) -> None:
         """Advance the progress bar to `step`; `status` is shown next to it."""
-        if self._bar is not None:
-            with self._discard_after_error():
-                self._bar.update(self._task, completed=step, status=status)
+        self._update(completed=step, status=status)
 
 
 class ProgressMeter(BarOrLines):
@@ -119,16 +122,13 @@ class ProgressMeter(BarOrLines):
             TimeRemainingColumn(),
         )
         super().__init__(description, *columns, stream="stderr")
-        if self._bar is not None:
-            self._task = self._bar.add_task(description, total=None, status="")
         self._begin = time.perf_counter()
         self.total = self._done = self._text_bytes = 0
 
     def __call__(self, done: int, total: int, status: str = "") -> None:
         """Show how much is done, with `status` next to it."""
         self.total, self._done = total, done
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, status=status)
+        self._update(completed=done, total=total, status=status)
 
     def start(self, total: int, done: int = 0) -> None:
         """Start to count the bytes of files; an earlier, interrupted call has read `done`."""

@@ -28,8 +28,13 @@ MAX_SPEED_RATIO = 3.0
 
 def save_curves(history: History, path: Path, *, title: str) -> None:
     """Draw the curves and replace the file at `path` atomically."""
+    save_figure(plot_curves(history, title=title), path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Replace the file at `path` atomically; its suffix says the format."""
     with atomic_replace(path) as partial:
-        plot_curves(history, title=title).savefig(partial)
+        figure.savefig(partial)
 
 
 def plot_curves(history: History, *, title: str) -> "Figure":
@@ -48,8 +53,7 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     style_axes(lr, "learning rate")
     _plot_from_zero(norm, train, "norm", color=NORM_COLOR, is_noisy=True)
     style_axes(norm, "gradient norm, before clipping")
-    timed = history.timed
-    limit = MAX_SPEED_RATIO * history.tok_per_sec
+    timed, limit = history.timed, MAX_SPEED_RATIO * history.tok_per_sec
     _plot_from_zero(speed, timed, "tok_per_sec", color=SPEED_COLOR, is_noisy=True, limit=limit)
     style_axes(speed, "tokens per second", is_large=True)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
@@ -64,14 +68,11 @@ def plot_curves(history: History, *, title: str) -> "Figure":
 def new_figure() -> "Figure":
     """An empty figure for several panels."""
     # Imported here, since matplotlib takes a while to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06, wspace=0.03)
-    figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout=layout)
 
 
 def _plot_loss(axes: "Axes", history: History) -> None:
@@ -185,12 +186,7 @@ def style_axes(
     """Title, grid and ticks of a panel over steps; large values get SI prefixes."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_title(title, fontsize=10, loc="left", color=TEXT_COLOR)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED_COLOR)
-    axes.tick_params(colors=TEXT_COLOR, labelsize=8.5, length=3, width=0.6)
-    axes.grid(axis="y", color="#e8eaee", linewidth=0.7)
-    axes.set_axisbelow(True)
+    style_frame(axes, title)
     axes.xaxis.set_major_locator(MaxNLocator(max_ticks, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if is_log:
@@ -201,3 +197,13 @@ def style_axes(
     else:
         axes.yaxis.set_major_locator(MaxNLocator(max_ticks, steps=TICK_STEPS))
     axes.yaxis.set_major_formatter(EngFormatter(sep="") if is_large else "{x:,g}")
+
+
+def style_frame(axes: "Axes", title: str) -> None:
+    """Title, frame and grid of a panel."""
+    axes.set_title(title, fontsize=10, loc="left", color=TEXT_COLOR)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED_COLOR)
+    axes.tick_params(colors=TEXT_COLOR, labelsize=8.5, length=3, width=0.6)
+    axes.grid(axis="y", color="#e8eaee", linewidth=0.7)
+    axes.set_axisbelow(True)

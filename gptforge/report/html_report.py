@@ -26,10 +26,7 @@ MAX_ANOMALIES = 20
 def save_report(run_dir: Path, path: Path | None = None, *, pending: str = "") -> Path:
     """Write the report of a run, by default to report.html in its folder; returns the path.
 
-    `pending` are lines that are not in metrics.jsonl yet.
-
-    Raises:
-        UserError: if there is no run.
+    `pending` are lines that are not in metrics.jsonl yet. A UserError if there is no run.
     """
     path = path or run_dir / REPORT
     atomic_write(path, render_report(read_run(run_dir, pending=pending)))
@@ -67,7 +64,7 @@ def render_report(run: RunInfo) -> str:
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         run=run,
         title=f"{run.config.preset or 'GPT-2'} on {run.text}",
-        best=run.best,
+        best=run.history.best,
         config=run.config,
         num_params=num_params(run.config.model),
         exp=math.exp,
@@ -80,7 +77,6 @@ def render_report(run: RunInfo) -> str:
         max_sample_chars=MAX_SAMPLE_CHARS,
         changed={name: pair for name, pair in fields.items() if pair[0] != pair[1]},
         fields=fields,
-        facts=run.facts,
         timeline=[event for event in run.history.rare if id(event) not in hidden],
         num_hidden=len(hidden),
         version=__version__,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptforge.checkpoint.run_files import read_metrics_lines
-from gptforge.files import is_finite_number
+from gptforge.files import is_count, is_finite_number
 
 MAX_TRAIN_EVENTS = 2**14  # more are downsampled evenly, with the first and the last
 METRICS = "metrics.jsonl"
@@ -94,13 +94,9 @@ def read_history(path: Path, *, pending: str = "") -> History:
     for event in filter(None, events):
         lists.get(event["event"], history.rare).append(event)
     final = {name: history.end.get(name) for name in ("best_step", *FINAL_FIELDS)}
-    if all(map(is_finite_number, final.values())) and _is_step(final["best_step"]):
+    if all(map(is_finite_number, final.values())) and is_count(final["best_step"]):
         history.final = final
     return history
-
-
-def _is_step(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**62
 
 
 def _parse_event(line: bytes) -> Event:
@@ -121,7 +117,7 @@ def _parse_event(line: bytes) -> Event:
         return {}
     numbers = [event[name] for name in fields if event[name] is not None]
     is_complete = event.get("val_loss") is None or None not in event.values()
-    is_valid = _is_step(event["step"]) and all(map(is_finite_number, numbers))
+    is_valid = is_count(event["step"]) and all(map(is_finite_number, numbers))
     return event if is_valid and is_complete else {}
 
 

@@ -22,7 +22,7 @@ from gptforge.config import METADATA_TABLE, Config
 from gptforge.errors import UserError, parsing
 from gptforge.files import is_finite_number
 from gptforge.lock import is_locked
-from gptforge.report.metrics import METRICS, Event, History, read_history
+from gptforge.report.metrics import METRICS, History, read_history
 
 MAX_DEPTH = 3  # levels of folders that are searched for runs
 STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time limit"}
@@ -60,15 +60,10 @@ class RunInfo:
         return not (self.saved and other.saved) and self.config.input == other.config.input
 
     @property
-    def best(self) -> Event | None:
-        """Step and held-out loss of the best checkpoint."""
-        return self.history.best
-
-    @property
     def subset_tokens(self) -> int:
         """Held-out tokens that the loss of `best` is over; 0 if these are all of them."""
         is_subset = self.config.eval_tokens and not self.history.final
-        return int((self.best or {}).get("val_tokens", 0)) if is_subset else 0
+        return int((self.history.best or {}).get("val_tokens", 0)) if is_subset else 0
 
     @property
     def steps(self) -> int:
@@ -110,7 +105,7 @@ class RunInfo:
 
     def to_json(self) -> dict[str, Any]:
         """The facts that `gptforge runs` and `compare` print."""
-        best = self.best or {}
+        best = self.history.best or {}
         return {
             "run": self.path.as_posix(),
             "state": self.state,
@@ -134,10 +129,8 @@ class RunInfo:
 def read_run(path: Path, *, pending: str = "") -> RunInfo:
     """Read a run, finished or in progress, of this or an earlier version.
 
-    `pending` are lines that are not in metrics.jsonl yet.
-
-    Raises:
-        UserError: if there is no run, or its config.toml is damaged.
+    `pending` are lines that are not in metrics.jsonl yet. A UserError if there is no run, or its
+    config.toml is damaged.
     """
     check_run_dir(path)
     config = read_config(path, with_model=False)

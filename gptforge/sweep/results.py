@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptforge.config import FIELDS
 from gptforge.files import atomic_write
-from gptforge.report.curves import MUTED_COLOR, TEXT_COLOR, TRAIN_COLOR, VAL_COLOR
+from gptforge.report.curves import TEXT_COLOR, TRAIN_COLOR, VAL_COLOR, style_frame
 from gptforge.report.format import markdown_table
 from gptforge.report.metrics import METRICS, read_history
 from gptforge.sweep.space import Values, format_value
@@ -31,9 +31,8 @@ COLUMNS = ("val_loss", "val_loss_std", "val_bpb", "best_step", "seconds", "error
 class RunResult(NamedTuple):
     """A finished run."""
 
-    evals: Mapping[
-        int, tuple[float, float]
-    ]  # step -> held-out loss in nats per token, bits per byte
+    evals: Mapping[int, tuple[float, float]]
+    """Step -> held-out loss in nats per token, bits per byte."""
     seconds: float  # of training, evaluations included
     final: tuple[float, float] | None = None
     """The same of the best checkpoint on all held-out text, as `gptforge eval` prints it."""
@@ -139,14 +138,12 @@ def _rows(results: Sequence[TrialResult]) -> list[list[str]]:
 
 def plot_sweep(results: Sequence[TrialResult], *, title: str) -> "Figure":
     """Draw trials with a loss, best first: a panel for each field."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fields = list(results[0].values)
     rows, columns = -(-len(fields) // PANELS_PER_ROW), min(len(fields), PANELS_PER_ROW)
     size = (max(7.0, 1 + 3.8 * columns), 1 + 3.6 * rows)
     figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, name in zip(panels.flat, fields, strict=False):
         _plot_field(axes, results, name)
@@ -187,9 +184,4 @@ def _plot_field(axes: "Axes", results: Sequence[TrialResult], name: str) -> None
         if len(ticks) <= MAX_LABELS:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-    title = f"{name}, best {format_value(best.values[name])}"
-    axes.set_title(title, fontsize=10, loc="left", color=TEXT_COLOR)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED_COLOR)
-    axes.tick_params(colors=TEXT_COLOR, labelsize=8.5, length=3, width=0.6)
-    axes.grid(axis="y", color="#e8eaee", linewidth=0.7)
+    style_frame(axes, f"{name}, best {format_value(best.values[name])}")

@@ -77,6 +77,11 @@ def _lengths(tokenizer: Tokenizer, measure: Callable[[bytes], int]) -> NDArray[n
     return np.array(lengths, np.int64)
 
 
+def code_points(text: str) -> NDArray[np.uint32]:
+    """The Unicode code point of each character; lone surrogates have one, too."""
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+
+
 def smallest_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
     """The smaller token type that holds ids below `vocab_size`."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from gptforge.errors import UserError
-from gptforge.tokenizers.base import END_OF_TEXT, Tokens, smallest_dtype
+from gptforge.tokenizers.base import END_OF_TEXT, Tokens, code_points, smallest_dtype
 
 
 class CharTokenizer:
@@ -26,7 +26,7 @@ class CharTokenizer:
         self.prepends_eot = with_eot
         self.vocab_size = len(alphabet) + with_eot
         # Larger than any code point, so that every search ends at an index.
-        self._points = np.append(_code_points(alphabet), np.uint32(2**32 - 1))
+        self._points = np.append(code_points(alphabet), np.uint32(2**32 - 1))
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
@@ -35,7 +35,7 @@ class CharTokenizer:
 
     def encode(self, text: str) -> Tokens:
         """Ids of a text; a UserError names the first character that is not in the alphabet."""
-        points = _code_points(text)
+        points = code_points(text)
         ids = np.searchsorted(self._points, points)
         known = self._points[ids] == points
         if not known.all():
@@ -73,8 +73,6 @@ class ByteTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The ids as bytes."""
-        if self.eot_token is None:
-            return bytes(int(i) for i in ids)
         eot = END_OF_TEXT.encode()
         return b"".join(eot if i == self.eot_token else bytes([int(i)]) for i in ids)
 
@@ -86,7 +84,3 @@ class ByteTokenizer:
 def _eot_entry(eot_token: int | None) -> dict[str, object]:
     # Absent rather than false, as in the files of earlier versions.
     return {} if eot_token is None else {"marks": True}
-
-
-def _code_points(text: str) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
-    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)

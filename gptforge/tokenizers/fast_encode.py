@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptforge.tokenizers.base import Tokenizer, Tokens, smallest_dtype
+from gptforge.tokenizers.base import Tokenizer, Tokens, code_points, smallest_dtype
 
 PROBE = (
     "It's 1,024 o'clock; we'll see.\n\n\tNaïve café — 日本語 한국어 العربية हिन्दी\n"
@@ -89,8 +89,7 @@ def is_assigned(text: str) -> bool:
     """Whether this Python's Unicode, and so any newer one, assigns all characters."""
     if text.isascii():
         return True
-    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
-    return bool(_assigned()[points].all())
+    return bool(_assigned()[code_points(text)].all())
 
 
 @functools.cache

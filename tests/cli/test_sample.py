@@ -17,7 +17,7 @@ import torch
 import gptforge
 from gptforge import cli
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import read_chunks
+from gptforge.data.prepare.text_io import InputPart
 from gptforge.inference.validation import normalize_prompt, prompt_from_argv
 from tests.environment import python_path
 
@@ -202,7 +202,7 @@ def test_stdin_is_utf8_in_any_locale() -> None:
 def test_prompts_are_normalized_like_files(tmp_path, raw, text) -> None:
     (tmp_path / "t.txt").write_bytes(raw.encode())
     (source,) = find_sources([str(tmp_path / "t.txt")])
-    assert "".join(chunk.text for chunk in read_chunks(source)) == text
+    assert "".join(chunk.text for chunk in InputPart(source).read_chunks()) == text
     assert normalize_prompt(raw) == prompt_from_argv(raw) == text
 
 

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptforge.data.input_errors import BadInputError, BadInputHandler
+from gptforge.data.input_errors import BadInputError
 from gptforge.data.prepare import readers, table_reader, text_io
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.sources import find_sources
 from gptforge.data.prepare.table_reader import MAX_BATCH_BYTES, rows_per_batch
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.text_io import InputPart, TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError
@@ -320,8 +320,7 @@ def test_repeated_long_parquet_rows_are_read_in_small_batches(tmp_path) -> None:
     (source,) = find_sources([str(path)])
     metadata = pq.ParquetFile(path).metadata
     assert rows_per_batch(metadata, 0, "text") * len(text) <= MAX_BATCH_BYTES
-    documents = read_documents(source, TextFormat(), BadInputHandler(skip=False))
-    assert [document.text for document in documents] == [text] * 40
+    assert [document for _, document in read_documents(InputPart(source))] == [text] * 40
 
 
 @pytest.mark.parametrize(("size", "rows"), [(10, 16), (2**25, 8), (2**27, 2), (2**31, 1)])

@@ -196,7 +196,7 @@ def test_corrupt_shard_of_unfinished_preparation_is_written_again(tmp_path, monk
     monkeypatch.undo()
     flip_byte(tmp_path / "data" / SHARD, 1500)
     index = prepare(tmp_path / "data", request)
-    assert index.digest == complete.digest
+    assert index.record["digest"] == complete.record["digest"]
     assert (index.folder / SHARD).read_bytes() == (complete.folder / SHARD).read_bytes()
     assert find_corruption(index) is None
 

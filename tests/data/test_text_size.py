@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptforge.data.dataset import DatasetOptions, open_dataset
+from gptforge.data.prepare.request import TextOptions
 from gptforge.data.text_size import estimate_text_size
 from gptforge.errors import UserError
 from tests.data.prepare.small_datasets import prepare_files, some_text, write_jsonl
@@ -17,10 +18,10 @@ def test_plain_text_and_shards_are_exact(tmp_path) -> None:
     path = tmp_path / "t.txt"
     path.write_text(TEXT, encoding="utf-8")
     index = prepare_files(tmp_path / "out", path, tokenizer="byte", val_fraction=0.25)
-    estimated = estimate_text_size(path, val_fraction=0.25)
+    estimated = estimate_text_size(path, TextOptions(val_fraction=0.25))
     assert estimated.num_bytes == pytest.approx(index.total("train", "bytes"), rel=0.01)
     assert estimated.tokenizer_name == ""
-    prepared = estimate_text_size(tmp_path / "out", val_fraction=0.1)
+    prepared = estimate_text_size(tmp_path / "out", TextOptions(val_fraction=0.1))
     assert prepared.num_bytes == index.total("train", "bytes")
     assert prepared.tokenizer_name == "byte"
 
@@ -39,14 +40,14 @@ def test_other_forms_are_estimated(tmp_path, form) -> None:
         path = tmp_path / "t.txt.gz"
         path.write_bytes(gzip.compress(TEXT.encode()))
     dataset = open_dataset(path, DatasetOptions(tokenizer="byte", val_fraction=0.1))
-    estimated = estimate_text_size(path, val_fraction=0.1).num_bytes
+    estimated = estimate_text_size(path, TextOptions(val_fraction=0.1)).num_bytes
     assert len(dataset.train) / 4 < estimated < len(dataset.train) * 2
 
 
 def test_shards_of_other_programs_and_missing_files(tmp_path) -> None:
     (tmp_path / "train.bin").write_bytes(bytes(3000))
     (tmp_path / "val.bin").write_bytes(bytes(500))
-    size = estimate_text_size(tmp_path, val_fraction=0.1)
+    size = estimate_text_size(tmp_path, TextOptions(val_fraction=0.1))
     assert (size.num_bytes, size.tokenizer_name) == (6000, "gpt2")
     with pytest.raises(UserError, match="no such file"):
-        estimate_text_size(Path("nothing.txt"), val_fraction=0.1)
+        estimate_text_size(Path("nothing.txt"), TextOptions(val_fraction=0.1))

@@ -44,8 +44,9 @@ def test_gpus_with_their_peak_flops(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=None: "NVIDIA H100 80GB HBM3")
-    properties = types.SimpleNamespace(total_memory=85_000_000_000)
+    name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=None: name)
+    properties = types.SimpleNamespace(name=name, major=9, minor=0, total_memory=85_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties)
     assert [str(finding) for finding in machine._check_gpus()] == [
         f"GPU {i}: NVIDIA H100 80GB HBM3, 85 GB, capability 9.0, at most 989 TFLOP/s"

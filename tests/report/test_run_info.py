@@ -27,7 +27,7 @@ from tests.report.run_folders import write_run
 def test_state_of_a_run(tmp_path, reason, state) -> None:
     run = read_run(write_run(tmp_path / "run", {10: 3.0, 20: 2.0}, reason=reason))
     assert run.state == state
-    assert (run.steps, run.best["step"], run.best["val_loss"]) == (20, 20, 2.0)
+    assert (run.steps, run.history.best["step"], run.history.best["val_loss"]) == (20, 20, 2.0)
     assert run.seconds == (90.0 if reason else None)
 
 
@@ -51,7 +51,7 @@ def test_a_run_of_version_0_1(tmp_path) -> None:
     shutil.copytree(ROOT / "tests/golden/run-0.1", tmp_path / "run", symlinks=True)
     run = read_run(tmp_path / "run")
     assert run.state in ("complete", "time limit")
-    assert run.best is not None and run.seconds and run.facts["gptforge"] == "0.1.0"
+    assert run.history.best is not None and run.seconds and run.facts["gptforge"] == "0.1.0"
     assert run.tokenizer != run.config.tokenizer and run.has_same_text(run)
 
 
@@ -79,7 +79,7 @@ def test_damaged_logs_and_checkpoints_still_give_a_run(tmp_path) -> None:
     )
     (folder / "checkpoints/step-000010/state.json").write_text("{")
     run = read_run(folder)
-    assert (run.state, run.steps, run.best, run.seconds) == ("unfinished", 0, None, None)
+    assert (run.state, run.steps, run.history.best, run.seconds) == ("unfinished", 0, None, None)
     assert run.tokenizer == run.config.tokenizer
     (folder / "metrics.jsonl").unlink()
     assert read_run(folder).modified > 0

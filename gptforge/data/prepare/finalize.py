@@ -3,8 +3,7 @@
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,61 +31,33 @@ MAX_NOTICES = 20
 VAL_FRACTION_TOLERANCE = 2  # report a held-out fraction that is off by this factor
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """The results of all jobs, before they have an index."""
+def finalize(
+    out_dir: Path,
+    sources: Sequence[Source],
+    scan: ScanResult,
+    tokenizer: Tokenizer,
+    results: Sequence[JobResult],
+    *,
+    raw_bin: bool,
+) -> Index:
+    """Log a summary and write the index; with `raw_bin`, join the shards of each split first.
 
-    sources: Sequence[Source]
-    split_rule: SplitRule
-    tokenizer: Tokenizer
-    job_results: Sequence[JobResult]  # in the order of the data
-    scan: ScanResult
-
-    @property
-    def shards(self) -> list[dict[str, Any]]:
-        """Records of all shards, in the order of the data."""
-        return [shard for result in self.job_results for shard in result.shards]
-
-    @property
-    def skip_counts(self) -> Counter[str]:
-        """Number of skipped inputs by problem."""
-        return sum((Counter(result.skipped) for result in self.job_results), Counter[str]())
-
-    @property
-    def notices(self) -> list[str]:
-        """Notes for the user about the split and the text."""
-        notices = list(self.scan.notices)
-        if literals := sum(result.num_eot_literals for result in self.job_results):
-            times = pluralize(literals, "time", "times")
-            hint = (
-                f": `gptforge prepare` with --split_on '{END_OF_TEXT}' makes documents of the text "
-                "in between"
-            )
-            has_text = any(source.kind == "text" for source in self.sources)
-            notice = f"{END_OF_TEXT} stands in the text {times}, as plain characters"
-            notices.append(notice + hint * has_text)
-        return notices + sorted({n for result in self.job_results for n in result.notices})
-
-    @property
-    def input_splits(self) -> dict[str, list[SplitName]]:
-        """The splits of each file's text, by the file's fingerprint."""
-        by_source: dict[int, set[SplitName]] = {}
-        for result in self.job_results:
-            for index, splits in result.splits.items():
-                by_source.setdefault(index, set()).update(splits)
-        by_fingerprint: dict[str, set[SplitName]] = {}
-        for index, names in sorted(by_source.items())[:MAX_FINGERPRINTS]:
-            # A pipe cannot be read again.
-            if (path := self.sources[index].path).is_file():
-                by_fingerprint.setdefault(fingerprint(path), set()).update(names)
-        return {name: sorted(splits) for name, splits in by_fingerprint.items()}
-
-
-def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
-    """Log a summary and write the index; with `raw_bin`, join the shards of each split first."""
-    _log_summary(prepared)
-    shards, tokenizer = prepared.shards, prepared.tokenizer
+    `results` are in the order of the data.
+    """
+    shards = [shard for result in results for shard in result.shards]
     totals = {split: _totals(shards, split) for split in SPLITS}
+    notices = _notices(sources, scan, results)
+    skipped = sum((Counter(result.skipped) for result in results), Counter[str]())
+    examples = [example for result in results for example in result.examples]
+    notes = [*_describe_share(scan.split_rule, totals), *notices[:MAX_EXAMPLES]]
+    if (more := len(notices) - MAX_EXAMPLES) > 0:
+        notes.append(f"and {more} more like these")
+    if skipped:
+        counts = (f"{count} x {kind}" for kind, count in sorted(skipped.items()))
+        notes.append(f"skipped: {', '.join(counts)}")
+        notes += [f"skipped {example}" for example in examples[:MAX_EXAMPLES]]
+    for note in notes:
+        logger.info(f"note: {note}")
     if not totals["train"]["tokens"]:
         raise UserError("no text is left to train on")
     tokenizer_sha256 = json_sha256(tokenizer.to_json())
@@ -100,15 +71,15 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
         },
         "dtype": np.dtype(smallest_dtype(tokenizer.vocab_size)).name,
         "layout": "headerless" if raw_bin else "llm.c",
-        "split": prepared.split_rule.to_json(),
-        "digest": prepared.scan.sha256 or json_sha256([tokenizer_sha256, shard_hashes]),
+        "split": scan.split_rule.to_json(),
+        "digest": scan.sha256 or json_sha256([tokenizer_sha256, shard_hashes]),
         "splits": totals,
         "shards": _join_shards(out_dir, shards) if raw_bin else shards,
-        "sources": [{"path": s.name, "bytes": s.size} for s in prepared.sources[:MAX_SOURCES]],
-        "files": len(prepared.sources),
-        "inputs": prepared.input_splits,
-        "skipped": dict(sorted(prepared.skip_counts.items())),
-        "notices": prepared.notices[:MAX_NOTICES],
+        "sources": [{"path": s.name, "bytes": s.size} for s in sources[:MAX_SOURCES]],
+        "files": len(sources),
+        "inputs": _input_splits(sources, results),
+        "skipped": dict(sorted(skipped.items())),
+        "notices": notices[:MAX_NOTICES],
     }
     index = write_index(out_dir, record)
     if raw_bin:
@@ -117,27 +88,50 @@ def finalize(out_dir: Path, prepared: PreparedData, *, raw_bin: bool) -> Index:
     return index
 
 
-def _log_summary(prepared: PreparedData) -> None:
-    """Log repairs, skipped input, and a held-out fraction far from `val_fraction`."""
-    num_bytes = {split: _totals(prepared.shards, split)["bytes"] for split in SPLITS}
-    fraction = prepared.split_rule.fraction
+def _notices(
+    sources: Sequence[Source], scan: ScanResult, results: Sequence[JobResult]
+) -> list[str]:
+    """Notes for the user about the split and the text."""
+    notices = list(scan.notices)
+    if literals := sum(result.num_eot_literals for result in results):
+        times = pluralize(literals, "time", "times")
+        notice = f"{END_OF_TEXT} stands in the text {times}, as plain characters"
+        if any(source.kind == "text" for source in sources):
+            notice += (
+                f": `gptforge prepare` with --split_on '{END_OF_TEXT}' makes documents of the text "
+                "in between"
+            )
+        notices.append(notice)
+    return notices + sorted({notice for result in results for notice in result.notices})
+
+
+def _input_splits(
+    sources: Sequence[Source], results: Sequence[JobResult]
+) -> dict[str, list[SplitName]]:
+    """The splits of each file's text, by the file's fingerprint."""
+    by_source: dict[int, set[SplitName]] = {}
+    for result in results:
+        for index, splits in result.splits.items():
+            by_source.setdefault(index, set()).update(splits)
+    by_fingerprint: dict[str, set[SplitName]] = {}
+    for index, names in sorted(by_source.items())[:MAX_FINGERPRINTS]:
+        # A pipe cannot be read again.
+        if (path := sources[index].path).is_file():
+            by_fingerprint.setdefault(fingerprint(path), set()).update(names)
+    return {name: sorted(splits) for name, splits in by_fingerprint.items()}
+
+
+def _describe_share(rule: SplitRule, totals: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A note if the share that is held out is far from the fraction."""
+    num_bytes = {split: total["bytes"] for split, total in totals.items()}
     share = num_bytes["val"] / max(1, sum(num_bytes.values()))
-    is_near = fraction / VAL_FRACTION_TOLERANCE <= share <= fraction * VAL_FRACTION_TOLERANCE
-    notes = []
-    if prepared.split_rule.rule != "files" and fraction and not is_near:
-        notes.append(
-            f"{100 * share:.3g}% of the text are held out, not {100 * fraction:.3g}%: "
-            "documents and files are not divided, and there are few of them"
-        )
-    notes += prepared.notices[:MAX_EXAMPLES]
-    if (more := len(prepared.notices) - MAX_EXAMPLES) > 0:
-        notes.append(f"and {more} more like these")
-    if counts := prepared.skip_counts:
-        notes.append("skipped: " + ", ".join(f"{n} x {kind}" for kind, n in sorted(counts.items())))
-        examples = [example for result in prepared.job_results for example in result.examples]
-        notes += [f"skipped {example}" for example in examples[:MAX_EXAMPLES]]
-    for note in notes:
-        logger.info(f"note: {note}")
+    low, high = rule.fraction / VAL_FRACTION_TOLERANCE, rule.fraction * VAL_FRACTION_TOLERANCE
+    if rule.rule == "files" or low <= share <= high:
+        return []
+    return [
+        f"{100 * share:.3g}% of the text are held out, not {100 * rule.fraction:.3g}%: "
+        "documents and files are not divided, and there are few of them"
+    ]
 
 
 def _totals(shards: Sequence[dict[str, Any]], split: str) -> dict[str, int]:

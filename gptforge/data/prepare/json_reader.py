@@ -1,23 +1,23 @@
 """Texts in JSON lines and arrays: a field of each object, or the joined messages of a chat."""
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from gptforge.data.input_errors import BadInput, BadInputHandler
+from gptforge.data.input_errors import BadInput
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.text_io import (
     BOM,
     MAX_LINE_LENGTH,
     REPLACED_NOTICE,
     InputPart,
+    TextFormat,
     describe_decode_error,
     parse_encoding,
-    read_blocks,
-    read_chunks,
     split_lines,
 )
 from gptforge.errors import error_reason
@@ -48,8 +48,8 @@ def read_json_lines(part: InputPart) -> Iterator[str]:
             yield text_from_record(_parse_line(line, part), part)
         except BadInput as bad:
             # Line numbers are counted only for errors, by reading the file again.
-            before = read_blocks(source, 0, line_start)
-            number = 1 + sum(block.count(b"\n") for block, _ in before)
+            before = InputPart(source, stop=line_start).read_blocks()
+            number = 1 + sum(block.count(b"\n") for block in before)
             part.bad_input.handle(_with_fitting_hint(bad, part), f"{source.name}, line {number}")
 
 
@@ -64,7 +64,7 @@ def _parse_line(line: bytes, part: InputPart) -> Any:
             part.note(REPLACED_NOTICE)
         return json.loads(text)
     except UnicodeError as error:
-        problem, hint = describe_decode_error(encoding, error, line, 0, part.source)
+        problem, hint = describe_decode_error(part, error, line, 0)
         raise BadInput(problem, hint="save it as UTF-8" if b"\0" in line else hint) from None
     except Exception as error:
         raise BadInput("not JSON", hint=_json_hint(part.source, error)) from None
@@ -72,7 +72,7 @@ def _parse_line(line: bytes, part: InputPart) -> Any:
 
 def _json_hint(source: Source, error: Exception) -> str:
     # Bytes, not text: `read_json_lines` reports UTF-16 before.
-    first = next((block for block, _ in read_blocks(source)), b"").lstrip()
+    first = next(InputPart(source).read_blocks(), b"").lstrip()
     if source.path.suffix == ".json" and first.startswith(b"{") and b"\n" in first:
         return (
             "one object a line is read, or one array of objects; of a single object over many "
@@ -81,14 +81,12 @@ def _json_hint(source: Source, error: Exception) -> str:
     return f"fix it, one object a line ({error_reason(error)})"
 
 
-def is_json_array(source: Source, encoding: str) -> bool:
+def is_json_array(source: Source, text_format: TextFormat) -> bool:
     """Whether the first character of a file is the bracket that opens an array."""
-    try:
-        for chunk in read_chunks(source, encoding=encoding):
+    with contextlib.suppress(BadInput):  # reported when the file is read
+        for chunk in InputPart(source, text_format).read_chunks():
             if text := chunk.text.lstrip(JSON_WHITESPACE):
                 return text.startswith("[")
-    except BadInput:
-        pass  # reported when the file is read
     return False
 
 
@@ -111,17 +109,15 @@ def _with_fitting_hint(bad: BadInput, part: InputPart) -> BadInput:
 
 def _has_field_elsewhere(part: InputPart) -> bool:
     """Whether any of the first objects of the file has text in the field."""
-    file = InputPart(part.source, part.text_format, BadInputHandler(skip=True))
-    is_array = is_json_array(part.source, part.text_format.encoding)
+    file = InputPart(part.source, part.text_format)
+    is_array = is_json_array(part.source, part.text_format)
     records = _array_elements(file) if is_array else _line_records(file)
-    try:
+    with contextlib.suppress(BadInput):  # reported when it is read
         for record in islice(records, PEEK_RECORDS):
             if isinstance(record, dict):
                 field = find_field(record, part.text_format.field)
                 if is_text(record.get(field)):
                     return True
-    except BadInput:
-        pass  # reported when it is read
     return False
 
 

@@ -17,7 +17,7 @@ from gptforge.data.prepare.readers import FileSpan, has_many_documents
 from gptforge.data.prepare.scan import ScanResult
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.table_reader import open_parquet
-from gptforge.data.prepare.text_io import TextFormat, TextStats, read_chunks, scan_text
+from gptforge.data.prepare.text_io import InputPart, TextFormat, TextStats, text_stats
 
 # GPT-2's pre-tokenization pattern always splits here: before the last of several blanks.
 SAFE_CUT_BYTES = re.compile(rb"(?<!\r)[ \n](?=[^\s])")
@@ -59,7 +59,7 @@ def _spans(
             if is_seekable:
                 return _split_text(file, scan, job_bytes)
         elif source.kind == "jsonl" and is_seekable and not needs_index:
-            if not is_json_array(source, text_format.encoding):
+            if not is_json_array(source, text_format):
                 return _cut(file, 0, source.size, job_bytes, _next_line)
         elif source.kind == "parquet" and not needs_index:
             return _split_row_groups(file, text_format, job_bytes)
@@ -70,7 +70,7 @@ def _spans(
 
 def _split_text(file: FileSpan, scan: ScanResult, job_bytes: int) -> list[FileSpan]:
     source, rule = file.source, scan.split_rule
-    stats = scan.text_stats.get(file.source_index) or scan_text(source, "utf-8")
+    stats = scan.text_stats.get(file.source_index) or text_stats(InputPart(source).read_chunks())
     if stats.is_blank:
         return []
     parts = [(0, source.size, rule.assign((file.source_index, 0), stats.digest))]
@@ -116,7 +116,7 @@ def byte_offset(source: Source, stats: TextStats, char_index: int) -> int:
     """Return the byte of a UTF-8 file where a character of its text starts."""
     chars_before = [num_chars for _, num_chars in stats.offsets]
     start, num_chars = stats.offsets[bisect_right(chars_before, char_index) - 1]
-    for chunk in read_chunks(source, start=start):
+    for chunk in InputPart(source, start=start).read_chunks():
         if char_index <= num_chars + len(chunk.text):
             break
         num_chars += len(chunk.text)

@@ -14,7 +14,7 @@ import numpy as np
 
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError, BadInputHandler
-from gptforge.data.prepare.finalize import PreparedData, finalize
+from gptforge.data.prepare.finalize import finalize
 from gptforge.data.prepare.job import JobSettings
 from gptforge.data.prepare.partition import partition
 from gptforge.data.prepare.readers import FileSpan, read_split
@@ -60,12 +60,9 @@ def prepare(
     """Write token shards, or resume; the same request on a finished folder does nothing.
 
     Args:
-        out_dir: folder of the shards.
-        request: what to prepare.
         num_workers: processes; 0 is one per CPU, if there is enough data for them.
         restart: move the old content of the folder away.
         wait: for another process that prepares the same folder.
-        progress: shows the bytes that are done.
 
     Raises:
         UserError: for anything that the user can fix, or if the folder holds something else.
@@ -159,8 +156,8 @@ def _encode(
         jobs = partition(sources, scanned, text_format, job_bytes=max(1, request.shard_bytes))
         settings = JobSettings(out_dir, path, rule, text_format, request.skip_bad)
         results = run_jobs(jobs, settings, out_dir / PROGRESS_DIR, num_workers, progress)
-    prepared = PreparedData(sources, rule, tokenizer, results, scanned)
-    index = finalize(out_dir, prepared, raw_bin=request.raw_bin)
+    scanned = replace(scanned, split_rule=rule)
+    index = finalize(out_dir, sources, scanned, tokenizer, results, raw_bin=request.raw_bin)
     mark_verified(index)
     return index
 

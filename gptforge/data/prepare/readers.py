@@ -19,7 +19,6 @@ from gptforge.data.prepare.text_io import (
     Chunk,
     InputPart,
     TextFormat,
-    describe_fixes,
     text_stats,
 )
 from gptforge.errors import UserError
@@ -29,40 +28,21 @@ SMALL_FILE_BYTES = 2**23  # text files up to this size are kept in memory instea
 MAX_UNBROKEN_CHARS = 2**26  # a longer run without whitespace is not text
 
 
-@dataclass(frozen=True)
-class Document:
-    """One of several documents in a file."""
-
-    text: str
-    index: int  # in the file, or in the part of it that is read
-    bytes_read: int  # of the file, so far
-
-
 def has_many_documents(source: Source, text_format: TextFormat) -> bool:
     """Whether a file contains several documents, and is not a single one."""
     return source.kind != "text" or bool(text_format.split_on)
 
 
-def read_documents(
-    source: Source,
-    text_format: TextFormat,
-    bad_input: BadInputHandler,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-) -> Iterator[Document]:
-    """The documents of a file, without empty ones.
-
-    `start` and `stop` are bytes of a text or of JSON lines, and row groups of Parquet.
-    """
-    part = InputPart(source, text_format, bad_input, start, stop)
+def read_documents(part: InputPart) -> Iterator[tuple[int, str]]:
+    """The index of each document in the part, and its text, without empty ones."""
+    source, bad_input = part.source, part.bad_input
     if source.kind == "csv":
         texts = read_csv(part)
     elif source.kind == "text":
         texts = _read_delimited(part)
     elif source.kind == "parquet":
         texts = read_parquet(part)
-    elif start == 0 and is_json_array(source, text_format.encoding):
+    elif part.start == 0 and is_json_array(source, part.text_format):
         texts = read_json_array(part)
     else:
         texts = read_json_lines(part)
@@ -74,7 +54,7 @@ def read_documents(
                 bad_input.handle(BadInput("NUL character", location, "remove it from the text"))
                 continue
             if text.strip():
-                yield Document(clean_text(text, part), index, part.bytes_read)
+                yield index, clean_text(text, part)
             index += 1
     except BadInput as bad:
         # The rest of the file cannot be read.
@@ -99,8 +79,7 @@ def clean_text(text: str, part: InputPart) -> str:
 def _read_delimited(part: InputPart) -> Iterator[str]:
     separator, rest = part.text_format.split_on, ""
     for chunk in part.read_chunks():
-        for fix in describe_fixes(chunk):
-            part.note(fix)
+        part.note_fixes(chunk)
         # `rest` was searched before, so a new separator ends in the new chunk.
         search_from = max(0, len(rest) - len(separator) + 1)
         rest += chunk.text
@@ -133,6 +112,7 @@ class SplitText:
 
     text: str
     split: SplitName
+    document: int  # its index in the file, or in the span
     starts_document: bool
     bytes_read: int  # of the span, so far
 
@@ -152,18 +132,15 @@ def read_split(
 
 
 def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
-    for document in read_documents(
-        part.source, part.text_format, part.bad_input, start=part.start, stop=part.stop
-    ):
-        text = document.text
+    for index, text in read_documents(part):
         if rule.rule == "character":
-            yield SplitText(text[: rule.cut], "train", True, document.bytes_read)
-            yield SplitText(text[rule.cut :], "val", True, document.bytes_read)
+            yield SplitText(text[: rule.cut], "train", index, True, part.bytes_read)
+            yield SplitText(text[rule.cut :], "val", index, True, part.bytes_read)
         else:
             # Hashing every document costs time.
             digest = text_digest(text) if rule.needs_digest else 0
-            split = rule.assign((span.source_index, document.index), digest)
-            yield SplitText(text, split, True, document.bytes_read)
+            split = rule.assign((span.source_index, index), digest)
+            yield SplitText(text, split, index, True, part.bytes_read)
 
 
 def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[SplitText]:
@@ -177,27 +154,26 @@ def _split_text(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterator[Sp
             return
         split = rule.assign((span.source_index, 0), stats.digest)
         cut = rule.cut if rule.rule == "character" else None
-    pending, num_chars, bytes_read, starts_document = "", 0, 0, span.starts_document
+    pending, num_chars, starts_document = "", 0, span.starts_document
     for chunk in chunks:
-        for fix in describe_fixes(chunk):
-            part.note(fix)
-        text, bytes_read = chunk.text, chunk.bytes_read
+        part.note_fixes(chunk)
+        text = chunk.text
         if cut is not None and cut - num_chars < len(text):
             train, text = text[: cut - num_chars], text[cut - num_chars :]
-            yield SplitText(pending + train, split, starts_document, bytes_read)
+            yield SplitText(pending + train, split, 0, starts_document, part.bytes_read)
             pending, split, starts_document, cut = "", "val", True, None
         num_chars += len(chunk.text)
         # A space at the old end may become a safe cut by the character after it.
         search_start = max(1, len(pending) - 1)
         pending += text
         if (position := last_safe_cut(pending, search_start)) is not None:
-            yield SplitText(pending[:position], split, starts_document, bytes_read)
+            yield SplitText(pending[:position], split, 0, starts_document, part.bytes_read)
             pending, starts_document = pending[position:], False
         elif len(pending) > MAX_UNBROKEN_CHARS:
             problem = f"{MAX_UNBROKEN_CHARS:,} characters without a space"
             raise UserError(f"{source.name}: {problem}: this is not text; leave it out")
     if pending:
-        yield SplitText(pending, split, starts_document, bytes_read)
+        yield SplitText(pending, split, 0, starts_document, part.bytes_read)
 
 
 def last_safe_cut(text: str, start: int = 1) -> int | None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +51,11 @@ class TextOptions:
     split_by_name: bool = True  # hold out files named validation, ignore those named test
     needs_val: bool = False  # hold out such files even if val_fraction is 0
     raw_bin: bool = False  # shards without a header, one for each split, as nanoGPT writes them
+
+    def request(self, path: Path) -> "PrepareRequest":
+        """The request that prepares a file, folder or pattern with these options."""
+        options = {option.name: getattr(self, option.name) for option in fields(TextOptions)}
+        return PrepareRequest((path.as_posix(),), **options)
 
 
 @dataclass(frozen=True)

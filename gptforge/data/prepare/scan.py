@@ -17,9 +17,10 @@ from gptforge.data.prepare.split import (
     SplitRule,
     make_split_rule,
 )
-from gptforge.data.prepare.text_io import TextFormat, TextStats, read_chunks, scan_text
+from gptforge.data.prepare.text_io import InputPart, TextFormat, TextStats, text_stats
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
+from gptforge.tokenizers.base import code_points
 
 
 @dataclass
@@ -35,36 +36,36 @@ class ScanResult:
 def scan(request: PrepareRequest, selection: FileSelection) -> ScanResult:
     """Read as many documents as the split rule needs, and build the rule."""
     bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
-    text_stats: dict[int, TextStats] = {}
-    found = _scan_documents(selection.sources, request.text_format, bad_input, text_stats)
-    documents = list(islice(found, MIN_HASH_DOCUMENTS))
+    stats: dict[int, TextStats] = {}
+    scanned = _scan_documents(selection.sources, request.text_format, bad_input, stats)
+    documents = list(islice(scanned, MIN_HASH_DOCUMENTS))
     if not documents:
         raise UserError(no_text_message([s.name for s in selection.sources], bad_input))
     fraction, val_sources = request.val_fraction, selection.val_sources
     if val_sources:
         _require_text_in_both_splits(request, selection)
-        return ScanResult(SplitRule("files", fraction, val_sources=val_sources), "", text_stats)
+        return ScanResult(SplitRule("files", fraction, val_sources=val_sources), "", stats)
     rule = make_split_rule(documents, fraction, split_duplicates=not request.split_by_name)
     sha256 = documents[0].sha256 if len(documents) == 1 else ""
-    return ScanResult(rule, sha256, text_stats, _describe_duplicates(documents, rule))
+    return ScanResult(rule, sha256, stats, _describe_duplicates(documents, rule))
 
 
 def _scan_documents(
     sources: Sequence[Source],
     text_format: TextFormat,
     bad_input: BadInputHandler,
-    text_stats: dict[int, TextStats],
+    found: dict[int, TextStats],
 ) -> Iterator[DocumentStats]:
-    """The statistics of each document that is not blank; those of texts go to `text_stats`, too."""
+    """The statistics of each document that is not blank; those of text files go to `found`, too."""
     for index, source in enumerate(sources):
+        part = InputPart(source, text_format, bad_input)
         if has_many_documents(source, text_format):
-            for document in read_documents(source, text_format, bad_input):
-                document_id, text = (index, document.index), document.text
+            for number, text in read_documents(part):
                 sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
-                yield DocumentStats(document_id, len(text), int(sha256[:16], 16), sha256)
+                yield DocumentStats((index, number), len(text), int(sha256[:16], 16), sha256)
             continue
         try:
-            stats = text_stats[index] = scan_text(source, text_format.encoding)
+            stats = found[index] = text_stats(part.read_chunks())
         except BadInput as bad:
             bad_input.handle(bad)
             continue
@@ -118,18 +119,17 @@ def collect_alphabet(sources: Sequence[Source], text_format: TextFormat, *, skip
     seen = np.zeros(0x110000, bool)
     for source in sources:
         for text in iter_text(source, text_format, BadInputHandler(skip_bad)):
-            seen[np.frombuffer(text.encode("utf-32-le"), np.uint32)] = True
+            seen[code_points(text)] = True
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
 def iter_text(source: Source, text_format: TextFormat, bad_input: BadInputHandler) -> Iterator[str]:
     """Yield all text of a file: one document at a time, or chunks of a text."""
+    part = InputPart(source, text_format, bad_input)
     try:
         if has_many_documents(source, text_format):
-            for document in read_documents(source, text_format, bad_input):
-                yield document.text
+            yield from (text for _, text in read_documents(part))
         else:
-            for chunk in read_chunks(source, encoding=text_format.encoding):
-                yield chunk.text
+            yield from (chunk.text for chunk in part.read_chunks())
     except BadInput as bad:
         bad_input.handle(bad)

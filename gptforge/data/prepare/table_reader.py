@@ -31,26 +31,12 @@ def read_csv(part: InputPart) -> Iterator[str]:
     , ; tab and | is most frequent in its first line. Quoting follows RFC 4180.
     """
     csv.field_size_limit(MAX_LINE_LENGTH)  # an unclosed quote must not read the rest of the file
-    source, field, line_number = part.source, part.text_format.field, 0
-
-    def read_lines() -> Iterator[str]:
-        nonlocal line_number
-        for line in split_lines((chunk.text for chunk in part.read_chunks()), "\n"):
-            line_number += 1
-            if len(line) > MAX_LINE_LENGTH:
-                problem = f"a line longer than {MAX_LINE_LENGTH // 2**20} MB"
-                raise BadInput(problem, location(), KIND_TEXT_HINT.removeprefix("or "))
-            yield line
-
-    def location() -> str:
-        return f"{source.name}, line {line_number}"
-
-    lines = read_lines()
+    source, field, lines = part.source, part.text_format.field, _read_lines(part)
+    first = next(lines, "")
+    is_tsv = ".tsv" in [suffix.lower() for suffix in source.path.suffixes[-2:]]
+    delimiter = "\t" if is_tsv else max(DELIMITERS, key=first.count)
+    rows = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
     try:
-        first = next(lines, "")
-        is_tsv = ".tsv" in [suffix.lower() for suffix in source.path.suffixes[-2:]]
-        delimiter = "\t" if is_tsv else max(DELIMITERS, key=first.count)
-        rows = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
         header = next(rows, [])
         if not header:
             return
@@ -66,10 +52,22 @@ def read_csv(part: InputPart) -> Iterator[str]:
             elif row:
                 problem = f"{len(row)} fields, and the first line names {len(header)}"
                 hint = f"put fields that contain a delimiter in quotes, {KIND_TEXT_HINT}"
-                part.bad_input.handle(BadInput(problem, location(), hint))
+                location = f"{source.name}, line {rows.line_num}"
+                part.bad_input.handle(BadInput(problem, location, hint))
     except csv.Error as error:
         hint = f"correct the quotes, {KIND_TEXT_HINT}"
-        raise BadInput(f"not CSV: {error}", location(), hint) from None
+        location = f"{source.name}, line {rows.line_num}"
+        raise BadInput(f"not CSV: {error}", location, hint) from None
+
+
+def _read_lines(part: InputPart) -> Iterator[str]:
+    texts = (chunk.text for chunk in part.read_chunks())
+    for number, line in enumerate(split_lines(texts, "\n"), 1):
+        if len(line) > MAX_LINE_LENGTH:
+            problem = f"a line longer than {MAX_LINE_LENGTH // 2**20} MB"
+            location = f"{part.source.name}, line {number}"
+            raise BadInput(problem, location, KIND_TEXT_HINT.removeprefix("or "))
+        yield line
 
 
 def _is_text(cell: str) -> bool:

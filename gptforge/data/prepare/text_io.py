@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import IO, Any, AnyStr
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
@@ -55,37 +56,6 @@ class TextFormat:
             raise UserError(f"--encoding {self.encoding}: there is no such encoding") from None
 
 
-@dataclass
-class InputPart:
-    """A file, or a part of one, of which the documents are read."""
-
-    source: Source
-    text_format: TextFormat
-    bad_input: BadInputHandler
-    start: int = 0  # byte of a text or of JSON lines, row group of Parquet
-    stop: int | None = None  # one past the last
-    bytes_read: int = 0  # of the file, since `start`
-
-    def note(self, notice: str) -> None:
-        """Tell the user, once, what was repaired in this file."""
-        self.bad_input.notices.add(f"{self.source.name}: {notice}")
-
-    def read_blocks(self) -> Iterator[bytes]:
-        """The decompressed bytes; see `read_blocks`."""
-        for block, bytes_read in read_blocks(self.source, self.start, self.stop):
-            self.bytes_read = bytes_read
-            yield block
-
-    def read_chunks(self) -> "Iterator[Chunk]":
-        """The text in chunks; see `read_chunks`."""
-        encoding, start, stop = self.text_format.encoding, self.start, self.stop
-        for chunk in read_chunks(self.source, encoding=encoding, start=start, stop=stop):
-            self.bytes_read = chunk.bytes_read
-            if chunk.has_replacements:
-                self.note(REPLACED_NOTICE)
-            yield chunk
-
-
 @dataclass(frozen=True)
 class Chunk:
     """Part of a file's text."""
@@ -93,46 +63,82 @@ class Chunk:
     offset: int  # first byte in the decompressed file
     raw: str  # as decoded; it never ends between CR and LF
     text: str  # `raw` with CRLF turned into LF, and without a byte order mark
-    bytes_read: int  # bytes of the file on disk that were read so far
-    has_replacements: bool = False  # undecodable bytes became U+FFFD
 
 
 @dataclass
-class TextStats:
-    """Statistics of a text file after normalization."""
+class InputPart:
+    """A file, or a part of one, to read."""
 
-    num_chars: int = 0
-    sha256: str = ""
-    is_blank: bool = True
-    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
+    source: Source
+    text_format: TextFormat = field(default_factory=TextFormat)
+    bad_input: BadInputHandler = field(default_factory=BadInputHandler)
+    start: int = 0  # byte of a text or of JSON lines, row group of Parquet
+    stop: int | None = None  # one past the last
+    bytes_read: int = 0  # of the file on disk, since `start`
 
-    @property
-    def digest(self) -> int:
-        """The digest of the text as a document."""
-        return int(self.sha256[:16], 16)
+    def note(self, notice: str) -> None:
+        """Tell the user, once, what was repaired in this file."""
+        self.bad_input.notices.add(f"{self.source.name}: {notice}")
 
+    def note_fixes(self, chunk: Chunk) -> None:
+        """Note what was normalized in a chunk, and carriage returns, which are not."""
+        if chunk.offset == 0 and chunk.raw.startswith(BOM):
+            self.note("dropped the byte order mark")
+        if "\r\n" in chunk.raw:
+            self.note(CRLF_NOTICE)
+        if "\r" in chunk.text:
+            self.note(CR_NOTICE)
 
-def read_blocks(
-    source: Source, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[bytes, int]]:
-    """Decompressed bytes from `start` to `stop`; each block with the file's bytes read so far."""
-    damage: list[type[Exception]] = [EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error]
-    if source.compression == "zst":
-        damage.append(_zstd_module(source).ZstdError)
-    try:
-        with source.path.open("rb") as disk:
-            position, end = start, sys.maxsize if stop is None else stop
-            for block in _decompressed_blocks(source, disk, start):
-                if part := block[: end - position]:
-                    position += len(part)
-                    yield part, disk.tell() - start if source.compression else position - start
-                if position == end:
-                    return
-    except tuple(damage) as error:
-        problem = f"damaged .{source.compression} ({error})"
-        raise BadInput(problem, source.name, "download it again") from error
-    except FileNotFoundError:
-        raise UserError(f"{source.name}: the file no longer exists") from None
+    def read_blocks(self) -> Iterator[bytes]:
+        """The decompressed bytes from `start` to `stop`."""
+        source, start = self.source, self.start
+        damage: list[type[Exception]] = [EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error]
+        if source.compression == "zst":
+            damage.append(_zstd_module(source).ZstdError)
+        try:
+            with source.path.open("rb") as disk:
+                position, end = start, sys.maxsize if self.stop is None else self.stop
+                for block in _decompressed_blocks(source, disk, start):
+                    if part := block[: end - position]:
+                        position += len(part)
+                        self.bytes_read = (disk.tell() if source.compression else position) - start
+                        yield part
+                    if position == end:
+                        return
+        except tuple(damage) as error:
+            problem = f"damaged .{source.compression} ({error})"
+            raise BadInput(problem, source.name, "download it again") from error
+        except FileNotFoundError:
+            raise UserError(f"{source.name}: the file no longer exists") from None
+
+    def read_chunks(self) -> Iterator[Chunk]:
+        """The text from `start` to `stop` in chunks."""
+        codec, errors = parse_encoding(self.text_format.encoding)
+        decoder = codecs.getincrementaldecoder(codec)(errors)
+        read, undecoded, kept = self.start, 0, ""
+        # An empty block at the end finalizes the decoder.
+        for block in chain(self.read_blocks(), [b""]):
+            offset = read - undecoded - len(kept)
+            try:
+                raw = kept + decoder.decode(block, final=not block)
+            except UnicodeError as error:
+                problem, hint = describe_decode_error(self, error, block, read - undecoded)
+                raise BadInput(problem, self.source.name, hint) from None
+            read += len(block)
+            undecoded = len(decoder.getstate()[0])
+            # Keep back a CR, since an LF may follow.
+            kept = "\r" if raw.endswith("\r") and block else ""
+            raw = raw[: len(raw) - len(kept)]
+            if "\0" in raw:
+                position = read - len(block) + max(0, block.find(b"\0"))
+                problem = f"NUL byte at offset {position}: this is a binary file or UTF-16"
+                hint = "save it as text, or, if it is UTF-16, give --encoding utf-16"
+                raise BadInput(problem, self.source.name, hint)
+            if errors == "replace" and "\ufffd" in raw:
+                self.note(REPLACED_NOTICE)
+            if raw:
+                text = (raw.removeprefix(BOM) if offset == 0 else raw).replace("\r\n", "\n")
+                yield Chunk(offset, raw, text)
 
 
 def _decompressed_blocks(source: Source, disk: IO[bytes], start: int) -> Iterator[bytes]:
@@ -176,43 +182,19 @@ def _zstd_module(source: Source) -> Any:
         raise UserError(f"{source.name}: .zst needs the package zstandard: {hint}") from None
 
 
-def read_chunks(
-    source: Source, *, encoding: str = "utf-8", start: int = 0, stop: int | None = None
-) -> Iterator[Chunk]:
-    """The text of a file, or of its decompressed bytes from `start` to `stop`, in chunks."""
-    codec, errors = parse_encoding(encoding)
-    decoder = codecs.getincrementaldecoder(codec)(errors)
-    read, undecoded, kept = start, 0, ""
-    blocks, block, bytes_read = read_blocks(source, start, stop), b" ", 0
-    while block:
-        # An empty block at the end finalizes the decoder.
-        block, bytes_read = next(blocks, (b"", bytes_read))
-        offset = read - undecoded - len(kept)
-        try:
-            raw = kept + decoder.decode(block, final=not block)
-        except UnicodeError as error:
-            before = read - undecoded
-            problem, hint = describe_decode_error(encoding, error, block, before, source)
-            raise BadInput(problem, source.name, hint) from None
-        read += len(block)
-        undecoded = len(decoder.getstate()[0])
-        # Keep back a CR, since an LF may follow.
-        kept = "\r" if raw.endswith("\r") and block else ""
-        raw = raw[: len(raw) - len(kept)]
-        if "\0" in raw:
-            position = read - len(block) + max(0, block.find(b"\0"))
-            problem = f"NUL byte at offset {position}: this is a binary file or UTF-16"
-            hint = "save it as text, or, if it is UTF-16, give --encoding utf-16"
-            raise BadInput(problem, source.name, hint)
-        if raw:
-            text = (raw.removeprefix(BOM) if offset == 0 else raw).replace("\r\n", "\n")
-            has_replacements = errors == "replace" and "\ufffd" in raw
-            yield Chunk(offset, raw, text, bytes_read, has_replacements)
+@dataclass
+class TextStats:
+    """Statistics of a text file after normalization."""
 
+    num_chars: int = 0
+    sha256: str = ""
+    is_blank: bool = True
+    offsets: list[tuple[int, int]] = field(default_factory=list)  # byte of a chunk, chars before it
 
-def scan_text(source: Source, encoding: str) -> TextStats:
-    """Read a text file in constant memory; a BadInput if it is not text."""
-    return text_stats(read_chunks(source, encoding=encoding))
+    @property
+    def digest(self) -> int:
+        """The digest of the text as a document."""
+        return int(self.sha256[:16], 16)
 
 
 def text_stats(chunks: Iterable[Chunk]) -> TextStats:
@@ -248,24 +230,11 @@ def split_lines(parts: Iterable[AnyStr], newline: AnyStr) -> Iterator[AnyStr]:
         yield newline[:0].join(kept)
 
 
-def describe_fixes(chunk: Chunk) -> set[str]:
-    """Describe what was normalized in a chunk, and carriage returns, which are not."""
-    fixes = set()
-    if chunk.offset == 0 and chunk.raw.startswith(BOM):
-        fixes.add("dropped the byte order mark")
-    if "\r\n" in chunk.raw:
-        fixes.add(CRLF_NOTICE)
-    if "\r" in chunk.text:
-        fixes.add(CR_NOTICE)
-    if chunk.has_replacements:
-        fixes.add(REPLACED_NOTICE)
-    return fixes
-
-
 def describe_decode_error(
-    encoding: str, error: UnicodeError, data: bytes, before: int, source: Source
+    part: InputPart, error: UnicodeError, data: bytes, before: int
 ) -> tuple[str, str]:
-    """Problem and hint for `data`, after `before` bytes of the file, that is not in an encoding."""
+    """Problem and hint for `data`, after `before` bytes of a file, that is not in its encoding."""
+    encoding = part.text_format.encoding
     problem = f"not {encoding}: {error}"
     if isinstance(error, UnicodeDecodeError):
         byte, offset = error.object[error.start], before + error.start
@@ -275,7 +244,7 @@ def describe_decode_error(
         problem += ", and NUL bytes as well: this is a binary file or UTF-16"
         return problem, "give its text, or try --encoding utf-16"
     if name == "utf-8":
-        return problem, _not_utf8_hint(source)
+        return problem, _not_utf8_hint(part.source)
     other = "give --encoding utf-16-le or utf-16-be" if name == "utf-16" else "give the right one"
     return problem, f"leave --encoding out if it is UTF-8, or {other}"
 
@@ -285,7 +254,7 @@ def _not_utf8_hint(source: Source) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     invalid = valid = searched = 0
     has_c1 = False  # C1 control codes, printable only in cp1252
-    for block, _ in read_blocks(source):
+    for block in InputPart(source).read_blocks():
         text = decoder.decode(block)
         replaced = text.count("\ufffd")
         invalid += replaced

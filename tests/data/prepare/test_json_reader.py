@@ -14,7 +14,7 @@ from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.text_io import InputPart, TextFormat
 from gptforge.data.shard_index import Index
 from gptforge.data.token_dataset import ShardDataset
 
@@ -25,7 +25,8 @@ JOINED = "user: Hi\n\nassistant: Hello.\nYes?"
 def read_texts(path: Path, bad_input: BadInputHandler | None = None, **options) -> list[str]:
     (source,) = find_sources([str(path)])
     bad_input = bad_input or BadInputHandler(skip=False)
-    return [d.text for d in read_documents(source, TextFormat(**options), bad_input)]
+    part = InputPart(source, TextFormat(**options), bad_input)
+    return [text for _, text in read_documents(part)]
 
 
 def run_prepare(out: Path, path: Path, **options) -> Index:

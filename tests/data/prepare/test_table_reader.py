@@ -12,13 +12,13 @@ from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare import text_io
 from gptforge.data.prepare.readers import read_documents
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.prepare.text_io import InputPart, TextFormat
 
 
 def read_texts(path: Path, *, skip: bool = False, **options) -> list[str]:
     (source,) = find_sources([str(path)])
-    documents = read_documents(source, TextFormat(**options), BadInputHandler(skip))
-    return [document.text for document in documents]
+    part = InputPart(source, TextFormat(**options), BadInputHandler(skip))
+    return [text for _, text in read_documents(part)]
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")])

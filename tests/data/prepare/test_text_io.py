@@ -2,18 +2,11 @@
 
 import pytest
 
-from gptforge.data.input_errors import BadInputHandler
 from gptforge.data.prepare import text_io
 from gptforge.data.prepare.partition import byte_offset
 from gptforge.data.prepare.readers import last_safe_cut, read_documents
 from gptforge.data.prepare.sources import find_sources
-from gptforge.data.prepare.text_io import (
-    BOM,
-    TextFormat,
-    read_blocks,
-    scan_text,
-    split_lines,
-)
+from gptforge.data.prepare.text_io import BOM, InputPart, TextFormat, split_lines, text_stats
 from gptforge.tokenizers.base import END_OF_TEXT as EOT
 
 
@@ -23,9 +16,9 @@ def test_separator_across_blocks(tmp_path, monkeypatch, block) -> None:
     text = f"naïve{EOT}<|endof<{EOT}|>\n{EOT}{EOT}日本 {EOT[:-1]}\nend{EOT}last<|"
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     (source,) = find_sources([str(tmp_path / "t.txt")])
-    documents = read_documents(source, TextFormat(split_on=EOT), BadInputHandler(skip=False))
+    documents = read_documents(InputPart(source, TextFormat(split_on=EOT)))
     expected = [part.strip("\n") for part in text.split(EOT)]
-    assert [document.text for document in documents] == [part for part in expected if part]
+    assert [text for _, text in documents] == [part for part in expected if part]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -36,7 +29,7 @@ def test_byte_offset_of_every_character(tmp_path, monkeypatch, newline) -> None:
     raw = (BOM + text.replace("\n", newline)).encode()
     (tmp_path / "t.txt").write_bytes(raw)
     (source,) = find_sources([str(tmp_path / "t.txt")])
-    stats = scan_text(source, "utf-8")
+    stats = text_stats(InputPart(source).read_chunks())
     # The offsets of all blocks of a large file would need much memory.
     assert len(raw) // 120 < len(stats.offsets) < len(raw) // 80
     for i in range(1, len(text)):
@@ -59,7 +52,7 @@ def test_zstd_blocks_have_the_same_size(tmp_path) -> None:
     text = b"the same again and again\n" * 40_000
     (tmp_path / "t.txt.zst").write_bytes(zstandard.compress(text) + zstandard.compress(b"end"))
     (source,) = find_sources([str(tmp_path / "t.txt.zst")])
-    blocks = [block for block, _ in read_blocks(source)]
+    blocks = list(InputPart(source).read_blocks())
     assert b"".join(blocks) == text + b"end"
     assert len(set(map(len, blocks[:-1]))) == 1
 
