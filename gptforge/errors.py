@@ -32,6 +32,11 @@ class Terminated(BaseException):
     """SIGTERM or a closed terminal, raised so that a command cleans up as after Ctrl-C."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the compiler's can be pages long."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 @contextmanager
 def explain_interruption(hint: Callable[[], str]) -> Iterator[None]:
     """Add a hint to Ctrl-C and `Terminated`: what is lost, and what to do next."""

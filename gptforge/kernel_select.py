@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend
 
 from gptforge.config import Config
 from gptforge.device import Precision
-from gptforge.errors import UserError
+from gptforge.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,6 @@ def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) ->
     except Exception as error:
         return False, f"it failed here: {first_line(error)}"
     return True, "as requested" if flag == "true" else "faster after the first step"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; the compiler's can be pages long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def sdpa_backend(

@@ -14,9 +14,9 @@ from gptforge.config import Config
 from gptforge.device import Precision, keep_freed_memory
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
-from gptforge.errors import RunError, UserError
+from gptforge.errors import RunError, UserError, first_line
 from gptforge.estimate.formulas import flops_per_token, num_params
-from gptforge.kernel_select import first_line, sdpa_backend, select_kernels, try_compile
+from gptforge.kernel_select import sdpa_backend, select_kernels, try_compile
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer

@@ -21,12 +21,11 @@ from gptforge.data.prepare.sources import FileKind
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import select_eval_precision
-from gptforge.errors import RunError, UserError, install_hint, parsing
+from gptforge.errors import RunError, UserError, first_line, install_hint, parsing
 from gptforge.evaluate.harness import load_task_manager, run_harness
 from gptforge.evaluate.tasks import TASKS, Example, score_choices
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.files import open_regular
-from gptforge.kernel_select import first_line
 from gptforge.patterns import expand_glob
 from gptforge.printable import pluralize
 from gptforge.report.console import ProgressMeter

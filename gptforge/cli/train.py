@@ -86,7 +86,8 @@ def run_training(
     is called with the trainer, and those of teachers, before it trains, but not for a finished run.
     The other arguments are those of `build_trainer`.
 
-    Returns why training ended, the run folder, and the ranks, which have left each other.
+    Returns:
+        Why training ended, the run folder, and the ranks, which have left each other.
     """
     has_started = False
 
@@ -178,7 +179,8 @@ def _print(text: str) -> None:
 def expand_resume(args: Sequence[str]) -> list[str]:
     """Add the flags that `--resume RUN` stands for: `--config` and `--out_dir` of that run.
 
-    A UserError if there is no such run, or for a flag that contradicts it.
+    Raises:
+        UserError: if there is no such run, or for a flag that contradicts it.
     """
     name = flag_values(args, ("resume",)).get("resume")
     if not name:

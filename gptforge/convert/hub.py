@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptforge.convert.hf import OTHER_FILES, PYTORCH_WEIGHTS, SAFETENSORS_WEIGHTS
-from gptforge.errors import RunError, UserError, require_package
-from gptforge.kernel_select import first_line
+from gptforge.errors import RunError, UserError, first_line, require_package
 from gptforge.shell import quote
 
 logger = logging.getLogger(__name__)

@@ -42,8 +42,10 @@ def prepare_cached(
 ) -> tuple[Index, tuple[str, ...]]:
     """Prepare one file, folder or pattern, or find its shards in the cache.
 
-    The same content has the same shards, whatever its path. Returns the index, and notices about
-    the choice of files.
+    The same content has the same shards, whatever its path.
+
+    Returns:
+        The index, and what the user should know about the choice of files.
 
     Raises:
         UserError: if it cannot be read; the message says how `gptforge prepare` would read it.

@@ -36,6 +36,9 @@ class DataLoader:
         global_batch_size: B.
         seed: picks the order, together with the epoch.
         shuffle: False keeps the order of the text.
+        device: where batches go.
+        random_offset: whether each epoch cuts the text differently.
+        rank: this process, from 0.
         world_size: how many processes share a batch; at most B.
     """
 

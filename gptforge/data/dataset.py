@@ -130,7 +130,8 @@ def open_dataset(
 ) -> Dataset:
     """Open token shards; tokenize any other input, unless the cache has its shards.
 
-    A UserError if there is nothing, or it is unreadable, or contradicts the options.
+    Raises:
+        UserError: if there is nothing, or it is unreadable, or contradicts the options.
     """
     if path.is_dir() and (index := read_index(path)) is not None:
         return _open_prepared(path, index, options)

@@ -17,8 +17,13 @@ Texts = str | Iterable[str] | Iterable[Mapping[str, object]]
 def store_texts(texts: Texts, *, field: str) -> Path:
     """Write texts to a file of the cache that is named after its content, so that a run resumes.
 
-    `texts` is one text, or documents: strings, or rows with a column `field` such as those of a
-    Hugging Face dataset. A generator is read once. Anything else, or no text, is a UserError.
+    Args:
+        texts: one text, or documents: strings, or rows with a column `field` such as those of a
+            Hugging Face dataset. A generator is read once.
+        field: the column, and the field of the JSON lines that hold the documents.
+
+    Raises:
+        UserError: for anything else, and if there is no text.
     """
     suffix, lines = "jsonl", _json_lines(texts, field)
     if isinstance(texts, str):

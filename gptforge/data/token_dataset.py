@@ -196,7 +196,9 @@ class ShardReader:
 class ShardDataset:
     """The concatenated tokens of many shards, read from disk on demand; slices may span shards.
 
-    An id that is not below `vocab_size` is a UserError when it is read.
+    Args:
+        shards: in the order of the tokens.
+        vocab_size: a larger id in a shard is a UserError when it is read.
     """
 
     def __init__(self, shards: Sequence[ShardFile], *, vocab_size: int) -> None:

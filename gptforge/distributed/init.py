@@ -16,8 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
-from gptforge.errors import NOTHING_LOST, RunError, UserError
-from gptforge.kernel_select import first_line
+from gptforge.errors import NOTHING_LOST, RunError, UserError, first_line
 from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 

@@ -10,11 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 from gptforge.device import Precision
-from gptforge.errors import RunError, UserError, install_hint
+from gptforge.errors import RunError, UserError, first_line, install_hint
 from gptforge.evaluate.tasks import TASKS, loglikelihoods
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
-from gptforge.kernel_select import first_line
 from gptforge.report.console import ProgressMeter, track
 
 BOOTSTRAP_ITERS = 1000  # for metrics that are not means; the harness's 100,000 take minutes

@@ -58,7 +58,8 @@ class _TanhGELU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_output: Tensor) -> Tensor:
         (derivative,) = ctx.saved_tensors
-        return grad_output[0] * derivative
+        grad_x: Tensor = grad_output[0] * derivative
+        return grad_x
 
 
 def gelu_backward(

@@ -90,7 +90,12 @@ class BarOrLines:
 
 
 class Console(BarOrLines):
-    """The output of a training run; `total` and `step` for its progress bar, 0 for none."""
+    """The output of a training run.
+
+    Args:
+        total: steps of the whole run; 0 for no progress bar.
+        step: steps done so far.
+    """
 
     def __init__(self, total: int = 0, step: int = 0) -> None:
         columns = (

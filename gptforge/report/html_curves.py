@@ -35,7 +35,8 @@ def has_bokeh() -> bool:
 def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     """Draw the curves with Bokeh: zooming one zooms all, and pointing at them shows values.
 
-    Returns `<script>` elements, with Bokeh itself, and the HTML of each panel by its title.
+    Returns:
+        `<script>` elements, which include Bokeh itself, and the HTML of each panel by its title.
     """
     from bokeh.embed import components
     from bokeh.models import ColumnDataSource, CrosshairTool, Span

@@ -26,7 +26,10 @@ MAX_ANOMALIES = 20
 def save_report(run_dir: Path, path: Path | None = None, *, pending: str = "") -> Path:
     """Write the report of a run, by default to report.html in its folder; returns the path.
 
-    `pending` are lines that are not in metrics.jsonl yet. A UserError if there is no run.
+    `pending` are lines that are not in metrics.jsonl yet.
+
+    Raises:
+        UserError: if there is no run.
     """
     path = path or run_dir / REPORT
     atomic_write(path, render_report(read_run(run_dir, pending=pending)))

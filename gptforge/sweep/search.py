@@ -140,7 +140,10 @@ class Sweep:
         """Train a trial on the full training part, and evaluate it on the test split.
 
         The step is the trial's, so nothing is chosen on the tail, and so are not the seeds: no
-        trial had them. A RunError if a run fails.
+        trial had them.
+
+        Raises:
+            RunError: if a run fails.
         """
         # The first evaluation is the one that counts; later ones only choose the checkpoint.
         flags = {"eval_every": str(best.step), "eval_tokens": "0", "patience": "0"}
@@ -262,8 +265,10 @@ def prepare_text(folder: Path, dataset: Dataset) -> tuple[str, dict[str, str]]:
     """Write the training part of a text as tokens, with its tokenizer.
 
     The held-out part is the test split. Trials hold out a second split at the end of the tokens, by
-    the same fraction. Returns a name of the text, and the flags with which trials read it; empty
-    ones are left out.
+    the same fraction.
+
+    Returns:
+        A name of the text, and the flags with which trials read it; empty ones are left out.
     """
     text = [dataset.sha256, dataset.tokenizer.to_json(), dataset.val_fraction]
     text_id = json_sha256(text)[:8]

@@ -19,7 +19,11 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 class GPT2Tokenizer:
-    """256 bytes, the merges ("left right" pairs), and the end-of-text token: GPT-2's 50,257 ids."""
+    """256 bytes, the merges, and the end-of-text token: 50,257 ids with GPT-2's merges.
+
+    Args:
+        merges: "left right" pairs, by default GPT-2's.
+    """
 
     def __init__(self, merges: Sequence[str] | None = None) -> None:
         gpt2 = gpt2_merges()

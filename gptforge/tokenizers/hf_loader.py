@@ -8,7 +8,11 @@ from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
 
 
 class AddedTokensError(ValueError):
-    """A supported tokenizer, except for added tokens; `is_gpt2` if all others are GPT-2's."""
+    """A supported tokenizer, except for added tokens.
+
+    Attributes:
+        is_gpt2: whether all other tokens are GPT-2's.
+    """
 
     def __init__(self, tokens: Sequence[str], *, is_gpt2: bool) -> None:
         shown = ", ".join(repr(token[:40]) for token in tokens[:8])
@@ -20,8 +24,9 @@ class AddedTokensError(ValueError):
 def parse_tokenizer_json(record: dict[str, Any]) -> GPT2Tokenizer:
     """Convert a parsed tokenizer.json.
 
-    An AddedTokensError if there are tokens after the end-of-text token, a ValueError if it differs
-    from GPT-2's algorithm in another way.
+    Raises:
+        AddedTokensError: if there are tokens after the end-of-text token.
+        ValueError: if it differs from GPT-2's algorithm in another way.
     """
     model, splitter = record["model"], record.get("pre_tokenizer") or {}
     is_byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)

@@ -17,8 +17,12 @@ LONG_WORD = re.compile(r"\S{1000}")
 def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     """Learn merges from texts; ids are ordered as GPT-2's: bytes, merges, end-of-text token.
 
-    Texts are read once; memory grows with the number of distinct words. A small text may give fewer
-    ids than `vocab_size`. A size out of range is a UserError.
+    Args:
+        texts: read once; memory grows with the number of distinct words.
+        vocab_size: total number of ids; a small text may give fewer.
+
+    Raises:
+        UserError: for a size out of range.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         limits = f"from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}"

@@ -60,9 +60,12 @@ def prepare(
     """Write token shards, or resume; the same request on a finished folder does nothing.
 
     Args:
+        out_dir: folder of the shards.
+        request: what to prepare.
         num_workers: processes; 0 is one per CPU, if there is enough data for them.
         restart: move the old content of the folder away.
         wait: for another process that prepares the same folder.
+        progress: shows the bytes that are done.
 
     Raises:
         UserError: for anything that the user can fix, or if the folder holds something else.

@@ -61,9 +61,13 @@ def find_sources(
 ) -> list[Source]:
     """Expand names to files, in the order given; those of a folder or pattern are sorted.
 
-    A name is a file, a folder, a pattern with * ? or [], or - for standard input; `spool_dir` gets
-    copies of that and of pipes, since files are read twice. A UserError if a name matches nothing,
-    or a file is named twice.
+    Args:
+        names: files, folders, patterns with * ? or [], and - for standard input.
+        kind: of all files.
+        spool_dir: folder for copies of standard input and pipes, since files are read twice.
+
+    Raises:
+        UserError: if a name matches nothing, or a file is named twice.
     """
     sources: list[Source] = []
     for name in names:
