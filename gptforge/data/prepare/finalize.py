@@ -126,7 +126,7 @@ def _describe_share(rule: SplitRule, totals: Mapping[str, Mapping[str, int]]) ->
     num_bytes = {split: total["bytes"] for split, total in totals.items()}
     share = num_bytes["val"] / max(1, sum(num_bytes.values()))
     low, high = rule.fraction / VAL_FRACTION_TOLERANCE, rule.fraction * VAL_FRACTION_TOLERANCE
-    if rule.rule == "files" or low <= share <= high:
+    if rule.rule == "files" or not rule.fraction or low <= share <= high:
         return []
     return [
         f"{100 * share:.3g}% of the text are held out, not {100 * rule.fraction:.3g}%: "

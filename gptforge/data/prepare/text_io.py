@@ -67,7 +67,7 @@ class Chunk:
 
 @dataclass
 class InputPart:
-    """A file, or a part of one, of which the documents are read."""
+    """A file, or a part of one, to read."""
 
     source: Source
     text_format: TextFormat = field(default_factory=TextFormat)
@@ -90,7 +90,7 @@ class InputPart:
             self.note(CR_NOTICE)
 
     def read_blocks(self) -> Iterator[bytes]:
-        """The decompressed bytes; see `read_blocks`."""
+        """The decompressed bytes from `start` to `stop`."""
         source, start = self.source, self.start
         damage: list[type[Exception]] = [EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error]
         if source.compression == "zst":
@@ -112,7 +112,7 @@ class InputPart:
             raise UserError(f"{source.name}: the file no longer exists") from None
 
     def read_chunks(self) -> Iterator[Chunk]:
-        """The text in chunks; see `read_chunks`."""
+        """The text from `start` to `stop` in chunks."""
         codec, errors = parse_encoding(self.text_format.encoding)
         decoder = codecs.getincrementaldecoder(codec)(errors)
         read, undecoded, kept = self.start, 0, ""
