@@ -16,6 +16,7 @@ from gptforge.builders.memory_fit import (
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.config import Config
+from gptforge.convert.bundle import check_finite
 from gptforge.device import Precision, keep_freed_memory
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
@@ -134,6 +135,7 @@ def _init_weights(model: GPT, config: Config, comm: Comm) -> None:
         return
     path = checkpoints.resolve_checkpoint(config.init_from) if comm.is_main else Path()
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
+    check_finite(tensors, f"--init_from {config.init_from}")
     load_model_state_dict(model, tensors, source=path.as_posix(), comm=comm)
 
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 class PrepareArgs(DatasetArgs):
     """Turn texts into token shards, which `--input` takes."""
 
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
+    ]
     """Files, folders and patterns: text, JSON lines, Parquet, and .gz, .zst or .xz of them; -:
     standard input."""
     out: str
@@ -54,7 +57,10 @@ class CacheArgs:
 class TokenizerArgs(TextFileArgs):
     """Train a byte-level BPE tokenizer; --tokenizer and transformers read the file."""
 
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
+    ]
     """Files, folders and patterns, as for `gptforge prepare`."""
     out: str
     """The tokenizer.json to write."""
