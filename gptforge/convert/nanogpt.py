@@ -46,8 +46,8 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBund
     if tokenizer is None:
         raise UserError(
             f"{path}: the vocabulary has {config.vocab_size} tokens, and the file does not say "
-            f"which: gptforge import {quote(path.as_posix())} OUT --tokenizer char --text FILE, with "
-            "the training text, if they are characters, else --tokenizer FILE"
+            f"which: gptforge import {quote(path.as_posix())} OUT --tokenizer char --text FILE, "
+            "with the training text, if they are characters, else --tokenizer FILE"
         )
     rows, size = config.vocab_size, tokenizer.vocab_size
     fits = rows in (size, -(-size // 64) * 64)

@@ -126,7 +126,7 @@ def _log_summary(prepared: PreparedData) -> None:
     notes = []
     if prepared.split_rule.rule != "files" and fraction and not is_near:
         notes.append(
-            f"{100 * share:.3g}% of the text are held out, not {100 * fraction:.3g}%: "
+            f"{100 * share:.3g}% of the text is held out, not {100 * fraction:.3g}%: "
             "documents and files are not divided, and there are few of them"
         )
     notes += prepared.notices[:MAX_EXAMPLES]
