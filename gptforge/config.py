@@ -172,8 +172,9 @@ class Config:
     time_limit: float = 0.0
     """Minutes from the start of the process after which to save and stop; 0: none."""
     patience: int = -1
-    """Stop after so many evaluations without a better held-out loss; 0: never; -1: 5 or more, a
-    fifth of max_steps, if the text is repeated over 4 times, but not for GPT-2's presets."""
+    """Stop after so many evaluations without a better held-out loss; 0: never; -1: if the text is
+    repeated more than 4 times, 5, or a fifth of all evaluations if that is more; never with the
+    presets gpt2*."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -277,8 +278,7 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not kind:
-            actual = f"{short_repr(value)} ({type(value).__name__})"
-            raise UserError(f"{source}: {name} takes {TYPE_NAMES[kind]}, not {actual}")
+            raise UserError(f"{source}: {name} takes {TYPE_NAMES[kind]}, not {short_repr(value)}")
         checked[name] = value
     return dataclasses.replace(base, **checked)
 

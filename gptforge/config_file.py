@@ -18,13 +18,14 @@ from gptforge.errors import UserError, parsing
 from gptforge.files import read_text
 
 
-def read_toml(path: Path) -> tuple[dict[str, object], bool]:
-    """Read the fields that a TOML file sets.
+def read_toml(path: Path, *, flag: str = "") -> tuple[dict[str, object], bool]:
+    """Read the fields that a TOML file sets; `flag` is the one that named it, for errors.
 
     Returns:
         The fields, and whether a run wrote the file: then no field counts as set by the user.
     """
-    with parsing(f"--config {path}", "a readable TOML file"):
+    source = f"{flag} {path}".strip()
+    with parsing(source, "a readable TOML file"):
         values = tomllib.loads(read_text(path))
     is_from_run = isinstance(values.pop(METADATA_TABLE, None), dict)
     for old, name in RENAMED_FIELDS.items():
@@ -40,7 +41,7 @@ def read_toml(path: Path) -> tuple[dict[str, object], bool]:
         values.setdefault("patience", 0)
     for name in sorted(FLAG_ONLY & values.keys()):
         if values.pop(name):
-            raise UserError(f"--config {path}: {name} can only be set by a flag")
+            raise UserError(f"{source}: {name} can only be set by a flag")
     return values, is_from_run
 
 

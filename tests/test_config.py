@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import tomllib
 
 import pytest
@@ -96,6 +97,8 @@ def test_an_invalid_toml_file_is_a_user_error(tmp_path) -> None:
     (tmp_path / "bad.toml").write_text("max_steps = = 3")
     for path in (tmp_path / "bad.toml", tmp_path / "missing.toml", tmp_path):
         with pytest.raises(UserError, match="--config"):
+            read_toml(path, flag="--config")
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: "):  # of a run
             read_toml(path)
 
 

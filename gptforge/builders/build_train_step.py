@@ -11,6 +11,7 @@ from gptforge.builders import memory_fit
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.config import Config
+from gptforge.convert.bundle import check_finite
 from gptforge.device import Precision, keep_freed_memory
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.distributed.dtensor import copy_from_rank0
@@ -128,6 +129,7 @@ def _init_weights(model: GPT, config: Config, comm: Comm) -> None:
         return
     path = checkpoints.resolve_checkpoint(config.init_from) if comm.is_main else Path()
     tensors = checkpoints.read_tensors(path, checkpoints.MODEL) if comm.is_main else {}
+    check_finite(tensors, f"--init_from {config.init_from}")
     load_model_state_dict(model, tensors, source=path.as_posix(), comm=comm)
 
 

@@ -14,7 +14,7 @@ from gptforge.checkpoint import format as checkpoints
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.config_file import to_toml
-from gptforge.convert.bundle import ModelBundle, unused_row_probability
+from gptforge.convert.bundle import ModelBundle, check_finite, unused_row_probability
 from gptforge.convert.gguf import check_gguf, gelu_tanh_difference, write_gguf
 from gptforge.convert.hf import check_hf, is_hf_dir, write_hf
 from gptforge.convert.model_card import (
@@ -46,7 +46,7 @@ def export_hf(run: str, out: Path) -> None:
     require_package("transformers", extra="hf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
-        bundle, origin = load_bundle(run), read_origin(run)
+        bundle, origin = _load_finite(run), read_origin(run)
         card = model_card(bundle, origin, title=model_title(run))
         meter(1, 3, "writing")
         with report_write_errors(out), atomic_create_dir(out) as folder:
@@ -70,7 +70,7 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     require_package("gguf", extra="gguf")
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
-        bundle = load_bundle(run)
+        bundle = _load_finite(run)
         config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
         path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
         meter(1, 3, "writing")
@@ -95,6 +95,12 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
     _log_eos_row(bundle)
 
 
+def _load_finite(run: str) -> ModelBundle:
+    bundle = load_bundle(run)
+    check_finite(bundle.state_dict, run)
+    return bundle
+
+
 def _log_eos_row(bundle: ModelBundle) -> None:
     """Other programs require an end-of-text id; say which row serves as one without a token."""
     tokenizer = bundle.tokenizer
@@ -111,7 +117,7 @@ def export_space(run: str, out: Path) -> None:
     """Write a complete Hugging Face Space: the web page, this program and the model."""
     with ProgressMeter("exporting") as meter:
         meter(0, 3, "reading the model")
-        bundle, origin = load_bundle(run), read_origin(run)
+        bundle, origin = _load_finite(run), read_origin(run)
         run_config = origin.config if origin else None
         config = to_toml(run_config, VERSION) if run_config else bundle_toml(bundle)
         meter(1, 3, "writing")

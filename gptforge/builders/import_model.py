@@ -10,7 +10,7 @@ from gptforge import files
 from gptforge.builders.export_model import bundle_toml, report_write_errors
 from gptforge.checkpoint import format as checkpoints
 from gptforge.config import METADATA_TABLE
-from gptforge.convert.bundle import ModelBundle
+from gptforge.convert.bundle import ModelBundle, check_finite
 from gptforge.convert.hf import PYTORCH_WEIGHTS, is_hf_dir, model_files, read_hf
 from gptforge.convert.hub import OPENAI_MODELS, download_model
 from gptforge.convert.nanogpt import read_nanogpt
@@ -53,6 +53,7 @@ def _import(source: str, path: Path, folder: Path, tokenizer: Tokenizer | None) 
     with ProgressMeter("importing") as meter:
         meter(0, 2, "reading the model")
         bundle = (read_nanogpt if path.is_file() else read_hf)(path, tokenizer=tokenizer)
+        check_finite(bundle.state_dict, source)
         meter(1, 2, "writing")
         tensors = {checkpoints.MODEL: dict(bundle.state_dict)}
         config = bundle_toml(bundle, source=_digest(Path(source)))

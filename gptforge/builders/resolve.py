@@ -1,6 +1,7 @@
 """Fill in what a configuration leaves open, from `--init_from`, the run folder and the text."""
 
 import dataclasses
+import glob
 import logging
 import re
 from collections.abc import Collection, Mapping
@@ -232,6 +233,10 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
     if "input" not in explicit and may_be_bundled_input(name):
         logger.info(f"note: {name} does not exist here: using the bundled text, {BUNDLED_INPUT}")
         name = BUNDLED_INPUT
+    elif "input" not in explicit and run_file_values(config) and _has_vanished(name):
+        raise UserError(
+            f"{name}, the text of the run, is not here: put it back, or name its place with --input"
+        )
     dataset = open_dataset(resolve_input(name), options, progress=progress)
     check_length(dataset, config.context_length, random_offset=config.random_offset)
     for finding in quick_check(
@@ -242,6 +247,11 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
         if finding.level == "warning":
             logger.warning(f"warning: {finding}")
     return dataset
+
+
+def _has_vanished(name: str) -> bool:
+    is_path = name not in ("", BUNDLED_INPUT) and not glob.has_magic(name)
+    return is_path and not Path(name).exists()
 
 
 def resolve_config(config: Config, dataset: Dataset, explicit: Collection[str]) -> Config:

@@ -21,6 +21,7 @@ from gptforge.config_file import read_toml
 from gptforge.errors import RunError, UserError, error_reason, explain_os_error, parsing, runs_hint
 from gptforge.estimate.formulas import num_params
 from gptforge.printable import short_repr
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
 from gptforge.tokenizers import save as save_tokenizer
@@ -179,6 +180,8 @@ def resolve_checkpoint(run: str) -> Path:
     elif siblings := list_checkpoints(path.parent):
         problem = f"does not exist; the latest is {siblings[-1].name}"
     hint = "give a run folder or a checkpoint folder"
+    if path.is_file() and path.suffix in (".pt", ".pth", ".ckpt"):
+        hint += f"; from nanoGPT's ckpt.pt: gptforge import {quote(run)} OUT"
     if problem == "does not exist":
         hint += f"; {runs_hint()}"
     raise UserError(f"{run} {problem}: {hint}")

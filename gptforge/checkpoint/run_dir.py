@@ -134,6 +134,8 @@ def _extend_run(
                 f"the {step - end} steps after it are dropped and trained again"
             )  # fmt: skip
         advice = f"there is no intact {start.name}, from before the decay, to resume from"
+    if old.schedule == "constant":
+        return latest, counters, raised
     lr, new_lr = learning_rate(old, step), learning_rate(config, step)
     jump = ""
     if abs(new_lr - lr) > LR_TOLERANCE * lr:

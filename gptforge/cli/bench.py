@@ -99,7 +99,7 @@ def _measure_training(
     results[0]["first_step_seconds"] = first_step_seconds
     logger.info(
         "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
-        "| peak GB | speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| peak GB | speedup over it |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for r in results:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
@@ -173,7 +173,8 @@ def _measure_generation(
     generators = {name.replace("torch.", ""): fn for name, fn in generators.items()}
     logger.info(
         f"\n{prompt_tokens} prompt tokens, {new_tokens} new ones, temperature 0.8, top-k 200\n\n"
-        "| implementation | batch | new tokens/s (min, max) | ms to first token | speedup |\n"
+        "| implementation | batch | new tokens/s (min, max) | ms to first token "
+        "| speedup over it |\n"
         "| --- | --- | --- | --- | --- |"
     )
     results = []

@@ -96,7 +96,7 @@ def preset_and_file(preset: str, file: str) -> tuple[Config, frozenset[str]]:
         preset: value of `--preset`; empty: that of the file.
         file: value of `--config`, or empty.
     """
-    values, is_from_run = read_toml(Path(file)) if file else ({}, False)
+    values, is_from_run = read_toml(Path(file), flag="--config") if file else ({}, False)
     name = preset or values.get("preset")
     base = get_preset(str(name)) if name else Config()
     explicit = frozenset() if is_from_run else frozenset(values)
@@ -267,6 +267,11 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         mistake = f"{name} needs a value"
         if not name.startswith("-"):  # the user gave it a flag
             mistake = f"{prog} takes {name.upper()} without a flag"
+    if choice := re.match(r"invalid choice (.+) for argument '(\S+)'\. .* \((.+)\)", mistake):
+        value, name, choices = choice.groups()
+        name = name if name.startswith("-") else name.upper()
+        mistake = f"{name} must be one of {choices}, not {value}".replace("'", "")
+    mistake = re.sub(r"^Error parsing (--\w+):", r"\1", mistake)
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))

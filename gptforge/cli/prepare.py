@@ -1,6 +1,7 @@
 """`gptforge prepare`, `cache` and `tokenizer train`: texts into tokens."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 class PrepareArgs(DatasetArgs):
     """Turn texts into token shards, which `--input` takes."""
 
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
+    ]
     """Files, folders and patterns: text, JSON lines, Parquet, and .gz, .zst or .xz of them; -:
     standard input."""
     out: str
@@ -54,7 +58,10 @@ class CacheArgs:
 class TokenizerArgs(TextFileArgs):
     """Train a byte-level BPE tokenizer; --tokenizer and transformers read the file."""
 
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SRC...")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
+    ]
     """Files, folders and patterns, as for `gptforge prepare`."""
     out: str
     """The tokenizer.json to write."""
@@ -149,6 +156,11 @@ def tokenizer_main(argv: list[str]) -> int:
         raise UserError("gptforge tokenizer train: name at least one file, folder or pattern")
     if out.exists() and (out.is_dir() or not args.overwrite):
         raise UserError(f"--out {out} exists: choose another name, or --overwrite true")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):  # before the training, which may take minutes
+        raise UserError(
+            f"--out {out}: {out.parent.as_posix()} cannot be written to: choose another"
+        )
     from gptforge.convert.hf_tokenizer import tokenizer_json
     from gptforge.tokenizers import load
     from gptforge.tokenizers.train_bpe import train_bpe
@@ -156,7 +168,6 @@ def tokenizer_main(argv: list[str]) -> int:
     trained = train_bpe(_iter_text(args), args.vocab_size)
     if trained.vocab_size < args.vocab_size:
         print_stderr(f"note: this text gave {trained.vocab_size} ids, not {args.vocab_size}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, json.dumps(tokenizer_json(trained), ensure_ascii=False, indent=1) + "\n")
     assert load(out).to_json() == trained.to_json()
     path = out.as_posix()

@@ -52,7 +52,10 @@ class CompareArgs:
     Runs that differ by the seed alone are grouped; a difference counts as real only if it is large
     against the spread of seeds."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN RUN ...")]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="RUN RUN ...", help_behavior_hint="(required)"),
+    ]
     """Run folders, two or more."""
     out: str = "compare.png"
     """File for the picture: .png, .svg or .pdf."""
@@ -99,14 +102,16 @@ def report_main(argv: list[str]) -> int:
 
 def _row(path: Path) -> dict[str, Any]:
     """The facts of a run, or what is wrong with its folder."""
-    from gptforge.checkpoint.format import CONFIG
-    from gptforge.report.run_info import disk_bytes, read_run
+    from gptforge.checkpoint.format import CONFIG, MODEL
+    from gptforge.report.run_info import disk_bytes, find_runs, read_run
 
     size = {"bytes": disk_bytes(path)}
     try:
         return read_run(path).to_json() | size
     except (UserError, OSError) as error:
-        state = DAMAGED if (path / CONFIG).is_file() else "no run"
+        state = DAMAGED if find_runs(path, depth=0) else "no run"
+        if (path / CONFIG).is_file() and (path / MODEL).is_file():
+            state = "model"  # imported, or a checkpoint that was copied
         facts = {"run": path.as_posix(), "state": state, "problem": str(error)}
         return facts | {"modified": path.stat().st_mtime} | size
 

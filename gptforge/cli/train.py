@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 START_TIME = time.monotonic()
 """`--time_limit` counts from here, so importing torch and preparing the text are included."""
+RESUME_WITHOUT_CONFIG = "the command that started the run resumes it without that file"
 TAKEN_FROM_RUN = ("config", "out_dir", "preset")
 
 
@@ -207,12 +208,20 @@ def resume_command(env: Mapping[str, str], args: str) -> str:
 
 
 def _find_run(path: Path) -> Path:
+    unreadable: UserError | None = None
     if path.exists():
         for parents in ("", "..", "../.."):
             # Not resolved: `best` is a link, and the folder's name is shown as it was given.
             folder = Path(os.path.normpath(path / parents))
-            if _is_run(folder):
-                return folder
+            try:
+                if _is_run(folder):
+                    return folder
+            except UserError as error:
+                unreadable = unreadable or error
+    if not unreadable and (path / "checkpoints").is_dir():
+        unreadable = UserError("config.toml is missing")
+    if unreadable:
+        raise UserError(f"--resume {path}: {unreadable}: {RESUME_WITHOUT_CONFIG}")
     raise UserError(
         f"--resume {path}: there is no run: give the folder of a run, or a checkpoint in one"
     )
@@ -220,8 +229,7 @@ def _find_run(path: Path) -> Path:
 
 def _is_run(folder: Path) -> bool:
     """Whether training wrote the configuration there; checkpoints and exports hold a copy of it."""
-    try:
-        _, is_from_run = read_toml(folder / "config.toml")
-    except UserError:
+    if not (folder / "config.toml").is_file():
         return False
+    _, is_from_run = read_toml(folder / "config.toml")
     return is_from_run and not (folder / "model.safetensors").exists()

@@ -85,6 +85,17 @@ def validate_state_dict(
     return validated
 
 
+def check_finite(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Raise a UserError that names `source` and the first tensor with a NaN or Inf.
+
+    Nothing can be done with such a model, and errors later on would not say why.
+    """
+    for name, tensor in state_dict.items():
+        if not tensor.isfinite().all():
+            hint = "its training diverged, or it is damaged: take an earlier checkpoint"
+            raise UserError(f"{source}: '{name}' holds NaN or Inf: {hint}")
+
+
 def is_dense_real(value: object) -> bool:
     """Whether an untrusted value is a CPU tensor that can be converted to float32."""
     return (

@@ -1,6 +1,7 @@
 """Export to llama.cpp's GGUF: weights, configuration and tokenizer in one file."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ def check_gguf(path: Path, bundle: ModelBundle, *, outtype: str) -> float:
     state_dict = {key: tensors[name] for key, name in _tensor_names(bundle).items()}
     model = dataclasses.replace(bundle, state_dict=state_dict).build_model()
     difference = logit_difference(bundle, model, bundle.config.vocab_size)
+    if not math.isfinite(difference):
+        hint = "the weights are too large for this type, use --type f32"
+        raise RunError(f"the file's logits are NaN or Inf: it was not kept; {hint}")
     if outtype == "f32" and not difference <= MAX_LOGIT_DIFFERENCE:
         raise RunError(f"the file's logits differ by {difference:.2e}: it was not kept")
     return difference

@@ -68,10 +68,12 @@ def _template() -> "Template":
 
 
 def one_line_description(bundle: ModelBundle, config: Config | None) -> str:
-    """One line about a model; `config` is that of its run."""
-    num_params = formulas.num_params(bundle.config)
-    text = f", on {printable(Path(config.input).name, MAX_NAME)}" if config else ""
-    return f"A GPT-2 with {num_params:,} parameters, trained with GPT-Forge{text}"
+    """One line about a model; `config` is that of its run, or of an import, which has no text."""
+    origin = "exported with GPT-Forge"  # another program may have trained it
+    if config and config.input:
+        text = printable(Path(config.input).name, MAX_NAME)
+        origin = f"trained with GPT-Forge, on {text}"
+    return f"A GPT-2 with {formulas.num_params(bundle.config):,} parameters, {origin}"
 
 
 def example_prompt(tokenizer: Tokenizer) -> str:

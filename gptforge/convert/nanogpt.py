@@ -1,5 +1,6 @@
 """Import nanoGPT's ckpt.pt, without running any code in it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from gptforge.config import GPTConfig
@@ -7,6 +8,7 @@ from gptforge.convert.bundle import LM_HEAD, ModelBundle, read_size, validate_st
 from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import UserError, parsing
 from gptforge.files import check_file_size
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer, from_name
 
 COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts before names
@@ -25,6 +27,8 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBund
         raise UserError(f"{path}: cannot be read: {error}") from None
     checkpoint = read_torch_file(path, what="nanoGPT's ckpt.pt")
     with parsing(path, "a checkpoint of nanoGPT"):
+        if not isinstance(checkpoint, Mapping):
+            raise ValueError(f"{type(checkpoint).__name__} instead of a dictionary")
         model_args, state_dict = checkpoint["model_args"], checkpoint["model"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         sizes = {name: read_size(model_args, name) for name in names}
@@ -42,8 +46,8 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBund
     if tokenizer is None:
         raise UserError(
             f"{path}: the vocabulary has {config.vocab_size} tokens, and the file does not say "
-            "which: give --tokenizer char --text with the training text if they are characters, "
-            "else another --tokenizer"
+            f"which: gptforge import {quote(path.as_posix())} OUT --tokenizer char --text FILE, "
+            "with the training text, if they are characters, else --tokenizer FILE"
         )
     rows, size = config.vocab_size, tokenizer.vocab_size
     fits = rows in (size, -(-size // 64) * 64)

@@ -156,7 +156,8 @@ def check_length(dataset: Dataset, context_length: int, *, random_offset: bool =
             "--context_length, or more text"
         )
     if count_sequences(train, context_length) == 0:
-        size = f"the training text, {train} tokens of {path}: {too_short_hint(train)}"
+        tokens = pluralize(train, "token", "tokens")
+        size = f"the training text, {tokens} of {path}: {too_short_hint(train)}"
         raise UserError(f"--context_length {context_length} is longer than {size}")
     if dataset.val_fraction and len(dataset.val) < 2:
         size = f"--val_fraction {dataset.val_fraction} holds out {len(dataset.val)} token"

@@ -104,7 +104,7 @@ def _check_extras() -> list[Finding]:
         if extra == "data" and sys.version_info >= (3, 14) and "zstandard" in missing:
             missing.remove("zstandard")
         if missing:
-            message = f"not installed: {', '.join(missing)}, for {purpose}"
+            message = f"{purpose}: {', '.join(missing)} not installed"
             found.append(replace(ok(message), fix=install_hint(extra)))
         else:
             versions = ", ".join(f"{name} {_version(name)}" for name in packages)

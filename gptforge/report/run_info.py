@@ -160,8 +160,8 @@ def check_run_dir(path: Path) -> None:
 
 
 def find_runs(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
-    """A folder if it has a configuration, else those below it that do."""
-    if (folder / CONFIG).is_file():
+    """A folder if it has files of a run, else those below it that do."""
+    if any((folder / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
         return [folder]
     inner = subfolders(folder) if depth else []
     return [run for sub in inner for run in find_runs(sub, depth - 1)]

@@ -201,7 +201,7 @@ class Sweep:
             todo = self._unfinished(runs)
             self._trials[trial] = values, runs
             if len(todo) < len(runs):
-                logger.info(f"trial {trial}: {len(runs) - len(todo)} of {len(runs)} finished")
+                logger.info(f"trial {trial}: {len(runs) - len(todo)} of {len(runs)} runs finished")
             yield todo
 
     def _runs(

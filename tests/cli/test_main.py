@@ -18,8 +18,8 @@ from gptforge.errors import UserError
     ("args", "words"),
     [
         (("--max_stps", "3"), "did you mean --max_steps?"),
-        (("--max_steps", "many"), "--max_steps: must be a whole number, not 'many'"),
-        (("--max_lr", "high"), "--max_lr: must be a number, not 'high'"),
+        (("--max_steps", "many"), "--max_steps must be a whole number, not 'many'"),
+        (("--max_lr", "high"), "--max_lr must be a number, not 'high'"),
         (("bench", "--repeats", "1.5"), "a whole number, not '1.5' (see gptforge bench --help)"),
         (("bench", "--turns", "0"), "--repeats must be 1 or more"),
         (("--max_steps",), "--max_steps"),

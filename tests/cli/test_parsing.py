@@ -108,3 +108,17 @@ def test_flag_values() -> None:
 def test_a_value_may_be_named_like_a_switch(name) -> None:
     config, _ = parse_train_args(["--out_dir", name, "--seed", "3"])
     assert (config.out_dir, config.seed, config.restart) == (name, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--max_steps", "1e3"), "--max_steps must be a whole number, not '1e3' "),
+        (("--shuffle", "maybe"), "--shuffle must be true or false, not maybe "),
+        (("--optimizer", "sgd"), "--optimizer must be one of adamw, muon, not sgd "),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_flag(args, message) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_train_args(args)
+    assert str(refused.value).startswith(message)

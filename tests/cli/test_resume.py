@@ -157,3 +157,17 @@ def test_json_log_is_the_metrics(program, play, teachers) -> None:
     assert done.code == 0
     assert [json.loads(line) for line in done.out.splitlines()] == events()
     assert done.err.strip().startswith("Best held-out loss")
+
+
+def test_a_run_whose_text_or_configuration_is_lost_says_how_to_resume(program, play) -> None:
+    assert program(*SHORT, "--input", play, "--out_dir", "run", "--max_steps", 2).code == 0
+    moved = play.rename(play.with_name("moved.txt"))
+    lost = program("--resume", "run", "--max_steps", 3)
+    assert lost.code == 2 and "the text of the run, is not here" in lost.err
+    assert program("--resume", "run", "--max_steps", 3, "--input", moved).code == 0
+    for damage in (lambda path: path.write_text("[[["), Path.unlink):
+        damage(Path("run/config.toml"))
+        refused = program("--resume", "run")
+        assert refused.code == 2 and "the command that started the run resumes it" in refused.err
+    done = program(*SHORT, "--input", moved, "--out_dir", "run", "--max_steps", 4)
+    assert done.code == 0 and "step 3 |" in done.out

@@ -56,6 +56,19 @@ def test_runs_of_other_folders(program, runs) -> None:
     assert done.code == 2 and done.err.count("\n") == 1 and "there is no such folder" in done.err
 
 
+def test_imported_models_and_runs_without_configuration_have_one_row(program, runs) -> None:
+    (runs / "new/model.safetensors").touch()
+    lost = runs / "sweep/old"
+    checkpoint = lost / "checkpoints/step-000010"
+    checkpoint.mkdir(parents=True)
+    (lost / "config.toml").rename(checkpoint / "config.toml")
+    rows = {row["run"]: row["state"] for row in json.loads(program("runs", "--json").out)}
+    assert (rows["runs/new"], rows["runs/sweep/old"]) == ("model", "damaged") and len(rows) == 5
+    notes = [line for line in program("runs").out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and not any("runs/new" in note for note in notes)
+    assert any("runs/damaged/config.toml: not a readable" in note for note in notes)
+
+
 def test_runs_of_a_sweep_are_its_trials(program, runs) -> None:
     trials = [write_run(Path("sweep", name), {10: 3.0}).as_posix() for name in ("a", "b")]
     Path("sweep/sweep-data").mkdir()

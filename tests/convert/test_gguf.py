@@ -1,5 +1,6 @@
 """GGUF files, read back here and by llama.cpp where it is installed."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from gptforge.builders.export_model import export_gguf
 from gptforge.builders.load_model import load_bundle
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
+    WTE,
     ModelBundle,
+    check_finite,
     probe_ids,
     unused_row_probability,
     with_eos_token,
 )
 from gptforge.convert.gguf import check_gguf, write_gguf
+from gptforge.errors import RunError, UserError
 from gptforge.model import GPT
 from gptforge.tokenizers.char import CharTokenizer
 from tests.convert.kinds import ROWS, TEXTS, TOKENIZERS
@@ -147,3 +151,30 @@ def test_the_probability_of_an_unused_row_is_reported(run, program, messages) ->
 
 def test_a_run_has_its_tokenizer(run) -> None:
     assert load_bundle(run).tokenizer.name == "char"
+
+
+def test_a_model_of_another_program_is_not_said_to_be_trained_here(tmp_path) -> None:
+    from gptforge.builders.export_model import bundle_toml
+    from gptforge.checkpoint.format import save_inference_checkpoint
+
+    bundle = make_bundle("byte", 256)
+    (tmp_path / "imported").mkdir()
+    save_inference_checkpoint(
+        tmp_path / "imported",
+        dict(bundle.state_dict),
+        tokenizer=bundle.tokenizer,
+        config=bundle_toml(bundle),
+    )
+    export_gguf(str(tmp_path / "imported"), tmp_path / "m.gguf", dtype="f16")
+    description = fields(tmp_path / "m.gguf")["general.description"]
+    assert description.endswith(" parameters, exported with GPT-Forge")
+
+
+def test_weights_that_are_not_finite_in_the_file_are_not_kept(tmp_path) -> None:
+    bundle = make_bundle("byte", 256)
+    large = {**bundle.state_dict, WTE: bundle.state_dict[WTE] * 1e9}
+    bundle = dataclasses.replace(bundle, state_dict=large)  # more than float16 holds
+    with pytest.raises(RunError, match=r"NaN or Inf: it was not kept; .* use --type f32"):
+        write_gguf(tmp_path / "m.gguf", bundle, outtype="f16", name="m")
+    with pytest.raises(UserError, match=r"run: 'transformer\.wte\.weight' holds NaN or Inf"):
+        check_finite({WTE: torch.tensor([1.0, float("inf")])}, "run")

@@ -168,3 +168,56 @@ def test_a_legacy_file_is_refused_with_a_hint(checkpoint, tmp_path) -> None:
     torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # noqa: TID251
     with pytest.raises(UserError, match=r"PyTorch before 1\.6.* save it again with torch.save"):
         read_nanogpt(path, tokenizer=from_name("char", TEXT))
+
+
+def test_a_flipped_byte_is_detected(checkpoint, tmp_path) -> None:
+    # torch.load does not check the CRC-32 of a file's entries.
+    path = tmp_path / "ckpt.pt"
+    save(checkpoint, path)
+    weights = checkpoint["model"]["_orig_mod.transformer.wpe.weight"].numpy().tobytes()
+    damaged = bytearray(path.read_bytes())
+    damaged[path.read_bytes().index(weights)] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"data/\d+ in it is damaged: copy the file once more"):
+        read_nanogpt(path, tokenizer=from_name("char", TEXT))
+
+
+def test_a_file_without_checksums_is_read(checkpoint, tmp_path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(checkpoint, tmp_path / "ckpt.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
+
+
+def test_a_file_without_its_end_is_called_incomplete(checkpoint, tmp_path) -> None:
+    path = tmp_path / "ckpt.pt"
+    save(checkpoint, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="or incomplete: copy the file once more"):
+        read_nanogpt(path)
+    torch.save(torch.zeros(2, 2), path)  # noqa: TID251
+    with pytest.raises(UserError, match="Tensor instead of a dictionary"):
+        read_nanogpt(path)
+
+
+def test_weights_that_are_not_finite_are_refused(checkpoint, program, tmp_path) -> None:
+    checkpoint["model"]["_orig_mod.transformer.ln_f.bias"] = torch.full((16,), float("nan"))
+    checkpoint["model_args"]["vocab_size"] = 256
+    checkpoint["model"]["_orig_mod.transformer.wte.weight"] = torch.zeros(256, 16)
+    del checkpoint["model"]["_orig_mod.lm_head.weight"]
+    save(checkpoint, tmp_path / "ckpt.pt")
+    refused = program("import", "ckpt.pt", "out", "--tokenizer", "byte")
+    assert refused.code == 2 and not (tmp_path / "out").exists()
+    assert "ckpt.pt: 'transformer.ln_f.bias' holds NaN or Inf" in refused.err
+
+
+def test_a_ckpt_pt_is_imported_before_it_is_used(checkpoint, program, play, tmp_path) -> None:
+    save(checkpoint, tmp_path / "ckpt.pt")
+    for command in ("sample", "eval"):
+        refused = program(command, "ckpt.pt")
+        assert (refused.code, "gptforge import ckpt.pt OUT" in refused.err) == (2, True)
+    refused = program("--init_from", "ckpt.pt", "--input", play)
+    assert refused.code == 2
+    assert "gptforge import ckpt.pt OUT --tokenizer char --text FILE" in refused.err

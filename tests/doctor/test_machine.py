@@ -25,7 +25,7 @@ def test_missing_packages_come_with_the_install_command(monkeypatch) -> None:
     monkeypatch.setattr(machine.importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "1.0")
     out = "\n".join(str(finding) for finding in machine.check_machine())
-    assert "not installed: pyarrow, for Parquet" in out
+    assert "the fastest encoder: pyarrow not installed" in out
     assert "pip install -e '.[data]'" in out
     assert "pip install -e '.[demo]'" in out
 

@@ -136,7 +136,10 @@ def test_train_then_use_in_training_and_export(tmp_path, program) -> None:
         (("encode", "x"), "tokenizer train SRC"),
         (("train", "--out", "t.json"), "name at least one file"),
         (("train", "nothing.txt", "--out", "t.json"), "no such file"),
-        (("train", "empty.txt", "--out", "t.json"), "empty.txt: empty: there is no text"),
+        (
+            ("train", "empty.txt", "--out", "t.json"),
+            "empty.txt: there is no text, at most white space",
+        ),
         (("train", "bad.jsonl", "--out", "t.json", "--skip_bad"), "(1 x not JSON)"),
     ],
 )

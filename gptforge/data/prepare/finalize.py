@@ -129,7 +129,7 @@ def _describe_share(rule: SplitRule, totals: Mapping[str, Mapping[str, int]]) ->
     if rule.rule == "files" or not rule.fraction or low <= share <= high:
         return []
     return [
-        f"{100 * share:.3g}% of the text are held out, not {100 * rule.fraction:.3g}%: "
+        f"{100 * share:.3g}% of the text is held out, not {100 * rule.fraction:.3g}%: "
         "documents and files are not divided, and there are few of them"
     ]
 

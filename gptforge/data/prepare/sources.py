@@ -73,8 +73,10 @@ def find_sources(
     for name in names:
         if name == "-" or is_pipe(Path(name)):
             if spool_dir is None:
-                what = "standard input" if name == "-" else "a pipe"
-                raise UserError(f"{name}: {what} cannot be read here: give a file")
+                what, hint = "a pipe", "give a file"
+                if name == "-":
+                    what, hint = "standard input", "give a file, or /dev/stdin"
+                raise UserError(f"{name}: {what} cannot be read here: {hint}")
             # One copy per pipe.
             path = spool_dir / (STDIN_FILE if name == "-" else f"{STDIN_FILE}-{len(sources)}")
             sources.append(_spooled_source(name, path, kind))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptforge.errors import UserError
+from gptforge.printable import pluralize
 
 SplitName = Literal["train", "val"]
 DocumentId = tuple[int, int]  # index of its source, and its index in it
@@ -101,7 +102,8 @@ def make_split_rule(
         num_chars = documents[0].num_chars
         cut = int(num_chars * (1 - val_fraction))
         if cut in (0, num_chars):
-            part = f"--val_fraction {val_fraction} of {num_chars} characters"
+            size = pluralize(num_chars, "character", "characters")
+            part = f"--val_fraction {val_fraction} of {size}"
             hint = "use --val_fraction 0 or more text"
             raise UserError(f"{part} leaves one split empty: {hint}")
         return SplitRule("character", val_fraction, cut=cut, prepend_eot=False)

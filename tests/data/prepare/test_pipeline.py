@@ -126,7 +126,7 @@ def test_held_out_share_far_from_request_is_logged(tmp_path, messages) -> None:
         (tmp_path / name).write_text(some_text(1) + name, "utf-8")
     names = tuple(str(tmp_path / name) for name in ("a.txt", "b.txt"))
     prepare(tmp_path / "out", PrepareRequest(names, tokenizer="byte"))
-    assert any("note: 50% of the text are held out, not 10%" in line for line in messages)
+    assert any("note: 50% of the text is held out, not 10%" in line for line in messages)
     messages.clear()
     path = write_jsonl(tmp_path / "many.jsonl", DOCUMENTS)
     prepare(tmp_path / "many", PrepareRequest((str(path),), tokenizer="byte"))
