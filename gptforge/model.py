@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gptforge.config import GPTConfig
 from gptforge.kernels.attention import causal_attention
-from gptforge.kernels.gelu import gelu
 
 IGNORE_INDEX = -1
 """Targets with this value are left out of the loss."""
@@ -52,12 +51,12 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd)
-        self.gelu_approximate = config.gelu_approximate
+        self.gelu = nn.GELU(config.gelu_approximate)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = self.c_proj(gelu(self.c_fc(x), self.gelu_approximate))
+        x = self.c_proj(self.gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 

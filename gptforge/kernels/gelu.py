@@ -1,65 +1,13 @@
-"""GPT-2's tanh GELU: for autograd, and the backward alone.
-
-With s = sigmoid(2a) and a = sqrt(2 / pi) * (x + 0.044715 * x^3), it is gelu(x) = x * s, and its
-derivative is s + x * s * (1 - s) * d(2a)/dx.
-"""
+"""Backward of GPT-2's tanh GELU; the forward is torch's, or the epilogue of a GEMM."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gptforge.kernels.launch import num_sms, uses_triton
 from gptforge.kernels.reductions import Pending, accumulate_partials
-
-_SCALE, _CUBIC = math.sqrt(8 / math.pi), 0.044715
-_CPU_CHUNK = 2**17
-"""Elements per chunk on a CPU: intermediate results stay in the L2 or L3 cache."""
-
-
-def gelu(x: Tensor, approximate: str) -> Tensor:
-    """`F.gelu`, but twice as fast on a CPU in the tanh form: torch's tanh is slow there."""
-    is_slow = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    if approximate != "tanh" or not is_slow or torch.compiler.is_compiling():
-        return F.gelu(x, approximate=approximate)
-    y: Tensor = _TanhGELU.apply(x)  # type: ignore[no-untyped-call]
-    return y
-
-
-class _TanhGELU(torch.autograd.Function):
-    """The forward computes the derivative, too, and saves it instead of `x`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        derivative = torch.empty_like(y) if ctx.needs_input_grad[0] else None
-        flat_x, flat_y = x.reshape(-1), y.view(-1)
-        for start in range(0, x.numel(), _CPU_CHUNK):
-            chunk = slice(start, start + _CPU_CHUNK)
-            fp32 = flat_x[chunk].float()
-            square = fp32 * fp32
-            sigmoid = torch.addcmul(fp32, fp32, square, value=_CUBIC).mul_(_SCALE).sigmoid_()
-            torch.mul(fp32, sigmoid, out=flat_y[chunk])
-            if derivative is not None:
-                inner = torch.ops.aten.sigmoid_backward(fp32, sigmoid)  # x * s * (1 - s)
-                # d(2a)/dx = scale * (1 + 3 * cubic * x^2)
-                square.add_(1 / (3 * _CUBIC))
-                torch.addcmul(
-                    sigmoid, inner, square, value=3 * _CUBIC * _SCALE,
-                    out=derivative.view(-1)[chunk],
-                )  # fmt: skip
-        ctx.save_for_backward(derivative)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_output: Tensor) -> Tensor:
-        (derivative,) = ctx.saved_tensors
-        grad_x: Tensor = grad_output[0] * derivative
-        return grad_x
 
 
 def gelu_backward(
