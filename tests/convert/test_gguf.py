@@ -174,7 +174,8 @@ def test_weights_that_are_not_finite_in_the_file_are_not_kept(tmp_path) -> None:
     bundle = make_bundle("byte", 256)
     large = {**bundle.state_dict, WTE: bundle.state_dict[WTE] * 1e9}
     bundle = dataclasses.replace(bundle, state_dict=large)  # more than float16 holds
+    write_gguf(tmp_path / "m.gguf", bundle, outtype="f16", name="m")
     with pytest.raises(RunError, match=r"NaN or Inf: it was not kept; .* use --type f32"):
-        write_gguf(tmp_path / "m.gguf", bundle, outtype="f16", name="m")
+        check_gguf(tmp_path / "m.gguf", bundle, outtype="f16")
     with pytest.raises(UserError, match=r"run: 'transformer\.wte\.weight' holds NaN or Inf"):
         check_finite({WTE: torch.tensor([1.0, float("inf")])}, "run")
