@@ -76,7 +76,7 @@ def test_without_val_fraction_validation_files_are_ignored(folder) -> None:
 
 def test_validation_file_without_text_is_refused(folder, tmp_path) -> None:
     (folder / "validation.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r"validation.txt: empty: .*held out by name"):
+    with pytest.raises(UserError, match=r"validation.txt: there is no text.*held out by name"):
         prepare_files(tmp_path / "out", folder)
     index = prepare_files(tmp_path / "out", folder, split_by_name=False)
     assert index.total("val", "tokens")
