@@ -1,12 +1,11 @@
 """One optimizer step: forward and backward over micro-batches, reduction, clipping, update."""
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,14 @@ from gptforge.optim.ema import WeightEMA
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
-from gptforge.train.backends.float8 import Float8Backend
+from gptforge.train.backends.factory import build_backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.backends.manual_layers import grad_groups
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import OptimizerStep
-from gptforge.train.parallel.fsdp import FSDPReducer, FSDPRoot, gather_model
-from gptforge.train.parallel.grad_reducer import BucketedAllReduce, GradReducer
-from gptforge.train.parallel.zero1 import (
-    AllGatheredWeights,
-    BucketedReduceScatter,
-    ShardedGradBuffer,
-)
+from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
+from gptforge.train.parallel.grad_reducer import GradReducer
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +76,20 @@ class TrainStep:
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, ema_decay) if ema_decay else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
-        self._backend_options: dict[str, Any] = {
-            "activation_checkpointing": activation_checkpointing,
-            "loss_chunk": loss_chunk,
-            "distillation": distillation,
-        }
+        params = [p for group in grad_groups(model) for p in group]
+        self._build_backend = functools.partial(
+            build_backend,
+            model,
+            precision,
+            scaler=self._scaler,
+            activation_checkpointing=activation_checkpointing,
+            loss_chunk=loss_chunk,
+            comm=comm,
+            root=root,
+            # Built once, since the hooks that it registers on the parameters are not removed.
+            autograd_grads=functools.cache(functools.partial(AutogradGradBuffer, params)),
+            distillation=distillation,
+        )
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
@@ -161,55 +164,6 @@ class TrainStep:
         self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
             self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler, ema=self.ema
         )
-
-    def _build_backend(
-        self, kernels: KernelConfig
-    ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
-        """The backend that `kernels` names, and the gradient reduction that goes with it.
-
-        | ranks | autograd | manual backward |
-        | --- | --- | --- |
-        | one | gradients where autograd puts them | gradient buffer |
-        | several | gradient buffer, all-reduced | gradient buffer, all-reduced |
-        | several, sharded | FSDP | ZeRO-1 |
-        """
-        comm, root, options = self._comm, self._root, self._backend_options
-        reducer = GradReducer()
-        if kernels.manual_backward:
-            dtype = self.precision.dtype
-            build = partial(
-                Float8Backend if kernels.float8 else ManualBackend, self.model, dtype, **options
-            )
-            if root is None:
-                manual = build()
-                if comm.world_size > 1:
-                    reducer = BucketedAllReduce(comm, manual.grads)
-            else:
-                manual = build(
-                    weights=AllGatheredWeights(dtype, root, comm),
-                    make_grads=partial(ShardedGradBuffer, comm=comm),
-                )
-                assert isinstance(manual.grads, ShardedGradBuffer)
-                reducer = BucketedReduceScatter(comm, manual.grads)
-            manual.on_grads_ready = reducer.grads_ready
-            return manual, reducer
-        grads = None
-        if root is not None:
-            reducer = FSDPReducer(comm)
-        elif comm.world_size > 1:
-            grads = self._autograd_grads
-            reducer = BucketedAllReduce(comm, grads)
-            grads.on_grads_ready = reducer.grads_ready
-        backend = AutogradBackend(
-            self.model, self.precision, kernels, scaler=self._scaler, grads=grads, root=root,
-            world_size=comm.world_size, **options,
-        )  # fmt: skip
-        return backend, reducer
-
-    @cached_property
-    def _autograd_grads(self) -> AutogradGradBuffer:
-        """Built once, since the hooks that it registers on the parameters are not removed."""
-        return AutogradGradBuffer([p for group in grad_groups(self.model) for p in group])
 
     @property
     def backend_name(self) -> str:
