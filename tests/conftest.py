@@ -49,21 +49,8 @@ TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: a third of the time, tests wait for other processes."""
-    return (os.cpu_count() or 1) + 1
-
-
-SLOW_FILES = ("distributed", "examples", "sweep", "train", "test_exit.py", "cli", "report")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first: at the end, a single one would keep a single worker busy."""
-
-    def order(item: pytest.Item) -> int:
-        name = item.path.relative_to(Path(__file__).parent).parts[0]
-        return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
-
-    items.sort(key=order)
+    """More workers than cores: a third of the time, tests wait for other processes."""
+    return (os.cpu_count() or 1) + 2
 
 
 @pytest.fixture(autouse=True, scope="session")
