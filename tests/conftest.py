@@ -49,8 +49,8 @@ TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """More workers than cores: a third of the time, tests wait for other processes."""
-    return (os.cpu_count() or 1) + 2
+    """One worker more than cores: a third of the time, tests wait for other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True, scope="session")
