@@ -51,6 +51,7 @@ def kill_any_time(harness: Harness, rng: random.Random) -> Case:
     """Kill -9 from outside, whatever the program is doing."""
     case = harness.case()
     process = harness.start(case)
+    harness.wait_for_start(case, process)
     process.join(rng.uniform(0, harness.reference.seconds))
     process.kill()
     harness.wait(case, process)
