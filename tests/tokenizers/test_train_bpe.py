@@ -138,7 +138,7 @@ def test_train_then_use_in_training_and_export(tmp_path, program) -> None:
         (("train", "nothing.txt", "--out", "t.json"), "no such file"),
         (
             ("train", "empty.txt", "--out", "t.json"),
-            "empty.txt: there is no text, at most white space",
+            "empty.txt: there is no text in it",
         ),
         (("train", "bad.jsonl", "--out", "t.json", "--skip_bad"), "(1 x not JSON)"),
     ],

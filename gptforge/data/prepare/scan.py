@@ -106,7 +106,7 @@ def no_text_message(names: Sequence[str], bad_input: BadInputHandler) -> str:
     more = f" and {len(names[3:]):,} more" if len(names) > 3 else ""
     where = ", ".join(names[:3]) + more
     if not bad_input.counts:
-        return f"{where}: there is no text, at most white space"
+        return f"{where}: there is no text in it"
     problems = ", ".join(f"{count:,} x {problem}" for problem, count in bad_input.counts.items())
     return (
         f"{where}: all input was skipped ({problems}), and no text is left; first "
