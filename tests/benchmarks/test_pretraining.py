@@ -13,6 +13,7 @@ from tests.environment import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import pretraining as bench
+import pretraining_results
 
 TINY = ["--", "--batch_size", "2", "--gradient_accumulation_steps", "1", "--context_length", "50"]
 
@@ -88,10 +89,10 @@ def test_results_of_other_data_do_not_count(data) -> None:
 
 def test_crossing_is_between_two_evaluations(data) -> None:
     curve = {"curve": [[100, 5.0, 2.0], [200, 4.0, 1.0], [300, 3.0, 0.5]]}
-    assert bench.crossing(curve, 3.5) == 250
-    assert bench.crossing(curve, 0.75, column=2) == 250
-    assert bench.crossing(curve, 5.0) == 100
-    assert bench.crossing(curve, 2.9) is None
+    assert pretraining_results.crossing(curve, 3.5) == 250
+    assert pretraining_results.crossing(curve, 0.75, column=2) == 250
+    assert pretraining_results.crossing(curve, 5.0) == 100
+    assert pretraining_results.crossing(curve, 2.9) is None
 
 
 def test_verdicts(data) -> None:

@@ -188,7 +188,9 @@ def test_a_file_without_checksums_is_read(checkpoint, tmp_path) -> None:
         save(checkpoint, tmp_path / "ckpt.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
+    bundle = read_nanogpt(tmp_path / "ckpt.pt", tokenizer=from_name("char", TEXT))
+    weights = checkpoint["model"]["_orig_mod.transformer.wpe.weight"]
+    assert torch.equal(bundle.state_dict["transformer.wpe.weight"], weights)
 
 
 def test_a_file_without_its_end_is_called_incomplete(checkpoint, tmp_path) -> None:
