@@ -50,6 +50,7 @@ from small_texts import Result
 from gptforge import UserError, files
 from gptforge.builders.text_presets import resolve_auto
 from gptforge.cli.parsing import parse_train_args
+from gptforge.config import Config
 from gptforge.report.metrics import series
 from gptforge.report.run_info import read_run
 from gptforge.sweep import scheduler
@@ -280,8 +281,10 @@ class Runner:
             if trial.mode != "race":
                 shutil.rmtree(run.folder)
 
+        devices = scheduler.find_devices(Config(device=self.options.device))
+
         def start(run: scheduler.Run, slot: int) -> scheduler.Process:
-            device, jobs = self.options.device, self.options.jobs
+            device, jobs = devices[slot % len(devices)], self.options.jobs
             return scheduler.start_process(run, device=device, jobs=jobs)
 
         try:
@@ -297,7 +300,7 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, required=True, help="folder of results and pictures")
     common.add_argument("--runs", type=Path, help="of run folders; default: runs in --out")
-    common.add_argument("--jobs", type=int, default=1, help="runs at once")
+    common.add_argument("--jobs", type=int, default=1, help="runs at once, spread over the GPUs")
     common.add_argument("--seed", type=int, default=1)
     common.add_argument("--device", default="auto")
     common.add_argument("--budget_s", type=float, default=0, help="stop then and save; 0: never")

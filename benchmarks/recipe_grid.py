@@ -17,15 +17,12 @@ recipe-grid.png.
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_texts import GPT_PY, Result, cut, read_results
+from small_texts import GPT_PY, Jobs, Result, cut, read_results
 
 from gptforge.builders.teachers import cost_with_teachers
 from gptforge.config import Config
@@ -144,8 +141,7 @@ class Runner:
     def __init__(self, results: Path, scratch: Path, jobs: int) -> None:
         self.results, self.scratch = results, scratch
         self.lock = threading.Lock()
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        self.environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        self.jobs = Jobs(jobs)
 
     def __call__(self, task: Task, path: Path) -> bool:
         """Train and save the result; returns whether it succeeded."""
@@ -153,12 +149,7 @@ class Runner:
         paths = ["--input", str(path), "--out_dir", str(folder / "run"), "--sample_every", "0"]
         flags = ["--preset", task.preset, "--device", task.device, *shlex.split(task.flags)]
         command = [sys.executable, str(GPT_PY), *flags, *paths, "--seed", str(task.seed)]
-        start = time.perf_counter()
-        done = subprocess.run(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
+        done, seconds = self.jobs.run(command)
         name = f"{task.text}, {task.bytes:,} bytes, {task.change}, seed {task.seed}"
         if done.returncode:
             print(f"error: {name}: {shlex.join(command)}\n{done.stdout[-3000:]}", flush=True)

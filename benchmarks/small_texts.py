@@ -34,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import nanogpt
@@ -98,6 +99,34 @@ def nats_per_character(
     return nats / (len(text) - int(characters_before[lengths[0]]))
 
 
+class Jobs:
+    """Runs commands, each with its share of the CPU's cores and on one of the visible GPUs."""
+
+    def __init__(self, number: int) -> None:
+        count = torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        threads = str(max(1, (os.cpu_count() or 1) // number))
+        self.environments: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for job in range(number):
+            gpu = {"CUDA_VISIBLE_DEVICES": visible.split(",")[job % count]} if count else {}
+            self.environments.put({"OMP_NUM_THREADS": threads, **os.environ, **gpu})
+
+    def run(
+        self, command: Sequence[str], cwd: Path | None = None
+    ) -> tuple[subprocess.CompletedProcess[str], float]:
+        """Run a command; returns its output, stderr included, and its seconds."""
+        environment = self.environments.get()
+        start = time.perf_counter()
+        try:
+            done = subprocess.run(
+                command, cwd=cwd, env=environment, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+            )  # fmt: skip
+        finally:
+            self.environments.put(environment)
+        return done, time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class Task:
     """A training run, by what identifies its result.
@@ -127,7 +156,7 @@ class Runner:
         results: the JSON lines file.
         runs: folder for data and runs.
         keep: whether runs stay there after their evaluation.
-        jobs: how many tasks run at once, each with its share of the CPU's cores.
+        jobs: how many tasks run at once, each with its share of the CPU's cores and on one GPU.
     """
 
     def __init__(
@@ -136,8 +165,7 @@ class Runner:
         self.checkout, self.results, self.runs, self.keep = checkout, results, runs, keep
         self.device, self.device_name = select_device("auto")
         self.lock = threading.Lock()
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        self.environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        self.jobs = Jobs(jobs)
 
     def __call__(self, task: Task, text: str) -> bool:
         """Train, evaluate and save the result; returns whether it succeeded."""
@@ -146,12 +174,7 @@ class Runner:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier, interrupted call
         folder.mkdir(parents=True)
         command, cwd = self.command(task, text, folder)
-        start = time.perf_counter()
-        done = subprocess.run(
-            command, cwd=cwd, env=self.environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
+        done, seconds = self.jobs.run(command, cwd)
         name = f"{task.text}, {task.program}, seed {task.seed}"
         if done.returncode:
             print(f"error: {name}: {shlex.join(command)}\n{done.stdout[-3000:]}", flush=True)
