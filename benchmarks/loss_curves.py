@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["auto"], help="of the fast runs")
     parser.add_argument(
-        "--without", nargs="+", default=[], choices=[*REPLACEMENTS, "manual_backward"],
-        help="kernels to replace, one at a time",
+        "--without", nargs="+", default=[], choices=[*REPLACEMENTS, "manual_backward", "all"],
+        help="kernels to replace, one at a time; all: autograd and torch's autocast",
     )  # fmt: skip
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,10 @@ def main() -> None:
         paths[precision.name] = (precision, select_kernels(Config(), device, precision), "high")
     precision, kernels, _ = list(paths.values())[1]
     for kernel in args.without:
-        is_backward = kernel == "manual_backward"
-        others = dataclasses.replace(kernels, manual_backward=False) if is_backward else kernels
+        others = {
+            "manual_backward": dataclasses.replace(kernels, manual_backward=False),
+            "all": DEFAULT_KERNELS,
+        }.get(kernel, kernels)
         paths[f"without {kernel}"] = (precision, others, "high")
     curves: dict[str, list[np.ndarray]] = {path: [] for path in paths}
     for path, (precision, kernels, matmul_precision) in paths.items():

@@ -1,12 +1,12 @@
 """Exported Spaces are complete and run without gptforge being installed."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import runpy
 import subprocess
-import sys
 import urllib.request
 import venv
 from pathlib import Path
@@ -71,10 +71,9 @@ def other_python(tmp_path) -> Path:
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    packages = next(
-        entry for entry in map(Path, sys.path) if entry.name in ("site-packages", "dist-packages")
-    )
-    Path(found.stdout.strip(), "others.pth").write_text(f"{packages}\n")
+    specs = [importlib.util.find_spec(name) for name in ("torch", "tyro", "uvicorn")]
+    folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin}
+    Path(found.stdout.strip(), "others.pth").write_text("\n".join(folders))
     return python
 
 

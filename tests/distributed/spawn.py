@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from gptforge.distributed import init_distributed
 from gptforge.errors import RunError, UserError
 from tests.pictures import use_blank_pictures
 
+# Starting a process polls the exit codes of all others, and each can be read only once: two threads
+# that poll the same one would see 255.
+_poll_lock = threading.Lock()
 # A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
 _context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
@@ -85,24 +89,26 @@ def _run(
         for rank in range(world_size)
     ]
     for child in children:
-        child.start()
+        with _poll_lock:
+            child.start()
     deadline = time.monotonic() + 200
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for child in children:
-        if child.exitcode is None:
-            child.kill()
-            child.join()
+    with _poll_lock:
+        for child in children:
+            if child.exitcode is None:
+                child.kill()
+                child.join()
+        codes = [child.exitcode for child in children]
     outputs = [(Path(folder) / f"{rank}.out").read_text() for rank in range(world_size)]
-    return [
-        RankExit(child.exitcode, output) for child, output in zip(children, outputs, strict=True)
-    ]
+    return list(map(RankExit, codes, outputs))
 
 
 def is_running(child: BaseProcess) -> bool:
     """Whether a rank has neither ended nor stopped itself by SIGSTOP, which only Linux shows."""
-    if child.exitcode is not None:
-        return False
+    with _poll_lock:
+        if child.exitcode is not None:
+            return False
     try:
         return Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2][0] != "T"
     except OSError:  # it has just ended, or there is no /proc
