@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pretraining_results import (
     COMPLETE,
@@ -313,20 +314,20 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
 
     sweep = modes.add_parser("sweep", parents=[shards])
     sweep.add_argument("--tokens", type=float, default=20e6, help="of a run")
-    for name, values in (
-        ("rates", (6e-4, 1.2e-3, 2.4e-3)),
-        ("decays", (0.1, 0.4, 1.6)),
-        ("muon_rates", (1e-3, 2e-3, 4e-3)),
-        ("muon_decays", (0.1, 0.4, 1.6)),
-    ):
-        sweep.add_argument(f"--{name}", type=float, nargs="+", default=values)
+    numbers: dict[str, Any] = {"type": float, "nargs": "+"}
+    sweep.add_argument("--rates", **numbers, default=(6e-4, 1.2e-3, 2.4e-3))
+    sweep.add_argument("--decays", **numbers, default=(0.1, 0.4, 1.6))
+    sweep.add_argument("--muon_rates", **numbers, default=(1e-3, 2e-3, 4e-3))
+    sweep.add_argument("--muon_decays", **numbers, default=(0.1, 0.4, 1.6))
 
     race = modes.add_parser("race", parents=[shards])
     race.add_argument("--tokens", type=float, default=500e6, help="of AdamW")
     race.add_argument("--fraction", type=float, default=0.65, help="of them for Muon")
     race.add_argument("--evals", type=int, default=20, help="of a run")
-    for name in ("rate", "decay", "muon_rate", "muon_decay"):
-        race.add_argument(f"--{name}", type=float, help="default: the best of the sweep")
+    race.add_argument("--rate", type=float, help="of AdamW; default: the best of the sweep")
+    race.add_argument("--decay", type=float, help="of AdamW; default: the best of the sweep")
+    race.add_argument("--muon_rate", type=float, help="default: the best of the sweep")
+    race.add_argument("--muon_decay", type=float, help="default: the best of the sweep")
 
     dtypes = modes.add_parser("dtypes", parents=[shards])
     dtypes.add_argument("--steps", type=int, default=3000)

@@ -13,6 +13,8 @@ from gptforge.config import Config
 from gptforge.report.curves import TEXT_COLOR, new_figure, style_axes
 
 COLORS = ("#4c78a8", "#d1495b", "#2a9d8f", "#b8791f", "#7a6bb0", "#7f5539")
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+TITLES = {"race": "GPT-2 small, AdamW and Muon", "dtypes": "GPT-2 small, matmuls by dtype"}
 COMPLETE = "complete"
 FROM_SCRATCH, FINE_TUNED = "from scratch", "fine-tuned"
 
@@ -62,7 +64,7 @@ def row(result: Result) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """The runs of a mode; those of a sweep with the best first."""
-    titles = ("run", "held-out loss, best", "last evaluation", "bits per byte, best", "at step")
+    titles = ("run", "held-out loss", "last evaluation, a part", "bits per byte", "best step")
     titles += ("steps", "tokens, M", "ms/step", "tokens/s", "seconds")
     rows = [f"| data | {' | '.join(titles)} |", "| --- |" + " --- |" * len(titles)]
     rows += [f"| {result['data'].split()[0]} | {row(result)} |" for result in results]
@@ -88,8 +90,9 @@ def verdict(results: Sequence[Result]) -> str:
             tokens = step * muon["tokens_per_step"]
             reached = f"reaches it at {tokens / 1e6:,.1f}M, {tokens / total:.1%} of AdamW's tokens"
         lines.append(
-            f"AdamW's held-out loss is {level:.4f} with {total / 1e6:,.1f}M tokens. "
-            f"Muon {reached}; its steps take {slower:+.1%}."
+            f"AdamW's best evaluation in {total / 1e6:,.1f}M tokens is {level:.4f}. "
+            f"Muon {reached}; its steps take {slower:+.1%}. Their losses on all held-out text: "
+            f"{adamw['val_loss']:.4f} and {muon['val_loss']:.4f}."
         )
     if mode == "dtypes":
         first = results[0]
@@ -145,13 +148,13 @@ def draw(results: Sequence[Result], path: Path) -> None:
     mode = results[0]["mode"]
     if mode == "sweep":
         panels = {
-            optimizer: [r for r in results if optimizer_of(r)[0] == optimizer]
-            for optimizer in ("adamw", "muon")
+            name: [r for r in results if optimizer_of(r)[0] == optimizer]
+            for optimizer, name in OPTIMIZERS.items()
         }
     elif mode == "finetune":
         panels = {data.split()[0]: list(runs) for data, runs in by_text(results).items()}
     else:
-        panels = {mode: list(results)}
+        panels = {TITLES[mode]: list(results)}
     panels = {name: found for name, found in panels.items() if found}
     figure = new_figure()
     figure.set_size_inches(max(8, 5.2 * len(panels)), 5)
@@ -191,7 +194,9 @@ def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
         scale = 1 if is_finetune else result["tokens_per_step"] / 1e6
         steps, losses, bits = zip(*result["curve"], strict=True) if result["curve"] else ((),) * 3
         values = bits if is_finetune else losses
-        axes.plot([step * scale for step in steps], values, ".-", color=color, label=result["name"])
+        optimizer, _, rest = result["name"].partition(",")
+        label = f"{OPTIMIZERS[optimizer]},{rest}" if optimizer in OPTIMIZERS else result["name"]
+        axes.plot([step * scale for step in steps], values, ".-", color=color, label=label)
     if values := results[0]["curve"]:
         level = min(point[2 if is_finetune else 1] for point in values)
         axes.axhline(level, color=COLORS[0], linewidth=0.9, linestyle="--")

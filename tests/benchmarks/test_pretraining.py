@@ -100,9 +100,10 @@ def test_verdicts(data) -> None:
     adamw, muon = bench.race_trials(options("race", data, "--tokens", "1e5", *flags), [])
     results = [result(adamw, 3.0), result(muon, 2.5, ms_per_step=10.2)]
     text = bench.verdict(results)
-    assert "AdamW's held-out loss is 3.0000 with 0.1M tokens." in text
+    assert "AdamW's best evaluation in 0.1M tokens is 3.0000." in text
     # Half of the way from step 325 with 3.5 to step 650 with 2.5, of AdamW's 1,000 steps.
     assert "reaches it at 0.0M, 48.8% of AdamW's tokens; its steps take +2.0%" in text
+    assert text.endswith("Their losses on all held-out text: 3.0000 and 2.5000.")
     assert "not finished" in bench.verdict([results[0], result(muon, 2.5, state="stopped")])
     bf16, fp8 = bench.dtype_trials(options("dtypes", data))
     text = bench.verdict([result(bf16, 3.0), result(fp8, 3.015, tok_per_sec=1.3e4)])
