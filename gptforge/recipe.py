@@ -21,7 +21,6 @@ class Anchor:
 
     megabytes: float
     tokenizer: str  # from this size on
-    optimizer: str  # from this size on
     n_layer: int
     n_embd: int
     context_length: int
@@ -38,22 +37,23 @@ class Anchor:
 # fmt: off
 ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     "gpu": (
-        #       MB   tokenizer optimizer layers width T seqs steps    lr  decay muon's drop noise
-        Anchor(  0.01, "char", "muon",   4, 128,  128,  32,  1_500, 1e-3, 4.0, 2.0, 0.3, 0.10, 2),
-        Anchor(  0.3,  "char", "muon",   6, 384,  256,  64,  2_000, 1e-3, 4.0, 1.6, .25, 0.08, 2),
-        Anchor(  1,    "char", "muon",   6, 384,  256,  64,  2_500, 1e-3, 3.0, 1.2, 0.1, 0.05, 2),
-        Anchor(  5,    "char", "muon",   8, 512,  256,  64,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.01, 0),
-        Anchor( 16,    "bpe",  "muon",  12, 768,  512,  32,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.00, 0),
-        Anchor(100,    "gpt2", "adamw", 12, 768, 1024, 128,  6_000, 6e-4, 0.1, 0.1, 0.0, 0.00, 0),
-        Anchor(10_000, "gpt2", "adamw", 12, 768, 1024, 128, 19_000, 6e-4, 0.1, 0.1, 0.0, 0.00, 0),
+        #       MB  tokenizer layers width T seqs steps    lr  decay muon's drop noise teachers
+        Anchor(  0.01, "char",  4, 128,  128,  32,  1_500, 1e-3, 4.0, 2.0, 0.3, 0.10, 2),
+        Anchor(  0.3,  "char",  6, 384,  256,  64,  2_000, 1e-3, 4.0, 1.6, .25, 0.08, 2),
+        Anchor(  1,    "char",  6, 384,  256,  64,  2_500, 1e-3, 3.0, 1.2, 0.1, 0.05, 2),
+        Anchor(  5,    "char",  8, 512,  256,  64,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.01, 0),
+        Anchor( 16,    "bpe",  12, 768,  512,  32,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.00, 0),
+        Anchor(100,    "gpt2", 12, 768, 1024,  32,  5_000, 1e-3, 0.4, 0.5, 0.0, 0.00, 0),
+        Anchor(200,    "gpt2", 12, 768, 1024,  64,  5_000, 1e-3, 0.1, 0.4, 0.0, 0.00, 0),
+        Anchor(10_000, "gpt2", 12, 768, 1024, 128, 19_000, 1e-3, 0.1, 0.1, 0.0, 0.00, 0),
     ),
     "cpu": (
-        Anchor(  0.01, "char", "muon",   4,  64,   64,   8,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00, 0),
-        Anchor(  0.3,  "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
-        Anchor(  1,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
-        Anchor(  5,    "bpe",  "muon",   4, 128,  256,   8,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00, 0),
-        Anchor( 20,    "bpe",  "muon",   4, 192,  256,   8, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00, 0),
-        Anchor(10_000, "bpe",  "muon",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor(  0.01, "char",  4,  64,   64,   8,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00, 0),
+        Anchor(  0.3,  "bpe",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
+        Anchor(  1,    "bpe",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
+        Anchor(  5,    "bpe",   4, 128,  256,   8,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor( 20,    "bpe",   4, 192,  256,   8, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor(10_000, "bpe",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00, 0),
     ),
 }
 # fmt: on
@@ -143,7 +143,9 @@ def make_recipe(
         "random_offset": True,
         "eval_tokens": 2**16 if device == "cpu" else 2**21 if num_bytes > LARGE_TEXT_BYTES else 0,
     }
-    values["optimizer"] = fixed.get("optimizer", affordable.optimizer)
+    # FSDP shards the matrices that Muon needs whole.
+    optimizer = "adamw" if fixed.get("parallel") == "fsdp" else "muon"
+    values["optimizer"] = fixed.get("optimizer", optimizer)
     values |= _shape(affordable, num_bytes, HEAD_SIZES[device], fixed) | fixed
     values |= _batch(affordable, num_bytes, int(values["context_length"]), fixed) | fixed
     sequences = values["batch_size"] * values["gradient_accumulation_steps"]
@@ -200,7 +202,6 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
     return Anchor(
         megabytes=megabytes,
         tokenizer=(high if share == 1.0 else low).tokenizer,
-        optimizer=(high if share == 1.0 else low).optimizer,
         n_layer=round(geometric("n_layer")),
         n_embd=round(geometric("n_embd") / WIDTH_MULTIPLE) * WIDTH_MULTIPLE,
         context_length=2 ** round(math.log2(geometric("context_length"))),

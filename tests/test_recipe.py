@@ -100,6 +100,14 @@ def test_anchors_are_what_their_text_gets(device) -> None:
         assert config.global_batch_size == sequences
 
 
+@pytest.mark.parametrize(
+    "explicit, optimizer",
+    [({}, "muon"), ({"parallel": "fsdp"}, "adamw"), ({"parallel": "ddp"}, "muon")],
+)
+def test_sharded_models_get_adamw(explicit, optimizer) -> None:
+    assert configure(10**8, "gpu", explicit=explicit).optimizer == optimizer
+
+
 def test_docs_have_the_anchors() -> None:
     docs = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8")
     docs = docs.partition("## What was measured")[0]
