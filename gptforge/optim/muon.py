@@ -84,19 +84,21 @@ class Muon(Optimizer):
             grads = [torch.where(skip, b, g) for b, g in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
         nesterov = torch._foreach_lerp(grads, buffers, MOMENTUM)
+        params, counts = zip(*members, strict=True)
         # One batch per shape: GPT-2's blocks have three, for 6 * n_layer matrices.
-        stacked = torch.cat([x.view(-1, *shape) for x in nesterov])  # (M, rows, columns)
+        stacked = params[0].new_empty(sum(counts), *shape, dtype=torch.bfloat16)
+        chunks = [x.view_as(p) for x, p in zip(stacked.split(counts), params, strict=True)]
+        torch._foreach_copy_(chunks, nesterov)
         lr = self._muon_group["lr"]
         if self.found_inf is not None:
             lr = lr * (self.found_inf == 0)  # neither decay nor update
         # An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)); AdamW's updates have 0.2.
-        # In fp32, or a rate on the device would be rounded to bf16.
-        updates = newton_schulz(stacked).float().mul_(-0.2 * math.sqrt(max(shape)) * lr)
-        params = [p for p, _ in members]
+        # With a dimension, or it would not promote the product to fp32.
+        scale = params[0].new_full((1,), -0.2 * math.sqrt(max(shape))) * lr
+        updates = (newton_schulz(stacked) * scale).split(counts)
         torch._foreach_mul_(params, 1 - lr * self._muon_group["weight_decay"])
-        chunks = updates.split([count for _, count in members])
-        pairs = zip(chunks, params, strict=True)
-        torch._foreach_add_(params, [chunk.reshape(p.shape) for chunk, p in pairs])
+        pairs = zip(updates, params, strict=True)
+        torch._foreach_add_(params, [update.reshape(p.shape) for update, p in pairs])
 
 
 def newton_schulz(x: Tensor) -> Tensor:
