@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -180,6 +181,7 @@ def parse_args(
     Raises:
         UserError: for any mistake, in one line instead of tyro's box.
     """
+    shown = cls if {"-h", "--help"}.isdisjoint(args) else _with_help(cls)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_bool_rule)
     stderr = io.StringIO()
@@ -189,7 +191,7 @@ def parse_args(
     try:
         with contextlib.redirect_stderr(stderr):
             parsed: T = tyro.cli(
-                cls,
+                shown,
                 args=normalize_flags(cls, args),
                 prog=prog,
                 use_underscores=True,
@@ -202,6 +204,16 @@ def parse_args(
         if exit_.code in (0, None):
             raise
     raise UserError(_one_line(stderr.getvalue(), prog, cls))
+
+
+def _with_help(cls: type[T]) -> type[T]:
+    """Give the fields their docstrings as paragraphs; tyro by itself keeps the line breaks."""
+    hints, described = get_type_hints(cls, include_extras=True), {}
+    for base in reversed(cls.__mro__[:-1]):
+        for doc in docstring_parser.parse_from_object(base).params:
+            help_text = tyro.conf.arg(help=" ".join((doc.description or "").split()))
+            described[doc.arg_name] = Annotated[hints[doc.arg_name], help_text]
+    return type(cls.__name__, (cls,), {"__doc__": cls.__doc__, "__annotations__": described})
 
 
 def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:

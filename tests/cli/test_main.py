@@ -121,6 +121,15 @@ def test_version(capsys) -> None:
     assert capsys.readouterr().out == f"gptforge {__version__}\n"
 
 
+def test_help_breaks_lines_at_the_width_of_the_terminal_only(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    # Two lines of a docstring, which are indented.
+    assert "empty: input.txt in this folder, else Shakespeare's works" in shown
+
+
 @pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"train"}))
 def test_every_command_has_help(command, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
