@@ -25,7 +25,8 @@ from gptforge.cli import main
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
 from gptforge.report.log_handler import log_to
-from tests.pictures import blank_curves, blank_report
+from gptforge.train import trainer
+from tests.pictures import SAMPLE_TOKENS, blank_curves, blank_report
 
 torch.set_num_threads(1)
 # Child processes find the list of fonts: one that searches for long warns on stderr.
@@ -76,11 +77,15 @@ def exact_matmul() -> None:
 
 
 @pytest.fixture(autouse=True)
-def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blank curves and report.html outside their own tests."""
-    if request.path.parent.name != "report":
-        monkeypatch.setattr("gptforge.report.curves.plot_curves", blank_curves)
-        monkeypatch.setattr("gptforge.report.html_report.render_report", blank_report)
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blank curves and report.html; their own tests override this."""
+    monkeypatch.setattr("gptforge.report.curves.plot_curves", blank_curves)
+    monkeypatch.setattr("gptforge.report.html_report.render_report", blank_report)
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SAMPLE_TOKENS", SAMPLE_TOKENS)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -10,22 +10,17 @@ from tests.environment import ROOT as ROOT
 from tests.environment import python_path
 
 DEBUG = ("--preset", "debug", "--device", "cpu")
-PROGRAM = """
-import runpy, sys
-from tests.pictures import use_blank_pictures
-use_blank_pictures()
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def command(*args: object) -> list[str]:
-    """The command line of gpt.py, with blank pictures, for the environment `environment()`."""
-    return [sys.executable, "-c", PROGRAM, str(ROOT / "gpt.py"), *map(str, args)]
+    """The command line of gpt.py."""
+    return [sys.executable, str(ROOT / "gpt.py"), *map(str, args)]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
+    """For child processes, which make blank pictures."""
+    path = python_path(ROOT / "tests" / "blank")
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def start(*args: object, cwd: Path) -> "subprocess.Popen[str]":

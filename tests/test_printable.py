@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -130,14 +129,14 @@ def test_pipe_gets_generated_text_unchanged(bell_model, capsys) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("more", [[], ["--num_samples", "2"], ["--json"]])
-def test_terminal_gets_no_control_character(bell_model, more) -> None:
+def test_terminal_gets_no_control_character(bell_model, monkeypatch, more) -> None:
     import pty
 
     parent, child = pty.openpty()
     flags = ["--prompt", "a", "--max_new_tokens", "3", "--temperature", "0", *more]
-    command = [sys.executable, "-m", "gptforge", "sample", str(bell_model), *flags]
-    subprocess.run(command, stdout=child, stderr=subprocess.DEVNULL, check=True)
-    os.close(child)
+    with monkeypatch.context() as patch, os.fdopen(child, "w") as terminal:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(["sample", str(bell_model), *flags]) == 0
     output = b""
     with contextlib.suppress(OSError):  # how Linux reports the end
         while part := os.read(parent, 10_000):

@@ -1,12 +1,15 @@
 """The rule behind `--preset auto`: valid for any text, monotone in its size, and flags win."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gptforge import recipe
 from gptforge.builders.step_timing import fit_steps
 from gptforge.builders.teachers import cost_with_teachers
 from gptforge.builders.text_presets import explain_recipe
@@ -54,6 +57,14 @@ def configure(num_bytes: int, device: str, **options) -> Config:
     explicit = options.get("explicit", {})
     assert not set(recipe.values) & set(explicit)
     return merge(AUTO, {**recipe.values, **explicit}, source="test")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cached_anchors() -> Iterator[None]:
+    """A rule with a time limit looks at hundreds of sizes, the same ones for each text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "_interpolate", functools.cache(recipe._interpolate))
+        yield
 
 
 @settings(max_examples=300)

@@ -185,14 +185,11 @@ def test_the_first_of_several_stop_texts_ends_it(program) -> None:
     assert (record["ended"], record["text"]) == ("stop", text[: text.index(stops[0])])
 
 
-def test_stdin_is_utf8_in_any_locale() -> None:
-    # PYTHONIOENCODING stands for a locale, since installed locales differ between systems.
-    env = {**os.environ, "PYTHONPATH": python_path(), "PYTHONIOENCODING": "latin-1"}
-    command = [sys.executable, "-m", "gptforge", *map(str, SAMPLE), "--prompt", "-"]
+def test_stdin_is_utf8_in_any_locale(program, monkeypatch) -> None:
     # The UTF-8 bytes of the byte order mark are no such characters in latin-1.
     raw = "\ufeffJULIET:\r\nWhat".encode()
-    done = subprocess.run(command, input=raw, env=env, capture_output=True, check=True)
-    assert done.stdout.startswith(b"JULIET:\nWhat")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), "latin-1"))
+    assert program(*SAMPLE, "--prompt", "-").out.startswith("JULIET:\nWhat")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Runs a function on several gloo ranks, each a process forked from a server that loaded torch."""
+"""Runs a function on several gloo ranks, each a process of `fork_server`."""
 
 import itertools
 import json
-import multiprocessing
 import os
 import socket
 import threading
@@ -19,17 +18,12 @@ import pytest
 
 from gptforge.distributed import init_distributed
 from gptforge.errors import RunError, UserError
-from tests.pictures import use_blank_pictures
+from tests.fork_server import get_context
+from tests.pictures import use_blank_pictures, use_short_samples
 
 # Starting a process polls the exit codes of all others, and each can be read only once: two threads
 # that poll the same one would see 255.
 _poll_lock = threading.Lock()
-# A fork of this process would inherit autograd's threads half dead; a fresh start takes seconds.
-_context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-if os.name == "posix":
-    _context.set_forkserver_preload(
-        ["gptforge.builders.build_trainer", "torch.distributed.fsdp", "matplotlib"]
-    )
 
 
 @dataclass
@@ -84,8 +78,9 @@ def _run(
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     if timeout is not None:
         env["GPTFORGE_SILENCE"] = timeout
+    context = get_context()
     children = [
-        _context.Process(target=_child, args=(rank, folder, function, args, env, before))
+        context.Process(target=_child, args=(rank, folder, function, args, env, before))
         for rank in range(world_size)
     ]
     for child in children:
@@ -149,10 +144,13 @@ def _child(
 
     torch.set_num_threads(1)
     use_blank_pictures()
+    use_short_samples()
     # Ranks wait for each other for seconds, and a busy machine may start one later than that.
     (Path(folder) / f"{rank}.ready").touch()
     while len(list(Path(folder).glob("*.ready"))) < env["WORLD_SIZE"]:
         time.sleep(0.01)
+    if rank:
+        time.sleep(0.1)  # until rank 0 listens: a refused connection is only tried again much later
     try:
         if before is not None:
             before(rank)

@@ -12,6 +12,7 @@ import pytest
 
 from gptforge.config import Config
 from tests.distributed.spawn import free_port
+from tests.programs import environment
 from tests.train.runs import events, last
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,10 +32,10 @@ def test_shellcheck_finds_no_mistake(script) -> None:
 def start(script: str, *flags: object, **env: object) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", str(EXAMPLES / script), "--preset", "debug", "--device", "cpu"]
-    env = {"PATH": path, "OMP_NUM_THREADS": 1, "RESTARTS": 0, **env}
+    env = {"PATH": path, "RESTARTS": 0, **env}
     return subprocess.Popen(
         [*command, *map(str, flags)],
-        env=os.environ | {name: str(value) for name, value in env.items()},
+        env=environment() | {name: str(value) for name, value in env.items()},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from gptforge.cli import main
 from gptforge.distributed import (
     Comm,
     comm,
@@ -30,8 +31,8 @@ from gptforge.distributed.init import _local_device
 from gptforge.errors import UserError
 from tests.distributed.spawn import RankExit, exits_of, exits_of_start, free_port
 from tests.environment import python_path
+from tests.programs import command
 
-ROOT = Path(__file__).parents[2]
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 TIMEOUT = 4.0
 """Ranks wait for one and a half times as long."""
@@ -141,11 +142,9 @@ def exits() -> Iterator[Exits]:
     """How three ranks exit with each fault. They mostly wait, so several run at once."""
     if sys.platform != "linux":
         pytest.skip("needs Linux")
-    with ThreadPoolExecutor(5) as pool:
-        yield {
-            fault: pool.submit(exits_of_start, 3, fault, timeout=TIMEOUT)
-            for fault in ABSENT + OTHERS + RANK0_LOST
-        }
+    faults = ABSENT + OTHERS + RANK0_LOST
+    with ThreadPoolExecutor(6) as pool:
+        yield {fault: pool.submit(exits_of_start, 3, fault, timeout=TIMEOUT) for fault in faults}
 
 
 @pytest.mark.parametrize("fault", ABSENT)
@@ -241,6 +240,7 @@ def test_deadlock_before_the_first_step_is_found(monkeypatch) -> None:
 
 ABSENT_AT_FIRST = """
 import os, time
+from tests.blank import sitecustomize
 if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
     os.environ["GPTFORGE_SILENCE"] = "4"
     if os.environ.get("RANK") == "1":
@@ -257,7 +257,7 @@ def test_torchrun_restarts_after_a_rank_did_not_join(play, tmp_path) -> None:
     train = ["--preset", "debug", "--device", "cpu", "--input", str(play), "--max_steps", "5",
              "--warmup_steps", "2", "--out_dir", "run", "--sample_every", "0"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "gpt.py"), *train],
+        [sys.executable, *launch, *command(*train)[1:]],
         cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -265,19 +265,21 @@ def test_torchrun_restarts_after_a_rank_did_not_join(play, tmp_path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
 
 
+def resume(rank: int) -> None:
+    code = main(["--resume", "run", "--max_steps", "6"])
+    sys.stdout.flush()
+    os._exit(code)
+
+
 @needs_linux
-def test_resume_flag_under_torchrun(program, play, tmp_path) -> None:
+def test_resume_flag_on_several_ranks(program, play) -> None:
     flags = ("--preset", "debug", "--device", "cpu", "--input", play, "--out_dir", "run")
     assert program(*flags, "--max_steps", 5, "--sample_every", 0).code == 0
-    launch = ["-m", "torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "gpt.py"), "--resume", "run", "--max_steps", "6"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Resuming from step-000005: step 5 of 6") == 1
-    assert (tmp_path / "run" / "checkpoints" / "step-000006").is_dir()
+    ranks = exits_of_start(2, resume, timeout=60)
+    output = "".join(rank.output for rank in ranks)
+    assert [rank.code for rank in ranks] == [0, 0], output
+    assert output.count("Resuming from step-000005: step 5 of 6") == 1
+    assert Path("run/checkpoints/step-000006").is_dir()
 
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",

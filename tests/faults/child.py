@@ -20,18 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock  # noqa: F401
-
-# Imported before the fork, so that a round does not pay for them again.
 import torch
-import torch._dynamo
 
-import gptforge.builders.build_trainer
-import gptforge.cli.train
+import gptforge.cli
 import gptforge.report.run_report
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.train import signals
-from tests.pictures import use_blank_pictures
+from tests.pictures import use_blank_pictures, use_short_samples
 
 OPERATIONS = "operations.txt"
 OUT, ERR = "out.txt", "err.txt"
@@ -69,6 +64,7 @@ def run(folder: str, args: Sequence[str], injections: Sequence[Injection]) -> No
     torch.set_num_threads(1)
     # The files are written as always; drawing full curves would be half of the time of a round.
     use_blank_pictures()
+    use_short_samples()
     # They are written at the end only: every some seconds, a slow run would change the disk more
     # often than a fast one.
     gptforge.report.run_report.PLOT_EVERY_SECONDS = math.inf

@@ -1,10 +1,8 @@
 """Injects faults into a tiny run and checks that it ends as an uninterrupted one.
 
-Each start of the program is a process, forked where possible from a server that has imported torch,
-which takes hundredths of a second instead of seconds.
+Each start of the program is a process of `fork_server`.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -32,6 +30,7 @@ from tests.faults.case import (
     traceback_origin,
 )
 from tests.faults.child import ERR, OPERATIONS, OUT, Injection, run
+from tests.fork_server import get_context
 
 HANG_SECONDS = 120.0
 BATCHES = 6
@@ -58,14 +57,7 @@ class Harness:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        method = (
-            "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        )
-        self._context = multiprocessing.get_context(method)
-        # More threads than cores make tiny models many times slower.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        if method == "forkserver":
-            self._context.set_forkserver_preload(["tests.faults.child"])
+        self._context = get_context()
         self.text = folder / "play.txt"
         self.text.write_text(_play(), encoding="utf-8", newline="\n")
         self._numbers = 0
@@ -80,7 +72,8 @@ class Harness:
             "compile": "false",
             # Evaluations of several batches.
             "batch_size": 2,
-            "gradient_accumulation_steps": 4,
+            "gradient_accumulation_steps": 2,
+            "n_layer": 1,
             "max_steps": STEPS,
             "save_every": SAVE_EVERY,
             "eval_every": EVAL_EVERY,
@@ -213,16 +206,7 @@ class Harness:
 
     def _run_reference(self) -> Reference:
         case = self.case()
-        # So that the fork server finds this package.
-        before = os.environ.get("PYTHONPATH")
-        root = str(Path(__file__).parents[2])
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, before)))
-        try:
-            first = self.go(case)
-        finally:
-            os.environ.pop("PYTHONPATH")
-            if before is not None:
-                os.environ["PYTHONPATH"] = before
+        first = self.go(case)
         assert first.code == 0, first.err
         second = self.case()
         begin = time.perf_counter()

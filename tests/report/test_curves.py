@@ -8,6 +8,11 @@ from gptforge.report.metrics import History
 from tests.report.events import eval_events, final_event, train_event
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures() -> None:
+    """Not here: they are what is tested."""
+
+
 def history(steps: int, *, every: int = 1, **fields: float) -> History:
     train = [train_event(step, 1 + 3 / (step + 1)) | fields for step in range(0, steps, every)]
     return History(train, eval_events((steps // 2, 2.0), (steps, 1.5)))

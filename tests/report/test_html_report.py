@@ -21,6 +21,11 @@ LOSSES = {10: 3.0, 20: 2.0, 30: 2.1}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J"
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures() -> None:
+    """Not here: they are what is tested."""
+
+
 class Page(HTMLParser):
     """Text and tags of a page; what loads something from elsewhere."""
 

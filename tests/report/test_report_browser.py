@@ -18,6 +18,11 @@ RANGES = """[...Bokeh.index.roots].filter(view => view.model.reset).map(
     ({model}) => [model.x_range.start, model.x_range.end])"""
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures() -> None:
+    """Not here: they are what is tested."""
+
+
 @pytest.fixture
 def visit(browser, tmp_path):
     """Opens the report of a run; requests, console errors and JavaScript errors fail the test."""

@@ -20,6 +20,11 @@ TEXT = "O <Romeo>!\n\n  *wherefore*"
 STEPS = 8
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures() -> None:
+    """Not here: they are what is tested."""
+
+
 @dataclass
 class Stored:
     """What a reader finds."""

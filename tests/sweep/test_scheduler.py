@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +10,9 @@ import pytest
 
 from gptforge.errors import Terminated
 from gptforge.sweep import scheduler
-from gptforge.sweep.scheduler import Run, last_error, run_all
-from tests.environment import python_path
-from tests.programs import events
+from gptforge.sweep.scheduler import Run, last_error, run_all, start_process
+from tests.fork_server import get_context
+from tests.programs import environment, events
 
 
 class FakeProcess:
@@ -144,32 +142,29 @@ def test_last_error(tmp_path, log, error) -> None:
     assert last_error(run, 9) == error
 
 
-KILLED_SWEEP = """
-import os, sys, time
-from pathlib import Path
-from gptforge.sweep.scheduler import Run, start_process
-
-run = Run("1", 0, Path("trial-1"), tuple(sys.argv[1:]))
-process = start_process(run, device="cpu", jobs=1)
-metrics = Path("trial-1/metrics.jsonl")
-# Before the first step a stop has nothing to save.
-while not metrics.exists() or '"event": "train"' not in metrics.read_text():
-    assert process.poll() is None, run.log.read_text()
-    time.sleep(0.01)
-if os.environ["STOPS_TRIALS"]:
-    process.terminate()  # as a sweep does after Ctrl-C
-os.kill(os.getpid(), 9)
-"""
+def sweep_and_die(folder: Path, args: tuple[str, ...], stops_trials: bool) -> None:
+    os.chdir(folder)
+    os.environ |= environment()
+    run = Run("1", 0, Path("trial-1"), args)
+    process = start_process(run, device="cpu", jobs=1)
+    metrics = Path("trial-1/metrics.jsonl")
+    # Before the first step a stop has nothing to save.
+    while not metrics.exists() or '"event": "train"' not in metrics.read_text():
+        assert process.poll() is None, run.log.read_text()
+        time.sleep(0.01)
+    if stops_trials:
+        process.terminate()  # as a sweep does after Ctrl-C
+    os.kill(os.getpid(), 9)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
-@pytest.mark.parametrize("stops_trials", ["", "1"])
+@pytest.mark.parametrize("stops_trials", [False, True])
 def test_a_trial_of_a_killed_sweep_saves_and_ends(tmp_path, play, stops_trials) -> None:
     args = ("--preset=debug", f"--input={play}", "--max_steps=100000", "--out_dir=trial-1")
-    command = [sys.executable, "-c", KILLED_SWEEP, *args]
-    env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
-    env["STOPS_TRIALS"] = stops_trials
-    assert subprocess.run(command, cwd=tmp_path, env=env, check=False).returncode == -9
+    sweep = get_context().Process(target=sweep_and_die, args=(tmp_path, args, stops_trials))
+    sweep.start()
+    sweep.join()
+    assert sweep.exitcode == -9
     deadline = time.monotonic() + 120
     metrics = tmp_path / "trial-1/metrics.jsonl"
     while '"event": "end"' not in metrics.read_text() and time.monotonic() < deadline:

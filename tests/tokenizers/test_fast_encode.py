@@ -40,17 +40,17 @@ def test_any_text(text) -> None:
 
 
 @pytest.mark.parametrize("piece", ["a", "é", "日", "7", "🙂", "\n", "!", "Ab3", "\0"])
-def test_megabyte_without_spaces(piece) -> None:
-    # Some encoders need quadratic time for this: hours.
-    text = piece * (2**20 // len(piece))
+def test_long_text_without_spaces(piece) -> None:
+    # Some encoders need quadratic time for this: many minutes.
+    text = piece * (2**18 // len(piece))
     assert GPT2.encode(text).tolist() == FAST.encode(text).tolist() == reference(text)
 
 
 @pytest.mark.parametrize("pieces", [PIECES, [piece for piece in PIECES if is_assigned(piece)]])
 def test_long_mixed_text(pieces) -> None:
     rng = np.random.default_rng(0)
-    text = "".join(pieces[i] for i in rng.integers(0, len(pieces), 800_000))
-    assert len(text) > 2**20
+    text = "".join(pieces[i] for i in rng.integers(0, len(pieces), 200_000))
+    assert len(text) > 2**18
     assert GPT2.encode(text).tolist() == FAST.encode(text).tolist() == reference(text)
 
 

@@ -14,6 +14,7 @@ def config(play: Path, tmp_path: Path) -> Config:
         input=str(play),
         out_dir=str(tmp_path / "run"),
         device="cpu",
+        n_layer=1,
         dropout=0.1,
         eval_every=4,
         save_every=6,
