@@ -47,6 +47,25 @@ def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
     assert "data:image/png;base64," in run._repr_html_()
 
 
+def test_a_run_is_found_from_another_working_folder(play, tmp_path, monkeypatch) -> None:
+    run = gptforge.train(**DEBUG, input=play, max_steps=1)
+    best, metrics = run.best, run.metrics
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert best is not None
+    assert run.best == best
+    assert run.metrics == metrics
+    assert run.model.generate("ROMEO", max_new_tokens=1)
+    with pytest.raises(gptforge.UserError, match="is a model: give its run folder"):
+        gptforge.Run(best.path)
+
+
+def test_a_callback_must_be_a_function(play) -> None:
+    with pytest.raises(gptforge.UserError, match="on_eval takes a function, not 3"):
+        gptforge.train(**DEBUG, input=play, on_eval=3)
+    assert not Path("run").exists()
+
+
 def test_train_is_the_command_with_the_same_flags(play, program) -> None:
     gptforge.train(**DEBUG, input=play)
     flags = [f"--{name}={value}" for name, value in DEBUG.items() if name != "out_dir"]

@@ -91,6 +91,9 @@ def train(
                 "gptforge.train: there is no field 'resume': the same call resumes a run, and "
                 "config='RUN/config.toml', out_dir='RUN' resumes any run"
             )
+        for name, callback in (("on_step", on_step), ("on_eval", on_eval), ("on_save", on_save)):
+            if not (callback is None or callable(callback)):
+                raise UserError(f"gptforge.train: {name} takes a function, not {callback!r}")
         values = _plain_values(fields)
         merge(Config(), values, source="gptforge.train")  # checks names and types
         base, from_file = preset_and_file(values.get("preset", ""), values.get("config", ""))
