@@ -174,6 +174,12 @@ def test_a_thread_trains_without_signal_handlers(play) -> None:
     assert runs[0].metrics[-1]["reason"] == "finished"
 
 
+def test_a_long_text_of_one_line() -> None:
+    text = "To be, or not to be. " * 500
+    run = gptforge.train(**DEBUG, text=text, max_steps=1)
+    assert Path(run.config.input).read_text(encoding="utf-8") == text
+
+
 def test_a_text_is_stored_under_its_content_so_that_the_run_resumes() -> None:
     first = gptforge.train(**DEBUG, text=play_text(), max_steps=5, warmup_steps=1)
     assert Path(first.config.input).read_text("utf-8") == play_text()
@@ -225,6 +231,7 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"config": 3}, "config takes a text, not 3"),
         ({"input": "missing.txt"}, "missing.txt"),
         ({"input": "To be,\nor not to be"}, "input takes a path"),
+        ({"input": "To be, or not to be. " * 100}, "input takes a path"),
         ({"input": ["To be"]}, "input takes a path"),
         ({"input": "a.txt", "text": "b"}, "input and text are both set"),
         ({"text": "play.txt"}, "text is the path of a file, play.txt: give it as input"),

@@ -24,6 +24,8 @@ from gptforge.train.trainer import Trainer
 
 P = ParamSpec("P")
 Callback = Callable[[Event], object]
+NAME_MAX = 255
+"""Characters of a file name; a longer `input` is text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None:
             values[name] = value.item() if hasattr(value, "item") else value
     path = values.get("input", "")
-    if not isinstance(path, str) or "\n" in path:
+    if not isinstance(path, str) or "\n" in path or max(map(len, path.split("/"))) > NAME_MAX:
         raise UserError("input takes a path: give a string or a dataset to train on as text")
     return values
 
