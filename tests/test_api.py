@@ -115,6 +115,11 @@ def test_an_interrupt_is_raised_after_saving_with_the_call_that_resumes(play, ca
         gptforge.train(**DEBUG, input=play, on_step=interrupt, restart=True)
     assert signal.getsignal(signal.SIGINT) is handler
     assert Path("run/checkpoints/step-000004").is_dir()
+    # The first evaluation, after 10 steps, was not reached.
+    stopped = gptforge.Run("run")
+    assert stopped.best is not None
+    assert stopped.best.step == stopped.metrics[-1]["best_step"] == 4
+    assert stopped.best.loss == stopped.metrics[-1]["final_val_loss"]
     call = str(error.value).partition("resume with ")[2]
     run = eval(call, {"gptforge": gptforge})
     assert run.metrics[-1]["reason"] == "finished"

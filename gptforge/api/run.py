@@ -65,13 +65,14 @@ class Run:
     @property
     def best(self) -> Best | None:
         """The best checkpoint; None before the first evaluation."""
-        path = self._store.read_link("best")
-        if path is None:
+        best, final = self._store.read_link("best"), self._history.final
+        # A run that stops before its first evaluation evaluates its last checkpoint.
+        path = best or self._store.read_link("last")
+        if path and final and final["best_step"] == step_from_path(path):
+            return Best(final["best_step"], final["final_val_loss"], path)
+        if best is None:
             return None
-        step, final = step_from_path(path), self._history.final
-        if final and final["best_step"] == step:
-            return Best(step, final["final_val_loss"], path)
-        return Best(step, read_state(path)["progress"]["best_loss"], path)
+        return Best(step_from_path(best), read_state(best)["progress"]["best_loss"], best)
 
     @property
     def _history(self) -> History:
