@@ -40,7 +40,7 @@ def check_non_negative_int(value: Any, name: str) -> int:
 
 def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
     """A list of non-negative ints from one number or several."""
-    values = value if isinstance(value, Iterable) else [value]
+    values: Iterable[Any] = value if isinstance(value, Iterable) else [value]
     # Elements of a torch tensor are tensors; those of one with more dimensions are no numbers.
     plain = (number.item() if getattr(number, "ndim", 1) == 0 else number for number in values)
     numbers = [check_non_negative_int(number, f"each of {name}") for number in plain]
