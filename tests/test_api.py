@@ -47,6 +47,25 @@ def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
     assert "data:image/png;base64," in run._repr_html_()
 
 
+def test_a_run_is_found_from_another_working_folder(play, tmp_path, monkeypatch) -> None:
+    run = gptforge.train(**DEBUG, input=play, max_steps=1)
+    best, metrics = run.best, run.metrics
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert best is not None
+    assert run.best == best
+    assert run.metrics == metrics
+    assert run.model.generate("ROMEO", max_new_tokens=1)
+    with pytest.raises(gptforge.UserError, match="is a model: give its run folder"):
+        gptforge.Run(best.path)
+
+
+def test_a_callback_must_be_a_function(play) -> None:
+    with pytest.raises(gptforge.UserError, match="on_eval takes a function, not 3"):
+        gptforge.train(**DEBUG, input=play, on_eval=3)
+    assert not Path("run").exists()
+
+
 def test_train_is_the_command_with_the_same_flags(play, program) -> None:
     gptforge.train(**DEBUG, input=play)
     flags = [f"--{name}={value}" for name, value in DEBUG.items() if name != "out_dir"]
@@ -96,6 +115,11 @@ def test_an_interrupt_is_raised_after_saving_with_the_call_that_resumes(play, ca
         gptforge.train(**DEBUG, input=play, on_step=interrupt, restart=True)
     assert signal.getsignal(signal.SIGINT) is handler
     assert Path("run/checkpoints/step-000004").is_dir()
+    # The first evaluation, after 10 steps, was not reached.
+    stopped = gptforge.Run("run")
+    assert stopped.best is not None
+    assert stopped.best.step == stopped.metrics[-1]["best_step"] == 4
+    assert stopped.best.loss == stopped.metrics[-1]["final_val_loss"]
     call = str(error.value).partition("resume with ")[2]
     run = eval(call, {"gptforge": gptforge})
     assert run.metrics[-1]["reason"] == "finished"
@@ -155,6 +179,12 @@ def test_a_thread_trains_without_signal_handlers(play) -> None:
     assert runs[0].metrics[-1]["reason"] == "finished"
 
 
+def test_a_long_text_of_one_line() -> None:
+    text = "To be, or not to be. " * 500
+    run = gptforge.train(**DEBUG, text=text, max_steps=1)
+    assert Path(run.config.input).read_text(encoding="utf-8") == text
+
+
 def test_a_text_is_stored_under_its_content_so_that_the_run_resumes() -> None:
     first = gptforge.train(**DEBUG, text=play_text(), max_steps=5, warmup_steps=1)
     assert Path(first.config.input).read_text("utf-8") == play_text()
@@ -206,6 +236,7 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"config": 3}, "config takes a text, not 3"),
         ({"input": "missing.txt"}, "missing.txt"),
         ({"input": "To be,\nor not to be"}, "input takes a path"),
+        ({"input": "To be, or not to be. " * 100}, "input takes a path"),
         ({"input": ["To be"]}, "input takes a path"),
         ({"input": "a.txt", "text": "b"}, "input and text are both set"),
         ({"text": "play.txt"}, "text is the path of a file, play.txt: give it as input"),

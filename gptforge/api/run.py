@@ -45,40 +45,43 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._store = CheckpointStore(self.path / "checkpoints")
         check_run_dir(self.path)
+        # Absolute, so that the run is still found after os.chdir, or %cd in a notebook.
+        self._dir = self.path.absolute()
+        self._store = CheckpointStore(self._dir / "checkpoints")
 
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        return read_config(self.path, with_model=False)
+        return read_config(self._dir, with_model=False)
 
     @property
     def metrics(self) -> list[Event]:
         """The events of metrics.jsonl in order, for instance for `pandas.DataFrame`."""
-        lines = read_metrics_lines(self.path / METRICS)
+        lines = read_metrics_lines(self._dir / METRICS)
         # The last line may still be incomplete.
         return [json.loads(line) for line in lines if line.endswith(b"}\n")]
 
     @property
     def best(self) -> Best | None:
         """The best checkpoint; None before the first evaluation."""
-        path = self._store.read_link("best")
-        if path is None:
+        best, final = self._store.read_link("best"), self._history.final
+        # A run that stops before its first evaluation evaluates its last checkpoint.
+        path = best or self._store.read_link("last")
+        if path and final and final["best_step"] == step_from_path(path):
+            return Best(final["best_step"], final["final_val_loss"], path)
+        if best is None:
             return None
-        step, final = step_from_path(path), self._history.final
-        if final and final["best_step"] == step:
-            return Best(step, final["final_val_loss"], path)
-        return Best(step, read_state(path)["progress"]["best_loss"], path)
+        return Best(step_from_path(best), read_state(best)["progress"]["best_loss"], best)
 
     @property
     def _history(self) -> History:
-        return read_history(self.path / METRICS)
+        return read_history(self._dir / METRICS)
 
     @cached_property
     def model(self) -> LanguageModel:
         """The best model, as `gptforge.load` gives it; loaded once."""
-        return load(self.path)
+        return load(self._dir)
 
     def plot(self) -> "Figure":
         """Draw losses, learning rate, gradient norm and speed."""

@@ -24,6 +24,8 @@ from gptforge.train.trainer import Trainer
 
 P = ParamSpec("P")
 Callback = Callable[[Event], object]
+NAME_MAX = 255
+"""Characters of a file name; a longer `input` is text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ def train(
                 "gptforge.train: there is no field 'resume': the same call resumes a run, and "
                 "config='RUN/config.toml', out_dir='RUN' resumes any run"
             )
+        for name, callback in (("on_step", on_step), ("on_eval", on_eval), ("on_save", on_save)):
+            if not (callback is None or callable(callback)):
+                raise UserError(f"gptforge.train: {name} takes a function, not {callback!r}")
         values = _plain_values(fields)
         merge(Config(), values, source="gptforge.train")  # checks names and types
         base, from_file = preset_and_file(values.get("preset", ""), values.get("config", ""))
@@ -138,7 +143,7 @@ def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None:
             values[name] = value.item() if hasattr(value, "item") else value
     path = values.get("input", "")
-    if not isinstance(path, str) or "\n" in path:
+    if not isinstance(path, str) or "\n" in path or max(map(len, path.split("/"))) > NAME_MAX:
         raise UserError("input takes a path: give a string or a dataset to train on as text")
     return values
 

@@ -72,7 +72,7 @@ def export_gguf(run: str, out: Path, *, dtype: str) -> None:
         meter(0, 3, "reading the model")
         bundle = _load_finite(run)
         config = None if is_hf_dir(Path(run)) else checkpoints.read_config(_checkpoint_of(run))
-        path = out if out.suffix == ".gguf" else out / f"model-{dtype}.gguf"
+        path = out if out.suffix == ".gguf" or out.is_file() else out / f"model-{dtype}.gguf"
         meter(1, 3, "writing")
         with report_write_errors(path), atomic_create(path, is_new=True) as temp_path:
             name, description = model_title(run), one_line_description(bundle, config)

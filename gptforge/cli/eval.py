@@ -10,7 +10,7 @@ import tyro
 
 from gptforge.cli.parsing import parse_args
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import RunError
+from gptforge.errors import RunError, UserError
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.format import format_val_loss
 from gptforge.report.log_handler import log_to
@@ -51,6 +51,9 @@ class EvalArgs:
 def main(argv: list[str]) -> int:
     """Evaluate and print; returns the exit code."""
     args = parse_args(EvalArgs, argv, "gptforge eval")
+    for flag in ("limit", "include_path"):
+        if getattr(args, flag) and not args.tasks:
+            raise UserError(f"--{flag} needs --tasks")
     prewarm_cuda(args.device)
     results: dict[str, object] = {}
     if not args.tasks or args.data:

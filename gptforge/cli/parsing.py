@@ -281,6 +281,7 @@ def _one_line(text: str, prog: str, cls: type) -> str:
             mistake = f"{prog} takes {name.upper()} without a flag"
     if choice := re.match(r"invalid choice (.+) for argument '(\S+)'\. .* \((.+)\)", mistake):
         value, name, choices = choice.groups()
+        choices = choices.replace("'', ", "")  # the default of a flag that was not given
         name = name if name.startswith("-") else name.upper()
         mistake = f"{name} must be one of {choices}, not {value}".replace("'", "")
     mistake = re.sub(r"^Error parsing (--\w+):", r"\1", mistake)

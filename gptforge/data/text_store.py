@@ -28,7 +28,8 @@ def store_texts(texts: Texts, *, field: str) -> Path:
     suffix, lines = "jsonl", _json_lines(texts, field)
     if isinstance(texts, str):
         suffix, lines = "txt", iter([texts])
-        if "\n" not in texts and Path(texts).is_file():
+        # Path.is_file raises an OSError for a text that is too long for a path.
+        if "\n" not in texts and os.path.isfile(texts):  # noqa: PTH113
             raise UserError(f"text is the path of a file, {texts}: give it as input")
     cache, digest = writable_cache(), hashlib.sha256()
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as folder:

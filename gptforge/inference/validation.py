@@ -40,9 +40,9 @@ def check_non_negative_int(value: Any, name: str) -> int:
 
 def as_int_list(value: int | Iterable[int], name: str, *, below: int | None = None) -> list[int]:
     """A list of non-negative ints from one number or several."""
-    values = value if isinstance(value, Iterable) else [value]
-    # Elements of a torch tensor are tensors.
-    plain = (number.item() if hasattr(number, "item") else number for number in values)
+    values: Iterable[Any] = value if isinstance(value, Iterable) else [value]
+    # Elements of a torch tensor are tensors; those of one with more dimensions are no numbers.
+    plain = (number.item() if getattr(number, "ndim", 1) == 0 else number for number in values)
     numbers = [check_non_negative_int(number, f"each of {name}") for number in plain]
     if below is not None and (largest := max(numbers, default=0)) >= below:
         raise UserError(f"each of {name} must be below {below}, not {largest}")

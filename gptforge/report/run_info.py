@@ -138,8 +138,6 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
     config = read_config(path, with_model=False)
     with parsing(path / CONFIG, "a configuration of a run"):
         made_by = tomllib.loads(files.read_text(path / CONFIG)).get(METADATA_TABLE)
-    if (path / MODEL).exists():
-        raise UserError(f"{path.as_posix()} is a model: give its run folder")
     if not isinstance(made_by, dict):
         raise UserError(f"{path.as_posix()} is not a run folder: its {CONFIG} is not from training")
     history = read_history(path / METRICS, pending=pending)
@@ -153,10 +151,12 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
 
 
 def check_run_dir(path: Path) -> None:
-    """Raise a UserError unless a folder has the configuration of a run."""
+    """Raise a UserError unless a folder has the configuration of a run, and is no checkpoint."""
     if not (path / CONFIG).is_file():
         problem = f"is not a run folder, it has no {CONFIG}" if path.exists() else "does not exist"
         raise UserError(f"{path.as_posix()} {problem}: give the out_dir of a run")
+    if (path / MODEL).exists():
+        raise UserError(f"{path.as_posix()} is a model: give its run folder")
 
 
 def find_runs(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:

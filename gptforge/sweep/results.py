@@ -2,6 +2,8 @@
 
 import csv
 import io
+import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 LOG_SCALE_RATIO = 8
 """Largest to smallest value from which an axis is logarithmic."""
 MAX_LABELS = 8
-"""Values of a field that are labeled on its axis."""
+"""Labels of values that fit on an axis, evenly spaced."""
 PANELS_PER_ROW = 3
 COLUMNS = ("val_loss", "val_loss_std", "val_bpb", "best_step", "seconds", "error")
 
@@ -179,9 +181,13 @@ def _plot_field(axes: "Axes", results: Sequence[TrialResult], name: str) -> None
         axes.plot(*zip(*points, strict=True), color=TRAIN_COLOR, lw=1.2, alpha=0.45)
     if is_number:
         ticks = sorted({float(r.values[name]) for r in results})
-        if 0 < LOG_SCALE_RATIO * ticks[0] <= ticks[-1]:
+        is_log = 0 < LOG_SCALE_RATIO * ticks[0] <= ticks[-1]
+        if is_log:
             axes.set_xscale("log")
-        if len(ticks) <= MAX_LABELS:
+        positions = [math.log(tick) for tick in ticks] if is_log else ticks
+        gap = min((b - a for a, b in itertools.pairwise(positions)), default=0.0)
+        # Random values may be too close together for labels.
+        if MAX_LABELS * gap >= positions[-1] - positions[0]:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
     style_frame(axes, f"{name}, best {format_value(best.values[name])}")

@@ -40,6 +40,11 @@ def test_data_has_an_encoding_of_its_own(program, accented) -> None:
     assert program(*EVAL).code == 0
 
 
+def test_a_limit_without_tasks_is_an_error(program) -> None:
+    done = program(*EVAL, "--limit", 3)
+    assert (done.code, done.err) == (2, "error: --limit needs --tasks\n")
+
+
 def test_an_encoding_without_data_is_an_error(program, run) -> None:
     done = program(*EVAL, "--encoding", "latin-1")
     assert done.code == 2

@@ -1,5 +1,6 @@
 import pytest
 
+from gptforge.cli.export import ExportArgs
 from gptforge.cli.parsing import flag_values, parse_args, parse_train_args
 from gptforge.cli.prepare import PrepareArgs, TokenizerArgs
 from gptforge.errors import UserError
@@ -122,3 +123,9 @@ def test_a_wrong_value_is_named_with_its_flag(args, message) -> None:
     with pytest.raises(UserError) as refused:
         parse_train_args(args)
     assert str(refused.value).startswith(message)
+
+
+def test_the_empty_default_is_not_one_of_the_choices() -> None:
+    args = ["run", "out", "--to", "gguf", "--type", "q4"]
+    with pytest.raises(UserError, match="--type must be one of f32, f16, q8_0, not q4 "):
+        parse_args(ExportArgs, args, "gptforge export")

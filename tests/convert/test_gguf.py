@@ -99,8 +99,10 @@ def test_the_command_writes_one_file(run, program, tmp_path) -> None:
     assert program("export", run, "--to", "gguf", "a.gguf", "--type", "f32").code == 0
     assert program("export", run, "--to", "gguf", "folder").code == 0
     assert Path("a.gguf").stat().st_size > Path("folder/model-f16.gguf").stat().st_size
-    again = program("export", run, "--to", "gguf", "a.gguf")
-    assert (again.code, "already exists" in again.err) == (2, True)
+    Path("notes.txt").write_text("not a folder", "utf-8")
+    for name in ("a.gguf", "notes.txt"):
+        again = program("export", run, "--to", "gguf", name)
+        assert (again.code, "already exists" in again.err) == (2, True)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -90,6 +90,7 @@ def test_a_prompt_that_is_not_a_string_is_refused(model, method, prompt) -> None
         (lambda model: model.decode("abc"), "each of the ids must be a whole number"),
         (lambda model: model.logits([28]), "each of the ids must be below 28, not 28"),
         (lambda model: model.logits([1.5]), "each of the ids must be a whole number"),
+        (lambda model: model.logits(torch.ones(1, 2, dtype=int)), "each of the ids must be a"),
     ],
 )
 def test_other_wrong_arguments_are_refused(model, call, words) -> None:

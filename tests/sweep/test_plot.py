@@ -59,3 +59,10 @@ def test_a_diverged_trial_does_not_flatten_the_others() -> None:
 def test_one_trial_can_be_drawn(tmp_path) -> None:
     plot_sweep(results({"n_layer": (1,)}), title="one").savefig(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_values_too_close_for_labels_are_not_labeled(tmp_path) -> None:
+    space: Space = {"max_lr": (3.342e-4, 3.6e-4, 2.922e-3)}
+    figure = plot_sweep(results(space), title="random")
+    figure.savefig(tmp_path / "sweep.png")
+    assert "0.000334" not in [label.get_text() for label in figure.axes[0].get_xticklabels()]

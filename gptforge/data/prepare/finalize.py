@@ -130,7 +130,7 @@ def _describe_share(rule: SplitRule, totals: Mapping[str, Mapping[str, int]]) ->
         return []
     return [
         f"{100 * share:.3g}% of the text is held out, not {100 * rule.fraction:.3g}%: "
-        "documents and files are not divided, and there are few of them"
+        "documents and files are not divided, and there are few of them or some are large"
     ]
 
 
