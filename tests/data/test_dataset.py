@@ -138,6 +138,16 @@ def test_tokenizer_of_uint32_shards_must_be_named(tmp_path) -> None:
         open_input(tmp_path)
 
 
+def test_tokenizer_beside_shards_without_an_index_must_be_named(play, tmp_path) -> None:
+    prepare(tmp_path / "shards", PrepareRequest((str(play),), tokenizer="byte"))
+    (tmp_path / "shards" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"name it with --tokenizer .*/shards/tokenizer\.json$"):
+        open_input(tmp_path / "shards")
+    tokenizer = str(tmp_path / "shards" / "tokenizer.json")
+    found = open_input(tmp_path / "shards", tokenizer=tokenizer, require_tokenizer=True)
+    assert found.tokenizer.vocab_size == from_name("byte", "").vocab_size
+
+
 def test_raw_bin_of_nanogpt(tmp_path) -> None:
     np.arange(500, dtype="<u2").tofile(tmp_path / "train.bin")
     np.arange(50, dtype="<u2").tofile(tmp_path / "val.bin")
