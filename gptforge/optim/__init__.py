@@ -2,9 +2,11 @@
 
 import functools
 
+import torch
 from torch import Tensor
 
 from gptforge.config import Config
+from gptforge.device import select_precision
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.optim.muon import Muon
@@ -34,4 +36,7 @@ def build_optimizer(config: Config, model: GPT) -> Optimizer:
     rest = (p for p in model.parameters() if id(p) not in muon_ids)
     decay = c.weight_decay if c.muon_weight_decay < 0 else c.muon_weight_decay
     lr_scale = c.muon_lr / c.max_lr if c.muon_lr else 1.0
-    return Muon(matrices, make_adamw(rest), weight_decay=decay, lr_scale=lr_scale)
+    # Where bfloat16 is not native it is emulated: on a CPU, matmuls then take thirty times as long.
+    native = select_precision("auto", matrices[0][0].device).dtype
+    dtype = torch.bfloat16 if native == torch.bfloat16 else torch.float32
+    return Muon(matrices, make_adamw(rest), weight_decay=decay, lr_scale=lr_scale, dtype=dtype)

@@ -35,6 +35,7 @@ class Muon(Optimizer):
         adamw: the optimizer of all other parameters.
         weight_decay: for the matrices; multiplied by the learning rate.
         lr_scale: learning rate of the matrices, as a multiple of AdamW's.
+        dtype: of the Newton-Schulz iteration.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Muon(Optimizer):
         *,
         weight_decay: float,
         lr_scale: float = 1.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         params = [p for p, _ in matrices]
         super().__init__([{"params": params, "weight_decay": weight_decay, "lr_scale": lr_scale}])
-        self._adamw = adamw
+        self._adamw, self._dtype = adamw, dtype
         self._muon_group = self.param_groups[0]
         # Groups and state are shared with AdamW, so that checkpoints see one optimizer.
         self.param_groups.extend(adamw.param_groups)
@@ -86,7 +88,7 @@ class Muon(Optimizer):
         nesterov = torch._foreach_lerp(grads, buffers, MOMENTUM)
         params, counts = zip(*members, strict=True)
         # One batch per shape: GPT-2's blocks have three, for 6 * n_layer matrices.
-        stacked = params[0].new_empty(sum(counts), *shape, dtype=torch.bfloat16)
+        stacked = params[0].new_empty(sum(counts), *shape, dtype=self._dtype)
         chunks = [x.view_as(p) for x, p in zip(stacked.split(counts), params, strict=True)]
         torch._foreach_copy_(chunks, nesterov)
         lr = self._muon_group["lr"]
@@ -102,14 +104,15 @@ class Muon(Optimizer):
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Approximate U @ V.T of the SVD of each matrix (M, rows, columns), in bfloat16.
+    """Approximate U @ V.T of the SVD of each matrix (M, rows, columns), in the dtype of `x`.
 
     Each iteration maps every singular value s to a * s + b * s**3 + c * s**5. They end between 0.7
-    and 1.2, which trains as well as 1 (Jordan), and unlike an SVD it takes only matmuls.
+    and 1.2, which trains as well as 1 (Jordan), and unlike an SVD it takes only matmuls, for which
+    bfloat16 suffices.
     """
     is_tall = x.size(1) > x.size(2)
     # The Gram matrix below is smaller for wide matrices.
-    y = (x.mT if is_tall else x).bfloat16()
+    y = x.mT if is_tall else x
     # The Frobenius norm bounds the spectral norm: all singular values are at most 1.
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     a, b, c = NS_COEFFICIENTS

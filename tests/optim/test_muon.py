@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gptforge.config import Config
+from gptforge.device import Precision
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
 from gptforge.optim.muon import newton_schulz
@@ -89,11 +90,34 @@ def test_other_parameters_match_adamw(tiny_model) -> None:
         assert is_equal == (name not in matrices(tiny_model)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(2, 16, 48), (2, 48, 16), (1, 32, 32)])
-def test_newton_schulz_brings_singular_values_near_one(shape) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(newton_schulz(x).float())
+def test_newton_schulz_brings_singular_values_near_one(shape, dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = newton_schulz(x)
+    assert found.dtype == dtype
+    values = torch.linalg.svdvals(found.float())
     assert values.min() > 0.5 and values.max() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("native", "dtype"),
+    [("bfloat16", torch.bfloat16), ("float16", torch.float32), ("float32", torch.float32)],
+)
+def test_matmuls_are_in_bfloat16_only_where_it_is_native(
+    tiny_model, monkeypatch, native, dtype
+) -> None:
+    precision = Precision(getattr(torch, native), "")
+    monkeypatch.setattr("gptforge.optim.select_precision", lambda *_: precision)
+    dtypes = []
+
+    def record(x: torch.Tensor) -> torch.Tensor:
+        dtypes.append(x.dtype)
+        return newton_schulz(x)
+
+    monkeypatch.setattr("gptforge.optim.muon.newton_schulz", record)
+    train(tiny_model, build(tiny_model), 1)
+    assert set(dtypes) == {dtype}
 
 
 def test_step_that_is_not_finite_changes_nothing(tiny_model, device) -> None:
