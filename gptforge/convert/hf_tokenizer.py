@@ -4,12 +4,12 @@ Bytes are written as printable characters, as in GPT-2's files: a space is "Ġ".
 """
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from gptforge.errors import UserError, parsing
 from gptforge.files import read_text
+from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 from gptforge.tokenizers import load as load_tokenizer
 from gptforge.tokenizers.base import END_OF_TEXT, bytes_to_unicode
@@ -61,7 +61,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
     from gptforge.tokenizers.hf_loader import AddedTokensError, parse_tokenizer_json
 
     source = folder.as_posix()
-    command = f"gptforge import {shlex.quote(source)} OUT --tokenizer"
+    command = f"gptforge import {quote(source)} OUT --tokenizer"
     with parsing(source, "a supported tokenizer", f"give another with --tokenizer: {command} FILE"):
         try:
             if (folder / "tokenizer.json").is_file():

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,9 +235,9 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
     tokenizer_name, notices = options.tokenizer, describe_unused_flags(options, ())
     if not options.require_tokenizer:
         tokenizer_path = paths[0].parent / TOKENIZER_FILE
-        if tokenizer_path.is_file() or any(shard.dtype.itemsize > 2 for shard in shards):
+        hint = f" {quote(tokenizer_path.as_posix())}" if tokenizer_path.is_file() else ""
+        if hint or any(shard.dtype.itemsize > 2 for shard in shards):
             problem = "these shards do not say which tokenizer they were made with"
-            hint = f" {shlex.quote(tokenizer_path.as_posix())}" if tokenizer_path.is_file() else ""
             raise UserError(f"{name}: {problem}: name it with --tokenizer{hint}")
         tokenizer_name = "gpt2"
         notices.append("assuming GPT-2's vocabulary for the shards: --tokenizer names another")
