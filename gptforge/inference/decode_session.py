@@ -1,13 +1,14 @@
 """Prefill and decode steps of a batch, in buffers allocated once.
 
-All inputs and outputs of a decode step stay at fixed addresses on the device, so that on a GPU the
-step can be captured as a CUDA graph: one launch for a few hundred small kernels.
+All inputs and outputs of a step stay at fixed addresses on the device, so that on a GPU it can be
+captured as a CUDA graph: one launch for a few hundred small kernels.
 
 Shapes: B sequences, S cache slots, N new tokens, A alternatives (`top_logprobs`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,17 +18,20 @@ from gptforge.inference.fused_decode import FusedDecode, build_fused_decode
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, sample
 from gptforge.kernels.decode import DecodeInputs
+from gptforge.kernels.launch import next_power_of_2
 from gptforge.kernels.sampling import sample_top_k, supports_sample_top_k
 
 WARMUP_STEPS = 3
 """Steps before the capture: the first initializes libraries, which cannot be captured."""
+MAX_GRAPH_PREFILL = 2048
+"""Tokens of a prefill that is captured: longer ones take the GPU longer than their launches."""
 
 
 class DecodeSession:
     """Buffers and KV cache for `batch_size` sequences of at most `max_seq_length` tokens.
 
     `max_new_tokens` of these are new. With `top_logprobs`, log probabilities are returned, too.
-    Decode steps are replayed as a CUDA graph if that can be captured.
+    Decode steps and repeated short prefills are replayed as CUDA graphs if these can be captured.
     """
 
     def __init__(
@@ -56,12 +60,16 @@ class DecodeSession:
         self.token_ids = torch.zeros(shape, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         self._slots = torch.arange(max_seq_length, device=device)
+        self._prompt_ids = torch.zeros(batch_size, max_seq_length, dtype=torch.long, device=device)
+        self._last = torch.zeros(1, dtype=torch.long, device=device)
+        # By padded length; None until there is one.
+        self._prefill_graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._length = 0
         self._is_padded = False
         # Greedy decoding is top-1.
         self._top_k = sampling.top_k if sampling.temperature else 1
         self._samples_top_k = cuda_graph and top_logprobs is None and self._can_sample_top_k()
-        self._graph = self._capture() if cuda_graph and device.type == "cuda" else None
+        self._graph = self._capture_decode() if cuda_graph and device.type == "cuda" else None
         self.has_cuda_graph = self._graph is not None
 
     def reset(self, uniforms: Tensor) -> None:
@@ -85,8 +93,14 @@ class DecodeSession:
             visible = ((key <= query) & (key >= self.starts[:, :, None])) | (key == query)
             mask = self._additive_mask(visible)
         position_ids = (slots[None] - self.starts).clamp(min=0)
-        cache = self.cache.prefix(length)
-        self._sample(self.model.forward(ids, position_ids, cache, slots, mask))
+        padded = min(next_power_of_2(length), len(self._slots))
+        if self._graph is None or self._is_padded or padded * len(rows) > MAX_GRAPH_PREFILL:
+            cache = self.cache.prefix(length)
+            self._sample(self.model.forward(ids, position_ids, cache, slots, mask))
+        else:
+            self._prompt_ids[:, :length] = ids
+            self._last.fill_(length - 1)
+            self._prefill_padded(padded)
         self.step += 1
         self.cache_position.fill_(length)
 
@@ -122,6 +136,28 @@ class DecodeSession:
             return
         self._sample(fused(self.cache, DecodeInputs(self.ids, self.starts, self.cache_position)))
         self._counters += 1
+
+    def _prefill_padded(self, length: int) -> None:
+        """Prefill of prompts padded on the right to a power of two, so that few graphs serve all.
+
+        Attention is causal: padding only affects slots that decode steps write before they read
+        them. A graph is captured at the second prefill of a length: one would not repay it.
+        """
+        step = partial(self._static_prefill, length)
+        graph = None
+        if length in self._prefill_graphs:
+            graph = self._prefill_graphs[length] or self._capture(step)
+        self._prefill_graphs[length] = graph
+        if graph is None:
+            step()
+        else:
+            graph.replay()
+
+    def _static_prefill(self, length: int) -> None:
+        """Prefill of the first `length` columns of the prompts, up to `self._last`."""
+        slots, cache = self._slots[:length], self.cache.prefix(length)
+        ids = self._prompt_ids[:, :length]
+        self._sample(self.model.forward(ids, slots[None], cache, slots, None, last=self._last))
 
     def _sample(self, logits: Tensor) -> None:
         if self._samples_top_k:
@@ -163,28 +199,26 @@ class DecodeSession:
         mask = torch.zeros(visible.shape, dtype=self.model.cache_dtype, device=visible.device)
         return mask.masked_fill(~visible, float("-inf"))[:, None]
 
-    def _capture(self) -> "torch.cuda.CUDAGraph | None":
+    def _capture_decode(self) -> "torch.cuda.CUDAGraph | None":
         """A graph of the fastest step that can be captured, or None."""
         fused = build_fused_decode(self.model, self.cache)
-        graph = None if fused is None else self._capture_step(fused)
-        return graph or self._capture_step(None)
+        graph = None if fused is None else self._capture(partial(self._static_step, fused))
+        return graph or self._capture(partial(self._static_step, None))
 
-    def _capture_step(self, fused: FusedDecode | None) -> "torch.cuda.CUDAGraph | None":
-        device = self.model.device
+    def _capture(self, step: Callable[[], None]) -> "torch.cuda.CUDAGraph | None":
+        """A graph of `step`, or None; the counters stay."""
+        device, counters = self.model.device, self._counters.clone()
         try:
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(WARMUP_STEPS):
-                    self.cache_position.zero_()
-                    self.step.zero_()
-                    self._static_step(fused)
+                    step()
+                    self._counters.copy_(counters)
             torch.cuda.current_stream(device).wait_stream(stream)
-            self.cache_position.zero_()
-            self.step.zero_()
             graph = torch.cuda.CUDAGraph()
             with cuda_graph_capture(graph):
-                self._static_step(fused)
+                step()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:

@@ -115,6 +115,8 @@ class InferenceModel:
         cache: KVCache,
         cache_position: Tensor,
         attn_mask: Tensor | None,
+        *,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, V) float32 of the last token; all keys and values go into the cache.
 
@@ -125,6 +127,7 @@ class InferenceModel:
             cache_position: (T,), slots of `ids`.
             attn_mask: (B, 1, T, S), added to the scores: 0 or -inf. None: a single token attends to
                 all slots; several tokens are the full sequence, with causal attention.
+            last: (1,), index of the last token if padding follows it.
         """
         B, T = ids.shape  # noqa: N806
         x = F.embedding(ids, self.wte) + F.embedding(position_ids, self.wpe)  # (B, T, C)
@@ -144,7 +147,8 @@ class InferenceModel:
             h = self.mlp_hidden(layer, _layer_norm(x, layer.ln_2))  # (B, T, 4C)
             x = layer.mlp_c_proj.forward_add(h, x)
         # Only the last position is sampled from: the output layer runs on (B, C), not (B, T, C).
-        return self.logits(_layer_norm(x[:, -1], self.ln_f))
+        x = x[:, -1] if last is None else x.index_select(1, last)[:, 0]
+        return self.logits(_layer_norm(x, self.ln_f))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (B, V) of the final LayerNorm's output (B, C).

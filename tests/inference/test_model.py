@@ -1,11 +1,15 @@
 """InferenceModel and TokenGenerator against a loop over the plain model without a cache."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptforge.config import GPTConfig
+from gptforge.inference.decode_session import DecodeSession
 from gptforge.inference.generate import TokenGenerator, window_start
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, draw_uniforms, sample
@@ -166,15 +170,46 @@ def test_a_sampling_kernel_is_used_if_it_works(monkeypatch, kernel, sampling) ->
     assert calls == (9 if kernel == "right" else 1)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 11, 16])
+@torch.inference_mode()
+def test_prompts_padded_for_a_graph_give_the_same_tokens(monkeypatch, length) -> None:
+    captured = []
+
+    def stand_in(self: DecodeSession, step: Callable[[], None]) -> SimpleNamespace:
+        captured.append(step)
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(DecodeSession, "_capture", stand_in)
+    model, steps = gpt(), CONFIG.block_size - length + 1
+    session = DecodeSession(
+        InferenceModel(model, vocab_size=VOCAB), batch_size=2, max_seq_length=16,
+        max_new_tokens=steps, sampling=SamplingParams(),
+    )  # fmt: skip
+    session._graph = session._capture_decode()
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(0, VOCAB, (2, length), generator=rng).tolist()
+        uniforms = draw_uniforms([seed, seed + 5], steps)
+        session.reset(uniforms)
+        session.prefill(prompts)
+        session.decode(steps - 1)
+        ids, _ = session.read_tokens(0, steps)
+        for row in range(2):
+            expected = without_cache(model, prompts[row], uniforms[row], SamplingParams())
+            assert ids[row, :, 0].tolist() == expected
+    assert len(captured) == 2  # the decode step, and at its second use the prefill
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_a_cuda_graph_gives_the_same_tokens(sampling) -> None:
+@pytest.mark.parametrize("prompts", [[[1, 2, 3], [5], [7, 8]], [[1, 2, 3], [5, 2, 9], [7, 8, 4]]])
+def test_a_cuda_graph_gives_the_same_tokens(sampling, prompts) -> None:
     weights = gpt().cuda()
-    prompts, uniforms = [[1, 2, 3], [5], [7, 8]], draw_uniforms([1, 2, 3], 60)
+    uniforms = draw_uniforms([1, 2, 3], 60)
     graph = TokenGenerator(InferenceModel(weights, vocab_size=VOCAB), cuda_graph=True)
     eager = TokenGenerator(InferenceModel(weights, vocab_size=VOCAB))
     expected = generated(eager, prompts, uniforms, sampling)
-    for _ in range(2):
+    for _ in range(3):
         assert generated(graph, prompts, uniforms, sampling) == expected
     assert graph.has_cuda_graph
 
