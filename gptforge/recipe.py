@@ -27,6 +27,7 @@ class Anchor:
     sequences: int  # per step
     max_steps: int
     max_lr: float
+    muon_lr: float
     weight_decay: float
     muon_weight_decay: float
     dropout: float
@@ -37,23 +38,23 @@ class Anchor:
 # fmt: off
 ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     "gpu": (
-        #       MB  tokenizer layers width T seqs steps    lr  decay muon's drop noise teachers
-        Anchor(  0.01, "char",  4, 128,  128,  32,  1_500, 1e-3, 4.0, 2.0, 0.3, 0.10, 2),
-        Anchor(  0.3,  "char",  6, 384,  256,  64,  2_000, 1e-3, 4.0, 1.6, .25, 0.08, 2),
-        Anchor(  1,    "char",  6, 384,  256,  64,  2_500, 1e-3, 3.0, 1.2, 0.1, 0.05, 2),
-        Anchor(  5,    "char",  8, 512,  256,  64,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.01, 0),
-        Anchor( 16,    "bpe",  12, 768,  512,  32,  5_000, 1e-3, 1.5, 0.8, 0.1, 0.00, 0),
-        Anchor(100,    "gpt2", 12, 768, 1024,  32,  5_000, 1e-3, 0.4, 0.5, 0.0, 0.00, 0),
-        Anchor(200,    "gpt2", 12, 768, 1024,  64,  5_000, 1e-3, 0.1, 0.4, 0.0, 0.00, 0),
-        Anchor(10_000, "gpt2", 12, 768, 1024, 128, 19_000, 1e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        #       MB  tokenizer layers width T seqs steps    lr muon's decay muon's drop noise teachers
+        Anchor(  0.01, "char",  4, 128,  128,  32,  1_500, 2e-3, 1e-2, 4.0, 2.0, 0.3, 0.10, 2),
+        Anchor(  0.3,  "char",  6, 384,  256,  64,  2_000, 1e-3, 5e-3, 4.0, 1.6, .25, 0.08, 2),
+        Anchor(  1,    "char",  6, 384,  256,  64,  2_500, 1e-3, 5e-3, 3.0, 1.2, 0.1, 0.05, 2),
+        Anchor(  5,    "char",  8, 512,  256,  64,  5_000, 1e-3, 5e-3, 1.5, 0.8, 0.1, 0.01, 0),
+        Anchor( 16,    "bpe",  12, 768,  512,  32,  5_000, 1e-3, 5e-3, 1.5, 0.8, 0.1, 0.00, 0),
+        Anchor(100,    "gpt2", 12, 768, 1024,  32,  5_000, 1e-3, 5e-3, 0.4, 0.5, 0.0, 0.00, 0),
+        Anchor(200,    "gpt2", 12, 768, 1024,  64,  5_000, 1e-3, 5e-3, 0.1, 0.4, 0.0, 0.00, 0),
+        Anchor(10_000, "gpt2", 12, 768, 1024, 128, 19_000, 1e-3, 5e-3, 0.1, 0.1, 0.0, 0.00, 0),
     ),
     "cpu": (
-        Anchor(  0.01, "char",  4,  64,   64,   8,  1_000, 4e-3, 1.0, 1.0, 0.1, 0.00, 0),
-        Anchor(  0.3,  "bpe",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
-        Anchor(  1,    "bpe",   4, 128,  256,   8,  1_500, 4e-3, 0.5, 0.5, 0.0, 0.00, 0),
-        Anchor(  5,    "bpe",   4, 128,  256,   8,  1_500, 4e-3, 0.1, 0.1, 0.0, 0.00, 0),
-        Anchor( 20,    "bpe",   4, 192,  256,   8, 10_000, 3e-3, 0.1, 0.1, 0.0, 0.00, 0),
-        Anchor(10_000, "bpe",   6, 256,  256,  32, 50_000, 2e-3, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor(  0.01, "char",  4,  64,   64,   8,  1_000, 4e-3, 1e-2, 1.0, 1.0, 0.1, 0.00, 0),
+        Anchor(  0.3,  "bpe",   4, 128,  256,   8,  1_500, 4e-3, 1e-2, 0.5, 0.5, 0.0, 0.00, 0),
+        Anchor(  1,    "bpe",   4, 128,  256,   8,  1_500, 4e-3, 1e-2, 0.5, 0.5, 0.0, 0.00, 0),
+        Anchor(  5,    "bpe",   4, 128,  256,   8,  1_500, 4e-3, 1e-2, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor( 20,    "bpe",   4, 192,  256,   8, 10_000, 3e-3, 1e-2, 0.1, 0.1, 0.0, 0.00, 0),
+        Anchor(10_000, "bpe",   6, 256,  256,  32, 50_000, 2e-3, 1e-2, 0.1, 0.1, 0.0, 0.00, 0),
     ),
 }
 # fmt: on
@@ -66,7 +67,6 @@ FITTED_PRESETS: dict[str, DeviceClass | None] = {
 MAX_PRESET_MEGABYTES = 5  # the presets with a fixed device are for texts up to this size
 HEAD_SIZES: dict[DeviceClass, int] = {"gpu": 64, "cpu": 32}
 WIDTH_MULTIPLE = 64
-MUON_LR: dict[DeviceClass, float] = {"gpu": 5e-3, "cpu": 1e-2}
 EMA_DECAY = 0.998
 MIN_LR_RATIO = 0.1
 TEACHER_STEPS_SHARE = 0.625
@@ -138,7 +138,7 @@ def make_recipe(
         "weight_decay": text.weight_decay,
         "token_noise": text.token_noise,
         "ema": EMA_DECAY,
-        "muon_lr": MUON_LR[device],
+        "muon_lr": affordable.muon_lr,
         "muon_weight_decay": text.muon_weight_decay,
         "random_offset": True,
         "eval_tokens": 2**16 if device == "cpu" else 2**21 if num_bytes > LARGE_TEXT_BYTES else 0,
@@ -208,6 +208,7 @@ def _interpolate(anchors: Sequence[Anchor], megabytes: float) -> Anchor:
         sequences=2 ** round(math.log2(geometric("sequences"))),
         max_steps=round(_round(geometric("max_steps"))),
         max_lr=_round(geometric("max_lr")),
+        muon_lr=_round(geometric("muon_lr")),
         weight_decay=_round(geometric("weight_decay")),
         muon_weight_decay=_round(geometric("muon_weight_decay")),
         dropout=round(linear("dropout") * 20) / 20,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from gptforge.kernels.muon import apply_update, update_momentum
 from gptforge.optim.adamw import AdamW
 from gptforge.optim.optimizer import Optimizer
 
@@ -78,29 +79,22 @@ class Muon(Optimizer):
 
     def _update(self, shape: tuple[int, int], members: list[tuple[Tensor, int]]) -> None:
         """Update all matrices of one shape."""
-        buffers = [self.state[parameter][MOMENTUM_BUFFER] for parameter, _ in members]
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in members]
-        if self.found_inf is not None:
-            skip = self.found_inf > 0
-            # With the momentum in place of the gradient, the lerp below does not change it.
-            grads = [torch.where(skip, b, g) for b, g in zip(buffers, grads, strict=True)]
-        torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
-        nesterov = torch._foreach_lerp(grads, buffers, MOMENTUM)
         params, counts = zip(*members, strict=True)
         # One batch per shape: GPT-2's blocks have three, for 6 * n_layer matrices.
         stacked = params[0].new_empty(sum(counts), *shape, dtype=self._dtype)
         chunks = [x.view_as(p) for x, p in zip(stacked.split(counts), params, strict=True)]
-        torch._foreach_copy_(chunks, nesterov)
-        lr = self._muon_group["lr"]
-        if self.found_inf is not None:
-            lr = lr * (self.found_inf == 0)  # neither decay nor update
-        # An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)); AdamW's updates have 0.2.
-        # With a dimension, or it would not promote the product to fp32.
-        scale = params[0].new_full((1,), -0.2 * math.sqrt(max(shape))) * lr
-        updates = (newton_schulz(stacked) * scale).split(counts)
-        torch._foreach_mul_(params, 1 - lr * self._muon_group["weight_decay"])
-        pairs = zip(updates, params, strict=True)
-        torch._foreach_add_(params, [update.reshape(p.shape) for update, p in pairs])
+        update_momentum(
+            [p.grad if p.grad is not None else torch.zeros_like(p) for p in params],
+            [self.state[p][MOMENTUM_BUFFER] for p in params],
+            chunks, momentum=MOMENTUM, found_inf=self.found_inf,
+        )  # fmt: skip
+        updates = newton_schulz(stacked).split(counts)
+        apply_update(
+            params, [x.view_as(p) for x, p in zip(updates, params, strict=True)],
+            lr=self._muon_group["lr"], weight_decay=self._muon_group["weight_decay"],
+            # An orthogonal matrix has an RMS of 1 / sqrt(max(rows, columns)); AdamW's updates, 0.2.
+            scale=0.2 * math.sqrt(max(shape)), found_inf=self.found_inf,
+        )  # fmt: skip
 
 
 def newton_schulz(x: Tensor) -> Tensor:
@@ -111,13 +105,12 @@ def newton_schulz(x: Tensor) -> Tensor:
     bfloat16 suffices.
     """
     is_tall = x.size(1) > x.size(2)
-    # The Gram matrix below is smaller for wide matrices.
-    y = x.mT if is_tall else x
     # The Frobenius norm bounds the spectral norm: all singular values are at most 1.
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     a, b, c = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
-        gram = y @ y.mT  # (M, min(rows, columns), min(rows, columns))
+        # The smaller of the two Gram matrices, (M, min(rows, columns), min(rows, columns)).
+        gram = y.mT @ y if is_tall else y @ y.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        y = torch.baddbmm(y, gram, y, beta=a)
-    return y.mT if is_tall else y
+        y = torch.baddbmm(y, *((y, gram) if is_tall else (gram, y)), beta=a)
+    return y

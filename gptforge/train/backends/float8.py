@@ -216,6 +216,7 @@ class Float8Backend(ManualBackend):
 
     name = "manual backward, fp8"
     block_class, head_class = Float8Block, Float8Head
+    loss_chunk_share = 0.75  # the logits and their gradient in fp8 are in memory at once
 
     def __init__(
         self,

@@ -106,6 +106,8 @@ class ManualBackend:
     name = "manual backward"
     block_class: type[ManualBlock] = ManualBlock
     head_class: type[ManualHead] = ManualHead
+    loss_chunk_share = 1.0
+    """Tokens in a chunk of the loss, relative to the default."""
 
     def __init__(
         self,
@@ -125,7 +127,8 @@ class ManualBackend:
         assert model.config.activation == "gelu_tanh", "the manual backward has no exact GELU"
         self.model = model
         self._recompute = activation_checkpointing
-        self._loss_chunk = loss_chunk or default_loss_chunk(model.config.vocab_size)
+        chunk = default_loss_chunk(model.config.vocab_size)
+        self._loss_chunk = loss_chunk or int(chunk * self.loss_chunk_share)
         self._weights = weights = weights or ComputeWeights(dtype)
         wte, wpe, ln_f = (model.transformer[name] for name in ("wte", "wpe", "ln_f"))
         assert isinstance(wte, nn.Embedding) and isinstance(wpe, nn.Embedding)
