@@ -14,7 +14,7 @@ from gptforge.train.backends.float8 import Float8Backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
-from gptforge.train.parallel.fsdp import FSDPReducer, FSDPRoot
+from gptforge.train.parallel.fsdp import FSDPRoot
 from gptforge.train.parallel.grad_reducer import BucketedAllReduce, GradReducer
 from gptforge.train.parallel.zero1 import (
     AllGatheredWeights,
@@ -47,12 +47,10 @@ def build_backend(
     See `TrainStep` for the arguments; `autograd_grads` returns the buffer for autograd with
     several ranks.
     """
-    reducer = GradReducer()
+    reducer = GradReducer(comm)
     if not kernels.manual_backward:
         grads = None
-        if root is not None:
-            reducer = FSDPReducer(comm)
-        elif comm.world_size > 1:
+        if root is None and comm.world_size > 1:
             grads = autograd_grads()
             reducer = BucketedAllReduce(comm, grads)
             grads.on_grads_ready = reducer.grads_ready

@@ -10,14 +10,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from gptforge.checkpoint.state_dict import TIED_WEIGHT
 from gptforge.device import Precision, free_memory
 from gptforge.distributed import Comm
 from gptforge.distributed.dtensor import gather_full_tensor, is_sharded
 from gptforge.model import GPT
-from gptforge.train.parallel.grad_reducer import GradReducer
 
 
 class FSDPRoot(nn.Module):
@@ -61,21 +59,6 @@ def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
     # The tied embedding is used at both ends of the model: keep it gathered in between.
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return root
-
-
-class FSDPReducer(GradReducer):
-    """Reduces the loss only: FSDP reduces the gradients in every micro-batch.
-
-    Reducing only in the last micro-batch (`no_sync`) would save communication, but full gradients
-    take 4 bytes per parameter.
-    """
-
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm
-
-    @override
-    def finish(self, loss: Tensor) -> Tensor:
-        return self._comm.all_reduce(loss)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:

@@ -19,7 +19,15 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradReducer:
-    """The interface for gradient reduction; this base class is for one rank and does nothing."""
+    """The interface for gradient reduction; this base class reduces the loss only.
+
+    It serves one rank, where that does nothing, and FSDP, which reduces the gradients itself, in
+    every micro-batch: reducing only in the last one (`no_sync`) would save communication, but full
+    gradients take 4 bytes per parameter.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
 
     def reset(self) -> None:
         """Start a step, or restart one that ran out of memory before anything was sent."""
@@ -39,14 +47,15 @@ class GradReducer:
 
     def finish(self, loss: Tensor) -> Tensor:
         """Wait for all reductions; returns the loss summed over the ranks."""
-        return loss
+        return self._comm.all_reduce(loss)
 
 
 class BucketedAllReduce(GradReducer):
     """All-reduces a gradient buffer in buckets."""
 
     def __init__(self, comm: Comm, grads: GradBuffer) -> None:
-        self._comm, self._grads = comm, grads
+        super().__init__(comm)
+        self._grads = grads
         # A constant: with other buckets on one rank, collectives would add up different gradients.
         min_numel = BUCKET_BYTES // grads.flat.element_size()
         self._buckets = make_buckets(grads.group_ends, min_numel)
@@ -81,7 +90,7 @@ class BucketedAllReduce(GradReducer):
     @override
     def finish(self, loss: Tensor) -> Tensor:
         self._send_until(self._grads.group_ends[-1])
-        self._comm.all_reduce(loss)
+        super().finish(loss)
         for wait in self._waits:
             wait()
         self._waits.clear()
