@@ -160,8 +160,8 @@ class GPTForgeStep:
         length = recipe.model.block_size
         flops = formulas.flops_per_token(recipe.model, length) * recipe.micro_batch * length
         is_small = flops < CUDA_GRAPH_MAX_FLOPS and self.step.kernels.manual_backward
-        if is_small and not self.step.capture_cuda_graph(length):
-            self.step.set_kernels(self.step.kernels)
+        if is_small:
+            self.step.capture_cuda_graph(length)
         self.loader = DataLoader(
             tokens,
             context_length=length,

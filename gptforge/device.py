@@ -3,12 +3,13 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gptforge.config import SEED_LIMIT, Config
 from gptforge.errors import UserError
@@ -237,6 +238,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def copy_to_host_async(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU; returns the function that waits for the copy.
+
+    It waits for this one only, and `tensor.cpu()` for all kernels queued since, too.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    host = tensor.to("cpu", non_blocking=True)  # in pinned memory: else it would block
+    copied = torch.cuda.current_stream(tensor.device).record_event()
+
+    def read() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return read
 
 
 def seed_everything(config: Config, *, rank: int = 0) -> None:

@@ -117,9 +117,7 @@ def build_train_step(
     if config.dropout_ramp and not _has_triton_attention(step, config):
         can_capture = False  # a graph would replay SDPA with the dropout of its capture
     if is_small and can_capture:
-        captured = step.capture_cuda_graph(config.context_length)
-        if not comm.all_true(captured):
-            step.set_kernels(step.kernels)
+        step.capture_cuda_graph(config.context_length)
     return step
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from gptforge.device import copy_to_host_async
 from gptforge.distributed.watchdog import Watchdog
 from gptforge.errors import UserError
 
@@ -255,7 +256,7 @@ class AsyncMax:
 
     def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:
         self._device, self._lag = device, lag
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[Callable[[], Tensor]] = deque()
 
     def update(self, value: int) -> int:
         """Submit this step's value; returns the maximum of `lag` steps ago, 0 before that."""
@@ -263,16 +264,8 @@ class AsyncMax:
             return value
         maximum = torch.full((), value, device=self._device)
         dist.all_reduce(maximum, dist.ReduceOp.MAX)
-        host, copied = maximum.to("cpu", non_blocking=True), None  # pinned if from a GPU
-        if maximum.is_cuda:
-            copied = torch.cuda.current_stream(self._device).record_event()
-        self._pending.append((host, copied))
-        if len(self._pending) <= self._lag:
-            return 0
-        host, copied = self._pending.popleft()
-        if copied is not None:
-            copied.synchronize()  # waits for this copy only
-        return int(host)
+        self._pending.append(copy_to_host_async(maximum))
+        return int(self._pending.popleft()()) if len(self._pending) > self._lag else 0
 
 
 SINGLE_PROCESS = Comm()

@@ -27,8 +27,6 @@ def select_float8(trainer: "Trainer") -> None:
         has_graph = isinstance(step_fn.backend, CudaGraphBackend)
         step_fn.set_kernels(dataclasses.replace(step_fn.kernels, float8=float8))
         if has_graph:
-            captured = step_fn.capture_cuda_graph(config.context_length)
-            if not trainer.comm.all_true(captured):
-                step_fn.set_kernels(step_fn.kernels)
+            step_fn.capture_cuda_graph(config.context_length)
     what = "fp8 from here on" if float8 else f"bfloat16 until step {config.warmup_steps}"
     trainer.report.log_line(f"Step {step}: matmuls run in {what}.")

@@ -1,7 +1,7 @@
 """Detects NaN, Inf and spikes in the loss without making the device wait.
 
 Each loss is read a few steps late, when the device has computed it already. The delay is harmless:
-a step with NaN or Inf has been skipped on the device by `OptimizerStep` (OLMo-core's SkipStep).
+a step with NaN or Inf has been skipped on the device by `optimizer_step` (OLMo-core's SkipStep).
 """
 
 import math
@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from gptforge.device import copy_to_host_async
 
 HISTORY = 64  # recent losses that a new one is compared with
 MIN_HISTORY = 16  # losses to collect before spikes are reported
@@ -46,7 +48,7 @@ class LossMonitor:
     def __init__(self, *, lag: int, uses_grad_scaler: bool) -> None:
         self._lag = lag
         self._uses_grad_scaler = uses_grad_scaler
-        self._unread: deque[tuple[int, int, Callable[[], tuple[float, float]]]] = deque()
+        self._unread: deque[tuple[int, int, Callable[[], Tensor]]] = deque()
         self._recent: deque[float] = deque(maxlen=HISTORY)
         self.losses: deque[float] = deque(maxlen=0)  # the last losses read, as many as `reset` says
         self.last_loss = math.nan
@@ -55,12 +57,17 @@ class LossMonitor:
 
     def update(self, step: int, position: int, loss: Tensor, norm: Tensor) -> list[Anomaly]:
         """Add a step; returns the anomalies among those old enough to be read."""
-        self._unread.append((step, position, _copy_to_host_async(loss, norm)))
-        return self._read(self._lag)
+        self._unread.append((step, position, copy_to_host_async(torch.stack((loss, norm)))))
+        return self.flush(self._lag)
 
-    def flush(self) -> list[Anomaly]:
-        """Read all steps, which waits for the device; returns the anomalies among them."""
-        return self._read(0)
+    def flush(self, num_unread: int = 0) -> list[Anomaly]:
+        """Read all steps but the last few, which waits for the device; returns their anomalies."""
+        anomalies = []
+        while len(self._unread) > num_unread:
+            step, position, read = self._unread.popleft()
+            if anomaly := self._check(step, position, *read().tolist()):
+                anomalies.append(anomaly)
+        return anomalies
 
     def reset(
         self, bad_steps: int, *, last_loss: float, losses: Iterable[float], keep_losses: int
@@ -78,14 +85,6 @@ class LossMonitor:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
 
-    def _read(self, num_unread: int) -> list[Anomaly]:
-        anomalies = []
-        while len(self._unread) > num_unread:
-            step, position, read = self._unread.popleft()
-            if anomaly := self._check(step, position, *read()):
-                anomalies.append(anomaly)
-        return anomalies
-
     def _check(self, step: int, position: int, loss: float, norm: float) -> Anomaly | None:
         self.last_loss = loss
         self.losses.append(loss)
@@ -99,26 +98,6 @@ class LossMonitor:
         if z_score > SPIKE_Z_SCORE:
             return Anomaly("spike", step, position, loss, norm, z_score, 0)
         return None
-
-
-def _copy_to_host_async(loss: Tensor, norm: Tensor) -> Callable[[], tuple[float, float]]:
-    """Start to copy two scalars to the host; returns the function that waits for them.
-
-    `float(loss)` would also wait for all kernels queued since.
-    """
-    if loss.device.type != "cuda":
-        return lambda: (float(loss), float(norm))
-    # Pinned memory: a copy to pageable memory would block until the device is done.
-    host = torch.empty(2, pin_memory=True)
-    host.copy_(torch.stack((loss.float(), norm.float())), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(loss.device))
-
-    def read() -> tuple[float, float]:
-        copied.synchronize()
-        return float(host[0]), float(host[1])
-
-    return read
 
 
 def robust_z_score(value: float, recent: Collection[float]) -> float:

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -23,7 +23,7 @@ from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.backends.manual_layers import grad_groups
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
-from gptforge.train.optimizer_step import OptimizerStep
+from gptforge.train.optimizer_step import optimizer_step
 from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
 from gptforge.train.parallel.grad_reducer import GradReducer
 
@@ -72,7 +72,9 @@ class TrainStep:
         assert root is None or not halve_on_oom, "FSDP cannot retry: the other ranks would hang"
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.device = next(model.parameters()).device
-        self.micro_batch_size, self._grad_clip = micro_batch_size, grad_clip
+        self.micro_batch_size = micro_batch_size
+        # With an infinite maximum the norm is still computed: it is logged, and checked.
+        self._max_norm = grad_clip if grad_clip > 0 else math.inf
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
         self.ema = WeightEMA(model, ema_decay) if ema_decay else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
@@ -161,8 +163,8 @@ class TrainStep:
         self.reducer: GradReducer
         backend, self.reducer = self._build_backend(kernels)
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
-        self._optimizer_step: OptimizerStep | CudaGraphOptimizerStep = OptimizerStep(
-            self.optimizer, backend, grad_clip=self._grad_clip, scaler=self._scaler, ema=self.ema
+        self._optimizer_step: Callable[..., Tensor] = functools.partial(
+            optimizer_step, self.optimizer, backend, self._scaler, self.ema, self._max_norm
         )
 
     @property
@@ -206,7 +208,7 @@ class TrainStep:
         self.is_compiled = True
 
     def capture_cuda_graph(self, context_length: int) -> bool:
-        """Replay steps as CUDA graphs from now on; returns False if memory does not suffice.
+        """Replay steps as CUDA graphs from now on; returns False if a rank lacks memory for them.
 
         All graphs are captured here, without side effects other than that the optimizer's state is
         allocated. Their private memory pools come on top of the memory of an eager step. Once there
@@ -214,24 +216,25 @@ class TrainStep:
         """
         manual = self.backend
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
-        assert isinstance(self._optimizer_step, OptimizerStep)
         assert self._root is None, "a graph cannot wait for other ranks"
         assert not self.precision.needs_scaler, "the manual backward scales no loss"
         # Collectives are not captured, so they cannot overlap with a replay: they all run after it.
         manual.on_grads_ready = lambda num_groups: None
         self.backend = CudaGraphBackend(manual)
-        self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual)
+        self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual, self.ema)
         # The first call warms up, the second one is captured.
-        if not all(self.fits(self.micro_batch_size, context_length) for _ in range(2)):
-            return False
-        if not self.optimizer.state:
-            try:
-                for _ in range(2):
-                    # With a loss of NaN the step is skipped, so weights and state do not change.
-                    self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
-            except torch.OutOfMemoryError:
-                return False
-        return True
+        captured = all(self.fits(self.micro_batch_size, context_length) for _ in range(2))
+        try:
+            for _ in range(2 if captured and not self.optimizer.state else 0):
+                # With a loss of NaN the step is skipped, so weights and state do not change.
+                self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
+        except torch.OutOfMemoryError:
+            captured = False
+        captured = self._comm.all_true(captured)
+        if not captured:
+            del manual  # or its buffers would stay while those of the new backend are allocated
+            self.set_kernels(self.kernels)
+        return captured
 
     def dry_run(self, batch_size: int, context_length: int) -> float:
         """Time a forward and backward pass on dummy tokens, without side effects, in seconds."""

@@ -1,7 +1,9 @@
 import math
+from collections.abc import Callable
 
 import torch
 
+from gptforge.train import loss_monitor
 from gptforge.train.loss_monitor import LossMonitor
 
 
@@ -24,14 +26,19 @@ def test_overflow_by_the_loss_scaler_is_no_anomaly() -> None:
     assert anomaly.bad_steps == 1
 
 
-def test_loss_is_not_read_before_the_lag() -> None:
-    class Unread:
-        device = torch.device("cpu")
+def test_loss_is_not_read_before_the_lag(monkeypatch) -> None:
+    losses_read = []
 
-        def __float__(self) -> float:
-            raise AssertionError("read too early")
+    def copy_to_host_async(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            losses_read.append(float(values[0]))
+            return values
 
+        return read
+
+    monkeypatch.setattr(loss_monitor, "copy_to_host_async", copy_to_host_async)
     monitor = LossMonitor(lag=2, uses_grad_scaler=False)
-    monitor.update(0, 0, torch.tensor(1.0), torch.tensor(1.0))
-    assert monitor.update(1, 0, Unread(), Unread()) == []
-    assert monitor.update(2, 0, Unread(), Unread()) == []
+    for step in range(3):
+        assert losses_read == []
+        assert monitor.update(step, 0, torch.tensor(1.0 + step), torch.tensor(1.0)) == []
+    assert losses_read == [1.0]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gptforge.cuda_capture import cuda_graph_capture
+from gptforge.optim.ema import WeightEMA
 from gptforge.train.backends.manual import ManualBackend
-from gptforge.train.optimizer_step import OptimizerStep
 
 T = TypeVar("T")
 
@@ -63,14 +63,19 @@ class CudaGraphBackend:
 
 
 class CudaGraphOptimizerStep:
-    """An `OptimizerStep`, captured at its second call, and again if the decay of the EMA changes.
+    """`optimizer_step`, captured at its second call, and again if the decay of the EMA changes.
 
     Args:
-        step: its optimizer takes a learning rate on the device.
+        step: `optimizer_step` but for `lr` and `loss`.
         backend: its gradients are assigned to the parameters once, when the step is captured.
     """
 
-    def __init__(self, step: OptimizerStep, backend: ManualBackend) -> None:
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor], Tensor],
+        backend: ManualBackend,
+        ema: WeightEMA | None,
+    ) -> None:
         device = backend.grads.flat.device
         self._lr, self._loss = lr, loss = [torch.zeros((), device=device) for _ in range(2)]
 
@@ -79,11 +84,11 @@ class CudaGraphOptimizerStep:
             backend.grads.assign_grads()
             return step(lr, loss)
 
-        self._ema, self._ema_decay = step.ema, 0.0
+        self._ema, self._ema_decay = ema, 0.0
         self._run = _CapturedCall(run)
 
     def __call__(self, lr: float, loss: Tensor) -> Tensor:
-        """Replay the step; see `OptimizerStep.__call__`."""
+        """Replay the step; see `optimizer_step`."""
         if self._ema is not None and self._ema.decay != self._ema_decay:
             self._ema_decay = self._ema.decay
             self._run = _CapturedCall(self._run.function)
