@@ -87,14 +87,14 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
     if is_run or is_link_file or not (path.exists() or is_hub_name):
         return source
     out = Path("runs") / "imported" / source.strip("/.").replace("/", "--").replace("\\", "--")
-    if _is_import_of(out, path):
+    if not _why_not_reusable(out, source):
         logger.info(f"--init_from {source}: imported before, using {out.as_posix()}")
         return out.as_posix()
     if temp_dir:
         import_model(source, temp_dir / out.name)
         return (temp_dir / out.name).as_posix()
     with report_write_errors(out), atomic_create(out, log=logger.info) as folder:
-        if _is_import_of(out, path):
+        if not (reason := _why_not_reusable(out, source)):
             logger.info(
                 f"--init_from {source}: imported by another process, using {out.as_posix()}"
             )
@@ -103,27 +103,22 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
         folder.mkdir()
         bundle = _import(source, found, folder, None)
         if os.path.lexists(out):
-            reason = _why_not_reusable(out, path, source)
             backup = files.move_to_backup(out, "old")
             logger.info(f"note: {out.as_posix()} {reason}: moved to {backup.as_posix()}")
     _log_import(out, bundle)
     return out.as_posix()
 
 
-def _is_import_of(out: Path, source: Path) -> bool:
-    return out.is_dir() and not _why_not_reusable(out, source, "")
-
-
-def _why_not_reusable(out: Path, source: Path, name: str) -> str:
+def _why_not_reusable(out: Path, source: str) -> str:
     """Why `out` is no intact import of the current content of `source`; empty if it is."""
-    if source.exists():
+    if Path(source).exists():
         try:
             config = tomllib.loads(files.read_text(out / checkpoints.CONFIG))
-            is_same = config[METADATA_TABLE].get("source") == _digest(source)
+            is_same = config[METADATA_TABLE].get("source") == _digest(Path(source))
         except Exception:
             is_same = False  # missing or damaged: not an import
         if not is_same:
-            return f"came from another {name}"
+            return f"came from another {source}"
     reason = checkpoints.find_corruption(out, checkpoints.INFERENCE_FILES)
     return f"is damaged ({reason})" if reason else ""
 

@@ -41,9 +41,7 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as temp_dir:
         config = dataclasses.replace(config, restart=True)  # nothing of an existing run is taken
-        resolved = resolve_run(
-            config, explicit, SINGLE_PROCESS, temp_dir=Path(temp_dir), is_plan=True
-        )
+        resolved = resolve_run(config, explicit, SINGLE_PROCESS, temp_dir=Path(temp_dir))
     dataset, device, precision = resolved.dataset, resolved.device, resolved.precision
     c = fit_time_limit(resolved).config
     use_fsdp(c, device, precision, SINGLE_PROCESS)

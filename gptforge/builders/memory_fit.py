@@ -76,8 +76,7 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
     def fits(sequences: int) -> bool:
         # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the
         # kernel kills the process.
-        can_try = is_gpu and not step.is_sharded
-        return not can_try or step.fits(sequences, config.context_length)
+        return not is_gpu or step.is_sharded or step.fits(sequences, config.context_length)
 
     # Sharding frees memory, and larger micro-batches gather weights less often.
     max_size = per_rank if step.is_sharded and is_gpu else batch_size

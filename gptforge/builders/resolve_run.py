@@ -69,15 +69,14 @@ def resolve_run(
     command: str = "",
     start_time: float | None = None,
     temp_dir: Path | None = None,
-    is_plan: bool = False,
 ) -> ResolvedRun:
     """Resolve and check a configuration; all ranks call this, and agree on it.
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
         program, command, start_time: see `ResolvedRun`; the time limit counts from now by default.
-        temp_dir: where a model of `--init_from` is imported without keeping it.
-        is_plan: compile no kernels in the background, and do not look into the run folder.
+        temp_dir: for a plan, where a model of `--init_from` is imported without keeping it. A plan
+            compiles no kernels in the background, and does not look into the run folder.
 
     Raises:
         UserError: for a configuration, text or run folder that cannot be trained.
@@ -94,7 +93,7 @@ def resolve_run(
         for tracker in c.trackers:
             require_package(tracker, extra=tracker)
         out_dir = resolve_out_dir(c)
-        if is_plan:
+        if temp_dir:
             check_writable(Path(out_dir))
         else:
             check_out_dir(dataclasses.replace(c, out_dir=out_dir))
@@ -103,7 +102,7 @@ def resolve_run(
     device, description = select_device(device_flag)
     precision = select_precision(c.dtype, device)
     seed_everything(c, rank=comm.rank)  # sets what cuBLAS reads when the warmup starts it
-    warmup = None if is_plan else KernelWarmup(device, c, precision)
+    warmup = None if temp_dir else KernelWarmup(device, c, precision)
     dataset, is_new_text = _load_dataset(c, explicit, comm)
     resolved = resolve_config(c, dataset, explicit)
     c = _resolve_on_main(c, comm, lambda: resolve_finetune(resolved, dataset, explicit))
