@@ -91,10 +91,8 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
     )  # fmt: skip
     try:
         watchdog.start()
-        if rank == 0:
-            if failure := host_rendezvous(server, attempt, world_size, join_timeout):
-                watchdog.exit(*failure)
-            watchdog.all_joined()
+        if rank == 0 and (failure := host_rendezvous(server, attempt, world_size, join_timeout)):
+            watchdog.exit(*failure)
         # A rank 0 that serves the store answers as long as it lives; the watchdog checks on it.
         server.set_timeout(COLLECTIVE_TIMEOUT)
         store = PrefixStore(attempt, server)
@@ -143,9 +141,9 @@ def host_rendezvous(
     deadline = time.monotonic() + timeout
     answered: dict[int, str] = {}
     others = range(1, world_size)
-    while not store.check([f"{attempt}/{rank}" for rank in others]):
+    while not store.check([f"{attempt}/life/{rank}" for rank in others]):
         if time.monotonic() > deadline:
-            late = [rank for rank in others if not store.check([f"{attempt}/{rank}"])]
+            late = [rank for rank in others if not store.check([f"{attempt}/life/{rank}"])]
             return _did_not_start(late, world_size, timeout), EXIT_FAILURE
         for rank in others:
             key = f"gptforge/hello/{rank}"

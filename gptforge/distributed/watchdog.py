@@ -7,7 +7,6 @@ A second thread notices a store that no longer answers, as when the network is c
 """
 
 import json
-import math
 import os
 import signal
 import sys
@@ -65,7 +64,7 @@ class Watchdog:
         self._is_server, self._is_aborting = is_server, False
         self._stopped = threading.Event()
         self._monitor = HeartbeatMonitor(timeout)
-        self._last_answer, self._all_joined_at = time.monotonic(), math.inf
+        self._last_answer = time.monotonic()
         self._threads = [
             threading.Thread(target=run, name="watchdog", daemon=True)
             for run in (self._beat, self._watch_store)
@@ -95,20 +94,11 @@ class Watchdog:
         """Send the first heartbeat and start the threads."""
         self._send_heartbeat()
         self._last_answer = time.monotonic()
-        if self._rank:
-            self._all_joined_at = self._last_answer
         for thread in self._threads:
             thread.start()
 
-    def all_joined(self) -> None:
-        """On rank 0: expect heartbeats of all ranks from now on."""
-        self._all_joined_at = time.monotonic()
-
     def stop(self) -> None:
-        """Stop the threads at the end of a run.
-
-        A thread inside a request to the store would abort an interpreter that shuts down.
-        """
+        """Stop the threads at the end of a run."""
         self._stopped.set()
         # A thread inside a request to the store would abort an interpreter that shuts down.
         for thread in self._threads:
@@ -181,12 +171,7 @@ class Watchdog:
         watched = range(1, self._world_size) if self._rank == 0 else [0]
         keys = [f"life/{rank}" for rank in watched]
         if not self._store.check(keys):
-            # Ranks that have just joined.
-            silent = time.monotonic() - self._all_joined_at
-            missing = [rank for rank in watched if not self._store.check([f"life/{rank}"])]
-            if silent > self._timeout and missing:
-                return f"rank {missing[0]} has sent no heartbeat for {silent:.0f} seconds"
-            return None
+            return None  # rank 0 still waits for ranks to join, and names those that do not
         beats = dict(zip(watched, map(json.loads, self._store.multi_get(keys)), strict=True))
         problem = self._monitor.find_lost(beats, self._host)
         return problem if self._rank else problem or self._monitor.find_stall({0: local, **beats})
