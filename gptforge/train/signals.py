@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Literal, NoReturn, Self
 
@@ -56,19 +55,11 @@ class StopSignal:
 
     Args:
         time_limit: minutes; 0 for none.
-        started: start of the time limit, by `clock`; now if None.
-        clock: seconds, monotonic.
+        started: start of the time limit, by `time.monotonic`; now if None.
     """
 
-    def __init__(
-        self,
-        time_limit: float,
-        *,
-        started: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._clock = clock
-        started = clock() if started is None else started
+    def __init__(self, time_limit: float, *, started: float | None = None) -> None:
+        started = time.monotonic() if started is None else started
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
         self._is_requested = False  # by anything but SIGHUP
@@ -83,7 +74,7 @@ class StopSignal:
         """Return why to stop now, or None."""
         if self._signal is not None:
             return self._signal
-        return "time_limit" if self._clock() >= self._deadline else None
+        return "time_limit" if time.monotonic() >= self._deadline else None
 
     def request(self, by: str) -> None:
         """Stop as after Ctrl-C; the log says that `by` stopped the run."""
@@ -103,11 +94,11 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether a signal has arrived or the time is up."""
-        return self._signal is not None or self._clock() >= self._deadline
+        return self._signal is not None or time.monotonic() >= self._deadline
 
     def __enter__(self) -> Self:
         # Or a scheduler with a short limit would restart a slow startup forever.
-        self._deadline = max(self._deadline, self._clock() + MIN_TRAIN_SECONDS)
+        self._deadline = max(self._deadline, time.monotonic() + MIN_TRAIN_SECONDS)
         self._depth += 1
         # Python allows signal handlers in the main thread only.
         if self._depth == 1 and threading.current_thread() is threading.main_thread():

@@ -6,6 +6,7 @@ import math
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gptforge.report import run_report
 from gptforge.report.curves import plot_curves
 from gptforge.report.format import ValLoss
 from gptforge.report.metrics import read_history
-from gptforge.train import final_evaluation
+from gptforge.train import final_evaluation, signals
 from gptforge.train import trainer as trainer_module
 from gptforge.train.signals import StopSignal
 from gptforge.train.trainer import Trainer
@@ -270,7 +271,9 @@ def test_a_time_limit_that_ends_meanwhile_leaves_a_few_seconds(config, monkeypat
     for allowed in (10.0, -1.0):
         now = [0.0]
         trainer = build(dataclasses.replace(config, restart=True))
-        trainer.stop_signal = StopSignal(1, clock=lambda now=now: now[0])
+        clock = SimpleNamespace(monotonic=lambda now=now: now[0])
+        monkeypatch.setattr(signals, "time", clock)
+        trainer.stop_signal = StopSignal(1)
         monkeypatch.setattr(final_evaluation, "MAX_SECONDS_AFTER_STOP", allowed)
         evaluate = final_evaluation._evaluate
 

@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_tensors
+from gptforge.train import signals
 from gptforge.train.signals import StopSignal
 from gptforge.train.trainer import Trainer
 from tests.train.runs import build, events, last
@@ -86,10 +88,17 @@ def test_interrupted_evaluations_change_no_result(config, tmp_path, batches) -> 
     assert build_trainer(other, explicit=()) is None
 
 
-def test_time_limit_stops_an_evaluation(config) -> None:
-    now = [0.0]
+def set_clock(monkeypatch, start: float) -> list[float]:
+    """The time that signals.py sees; the caller changes it."""
+    now = [start]
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_time_limit_stops_an_evaluation(config, monkeypatch) -> None:
+    now = set_clock(monkeypatch, 0.0)
     trainer = build(config)
-    trainer.stop_signal = StopSignal(1, clock=lambda: now[0])
+    trainer.stop_signal = StopSignal(1)
     assert trainer.val_evaluator is not None
     evaluate = trainer.val_evaluator.evaluate
 
@@ -103,9 +112,9 @@ def test_time_limit_stops_an_evaluation(config) -> None:
     assert last(config).name == f"step-{config.eval_every:06d}"
 
 
-def test_time_limit_counts_from_the_start_but_leaves_a_second() -> None:
-    now = [100.0]
-    stop_signal = StopSignal(1, started=30.0, clock=lambda: now[0])
+def test_time_limit_counts_from_the_start_but_leaves_a_second(monkeypatch) -> None:
+    now = set_clock(monkeypatch, 100.0)
+    stop_signal = StopSignal(1, started=30.0)
     assert stop_signal.stop_reason() == "time_limit"
     with stop_signal:
         assert stop_signal.stop_reason() is None
@@ -113,15 +122,16 @@ def test_time_limit_counts_from_the_start_but_leaves_a_second() -> None:
         assert stop_signal.stop_reason() == "time_limit"
 
 
-def test_time_limit_is_in_minutes() -> None:
-    now = [100.0]
-    stop_signal = StopSignal(2, clock=lambda: now[0])
+def test_time_limit_is_in_minutes(monkeypatch) -> None:
+    now = set_clock(monkeypatch, 100.0)
+    stop_signal, unlimited = StopSignal(2), StopSignal(0)
     assert stop_signal.stop_reason() is None
     now[0] += 119
     assert stop_signal.stop_reason() is None
     now[0] += 1
     assert stop_signal.stop_reason() == "time_limit"
-    assert StopSignal(0, clock=lambda: 1e18).stop_reason() is None
+    now[0] = 1e18
+    assert unlimited.stop_reason() is None
 
 
 @pytest.mark.parametrize(
