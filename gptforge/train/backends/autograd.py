@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptforge.device import Precision, autocast
+from gptforge.distributed.dtensor import is_sharded
 from gptforge.kernel_select import KernelConfig
 from gptforge.kernels.cross_entropy import fused_linear_cross_entropy
 from gptforge.model import GPT, IGNORE_INDEX
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
-from gptforge.train.parallel.fsdp import FSDPRoot, clip_grad_norm_
+from gptforge.train.parallel.fsdp import FSDPRoot
 
 
 class AutogradBackend:
@@ -95,9 +96,9 @@ class AutogradBackend:
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm`; returns the norm before that."""
-        if self._root is not None:
-            return clip_grad_norm_(self.model, max_norm)
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        # Under FSDP a DTensor: the norms of the shards, which `full_tensor` reduces over the ranks.
+        return norm.full_tensor() if is_sharded(norm) else norm
 
     def _losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy of the targets, and the loss to train with: the same, or distillation.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptforge.checkpoint.state_dict import TIED_WEIGHT
 from gptforge.device import Precision, free_memory
 from gptforge.distributed import Comm
-from gptforge.distributed.dtensor import gather_full_tensor, is_sharded
+from gptforge.distributed.dtensor import gather_full_tensor
 from gptforge.model import GPT
 
 
@@ -59,17 +59,6 @@ def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
     # The tied embedding is used at both ends of the model: keep it gathered in between.
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return root
-
-
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ over the shards of all ranks."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    # A DTensor: the norm of the shards, reduced over the ranks by `full_tensor`.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if is_sharded(norm):
-        norm = norm.full_tensor()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def gather_model(model: GPT, dtype: torch.dtype, device: torch.device, comm: Comm) -> GPT | None:
