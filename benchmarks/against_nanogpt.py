@@ -152,9 +152,8 @@ class GPTForgeStep:
         self.step = TrainStep(
             model,
             build_adamw(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1),
+            Config(batch_size=recipe.micro_batch),
             precision=precision,
-            micro_batch_size=recipe.micro_batch,
-            grad_clip=1.0,
             kernels=kernels,
         )
         length = recipe.model.block_size

@@ -39,9 +39,8 @@ def main() -> None:
         build_adamw(
             model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         ),
+        config,
         precision=select_precision(config.dtype, device),
-        micro_batch_size=config.batch_size,
-        grad_clip=config.grad_clip,
     )
     batch = random_batch(config, device)
     step_times = []

@@ -113,9 +113,8 @@ def build_variant(
     return TrainStep(
         model,
         build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
+        Config(batch_size=micro_batch),
         precision=precision,
-        micro_batch_size=micro_batch,
-        grad_clip=1.0,
         kernels=select_kernels(Config(), DEVICE, precision),
     )
 

@@ -66,19 +66,20 @@ def train(
 ) -> list[float]:
     """Losses of a run; the weights depend on the seed, the batches do not."""
     model = GPT(shape).init_weights(torch.Generator().manual_seed(seed)).to(device)
+    config = Config(
+        batch_size=batch_size, max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps
+    )
     step = TrainStep(
         model,
         build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
+        config,
         precision=precision,
-        micro_batch_size=batch_size,
-        grad_clip=1.0,
         kernels=kernels,
     )
     loader = DataLoader(
         tokens, context_length=shape.block_size, global_batch_size=batch_size, seed=0, shuffle=True,
         device=device,
     )  # fmt: skip
-    config = Config(max_lr=6e-4, min_lr=6e-5, warmup_steps=50, max_steps=steps)
     losses = []
     for number in range(steps):
         if kernels.float8 and number in (0, config.warmup_steps):

@@ -48,9 +48,8 @@ def main() -> None:
         build_adamw(
             model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         ),
+        config,
         precision=precision,
-        micro_batch_size=config.batch_size,
-        grad_clip=config.grad_clip,
         kernels=select_kernels(Config(), device, precision),
     )
     if device.type == "cuda":

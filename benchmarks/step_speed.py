@@ -60,9 +60,8 @@ def main() -> None:
                 betas=(config.beta1, config.beta2),
                 weight_decay=config.weight_decay,
             ),
+            config,
             precision=precision,
-            micro_batch_size=config.batch_size,
-            grad_clip=config.grad_clip,
             kernels=kernels,
         )
         if device.type == "cuda":

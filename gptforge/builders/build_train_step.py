@@ -76,16 +76,12 @@ def build_train_step(
     step = TrainStep(
         model,
         build_optimizer(config, model),
+        config,
         precision=precision,
-        micro_batch_size=config.batch_size,
-        grad_clip=config.grad_clip,
         kernels=kernels,
-        activation_checkpointing=config.activation_checkpointing,
-        loss_chunk=config.loss_chunk,
         halve_on_oom=not is_explicit and root is None,
         comm=comm,
         root=root,
-        ema_decay=config.ema,
         distillation=distillation,
     )
     failure = _try_manual_backward(step, config) if kernels.manual_backward else ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from gptforge.config import Config
 from gptforge.device import Precision, preserve_rng_state, synchronize
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
@@ -39,16 +40,13 @@ class TrainStep:
     Args:
         model: the plain module, whose weights are trained.
         optimizer: over the model's parameters; its learning rate is set at each step.
+        config: sequences in a micro-batch (`batch_size`), `grad_clip`, `activation_checkpointing`,
+            `loss_chunk` and `ema`.
         precision: compute dtype of the matmuls.
-        micro_batch_size: sequences in a micro-batch.
-        grad_clip: maximum gradient norm; 0 disables clipping.
         kernels: the kernels to use where there is a choice.
-        activation_checkpointing: save only each block's input, and recompute the rest.
-        loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
         halve_on_oom: on an out-of-memory error, halve the micro-batch size and try again.
         comm: the ranks; each gets an equal slice of a global batch.
         root: the root module, if FSDP shards the model.
-        ema_decay: final decay of the average of the weights; 0 for none.
         distillation: teachers to learn from besides the targets; not with `root`.
     """
 
@@ -56,27 +54,23 @@ class TrainStep:
         self,
         model: GPT,
         optimizer: Optimizer,
+        config: Config,
         *,
         precision: Precision,
-        micro_batch_size: int,
-        grad_clip: float,
         kernels: KernelConfig = DEFAULT_KERNELS,
-        activation_checkpointing: bool = False,
-        loss_chunk: int = 0,
         halve_on_oom: bool = False,
         comm: Comm = SINGLE_PROCESS,
         root: FSDPRoot | None = None,
-        ema_decay: float = 0.0,
         distillation: Distillation | None = None,
     ) -> None:
         assert root is None or not halve_on_oom, "FSDP cannot retry: the other ranks would hang"
         self.model, self.optimizer, self.precision = model, optimizer, precision
         self.device = next(model.parameters()).device
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = config.batch_size
         # With an infinite maximum the norm is still computed: it is logged, and checked.
-        self._max_norm = grad_clip if grad_clip > 0 else math.inf
+        self._max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
-        self.ema = WeightEMA(model, ema_decay) if ema_decay else None
+        self.ema = WeightEMA(model, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
         params = [p for group in grad_groups(model) for p in group]
         self._build_backend = functools.partial(
@@ -84,8 +78,8 @@ class TrainStep:
             model,
             precision,
             scaler=self._scaler,
-            activation_checkpointing=activation_checkpointing,
-            loss_chunk=loss_chunk,
+            activation_checkpointing=config.activation_checkpointing,
+            loss_chunk=config.loss_chunk,
             comm=comm,
             root=root,
             # Built once, since the hooks that it registers on the parameters are not removed.

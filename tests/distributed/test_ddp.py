@@ -76,9 +76,8 @@ def make_step(comm: Comm, *, manual: bool, micro_batch: int = 1) -> TrainStep:
     return TrainStep(
         model,
         build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1),
+        Config(batch_size=micro_batch),
         precision=FLOAT32,
-        micro_batch_size=micro_batch,
-        grad_clip=1.0,
         kernels=KernelConfig(manual_backward=True) if manual else DEFAULT_KERNELS,
         halve_on_oom=True,
         comm=comm,

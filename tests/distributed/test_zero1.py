@@ -40,11 +40,14 @@ def make_step(
     root = apply_fsdp(model, precision, comm) if comm.world_size > 1 else None
     optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     return TrainStep(
-        model, optimizer, precision=precision, micro_batch_size=1, grad_clip=1.0,
+        model,
+        optimizer,
+        Config(batch_size=1, activation_checkpointing=recompute),
+        precision=precision,
         kernels=KernelConfig(manual_backward=True, float8=precision.float8),
-        activation_checkpointing=recompute,
-        comm=comm, root=root,
-    )  # fmt: skip
+        comm=comm,
+        root=root,
+    )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from gptforge.config import Config
+from gptforge.config import FIELDS, Config
 from gptforge.device import Precision
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
@@ -15,13 +15,13 @@ FLOAT32 = Precision(torch.float32, "test")
 BFLOAT16 = Precision(torch.bfloat16, "test")
 
 
-def make_step(model: GPT, *, optimizer: str = "adamw", **options) -> TrainStep:
-    """A step over a copy of the model, with defaults for all options of `TrainStep`."""
+def make_step(model: GPT, **options) -> TrainStep:
+    """A step over a copy of the model; options of `TrainStep`, and fields of its configuration."""
     model = copy.deepcopy(model)
+    fields = {name: options.pop(name) for name in FIELDS.keys() & options}
+    config = Config(**{"batch_size": 8} | fields)
     return TrainStep(
-        model,
-        build_optimizer(Config(optimizer=optimizer), model),
-        **{"precision": FLOAT32, "micro_batch_size": 8, "grad_clip": 1.0} | options,
+        model, build_optimizer(config, model), config, **{"precision": FLOAT32} | options
     )
 
 

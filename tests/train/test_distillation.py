@@ -105,7 +105,7 @@ def test_gradients_match_the_definition(
 def test_weight_0_changes_no_bit(tiny_model, kernels) -> None:
     idx, targets = make_batch("cpu")
     steps = [
-        make_step(tiny_model, kernels=kernels, micro_batch_size=3, **options)
+        make_step(tiny_model, kernels=kernels, batch_size=3, **options)
         for options in ({}, {"distillation": make_teachers(2, 0.0)})
     ]
     for _ in range(3):

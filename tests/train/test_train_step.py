@@ -20,7 +20,7 @@ FUSED = KernelConfig(fused_cross_entropy=True, residual_dtype=torch.bfloat16)
 def test_micro_batch_size_does_not_change_the_step(tiny_model, device) -> None:
     results = []
     for size in (8, 4, 1, 3):
-        step = make_step(tiny_model.to(device), micro_batch_size=size)
+        step = make_step(tiny_model.to(device), batch_size=size)
         for _ in range(3):
             loss, norm = step(*make_batch(device), lr=1e-2)
         results.append((loss, norm, step.model.transformer["wte"].weight.detach()))
@@ -32,7 +32,7 @@ def test_micro_batch_size_does_not_change_the_step(tiny_model, device) -> None:
 
 def test_step_matches_a_plain_torch_loop(tiny_model, device) -> None:
     plain = copy.deepcopy(tiny_model).to(device)
-    step = make_step(tiny_model.to(device), micro_batch_size=2, grad_clip=0.5)
+    step = make_step(tiny_model.to(device), batch_size=2, grad_clip=0.5)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in plain.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -140,7 +140,7 @@ def test_explicit_micro_batch_size_is_not_halved(tiny_model) -> None:
 @pytest.mark.parametrize(("limit", "words"), [(3, "--batch_size 3 --gradient_accumulation_steps 4"),
                                               (0, "nor does less")])  # fmt: skip
 def test_out_of_memory_hint(tiny_model, limit, words) -> None:
-    step = make_step(tiny_model, micro_batch_size=6)
+    step = make_step(tiny_model, batch_size=6)
     step.fits = lambda batch_size, _: batch_size <= limit
     config = dataclasses.replace(Config(), batch_size=6, gradient_accumulation_steps=2)
     assert words in out_of_memory_hint(step, config)
@@ -178,7 +178,7 @@ def test_fast_bfloat16_steps_match_the_plain_one(tiny_model, device, variant) ->
         tiny_model.to(device),
         precision=BFLOAT16,
         kernels=MANUAL if variant in ("manual", "cuda graph") else FUSED,
-        micro_batch_size=4,
+        batch_size=4,
     )
     if variant == "cuda graph":
         assert fast.capture_cuda_graph(16)

@@ -53,7 +53,7 @@ def pair(tiny_model: GPT, device: torch.device, monkeypatch) -> MakePair:
     def make(**options) -> tuple[TrainStep, TrainStep]:
         options |= {
             "precision": BFLOAT16 if device.type == "cuda" else FLOAT32,
-            "micro_batch_size": 4,
+            "batch_size": 4,
             "kernels": KernelConfig(manual_backward=True),
         }
         graph, plain = make_step(model, **options), make_step(model, **options)
@@ -131,7 +131,7 @@ def test_muon_gets_the_gradients(pair: MakePair) -> None:
 
 def test_average_of_the_weights_is_captured(pair: MakePair) -> None:
     # By then the decay has changed twice.
-    graph, plain = pair(ema_decay=0.6)
+    graph, plain = pair(ema=0.6)
     for _ in range(41):
         for step in (graph, plain):
             train(step, lr=1e-3)
