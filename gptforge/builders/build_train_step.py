@@ -14,7 +14,6 @@ from gptforge.config import Config
 from gptforge.convert.bundle import check_finite
 from gptforge.device import Precision, keep_freed_memory
 from gptforge.distributed import SINGLE_PROCESS, Comm
-from gptforge.distributed.dtensor import copy_from_rank0
 from gptforge.errors import RunError, UserError, first_line
 from gptforge.estimate.formulas import flops_per_token, num_params
 from gptforge.kernel_select import sdpa_backend, select_kernels, try_compile
@@ -71,7 +70,7 @@ def build_train_step(
         if comm.world_size > 1 and not is_resumed:
             # All ranks draw from the same seed, but another CPU may round differently.
             for parameter in model.parameters():
-                copy_from_rank0(parameter, parameter if comm.is_main else None, comm)
+                comm.broadcast(parameter.detach())
     is_explicit = "batch_size" in explicit
     step = TrainStep(
         model,

@@ -7,7 +7,7 @@ a step with NaN or Inf has been skipped on the device by `optimizer_step` (OLMo-
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptforge.device import copy_to_host_async
+from gptforge.train.state import TrainState
 
 HISTORY = 64  # recent losses that a new one is compared with
 MIN_HISTORY = 16  # losses to collect before spikes are reported
@@ -69,14 +70,12 @@ class LossMonitor:
                 anomalies.append(anomaly)
         return anomalies
 
-    def reset(
-        self, bad_steps: int, *, last_loss: float, losses: Iterable[float], keep_losses: int
-    ) -> None:
-        """Clear the history; `bad_steps` consecutive steps before were bad."""
+    def reset(self, state: TrainState, *, keep_losses: int) -> None:
+        """Clear the history; what is known of earlier steps is in `state`."""
         self._unread.clear()
         self._recent.clear()
-        self.bad_steps, self.last_loss = bad_steps, last_loss
-        self.losses = deque(losses, maxlen=keep_losses)
+        self.bad_steps, self.last_loss = state.bad_steps, state.loss
+        self.losses = deque(state.recent_losses, maxlen=keep_losses)
 
     def mean_loss(self) -> float:
         """Mean of those of the last losses that are finite, else NaN."""

@@ -250,13 +250,11 @@ class Trainer:
 
     def reset_history(self) -> None:
         """Reset the loss history and the timer to `state`."""
-        state, keep = self.state, 0
+        keep = 0
         if self.val_evaluator is None:
             keep = min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES)
-        self.loss_monitor.reset(
-            state.bad_steps, last_loss=state.loss, losses=state.recent_losses, keep_losses=keep
-        )
-        self.timer.restart(state.step)
+        self.loss_monitor.reset(self.state, keep_losses=keep)
+        self.timer.restart(self.state.step)
 
     def _log_stop(self, reason: StopReason) -> None:
         """Log why; before the save, or a resumed run, which truncates the log, loses the line."""
