@@ -59,8 +59,6 @@ def start_report(
     if not is_main:
         return report
     report.run_dir.mkdir(parents=True, exist_ok=True)
-    if opened.status == "new":
-        report.delete_logs()
     files.atomic_write(report.run_dir / checkpoints.CONFIG, config_toml(run))
     if opened.checkpoint is None:
         # On the meta device: the step's model may be sharded.

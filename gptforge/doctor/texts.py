@@ -80,14 +80,11 @@ class _TextScan:
                 self._add_text(part.text)
                 meter.add(part.bytes_read - done, len(part.text))
                 done = part.bytes_read
-            self._add_document((i, number), int(digest.hexdigest()[:16], 16), source.name)
-
-    def _add_document(self, document_id: DocumentId, digest: int, name: str) -> None:
-        self.num_documents += 1
-        split = "val" if document_id[0] in self.val_sources else ""
-        self.duplicates.add(digest, split, name)
-        if len(self.digests) < MIN_HASH_DOCUMENTS:
-            self.digests.append((document_id, digest))
+            self.num_documents += 1
+            value = int(digest.hexdigest()[:16], 16)
+            self.duplicates.add(value, "val" if i in self.val_sources else "", source.name)
+            if len(self.digests) < MIN_HASH_DOCUMENTS:
+                self.digests.append(((i, number), value))
 
     def _add_text(self, text: str) -> None:
         self.num_chars += len(text)

@@ -84,14 +84,14 @@ class RunReport:
         """Add an event to metrics.jsonl."""
         self._write_event(self._format_event(event, fields))
 
-    def delete_logs(self) -> None:
-        """Delete the logs that an earlier start left without any checkpoint."""
+    def start(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
+        """Begin the logs of a new run with the model summary.
+
+        Those that an earlier start left without any checkpoint are deleted.
+        """
         for log in self._logs.values():
             log.delete()
         files.remove(self.run_dir / TRACKING)
-
-    def start(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
-        """Begin the logs of a new run with the model summary."""
         if not self.is_teacher:
             self.log(f"{summary}\n\nStarting training...\n")
         heading = f"# {escape_markdown(self._title)}\n\nMade by {code_span(command)}.\n"
