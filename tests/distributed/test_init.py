@@ -26,8 +26,8 @@ from gptforge.distributed import (
     is_distributed_launch,
     watchdog,
 )
-from gptforge.distributed.heartbeats import DEADLOCK_FACTOR, HeartbeatMonitor
 from gptforge.distributed.init import _local_device
+from gptforge.distributed.watchdog import DEADLOCK_FACTOR, HeartbeatMonitor
 from gptforge.errors import UserError
 from tests.distributed.spawn import RankExit, exits_of, exits_of_start, free_port
 from tests.environment import python_path

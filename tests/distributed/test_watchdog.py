@@ -16,8 +16,7 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.config import Config
 from gptforge.distributed import Comm, watchdog
-from gptforge.distributed.heartbeats import HeartbeatMonitor
-from gptforge.distributed.watchdog import is_connection_error
+from gptforge.distributed.watchdog import HeartbeatMonitor, is_connection_error
 from gptforge.errors import RunError, UserError
 from tests.distributed.spawn import RankExit, exits_of, free_port
 from tests.environment import python_path
