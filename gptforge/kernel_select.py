@@ -1,6 +1,5 @@
 """Which kernels and which backward to train with: the fastest that were measured per device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch.nn.attention import SDPBackend
 
 from gptforge.config import Config
 from gptforge.device import Precision
-from gptforge.errors import UserError, first_line
+from gptforge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,6 @@ def select_kernels(config: Config, device: torch.device, precision: Precision) -
         residual_dtype=residual_dtype,
         float8=precision.float8,
     )
-
-
-def try_compile(flag: str, device: torch.device, attempt: Callable[[], None]) -> tuple[bool, str]:
-    """Whether to use torch.compile by `--compile`, and why.
-
-    `attempt` compiles the model and runs it once. The compiler needs Triton, a C++ compiler and a
-    recent driver, and raises anything where one is missing.
-    """
-    if flag == "false":
-        return False, "as requested"
-    if flag == "auto" and device.type != "cuda":
-        return False, f"takes longer than it saves on {device.type}"
-    try:
-        attempt()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return False, f"it failed here: {first_line(error)}"
-    return True, "as requested" if flag == "true" else "faster after the first step"
 
 
 def sdpa_backend(

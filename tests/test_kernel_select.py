@@ -1,4 +1,4 @@
-"""Selection of kernels and of torch.compile, with fake devices."""
+"""Selection of kernels, with fake devices."""
 
 import dataclasses
 
@@ -13,7 +13,6 @@ from gptforge.kernel_select import (
     KernelConfig,
     sdpa_backend,
     select_kernels,
-    try_compile,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -24,33 +23,6 @@ def test_sdpa_backend(monkeypatch) -> None:
     assert sdpa_backend(CPU, torch.float32, **shape) in ("flash", "math")
     monkeypatch.setattr(torch, "_fused_sdp_choice", None)
     assert sdpa_backend(CPU, torch.float32, **shape) == "unknown"
-
-
-def test_failed_compilation_is_reported_in_one_line() -> None:
-    def fails() -> None:
-        raise RuntimeError("Cannot find a working triton installation.\nlong trace\nmore")
-
-    compiled, reason = try_compile("true", CPU, fails)
-    assert not compiled
-    assert "working triton" in reason
-    assert "\n" not in reason
-
-
-def test_compile_is_off_where_it_does_not_pay() -> None:
-    def must_not_run() -> None:
-        raise AssertionError
-
-    assert try_compile("auto", CPU, must_not_run)[0] is False
-    assert try_compile("false", CUDA, must_not_run) == (False, "as requested")
-    assert try_compile("auto", CUDA, lambda: None)[0] is True
-
-
-def test_out_of_memory_is_not_a_failed_compilation() -> None:
-    def too_big() -> None:
-        raise torch.OutOfMemoryError
-
-    with pytest.raises(torch.OutOfMemoryError):
-        try_compile("true", CUDA, too_big)
 
 
 def test_fp8_needs_the_manual_backward() -> None:

@@ -16,7 +16,7 @@ from gptforge.device import Precision, keep_freed_memory
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import RunError, UserError, first_line
 from gptforge.estimate.formulas import flops_per_token, num_params
-from gptforge.kernel_select import sdpa_backend, select_kernels, try_compile
+from gptforge.kernel_select import sdpa_backend, select_kernels
 from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
@@ -100,7 +100,7 @@ def build_train_step(
         f"step in micro-batches of {step.micro_batch_size}{per_rank}"
     )
     try:
-        compiled, reason = _compile(step, config)
+        compiled, reason = try_compile(step, config)
         if device.type == "cuda" and not compiled:
             step.dry_run(step.micro_batch_size, config.context_length)
     except torch.OutOfMemoryError:
@@ -144,22 +144,31 @@ def _try_manual_backward(step: TrainStep, config: Config) -> str:
     return ""
 
 
-def _compile(step: TrainStep, config: Config) -> tuple[bool, str]:
-    """Compile if `--compile` wants it and it works; return whether, and why."""
+def try_compile(step: TrainStep, config: Config) -> tuple[bool, str]:
+    """Compile if `--compile` wants it and it works; return whether, and why.
+
+    The compiler needs Triton, a C++ compiler and a recent driver, and raises anything where one is
+    missing.
+    """
     if step.kernels.manual_backward:
         return False, "the manual backward does not use it"
     if config.dropout_ramp:
         return False, "each step of --dropout_ramp would compile the model again"
-
-    def attempt() -> None:
-        logger.info("torch.compile: compiling, which can take a minute")
+    if config.compile == "false":
+        return False, "as requested"
+    if config.compile == "auto" and step.device.type != "cuda":
+        return False, f"takes longer than it saves on {step.device.type}"
+    logger.info("torch.compile: compiling, which can take a minute")
+    try:
         step.compile()
         step.dry_run(step.micro_batch_size, config.context_length)
-
-    compiled, reason = try_compile(config.compile, step.device, attempt)
-    if not compiled:
-        step.set_kernels(step.kernels)
-    return compiled, reason
+        return True, "as requested" if config.compile == "true" else "faster after the first step"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"it failed here: {first_line(error)}"
+    step.set_kernels(step.kernels)
+    return False, reason
 
 
 def attention_backend(step: TrainStep, config: Config) -> str:
