@@ -23,32 +23,11 @@ MIN_BUSY_TOKENS = 4096  # tokens in a micro-batch that keep a large GPU busy
 MIN_CONTEXT_LENGTH = 64  # shortest context length that is suggested
 
 
-def find_micro_batch(
-    max_size: int,
-    *,
-    estimate: Callable[[int], int],
-    free_memory: int | None,
-    fits: Callable[[int], bool] = lambda sequences: True,
-) -> int:
-    """Return the first of max_size, max_size / 2, max_size / 4, ... that fits into memory.
-
-    Args:
-        max_size: sequences to start with.
-        estimate: from sequences in a micro-batch to bytes of memory.
-        free_memory: bytes; None if unknown.
-        fits: runs a micro-batch of so many sequences; False if memory ran out.
-    """
-    size = max_size
-    # Estimates are free, each trial below costs a forward and backward pass.
-    while size > 1 and not _fits(estimate(size), free_memory):
-        size = -(-size // 2)
+def first_fit(size: int, fits: Callable[[int], bool]) -> int:
+    """Return the first of size, size / 2, size / 4, ..., 1 that fits; 0 if none does."""
     while not fits(size):
         if size == 1:
-            raise RunError(
-                f"not even one sequence fits into the {(free_memory or 0) / 1e9:.1f} GB of free "
-                "memory: use --activation_checkpointing true, a smaller --context_length or a "
-                "smaller model"
-            )
+            return 0
         size = -(-size // 2)
     return size
 
@@ -73,15 +52,21 @@ def choose_micro_batch(step: TrainStep, config: Config, comm: Comm, *, is_explic
         kinds = training_memory(config, sequences, mixed_precision=is_mixed, manual_backward=manual)
         return sum(kinds.values())
 
-    def fits(sequences: int) -> bool:
-        # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the
-        # kernel kills the process.
-        return not is_gpu or step.is_sharded or step.fits(sequences, config.context_length)
-
     # Sharding frees memory, and larger micro-batches gather weights less often.
     max_size = per_rank if step.is_sharded and is_gpu else batch_size
     free = usable_memory(step.device)
-    return find_micro_batch(max_size, estimate=estimate, free_memory=free, fits=fits)
+    # Estimates are free, each trial below costs a forward and backward pass.
+    size = first_fit(max_size, lambda n: _fits(estimate(n), free)) or 1
+    # Ranks of a sharded model would wait for one that runs out of memory, and on a CPU the kernel
+    # kills the process.
+    if is_gpu and not step.is_sharded:
+        size = first_fit(size, lambda n: step.fits(n, config.context_length))
+    if not size:
+        raise RunError(
+            f"not even one sequence fits into the {(free or 0) / 1e9:.1f} GB of free memory: use "
+            "--activation_checkpointing true, a smaller --context_length or a smaller model"
+        )
+    return size
 
 
 def fits_zero1(config: Config, device: torch.device, explicit: Collection[str], comm: Comm) -> bool:
@@ -221,11 +206,7 @@ class MemoryEstimator:
         """The micro-batch that training starts with, before it tries it on a GPU."""
         if "batch_size" in explicit:
             return self._config.batch_size
-        return find_micro_batch(
-            self._config.batch_size,
-            estimate=lambda sequences: sum(self.memory(sequences).values()),
-            free_memory=self.free_memory,
-        )
+        return first_fit(self._config.batch_size, self.fits) or 1
 
     def suggest_fix(self, sequences: int, *, is_explicit: bool) -> str:
         """Say what would fit, with the smallest change first."""

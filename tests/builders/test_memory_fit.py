@@ -1,31 +1,51 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
 
-from gptforge.builders.memory_fit import find_micro_batch
+from gptforge.builders import memory_fit
+from gptforge.config import Config
+from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import RunError
+from gptforge.kernel_select import DEFAULT_KERNELS
+from tests.train.steps import FLOAT32
 
 
-def find(limit: int, tried: list[int], *, free_memory: int = 10**12) -> int:
-    """Search from 32 sequences of 1 GB each, of which `limit` fit."""
+@pytest.fixture
+def find(monkeypatch):
+    """Search from 32 sequences of 1 GB each, of which `limit` fit, on a GPU."""
 
-    def fits(size: int) -> bool:
-        tried.append(size)
-        return size <= limit
+    def find(limit: int, tried: list[int], *, free_memory: int = 10**12) -> int:
+        def fits(size: int, context_length: int) -> bool:
+            tried.append(size)
+            return size <= limit
 
-    return find_micro_batch(32, estimate=lambda n: n * 10**9, free_memory=free_memory, fits=fits)
+        monkeypatch.setattr(memory_fit, "usable_memory", lambda device: free_memory)
+        monkeypatch.setattr(
+            memory_fit, "training_memory", lambda config, n, **_: {"all": n * 10**9}
+        )
+        step = SimpleNamespace(
+            kernels=DEFAULT_KERNELS, device=torch.device("cuda"), is_sharded=False,
+            precision=FLOAT32, fits=fits,
+        )  # fmt: skip
+        config = Config(batch_size=32)
+        return memory_fit.choose_micro_batch(step, config, SINGLE_PROCESS, is_explicit=False)
+
+    return find
 
 
-def test_largest_that_fits_is_found() -> None:
+def test_largest_that_fits_is_found(find) -> None:
     tried: list[int] = []
     assert find(9, tried) == 8
     assert tried == [32, 16, 8]
 
 
-def test_the_estimate_rules_out_what_cannot_fit() -> None:
+def test_the_estimate_rules_out_what_cannot_fit(find) -> None:
     tried: list[int] = []
     assert find(32, tried, free_memory=10 * 10**9) == 8
     assert tried == [8]
 
 
-def test_nothing_fits() -> None:
+def test_nothing_fits(find) -> None:
     with pytest.raises(RunError, match="not even one sequence"):
         find(0, [])
