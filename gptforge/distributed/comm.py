@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,6 @@ from torch._C._distributed_c10d import Store
 from gptforge.device import copy_to_host_async
 from gptforge.distributed.watchdog import Watchdog
 from gptforge.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 STORE_WAIT = timedelta(seconds=60)
 """Timeout of one wait for a key of the store, which is then repeated."""
@@ -183,14 +180,6 @@ class Comm:
         # Not by a collective, which would time out while another rank prepares its text.
         if problem := self.broadcast_from_rank0(find_difference):
             raise UserError(problem)
-
-    def device_mesh(self) -> "DeviceMesh":
-        """A one-dimensional mesh of all ranks, for FSDP; None for a single process."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        assert self._group is not None, "sharding needs several processes"
-        kind = self._group.device.type
-        return init_device_mesh(kind, (self.world_size,), mesh_dim_names=("ranks",))
 
     def async_max(self, lag: int) -> "AsyncMax":
         """A maximum over the ranks in every step, read `lag` steps late."""

@@ -45,12 +45,14 @@ class FSDPRoot(nn.Module):
 
 def apply_fsdp(model: GPT, precision: Precision, comm: Comm) -> FSDPRoot:
     """Shard a model's parameters over the ranks; this rank keeps its shards on its device."""
-    # The import takes half a second.
+    # The imports take half a second.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     param_dtype = precision.dtype if precision.is_mixed else None
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    mesh = comm.device_mesh()
+    kind = torch.device(comm.local_device).type
+    mesh = init_device_mesh(kind, (comm.world_size,), mesh_dim_names=("ranks",))
     # One block per unit: the next block is gathered while this one runs, and the full weights of
     # only two exist at a time.
     for block in model.blocks():
