@@ -49,18 +49,6 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def dtensor_from_local(local: Tensor, like: Tensor) -> Tensor:
-    """A sharded tensor laid out like another one, with `local` as this rank's shard."""
-    from torch.distributed.tensor import DTensor
-
-    assert is_sharded(like), "the tensor is replicated"
-    tensor: Tensor = DTensor.from_local(
-        local, like.device_mesh, like.placements,
-        run_check=False, shape=like.shape, stride=like.stride(),
-    )  # fmt: skip
-    return tensor
-
-
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor."""
     return hasattr(tensor, "full_tensor")

@@ -56,10 +56,7 @@ def _label(group: Group) -> str:
 
 
 def _finish(axes: "Axes", title: str, losses: list[float]) -> None:
-    is_log = needs_log_scale(losses)
-    if is_log:
-        axes.set_yscale("log")
-    style_axes(axes, f"{title}{', logarithmic' if is_log else ''}", max_ticks=7, is_log=is_log)
+    style_axes(axes, title, max_ticks=7, is_log=needs_log_scale(losses))
     axes.set_xlabel("step", fontsize=9, color=TEXT_COLOR)
 
 

@@ -86,15 +86,12 @@ def _plot_loss(axes: "Axes", history: History) -> None:
         _mark_best(axes, history)
     losses = finite_losses(history)
     is_log = needs_log_scale(losses)
-    if is_log:
-        axes.set_yscale("log")
-    elif losses:
+    if losses and not is_log:
         margin = max(0.05 * (max(losses) - min(losses)), 0.02 * max(losses))
         axes.set_ylim(min(losses) - margin, max(losses) + margin)
     if axes.lines:
         axes.legend(frameon=False, fontsize=10, labelcolor=TEXT_COLOR, loc="best")
-    scale = ", logarithmic" if is_log else ""
-    style_axes(axes, f"loss, nats per token{scale}", max_ticks=8, is_log=is_log)
+    style_axes(axes, "loss, nats per token", max_ticks=8, is_log=is_log)
 
 
 def finite_losses(history: History) -> list[float]:
@@ -183,13 +180,14 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 def style_axes(
     axes: "Axes", title: str, *, max_ticks: int = 4, is_log: bool = False, is_large: bool = False
 ) -> None:
-    """Title, grid and ticks of a panel over steps; large values get SI prefixes."""
+    """Title, grid, scale and ticks of a panel over steps; large values get SI prefixes."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    style_frame(axes, title)
+    style_frame(axes, f"{title}, logarithmic" if is_log else title)
     axes.xaxis.set_major_locator(MaxNLocator(max_ticks, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if is_log:
+        axes.set_yscale("log")
         low, high = axes.get_ylim()
         subs = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 4, 5, 7)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))

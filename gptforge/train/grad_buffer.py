@@ -5,6 +5,7 @@ needs no copy (DDP copies gradients into its buckets).
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,15 +23,12 @@ class GradBuffer:
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
-        starts, end = [], 0
-        for group in groups:
-            starts.append(end)
-            end += round_up(sum(self._numel(p) for p in group), ALIGNMENT)
-        self.group_ends = [*starts[1:], end]  # offset of the end of each group
+        sizes = (round_up(sum(map(self._numel, group)), ALIGNMENT) for group in groups)
+        self.group_ends = list(itertools.accumulate(sizes))  # offset of the end of each group
         first = groups[0][0]
-        self.flat = torch.zeros(end, dtype=first.dtype, device=first.device)
+        self.flat = torch.zeros(self.group_ends[-1], dtype=first.dtype, device=first.device)
         self._views: dict[Tensor, Tensor] = {}
-        for offset, group in zip(starts, groups, strict=True):
+        for offset, group in zip([0, *self.group_ends], groups, strict=False):
             for parameter in group:
                 view = self.flat[offset : offset + parameter.numel()]
                 self._views[parameter] = view.view(parameter.shape)

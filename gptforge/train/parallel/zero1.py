@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gptforge.distributed import Comm
-from gptforge.distributed.dtensor import dtensor_from_local, local_tensor
+from gptforge.distributed.dtensor import is_sharded, local_tensor
 from gptforge.train.backends.manual_layers import ComputeWeights
 from gptforge.train.grad_buffer import ALIGNMENT, GradBuffer, clip_coef, round_up
 from gptforge.train.parallel.fsdp import FSDPRoot
@@ -163,11 +163,17 @@ class ShardedGradBuffer(GradBuffer):
 
     @functools.cached_property
     def _optimizer_grads(self) -> dict[Tensor, Tensor]:
-        found = {}
+        from torch.distributed.tensor import DTensor
+
+        found: dict[Tensor, Tensor] = {}
         for parameter, grad in self._views.items():
+            assert is_sharded(parameter)
             size = padded_rows(len(parameter), self._comm) // self._comm.world_size
             shard = grad[self._comm.rank * size : (self._comm.rank + 1) * size]
-            found[parameter] = dtensor_from_local(shard, parameter)
+            found[parameter] = DTensor.from_local(
+                shard, parameter.device_mesh, parameter.placements,
+                run_check=False, shape=parameter.shape, stride=parameter.stride(),
+            )  # fmt: skip
         return found
 
 
