@@ -94,6 +94,23 @@ def test_callbacks_get_the_events_of_the_metrics(play) -> None:
     assert len(evals) == 2
 
 
+def test_a_callback_may_change_the_working_folder(play, tmp_path, capsys) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    saves: list[Path] = []
+
+    def leave(event: dict) -> None:
+        os.chdir(elsewhere)
+
+    run = gptforge.train(**DEBUG, input=play, on_step=leave, on_save=saves.append)
+    assert run.metrics[-1]["reason"] == "finished"
+    assert run.path == tmp_path / "run"
+    assert not list(elsewhere.iterdir())
+    assert saves[-1].is_dir()
+    assert f"sample {tmp_path}/run" in capsys.readouterr().out
+    assert not (tmp_path / "run/.lock").exists()
+
+
 def test_an_error_in_a_callback_is_raised_once_the_state_is_saved(play) -> None:
     def fail(event: dict) -> None:
         if event["step"] == 3:

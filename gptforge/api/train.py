@@ -19,6 +19,7 @@ from gptforge.data.text_store import Texts, store_texts
 from gptforge.errors import RunError, UserError
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
+from gptforge.shell import shown
 from gptforge.train.signals import EXIT_CODES
 from gptforge.train.trainer import Trainer
 
@@ -179,7 +180,8 @@ class _Observer:
         if callback is None or self.error is not None:
             return
         try:
-            callback(self._checkpoints / event["checkpoint"] if kind == "save" else event)
+            path = Path(shown(self._checkpoints / event.get("checkpoint", "")))
+            callback(path if kind == "save" else event)
         except BaseException as error:
             self.error = error
             self._stop_signal.request(f"{type(error).__name__} in a callback")

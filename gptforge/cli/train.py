@@ -18,7 +18,7 @@ from gptforge.cuda_prewarm import prewarm_cuda
 from gptforge.errors import NOTHING_LOST, RunError, Terminated, UserError, explain_interruption
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
-from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
+from gptforge.shell import env_int, program_name, quote, same_command, shown, torchrun_target
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
@@ -153,7 +153,8 @@ def run_training(
         finally:
             if trainer is not None:
                 trainer.close()
-    return reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm
+    out_dir = shown(trainer.report.run_dir) if trainer else resolve_out_dir(config)
+    return reason, out_dir, comm
 
 
 @contextlib.contextmanager
