@@ -262,7 +262,7 @@ def _one_line(text: str, prog: str, cls: type) -> str:
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
-    mistake = sections[0].strip()
+    mistake = _without_values(sections[0].strip())
     if mistake.startswith("Missing from"):
         # Names are indented by four columns, and their descriptions by eight.
         required, _, rest = text.partition("For full helptext")[0].partition("Unrecognized options")
@@ -271,7 +271,8 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         )
         mistake = f"{prog} needs {' and '.join(missing)}"
         if unrecognized:
-            mistake = f"Unrecognized options: {' '.join(unrecognized)}; {mistake}"
+            listed = _without_values(f"Unrecognized options: {' '.join(unrecognized)}")
+            mistake = f"{listed}; {mistake}"
         if "RUN" in missing:
             mistake += f"; {runs_hint()}"
     if no_value := re.match(r"Missing value for argument '(\S+)'", mistake):
@@ -295,3 +296,10 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         flag = f"--{name}"
     hint = f"; did you mean {flag}?" if flag else ""
     return f"{mistake}{hint} (see {prog} --help)"
+
+
+def _without_values(mistake: str) -> str:
+    """List the options only: tyro does not know which values belong to an unrecognized one."""
+    start = "Unrecognized options: "
+    options = re.findall(r"(?<=[ ,])--?[A-Za-z][\w-]*", mistake.removeprefix(start[:-1]))
+    return start + ", ".join(options) if mistake.startswith(start) and options else mistake

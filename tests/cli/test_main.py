@@ -49,7 +49,7 @@ from gptforge.errors import UserError
         (("export", "r", "--to", "hf", "--out", "o"), "gptforge export takes OUT without a flag"),
         (
             ("export", "r", "out", "--format", "hf"),
-            "Unrecognized options: --format hf; gptforge export needs --to (see",
+            "Unrecognized options: --format; gptforge export needs --to (see",
         ),
         (("sample", "r", "--prompt"), "--prompt needs a value"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),

@@ -117,6 +117,9 @@ def test_a_value_may_be_named_like_a_switch(name) -> None:
         (("--max_steps", "1e3"), "--max_steps must be a whole number, not '1e3' "),
         (("--shuffle", "maybe"), "--shuffle must be true or false, not maybe "),
         (("--optimizer", "sgd"), "--optimizer must be one of adamw, muon, not sgd "),
+        (("--max_stepz", "-3"), "Unrecognized options: --max_stepz; did you mean --max_steps? "),
+        (("--lr=1", "--foo", "a-b", "c"), "Unrecognized options: --lr, --foo (see "),
+        (("--seed", "3", "a.txt"), "Unrecognized options: a.txt (see "),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag(args, message) -> None:
