@@ -252,6 +252,9 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"preset": "debgu"}, "^preset debgu: unknown preset"),
         ({"config": 3}, "config takes a text, not 3"),
         ({"input": "missing.txt"}, "missing.txt"),
+        ({"input": "folder/" * 1000}, "the name is longer than file systems allow"),
+        ({"out_dir": "x" * 300}, "the name is longer than file systems allow"),
+        ({"out_dir": "x\0y"}, r"^out_dir 'x\\x00y' has a NUL character"),
         ({"input": "To be,\nor not to be"}, "input takes a path"),
         ({"input": "To be, or not to be. " * 100}, "input takes a path"),
         ({"input": ["To be"]}, "input takes a path"),
@@ -270,6 +273,17 @@ def test_errors_name_the_argument(play, arguments, message) -> None:
         gptforge.train(**DEBUG | arguments)
     assert "--" not in str(error.value)
     assert not Path("run").exists()
+
+
+def test_errors_in_the_arguments_of_load_name_the_argument(play) -> None:
+    run = gptforge.train(**DEBUG, input=play, max_steps=1)
+    for options, message in (
+        ({"device": "tpu"}, "^device tpu: give auto, cpu"),
+        ({"dtype": "int8"}, "^dtype int8: give auto"),
+        ({"run": "x" * 300}, "the name is longer than file systems allow: use a shorter one"),
+    ):
+        with pytest.raises(gptforge.UserError, match=message):
+            gptforge.load(**{"run": run.path} | options)
 
 
 def test_values_of_other_libraries_are_accepted(play) -> None:

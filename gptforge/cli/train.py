@@ -15,7 +15,14 @@ from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args,
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import NOTHING_LOST, RunError, Terminated, UserError, explain_interruption
+from gptforge.errors import (
+    NOTHING_LOST,
+    RunError,
+    Terminated,
+    UserError,
+    explain_interruption,
+    explain_os_errors,
+)
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
 from gptforge.shell import env_int, program_name, quote, same_command, shown, torchrun_target
@@ -71,6 +78,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     return comm.exit(0 if max_restarts > 0 else EXIT_CODES[reason])
 
 
+@explain_os_errors()
 def run_training(
     config: Config,
     explicit: frozenset[str],
