@@ -248,6 +248,8 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"min_lr": 1.0, "max_lr": 0.1}, "^min_lr 1.0 is more than max_lr 0.1"),
         ({"resume": "run"}, "no field 'resume': the same call resumes a run"),
         ({"max_stps": 3}, "there is no field 'max_stps'; did you mean 'max_steps'"),
+        ({"learning_rate": 3}, "there is no field 'learning_rate'; did you mean 'max_lr'"),
+        ({"overwrite": True}, "there is no field 'overwrite'; did you mean 'restart'"),
         ({"max_steps": "3"}, "max_steps takes a whole number, not '3'"),
         ({"preset": "debgu"}, "^preset debgu: unknown preset"),
         ({"config": 3}, "config takes a text, not 3"),

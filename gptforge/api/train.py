@@ -142,7 +142,7 @@ def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, os.PathLike):
             values[name] = Path(value).as_posix()
         elif value is not None:
-            values[name] = value.item() if hasattr(value, "item") else value
+            values[name] = value.item() if getattr(value, "ndim", 1) == 0 else value
     path = values.get("input", "")
     if not isinstance(path, str) or "\n" in path or max(map(len, path.split("/"))) > NAME_MAX:
         raise UserError("input takes a path: give a string or a dataset to train on as text")

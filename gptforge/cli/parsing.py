@@ -1,6 +1,7 @@
 """Command line flags: parsing, spelling, precedence, and errors in one line."""
 
 import contextlib
+import difflib
 import io
 import logging
 import re
@@ -14,7 +15,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge
+from gptforge.config import FIELDS, FOREIGN_FIELDS, RENAMED_FIELDS, Config, merge
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
@@ -26,11 +27,6 @@ C = TypeVar("C", bound=Config)
 BOOLEANS = {"true": True, "false": False}
 RENAMED_FLAGS = RENAMED_FIELDS | {"turns": "repeats"}
 """Old spelling -> flag. Aliases are accepted but not shown by `--help`."""
-FOREIGN_FLAGS = {
-    **{"learning_rate": "max_lr", "max_iters": "max_steps", "warmup_iters": "warmup_steps"},
-    **{"eval_interval": "eval_every", "epochs": "max_steps", "output": "out_dir", "data": "input"},
-}
-"""Flags of nanoGPT and other programs -> the flag to suggest."""
 NUMBER_ERRORS = {
     "invalid literal for int() with base 10:": "must be a whole number, not",
     "could not convert string to float:": "must be a number, not",
@@ -203,7 +199,7 @@ def parse_args(
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-    raise UserError(_one_line(stderr.getvalue(), prog, cls))
+    raise UserError(_one_line(stderr.getvalue(), prog, cls, args))
 
 
 def _with_help(cls: type[T]) -> type[T]:
@@ -257,8 +253,9 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
     )
 
 
-def _one_line(text: str, prog: str, cls: type) -> str:
+def _one_line(text: str, prog: str, cls: type, args: Sequence[str]) -> str:
     """Extract the mistake, and tyro's suggestion, from its boxed message."""
+    names = [field.name for field in fields(cls)]
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
@@ -280,6 +277,8 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         mistake = f"{name} needs a value"
         if not name.startswith("-"):  # the user gave it a flag
             mistake = f"{prog} takes {name.upper()} without a flag"
+            if unknown := [flag for arg in args if (flag := _split(arg)[0]) not in ("", *names)]:
+                mistake = f"Unrecognized options: --{', --'.join(unknown)}"
     if choice := re.match(r"invalid choice (.+) for argument '(\S+)'\. .* \((.+)\)", mistake):
         value, name, choices = choice.groups()
         choices = choices.replace("'', ", "")  # the default of a flag that was not given
@@ -290,10 +289,10 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
     flag = suggestion[1] if suggestion else ""
-    unknown = re.match(r"Unrecognized options: --(\w+)", mistake)
-    name = FOREIGN_FLAGS.get(unknown[1]) if unknown else None
-    if name in {field.name for field in fields(cls)}:
-        flag = f"--{name}"
+    if first := re.match(r"Unrecognized options: --([\w-]+)", mistake):
+        name = first[1].replace("-", "_")
+        close = [FOREIGN_FIELDS.get(name), *difflib.get_close_matches(name, names, n=1)]
+        flag = next((f"--{name}" for name in close if name in names), flag)
     hint = f"; did you mean {flag}?" if flag else ""
     return f"{mistake}{hint} (see {prog} --help)"
 

@@ -29,14 +29,14 @@ class SamplingParams:
         """Raise a UserError that names the parameter that is out of range, after `prefix`."""
         t, k, p = self.temperature, self.top_k, self.top_p
         if not is_number(t) or not 0 <= t < float("inf"):
-            raise UserError(f"{prefix}temperature must be a number, 0 or more, not {t}")
+            raise UserError(f"{prefix}temperature must be a number, 0 or more, not {t!r}")
         if not is_int(k) or k < 0:
             raise UserError(
-                f"{prefix}top_k must be a whole number, 0 or more (0: all tokens), not {k}"
+                f"{prefix}top_k must be a whole number, 0 or more (0: all tokens), not {k!r}"
             )
         if not is_number(p) or not 0 < p <= 1:
             raise UserError(
-                f"{prefix}top_p must be a number above 0 and at most 1 (1: all tokens), not {p}"
+                f"{prefix}top_p must be a number above 0 and at most 1 (1: all tokens), not {p!r}"
             )
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from gptforge import __version__, cli
 from gptforge.cli import train
-from gptforge.cli.parsing import FOREIGN_FLAGS, RENAMED_FLAGS
-from gptforge.config import FIELDS
+from gptforge.cli.parsing import RENAMED_FLAGS
+from gptforge.config import FIELDS, FOREIGN_FIELDS
 from gptforge.errors import UserError
 
 
@@ -52,6 +52,7 @@ from gptforge.errors import UserError
             "Unrecognized options: --format; gptforge export needs --to (see",
         ),
         (("sample", "r", "--prompt"), "--prompt needs a value"),
+        (("sample", "--prmpt", "x", "r"), "Unrecognized options: --prmpt; did you mean --prompt?"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
         (("sample", "missing"), "missing"),
         (("eval", "missing"), "missing"),
@@ -81,8 +82,8 @@ def test_run_instead_of_a_command_gets_the_commands_for_it(program, tmp_path) ->
 
 
 def test_suggested_flags_exist() -> None:
-    assert set(FOREIGN_FLAGS.values()) <= set(FIELDS)
-    assert not set(FOREIGN_FLAGS) & (set(FIELDS) | set(RENAMED_FLAGS))
+    assert set(FOREIGN_FIELDS.values()) <= set(FIELDS)
+    assert not set(FOREIGN_FIELDS) & (set(FIELDS) | set(RENAMED_FLAGS))
 
 
 def test_debug_mode_shows_the_traceback(program, monkeypatch) -> None:
