@@ -47,6 +47,14 @@ def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
     assert "data:image/png;base64," in run._repr_html_()
 
 
+def test_a_tilde_is_the_home_folder(play, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    run = gptforge.train(**DEBUG | {"out_dir": "~/run"}, input=play, max_steps=1)
+    assert run.path == gptforge.Run("~/run").path == tmp_path / "home/run"
+    assert gptforge.load("~/run").tokenizer.vocab_size == run.model.tokenizer.vocab_size
+
+
 def test_a_run_is_found_from_another_working_folder(play, tmp_path, monkeypatch) -> None:
     run = gptforge.train(**DEBUG, input=play, max_steps=1)
     best, metrics = run.best, run.metrics

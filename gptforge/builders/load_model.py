@@ -62,7 +62,7 @@ def load_bundle(run: str | Path) -> ModelBundle:
     """
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
-    path = Path(run)
+    run = path = Path(run).expanduser()
     if is_hf_dir(path):
         return read_hf(path)
     if not path.exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:

@@ -215,7 +215,7 @@ def _with_help(cls: type[T]) -> type[T]:
 def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:
     """Replace old spellings of the flags of `cls`, and give switches without a value theirs.
 
-    A bare `--restart` is `--restart true`.
+    A bare `--restart` is `--restart true`, and `--out_dir=~/run` lies in the home folder.
     """
     types = {field.name: field.type for field in fields(cls)}
     switches = {name for name, hint in types.items() if hint is bool} | {"compile"} & set(types)
@@ -225,6 +225,9 @@ def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:
         new = RENAMED_FLAGS.get(name)
         if name not in types and new in types:
             name, arg = new, f"--{new}{equals}{value}"
+        if value.startswith("~/") and name not in ("", "prompt", "stop"):
+            # Shells expand it only at the start of a word.
+            arg = f"--{name}={Path(value).expanduser().as_posix()}"
         normalized.append(arg)
         # Commands other than train take a RUN, which may follow a switch.
         is_value = following in BOOLEANS or (

@@ -25,7 +25,7 @@ from gptforge.errors import (
 )
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
-from gptforge.shell import env_int, program_name, quote, same_command, shown, torchrun_target
+from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
@@ -161,8 +161,7 @@ def run_training(
         finally:
             if trainer is not None:
                 trainer.close()
-    out_dir = shown(trainer.report.run_dir) if trainer else resolve_out_dir(config)
-    return reason, out_dir, comm
+    return reason, trainer.config.out_dir if trainer else resolve_out_dir(config), comm
 
 
 @contextlib.contextmanager
