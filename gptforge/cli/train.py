@@ -22,6 +22,7 @@ from gptforge.errors import (
     UserError,
     explain_interruption,
     explain_os_errors,
+    runs_hint,
 )
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
@@ -192,8 +193,10 @@ def expand_resume(args: Sequence[str]) -> list[str]:
         UserError: if there is no such run, or for a flag that contradicts it.
     """
     name = flag_values(args, ("resume",)).get("resume")
-    if not name:
+    if name is None or name.startswith("--"):  # without a value: an error below
         return list(args)
+    if not name:  # as of a shell's variable that is not set
+        raise UserError(f"--resume needs a run; {runs_hint()}")
     flags = flag_values(normalize_flags(Config, args))
     if flags.get("restart", "false") != "false":
         raise UserError(

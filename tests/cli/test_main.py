@@ -40,6 +40,8 @@ from gptforge.errors import UserError
         (("--out_dir", "caf\udce9"), "UTF-8"),
         (("--batch_size", 10**12), "--batch_size 1000000000000"),
         (("--quiet", "--verbose"), "leave one out"),
+        (("--resume=",), "--resume needs a run; there is none in runs"),
+        (("--resume", "--seed", 3), "--resume needs a value"),
         (("trian",), "did you mean 'train'?"),
         (("play.txt",), "--input play.txt"),
         (("--learning_rate", "1e-3"), "did you mean --max_lr?"),
