@@ -278,8 +278,10 @@ def main() -> None:
 def run_all(options: argparse.Namespace, path: Path) -> bool:
     """Run what the results lack; returns whether all succeeded."""
     device = select_device(options.device)[0].type
-    own: DeviceClass = FITTED_PRESETS[options.preset] or ("gpu" if device == "cuda" else "cpu")
-    rows: DeviceClass = options.rows or own
+    device_rows: DeviceClass = FITTED_PRESETS[options.preset] or (
+        "gpu" if device == "cuda" else "cpu"
+    )
+    rows: DeviceClass = options.rows or device_rows
     names = [field.name for field in fields(Task)]
     done = {tuple(result[name] for name in names) for result in read_results(path)}
     pending: list[tuple[Task, Path]] = []
@@ -293,7 +295,7 @@ def run_all(options: argparse.Namespace, path: Path) -> bool:
                 for change, values in neighbors(int(size * 0.9), options.preset, rows).items():
                     if options.changes and change not in (RULE, *options.changes):
                         continue
-                    if rows != own:  # the run would choose others itself
+                    if rows != device_rows:  # the run would choose others itself
                         rule = make_recipe(
                             int(size * 0.9), rows, preset=options.preset, explicit=values
                         )
