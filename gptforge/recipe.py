@@ -38,7 +38,7 @@ class Anchor:
 # fmt: off
 ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     "gpu": (
-        #       MB  tokenizer layers width T seqs steps    lr muon's decay muon's drop noise teachers
+        #       MB  tokenizer layers width T seqs steps    lr muon's decay muon's drop noise teach.
         Anchor(  0.01, "char",  4, 128,  128,  32,  1_500, 2e-3, 1e-2, 4.0, 2.0, 0.3, 0.10, 2),
         Anchor(  0.3,  "char",  6, 384,  256,  64,  2_000, 1e-3, 5e-3, 4.0, 1.6, .25, 0.08, 2),
         Anchor(  1,    "char",  6, 384,  256,  64,  2_500, 1e-3, 5e-3, 3.0, 1.2, 0.1, 0.05, 2),

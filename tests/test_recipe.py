@@ -133,7 +133,8 @@ def test_docs_have_the_anchors() -> None:
         row = (
             f"| {a.megabytes:g} | {a.tokenizer} | {a.n_layer} x {a.n_embd} | {a.context_length} | "
             f"{a.sequences} | {a.max_steps:,} | {a.max_lr:g} | {a.muon_lr:g} | "
-            f"{a.weight_decay:g} | {a.muon_weight_decay:g} | {a.dropout:g} | {a.token_noise:g} | {a.teachers} |"
+            f"{a.weight_decay:g} | {a.muon_weight_decay:g} | {a.dropout:g} | {a.token_noise:g} | "
+            f"{a.teachers} |"
         )
         assert f"{row}\n" in docs, f"put this row into the table: {row}"
     rows = [line for line in docs.splitlines() if line.startswith("| ") and " x " in line]
