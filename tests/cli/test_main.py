@@ -56,6 +56,7 @@ from gptforge.errors import UserError
         (("sample", "r", "--prompt"), "--prompt needs a value"),
         (("sample", "--prmpt", "x", "r"), "Unrecognized options: --prmpt; did you mean --prompt?"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
+        (("prepare", "x", "--out", "y", "--vocab_size", 300), "is for --tokenizer bpe"),
         (("sample", "missing"), "missing"),
         (("eval", "missing"), "missing"),
     ],
