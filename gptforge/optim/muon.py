@@ -106,7 +106,7 @@ def newton_schulz(x: Tensor) -> Tensor:
     """
     is_tall = x.size(1) > x.size(2)
     # The Frobenius norm bounds the spectral norm: all singular values are at most 1.
-    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    y: Tensor = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     a, b, c = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
         # The smaller of the two Gram matrices, (M, min(rows, columns), min(rows, columns)).
