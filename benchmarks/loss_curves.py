@@ -101,8 +101,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["auto"], help="of the fast runs")
     parser.add_argument(
-        "--without", nargs="+", default=[], choices=[*REPLACEMENTS, "manual_backward", "all"],
-        help="kernels to replace, one at a time; all: autograd and torch's autocast",
+        "--without", nargs="+", default=[],
+        choices=[*REPLACEMENTS, "manual_backward", "bfloat16_residual", "all"],
+        help="what to replace, one at a time; bfloat16_residual: autograd with a residual in "
+        "float32; all: autograd and torch's autocast",
     )  # fmt: skip
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,9 @@ def main() -> None:
     for kernel in args.without:
         others = {
             "manual_backward": dataclasses.replace(kernels, manual_backward=False),
+            "bfloat16_residual": dataclasses.replace(
+                kernels, manual_backward=False, residual_dtype=None
+            ),
             "all": DEFAULT_KERNELS,
         }.get(kernel, kernels)
         paths[f"without {kernel}"] = (precision, others, "high")

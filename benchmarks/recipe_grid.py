@@ -2,6 +2,7 @@
 
     python benchmarks/recipe_grid.py book.txt poems.txt --out results --jobs 2
     python benchmarks/recipe_grid.py book.txt --bytes 10000 --out results     # a part of a text
+    python benchmarks/recipe_grid.py book.txt --rows cpu --out results        # the CPU's, on a GPU
     python benchmarks/recipe_grid.py --out results --table                    # draws the picture
 
 The last tenth of each text is removed first, and the run holds out the last tenth of what is left,
@@ -259,6 +260,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="seeds 1, 2, ... of each run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--rows", choices=("gpu", "cpu"), help="of the rule, if not those for the device"
+    )
     parser.add_argument("--table", action="store_true", help="only print and draw the results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -274,7 +278,10 @@ def main() -> None:
 def run_all(options: argparse.Namespace, path: Path) -> bool:
     """Run what the results lack; returns whether all succeeded."""
     device = select_device(options.device)[0].type
-    rows: DeviceClass = FITTED_PRESETS[options.preset] or ("gpu" if device == "cuda" else "cpu")
+    device_rows: DeviceClass = FITTED_PRESETS[options.preset] or (
+        "gpu" if device == "cuda" else "cpu"
+    )
+    rows: DeviceClass = options.rows or device_rows
     names = [field.name for field in fields(Task)]
     done = {tuple(result[name] for name in names) for result in read_results(path)}
     pending: list[tuple[Task, Path]] = []
@@ -288,6 +295,11 @@ def run_all(options: argparse.Namespace, path: Path) -> bool:
                 for change, values in neighbors(int(size * 0.9), options.preset, rows).items():
                     if options.changes and change not in (RULE, *options.changes):
                         continue
+                    if rows != device_rows:  # the run would choose others itself
+                        rule = make_recipe(
+                            int(size * 0.9), rows, preset=options.preset, explicit=values
+                        )
+                        values = rule.values | values
                     flags = " ".join(f"--{name} {value}" for name, value in values.items())
                     task = Task(file.stem, size, options.preset, device, change, flags, seed)
                     if tuple(asdict(task).values()) not in done:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from gptforge.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from gptforge.api.load import load
     from gptforge.api.run import Run
     from gptforge.api.train import train
-    from gptforge.builders.load_model import load
 
 __version__ = "0.2.0"
 __all__ = ["Run", "RunError", "UserError", "__version__", "load", "train"]
 
 
 # Lazy, since importing torch takes a second and `--help` does not need it.
-_MODULES = {"load": "builders.load_model", "Run": "api.run", "train": "api.train"}
+_MODULES = {"load": "api.load", "Run": "api.run", "train": "api.train"}
 
 
 def __getattr__(name: str) -> Any:

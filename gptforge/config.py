@@ -238,6 +238,11 @@ RENAMED_FIELDS = {
     "overwrite": "restart",
 }
 """Old spelling -> name, accepted in flags and TOML files."""
+FOREIGN_FIELDS = {
+    **{"learning_rate": "max_lr", "max_iters": "max_steps", "warmup_iters": "warmup_steps"},
+    **{"eval_interval": "eval_every", "epochs": "max_steps", "output": "out_dir", "data": "input"},
+}
+"""Names in nanoGPT and other programs -> the name to suggest."""
 REMOVED_FIELDS = frozenset({"attention"})
 """Fields of earlier versions that changed nothing of the results: ignored in their runs' files."""
 FLAG_ONLY = frozenset({"restart", "config", "resume", "quiet", "verbose", "log_format"})
@@ -265,8 +270,9 @@ def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in FIELDS:
-            close = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
+            others = FOREIGN_FIELDS | RENAMED_FIELDS
+            close = others.get(name) or next(iter(difflib.get_close_matches(name, FIELDS)), "")
+            hint = f"; did you mean '{close}'?" if close else ""
             if isinstance(value, dict):
                 hint = "; fields belong to no table"
             raise UserError(f"{source}: there is no field '{name}'{hint}")

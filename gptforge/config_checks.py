@@ -19,6 +19,8 @@ def validate(config: Config) -> None:
         value = getattr(c, name)
         if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
             raise UserError(f"--{name} {value!r} is not valid UTF-8 text: use another name")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{name} {value!r} has a NUL character: use another name")
         choices = typing.get_args(hint)
         if choices and value not in choices:
             raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")

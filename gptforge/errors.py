@@ -106,6 +106,7 @@ _OS_ERRORS = {
     "EMFILE": ("too many open files", "raise the limit (`ulimit -n 4096`)"),
     "ENFILE": ("too many open files on this machine", "end programs that hold many"),
     "EIO": ("input/output error", "check the disk and its connection"),
+    "ENAMETOOLONG": ("the name is longer than file systems allow", "use a shorter one"),
 }
 """What happened and how to fix it, by the name of the error number."""
 
@@ -122,6 +123,25 @@ def explain_os_error(error: Exception) -> tuple[str, str]:
         number = int(match[1])
     name = errno.errorcode.get(number or 0, "")
     return _OS_ERRORS.get(name, (error_reason(error), ""))
+
+
+@contextmanager
+def explain_os_errors() -> Iterator[None]:
+    """Turn an OSError that nothing else has explained into a RunError with one line.
+
+    If a name is too long it is a UserError. Also a decorator.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has finished
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        reason, fix = explain_os_error(error)
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{where}{reason}: {fix}") from error
+        hint = f": {fix}, then run the same command again" if fix else ""
+        raise RunError(f"{where}{reason}{hint}") from error
 
 
 def install_hint(extra: str) -> str:

@@ -28,9 +28,9 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     """A locked folder. The operating system drops the lock however the process ends."""
 
     def __init__(self, folder: Path, lock: "BaseFileLock", created: Sequence[Path] = ()) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self._lock = lock
-        self._created = created
+        self._created = [path.absolute() for path in created]
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -62,7 +62,7 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
                 f"another process locked {self.folder.as_posix()} while the old one was moved to "
                 f"{backup.as_posix()}: wait for it, or choose another folder"
             )
-        self._lock, self._created = new._lock, ()
+        self._lock, self._created = new._lock, []
         return backup
 
 

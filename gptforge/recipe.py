@@ -38,7 +38,7 @@ class Anchor:
 # fmt: off
 ANCHORS: dict[DeviceClass, tuple[Anchor, ...]] = {
     "gpu": (
-        #       MB  tokenizer layers width T seqs steps    lr muon's decay muon's drop noise teachers
+        #       MB  tokenizer layers width T seqs steps    lr muon's decay muon's drop noise teach.
         Anchor(  0.01, "char",  4, 128,  128,  32,  1_500, 2e-3, 1e-2, 4.0, 2.0, 0.3, 0.10, 2),
         Anchor(  0.3,  "char",  6, 384,  256,  64,  2_000, 1e-3, 5e-3, 4.0, 1.6, .25, 0.08, 2),
         Anchor(  1,    "char",  6, 384,  256,  64,  2_500, 1e-3, 5e-3, 3.0, 1.2, 0.1, 0.05, 2),
@@ -155,7 +155,10 @@ def make_recipe(
     values["min_lr"] = _round(values["max_lr"] * MIN_LR_RATIO)
     # The text decides how often it may be read; a time limit cuts the steps when they are timed.
     values["max_steps"] = max(affordable.max_steps, fixed.get("warmup_steps", 0))
-    values |= intervals(fixed.get("max_steps", values["max_steps"])) | fixed
+    # A tenth of the text is held out. The forward is a third of a step's FLOPs.
+    eval_tokens = min(values["eval_tokens"] or num_bytes, num_bytes / 10)
+    steps_per_eval = eval_tokens / (sequences * max(1, values["context_length"])) / 3
+    values |= intervals(fixed.get("max_steps", values["max_steps"]), 2 * steps_per_eval) | fixed
     is_small_vocab = values["tokenizer"] in SMALL_VOCABULARIES and "init_from" not in fixed
     values["teachers"] = fixed.get("teachers", affordable.teachers if is_small_vocab else 0)
     values["teacher_steps"] = teacher_steps(values["max_steps"]) if values["teachers"] else 0
@@ -168,13 +171,13 @@ def teacher_steps(max_steps: int) -> int:
     return max(1, round(_round(max_steps * TEACHER_STEPS_SHARE)))
 
 
-def intervals(max_steps: int) -> dict[str, int]:
+def intervals(max_steps: int, min_eval_every: float = 0) -> dict[str, int]:
     """Warmup, and steps between step lines, evaluations, checkpoints and samples."""
     quarter = round_nicely(max_steps / 4)
     return {
         "warmup_steps": max(1, min(100, max_steps // 10)),
         "log_every": round_nicely(max_steps / 100),
-        "eval_every": round_nicely(max_steps / EVALUATIONS),
+        "eval_every": round_nicely(max(max_steps / EVALUATIONS, min_eval_every)),
         "save_every": quarter,
         "sample_every": quarter,
     }

@@ -30,6 +30,12 @@ def quote(path: str) -> str:
     return subprocess.list2cmdline([path]) if os.name == "nt" else shlex.quote(path)
 
 
+def shown(path: Path) -> str:
+    """An absolute path as messages and commands have it: relative within the working folder."""
+    here = Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+
+
 def env_int(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
     """A non-negative integer from an environment variable, as launchers set them.
 

@@ -47,6 +47,14 @@ def test_a_run_has_metrics_the_best_checkpoint_curves_and_a_model(play) -> None:
     assert "data:image/png;base64," in run._repr_html_()
 
 
+def test_a_tilde_is_the_home_folder(play, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    run = gptforge.train(**DEBUG | {"out_dir": "~/run"}, input=play, max_steps=1)
+    assert run.path == gptforge.Run("~/run").path == tmp_path / "home/run"
+    assert gptforge.load("~/run").tokenizer.vocab_size == run.model.tokenizer.vocab_size
+
+
 def test_a_run_is_found_from_another_working_folder(play, tmp_path, monkeypatch) -> None:
     run = gptforge.train(**DEBUG, input=play, max_steps=1)
     best, metrics = run.best, run.metrics
@@ -92,6 +100,23 @@ def test_callbacks_get_the_events_of_the_metrics(play) -> None:
     assert saves == [run.path / "checkpoints" / e["checkpoint"] for e in by_kind["save"]]
     assert len(steps) == 20
     assert len(evals) == 2
+
+
+def test_a_callback_may_change_the_working_folder(play, tmp_path, capsys) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    saves: list[Path] = []
+
+    def leave(event: dict) -> None:
+        os.chdir(elsewhere)
+
+    run = gptforge.train(**DEBUG, input=play, on_step=leave, on_save=saves.append)
+    assert run.metrics[-1]["reason"] == "finished"
+    assert run.path == tmp_path / "run"
+    assert not list(elsewhere.iterdir())
+    assert saves[-1].is_dir()
+    assert f"sample {tmp_path}/run" in capsys.readouterr().out
+    assert not (tmp_path / "run/.lock").exists()
 
 
 def test_an_error_in_a_callback_is_raised_once_the_state_is_saved(play) -> None:
@@ -231,10 +256,15 @@ def test_a_dataset_of_the_hub_is_a_text() -> None:
         ({"min_lr": 1.0, "max_lr": 0.1}, "^min_lr 1.0 is more than max_lr 0.1"),
         ({"resume": "run"}, "no field 'resume': the same call resumes a run"),
         ({"max_stps": 3}, "there is no field 'max_stps'; did you mean 'max_steps'"),
+        ({"learning_rate": 3}, "there is no field 'learning_rate'; did you mean 'max_lr'"),
+        ({"overwrite": True}, "there is no field 'overwrite'; did you mean 'restart'"),
         ({"max_steps": "3"}, "max_steps takes a whole number, not '3'"),
         ({"preset": "debgu"}, "^preset debgu: unknown preset"),
         ({"config": 3}, "config takes a text, not 3"),
         ({"input": "missing.txt"}, "missing.txt"),
+        ({"input": "folder/" * 1000}, "the name is longer than file systems allow"),
+        ({"out_dir": "x" * 300}, "the name is longer than file systems allow"),
+        ({"out_dir": "x\0y"}, r"^out_dir 'x\\x00y' has a NUL character"),
         ({"input": "To be,\nor not to be"}, "input takes a path"),
         ({"input": "To be, or not to be. " * 100}, "input takes a path"),
         ({"input": ["To be"]}, "input takes a path"),
@@ -253,6 +283,17 @@ def test_errors_name_the_argument(play, arguments, message) -> None:
         gptforge.train(**DEBUG | arguments)
     assert "--" not in str(error.value)
     assert not Path("run").exists()
+
+
+def test_errors_in_the_arguments_of_load_name_the_argument(play) -> None:
+    run = gptforge.train(**DEBUG, input=play, max_steps=1)
+    for options, message in (
+        ({"device": "tpu"}, "^device tpu: give auto, cpu"),
+        ({"dtype": "int8"}, "^dtype int8: give auto"),
+        ({"run": "x" * 300}, "the name is longer than file systems allow: use a shorter one"),
+    ):
+        with pytest.raises(gptforge.UserError, match=message):
+            gptforge.load(**{"run": run.path} | options)
 
 
 def test_values_of_other_libraries_are_accepted(play) -> None:

@@ -100,6 +100,13 @@ def test_more_text_means_no_smaller_model_and_no_more_regularization(
     assert order.index(smaller.tokenizer) <= order.index(larger.tokenizer)
 
 
+@pytest.mark.parametrize(("max_steps", "eval_every"), [(20, 20), (100, 20), (300, 20), (600, 50)])
+def test_few_steps_are_not_outweighed_by_evaluations(max_steps, eval_every) -> None:
+    config = configure(10**6, "cpu", explicit={"max_steps": max_steps})
+    assert config.eval_every == eval_every
+    assert configure(10**5, "cpu", explicit={"max_steps": max_steps}).eval_every <= eval_every
+
+
 @pytest.mark.parametrize("device", ANCHORS)
 def test_anchors_are_what_their_text_gets(device) -> None:
     for anchor in ANCHORS[device]:
@@ -126,7 +133,8 @@ def test_docs_have_the_anchors() -> None:
         row = (
             f"| {a.megabytes:g} | {a.tokenizer} | {a.n_layer} x {a.n_embd} | {a.context_length} | "
             f"{a.sequences} | {a.max_steps:,} | {a.max_lr:g} | {a.muon_lr:g} | "
-            f"{a.weight_decay:g} | {a.muon_weight_decay:g} | {a.dropout:g} | {a.token_noise:g} | {a.teachers} |"
+            f"{a.weight_decay:g} | {a.muon_weight_decay:g} | {a.dropout:g} | {a.token_noise:g} | "
+            f"{a.teachers} |"
         )
         assert f"{row}\n" in docs, f"put this row into the table: {row}"
     rows = [line for line in docs.splitlines() if line.startswith("| ") and " x " in line]

@@ -16,6 +16,7 @@ from gptforge.api.run import Run
 from gptforge.config import FIELDS
 from gptforge.report.console import Console
 from gptforge.report.metrics import Event
+from gptforge.shell import shown
 
 FLAG = re.compile(rf"`[^`]*`|--({'|'.join(FIELDS)})\b")
 MAX_LINES, REFRESH_SECONDS = 12, 0.5
@@ -57,7 +58,7 @@ class NotebookConsole(PythonConsole):
         if event["event"] == "eval":
             # Whatever matplotlib raises, training continues.
             with contextlib.suppress(Exception):
-                self._curves = Run(self._run_dir)._repr_html_()
+                self._curves = Run(shown(self._run_dir))._repr_html_()
             self._refresh()
 
     @override

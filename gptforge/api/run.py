@@ -44,7 +44,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         check_run_dir(self.path)
         # Absolute, so that the run is still found after os.chdir, or %cd in a notebook.
         self._dir = self.path.absolute()

@@ -129,19 +129,20 @@ def train(
     if reason == "terminated":
         print(f"All is saved; resume with {call}", flush=True)
         raise SystemExit(EXIT_CODES["terminated"])
-    if not (Path(out_dir) / "checkpoints").is_dir():
+    folder = observer.from_here(out_dir)
+    if not (folder / "checkpoints").is_dir():
         raise RunError(f"time_limit was reached while a teacher trained; resume with {call}")
-    return Run(out_dir)
+    return Run(folder)
 
 
 def _plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out None, and convert paths and NumPy's numbers."""
     values = {}
     for name, value in fields.items():
-        if isinstance(value, os.PathLike):
-            values[name] = Path(value).as_posix()
+        if isinstance(value, os.PathLike) or str(value).startswith("~/"):
+            values[name] = Path(value).expanduser().as_posix()
         elif value is not None:
-            values[name] = value.item() if hasattr(value, "item") else value
+            values[name] = value.item() if getattr(value, "ndim", 1) == 0 else value
     path = values.get("input", "")
     if not isinstance(path, str) or "\n" in path or max(map(len, path.split("/"))) > NAME_MAX:
         raise UserError("input takes a path: give a string or a dataset to train on as text")
@@ -158,6 +159,11 @@ class _Observer:
     def __init__(self, callbacks: Mapping[str, Callable[[Any], object] | None]) -> None:
         self._callbacks = callbacks
         self.error: BaseException | None = None
+        self._cwd = Path.cwd()
+
+    def from_here(self, out_dir: str) -> Path:
+        """The run folder, also after a callback has changed the working directory."""
+        return Path(out_dir) if Path.cwd() == self._cwd else self._cwd / out_dir
 
     def attach(self, trainer: Trainer) -> None:
         """Observe a trainer that has not started; of a teacher, there are no events."""
@@ -165,7 +171,7 @@ class _Observer:
         self._stop_signal.exits_on_second = False  # it would end the notebook's kernel
         if report.is_teacher:
             return
-        self._checkpoints = report.run_dir / "checkpoints"
+        self._out_dir = trainer.config.out_dir
         if trainer.comm.is_main:
             report.observers.append(self._on_event)
             report.console = PythonConsole(trainer.config.max_steps, trainer.state.step)
@@ -179,7 +185,8 @@ class _Observer:
         if callback is None or self.error is not None:
             return
         try:
-            callback(self._checkpoints / event["checkpoint"] if kind == "save" else event)
+            saved = self.from_here(self._out_dir) / "checkpoints" / event.get("checkpoint", "")
+            callback(saved if kind == "save" else event)
         except BaseException as error:
             self.error = error
             self._stop_signal.request(f"{type(error).__name__} in a callback")

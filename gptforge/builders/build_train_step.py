@@ -188,7 +188,7 @@ def _has_triton_attention(step: TrainStep, config: Config) -> bool:
 def estimate_duration(
     step: TrainStep, config: Config, *, steps: int, val_tokens: int = 0, comm: Comm = SINGLE_PROCESS
 ) -> str:
-    """Say how long `steps` will take, from a dry run; an evaluation reads `val_tokens`."""
+    """Say how long `steps` and evaluations on `val_tokens` will take, from dry runs."""
     # On a CPU a few sequences suffice, where a full micro-batch would take minutes.
     few = max(1, 2048 // config.context_length)
     is_fast = step.is_compiled or step.device.type == "cuda"
@@ -199,18 +199,19 @@ def estimate_duration(
         # The first run of a shape includes one-time costs.
         seconds = min(step.dry_run(sequences, config.context_length) for _ in range(2))
     per_sequence = seconds / sequences / comm.world_size
-    total = per_sequence * config.global_batch_size * steps
-    advice = ""
-    if step.device.type == "cpu" and total > SLOW_RUN_SECONDS:
-        advice = "; a CPU is slow for that: use fewer --max_steps, or --preset shakespeare-cpu"
+    per_step = per_sequence * config.global_batch_size + step.time_optimizer()
     evaluations = 1 + (steps - 1) // config.eval_every
     # The forward is a third of a step's FLOPs.
     eval_seconds = per_sequence / config.context_length * val_tokens / 3 * evaluations
-    if eval_seconds > max(total / 4, 10):
+    total = per_step * steps + eval_seconds
+    advice = ""
+    if step.device.type == "cpu" and total > SLOW_RUN_SECONDS:
+        advice = "; a CPU is slow for that: use fewer --max_steps, or --preset shakespeare-cpu"
+    if eval_seconds > max(total / 5, 10):
         times = f"{evaluations:,} evaluations" if evaluations > 1 else "the evaluation"
         advice += (
-            f"; {times} on {val_tokens:,} held-out tokens about {format_duration(eval_seconds)} "
-            "more, which --eval_every and --eval_tokens change"
+            f"; about {format_duration(eval_seconds)} of it for {times} on {val_tokens:,} held-out "
+            "tokens, which --eval_every and --eval_tokens change"
         )
     return (
         f"this will take about {format_duration(total)}: {steps:,} steps of "

@@ -31,7 +31,7 @@ from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.printable import pluralize
 from gptforge.report.log_handler import RESULT
-from gptforge.shell import quote, same_command
+from gptforge.shell import quote, same_command, shown
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.distillation import Distillation
 from gptforge.train.loss_monitor import LossMonitor
@@ -247,7 +247,7 @@ def _assemble(
 
 
 def _open_store(config: Config) -> CheckpointStore:
-    folder = Path(config.out_dir) / "checkpoints"
+    folder = Path(config.out_dir).absolute() / "checkpoints"
     return CheckpointStore(folder, resume_command=same_command(restart=config.restart))
 
 
@@ -282,6 +282,6 @@ def _log_finished(opened: OpenedRun, program: str) -> None:
 def _move_old_run(opened: OpenedRun, lock: FolderLock | None) -> OpenedRun:
     """Move a run that `--restart` replaces to a backup, on rank 0, which has the lock."""
     if opened.moves_old_run and lock is not None:
-        folder = lock.folder.as_posix()
-        logger.info(f"note: moved the old {folder} to {lock.move_to_backup('old').as_posix()}")
+        backup = lock.move_to_backup("old")
+        logger.info(f"note: moved the old {shown(lock.folder)} to {shown(backup)}")
     return dataclasses.replace(opened, moves_old_run=False)

@@ -10,7 +10,7 @@ from gptforge.convert.bundle import ModelBundle, validate_state_dict
 from gptforge.convert.hf import is_hf_dir, read_hf
 from gptforge.convert.hub import OPENAI_MODELS
 from gptforge.device import select_device, select_precision
-from gptforge.errors import UserError
+from gptforge.errors import UserError, explain_os_errors
 from gptforge.estimate.formulas import num_params
 from gptforge.inference.language_model import LanguageModel
 
@@ -19,6 +19,7 @@ MAX_FLOAT32_PARAMS = 30_000_000
 MAX_SINGLE_THREAD_PARAMS = 4_000_000  # below, one CPU thread generates as fast as two
 
 
+@explain_os_errors()
 def load(
     run: str | Path, *, device: str | torch.device = "auto", dtype: str = "auto"
 ) -> LanguageModel:
@@ -61,7 +62,7 @@ def load_bundle(run: str | Path) -> ModelBundle:
     """
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
-    path = Path(run)
+    run = path = Path(run).expanduser()
     if is_hf_dir(path):
         return read_hf(path)
     if not path.exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:

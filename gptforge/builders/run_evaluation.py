@@ -125,6 +125,8 @@ def _open_data(
     """Open `--data`; warn if the model was trained on it, and say which split is used."""
     with ProgressMeter("preparing the text") as meter:
         dataset = open_dataset(Path(data), options, progress=meter)
+    for notice in () if meter.total else dataset.notices:  # else its preparation logged them
+        logger.info(f"note: {notice}")
     has_val = len(dataset.val) > 0
     if has_val:
         logger.info(f"note: evaluating the validation split of {data}, not the rest")

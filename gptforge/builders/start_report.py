@@ -48,7 +48,7 @@ def start_report(
     """
     config, dataset, is_main = run.config, run.dataset, run.comm.is_main
     report = RunReport(
-        Path(config.out_dir),
+        Path(config.out_dir).absolute(),  # a callback may change the working directory
         title=f"{config.preset or 'GPT-2'} on {dataset.path.name}",
         program=run.program,
         split_hint=dataset.split_hint,

@@ -73,13 +73,13 @@ def build_random_model(config: Config) -> GPT:
 def time_step(
     config: Config, explicit: Collection[str], *, device: torch.device, micro_batch: int
 ) -> tuple[float, str]:
-    """Time forward and backward of a resolved configuration.
+    """Time the steps of a resolved configuration.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
     are timed, and the line through both is extrapolated to all layers.
 
     Returns:
-        Seconds to train on one sequence of a micro-batch, and how they were measured.
+        Seconds to train on one sequence of a step, and how they were measured.
 
     Raises:
         RunError: if it does not fit into memory.
@@ -102,11 +102,12 @@ def time_step(
         with log_to(lambda text: None):
             step = build_bench_step(shallow, {*explicit, "batch_size"})
         fastest, cpu_share = _time_passes(step, sequences, config.context_length)
-        seconds.append(fastest / sequences)
+        seconds.append(fastest / sequences + step.time_optimizer() / config.global_batch_size)
         is_manual = step.kernels.manual_backward
         del step
     total = seconds[-1]
     how = f"forward and backward of {sequences} sequence{'s' * (sequences > 1)}"
+    how += " and an optimizer step" * (device.type == "cpu")
     if len(depths) > 1:
         per_layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
         total += max(0.0, per_layer) * (config.n_layer - depths[1])

@@ -13,6 +13,7 @@ from gptforge import files
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.format import Snapshot, find_corruption, read_state, step_from_path
 from gptforge.errors import RunError, UserError, explain_os_error
+from gptforge.shell import shown
 from gptforge.tokenizers import Tokenizer
 
 HEADROOM_BYTES = 8 * 2**20  # disk space for logs and plots besides a checkpoint
@@ -56,7 +57,7 @@ class CheckpointStore:
             yield
         except OSError as error:
             reason, fix = explain_os_error(error)
-            where = Path(error.filename or self.folder).as_posix()
+            where = shown(Path(error.filename or self.folder))
             kept = self._kept(fix or "check the disk")
             raise RunError(f"{where}: {reason}, while saving {name}: {kept}") from error
 
@@ -65,7 +66,7 @@ class CheckpointStore:
         needed, free = nbytes + HEADROOM_BYTES, files.free_disk_bytes(self.folder)
         if free < needed:
             raise RunError(
-                f"{self.folder}: a checkpoint and the logs take {needed / 1e6:,.0f} MB and "
+                f"{shown(self.folder)}: a checkpoint and the logs take {needed / 1e6:,.0f} MB and "
                 f"{free / 1e6:,.0f} MB are free: {self._kept('free some space')}"
             )
 

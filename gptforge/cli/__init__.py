@@ -29,7 +29,7 @@ from gptforge.cli import (
     sweep,
     train,
 )
-from gptforge.errors import RunError, Terminated, UserError, explain_os_error
+from gptforge.errors import RunError, Terminated, UserError, explain_os_errors
 from gptforge.printable import print_stderr, printable
 from gptforge.shell import quote
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_openmp_spinning()
     is_debug = os.environ.get("GPTFORGE_DEBUG") == "1"
     try:
-        with _raise_on_signals(is_program=argv is None):
+        with explain_os_errors(), _raise_on_signals(is_program=argv is None):
             return _run_command(args)
     except (UserError, RunError) as error:
         if is_debug:
@@ -85,19 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has finished.
         files.redirect_to_devnull(sys.stdout)
         return 0
     except MemoryError:
         print("error: this machine has too little memory for that", file=sys.stderr)
-        return EXIT_FAILURE
-    except OSError as error:
-        if is_debug:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        reason, fix = explain_os_error(error)
-        hint = f": {fix}, then run the same command again" if fix else ""
-        print_stderr(f"error: {printable(where + reason + hint)}")
         return EXIT_FAILURE
 
 

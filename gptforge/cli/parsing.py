@@ -1,6 +1,7 @@
 """Command line flags: parsing, spelling, precedence, and errors in one line."""
 
 import contextlib
+import difflib
 import io
 import logging
 import re
@@ -14,7 +15,7 @@ import docstring_parser
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gptforge.config import FIELDS, RENAMED_FIELDS, Config, merge
+from gptforge.config import FIELDS, FOREIGN_FIELDS, RENAMED_FIELDS, Config, merge
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
@@ -26,11 +27,6 @@ C = TypeVar("C", bound=Config)
 BOOLEANS = {"true": True, "false": False}
 RENAMED_FLAGS = RENAMED_FIELDS | {"turns": "repeats"}
 """Old spelling -> flag. Aliases are accepted but not shown by `--help`."""
-FOREIGN_FLAGS = {
-    **{"learning_rate": "max_lr", "max_iters": "max_steps", "warmup_iters": "warmup_steps"},
-    **{"eval_interval": "eval_every", "epochs": "max_steps", "output": "out_dir", "data": "input"},
-}
-"""Flags of nanoGPT and other programs -> the flag to suggest."""
 NUMBER_ERRORS = {
     "invalid literal for int() with base 10:": "must be a whole number, not",
     "could not convert string to float:": "must be a number, not",
@@ -203,7 +199,7 @@ def parse_args(
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-    raise UserError(_one_line(stderr.getvalue(), prog, cls))
+    raise UserError(_one_line(stderr.getvalue(), prog, cls, args))
 
 
 def _with_help(cls: type[T]) -> type[T]:
@@ -219,7 +215,7 @@ def _with_help(cls: type[T]) -> type[T]:
 def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:
     """Replace old spellings of the flags of `cls`, and give switches without a value theirs.
 
-    A bare `--restart` is `--restart true`.
+    A bare `--restart` is `--restart true`, and `--out_dir=~/run` lies in the home folder.
     """
     types = {field.name: field.type for field in fields(cls)}
     switches = {name for name, hint in types.items() if hint is bool} | {"compile"} & set(types)
@@ -229,6 +225,9 @@ def normalize_flags(cls: type, args: Sequence[str]) -> list[str]:
         new = RENAMED_FLAGS.get(name)
         if name not in types and new in types:
             name, arg = new, f"--{new}{equals}{value}"
+        if value.startswith("~/") and name not in ("", "prompt", "stop"):
+            # Shells expand it only at the start of a word.
+            arg = f"--{name}={Path(value).expanduser().as_posix()}"
         normalized.append(arg)
         # Commands other than train take a RUN, which may follow a switch.
         is_value = following in BOOLEANS or (
@@ -257,12 +256,13 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
     )
 
 
-def _one_line(text: str, prog: str, cls: type) -> str:
+def _one_line(text: str, prog: str, cls: type, args: Sequence[str]) -> str:
     """Extract the mistake, and tyro's suggestion, from its boxed message."""
+    names = [field.name for field in fields(cls)]
     inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
-    mistake = sections[0].strip()
+    mistake = _without_values(sections[0].strip())
     if mistake.startswith("Missing from"):
         # Names are indented by four columns, and their descriptions by eight.
         required, _, rest = text.partition("For full helptext")[0].partition("Unrecognized options")
@@ -271,7 +271,8 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         )
         mistake = f"{prog} needs {' and '.join(missing)}"
         if unrecognized:
-            mistake = f"Unrecognized options: {' '.join(unrecognized)}; {mistake}"
+            listed = _without_values(f"Unrecognized options: {' '.join(unrecognized)}")
+            mistake = f"{listed}; {mistake}"
         if "RUN" in missing:
             mistake += f"; {runs_hint()}"
     if no_value := re.match(r"Missing value for argument '(\S+)'", mistake):
@@ -279,6 +280,8 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         mistake = f"{name} needs a value"
         if not name.startswith("-"):  # the user gave it a flag
             mistake = f"{prog} takes {name.upper()} without a flag"
+            if unknown := [flag for arg in args if (flag := _split(arg)[0]) not in ("", *names)]:
+                mistake = f"Unrecognized options: --{', --'.join(unknown)}"
     if choice := re.match(r"invalid choice (.+) for argument '(\S+)'\. .* \((.+)\)", mistake):
         value, name, choices = choice.groups()
         choices = choices.replace("'', ", "")  # the default of a flag that was not given
@@ -289,9 +292,16 @@ def _one_line(text: str, prog: str, cls: type) -> str:
         mistake = mistake.replace(python_words, words)
     suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
     flag = suggestion[1] if suggestion else ""
-    unknown = re.match(r"Unrecognized options: --(\w+)", mistake)
-    name = FOREIGN_FLAGS.get(unknown[1]) if unknown else None
-    if name in {field.name for field in fields(cls)}:
-        flag = f"--{name}"
+    if first := re.match(r"Unrecognized options: --([\w-]+)", mistake):
+        name = first[1].replace("-", "_")
+        close = [FOREIGN_FIELDS.get(name), *difflib.get_close_matches(name, names, n=1)]
+        flag = next((f"--{name}" for name in close if name in names), flag)
     hint = f"; did you mean {flag}?" if flag else ""
     return f"{mistake}{hint} (see {prog} --help)"
+
+
+def _without_values(mistake: str) -> str:
+    """List the options only: tyro does not know which values belong to an unrecognized one."""
+    start = "Unrecognized options: "
+    options = re.findall(r"(?<=[ ,])--?[A-Za-z][\w-]*", mistake.removeprefix(start[:-1]))
+    return start + ", ".join(options) if mistake.startswith(start) and options else mistake

@@ -87,8 +87,15 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed must be 0 or more and below 2**63, not {args.seed}")
     prewarm_cuda(args.device)
     from gptforge.builders.load_model import limit_threads, load
-    from gptforge.inference.validation import normalize_prompt, prompt_from_argv
+    from gptforge.inference.sampling import SamplingParams
+    from gptforge.inference.validation import (
+        check_non_negative_int,
+        normalize_prompt,
+        prompt_from_argv,
+    )
 
+    SamplingParams(args.temperature, args.top_k, args.top_p).validate(prefix="--")
+    check_non_negative_int(args.max_new_tokens, "--max_new_tokens")
     args = replace(args, stop=tuple(prompt_from_argv(text) for text in args.stop))
     model = load(args.run, device=args.device, dtype=args.dtype)
     limit_threads(model)

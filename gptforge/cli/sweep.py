@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gptforge.cli.parsing import parse_train_args, resolve_preset
+from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args, resolve_preset
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.errors import RunError, UserError, explain_interruption
@@ -54,6 +54,9 @@ def main(argv: list[str]) -> int:
     args, explicit = parse_train_args(argv, cls=SweepConfig, prog="gptforge sweep")
     method = _method(args)
     space = parse_space(getattr(args, method), args, flag=f"--{method}")
+    if twice := space.keys() & flag_values(normalize_flags(SweepConfig, argv)):
+        name = min(twice)
+        raise UserError(f"--{name} and --{method} {name}=... contradict each other: leave one out")
     with log_to(safe_print):
         if not args.preset:
             preset = resolve_preset(args, explicit).preset

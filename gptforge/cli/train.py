@@ -15,7 +15,15 @@ from gptforge.cli.parsing import flag_values, normalize_flags, parse_train_args,
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.cuda_prewarm import prewarm_cuda
-from gptforge.errors import NOTHING_LOST, RunError, Terminated, UserError, explain_interruption
+from gptforge.errors import (
+    NOTHING_LOST,
+    RunError,
+    Terminated,
+    UserError,
+    explain_interruption,
+    explain_os_errors,
+    runs_hint,
+)
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
 from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
@@ -71,6 +79,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     return comm.exit(0 if max_restarts > 0 else EXIT_CODES[reason])
 
 
+@explain_os_errors()
 def run_training(
     config: Config,
     explicit: frozenset[str],
@@ -184,8 +193,10 @@ def expand_resume(args: Sequence[str]) -> list[str]:
         UserError: if there is no such run, or for a flag that contradicts it.
     """
     name = flag_values(args, ("resume",)).get("resume")
-    if not name:
+    if name is None or name.startswith("--"):  # without a value: an error below
         return list(args)
+    if not name:  # as of a shell's variable that is not set
+        raise UserError(f"--resume needs a run; {runs_hint()}")
     flags = flag_values(normalize_flags(Config, args))
     if flags.get("restart", "false") != "false":
         raise UserError(

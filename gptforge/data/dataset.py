@@ -186,6 +186,8 @@ def _open_prepared(path: Path, index: Index, options: DatasetOptions) -> Dataset
     is_named = tokenizer.name in ("gpt2", "byte")
     tokenizer_name = tokenizer.name if is_named else (path / TOKENIZER_FILE).as_posix()
     notices = describe_unused_flags(options, ())
+    if options.raw_bin:
+        notices.append("--raw_bin has no effect: index.json says how the shards are stored")
     return _from_index(path, index, tokenizer, tokenizer_name, notices=notices, is_prepared=True)
 
 

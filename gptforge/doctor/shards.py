@@ -35,7 +35,8 @@ def check_shards(path: Path, options: DatasetOptions, *, context_length: int) ->
         # Without `verify`, which stops at the first corrupted file.
         dataset = open_dataset(path, replace(options, verify=False))
         index = read_index(path) if path.is_dir() else None
-        found += _check_hashes(index) if index else map(warning, dataset.notices)
+        found += map(warning, dataset.notices)
+        found += _check_hashes(index) if index else []
         found += quick_check(dataset, context_length=context_length)
         if all(finding.level != "error" for finding in found):
             found += _check_documents(dataset)

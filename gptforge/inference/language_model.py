@@ -229,9 +229,9 @@ class LanguageModel:
         top_logprobs: int | None,
     ) -> Iterator[SampledTokens]:
         """Check the arguments now rather than with the first token, then generate."""
-        count = validation.check_non_negative_int(max_new_tokens, "--max_new_tokens")
+        count = validation.check_non_negative_int(max_new_tokens, "max_new_tokens")
         if count * len(prompts) > MAX_TOKENS:
-            raise UserError(f"--max_new_tokens {count}: at most {MAX_TOKENS:,} tokens in one call")
+            raise UserError(f"max_new_tokens {count}: at most {MAX_TOKENS:,} tokens in one call")
         if not isinstance(sampling, SamplingParams):
             raise UserError(
                 f"sampling must be SamplingParams(temperature, top_k, top_p), not {sampling}"

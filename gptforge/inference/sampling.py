@@ -25,16 +25,18 @@ class SamplingParams:
     # Sample from the smallest set with at least this probability (Holtzman et al., 2020).
     top_p: float = 1.0
 
-    def validate(self) -> None:
-        """Raise a UserError that names the parameter that is out of range."""
+    def validate(self, prefix: str = "") -> None:
+        """Raise a UserError that names the parameter that is out of range, after `prefix`."""
         t, k, p = self.temperature, self.top_k, self.top_p
         if not is_number(t) or not 0 <= t < float("inf"):
-            raise UserError(f"--temperature must be a number, 0 or more, not {t}")
+            raise UserError(f"{prefix}temperature must be a number, 0 or more, not {t!r}")
         if not is_int(k) or k < 0:
-            raise UserError(f"--top_k must be a whole number, 0 or more (0: all tokens), not {k}")
+            raise UserError(
+                f"{prefix}top_k must be a whole number, 0 or more (0: all tokens), not {k!r}"
+            )
         if not is_number(p) or not 0 < p <= 1:
             raise UserError(
-                f"--top_p must be a number above 0 and at most 1 (1: all tokens), not {p}"
+                f"{prefix}top_p must be a number above 0 and at most 1 (1: all tokens), not {p!r}"
             )
 
 
@@ -45,9 +47,7 @@ def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
     """
     for seed in seeds:
         if seed is not None and not (is_int(seed) and 0 <= seed < SEED_LIMIT):
-            raise UserError(
-                f"--seed must be a whole number, 0 or more and below 2**63, not {seed!r}"
-            )
+            raise UserError(f"seed must be a whole number, 0 or more and below 2**63, not {seed!r}")
     rows = [np.random.default_rng(seed).random(count, np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(rows))
 

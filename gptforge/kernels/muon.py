@@ -4,7 +4,6 @@ The lists of a call go together, and their tensors are contiguous.
 """
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -28,9 +27,9 @@ def can_launch(device: torch.device) -> bool:
 
 
 def update_momentum(
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    out: Sequence[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    out: list[Tensor],
     *,
     momentum: float,
     found_inf: Tensor | None,
@@ -57,8 +56,8 @@ def update_momentum(
 
 
 def apply_update(
-    params: Sequence[Tensor],
-    updates: Sequence[Tensor],
+    params: list[Tensor],
+    updates: list[Tensor],
     *,
     lr: float | Tensor,
     weight_decay: float,
@@ -79,8 +78,8 @@ def apply_update(
 
 
 def _apply_update(
-    params: Sequence[Tensor],
-    updates: Sequence[Tensor],
+    params: list[Tensor],
+    updates: list[Tensor],
     lr: Tensor,
     weight_decay: float,
     scale: float,

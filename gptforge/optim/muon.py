@@ -79,7 +79,7 @@ class Muon(Optimizer):
 
     def _update(self, shape: tuple[int, int], members: list[tuple[Tensor, int]]) -> None:
         """Update all matrices of one shape."""
-        params, counts = zip(*members, strict=True)
+        params, counts = [p for p, _ in members], [count for _, count in members]
         # One batch per shape: GPT-2's blocks have three, for 6 * n_layer matrices.
         stacked = params[0].new_empty(sum(counts), *shape, dtype=self._dtype)
         chunks = [x.view_as(p) for x, p in zip(stacked.split(counts), params, strict=True)]
@@ -106,11 +106,11 @@ def newton_schulz(x: Tensor) -> Tensor:
     """
     is_tall = x.size(1) > x.size(2)
     # The Frobenius norm bounds the spectral norm: all singular values are at most 1.
-    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    y: Tensor = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     a, b, c = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
         # The smaller of the two Gram matrices, (M, min(rows, columns), min(rows, columns)).
         gram = y.mT @ y if is_tall else y @ y.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        y = torch.baddbmm(y, *((y, gram) if is_tall else (gram, y)), beta=a)
+        y = torch.baddbmm(y, y, gram, beta=a) if is_tall else torch.baddbmm(y, gram, y, beta=a)
     return y

@@ -15,7 +15,7 @@ from gptforge.report.html_curves import has_bokeh, interactive_curves, svg_curve
 from gptforge.report.metrics import thin_out
 from gptforge.report.run_info import RunInfo, read_run, read_samples
 from gptforge.report.verdict import verdict
-from gptforge.shell import program_name
+from gptforge.shell import program_name, shown
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -55,14 +55,14 @@ def render_report(run: RunInfo) -> str:
         run.history,
         max_steps=run.config.max_steps,
         epochs=run.epochs,
-        out_dir=run.path.as_posix(),
+        out_dir=shown(run.path),
         has_val=bool(run.history.evals) or run.config.val_fraction > 0,
         program=program_name(),
     )
     anomalies = [event for event in run.history.rare if event["event"] == "anomaly"]
     hidden = {id(event) for event in anomalies[MAX_ANOMALIES:]}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = (printable, printable_text, format_count, format_duration, format_time)
+    filters = (shown, printable, printable_text, format_count, format_duration, format_time)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         run=run,

@@ -19,7 +19,7 @@ from gptforge.checkpoint.format import (
     read_state,
 )
 from gptforge.config import METADATA_TABLE, Config
-from gptforge.errors import UserError, parsing
+from gptforge.errors import UserError, explain_os_errors, parsing
 from gptforge.files import is_finite_number
 from gptforge.lock import is_locked
 from gptforge.report.metrics import METRICS, History, read_history
@@ -150,6 +150,7 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
     return RunInfo(path, config, made_by, history, saved, tokenizer or config.tokenizer, state)
 
 
+@explain_os_errors()
 def check_run_dir(path: Path) -> None:
     """Raise a UserError unless a folder has the configuration of a run, and is no checkpoint."""
     if not (path / CONFIG).is_file():

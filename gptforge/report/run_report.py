@@ -24,7 +24,7 @@ from gptforge.report.log_handler import EVENT, RESULT
 from gptforge.report.metrics import FINAL_FIELDS, METRICS, Event, History, read_history, step_line
 from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
-from gptforge.shell import quote
+from gptforge.shell import quote, shown
 
 logger = logging.getLogger(__name__)
 
@@ -211,20 +211,20 @@ class RunReport:
             self._history(),
             max_steps=max_steps,
             epochs=epochs,
-            out_dir=self.run_dir.as_posix(),
+            out_dir=shown(self.run_dir),
             has_val=has_val,
             split_hint=self._split_hint,
             program=self.program,
         )
         picture = f"\n![Training curves]({CURVES})\n"
-        curves = f"\nCurves: {(self.run_dir / CURVES).as_posix()}"
+        curves = f"\nCurves: {shown(self.run_dir / CURVES)}"
         if self._plot_failed:
             picture = curves = ""
         self._write(LOG, f"{FENCE}\n\n{summary}\n{picture}")
         end = self._format_event("end", facts | self._final)
         self.log(f"\n{summary}{curves}{self._save_html(end)}", RESULT)
         self._write_event(end)
-        if incomplete := [log.path.as_posix() for log in self._logs.values() if log.pending]:
+        if incomplete := [shown(log.path) for log in self._logs.values() if log.pending]:
             warning = f"warning: the end of {', '.join(incomplete)} could not be written"
             self.log(warning, logging.WARNING)
         if reason in ("finished", "early_stop") and not self._plot_failed:
@@ -236,10 +236,10 @@ class RunReport:
         """Write report.html; returns the line that names it, empty if that failed."""
         try:
             path = save_report(self.run_dir, pending=self._logs[METRICS].pending + end)
-            return f"\nReport: {path.as_posix()}"
+            return f"\nReport: {shown(path)}"
         except Exception as error:
             # A run must not fail at its end for want of a page.
-            retry = f"{self.program} report {quote(self.run_dir.as_posix())}"
+            retry = f"{self.program} report {quote(shown(self.run_dir))}"
             self.log(f"note: no report was written ({error}); retry: {retry}", logging.WARNING)
             return ""
 
@@ -270,7 +270,7 @@ class RunReport:
         if not self._has_warned:
             reason, fix = explain_os_error(error)
             self.log(
-                f"warning: {path.as_posix()} cannot be written ({reason}): training continues as "
+                f"warning: {shown(path)} cannot be written ({reason}): training continues as "
                 "long as checkpoints can be saved, and missing log lines are added later; "
                 f"{fix or 'check the disk'}",
                 logging.WARNING,

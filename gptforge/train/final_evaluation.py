@@ -17,7 +17,7 @@ from gptforge.errors import UserError
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
-from gptforge.shell import quote
+from gptforge.shell import quote, shown
 from gptforge.train.signals import StopReason, agree_on_signal
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
     if score is None:
         report.log_line(
             f"{name} was not evaluated on all {evaluator.num_tokens:,} held-out tokens: "
-            f"{report.program} eval {quote(report.run_dir.as_posix())} does that, in about "
+            f"{report.program} eval {quote(shown(report.run_dir))} does that, in about "
             f"{format_duration(seconds)}",
             RESULT,
         )

@@ -21,6 +21,7 @@ from gptforge.report.format import ValLoss, format_duration
 from gptforge.report.log_handler import RESULT
 from gptforge.report.metrics import Event
 from gptforge.report.run_report import RunReport
+from gptforge.shell import shown
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
 from gptforge.train.float8_warmup import select_float8
@@ -126,7 +127,7 @@ class Trainer:
             self.lock.release()
         if reason not in ("finished", "early_stop"):
             saved = self.saver.store.path_of(state.step)
-            self.report.log(f"Saved: {saved.as_posix()}", RESULT)
+            self.report.log(f"Saved: {shown(saved)}", RESULT)
         elif not any(map(math.isfinite, (state.loss, state.best_loss))):
             raise RunError(
                 f"training diverged before step {state.step}, with no finite loss: "

@@ -340,6 +340,9 @@ def test_a_large_model_is_timed_by_extrapolating_from_two_small_ones(monkeypatch
             assert context_length == 1024
             return sequences * (3.0 + 2.0 * self.n_layer)
 
+        def time_optimizer(self) -> float:
+            return 128.0 * (5.0 + self.n_layer)
+
     def build_fake(config: Config, explicit) -> FakeStep:
         depths.append(config.n_layer)
         assert (config.init_from, config.device) == ("", "cpu")
@@ -348,13 +351,13 @@ def test_a_large_model_is_timed_by_extrapolating_from_two_small_ones(monkeypatch
     monkeypatch.setattr(step_timing, "build_bench_step", build_fake)
     config = dataclasses.replace(get_preset("gpt2-xl"), vocab_size=50304, init_from="somewhere")
     seconds, how = step_timing.time_step(config, (), device=CPU, micro_batch=8)
-    assert seconds == pytest.approx(3.0 + 2.0 * 48)
+    assert seconds == pytest.approx(8.0 + 3.0 * 48)
     assert depths == [1, 4]
     assert "through 1 and 4 of 48 layers" in how
     small = dataclasses.replace(config, n_layer=12, n_embd=768)
     depths.clear()
     seconds, how = step_timing.time_step(small, (), device=CPU, micro_batch=8)
-    assert (depths, seconds) == ([12], pytest.approx(3.0 + 2.0 * 12))
+    assert (depths, seconds) == ([12], pytest.approx(8.0 + 3.0 * 12))
 
 
 @pytest.mark.parametrize(("cpu_share", "is_reported"), [(0.5, True), (1.0, False)])
@@ -365,6 +368,9 @@ def test_other_programs_on_the_cores_are_reported(monkeypatch, cpu_share, is_rep
         def dry_run(self, sequences: int, context_length: int) -> float:
             clock[0] += 10.0 * cpu_share * torch.get_num_threads()
             return 10.0
+
+        def time_optimizer(self) -> float:
+            return 1.0
 
     clock = [0.0]
     monkeypatch.setattr(step_timing, "build_bench_step", lambda *_: FakeStep())

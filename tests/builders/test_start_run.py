@@ -337,13 +337,13 @@ def test_init_from_another_run(config, tmp_path) -> None:
         )  # fmt: skip
 
 
-def test_estimate_mentions_long_evaluations(config, monkeypatch) -> None:
+def test_estimate_counts_whole_steps_and_evaluations(config, monkeypatch) -> None:
     monkeypatch.setattr(TrainStep, "dry_run", lambda *_: 8.0)
+    monkeypatch.setattr(TrainStep, "time_optimizer", lambda _: 3600.0)
     config = dataclasses.replace(config, eval_every=5, max_steps=20)
     trainer = build(config)
     trainer.lock.release()
     text = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10**6)
-    assert "4 evaluations on 1,000,000 held-out tokens about" in text
-    assert "evaluations on" not in estimate_duration(
-        trainer.step_fn, config, steps=20, val_tokens=10
-    )
+    assert "for 4 evaluations on 1,000,000 held-out tokens, which" in text
+    text = estimate_duration(trainer.step_fn, config, steps=20, val_tokens=10)
+    assert "about 20.1 hours: 20 steps" in text and "evaluations" not in text

@@ -9,8 +9,8 @@ import pytest
 
 from gptforge import __version__, cli
 from gptforge.cli import train
-from gptforge.cli.parsing import FOREIGN_FLAGS, RENAMED_FLAGS
-from gptforge.config import FIELDS
+from gptforge.cli.parsing import RENAMED_FLAGS
+from gptforge.config import FIELDS, FOREIGN_FIELDS
 from gptforge.errors import UserError
 
 
@@ -40,6 +40,8 @@ from gptforge.errors import UserError
         (("--out_dir", "caf\udce9"), "UTF-8"),
         (("--batch_size", 10**12), "--batch_size 1000000000000"),
         (("--quiet", "--verbose"), "leave one out"),
+        (("--resume=",), "--resume needs a run; there is none in runs"),
+        (("--resume", "--seed", 3), "--resume needs a value"),
         (("trian",), "did you mean 'train'?"),
         (("play.txt",), "--input play.txt"),
         (("--learning_rate", "1e-3"), "did you mean --max_lr?"),
@@ -49,10 +51,12 @@ from gptforge.errors import UserError
         (("export", "r", "--to", "hf", "--out", "o"), "gptforge export takes OUT without a flag"),
         (
             ("export", "r", "out", "--format", "hf"),
-            "Unrecognized options: --format hf; gptforge export needs --to (see",
+            "Unrecognized options: --format; gptforge export needs --to (see",
         ),
         (("sample", "r", "--prompt"), "--prompt needs a value"),
+        (("sample", "--prmpt", "x", "r"), "Unrecognized options: --prmpt; did you mean --prompt?"),
         (("prepare", "play.txt"), "gptforge prepare needs --out (see gptforge prepare --help)"),
+        (("prepare", "x", "--out", "y", "--vocab_size", 300), "is for --tokenizer bpe"),
         (("sample", "missing"), "missing"),
         (("eval", "missing"), "missing"),
     ],
@@ -81,8 +85,8 @@ def test_run_instead_of_a_command_gets_the_commands_for_it(program, tmp_path) ->
 
 
 def test_suggested_flags_exist() -> None:
-    assert set(FOREIGN_FLAGS.values()) <= set(FIELDS)
-    assert not set(FOREIGN_FLAGS) & (set(FIELDS) | set(RENAMED_FLAGS))
+    assert set(FOREIGN_FIELDS.values()) <= set(FIELDS)
+    assert not set(FOREIGN_FIELDS) & (set(FIELDS) | set(RENAMED_FLAGS))
 
 
 def test_debug_mode_shows_the_traceback(program, monkeypatch) -> None:

@@ -3,6 +3,7 @@ import pytest
 from gptforge.cli.export import ExportArgs
 from gptforge.cli.parsing import flag_values, parse_args, parse_train_args
 from gptforge.cli.prepare import PrepareArgs, TokenizerArgs
+from gptforge.cli.sample import SampleArgs
 from gptforge.errors import UserError
 
 
@@ -56,6 +57,15 @@ def test_old_spellings_are_hidden_aliases(capsys) -> None:
     assert "--keep_checkpoints" in shown
     for old in ("--stagger", "--keep ", "--headerless", "--overwrite"):
         assert old not in shown
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config, _ = parse_train_args(["--out_dir=~/run", "--input", "~text"])
+    assert (config.out_dir, config.input) == ((tmp_path / "run").as_posix(), "~text")
+    args = ["--prompt=~/a", "run"]
+    assert parse_args(SampleArgs, args, "gptforge sample").prompt == "~/a"
 
 
 def test_old_spellings_in_files(tmp_path) -> None:
@@ -117,6 +127,10 @@ def test_a_value_may_be_named_like_a_switch(name) -> None:
         (("--max_steps", "1e3"), "--max_steps must be a whole number, not '1e3' "),
         (("--shuffle", "maybe"), "--shuffle must be true or false, not maybe "),
         (("--optimizer", "sgd"), "--optimizer must be one of adamw, muon, not sgd "),
+        (("--max_stepz", "-3"), "Unrecognized options: --max_stepz; did you mean --max_steps? "),
+        (("--lr=1", "--foo", "a-b", "c"), "Unrecognized options: --lr, --foo (see "),
+        (("--max-stepz", "3", "--foo"), "Unrecognized options: --max-stepz, --foo; did you mean "),
+        (("--seed", "3", "a.txt"), "Unrecognized options: a.txt (see "),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag(args, message) -> None:

@@ -277,6 +277,12 @@ def test_flags_without_effect_are_noted(tmp_path) -> None:
     notices = open_input(tmp_path / "t.txt", **options).notices
     assert any(notice.startswith("--raw_bin has no effect") for notice in notices)
     assert any(notice.startswith("--field has no effect") for notice in notices)
+    prepare(tmp_path / "prepared", PrepareRequest((str(tmp_path / "t.txt"),)))
+    notices = open_input(tmp_path / "prepared", **options).notices
+    assert [notice.partition(":")[0] for notice in notices] == [
+        "--field has no effect on token shards",
+        "--raw_bin has no effect",
+    ]
     write_shard(tmp_path / "train.bin", range(500))
     notices = open_input(tmp_path / "train.bin", text_format=TextFormat(field="body")).notices
     assert "--field has no effect on token shards" in notices

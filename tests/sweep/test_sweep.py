@@ -201,6 +201,7 @@ def test_restart_moves_the_sweep_aside(program, play, started) -> None:
         (("--random", "n_head=3..5"), "is not a multiple of --n_head"),
         (("--tpe", "dropout=0..1"), "--dropout must be"),
         ((*GRID, "--seeds", "0"), "--seeds must be 1 or more"),
+        ((*GRID, "--max-lr=1"), "--max_lr and --grid max_lr=... contradict each other"),
         ((*GRID, "--val_fraction", "0"), "give a --val_fraction above 0"),
         (("--grid", "context_length=16,9000", "--block_size", "9000"), "--context_length 9000"),
         ((*GRID, "--out_dir", "."), "not empty and holds no sweep"),

@@ -159,6 +159,17 @@ def test_dry_run_leaves_no_trace(tiny_model) -> None:
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_timing_the_optimizer_leaves_no_trace(tiny_model, optimizer) -> None:
+    plain, timed = (make_step(tiny_model, optimizer=optimizer, ema_decay=0.9) for _ in range(2))
+    for _ in range(3):
+        assert timed.time_optimizer() > 0
+        for step in (plain, timed):
+            step(*make_batch("cpu"), lr=1e-2)
+    for name, tensor in timed.model.state_dict().items():
+        assert torch.equal(tensor, plain.model.state_dict()[name])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes long on a CPU")
 def test_compiled_step_matches_the_plain_one(tiny_model) -> None:
     plain, compiled = make_step(tiny_model.to("cuda")), make_step(tiny_model.to("cuda"))
