@@ -161,7 +161,7 @@ def test_dry_run_leaves_no_trace(tiny_model) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_timing_the_optimizer_leaves_no_trace(tiny_model, optimizer) -> None:
-    plain, timed = (make_step(tiny_model, optimizer=optimizer, ema_decay=0.9) for _ in range(2))
+    plain, timed = (make_step(tiny_model, optimizer=optimizer, ema=0.9) for _ in range(2))
     for _ in range(3):
         assert timed.time_optimizer() > 0
         for step in (plain, timed):
