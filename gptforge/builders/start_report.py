@@ -2,7 +2,6 @@
 
 import platform
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from gptforge.model import GPT
 from gptforge.report.console import Console
 from gptforge.report.format import format_epochs
 from gptforge.report.run_report import RunReport
-from gptforge.report.trackers import Trackers
 from gptforge.train.state import TrainState
 from gptforge.train.train_step import TrainStep
 
@@ -48,11 +46,10 @@ def start_report(
     """
     config, dataset, is_main = run.config, run.dataset, run.comm.is_main
     report = RunReport(
-        Path(config.out_dir).absolute(),  # a callback may change the working directory
+        config,
         title=f"{config.preset or 'GPT-2'} on {dataset.path.name}",
         program=run.program,
         split_hint=dataset.split_hint,
-        trackers=Trackers(config.trackers, config) if is_main else None,
         is_teacher=is_teacher,
         enabled=is_main,
     )
@@ -69,7 +66,7 @@ def start_report(
         is_best = state.best_step == state.step
         checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
         sizes = opened.state["file_sizes"]
-        report.resume(checkpoint, sizes, max_steps=config.max_steps, command=_command(run))
+        report.resume(checkpoint, sizes, command=_command(run))
     report.console = Console(config.max_steps, state.step)
     return report
 

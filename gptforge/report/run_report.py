@@ -39,32 +39,33 @@ class RunReport:
     """Writes what happens in a run to its files, and logs it for the console.
 
     Args:
-        run_dir: the run folder.
+        config: of the run; its trackers get copies of the events.
         title: heading of the log and the plot.
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.
-        trackers: get copies of the events, too.
         is_teacher: only log steps and losses: no summary, pictures, samples or verdict.
         enabled: False on all ranks but 0, which write and log nothing.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        config: Config,
         *,
         title: str,
         program: str = "python gpt.py",
         split_hint: str = "use",
-        trackers: Trackers | None = None,
         is_teacher: bool = False,
         enabled: bool = True,
     ) -> None:
-        self.run_dir, self.is_teacher = run_dir, is_teacher
+        # Absolute: a callback may change the working directory.
+        self.run_dir, self.is_teacher = Path(config.out_dir).absolute(), is_teacher
         self.program, self._split_hint = program, split_hint
         self._title, self._enabled, self._last_plot = title, enabled, 0.0
-        self.console = Console()
-        self.trackers = trackers or Trackers([], Config())
-        self._logs = {name: BufferedLog(run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME}
+        self.console, self._max_steps = Console(), config.max_steps
+        self.trackers = Trackers(config.trackers if enabled else [], config)
+        self._logs = {
+            name: BufferedLog(self.run_dir / name, self._warn) for name in TRUNCATED_ON_RESUME
+        }
         self._has_warned = self._plot_failed = False
         self._final: Event = {}
         self.observers: list[Callable[[Event], object]] = []
@@ -100,13 +101,11 @@ class RunReport:
         self.log(json_line(facts).strip(), logging.DEBUG)
         self.log_event("start", command=command, **facts)
 
-    def resume(
-        self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], *, max_steps: int, command: str
-    ) -> None:
+    def resume(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], command: str) -> None:
         """Truncate the files to their `sizes` at a checkpoint and continue them."""
         step, name = checkpoint.step, checkpoint.name
         self.truncate(checkpoint, sizes)
-        self.log_line(f"Resuming from {name}: step {step} of {max_steps}")
+        self.log_line(f"Resuming from {name}: step {step} of {self._max_steps}")
         self.log_event("resume", step=step, checkpoint=name, command=command)
 
     def truncate(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int]) -> None:
@@ -190,14 +189,7 @@ class RunReport:
         self._last_plot = time.monotonic()
 
     def finish(
-        self,
-        reason: str,
-        *,
-        step: int,
-        max_steps: int,
-        epochs: float,
-        seconds: float,
-        has_val: bool,
+        self, reason: str, *, step: int, epochs: float, seconds: float, has_val: bool
     ) -> None:
         """Close the log with the verdict. The end event is written last: no file is incomplete."""
         if not self._enabled:
@@ -209,7 +201,7 @@ class RunReport:
             return
         summary = verdict(
             self._history(),
-            max_steps=max_steps,
+            max_steps=self._max_steps,
             epochs=epochs,
             out_dir=shown(self.run_dir),
             has_val=has_val,

@@ -119,8 +119,7 @@ class Trainer:
         self.report.plot(force=True)
         state = self.state
         self.report.finish(
-            reason, step=state.step, max_steps=self.config.max_steps,
-            epochs=self.dataloader.epoch, seconds=state.seconds,
+            reason, step=state.step, epochs=self.dataloader.epoch, seconds=state.seconds,
             has_val=self.val_evaluator is not None,
         )  # fmt: skip
         if self.lock is not None:

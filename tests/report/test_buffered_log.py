@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.config import Config
 from gptforge.report import buffered_log
 from gptforge.report.buffered_log import BufferedLog
 from gptforge.report.format import ValLoss
@@ -90,7 +91,7 @@ def test_truncate_to_a_size_that_includes_pending_text(log, disk, is_flushed) ->
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunReport:
     monkeypatch.setattr("gptforge.report.run_report.save_curves", lambda *_, **__: None)
-    report = RunReport(tmp_path, title="t")
+    report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t")
     report.start("SUMMARY", command="c", facts={})
     return report
 
@@ -114,7 +115,7 @@ def test_the_verdict_includes_pending_events(report, disk, messages) -> None:
     disk.free = 0
     report.log_step(train_event(0))
     report.log_eval(1, ValLoss(22.5, 9, 9, 9), epoch=1.0, is_best=True)
-    report.finish("finished", step=1, max_steps=9, epochs=1.0, seconds=1, has_val=True)
+    report.finish("finished", step=1, epochs=1.0, seconds=1, has_val=True)
     out = "\n".join(messages)
     assert "Best held-out loss 2.5000" in out
     assert "metrics.jsonl could not be written" in out

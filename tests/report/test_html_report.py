@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.report import html_report, metrics
 from gptforge.report.html_report import render_report, save_report
@@ -139,9 +140,9 @@ def test_samples_are_spread_over_the_run(tmp_path) -> None:
 
 def test_training_ends_with_a_report(tmp_path, messages) -> None:
     folder = write_run(tmp_path / "run", {}, reason=None)
-    report = RunReport(folder, title="t")
+    report = RunReport(Config(out_dir=str(folder), max_steps=9), title="t")
     report.log_step(train_event(1))
-    report.finish("interrupted", step=2, max_steps=9, epochs=0.1, seconds=2, has_val=False)
+    report.finish("interrupted", step=2, epochs=0.1, seconds=2, has_val=False)
     assert messages[-1].endswith(f"Report: {(folder / 'report.html').as_posix()}")
     assert "stopped" in (folder / "report.html").read_text("utf-8")
 
@@ -153,8 +154,8 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, message
         raise RuntimeError("no page here")
 
     monkeypatch.setattr(html_report, "render_report", fail)
-    report = RunReport(folder, title="t")
-    report.finish("finished", step=1, max_steps=9, epochs=0.1, seconds=2, has_val=False)
+    report = RunReport(Config(out_dir=str(folder), max_steps=9), title="t")
+    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
     assert "no report was written (no page here)" in "\n".join(messages)
     assert "Report:" not in messages[-1]
     assert '"end"' in (folder / "metrics.jsonl").read_text()

@@ -1,6 +1,7 @@
 import json
 
 from gptforge.checkpoint.async_saver import SavedCheckpoint
+from gptforge.config import Config
 from gptforge.report import run_report
 from gptforge.report.format import ValLoss
 from gptforge.report.run_report import RunReport
@@ -8,11 +9,11 @@ from tests.report.events import train_event
 
 
 def finish(report: RunReport) -> None:
-    report.finish("finished", step=1, max_steps=9, epochs=0.1, seconds=2, has_val=False)
+    report.finish("finished", step=1, epochs=0.1, seconds=2, has_val=False)
 
 
 def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, messages) -> None:
-    report = RunReport(tmp_path, title=r"a$\frac$.txt")
+    report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title=r"a$\frac$.txt")
     report.plot(force=True)
     assert (tmp_path / "training_curves.png").is_file()
 
@@ -34,7 +35,7 @@ def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, messages
 
 
 def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
-    report = RunReport(tmp_path, title="t")
+    report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t")
     report.start("SUMMARY", command="c", facts={})
     report.log_step(train_event(0))
     sizes = report.file_sizes()
@@ -42,7 +43,7 @@ def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
     report.log_step(train_event(1))
     report.log_sample(2, "words", is_last=False)
     checkpoint = SavedCheckpoint(1, "step-000001", is_best=True)
-    report.resume(checkpoint, sizes, max_steps=9, command="c")
+    report.resume(checkpoint, sizes, command="c")
     resumed = b"Resuming from step-000001: step 1 of 9\n"
     assert (tmp_path / "log.md").read_bytes() == before["log.md"] + resumed
     assert (tmp_path / "samples.md").read_bytes() == before["samples.md"]
@@ -51,7 +52,7 @@ def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
 
 
 def test_code_fences_are_closed(tmp_path) -> None:
-    report = RunReport(tmp_path, title="t")
+    report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t")
     report.start("SUMMARY", command="c", facts={})
     report.log_step(train_event(0))
     report.log_sample(1, "~~~ not a fence", is_last=True)
@@ -61,7 +62,7 @@ def test_code_fences_are_closed(tmp_path) -> None:
 
 
 def test_a_disabled_report_writes_and_logs_nothing(tmp_path, messages) -> None:
-    report = RunReport(tmp_path, title="t", enabled=False)
+    report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t", enabled=False)
     report.start("SUMMARY", command="c", facts={})
     report.log_step(train_event(0))
     report.log_eval(1, ValLoss(18.0, 9, 9, 9), epoch=0.1, is_best=True)
