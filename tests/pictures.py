@@ -23,7 +23,7 @@ def blank_curves(*_: Any, **__: Any) -> BlankFigure:
     return BlankFigure()
 
 
-def blank_report(_: Any) -> str:
+def blank_report(*_: Any) -> str:
     return "<!DOCTYPE html>"
 
 

@@ -23,20 +23,23 @@ MAX_SAMPLES, MAX_SAMPLE_CHARS = 12, 4000
 MAX_ANOMALIES = 20
 
 
-def save_report(run_dir: Path, path: Path | None = None, *, pending: str = "") -> Path:
+def save_report(
+    run_dir: Path, path: Path | None = None, *, pending: str = "", program: str = ""
+) -> Path:
     """Write the report of a run, by default to report.html in its folder; returns the path.
 
-    `pending` are lines that are not in metrics.jsonl yet.
+    `pending` are lines that are not in metrics.jsonl yet, and `program` starts the commands that
+    the report suggests; by default what started this program.
 
     Raises:
         UserError: if there is no run.
     """
     path = path or run_dir / REPORT
-    atomic_write(path, render_report(read_run(run_dir, pending=pending)))
+    atomic_write(path, render_report(read_run(run_dir, pending=pending), program))
     return path
 
 
-def render_report(run: RunInfo) -> str:
+def render_report(run: RunInfo, program: str = "") -> str:
     """The report as one HTML document; all text of the run is escaped by the template engine."""
     from jinja2 import Environment
     from markupsafe import Markup
@@ -57,7 +60,7 @@ def render_report(run: RunInfo) -> str:
         epochs=run.epochs,
         out_dir=shown(run.path),
         has_val=bool(run.history.evals) or run.config.val_fraction > 0,
-        program=program_name(),
+        program=program or program_name(),
     )
     anomalies = [event for event in run.history.rare if event["event"] == "anomaly"]
     hidden = {id(event) for event in anomalies[MAX_ANOMALIES:]}

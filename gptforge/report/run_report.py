@@ -227,7 +227,8 @@ class RunReport:
     def _save_html(self, end: str) -> str:
         """Write report.html; returns the line that names it, empty if that failed."""
         try:
-            path = save_report(self.run_dir, pending=self._logs[METRICS].pending + end)
+            pending = self._logs[METRICS].pending + end
+            path = save_report(self.run_dir, pending=pending, program=self.program)
             return f"\nReport: {shown(path)}"
         except Exception as error:
             # A run must not fail at its end for want of a page.

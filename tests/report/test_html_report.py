@@ -106,6 +106,12 @@ def test_a_long_run_is_thinned_out(tmp_path) -> None:
     assert 1e6 < path.stat().st_size < 2.5e6
 
 
+def test_commands_are_those_of_the_program_that_trained(tmp_path) -> None:
+    folder = write_run(tmp_path / "run", {100: 2.0})
+    html = save_report(folder, program="my-gptforge").read_text("utf-8")
+    assert "my-gptforge sample" in Page(html).text
+
+
 @pytest.mark.parametrize("losses", [{}, {1: 2.0}])
 def test_short_runs_have_a_report(tmp_path, losses) -> None:
     folder = write_run(tmp_path / "run", losses)
