@@ -70,7 +70,7 @@ def _check_data(args: DoctorArgs) -> list[Finding]:
         require_tokenizer=bool(args.tokenizer),
     )
     if args.preset == AUTO:
-        from gptforge.data.text_size import estimate_text_size
+        from gptforge.data.prepare.request import estimate_text_size
         from gptforge.recipe import make_recipe
 
         size = estimate_text_size(path, options)
