@@ -122,16 +122,11 @@ def _try_to_listen(host: str, port: int) -> socket.socket | None:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError):
         raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
+    family, *_, address = found[0]
+    is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     try:
-        if os.name != "nt":
-            # A recently closed port is free; on Windows this would share a port in use.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
+        return socket.create_server(address, family=family, dualstack_ipv6=is_dual)
     except OSError as error:
-        listener.close()
         # On Windows, EACCES means that another program has the port exclusively.
         if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
             return None
@@ -140,6 +135,6 @@ def _try_to_listen(host: str, port: int) -> socket.socket | None:
                 f"--port {port}: not permitted to listen there: choose one above 1023"
             ) from None
         raise UserError(
-            f"--host {host}: not an address of this machine ({error.strerror}): {HOST_HINT}"
+            f"--host {host}: not an address of this machine ({os.strerror(error.errno or 0)}): "
+            f"{HOST_HINT}"
         ) from None
-    return listener
