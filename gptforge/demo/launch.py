@@ -11,7 +11,6 @@ from pathlib import Path
 from gptforge.builders.export_model import model_title, read_origin
 from gptforge.builders.load_model import limit_threads, load
 from gptforge.builders.prompts import suggest_prompts
-from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas
 from gptforge.inference.language_model import LanguageModel
@@ -65,7 +64,7 @@ def launch(
         return model
 
     origin, title = read_origin(run), title or model_title(run)
-    models = ModelCache(load_model, run)
+    models = run_data.ModelCache(load_model, run)
     model = models.get(models.names()[0])
     c = model.model.config
     suggested = prompts or suggest_prompts(run, origin.config if origin else None)
