@@ -33,7 +33,7 @@ from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
-from gptforge.tokenizers.train_bpe import MIN_VOCAB_SIZE
+from gptforge.tokenizers.hf_bpe import MIN_VOCAB_SIZE
 
 logger = logging.getLogger(__name__)
 

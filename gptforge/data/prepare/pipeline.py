@@ -254,7 +254,7 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
     The text is read twice, to count its bytes and to learn.
     """
     from gptforge.estimate.formulas import default_vocab_size
-    from gptforge.tokenizers.train_bpe import train_bpe
+    from gptforge.tokenizers.hf_bpe import train_bpe
 
     def training_text() -> Iterator[str]:
         bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report
