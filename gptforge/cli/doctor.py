@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
 
 
 def _check_data(args: DoctorArgs) -> list[Finding]:
-    from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
+    from gptforge.data.dataset import DatasetOptions
+    from gptforge.data.prepare.request import SHARD_SUFFIX
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
