@@ -135,8 +135,8 @@ def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterat
             yield SplitText(text[: rule.cut], "train", index, True, part.bytes_read)
             yield SplitText(text[rule.cut :], "val", index, True, part.bytes_read)
         else:
-            # Hashing every document costs time.
-            digest = text_digest(text) if rule.needs_digest else 0
+            # Hashing every document costs time, and other rules do not look at the digest.
+            digest = text_digest(text) if rule.rule == "hash" or rule.exceptions else 0
             split = rule.assign((span.source_index, index), digest)
             yield SplitText(text, split, index, True, part.bytes_read)
 
