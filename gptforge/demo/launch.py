@@ -106,34 +106,28 @@ def _is_encodable(model: LanguageModel, text: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on the given port, or for 0 on the first free one from 7860."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
+    family, *_, (address, _, *scope) = found[0]
+    is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     ports = [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
     for candidate in ports:
-        if listener := _try_to_listen(host, candidate):
-            return listener
+        try:
+            return socket.create_server(
+                (address, candidate, *scope), family=family, dualstack_ipv6=is_dual
+            )
+        except OSError as error:
+            # On Windows, EACCES means that another program has the port exclusively.
+            if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
+                continue
+            if error.errno == errno.EACCES:
+                raise UserError(
+                    f"--port {candidate}: not permitted to listen there: choose one above 1023"
+                ) from None
+            problem = f"not an address of this machine ({os.strerror(error.errno or 0)})"
+            raise UserError(f"--host {host}: {problem}: {HOST_HINT}") from None
     if port:
         raise RunError(f"--port {port}: taken by another program: choose another, or leave it out")
     raise RunError(f"the ports {ports[0]} to {ports[-1]} are all taken: choose another --port")
-
-
-def _try_to_listen(host: str, port: int) -> socket.socket | None:
-    """None if the port is taken."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError):
-        raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
-    family, *_, address = found[0]
-    is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    try:
-        return socket.create_server(address, family=family, dualstack_ipv6=is_dual)
-    except OSError as error:
-        # On Windows, EACCES means that another program has the port exclusively.
-        if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
-            return None
-        if error.errno == errno.EACCES:
-            raise UserError(
-                f"--port {port}: not permitted to listen there: choose one above 1023"
-            ) from None
-        raise UserError(
-            f"--host {host}: not an address of this machine ({os.strerror(error.errno or 0)}): "
-            f"{HOST_HINT}"
-        ) from None
