@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gptforge.builders.load_model import load
 from gptforge.checkpoint.format import read_config, read_state, step_from_path
-from gptforge.checkpoint.run_files import read_metrics_lines
+from gptforge.checkpoint.out_dir import read_metrics_lines
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.inference.language_model import LanguageModel

@@ -15,7 +15,7 @@ from gptforge.api.run import Run
 from gptforge.cli.parsing import preset_and_file
 from gptforge.cli.train import run_training
 from gptforge.config import Config, merge
-from gptforge.data.text_store import Texts, store_texts
+from gptforge.data.cache import Texts, store_texts
 from gptforge.errors import RunError, UserError
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
 from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.out_dir import TEACHERS
 from gptforge.checkpoint.run_dir import is_run_of
-from gptforge.checkpoint.run_files import TEACHERS
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
 from gptforge.config_file import read_toml
@@ -33,7 +33,7 @@ from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
 from gptforge.shell import quote
 from gptforge.tokenizers import NAMES, TEXT_DEPENDENT, Tokenizer, from_name
-from gptforge.tokenizers.train_bpe import MIN_VOCAB_SIZE
+from gptforge.tokenizers.hf_bpe import MIN_VOCAB_SIZE
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 
 from gptforge.builders.resolve import config_of_run
 from gptforge.checkpoint import format as checkpoints
-from gptforge.checkpoint.run_files import TEACHERS
+from gptforge.checkpoint.out_dir import TEACHERS
 from gptforge.checkpoint.state_dict import load_model_state_dict
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import SEED_LIMIT, Config

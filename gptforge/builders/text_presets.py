@@ -13,8 +13,7 @@ from gptforge.config import FIELDS, Config, merge
 from gptforge.config_checks import validate
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset, resolve_input
-from gptforge.data.prepare.request import TextOptions
-from gptforge.data.text_size import estimate_text_size
+from gptforge.data.prepare.request import TextOptions, estimate_text_size
 from gptforge.device import seed_everything, select_device, select_precision, synchronize
 from gptforge.errors import UserError
 from gptforge.presets import AUTO, FINETUNE

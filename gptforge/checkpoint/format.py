@@ -130,8 +130,6 @@ def find_corruption(path: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str 
             file = path / name
             if kind := files.nonregular_kind(file, follow_symlinks=False):
                 return f"{name} is {kind}, not a regular file"
-            if not file.is_file():
-                return f"{name} is missing"
             if file.stat().st_size != listed[name]["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {listed[name]['bytes']}"
             if files.sha256(file) != listed[name]["sha256"]:

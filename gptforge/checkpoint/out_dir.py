@@ -1,18 +1,28 @@
-"""Checks of `--out_dir` before anything is written there."""
+"""The files of a run folder, and checks of `--out_dir` before anything is written there."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 from gptforge import files
 from gptforge.checkpoint.format import CONFIG
-from gptforge.checkpoint.run_files import RUN_FILES, RUN_FOLDERS, TEACHERS, has_line
 from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.lock import LOCK_FILE, is_locked
 from gptforge.patterns import is_inside
 from gptforge.shell import quote
+
+TEACHERS = "teachers"  # folder of a run's teachers, which are runs of their own
+TRACKING = "tracking"  # folder of the files of experiment trackers
+RUN_FOLDERS = {"checkpoints", TEACHERS, TRACKING}
+RUN_FILES = RUN_FOLDERS | {
+    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "report.html")
+}
+"""What a run leaves in its folder."""
+MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
+"""How much of the end of the metrics is read, more than a million lines, and of a line at once."""
 
 
 def check_writable(folder: Path) -> None:
@@ -135,3 +145,16 @@ def has_files(folder: Path, *, ignore: Collection[str] = ()) -> bool:
     """Whether a folder holds files that are not hidden: a crash may leave hidden ones of ours."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return any(not name.startswith(".") for name in names.difference(ignore))
+
+
+def has_line(metrics: Path, text: str) -> bool:
+    """Whether a line of a run's metrics contains a text."""
+    return any(text.encode() in line for line in read_metrics_lines(metrics))
+
+
+def read_metrics_lines(metrics: Path) -> Iterator[bytes]:
+    """The lines of a run's metrics; none if the file is missing or not regular."""
+    with suppress(OSError), files.open_regular(metrics, follow_symlinks=False) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_METRICS_BYTES))
+        yield from iter(lambda: file.readline(MAX_LINE_BYTES), b"")

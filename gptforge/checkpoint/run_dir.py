@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from gptforge import files
 from gptforge.checkpoint import format as checkpoints
-from gptforge.checkpoint.out_dir import check_out_dir, check_writable, has_files
-from gptforge.checkpoint.run_files import has_line
+from gptforge.checkpoint.out_dir import check_out_dir, check_writable, has_files, has_line
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml

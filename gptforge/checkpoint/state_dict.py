@@ -84,7 +84,7 @@ def model_state_dict(model: GPT, comm: Comm = SINGLE_PROCESS) -> StateDict:
 
     Copies, as training changes the originals while they are being saved.
     """
-    return _gather_on_rank0(_untied(model), comm)
+    return _gather_on_rank0(untied_state_dict(model), comm)
 
 
 def load_model_state_dict(
@@ -94,7 +94,7 @@ def load_model_state_dict(
 
     A UserError names `source` and the first tensor that is missing, unknown or misshapen.
     """
-    _load(_untied(model), tensors, source, comm)
+    _load(untied_state_dict(model), tensors, source, comm)
 
 
 def optimizer_state_dict(
@@ -203,7 +203,8 @@ def _set_rng_state(kind: str, state: Tensor, device: torch.device) -> None:
         torch.mps.set_rng_state(state)
 
 
-def _untied(model: GPT) -> StateDict:
+def untied_state_dict(model: GPT) -> StateDict:
+    """The weights under their names, the tied one once."""
     return {name: tensor for name, tensor in model.state_dict().items() if name != TIED_WEIGHT}
 
 
@@ -212,19 +213,25 @@ def _gather_on_rank0(tensors: StateDict, comm: Comm) -> StateDict:
     return {name: copy for name, copy in copies.items() if copy is not None}
 
 
+def check_shapes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], source: str) -> None:
+    """Raise a UserError for the first tensor that is missing, unknown or misshapen."""
+    if unknown := sorted(tensors.keys() - targets.keys()):
+        name = printable(unknown[0], MAX_NAME)
+        raise UserError(f"{source}: this model has no tensor '{name}'")
+    for name, target in targets.items():
+        if (tensor := tensors.get(name)) is None:
+            raise UserError(f"{source}: the tensor '{name}' is missing")
+        if tensor.shape != target.shape:
+            shapes = f"{tuple(tensor.shape)}, this model's {tuple(target.shape)}"
+            raise UserError(f"{source}: '{name}' has shape {shapes}")
+
+
 def _load(
     targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str, comm: Comm
 ) -> None:
     if comm.is_main:  # check all of them before any is changed
-        if unknown := sorted(tensors.keys() - targets.keys()):
-            name = printable(unknown[0], MAX_NAME)
-            raise UserError(f"{source}: this model has no tensor '{name}'")
-        for name, target in targets.items():
-            if (tensor := tensors.get(name)) is None:
-                raise UserError(f"{source}: the tensor '{name}' is missing")
-            if tensor.shape != target.shape:
-                shapes = f"{tuple(tensor.shape)}, this model's {tuple(target.shape)}"
-                raise UserError(f"{source}: '{name}' has shape {shapes}")
+        check_shapes(tensors, targets, source)
+        for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise UserError(f"{source}: '{name}' is {tensor.dtype}, not torch.float32")
     for name, target in targets.items():

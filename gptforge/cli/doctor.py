@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
 
 
 def _check_data(args: DoctorArgs) -> list[Finding]:
-    from gptforge.data.dataset import SHARD_SUFFIX, DatasetOptions
+    from gptforge.data.dataset import DatasetOptions
+    from gptforge.data.prepare.request import SHARD_SUFFIX
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
@@ -70,7 +71,7 @@ def _check_data(args: DoctorArgs) -> list[Finding]:
         require_tokenizer=bool(args.tokenizer),
     )
     if args.preset == AUTO:
-        from gptforge.data.text_size import estimate_text_size
+        from gptforge.data.prepare.request import estimate_text_size
         from gptforge.recipe import make_recipe
 
         size = estimate_text_size(path, options)

@@ -165,7 +165,7 @@ def tokenizer_main(argv: list[str]) -> int:
         )
     from gptforge.convert.hf_tokenizer import tokenizer_json
     from gptforge.tokenizers import load
-    from gptforge.tokenizers.train_bpe import train_bpe
+    from gptforge.tokenizers.hf_bpe import train_bpe
 
     trained = train_bpe(_iter_text(args), args.vocab_size)
     if trained.vocab_size < args.vocab_size:

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gptforge.checkpoint.state_dict import TIED_WEIGHT, check_shapes, untied_state_dict
 from gptforge.config import GPTConfig
 from gptforge.errors import UserError
 from gptforge.model import GPT
 from gptforge.printable import MAX_NAME, printable, short_repr
 from gptforge.tokenizers import Tokenizer
 
-LM_HEAD = "lm_head.weight"
 WTE = "transformer.wte.weight"
 MAX_DIM = 2**31 - 1  # largest dimension that a model may have
 # Between float32 logits of two programs: more than another order of additions explains.
@@ -32,7 +32,7 @@ class ModelBundle:
     def build_model(self) -> GPT:
         """The model on the CPU, in eval mode."""
         model = GPT(self.config)
-        model.load_state_dict({**self.state_dict, LM_HEAD: self.state_dict[WTE]})
+        model.load_state_dict({**self.state_dict, TIED_WEIGHT: self.state_dict[WTE]})
         return model.eval()
 
 
@@ -61,25 +61,20 @@ def validate_state_dict(
         refuse(f"{config.n_embd} channels do not divide into {config.n_head} heads")
     if config.n_layer > len(state_dict):
         refuse(f"{config.n_layer} layers, but only {len(state_dict)} tensors")
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    if unknown := sorted(state_dict.keys() - expected.keys()):
-        refuse(f"a GPT-2 has no tensor '{printable(unknown[0], MAX_NAME)}'")
     for name, value in state_dict.items():
         if not is_dense_real(value):
-            refuse(f"'{name}' is not a dense tensor of real numbers")
-    del expected[LM_HEAD]
-    validated = {}
-    for name, shape in expected.items():
-        tensor = state_dict.get(name)
-        if tensor is None and fill_biases and name.endswith("bias"):
-            tensor = torch.zeros(shape)
-        if tensor is None:
-            refuse(f"the tensor '{name}' is missing")
-        if (found := tuple(tensor.shape)) != (size := tuple(shape)):
-            refuse(f"'{name}' has shape {found}, but the configuration says {size}")
-        validated[name] = tensor.detach().float().contiguous().clone()
-    head = state_dict.get(LM_HEAD)
+            refuse(f"'{printable(name, MAX_NAME)}' is not a dense tensor of real numbers")
+    with torch.device("meta"):
+        expected = untied_state_dict(GPT(config))
+    tensors = dict(state_dict)
+    head = tensors.pop(TIED_WEIGHT, None)
+    if fill_biases:  # without memory: the configuration is not known to be true yet
+        tensors = {n: tensor for n, tensor in expected.items() if n.endswith("bias")} | tensors
+    check_shapes(tensors, expected, source)
+    validated = {
+        name: torch.zeros(t.shape) if t.is_meta else t.detach().float().contiguous().clone()
+        for name, t in ((name, tensors[name]) for name in expected)
+    }
     if head is not None and not torch.equal(head.float(), validated[WTE]):
         refuse("the output layer differs from the token embedding; GPT-2 ties the two")
     return validated

@@ -32,8 +32,7 @@ def write_gguf(
 
     bundle, eos_id = with_eos_token(bundle)
     config = bundle.config
-    if outtype not in GGUF_TYPES:
-        raise UserError(f"--type {outtype}: give one of {', '.join(GGUF_TYPES)}")
+    assert outtype in GGUF_TYPES, outtype
     if outtype == "q8_0" and config.n_embd % 32:
         problem = f"n_embd {config.n_embd} is not a multiple of 32"
         raise UserError(f"q8_0 has blocks of 32 numbers: {problem}")

@@ -14,7 +14,6 @@ from gptforge.checkpoint.format import MAX_EXTRA_BYTES
 from gptforge.checkpoint.state_dict import save_safetensors
 from gptforge.config import GPTConfig
 from gptforge.convert.bundle import (
-    LM_HEAD,
     MAX_LOGIT_DIFFERENCE,
     ModelBundle,
     logit_difference,
@@ -205,7 +204,7 @@ def _read_pytorch_weights(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{short_repr(name)} is not a tensor")
-    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != LM_HEAD})
+    check_tensors(path, tensors)
     return dict(tensors)
 
 

@@ -58,7 +58,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of an exported or downloaded folder; a UserError if it is not supported."""
     if (folder / NATIVE_TOKENIZER).is_file():
         return load_tokenizer(folder / NATIVE_TOKENIZER)
-    from gptforge.tokenizers.hf_loader import AddedTokensError, parse_tokenizer_json
+    from gptforge.tokenizers.hf_bpe import AddedTokensError, parse_tokenizer_json
 
     source = folder.as_posix()
     command = f"gptforge import {quote(source)} OUT --tokenizer"
@@ -84,7 +84,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
 def _load_merges_txt(folder: Path) -> Tokenizer:
     """The tokenizer of merges.txt, with vocab.json and added_tokens.json if they are there."""
     from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
-    from gptforge.tokenizers.hf_loader import parse_tokenizer_json
+    from gptforge.tokenizers.hf_bpe import parse_tokenizer_json
 
     lines = read_text(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]

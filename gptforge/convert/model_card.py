@@ -1,10 +1,8 @@
 """Model cards: the model, its training and its evaluation, as far as they are known."""
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gptforge.config import Config
 from gptforge.convert.bundle import ModelBundle
@@ -14,9 +12,6 @@ from gptforge.files import read_bounded
 from gptforge.printable import MAX_NAME, escape_markdown, printable
 from gptforge.report.metrics import Event, History
 from gptforge.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 CURVES, METRICS, SAMPLES = "training_curves.png", "metrics.jsonl", "samples.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -40,8 +35,14 @@ def model_card(
 
     `origin` is the run that the model comes from; None: it was imported.
     """
+    from jinja2 import Environment
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["escape_markdown"] = escape_markdown
+    # A JSON string is a YAML string.
+    environment.filters["json"] = lambda text: json.dumps(text, ensure_ascii=False)
     run = origin.config if origin else Config()
-    return _template().render(
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         is_space=is_space,
         title=title,
         description=one_line_description(bundle, None),
@@ -54,17 +55,6 @@ def model_card(
         score=_score(origin) if origin else None,
         prompt=example_prompt(bundle.tokenizer),
     )
-
-
-@functools.cache
-def _template() -> "Template":
-    from jinja2 import Environment
-
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["escape_markdown"] = escape_markdown
-    # A JSON string is a YAML string.
-    environment.filters["json"] = functools.partial(json.dumps, ensure_ascii=False)
-    return environment.from_string(TEMPLATE.read_text("utf-8"))
 
 
 def one_line_description(bundle: ModelBundle, config: Config | None) -> str:

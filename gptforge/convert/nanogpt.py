@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gptforge.config import GPTConfig
-from gptforge.convert.bundle import LM_HEAD, ModelBundle, read_size, validate_state_dict
+from gptforge.convert.bundle import ModelBundle, read_size, validate_state_dict
 from gptforge.convert.torch_file import check_tensors, read_torch_file
 from gptforge.errors import UserError, parsing
 from gptforge.files import check_file_size
@@ -21,12 +21,9 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBund
 
     `tokenizer` is the one that it was trained with; None: GPT-2's, if the size fits.
     """
-    try:
-        check_file_size(path, MAX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    checkpoint = read_torch_file(path, what="nanoGPT's ckpt.pt")
     with parsing(path, "a checkpoint of nanoGPT"):
+        check_file_size(path, MAX_BYTES)
+        checkpoint = read_torch_file(path, what="nanoGPT's ckpt.pt")
         if not isinstance(checkpoint, Mapping):
             raise ValueError(f"{type(checkpoint).__name__} instead of a dictionary")
         model_args, state_dict = checkpoint["model_args"], checkpoint["model"]
@@ -39,7 +36,7 @@ def read_nanogpt(path: Path, *, tokenizer: Tokenizer | None = None) -> ModelBund
             for name, tensor in state_dict.items()
             if not name.endswith(".attn.bias")
         }
-        check_tensors(path, {name: tensor for name, tensor in tensors.items() if name != LM_HEAD})
+        check_tensors(path, tensors)
         tensors = validate_state_dict(tensors, config, source=path.as_posix(), fill_biases=True)
     if tokenizer is None and config.vocab_size in (50257, DEFAULT_VOCAB_SIZE):
         tokenizer = from_name("gpt2", "")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptforge.checkpoint.state_dict import TIED_WEIGHT
 from gptforge.errors import UserError
 
 MAX_PICKLE = 4 * 2**20
@@ -85,8 +86,11 @@ def _first_damaged(archive: zipfile.ZipFile) -> str | None:
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a UserError if tensors are larger than their file: many may share a few bytes."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    """Raise a UserError if tensors are larger than their file: many may share a few bytes.
+
+    The output layer does not count: it shares those of the embedding.
+    """
+    total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name != TIED_WEIGHT)
     if total > (size := path.stat().st_size):
         raise UserError(f"{path}: the tensors have {total:,} bytes, but the file only {size:,}")
 

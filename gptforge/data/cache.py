@@ -1,11 +1,13 @@
-"""Prepare a text only once: shards in the user's cache, by content."""
+"""Prepare a text only once: shards in the user's cache, by content; and texts from Python there."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index, json_sha256
 from gptforge.errors import RunError, UserError
 from gptforge.lock import LOCK_FILE, lock_folder
+from gptforge.printable import short_repr
 from gptforge.shell import quote
 from gptforge.tokenizers import Tokenizer
 
@@ -35,6 +38,8 @@ MAX_AGE_DAYS = 90  # unused data is deleted after that: it can be prepared again
 BPE_PREFIX = "bpe-"  # of the tokenizers that were learned from texts
 SPOOL_PREFIX = ".pipe-"  # of folders for the content of pipes
 TEXT_PREFIX = "text-"  # of texts that were given from Python
+
+Texts = str | Iterable[str] | Iterable[Mapping[str, object]]
 
 
 def prepare_cached(
@@ -162,3 +167,56 @@ def _delete_unused(cache: Path) -> None:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < oldest:
                 files.remove(path.parent if path.name == REQUEST_FILE else path)
+
+
+def store_texts(texts: Texts, *, field: str) -> Path:
+    """Write texts to a file of the cache that is named after its content, so that a run resumes.
+
+    Args:
+        texts: one text, or documents: strings, or rows with a column `field` such as those of a
+            Hugging Face dataset. A generator is read once.
+        field: the column, and the field of the JSON lines that hold the documents.
+
+    Raises:
+        UserError: for anything else, and if there is no text.
+    """
+    suffix, lines = "jsonl", _json_lines(texts, field)
+    if isinstance(texts, str):
+        suffix, lines = "txt", iter([texts])
+        # Path.is_file raises an OSError for a text that is too long for a path.
+        if "\n" not in texts and os.path.isfile(texts):  # noqa: PTH113
+            raise UserError(f"text is the path of a file, {texts}: give it as input")
+    cache, digest = writable_cache(), hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as folder:
+        partial = Path(folder) / "text"
+        with partial.open("wb") as file:
+            for number, line in enumerate(lines):
+                try:
+                    data = line.encode()
+                except UnicodeEncodeError as error:
+                    raise UserError(f"text: document {number} is not valid text: {error}") from None
+                digest.update(data)
+                file.write(data)
+            if not file.tell():
+                raise UserError("text is empty: give a string or documents")
+        path = cache / f"{TEXT_PREFIX}{digest.hexdigest()[:16]}.{suffix}"
+        partial.replace(path)
+    return path
+
+
+def _json_lines(texts: Iterable[object], field: str) -> Iterator[str]:
+    if isinstance(texts, bytes | os.PathLike) or not isinstance(texts, Iterable):
+        raise UserError(f"text takes strings or a dataset, not {short_repr(texts)}")
+    # Iterating over a DatasetDict or a DataFrame would give the names of its parts.
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        names = ", ".join(map(repr, texts))
+        kind = type(texts).__name__
+        raise UserError(f"text is a {kind} of {names}: give one of them, as text=data[NAME]")
+    for number, row in enumerate(texts):
+        if isinstance(row, Mapping) and field not in row:
+            names = ", ".join(map(repr, row))
+            raise UserError(f"text has no column {field!r}, but {names}: name one with field")
+        text = row[field] if isinstance(row, Mapping) else row
+        if not isinstance(text, str):
+            raise UserError(f"text: document {number} is {short_repr(text)}, not a string")
+        yield json.dumps({field: text}, ensure_ascii=False) + "\n"

@@ -13,6 +13,7 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import (
+    SHARD_SUFFIX,
     ProgressBar,
     TextOptions,
     describe_unused_flags,
@@ -39,7 +40,6 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 # An installed package contains the bundled text; a checkout has it at its root.
 BUNDLED_PATHS = (PACKAGE_DIR / "input.txt", PACKAGE_DIR.parents[1] / "input.txt")
 BUNDLED_INPUT = "bundled:input.txt"  # its `--input`, wherever the program is installed
-SHARD_SUFFIX = ".bin"
 # Bytes of changed files in a prepared folder that are hashed before training; copying a folder
 # changes all its files. `gptforge doctor` hashes any amount.
 MAX_VERIFIED_BYTES = 2**32

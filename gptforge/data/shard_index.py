@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,8 +175,6 @@ def _shard_hashes(index: Index) -> dict[str, str]:
 
 def _entry(path: Path, sha256: str) -> dict[str, Any]:
     facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise OSError(None, "not a regular file", path.as_posix())
     stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
     return {"sha256": sha256, "facts": stamp}
 

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gptforge.demo.generation_queue import GenerationQueue
-from gptforge.demo.model_cache import ModelCache
+from gptforge.demo.run_data import ModelCache
 from gptforge.errors import UserError
 from gptforge.inference.detokenizer import StopMatcher
 from gptforge.inference.language_model import LanguageModel, Token

@@ -11,7 +11,6 @@ from pathlib import Path
 from gptforge.builders.export_model import model_title, read_origin
 from gptforge.builders.load_model import limit_threads, load
 from gptforge.builders.prompts import suggest_prompts
-from gptforge.demo.model_cache import ModelCache
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.estimate import formulas
 from gptforge.inference.language_model import LanguageModel
@@ -65,7 +64,7 @@ def launch(
         return model
 
     origin, title = read_origin(run), title or model_title(run)
-    models = ModelCache(load_model, run)
+    models = run_data.ModelCache(load_model, run)
     model = models.get(models.names()[0])
     c = model.model.config
     suggested = prompts or suggest_prompts(run, origin.config if origin else None)
@@ -107,39 +106,28 @@ def _is_encodable(model: LanguageModel, text: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on the given port, or for 0 on the first free one from 7860."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
+    family, *_, (address, _, *scope) = found[0]
+    is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
     ports = [port] if port else range(FIRST_PORT, FIRST_PORT + NUM_PORTS)
     for candidate in ports:
-        if listener := _try_to_listen(host, candidate):
-            return listener
+        try:
+            return socket.create_server(
+                (address, candidate, *scope), family=family, dualstack_ipv6=is_dual
+            )
+        except OSError as error:
+            # On Windows, EACCES means that another program has the port exclusively.
+            if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
+                continue
+            if error.errno == errno.EACCES:
+                raise UserError(
+                    f"--port {candidate}: not permitted to listen there: choose one above 1023"
+                ) from None
+            problem = f"not an address of this machine ({os.strerror(error.errno or 0)})"
+            raise UserError(f"--host {host}: {problem}: {HOST_HINT}") from None
     if port:
         raise RunError(f"--port {port}: taken by another program: choose another, or leave it out")
     raise RunError(f"the ports {ports[0]} to {ports[-1]} are all taken: choose another --port")
-
-
-def _try_to_listen(host: str, port: int) -> socket.socket | None:
-    """None if the port is taken."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError):
-        raise UserError(f"--host {host}: unknown address: {HOST_HINT}") from None
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if os.name != "nt":
-            # A recently closed port is free; on Windows this would share a port in use.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        # On Windows, EACCES means that another program has the port exclusively.
-        if error.errno == errno.EADDRINUSE or (error.errno == errno.EACCES and os.name == "nt"):
-            return None
-        if error.errno == errno.EACCES:
-            raise UserError(
-                f"--port {port}: not permitted to listen there: choose one above 1023"
-            ) from None
-        raise UserError(
-            f"--host {host}: not an address of this machine ({error.strerror}): {HOST_HINT}"
-        ) from None
-    return listener

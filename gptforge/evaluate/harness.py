@@ -110,7 +110,7 @@ def harness_model(model: LanguageModel, precision: Precision) -> Any:
                 results = loglikelihoods(model, texts, precision, progress=meter)
             if any(math.isnan(result.loglikelihood) for result in results):
                 raise RunError("the log-likelihoods are NaN: the training of this model diverged")
-            return [(result.loglikelihood, result.is_greedy) for result in results]
+            return list(results)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             parts, counts = [], []

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ class Example:
     label: int = 0
 
 
-@dataclass(frozen=True)
-class LogLikelihood:
+class LogLikelihood(NamedTuple):
     """How likely a model finds a choice."""
 
     loglikelihood: float  # of all its tokens, in nats

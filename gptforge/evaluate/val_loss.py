@@ -45,7 +45,6 @@ class ValEvaluator:
     """
 
     seconds_per_sequence = math.inf
-    """Of the fastest evaluation, since the first may compile and any may share the machine."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptforge.checkpoint.run_files import read_metrics_lines
+from gptforge.checkpoint.out_dir import read_metrics_lines
 from gptforge.files import is_count, is_finite_number
 
 MAX_TRAIN_EVENTS = 2**14  # more are downsampled evenly, with the first and the last

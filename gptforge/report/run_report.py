@@ -10,7 +10,7 @@ from typing import Any
 
 from gptforge import files
 from gptforge.checkpoint.async_saver import SavedCheckpoint
-from gptforge.checkpoint.run_files import TRACKING
+from gptforge.checkpoint.out_dir import TRACKING
 from gptforge.config import Config
 from gptforge.errors import explain_os_error
 from gptforge.files import json_line

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import Any, Self
 
 from gptforge import files
-from gptforge.checkpoint.run_files import TRACKING
+from gptforge.checkpoint.out_dir import TRACKING
 from gptforge.config import Config
 from gptforge.errors import error_reason, is_failure
 

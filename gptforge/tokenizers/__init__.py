@@ -42,7 +42,7 @@ def from_name(name: str, text: str) -> Tokenizer:
         return CharTokenizer.from_text(text)
     if name == "bpe":
         from gptforge.estimate.formulas import default_vocab_size
-        from gptforge.tokenizers.train_bpe import train_bpe
+        from gptforge.tokenizers.hf_bpe import train_bpe
 
         return train_bpe([text], default_vocab_size(len(text.encode("utf-8"))))
     if name in NAMES:
@@ -66,7 +66,7 @@ def load(path: Path) -> Tokenizer:
     with parsing(path, "a tokenizer that can be used here"):
         record = json.loads(read_text(path))
         if isinstance(record, dict) and "model" in record:
-            from gptforge.tokenizers.hf_loader import parse_tokenizer_json
+            from gptforge.tokenizers.hf_bpe import parse_tokenizer_json
 
             return parse_tokenizer_json(record)
         if not isinstance(record, dict) or record.get("format") != FORMAT:

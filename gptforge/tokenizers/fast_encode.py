@@ -34,7 +34,7 @@ class FastEncoder:
     """Encodes like a tokenizer, faster if possible."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._dtype = smallest_dtype(tokenizer.vocab_size)
         self._fast = _gigatoken(tokenizer)
         self._cached_chars = 0
@@ -43,19 +43,19 @@ class FastEncoder:
     def encode(self, text: str) -> Tokens:
         """Ids of a text, without special tokens."""
         if self._fast is None or not is_assigned(text):
-            return self._tokenizer.encode(text)
+            return self.tokenizer.encode(text)
         if self._cached_chars and self._cached_chars + len(text) > MAX_CACHED_CHARS:
             self._fast, self._cached_chars = None, 0
             _malloc_trim()
-            self._fast = _gigatoken(self._tokenizer)
+            self._fast = _gigatoken(self.tokenizer)
         if not self._cached_chars:
             self._compare(text[:COMPARED_CHARS])
         self._cached_chars += len(text)
-        return self._fast(text).astype(self._dtype) if self._fast else self._tokenizer.encode(text)
+        return self._fast(text).astype(self._dtype) if self._fast else self.tokenizer.encode(text)
 
     def _compare(self, text: str) -> None:
         """Drop the fast encoder if it gives other ids than the tokenizer."""
-        if self._fast and not np.array_equal(self._fast(text), self._tokenizer.encode(text)):
+        if self._fast and not np.array_equal(self._fast(text), self.tokenizer.encode(text)):
             self._fast = None
 
 

@@ -69,7 +69,7 @@ def test_learned_bpe_trains_resumes_and_evaluates(config, tmp_path, monkeypatch)
     assert trainer.fit() == "interrupted"
     # Another machine, whose package learns other merges: the run has its own.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("gptforge.tokenizers.train_bpe.train_bpe", None)
+    monkeypatch.setattr("gptforge.tokenizers.hf_bpe.train_bpe", None)
     assert finish(config) == straight
     score = evaluate_run(config.out_dir, device="cpu")
     best = min(events(config, "eval"), key=lambda event: event["val_loss"])

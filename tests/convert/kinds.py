@@ -2,7 +2,7 @@
 
 from gptforge.tokenizers import Tokenizer, from_name
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
-from gptforge.tokenizers.train_bpe import train_bpe
+from gptforge.tokenizers.hf_bpe import train_bpe
 
 TEXTS = [
     "To be, or not to be",

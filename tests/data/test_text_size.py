@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptforge.data.dataset import DatasetOptions, open_dataset
-from gptforge.data.prepare.request import TextOptions
-from gptforge.data.text_size import estimate_text_size
+from gptforge.data.prepare.request import TextOptions, estimate_text_size
 from gptforge.errors import UserError
 from tests.data.prepare.small_datasets import prepare_files, some_text, write_jsonl
 

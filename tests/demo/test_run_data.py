@@ -5,8 +5,7 @@ import json
 import pytest
 
 from gptforge.builders.load_model import load
-from gptforge.demo.model_cache import ModelCache
-from gptforge.demo.run_data import MAX_POINTS, run_metrics
+from gptforge.demo.run_data import MAX_POINTS, ModelCache, run_metrics
 from gptforge.errors import UserError
 from gptforge.files import json_line
 from gptforge.report.metrics import read_history

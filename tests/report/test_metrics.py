@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from gptforge.checkpoint import run_files
+from gptforge.checkpoint import out_dir
 from gptforge.report import metrics
 from gptforge.report.format import format_count, format_duration
 from gptforge.report.metrics import read_history, step_line
@@ -73,7 +73,7 @@ def test_only_the_end_of_a_regular_file_is_read(tmp_path, monkeypatch) -> None:
     lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in range(100)]
     path.write_text("".join(lines) + "x" * 10**6 + "\n" + lines[0])
     assert len(read_history(path).train) == 101
-    monkeypatch.setattr(run_files, "MAX_METRICS_BYTES", 10**6 + 2 * len(lines[0]))
+    monkeypatch.setattr(out_dir, "MAX_METRICS_BYTES", 10**6 + 2 * len(lines[0]))
     assert [event["step"] for event in read_history(path).train] == [0]
     if os.name != "nt":
         (tmp_path / "link").symlink_to(path)

@@ -14,8 +14,7 @@ from gptforge.convert.hf_tokenizer import tokenizer_json
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import END_OF_TEXT, byte_lengths, decode
 from gptforge.tokenizers.fast_encode import FastEncoder
-from gptforge.tokenizers.hf_loader import parse_tokenizer_json, unambiguous_merges
-from gptforge.tokenizers.train_bpe import train_bpe
+from gptforge.tokenizers.hf_bpe import parse_tokenizer_json, train_bpe, unambiguous_merges
 
 pytest.importorskip("tokenizers")
 SHAKESPEARE = (Path(__file__).parents[2] / "input.txt").read_text(encoding="utf-8")[:300_000]

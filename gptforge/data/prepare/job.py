@@ -3,6 +3,7 @@
 Jobs are independent, so the shards do not depend on the number of processes.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,8 @@ from gptforge.tokenizers.fast_encode import FastEncoder
 PROGRESS_CHARS = 2**20  # reported at a time
 MAX_SHARD_TOKENS = 2**27
 SPLITS: tuple[SplitName, ...] = ("train", "val")
+Progress = Callable[[int, int], None]
+"""Called with the bytes of the files, and of their text, that are done since the last call."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,6 @@ class Job:
 
     index: int
     spans: tuple[FileSpan, ...]
-
-
-@dataclass(frozen=True)
-class JobSettings:
-    """Settings common to all jobs of a preparation."""
-
-    out_dir: Path
-    tokenizer_file: Path
-    split_rule: SplitRule
-    text_format: TextFormat
-    skip_bad: bool
 
 
 @dataclass
@@ -110,25 +102,34 @@ class SplitWriter:
         self._shard, self._counts = None, Counter[str]()
 
 
+@dataclass(frozen=True)
 class JobRunner:
-    """Runs jobs one after the other; an exception of `progress` stops a job."""
+    """Runs jobs one after the other; each worker process has a copy."""
 
-    def __init__(self, settings: JobSettings, progress: Callable[[int, int], None]) -> None:
-        self._settings, self._progress = settings, progress
-        tokenizer = tokenizers.load(settings.tokenizer_file)
-        self._encoder = FastEncoder(tokenizer)
-        prefix = [tokenizer.eot_token] if settings.split_rule.prepend_eot else []
-        self._prefix: Tokens = np.array(prefix, smallest_dtype(tokenizer.vocab_size))
+    out_dir: Path
+    tokenizer_file: Path
+    split_rule: SplitRule
+    text_format: TextFormat
+    skip_bad: bool
 
-    def run(self, job: Job) -> JobResult:
-        """Write the shards of a job; all of them are complete when this returns."""
-        out_dir, bad_input = self._settings.out_dir, BadInputHandler(self._settings.skip_bad)
-        names = {split: f"{split}_{job.index:06d}" for split in SPLITS}
-        writers = {s: SplitWriter(out_dir / names[s], s, self._prefix) for s in SPLITS}
+    @functools.cached_property
+    def _encoder(self) -> FastEncoder:
+        return FastEncoder(tokenizers.load(self.tokenizer_file))
+
+    def run(self, job: Job, progress: Progress) -> JobResult:
+        """Write the shards of a job; all of them are complete when this returns.
+
+        An exception of `progress` stops it.
+        """
+        out_dir, bad_input = self.out_dir, BadInputHandler(self.skip_bad)
+        tokenizer = self._encoder.tokenizer
+        prefix = [tokenizer.eot_token] if self.split_rule.prepend_eot else []
+        ids: Tokens = np.array(prefix, smallest_dtype(tokenizer.vocab_size))
+        writers = {s: SplitWriter(out_dir / f"{s}_{job.index:06d}", s, ids) for s in SPLITS}
         result = JobResult()
         try:
             for span in job.spans:
-                self._encode(span, writers, result, bad_input)
+                self._encode(span, writers, result, bad_input, progress)
             for writer in writers.values():
                 writer.close()
         except BaseException as error:
@@ -153,11 +154,11 @@ class JobRunner:
         writers: Mapping[SplitName, SplitWriter],
         result: JobResult,
         bad_input: BadInputHandler,
+        progress: Progress,
     ) -> None:
         splits = set(result.splits.get(span.source_index, ()))
         reported = num_chars = 0
-        rule, text_format = self._settings.split_rule, self._settings.text_format
-        for part in read_split(span, rule, text_format, bad_input):
+        for part in read_split(span, self.split_rule, self.text_format, bad_input):
             try:
                 ids = self._encoder.encode(part.text)
             except UserError as error:  # a character that the tokenizer lacks
@@ -167,8 +168,8 @@ class JobRunner:
             result.num_eot_literals += part.text.count(END_OF_TEXT)
             num_chars += len(part.text)
             if num_chars >= PROGRESS_CHARS:
-                self._progress(part.bytes_read - reported, num_chars)
+                progress(part.bytes_read - reported, num_chars)
                 reported, num_chars = part.bytes_read, 0
-        self._progress(span.num_bytes - reported, num_chars)
+        progress(span.num_bytes - reported, num_chars)
         if splits:
             result.splits[span.source_index] = sorted(splits)

@@ -5,7 +5,7 @@ import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from gptforge.data.input_errors import BadInput
@@ -34,23 +34,45 @@ JSON_WHITESPACE = " \t\r\n"
 NON_SPACE = re.compile(f"[^{JSON_WHITESPACE}]")
 
 
-def read_json_lines(part: InputPart) -> Iterator[str]:
-    """The texts of JSON lines."""
+def read_json(part: InputPart) -> Iterator[str]:
+    """The texts of JSON lines, or of the objects in an array."""
+    for place, record in _records(part):
+        try:
+            if isinstance(record, BadInput):
+                raise record
+            yield text_from_record(record, part)
+        except BadInput as bad:
+            if FIELD_HINT in bad.hint and _has_field_elsewhere(part):
+                # Do not suggest another `--field` if only this record lacks the field.
+                hint = "other objects have it: correct or remove this one"
+                bad = BadInput(bad.problem, hint=hint)
+            if isinstance(place, int):
+                # Lines are counted only for errors, by reading the file again.
+                before = InputPart(part.source, stop=place).read_blocks()
+                number = 1 + sum(block.count(b"\n") for block in before)
+                place = f"line {number}"
+            part.bad_input.handle(bad, f"{part.source.name}, {place}")
+
+
+def _records(part: InputPart) -> Iterator[tuple[int | str, Any]]:
+    """Each record, or the BadInput that it is, with its place: a line's first byte, or its name."""
+    is_array = part.start == 0 and is_json_array(part.source, part.text_format)
+    return _array_elements(part) if is_array else _line_records(part)
+
+
+def _line_records(part: InputPart) -> Iterator[tuple[int, Any]]:
     source, encoding, offset = part.source, part.text_format.encoding, part.start
     if codecs.decode(b"\n", parse_encoding(encoding)[0], "replace") != "\n":
         problem = f"JSON lines cannot be split in {encoding}"
         raise BadInput(problem, source.name, "save it as UTF-8")
     for line in split_lines(part.read_blocks(), b"\n"):
-        line_start, offset = offset, offset + len(line)
-        if line.isspace():
-            continue
-        try:
-            yield text_from_record(_parse_line(line, part), part)
-        except BadInput as bad:
-            # Line numbers are counted only for errors, by reading the file again.
-            before = InputPart(source, stop=line_start).read_blocks()
-            number = 1 + sum(block.count(b"\n") for block in before)
-            part.bad_input.handle(_with_fitting_hint(bad, part), f"{source.name}, line {number}")
+        if not line.isspace():
+            try:
+                record = _parse_line(line, part)
+            except BadInput as bad:
+                record = bad
+            yield offset, record
+        offset += len(line)
 
 
 def _parse_line(line: bytes, part: InputPart) -> Any:
@@ -90,30 +112,11 @@ def is_json_array(source: Source, text_format: TextFormat) -> bool:
     return False
 
 
-def read_json_array(part: InputPart) -> Iterator[str]:
-    """The texts of the objects in an array."""
-    for number, record in enumerate(_array_elements(part), 1):
-        try:
-            yield text_from_record(record, part)
-        except BadInput as bad:
-            location = f"{part.source.name}, element {number}"
-            part.bad_input.handle(_with_fitting_hint(bad, part), location)
-
-
-def _with_fitting_hint(bad: BadInput, part: InputPart) -> BadInput:
-    """Do not suggest another `--field` if only this record lacks the field."""
-    if FIELD_HINT in bad.hint and _has_field_elsewhere(part):
-        return BadInput(bad.problem, hint="other objects have it: correct or remove this one")
-    return bad
-
-
 def _has_field_elsewhere(part: InputPart) -> bool:
     """Whether any of the first objects of the file has text in the field."""
-    file = InputPart(part.source, part.text_format)
-    is_array = is_json_array(part.source, part.text_format)
-    records = _array_elements(file) if is_array else _line_records(file)
     with contextlib.suppress(BadInput):  # reported when it is read
-        for record in islice(records, PEEK_RECORDS):
+        records = _records(InputPart(part.source, part.text_format))
+        for _, record in islice(records, PEEK_RECORDS):
             if isinstance(record, dict):
                 field = find_field(record, part.text_format.field)
                 if is_text(record.get(field)):
@@ -121,75 +124,45 @@ def _has_field_elsewhere(part: InputPart) -> bool:
     return False
 
 
-def _line_records(part: InputPart) -> Iterator[Any]:
-    for line in split_lines(part.read_blocks(), b"\n"):
-        if not line.isspace():
-            yield _parse_line(line, part)
-
-
-def _array_elements(part: InputPart) -> Iterator[Any]:
+def _array_elements(part: InputPart) -> Iterator[tuple[str, Any]]:
     """Parse a JSON array in constant memory."""
-    decode = json.JSONDecoder().raw_decode
-    source, chunks = part.source, part.read_chunks()
-    text, position, number = "", 0, 0
-
-    def read(min_chars: int) -> bool:
-        """Append to `text`, without what was parsed; returns whether there was anything."""
-        nonlocal text, position
-        parts = [text[position:]]
-        while min_chars > 0 and (chunk := next(chunks, None)):
-            parts.append(chunk.text)
-            min_chars -= len(chunk.text)
-        if len(parts) == 1:
-            return False
-        text, position = "".join(parts), 0
-        return True
-
-    def peek() -> str:
-        """The next character after whitespace; empty at the end of the file."""
-        nonlocal position
-        while (match := NON_SPACE.search(text, position)) is None:
-            position = len(text)
-            if not read(1):
-                return ""
-        position = match.start()
-        return match[0]
-
-    def parse_element() -> Any:
-        nonlocal position
-        while True:
-            rest = len(text) - position
-            try:
-                value, end = decode(text, position)
-            except Exception as error:
-                # The element may continue in the next chunk; doubling keeps the total cost linear.
-                may_continue = isinstance(error, ValueError) and rest <= MAX_ELEMENT_CHARS
-                if not may_continue or not read(rest):
+    decode, name = json.JSONDecoder().raw_decode, part.source.name
+    expected, text, number, enough = "[", "", 0, 0
+    for chunk in chain(part.read_chunks(), [None]):
+        text += chunk.text if chunk else ""
+        if chunk and len(text) < enough:
+            continue
+        position = enough = 0
+        while match := NON_SPACE.search(text, position):
+            position = match.start()
+            if expected == "element" or (expected == "first element or ]" and match[0] != "]"):
+                rest = len(text) - position
+                try:
+                    value, end = decode(text, position)
+                except Exception as error:
+                    # It may continue in the next chunk; doubling keeps the total cost linear.
+                    if chunk and isinstance(error, ValueError) and rest <= MAX_ELEMENT_CHARS:
+                        enough = 2 * rest
+                        break
                     hint = f"correct it ({error_reason(error)})"
-                    raise BadInput("not JSON", f"{source.name}, element {number}", hint) from None
-            else:
-                # A number at the end of a chunk may continue in the next one.
-                if end < len(text) or not read(1):
-                    position = end
-                    return value
-
-    peek()
-    position += 1  # the opening bracket
-    separator = "]" if peek() == "]" else ","
-    position += separator == "]"
-    while separator == "," and peek():
-        number += 1
-        yield parse_element()
-        separator = peek()
-        position += 1
-    if separator in ("", ","):
+                    raise BadInput("not JSON", f"{name}, element {number + 1}", hint) from None
+                if chunk and end == len(text):
+                    break  # a number at the end of a chunk may continue in the next one
+                number += 1
+                yield f"element {number}", value
+                position, expected = end, ", or ]"
+                continue
+            if expected == "end" or (expected == ", or ]" and match[0] not in ",]"):
+                problem = "text after the array" if expected == "end" else "not JSON: no comma"
+                hint = "one array of objects is read, or one object a line"
+                raise BadInput(problem, f"{name}, after element {number}", hint)
+            expected = {"[": "first element or ]", ",": "element", "]": "end"}[match[0]]
+            position += 1
+        text = text[position:] if match else ""
+    if expected != "end":
         hint = "the file was truncated: download it again, or add what is missing"
         problem = "the array has no end: no ] after the last element"
-        raise BadInput(problem, source.name, hint)
-    if separator != "]" or peek():
-        problem = "not JSON: no comma" if separator != "]" else "text after the array"
-        hint = "one array of objects is read, or one object a line"
-        raise BadInput(problem, f"{source.name}, after element {number}", hint)
+        raise BadInput(problem, name, hint)
 
 
 def text_from_record(record: Any, part: InputPart) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from gptforge import files, tokenizers
 from gptforge.data.input_errors import BadInputError, BadInputHandler
 from gptforge.data.prepare.finalize import finalize
-from gptforge.data.prepare.job import JobSettings
+from gptforge.data.prepare.job import JobRunner
 from gptforge.data.prepare.partition import partition
 from gptforge.data.prepare.readers import FileSpan, read_split
 from gptforge.data.prepare.request import FileSelection, PrepareRequest, ProgressBar, select_files
@@ -157,8 +157,8 @@ def _encode(
         path = out_dir / TOKENIZER_FILE
         tokenizers.save(tokenizer, path)
         jobs = partition(sources, scanned, text_format, job_bytes=max(1, request.shard_bytes))
-        settings = JobSettings(out_dir, path, rule, text_format, request.skip_bad)
-        results = run_jobs(jobs, settings, out_dir / PROGRESS_DIR, num_workers, progress)
+        runner = JobRunner(out_dir, path, rule, text_format, request.skip_bad)
+        results = run_jobs(jobs, runner, out_dir / PROGRESS_DIR, num_workers, progress)
     scanned = replace(scanned, split_rule=rule)
     index = finalize(out_dir, sources, scanned, tokenizer, results, raw_bin=request.raw_bin)
     mark_verified(index)
@@ -254,7 +254,7 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
     The text is read twice, to count its bytes and to learn.
     """
     from gptforge.estimate.formulas import default_vocab_size
-    from gptforge.tokenizers.train_bpe import train_bpe
+    from gptforge.tokenizers.hf_bpe import train_bpe
 
     def training_text() -> Iterator[str]:
         bad_input = BadInputHandler(request.skip_bad)  # the jobs count it for the report

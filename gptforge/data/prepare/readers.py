@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
-from gptforge.data.prepare.json_reader import is_json_array, read_json_array, read_json_lines
+from gptforge.data.prepare.json_reader import read_json
 from gptforge.data.prepare.sources import Source
 from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
 from gptforge.data.prepare.table_reader import read_csv, read_parquet
@@ -42,10 +42,8 @@ def read_documents(part: InputPart) -> Iterator[tuple[int, str]]:
         texts = _read_delimited(part)
     elif source.kind == "parquet":
         texts = read_parquet(part)
-    elif part.start == 0 and is_json_array(source, part.text_format):
-        texts = read_json_array(part)
     else:
-        texts = read_json_lines(part)
+        texts = read_json(part)
     index = 0
     try:
         for text in texts:
@@ -137,8 +135,8 @@ def _split_documents(part: InputPart, span: FileSpan, rule: SplitRule) -> Iterat
             yield SplitText(text[: rule.cut], "train", index, True, part.bytes_read)
             yield SplitText(text[rule.cut :], "val", index, True, part.bytes_read)
         else:
-            # Hashing every document costs time.
-            digest = text_digest(text) if rule.needs_digest else 0
+            # Hashing every document costs time, and other rules do not look at the digest.
+            digest = text_digest(text) if rule.rule == "hash" or rule.exceptions else 0
             split = rule.assign((span.source_index, index), digest)
             yield SplitText(text, split, index, True, part.bytes_read)
 

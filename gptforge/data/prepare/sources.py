@@ -4,7 +4,6 @@ import glob
 import os
 import select
 import shutil
-import stat
 import sys
 import tempfile
 from collections import Counter
@@ -193,10 +192,7 @@ def _spooled_source(name: str, path: Path, kind: KindFlag) -> Source:
 
 def is_pipe(path: Path) -> bool:
     """Whether a path is a named pipe, or a shell's `<(command)`."""
-    try:
-        return stat.S_ISFIFO(path.stat().st_mode)
-    except OSError:
-        return False
+    return files.nonregular_kind(path) == "a named pipe"
 
 
 def _copy_pipe(source: Path, file: IO[bytes]) -> None:

@@ -52,11 +52,6 @@ class SplitRule:
     val_sources: tuple[int, ...] = ()
     prepend_eot: bool = True  # an end-of-text id before each document
 
-    @property
-    def needs_digest(self) -> bool:
-        """Whether `assign` looks at the digest."""
-        return self.rule == "hash" or bool(self.exceptions)
-
     def assign(self, document_id: DocumentId, digest: int) -> SplitName:
         """Return the split of an undivided document."""
         if self.rule == "files":

@@ -1,5 +1,6 @@
 """Run the jobs of a preparation in worker processes, but for those that have run before."""
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptforge import files
-from gptforge.data.prepare.job import Job, JobResult, JobRunner, JobSettings
+from gptforge.data.prepare.job import Job, JobResult, JobRunner, Progress
 from gptforge.data.prepare.request import ProgressBar
 from gptforge.data.token_dataset import read_shard_header
 from gptforge.errors import RunError
@@ -30,7 +31,7 @@ class StopRequested(Exception):  # noqa: N818 (not an error: the parent process 
 
 def run_jobs(
     jobs: Sequence[Job],
-    settings: JobSettings,
+    runner: JobRunner,
     progress_dir: Path,
     num_workers: int,
     progress: ProgressBar | None,
@@ -42,7 +43,7 @@ def run_jobs(
         RunError: if a worker process was killed.
     """
     paths = {job: progress_dir / f"job-{job.index:06d}.json" for job in jobs}
-    loaded = {job: _load_result(path, settings.out_dir) for job, path in paths.items()}
+    loaded = {job: _load_result(path, runner.out_dir) for job, path in paths.items()}
     results = {job: result for job, result in loaded.items() if result is not None}
     if results:
         logger.info(f"resuming: {len(results)} of {len(jobs)} parts are finished")
@@ -54,7 +55,7 @@ def run_jobs(
     remaining = [job for job in jobs if job not in results]
     num_workers = min(len(remaining), num_workers or num_cpus())
     add = progress.add if progress else lambda file_bytes, text_bytes: None
-    for job, result in _run(remaining, settings, add, num_workers):
+    for job, result in _run(remaining, runner, add, num_workers):
         files.atomic_write(paths[job], json.dumps(result.to_json(), ensure_ascii=False))
         results[job] = result
     return [results[job] for job in jobs]
@@ -78,23 +79,18 @@ def _load_result(path: Path, out_dir: Path) -> JobResult | None:
 
 
 def _run(
-    jobs: Sequence[Job],
-    settings: JobSettings,
-    progress: Callable[[int, int], None],
-    num_workers: int,
+    jobs: Sequence[Job], runner: JobRunner, progress: Progress, num_workers: int
 ) -> Iterator[tuple[Job, JobResult]]:
     """Yield each job with its result as it finishes; one worker is this process."""
     if num_workers <= 1:
-        runner = JobRunner(settings, progress)
         for job in jobs:
-            yield job, runner.run(job)
+            yield job, runner.run(job, progress)
         return
     context = multiprocessing.get_context("spawn")
     counts = context.Value("q", 0), context.Value("q", 0)
     # No lock: a worker that is killed while holding it would never release it.
     stop = context.RawValue("b", 0)
-    initargs = (settings, counts, stop)
-    pool = ProcessPoolExecutor(num_workers, context, _init_worker, initargs)
+    pool = ProcessPoolExecutor(num_workers, context, _init_worker, (runner, counts, stop))
     try:
         running: dict[Future[JobResult], Job] = {pool.submit(_run_job, job): job for job in jobs}
         reported = [0, 0]
@@ -121,10 +117,10 @@ def num_cpus() -> int:
     return os.cpu_count() or 1
 
 
-_runner: JobRunner
+_run_here: Callable[[Job], JobResult]
 
 
-def _init_worker(settings: JobSettings, counts: tuple[Any, Any], stop: Any) -> None:
+def _init_worker(runner: JobRunner, counts: tuple[Any, Any], stop: Any) -> None:
     # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -136,8 +132,8 @@ def _init_worker(settings: JobSettings, counts: tuple[Any, Any], stop: Any) -> N
             with count.get_lock():
                 count.value += more
 
-    global _runner
-    _runner = JobRunner(settings, progress)
+    global _run_here
+    _run_here = functools.partial(runner.run, progress=progress)
 
 
 def _exit_with_parent() -> None:
@@ -148,4 +144,4 @@ def _exit_with_parent() -> None:
 
 
 def _run_job(job: Job) -> JobResult:
-    return _runner.run(job)
+    return _run_here(job)

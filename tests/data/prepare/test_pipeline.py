@@ -147,11 +147,11 @@ def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch) -> None:
     complete = prepare_files(tmp_path / "complete", source, shard_bytes=3000)
     run, started = JobRunner.run, []
 
-    def run_four(self, job):
+    def run_four(self, job, progress):
         if len(started) == 4:
             raise KeyboardInterrupt
         started.append(job.index)
-        return run(self, job)
+        return run(self, job, progress)
 
     monkeypatch.setattr(JobRunner, "run", run_four)
     with pytest.raises(KeyboardInterrupt):
@@ -161,9 +161,9 @@ def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch) -> None:
     assert times
     started.clear()
 
-    def run_all(self, job):
+    def run_all(self, job, progress):
         started.append(job.index)
-        return run(self, job)
+        return run(self, job, progress)
 
     monkeypatch.setattr(JobRunner, "run", run_all)
     prepare_files(tmp_path / "cut", source, shard_bytes=3000, num_workers=1)
