@@ -238,7 +238,10 @@ def _assemble(
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,
-            inputs=sorted(dataset.input_fingerprints("train")),
+            inputs={
+                "inputs": sorted(dataset.input_fingerprints("train")),
+                "val_inputs": sorted(dataset.input_fingerprints("val")),
+            },
             state=state,
             lock=lock,
             comm=comm,
