@@ -53,13 +53,13 @@ class RunInfo:
 
     def has_same_text(self, other: "RunInfo") -> bool:
         """Whether both were trained and evaluated on the same text: by hashes, else by its path."""
-        mine, theirs = self.saved, other.saved
-        if not (mine and theirs):
+        saved, other_saved = self.saved, other.saved
+        if not (saved and other_saved):
             return self.config.input == other.config.input
         # The hash of the text depends on the tokenizer if there are several files.
-        names = [name for name in ("inputs", "val_inputs") if name in mine and name in theirs]
-        is_same = "inputs" in names and all(mine[name] == theirs[name] for name in names)
-        return is_same or mine.get("text_sha256") == theirs.get("text_sha256")
+        names = [name for name in ("inputs", "val_inputs") if name in saved and name in other_saved]
+        is_same = "inputs" in names and all(saved[name] == other_saved[name] for name in names)
+        return is_same or saved.get("text_sha256") == other_saved.get("text_sha256")
 
     @property
     def subset_tokens(self) -> int:
