@@ -59,7 +59,7 @@ class RunInfo:
         # The hash of the text depends on the tokenizer if there are several files.
         names = [name for name in ("inputs", "val_inputs") if name in saved and name in other_saved]
         is_same = "inputs" in names and all(saved[name] == other_saved[name] for name in names)
-        return is_same or saved.get("text_sha256") == other_saved.get("text_sha256")
+        return is_same or saved.get("text_sha256", "") == other_saved.get("text_sha256")
 
     @property
     def subset_tokens(self) -> int:
