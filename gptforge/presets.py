@@ -31,7 +31,8 @@ def _gpt2(description: str, n_layer: int, n_head: int, n_embd: int, batch_size: 
 _FINETUNE: dict[str, Value] = {
     "dropout": 0.1, "random_offset": True, "eval_tokens": 2**20,
     "batch_size": 4, "gradient_accumulation_steps": 1,
-    "max_lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 1, "beta2": 0.99, "ema": 0.99,
+    # The rates follow from the model; until they do, any explicit one is valid beside min_lr.
+    "min_lr": 0.0, "warmup_steps": 1, "beta2": 0.99, "ema": 0.99,
 }  # fmt: skip
 _DEBUG: dict[str, Value] = {
     "tokenizer": "char", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32,

@@ -10,7 +10,6 @@ from pathlib import Path
 from gptforge import files
 from gptforge.builders.build_train_step import build_train_step, estimate_duration
 from gptforge.builders.memory_fit import check_fits_memory
-from gptforge.builders.resolve import config_of_run
 from gptforge.builders.resolve_run import ResolvedRun, open_run_dir, resolve_run
 from gptforge.builders.start_report import config_toml, describe_dataset, start_report
 from gptforge.builders.step_timing import fit_time_limit
@@ -116,12 +115,16 @@ def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -
         TeacherStopped: if one is stopped.
     """
     c, comm = run.config, run.comm
-    if comm.is_main and config_of_run(c) is None:
-        # A run that is stopped in a teacher resumes with these values.
-        files.atomic_write(Path(c.out_dir) / CONFIG, config_toml(run))
+
+    def start(trainer: Trainer) -> None:
+        # A run that is stopped in a teacher resumes with these values, which no teacher refused.
+        if comm.is_main:
+            files.atomic_write(Path(c.out_dir) / CONFIG, config_toml(run))
+        on_teacher(trainer)
+
     for number, teacher in enumerate(teacher_configs(c, run.explicit, comm), 1):
         logger.info(f"teacher {number} of {c.teachers}: {teacher.out_dir}")
-        reason = _train_teacher(dataclasses.replace(run, config=teacher), on_teacher)
+        reason = _train_teacher(dataclasses.replace(run, config=teacher), start)
         if reason != "finished":
             raise TeacherStopped(reason)
     seed_everything(c, rank=comm.rank)  # as without teachers
@@ -235,7 +238,10 @@ def _assemble(
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,
-            inputs=sorted(dataset.input_fingerprints("train")),
+            inputs={
+                "inputs": sorted(dataset.input_fingerprints("train")),
+                "val_inputs": sorted(dataset.input_fingerprints("val")),
+            },
             state=state,
             lock=lock,
             comm=comm,

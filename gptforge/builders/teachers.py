@@ -62,9 +62,9 @@ def cost_with_teachers(config: Config) -> float:
 def teacher_configs(config: Config, explicit: Collection[str], comm: Comm) -> list[Config]:
     """The configurations of all teachers of a student, new or resumed."""
     if "teacher_steps" not in explicit:
-        # The student's --max_steps may have been raised since they began.
-        first = comm.broadcast_from_rank0(lambda: vars(config_of_run(config) or config))
-        steps = first["teacher_steps"] or first["max_steps"]
+        # The student's --max_steps may have been raised since the first one began.
+        first = teacher_config(config, 1)
+        steps = comm.broadcast_from_rank0(lambda: (config_of_run(first) or first).max_steps)
         config = dataclasses.replace(config, teacher_steps=steps)
     return [teacher_config(config, number) for number in range(1, config.teachers + 1)]
 

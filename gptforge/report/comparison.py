@@ -131,7 +131,7 @@ def _comparable_metric(runs: Sequence[RunInfo]) -> tuple[str | None, list[str]]:
     """The metric by which the runs can be compared, and why not by the loss."""
     if not all(run.has_same_text(runs[0]) for run in runs):
         texts = ", ".join(sorted({run.text for run in runs}))
-        return None, [f"they were trained on different texts ({texts})"]
+        return None, [f"they were trained or evaluated on different texts ({texts})"]
     is_partial = any(run.config.eval_tokens and not run.history.final for run in runs)
     parts = ["val_fraction", "split_by_name"]
     parts += ["eval_tokens", "context_length"] if is_partial else []

@@ -52,12 +52,14 @@ class RunInfo:
         return Path(name).name or name
 
     def has_same_text(self, other: "RunInfo") -> bool:
-        """Whether both were trained on the same text: by hashes, else by its path."""
-        for name in ("text_sha256", "inputs"):
-            # The first depends on the tokenizer if there are several files; the second is newer.
-            if (value := self.saved.get(name)) and value == other.saved.get(name):
-                return True
-        return not (self.saved and other.saved) and self.config.input == other.config.input
+        """Whether both were trained and evaluated on the same text: by hashes, else by its path."""
+        saved, other_saved = self.saved, other.saved
+        if not (saved and other_saved):
+            return self.config.input == other.config.input
+        # The hash of the text depends on the tokenizer if there are several files.
+        names = [name for name in ("inputs", "val_inputs") if name in saved and name in other_saved]
+        is_same = "inputs" in names and all(saved[name] == other_saved[name] for name in names)
+        return is_same or saved.get("text_sha256", "") == other_saved.get("text_sha256")
 
     @property
     def subset_tokens(self) -> int:

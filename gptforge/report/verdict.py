@@ -55,7 +55,13 @@ def _with_val(history: History, max_steps: int) -> list[str]:
         return ["The held-out loss was always NaN or Inf: training diverged."]
     best, last = history.best_eval or evals[0], evals[-1]
     steps_since_best = last["step"] - best["step"]
-    if len(evals) < 2:
+    final = history.final
+    if final and final["best_step"] != best["step"]:
+        trend = (
+            "Its steps were then dropped, to resume from before them, and no evaluation since then "
+            "was better."
+        )
+    elif len(evals) < 2:
         trend = "It was evaluated only once, so whether it is still improving is unknown."
     elif best is last:
         trend = _improvement(evals)
@@ -68,7 +74,6 @@ def _with_val(history: History, max_steps: int) -> list[str]:
             f"In the {steps_since_best} steps after that it stayed level: whether more steps "
             "would help is unknown."
         )
-    final = history.final
     if final is None:
         tokens = f", over {best['val_tokens']:,} tokens" if best.get("val_tokens") else ""
         best_loss = (

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,7 +50,7 @@ class Trainer:
     loss_monitor: LossMonitor
     patience: int  # evaluations without a better held-out loss after which to stop; 0: never
     text_sha256: str  # hash of the training text: a run resumes only with the same text
-    inputs: list[str]  # fingerprints of the files that the training text comes from
+    inputs: Mapping[str, list[str]]  # entries of state.json: fingerprints of the texts' files
     state: TrainState
     lock: FolderLock | None  # lock of the run folder, released when training ends
     comm: Comm  # the ranks; report and saver do nothing except on rank 0, which alone has the lock
@@ -244,7 +244,7 @@ class Trainer:
             state.seconds = time.perf_counter() - self._start_time
             saved = snapshot(
                 state, self.step_fn, self.dataloader, self.comm, text_sha256=self.text_sha256,
-                inputs=self.inputs, file_sizes=self.report.file_sizes(),
+                **self.inputs, file_sizes=self.report.file_sizes(),
             )  # fmt: skip
             self.saver.save_async(state.step, saved, is_best=is_best)
 

@@ -103,7 +103,7 @@ def test_steps_follow_the_text(pretrained: Path, tmp_path: Path) -> None:
 def test_model_is_taken_from_init_from_and_explicit_flags_are_kept(finetune) -> None:
     flags = (
         "--max_lr",
-        2e-4,
+        5e-6,
         "--batch_size",
         2,
         "--max_steps",
@@ -116,7 +116,7 @@ def test_model_is_taken_from_init_from_and_explicit_flags_are_kept(finetune) -> 
     assert finetune(*flags).code == 0
     run, _ = read_toml(Path("tuned/config.toml"))
     assert {name: run[name] for name in MODEL} == MODEL
-    assert (run["max_lr"], run["min_lr"]) == (2e-4, pytest.approx(2e-5))
+    assert (run["max_lr"], run["min_lr"]) == (5e-6, pytest.approx(5e-7))
     assert (run["batch_size"], run["max_steps"], run["dropout"]) == (2, 6, 0)
     assert run["patience"] == 0  # nothing is held out
 

@@ -126,8 +126,22 @@ def test_different_texts_are_not_compared(tmp_path) -> None:
     assert compare_runs(a, same).metric == "val_loss"
     found = compare_runs(a, other)
     assert found.metric is None and not found.differences
-    assert found.notes == ["they were trained on different texts (play.txt)"]
+    assert found.notes == ["they were trained or evaluated on different texts (play.txt)"]
     assert found.verdict == ["No verdict: the losses of these runs cannot be compared."]
+
+
+@pytest.mark.parametrize(("other_val", "metric"), [("b", "val_bpb"), ("c", None)])
+def test_the_same_files_are_the_same_text_if_the_held_out_ones_are(
+    tmp_path, other_val, metric
+) -> None:
+    paths = []
+    for tokenizer, val in (("char", "b"), ("byte", other_val)):
+        paths.append(write_run(tmp_path / tokenizer, {10: 1.5}, text=val, tokenizer=tokenizer))
+        [state] = paths[-1].glob("checkpoints/*/state.json")
+        # The hash of several files depends on the tokenizer.
+        record = {"text_sha256": tokenizer, "inputs": ["a"], "val_inputs": [val]}
+        state.write_text(json.dumps(json.loads(state.read_text()) | record))
+    assert compare_runs(*paths).metric == metric
 
 
 @pytest.mark.parametrize("field", [{"val_fraction": 0.2}, {"eval_tokens": 512}])

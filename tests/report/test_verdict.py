@@ -99,3 +99,12 @@ def test_a_run_that_was_evaluated_only_at_its_end() -> None:
     text = verdict(history, max_steps=1, epochs=0.1, out_dir="runs/x", has_val=True)
     assert text.startswith("Best held-out loss 3.5000 nats per token")
     assert "step 1 of 1.\nTry it" in text
+
+
+@pytest.mark.parametrize("losses", [((16, 4.0),), ((16, 4.0), (40, 3.0))])
+def test_no_trend_after_a_best_checkpoint_of_dropped_steps(losses) -> None:
+    """A longer wsd run resumes from before the decay, and may not have reached that loss again."""
+    history = History(evals=eval_events(*losses), final=final_event(20, loss=2.5, tokens=1000))
+    text = verdict(history, max_steps=40, epochs=1.0, out_dir="runs/x", has_val=True)
+    assert "step 20 of 40" in text and "Its steps were then dropped" in text
+    assert "improving" not in text and "level" not in text

@@ -19,7 +19,7 @@ from gptforge.builders.teachers import (
     teacher_configs,
 )
 from gptforge.builders.text_presets import resolve_auto
-from gptforge.checkpoint.format import read_tensors
+from gptforge.checkpoint.format import read_config, read_tensors
 from gptforge.config import Config
 from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import UserError
@@ -282,6 +282,27 @@ def test_teachers_keep_their_steps_when_max_steps_are_raised_before_they_are_don
     explicit = dataclasses.replace(longer, teacher_steps=5)
     teachers = teacher_configs(explicit, ("teacher_steps",), SINGLE_PROCESS)
     assert [teacher.max_steps for teacher in teachers] == [5] * 2
+
+
+def test_flags_of_a_resume_that_stops_in_a_teacher_are_kept_unless_refused(
+    program, play, monkeypatch
+) -> None:
+    def stopped_in_a_teacher(*flags: object) -> int:
+        stop = StopAfter(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "stop_reason", lambda self: stop.stop_reason())
+            return program(*flags).code
+
+    stopped_in_a_teacher(*DEBUG, "--input", play, "--out_dir", "run", "--teachers", 1)
+    steps = read_config(Path("run"), with_model=False).max_steps
+    assert stopped_in_a_teacher("--resume", "run", "--ema", 0.9) == 2
+    flags = ("--max_steps", steps + 2, "--distill_weight", 0.9)
+    assert stopped_in_a_teacher("--resume", "run", *flags) != 2
+    assert program("--resume", "run").code == 0
+    config = read_config(Path("run/checkpoints/last"))
+    assert (config.max_steps, config.distill_weight) == (steps + 2, 0.9)
+    teacher = read_config(Path("run/teachers/teacher-1/checkpoints/last"))
+    assert teacher.max_steps == steps
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
