@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 from gptforge import files
 from gptforge.checkpoint import format as checkpoints
-from gptforge.checkpoint.out_dir import check_out_dir, check_writable, has_files, has_line
+from gptforge.checkpoint.out_dir import (
+    TEACHERS,
+    check_out_dir,
+    check_writable,
+    has_files,
+    has_line,
+)
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, resume_conflicts
 from gptforge.config_file import read_toml
@@ -180,8 +186,9 @@ def resume_config(
             conflicts.append(f"{name}: not the text that {folder.as_posix()} was trained on")
     if conflicts:
         hint = "choose another --out_dir, or --restart to move it to a backup"
-        # --resume takes neither.
-        if config.config and Path(config.config) == folder / checkpoints.CONFIG:
+        # --resume takes neither; a teacher resumes by the configuration of its student.
+        run = folder.parents[1] if folder.parent.name == TEACHERS else folder
+        if config.config and Path(config.config) in {d / checkpoints.CONFIG for d in (run, folder)}:
             names = {name for text in conflicts for name in text.partition(":")[0].split(" or ")}
             fix = "leave these flags out" if names.intersection(explicit) else "restore the text"
             hint = f"{fix} to resume it, or start a new run without --resume"

@@ -287,17 +287,19 @@ def test_teachers_keep_their_steps_when_max_steps_are_raised_before_they_are_don
 def test_flags_of_a_resume_that_stops_in_a_teacher_are_kept_unless_refused(
     program, play, monkeypatch
 ) -> None:
-    def stopped_in_a_teacher(*flags: object) -> int:
+    def stopped_in_a_teacher(*flags: object) -> tuple[int, str]:
         stop = StopAfter(3)
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "stop_reason", lambda self: stop.stop_reason())
-            return program(*flags).code
+            done = program(*flags)
+            return done.code, done.err
 
     stopped_in_a_teacher(*DEBUG, "--input", play, "--out_dir", "run", "--teachers", 1)
     steps = read_config(Path("run"), with_model=False).max_steps
-    assert stopped_in_a_teacher("--resume", "run", "--ema", 0.9) == 2
+    code, error = stopped_in_a_teacher("--resume", "run", "--ema", 0.9)
+    assert code == 2 and "leave these flags out to resume it" in error
     flags = ("--max_steps", steps + 2, "--distill_weight", 0.9)
-    assert stopped_in_a_teacher("--resume", "run", *flags) != 2
+    assert stopped_in_a_teacher("--resume", "run", *flags)[0] != 2
     assert program("--resume", "run").code == 0
     config = read_config(Path("run/checkpoints/last"))
     assert (config.max_steps, config.distill_weight) == (steps + 2, 0.9)
