@@ -85,16 +85,15 @@ class DecodeSession:
         ids = torch.tensor(rows).to(self.model.device)
         self.starts.copy_(torch.tensor(padding)[:, None])
         self._length, self._is_padded = length, any(padding)
-        slots = self._slots[:length]
-        mask = None
-        if self._is_padded:
-            # Padding attends to itself: softmax over no slots at all is NaN.
-            key, query = slots[None, None, :], slots[None, :, None]
-            visible = ((key <= query) & (key >= self.starts[:, :, None])) | (key == query)
-            mask = self._additive_mask(visible)
-        position_ids = (slots[None] - self.starts).clamp(min=0)
         padded = min(next_power_of_2(length), len(self._slots))
         if self._graph is None or self._is_padded or padded * len(rows) > MAX_GRAPH_PREFILL:
+            slots, mask = self._slots[:length], None
+            if self._is_padded:
+                # Padding attends to itself: softmax over no slots at all is NaN.
+                key, query = slots[None, None, :], slots[None, :, None]
+                visible = ((key <= query) & (key >= self.starts[:, :, None])) | (key == query)
+                mask = self._additive_mask(visible)
+            position_ids = (slots[None] - self.starts).clamp(min=0)
             cache = self.cache.prefix(length)
             self._sample(self.model.forward(ids, position_ids, cache, slots, mask))
         else:
