@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gptforge.cuda_capture import cuda_graph_capture
+from gptforge.device import copy_to_host_async
 from gptforge.inference.fused_decode import FusedDecode, build_fused_decode
 from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams, sample
@@ -53,7 +54,7 @@ class DecodeSession:
         self.starts = torch.zeros_like(self.ids)
         # Together, so that one kernel advances both.
         self._counters = torch.zeros(2, dtype=torch.long, device=device)
-        self.cache_position, self.step = self._counters.split(1)
+        self.step, self.cache_position = self._counters.split(1)
         self.uniforms = torch.zeros(batch_size, max_new_tokens, device=device)
         # Column 0 is the sampled token, the others are the most likely ones.
         shape = (batch_size, max_new_tokens, 1 + (top_logprobs or 0))
@@ -100,7 +101,6 @@ class DecodeSession:
             self._prompt_ids[:, :length] = ids
             self._last.fill_(length - 1)
             self._prefill_padded(padded)
-        self.step += 1
         self.cache_position.fill_(length)
 
     def decode(self, steps: int) -> None:
@@ -112,9 +112,14 @@ class DecodeSession:
                 self._decode_one_token(self._length + 1, use_mask=self._is_padded)
             self._length += 1
 
-    def read_tokens(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Ids and log probabilities of steps first to last - 1, both (B, n, 1 + A)."""
-        return self.token_ids[:, first:last].cpu(), self.logprobs[:, first:last].cpu()
+    def read_tokens(self, first: int, last: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start to copy the results of steps first to last - 1; returns the function that waits.
+
+        They are ids and log probabilities, both (B, n, 1 + A).
+        """
+        ids = copy_to_host_async(self.token_ids[:, first:last])
+        logprobs = copy_to_host_async(self.logprobs[:, first:last])
+        return lambda: (ids(), logprobs())
 
     def _decode_one_token(self, length: int, *, use_mask: bool) -> None:
         """One step over the first `length` slots, masked if there is padding or unused slots."""
@@ -126,7 +131,6 @@ class DecodeSession:
         position_ids = self.cache_position - self.starts
         cache = self.cache.prefix(length)
         self._sample(self.model.forward(self.ids, position_ids, cache, self.cache_position, mask))
-        self._counters += 1
 
     def _static_step(self, fused: FusedDecode | None) -> None:
         """One step over all slots: a CUDA graph needs the same shapes in each step."""
@@ -134,7 +138,6 @@ class DecodeSession:
             self._decode_one_token(len(self._slots), use_mask=True)
             return
         self._sample(fused(self.cache, DecodeInputs(self.ids, self.starts, self.cache_position)))
-        self._counters += 1
 
     def _prefill_padded(self, length: int) -> None:
         """Prefill of prompts padded on the right to a power of two, so that few graphs serve all.
@@ -159,6 +162,7 @@ class DecodeSession:
         self._sample(self.model.forward(ids, slots[None], cache, slots, None, last=self._last))
 
     def _sample(self, logits: Tensor) -> None:
+        """Sample the token of this step, and advance the counters."""
         if self._samples_top_k:
             self._sample_top_k(logits)
             return
@@ -172,10 +176,11 @@ class DecodeSession:
                 ids = torch.cat([ids, logprobs.topk(self.top_logprobs).indices], 1)
             self.logprobs.index_copy_(1, self.step, logprobs.gather(1, ids)[:, None])
         self.token_ids.index_copy_(1, self.step, ids[:, None])
+        self._counters += 1
 
     def _sample_top_k(self, logits: Tensor) -> None:
         sample_top_k(
-            logits, self.uniforms, self.step, ids=self.ids, token_ids=self.token_ids,
+            logits, self.uniforms, self._counters, ids=self.ids, token_ids=self.token_ids,
             temperature=self.sampling.temperature or 1.0, top_k=self._top_k,
             top_p=self.sampling.top_p,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Generate token ids: prefill, decode, and shift the context window when it is full."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from gptforge.inference.model import InferenceModel
 from gptforge.inference.sampling import SamplingParams
 
 DECODE_CHUNK = 16
-"""Decode steps queued on a GPU per synchronization: with one, it would idle in between."""
+"""Decode steps between two reads of the tokens on a GPU, where a read takes a third of a step."""
 CACHE_MULTIPLE = 64
 """The cache length is rounded up to a multiple of this, a tile of the attention kernels."""
 GRAPH_STEP_MULTIPLE = 256
@@ -61,6 +62,7 @@ class TokenGenerator:
             on_context_shift: called when a sequence first exceeds the model's context.
         """
         sequences, steps = [list(prompt) for prompt in prompts], uniforms.size(1)
+        on_gpu = self.model.device.type == "cuda"
         block_size = self.model.config.block_size
         starts = [0] * len(sequences)
         max_length = _round_up(max(map(len, sequences)) + steps, CACHE_MULTIPLE)
@@ -92,19 +94,21 @@ class TokenGenerator:
             session.prefill(windows)
             # One token from the prefill, then until the longest window is full.
             end = min(steps, done + 1 + block_size - max(map(len, windows)))
-            count = 1
-            while True:
-                ids, logprobs = session.read_tokens(done, done + count)
+            queued = done + 1
+            reads = deque([session.read_tokens(done, queued)])
+            while done < end:
+                # A GPU never idles: the next steps are queued before it has finished these.
+                while queued < end and len(reads) < (2 if on_gpu else 1):
+                    count = min(end - queued, DECODE_CHUNK if on_gpu else 1)
+                    session.decode(count)
+                    reads.append(session.read_tokens(queued, queued + count))
+                    queued += count
+                ids, logprobs = reads.popleft()()
                 new_ids = ids[:, :, 0].tolist()
                 for sequence, row in zip(sequences, new_ids, strict=True):
                     sequence += row
-                done += count
+                done += ids.size(1)
                 yield SampledTokens(new_ids, logprobs, ids[:, :, 1:])
-                if done == end:
-                    break
-                chunk = DECODE_CHUNK if self.model.device.type == "cuda" else 1
-                count = min(end - done, chunk)
-                session.decode(count)
         self._idle = (key, session) if session.has_cuda_graph else None
 
 

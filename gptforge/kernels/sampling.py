@@ -36,7 +36,7 @@ def supports_sample_top_k(device: torch.device, columns: int, top_k: int) -> boo
 def sample_top_k(
     logits: Tensor,
     uniforms: Tensor,
-    step: Tensor,
+    counters: Tensor,
     *,
     ids: Tensor,
     token_ids: Tensor,
@@ -44,7 +44,7 @@ def sample_top_k(
     top_k: int,
     top_p: float,
 ) -> None:
-    """Sample a token per sequence, writing it to `ids` and `token_ids`.
+    """Sample a token per sequence, writing it to `ids` and `token_ids`; advances `counters`.
 
     The same random number gives the same token as `gptforge.inference.sampling.sample`, except
     where it equals a cumulative probability up to rounding, or where logits are equal: here the
@@ -53,7 +53,8 @@ def sample_top_k(
     Args:
         logits: (B, V) float32.
         uniforms: (B, N) float32 in [0, 1).
-        step: (1,) int64, the column of `uniforms` and `token_ids`.
+        counters: (2,) int64, both incremented: the step, which is the column of `uniforms` and
+            `token_ids`, and the slot of the KV cache.
         ids: (B, 1) int64.
         token_ids: (B, N, A) int64; the token is written to A = 0.
         temperature: above 0; greedy decoding is `top_k` 1.
@@ -69,14 +70,16 @@ def sample_top_k(
     groups, block = math.ceil(V / GROUP), 64
     maxima = torch.empty(B, groups, device=device)
     kernels.group_max[(B, math.ceil(groups / block))](
-        logits, maxima, logits.stride(0), V, groups, BLOCK=block, **options
+        logits, maxima, counters, logits.stride(0), V, groups, BLOCK=block, **options
     )
-    block_k = max(32, next_power_of_2(top_k))
+    block_m, block_k = next_power_of_2(groups), max(32, next_power_of_2(top_k))
+    # Fewer warps wait less for each other in the reductions, if their registers suffice.
+    num_warps = 8 if max(block_m, block_k * GROUP) <= 4096 else 16
     top_ids = torch.empty(B, block_k, dtype=torch.int32, device=device)
     top_logits = torch.empty(B, block_k, device=device)
     kernels.sample_top_k[(B,)](
-        logits, maxima, uniforms, step, top_ids, top_logits, ids, token_ids,
+        logits, maxima, uniforms, counters, top_ids, top_logits, ids, token_ids,
         max(float(temperature), MIN_TEMPERATURE), float(top_p), top_k, min(top_k, groups),
         logits.stride(0), uniforms.stride(0), token_ids.stride(0), token_ids.stride(1), V, groups,
-        BLOCK_M=next_power_of_2(groups), BLOCK_K=block_k, TILE=32, num_warps=16, **options,
+        BLOCK_M=block_m, BLOCK_K=block_k, TILE=32, num_warps=num_warps, **options,
     )  # fmt: skip

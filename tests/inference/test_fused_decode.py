@@ -113,7 +113,7 @@ def sampled(session: DecodeSession, fused: FusedDecode | None) -> list[list[int]
         session.prefill([[1, 2, 3], [4]])
         for _ in range(19):
             session._static_step(fused)
-    return session.read_tokens(0, 20)[0][:, :, 0].tolist()
+    return session.read_tokens(0, 20)()[0][:, :, 0].tolist()
 
 
 def test_static_steps_sample_the_same_tokens() -> None:

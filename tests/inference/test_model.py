@@ -146,14 +146,18 @@ def test_weights_are_not_copied_where_memory_is_short(monkeypatch) -> None:
 def test_a_sampling_kernel_is_used_if_it_works(monkeypatch, kernel, sampling) -> None:
     calls = 0
 
-    def sample_top_k(logits, uniforms, step, *, ids, token_ids, temperature, top_k, top_p) -> None:
+    def sample_top_k(
+        logits, uniforms, counters, *, ids, token_ids, temperature, top_k, top_p
+    ) -> None:
         nonlocal calls
         calls += 1
         if kernel == "does not compile":
             raise ImportError("no Triton")
         params = SamplingParams(temperature, top_k, top_p)
-        right = sample(logits, uniforms[:, int(step)], params)
-        ids[:, 0] = token_ids[:, int(step), 0] = right + (kernel == "wrong")
+        step = int(counters[0])
+        right = sample(logits, uniforms[:, step], params)
+        ids[:, 0] = token_ids[:, step, 0] = right + (kernel == "wrong")
+        counters += 1
 
     monkeypatch.setattr("gptforge.inference.decode_session.sample_top_k", sample_top_k)
     monkeypatch.setattr(
@@ -193,7 +197,7 @@ def test_prompts_padded_for_a_graph_give_the_same_tokens(monkeypatch, length) ->
         session.reset(uniforms)
         session.prefill(prompts)
         session.decode(steps - 1)
-        ids, _ = session.read_tokens(0, steps)
+        ids, _ = session.read_tokens(0, steps)()
         for row in range(2):
             expected = without_cache(model, prompts[row], uniforms[row], SamplingParams())
             assert ids[row, :, 0].tolist() == expected

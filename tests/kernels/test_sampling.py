@@ -29,13 +29,15 @@ def fused_sample(
     all_uniforms[:, 1] = uniforms
     ids = torch.full((B, 1), -1, device=device)
     token_ids = torch.full((B, 3, 2), -1, device=device)
+    counters = torch.tensor([1, 7], device=device)
     sample_top_k(
-        logits, all_uniforms, torch.tensor([1], device=device), ids=ids, token_ids=token_ids,
+        logits, all_uniforms, counters, ids=ids, token_ids=token_ids,
         temperature=temperature, top_k=top_k, top_p=top_p,
     )  # fmt: skip
     expected = torch.full_like(token_ids, -1)
     expected[:, 1, 0] = ids[:, 0]
     assert torch.equal(token_ids, expected)
+    assert counters.tolist() == [2, 8]
     return ids[:, 0]
 
 
