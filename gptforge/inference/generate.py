@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,6 @@ class TokenGenerator:
             on_context_shift: called when a sequence first exceeds the model's context.
         """
         sequences, steps = [list(prompt) for prompt in prompts], uniforms.size(1)
-        on_gpu = self.model.device.type == "cuda"
         block_size = self.model.config.block_size
         starts = [0] * len(sequences)
         max_length = _round_up(max(map(len, sequences)) + steps, CACHE_MULTIPLE)
@@ -81,35 +81,43 @@ class TokenGenerator:
             session = DecodeSession(self.model, **key, cuda_graph=self.cuda_graph)
         session.reset(uniforms)
         done, has_shifted = 0, False
-        while done < steps:
-            shifted = [
-                window_start(start, len(ids), block_size)
-                for start, ids in zip(starts, sequences, strict=True)
-            ]
-            if shifted != starts and not has_shifted:
-                on_context_shift()
-                has_shifted = True
-            starts = shifted
-            windows = [ids[start:] for start, ids in zip(starts, sequences, strict=True)]
-            session.prefill(windows)
-            # One token from the prefill, then until the longest window is full.
-            end = min(steps, done + 1 + block_size - max(map(len, windows)))
-            queued = done + 1
-            reads = deque([session.read_tokens(done, queued)])
-            while done < end:
-                # A GPU never idles: the next steps are queued before it has finished these.
-                while queued < end and len(reads) < (2 if on_gpu else 1):
-                    count = min(end - queued, DECODE_CHUNK if on_gpu else 1)
-                    session.decode(count)
-                    reads.append(session.read_tokens(queued, queued + count))
-                    queued += count
-                ids, logprobs = reads.popleft()()
-                new_ids = ids[:, :, 0].tolist()
-                for sequence, row in zip(sequences, new_ids, strict=True):
-                    sequence += row
-                done += ids.size(1)
-                yield SampledTokens(new_ids, logprobs, ids[:, :, 1:])
+        # A caller that stops early, at the end of a document, leaves a session that can be reused.
+        with suppress(GeneratorExit):
+            while done < steps:
+                shifted = [
+                    window_start(start, len(ids), block_size)
+                    for start, ids in zip(starts, sequences, strict=True)
+                ]
+                if shifted != starts and not has_shifted:
+                    on_context_shift()
+                    has_shifted = True
+                starts = shifted
+                windows = [ids[start:] for start, ids in zip(starts, sequences, strict=True)]
+                session.prefill(windows)
+                # One token from the prefill, then until the longest window is full.
+                end = min(steps, done + 1 + block_size - max(map(len, windows)))
+                for tokens in self._decode(session, done, end):
+                    for sequence, row in zip(sequences, tokens.ids, strict=True):
+                        sequence += row
+                    yield tokens
+                done = end
         self._idle = (key, session) if session.has_cuda_graph else None
+
+    def _decode(self, session: DecodeSession, first: int, last: int) -> Iterator[SampledTokens]:
+        """Yield steps `first`, which is the prefill's, to `last` - 1."""
+        # A GPU never idles: it gets the next steps before the tokens of these are read.
+        on_gpu = self.model.device.type == "cuda"
+        chunk, max_reads = (DECODE_CHUNK, 2) if on_gpu else (1, 1)
+        queued = first + 1
+        reads = deque([session.read_tokens(first, queued)])
+        while reads or queued < last:
+            while queued < last and len(reads) < max_reads:
+                count = min(last - queued, chunk)
+                session.decode(count)
+                reads.append(session.read_tokens(queued, queued + count))
+                queued += count
+            ids, logprobs = reads.popleft()()
+            yield SampledTokens(ids[:, :, 0].tolist(), logprobs, ids[:, :, 1:])
 
 
 def window_start(start: int, length: int, block_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,27 @@ def test_prompts_padded_for_a_graph_give_the_same_tokens(monkeypatch, length) ->
             expected = without_cache(model, prompts[row], uniforms[row], SamplingParams())
             assert ids[row, :, 0].tolist() == expected
     assert len(captured) == 2  # the decode step, and at its second use the prefill
+
+
+def test_a_session_is_reused_after_an_early_stop(monkeypatch) -> None:
+    sessions = []
+
+    class Session(DecodeSession):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.has_cuda_graph = True  # only these are kept
+            sessions.append(self)
+
+    monkeypatch.setattr("gptforge.inference.generate.DecodeSession", Session)
+    model, uniforms = InferenceModel(gpt(), vocab_size=VOCAB), draw_uniforms([1], 20)
+    expected = generated(TokenGenerator(model), [[1, 2]], uniforms, SAMPLINGS[0])
+    generator = TokenGenerator(model)
+    for _ in range(2):
+        steps = generator.generate([[3, 4]], uniforms, SAMPLINGS[0])
+        next(steps), next(steps)
+        steps.close()
+    assert generated(generator, [[1, 2]], uniforms, SAMPLINGS[0]) == expected
+    assert len(sessions) == 2  # one of each generator
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
