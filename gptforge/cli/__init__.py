@@ -148,11 +148,8 @@ def _raise_terminated(number: int, frame: object) -> NoReturn:
         # A second SIGTERM ends the process at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     else:
-        # SIGHUP: the terminal is gone, and writing to it would fail.
-        for stream in (sys.stdout, sys.stderr):
-            if stream.isatty():
-                files.redirect_to_devnull(stream)
-        # One that comes with it must not cut the cleanup short.
+        files.discard_terminal_output()
+        # A SIGTERM that comes with SIGHUP must not cut the cleanup short.
         signal.signal(signal.SIGTERM, _allow_one)
     if hangup := getattr(signal, "SIGHUP", None):
         # The kernel and the shell each send one, systemd sends one with SIGTERM.

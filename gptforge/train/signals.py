@@ -118,10 +118,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == SIGHUP:
-            # The terminal is gone: writing to it would raise an error.
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    files.redirect_to_devnull(stream)
+            files.discard_terminal_output()
         elif self._is_requested:
             self._end_at_once(number)
         else:
