@@ -55,17 +55,8 @@ def build_trainer(
     """Build all parts of a run; None if the run in the run folder is finished.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
-    before, in runs of their own.
-
-    Args:
-        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program, command, start_time: see `resolve_run`.
-        on_teacher: called with the trainer of each teacher before it trains.
-
-    Raises:
-        TeacherStopped: if a teacher's training is stopped.
-        UserError: for a configuration, text or run folder that cannot be trained.
-        RunError: if the disk has no room for a checkpoint.
+    before, in runs of their own: `on_teacher` is called with the trainer of each before it trains,
+    and a TeacherStopped says that one was stopped. The other arguments are those of `resolve_run`.
     """
     run = resolve_run(
         config, explicit, comm, program=program, command=command, start_time=start_time
@@ -109,11 +100,7 @@ def build_trainer(
 
 
 def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
-    """Train those teachers of a student that are not finished.
-
-    Raises:
-        TeacherStopped: if one is stopped.
-    """
+    """Train those teachers of a student that are not finished; TeacherStopped if one is stopped."""
     c, comm = run.config, run.comm
 
     def start(trainer: Trainer) -> None:

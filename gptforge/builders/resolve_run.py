@@ -77,9 +77,6 @@ def resolve_run(
         program, command, start_time: see `ResolvedRun`; the time limit counts from now by default.
         temp_dir: for a plan, where a model of `--init_from` is imported without keeping it. A plan
             compiles no kernels in the background, and does not look into the run folder.
-
-    Raises:
-        UserError: for a configuration, text or run folder that cannot be trained.
     """
     start_time = time.monotonic() if start_time is None else start_time
     device_flag = comm.local_device or config.device
@@ -164,10 +161,8 @@ def open_run_dir(
 ) -> tuple[OpenedRun, FolderLock | None]:
     """Lock the run folder on rank 0, and tell all ranks what is there.
 
-    `on_failure` gets the release of the lock. `requested` is the configuration of the command.
-
-    Raises:
-        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
+    `on_failure` gets the release of the lock. `requested` is the configuration of the command: a
+    rank with another one, or with another text, tokenizer or version, is a UserError.
     """
     config, explicit, comm = run.config, run.explicit, run.comm
     folder, lock = Path(config.out_dir), None
