@@ -7,12 +7,10 @@ tokenizer; finetune from the number of tokens.
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -33,6 +31,7 @@ from gptforge.checkpoint.run_dir import OpenedRun, open_run
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset
+from gptforge.data.shard_index import json_sha256
 from gptforge.device import Precision, seed_everything, select_device, select_precision
 from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
@@ -189,7 +188,7 @@ def open_run_dir(
             **{f"--{name}": str(value) for name, value in vars(requested).items()},
             "choice of flags": " ".join(sorted(explicit)) or "none",
             "text (SHA-256)": text_sha256,
-            "tokenizer": sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
+            "tokenizer": json_sha256(tokenizer.to_json()),
             "version of gptforge": __version__,
             "version of torch": torch.__version__,
         }

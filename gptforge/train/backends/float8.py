@@ -31,11 +31,7 @@ from gptforge.kernels.float8 import (
     one,
     transpose,
 )
-from gptforge.kernels.float8_matmul import (
-    accumulate_float8_wgrad,
-    float8_dgrad,
-    float8_linear,
-)
+from gptforge.kernels.float8_matmul import accumulate_float8_wgrad, float8_dgrad, float8_linear
 from gptforge.kernels.reductions import PendingReductions
 from gptforge.model import GPT, IGNORE_INDEX
 from gptforge.train.backends.manual import ManualBackend, ManualHead, loss_in_place
