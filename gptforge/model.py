@@ -19,9 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptforge.config import GPTConfig
 from gptforge.kernels.attention import causal_attention
-
-IGNORE_INDEX = -1
-"""Targets with this value are left out of the loss."""
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
 
 
 class CausalSelfAttention(nn.Module):

@@ -8,7 +8,6 @@ tokenizer; finetune from the number of tokens.
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from gptforge.errors import UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
-from gptforge.shell import env_int
+from gptforge.shell import Start, env_int
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ class ResolvedRun:
     precision: Precision
     wait_for_warmup: Callable[[], None]  # waits until the kernels are compiled
     is_new_text: bool  # whether the text was prepared for this run, which logged its notices
-    program: str  # how the program is called, for the commands that it prints
-    command: str  # the arguments, for the log
-    start_time: float  # `time.monotonic()` from which the time limit counts
+    start: Start
 
 
 def resolve_run(
@@ -64,20 +61,17 @@ def resolve_run(
     explicit: Collection[str],
     comm: Comm,
     *,
-    program: str = "",
-    command: str = "",
-    start_time: float | None = None,
+    start: Start | None = None,
     temp_dir: Path | None = None,
 ) -> ResolvedRun:
     """Resolve and check a configuration; all ranks call this, and agree on it.
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program, command, start_time: see `ResolvedRun`; the time limit counts from now by default.
         temp_dir: for a plan, where a model of `--init_from` is imported without keeping it. A plan
             compiles no kernels in the background, and does not look into the run folder.
     """
-    start_time = time.monotonic() if start_time is None else start_time
+    start = start or Start()
     device_flag = comm.local_device or config.device
 
     def resolve_before_text() -> Config:
@@ -114,9 +108,7 @@ def resolve_run(
         precision=precision,
         wait_for_warmup=warmup.wait if warmup else lambda: None,
         is_new_text=is_new_text,
-        program=program,
-        command=command,
-        start_time=start_time,
+        start=start,
     )
 
 

@@ -151,7 +151,7 @@ def _fit_on_main(run: ResolvedRun) -> Config:
         per_sequence, _ = time_step(c, explicit, device=run.device, micro_batch=micro_batch)
     except (RunError, torch.OutOfMemoryError):
         return c  # training reports it
-    left = c.time_limit * 60 - (time.monotonic() - run.start_time)
+    left = c.time_limit * 60 - (time.monotonic() - run.start.time)
     per_step = per_sequence * c.global_batch_size / run.comm.world_size
     val_tokens = min(len(run.dataset.val), c.eval_tokens or len(run.dataset.val))
     per_eval = per_step * val_tokens / c.tokens_per_step / 3  # the forward is a third of a step

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import Precision, autocast
 from gptforge.distributed import SINGLE_PROCESS, Comm
-from gptforge.model import IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.report.format import ValLoss
 
 MAX_BATCH_TOKENS = 8192  # more would fill the memory with logits and be no faster

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
+from gptforge.model import GPT
 
 
 @dataclass(frozen=True)

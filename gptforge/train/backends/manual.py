@@ -20,7 +20,7 @@ from gptforge.kernels.dropout import DropoutRate, DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.layer_norm import SavedLayerNorm
 from gptforge.kernels.matmul import accumulate_wgrad, linear
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.train.backends.manual_layers import (
     GROUPS_PER_BLOCK,
     BlockDropout,
@@ -83,11 +83,10 @@ def loss_in_place(
 ) -> Tensor:
     """Losses (n,); the logits (n, V) become their gradient. See `ManualHead.forward_backward`."""
     if not teacher_logits:
-        return cross_entropy_in_place(logits, targets, IGNORE_INDEX, scale)
+        return cross_entropy_in_place(logits, targets, scale)
     return distillation_in_place(
-        logits, torch.stack(list(teacher_logits)), targets, IGNORE_INDEX,
-        weight=distill_weight, scale=scale,
-    )  # fmt: skip
+        logits, torch.stack(list(teacher_logits)), targets, weight=distill_weight, scale=scale
+    )
 
 
 class ManualBackend:
