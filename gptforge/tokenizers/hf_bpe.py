@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gptforge.errors import UserError
+from gptforge.printable import join_first
 from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
 
@@ -23,9 +24,8 @@ class AddedTokensError(ValueError):
     """
 
     def __init__(self, tokens: Sequence[str], *, is_gpt2: bool) -> None:
-        shown = ", ".join(repr(token[:40]) for token in tokens[:8])
-        more = f" and {len(tokens) - 8:,} more" if len(tokens) > 8 else ""
-        super().__init__(f"the tokenizer has added tokens, {shown}{more}")
+        shown = join_first([repr(token[:40]) for token in tokens], 8)
+        super().__init__(f"the tokenizer has added tokens, {shown}")
         self.is_gpt2 = is_gpt2
 
 
