@@ -65,7 +65,7 @@ def main() -> None:
         save_seconds = []
         save_start = 0.0
         for index in range(args.steps):
-            is_writing = saver._thread is not None and saver._thread.is_alive()
+            is_writing = saver._running is not None and not saver._running.done()
             if save_start and not is_writing:
                 save_seconds.append(time.perf_counter() - save_start)
                 save_start = 0.0

@@ -44,7 +44,8 @@ import torch
 from gptforge import load
 from gptforge.convert.nanogpt import read_nanogpt
 from gptforge.device import select_device
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.report.metrics import read_history
 from gptforge.tokenizers import Tokenizer, byte_lengths
 from gptforge.tokenizers.char import CharTokenizer

@@ -248,12 +248,14 @@ REMOVED_FIELDS = frozenset({"attention"})
 FLAG_ONLY = frozenset({"restart", "config", "resume", "quiet", "verbose", "log_format"})
 """Apply to one start of the program, so a TOML file must not set them."""
 
+TEXT_FIELDS = ("input", "encoding", "field", "kind", "split_by_name", "raw_bin")
+"""Say what the text is, apart from how it is split and tokenized."""
 # Fields that may differ when resuming, since they do not change the results. batch_size and
 # gradient_accumulation_steps are compared by their product.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
-        *("preset", "config", "input", "out_dir", "restart", "time_limit", "device", "compile"),
-        *("encoding", "raw_bin", "field", "kind", "split_by_name"),
+        *("preset", "config", "out_dir", "restart", "time_limit", "device", "compile"),
+        *TEXT_FIELDS,
         *("log_every", "eval_every", "save_every", "keep_checkpoints", "sample_every"),
         *("patience", "batch_size", "gradient_accumulation_steps", "max_steps"),
         *("mlp_matmul", "activation_checkpointing", "loss_chunk", "parallel", "tracker"),
@@ -262,11 +264,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 
 def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
-    """Override fields of `base`; errors name the `source` of the values.
-
-    Raises:
-        UserError: for an unknown name (with the closest known one) or a value of the wrong type.
-    """
+    """Override fields of `base`, after checks of names and types; errors name the `source`."""
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in FIELDS:

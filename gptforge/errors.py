@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptforge.printable import MAX_NAME, printable, short_repr
+from gptforge.printable import MAX_NAME, join_first, printable, short_repr
 
 MAX_RUNS = 3
 NOTHING_LOST = "no step was made and nothing is lost; the same command starts or resumes the run"
@@ -114,8 +114,7 @@ _OS_ERRORS = {
 def explain_os_error(error: Exception) -> tuple[str, str]:
     """The reason of a failed file operation, and how to fix it; no fix if it is unknown.
 
-    Args:
-        error: an OSError, or the error of a Rust library with "(os error N)" in its message.
+    It takes an OSError, or the error of a Rust library with "(os error N)" in its message.
     """
     number = error.errno if isinstance(error, OSError) else None
     # The errors of Rust libraries have the number in their message.
@@ -165,5 +164,4 @@ def runs_hint() -> str:
     names = [folder.parent.as_posix() for folder in folders]
     if not names:
         return "there is none in runs: train one first"
-    more = f" and {len(names) - MAX_RUNS} more" * (len(names) > MAX_RUNS)
-    return f"there {'are' if len(names) > 1 else 'is'} {', '.join(names[:MAX_RUNS])}{more}"
+    return f"there {'are' if len(names) > 1 else 'is'} {join_first(names, MAX_RUNS)}"

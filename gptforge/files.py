@@ -273,6 +273,13 @@ def redirect_to_devnull(stream: TextIO) -> None:
     os.close(devnull)
 
 
+def discard_terminal_output() -> None:
+    """After SIGHUP the terminal is gone, and writing to it would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            redirect_to_devnull(stream)
+
+
 def cache_dir() -> Path:
     """The user's cache folder for this program; it may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")

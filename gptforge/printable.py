@@ -6,6 +6,7 @@ bell, rename the window or reverse the reading direction.
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 MAX_LINE = 2000  # characters of an error message; longer ones are cut in the middle
@@ -82,3 +83,9 @@ def _shorten(text: str, limit: int) -> str:
 def pluralize(count: int, singular: str, plural: str) -> str:
     """A count with its noun: '1 document', '2 documents'."""
     return f"{count:,} {singular if count == 1 else plural}"
+
+
+def join_first(names: Sequence[str], limit: int) -> str:
+    """The first names of a list, and how many there are besides: 'a, b and 4 more'."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

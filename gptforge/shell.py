@@ -4,11 +4,27 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptforge.errors import UserError
 from gptforge.printable import short_repr
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run was started."""
+
+    program: str = "python gpt.py"  # for the commands that it prints
+    args: str = ""  # for its log
+    time: float = field(default_factory=time.monotonic)  # from which its time limit counts
+
+    @property
+    def command(self) -> str:
+        """Program and arguments."""
+        return f"{self.program} {self.args}".strip()
 
 
 def program_name() -> str:
@@ -37,11 +53,7 @@ def shown(path: Path) -> str:
 
 
 def env_int(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
-    """A non-negative integer from an environment variable, as launchers set them.
-
-    Raises:
-        UserError: if the variable holds anything else.
-    """
+    """A non-negative integer from an environment variable, as launchers set them."""
     text = env.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise UserError(

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from gptforge.config import GPTConfig
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
+from gptforge.model import GPT
 from tests.conftest import TINY
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gptforge.builders.load_model import load
 from gptforge.checkpoint.format import read_config, read_state, step_from_path
-from gptforge.checkpoint.out_dir import read_metrics_lines
+from gptforge.checkpoint.out_dir import METRICS, read_metrics_lines
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config
 from gptforge.inference.language_model import LanguageModel
 from gptforge.report.curves import plot_curves
-from gptforge.report.metrics import METRICS, Event, History, read_history
+from gptforge.report.metrics import Event, History, read_history
 from gptforge.report.run_info import check_run_dir
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from gptforge.data.cache import Texts, store_texts
 from gptforge.errors import RunError, UserError
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
+from gptforge.shell import Start
 from gptforge.train.signals import EXIT_CODES
 from gptforge.train.trainer import Trainer
 
@@ -107,12 +108,11 @@ def train(
             config = dataclasses.replace(config, input=path, encoding="utf-8", kind="auto")
             values = {k: v for k, v in values.items() if k not in ("encoding", "kind")}
             values["input"] = path
+        flags = (f"--{name}={_flag_value(value)}" for name, value in values.items())
         reason, out_dir, _ = run_training(
             config,
             frozenset(values) | from_file,
-            program="gptforge",
-            command=shlex.join(f"--{name}={_flag_value(v)}" for name, v in values.items()),
-            start_time=start_time,
+            start=Start("gptforge", shlex.join(flags), start_time),
             logging_as=log_to(PythonConsole().log),
             on_built=observer.attach,
         )

@@ -30,7 +30,7 @@ from gptforge.optim.schedule import stable_end
 from gptforge.presets import AUTO, PRESETS, get_preset
 from gptforge.printable import pluralize
 from gptforge.report.log_handler import RESULT
-from gptforge.shell import quote, same_command, shown
+from gptforge.shell import Start, quote, same_command, shown
 from gptforge.tokenizers import byte_lengths, char_lengths
 from gptforge.train.distillation import Distillation
 from gptforge.train.loss_monitor import LossMonitor
@@ -46,36 +46,23 @@ def build_trainer(
     config: Config,
     *,
     explicit: Collection[str],
-    program: str = "python gpt.py",
-    command: str = "",
+    start: Start | None = None,
     comm: Comm = SINGLE_PROCESS,
-    start_time: float | None = None,
     on_teacher: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer | None:
     """Build all parts of a run; None if the run in the run folder is finished.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
-    before, in runs of their own.
-
-    Args:
-        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program, command, start_time: see `resolve_run`.
-        on_teacher: called with the trainer of each teacher before it trains.
-
-    Raises:
-        TeacherStopped: if a teacher's training is stopped.
-        UserError: for a configuration, text or run folder that cannot be trained.
-        RunError: if the disk has no room for a checkpoint.
+    before, in runs of their own: `on_teacher` is called with the trainer of each before it trains,
+    and a TeacherStopped says that one was stopped. The other arguments are those of `resolve_run`.
     """
-    run = resolve_run(
-        config, explicit, comm, program=program, command=command, start_time=start_time
-    )
+    run = resolve_run(config, explicit, comm, start=start)
     with contextlib.ExitStack() as on_failure:
         opened, lock = open_run_dir(run, on_failure, requested=config)
         run = dataclasses.replace(run, config=opened.config)
         _log_notes(run, opened)
         if opened.status == "finished":
-            _log_finished(opened, program)
+            _log_finished(opened, run.start.program)
             return None
         if opened.status == "new":
             run = fit_time_limit(run)
@@ -109,11 +96,7 @@ def build_trainer(
 
 
 def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
-    """Train those teachers of a student that are not finished.
-
-    Raises:
-        TeacherStopped: if one is stopped.
-    """
+    """Train those teachers of a student that are not finished; TeacherStopped if one is stopped."""
     c, comm = run.config, run.comm
 
     def start(trainer: Trainer) -> None:
@@ -234,7 +217,7 @@ def _assemble(
                 enabled=comm.is_main,
             ),
             report=report,
-            stop_signal=StopSignal(c.time_limit, started=run.start_time),
+            stop_signal=StopSignal(c.time_limit, started=run.start.time),
             loss_monitor=LossMonitor(lag=lag, uses_grad_scaler=run.precision.needs_scaler),
             patience=patience,
             text_sha256=dataset.sha256,

@@ -11,21 +11,14 @@ from gptforge import __version__, files
 from gptforge.builders.load_model import load_bundle
 from gptforge.builders.prompts import suggest_prompts
 from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.out_dir import CURVES, METRICS, SAMPLES
 from gptforge.config import Config, merge
 from gptforge.config_checks import validate
 from gptforge.config_file import to_toml
 from gptforge.convert.bundle import ModelBundle, check_finite, unused_row_probability
 from gptforge.convert.gguf import check_gguf, gelu_tanh_difference, write_gguf
 from gptforge.convert.hf import check_hf, is_hf_dir, write_hf
-from gptforge.convert.model_card import (
-    CURVES,
-    METRICS,
-    SAMPLES,
-    Origin,
-    copy_run_file,
-    model_card,
-    one_line_description,
-)
+from gptforge.convert.model_card import Origin, copy_run_file, model_card, one_line_description
 from gptforge.convert.space import write_space
 from gptforge.errors import RunError, UserError, explain_os_error, require_package
 from gptforge.lock import atomic_create, atomic_create_dir
@@ -149,8 +142,7 @@ def bundle_toml(bundle: ModelBundle, *, source: str = "") -> str:
 def read_origin(run: str) -> Origin | None:
     """Read what the run folder says about a checkpoint; None for a model without a run.
 
-    Raises:
-        UserError: for a link in the run folder, whose target would get into the export.
+    A link in the run folder is a UserError: its target would get into the export.
     """
     if is_hf_dir(Path(run)):
         return None

@@ -35,7 +35,6 @@ from gptforge.kernels.float8 import (
 from gptforge.kernels.gelu import gelu_backward
 from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
 from gptforge.kernels.reductions import accumulate_column_sums
-from gptforge.model import IGNORE_INDEX
 from gptforge.train.backends.manual_layers import prefer_separate_dgelu
 
 WARMUP_TOKENS = 64
@@ -116,7 +115,7 @@ class KernelWarmup:
             accumulate_column_sums(hidden, bias_grad)
         if c.vocab_size:
             # 0 until the text is tokenized.
-            cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0], IGNORE_INDEX)
+            cross_entropy_in_place(self._zeros(WARMUP_TOKENS, c.vocab_size), ids[0])
 
     def _run_float8_kernels(
         self, rows: Tensor, hidden: Tensor, bias_grad: Tensor, targets: Tensor
@@ -129,7 +128,7 @@ class KernelWarmup:
         if self._config.vocab_size:
             logits = self._zeros(WARMUP_TOKENS, self._config.vocab_size)
             out = torch.empty_like(logits, dtype=E5M2)
-            cross_entropy_in_place(logits, targets, IGNORE_INDEX, out=out)
+            cross_entropy_in_place(logits, targets, out=out)
 
     def _run(self, work: Callable[[], None]) -> None:
         # Errors are ignored: training runs into the same ones, and reports them. The current

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from gptforge.checkpoint.out_dir import SAMPLES
 from gptforge.config import Config
 from gptforge.data.dataset import resolve_input
 from gptforge.data.input_errors import BadInputHandler
@@ -30,7 +31,7 @@ def suggest_prompts(run: str, config: Config | None) -> list[str]:
     Where that is not on this machine, the run's samples serve.
     """
     text = "".join(_read(config))[:MAX_CHARS] if config else ""
-    samples = (sample for _, sample in read_samples(Path(run) / "samples.md"))
+    samples = (sample for _, sample in read_samples(Path(run) / SAMPLES))
     return find_prompts(text or "\n\n".join(samples))
 
 

@@ -7,12 +7,9 @@ tokenizer; finetune from the number of tokens.
 
 import contextlib
 import dataclasses
-import json
 import math
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -33,13 +30,14 @@ from gptforge.checkpoint.run_dir import OpenedRun, open_run
 from gptforge.config import Config
 from gptforge.config_checks import validate
 from gptforge.data.dataset import Dataset
+from gptforge.data.shard_index import json_sha256
 from gptforge.device import Precision, seed_everything, select_device, select_precision
 from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.presets import FINETUNE
 from gptforge.report.console import ProgressMeter
-from gptforge.shell import env_int
+from gptforge.shell import Start, env_int
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,7 @@ class ResolvedRun:
     precision: Precision
     wait_for_warmup: Callable[[], None]  # waits until the kernels are compiled
     is_new_text: bool  # whether the text was prepared for this run, which logged its notices
-    program: str  # how the program is called, for the commands that it prints
-    command: str  # the arguments, for the log
-    start_time: float  # `time.monotonic()` from which the time limit counts
+    start: Start
 
 
 def resolve_run(
@@ -65,23 +61,17 @@ def resolve_run(
     explicit: Collection[str],
     comm: Comm,
     *,
-    program: str = "",
-    command: str = "",
-    start_time: float | None = None,
+    start: Start | None = None,
     temp_dir: Path | None = None,
 ) -> ResolvedRun:
     """Resolve and check a configuration; all ranks call this, and agree on it.
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
-        program, command, start_time: see `ResolvedRun`; the time limit counts from now by default.
         temp_dir: for a plan, where a model of `--init_from` is imported without keeping it. A plan
             compiles no kernels in the background, and does not look into the run folder.
-
-    Raises:
-        UserError: for a configuration, text or run folder that cannot be trained.
     """
-    start_time = time.monotonic() if start_time is None else start_time
+    start = start or Start()
     device_flag = comm.local_device or config.device
 
     def resolve_before_text() -> Config:
@@ -118,9 +108,7 @@ def resolve_run(
         precision=precision,
         wait_for_warmup=warmup.wait if warmup else lambda: None,
         is_new_text=is_new_text,
-        program=program,
-        command=command,
-        start_time=start_time,
+        start=start,
     )
 
 
@@ -164,10 +152,8 @@ def open_run_dir(
 ) -> tuple[OpenedRun, FolderLock | None]:
     """Lock the run folder on rank 0, and tell all ranks what is there.
 
-    `on_failure` gets the release of the lock. `requested` is the configuration of the command.
-
-    Raises:
-        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
+    `on_failure` gets the release of the lock. `requested` is the configuration of the command: a
+    rank with another one, or with another text, tokenizer or version, is a UserError.
     """
     config, explicit, comm = run.config, run.explicit, run.comm
     folder, lock = Path(config.out_dir), None
@@ -194,7 +180,7 @@ def open_run_dir(
             **{f"--{name}": str(value) for name, value in vars(requested).items()},
             "choice of flags": " ".join(sorted(explicit)) or "none",
             "text (SHA-256)": text_sha256,
-            "tokenizer": sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
+            "tokenizer": json_sha256(tokenizer.to_json()),
             "version of gptforge": __version__,
             "version of torch": torch.__version__,
         }

@@ -30,11 +30,7 @@ RULE, THIN_RULE = "=" * 50, "-" * 50
 
 def config_toml(run: ResolvedRun) -> str:
     """The text of config.toml, with the versions and the command that made the run."""
-    return to_toml(run.config, {**_versions(), "command": _command(run)})
-
-
-def _command(run: ResolvedRun) -> str:
-    return f"{run.program} {run.command}".strip()
+    return to_toml(run.config, {**_versions(), "command": run.start.command})
 
 
 def start_report(
@@ -48,7 +44,7 @@ def start_report(
     report = RunReport(
         config,
         title=f"{config.preset or 'GPT-2'} on {dataset.path.name}",
-        program=run.program,
+        program=run.start.program,
         split_hint=dataset.split_hint,
         is_teacher=is_teacher,
         enabled=is_main,
@@ -61,12 +57,12 @@ def start_report(
         # On the meta device: the step's model may be sharded.
         with torch.device("meta"):
             summary = model_summary(GPT(config.model))
-        report.start(summary, command=_command(run), facts=_facts(run, step_fn))
+        report.start(summary, command=run.start.command, facts=_facts(run, step_fn))
     else:
         is_best = state.best_step == state.step
         checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
         sizes = opened.state["file_sizes"]
-        report.resume(checkpoint, sizes, command=_command(run))
+        report.resume(checkpoint, sizes, command=run.start.command)
     report.console = Console(config.max_steps, state.step)
     return report
 

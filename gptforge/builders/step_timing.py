@@ -42,11 +42,7 @@ MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
-    """Build model, optimizer and kernels as for training; write nothing to disk.
-
-    Raises:
-        UserError: for a configuration that cannot be trained.
-    """
+    """Build model, optimizer and kernels as for training; write nothing to disk."""
     validate(config)
     device, description = select_device(config.device)
     precision = select_precision(config.dtype, device)
@@ -57,11 +53,7 @@ def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
 
 
 def build_random_model(config: Config) -> GPT:
-    """Build a model with random weights on its device, for inference.
-
-    Raises:
-        UserError: for an invalid configuration.
-    """
+    """Build a model with random weights on its device, for inference."""
     validate(config)
     device, description = select_device(config.device)
     logger.info(f"device: {device} ({description})")
@@ -73,16 +65,11 @@ def build_random_model(config: Config) -> GPT:
 def time_step(
     config: Config, explicit: Collection[str], *, device: torch.device, micro_batch: int
 ) -> tuple[float, str]:
-    """Time the steps of a resolved configuration.
+    """Seconds to train on one sequence of a step, and how they were measured.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
-    are timed, and the line through both is extrapolated to all layers.
-
-    Returns:
-        Seconds to train on one sequence of a step, and how they were measured.
-
-    Raises:
-        RunError: if it does not fit into memory.
+    are timed, and the line through both is extrapolated to all layers. A RunError if the
+    configuration, which is resolved, does not fit into memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")
@@ -164,7 +151,7 @@ def _fit_on_main(run: ResolvedRun) -> Config:
         per_sequence, _ = time_step(c, explicit, device=run.device, micro_batch=micro_batch)
     except (RunError, torch.OutOfMemoryError):
         return c  # training reports it
-    left = c.time_limit * 60 - (time.monotonic() - run.start_time)
+    left = c.time_limit * 60 - (time.monotonic() - run.start.time)
     per_step = per_sequence * c.global_batch_size / run.comm.world_size
     val_tokens = min(len(run.dataset.val), c.eval_tokens or len(run.dataset.val))
     per_eval = per_step * val_tokens / c.tokens_per_step / 3  # the forward is a third of a step

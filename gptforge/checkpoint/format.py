@@ -211,7 +211,7 @@ def read_state(path: Path) -> dict[str, Any]:
         optional = ("returns", "diverged_at", "bad_steps", "evals_since_best")
         counts += [progress.get(name, 0) for name in optional]
         counts += [partial[name] for name in ("windows", "num_windows", "tokens") if partial]
-        if not all(type(count) is int and 0 <= count < 2**62 for count in counts):
+        if not all(map(files.is_count, counts)):
             raise TypeError("a step was expected")
         if not set(state.get("pending", ())) <= {"evaluate", "sample", "save"}:
             raise ValueError(f"pending: {state['pending']}")

@@ -16,10 +16,10 @@ from gptforge.shell import quote
 
 TEACHERS = "teachers"  # folder of a run's teachers, which are runs of their own
 TRACKING = "tracking"  # folder of the files of experiment trackers
+LOG, METRICS, SAMPLES = "log.md", "metrics.jsonl", "samples.md"
+CURVES, REPORT = "training_curves.png", "report.html"
 RUN_FOLDERS = {"checkpoints", TEACHERS, TRACKING}
-RUN_FILES = RUN_FOLDERS | {
-    *(CONFIG, "log.md", "metrics.jsonl", "samples.md", "training_curves.png", "report.html")
-}
+RUN_FILES = RUN_FOLDERS | {CONFIG, LOG, METRICS, SAMPLES, CURVES, REPORT}
 """What a run leaves in its folder."""
 MAX_METRICS_BYTES, MAX_LINE_BYTES = 2**28, 2**16
 """How much of the end of the metrics is read, more than a million lines, and of a line at once."""
@@ -85,7 +85,7 @@ def is_finished_read_only(folder: Path) -> bool:
     return (
         (folder / CONFIG).is_file()
         and not os.access(folder, os.W_OK)
-        and has_line(folder / "metrics.jsonl", '"event": "end"')
+        and has_line(folder / METRICS, '"event": "end"')
     )
 
 

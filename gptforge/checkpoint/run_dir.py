@@ -9,6 +9,7 @@ from typing import Any, Literal
 from gptforge import files
 from gptforge.checkpoint import format as checkpoints
 from gptforge.checkpoint.out_dir import (
+    METRICS,
     TEACHERS,
     check_out_dir,
     check_writable,
@@ -16,14 +17,12 @@ from gptforge.checkpoint.out_dir import (
     has_line,
 )
 from gptforge.checkpoint.store import CheckpointStore
-from gptforge.config import Config, resume_conflicts
+from gptforge.config import TEXT_FIELDS, Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
 from gptforge.optim.schedule import learning_rate, stable_end
 from gptforge.tokenizers import Tokenizer
 
-TEXT_FIELDS = ("input", "encoding", "field", "kind", "split_by_name", "raw_bin")
-"""Fields that say what the text is, apart from how it is split and tokenized."""
 LR_TOLERANCE = 0.05  # a relative change of the learning rate that is not worth a warning
 
 
@@ -66,7 +65,7 @@ def open_run(
     folder = Path(config.out_dir)
     if config.restart and has_files(folder):
         return OpenedRun("new", config, moves_old_run=True)
-    store, metrics = CheckpointStore(folder / "checkpoints"), folder / "metrics.jsonl"
+    store, metrics = CheckpointStore(folder / "checkpoints"), folder / METRICS
     latest, notices = store.latest()
     if latest is None:
         if any(store.folder.glob("step-*")) or has_line(metrics, '"event": "save"'):
@@ -161,10 +160,8 @@ def resume_config(
 ) -> Config:
     """The configuration with which `config` resumes the run of a checkpoint; changes no file.
 
-    A run whose max_steps was raised keeps them, so the command that started it still works.
-
-    Raises:
-        UserError: saying what differs in the run: configuration, tokenizer or text.
+    A run whose max_steps was raised keeps them, so the command that started it still works. A
+    UserError says what differs in the run: configuration, tokenizer or text.
     """
     old, folder = checkpoints.read_config(checkpoint), Path(config.out_dir)
     for name in {"warmup_steps", "patience"}.difference(explicit):

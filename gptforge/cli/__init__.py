@@ -120,10 +120,8 @@ def _set_up_streams() -> None:
 def _raise_on_signals(*, is_program: bool) -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP instead of ending the process at once.
 
-    Not under torchrun: a rank may be blocked in a collective, where Python handles no signals.
-
-    Args:
-        is_program: whether the process ends after the body; any later Ctrl-C then ends it at once.
+    Not under torchrun: a rank may be blocked in a collective, where Python handles no signals. With
+    `is_program` the process ends after the body; any later Ctrl-C then ends it at once.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     numbers = []
@@ -148,11 +146,8 @@ def _raise_terminated(number: int, frame: object) -> NoReturn:
         # A second SIGTERM ends the process at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     else:
-        # SIGHUP: the terminal is gone, and writing to it would fail.
-        for stream in (sys.stdout, sys.stderr):
-            if stream.isatty():
-                files.redirect_to_devnull(stream)
-        # One that comes with it must not cut the cleanup short.
+        files.discard_terminal_output()
+        # A SIGTERM that comes with SIGHUP must not cut the cleanup short.
         signal.signal(signal.SIGTERM, _allow_one)
     if hangup := getattr(signal, "SIGHUP", None):
         # The kernel and the shell each send one, systemd sends one with SIGTERM.

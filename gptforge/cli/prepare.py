@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from gptforge.data.shard_index import Index
 
 
+Sources = Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
+]
+
+
 @dataclass(frozen=True)
 class PrepareArgs(DatasetArgs):
     """Turn texts into token shards, which `--input` takes."""
 
-    sources: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
-    ]
+    sources: Sources
     """Files, folders and patterns: text, JSON lines, Parquet, and .gz, .zst or .xz of them; -:
     standard input."""
     out: str
@@ -58,10 +61,7 @@ class CacheArgs:
 class TokenizerArgs(TextFileArgs):
     """Train a byte-level BPE tokenizer; --tokenizer and transformers read the file."""
 
-    sources: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="SRC...", help_behavior_hint="(required)"),
-    ]
+    sources: Sources
     """Files, folders and patterns, as for `gptforge prepare`."""
     out: str
     """The tokenizer.json to write."""
@@ -138,13 +138,13 @@ def cache_main(argv: list[str]) -> int:
     """Print the folder and its size, after clearing it if requested; returns the exit code."""
     args = parse_args(CacheArgs, argv, "gptforge cache")
     from gptforge.data.cache import clear_cache, writable_cache
+    from gptforge.report.run_info import disk_bytes
 
     if args.clear:
         clear_cache()
     folder = writable_cache()
-    num_bytes = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     entries = pluralize(len(list(folder.iterdir())), "entry", "entries")
-    safe_print(f"{folder.as_posix()}: {entries}, {num_bytes / 1e6:,.1f} MB")
+    safe_print(f"{folder.as_posix()}: {entries}, {disk_bytes(folder) / 1e6:,.1f} MB")
     return 0
 
 

@@ -26,7 +26,7 @@ from gptforge.errors import (
 )
 from gptforge.printable import print_stderr, safe_print
 from gptforge.report.log_handler import EVENT, PACKAGE, RESULT, WriteHandler, log_to
-from gptforge.shell import env_int, program_name, quote, same_command, torchrun_target
+from gptforge.shell import Start, env_int, program_name, quote, same_command, torchrun_target
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
@@ -65,9 +65,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
     reason, out_dir, comm = run_training(
         parsed,
         explicit,
-        program=program_name(),
-        command=shlex.join(args),
-        start_time=START_TIME,
+        start=Start(program_name(), shlex.join(args), START_TIME),
         logging_as=_log_as(parsed),
     )
     from gptforge.train.signals import EXIT_CODES
@@ -84,9 +82,7 @@ def run_training(
     config: Config,
     explicit: frozenset[str],
     *,
-    program: str,
-    command: str,
-    start_time: float,
+    start: Start,
     logging_as: AbstractContextManager[WriteHandler],
     on_built: "Callable[[Trainer], object]" = lambda trainer: None,
 ) -> "tuple[StopReason, str, Comm]":
@@ -94,14 +90,13 @@ def run_training(
 
     A preset is chosen if none was named. `logging_as` prints what is logged meanwhile; `on_built`
     is called with the trainer, and those of teachers, before it trains, but not for a finished run.
-    The other arguments are those of `build_trainer`.
 
     Returns:
         Why training ended, the run folder, and the ranks, which have left each other.
     """
     has_started = False
 
-    def start(trainer: "Trainer") -> None:
+    def on_start(trainer: "Trainer") -> None:
         nonlocal has_started
         has_started = True
         on_built(trainer)
@@ -133,16 +128,14 @@ def run_training(
                 trainer = build_trainer(
                     config,
                     explicit=explicit,
-                    program=program,
-                    command=command,
+                    start=start,
                     comm=comm,
-                    start_time=start_time,
-                    on_teacher=start,
+                    on_teacher=on_start,
                 )
             except TeacherStopped as stop:
                 reason = stop.reason
             if trainer is not None:
-                start(trainer)
+                on_start(trainer)
                 if comm.is_main:
                     handler.write = trainer.report.console.log  # above the progress bar
                 reason = trainer.fit()
@@ -189,8 +182,7 @@ def _print(text: str) -> None:
 def expand_resume(args: Sequence[str]) -> list[str]:
     """Add the flags that `--resume RUN` stands for: `--config` and `--out_dir` of that run.
 
-    Raises:
-        UserError: if there is no such run, or for a flag that contradicts it.
+    A UserError if there is no such run, or for a flag that contradicts it.
     """
     name = flag_values(args, ("resume",)).get("resume")
     if name is None or name.startswith("--"):  # without a value: an error below

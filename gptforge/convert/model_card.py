@@ -13,7 +13,6 @@ from gptforge.printable import MAX_NAME, escape_markdown, printable
 from gptforge.report.metrics import Event, History
 from gptforge.tokenizers import Tokenizer
 
-CURVES, METRICS, SAMPLES = "training_curves.png", "metrics.jsonl", "samples.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 MAX_COPY_BYTES = 2**30  # of a file copied from a run folder
 

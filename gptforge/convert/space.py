@@ -10,8 +10,9 @@ from pathlib import Path
 
 import gptforge
 from gptforge.checkpoint import format as checkpoints
+from gptforge.checkpoint.out_dir import METRICS, SAMPLES
 from gptforge.convert.bundle import ModelBundle
-from gptforge.convert.model_card import METRICS, SAMPLES, Origin, copy_run_file, model_card
+from gptforge.convert.model_card import Origin, copy_run_file, model_card
 from gptforge.files import set_link
 
 FILES = Path(__file__).with_name("space_files")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptforge import files, tokenizers
 from gptforge.data.token_dataset import ShardFile, read_raw_bin, read_shard_header
@@ -24,7 +24,8 @@ TOKENIZER_FILE = "tokenizer.json"
 VERIFIED_FILE = ".verified"
 FORMAT, VERSION = "gptforge-shards", 1
 METADATA_FILES = (INDEX_FILE, TOKENIZER_FILE)  # their hashes are only in VERIFIED_FILE
-SPLITS = ("train", "val")
+SplitName = Literal["train", "val"]
+SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)

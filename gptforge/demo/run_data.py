@@ -13,15 +13,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gptforge.checkpoint.format import read_config
+from gptforge.checkpoint.out_dir import METRICS, SAMPLES
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.errors import UserError
 from gptforge.files import real_path
 from gptforge.inference.language_model import LanguageModel
 from gptforge.report.format import format_duration
-from gptforge.report.metrics import METRICS, History, read_history, thin_out
+from gptforge.report.metrics import History, read_history, thin_out
 from gptforge.report.run_info import read_samples
 
-SAMPLES = "samples.md"
 MAX_LOADED_MODELS = 2  # as many as a page compares
 MAX_POINTS = 600  # of a curve
 MAX_SAMPLES = 60

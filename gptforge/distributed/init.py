@@ -27,21 +27,13 @@ GRACE_SECONDS = 3.0
 POLL_SECONDS = 0.05
 
 
-def is_distributed_launch(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is one of several processes."""
-    return env_int("WORLD_SIZE", 1, env) > 1
-
-
 def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Comm:
     """Join the other ranks and start the watchdog; `SINGLE_PROCESS` without a launcher.
 
-    The backend is NCCL for GPUs and gloo for CPUs.
-
-    Args:
-        device: value of `--device`.
-        env: set by torchrun; a UserError if its variables contradict each other.
+    The backend is NCCL for GPUs and gloo for CPUs, by `--device`. torchrun sets the environment; a
+    UserError if its variables contradict each other.
     """
-    if not is_distributed_launch(env):
+    if env_int("WORLD_SIZE", 1, env) <= 1:
         if "RANK" in env and "WORLD_SIZE" not in env:
             raise UserError(
                 f"RANK is {env['RANK']} but WORLD_SIZE is not set: start several processes with "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import Precision, autocast
 from gptforge.distributed import SINGLE_PROCESS, Comm
-from gptforge.model import IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.report.format import ValLoss
 
 MAX_BATCH_TOKENS = 8192  # more would fill the memory with logits and be no faster
@@ -38,8 +38,6 @@ class ValEvaluator:
         max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
 
     Attributes:
-        fraction: share of the text that is evaluated.
-        num_tokens: about so many tokens are predicted.
         seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
             may share the machine; infinite before the first.
     """

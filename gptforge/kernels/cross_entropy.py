@@ -16,25 +16,23 @@ from torch import Tensor
 
 from gptforge.kernels.launch import next_power_of_2, num_sms, uses_triton
 
+IGNORE_INDEX = -1
+"""Targets with this value are left out of the loss."""
 _CPU_CHUNK = 2**20
 """Logits per chunk on a CPU: 4 MB in float32, which stay in the L2 or L3 cache."""
 
 
 def cross_entropy_in_place(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    scale: float | Tensor = 1.0,
-    out: Tensor | None = None,
+    logits: Tensor, targets: Tensor, scale: float | Tensor = 1.0, out: Tensor | None = None
 ) -> Tensor:
     """Losses (N,) in nats; the logits (N, V) become `scale` times the gradient of their sum.
 
     With `out` (N, V), such as an fp8 tensor, the gradient is written there instead. Where the
-    target is `ignore_index`, loss and gradient are zero.
+    target is IGNORE_INDEX, loss and gradient are zero.
     """
     out = logits if out is None else out
     if not uses_triton(logits):
-        return _cross_entropy_torch(logits, out, targets, ignore_index, scale)
+        return _cross_entropy_torch(logits, out, targets, scale)
     from gptforge.kernels.triton import cross_entropy as kernels
 
     rows, columns = logits.shape
@@ -48,21 +46,21 @@ def cross_entropy_in_place(
     programs = min(rows, 2 * num_sms(logits.device) * max(1, 2**16 // columns))
     block = min(4096, max(8, next_power_of_2(columns)))
     kernels.cross_entropy[(programs,)](
-        logits, out, targets.contiguous(), losses, logits.stride(0), out.stride(0), ignore_index,
+        logits, out, targets.contiguous(), losses, logits.stride(0), out.stride(0), IGNORE_INDEX,
         scale, rows, programs, columns=columns, BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip
     return losses
 
 
 def _cross_entropy_torch(
-    logits: Tensor, out: Tensor, targets: Tensor, ignore_index: int, scale: float | Tensor
+    logits: Tensor, out: Tensor, targets: Tensor, scale: float | Tensor
 ) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(len(logits), dtype=dtype)
     rows = max(1, _CPU_CHUNK // logits.size(1))
     tensors = (logits, out, targets, losses)
     for chunk, grad, target, loss in zip(*(x.split(rows) for x in tensors), strict=True):
-        is_valid = (target != ignore_index)[:, None]  # (n, 1)
+        is_valid = (target != IGNORE_INDEX)[:, None]  # (n, 1)
         index = torch.where(is_valid, target[:, None], 0)
         # A copy even if the dtype is the same: the logits may be kept.
         x = chunk.to(dtype, copy=True)
@@ -75,18 +73,15 @@ def _cross_entropy_torch(
     return losses
 
 
-def fused_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> Tensor:
+def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` in nats, summed over the tokens; differentiable.
 
     Args:
         hidden: (N, C) bfloat16, or float32 on a CPU.
         weight: (V, C) float32; so is its gradient.
-        targets: (N,) ids.
-        ignore_index: these targets are skipped.
+        targets: (N,) ids; IGNORE_INDEX where there is none.
     """
-    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index)  # type: ignore[no-untyped-call]
+    loss: Tensor = _FusedLinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -97,24 +92,22 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         weight = weight.to(hidden.dtype)  # (V, C)
         logits = hidden @ weight.t()  # (N, V)
-        losses = cross_entropy_in_place(logits, targets, ignore_index)
+        losses = cross_entropy_in_place(logits, targets)
         ctx.save_for_backward(hidden, weight, logits)
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, grad_logits = ctx.saved_tensors
         # cuBLAS warns if a GEMM is the first call in autograd's thread; this clone comes before it.
         scale = grad_output[0].clone()
         # Scaled in float32: rounding the scale to bfloat16 would bias all gradients the same way.
         grad_hidden = _mm_fp32(grad_logits, weight).mul_(scale)
         grad_weight = _mm_fp32(grad_logits.t(), hidden).mul_(scale)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Shapes: N tokens, K teachers, V vocabulary.
 import torch
 from torch import Tensor
 
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.kernels.launch import tile_shape, uses_triton
 
 MAX_VOCAB = 8192
@@ -20,7 +21,6 @@ def distillation_in_place(
     logits: Tensor,
     teacher_logits: Tensor,
     targets: Tensor,
-    ignore_index: int,
     *,
     weight: float,
     scale: float | Tensor = 1.0,
@@ -32,8 +32,7 @@ def distillation_in_place(
             (1 - weight) * cross_entropy(targets) + weight * cross_entropy(teacher probabilities),
             summed over the tokens.
         teacher_logits: (K, N, V).
-        targets: (N,) ids. Where one is `ignore_index`, loss and gradient are zero.
-        ignore_index: see `targets`.
+        targets: (N,) ids. Where one is IGNORE_INDEX, loss and gradient are zero.
         weight: of the teachers, from 0 to 1.
         scale: of the gradient.
 
@@ -42,7 +41,7 @@ def distillation_in_place(
         and without teachers.
     """
     if not uses_triton(logits):
-        return _distillation_torch(logits, teacher_logits, targets, ignore_index, weight, scale)
+        return _distillation_torch(logits, teacher_logits, targets, weight, scale)
     from gptforge.kernels.triton import distillation as kernels
 
     rows, columns = logits.shape
@@ -53,7 +52,7 @@ def distillation_in_place(
         scale = torch.full((), scale, device=logits.device)
     block, rows_per_program = tile_shape(columns)
     kernels.distillation[(-(-rows // rows_per_program),)](
-        logits, teacher_logits, targets.contiguous(), losses, ignore_index, weight, scale, rows,
+        logits, teacher_logits, targets.contiguous(), losses, IGNORE_INDEX, weight, scale, rows,
         columns=columns, TEACHERS=len(teacher_logits), BLOCK=block, ROWS=rows_per_program,
         num_warps=8,
     )  # fmt: skip
@@ -64,12 +63,11 @@ def _distillation_torch(
     logits: Tensor,
     teacher_logits: Tensor,
     targets: Tensor,
-    ignore_index: int,
     weight: float,
     scale: float | Tensor,
 ) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    is_valid = (targets != ignore_index)[:, None]  # (N, 1)
+    is_valid = (targets != IGNORE_INDEX)[:, None]  # (N, 1)
     index = torch.where(is_valid, targets[:, None], 0)
     x = logits.to(dtype, copy=True)
     x -= x.logsumexp(1, keepdim=True)  # log-softmax, (N, V)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from gptforge import __version__
+from gptforge.checkpoint.out_dir import REPORT, SAMPLES
 from gptforge.config import Config
 from gptforge.errors import install_hint
 from gptforge.estimate.formulas import num_params
@@ -17,7 +18,6 @@ from gptforge.report.run_info import RunInfo, read_run, read_samples
 from gptforge.report.verdict import verdict
 from gptforge.shell import program_name, shown
 
-REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MAX_SAMPLES, MAX_SAMPLE_CHARS = 12, 4000
 MAX_ANOMALIES = 20
@@ -30,9 +30,6 @@ def save_report(
 
     `pending` are lines that are not in metrics.jsonl yet, and `program` starts the commands that
     the report suggests; by default what started this program.
-
-    Raises:
-        UserError: if there is no run.
     """
     path = path or run_dir / REPORT
     atomic_write(path, render_report(read_run(run_dir, pending=pending), program))
@@ -79,7 +76,7 @@ def render_report(run: RunInfo, program: str = "") -> str:
         panels={title: Markup(div) for title, div in panels.items()},
         svg=Markup(svg),
         install_hint=install_hint("report"),
-        samples=thin_out(read_samples(run.path / "samples.md"), MAX_SAMPLES),
+        samples=thin_out(read_samples(run.path / SAMPLES), MAX_SAMPLES),
         max_sample_chars=MAX_SAMPLE_CHARS,
         changed={name: pair for name, pair in fields.items() if pair[0] != pair[1]},
         fields=fields,

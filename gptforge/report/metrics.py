@@ -12,7 +12,6 @@ from gptforge.checkpoint.out_dir import read_metrics_lines
 from gptforge.files import is_count, is_finite_number
 
 MAX_TRAIN_EVENTS = 2**14  # more are downsampled evenly, with the first and the last
-METRICS = "metrics.jsonl"
 FINAL_FIELDS = ("final_val_loss", "final_val_bpb", "final_val_nats_per_char", "final_val_tokens")
 """Fields of the end event: the best checkpoint on all held-out text, as `gptforge eval` prints."""
 EVENT_FIELDS = {

@@ -18,11 +18,12 @@ from gptforge.checkpoint.format import (
     read_link,
     read_state,
 )
+from gptforge.checkpoint.out_dir import METRICS
 from gptforge.config import METADATA_TABLE, Config
 from gptforge.errors import UserError, explain_os_errors, parsing
 from gptforge.files import is_finite_number
 from gptforge.lock import is_locked
-from gptforge.report.metrics import METRICS, History, read_history
+from gptforge.report.metrics import History, read_history
 
 MAX_DEPTH = 3  # levels of folders that are searched for runs
 STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time limit"}
@@ -131,10 +132,8 @@ class RunInfo:
 def read_run(path: Path, *, pending: str = "") -> RunInfo:
     """Read a run, finished or in progress, of this or an earlier version.
 
-    `pending` are lines that are not in metrics.jsonl yet.
-
-    Raises:
-        UserError: if there is no run, or its config.toml is damaged.
+    `pending` are lines that are not in metrics.jsonl yet. A UserError if there is no run, or its
+    config.toml is damaged.
     """
     check_run_dir(path)
     config = read_config(path, with_model=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gptforge import files
 from gptforge.checkpoint.async_saver import SavedCheckpoint
-from gptforge.checkpoint.out_dir import TRACKING
+from gptforge.checkpoint.out_dir import CURVES, LOG, METRICS, SAMPLES, TRACKING
 from gptforge.config import Config
 from gptforge.errors import explain_os_error
 from gptforge.files import json_line
@@ -21,15 +21,13 @@ from gptforge.report.curves import save_curves
 from gptforge.report.format import ValLoss
 from gptforge.report.html_report import save_report
 from gptforge.report.log_handler import EVENT, RESULT
-from gptforge.report.metrics import FINAL_FIELDS, METRICS, Event, History, read_history, step_line
+from gptforge.report.metrics import FINAL_FIELDS, Event, History, read_history, step_line
 from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
 from gptforge.shell import quote, shown
 
 logger = logging.getLogger(__name__)
 
-LOG, SAMPLES = "log.md", "samples.md"
-CURVES = "training_curves.png"
 TRUNCATED_ON_RESUME = (LOG, METRICS, SAMPLES)
 PLOT_EVERY_SECONDS = 20.0
 FENCE = "```"
@@ -39,7 +37,6 @@ class RunReport:
     """Writes what happens in a run to its files, and logs it for the console.
 
     Args:
-        config: of the run; its trackers get copies of the events.
         title: heading of the log and the plot.
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.

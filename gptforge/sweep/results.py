@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gptforge.checkpoint.out_dir import METRICS
 from gptforge.config import FIELDS
 from gptforge.files import atomic_write
 from gptforge.report.curves import TEXT_COLOR, TRAIN_COLOR, VAL_COLOR, style_frame
 from gptforge.report.format import markdown_table
-from gptforge.report.metrics import METRICS, read_history
+from gptforge.report.metrics import read_history
 from gptforge.sweep.space import Values, format_value
 from gptforge.train.signals import EXIT_CODES
 

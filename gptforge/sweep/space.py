@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptforge.config import FIELDS, RENAMED_FIELDS, TYPE_NAMES, Config, Value, merge
+from gptforge.config import FIELDS, RENAMED_FIELDS, TEXT_FIELDS, TYPE_NAMES, Config, Value, merge
 from gptforge.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 Values = dict[str, Value]
 """Swept fields and their values in one trial."""
-INPUT_FIELDS = frozenset(
-    {"input", "encoding", "field", "kind", "split_by_name", "raw_bin", "tokenizer", "val_fraction"}
-)
+INPUT_FIELDS = frozenset({*TEXT_FIELDS, "tokenizer", "val_fraction"})
 """Fields that say what the text is: trials read the sweep's copy instead."""
 NOT_SWEPT = INPUT_FIELDS | {
     *("vocab_size", "eval_tokens", "preset", "config", "init_from"),
@@ -47,9 +45,6 @@ def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
     """Parse `max_lr=1e-3,2e-3` (values) and `dropout=0..0.4`, `max_lr=log:1e-4..1e-2` (ranges).
 
     Values are checked against the types of `base`. `--grid` takes no ranges.
-
-    Raises:
-        UserError: for an unknown field, a value of the wrong type, or a range that is none.
     """
     space: Space = {}
     for spec in specs:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from gptforge.errors import UserError
+from gptforge.printable import join_first
 from gptforge.tokenizers.base import END_OF_TEXT
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer, build_vocab
 
@@ -23,18 +24,16 @@ class AddedTokensError(ValueError):
     """
 
     def __init__(self, tokens: Sequence[str], *, is_gpt2: bool) -> None:
-        shown = ", ".join(repr(token[:40]) for token in tokens[:8])
-        more = f" and {len(tokens) - 8:,} more" if len(tokens) > 8 else ""
-        super().__init__(f"the tokenizer has added tokens, {shown}{more}")
+        shown = join_first([repr(token[:40]) for token in tokens], 8)
+        super().__init__(f"the tokenizer has added tokens, {shown}")
         self.is_gpt2 = is_gpt2
 
 
 def parse_tokenizer_json(record: dict[str, Any]) -> GPT2Tokenizer:
     """Convert a parsed tokenizer.json.
 
-    Raises:
-        AddedTokensError: if there are tokens after the end-of-text token.
-        ValueError: if it differs from GPT-2's algorithm in another way.
+    An AddedTokensError if there are tokens after the end-of-text token; a ValueError if it differs
+    from GPT-2's algorithm in another way.
     """
     model, splitter = record["model"], record.get("pre_tokenizer") or {}
     is_byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
@@ -87,12 +86,8 @@ def unambiguous_merges(merges: Sequence[str]) -> list[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     """Learn merges from texts; ids are ordered as GPT-2's: bytes, merges, end-of-text token.
 
-    Args:
-        texts: read once; memory grows with the number of distinct words.
-        vocab_size: total number of ids; a small text may give fewer.
-
-    Raises:
-        UserError: for a size out of range.
+    The texts are read once; memory grows with the number of distinct words. A small text may give
+    fewer ids than `vocab_size`.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         limits = f"from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}"

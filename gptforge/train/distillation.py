@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
+from gptforge.model import GPT
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,10 @@ class Distillation:
         return torch.stack(probs).mean(0)
 
     def loss(self, logits: Tensor, idx: Tensor, targets: Tensor, target_loss: Tensor) -> Tensor:
-        """Compute the summed loss to train with.
+        """Compute the summed loss to train with, from the student's logits (B, T, V).
 
-        Args:
-            logits: (B, T, V) of the student.
-            idx: (B, T) token ids.
-            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
-            target_loss: summed cross-entropy of the logits and `targets`.
+        `target_loss` is the summed cross-entropy of the logits and the targets (B, T), which are
+        IGNORE_INDEX where there is none.
         """
         probs = self.probs(idx) * (targets != IGNORE_INDEX)[..., None]
         soft_loss = F.cross_entropy(

@@ -76,8 +76,7 @@ class GradBuffer:
 class AutogradGradBuffer(GradBuffer):
     """A `GradBuffer` that autograd accumulates into, with one parameter per group.
 
-    Args:
-        model: gets a hook on each parameter that reports its gradient; hooks are not removed.
+    A hook on each parameter reports its gradient; hooks are not removed.
     """
 
     on_grads_ready: Callable[[int], None]

@@ -53,9 +53,7 @@ class StopSignal:
     (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
     context manager it may be entered again while it is entered.
 
-    Args:
-        time_limit: minutes; 0 for none.
-        started: start of the time limit, by `time.monotonic`; now if None.
+    The time limit is in minutes, 0 for none, since `started`, by `time.monotonic`, or from now on.
     """
 
     def __init__(self, time_limit: float, *, started: float | None = None) -> None:
@@ -118,10 +116,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == SIGHUP:
-            # The terminal is gone: writing to it would raise an error.
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    files.redirect_to_devnull(stream)
+            files.discard_terminal_output()
         elif self._is_requested:
             self._end_at_once(number)
         else:

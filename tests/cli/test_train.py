@@ -15,6 +15,7 @@ from gptforge.cli.train import run_training
 from gptforge.config import Config
 from gptforge.errors import NOTHING_LOST
 from gptforge.report.log_handler import WriteHandler
+from gptforge.shell import Start
 from gptforge.train.train_step import TrainStep
 from tests.programs import DEBUG, events, start
 
@@ -47,8 +48,8 @@ def test_an_interruption_before_training_says_on_every_rank_that_nothing_is_lost
     monkeypatch.setattr(build_trainer, "build_trainer", interrupt)
     with pytest.raises(KeyboardInterrupt, match="nothing is lost"):
         run_training(
-            Config(preset="debug", input=str(play)), frozenset(), program="gptforge", command="",
-            start_time=0.0, logging_as=nullcontext(WriteHandler(print)),
+            Config(preset="debug", input=str(play)), frozenset(), start=Start("gptforge"),
+            logging_as=nullcontext(WriteHandler(print)),
         )  # fmt: skip
     assert aborted == [NOTHING_LOST]
 

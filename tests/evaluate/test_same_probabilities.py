@@ -16,7 +16,7 @@ from gptforge.evaluate.tasks import Example, score_choices
 from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
-from gptforge.model import IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.tokenizers.char import CharTokenizer
 from tests.train.conftest import config as config
 from tests.train.runs import build, events, last

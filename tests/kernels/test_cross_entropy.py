@@ -20,7 +20,7 @@ def test_fused_linear_cross_entropy_matches_autograd(device, rows, columns, dtyp
     weight = (torch.randn(columns, 64, device=device) * 0.3).requires_grad_()
     targets = torch.randint(0, columns, (rows,), device=device)
     targets[::4] = -1
-    loss = fused_linear_cross_entropy(hidden, weight, targets, -1)
+    loss = fused_linear_cross_entropy(hidden, weight, targets)
     (loss * 0.25).backward()
 
     exact_hidden = hidden.detach().double().requires_grad_()
@@ -42,7 +42,7 @@ def test_logits_become_their_gradient(device, columns) -> None:
     exact = logits.double().requires_grad_()
     targets = torch.randint(0, columns, (40,), device=device)
     targets[7] = -1
-    losses = cross_entropy_in_place(logits, targets, -1, 0.25)
+    losses = cross_entropy_in_place(logits, targets, 0.25)
     expected = F.cross_entropy(exact, targets, ignore_index=-1, reduction="none")
     (expected.sum() * 0.25).backward()
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
@@ -53,7 +53,7 @@ def test_logits_become_their_gradient(device, columns) -> None:
 
 def test_extreme_logits_stay_finite(device) -> None:
     logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38]], device=device).bfloat16()
-    losses = cross_entropy_in_place(logits, torch.tensor([0, 1], device=device), -1)
+    losses = cross_entropy_in_place(logits, torch.tensor([0, 1], device=device))
     assert losses.isfinite().all()
     assert logits.isfinite().all()
 
@@ -62,7 +62,7 @@ def test_scale_multiplies_the_gradient(device) -> None:
     logits = torch.randn(6, 70, device=device).bfloat16()
     targets = torch.randint(0, 70, (6,), device=device)
     full, scaled = logits.clone(), logits.clone()
-    losses = cross_entropy_in_place(full, targets, -1)
-    torch.testing.assert_close(cross_entropy_in_place(scaled, targets, -1, 0.125), losses)
+    losses = cross_entropy_in_place(full, targets)
+    torch.testing.assert_close(cross_entropy_in_place(scaled, targets, 0.125), losses)
     # A power of two changes no digit.
     assert torch.equal(scaled.float() * 8, full.float())

@@ -24,7 +24,8 @@ from gptforge.config import Config
 from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import UserError
 from gptforge.kernel_select import KernelConfig
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.report.run_report import RunReport
 from gptforge.train.distillation import Distillation
 from gptforge.train.trainer import Trainer

@@ -15,8 +15,8 @@ from gptforge.data.prepare.job import JobResult
 from gptforge.data.prepare.request import fingerprint
 from gptforge.data.prepare.scan import ScanResult
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.split import SplitName, SplitRule
-from gptforge.data.shard_index import SPLITS, Index, json_sha256, write_index
+from gptforge.data.prepare.split import SplitRule
+from gptforge.data.shard_index import SPLITS, Index, SplitName, json_sha256, write_index
 from gptforge.data.token_dataset import HEADER_BYTES
 from gptforge.errors import UserError
 from gptforge.printable import pluralize
@@ -121,7 +121,7 @@ def _input_splits(
     return {name: sorted(splits) for name, splits in by_fingerprint.items()}
 
 
-def _describe_share(rule: SplitRule, totals: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _describe_share(rule: SplitRule, totals: Mapping[SplitName, Mapping[str, int]]) -> list[str]:
     """A note if the share that is held out is far from the fraction."""
     num_bytes = {split: total["bytes"] for split, total in totals.items()}
     share = num_bytes["val"] / max(1, sum(num_bytes.values()))

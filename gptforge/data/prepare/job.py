@@ -15,8 +15,9 @@ import numpy as np
 from gptforge import tokenizers
 from gptforge.data.input_errors import BadInputHandler
 from gptforge.data.prepare.readers import FileSpan, read_split
-from gptforge.data.prepare.split import SplitName, SplitRule
+from gptforge.data.prepare.split import SplitRule
 from gptforge.data.prepare.text_io import TextFormat
+from gptforge.data.shard_index import SPLITS, SplitName
 from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError, explain_os_error
 from gptforge.tokenizers.base import END_OF_TEXT, Tokens, smallest_dtype
@@ -24,7 +25,6 @@ from gptforge.tokenizers.fast_encode import FastEncoder
 
 PROGRESS_CHARS = 2**20  # reported at a time
 MAX_SHARD_TOKENS = 2**27
-SPLITS: tuple[SplitName, ...] = ("train", "val")
 Progress = Callable[[int, int], None]
 """Called with the bytes of the files, and of their text, that are done since the last call."""
 

@@ -93,7 +93,7 @@ def _parse_line(line: bytes, part: InputPart) -> Any:
 
 
 def _json_hint(source: Source, error: Exception) -> str:
-    # Bytes, not text: `read_json_lines` reports UTF-16 before.
+    # Bytes, not text: what cannot be decoded was reported before.
     first = next(InputPart(source).read_blocks(), b"").lstrip()
     if source.path.suffix == ".json" and first.startswith(b"{") and b"\n" in first:
         return (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gptforge.data.input_errors import BadInput, BadInputHandler
 from gptforge.data.prepare.json_reader import read_json
 from gptforge.data.prepare.sources import Source
-from gptforge.data.prepare.split import SplitName, SplitRule, text_digest
+from gptforge.data.prepare.split import SplitRule, text_digest
 from gptforge.data.prepare.table_reader import read_csv, read_parquet
 from gptforge.data.prepare.text_io import (
     CR_NOTICE,
@@ -21,6 +21,7 @@ from gptforge.data.prepare.text_io import (
     TextFormat,
     text_stats,
 )
+from gptforge.data.shard_index import SplitName
 from gptforge.errors import UserError
 from gptforge.tokenizers.base import SAFE_CUT
 

@@ -19,7 +19,7 @@ from gptforge.data.prepare.split import (
 )
 from gptforge.data.prepare.text_io import InputPart, TextFormat, TextStats, text_stats
 from gptforge.errors import UserError
-from gptforge.printable import pluralize
+from gptforge.printable import join_first, pluralize
 from gptforge.tokenizers.base import code_points
 
 
@@ -103,8 +103,7 @@ def _require_text_in_both_splits(request: PrepareRequest, selection: FileSelecti
 
 def no_text_message(names: Sequence[str], bad_input: BadInputHandler) -> str:
     """Explain why there is no text in some files."""
-    more = f" and {len(names[3:]):,} more" if len(names) > 3 else ""
-    where = ", ".join(names[:3]) + more
+    where = join_first(names, 3)
     if not bad_input.counts:
         return f"{where}: there is no text in it"
     problems = ", ".join(f"{count:,} x {problem}" for problem, count in bad_input.counts.items())

@@ -14,10 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+from gptforge.data.shard_index import SplitName
 from gptforge.errors import UserError
-from gptforge.printable import pluralize
+from gptforge.printable import join_first, pluralize
 
-SplitName = Literal["train", "val"]
 DocumentId = tuple[int, int]  # index of its source, and its index in it
 MIN_HASH_DOCUMENTS = 100  # from this number on, documents are selected by hash
 
@@ -183,8 +183,7 @@ def describe_filename_splits(
     for split, what in (("val", reason), ("test", "left out as named")):
         names = [path.as_posix() for path, word in zip(paths, words, strict=True) if word == split]
         if names:
-            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            parts.append(f"{what}: {', '.join(names[:3])}{more}")
+            parts.append(f"{what}: {join_first(names, 3)}")
     hint = " (--split_by_name false treats them like all others)"
     return "; ".join(parts) + hint * bool(parts)
 

@@ -10,7 +10,7 @@ from gptforge.device import Precision, autocast
 from gptforge.distributed.dtensor import is_sharded
 from gptforge.kernel_select import KernelConfig
 from gptforge.kernels.cross_entropy import fused_linear_cross_entropy
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.parallel.fsdp import FSDPRoot
@@ -138,7 +138,7 @@ class AutogradBackend:
             return self.model.loss(hidden, targets)
         hidden = hidden.flatten(0, -2).to(self._precision.dtype)
         weight = self.model.lm_head.weight
-        return fused_linear_cross_entropy(hidden, weight, targets.flatten(), IGNORE_INDEX)
+        return fused_linear_cross_entropy(hidden, weight, targets.flatten())
 
 
 def _compile_for_training(block: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -31,13 +31,9 @@ from gptforge.kernels.float8 import (
     one,
     transpose,
 )
-from gptforge.kernels.float8_matmul import (
-    accumulate_float8_wgrad,
-    float8_dgrad,
-    float8_linear,
-)
+from gptforge.kernels.float8_matmul import accumulate_float8_wgrad, float8_dgrad, float8_linear
 from gptforge.kernels.reductions import PendingReductions
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.train.backends.manual import ManualBackend, ManualHead, loss_in_place
 from gptforge.train.backends.manual_layers import (
     BlockDropout,
@@ -155,7 +151,7 @@ class Float8Head(ManualHead):
             grad = cast_transpose(logits, empty_float8(logits, E5M2, one(logits.device)))
         else:
             data = torch.empty_like(logits, dtype=E5M2)
-            losses = cross_entropy_in_place(logits, targets, IGNORE_INDEX, LOGITS_GRAD_SCALE, data)
+            losses = cross_entropy_in_place(logits, targets, LOGITS_GRAD_SCALE, data)
             del logits
             grad = Float8Tensor(data, transpose(data), self._grad_scale_inv)
         grad = grad._replace(scale_inv=self._grad_scale_inv)

@@ -20,7 +20,7 @@ from gptforge.kernels.dropout import DropoutRate, DropoutSeed
 from gptforge.kernels.embedding import embedding, embedding_backward
 from gptforge.kernels.layer_norm import SavedLayerNorm
 from gptforge.kernels.matmul import accumulate_wgrad, linear
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.train.backends.manual_layers import (
     GROUPS_PER_BLOCK,
     BlockDropout,
@@ -83,18 +83,16 @@ def loss_in_place(
 ) -> Tensor:
     """Losses (n,); the logits (n, V) become their gradient. See `ManualHead.forward_backward`."""
     if not teacher_logits:
-        return cross_entropy_in_place(logits, targets, IGNORE_INDEX, scale)
+        return cross_entropy_in_place(logits, targets, scale)
     return distillation_in_place(
-        logits, torch.stack(list(teacher_logits)), targets, IGNORE_INDEX,
-        weight=distill_weight, scale=scale,
-    )  # fmt: skip
+        logits, torch.stack(list(teacher_logits)), targets, weight=distill_weight, scale=scale
+    )
 
 
 class ManualBackend:
     """Computes in `dtype` with fp32 master weights and fp32 gradients.
 
     Args:
-        model: its parameters get the gradients.
         dtype: compute dtype of the GEMMs, and dtype of the residual.
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
@@ -204,9 +202,7 @@ class ManualBackend:
     ) -> tuple[Tensor, SavedLayerNorm]:
         """Compute the output (N, C) of the last LayerNorm, which the output layer reads.
 
-        Args:
-            idx: (B, T) token ids.
-            saved: gets what the backward of each block needs.
+        `saved` gets what the backward of each block needs.
         """
         seq_len = idx.size(1)
         # One for the embedding; in each block one for attention, and one for each sublayer.

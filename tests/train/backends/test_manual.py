@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gptforge.config import GPTConfig
 from gptforge.kernels.attention import TritonAttention, select_attention
+from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.kernels.dropout import DropoutRate, apply_dropout, keep_mask
-from gptforge.model import GPT, IGNORE_INDEX
+from gptforge.model import GPT
 from gptforge.train.backends import manual
 from gptforge.train.backends.cuda_graph import CudaGraphBackend
 from gptforge.train.backends.manual import ManualBackend
