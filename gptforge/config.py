@@ -264,7 +264,11 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 
 def merge(base: Config, values: Mapping[str, object], *, source: str) -> Config:
-    """Override fields of `base`, after checks of names and types; errors name the `source`."""
+    """Override fields of `base`; errors name the `source` of the values.
+
+    Raises:
+        UserError: for an unknown name (with the closest known one) or a value of the wrong type.
+    """
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in FIELDS:

@@ -9,7 +9,11 @@ from gptforge.errors import UserError
 
 
 def validate(config: Config) -> None:
-    """Check all values; a UserError names the flag of the first invalid one."""
+    """Check all values.
+
+    Raises:
+        UserError: for the first invalid value, with its flag.
+    """
     c = config
     for name, hint in typing.get_type_hints(Config).items():
         value = getattr(c, name)

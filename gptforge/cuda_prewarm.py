@@ -21,7 +21,8 @@ process, and some drivers take half a minute."""
 def prewarm_cuda(device: str) -> threading.Thread | None:
     """Start creating the CUDA context that torch will use; None if there is nothing to do.
 
-    Under torchrun each process prewarms the GPU of its local rank.
+    Args:
+        device: `--device`. Under torchrun each process prewarms the GPU of its local rank.
     """
     kind, _, index = device.partition(":")
     if (device != "auto" and kind != "cuda") or not _torch_has_cuda():

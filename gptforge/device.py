@@ -42,7 +42,11 @@ class Precision:
 
 
 def select_device(flag: str) -> tuple[torch.device, str]:
-    """Resolve `--device` to a device of this machine and a short description of it."""
+    """Resolve `--device` to a device and a short description of it.
+
+    Raises:
+        UserError: if there is no such device on this machine.
+    """
     kind, _, index = flag.partition(":")
     has_mps = torch.backends.mps.is_available()
     if flag == "auto":
@@ -72,7 +76,11 @@ def _select_cuda(flag: str, index: int) -> tuple[torch.device, str]:
 
 
 def select_precision(flag: str, device: torch.device) -> Precision:
-    """Resolve `--dtype`: bfloat16 where it is native, else float16 on a GPU, else float32."""
+    """Resolve `--dtype`: bfloat16 where it is native, else float16 on a GPU, else float32.
+
+    Raises:
+        UserError: for fp8 on a device without it.
+    """
     if flag == "fp8":
         if not has_float8(device):
             raise UserError(

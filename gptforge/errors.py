@@ -114,7 +114,8 @@ _OS_ERRORS = {
 def explain_os_error(error: Exception) -> tuple[str, str]:
     """The reason of a failed file operation, and how to fix it; no fix if it is unknown.
 
-    It takes an OSError, or the error of a Rust library with "(os error N)" in its message.
+    Args:
+        error: an OSError, or the error of a Rust library with "(os error N)" in its message.
     """
     number = error.errno if isinstance(error, OSError) else None
     # The errors of Rust libraries have the number in their message.

@@ -30,7 +30,8 @@ DEFAULT_KERNELS = KernelConfig()
 def select_kernels(config: Config, device: torch.device, precision: Precision) -> KernelConfig:
     """Select the fastest kernels measured on this kind of device, before any of them is tried.
 
-    A UserError for fp8 with an option that the manual backward does not have.
+    Raises:
+        UserError: for fp8 with an option that the manual backward does not have.
     """
     is_bf16 = precision.dtype == torch.bfloat16
     residual_dtype = torch.bfloat16 if is_bf16 else None

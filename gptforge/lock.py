@@ -47,7 +47,8 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
     def move_to_backup(self, suffix: str) -> Path:
         """Rename the folder as `files.move_to_backup` does, and lock a new, empty one in its place.
 
-        A UserError if another process locks the new folder first.
+        Raises:
+            UserError: if another process locks the new folder first.
         """
         if os.name == "nt":
             # Windows cannot rename a folder that holds an open file.
@@ -66,11 +67,16 @@ class FolderLock(contextlib.AbstractContextManager["FolderLock"]):
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> FolderLock | None:
-    """Lock a folder, which is created if needed; None if another process holds the lock.
+    """Lock a folder, which is created if needed.
 
     The lock file lies in the folder, so every path to it leads to the same lock, and on a network
-    file system it holds between machines where that supports locks. A UserError if the folder
-    cannot be created, or the lock file is not a regular file.
+    file system it holds between machines where that supports locks.
+
+    Returns:
+        None if another process holds the lock and `wait` is False.
+
+    Raises:
+        UserError: if the folder cannot be created, or the lock file is not a regular file.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     problem: OSError | None = None

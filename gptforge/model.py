@@ -168,8 +168,11 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Compute the hidden states that the output layer reads: (B, T) ids to (B, T, C).
 
-        The residual is float32 by default. Activation checkpointing saves only the input of each
-        block, and recomputes the rest in the backward pass.
+        Args:
+            idx: (B, T) token ids.
+            residual_dtype: dtype of the residual; float32 if None.
+            activation_checkpointing: save only the input of each block and recompute the rest in
+                the backward pass.
         """
         T = idx.size(1)  # noqa: N806
         assert self.config.block_size >= T, f"{T} tokens, but block_size {self.config.block_size}"

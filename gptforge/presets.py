@@ -63,7 +63,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Config:
-    """Build the Config of a preset; a UserError for an unknown name lists the known ones."""
+    """Build the Config of a preset.
+
+    Raises:
+        UserError: for an unknown name; the message lists the known ones.
+    """
     if name not in PRESETS:
         raise UserError(f"--preset {name}: unknown preset; there are {', '.join(PRESETS)}")
     return merge(Config(preset=name), PRESETS[name].values, source=f"preset {name}")

@@ -53,7 +53,11 @@ def shown(path: Path) -> str:
 
 
 def env_int(name: str, default: int, env: Mapping[str, str] = os.environ) -> int:
-    """A non-negative integer from an environment variable, as launchers set them."""
+    """A non-negative integer from an environment variable, as launchers set them.
+
+    Raises:
+        UserError: if the variable holds anything else.
+    """
     text = env.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise UserError(

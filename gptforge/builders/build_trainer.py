@@ -53,8 +53,17 @@ def build_trainer(
     """Build all parts of a run; None if the run in the run folder is finished.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
-    before, in runs of their own: `on_teacher` is called with the trainer of each before it trains,
-    and a TeacherStopped says that one was stopped. The other arguments are those of `resolve_run`.
+    before, in runs of their own.
+
+    Args:
+        config: as merged from preset, file and flags; `explicit` are the fields that the user set.
+        start: how the run was started; by default from Python, now.
+        on_teacher: called with the trainer of each teacher before it trains.
+
+    Raises:
+        TeacherStopped: if a teacher's training is stopped.
+        UserError: for a configuration, text or run folder that cannot be trained.
+        RunError: if the disk has no room for a checkpoint.
     """
     run = resolve_run(config, explicit, comm, start=start)
     with contextlib.ExitStack() as on_failure:
@@ -96,7 +105,11 @@ def build_trainer(
 
 
 def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
-    """Train those teachers of a student that are not finished; TeacherStopped if one is stopped."""
+    """Train those teachers of a student that are not finished.
+
+    Raises:
+        TeacherStopped: if one is stopped.
+    """
     c, comm = run.config, run.comm
 
     def start(trainer: Trainer) -> None:

@@ -142,7 +142,8 @@ def bundle_toml(bundle: ModelBundle, *, source: str = "") -> str:
 def read_origin(run: str) -> Origin | None:
     """Read what the run folder says about a checkpoint; None for a model without a run.
 
-    A link in the run folder is a UserError: its target would get into the export.
+    Raises:
+        UserError: for a link in the run folder, whose target would get into the export.
     """
     if is_hf_dir(Path(run)):
         return None

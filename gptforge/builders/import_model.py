@@ -32,9 +32,16 @@ such an import is not reused."""
 
 
 def import_model(source: str, out: Path, *, tokenizer: str = "", text: str = "") -> None:
-    """Write another program's model as a checkpoint folder; the arguments of `gptforge import`.
+    """Write another program's model as a checkpoint folder.
 
-    A UserError names the first thing that does not match a GPT-2.
+    Args:
+        source: a transformers folder, nanoGPT's ckpt.pt, or a name on the Hugging Face Hub.
+        out: the new checkpoint folder.
+        tokenizer: `--tokenizer` of training; empty: the source's.
+        text: file whose characters are the alphabet of `--tokenizer char`.
+
+    Raises:
+        UserError: if the source is no GPT-2, naming the first thing that does not match.
     """
     explicit, path = _explicit_tokenizer(tokenizer, text), _find_model(source)
     with report_write_errors(out), atomic_create_dir(out) as folder:
@@ -66,9 +73,12 @@ def _log_import(out: Path, bundle: ModelBundle) -> None:
 def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
     """Return the path of a checkpoint for `--init_from`, importing another program's model.
 
-    It is imported to `runs/imported` or, without keeping it, to `temp_dir`. Concurrent starts
-    import once: the others wait. An import of something else under the same name is moved to a
-    backup.
+    Concurrent starts import once: the others wait. An import of something else under the same name
+    is moved to a backup.
+
+    Args:
+        source: a run or checkpoint, returned as it is, or what `import_model` takes.
+        temp_dir: where to import to, without keeping it; None: `runs/imported`.
     """
     path = Path(source)
     is_run = path.is_dir() and not is_hf_dir(path)

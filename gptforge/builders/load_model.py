@@ -55,7 +55,11 @@ def limit_threads(model: LanguageModel) -> None:
 
 
 def load_bundle(run: str | Path) -> ModelBundle:
-    """Load shape, weights and tokenizer of a run, a checkpoint or an exported model."""
+    """Load shape, weights and tokenizer of a run, a checkpoint or an exported model.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
     run = path = Path(run).expanduser()
@@ -98,7 +102,11 @@ def _load_checkpoint(path: Path) -> ModelBundle:
 
 
 def inference_dtype(flag: str, device: torch.device, config: GPTConfig) -> torch.dtype:
-    """Resolve `--dtype` for inference; auto is the fastest for this device and model size."""
+    """Resolve `--dtype` for inference; auto is the fastest for this device and model size.
+
+    Raises:
+        UserError: for an unknown dtype.
+    """
     if flag not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {flag}: give auto, float32, bfloat16 or float16")
     if flag == "auto" and device.type == "cpu" and num_params(config) < MAX_FLOAT32_PARAMS:

@@ -34,8 +34,10 @@ def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
     """Compute what a configuration amounts to, as `gptforge plan --json` prints it.
 
     It is that of a new run: a run that exists in the run folder is not looked at. A new text is
-    prepared into the user's cache, where training finds it. What training refuses is refused with
-    the same message.
+    prepared into the user's cache, where training finds it.
+
+    Raises:
+        UserError: for all that training refuses, with the same message.
     """
     with tempfile.TemporaryDirectory() as temp_dir:
         config = dataclasses.replace(config, restart=True)  # nothing of an existing run is taken

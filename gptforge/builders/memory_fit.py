@@ -89,7 +89,8 @@ def _fits(needed: int, free: int | None) -> bool:
 def use_fsdp(config: Config, device: torch.device, precision: Precision, comm: Comm) -> bool:
     """Whether to shard the model over the ranks (FSDP) instead of replicating it (DDP).
 
-    A UserError if sharding is requested or needed, and does not work with another flag.
+    Raises:
+        UserError: if sharding is requested or needed, and does not work with another flag.
     """
     if comm.world_size == 1:
         if config.parallel == "fsdp":

@@ -45,8 +45,10 @@ def resolve_init_from(
 ) -> Config:
     """Take shape and tokenizer from the checkpoint of `--init_from`, unless set explicitly.
 
-    Another program's model is imported, into `runs` or, without keeping it, into `temp_dir`. A
-    UserError if the checkpoint is damaged, or does not match an explicit flag.
+    Another program's model is imported, into `runs` or, without keeping it, into `temp_dir`.
+
+    Raises:
+        UserError: if the checkpoint is damaged, or does not match an explicit flag.
     """
     config = _with_input_options_of_run(config, explicit)
     if not config.init_from:
@@ -209,7 +211,11 @@ def _vocab_size(config: Config, explicit: Collection[str], minimum: int) -> int:
 
 
 def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMeter) -> Dataset:
-    """Open the text of `--input`, preparing it if needed, and check that it can be trained on."""
+    """Open the text of `--input`, preparing it if needed, and check that it can be trained on.
+
+    Raises:
+        UserError: if it cannot be read or trained on.
+    """
     is_finetuning = bool(config.init_from)
     options = DatasetOptions(
         tokenizer=_learned_by_run(config) or config.tokenizer,
@@ -249,7 +255,11 @@ def _has_vanished(name: str) -> bool:
 
 
 def resolve_config(config: Config, dataset: Dataset, explicit: Collection[str]) -> Config:
-    """Fill in vocabulary size, run folder, and how the text was found."""
+    """Fill in vocabulary size, run folder, and how the text was found.
+
+    Raises:
+        UserError: if `--vocab_size` is too small for the tokenizer.
+    """
     num_ids = dataset.tokenizer.vocab_size
     vocab_size = _vocab_size(config, explicit, num_ids) or -(-num_ids // 64) * 64
     if vocab_size < num_ids:

@@ -68,8 +68,12 @@ def resolve_run(
 
     Args:
         config: as merged from preset, file and flags; `explicit` are the fields that the user set.
+        start: see `build_trainer`.
         temp_dir: for a plan, where a model of `--init_from` is imported without keeping it. A plan
             compiles no kernels in the background, and does not look into the run folder.
+
+    Raises:
+        UserError: for a configuration, text or run folder that cannot be trained.
     """
     start = start or Start()
     device_flag = comm.local_device or config.device
@@ -152,8 +156,10 @@ def open_run_dir(
 ) -> tuple[OpenedRun, FolderLock | None]:
     """Lock the run folder on rank 0, and tell all ranks what is there.
 
-    `on_failure` gets the release of the lock. `requested` is the configuration of the command: a
-    rank with another one, or with another text, tokenizer or version, is a UserError.
+    `on_failure` gets the release of the lock. `requested` is the configuration of the command.
+
+    Raises:
+        RunError: naming a rank with another text, tokenizer, `requested` configuration or version.
     """
     config, explicit, comm = run.config, run.explicit, run.comm
     folder, lock = Path(config.out_dir), None

@@ -56,8 +56,13 @@ def evaluate_run(
 ) -> ValLoss:
     """Compute the loss of a saved model on another text, or on the text its run held out.
 
-    `data` is a text, evaluated in full, or shards, by their validation split if they have one;
-    empty: what the run held out. `encoding`, `field`, `kind` and `raw_bin` describe it.
+    Args:
+        run: see `load`, also for `device`.
+        data: a text, evaluated in full, or shards, by their validation split if they have one;
+            empty: what the run held out. `encoding`, `field`, `kind` and `raw_bin` describe it.
+
+    Raises:
+        UserError: if there is no model or no such text, or the run held nothing out.
     """
     flags = {"encoding": encoding, "field": field, "kind": kind, "raw_bin": raw_bin}
     for flag, value in flags.items():
@@ -184,9 +189,14 @@ def evaluate_tasks(
 ) -> Scores:
     """Score a saved model on benchmark tasks; metrics have their names in lm-evaluation-harness.
 
-    `tasks` are names, separated by commas; `NAME=FILE` reads JSON lines instead of the Hub. Names
-    that are not built in are run by lm-evaluation-harness, also those in `include_path`. Of each
-    task, the first `limit` examples are used; 0: all.
+    Args:
+        run: see `load`, also for `device`.
+        tasks: comma-separated names; `NAME=FILE` reads JSON lines instead of the Hub. Names
+            that are not built in are run by lm-evaluation-harness, also those in `include_path`.
+        limit: use the first so many examples of each task; 0: all.
+
+    Raises:
+        UserError: for an unknown task, or examples that cannot be downloaded or read.
     """
     if limit < 0:
         raise UserError(f"--limit must be 0 or more, not {limit}")

@@ -42,7 +42,11 @@ MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
-    """Build model, optimizer and kernels as for training; write nothing to disk."""
+    """Build model, optimizer and kernels as for training; write nothing to disk.
+
+    Raises:
+        UserError: for a configuration that cannot be trained.
+    """
     validate(config)
     device, description = select_device(config.device)
     precision = select_precision(config.dtype, device)
@@ -53,7 +57,11 @@ def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
 
 
 def build_random_model(config: Config) -> GPT:
-    """Build a model with random weights on its device, for inference."""
+    """Build a model with random weights on its device, for inference.
+
+    Raises:
+        UserError: for an invalid configuration.
+    """
     validate(config)
     device, description = select_device(config.device)
     logger.info(f"device: {device} ({description})")
@@ -65,11 +73,16 @@ def build_random_model(config: Config) -> GPT:
 def time_step(
     config: Config, explicit: Collection[str], *, device: torch.device, micro_batch: int
 ) -> tuple[float, str]:
-    """Seconds to train on one sequence of a step, and how they were measured.
+    """Time the steps of a resolved configuration.
 
     All layers of a GPT-2 take the same time. Of a model too large for seconds, one layer and a few
-    are timed, and the line through both is extrapolated to all layers. A RunError if the
-    configuration, which is resolved, does not fit into memory.
+    are timed, and the line through both is extrapolated to all layers.
+
+    Returns:
+        Seconds to train on one sequence of a step, and how they were measured.
+
+    Raises:
+        RunError: if it does not fit into memory.
     """
     accumulation = max(1, config.global_batch_size // micro_batch)
     would_compile = config.compile == "true" or (config.compile, device.type) == ("auto", "cuda")

@@ -94,7 +94,11 @@ def teacher_config(config: Config, number: int) -> Config:
 
 
 def load_teachers(config: Config, device: torch.device, comm: Comm) -> Distillation:
-    """Load the final weights of all teachers; a UserError if one is missing or not finished."""
+    """Load the final weights of all teachers.
+
+    Raises:
+        UserError: if one is missing, damaged or not finished.
+    """
     shape = dataclasses.replace(config.model, dropout=0.0)
     teachers = []
     for number in range(1, config.teachers + 1):

@@ -49,8 +49,10 @@ def resolve_auto(
     """Fill in the fields that auto and the shakespeare presets leave to the text.
 
     Other presets are unchanged. A run that resumes keeps its own values, and so does the
-    configuration file of a run: they do not depend on this rule any more. For auto, a text whose
-    size is not found out is a UserError.
+    configuration file of a run: they do not depend on this rule any more.
+
+    Raises:
+        UserError: if auto does not find out the size of the text.
     """
     if config.preset not in FITTED_PRESETS or is_set_by_run_file(config):
         return config

@@ -30,8 +30,10 @@ class AsyncSaver:
     to disk in the background. `last`, `best` and pruning follow only once a checkpoint is complete.
 
     Args:
+        store: where to save.
         tokenizer: saved with every checkpoint, as is `config`, the text of config.toml.
-        keep: number of checkpoints to keep besides best, last and those of `protected_steps`.
+        keep: number of checkpoints to keep besides best and last.
+        protected_steps: the checkpoints of these steps are kept, too.
         enabled: False on ranks other than 0, which save nothing.
     """
 

@@ -160,8 +160,10 @@ def resume_config(
 ) -> Config:
     """The configuration with which `config` resumes the run of a checkpoint; changes no file.
 
-    A run whose max_steps was raised keeps them, so the command that started it still works. A
-    UserError says what differs in the run: configuration, tokenizer or text.
+    A run whose max_steps was raised keeps them, so the command that started it still works.
+
+    Raises:
+        UserError: saying what differs in the run: configuration, tokenizer or text.
     """
     old, folder = checkpoints.read_config(checkpoint), Path(config.out_dir)
     for name in {"warmup_steps", "patience"}.difference(explicit):

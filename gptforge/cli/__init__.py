@@ -120,8 +120,10 @@ def _set_up_streams() -> None:
 def _raise_on_signals(*, is_program: bool) -> Iterator[None]:
     """Raise `Terminated` on SIGTERM and SIGHUP instead of ending the process at once.
 
-    Not under torchrun: a rank may be blocked in a collective, where Python handles no signals. With
-    `is_program` the process ends after the body; any later Ctrl-C then ends it at once.
+    Not under torchrun: a rank may be blocked in a collective, where Python handles no signals.
+
+    Args:
+        is_program: whether the process ends after the body; any later Ctrl-C then ends it at once.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     numbers = []

@@ -69,7 +69,11 @@ def parse_train_args(
 ) -> tuple[C, frozenset[str]]:
     """Build a training configuration: defaults < preset < file < flags.
 
-    `cls` may be a subclass with further flags.
+    Args:
+        args: arguments after the command's name.
+        cls: the configuration, perhaps a subclass with further flags.
+        prog: name of the command in its help and errors.
+        epilog: end of the help text.
 
     Returns:
         The configuration, with an empty `preset` if none was named, and the fields set explicitly,
@@ -85,7 +89,9 @@ def parse_train_args(
 def preset_and_file(preset: str, file: str) -> tuple[Config, frozenset[str]]:
     """The configuration that flags override, and the fields that the TOML file sets explicitly.
 
-    The arguments are the values of `--preset`, by default that of the file, and of `--config`.
+    Args:
+        preset: value of `--preset`; empty: that of the file.
+        file: value of `--config`, or empty.
     """
     values, is_from_run = read_toml(Path(file), flag="--config") if file else ({}, False)
     name = preset or values.get("preset")
@@ -97,7 +103,9 @@ def preset_and_file(preset: str, file: str) -> tuple[Config, frozenset[str]]:
 def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
     """Choose a preset if none was named, and shorten a default warmup that exceeds max_steps.
 
-    Fields of subclasses are dropped.
+    Args:
+        config: as `parse_train_args` returns it; fields of subclasses are dropped.
+        explicit: fields set by flags or in the file; they override the preset.
     """
     config = Config(**{name: getattr(config, name) for name in FIELDS})
     if config.mlp_matmul == "quack":
@@ -164,7 +172,11 @@ def _split(arg: str) -> tuple[str, str, str]:
 def parse_args(
     cls: type[T], args: Sequence[str], prog: str, *, default: Any = None, description: str = ""
 ) -> T:
-    """Parse flags into a dataclass with tyro; a mistake is one line instead of tyro's box."""
+    """Parse flags into a dataclass with tyro.
+
+    Raises:
+        UserError: for any mistake, in one line instead of tyro's box.
+    """
     shown = cls if {"-h", "--help"}.isdisjoint(args) else _with_help(cls)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_bool_rule)

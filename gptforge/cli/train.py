@@ -182,7 +182,8 @@ def _print(text: str) -> None:
 def expand_resume(args: Sequence[str]) -> list[str]:
     """Add the flags that `--resume RUN` stands for: `--config` and `--out_dir` of that run.
 
-    A UserError if there is no such run, or for a flag that contradicts it.
+    Raises:
+        UserError: if there is no such run, or for a flag that contradicts it.
     """
     name = flag_values(args, ("resume",)).get("resume")
     if name is None or name.startswith("--"):  # without a value: an error below

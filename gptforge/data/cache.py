@@ -47,8 +47,14 @@ def prepare_cached(
 ) -> tuple[Index, tuple[str, ...]]:
     """Prepare one file, folder or pattern, or find its shards in the cache.
 
-    The same content has the same shards, whatever its path. Also returns what the user should know
-    about the choice of files. The message of a UserError says how `gptforge prepare` would read it.
+    The same content has the same shards, whatever its path.
+
+    Returns:
+        The index, and what the user should know about the choice of files.
+
+    Raises:
+        UserError: if it cannot be read; the message says how `gptforge prepare` would read it.
+        RunError: if the disk of the cache is full.
     """
     cache = writable_cache()
     with tempfile.TemporaryDirectory(prefix=SPOOL_PREFIX, dir=cache) as spool:
@@ -166,8 +172,13 @@ def _delete_unused(cache: Path) -> None:
 def store_texts(texts: Texts, *, field: str) -> Path:
     """Write texts to a file of the cache that is named after its content, so that a run resumes.
 
-    They are one text, or documents: strings, or rows with a column `field` such as those of a
-    Hugging Face dataset. A generator is read once.
+    Args:
+        texts: one text, or documents: strings, or rows with a column `field` such as those of a
+            Hugging Face dataset. A generator is read once.
+        field: the column, and the field of the JSON lines that hold the documents.
+
+    Raises:
+        UserError: for anything else, and if there is no text.
     """
     suffix, lines = "jsonl", _json_lines(texts, field)
     if isinstance(texts, str):

@@ -25,11 +25,21 @@ class DataLoader:
     """An endless iterator over global batches, whose state is its position.
 
     Sequences start at 0, T, 2T, ... of the tokens, targets are shifted by one, and a last, partial
-    sequence is dropped. The seed picks the order, together with the epoch; without `shuffle` it is
-    that of the text. With `random_offset`, all sequences of an epoch are shifted by a random number
-    of tokens below T, so that each epoch cuts the text differently. A batch may span two epochs.
-    All ranks count the same global batches and take their rows of each, so the number of ranks does
-    not change which sequences a step trains on.
+    sequence is dropped. With `random_offset`, all sequences of an epoch are shifted by a random
+    number of tokens below T, so that each epoch cuts the text differently. A batch may span two
+    epochs. All ranks count the same global batches and take their rows of each, so the number of
+    ranks does not change which sequences a step trains on.
+
+    Args:
+        tokens: at least one sequence.
+        context_length: T.
+        global_batch_size: B.
+        seed: picks the order, together with the epoch.
+        shuffle: False keeps the order of the text.
+        device: where batches go.
+        random_offset: whether each epoch cuts the text differently.
+        rank: this process, from 0.
+        world_size: how many processes share a batch; at most B.
     """
 
     def __init__(

@@ -128,7 +128,11 @@ def may_be_bundled_input(name: str) -> bool:
 def open_dataset(
     path: Path, options: DatasetOptions, *, progress: ProgressBar | None = None
 ) -> Dataset:
-    """Open token shards; tokenize any other input, unless the cache has its shards."""
+    """Open token shards; tokenize any other input, unless the cache has its shards.
+
+    Raises:
+        UserError: if there is nothing, or it is unreadable, or contradicts the options.
+    """
     if path.is_dir() and (index := read_index(path)) is not None:
         return _open_prepared(path, index, options)
     if path.suffix == SHARD_SUFFIX and path.is_file():

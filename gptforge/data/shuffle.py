@@ -20,10 +20,16 @@ ROUND_KEYS = np.arange(ROUNDS, dtype=np.uint64) * GOLDEN
 def shuffled_index(
     positions: NDArray[np.int64], n: int, *, seed: int, shuffle: bool
 ) -> NDArray[np.int64]:
-    """Index, in 0..n-1, of the sequence at each position of an endless stream of shuffled epochs.
+    """Index of the sequence at each position of an endless stream of shuffled epochs.
 
-    Position p belongs to epoch p // n. The seed picks the permutation, together with the epoch;
-    without `shuffle` the order is that of the text.
+    Args:
+        positions: positions in the stream; position p belongs to epoch p // n.
+        n: sequences per epoch.
+        seed: picks the permutation, together with the epoch.
+        shuffle: False keeps the order of the text.
+
+    Returns:
+        Indices in 0..n-1, shaped like `positions`.
     """
     epochs, indices = np.divmod(positions, n)
     if not shuffle:

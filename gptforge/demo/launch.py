@@ -36,8 +36,14 @@ def launch(
 ) -> None:
     """Serve the page until it is interrupted; arguments are the flags of `gptforge demo`.
 
-    The default of `title` is the name of the run folder, and that of `prompts`, which the page
-    suggests, is from the training text, if it is on this machine.
+    Args:
+        run: run folder, checkpoint folder or exported model.
+        host: address to listen on; 0.0.0.0 is reachable from other machines.
+        port: 0: the first free one from 7860.
+        device: as for training.
+        title: of the page; empty: the name of the run folder.
+        prompts: to suggest; empty: from the training text, if it is on this machine.
+        allowed_hosts: names under which the page is served, besides this machine's; `*` for any.
     """
     for package in ("starlette", "uvicorn", "pydantic"):
         require_package(package, extra="demo")

@@ -238,7 +238,9 @@ class Comm:
 class AsyncMax:
     """A maximum over the ranks, the same on all of them at the same step.
 
-    It is read `lag` steps late, when a GPU has long computed it. A single process has no `device`.
+    Args:
+        device: of this rank; None for a single process.
+        lag: how many steps late it is read, when a GPU has long computed it.
     """
 
     def __init__(self, device: torch.device | None = None, lag: int = 0) -> None:

@@ -30,8 +30,11 @@ POLL_SECONDS = 0.05
 def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Comm:
     """Join the other ranks and start the watchdog; `SINGLE_PROCESS` without a launcher.
 
-    The backend is NCCL for GPUs and gloo for CPUs, by `--device`. torchrun sets the environment; a
-    UserError if its variables contradict each other.
+    The backend is NCCL for GPUs and gloo for CPUs.
+
+    Args:
+        device: value of `--device`.
+        env: set by torchrun; a UserError if its variables contradict each other.
     """
     if env_int("WORLD_SIZE", 1, env) <= 1:
         if "RANK" in env and "WORLD_SIZE" not in env:

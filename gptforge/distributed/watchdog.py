@@ -39,6 +39,8 @@ class Watchdog:
     """The heartbeat threads of one rank.
 
     Args:
+        rank: global rank, of `world_size`.
+        host: name of this machine.
         store: a connection used by nothing else, as others block in long waits.
         is_local_main: whether this rank prints what ranks on other machines have found.
         timeout: seconds after which a rank counts as lost.

@@ -38,6 +38,8 @@ class ValEvaluator:
         max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
 
     Attributes:
+        fraction: share of the text that is evaluated.
+        num_tokens: about so many tokens are predicted.
         seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
             may share the machine; infinite before the first.
     """

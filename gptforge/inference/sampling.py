@@ -55,7 +55,10 @@ def draw_uniforms(seeds: Sequence[int | None], count: int) -> Tensor:
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
     """Sample one token id per row, (B,), by inverting the cumulative distribution.
 
-    The logits are (B, V) float32, the uniforms (B,) in [0, 1). Top-k is applied before top-p.
+    Args:
+        logits: (B, V) float32.
+        uniforms: (B,) in [0, 1).
+        params: top-k is applied first, then top-p.
     """
     if params.temperature == 0:
         return logits.argmax(-1)

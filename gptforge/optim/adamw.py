@@ -16,7 +16,9 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # the keys of torch.optim.AdamW
 class AdamW(Optimizer):
     """AdamW by torch's fused kernel, one call for each parameter group. eps is 1e-8.
 
-    The "weight_decay" of a group is multiplied by the learning rate.
+    Args:
+        param_groups: each with its "weight_decay", which is multiplied by the learning rate.
+        betas: decay rates of the running averages of the gradient and of its square.
     """
 
     def __init__(

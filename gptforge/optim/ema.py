@@ -16,12 +16,15 @@ class WeightEMA:
 
     Training weights jump around in directions of high curvature; their average does not, and has
     the lower loss (Izmailov et al., 2018), most of all on texts that are read many times. The
-    average is the model that is evaluated, saved and exported. On a sharded model, each rank
-    averages its shards.
+    average is the model that is evaluated, saved and exported.
 
     The decay grows to its final value, so that the initial weights do not count for long. It grows
     in powers of two: a CUDA graph contains the decay as a constant, and is captured again whenever
     that changes.
+
+    Args:
+        model: its parameters are averaged; on a sharded model, each rank averages its shards.
+        decay: final decay, from 0 to below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -9,9 +9,12 @@ from gptforge.files import open_regular
 class BufferedLog:
     """Appends text at once, or as soon as the disk accepts it.
 
-    A failed write must not stop training: `on_error` is called with the path and the error, and the
-    text stays in memory, ahead of what is written later. So the file never has a gap, and its final
-    length is known at any time.
+    A failed write must not stop training: the text stays in memory, ahead of what is written later.
+    So the file never has a gap, and its final length is known at any time.
+
+    Args:
+        path: the file.
+        on_error: called with the path and the error after each failed write.
     """
 
     def __init__(self, path: Path, on_error: Callable[[Path, OSError], None]) -> None:

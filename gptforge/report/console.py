@@ -90,7 +90,12 @@ class BarOrLines:
 
 
 class Console(BarOrLines):
-    """The output of a training run; without a `total` of steps there is no progress bar."""
+    """The output of a training run.
+
+    Args:
+        total: steps of the whole run; 0 for no progress bar.
+        step: steps done so far.
+    """
 
     def __init__(self, total: int = 0, step: int = 0) -> None:
         columns = (

@@ -30,6 +30,9 @@ def save_report(
 
     `pending` are lines that are not in metrics.jsonl yet, and `program` starts the commands that
     the report suggests; by default what started this program.
+
+    Raises:
+        UserError: if there is no run.
     """
     path = path or run_dir / REPORT
     atomic_write(path, render_report(read_run(run_dir, pending=pending), program))

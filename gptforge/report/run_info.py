@@ -132,8 +132,10 @@ class RunInfo:
 def read_run(path: Path, *, pending: str = "") -> RunInfo:
     """Read a run, finished or in progress, of this or an earlier version.
 
-    `pending` are lines that are not in metrics.jsonl yet. A UserError if there is no run, or its
-    config.toml is damaged.
+    `pending` are lines that are not in metrics.jsonl yet.
+
+    Raises:
+        UserError: if there is no run, or its config.toml is damaged.
     """
     check_run_dir(path)
     config = read_config(path, with_model=False)

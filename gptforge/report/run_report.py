@@ -37,6 +37,7 @@ class RunReport:
     """Writes what happens in a run to its files, and logs it for the console.
 
     Args:
+        config: of the run; its trackers get copies of the events.
         title: heading of the log and the plot.
         program: the command that started this program, for the verdict.
         split_hint: how to get a validation split, for the verdict.

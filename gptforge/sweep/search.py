@@ -55,6 +55,9 @@ class Sweep:
         resolve: gives the configuration of a trial, and which of its fields are set explicitly;
             `out_dir` is the folder of the sweep.
         explicit, trials, seeds, jobs: fields that the user set, and the sweep's own flags.
+
+    Raises:
+        UserError: for a text or folder that cannot be used, before anything runs.
     """
 
     def __init__(
@@ -137,7 +140,10 @@ class Sweep:
         """Train a trial on the full training part, and evaluate it on the test split.
 
         The step is the trial's, so nothing is chosen on the tail, and so are not the seeds: no
-        trial had them. A RunError if a run fails.
+        trial had them.
+
+        Raises:
+            RunError: if a run fails.
         """
         # The first evaluation is the one that counts; later ones only choose the checkpoint.
         flags = {"eval_every": str(best.step), "eval_tokens": "0", "patience": "0"}

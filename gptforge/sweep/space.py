@@ -45,6 +45,9 @@ def parse_space(specs: Sequence[str], base: Config, *, flag: str) -> Space:
     """Parse `max_lr=1e-3,2e-3` (values) and `dropout=0..0.4`, `max_lr=log:1e-4..1e-2` (ranges).
 
     Values are checked against the types of `base`. `--grid` takes no ranges.
+
+    Raises:
+        UserError: for an unknown field, a value of the wrong type, or a range that is none.
     """
     space: Space = {}
     for spec in specs:

@@ -33,9 +33,10 @@ TEXT_DEPENDENT = ("char", "byte", "bpe")
 
 
 def from_name(name: str, text: str) -> Tokenizer:
-    """The tokenizer of `--tokenizer`, a name or a file that `load` reads.
+    """The tokenizer of `--tokenizer`; char takes its alphabet from `text`, bpe its merges.
 
-    char takes its alphabet from `text`, bpe its merges.
+    Raises:
+        UserError: if `name` is neither in NAMES nor a file that `load` reads.
     """
     if name == "char":
         return CharTokenizer.from_text(text)

@@ -19,9 +19,10 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 
 
 class GPT2Tokenizer:
-    """256 bytes, the merges ("left right" each), and the end-of-text token.
+    """256 bytes, the merges, and the end-of-text token: 50,257 ids with GPT-2's merges.
 
-    By default the merges are GPT-2's, which make 50,257 ids.
+    Args:
+        merges: "left right" pairs, by default GPT-2's.
     """
 
     def __init__(self, merges: Sequence[str] | None = None) -> None:

@@ -32,8 +32,9 @@ class AddedTokensError(ValueError):
 def parse_tokenizer_json(record: dict[str, Any]) -> GPT2Tokenizer:
     """Convert a parsed tokenizer.json.
 
-    An AddedTokensError if there are tokens after the end-of-text token; a ValueError if it differs
-    from GPT-2's algorithm in another way.
+    Raises:
+        AddedTokensError: if there are tokens after the end-of-text token.
+        ValueError: if it differs from GPT-2's algorithm in another way.
     """
     model, splitter = record["model"], record.get("pre_tokenizer") or {}
     is_byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
@@ -86,8 +87,12 @@ def unambiguous_merges(merges: Sequence[str]) -> list[str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     """Learn merges from texts; ids are ordered as GPT-2's: bytes, merges, end-of-text token.
 
-    The texts are read once; memory grows with the number of distinct words. A small text may give
-    fewer ids than `vocab_size`.
+    Args:
+        texts: read once; memory grows with the number of distinct words.
+        vocab_size: total number of ids; a small text may give fewer.
+
+    Raises:
+        UserError: for a size out of range.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         limits = f"from {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,}"

@@ -33,10 +33,13 @@ class Distillation:
         return torch.stack(probs).mean(0)
 
     def loss(self, logits: Tensor, idx: Tensor, targets: Tensor, target_loss: Tensor) -> Tensor:
-        """Compute the summed loss to train with, from the student's logits (B, T, V).
+        """Compute the summed loss to train with.
 
-        `target_loss` is the summed cross-entropy of the logits and the targets (B, T), which are
-        IGNORE_INDEX where there is none.
+        Args:
+            logits: (B, T, V) of the student.
+            idx: (B, T) token ids.
+            targets: (B, T) next token ids; IGNORE_INDEX where there is none.
+            target_loss: summed cross-entropy of the logits and `targets`.
         """
         probs = self.probs(idx) * (targets != IGNORE_INDEX)[..., None]
         soft_loss = F.cross_entropy(

@@ -76,7 +76,8 @@ class GradBuffer:
 class AutogradGradBuffer(GradBuffer):
     """A `GradBuffer` that autograd accumulates into, with one parameter per group.
 
-    A hook on each parameter reports its gradient; hooks are not removed.
+    Args:
+        parameters: each gets a hook that reports its gradient; hooks are not removed.
     """
 
     on_grads_ready: Callable[[int], None]

@@ -20,16 +20,19 @@ def optimizer_step(
     lr: float | Tensor,
     loss: Tensor,
 ) -> Tensor:
-    """Unscale and clip the gradients, update the weights and their EMA, and free the gradients.
+    """Unscale and clip the gradients, update the weights, and free the gradients.
 
     If the gradient norm or the loss is not finite, weights and optimizer state stay unchanged; this
     is decided on the device, without a sync.
 
     Args:
-        optimizer, backend: the backend has computed the gradients.
+        optimizer: its learning rate is set.
+        backend: computed the gradients.
         scaler: loss scaler for fp16; may be disabled.
+        ema: average of the weights to update, if any.
         max_norm: maximum gradient norm; infinite for no clipping.
-        lr: as an fp32 scalar on the device it may change between replays of a CUDA graph.
+        lr: learning rate. As an fp32 scalar on the device it may change between replays of a CUDA
+            graph.
         loss: of this step; NaN if the gradients of a rank are incomplete.
 
     Returns:

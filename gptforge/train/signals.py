@@ -53,7 +53,9 @@ class StopSignal:
     (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
     context manager it may be entered again while it is entered.
 
-    The time limit is in minutes, 0 for none, since `started`, by `time.monotonic`, or from now on.
+    Args:
+        time_limit: minutes; 0 for none.
+        started: start of the time limit, by `time.monotonic`; now if None.
     """
 
     def __init__(self, time_limit: float, *, started: float | None = None) -> None:

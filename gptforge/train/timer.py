@@ -13,7 +13,9 @@ from gptforge.distributed import Comm
 class StepTimer:
     """Mean wall time of a step; evaluations, samples and saves are excluded.
 
-    The device is synchronized before the clock is read.
+    Args:
+        device: synchronized before the clock is read.
+        comm: its watchdog does not check for stalls in excluded blocks.
     """
 
     def __init__(self, device: torch.device, comm: Comm) -> None:

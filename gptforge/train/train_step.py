@@ -87,10 +87,15 @@ class TrainStep:
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
-        """Train on this rank's slice of a global batch: inputs and targets, both (G, T).
+        """Train on this rank's slice of a global batch.
 
         A step whose loss or gradient is not finite is skipped: weights and optimizer state stay
         unchanged.
+
+        Args:
+            inputs: (G, T) token ids.
+            targets: (G, T) next token ids.
+            lr: learning rate.
 
         Returns:
             The mean cross-entropy of the targets over the tokens of all ranks, and the gradient

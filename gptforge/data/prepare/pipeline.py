@@ -59,12 +59,17 @@ def prepare(
 ) -> Index:
     """Write token shards, or resume; the same request on a finished folder does nothing.
 
-    If the disk is full, a RunError says that finished parts are kept.
-
     Args:
+        out_dir: folder of the shards.
+        request: what to prepare.
         num_workers: processes; 0 is one per CPU, if there is enough data for them.
         restart: move the old content of the folder away.
         wait: for another process that prepares the same folder.
+        progress: shows the bytes that are done.
+
+    Raises:
+        UserError: for anything that the user can fix, or if the folder holds something else.
+        RunError: if the disk is full; finished parts are kept.
     """
     if not 0 <= request.val_fraction < 1:
         raise UserError(f"--val_fraction must be from 0 to below 1, not {request.val_fraction}")

@@ -60,8 +60,13 @@ def find_sources(
 ) -> list[Source]:
     """Expand names to files, in the order given; those of a folder or pattern are sorted.
 
-    Names are those of files, folders, patterns with * ? or [], and - for standard input. Copies of
-    standard input and of pipes go to `spool_dir`, since files are read twice.
+    Args:
+        names: files, folders, patterns with * ? or [], and - for standard input.
+        kind: of all files.
+        spool_dir: folder for copies of standard input and pipes, since files are read twice.
+
+    Raises:
+        UserError: if a name matches nothing, or a file is named twice.
     """
     sources: list[Source] = []
     for name in names:

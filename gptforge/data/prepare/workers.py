@@ -38,7 +38,9 @@ def run_jobs(
 ) -> list[JobResult]:
     """Run the jobs that have no result in a folder yet; returns the results of all, in order.
 
-    After the UserError of a job, the others stop. A RunError says that a process was killed.
+    Raises:
+        UserError: the error of a job; the others stop.
+        RunError: if a worker process was killed.
     """
     paths = {job: progress_dir / f"job-{job.index:06d}.json" for job in jobs}
     loaded = {job: _load_result(path, runner.out_dir) for job, path in paths.items()}

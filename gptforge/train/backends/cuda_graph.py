@@ -65,8 +65,9 @@ class CudaGraphBackend:
 class CudaGraphOptimizerStep:
     """`optimizer_step`, captured at its second call, and again if the decay of the EMA changes.
 
-    `step` is `optimizer_step` but for `lr` and `loss`. The gradients of the backend are assigned to
-    the parameters once, when the step is captured.
+    Args:
+        step: `optimizer_step` but for `lr` and `loss`.
+        backend: its gradients are assigned to the parameters once, when the step is captured.
     """
 
     def __init__(

@@ -93,6 +93,7 @@ class ManualBackend:
     """Computes in `dtype` with fp32 master weights and fp32 gradients.
 
     Args:
+        model: its parameters get the gradients.
         dtype: compute dtype of the GEMMs, and dtype of the residual.
         activation_checkpointing: save only each block's input, and recompute the rest.
         loss_chunk: tokens whose logits are in memory at a time; 0 for the fastest number.
@@ -202,7 +203,9 @@ class ManualBackend:
     ) -> tuple[Tensor, SavedLayerNorm]:
         """Compute the output (N, C) of the last LayerNorm, which the output layer reads.
 
-        `saved` gets what the backward of each block needs.
+        Args:
+            idx: (B, T) token ids.
+            saved: gets what the backward of each block needs.
         """
         seq_len = idx.size(1)
         # One for the embedding; in each block one for attention, and one for each sublayer.

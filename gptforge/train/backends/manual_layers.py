@@ -144,8 +144,12 @@ class SavedActivations(NamedTuple):
 class ManualBlock:
     """A transformer block.
 
-    `prev_bias` is the bias of the projection that computes `mlp_out`; the first block has none.
-    With `save_gelu` the GELU's output is saved instead of recomputed.
+    Args:
+        block: the module whose weights are used.
+        prev_bias: bias of the projection that computes `mlp_out`; None for the first block.
+        weights: allocates copies in the compute dtype.
+        grads: accumulates the gradients.
+        save_gelu: save the GELU's output instead of recomputing it.
     """
 
     linear_class: type[ManualLinear] = ManualLinear
