@@ -1,13 +1,11 @@
 """One optimizer step: forward and backward over micro-batches, reduction, clipping, update."""
 
-import dataclasses
 import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +19,14 @@ from gptforge.optim.ema import WeightEMA
 from gptforge.optim.optimizer import Optimizer
 from gptforge.train.backends.autograd import AutogradBackend
 from gptforge.train.backends.cuda_graph import CudaGraphBackend, CudaGraphOptimizerStep
-from gptforge.train.backends.float8 import Float8Backend
+from gptforge.train.backends.factory import build_backend
 from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.backends.manual_layers import grad_groups
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
 from gptforge.train.optimizer_step import optimizer_step
 from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
-from gptforge.train.parallel.grad_reducer import BucketedAllReduce, GradReducer
-from gptforge.train.parallel.zero1 import (
-    AllGatheredWeights,
-    BucketedReduceScatter,
-    ShardedGradBuffer,
-)
+from gptforge.train.parallel.grad_reducer import GradReducer
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +70,22 @@ class TrainStep:
         # With an infinite maximum the norm is still computed: it is logged, and checked.
         self._max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
         self._halve_on_oom, self._comm, self._root = halve_on_oom, comm, root
-        self._options: dict[str, Any] = {
-            "activation_checkpointing": config.activation_checkpointing,
-            "loss_chunk": config.loss_chunk,
-            "distillation": distillation,
-        }
         self.ema = WeightEMA(model, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision.needs_scaler)
+        params = [p for group in grad_groups(model) for p in group]
+        self._build_backend = functools.partial(
+            build_backend,
+            model,
+            precision,
+            scaler=self._scaler,
+            activation_checkpointing=config.activation_checkpointing,
+            loss_chunk=config.loss_chunk,
+            comm=comm,
+            root=root,
+            # Built once, since the hooks that it registers on the parameters are not removed.
+            autograd_grads=functools.cache(functools.partial(AutogradGradBuffer, params)),
+            distillation=distillation,
+        )
         self.set_kernels(kernels)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, lr: float) -> tuple[Tensor, Tensor]:
@@ -158,55 +160,6 @@ class TrainStep:
         self._optimizer_step: Callable[..., Tensor] = functools.partial(
             optimizer_step, self.optimizer, backend, self._scaler, self.ema, self._max_norm
         )
-
-    def set_float8(self, float8: bool, context_length: int) -> None:
-        """Compute the matmuls in fp8 or not; CUDA graphs are captured again. A collective."""
-        has_graph = isinstance(self.backend, CudaGraphBackend)
-        self.set_kernels(dataclasses.replace(self.kernels, float8=float8))
-        if has_graph:
-            self.capture_cuda_graph(context_length)
-
-    def _build_backend(
-        self, kernels: KernelConfig
-    ) -> tuple[AutogradBackend | ManualBackend, GradReducer]:
-        """The backend that `kernels` names, and its reducer.
-
-        | ranks | autograd | manual backward |
-        | --- | --- | --- |
-        | one | gradients where autograd puts them | gradient buffer |
-        | several | gradient buffer, all-reduced | gradient buffer, all-reduced |
-        | several, sharded | FSDP | ZeRO-1 |
-        """
-        comm, root, reducer = self._comm, self._root, GradReducer(self._comm)
-        if not kernels.manual_backward:
-            grads = self._autograd_grads if root is None and comm.world_size > 1 else None
-            if grads is not None:
-                reducer = BucketedAllReduce(comm, grads)
-                grads.on_grads_ready = reducer.grads_ready
-            autograd = AutogradBackend(
-                self.model, self.precision, kernels, scaler=self._scaler, grads=grads, root=root,
-                world_size=comm.world_size, **self._options,
-            )  # fmt: skip
-            return autograd, reducer
-        options, dtype = self._options, self.precision.dtype
-        if root is not None:
-            options = options | {
-                "weights": AllGatheredWeights(dtype, root, comm),
-                "make_grads": functools.partial(ShardedGradBuffer, comm=comm),
-            }
-        backend_class = Float8Backend if kernels.float8 else ManualBackend
-        manual = backend_class(self.model, dtype, **options)
-        if isinstance(manual.grads, ShardedGradBuffer):
-            reducer = BucketedReduceScatter(comm, manual.grads)
-        elif comm.world_size > 1:
-            reducer = BucketedAllReduce(comm, manual.grads)
-        manual.on_grads_ready = reducer.grads_ready
-        return manual, reducer
-
-    @functools.cached_property
-    def _autograd_grads(self) -> AutogradGradBuffer:
-        """Built once, since the hooks that it registers on the parameters are not removed."""
-        return AutogradGradBuffer([p for group in grad_groups(self.model) for p in group])
 
     @property
     def backend_name(self) -> str:

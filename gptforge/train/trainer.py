@@ -24,6 +24,7 @@ from gptforge.report.run_report import RunReport
 from gptforge.shell import shown
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
+from gptforge.train.float8_warmup import select_float8
 from gptforge.train.loss_monitor import Anomaly, LossMonitor
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
@@ -136,7 +137,7 @@ class Trainer:
         """Make one optimizer step, and log it if due; returns whether training has diverged."""
         c, step, position = self.config, self.state.step, self.dataloader.position
         lr = learning_rate(c, step)
-        self._select_float8()
+        select_float8(self)
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)
@@ -254,23 +255,6 @@ class Trainer:
             keep = min(self.config.eval_every or MAX_RECENT_LOSSES, MAX_RECENT_LOSSES)
         self.loss_monitor.reset(self.state, keep_losses=keep)
         self.timer.restart(self.state.step)
-
-    def _select_float8(self) -> None:
-        """Run the warmup of the learning rate in bfloat16, and what follows in fp8 if it is on.
-
-        Where fp8 from the first step on ended at a higher loss than bfloat16, the distance arose
-        early in the warmup, and stayed the same afterwards (docs/results/gpu-speed.md). This
-        depends on nothing but the step, so a run that is resumed or rolled back makes the same
-        steps as one that is not.
-        """
-        step, warmup_steps, step_fn = self.state.step, self.config.warmup_steps, self.step_fn
-        float8 = step_fn.precision.float8 and step >= warmup_steps
-        if float8 == step_fn.kernels.float8:
-            return
-        with self.timer.exclude():
-            step_fn.set_float8(float8, self.config.context_length)
-        what = "fp8 from here on" if float8 else f"bfloat16 until step {warmup_steps}"
-        self.report.log_line(f"Step {step}: matmuls run in {what}.")
 
     def _log_stop(self, reason: StopReason) -> None:
         """Log why; before the save, or a resumed run, which truncates the log, loses the line."""
