@@ -161,7 +161,7 @@ class Config:
     eval_every: int = 50
     """Steps between evaluations on the held-out text."""
     eval_tokens: int = 0
-    """Held-out tokens per evaluation, spread evenly; 0: all of them."""
+    """Held-out tokens per evaluation, rounded up to full sequences, spread evenly; 0: all."""
     save_every: int = 250
     """Steps between checkpoints; a new best one is saved at once."""
     keep_checkpoints: int = 1

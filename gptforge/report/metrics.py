@@ -60,6 +60,14 @@ class History:
         return min(self.scored_evals, key=lambda event: float(event["val_loss"]), default=None)
 
     @property
+    def steps(self) -> int:
+        """Steps made, as far as they were logged."""
+        steps = [int(event["step"]) + 1 for event in self.train[-1:]]
+        steps += [int(event["step"]) for event in self.evals[-1:]]
+        end = self.end.get("step")
+        return max([0, *steps, end if type(end) is int else 0])
+
+    @property
     def timed(self) -> list[Event]:
         """Train events without the first, whose time includes compilation and warmup."""
         return self.train[1:] or self.train

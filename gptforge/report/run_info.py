@@ -64,16 +64,14 @@ class RunInfo:
     @property
     def subset_tokens(self) -> int:
         """Held-out tokens that the loss of `best` is over; 0 if these are all of them."""
-        is_subset = self.config.eval_tokens and not self.history.final
-        return int((self.history.best or {}).get("val_tokens", 0)) if is_subset else 0
+        tokens, c = int((self.history.best or {}).get("val_tokens", 0)), self.config
+        is_part = 0 < c.eval_tokens <= tokens  # fewer are all that is held out
+        return tokens if is_part and not self.history.final else 0
 
     @property
     def steps(self) -> int:
         """Steps made, by the logs."""
-        steps = [int(event["step"]) + 1 for event in self.history.train[-1:]]
-        steps += [int(event["step"]) for event in self.history.evals[-1:]]
-        end = self.history.end.get("step")
-        return max([0, *steps, end if type(end) is int else 0])
+        return self.history.steps
 
     @property
     def epochs(self) -> float:
