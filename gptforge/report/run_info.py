@@ -29,6 +29,8 @@ STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time 
 """Reason in the end event -> state; other reasons are "stopped"."""
 SWEEP_DATA = "sweep-data"
 """Folder beside the trials of a sweep, with the text that they read; locked while it runs."""
+NO_FACTS = frozenset({"event", "time", "command", "step", "checkpoint"})
+"""Fields of start and resume events that say nothing of machine or program."""
 COMPLETE = frozenset(STATES.values())
 SAMPLE_HEADING = re.compile(r"^## After (\d{1,18}) steps\n\n(~{3,})text\n", re.MULTILINE)
 
@@ -90,12 +92,13 @@ class RunInfo:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Device, precision and versions, of the first start; the last start's where known."""
-        start = self.history.rare[0] if self.history.rare else {}
-        facts = start if start.get("event") == "start" else {}
-        hidden = ("event", "time", "command")
-        found = {name: value for name, value in facts.items() if name not in hidden}
-        return found | {name: text for name, text in self.made_by.items() if name != "command"}
+        """Device, precision and versions of the last start; the first one's where unknown."""
+        found: dict[str, Any] = {}
+        for event in self.history.rare:
+            if event["event"] in ("start", "resume"):
+                found |= event
+        found |= self.made_by
+        return {name: value for name, value in found.items() if name not in NO_FACTS}
 
     @property
     def modified(self) -> float:

@@ -101,12 +101,19 @@ class RunReport:
         self.log(json_line(facts).strip(), logging.DEBUG)
         self.log_event("start", command=command, **facts)
 
-    def resume(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], command: str) -> None:
+    def resume(
+        self,
+        checkpoint: SavedCheckpoint,
+        sizes: Mapping[str, int],
+        *,
+        command: str,
+        facts: Mapping[str, Any],
+    ) -> None:
         """Truncate the files to their `sizes` at a checkpoint and continue them."""
         step, name = checkpoint.step, checkpoint.name
         self.truncate(checkpoint, sizes)
         self.log_line(f"Resuming from {name}: step {step} of {self._max_steps}")
-        self.log_event("resume", step=step, checkpoint=name, command=command)
+        self.log_event("resume", step=step, checkpoint=name, command=command, **facts)
 
     def truncate(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int]) -> None:
         """Truncate the files to their `sizes` at a checkpoint."""
