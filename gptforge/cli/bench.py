@@ -114,6 +114,10 @@ def _measure_training(
     note = f"16-bit peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
     per_token = format_count(results[0]["flops_per_token"])
     logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
+    if args.peer:
+        logger.info(
+            "first step: of gptforge since the program started, of the baseline since its building"
+        )
     machine = {
         **_device_facts(step.device),
         "dtype": step.precision.name,
