@@ -157,7 +157,7 @@ class Config:
     restart: bool = False
     """Move an existing run folder aside and start from scratch."""
     log_every: int = 10
-    """Steps between step lines; the first and last are always logged."""
+    """Steps between step lines; the first, and the last of max_steps, are always logged."""
     eval_every: int = 50
     """Steps between evaluations on the held-out text."""
     eval_tokens: int = 0

@@ -268,7 +268,7 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
     tokenizer = train_bpe(training_text(), vocab_size)
     size = "by --vocab_size" if request.vocab_size else "by the size of the text"
     if tokenizer.vocab_size < vocab_size:
-        size = f"as many as this text gives, not {vocab_size:,}"
+        size = f"instead of {vocab_size:,}, since this text gives no more"
     logger.info(
         f"tokenizer: bpe, {tokenizer.vocab_size:,} ids {size}, learned from the "
         f"{num_bytes:,} bytes to train on"
