@@ -169,7 +169,8 @@ def read_origin(run: str) -> Origin | None:
     if path.name != checkpoints.resolve_checkpoint(path.parents[1].as_posix()).name:
         history.final = None  # of the checkpoint that the run folder stands for
     if "." in path.name:
-        history.evals = []  # its own were dropped: those of its step are of another checkpoint
+        # Evaluations of its step are of another checkpoint: its own steps were dropped.
+        history.evals = [history.dropped_best] if history.dropped_best else []
     return Origin(
         config=checkpoints.read_config(path),
         step=int(step),

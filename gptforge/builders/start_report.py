@@ -67,7 +67,13 @@ def start_report(
         is_best = state.best_step == state.step
         checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
         sizes = opened.state["file_sizes"]
-        report.resume(checkpoint, sizes, command=_command(run), facts=_facts(run, step_fn))
+        report.resume(
+            checkpoint,
+            sizes,
+            best=(state.best_step, state.best_loss),
+            command=_command(run),
+            facts=_facts(run, step_fn),
+        )
     report.console = Console(config.max_steps, state.step)
     return report
 

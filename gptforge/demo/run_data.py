@@ -92,8 +92,8 @@ def run_metrics(
     folders = dict(checkpoints)
     evaluated = folders.get("best") or folders.get("last") or ""
     # It has another name than its step if it is of steps that were dropped and made again.
-    if history.final and evaluated.startswith(f"step-{history.final['best_step']:06}"):
-        losses[evaluated] = float(history.final["final_val_loss"])
+    if (best := history.best) and evaluated.startswith(f"step-{best['step']:06}"):
+        losses[evaluated] = float(best["val_loss"])
     events = {"train": thin_out(history.train, MAX_POINTS), "evals": history.scored_evals}
     links = {folder for name, folder in checkpoints if name != folder}
     listed = [(name, folder) for name, folder in checkpoints if name not in links]

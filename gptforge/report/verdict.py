@@ -26,7 +26,7 @@ def verdict(
     """
     if not has_val:
         lines = _without_val(history, epochs, split_hint)
-    elif history.evals or history.final:
+    elif history.evals or history.dropped_best or history.final:
         lines = _with_val(history, max_steps)
     else:
         lines = ["The model was not evaluated: training ended before the first evaluation."]
@@ -48,15 +48,14 @@ def _without_val(history: History, epochs: float, split_hint: str) -> list[str]:
 
 
 def _with_val(history: History, max_steps: int) -> list[str]:
-    evals = history.scored_evals
-    if not evals:
+    evals, best = history.scored_evals, history.best_eval
+    if best is None:
         if history.final:
             return [_final_loss(history, history.final, max_steps)]
         return ["The held-out loss was always NaN or Inf: training diverged."]
-    best, last = history.best_eval or evals[0], evals[-1]
+    last, final = (evals or [best])[-1], history.final
     steps_since_best = last["step"] - best["step"]
-    final = history.final
-    if final and final["best_step"] != best["step"]:
+    if best is history.dropped_best or (final and final["best_step"] != best["step"]):
         trend = (
             "Its steps were then dropped, to resume from before them, and no evaluation since then "
             "was better."
