@@ -307,3 +307,9 @@ def test_training_reports_the_same(tmp_path, program, doctor) -> None:
     assert done.code == 2
     assert "token id 60000 is outside the vocabulary of 50257" in done.err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_document_that_is_cut_into_both_splits_counts_once(tmp_path, doctor) -> None:
+    ids = from_name("gpt2", "").encode(TEXTS[0])
+    write_shard(tmp_path / "data.bin", [id for _ in range(9) for id in (50256, *ids)])
+    assert "9 documents, each after" in doctor("data.bin", "--context_length", 8)
