@@ -157,11 +157,11 @@ class Config:
     restart: bool = False
     """Move an existing run folder aside and start from scratch."""
     log_every: int = 10
-    """Steps between step lines; the first and last are always logged."""
+    """Steps between step lines; the first, and the last of max_steps, are always logged."""
     eval_every: int = 50
     """Steps between evaluations on the held-out text."""
     eval_tokens: int = 0
-    """Held-out tokens per evaluation, spread evenly; 0: all of them."""
+    """Held-out tokens per evaluation, rounded up to full sequences, spread evenly; 0: all."""
     save_every: int = 250
     """Steps between checkpoints; a new best one is saved at once."""
     keep_checkpoints: int = 1

@@ -90,7 +90,7 @@ def time_training(
 def profile(
     step_fn: StepFn, batch: tuple[Tensor, Tensor], folder: Path
 ) -> list[tuple[str, float, float]]:
-    """Profile a step: name, ms and calls of the 25 kernels that take longest.
+    """Profile a step: name, ms and calls of all kernels, those that take longest first.
 
     Writes `trace.json` into the folder, for chrome://tracing or Perfetto.
     """
@@ -105,7 +105,7 @@ def profile(
         found = [(e.key, e.self_device_time_total / 1e3, float(e.count)) for e in kernels]
     else:
         found = [(e.key, e.self_cpu_time_total / 1e3, float(e.count)) for e in events]
-    return sorted(found, key=lambda row: -row[1])[:25]
+    return sorted(found, key=lambda row: -row[1])
 
 
 def _run(step_fn: StepFn, batch: tuple[Tensor, Tensor], count: int) -> float:

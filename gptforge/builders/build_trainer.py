@@ -85,9 +85,10 @@ def build_trainer(
             c, train_tokens=len(run.dataset.train), has_val=len(run.dataset.val) > 0
         )
         if patience:
+            counted = ", counted from the decay on" * (stable_end(c) is not None)
             logger.info(
-                f"early stopping: after {patience} evaluations without a better held-out loss; "
-                "--patience 0 turns it off"
+                f"early stopping: after {patience} evaluations without a better held-out loss"
+                f"{counted}; --patience 0 turns it off"
             )
         if comm.is_main:
             _open_store(c).check_disk_space(checkpoint_bytes(c))

@@ -158,10 +158,16 @@ def read_origin(run: str) -> Origin | None:
                 f"{file.as_posix()} is {kind}, and not copied into an export: remove it, or put "
                 "the file itself there"
             )
+    history = read_history(metrics)
+    if path.name != checkpoints.resolve_checkpoint(path.parents[1].as_posix()).name:
+        history.final = None  # of the checkpoint that the run folder stands for
+    if "." in path.name:
+        # Evaluations of its step are of another checkpoint: its own steps were dropped.
+        history.evals = [history.dropped_best] if history.dropped_best else []
     return Origin(
         config=checkpoints.read_config(path),
         step=int(step),
-        history=read_history(metrics),
+        history=history,
         curves=curves if curves.is_file() else None,
     )
 

@@ -18,6 +18,7 @@ from gptforge.config_file import to_toml
 from gptforge.data.dataloader import sequences_per_epoch
 from gptforge.data.dataset import Dataset
 from gptforge.estimate.formulas import num_params
+from gptforge.evaluate.val_loss import num_predicted
 from gptforge.model import GPT
 from gptforge.report.console import Console
 from gptforge.report.format import format_epochs
@@ -62,7 +63,13 @@ def start_report(
         is_best = state.best_step == state.step
         checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
         sizes = opened.state["file_sizes"]
-        report.resume(checkpoint, sizes, command=run.start.command)
+        report.resume(
+            checkpoint,
+            sizes,
+            best=(state.best_step, state.best_loss),
+            command=run.start.command,
+            facts=_facts(run, step_fn),
+        )
     report.console = Console(config.max_steps, state.step)
     return report
 
@@ -125,8 +132,10 @@ def describe_dataset(dataset: Dataset, config: Config) -> str:
     )
     epochs = config.max_steps * config.global_batch_size / sequences
     split = f"{val:,} held out" if val else "none held out"
-    if 0 < config.eval_tokens < val:
-        split += f", {config.eval_tokens:,} of them evaluated during training, evenly spaced"
+    if val:
+        evaluated = num_predicted(val, config.context_length, config.eval_tokens)
+        if evaluated < val - 1:
+            split += f", {evaluated:,} of them evaluated during training, evenly spaced"
     documents = f" in {dataset.documents:,} documents" if dataset.documents > 2 else ""
     size = f", {dataset.characters:,} characters{documents}" if dataset.characters else ""
     return (

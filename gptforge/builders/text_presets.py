@@ -19,7 +19,7 @@ from gptforge.errors import UserError
 from gptforge.presets import AUTO, FINETUNE
 from gptforge.printable import pluralize
 from gptforge.recipe import FITTED_PRESETS, RECIPE_FIELDS, Recipe, make_recipe
-from gptforge.report.format import format_count
+from gptforge.report.format import format_count, format_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +186,10 @@ def _finetune_values(config: Config, dataset: Dataset, explicit: Collection[str]
     epoch = -(-sequences // global_batch)  # steps
     max_steps = config.max_steps if "max_steps" in explicit else EPOCHS * epoch
     max_lr = config.max_lr if "max_lr" in explicit else choose_lr(config.n_embd)
+    epochs = format_epochs(max_steps * global_batch / sequences)
     logger.info(
-        f"fine-tuning: {max_steps} steps of {global_batch} sequences, "
-        f"{max_steps * global_batch / sequences:.1f} epochs; learning rates up to {max_lr:.2g}"
+        f"fine-tuning: {max_steps} steps of {global_batch} sequences, {epochs} epochs; learning "
+        f"rates up to {max_lr:.2g}"
     )
     return {
         "batch_size": batch_size,

@@ -29,6 +29,7 @@ VOCAB_SIZES = {"gpt2": 50304, "char": 128, "byte": 320, "bpe": 1024}
 """Default --vocab_size, as there is no text to derive it from."""
 NUM_TOKENS = {"gpt2": 50257}  # ids that stand for a token, where fewer than vocab_size
 MFU_FORMULA = "MFU = tokens/s x (6 N + 12 L C T) / peak"
+PROFILE_ROWS = 25
 START_TIME = time.perf_counter()
 
 
@@ -114,6 +115,10 @@ def _measure_training(
     note = f"16-bit peak {peak:,.0f} TFLOP/s" if peak else "peak is unknown, so MFU is not given"
     per_token = format_count(results[0]["flops_per_token"])
     logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
+    if args.peer:
+        logger.info(
+            "first step: of gptforge since the program started, of the baseline since its building"
+        )
     machine = {
         **_device_facts(step.device),
         "dtype": step.precision.name,
@@ -125,8 +130,9 @@ def _measure_training(
     }
     found: dict[str, Any] = {"machine": machine, "formula": MFU_FORMULA, "results": results}
     if args.profile:
-        found["profile"] = kernels = profile(step_fn, batch, Path(args.profile))
-        total = sum(ms for _, ms, _ in kernels)
+        kernels = profile(step_fn, batch, Path(args.profile))
+        total = sum(ms for _, ms, _ in kernels)  # of the step, not of the rows that are shown
+        found["profile"] = kernels = kernels[:PROFILE_ROWS]
         rows = [
             (name[:80], f"{ms:.2f}", f"{calls:.0f}", f"{ms / total:.1%}")
             for name, ms, calls in kernels

@@ -83,9 +83,11 @@ def main(argv: list[str]) -> int:
             picture = sweep.path / "sweep.png"
             save_figure(plot_sweep(done, title=f"Sweep of {sweep.path.name}"), picture)
             best = done[0]
+            # The best steps of several seeds may differ.
+            place = "at" if len(best.losses) == 1 else "lowest on average at"
             safe_print(
                 f"Best: trial {best.trial}, {describe(best.values)}: held-out loss "
-                f"{best.label} nats per token at step {best.step:,}"
+                f"{best.label} nats per token, {place} step {best.step:,}"
             )
             safe_print(f"Picture: {picture.as_posix()}; all trials: results.csv beside it")
             if not args.final:

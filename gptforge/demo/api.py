@@ -122,7 +122,7 @@ def routes(models: ModelCache, is_stopping: Callable[[], bool]) -> list[Route]:
             "created": int(time.time()),
             "model": name,
         }
-        counts = {"prompt_tokens": prompt_tokens * completion.n, "completion_tokens": 0}
+        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
         chunks = queue.run(_generate(model, completion, counts))
         if completion.stream:
             return StreamingResponse(

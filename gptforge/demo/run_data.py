@@ -88,16 +88,19 @@ def run_metrics(
 
     `checkpoints` are the name and folder of each, which differ for `best` and `last`.
     """
-    losses = {event["step"]: event["val_loss"] for event in history.scored_evals}
-    losses |= {best["step"]: best["val_loss"]} if (best := history.best) else {}
+    losses = {f"step-{e['step']:06}": float(e["val_loss"]) for e in history.scored_evals}
+    folders = dict(checkpoints)
+    evaluated = folders.get("best") or folders.get("last") or ""
+    # It has another name than its step if it is of steps that were dropped and made again.
+    if (best := history.best) and evaluated.startswith(f"step-{best['step']:06}"):
+        losses[evaluated] = float(best["val_loss"])
     events = {"train": thin_out(history.train, MAX_POINTS), "evals": history.scored_evals}
-    last_step = int(history.train[-1]["step"]) + 1 if history.train else 0
     links = {folder for name, folder in checkpoints if name != folder}
     listed = [(name, folder) for name, folder in checkpoints if name not in links]
     return {
         "checkpoints": [[name, _label(name, folder, losses)] for name, folder in listed],
-        "tiles": _tiles(history, last_step, max_steps) if history.train else [],
-        "progress": min(1.0, last_step / max(1, max_steps)),
+        "tiles": _tiles(history, max_steps) if history.train else [],
+        "progress": min(1.0, history.steps / max(1, max_steps)),
         **{
             kind: {name: [_short(event[name]) for event in events[kind]] for name in names}
             for kind, names in CURVES.items()
@@ -105,20 +108,20 @@ def run_metrics(
     }
 
 
-def _label(name: str, folder: str, losses: Mapping[int, float]) -> str:
+def _label(name: str, folder: str, losses: Mapping[str, float]) -> str:
     """'best · step 1,500 · val loss 1.423'."""
     number = folder.removeprefix("step-").partition(".")[0]
     if not number.isdecimal():
         return name
     step = f"step {int(number):,}"
-    loss = losses.get(int(number))
+    loss = losses.get(folder)
     parts = [*([] if name == folder else [name]), step, *([f"val loss {loss:.3f}"] if loss else [])]
     return " · ".join(parts)
 
 
-def _tiles(history: History, step: int, max_steps: int) -> list[tuple[str, str, str]]:
+def _tiles(history: History, max_steps: int) -> list[tuple[str, str, str]]:
     """Name, value and note of each."""
-    last = history.train[-1]
+    last, step = history.train[-1], history.steps
     tiles = [("step", f"{step:,}", f"of {max_steps:,}")]
     if best := history.best:
         # Runs of earlier versions do not say how much text the loss is over.

@@ -90,7 +90,7 @@ def _check_disk() -> list[Finding]:
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         message = f"disk of {name}: {free / 1e9:.0f} GB free"
-        hint = "a checkpoint of GPT-2 small takes 1.5 GB, and three are kept"
+        hint = "a checkpoint of GPT-2 small takes 1.5 GB, and up to four are kept"
         found.append(warning(message, hint) if free < LOW_DISK_BYTES else ok(message))
         if not os.access(existing, os.W_OK):
             found.append(warning(f"{existing} is not writable", "choose another --out_dir"))

@@ -62,6 +62,8 @@ def _check_documents(dataset: Dataset) -> list[Finding]:
     eot = dataset.tokenizer.eot_token
     duplicates, num_documents = Duplicates(), 0
     for split, tokens in zip(SPLITS, (dataset.train, dataset.val), strict=True):
+        if len(tokens) and tokens[:1][0] != eot:
+            num_documents -= 1  # the split begins within a document, or there are no such ids
         for number, digest in enumerate(_document_digests(tokens, eot), 1):
             num_documents += 1
             duplicates.add(digest, split, f"document {number:,} of {split}")

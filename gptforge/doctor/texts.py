@@ -76,9 +76,10 @@ class _TextScan:
         for number, parts in groupby(texts, key=lambda part: part.document):
             digest = hashlib.sha256()
             for part in parts:
-                digest.update(part.text.encode("utf-8"))
-                self._add_text(part.text)
-                meter.add(part.bytes_read - done, len(part.text))
+                encoded = part.text.encode("utf-8")
+                digest.update(encoded)
+                self._add_text(part.text, len(encoded))
+                meter.add(part.bytes_read - done, len(encoded))
                 done = part.bytes_read
             self.num_documents += 1
             value = int(digest.hexdigest()[:16], 16)
@@ -86,9 +87,9 @@ class _TextScan:
             if len(self.digests) < MIN_HASH_DOCUMENTS:
                 self.digests.append(((i, number), value))
 
-    def _add_text(self, text: str) -> None:
+    def _add_text(self, text: str, num_bytes: int) -> None:
         self.num_chars += len(text)
-        self.num_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
+        self.num_bytes += num_bytes
         if not self.text_format.split_on:
             self.num_eot_literals += text.count(END_OF_TEXT)
         if self.num_sampled < MAX_SAMPLE_CHARS:
@@ -136,7 +137,11 @@ def _check_tokens(
         return [error(f"the tokenizer {name} cannot encode it", str(problem))]
     chars_per_token = text_scan.num_sampled / max(1, num_sampled)
     num_tokens = round(text_scan.num_chars / chars_per_token) if chars_per_token else 0
-    about = "about " if text_scan.num_sampled < text_scan.num_chars else ""
+    if text_scan.num_documents > 1:
+        num_tokens += text_scan.num_documents  # an end-of-text id before each
+    # Training learns bpe from the training part alone.
+    is_estimate = text_scan.num_sampled < text_scan.num_chars or name == "bpe"
+    about = "about " if is_estimate else ""
     num_sequences = count_sequences(num_tokens, context_length)
     tokens = pluralize(num_tokens, "token", "tokens")
     message = f"{about}{tokens}, {num_sequences:,} sequences of {context_length}"
@@ -172,7 +177,7 @@ def _check_split(
     if duplicates.in_both_splits:
         return duplicates.findings()
     val_part = {
-        "character": f"the last {fraction:.0%} of the text, cut at character {rule.cut:,}",
+        "character": f"the last {100 * fraction:g}% of the text, cut at character {rule.cut:,}",
         "boundary": "the last documents, with all duplicates of a document in one split",
         "files": "the files whose names say so",
         "hash": "documents chosen by their hash, so that none is in both splits",

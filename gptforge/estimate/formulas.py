@@ -66,7 +66,8 @@ def training_memory(
     LayerNorm inputs (the residual stream, float32 under autograd), their outputs, q, k and v, the
     attention output, and both sides of the GELU. The manual backward keeps the residual stream in
     the compute dtype, and in wide models the GELU output of some blocks only. With activation
-    checkpointing only the residual stream is saved, plus one layer's worth of the rest.
+    checkpointing only the residual stream is saved, plus one layer's worth of the rest. Teachers
+    have weights, which the manual backward copies, and logits, which are stacked.
     """
     model, checkpointing = config.model, config.activation_checkpointing
     width = 2 if mixed_precision else 4
@@ -82,14 +83,24 @@ def training_memory(
         layers += width * 2 * model.mlp_ratio
     default_chunk = default_loss_chunk(model.vocab_size) if manual_backward else tokens
     logit_bytes = width if manual_backward else 4 + width
-    logits = min(tokens, config.loss_chunk or default_chunk) * model.vocab_size * logit_bytes
+    logits_size = min(tokens, config.loss_chunk or default_chunk) * model.vocab_size
+    logits = logits_size * logit_bytes
     params, ema = num_params(model), ema_bytes(config)
+    teachers = {}
+    if config.teachers:
+        # Under autograd in float32 and of all tokens, with the mean and the student's once more.
+        teacher_logits = 4 * (2 * config.teachers + 3) * tokens * model.vocab_size
+        if manual_backward:
+            teacher_logits = 2 * config.teachers * width * logits_size
+        weights = (4 + 2 * manual_backward) * config.teachers * params
+        teachers = {"teachers": weights + teacher_logits}
     return {
         "weights": (4 + 2 * manual_backward) * params,
         "gradients": 4 * params,
         "optimizer": (8 + ema) * params,
         "snapshot": (12 + ema) * params,
         "activations": math.ceil(tokens * layers * model.n_embd) + logits,
+        **teachers,
     }
 
 

@@ -35,11 +35,12 @@ class ValEvaluator:
         context_length: T, tokens in a sequence.
         batch_size: sequences in a forward pass.
         char_lengths: characters that each id stands for, (vocab,); None: one per byte.
-        max_tokens: evaluate about so many tokens, in sequences spread evenly; 0 is all.
+        max_tokens: evaluate so many tokens, rounded up to full sequences, which are spread evenly;
+            0 is all.
 
     Attributes:
         fraction: share of the text that is evaluated.
-        num_tokens: about so many tokens are predicted.
+        num_tokens: tokens that are predicted.
         seconds_per_sequence: of the fastest evaluation so far, since the first may compile and any
             may share the machine; infinite before the first.
     """
@@ -67,11 +68,12 @@ class ValEvaluator:
     def _select(self, max_tokens: int) -> None:
         length, num_targets = self._context_length, len(self._tokens) - 1
         available = math.ceil(num_targets / length)
-        count = min(math.ceil(max_tokens / length) or available, available)
+        self.num_tokens = num_predicted(len(self._tokens), length, max_tokens)
+        count = math.ceil(self.num_tokens / length)
+        # The last sequence, which may be short, is only among them if all are.
         self._sequence_indices = np.linspace(0, available, count, endpoint=False, dtype=np.int64)
         self.num_sequences = count  # on all ranks together
         self.fraction = count / available  # of the text
-        self.num_tokens = min(count * length, num_targets)  # predicted, about
 
     def full(self) -> "ValEvaluator":
         """The evaluator of all the text."""
@@ -150,3 +152,10 @@ class ValEvaluator:
             inputs[row, : len(ids)] = ids[:length]
             targets[row, : len(ids) - 1] = ids[1:]
         return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def num_predicted(num_tokens: int, context_length: int, max_tokens: int) -> int:
+    """Tokens of a held-out text of `num_tokens` that an evaluation of `max_tokens` predicts."""
+    num_targets = num_tokens - 1
+    full = math.ceil(max_tokens / context_length) * context_length
+    return min(full or num_targets, num_targets)

@@ -75,7 +75,7 @@ class Comparison:
             if group.spread is not None
         ]
         if len(self.groups) == 1:
-            return [*lines, "They differ by the seed alone: nothing to choose between."]
+            return [*lines, "They differ by the seed at most: nothing to choose between."]
         if not self.differences:
             return [*lines, "No verdict: too few complete runs."]
         return lines + [_sentence(difference, what) for difference in self.differences]

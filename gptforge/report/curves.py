@@ -121,10 +121,13 @@ def _mark_best(axes: "Axes", history: History) -> None:
     """
     best = history.best_eval
     assert best is not None
-    axes.axhline(best["val_loss"], color=VAL_COLOR, linewidth=0.8, linestyle=(0, (1, 3)))
-    axes.plot(
-        best["step"], best["val_loss"], "o", markersize=10, markerfacecolor="none", color=VAL_COLOR
-    )
+    if best is not history.dropped_best:
+        style: dict[str, Any] = {"color": VAL_COLOR, "linewidth": 0.8, "linestyle": (0, (1, 3))}
+        axes.axhline(best["val_loss"], **style)
+        axes.plot(
+            best["step"], best["val_loss"], "o", markersize=10, markerfacecolor="none",
+            color=VAL_COLOR,
+        )  # fmt: skip
     best = history.best or best
     # Above the axes, where no curve can cross it.
     axes.set_title(

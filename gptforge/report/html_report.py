@@ -11,7 +11,7 @@ from gptforge.estimate.formulas import num_params
 from gptforge.files import atomic_write
 from gptforge.presets import PRESETS, get_preset
 from gptforge.printable import printable, printable_text
-from gptforge.report.format import format_count, format_duration, format_time
+from gptforge.report.format import format_count, format_duration, format_epochs, format_time
 from gptforge.report.html_curves import has_bokeh, interactive_curves, svg_curves
 from gptforge.report.metrics import thin_out
 from gptforge.report.run_info import RunInfo, read_run, read_samples
@@ -65,7 +65,10 @@ def render_report(run: RunInfo, program: str = "") -> str:
     anomalies = [event for event in run.history.rare if event["event"] == "anomaly"]
     hidden = {id(event) for event in anomalies[MAX_ANOMALIES:]}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = (shown, printable, printable_text, format_count, format_duration, format_time)
+    filters = (
+        *(shown, printable, printable_text),
+        *(format_count, format_duration, format_epochs, format_time),
+    )
     environment.filters |= {function.__name__: function for function in filters}
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         run=run,

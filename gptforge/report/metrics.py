@@ -16,7 +16,9 @@ FINAL_FIELDS = ("final_val_loss", "final_val_bpb", "final_val_nats_per_char", "f
 """Fields of the end event: the best checkpoint on all held-out text, as `gptforge eval` prints."""
 EVENT_FIELDS = {
     "train": ("step", "loss", "dt_ms", "tok_per_sec", "norm", "lr", "epoch"),
-    "eval": ("step", "val_loss", "val_bpb", "val_tokens", "epoch"),
+    **dict.fromkeys(
+        ("eval", "dropped_best"), ("step", "val_loss", "val_bpb", "val_tokens", "epoch")
+    ),
 }
 """Fields read per event: numbers, or null."""
 RARE_EVENTS = ("start", "resume", "anomaly", "end")
@@ -33,6 +35,8 @@ class History:
     train: list[Event] = field(default_factory=list)
     evals: list[Event] = field(default_factory=list)
     rare: list[Event] = field(default_factory=list)
+    dropped_best: Event | None = None
+    """The evaluation of the best checkpoint, if its steps were dropped: it is not among `evals`."""
     final: Event | None = None
     """`best_step` and `FINAL_FIELDS` of the end event; None without an evaluation on all text."""
 
@@ -56,7 +60,16 @@ class History:
     @property
     def best_eval(self) -> Event | None:
         """The evaluation during training with the lowest loss."""
-        return min(self.scored_evals, key=lambda event: float(event["val_loss"]), default=None)
+        evals = [*self.scored_evals, *([self.dropped_best] if self.dropped_best else [])]
+        return min(evals, key=lambda event: float(event["val_loss"]), default=None)
+
+    @property
+    def steps(self) -> int:
+        """Steps made, as far as they were logged."""
+        steps = [int(event["step"]) + 1 for event in self.train[-1:]]
+        steps += [int(event["step"]) for event in self.evals[-1:]]
+        end = self.end.get("step")
+        return max([0, *steps, end if type(end) is int else 0])
 
     @property
     def timed(self) -> list[Event]:
@@ -89,9 +102,11 @@ def read_history(path: Path, *, pending: str = "") -> History:
     is_last_left_out = (len(train) - 1) % stride > 0
     events = map(_parse_event, [*train[::stride], *train[-1:] * is_last_left_out, *others])
     history = History()
-    lists = {"train": history.train, "eval": history.evals}
+    dropped: list[Event] = []
+    lists = {"train": history.train, "eval": history.evals, "dropped_best": dropped}
     for event in filter(None, events):
         lists.get(event["event"], history.rare).append(event)
+    history.dropped_best = next((e for e in reversed(dropped) if e["val_loss"] is not None), None)
     final = {name: history.end.get(name) for name in ("best_step", *FINAL_FIELDS)}
     if all(map(is_finite_number, final.values())) and is_count(final["best_step"]):
         history.final = final

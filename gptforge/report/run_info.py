@@ -30,6 +30,8 @@ STATES = {"finished": "complete", "early_stop": "complete", "time_limit": "time 
 """Reason in the end event -> state; other reasons are "stopped"."""
 SWEEP_DATA = "sweep-data"
 """Folder beside the trials of a sweep, with the text that they read; locked while it runs."""
+NO_FACTS = frozenset({"event", "time", "command", "step", "checkpoint"})
+"""Fields of start and resume events that say nothing of machine or program."""
 COMPLETE = frozenset(STATES.values())
 SAMPLE_HEADING = re.compile(r"^## After (\d{1,18}) steps\n\n(~{3,})text\n", re.MULTILINE)
 
@@ -65,16 +67,14 @@ class RunInfo:
     @property
     def subset_tokens(self) -> int:
         """Held-out tokens that the loss of `best` is over; 0 if these are all of them."""
-        is_subset = self.config.eval_tokens and not self.history.final
-        return int((self.history.best or {}).get("val_tokens", 0)) if is_subset else 0
+        tokens, c = int((self.history.best or {}).get("val_tokens", 0)), self.config
+        is_part = 0 < c.eval_tokens <= tokens  # fewer are all that is held out
+        return tokens if is_part and not self.history.final else 0
 
     @property
     def steps(self) -> int:
         """Steps made, by the logs."""
-        steps = [int(event["step"]) + 1 for event in self.history.train[-1:]]
-        steps += [int(event["step"]) for event in self.history.evals[-1:]]
-        end = self.history.end.get("step")
-        return max([0, *steps, end if type(end) is int else 0])
+        return self.history.steps
 
     @property
     def epochs(self) -> float:
@@ -93,12 +93,13 @@ class RunInfo:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Device, precision and versions, of the first start; the last start's where known."""
-        start = self.history.rare[0] if self.history.rare else {}
-        facts = start if start.get("event") == "start" else {}
-        hidden = ("event", "time", "command")
-        found = {name: value for name, value in facts.items() if name not in hidden}
-        return found | {name: text for name, text in self.made_by.items() if name != "command"}
+        """Device, precision and versions of the last start; the first one's where unknown."""
+        found: dict[str, Any] = {}
+        for event in self.history.rare:
+            if event["event"] in ("start", "resume"):
+                found |= event
+        found |= self.made_by
+        return {name: value for name, value in found.items() if name not in NO_FACTS}
 
     @property
     def modified(self) -> float:

@@ -21,7 +21,14 @@ from gptforge.report.curves import save_curves
 from gptforge.report.format import ValLoss
 from gptforge.report.html_report import save_report
 from gptforge.report.log_handler import EVENT, RESULT
-from gptforge.report.metrics import FINAL_FIELDS, Event, History, read_history, step_line
+from gptforge.report.metrics import (
+    EVENT_FIELDS,
+    FINAL_FIELDS,
+    Event,
+    History,
+    read_history,
+    step_line,
+)
 from gptforge.report.trackers import Trackers
 from gptforge.report.verdict import verdict
 from gptforge.shell import quote, shown
@@ -99,18 +106,38 @@ class RunReport:
         self.log(json_line(facts).strip(), logging.DEBUG)
         self.log_event("start", command=command, **facts)
 
-    def resume(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], command: str) -> None:
-        """Truncate the files to their `sizes` at a checkpoint and continue them."""
+    def resume(
+        self,
+        checkpoint: SavedCheckpoint,
+        sizes: Mapping[str, int],
+        *,
+        best: tuple[int, float],
+        command: str,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Truncate the files as `truncate` does, and continue them."""
         step, name = checkpoint.step, checkpoint.name
-        self.truncate(checkpoint, sizes)
+        self.truncate(checkpoint, sizes, best=best)
         self.log_line(f"Resuming from {name}: step {step} of {self._max_steps}")
-        self.log_event("resume", step=step, checkpoint=name, command=command)
+        self.log_event("resume", step=step, checkpoint=name, command=command, **facts)
 
-    def truncate(self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int]) -> None:
-        """Truncate the files to their `sizes` at a checkpoint."""
+    def truncate(
+        self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], *, best: tuple[int, float]
+    ) -> None:
+        """Truncate the files to their `sizes` at a checkpoint.
+
+        The evaluation of the best one, with this step and loss, is kept if it is a later one.
+        """
+        kept: list[Event] = []
         if self._enabled:
+            if best[0] > checkpoint.step:
+                history = self._history()
+                known = [*history.evals, *([history.dropped_best] if history.dropped_best else [])]
+                kept = [e for e in known if (e["step"], e["val_loss"]) == best][-1:]
             for name, log in self._logs.items():
                 log.truncate(sizes.get(name, 0))
+        for event in kept:
+            self.log_event("dropped_best", **{n: event[n] for n in EVENT_FIELDS["eval"]})
         # The sizes were taken before the save finished, so its event was cut off.
         self.log_saves([checkpoint])
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptforge.report.format import format_val_loss
+from gptforge.report.format import format_epochs, format_val_loss
 from gptforge.report.metrics import FINAL_FIELDS, Event, History
 from gptforge.shell import quote
 
@@ -26,7 +26,7 @@ def verdict(
     """
     if not has_val:
         lines = _without_val(history, epochs, split_hint)
-    elif history.evals or history.final:
+    elif history.evals or history.dropped_best or history.final:
         lines = _with_val(history, max_steps)
     else:
         lines = ["The model was not evaluated: training ended before the first evaluation."]
@@ -41,22 +41,21 @@ def _without_val(history: History, epochs: float, split_hint: str) -> list[str]:
         return ["No step was logged."]
     loss = float(history.train[-1]["loss"] or float("nan"))
     return [
-        f"Training loss {loss:.4f} nats per token after {epochs:.1f} epochs.",
+        f"Training loss {loss:.4f} nats per token after {format_epochs(epochs)} epochs.",
         "No text was held out, so this measures how well the text is memorized, not how well the "
         f"model writes. To measure that, {split_hint} --val_fraction 0.1.",
     ]
 
 
 def _with_val(history: History, max_steps: int) -> list[str]:
-    evals = history.scored_evals
-    if not evals:
+    evals, best = history.scored_evals, history.best_eval
+    if best is None:
         if history.final:
             return [_final_loss(history, history.final, max_steps)]
         return ["The held-out loss was always NaN or Inf: training diverged."]
-    best, last = history.best_eval or evals[0], evals[-1]
+    last, final = (evals or [best])[-1], history.final
     steps_since_best = last["step"] - best["step"]
-    final = history.final
-    if final and final["best_step"] != best["step"]:
+    if best is history.dropped_best or (final and final["best_step"] != best["step"]):
         trend = (
             "Its steps were then dropped, to resume from before them, and no evaluation since then "
             "was better."
@@ -78,7 +77,8 @@ def _with_val(history: History, max_steps: int) -> list[str]:
         tokens = f", over {best['val_tokens']:,} tokens" if best.get("val_tokens") else ""
         best_loss = (
             f"Best held-out loss {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits "
-            f"per byte{tokens}, at step {best['step']} of {max_steps}, epoch {best['epoch']:.1f}."
+            f"per byte{tokens}, at step {best['step']} of {max_steps}, epoch "
+            f"{format_epochs(best['epoch'])}."
         )
         return [best_loss, trend]
     best_loss, subset = _final_loss(history, final, max_steps), last.get("val_tokens", 0)
@@ -88,7 +88,7 @@ def _with_val(history: History, max_steps: int) -> list[str]:
 
 
 def _final_loss(history: History, final: Event, max_steps: int) -> str:
-    epochs = {event["step"]: f", epoch {event['epoch']:.1f}" for event in history.evals}
+    epochs = {e["step"]: f", epoch {format_epochs(e['epoch'])}" for e in history.evals}
     loss = format_val_loss(*(final[name] for name in FINAL_FIELDS))
     return (
         f"Best held-out loss {loss}, all that is held out: step {final['best_step']} of "

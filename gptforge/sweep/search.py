@@ -96,8 +96,9 @@ class Sweep:
             raise
         logger.info(
             f"text: {dataset.path.as_posix()}; {len(dataset.val):,} {dataset.tokenizer.name} "
-            f"tokens are the test split, which trials do not read; they train on the other "
-            f"{len(dataset.train):,}, and are compared on the last of these"
+            f"tokens are the test split, which trials do not read; of the other "
+            f"{len(dataset.train):,}, they train on the first and are compared on the last "
+            f"{100 * dataset.val_fraction:g}%"
         )
         self._devices = scheduler.find_devices(config)
         self._jobs = jobs or len(self._devices) * scheduler.jobs_per_device(max_config, explicit)

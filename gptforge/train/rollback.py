@@ -48,6 +48,7 @@ def rollback(trainer: "Trainer") -> None:
         report.truncate(
             SavedCheckpoint(state.step, path.name, is_best=state.best_step == state.step),
             comm.broadcast_from_rank0(lambda: read_state(path)["file_sizes"]),
+            best=(old.best_step, old.best_loss),
         )
         bad_steps = list(range(old.step - MAX_BAD_STEPS, old.step))
         skipped = (trainer.dataloader.position, position)  # in training order

@@ -242,6 +242,9 @@ class Trainer:
             state.loss = self.loss_monitor.last_loss
             state.recent_losses = list(self.loss_monitor.losses)
             state.seconds = time.perf_counter() - self._start_time
+            # Logged before the sizes of the logs are taken: resuming from here keeps the event.
+            self.saver.wait()
+            self.report.log_saves(self.saver.poll())
             saved = snapshot(
                 state, self.step_fn, self.dataloader, self.comm, text_sha256=self.text_sha256,
                 **self.inputs, file_sizes=self.report.file_sizes(),

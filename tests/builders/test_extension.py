@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptforge.checkpoint.format import read_state, read_tensors
+from gptforge.checkpoint.format import read_state, read_tensors, step_from_path
 from gptforge.checkpoint.store import CheckpointStore
+from gptforge.report.run_info import read_run
+from gptforge.report.verdict import verdict
 from tests.train.runs import StopAfter, build, events, last
 
 
@@ -67,6 +69,29 @@ def test_best_checkpoint_of_a_dropped_decay_is_kept_until_it_is_beaten(wsd) -> N
     best = store.read_link("best")
     assert best.name == f"step-{trainer.state.best_step:06d}" != "step-000020"
     assert not list(store.folder.glob("*.decayed-*"))
+
+
+def test_best_of_a_dropped_decay_is_reported_until_it_is_beaten(wsd) -> None:
+    build(wsd).fit()
+    [*_, best] = events(wsd, "eval")
+    longer = dataclasses.replace(wsd, max_steps=30)
+    folder = Path(wsd.out_dir)
+    for steps in (1, 1, 2):  # the second one resumes after the extension
+        trainer = build(longer)
+        report = read_run(folder)  # as if it were killed here
+        assert [event["step"] for event in events(longer, "eval")] == [4, 8, 12, 16]
+        assert (report.history.best["step"], report.history.best["val_loss"]) == (
+            best["step"], best["val_loss"],
+        )  # fmt: skip
+        summary = verdict(report.history, max_steps=30, epochs=1, out_dir="x", has_val=True)
+        assert f"{best['val_loss']:.4f} nats per token" in summary
+        assert "at step 20 of 30" in summary and "steps were then dropped" in summary
+        trainer.stop_signal = StopAfter(steps)
+        assert trainer.fit() == "interrupted"
+    assert build(longer).fit() == "finished"
+    found = read_run(folder).history
+    assert found.best_eval in found.evals
+    assert found.best["step"] == step_from_path(store_of(longer).read_link("best"))
 
 
 def test_wsd_run_killed_right_after_its_extension_resumes(wsd) -> None:

@@ -316,6 +316,19 @@ def test_resume_keeps_the_save_events(config) -> None:
     assert steps == sorted(set(steps))
 
 
+def test_resume_keeps_the_event_of_a_save_that_ended_with_the_next_one(config, monkeypatch) -> None:
+    config = dataclasses.replace(config, save_every=3, eval_every=100)
+    first = build(config)
+    monkeypatch.setattr(first.saver, "poll", lambda poll=first.saver.poll: poll() if waited else [])
+    waited: list[None] = []
+    wait = first.saver.wait
+    monkeypatch.setattr(first.saver, "wait", lambda: (wait(), waited.append(None)))
+    first.stop_signal = StopAfter(7)
+    first.fit()
+    build(config).fit()
+    assert {3, 6, 7} <= {event["step"] for event in events(config, "save")}
+
+
 def test_init_from_another_run(config, tmp_path) -> None:
     build(config).fit()
     other = Config(

@@ -48,3 +48,14 @@ def test_long_commands_show_their_progress(run, play, program, monkeypatch) -> N
             counts, totals = zip(*calls, strict=True)
             assert list(counts) == sorted(counts)
             assert len(set(totals)) == 1 and 0 <= counts[-1] <= totals[0]
+
+
+def test_progress_counts_bytes_of_text_not_characters(program, tmp_path, monkeypatch) -> None:
+    text = "Über größere Höhen. " * 99
+    Path("t.txt").write_text(text, encoding="utf-8")
+    counted: list[int] = []
+    monkeypatch.setattr(ProgressMeter, "add", lambda self, file, text: counted.append(text))
+    for command in ("doctor t.txt --preset debug", "prepare t.txt --out shards --tokenizer char"):
+        counted.clear()
+        assert program(*command.split()).code == 0
+        assert sum(counted) == len(text.encode()) > len(text), command

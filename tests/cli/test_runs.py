@@ -49,6 +49,12 @@ def test_runs_says_how_many_tokens_a_loss_is_over_if_not_all(program, runs) -> N
     assert table.count("3.0000 at 10, over 512 tokens") == 1 and "4,096" not in table
 
 
+def test_an_evaluation_of_all_tokens_is_no_part(program, tmp_path) -> None:
+    write_run(tmp_path / "run", {10: 3.0}, eval_tokens=600, val_tokens=300)
+    [row] = json.loads(program("runs", tmp_path / "run", "--json").out)
+    assert (row["val_tokens"], row["is_val_subset"]) == (300, False)
+
+
 def test_runs_of_other_folders(program, runs) -> None:
     assert program("runs", "runs/new").out.count("runs/new") == 1
     assert program("runs", "runs/photos").out == "No runs in runs/photos.\n"

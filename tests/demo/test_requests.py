@@ -147,6 +147,8 @@ def test_choices_are_in_the_order_of_the_prompts(address) -> None:
     assert [choice["index"] for choice in response["choices"]] == [0, 1, 2, 3]
     single = complete(address, prompt="But", max_tokens=4, seed=3)[1]["choices"][0]
     assert response["choices"][2]["text"] == single["text"]
+    # As in OpenAI's API, a prompt counts once, whatever `n` is.
+    assert response["usage"] == {"prompt_tokens": 8, "completion_tokens": 16, "total_tokens": 24}
 
 
 def test_a_stop_string_ends_a_completion(address) -> None:

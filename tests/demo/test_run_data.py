@@ -8,9 +8,10 @@ from gptforge.builders.load_model import load
 from gptforge.demo.run_data import MAX_POINTS, ModelCache, run_metrics
 from gptforge.errors import UserError
 from gptforge.files import json_line
-from gptforge.report.metrics import read_history
+from gptforge.report.metrics import History, read_history
 from tests.convert.conftest import run as run
 from tests.convert.conftest import trained_run as trained_run
+from tests.report.events import eval_events, final_event
 
 
 def test_only_checkpoints_of_the_run_can_be_loaded(run) -> None:
@@ -65,6 +66,25 @@ def test_key_figures(tmp_path) -> None:
     assert found["checkpoints"] == [
         ["best", "best · step 60 · val loss 3.210"], ["step-000006", "step 6"]
     ]  # fmt: skip
+
+
+def test_steps_count_those_that_were_not_logged(tmp_path) -> None:
+    fields = {"loss": 2.0, "dt_ms": 100.0, "tok_per_sec": 1e4, "norm": 1, "lr": 1e-3}
+    lines = [{"event": "train", "step": 30, **fields}]
+    lines.append({"event": "end", "reason": "early_stop", "step": 35})
+    found = metrics_of(tmp_path, lines, 40)
+    assert (found["tiles"][0], found["progress"]) == (("step", "35", "of 40"), 35 / 40)
+
+
+def test_labels_tell_a_dropped_checkpoint_from_a_later_one_of_its_step() -> None:
+    evals = eval_events((40, 3.0), (60, 2.5), (80, 2.4))
+    history = History(evals=evals, final=final_event(60, loss=2.0, tokens=99))
+    names = {"best": "step-000060.decayed-1", "last": "step-000080", "step-000060": "step-000060"}
+    found = run_metrics(history, list(names.items()), max_steps=80)
+    assert [label for _, label in found["checkpoints"]] == [
+        *("best · step 60 · val loss 2.000", "last · step 80 · val loss 2.400"),
+        "step 60 · val loss 2.500",
+    ]
 
 
 def test_long_curves_are_thinned(tmp_path) -> None:

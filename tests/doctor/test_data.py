@@ -61,6 +61,31 @@ def test_preset_determines_tokenizer_and_context_length(tmp_path, doctor) -> Non
     assert "1 token, 0 sequences of 32: use more text (" in doctor(*flags, code=1)
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "texts"),
+    [("gpt2", TEXTS), ("char", TEXTS), ("byte", TEXTS), ("char", TEXTS[:1])],
+    ids=["gpt2", "char", "byte", "one document"],
+)
+def test_the_number_of_tokens_is_that_of_training(tmp_path, doctor, tokenizer, texts) -> None:
+    write_jsonl(tmp_path / "data.jsonl", texts)
+    out = doctor("data.jsonl", "--tokenizer", tokenizer, "--context_length", 8)
+    request = PrepareRequest((str(tmp_path / "data.jsonl"),), tokenizer=tokenizer)
+    index = prepare(tmp_path / "shards", request, num_workers=1)
+    count = index.total("train", "tokens") + index.total("val", "tokens")
+    assert f" {count:,} tokens, " in out and "about" not in out
+
+
+def test_the_number_of_bpe_tokens_is_an_estimate(tmp_path, doctor) -> None:
+    (tmp_path / "t.txt").write_text(make_text(1, 9000))
+    assert " about " in doctor("t.txt", "--tokenizer", "bpe", "--context_length", 8)
+
+
+def test_a_small_held_out_share_is_not_rounded_to_zero(tmp_path, doctor) -> None:
+    (tmp_path / "t.txt").write_text(make_text(1, 9000))
+    out = doctor("t.txt", "--context_length", 8, "--val_fraction", 0.001)
+    assert "held out: the last 0.1% of the text" in out
+
+
 def test_good_text(tmp_path, doctor) -> None:
     (tmp_path / "t.txt").write_text(make_text(1, 9000))
     out = doctor("t.txt", "--context_length", 64)
@@ -282,3 +307,9 @@ def test_training_reports_the_same(tmp_path, program, doctor) -> None:
     assert done.code == 2
     assert "token id 60000 is outside the vocabulary of 50257" in done.err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_document_that_is_cut_into_both_splits_counts_once(tmp_path, doctor) -> None:
+    ids = from_name("gpt2", "").encode(TEXTS[0])
+    write_shard(tmp_path / "data.bin", [id for _ in range(9) for id in (50256, *ids)])
+    assert "9 documents, each after" in doctor("data.bin", "--context_length", 8)

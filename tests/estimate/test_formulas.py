@@ -81,3 +81,13 @@ def test_fsdp_memory_shrinks_with_the_number_of_ranks() -> None:
     eight = memory(config, 8, 4)
     assert four < eight and memory(checkpointing, 8, 4) < eight
     assert four < 0.6 * total_memory(config, 4, mixed_precision=True)
+
+
+def test_teachers_take_memory_for_their_weights_and_logits() -> None:
+    config = dataclasses.replace(get_preset("debug"), vocab_size=64)
+    for options in ({"mixed_precision": False}, {"mixed_precision": True, "manual_backward": True}):
+        alone, one, two = (
+            total_memory(dataclasses.replace(config, teachers=k), 4, **options) for k in range(3)
+        )
+        weights = formulas.training_memory(config, 4, **options)["weights"]
+        assert one - alone > weights and two - one > weights

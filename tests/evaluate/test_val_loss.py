@@ -97,3 +97,15 @@ def test_evaluation_changes_no_state(tiny_model) -> None:
     assert tiny_model.training
     assert torch.equal(rng_state, torch.get_rng_state())
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 20, 32, 33, 96, 97, 100, 999])
+@pytest.mark.parametrize("n", [2, 17, 33, 97, 98, 100])
+def test_the_number_of_tokens_is_known_before_an_evaluation(tiny_model, n, max_tokens) -> None:
+    ids = np.random.default_rng(n).integers(0, 64, n).astype(np.uint16)
+    evaluator = ValEvaluator(
+        ids, np.ones(64, np.int64), context_length=16, batch_size=3, max_tokens=max_tokens
+    )
+    loss = evaluator.evaluate(tiny_model, FLOAT32)
+    assert loss.num_tokens == evaluator.num_tokens >= min(max_tokens, n - 1)
+    assert (evaluator.fraction == 1) == (loss.num_tokens == n - 1)

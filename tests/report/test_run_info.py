@@ -47,6 +47,17 @@ def test_a_resumed_run_has_not_ended(tmp_path) -> None:
     assert read_run(folder).state == "unfinished"
 
 
+def test_facts_are_those_of_the_last_start(tmp_path) -> None:
+    folder = write_run(tmp_path / "run", {10: 3.0}, reason=None)
+    assert read_run(folder).facts["device"] == "cpu"
+    with (folder / "metrics.jsonl").open("a") as file:
+        for event in ({"step": 9, "checkpoint": "c", "device": "cuda:0", "ranks": 2}, {"step": 10}):
+            file.write(json.dumps({"event": "resume", **event}) + "\n")
+    facts = read_run(folder).facts
+    assert (facts["device"], facts["dtype"], facts["ranks"]) == ("cuda:0", "float32", 2)
+    assert not facts.keys() & {"event", "step", "checkpoint"}
+
+
 def test_a_run_of_version_0_1(tmp_path) -> None:
     shutil.copytree(ROOT / "tests/golden/run-0.1", tmp_path / "run", symlinks=True)
     run = read_run(tmp_path / "run")

@@ -43,7 +43,7 @@ def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
     report.log_step(train_event(1))
     report.log_sample(2, "words", is_last=False)
     checkpoint = SavedCheckpoint(1, "step-000001", is_best=True)
-    report.resume(checkpoint, sizes, command="c")
+    report.resume(checkpoint, sizes, best=(1, 2.0), command="c", facts={})
     resumed = b"Resuming from step-000001: step 1 of 9\n"
     assert (tmp_path / "log.md").read_bytes() == before["log.md"] + resumed
     assert (tmp_path / "samples.md").read_bytes() == before["samples.md"]

@@ -108,3 +108,9 @@ def test_no_trend_after_a_best_checkpoint_of_dropped_steps(losses) -> None:
     text = verdict(history, max_steps=40, epochs=1.0, out_dir="runs/x", has_val=True)
     assert "step 20 of 40" in text and "Its steps were then dropped" in text
     assert "improving" not in text and "level" not in text
+
+
+def test_a_small_part_of_an_epoch_is_not_rounded_to_zero() -> None:
+    evals = eval_events((1, 3.0), (3, 2.0))
+    assert "at step 3 of 150, epoch 0.03." in summarize(evals)
+    assert "after 0.042 epochs" in summarize([], epochs=0.042, has_val=False)

@@ -23,7 +23,7 @@ from gptforge.errors import RunError, UserError, explain_os_error
 from gptforge.tokenizers.base import END_OF_TEXT, Tokens, smallest_dtype
 from gptforge.tokenizers.fast_encode import FastEncoder
 
-PROGRESS_CHARS = 2**20  # reported at a time
+PROGRESS_BYTES = 2**20  # of text, reported at a time
 MAX_SHARD_TOKENS = 2**27
 Progress = Callable[[int, int], None]
 """Called with the bytes of the files, and of their text, that are done since the last call."""
@@ -71,22 +71,24 @@ class SplitWriter:
         self._counts = Counter[str]()
         self.shards: list[dict[str, Any]] = []  # records of the complete ones, for the index
 
-    def add(self, ids: Tokens, text: str, *, starts_document: bool) -> None:
-        """Write the ids of a document, or of a part of one."""
+    def add(self, ids: Tokens, text: str, *, starts_document: bool) -> int:
+        """Write the ids of a document, or of a part of one; returns the bytes of the text."""
         if starts_document:
             ids = np.concatenate([self._prefix, ids])
         if self._shard is None:
             suffix = f"_{len(self.shards)}" if self.shards else ""
             self._shard = ShardWriter(Path(f"{self._path}{suffix}.bin"), self._prefix.dtype)
         self._shard.write(ids)
+        num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
         self._counts.update(
             documents=int(starts_document),
             characters=len(text),
-            bytes=len(text) if text.isascii() else len(text.encode("utf-8")),
+            bytes=num_bytes,
             tokens=len(ids),
         )
         if self._counts["tokens"] >= MAX_SHARD_TOKENS:
             self.close()
+        return num_bytes
 
     def abort(self) -> None:
         """Delete the open shard."""
@@ -157,19 +159,20 @@ class JobRunner:
         progress: Progress,
     ) -> None:
         splits = set(result.splits.get(span.source_index, ()))
-        reported = num_chars = 0
+        reported = num_bytes = 0
         for part in read_split(span, self.split_rule, self.text_format, bad_input):
             try:
                 ids = self._encoder.encode(part.text)
             except UserError as error:  # a character that the tokenizer lacks
                 raise UserError(f"{span.source.name}: {error}") from None
-            writers[part.split].add(ids, part.text, starts_document=part.starts_document)
+            num_bytes += writers[part.split].add(
+                ids, part.text, starts_document=part.starts_document
+            )
             splits.add(part.split)
             result.num_eot_literals += part.text.count(END_OF_TEXT)
-            num_chars += len(part.text)
-            if num_chars >= PROGRESS_CHARS:
-                progress(part.bytes_read - reported, num_chars)
-                reported, num_chars = part.bytes_read, 0
-        progress(span.num_bytes - reported, num_chars)
+            if num_bytes >= PROGRESS_BYTES:
+                progress(part.bytes_read - reported, num_bytes)
+                reported, num_bytes = part.bytes_read, 0
+        progress(span.num_bytes - reported, num_bytes)
         if splits:
             result.splits[span.source_index] = sorted(splits)

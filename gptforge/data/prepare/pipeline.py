@@ -266,10 +266,12 @@ def learn_bpe(request: PrepareRequest, sources: Sequence[Source], rule: SplitRul
     num_bytes = sum(len(text.encode("utf-8")) for text in training_text())
     vocab_size = request.vocab_size or default_vocab_size(num_bytes)
     tokenizer = train_bpe(training_text(), vocab_size)
-    size = "the size of the text" if not request.vocab_size else "--vocab_size"
+    size = "by --vocab_size" if request.vocab_size else "by the size of the text"
+    if tokenizer.vocab_size < vocab_size:
+        size = f"instead of {vocab_size:,}, since this text gives no more"
     logger.info(
-        f"tokenizer: bpe, {tokenizer.vocab_size:,} ids by {size}, learned from the "
-        f"{num_bytes / 1e6:.1f} MB to train on"
+        f"tokenizer: bpe, {tokenizer.vocab_size:,} ids {size}, learned from the "
+        f"{num_bytes:,} bytes to train on"
     )
     return tokenizer
 

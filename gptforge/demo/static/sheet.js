@@ -71,7 +71,7 @@ export class Sheet {
       }
       if (!reason) throw new Error("the server has stopped: start it again");
       if (reason === "length" && count < max_tokens) note = "the time was up";
-      else if (usage.total_tokens > context) {
+      else if (usage.total_tokens > context + 1) {  // the last token is never read
         note = `over ${context} tokens of context, the oldest forgotten`;
       }
     } catch (error) {
