@@ -51,8 +51,8 @@ class CheckpointStore:
         if not run_dir.is_dir():
             # Only this process still has the weights: save them, with what a resume needs.
             logger.warning(
-                f"warning: {shown(run_dir)} was moved or deleted: training goes on in a new folder "
-                "of that name, without the earlier checkpoints and logs"
+                f"warning: {shown(run_dir)} was moved or deleted: training continues in a new "
+                "folder of that name, without the earlier checkpoints and logs"
             )
             run_dir.mkdir(parents=True, exist_ok=True)
             files.atomic_write(run_dir / checkpoints.CONFIG, config)

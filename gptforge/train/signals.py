@@ -52,10 +52,10 @@ class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
     The training loop polls it after each step. A second Ctrl-C or SIGTERM, `REPEAT_SECONDS` or more
-    after the first, ends the process at once; that leaves no half-written checkpoint, since saves are renamed into place. SIGHUP, which
-    often accompanies SIGTERM, does not count. Once the loop has obeyed a signal and saved
-    (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
-    context manager it may be entered again while it is entered.
+    after the first, ends the process at once; that leaves no half-written checkpoint, since saves
+    are renamed into place. SIGHUP, which often accompanies SIGTERM, does not count. Once the loop
+    has obeyed a signal and saved (`mark_saved`), one more stops what is left to do, and the next
+    one ends the process. As a context manager it may be entered again while it is entered.
 
     Args:
         time_limit: minutes; 0 for none.
