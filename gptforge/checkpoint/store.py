@@ -3,9 +3,10 @@
 A checkpoint is written to a temporary folder and renamed.
 """
 
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,8 @@ from gptforge.checkpoint.format import Snapshot, find_corruption, read_state, st
 from gptforge.errors import RunError, UserError, explain_os_error
 from gptforge.shell import shown
 from gptforge.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 HEADROOM_BYTES = 8 * 2**20  # disk space for logs and plots besides a checkpoint
 REPLACED = ".replaced"  # ends the hidden name of a checkpoint that another one replaces
@@ -33,22 +36,37 @@ class CheckpointStore:
         Returns its name; a RunError if the disk is full or fails, with earlier ones untouched.
         """
         name = self.path_of(step).name
-        partial = self.folder / f".{name}.partial"
         with self.disk_errors(name):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            files.remove(partial)
-            self.check_disk_space(snapshot.nbytes)
-            partial.mkdir()
             try:
-                checkpoints.save_checkpoint(
-                    partial, snapshot.tensors, tokenizer=tokenizer, config=config,
-                    state=snapshot.state,
-                )  # fmt: skip
-                self._move_into_place(partial, name)
-            finally:
-                files.remove(partial)
+                self._save(name, snapshot, tokenizer, config)
+            except FileNotFoundError:
+                if self.folder.parent.is_dir():
+                    raise
+                self._save(name, snapshot, tokenizer, config)
             self.set_link("last", name)
         return name
+
+    def _save(self, name: str, snapshot: Snapshot, tokenizer: Tokenizer, config: str) -> None:
+        run_dir, partial = self.folder.parent, self.folder / f".{name}.partial"
+        if not run_dir.is_dir():
+            # Only this process still has the weights: save them, with what a resume needs.
+            logger.warning(
+                f"warning: {shown(run_dir)} was moved or deleted: training continues in a new "
+                "folder of that name, without the earlier checkpoints and logs"
+            )
+            run_dir.mkdir(parents=True, exist_ok=True)
+            files.atomic_write(run_dir / checkpoints.CONFIG, config)
+        self.folder.mkdir(exist_ok=True)
+        files.remove(partial)
+        self.check_disk_space(snapshot.nbytes)
+        partial.mkdir()
+        try:
+            checkpoints.save_checkpoint(
+                partial, snapshot.tensors, tokenizer=tokenizer, config=config, state=snapshot.state
+            )
+            self._move_into_place(partial, name)
+        finally:
+            files.remove(partial)
 
     @contextmanager
     def disk_errors(self, name: str) -> Iterator[None]:
@@ -158,9 +176,10 @@ class CheckpointStore:
         for path in [*others[: max(0, len(others) - keep)], *leftovers]:
             # Renamed first, so that an interrupted deletion leaves no partial checkpoint.
             hidden = path.with_name(f".{path.name.strip('.').removesuffix('.partial')}.partial")
-            if hidden != path:
-                path.rename(hidden)
-            files.remove(hidden)
+            with suppress(FileNotFoundError):  # somebody else deletes it
+                if hidden != path:
+                    path.rename(hidden)
+                files.remove(hidden)
 
     def _move_into_place(self, partial: Path, name: str) -> None:
         """Rename a complete folder, replacing a checkpoint of the same step.

@@ -162,6 +162,11 @@ def _allow_one(number: int, frame: object) -> None:
 
 
 def _run_command(args: list[str]) -> int:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        # Torch's math library would end the process with an error of its own.
+        raise UserError("the working folder was deleted: change to another one") from None
     if args == ["--version"]:
         from gptforge import __version__
 

@@ -134,12 +134,17 @@ def run_training(
                 )
             except TeacherStopped as stop:
                 reason = stop.reason
-            if trainer is not None:
+            if trainer is None:
+                comm.shutdown()
+            else:
                 on_start(trainer)
                 if comm.is_main:
                     handler.write = trainer.report.console.log  # above the progress bar
-                reason = trainer.fit()
-            comm.shutdown()
+                # Until all have finished: a rank with nothing to write is done before rank 0, and
+                # a signal that ended it then would end the run as a failure.
+                with trainer.stop_signal:
+                    reason = trainer.fit()
+                    comm.shutdown()
         except torch.OutOfMemoryError:
             error = RunError(
                 f"the device ran out of memory with --batch_size {config.batch_size}: leave it "

@@ -29,7 +29,9 @@ SHARD_DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
     (20240801, 7): np.dtype("<u4"),
 }
 """The type of the ids, by magic and version."""
-RAW_BIN_HINT = "(nanoGPT's .bin has none: --raw_bin true)"
+RAW_BIN_HINT = (
+    "(nanoGPT's .bin has none: --raw_bin true; to read texts in its folder, name them: DIR/*.txt)"
+)
 EDGE_TOKENS = 2**18
 MAX_OPEN_SHARDS = 256  # file handles; systems give a process about a thousand
 MAX_IN_MEMORY_BYTES = 2**26  # datasets up to this size are read into memory

@@ -201,9 +201,10 @@ class Comm:
         with self.pause_stall_check():
             self.all_true(True)
             self._group.watchdog.stop()
-            # No rank leaves before all watchdogs have stopped looking for lost ones.
-            self.all_true(True)
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # a rank that dies from here on has nothing left to do
+                # No rank leaves before all watchdogs have stopped looking for lost ones.
+                self.all_true(True)
+                dist.destroy_process_group()
 
     def exit(self, code: int) -> int:
         """End the process after a run; a single process only returns its exit code."""

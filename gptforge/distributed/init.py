@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from gptforge.distributed.comm import SINGLE_PROCESS, Comm, Group
 from gptforge.distributed.watchdog import EXIT_FAILURE, TIMEOUT, Watchdog
-from gptforge.errors import NOTHING_LOST, RunError, UserError, first_line
+from gptforge.errors import NOTHING_LOST, RunError, UserError, error_reason, first_line
 from gptforge.printable import print_stderr
 from gptforge.shell import env_int
 
@@ -69,6 +69,8 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
     attempt = f"gptforge/{secrets.token_hex(8)}"
     try:
         with _exit_after(join_timeout + GRACE_SECONDS, unreachable):
+            if not is_server:
+                _wait_until_listening(address, port, join_timeout)
             limit = timedelta(seconds=join_timeout)
             server = TCPStore(address, port, is_master=is_server, timeout=limit)
             limit = timedelta(seconds=timeout)
@@ -104,6 +106,25 @@ def init_distributed(device: str, *, env: Mapping[str, str] = os.environ) -> Com
             error.args = (NOTHING_LOST,)
         watchdog.abort(error)
     return Comm(Group(rank, world_size, local_rank, host, local_device, store, watchdog))
+
+
+def _wait_until_listening(address: str, port: int, timeout: float) -> None:
+    """Wait for a server there; torch's own attempts print pages of C++ frames if there is none.
+
+    Raises:
+        RuntimeError: with the reason, after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        remaining = max(deadline - time.monotonic(), POLL_SECONDS)
+        try:
+            socket.create_connection((address, port), remaining).close()
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise RuntimeError(error_reason(error)) from error
+        else:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def join_rendezvous(store: Store, rank: int, world_size: int, timeout: float) -> str:

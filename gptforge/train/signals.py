@@ -31,6 +31,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *([SIGHUP] if SIGHUP else []))
 MIN_TRAIN_SECONDS = 1.0
 """A process trains at least this long, even if startup used up the time limit."""
 
+REPEAT_SECONDS = 1.0
+"""A signal this soon after the first one is the same request: SLURM and systemd send SIGTERM to all
+processes, and torchrun passes on its own to the ranks."""
+
 # 128 + signal number is what a shell reports for a process that a signal ended.
 EXIT_CODES: dict[StopReason, int] = {
     "finished": 0,
@@ -47,11 +51,11 @@ SAVED_MESSAGE = "All is saved. Writing the report; Ctrl-C again quits at once."
 class StopSignal:
     """Turns Ctrl-C, SIGTERM, SIGHUP and a time limit into a reason to stop.
 
-    The training loop polls it after each step. A second Ctrl-C or SIGTERM ends the process at
-    once; that leaves no half-written checkpoint, since saves are renamed into place. SIGHUP, which
-    often accompanies SIGTERM, does not count. Once the loop has obeyed a signal and saved
-    (`mark_saved`), one more stops what is left to do, and the next one ends the process. As a
-    context manager it may be entered again while it is entered.
+    The training loop polls it after each step. A second Ctrl-C or SIGTERM, `REPEAT_SECONDS` or more
+    after the first, ends the process at once; that leaves no half-written checkpoint, since saves
+    are renamed into place. SIGHUP, which often accompanies SIGTERM, does not count. Once the loop
+    has obeyed a signal and saved (`mark_saved`), one more stops what is left to do, and the next
+    one ends the process. As a context manager it may be entered again while it is entered.
 
     Args:
         time_limit: minutes; 0 for none.
@@ -63,6 +67,7 @@ class StopSignal:
         self._deadline = started + 60 * time_limit if time_limit else float("inf")
         self._signal: StopReason | None = None
         self._is_requested = False  # by anything but SIGHUP
+        self._requested_at = 0.0
         self._requested_by = ""
         self._previous: dict[int, object] = {}
         self._depth = 0
@@ -119,10 +124,10 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == SIGHUP:
             files.discard_terminal_output()
-        elif self._is_requested:
+        elif not self._is_requested:
+            self._is_requested, self._requested_at = True, time.monotonic()
+        elif time.monotonic() - self._requested_at >= REPEAT_SECONDS:
             self._end_at_once(number)
-        else:
-            self._is_requested = True
         if self._signal is not None:
             # SIGHUP comes with SIGTERM from systemd, and twice from the kernel and the shell; of
             # two pending signals Python handles the lower number first.

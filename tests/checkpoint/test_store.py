@@ -30,6 +30,7 @@ def save(store: CheckpointStore, step: int) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "run").mkdir()
     return CheckpointStore(tmp_path / "run" / "checkpoints")
 
 
@@ -126,6 +127,32 @@ def test_disk_that_fills_up_while_saving_keeps_the_last_checkpoint(store, monkey
     assert store.latest() == (first, [])
 
 
+@pytest.mark.parametrize("is_writing", [False, True])
+def test_save_into_a_run_folder_that_is_gone_starts_a_new_one(
+    store, monkeypatch, messages, is_writing
+) -> None:
+    run, moved = store.folder.parent, store.folder.parent.with_name("moved")
+    save(store, 1)
+    write = checkpoints.save_safetensors
+
+    def move_and_write(*args: object) -> None:
+        if not moved.exists():
+            run.rename(moved)
+        write(*args)
+
+    if is_writing:
+        monkeypatch.setattr(checkpoints, "save_safetensors", move_and_write)
+    else:
+        run.rename(moved)
+    second = save(store, 2)
+    assert store.latest() == (second, [])
+    assert store.read_link("last") == second
+    # What `--resume` reads.
+    assert (run / "config.toml").read_text() == (second / "config.toml").read_text()
+    assert [line for line in messages if "was moved or deleted" in line] == messages
+    assert find_corruption(moved / "checkpoints" / "step-000001") is None
+
+
 @pytest.mark.parametrize(("keep", "left"), [(0, [2, 5]), (1, [2, 4, 5]), (2, [2, 3, 4, 5])])
 def test_pruning_spares_best_and_last(store, keep, left) -> None:
     for step in range(1, 6):
@@ -140,6 +167,20 @@ def test_pruning_spares_protected_steps(store) -> None:
         save(store, step)
         store.prune(1, {2, None})
     assert [int(path.name[5:]) for path in store.checkpoints()] == [2, 4, 5]
+
+
+def test_pruning_ignores_a_checkpoint_that_somebody_else_deletes(store, monkeypatch) -> None:
+    for step in range(1, 4):
+        save(store, step)
+    rename = Path.rename
+
+    def delete_and_rename(path: Path, target: Path) -> Path:
+        shutil.rmtree(store.path_of(1), ignore_errors=True)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", delete_and_rename)
+    store.prune(0)
+    assert [int(path.name[5:]) for path in store.checkpoints()] == [3]
 
 
 def test_run_resolves_to_its_best_checkpoint(store) -> None:

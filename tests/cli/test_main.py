@@ -108,6 +108,17 @@ def test_a_full_disk_is_one_line_with_the_file(program, monkeypatch) -> None:
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others may keep or lock the folder")
+def test_a_deleted_working_folder_is_one_line(program, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    outcome = program("--preset", "debug")
+    assert outcome.code == 2
+    assert "the working folder was deleted" in outcome.err
+
+
 def test_help_shows_all_fields_and_commands(capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--help"])

@@ -57,6 +57,9 @@ def count_documents(index: Index) -> int:
         (b"PNG\0\0data", "NUL byte at offset 3: this is a binary file"),
         (b"\xef\xbb\xbfab\0", "NUL byte at offset 5"),
         ("text".encode("utf-16-le"), "NUL byte at offset 1"),
+        (b"PK\3\4\x14\0\x93", "bad.txt: a ZIP archive, .*, not text: extract the text"),
+        (b"BZh91AY&SY\xfb", "bad.txt: a bzip2 file, not text"),
+        (b"name".ljust(257, b"\0") + b"ustar", "bad.txt: a tar archive, not text"),
     ],
 )
 def test_binary_file(tmp_path, raw, words) -> None:
@@ -119,8 +122,20 @@ def test_missing_files(tmp_path) -> None:
     expect_error(tmp_path, r"nothing.txt: there is no such file", "nothing.txt")
     expect_error(tmp_path, r"\*.txt: nothing matches this pattern", "*.txt")
     (tmp_path / "empty").mkdir()
+    expect_error(tmp_path, r"e\*: only folders match this pattern: .* add /\*", "e*")
     (tmp_path / "empty" / "picture.png").write_bytes(b"PNG")
     expect_error(tmp_path, "no text in this folder", "empty")
+
+
+def test_failed_read_names_the_file(tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "t.txt").write_text("words")
+    monkeypatch.setattr(text_io, "_decompressed_blocks", fail)
+    with pytest.raises(OSError, match=r"t\.txt") as caught:
+        run_prepare(tmp_path, "t.txt")
+    assert caught.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize(

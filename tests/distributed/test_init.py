@@ -159,6 +159,7 @@ def test_absent_rank_is_named(exits: Exits, fault) -> None:
         assert lost.code == 1
         assert "cannot join the other ranks: rank 0 did not answer at localhost:" in lost.output
         assert "the same MASTER_ADDR and MASTER_PORT" in lost.output
+        assert "frame #" not in lost.output
 
 
 def test_every_host_names_the_absent_rank(exits: Exits) -> None:
@@ -268,6 +269,26 @@ def resume(rank: int) -> None:
     code = main(["--resume", "run", "--max_steps", "6"])
     sys.stdout.flush()
     os._exit(code)
+
+
+def signal_at_the_end_of_rank1(rank: int) -> None:
+    shutdown = Comm.shutdown
+
+    def shutdown_with_signal(comm: Comm) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        shutdown(comm)
+
+    if rank == 1:
+        Comm.shutdown = shutdown_with_signal  # type: ignore[method-assign]
+    resume(rank)
+
+
+@needs_linux
+def test_signal_to_a_rank_that_waits_for_the_report_of_rank0(program, play) -> None:
+    flags = ("--preset", "debug", "--device", "cpu", "--input", play, "--out_dir", "run")
+    assert program(*flags, "--max_steps", 5, "--sample_every", 0).code == 0
+    ranks = exits_of_start(2, signal_at_the_end_of_rank1, timeout=60)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
 
 
 @needs_linux

@@ -170,6 +170,7 @@ def test_ignored_sighup_stays_ignored() -> None:
 def test_sighup_beside_another_signal_still_lets_it_save(other, is_first, monkeypatch) -> None:
     exit_codes: list[int] = []
     monkeypatch.setattr("os._exit", exit_codes.append)
+    now = set_clock(monkeypatch, 100.0)
     numbers = [signal.SIGHUP, getattr(signal, other)]
     with StopSignal(0) as stop_signal:
         for number in numbers if is_first else reversed(numbers):
@@ -177,5 +178,21 @@ def test_sighup_beside_another_signal_still_lets_it_save(other, is_first, monkey
         assert stop_signal.stop_reason() in ("interrupted", "terminated")
         assert exit_codes == []
         if other != "SIGHUP":
+            now[0] += signals.REPEAT_SECONDS
             signal.raise_signal(numbers[1])
             assert exit_codes == [128 + numbers[1]]
+
+
+def test_second_signal_ends_the_process_unless_it_is_the_first_one_passed_on(monkeypatch) -> None:
+    exit_codes: list[int] = []
+    monkeypatch.setattr("os._exit", exit_codes.append)
+    now = set_clock(monkeypatch, 100.0)
+    with StopSignal(0):
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += signals.REPEAT_SECONDS / 2
+        # SLURM sends it to all processes, and torchrun passes it on to its ranks.
+        signal.raise_signal(signal.SIGTERM)
+        assert exit_codes == []
+        now[0] += signals.REPEAT_SECONDS / 2
+        signal.raise_signal(signal.SIGINT)
+        assert exit_codes == [128 + signal.SIGINT]

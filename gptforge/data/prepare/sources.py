@@ -124,9 +124,12 @@ def _expand(name: str) -> list[Path]:
         return sorted(found, key=lambda file: file.as_posix())
     if path.exists():
         return [path]
-    found = [file for file in expand_glob(name) if file.is_file()]
+    matches = expand_glob(name)
+    found = [file for file in matches if file.is_file()]
     if not found:
         what = "nothing matches this pattern" if glob.has_magic(name) else "there is no such file"
+        if matches:
+            what = "only folders match this pattern: name one of them, or add /* for their files"
         raise UserError(f"{name}: {what}")
     return found
 

@@ -29,6 +29,15 @@ HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 
 CRLF_NOTICE = "turned CRLF line ends into LF"
 CR_NOTICE = "kept CR without LF, which is not turned into a line end"
 SURROGATE_NOTICE = "replaced lone surrogates, which are no characters, with U+FFFD"
+EXTRACT_HINT = "extract the text, and give that"
+BINARY_BY_MAGIC = {
+    b"PK\3\4": "a ZIP archive, as .docx and .epub are",
+    b"%PDF": "a PDF",
+    b"BZh": "a bzip2 file",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+}
+TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
 REPLACED_NOTICE = "replaced bytes that are not in the encoding with U+FFFD"
 
 
@@ -110,6 +119,9 @@ class InputPart:
             raise BadInput(problem, source.name, "download it again") from error
         except FileNotFoundError:
             raise UserError(f"{source.name}: the file no longer exists") from None
+        except OSError as error:
+            error.filename = error.filename or source.name  # a failed read does not name the file
+            raise
 
     def read_chunks(self) -> Iterator[Chunk]:
         """The text from `start` to `stop` in chunks."""
@@ -133,6 +145,8 @@ class InputPart:
                 position = read - len(block) + max(0, block.find(b"\0"))
                 problem = f"NUL byte at offset {position}: this is a binary file or UTF-16"
                 hint = "save it as text, or, if it is UTF-16, give --encoding utf-16"
+                if offset == 0 and (found := _known_binary(block)):
+                    problem, hint = f"{found}, not text", EXTRACT_HINT
                 raise BadInput(problem, self.source.name, hint)
             if errors == "replace" and "\ufffd" in raw:
                 self.note(REPLACED_NOTICE)
@@ -240,6 +254,8 @@ def describe_decode_error(
         byte, offset = error.object[error.start], before + error.start
         problem = f"not {encoding}: byte 0x{byte:02x} at offset {offset}"
     name = codecs.lookup(parse_encoding(encoding)[0]).name
+    if not before and (found := _known_binary(data)):
+        return f"{found}, not text", EXTRACT_HINT
     if b"\0" in data and not name.startswith(("utf-16", "utf-32")):
         problem += ", and NUL bytes as well: this is a binary file or UTF-16"
         return problem, "give its text, or try --encoding utf-16"
@@ -247,6 +263,13 @@ def describe_decode_error(
         return problem, _not_utf8_hint(part.source)
     other = "give --encoding utf-16-le or utf-16-be" if name == "utf-16" else "give the right one"
     return problem, f"leave --encoding out if it is UTF-8, or {other}"
+
+
+def _known_binary(data: bytes) -> str:
+    """What a file that begins with these bytes is, if it is known to be no text; else empty."""
+    if data.startswith(TAR_MAGIC, TAR_MAGIC_OFFSET):
+        return "a tar archive"
+    return next((kind for magic, kind in BINARY_BY_MAGIC.items() if data.startswith(magic)), "")
 
 
 def _not_utf8_hint(source: Source) -> str:
