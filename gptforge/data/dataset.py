@@ -20,7 +20,7 @@ from gptforge.data.prepare.request import (
     fingerprint,
     read_ends,
 )
-from gptforge.data.prepare.split import split_by_name
+from gptforge.data.prepare.split import split_shards
 from gptforge.data.shard_index import SPLITS, TOKENIZER_FILE, Index, find_corruption, read_index
 from gptforge.data.token_dataset import (
     ShardDataset,
@@ -247,11 +247,7 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
         problem = "shards do not say which text their ids stand for"
         raise UserError(f"{name}: {problem}: give --tokenizer a tokenizer.json")
     tokenizer = copy.copy(_load(tokenizer_name))
-    words = split_by_name(paths, require_train=False)
-    val_shards = [shard for shard, word in zip(shards, words, strict=True) if word == "val"]
-    train_shards = [s for s, word in zip(shards, words, strict=True) if word not in ("val", "test")]
-    if not train_shards:  # if all names say val, or test, they are not a split
-        train_shards, val_shards = val_shards or shards, []
+    train_shards, val_shards = ([shards[i] for i in part] for part in split_shards(paths))
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
         ignored = pluralize(num_ignored, "shard", "shards")
         notices.append(f"{ignored} whose name says test: left out")

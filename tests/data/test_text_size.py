@@ -48,5 +48,10 @@ def test_shards_of_other_programs_and_missing_files(tmp_path) -> None:
     (tmp_path / "val.bin").write_bytes(bytes(500))
     size = estimate_text_size(tmp_path, TextOptions(val_fraction=0.1))
     assert (size.num_bytes, size.tokenizer_name) == (6000, "gpt2")
+    (tmp_path / "test.bin").write_bytes(bytes(700))
+    (tmp_path / "medieval.bin").write_bytes(bytes(100))
+    assert estimate_text_size(tmp_path, TextOptions(val_fraction=0.1)).num_bytes == 6200
+    (tmp_path / "val.bin").unlink()
+    assert estimate_text_size(tmp_path, TextOptions(val_fraction=0.1)).num_bytes == 5580
     with pytest.raises(UserError, match="no such file"):
         estimate_text_size(Path("nothing.txt"), TextOptions(val_fraction=0.1))

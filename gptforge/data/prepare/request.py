@@ -15,7 +15,7 @@ from gptforge.data.prepare.sources import (
     describe_ignored_files,
     find_sources,
 )
-from gptforge.data.prepare.split import describe_filename_splits, split_by_name
+from gptforge.data.prepare.split import describe_filename_splits, split_by_name, split_shards
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import read_index
 from gptforge.tokenizers import Tokenizer
@@ -170,10 +170,12 @@ def estimate_text_size(path: Path, options: TextOptions) -> TextSize:
         return TextSize(index.total("train", "bytes"), name)
     shards = [path] if path.suffix == SHARD_SUFFIX else []
     if path.is_dir():
-        shards = [shard for shard in path.glob(f"*{SHARD_SUFFIX}") if "val" not in shard.name]
+        shards = sorted(path.glob(f"*{SHARD_SUFFIX}"))
     if shards:
-        num_bytes = sum(shard.stat().st_size for shard in shards if shard.is_file())
-        return TextSize(TEXT_PER_SHARD_BYTE * num_bytes, "gpt2")
+        indices, val_indices = split_shards(shards)
+        num_bytes = sum(shards[i].stat().st_size for i in indices if shards[i].is_file())
+        share = 1.0 if val_indices else 1 - options.val_fraction
+        return TextSize(round(TEXT_PER_SHARD_BYTE * num_bytes * share), "gpt2")
     selection = select_files(options.request(path))
     train = [s for i, s in enumerate(selection.sources) if i not in set(selection.val_sources)]
     share = 1.0 if selection.val_sources else 1 - options.val_fraction

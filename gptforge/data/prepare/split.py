@@ -174,6 +174,17 @@ def split_by_name(
     return words if names_count else [None] * len(paths)
 
 
+def split_shards(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """Indices of the shards to train on, and of those to hold out, by their names.
+
+    Shards whose name says test are left out. If no shard is left to train on, names are no split.
+    """
+    words = split_by_name(paths, require_train=False)
+    val = [i for i, word in enumerate(words) if word == "val"]
+    train = [i for i, word in enumerate(words) if word not in ("val", "test")]
+    return (train, val) if train else (val or list(range(len(paths))), [])
+
+
 def describe_filename_splits(
     paths: Sequence[Path], words: Sequence[SplitWord | None], *, uses_val: bool
 ) -> str:
