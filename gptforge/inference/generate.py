@@ -63,12 +63,10 @@ class TokenGenerator:
             on_context_shift: called when a sequence first exceeds the model's context.
         """
         sequences, steps = [list(prompt) for prompt in prompts], uniforms.size(1)
-        block_size = self.model.config.block_size
-        starts = [0] * len(sequences)
         max_length = _round_up(max(map(len, sequences)) + steps, CACHE_MULTIPLE)
         key: dict[str, Any] = {
             "batch_size": len(prompts),
-            "max_seq_length": min(max_length, block_size),
+            "max_seq_length": min(max_length, self.model.config.block_size),
             "max_new_tokens": _round_up(steps, GRAPH_STEP_MULTIPLE) if self.cuda_graph else steps,
             "sampling": sampling,
             "top_logprobs": top_logprobs,
@@ -80,28 +78,40 @@ class TokenGenerator:
         else:
             session = DecodeSession(self.model, **key, cuda_graph=self.cuda_graph)
         session.reset(uniforms)
-        done, has_shifted = 0, False
         # A caller that stops early, at the end of a document, leaves a session that can be reused.
         with suppress(GeneratorExit):
-            while done < steps:
-                shifted = [
-                    window_start(start, len(ids), block_size)
-                    for start, ids in zip(starts, sequences, strict=True)
-                ]
-                if shifted != starts and not has_shifted:
-                    on_context_shift()
-                    has_shifted = True
-                starts = shifted
-                windows = [ids[start:] for start, ids in zip(starts, sequences, strict=True)]
-                session.prefill(windows)
-                # One token from the prefill, then until the longest window is full.
-                end = min(steps, done + 1 + block_size - max(map(len, windows)))
-                for tokens in self._decode(session, done, end):
-                    for sequence, row in zip(sequences, tokens.ids, strict=True):
-                        sequence += row
-                    yield tokens
-                done = end
+            yield from self._generate(session, sequences, steps, on_context_shift)
         self._idle = (key, session) if session.has_cuda_graph else None
+
+    def _generate(
+        self,
+        session: DecodeSession,
+        sequences: list[list[int]],
+        steps: int,
+        on_context_shift: Callable[[], None],
+    ) -> Iterator[SampledTokens]:
+        """Yield tokens as they are appended to the sequences; a full window is shifted."""
+        block_size = self.model.config.block_size
+        starts = [0] * len(sequences)
+        done, has_shifted = 0, False
+        while done < steps:
+            shifted = [
+                window_start(start, len(ids), block_size)
+                for start, ids in zip(starts, sequences, strict=True)
+            ]
+            if shifted != starts and not has_shifted:
+                on_context_shift()
+                has_shifted = True
+            starts = shifted
+            windows = [ids[start:] for start, ids in zip(starts, sequences, strict=True)]
+            session.prefill(windows)
+            # One token from the prefill, then until the longest window is full.
+            end = min(steps, done + 1 + block_size - max(map(len, windows)))
+            for tokens in self._decode(session, done, end):
+                for sequence, row in zip(sequences, tokens.ids, strict=True):
+                    sequence += row
+                yield tokens
+            done = end
 
     def _decode(self, session: DecodeSession, first: int, last: int) -> Iterator[SampledTokens]:
         """Yield steps `first`, which is the prefill's, to `last` - 1."""
