@@ -26,6 +26,7 @@ from gptforge.data.prepare.sources import is_pipe
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.shard_index import Index, json_sha256
 from gptforge.errors import RunError, UserError
+from gptforge.estimate.formulas import LEARNED_VOCAB_SIZES
 from gptforge.lock import LOCK_FILE, lock_folder
 from gptforge.printable import short_repr
 from gptforge.shell import quote
@@ -74,7 +75,8 @@ def prepare_cached(
         with _hints_for(request):
             if request.tokenizer == "bpe":
                 # The shards depend on the merges alone: a resumed run, which has them, finds them.
-                name = f"{BPE_PREFIX}{key_of(['bpe', request.vocab_size])[:24]}"
+                num_ids = request.vocab_size or LEARNED_VOCAB_SIZES
+                name = f"{BPE_PREFIX}{key_of(['bpe', num_ids])[:24]}"
                 learned = _load_bpe(cache, name)
                 if learned is None:
                     with no_skip_of_only_file(selection.sources):

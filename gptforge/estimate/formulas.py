@@ -2,10 +2,16 @@
 
 import math
 
+import numpy as np
+
 from gptforge.config import Config, GPTConfig
 
 LOSS_CHUNK_TOKENS, LOSS_CHUNK_VOCAB_SIZE = 8192, 50304
 """Tokens in a chunk of logits for a vocabulary of this size; larger chunks are hardly faster."""
+LEARNED_VOCAB_SIZES = ((0.3, 320), (1.35, 2_700), (10, 4_096), (320, 32_768))
+"""Sizes of a learned vocabulary by MB of text, interpolated in logarithms. Up to 4 MB they are
+measured (docs/recipes.md). From 10 MB on, they grow a little faster than the number of distinct
+words, which is about the square root of the size."""
 SMALL_N_EMBD = 512
 """Up to this width, elementwise kernels take long compared with the matmuls beside them."""
 
@@ -23,12 +29,11 @@ def default_loss_chunk(vocab_size: int) -> int:
 def default_vocab_size(num_bytes: int) -> int:
     """Number of ids to learn from a text of `num_bytes`: a multiple of 64.
 
-    About 1,024 for 1 MB and 4,096 for 10 MB. It grows a little faster than the number of distinct
-    words, which is about the square root: a larger vocabulary shortens the text, but each id needs
-    enough occurrences to learn from.
+    A larger vocabulary shortens the text, but each id needs enough occurrences to learn from.
     """
-    size = 1024 * math.pow(num_bytes / 1e6, 0.6)
-    return min(32768, max(320, round(size / 64) * 64))
+    megabytes, sizes = zip(*LEARNED_VOCAB_SIZES, strict=True)
+    size = np.exp(np.interp(np.log(max(1, num_bytes) / 1e6), np.log(megabytes), np.log(sizes)))
+    return round(float(size) / 64) * 64
 
 
 def num_params(config: GPTConfig) -> int:

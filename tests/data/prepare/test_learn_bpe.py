@@ -134,8 +134,7 @@ def test_default_vocab_size_grows_with_the_text() -> None:
     sizes = [default_vocab_size(10**exponent) for exponent in range(3, 12)]
     assert sizes == sorted(sizes)
     assert all(size % 64 == 0 for size in sizes)
-    assert (default_vocab_size(10**6), sizes[0], sizes[-1]) == (1024, 320, 32768)
-    assert default_vocab_size(10**7) == pytest.approx(4096, rel=0.02)
+    assert (sizes[0], default_vocab_size(10**7), sizes[-1]) == (320, 4096, 32768)
 
 
 @settings(max_examples=40)
@@ -190,6 +189,16 @@ def test_cache_is_shared_by_the_name_and_the_tokenizer_itself(tmp_path, monkeypa
     by_tokenizer = open_dataset(path, DatasetOptions(tokenizer=first.tokenizer))
     assert again.train.shards == first.train.shards == by_tokenizer.train.shards
     assert (again.tokenizer_name, by_tokenizer.tokenizer_name) == ("bpe", "bpe")
+
+
+def test_another_rule_for_the_size_learns_again(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text(" ".join(some_text(i) for i in range(90)), encoding="utf-8")
+    first = open_dataset(path, DatasetOptions(tokenizer="bpe"))
+    for module in ("estimate.formulas", "data.cache"):
+        monkeypatch.setattr(f"gptforge.{module}.LEARNED_VOCAB_SIZES", ((1, 384), (2, 384)))
+    again = open_dataset(path, DatasetOptions(tokenizer="bpe"))
+    assert (first.tokenizer.vocab_size, again.tokenizer.vocab_size) == (320, 384)
 
 
 def swap_merges(path: Path) -> None:
