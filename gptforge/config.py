@@ -87,7 +87,7 @@ class Config:
     n_head: int = 12
     """Attention heads; must divide n_embd."""
     n_embd: int = 768
-    """Width of the residual stream."""
+    """Width of the residual."""
     mlp_ratio: int = 4
     """Hidden width of the MLP, in multiples of n_embd."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
@@ -239,8 +239,13 @@ RENAMED_FIELDS = {
 }
 """Old spelling -> name, accepted in flags and TOML files."""
 FOREIGN_FIELDS = {
-    **{"learning_rate": "max_lr", "max_iters": "max_steps", "warmup_iters": "warmup_steps"},
-    **{"eval_interval": "eval_every", "epochs": "max_steps", "output": "out_dir", "data": "input"},
+    "learning_rate": "max_lr",
+    "max_iters": "max_steps",
+    "warmup_iters": "warmup_steps",
+    "eval_interval": "eval_every",
+    "epochs": "max_steps",
+    "output": "out_dir",
+    "data": "input",
 }
 """Names in nanoGPT and other programs -> the name to suggest."""
 REMOVED_FIELDS = frozenset({"attention"})
@@ -250,8 +255,8 @@ FLAG_ONLY = frozenset({"restart", "config", "resume", "quiet", "verbose", "log_f
 
 TEXT_FIELDS = ("input", "encoding", "field", "kind", "split_by_name", "raw_bin")
 """Say what the text is, apart from how it is split and tokenized."""
-# Fields that may differ when resuming, since they do not change the results. batch_size and
-# gradient_accumulation_steps are compared by their product.
+# Fields that may differ when a run resumes. Of batch_size and gradient_accumulation_steps, the
+# product may not.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         *("preset", "config", "out_dir", "restart", "time_limit", "device", "compile"),

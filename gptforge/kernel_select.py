@@ -19,7 +19,7 @@ class KernelConfig:
     fused_cross_entropy: bool = False
     """Fuse the output layer with the loss, see kernels/cross_entropy.py."""
     residual_dtype: torch.dtype | None = None
-    """Dtype of the residual stream; None: float32."""
+    """Dtype of the residual; None: float32."""
     float8: bool = False
     """With the manual backward: matmuls in fp8, see train/backends/float8.py."""
 

@@ -116,7 +116,7 @@ class GPT(nn.Module):
         self.lm_head.weight = wte
 
     def init_weights(self, generator: torch.Generator | None = None) -> "GPT":
-        """Draw GPT-2's initial weights: normal with std 0.02, smaller for residual projections."""
+        """Draw weights as transformers does: normal, std 0.02, smaller for residual projections."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

@@ -29,8 +29,8 @@ from gptforge.kernels.float8 import (
     cast_transpose,
     empty_float8,
     gelu_backward_cast_transpose,
-    one,
     transpose,
+    unit_scale,
 )
 from gptforge.kernels.gelu import gelu_backward
 from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
@@ -120,7 +120,7 @@ class KernelWarmup:
     def _run_float8_kernels(
         self, rows: Tensor, hidden: Tensor, bias_grad: Tensor, targets: Tensor
     ) -> None:
-        scale = one(self._device)
+        scale = unit_scale(self._device)
         for source, dtype in ((rows, E4M3), (rows, E5M2), (rows.float(), E4M3)):
             transpose(cast_transpose(source, empty_float8(source, dtype, scale)).data)
         cast_transpose(hidden, empty_float8(hidden, E4M3, scale), gelu=True)

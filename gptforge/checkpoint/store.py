@@ -134,9 +134,10 @@ class CheckpointStore:
                 self.set_link(which, path.name)
 
     def renamed_best(self, latest: Path) -> Path | None:
-        """The best checkpoint, if the state of the latest one does not know it.
+        """The best of the checkpoints that `discard_after` renamed.
 
-        That is so between `discard_after` and the next save, which deletes what is not the best.
+        None if none of them has a lower loss than the best one that `latest` knows. The next save
+        deletes the others.
         """
         best, loss = None, read_state(latest)["progress"]["best_loss"]
         for path in filter(checkpoints.is_folder, self.folder.glob("step-*.*-*")):

@@ -105,7 +105,10 @@ class DataLoader:
             self._on_device = self._to_device(self.position)
 
     def sequence_ids_at(self, position: int) -> list[int]:
-        """Sequences of the whole global batch at a position; i starts at token i * T."""
+        """Sequences of the whole global batch at a position.
+
+        Sequence i starts at token i * T, plus the epoch's offset with `random_offset`.
+        """
         positions = _arange(range(position, position + self._global_batch_size))
         ids = shuffled_index(positions, self.num_sequences, seed=self._seed, shuffle=self._shuffle)
         return [int(i) for i in ids]

@@ -63,7 +63,7 @@ class ShardFile:
 def cut_shards(
     shards: Sequence[ShardFile], position: int
 ) -> tuple[list[ShardFile], list[ShardFile]]:
-    """The shards, or parts of them, before and from a token of their concatenation on."""
+    """Split shards before the token at `position` of their concatenation, which may cut one."""
     before, after = [], []
     for shard in shards:
         num_tokens = min(max(0, position), shard.num_tokens)

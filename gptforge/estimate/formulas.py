@@ -68,10 +68,10 @@ def training_memory(
     Master weights, gradients and AdamW's moments take 16 bytes a parameter, the snapshot of an
     asynchronous save another 12, an EMA 4 in both, and the compute copy of the manual backward 2.
     Activations are counted for each layer with flash attention, in multiples of C per token: two
-    LayerNorm inputs (the residual stream, float32 under autograd), their outputs, q, k and v, the
-    attention output, and both sides of the GELU. The manual backward keeps the residual stream in
+    LayerNorm inputs (the residual, float32 under autograd), their outputs, q, k and v, the
+    attention output, and both sides of the GELU. The manual backward keeps the residual in
     the compute dtype, and in wide models the GELU output of some blocks only. With activation
-    checkpointing only the residual stream is saved, plus one layer's worth of the rest. Teachers
+    checkpointing only the residual is saved, plus one layer's worth of the rest. Teachers
     have weights, which the manual backward copies, and logits, which are stacked.
     """
     model, checkpointing = config.model, config.activation_checkpointing
@@ -122,7 +122,7 @@ def fsdp_memory(config: Config, sequences: int, *, world_size: int, mixed_precis
     gathered = (2 * width + 4) * (embeddings + 3 * block)
     activations = training_memory(config, sequences, mixed_precision=mixed_precision)["activations"]
     if mixed_precision:
-        # FSDP casts the residual stream to the compute dtype too.
+        # FSDP casts the residual to the compute dtype too.
         layers = model.n_layer + (4 if config.activation_checkpointing else model.n_layer)
         activations -= 2 * layers * sequences * config.context_length * model.n_embd
     sharded = (16 + ema_bytes(config)) * num_params(model)

@@ -63,6 +63,8 @@ class TokenGenerator:
             on_context_shift: called when a sequence first exceeds the model's context.
         """
         sequences, steps = [list(prompt) for prompt in prompts], uniforms.size(1)
+        if not steps:
+            return
         max_length = _round_up(max(map(len, sequences)) + steps, CACHE_MULTIPLE)
         key: dict[str, Any] = {
             "batch_size": len(prompts),

@@ -78,7 +78,7 @@ class SdpaAttention:
     def backward(
         self, grad_output: Tensor, saved: SavedAttention, bias_grad: Tensor, pending: Pending = None
     ) -> Tensor:
-        """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
+        """(N, C) to the gradient of qkv (N, 3 * C), whose column sums are added to `bias_grad`."""
         grad_heads = _split_heads(grad_output, *saved.out.shape[:2])
         grads = torch.autograd.grad(saved.out, saved.qkv, grad_heads)
         grad_qkv = torch.cat([_merge_heads(x) for x in grads], dim=1)  # (N, 3C), a copy
@@ -106,7 +106,7 @@ class TritonAttention:
     def backward(
         self, grad_output: Tensor, saved: SavedAttention, bias_grad: Tensor, pending: Pending = None
     ) -> Tensor:
-        """(N, C) to the gradient of qkv (N, 3 * C), whose row sum is added to `bias_grad`."""
+        """(N, C) to the gradient of qkv (N, 3 * C), whose column sums are added to `bias_grad`."""
         assert saved.lse is not None, "saved by another implementation's forward"
         grad_qkv, partials = attention_backward(
             saved.qkv[0], _merge_heads(saved.out), saved.lse, grad_output, saved.dropout

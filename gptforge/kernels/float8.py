@@ -36,7 +36,7 @@ class Float8Tensor(NamedTuple):
 
 
 @cache
-def one(device: torch.device) -> Tensor:
+def unit_scale(device: torch.device) -> Tensor:
     """The `scale_inv` of tensors that are not scaled."""
     return torch.ones((), device=device)
 
@@ -62,7 +62,7 @@ def transpose(x: Tensor) -> Tensor:
     if not uses_triton(x):
         return x.view(torch.uint8).t().contiguous().view(x.dtype)
     out_t = x.new_empty(x.size(1), x.size(0))
-    _launch_cast_transpose(x, x, out_t, one(x.device), cast=False, gelu=False)
+    _launch_cast_transpose(x, x, out_t, unit_scale(x.device), cast=False, gelu=False)
     return out_t
 
 

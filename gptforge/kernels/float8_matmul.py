@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptforge.kernels.cublaslt import Epilogue
-from gptforge.kernels.float8 import Float8Tensor, one
+from gptforge.kernels.float8 import Float8Tensor, unit_scale
 from gptforge.kernels.matmul import find_plan, is_aligned
 
 FAST_ACCUM = {"forward": True, "dgrad": False, "wgrad": False}
@@ -20,7 +20,7 @@ FAST_ACCUM = {"forward": True, "dgrad": False, "wgrad": False}
 def float8_linear(x: Tensor, weight: Float8Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: `x` (N, in) in fp8, not scaled, and `bias` in bfloat16, to (N, out)."""
     out = x.new_empty(len(x), len(weight.data), dtype=torch.bfloat16)
-    scales = (one(x.device), weight.scale_inv)
+    scales = (unit_scale(x.device), weight.scale_inv)
     return _scaled_mm(x, weight.data, scales, out, bias=bias, fast_accum=FAST_ACCUM["forward"])
 
 
@@ -38,7 +38,7 @@ def float8_dgrad(
 
 def accumulate_float8_wgrad(weight_grad: Tensor, grad_output: Float8Tensor, x_t: Tensor) -> None:
     """weight_grad += grad_output.T @ x, in float32, with the transpose of `x`: (in, N) in fp8."""
-    scales = (grad_output.scale_inv, one(x_t.device))
+    scales = (grad_output.scale_inv, unit_scale(x_t.device))
     _scaled_mm(
         grad_output.transpose, x_t, scales, weight_grad,
         accumulate=True, fast_accum=FAST_ACCUM["wgrad"],

@@ -88,9 +88,9 @@ def layer_norm_backward(
     grads: Tensor,
     pending: Pending = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `residual` and `x`, (N, C) each; one tensor for both without dropout.
+    """Gradients of `residual` and `x`, (N, C) each, which are one tensor without dropout.
 
-    The residual's gradient overwrites `grad_output`.
+    That of `residual` overwrites `grad_output`.
 
     Args:
         grad_output: (N, C), of the LayerNorm's output.

@@ -70,8 +70,8 @@ def linear_gelu_backward(
         weight: (C, d_ff) of the second layer.
         pre_act: (N, d_ff), the GELU's input; overwritten if `act` is None.
         act: (N, d_ff), the GELU's output; None recomputes it.
-        bias_grad: (d_ff,) float32 of the first layer, to which the row sum is added.
-        pending: defers that sum.
+        bias_grad: (d_ff,) float32 of the first layer, to which the column sums are added.
+        pending: defers these sums.
         separate_dgelu: with `act`, apply the GELU's derivative in the kernel that sums for the
             bias, instead of in the GEMM's epilogue (DGELU).
 
@@ -132,6 +132,8 @@ def is_aligned(x: Tensor) -> bool:
 def _cached_plan(*args: Any) -> cublaslt.MatmulPlan | None:
     try:
         return cublaslt.MatmulPlan(*args)
+    except torch.OutOfMemoryError:
+        raise  # with a smaller micro-batch there may be a plan
     except (OSError, RuntimeError):
         # No library of that name (Windows), or no kernel for this shape, such as odd sizes.
         return None

@@ -39,7 +39,7 @@ class PendingReductions:
 
 
 Pending = PendingReductions | None
-"""Where to defer a sum; None for a launch of its own."""
+"""Where to defer a sum; None: a separate launch."""
 
 
 def accumulate_partials(partials: Tensor, out: Tensor, pending: Pending = None) -> None:

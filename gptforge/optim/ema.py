@@ -8,7 +8,7 @@ from torch import nn
 
 from gptforge.distributed.dtensor import local_tensor
 
-START_FRACTION = 4  # early on, the average covers the last quarter of the steps so far
+WINDOW_DIVISOR = 4  # early on, the average covers the last quarter of the steps so far
 
 
 class WeightEMA:
@@ -37,7 +37,7 @@ class WeightEMA:
     @property
     def decay(self) -> float:
         """Decay of the next update."""
-        window = max(1, self.num_updates // START_FRACTION)  # steps
+        window = max(1, self.num_updates // WINDOW_DIVISOR)  # steps
         return min(self._decay, 1 - 0.5 ** (window.bit_length() - 1))
 
     @torch.no_grad()

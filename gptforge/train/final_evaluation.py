@@ -30,60 +30,70 @@ NOTICE_SECONDS = 3.0  # an evaluation that takes longer is announced
 
 
 def evaluate_best(trainer: "Trainer", reason: StopReason) -> StopReason:
-    """Evaluate the checkpoint that `load` opens on all held-out text; a collective.
+    """Evaluate the best checkpoint, which `load` opens, on all held-out text; a collective.
 
     Call it after the last save: it may leave the weights of another checkpoint in the model. An
-    evaluation that would take too long is left to `gptforge eval`, and the report says so. Returns
-    `reason`, or the signal that stopped the evaluation of a run that is otherwise finished: a
-    resumed run evaluates again.
+    evaluation that would take too long is left to `gptforge eval`, and the report says so.
+
+    Returns:
+        `reason`, or the signal that stopped this evaluation of a run that is otherwise finished: a
+        resumed run evaluates again.
     """
     if trainer.val_evaluator is None:
         return reason
-    comm, state, report = trainer.comm, trainer.state, trainer.report
-    evaluator, score = trainer.val_evaluator.full(), trainer.full_score
+    report, evaluator = trainer.report, trainer.val_evaluator.full()
     has_stopped = reason not in ("finished", "early_stop")
-    seconds = evaluator.seconds_per_sequence * evaluator.num_sequences
-    if seconds == math.inf:
-        # Stopped before any evaluation. The forward is a third of a step's FLOPs.
-        steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
-        seconds = state.seconds / state.step * steps
-    limit = max(MAX_SECONDS, MAX_FRACTION * state.seconds)
-    if has_stopped:
-        limit = MAX_SECONDS_AFTER_STOP
-    name, is_quick = comm.broadcast_from_rank0(
+    seconds = _estimate_seconds(trainer, evaluator)
+    limit = MAX_SECONDS_AFTER_STOP
+    if not has_stopped:
+        limit = max(MAX_SECONDS, MAX_FRACTION * trainer.state.seconds)
+    name, is_quick = trainer.comm.broadcast_from_rank0(
         lambda: (resolve_checkpoint(report.run_dir.as_posix()).name, seconds <= limit)
     )
-    begin = time.perf_counter()
+    path, num_tokens = trainer.saver.store.folder / name, f"{evaluator.num_tokens:,}"
+    score = trainer.full_score
+    if score is None and is_quick:
+        if seconds > NOTICE_SECONDS:
+            again = " again" * (reason in ("interrupted", "terminated"))
+            report.log(
+                f"Saved. Evaluating {name} on all {num_tokens} held-out tokens takes about "
+                f"{format_duration(seconds)}; Ctrl-C{again} skips it"
+            )
+        score = _evaluate(trainer, evaluator, path, _stop_condition(trainer, has_stopped))
+        signal = agree_on_signal(trainer.stop_signal, trainer.comm)
+        if score is None and signal and not has_stopped:
+            reason = signal
+    if score is not None:
+        report.set_final_eval(step_from_path(path), score)
+        return reason
+    report.log_line(
+        f"{name} was not evaluated on all {num_tokens} held-out tokens: {report.program} eval "
+        f"{quote(shown(report.run_dir))} does that, in about {format_duration(seconds)}",
+        RESULT,
+    )
+    return reason
+
+
+def _estimate_seconds(trainer: "Trainer", evaluator: ValEvaluator) -> float:
+    """How long an evaluation takes, by earlier ones or by the training steps."""
+    if evaluator.seconds_per_sequence < math.inf:
+        return evaluator.seconds_per_sequence * evaluator.num_sequences
+    # Stopped before any evaluation. The forward is a third of a step's FLOPs.
+    steps = evaluator.num_tokens / trainer.config.tokens_per_step / 3
+    return trainer.state.seconds / trainer.state.step * steps
+
+
+def _stop_condition(trainer: "Trainer", has_stopped: bool) -> Callable[[], bool]:
+    """Whether to stop an evaluation that starts now: on a signal, or late after a stop."""
+    deadline = time.perf_counter() + MAX_SECONDS_AFTER_STOP
 
     def should_stop() -> bool:
         stop = trainer.stop_signal.stop_reason()
         if stop in ("interrupted", "terminated"):
             return True
-        is_late = time.perf_counter() > begin + MAX_SECONDS_AFTER_STOP
-        return is_late and (has_stopped or stop == "time_limit")
+        return time.perf_counter() > deadline and (has_stopped or stop == "time_limit")
 
-    path = trainer.saver.store.folder / name
-    if score is None and is_quick:
-        if seconds > NOTICE_SECONDS:
-            again = " again" * (reason in ("interrupted", "terminated"))
-            report.log(
-                f"Saved. Evaluating {name} on all {evaluator.num_tokens:,} held-out tokens takes "
-                f"about {format_duration(seconds)}; Ctrl-C{again} skips it"
-            )
-        score = _evaluate(trainer, evaluator, path, should_stop)
-        stop = agree_on_signal(trainer.stop_signal, comm)
-        if score is None and not has_stopped and stop:
-            reason = stop
-    if score is None:
-        report.log_line(
-            f"{name} was not evaluated on all {evaluator.num_tokens:,} held-out tokens: "
-            f"{report.program} eval {quote(shown(report.run_dir))} does that, in about "
-            f"{format_duration(seconds)}",
-            RESULT,
-        )
-    else:
-        report.set_final_eval(step_from_path(path), score)
-    return reason
+    return should_stop
 
 
 def _evaluate(

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from gptforge.train.trainer import Trainer
 
 
-def select_float8(trainer: "Trainer") -> None:
-    """Build the backend that the next step needs, unless it is there; a collective.
+def switch_precision(trainer: "Trainer") -> None:
+    """Switch from bfloat16 to fp8, or back after a rollback, if the next step needs it.
 
-    It depends on nothing but the number of the step, so a run that is resumed or rolled back makes
-    the same steps as one that is not.
+    A collective. The precision depends on nothing but the number of the step, so a run that is
+    resumed or rolled back makes the same steps as one that is not.
     """
     config, step, step_fn = trainer.config, trainer.state.step, trainer.step_fn
     float8 = step_fn.precision.float8 and step >= config.warmup_steps

@@ -20,13 +20,17 @@ class GradBuffer:
     Args:
         groups: parameters whose gradients become ready together, in that order. Parameters of a
             group are contiguous; each group starts at an aligned offset.
+        device: of the buffer; by default that of the parameters.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Tensor]], *, device: torch.device | str | None = None
+    ) -> None:
         sizes = (round_up(sum(map(self._numel, group)), ALIGNMENT) for group in groups)
         self.group_ends = list(itertools.accumulate(sizes))  # offset of the end of each group
         first = groups[0][0]
-        self.flat = torch.zeros(self.group_ends[-1], dtype=first.dtype, device=first.device)
+        device = device or first.device
+        self.flat = torch.zeros(self.group_ends[-1], dtype=first.dtype, device=device)
         self._views: dict[Tensor, Tensor] = {}
         for offset, group in zip([0, *self.group_ends], groups, strict=False):
             for parameter in group:

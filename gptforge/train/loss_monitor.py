@@ -1,7 +1,7 @@
 """Detects NaN, Inf and spikes in the loss without making the device wait.
 
 Each loss is read a few steps late, when the device has computed it already. The delay is harmless:
-a step with NaN or Inf has been skipped on the device by `optimizer_step` (OLMo-core's SkipStep).
+a step with NaN or Inf has been skipped on the device by `OptimizerStep` (OLMo-core's SkipStep).
 """
 
 import math
@@ -51,7 +51,7 @@ class LossMonitor:
         self._uses_grad_scaler = uses_grad_scaler
         self._unread: deque[tuple[int, int, Callable[[], Tensor]]] = deque()
         self._recent: deque[float] = deque(maxlen=HISTORY)
-        self.losses: deque[float] = deque(maxlen=0)  # the last losses read, as many as `reset` says
+        self.losses: deque[float] = deque(maxlen=0)  # the last losses read, see `reset`
         self.last_loss = math.nan
         self.bad_steps = 0
         """Consecutive steps, up to the last one read, whose loss or gradient was not finite."""
@@ -71,7 +71,12 @@ class LossMonitor:
         return anomalies
 
     def reset(self, state: TrainState, *, keep_losses: int) -> None:
-        """Clear the history; what is known of earlier steps is in `state`."""
+        """Start over from `state`, which has the losses of earlier steps.
+
+        Args:
+            state: its `loss`, `recent_losses` and `bad_steps` are taken.
+            keep_losses: how many of the last losses `losses` has.
+        """
         self._unread.clear()
         self._recent.clear()
         self.bad_steps, self.last_loss = state.bad_steps, state.loss

@@ -9,6 +9,7 @@ from gptforge.checkpoint.format import read_state, step_from_path
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.distributed import Comm
 from gptforge.errors import RunError
+from gptforge.train.loss_monitor import Anomaly
 from gptforge.train.state import restore
 
 if TYPE_CHECKING:
@@ -20,10 +21,15 @@ MAX_ROLLBACKS = 3
 HINT = "try a lower --max_lr or a longer --warmup_steps, and check the training text"
 
 
-def rollback(trainer: "Trainer") -> None:
+def rollback(trainer: "Trainer", anomaly: Anomaly) -> None:
     """Roll a run back, with its logs; a collective.
 
-    A RunError if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
+    Args:
+        trainer: of the run that diverged.
+        anomaly: of the last of its bad steps.
+
+    Raises:
+        RunError: if there is no checkpoint, or after `MAX_ROLLBACKS` rollbacks in vain.
     """
     old, comm, store = trainer.state, trainer.comm, trainer.saver.store
     report = trainer.report
@@ -37,8 +43,8 @@ def rollback(trainer: "Trainer") -> None:
         if path is None or rollbacks > MAX_ROLLBACKS:
             reason = f"{rollbacks - 1} rollbacks did not help" if path else "nothing was saved yet"
             raise RunError(
-                f"no finite loss for {MAX_BAD_STEPS} steps in a row, and {reason}: training "
-                f"diverged at step {old.step - 1}: {HINT}"
+                f"no finite loss for {anomaly.bad_steps} steps in a row, and {reason}: training "
+                f"diverged at step {anomaly.step}: {HINT}"
             )
         state = trainer.state = restore(path, trainer.step_fn, trainer.dataloader, comm)
         state.rollbacks = rollbacks
@@ -50,7 +56,7 @@ def rollback(trainer: "Trainer") -> None:
             comm.broadcast_from_rank0(lambda: read_state(path)["file_sizes"]),
             best=(old.best_step, old.best_loss),
         )
-        bad_steps = list(range(old.step - MAX_BAD_STEPS, old.step))
+        bad_steps = list(range(anomaly.step + 1 - anomaly.bad_steps, anomaly.step + 1))
         skipped = (trainer.dataloader.position, position)  # in training order
         report.log_line(
             f"no finite loss in steps {bad_steps[0]} to {bad_steps[-1]}: back to {path.name}; "

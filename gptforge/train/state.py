@@ -23,8 +23,12 @@ AUTO_FRACTION = 0.2
 MAX_REPEATS = 4.0  # up to about 4 epochs are as good as new text (Muennighoff et al., 2023)
 
 PARTIAL_KEYS = {
-    **{"windows": "sequences_done", "num_windows": "num_sequences", "nats": "total_nats"},
-    **{"tokens": "num_tokens", "bytes": "num_bytes", "chars": "num_chars"},
+    "windows": "sequences_done",
+    "num_windows": "num_sequences",
+    "nats": "total_nats",
+    "tokens": "num_tokens",
+    "bytes": "num_bytes",
+    "chars": "num_chars",
 }
 """Keys of an unfinished evaluation in state.json, with the fields of `ValLoss`."""
 

@@ -24,7 +24,7 @@ from gptforge.train.backends.manual import ManualBackend
 from gptforge.train.backends.manual_layers import grad_groups
 from gptforge.train.distillation import Distillation
 from gptforge.train.grad_buffer import AutogradGradBuffer
-from gptforge.train.optimizer_step import optimizer_step
+from gptforge.train.optimizer_step import OptimizerStep
 from gptforge.train.parallel.fsdp import FSDPRoot, gather_model
 from gptforge.train.parallel.grad_reducer import GradReducer
 
@@ -82,7 +82,7 @@ class TrainStep:
             loss_chunk=config.loss_chunk,
             comm=comm,
             root=root,
-            # Built once, since the hooks that it registers on the parameters are not removed.
+            # Built once, if at all: the hooks that it registers on the parameters are not removed.
             autograd_grads=functools.cache(functools.partial(AutogradGradBuffer, params)),
             distillation=distillation,
         )
@@ -148,17 +148,18 @@ class TrainStep:
     def set_kernels(self, kernels: KernelConfig) -> None:
         """Build the backend for these kernels, uncompiled and without CUDA graphs."""
         self.kernels, self.is_compiled = kernels, False
-        # Free the old backend first: there may be no memory for the buffers of two.
+        # Free the old backend first: there may be no memory for two.
         for name in ("backend", "reducer", "_optimizer_step"):
             self.__dict__.pop(name, None)
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # in other sizes than those of the new backend
+            # Cached blocks of the old backend's sizes would fragment memory.
+            torch.cuda.empty_cache()
         self.reducer: GradReducer
         backend, self.reducer = self._build_backend(kernels)
         self.backend: AutogradBackend | ManualBackend | CudaGraphBackend = backend
-        self._optimizer_step: Callable[..., Tensor] = functools.partial(
-            optimizer_step, self.optimizer, backend, self._scaler, self.ema, self._max_norm
+        self._optimizer_step: Callable[..., Tensor] = OptimizerStep(
+            self.optimizer, backend, self._scaler, self.ema, self._max_norm
         )
 
     @property
@@ -205,8 +206,9 @@ class TrainStep:
         """Replay steps as CUDA graphs from now on; returns False if a rank lacks memory for them.
 
         All graphs are captured here, without side effects other than that the optimizer's state is
-        allocated. Their private memory pools come on top of the memory of an eager step. Once there
-        are steps, the next two capture the optimizer: here, the EMA of the weights would change.
+        allocated. Their private memory pools come on top of the memory of an eager step. If the
+        optimizer has state already, its graph is captured in the next two steps: a trial here would
+        move the EMA of the weights.
         """
         manual = self.backend
         assert isinstance(manual, ManualBackend), "only the manual backward can be captured"
@@ -218,12 +220,13 @@ class TrainStep:
         self._optimizer_step = CudaGraphOptimizerStep(self._optimizer_step, manual, self.ema)
         # The first call warms up, the second one is captured.
         captured = all(self.fits(self.micro_batch_size, context_length) for _ in range(2))
-        try:
-            for _ in range(2 if captured and not self.optimizer.state else 0):
-                # With a loss of NaN the step is skipped, so weights and state do not change.
-                self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
-        except torch.OutOfMemoryError:
-            captured = False
+        if captured and not self.optimizer.state:
+            try:
+                for _ in range(2):
+                    # With a loss of NaN the step is skipped, so weights and state do not change.
+                    self._optimizer_step(0.0, torch.full((), math.nan, device=self.device))
+            except torch.OutOfMemoryError:
+                captured = False
         captured = self._comm.all_true(captured)
         if not captured:
             del manual  # or its buffers would stay while those of the new backend are allocated

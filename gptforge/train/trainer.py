@@ -24,7 +24,7 @@ from gptforge.report.run_report import RunReport
 from gptforge.shell import shown
 from gptforge.tokenizers import Tokenizer
 from gptforge.train.final_evaluation import evaluate_best
-from gptforge.train.float8_warmup import select_float8
+from gptforge.train.float8_warmup import switch_precision
 from gptforge.train.loss_monitor import Anomaly, LossMonitor
 from gptforge.train.rollback import HINT, MAX_BAD_STEPS, rollback
 from gptforge.train.signals import STOP_REASONS, StopReason, StopSignal
@@ -96,8 +96,8 @@ class Trainer:
         reason = self.end_reason()
         while reason is None:
             # A run that was interrupted in an evaluation resumes with it, not with a step.
-            if not self.state.partial_eval and self.train_step():
-                rollback(self)
+            if not self.state.partial_eval and (diverged := self.train_step()):
+                rollback(self, diverged)
                 continue
             is_best = False
             if self.state.partial_eval or self.is_due(self.config.eval_every):
@@ -133,11 +133,15 @@ class Trainer:
                 f"{HINT}; --restart starts from scratch"
             )
 
-    def train_step(self) -> bool:
-        """Make one optimizer step, and log it if due; returns whether training has diverged."""
+    def train_step(self) -> Anomaly | None:
+        """Make one optimizer step, and log it if due.
+
+        Returns the anomaly of the latest bad step if training has diverged, which on a GPU is known
+        a few steps later.
+        """
         c, step, position = self.config, self.state.step, self.dataloader.position
         lr = learning_rate(c, step)
-        select_float8(self)
+        switch_precision(self)
         inputs, targets = self.dataloader.next_batch()
         if c.token_noise:
             inputs = replace_tokens(inputs, c.token_noise)
@@ -157,7 +161,7 @@ class Trainer:
             # Evaluating and saving depend on whether this step was good, so wait for its loss.
             anomalies += self.loss_monitor.flush()
         self._log_anomalies(anomalies)
-        return any(anomaly.bad_steps >= MAX_BAD_STEPS for anomaly in anomalies)
+        return next((a for a in reversed(anomalies) if a.bad_steps >= MAX_BAD_STEPS), None)
 
     def stop_reason(self) -> StopReason | None:
         """Why to stop now, the same on all ranks, or None."""

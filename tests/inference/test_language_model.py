@@ -26,6 +26,11 @@ def test_stream_and_generate_give_the_same_text(model) -> None:
     assert "".join(model.stream("a", 40, seed=3)) == model.generate("a", 40, seed=3)
 
 
+def test_no_new_tokens_give_no_text(tiny_model, device) -> None:
+    model = LanguageModel(tiny_model.to(device), CharTokenizer(ALPHABET))
+    assert model.generate("ab", 0) == "" and list(model.stream("ab", 0)) == []
+
+
 def test_a_prompt_may_exceed_the_context(model) -> None:
     assert len(model.generate("word " * 30, 20, seed=0)) == 20
 

@@ -102,6 +102,11 @@ def test_gradients_match_the_definition(
     torch.testing.assert_close(loss, tiny_model(idx, targets).detach(), rtol=tol, atol=0)
 
 
+def test_teachers_have_no_memory_for_gradients(tiny_model) -> None:
+    step = make_step(tiny_model, kernels=MANUAL, distillation=make_teachers(2, 0.5))
+    assert all(teacher.grads.flat.is_meta for teacher in step.backend._teachers)
+
+
 @pytest.mark.parametrize("kernels", [AUTOGRAD, MANUAL], ids=["autograd", "manual"])
 def test_weight_0_changes_no_bit(tiny_model, kernels) -> None:
     idx, targets = make_batch("cpu")

@@ -10,6 +10,7 @@ import torch
 from gptforge.builders.build_trainer import build_trainer
 from gptforge.checkpoint.format import read_state
 from gptforge.errors import RunError
+from gptforge.train.loss_monitor import LossMonitor
 from gptforge.train.trainer import Trainer
 from tests.train.runs import StopAfter, build, events, last
 
@@ -63,18 +64,20 @@ def test_spike_is_reported_and_trained_on(config) -> None:
     assert event["windows"] == trainer.dataloader.sequence_ids_at(8 * 30)
 
 
-def test_streak_of_bad_steps_rolls_back_and_skips_the_data(config) -> None:
+@pytest.mark.parametrize("lag", [0, 2])  # on a GPU, losses are read later
+def test_streak_of_bad_steps_rolls_back_and_skips_the_data(config, lag) -> None:
     config = dataclasses.replace(config, save_every=50)
     trainer = build(config)
+    trainer.loss_monitor = LossMonitor(lag=lag, uses_grad_scaler=False)
     poison(trainer, {8 * step for step in range(8, 13)})
     assert trainer.fit() == "finished"
     rollbacks = [event for event in events(config, "anomaly") if event["kind"] == "return"]
     # The latest checkpoint is the best one, of step 8; steps 8 to 12 were bad.
     assert [event["checkpoint"] for event in rollbacks] == ["step-000008"]
     assert rollbacks[0]["bad_steps"] == [8, 9, 10, 11, 12]
-    assert rollbacks[0]["left_out"] == [64, 104]
+    assert rollbacks[0]["left_out"] == [64, 104 + 8 * lag]
     assert [event["step"] for event in events(config, "train")] == list(range(20))
-    assert trainer.dataloader.position == 8 * 25
+    assert trainer.dataloader.position == 8 * (25 + lag)
     # Training got past the step where it diverged, so the rollback no longer counts.
     assert trainer.state.rollbacks == 0
     assert read_state(last(config))["progress"]["returns"] == 0

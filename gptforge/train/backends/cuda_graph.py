@@ -36,7 +36,7 @@ class CudaGraphBackend:
         self._zero_grad = _CapturedCall(backend.zero_grad)
 
     def set_dropout(self, p: float) -> None:
-        """Change the dropout probability, which the captured kernels read from the device."""
+        """Change the dropout probability, which our kernels read from the device."""
         self._backend.set_dropout(p)
 
     def zero_grad(self) -> None:
@@ -63,10 +63,10 @@ class CudaGraphBackend:
 
 
 class CudaGraphOptimizerStep:
-    """`optimizer_step`, captured at its second call, and again if the decay of the EMA changes.
+    """An `OptimizerStep`, captured at its second call, and again if the decay of the EMA changes.
 
     Args:
-        step: `optimizer_step` but for `lr` and `loss`.
+        step: to capture.
         backend: its gradients are assigned to the parameters once, when the step is captured.
     """
 
@@ -88,7 +88,7 @@ class CudaGraphOptimizerStep:
         self._run = _CapturedCall(run)
 
     def __call__(self, lr: float, loss: Tensor) -> Tensor:
-        """Replay the step; see `optimizer_step`."""
+        """Replay the step; see `OptimizerStep`."""
         if self._ema is not None and self._ema.decay != self._ema_decay:
             self._ema_decay = self._ema.decay
             self._run = _CapturedCall(self._run.function)

@@ -28,8 +28,8 @@ from gptforge.kernels.float8 import (
     cast_transpose,
     empty_float8,
     gelu_backward_cast_transpose,
-    one,
     transpose,
+    unit_scale,
 )
 from gptforge.kernels.float8_matmul import accumulate_float8_wgrad, float8_dgrad, float8_linear
 from gptforge.kernels.reductions import PendingReductions
@@ -45,9 +45,9 @@ from gptforge.train.backends.manual_layers import (
 from gptforge.train.grad_buffer import GradBuffer
 
 GRAD_SCALE = 2.0**10
-"""Factor of a token's gradient: of up to 56 in E5M2, and down to 1.5e-8."""
+"""Factor of a token's gradient (before 1 / tokens): E5M2 then holds magnitudes of 1.5e-8 to 56."""
 LOGITS_GRAD_SCALE = 2.0**15
-"""The gradient of a logit is at most 1."""
+"""The same for logits, whose gradients are at most 1."""
 
 
 class Float8Weights(ComputeWeights):
@@ -148,7 +148,9 @@ class Float8Head(ManualHead):
         if teacher_logits:
             args = (targets, LOGITS_GRAD_SCALE, teacher_logits, distill_weight)
             losses = loss_in_place(logits, *args)
-            grad = cast_transpose(logits, empty_float8(logits, E5M2, one(logits.device)))
+            # The loss is scaled by LOGITS_GRAD_SCALE already, so the cast must not scale again.
+            out = empty_float8(logits, E5M2, unit_scale(logits.device))
+            grad = cast_transpose(logits, out)
         else:
             data = torch.empty_like(logits, dtype=E5M2)
             losses = cross_entropy_in_place(logits, targets, LOGITS_GRAD_SCALE, data)
@@ -235,4 +237,4 @@ class Float8Backend(ManualBackend):
 
 
 def _cast_activation(x: Tensor, *, gelu: bool = False) -> Float8Tensor:
-    return cast_transpose(x, empty_float8(x, E4M3, one(x.device)), gelu=gelu)
+    return cast_transpose(x, empty_float8(x, E4M3, unit_scale(x.device)), gelu=gelu)

@@ -8,6 +8,7 @@ are in `gptforge.kernels`. Tests compare this backend with `GPT.forward` and aut
 Shapes: B sequences of T tokens, N = B * T, C channels, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -138,7 +139,8 @@ class ManualBackend:
         self._head = self.head_class(wte.weight, weights, grads)
         self._dwte, self._dwpe = grads.view(wte.weight), grads.view(wpe.weight)
         self._blocks: list[ManualBlock] = []
-        prev_bias, interval = None, gelu_save_interval(model.config.n_embd)
+        prev_bias: Tensor | None = None  # of the matmul before: the next LayerNorm adds it
+        interval = gelu_save_interval(model.config.n_embd)
         for i, block in enumerate(model.blocks()):
             # With checkpointing only one block's activations exist at a time, so save the GELU too.
             save_gelu = activation_checkpointing or i % interval == 0
@@ -149,10 +151,13 @@ class ManualBackend:
         self._ln_f = ManualLayerNorm(ln_f, prev_bias, weights, grads)
         distillation = distillation or Distillation(teachers=(), weight=0.0)
         self._distill_weight = distillation.weight
-        # Their forward runs with the same kernels; their gradient buffers stay unused.
-        self._teachers = [ManualBackend(teacher, dtype) for teacher in distillation.teachers]
+        # Their forward runs with the same kernels; gradients on the meta device take no memory.
+        no_grads = functools.partial(GradBuffer, device="meta")
+        self._teachers = [
+            ManualBackend(teacher, dtype, make_grads=no_grads) for teacher in distillation.teachers
+        ]
         for teacher in self._teachers:
-            teacher.zero_grad()  # their weights never change: copying them once is enough
+            teacher._weights.refresh()  # they never change: copying them once is enough
         self.on_grads_ready: Callable[[int], None] = lambda num_groups: None
         """Called with the number of leading groups that are final for this micro-batch."""
 

@@ -59,7 +59,7 @@ class ComputeWeights:
         torch._foreach_copy_(self._copies, self._sources)
 
     def full(self, parameter: Tensor) -> Tensor:
-        """Return a full matrix to cast from: in fp32, unless only the compute copy is gathered."""
+        """Return the unsharded matrix that fp8 copies are cast from: fp32, or the compute copy."""
         return self.master(parameter)
 
     def wait_for(self, *copies: Tensor) -> None:

@@ -72,7 +72,9 @@ def gather_model(model: GPT, dtype: torch.dtype, device: torch.device, comm: Com
     # On the meta device no weights are allocated or initialized: `assign` replaces them.
     with torch.device("meta"):
         copy = GPT(model.config)
-    copy.load_state_dict({n: t for n, t in tensors.items() if t is not None}, False, assign=True)
+    copy.load_state_dict(
+        {n: t for n, t in tensors.items() if t is not None}, strict=False, assign=True
+    )
     copy.lm_head.weight = copy.get_parameter("transformer.wte.weight")
     nbytes = sum(p.nbytes for p in copy.parameters())
     # 50% more for the KV cache and activations.

@@ -90,12 +90,12 @@ class BucketedAllReduce(GradReducer):
     @override
     def finish(self, loss: Tensor) -> Tensor:
         self._send_until(self._grads.group_ends[-1])
-        super().finish(loss)
+        loss = super().finish(loss)
         for wait in self._waits:
             wait()
         self._waits.clear()
         self._num_sent = 0
-        # Or a dry run between steps, on this rank only, would send buckets that no one receives.
+        # A dry run may happen on this rank only, so it must not start collectives.
         self._is_sync_enabled = False
         return loss
 
