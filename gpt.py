@@ -6,7 +6,7 @@
     python gpt.py sample runs/shakespeare-cpu --prompt "Romeo:"
     python gpt.py --help                             all flags and commands
 
-The training loop is in gptforge/train/trainer.py.
+The training loop is in gptforge/training/trainer.py.
 """
 
 import sys

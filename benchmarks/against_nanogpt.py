@@ -41,7 +41,7 @@ from gptforge.kernel_select import DEFAULT_KERNELS, select_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.tokenizers import from_name
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from gptforge.device import select_device, select_precision, synchronize
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.presets import PRESETS, get_preset
-from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.train_step import TrainStep
+from gptforge.training.loss_monitor import LossMonitor
+from gptforge.training.train_step import TrainStep
 
 
 def main() -> None:

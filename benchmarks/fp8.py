@@ -23,15 +23,15 @@ from gptforge.kernels import float8_matmul, matmul
 from gptforge.kernels.float8 import E4M3, E5M2, Float8Tensor, cast_transpose, empty_float8
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.train.backends import factory
-from gptforge.train.backends.float8 import (
+from gptforge.training.backends import factory
+from gptforge.training.backends.float8 import (
     Float8Backend,
     Float8Block,
     Float8Head,
     Float8Linear,
 )
-from gptforge.train.backends.manual import ManualHead
-from gptforge.train.train_step import TrainStep
+from gptforge.training.backends.manual import ManualHead
+from gptforge.training.train_step import TrainStep
 
 DEVICE = torch.device("cuda")
 GPT2 = GPTConfig(1024, 50304, 12, 12, 768)

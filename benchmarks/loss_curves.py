@@ -37,13 +37,14 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.optim.schedule import learning_rate
 from gptforge.tokenizers import from_name
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 MEAN_OVER = 10
 # Of each kernel: the function that selects it, and one that selects torch's operations instead.
 REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "attention": (
-        "gptforge.train.backends.manual_layers.select_attention", lambda *_, **__: SdpaAttention(),
+        "gptforge.training.backends.manual_layers.select_attention",
+        lambda *_, **__: SdpaAttention(),
     ),
     "cublaslt": ("gptforge.kernels.matmul.find_plan", lambda *_, **__: None),
     **{

@@ -28,7 +28,7 @@ from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.presets import PRESETS, get_preset
 from gptforge.tokenizers import from_name
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 
 def main() -> None:

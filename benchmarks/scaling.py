@@ -44,7 +44,7 @@ from gptforge.report.curves import (
     TRAIN_COLOR,
     VAL_COLOR,
 )
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 VOCAB_SIZE = 50304
 

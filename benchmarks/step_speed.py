@@ -25,7 +25,7 @@ from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig, select_kernels
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
 from gptforge.presets import PRESETS, get_preset
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 
 def main() -> None:

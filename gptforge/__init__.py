@@ -5,8 +5,6 @@
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gptforge.errors import RunError, UserError
@@ -32,13 +30,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Keeps `gptforge.train` the function: importing the subpackage `train` would replace it."""
-
-    if not TYPE_CHECKING:
-        train = property(lambda self: __getattr__("train"), lambda self, subpackage: None)
-
-
-sys.modules[__name__].__class__ = _Package

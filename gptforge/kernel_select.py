@@ -15,13 +15,13 @@ class KernelConfig:
     """How a training step is computed; the default is plain autograd."""
 
     manual_backward: bool = False
-    """Use the manual backward of train/backends/manual.py instead of autograd."""
+    """Use the manual backward of training/backends/manual.py instead of autograd."""
     fused_cross_entropy: bool = False
     """Fuse the output layer with the loss, see kernels/cross_entropy.py."""
     residual_dtype: torch.dtype | None = None
     """Dtype of the residual; None: float32."""
     float8: bool = False
-    """With the manual backward: matmuls in fp8, see train/backends/float8.py."""
+    """With the manual backward: matmuls in fp8, see training/backends/float8.py."""
 
 
 DEFAULT_KERNELS = KernelConfig()

@@ -25,7 +25,7 @@ from gptforge.cli import main
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
 from gptforge.report.log_handler import log_to
-from gptforge.train import trainer
+from gptforge.training import trainer
 from tests.pictures import SAMPLE_TOKENS, blank_curves, blank_report
 
 torch.set_num_threads(1)

@@ -36,6 +36,6 @@ def use_blank_pictures() -> None:
 
 def use_short_samples() -> None:
     """In this process, too."""
-    from gptforge.train import trainer
+    from gptforge.training import trainer
 
     trainer.SAMPLE_TOKENS = SAMPLE_TOKENS

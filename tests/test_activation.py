@@ -26,7 +26,7 @@ from gptforge.kernel_select import select_kernels
 from gptforge.kernels.packed_linear import PackedLinear
 from gptforge.model import GPT
 from gptforge.tokenizers.char import ByteTokenizer
-from gptforge.train.backends.manual import ManualBackend
+from gptforge.training.backends.manual import ManualBackend
 from tests.programs import DEBUG
 
 BF16 = Precision(torch.bfloat16, "")

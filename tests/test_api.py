@@ -15,7 +15,7 @@ import gptforge
 from gptforge.api.console import as_arguments
 from gptforge.config import FIELDS
 from gptforge.report import run_report
-from gptforge.train.trainer import Trainer
+from gptforge.training.trainer import Trainer
 from tests.conftest import play_text
 from tests.environment import python_path
 from tests.programs import events
@@ -329,7 +329,7 @@ def test_importing_the_package_is_fast_and_train_stays_a_function() -> None:
         "assert set(dir(gptforge)) == {'Run', 'RunError', 'UserError', '__version__', 'load',\n"
         "                              'train'}\n"
         "assert not {'torch', 'numpy', 'tyro', 'rich'} & set(sys.modules)\n"
-        "import gptforge.train.trainer\n"
+        "import gptforge.training.trainer\n"
         "from gptforge import train\n"
         "assert gptforge.train is train and callable(train)\n"
         "assert gptforge.load.__name__ == 'load' and gptforge.Run.__name__ == 'Run'\n"

@@ -20,7 +20,7 @@ LAYERS = (
     *("printable", "errors", "findings", "shell", "files", "patterns", "lock", "cuda_prewarm"),
     *("config", "config_checks", "config_file", "estimate", "recipe", "presets"),
     *("kernels", "cuda_capture", "device", "kernel_select", "distributed", "model", "tokenizers"),
-    *("data", "optim", "checkpoint", "report", "inference", "evaluate", "convert", "train"),
+    *("data", "optim", "checkpoint", "report", "inference", "evaluate", "convert", "training"),
     *("builders", "bench", "doctor", "demo", "sweep", "cli", "api", "__main__"),
 )
 NO_TORCH = {*LAYERS[: LAYERS.index("presets") + 1], "cli", "__main__", "__init__"}

@@ -18,7 +18,7 @@ from gptforge.device import (
     usable_memory,
 )
 from gptforge.errors import UserError
-from gptforge.train.backends.manual_layers import prefer_separate_dgelu
+from gptforge.training.backends.manual_layers import prefer_separate_dgelu
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")

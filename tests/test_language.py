@@ -1,7 +1,7 @@
 """The words of PyTorch, transformers and nanoGPT: no private vocabulary in code, docs or output.
 
 `WORDS` are searched in all text, `NAMES` in the identifiers of Python files. Run it on some files
-with `pytest tests/test_language.py -k "gptforge/train"`.
+with `pytest tests/test_language.py -k "gptforge/training"`.
 """
 
 import io
@@ -72,7 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "gptforge/config.py": (r'"products"',),
     "CHANGELOG.md": (r"`--products`",),
     "tests/test_language.py": (r"(?s).*",),
-    "tests/train/test_old_run.py": (r"--products",),
+    "tests/training/test_old_run.py": (r"--products",),
 }
 
 

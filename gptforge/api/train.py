@@ -20,8 +20,8 @@ from gptforge.errors import RunError, UserError
 from gptforge.report.log_handler import log_to
 from gptforge.report.metrics import Event
 from gptforge.shell import Start
-from gptforge.train.signals import EXIT_CODES
-from gptforge.train.trainer import Trainer
+from gptforge.training.signals import EXIT_CODES
+from gptforge.training.trainer import Trainer
 
 P = ParamSpec("P")
 Callback = Callable[[Event], object]

@@ -21,9 +21,9 @@ from gptforge.kernels.attention import TritonAttention, select_attention
 from gptforge.model import GPT
 from gptforge.optim import build_optimizer
 from gptforge.report.format import format_duration
-from gptforge.train.distillation import Distillation
-from gptforge.train.parallel.fsdp import apply_fsdp
-from gptforge.train.train_step import TrainStep
+from gptforge.training.distillation import Distillation
+from gptforge.training.parallel.fsdp import apply_fsdp
+from gptforge.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 

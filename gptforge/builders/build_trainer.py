@@ -32,12 +32,12 @@ from gptforge.printable import pluralize
 from gptforge.report.log_handler import RESULT
 from gptforge.shell import Start, quote, same_command, shown
 from gptforge.tokenizers import byte_lengths, char_lengths
-from gptforge.train.distillation import Distillation
-from gptforge.train.loss_monitor import LossMonitor
-from gptforge.train.signals import StopReason, StopSignal, agree_on_signal
-from gptforge.train.state import TrainState, resolve_patience, restore
-from gptforge.train.timer import StepTimer
-from gptforge.train.trainer import Trainer
+from gptforge.training.distillation import Distillation
+from gptforge.training.loss_monitor import LossMonitor
+from gptforge.training.signals import StopReason, StopSignal, agree_on_signal
+from gptforge.training.state import TrainState, resolve_patience, restore
+from gptforge.training.timer import StepTimer
+from gptforge.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

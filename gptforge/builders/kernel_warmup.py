@@ -35,7 +35,7 @@ from gptforge.kernels.float8 import (
 from gptforge.kernels.gelu import gelu_backward
 from gptforge.kernels.layer_norm import add_layer_norm, layer_norm_backward
 from gptforge.kernels.reductions import accumulate_column_sums
-from gptforge.train.backends.manual_layers import prefer_separate_dgelu
+from gptforge.training.backends.manual_layers import prefer_separate_dgelu
 
 WARMUP_TOKENS = 64
 """Rows of the warmup's tensors: Triton compiles the same kernels for any number of them."""

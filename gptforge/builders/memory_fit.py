@@ -13,7 +13,7 @@ from gptforge.errors import RunError, UserError
 from gptforge.estimate.formulas import fsdp_memory, num_params, training_memory, zero1_memory
 from gptforge.kernel_select import select_kernels
 from gptforge.presets import AUTO, FINETUNE, PRESETS, get_preset
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 

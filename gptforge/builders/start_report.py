@@ -23,8 +23,8 @@ from gptforge.model import GPT
 from gptforge.report.console import Console
 from gptforge.report.format import format_epochs
 from gptforge.report.run_report import RunReport
-from gptforge.train.state import TrainState
-from gptforge.train.train_step import TrainStep
+from gptforge.training.state import TrainState
+from gptforge.training.train_step import TrainStep
 
 RULE, THIN_RULE = "=" * 50, "-" * 50
 

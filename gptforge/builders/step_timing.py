@@ -25,7 +25,7 @@ from gptforge.presets import AUTO
 from gptforge.recipe import EVALUATIONS, USABLE_TIME, intervals, round_nicely, teacher_steps
 from gptforge.report.format import format_duration
 from gptforge.report.log_handler import log_to
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from gptforge.distributed import Comm
 from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
 from gptforge.model import GPT
-from gptforge.train.distillation import Distillation
-from gptforge.train.signals import StopReason
+from gptforge.training.distillation import Distillation
+from gptforge.training.signals import StopReason
 
 
 class TeacherStopped(Exception):  # noqa: N818  (not an error)

@@ -30,8 +30,8 @@ from gptforge.shell import Start, env_int, program_name, quote, same_command, to
 
 if TYPE_CHECKING:
     from gptforge.distributed import Comm
-    from gptforge.train.signals import StopReason
-    from gptforge.train.trainer import Trainer
+    from gptforge.training.signals import StopReason
+    from gptforge.training.trainer import Trainer
 
 START_TIME = time.monotonic()
 """`--time_limit` counts from here, so importing torch and preparing the text are included."""
@@ -68,7 +68,7 @@ def main(args: list[str], *, epilog: str = "") -> int:
         start=Start(program_name(), shlex.join(args), START_TIME),
         logging_as=_log_as(parsed),
     )
-    from gptforge.train.signals import EXIT_CODES
+    from gptforge.training.signals import EXIT_CODES
 
     if comm.is_main and reason not in ("finished", "early_stop"):
         command = resume_command(os.environ, f"--resume {quote(out_dir)}")

@@ -17,7 +17,7 @@ from gptforge.report.curves import TEXT_COLOR, TRAIN_COLOR, VAL_COLOR, style_fra
 from gptforge.report.format import markdown_table
 from gptforge.report.metrics import read_history
 from gptforge.sweep.space import Values, format_value
-from gptforge.train.signals import EXIT_CODES
+from gptforge.training.signals import EXIT_CODES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,3 +1,3 @@
-from tests.train.conftest import config
+from tests.training.conftest import config
 
 __all__ = ["config"]

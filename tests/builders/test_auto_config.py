@@ -18,8 +18,8 @@ from gptforge.config import Config
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.presets import get_preset
-from gptforge.train.trainer import Trainer
-from tests.train.runs import StopAfter, events, last
+from gptforge.training.trainer import Trainer
+from tests.training.runs import StopAfter, events, last
 
 AUTO = ("--preset", "auto", "--device", "cpu")
 TINY = {"n_layer": 1, "n_embd": 16, "max_steps": 12}

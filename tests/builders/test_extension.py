@@ -11,7 +11,7 @@ from gptforge.checkpoint.format import read_state, read_tensors, step_from_path
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.report.run_info import read_run
 from gptforge.report.verdict import verdict
-from tests.train.runs import StopAfter, build, events, last
+from tests.training.runs import StopAfter, build, events, last
 
 
 def store_of(config) -> CheckpointStore:

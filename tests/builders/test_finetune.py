@@ -14,7 +14,7 @@ from gptforge.config_file import read_toml
 from gptforge.presets import get_preset
 from tests.conftest import play_text
 from tests.programs import events
-from tests.train.runs import build
+from tests.training.runs import build
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}

@@ -13,7 +13,7 @@ from gptforge.errors import UserError
 from gptforge.tokenizers import save
 from gptforge.tokenizers.char import CharTokenizer
 from tests.programs import DEBUG, events
-from tests.train.runs import build, last
+from tests.training.runs import build, last
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from gptforge.device import Precision
 from gptforge.estimate.formulas import training_memory
 from gptforge.kernel_select import DEFAULT_KERNELS
 from gptforge.presets import get_preset
-from tests.train.runs import build
+from tests.training.runs import build
 
 DEBUG = ("--preset", "debug", "--device", "cpu")
 CPU = torch.device("cpu")

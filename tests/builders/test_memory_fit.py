@@ -8,7 +8,7 @@ from gptforge.config import Config
 from gptforge.distributed import SINGLE_PROCESS
 from gptforge.errors import RunError
 from gptforge.kernel_select import DEFAULT_KERNELS
-from tests.train.steps import FLOAT32
+from tests.training.steps import FLOAT32
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from gptforge.builders.start_report import model_summary
 from gptforge.config import GPTConfig
 from gptforge.model import GPT
-from tests.train.runs import build, events
+from tests.training.runs import build, events
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -16,8 +16,8 @@ from gptforge.config import Config
 from gptforge.errors import UserError
 from gptforge.tokenizers import save
 from gptforge.tokenizers.char import CharTokenizer
-from gptforge.train.train_step import TrainStep
-from tests.train.runs import StopAfter, build, events, last
+from gptforge.training.train_step import TrainStep
+from tests.training.runs import StopAfter, build, events, last
 
 
 def test_finished_run_is_left_alone_and_continues_with_more_steps(config, messages) -> None:

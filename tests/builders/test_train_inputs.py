@@ -12,7 +12,7 @@ from gptforge.builders.run_evaluation import evaluate_run
 from gptforge.data.prepare.pipeline import prepare
 from gptforge.data.prepare.request import PrepareRequest
 from gptforge.errors import UserError
-from tests.train.runs import StopAfter, build, events
+from tests.training.runs import StopAfter, build, events
 
 
 def finish(config) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 from gptforge.builders.resolve import resolve_out_dir
 from gptforge.checkpoint.format import read_config
 from gptforge.config import Config
-from gptforge.train.trainer import Trainer
+from gptforge.training.trainer import Trainer
 from tests.conftest import play_text
 from tests.programs import DEBUG, events
 

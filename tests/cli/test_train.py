@@ -16,7 +16,7 @@ from gptforge.config import Config
 from gptforge.errors import NOTHING_LOST
 from gptforge.report.log_handler import WriteHandler
 from gptforge.shell import Start
-from gptforge.train.train_step import TrainStep
+from gptforge.training.train_step import TrainStep
 from tests.programs import DEBUG, events, start
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from gptforge.presets import get_preset
-from tests.train.conftest import config as config
-from tests.train.runs import build
+from tests.training.conftest import config as config
+from tests.training.runs import build
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from gptforge.checkpoint.format import read_tensors
 from gptforge.config import Config
 from gptforge.distributed import SINGLE_PROCESS, Comm
 from tests.distributed.spawn import on_ranks
-from tests.train.runs import StopAfter, events, last
+from tests.training.runs import StopAfter, events, last
 
 
 def run(comm: Comm, config: dict, stop_after: int = 0, stopping_rank: int = 0) -> str:

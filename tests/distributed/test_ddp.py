@@ -17,12 +17,12 @@ from gptforge.evaluate.val_loss import ValEvaluator
 from gptforge.kernel_select import DEFAULT_KERNELS, KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.train.parallel import grad_reducer
-from gptforge.train.train_step import TrainStep
+from gptforge.training.parallel import grad_reducer
+from gptforge.training.train_step import TrainStep
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, train
 from tests.distributed.spawn import on_ranks
-from tests.train.runs import events, last
+from tests.training.runs import events, last
 
 FLOAT32 = Precision(torch.float32, "")
 both_backends = pytest.mark.parametrize("manual", [True, False], ids=["manual", "autograd"])

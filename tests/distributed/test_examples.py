@@ -13,7 +13,7 @@ import pytest
 from gptforge.config import Config
 from tests.distributed.spawn import free_port
 from tests.programs import environment
-from tests.train.runs import events, last
+from tests.training.runs import events, last
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))

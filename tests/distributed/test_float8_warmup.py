@@ -11,11 +11,11 @@ from gptforge.builders.build_trainer import build_trainer
 from gptforge.config import Config
 from gptforge.distributed import Comm
 from gptforge.kernel_select import KernelConfig
-from gptforge.train.backends import cuda_graph
+from gptforge.training.backends import cuda_graph
 from tests.distributed.runs import assert_same_run
 from tests.distributed.spawn import on_ranks
-from tests.train.backends.test_cuda_graph import fake_capture
-from tests.train.runs import StopAfter
+from tests.training.backends.test_cuda_graph import fake_capture
+from tests.training.runs import StopAfter
 
 BACKENDS = {"ddp": "manual backward, fp8, CUDA graph", "fsdp": "manual backward, fp8, sharded"}
 

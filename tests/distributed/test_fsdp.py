@@ -16,7 +16,7 @@ from gptforge.distributed import SINGLE_PROCESS, Comm
 from gptforge.errors import UserError
 from tests.distributed.runs import assert_same_run, train
 from tests.distributed.spawn import on_ranks
-from tests.train.runs import events, last
+from tests.training.runs import events, last
 
 BF16 = Precision(torch.bfloat16, "")
 

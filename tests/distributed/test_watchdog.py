@@ -21,7 +21,7 @@ from gptforge.errors import RunError, UserError
 from tests.distributed.spawn import RankExit, exits_of, free_port
 from tests.environment import python_path
 from tests.programs import command, environment
-from tests.train.runs import events, last
+from tests.training.runs import events, last
 
 HOST = socket.gethostname()
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -245,7 +245,7 @@ RANK_1_HANGS = """
 import os
 from tests.blank import sitecustomize
 if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1":
-    from gptforge.train import trainer
+    from gptforge.training import trainer
     import time
     train_step = trainer.Trainer.train_step
     def train_step_or_hang(self):

@@ -16,13 +16,13 @@ from gptforge.distributed.dtensor import gather_full_tensor, local_tensor
 from gptforge.kernel_select import KernelConfig
 from gptforge.model import GPT
 from gptforge.optim.adamw import build_adamw
-from gptforge.train.parallel.fsdp import apply_fsdp
-from gptforge.train.train_step import TrainStep
+from gptforge.training.parallel.fsdp import apply_fsdp
+from gptforge.training.train_step import TrainStep
 from tests.conftest import TINY
 from tests.distributed.runs import assert_same_run, train
 from tests.distributed.spawn import on_ranks
 from tests.distributed.test_ddp import batch
-from tests.train.runs import StopAfter, last
+from tests.training.runs import StopAfter, last
 
 DTYPES = {name: Precision(getattr(torch, name), "") for name in ("float32", "bfloat16")}
 DTYPES["fp8"] = Precision(torch.bfloat16, "", float8=True)

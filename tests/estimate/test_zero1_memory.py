@@ -17,9 +17,9 @@ from gptforge.distributed import Comm
 from gptforge.estimate.formulas import zero1_memory
 from gptforge.kernels.attention import SavedAttention
 from gptforge.model import GPT
-from gptforge.train.backends import manual_layers
-from gptforge.train.backends.manual import ManualBackend
-from gptforge.train.parallel.zero1 import AllGatheredWeights, ShardedGradBuffer, padded_rows
+from gptforge.training.backends import manual_layers
+from gptforge.training.backends.manual import ManualBackend
+from gptforge.training.parallel.zero1 import AllGatheredWeights, ShardedGradBuffer, padded_rows
 
 LIBRARIES = 2**28
 """What the estimate adds for the workspaces of libraries, which have none on a CPU."""

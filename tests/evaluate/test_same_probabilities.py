@@ -18,8 +18,8 @@ from gptforge.inference.language_model import LanguageModel
 from gptforge.inference.sampling import SamplingParams
 from gptforge.kernels.cross_entropy import IGNORE_INDEX
 from gptforge.tokenizers.char import CharTokenizer
-from tests.train.conftest import config as config
-from tests.train.runs import build, events, last
+from tests.training.conftest import config as config
+from tests.training.runs import build, events, last
 
 FLOAT32 = Precision(torch.float32, "")
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz"

@@ -25,7 +25,7 @@ import torch
 import gptforge.cli
 import gptforge.report.run_report
 from gptforge.evaluate.val_loss import ValEvaluator
-from gptforge.train import signals
+from gptforge.training import signals
 from tests.pictures import use_blank_pictures, use_short_samples
 
 OPERATIONS = "operations.txt"

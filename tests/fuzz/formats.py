@@ -51,7 +51,7 @@ from gptforge.report.run_info import read_run
 from gptforge.report.verdict import verdict
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from gptforge.tokenizers.gpt2 import GPT2Tokenizer
-from gptforge.train.state import TrainState
+from gptforge.training.state import TrainState
 from tests.fuzz import mutate
 
 SHAPE = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8)

@@ -22,7 +22,7 @@ from gptforge.tokenizers import load as load_tokenizer
 from gptforge.tokenizers import save as save_tokenizer
 from gptforge.tokenizers.char import ByteTokenizer, CharTokenizer
 from tests.programs import DEBUG
-from tests.train.runs import build
+from tests.training.runs import build
 
 EOT = "<|endoftext|>"
 
