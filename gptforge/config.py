@@ -239,8 +239,9 @@ RENAMED_FIELDS = {
 }
 """Old spelling -> name, accepted in flags and TOML files."""
 FOREIGN_FIELDS = {
-    **{"learning_rate": "max_lr", "max_iters": "max_steps", "warmup_iters": "warmup_steps"},
-    **{"eval_interval": "eval_every", "epochs": "max_steps", "output": "out_dir", "data": "input"},
+    **{"learning_rate": "max_lr", "lr": "max_lr", "max_iters": "max_steps", "epochs": "max_steps"},
+    **{"warmup_iters": "warmup_steps", "eval_interval": "eval_every"},
+    **{"output": "out_dir", "data": "input"},
 }
 """Names in nanoGPT and other programs -> the name to suggest."""
 REMOVED_FIELDS = frozenset({"attention"})
