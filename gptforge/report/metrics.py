@@ -72,6 +72,12 @@ class History:
         return max([0, *steps, end if type(end) is int else 0])
 
     @property
+    def epochs(self) -> float:
+        """Passes over the training text, as far as they were logged."""
+        events = self.train[-1:] + self.evals[-1:]
+        return max((float(event["epoch"]) for event in events), default=0.0)
+
+    @property
     def timed(self) -> list[Event]:
         """Train events without the first, whose time includes compilation and warmup."""
         return self.train[1:] or self.train

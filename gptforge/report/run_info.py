@@ -72,17 +72,6 @@ class RunInfo:
         return tokens if is_part and not self.history.final else 0
 
     @property
-    def steps(self) -> int:
-        """Steps made, by the logs."""
-        return self.history.steps
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the training text."""
-        events = self.history.train[-1:] + self.history.evals[-1:]
-        return max((float(event["epoch"]) for event in events), default=0.0)
-
-    @property
     def seconds(self) -> float | None:
         """Wall time of training: at the end, else at the last checkpoint."""
         progress = self.saved.get("progress", {})
@@ -120,9 +109,9 @@ class RunInfo:
             "val_tokens": best.get("val_tokens") or None,
             "is_val_subset": self.subset_tokens > 0,
             "best_step": best.get("step"),
-            "step": self.steps,
+            "step": self.history.steps,
             "max_steps": self.config.max_steps,
-            "tokens": self.steps * self.config.tokens_per_step,
+            "tokens": self.history.steps * self.config.tokens_per_step,
             "seconds": self.seconds,
             "tok_per_sec": self.history.tok_per_sec,
             "seed": self.config.seed,

@@ -226,7 +226,6 @@ class RunReport:
         summary = verdict(
             self._history(),
             max_steps=self._max_steps,
-            epochs=epochs,
             out_dir=shown(self.run_dir),
             has_val=has_val,
             split_hint=self._split_hint,
