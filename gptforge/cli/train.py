@@ -166,22 +166,18 @@ def run_training(
 @contextlib.contextmanager
 def _log_as(args: TrainArgs) -> Iterator[WriteHandler]:
     """Log as the flags say; yields the handler that prints on stdout."""
+    from gptforge.report.console import Console
+
     is_json = args.log_format == "json"
     level = RESULT if args.quiet or is_json else logging.INFO
     level = logging.DEBUG if args.verbose else level
-    with log_to(_print, EVENT if is_json else level) as handler:
+    with log_to(Console().log, EVENT if is_json else level) as handler:
         if is_json:
             handler.addFilter(lambda record: record.levelno == EVENT)
             text = WriteHandler(print_stderr)
             text.setLevel(level)
             PACKAGE.addHandler(text)
         yield handler
-
-
-def _print(text: str) -> None:
-    from gptforge.report.console import Console
-
-    Console().log(text)
 
 
 def expand_resume(args: Sequence[str]) -> list[str]:
