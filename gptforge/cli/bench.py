@@ -49,8 +49,8 @@ class BenchConfig(Config):
     """Print one JSON object on stdout, and the rest on stderr."""
 
 
-def main(argv: list[str]) -> int:
-    """Measure and print; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Measure and print."""
     args, explicit = parse_train_args(argv, cls=BenchConfig, prog="gptforge bench")
     if args.repeats < 1:
         raise UserError(f"--repeats must be 1 or more, not {args.repeats}")
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> int:
         results = measure(config, explicit, args)
     if args.json:
         print(json.dumps(results))
-    return 0
 
 
 def _measure_training(

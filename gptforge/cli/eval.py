@@ -48,8 +48,8 @@ class EvalArgs:
 
 
 @log_to(print_stderr)
-def main(argv: list[str]) -> int:
-    """Evaluate and print; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Evaluate and print."""
     args = parse_args(EvalArgs, argv, "gptforge eval")
     for flag in ("limit", "include_path"):
         if getattr(args, flag) and not args.tasks:
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> int:
                 print(f"{name}: {_format_scores(score)}")
     if args.json:
         print(json.dumps(results))
-    return 0
 
 
 def _evaluate_text(args: EvalArgs) -> dict[str, object]:

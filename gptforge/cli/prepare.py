@@ -73,8 +73,8 @@ class TokenizerArgs(TextFileArgs):
     """Replace an existing file."""
 
 
-def main(argv: list[str]) -> int:
-    """Prepare and describe the result; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Prepare and describe the result."""
     args = parse_args(PrepareArgs, argv, "gptforge prepare")
     if not args.sources:
         raise UserError("gptforge prepare: name at least one file, folder or pattern")
@@ -114,7 +114,6 @@ def main(argv: list[str]) -> int:
         )
     safe_print(describe(index))
     safe_print(f"Train on it: {program_name()} --input {quote(args.out)}")
-    return 0
 
 
 def describe(index: "Index") -> str:
@@ -134,8 +133,8 @@ def describe(index: "Index") -> str:
     )
 
 
-def cache_main(argv: list[str]) -> int:
-    """Print the folder and its size, after clearing it if requested; returns the exit code."""
+def cache_main(argv: list[str]) -> None:
+    """Print the folder and its size, after clearing it if requested."""
     args = parse_args(CacheArgs, argv, "gptforge cache")
     from gptforge.data.cache import clear_cache, writable_cache
     from gptforge.report.run_info import disk_bytes
@@ -145,11 +144,10 @@ def cache_main(argv: list[str]) -> int:
     folder = writable_cache()
     entries = pluralize(len(list(folder.iterdir())), "entry", "entries")
     safe_print(f"{folder.as_posix()}: {entries}, {disk_bytes(folder) / 1e6:,.1f} MB")
-    return 0
 
 
-def tokenizer_main(argv: list[str]) -> int:
-    """Train the tokenizer and write it; returns the exit code."""
+def tokenizer_main(argv: list[str]) -> None:
+    """Train the tokenizer and write it."""
     if argv[:1] != ["train"] and not {"-h", "--help"} & set(argv):
         raise UserError("gptforge tokenizer: the only subcommand is `tokenizer train SRC...`")
     args = parse_args(TokenizerArgs, argv[argv[:1] == ["train"] :], "gptforge tokenizer train")
@@ -174,7 +172,6 @@ def tokenizer_main(argv: list[str]) -> int:
     assert load(out).to_json() == trained.to_json()
     path = out.as_posix()
     safe_print(f"{path}: {trained.vocab_size} ids. Use it with --tokenizer {quote(path)}")
-    return 0
 
 
 def _iter_text(args: TokenizerArgs) -> Iterator[str]:
