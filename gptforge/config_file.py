@@ -19,7 +19,7 @@ from gptforge.files import read_text
 
 
 def read_toml(path: Path, *, flag: str = "") -> tuple[dict[str, object], bool]:
-    """Read the fields that a TOML file sets; `flag` is the one that named it, for errors.
+    """Read the fields that a TOML file sets; errors name the `flag` that it was given with.
 
     Returns:
         The fields, and whether a run wrote the file: then no field counts as set by the user.

@@ -165,7 +165,7 @@ def _assemble(
 ) -> Trainer:
     """Build the parts of an opened run, and write its first files.
 
-    `is_teacher` says whether another run learns from this one, which then reports less.
+    With `is_teacher`, another run learns from this one, which reports only steps and losses.
     """
     c, dataset, device, comm = run.config, run.dataset, run.device, run.comm
     step_fn = build_train_step(

@@ -195,7 +195,7 @@ def model_title(run: str) -> str:
 
 @contextmanager
 def report_write_errors(out: Path) -> Iterator[None]:
-    """Turn an error of the disk, while `out` is written, into a RunError of one line."""
+    """Turn a failure to write `out` into a RunError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

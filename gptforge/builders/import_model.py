@@ -110,7 +110,7 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
 
 
 def _why_not_reusable(out: Path, source: str) -> str:
-    """Why `out` is no intact import of the current content of `source`; empty if it is."""
+    """Why `out` is not an intact import of `source` as it is now; empty if it is."""
     if Path(source).exists():
         try:
             config = tomllib.loads(files.read_text(out / checkpoints.CONFIG))

@@ -15,8 +15,8 @@ from gptforge.estimate.formulas import num_params
 from gptforge.inference.language_model import LanguageModel
 
 MAX_FLOAT32_PARAMS = 30_000_000
-"""Below, a CPU generates faster in float32: the weights fit into its caches anyway."""
-MAX_SINGLE_THREAD_PARAMS = 4_000_000  # below, one CPU thread generates as fast as two
+"""Up to this size a CPU generates faster in float32: the weights fit into its caches anyway."""
+MAX_SINGLE_THREAD_PARAMS = 4_000_000  # up to this size one thread generates as fast as two
 
 
 @explain_os_errors()

@@ -59,7 +59,7 @@ def resolve_init_from(
             )
         return config
     try:
-        if run_file_values(config).get("init_from") != config.init_from:  # there it was imported
+        if run_file_values(config).get("init_from") != config.init_from:  # a run has imported it
             source = import_if_needed(config.init_from, temp_dir=temp_dir)
             config = dataclasses.replace(config, init_from=source)
         path = _initial_checkpoint(config)
@@ -159,8 +159,7 @@ def run_file_values(config: Config) -> Mapping[str, object]:
 
 
 def is_set_by_run_file(config: Config) -> bool:
-    """Whether a run's file gives all values: a preset then has nothing to choose, and a file comes
-    before a preset."""
+    """Whether `--config` is the file of a run, which sets every field: the preset chooses none."""
     values = run_file_values(config)
     if values and values.get("preset") != config.preset:
         logger.info(
@@ -176,7 +175,7 @@ def _initial_checkpoint(config: Config) -> Path:
 
 
 def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Config:
-    """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
+    """Read the files as the run in the run folder does, with its tokenizer if that file is gone."""
     if (saved := _saved_config(config)) is None:
         return config
     last, old = saved
@@ -193,7 +192,7 @@ def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Con
 def _learned_by_run(config: Config) -> Tokenizer | None:
     """The tokenizer that the run in the run folder learned from its text with `--tokenizer bpe`.
 
-    Learning again would give the same one, but for another version of the package tokenizers.
+    Learning again gives the same one only with the same version of the package tokenizers.
     """
     if config.tokenizer != "bpe":
         return None

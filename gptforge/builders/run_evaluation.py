@@ -189,7 +189,7 @@ def evaluate_tasks(
         run: see `load`, also for `device`.
         tasks: comma-separated names; `NAME=FILE` reads JSON lines instead of the Hub. Names
             that are not built in are run by lm-evaluation-harness, also those in `include_path`.
-        limit: use the first so many examples of each task; 0: all.
+        limit: examples of each task, the first ones; 0: all.
 
     Raises:
         UserError: for an unknown task, or examples that cannot be downloaded or read.

@@ -1,4 +1,4 @@
-"""Start the report of a run: its first writes, after everything that can be refused."""
+"""Start the report of a run: its first files, written once nothing can be refused any more."""
 
 import platform
 import re

@@ -34,11 +34,11 @@ MAX_FLOPS, MAX_FLOPS_CUDA = 1e12, 1e14
 MIN_LAYERS = 4
 """Layers of the deeper of two models to extrapolate from: with fewer, the error grows too large."""
 MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
-"""Three passes are enough after the first, and one after the second."""
+"""Passes are timed for MAX_SECONDS, or until three have taken MIN_SECONDS."""
 MIN_CPU_SHARE = 0.8
 """CPU time over wall time below which other programs use the cores: an idle machine gave 0.97 to 1,
 one busy program beside it 0.5, with passes three to five times as slow."""
-MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long as one evaluation
+MIN_TRAINING_PER_EVAL = 10  # seconds of steps between evaluations, per second of one
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
@@ -203,7 +203,7 @@ def fit_steps(
     def eval_every(max_steps: int) -> int:
         if "eval_every" in explicit:
             return config.eval_every
-        return round_nicely(max(max_steps / EVALUATIONS, MIN_STEPS_PER_EVAL * steps_per_eval))
+        return round_nicely(max(max_steps / EVALUATIONS, MIN_TRAINING_PER_EVAL * steps_per_eval))
 
     def steps_with_evals(max_steps: int) -> float:
         return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval

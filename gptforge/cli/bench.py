@@ -99,7 +99,7 @@ def _measure_training(
     results[0]["first_step_seconds"] = first_step_seconds
     logger.info(
         "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
-        "| peak GB | speedup over it |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| peak GB | gptforge's speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for r in results:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
@@ -115,9 +115,7 @@ def _measure_training(
     per_token = format_count(results[0]["flops_per_token"])
     logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
     if args.peer:
-        logger.info(
-            "first step: of gptforge since the program started, of the baseline since its building"
-        )
+        logger.info("first step: since the program started; of the baseline, since it was built")
     machine = {
         **_device_facts(step.device),
         "dtype": step.precision.name,
@@ -179,7 +177,7 @@ def _measure_generation(
     logger.info(
         f"\n{prompt_tokens} prompt tokens, {new_tokens} new ones, temperature 0.8, top-k 200\n\n"
         "| implementation | batch | new tokens/s (min, max) | ms to first token "
-        "| speedup over it |\n"
+        "| gptforge's speedup |\n"
         "| --- | --- | --- | --- | --- |"
     )
     results = []

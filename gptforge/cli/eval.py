@@ -40,7 +40,7 @@ class EvalArgs:
     include_path: str = ""
     """Folder with further tasks in the format of lm-evaluation-harness."""
     limit: int = 0
-    """Evaluate only the first examples of each task, this many; 0: all."""
+    """Examples of each task to evaluate, the first ones; 0: all."""
     json: bool = False
     """Print one JSON object."""
     device: str = "auto"

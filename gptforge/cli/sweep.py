@@ -29,7 +29,7 @@ Specs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE,...")]
 
 @dataclass(frozen=True)
 class SweepConfig(Config):
-    """Search the best values of any fields. Takes all flags of train, and these."""
+    """Search for the best values of any fields. Takes all flags of train, and these."""
 
     grid: Specs = ()
     """Train all combinations of these values: max_lr=1e-3,2e-3 dropout=0,0.2."""
@@ -45,8 +45,8 @@ class SweepConfig(Config):
     jobs: int = 0
     """Runs at a time; 0: one on a CPU; on a GPU, as many as fit, up to 4."""
     final: bool = False
-    """In the end, train the best trial on the full training part and evaluate it on the test
-    tail."""
+    """At the end, train the best trial on the full training part and evaluate it on the test
+    split."""
 
 
 def main(argv: list[str]) -> None:

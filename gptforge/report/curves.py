@@ -20,7 +20,7 @@ TRAIN_COLOR, VAL_COLOR = "#4c78a8", "#d1495b"
 LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#b8791f"
 
 TICK_STEPS = (1, 2, 2.5, 5, 10)
-SMOOTH_FROM = 300  # points from which a noisy curve is drawn faintly, below its running mean
+SMOOTH_FROM = 300  # points from which a noisy curve is drawn faintly, behind its running mean
 LOG_SCALE_RATIO = 3  # largest to smallest loss from which the axis is logarithmic
 MAX_SPEED_RATIO = 3.0
 """Speeds above this multiple of the median, as after a clock change, are cut off."""
@@ -101,7 +101,7 @@ def finite_losses(history: History) -> list[float]:
 
 
 def needs_log_scale(losses: Sequence[float]) -> bool:
-    """Whether the losses span so much that their axis is logarithmic."""
+    """Whether the losses span a range for which their axis is logarithmic."""
     return bool(losses) and min(losses) > 0 and max(losses) > LOG_SCALE_RATIO * min(losses)
 
 

@@ -114,7 +114,7 @@ def _draw(
     panel: "figure", source: "ColumnDataSource", name: str, label: str, color: str,
     number_format: str, *, is_noisy: bool,
 ) -> None:  # fmt: skip
-    """Draw one column over the steps, faint below its running mean if it is noisy."""
+    """Draw one column over the steps, faintly behind its running mean if it is noisy."""
     style = {"source": source, "color": color}
     if is_noisy:
         panel.line("step", name, line_width=0.8, alpha=0.35, **style)
