@@ -53,9 +53,8 @@ class History:
         """
         if self.final is None:
             return self.best_eval
-        names = ("val_loss", "val_bpb", "val_nats_per_char", "val_tokens")
-        values = (self.final[name] for name in FINAL_FIELDS)
-        return {"step": self.final["best_step"], **dict(zip(names, values, strict=True))}
+        losses = {name.removeprefix("final_"): self.final[name] for name in FINAL_FIELDS}
+        return {"step": self.final["best_step"], **losses}
 
     @property
     def best_eval(self) -> Event | None:
