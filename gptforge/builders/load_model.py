@@ -67,8 +67,8 @@ def load_bundle(run: str | Path) -> ModelBundle:
         return read_hf(path)
     if not path.exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:
         raise UserError(
-            f"{run} does not exist here: download it once, gptforge import {run} runs/{path.name}, "
-            f"and give runs/{path.name}"
+            f"{run} does not exist here: download it once with gptforge import {run} "
+            f"runs/{path.name}, and give runs/{path.name}"
         )
     tried: set[Path] = set()
     while True:

@@ -234,7 +234,7 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
         name = BUNDLED_INPUT
     elif "input" not in explicit and run_file_values(config) and _has_vanished(name):
         raise UserError(
-            f"{name}, the text of the run, is not here: put it back, or name its place with --input"
+            f"{name}, the text of the run, is not here: put it back, or give its path with --input"
         )
     dataset = open_dataset(resolve_input(name), options, progress=progress)
     check_length(dataset, config.context_length, random_offset=config.random_offset)

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     if args.workers < 0 or args.shard_mb < 1:
         raise UserError("--workers must be 0 or more, --shard_mb 1 or more")
     if args.vocab_size and args.tokenizer != "bpe":
-        raise UserError("--vocab_size is for --tokenizer bpe, which learns so many ids")
+        raise UserError("--vocab_size is for --tokenizer bpe, which learns that many ids")
     from gptforge.data.prepare.pipeline import prepare
     from gptforge.data.prepare.request import PrepareRequest
     from gptforge.data.prepare.text_io import TextFormat
