@@ -121,22 +121,15 @@ def run_training(
         try:
             from gptforge.builders.build_trainer import build_trainer
             from gptforge.builders.resolve import resolve_out_dir
-            from gptforge.builders.teachers import TeacherStopped
 
-            reason: StopReason = "finished"
-            try:
-                trainer = build_trainer(
-                    config,
-                    explicit=explicit,
-                    start=start,
-                    comm=comm,
-                    on_teacher=on_start,
-                )
-            except TeacherStopped as stop:
-                reason = stop.reason
-            if trainer is None:
+            built = build_trainer(
+                config, explicit=explicit, start=start, comm=comm, on_teacher=on_start
+            )
+            if isinstance(built, str):
+                reason = built
                 comm.shutdown()
             else:
+                trainer = built
                 on_start(trainer)
                 if comm.is_main:
                     handler.write = trainer.report.console.log  # above the progress bar
