@@ -88,7 +88,7 @@ def build_trainer(
             c, train_tokens=len(run.dataset.train), has_val=len(run.dataset.val) > 0
         )
         if patience:
-            counted = ", counted from the decay on" * (stable_end(c) is not None)
+            counted = "" if stable_end(c) is None else ", counted from the decay on"
             logger.info(
                 f"early stopping: after {patience} evaluations without a better held-out loss"
                 f"{counted}; --patience 0 turns it off"

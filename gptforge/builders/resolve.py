@@ -64,7 +64,7 @@ def resolve_init_from(
             config = dataclasses.replace(config, init_from=source)
         path = _initial_checkpoint(config)
     except UserError as error:
-        flag = "--init_from " * str(error).startswith(config.init_from)
+        flag = "--init_from " if str(error).startswith(config.init_from) else ""
         raise UserError(f"{flag}{error}") from None
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")

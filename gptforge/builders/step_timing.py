@@ -22,6 +22,7 @@ from gptforge.errors import RunError
 from gptforge.estimate.formulas import flops_per_token
 from gptforge.model import GPT
 from gptforge.presets import AUTO
+from gptforge.printable import pluralize
 from gptforge.recipe import EVALUATIONS, USABLE_TIME, intervals, round_nicely, teacher_steps
 from gptforge.report.format import format_duration
 from gptforge.report.log_handler import log_to
@@ -106,8 +107,9 @@ def time_step(
         is_manual = step.kernels.manual_backward
         del step
     total = seconds[-1]
-    how = f"forward and backward of {sequences} sequence{'s' * (sequences > 1)}"
-    how += " and an optimizer step" * (device.type == "cpu")
+    how = f"forward and backward of {pluralize(sequences, 'sequence', 'sequences')}"
+    if device.type == "cpu":
+        how += " and an optimizer step"
     if len(depths) > 1:
         per_layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
         total += max(0.0, per_layer) * (config.n_layer - depths[1])
@@ -181,9 +183,10 @@ def _fit_on_main(run: ResolvedRun) -> Config:
     if follow:
         fitted = dataclasses.replace(fitted, teacher_steps=teacher_steps(fitted.max_steps))
     if fitted.max_steps < c.max_steps:
+        teachers = " with teachers" if c.teachers else ""
         logger.info(
             f"auto: {fitted.max_steps:,} steps instead of {c.max_steps:,}, of "
-            f"{1000 * per_step:.3g} ms each{' with teachers' * bool(c.teachers)}, to end within "
+            f"{1000 * per_step:.3g} ms each{teachers}, to end within "
             f"{format_duration(left)}"
         )
     return fitted

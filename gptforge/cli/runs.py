@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     # A subfolder without any run gets a row that says so.
     paths = find_runs(folder, depth=0)
     for sub in [] if paths else subfolders(folder):
-        paths += find_runs(sub) or [sub] * (sub.name != SWEEP_DATA)
+        paths += find_runs(sub) or ([] if sub.name == SWEEP_DATA else [sub])
     rows = sorted(map(_row, paths), key=lambda row: -row["modified"])
     if args.json:
         print(json.dumps(rows))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptforge.files import atomic_replace
+from gptforge.printable import pluralize
 from gptforge.report.metrics import Event, History, series
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _val_label(history: History) -> str:
     if not subset:
         return "held out"
     total = history.final["final_val_tokens"] if history.final else subset
-    return f"held out, {subset:,} {f'of {total:,} ' * (subset < total)}tokens"
+    return f"held out, {subset:,} {f'of {total:,} ' if subset < total else ''}tokens"
 
 
 def _mark_best(axes: "Axes", history: History) -> None:
@@ -132,7 +133,7 @@ def _mark_best(axes: "Axes", history: History) -> None:
     # Above the axes, where no curve can cross it.
     axes.set_title(
         f"best held out {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits per "
-        f"byte, after {best['step']:,} step{'s' * (best['step'] != 1)}",
+        f"byte, after {pluralize(best['step'], 'step', 'steps')}",
         fontsize=10,
         loc="right",
         color=VAL_COLOR,

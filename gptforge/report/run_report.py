@@ -187,7 +187,7 @@ class RunReport:
     def log_saves(self, saves: Iterable[SavedCheckpoint]) -> None:
         """Log checkpoints that are on disk now."""
         for save in saves:
-            self.log(f"saved {save.name}{', the best' * save.is_best}", logging.DEBUG)
+            self.log(f"saved {save.name}{', the best' if save.is_best else ''}", logging.DEBUG)
             self.log_event("save", step=save.step, checkpoint=save.name, best=save.is_best)
 
     def set_final_eval(self, step: int, score: ValLoss) -> None:
