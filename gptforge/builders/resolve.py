@@ -154,8 +154,8 @@ def config_of_run(config: Config) -> Config | None:
 
 def run_file_values(config: Config) -> Mapping[str, object]:
     """The values of `--config`, if a run wrote the file; else none."""
-    values, is_from_run = read_toml(Path(config.config)) if config.config else ({}, False)
-    return values if is_from_run else {}
+    values, made_by = read_toml(Path(config.config)) if config.config else ({}, None)
+    return {} if made_by is None else values
 
 
 def is_set_by_run_file(config: Config) -> bool:

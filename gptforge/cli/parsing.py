@@ -93,10 +93,10 @@ def preset_and_file(preset: str, file: str) -> tuple[Config, frozenset[str]]:
         preset: value of `--preset`; empty: that of the file.
         file: value of `--config`, or empty.
     """
-    values, is_from_run = read_toml(Path(file), flag="--config") if file else ({}, False)
+    values, made_by = read_toml(Path(file), flag="--config") if file else ({}, None)
     name = preset or values.get("preset")
     base = get_preset(str(name)) if name else Config()
-    explicit = frozenset() if is_from_run else frozenset(values)
+    explicit = frozenset(values) if made_by is None else frozenset()
     return merge(base, values, source=f"--config {file}"), explicit
 
 
@@ -112,7 +112,7 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         logger.info(
             "note: --mlp_matmul quack has no effect: support for the quack package was removed"
         )
-    is_from_run = bool(config.config) and read_toml(Path(config.config))[1]
+    is_from_run = bool(config.config) and read_toml(Path(config.config))[1] is not None
     if config.preset:
         logger.info(f"preset: {config.preset} ({PRESETS[config.preset].description})")
     elif not is_from_run:  # the file of a teacher names no preset, and sets every value

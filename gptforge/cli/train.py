@@ -229,5 +229,5 @@ def _is_run(folder: Path) -> bool:
     """Whether training wrote the configuration there; checkpoints and exports hold a copy of it."""
     if not (folder / "config.toml").is_file():
         return False
-    _, is_from_run = read_toml(folder / "config.toml")
-    return is_from_run and not (folder / "model.safetensors").exists()
+    _, made_by = read_toml(folder / "config.toml")
+    return made_by is not None and not (folder / "model.safetensors").exists()
