@@ -47,6 +47,12 @@ def read_toml(path: Path, *, flag: str = "") -> tuple[dict[str, object], dict[st
     return values, made_by
 
 
+def run_file_values(config: Config) -> Mapping[str, object]:
+    """The values of `--config`, which are all fields, if a run wrote the file; else none."""
+    values, made_by = read_toml(Path(config.config)) if config.config else ({}, None)
+    return {} if made_by is None else values
+
+
 def to_toml(config: Config, metadata: Mapping[str, str]) -> str:
     """All fields as TOML, with `metadata` (versions, command) in a table of their own."""
     names = [name for name in FIELDS if name not in FLAG_ONLY]

@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
@@ -13,7 +13,7 @@ from gptforge.checkpoint.out_dir import TEACHERS
 from gptforge.checkpoint.run_dir import is_run_of
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
-from gptforge.config_file import read_toml
+from gptforge.config_file import run_file_values
 from gptforge.data.checks import quick_check
 from gptforge.data.dataset import (
     BUNDLED_INPUT,
@@ -150,12 +150,6 @@ def config_of_run(config: Config) -> Config | None:
     """The configuration of a run with the same preset in the run folder, to resume it."""
     _, old = _saved_config(config) or (None, None)
     return old if old and old.preset == config.preset else None
-
-
-def run_file_values(config: Config) -> Mapping[str, object]:
-    """The values of `--config`, if a run wrote the file; else none."""
-    values, made_by = read_toml(Path(config.config)) if config.config else ({}, None)
-    return {} if made_by is None else values
 
 
 def is_set_by_run_file(config: Config) -> bool:

@@ -16,7 +16,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gptforge.config import FIELDS, FOREIGN_FIELDS, RENAMED_FIELDS, Config, merge
-from gptforge.config_file import read_toml
+from gptforge.config_file import read_toml, run_file_values
 from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
 
@@ -112,10 +112,9 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         logger.info(
             "note: --mlp_matmul quack has no effect: support for the quack package was removed"
         )
-    is_from_run = bool(config.config) and read_toml(Path(config.config))[1] is not None
     if config.preset:
         logger.info(f"preset: {config.preset} ({PRESETS[config.preset].description})")
-    elif not is_from_run:  # the file of a teacher names no preset, and sets every value
+    elif not run_file_values(config):  # the file of a teacher names no preset
         import torch
 
         has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
