@@ -126,7 +126,7 @@ def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -
         if reason != "finished":
             return reason
     seed_everything(c, rank=comm.rank)  # as without teachers
-    teachers = pluralize(c.teachers, "teacher", "teachers")
+    teachers = pluralize(c.teachers, "teacher")
     logger.info(f"student of {teachers}: {c.out_dir}; the logged loss is that of the text alone")
     return "finished"
 

@@ -138,7 +138,7 @@ def _open_data(
             logger.warning(f"warning: {run} was trained on {data}: {memorized}{hint}")
     elif known:
         has_many = len(dataset.input_splits) > 1
-        count = f"{pluralize(len(known), 'file', 'files')} of " if has_many else ""
+        count = f"{pluralize(len(known), 'file')} of " if has_many else ""
         logger.warning(
             f"warning: {run} was trained on {count}{data}, or on a part of it: {memorized}"
         )

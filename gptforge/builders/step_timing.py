@@ -107,7 +107,7 @@ def time_step(
         is_manual = step.kernels.manual_backward
         del step
     total = seconds[-1]
-    how = f"forward and backward of {pluralize(sequences, 'sequence', 'sequences')}"
+    how = f"forward and backward of {pluralize(sequences, 'sequence')}"
     if device.type == "cpu":
         how += " and an optimizer step"
     if len(depths) > 1:

@@ -140,15 +140,15 @@ def explain_recipe(
     sequences = v["batch_size"] * v["gradient_accumulation_steps"]
     lines = [
         tokenizer,
-        f"{pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
+        f"{pluralize(v['n_layer'], 'layer')} x {v['n_embd']}, sequences of "
         f"{v['context_length']:,} tokens{limited}",
         f"{decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
-        f"{v['max_steps']:,} steps of {pluralize(sequences, 'sequence', 'sequences')}, "
+        f"{v['max_steps']:,} steps of {pluralize(sequences, 'sequence')}, "
         f"{v['optimizer']}, max_lr {v['max_lr']:g}, ema {v['ema']:g}",
     ]
     if v["teachers"]:
         lines.append(
-            f"before that {pluralize(v['teachers'], 'teacher', 'teachers')} of "
+            f"before that {pluralize(v['teachers'], 'teacher')} of "
             f"{v['teacher_steps'] or v['max_steps']:,} steps: the model learns from their "
             "probabilities, too"
         )

@@ -121,7 +121,7 @@ def describe(index: "Index") -> str:
     splits = []
     for split, use in (("train", "to train on"), ("val", "held out")):
         if tokens := index.total(split, "tokens"):
-            documents = pluralize(index.total(split, "documents"), "document", "documents")
+            documents = pluralize(index.total(split, "documents"), "document")
             splits.append(f"{tokens:,} tokens of {documents} {use}")
     num_bytes, tokens = (
         sum(index.total(s, q) for s in ("train", "val")) for q in ("bytes", "tokens")

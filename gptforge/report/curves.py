@@ -133,7 +133,7 @@ def _mark_best(axes: "Axes", history: History) -> None:
     # Above the axes, where no curve can cross it.
     axes.set_title(
         f"best held out {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits per "
-        f"byte, after {pluralize(best['step'], 'step', 'steps')}",
+        f"byte, after {pluralize(best['step'], 'step')}",
         fontsize=10,
         loc="right",
         color=VAL_COLOR,
