@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 TEXT_COLOR, MUTED_COLOR = "#22262e", "#9aa1ac"
 TRAIN_COLOR, VAL_COLOR = "#4c78a8", "#d1495b"
-LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#b8791f"
-
+PANELS = (
+    ("lr", "learning rate", "#7a6bb0", "%.3g"),
+    ("norm", "gradient norm, before clipping", "#2a9d8f", "%.3f"),
+    ("tok_per_sec", "tokens per second", "#b8791f", "%.0f"),
+)
+"""Field, title, color and number format of the panels besides the losses."""
 TICK_STEPS = (1, 2, 2.5, 5, 10)
 SMOOTH_FROM = 300  # points from which a noisy curve is drawn faintly, behind its running mean
 LOG_SCALE_RATIO = 3  # largest to smallest loss from which the axis is logarithmic
@@ -46,22 +50,21 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     font: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": TEXT_COLOR}
     figure.suptitle(title, parse_math=False, x=0.012, ha="left", **font)
     train = history.train
-    loss, lr, norm, speed = panels = [
+    loss, *panels = [
         figure.add_subplot(place) for place in (grid[:, :2], *(grid[row, 2] for row in range(3)))
     ]
     _plot_loss(loss, history)
-    _plot_from_zero(lr, train, "lr", color=LR_COLOR)
-    style_axes(lr, "learning rate")
-    _plot_from_zero(norm, train, "norm", color=NORM_COLOR, is_noisy=True)
-    style_axes(norm, "gradient norm, before clipping")
-    timed, limit = history.timed, MAX_SPEED_RATIO * history.tok_per_sec
-    _plot_from_zero(speed, timed, "tok_per_sec", color=SPEED_COLOR, is_noisy=True, limit=limit)
-    style_axes(speed, "tokens per second", is_large=True)
+    for axes, (name, title, color, _) in zip(panels, PANELS, strict=True):
+        is_speed = name == "tok_per_sec"
+        limit = MAX_SPEED_RATIO * history.tok_per_sec if is_speed else math.inf
+        events = history.timed if is_speed else train
+        _plot_from_zero(axes, events, name, limit=limit, color=color, is_noisy=name != "lr")
+        style_axes(axes, title, is_large=is_speed)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
-    for axes in panels:
+    for axes in (loss, *panels):
         axes.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
-        axes.tick_params(labelbottom=axes in (loss, speed))
-    for axes in (loss, speed):
+        axes.tick_params(labelbottom=axes in (loss, panels[-1]))
+    for axes in (loss, panels[-1]):
         axes.set_xlabel("step", fontsize=9, color=TEXT_COLOR)
     return figure
 
