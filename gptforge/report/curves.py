@@ -56,9 +56,10 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     _plot_loss(loss, history)
     for axes, (name, title, color, _) in zip(panels, PANELS, strict=True):
         is_speed = name == "tok_per_sec"
-        limit = MAX_SPEED_RATIO * history.tok_per_sec if is_speed else math.inf
         events = history.timed if is_speed else train
-        _plot_from_zero(axes, events, name, limit=limit, color=color, is_noisy=name != "lr")
+        _plot_series(axes, events, name, color=color, is_noisy=name != "lr")
+        if top := axis_top(history, name):
+            axes.set_ylim(0, top)
         style_axes(axes, title, is_large=is_speed)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
     for axes in (loss, *panels):
@@ -67,6 +68,14 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     for axes in (loss, panels[-1]):
         axes.set_xlabel("step", fontsize=9, color=TEXT_COLOR)
     return figure
+
+
+def axis_top(history: History, name: str) -> float:
+    """Top of a panel's axis, which begins at 0: then a constant curve looks constant."""
+    events, limit = history.train, math.inf
+    if name == "tok_per_sec":
+        events, limit = history.timed, MAX_SPEED_RATIO * history.tok_per_sec
+    return 1.15 * min(max(filter(math.isfinite, series(events, name)), default=0.0), limit)
 
 
 def new_figure() -> "Figure":
@@ -141,16 +150,6 @@ def _mark_best(axes: "Axes", history: History) -> None:
         loc="right",
         color=VAL_COLOR,
     )
-
-
-def _plot_from_zero(
-    axes: "Axes", events: Sequence[Event], name: str, *, limit: float = math.inf, **style: Any
-) -> None:
-    """Plot a field from 0 to 15% above its largest value: a constant curve looks constant."""
-    _plot_series(axes, events, name, **style)
-    largest = min(max(filter(math.isfinite, series(events, name)), default=0.0), limit)
-    if largest > 0:
-        axes.set_ylim(0, 1.15 * largest)
 
 
 def _plot_series(

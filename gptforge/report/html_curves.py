@@ -52,10 +52,8 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     for name, label, color, number_format in curves.PANELS:
         panel = _panel(height=190, x_range=panels[title].x_range, toolbar_location=None)
         _draw(panel, source, name, label, color, number_format, is_noisy=is_noisy and name != "lr")
-        top = max(filter(math.isfinite, columns[name]), default=1.0) or 1.0
-        if name == "tok_per_sec":
-            top = min(top, curves.MAX_SPEED_RATIO * history.tok_per_sec or top)
-        panel.y_range.update(start=0, end=1.15 * top, bounds=(0, None))
+        top = curves.axis_top(history, name) or 1.0
+        panel.y_range.update(start=0, end=top, bounds=(0, None))
         panels[label] = panel
     line = Span(dimension="height", line_color=curves.MUTED_COLOR, line_dash="dotted")
     for panel in panels.values():
