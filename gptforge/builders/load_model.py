@@ -62,17 +62,17 @@ def load_bundle(run: str | Path) -> ModelBundle:
     """
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
-    run = path = Path(run).expanduser()
+    path = Path(run).expanduser()
     if is_hf_dir(path):
         return read_hf(path)
-    if not path.exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:
+    if not path.exists() and str(path).removeprefix("openai-community/") in OPENAI_MODELS:
         raise UserError(
-            f"{run} does not exist here: download it once with gptforge import {run} "
+            f"{path} does not exist here: download it once with gptforge import {path} "
             f"runs/{path.name}, and give runs/{path.name}"
         )
     tried: set[Path] = set()
     while True:
-        checkpoint = checkpoints.resolve_checkpoint(str(run))
+        checkpoint = checkpoints.resolve_checkpoint(str(path))
         try:
             return _load_checkpoint(checkpoint)
         except (UserError, OSError):

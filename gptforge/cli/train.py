@@ -200,9 +200,9 @@ def resume_command(env: Mapping[str, str], args: str) -> str:
     """How this program was started, with torchrun's options as far as known, and new arguments."""
     nproc, world_size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
     if env_int("WORLD_SIZE", 1, env) < 2:
-        return f"{program_name()} {args}".rstrip()
+        return f"{program_name()} {args}"
     nodes = "" if nproc == world_size else "... "
-    return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()} {args}".rstrip()
+    return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()} {args}"
 
 
 def _find_run(path: Path) -> Path:
