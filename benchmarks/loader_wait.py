@@ -21,6 +21,7 @@ from gptforge.builders.build_trainer import build_trainer
 from gptforge.device import synchronize
 from gptforge.presets import PRESETS, get_preset
 from gptforge.report.log_handler import log_to
+from gptforge.training.trainer import Trainer
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         )
         with log_to(print):
             trainer = build_trainer(config, explicit=())
-        assert trainer is not None
+        assert isinstance(trainer, Trainer)
         step, loader = trainer.step_fn, trainer.dataloader
         fixed_batch = tuple(tensor.clone() for tensor in loader.next_batch())
         waits: list[float] = []

@@ -221,8 +221,7 @@ class Config:
     @property
     def model(self) -> GPTConfig:
         """The architecture; vocab_size must be resolved already."""
-        names = [field.name for field in dataclasses.fields(GPTConfig)]
-        return GPTConfig(**{name: getattr(self, name) for name in names})
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig)})
 
 
 FIELDS: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Config)}
@@ -240,10 +239,11 @@ RENAMED_FIELDS = {
 """Old spelling -> name, accepted in flags and TOML files."""
 FOREIGN_FIELDS = {
     "learning_rate": "max_lr",
+    "lr": "max_lr",
     "max_iters": "max_steps",
+    "epochs": "max_steps",
     "warmup_iters": "warmup_steps",
     "eval_interval": "eval_every",
-    "epochs": "max_steps",
     "output": "out_dir",
     "data": "input",
 }
@@ -303,8 +303,7 @@ def resume_conflicts(old: Config, new: Config) -> list[str]:
         for name in FIELDS
         if name not in MAY_CHANGE_ON_RESUME and getattr(old, name) != getattr(new, name)
     ]
-    if old.global_batch_size != new.global_batch_size:
-        found.append(
-            f"batch_size x accumulation: {old.global_batch_size} -> {new.global_batch_size}"
-        )
+    old_size, new_size = old.global_batch_size, new.global_batch_size
+    if old_size != new_size:
+        found.append(f"batch_size x accumulation: {old_size} -> {new_size}")
     return found

@@ -2,10 +2,26 @@
 
 import math
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from gptforge.config import MAX_TOKENS_PER_STEP, TRACKERS, Config
 from gptforge.errors import UserError
+
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("1 or more", lambda x: x >= 1, "block_size n_layer n_head n_embd mlp_ratio context_length"),
+    ("1 or more", lambda x: x >= 1, "batch_size gradient_accumulation_steps max_steps"),
+    ("1 or more", lambda x: x >= 1, "log_every eval_every save_every"),
+    ("0 or more", lambda x: x >= 0, "vocab_size warmup_steps eval_tokens keep_checkpoints"),
+    ("0 or more", lambda x: x >= 0, "sample_every teachers teacher_steps time_limit seed"),
+    ("0 or more", lambda x: x >= 0, "weight_decay grad_clip min_lr loss_chunk muon_lr"),
+    ("0 or more, or -1", lambda x: x >= 0 or x == -1, "patience embedding_weight_decay"),
+    ("0 or more, or -1", lambda x: x >= 0 or x == -1, "muon_weight_decay"),
+    ("from 0 to below 1", lambda x: 0 <= x < 1, "val_fraction dropout beta1 beta2 ema token_noise"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "distill_weight dropout_ramp"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "decay_fraction"),
+    ("above 0", lambda x: x > 0, "max_lr"),
+)
+"""What a value must be, the check of that, and the fields that it holds for."""
 
 
 def validate(config: Config) -> None:
@@ -28,21 +44,10 @@ def validate(config: Config) -> None:
             raise UserError(f"--{name} must be below 2**63")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} must be a finite number, not {value}")
-    _check_min(c, 1, "block_size n_layer n_head n_embd mlp_ratio context_length batch_size")
-    _check_min(c, 1, "gradient_accumulation_steps max_steps log_every eval_every save_every")
-    _check_min(c, 0, "vocab_size warmup_steps eval_tokens keep_checkpoints sample_every")
-    _check_min(c, 0, "teachers teacher_steps")
-    _check_min(c, 0, "time_limit seed weight_decay grad_clip min_lr loss_chunk muon_lr")
-    _check_min(c, -1, "patience")
-    for name in ("embedding_weight_decay", "muon_weight_decay"):
-        if getattr(c, name) < 0 and getattr(c, name) != -1:
-            raise UserError(f"--{name} must be 0 or more, or -1, not {getattr(c, name)}")
-    for name in ("val_fraction", "dropout", "beta1", "beta2", "ema", "token_noise"):
-        if not 0 <= getattr(c, name) < 1:
-            raise UserError(f"--{name} must be from 0 to below 1, not {getattr(c, name)}")
-    for name in ("distill_weight", "dropout_ramp"):
-        if not 0 <= getattr(c, name) <= 1:
-            raise UserError(f"--{name} must be from 0 to 1, not {getattr(c, name)}")
+    for words, is_valid, names in RANGES:
+        for name in names.split():
+            if not is_valid(getattr(c, name)):
+                raise UserError(f"--{name} must be {words}, not {getattr(c, name)}")
     if c.tokens_per_step > MAX_TOKENS_PER_STEP:
         raise UserError(
             f"--batch_size {c.batch_size} x --gradient_accumulation_steps "
@@ -65,10 +70,6 @@ def validate(config: Config) -> None:
             f"--context_length {c.context_length} is more than --block_size {c.block_size}: "
             "the model has no position embeddings for it"
         )
-    if not 0 < c.decay_fraction <= 1:
-        raise UserError(f"--decay_fraction must be above 0 and at most 1, not {c.decay_fraction}")
-    if c.max_lr <= 0:
-        raise UserError(f"--max_lr must be above 0, not {c.max_lr}")
     if c.min_lr > c.max_lr and c.schedule != "constant":
         raise UserError(f"--min_lr {c.min_lr} is more than --max_lr {c.max_lr}")
     if c.warmup_steps > c.max_steps:
@@ -94,9 +95,3 @@ def unused_fields(config: Config, explicit: Collection[str]) -> list[tuple[str, 
         for name in names.split()
         if is_unused and name in explicit
     ]
-
-
-def _check_min(config: Config, minimum: int, names: str) -> None:
-    for name in names.split():
-        if getattr(config, name) < minimum:
-            raise UserError(f"--{name} must be {minimum} or more, not {getattr(config, name)}")

@@ -18,20 +18,22 @@ from gptforge.errors import UserError, parsing
 from gptforge.files import read_text
 
 
-def read_toml(path: Path, *, flag: str = "") -> tuple[dict[str, object], bool]:
-    """Read the fields that a TOML file sets; `flag` is the one that named it, for errors.
+def read_toml(path: Path, *, flag: str = "") -> tuple[dict[str, object], dict[str, str] | None]:
+    """Read the fields that a TOML file sets; errors name the `flag` that it was given with.
 
     Returns:
-        The fields, and whether a run wrote the file: then no field counts as set by the user.
+        The fields, and the metadata of `to_toml` if a run wrote the file: then no field counts as
+        set by the user. None if a user wrote it.
     """
     source = f"{flag} {path}".strip()
     with parsing(source, "a readable TOML file"):
         values = tomllib.loads(read_text(path))
-    is_from_run = isinstance(values.pop(METADATA_TABLE, None), dict)
+    table = values.pop(METADATA_TABLE, None)
+    made_by = {str(k): str(v) for k, v in table.items()} if isinstance(table, dict) else None
     for old, name in RENAMED_FIELDS.items():
         if old in values and name not in values:
             values[name] = values.pop(old)
-    if is_from_run:
+    if made_by is not None:
         values = {name: value for name, value in values.items() if name not in REMOVED_FIELDS}
         if "split_by_name" not in values:
             # Version 0.1 read CSV as plain text and ignored splits in file names.
@@ -42,7 +44,13 @@ def read_toml(path: Path, *, flag: str = "") -> tuple[dict[str, object], bool]:
     for name in sorted(FLAG_ONLY & values.keys()):
         if values.pop(name):
             raise UserError(f"{source}: {name} can only be set by a flag")
-    return values, is_from_run
+    return values, made_by
+
+
+def run_file_values(config: Config) -> Mapping[str, object]:
+    """The values of `--config`, which are all fields, if a run wrote the file; else none."""
+    values, made_by = read_toml(Path(config.config)) if config.config else ({}, None)
+    return {} if made_by is None else values
 
 
 def to_toml(config: Config, metadata: Mapping[str, str]) -> str:

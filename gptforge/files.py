@@ -172,7 +172,6 @@ def _private_dir_in(folder: Path) -> Path:
     is_private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) & 0o077 == 0
     if is_private and status.st_uid == os.getuid():
         return path
-    # Another user's: a new one that lasts as long as this process.
     path = Path(tempfile.mkdtemp(prefix="gptforge-", dir=folder))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path

@@ -58,11 +58,10 @@ def select_kernels(config: Config, device: torch.device, precision: Precision) -
     )
 
 
-def sdpa_backend(
-    device: torch.device, dtype: torch.dtype, *, n_head: int, head_size: int, context_length: int
-) -> str:
-    """The SDPA backend torch selects for this shape: flash, cudnn, efficient, math or unknown."""
-    q = torch.zeros(1, n_head, context_length, head_size, device=device, dtype=dtype)
+def sdpa_backend(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """The SDPA backend torch selects for this model: flash, cudnn, efficient, math or unknown."""
+    shape = (1, config.n_head, config.context_length, config.n_embd // config.n_head)
+    q = torch.zeros(shape, device=device, dtype=dtype)
     try:
         choice = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 LOCK_FILE = ".lock"  # the lock file inside a locked folder
 
 RETRY_SECONDS, POLL_SECONDS = 0.12, 0.02
-"""How long a lock is retried, as `is_locked` takes it for an instant, and how often."""
+"""How long and how often a lock is tried: `is_locked` elsewhere takes it for an instant."""
 MAX_ATTEMPTS = 100
-"""To create a folder that its previous owners remove; more mean that it cannot be created."""
+"""Attempts to create a folder, which its previous owner may remove just then."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 

@@ -80,9 +80,9 @@ def _shorten(text: str, limit: int) -> str:
     return f"{text[: limit - tail - 5]} ... {text[-tail:]}"
 
 
-def pluralize(count: int, singular: str, plural: str) -> str:
-    """A count with its noun: '1 document', '2 documents'."""
-    return f"{count:,} {singular if count == 1 else plural}"
+def pluralize(count: int, singular: str, plural: str = "") -> str:
+    """A count with its noun: '1 document', '2 documents'. By default the plural ends in s."""
+    return f"{count:,} {singular if count == 1 else plural or f'{singular}s'}"
 
 
 def join_first(names: Sequence[str], limit: int) -> str:

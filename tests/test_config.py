@@ -122,8 +122,8 @@ def test_config_of_a_version_0_1_run(tmp_path) -> None:
         'input = "d/t.CSV"\nproducts = "auto"\nstagger = true\nkeep = 2\nheaderless = true\n'
         '[made_by]\ngptforge = "0.1"\n'
     )
-    values, is_from_run = read_toml(tmp_path / "old.toml")
-    assert is_from_run
+    values, made_by = read_toml(tmp_path / "old.toml")
+    assert made_by is not None
     config = merge(Config(), values, source="old.toml")
     assert (config.kind, config.split_by_name) == ("text", False)
     assert (config.random_offset, config.keep_checkpoints, config.raw_bin) == (True, 2, True)
@@ -131,4 +131,4 @@ def test_config_of_a_version_0_1_run(tmp_path) -> None:
     values, _ = read_toml(tmp_path / "new.toml")
     assert (values["kind"], values["split_by_name"]) == ("auto", True)
     (tmp_path / "user.toml").write_text('input = "t.csv"\n')
-    assert read_toml(tmp_path / "user.toml") == ({"input": "t.csv"}, False)
+    assert read_toml(tmp_path / "user.toml") == ({"input": "t.csv"}, None)

@@ -19,10 +19,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_sdpa_backend(monkeypatch) -> None:
-    shape = {"n_head": 2, "head_size": 8, "context_length": 16}
-    assert sdpa_backend(CPU, torch.float32, **shape) in ("flash", "math")
+    config = Config(n_head=2, n_embd=16, context_length=16)
+    assert sdpa_backend(config, CPU, torch.float32) in ("flash", "math")
     monkeypatch.setattr(torch, "_fused_sdp_choice", None)
-    assert sdpa_backend(CPU, torch.float32, **shape) == "unknown"
+    assert sdpa_backend(config, CPU, torch.float32) == "unknown"
 
 
 def test_fp8_needs_the_manual_backward() -> None:

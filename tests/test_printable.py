@@ -87,7 +87,7 @@ def test_model_card_escapes_the_name_of_the_text() -> None:
 
 def test_log_and_samples_are_printable(tmp_path) -> None:
     report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title=f"debug on {ESCAPES}*.txt")
-    report.start("summary", command="gpt.py --input `x`", facts={})
+    report.start("summary", {"command": "gpt.py --input `x`"})
     report.log_sample(3, f"To be{ESCAPES}", is_last=False)
     log, samples = (tmp_path / "log.md").read_text(), (tmp_path / "samples.md").read_text()
     assert "Made by `` gpt.py --input `x` ``." in log

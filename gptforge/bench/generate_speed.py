@@ -24,7 +24,7 @@ SAMPLING = SamplingParams()
 
 Prompts = list[list[int]]
 GenerateFn = Callable[[Prompts, int], float]
-"""Generates so many tokens for each prompt; returns the seconds to the first, NaN if unknown."""
+"""Generates this many tokens for each prompt; returns the seconds to the first, NaN if unknown."""
 
 
 def time_generation(

@@ -175,8 +175,7 @@ def attention_backend(step: TrainStep, config: Config) -> str:
     """Name the kernels that compute attention in this step."""
     if _has_triton_attention(step, config):
         return "cudnn, backward in Triton"
-    shape = {"head_size": config.n_embd // config.n_head, "context_length": config.context_length}
-    return sdpa_backend(step.device, step.precision.dtype, n_head=config.n_head, **shape)
+    return sdpa_backend(config, step.device, step.precision.dtype)
 
 
 def _has_triton_attention(step: TrainStep, config: Config) -> bool:

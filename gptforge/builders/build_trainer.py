@@ -13,7 +13,7 @@ from gptforge.builders.memory_fit import check_fits_memory
 from gptforge.builders.resolve_run import ResolvedRun, open_run_dir, resolve_run
 from gptforge.builders.start_report import config_toml, describe_dataset, start_report
 from gptforge.builders.step_timing import fit_time_limit
-from gptforge.builders.teachers import TeacherStopped, load_teachers, teacher_configs
+from gptforge.builders.teachers import load_teachers, teacher_configs
 from gptforge.checkpoint.async_saver import AsyncSaver
 from gptforge.checkpoint.format import CONFIG
 from gptforge.checkpoint.run_dir import OpenedRun
@@ -49,8 +49,8 @@ def build_trainer(
     start: Start | None = None,
     comm: Comm = SINGLE_PROCESS,
     on_teacher: Callable[[Trainer], object] = lambda trainer: None,
-) -> Trainer | None:
-    """Build all parts of a run; None if the run in the run folder is finished.
+) -> Trainer | StopReason:
+    """Build all parts of a run, unless there is nothing to train.
 
     All ranks build, and rank 0 alone opens the run folder. The teachers of a new run are trained
     before, in runs of their own.
@@ -60,8 +60,11 @@ def build_trainer(
         start: how the run was started; by default from Python, now.
         on_teacher: called with the trainer of each teacher before it trains.
 
+    Returns:
+        The trainer; else "finished" if the run in the run folder is, or why a teacher was stopped,
+        which is saved: the same command resumes it.
+
     Raises:
-        TeacherStopped: if a teacher's training is stopped.
         UserError: for a configuration, text or run folder that cannot be trained.
         RunError: if the disk has no room for a checkpoint.
     """
@@ -72,7 +75,7 @@ def build_trainer(
         _log_notes(run, opened)
         if opened.status == "finished":
             _log_finished(opened, run.start.program)
-            return None
+            return "finished"
         if opened.status == "new":
             run = fit_time_limit(run)
         c, device = run.config, run.device
@@ -85,7 +88,7 @@ def build_trainer(
             c, train_tokens=len(run.dataset.train), has_val=len(run.dataset.val) > 0
         )
         if patience:
-            counted = ", counted from the decay on" * (stable_end(c) is not None)
+            counted = "" if stable_end(c) is None else ", counted from the decay on"
             logger.info(
                 f"early stopping: after {patience} evaluations without a better held-out loss"
                 f"{counted}; --patience 0 turns it off"
@@ -98,19 +101,17 @@ def build_trainer(
         if c.teachers:
             opened = _move_old_run(opened, lock)
             if opened.status == "new":
-                _train_teachers(run, on_teacher)
+                reason = _train_teachers(run, on_teacher)
+                if reason != "finished":
+                    return reason
             distillation = load_teachers(c, device, comm)
         trainer = _assemble(run, opened, lock, patience=patience, distillation=distillation)
         on_failure.pop_all()
         return trainer
 
 
-def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> None:
-    """Train those teachers of a student that are not finished.
-
-    Raises:
-        TeacherStopped: if one is stopped.
-    """
+def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
+    """Train those teachers of a student that are not finished, until one is stopped."""
     c, comm = run.config, run.comm
 
     def start(trainer: Trainer) -> None:
@@ -123,10 +124,11 @@ def _train_teachers(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -
         logger.info(f"teacher {number} of {c.teachers}: {teacher.out_dir}")
         reason = _train_teacher(dataclasses.replace(run, config=teacher), start)
         if reason != "finished":
-            raise TeacherStopped(reason)
+            return reason
     seed_everything(c, rank=comm.rank)  # as without teachers
-    teachers = pluralize(c.teachers, "teacher", "teachers")
+    teachers = pluralize(c.teachers, "teacher")
     logger.info(f"student of {teachers}: {c.out_dir}; the logged loss is that of the text alone")
+    return "finished"
 
 
 def _train_teacher(run: ResolvedRun, on_teacher: Callable[[Trainer], object]) -> StopReason:
@@ -165,7 +167,7 @@ def _assemble(
 ) -> Trainer:
     """Build the parts of an opened run, and write its first files.
 
-    `is_teacher` says whether another run learns from this one, which then reports less.
+    With `is_teacher`, another run learns from this one, which reports only steps and losses.
     """
     c, dataset, device, comm = run.config, run.dataset, run.device, run.comm
     step_fn = build_train_step(

@@ -120,7 +120,7 @@ def export_space(run: str, out: Path) -> None:
             meter(2, 3, "comparing weights")
             written = load_bundle(folder).state_dict
             if any(not t.equal(bundle.state_dict[name]) for name, t in written.items()):
-                raise RunError("the weights in the Space are not those of the run: it was not kept")
+                raise RunError("the weights in the Space are not those of the run: it is not kept")
     logger.info(
         f"{out.as_posix()}: a Space with the same weights, bit for bit; try it: python app.py there"
     )
@@ -195,7 +195,7 @@ def model_title(run: str) -> str:
 
 @contextmanager
 def report_write_errors(out: Path) -> Iterator[None]:
-    """Turn an error of the disk, while `out` is written, into a RunError of one line."""
+    """Turn a failure to write `out` into a RunError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

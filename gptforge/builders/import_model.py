@@ -3,13 +3,12 @@
 import hashlib
 import logging
 import os
-import tomllib
 from pathlib import Path
 
 from gptforge import files
 from gptforge.builders.export_model import bundle_toml, report_write_errors
 from gptforge.checkpoint import format as checkpoints
-from gptforge.config import METADATA_TABLE
+from gptforge.config_file import read_toml
 from gptforge.convert.bundle import ModelBundle, check_finite
 from gptforge.convert.hf import PYTORCH_WEIGHTS, is_hf_dir, model_files, read_hf
 from gptforge.convert.hub import OPENAI_MODELS, download_model
@@ -110,14 +109,13 @@ def import_if_needed(source: str, *, temp_dir: Path | None = None) -> str:
 
 
 def _why_not_reusable(out: Path, source: str) -> str:
-    """Why `out` is no intact import of the current content of `source`; empty if it is."""
+    """Why `out` is not an intact import of `source` as it is now; empty if it is."""
     if Path(source).exists():
         try:
-            config = tomllib.loads(files.read_text(out / checkpoints.CONFIG))
-            is_same = config[METADATA_TABLE].get("source") == _digest(Path(source))
-        except Exception:
-            is_same = False  # missing or damaged: not an import
-        if not is_same:
+            _, made_by = read_toml(out / checkpoints.CONFIG)
+        except UserError:
+            made_by = None  # missing or damaged: not an import
+        if not made_by or made_by.get("source") != _digest(Path(source)):
             return f"came from another {source}"
     reason = checkpoints.find_corruption(out, checkpoints.INFERENCE_FILES)
     return f"is damaged ({reason})" if reason else ""

@@ -15,8 +15,8 @@ from gptforge.estimate.formulas import num_params
 from gptforge.inference.language_model import LanguageModel
 
 MAX_FLOAT32_PARAMS = 30_000_000
-"""Below, a CPU generates faster in float32: the weights fit into its caches anyway."""
-MAX_SINGLE_THREAD_PARAMS = 4_000_000  # below, one CPU thread generates as fast as two
+"""Up to this size a CPU generates faster in float32: the weights fit into its caches anyway."""
+MAX_SINGLE_THREAD_PARAMS = 4_000_000  # up to this size one thread generates as fast as two
 
 
 @explain_os_errors()
@@ -62,17 +62,17 @@ def load_bundle(run: str | Path) -> ModelBundle:
     """
     if not isinstance(run, str | Path) or not str(run):
         raise UserError(f"{run!r} is not a run: give a run folder or a checkpoint folder")
-    run = path = Path(run).expanduser()
+    path = Path(run).expanduser()
     if is_hf_dir(path):
         return read_hf(path)
-    if not path.exists() and str(run).removeprefix("openai-community/") in OPENAI_MODELS:
+    if not path.exists() and str(path).removeprefix("openai-community/") in OPENAI_MODELS:
         raise UserError(
-            f"{run} does not exist here: download it once, gptforge import {run} runs/{path.name}, "
-            f"and give runs/{path.name}"
+            f"{path} does not exist here: download it once with gptforge import {path} "
+            f"runs/{path.name}, and give runs/{path.name}"
         )
     tried: set[Path] = set()
     while True:
-        checkpoint = checkpoints.resolve_checkpoint(str(run))
+        checkpoint = checkpoints.resolve_checkpoint(str(path))
         try:
             return _load_checkpoint(checkpoint)
         except (UserError, OSError):

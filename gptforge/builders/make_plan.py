@@ -26,15 +26,15 @@ from gptforge.estimate import formulas
 logger = logging.getLogger(__name__)
 
 MAX_USEFUL_EPOCHS = 4
-"""Up to so many epochs a repeated text is about as good as new text (Muennighoff et al., "Scaling
+"""Up to this many epochs, repeated text is about as good as new text (Muennighoff et al., "Scaling
 data-constrained language models", 2023)."""
 
 
 def make_plan(config: Config, explicit: Collection[str]) -> dict[str, Any]:
-    """Compute what a configuration amounts to, as `gptforge plan --json` prints it.
+    """Compute size and cost of a run, as `gptforge plan --json` prints them.
 
-    It is that of a new run: a run that exists in the run folder is not looked at. A new text is
-    prepared into the user's cache, where training finds it.
+    The plan is that of a new run, whatever the run folder holds. A new text is prepared into the
+    user's cache, where training finds it.
 
     Raises:
         UserError: for all that training refuses, with the same message.

@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from gptforge.builders.import_model import import_if_needed
@@ -13,7 +13,7 @@ from gptforge.checkpoint.out_dir import TEACHERS
 from gptforge.checkpoint.run_dir import is_run_of
 from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import Config, GPTConfig
-from gptforge.config_file import read_toml
+from gptforge.config_file import run_file_values
 from gptforge.data.checks import quick_check
 from gptforge.data.dataset import (
     BUNDLED_INPUT,
@@ -59,12 +59,12 @@ def resolve_init_from(
             )
         return config
     try:
-        if run_file_values(config).get("init_from") != config.init_from:  # there it was imported
+        if run_file_values(config).get("init_from") != config.init_from:  # a run has imported it
             source = import_if_needed(config.init_from, temp_dir=temp_dir)
             config = dataclasses.replace(config, init_from=source)
         path = _initial_checkpoint(config)
     except UserError as error:
-        flag = "--init_from " * str(error).startswith(config.init_from)
+        flag = "--init_from " if str(error).startswith(config.init_from) else ""
         raise UserError(f"{flag}{error}") from None
     if reason := checkpoints.find_corruption(path, checkpoints.INFERENCE_FILES):
         raise UserError(f"--init_from {config.init_from} is damaged: {reason}")
@@ -152,15 +152,8 @@ def config_of_run(config: Config) -> Config | None:
     return old if old and old.preset == config.preset else None
 
 
-def run_file_values(config: Config) -> Mapping[str, object]:
-    """The values of `--config`, if a run wrote the file; else none."""
-    values, is_from_run = read_toml(Path(config.config)) if config.config else ({}, False)
-    return values if is_from_run else {}
-
-
 def is_set_by_run_file(config: Config) -> bool:
-    """Whether a run's file gives all values: a preset then has nothing to choose, and a file comes
-    before a preset."""
+    """Whether `--config` is the file of a run, which sets every field: the preset chooses none."""
     values = run_file_values(config)
     if values and values.get("preset") != config.preset:
         logger.info(
@@ -176,7 +169,7 @@ def _initial_checkpoint(config: Config) -> Path:
 
 
 def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Config:
-    """A resumed run reads its files as before; its tokenizer may be the checkpoint's copy."""
+    """Read the files as the run in the run folder does, with its tokenizer if that file is gone."""
     if (saved := _saved_config(config)) is None:
         return config
     last, old = saved
@@ -193,7 +186,7 @@ def _with_input_options_of_run(config: Config, explicit: Collection[str]) -> Con
 def _learned_by_run(config: Config) -> Tokenizer | None:
     """The tokenizer that the run in the run folder learned from its text with `--tokenizer bpe`.
 
-    Learning again would give the same one, but for another version of the package tokenizers.
+    Learning again gives the same one only with the same version of the package tokenizers.
     """
     if config.tokenizer != "bpe":
         return None
@@ -235,7 +228,7 @@ def load_dataset(config: Config, explicit: Collection[str], progress: ProgressMe
         name = BUNDLED_INPUT
     elif "input" not in explicit and run_file_values(config) and _has_vanished(name):
         raise UserError(
-            f"{name}, the text of the run, is not here: put it back, or name its place with --input"
+            f"{name}, the text of the run, is not here: put it back, or give its path with --input"
         )
     dataset = open_dataset(resolve_input(name), options, progress=progress)
     check_length(dataset, config.context_length, random_offset=config.random_offset)

@@ -36,6 +36,7 @@ from gptforge.distributed import Comm
 from gptforge.errors import UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.presets import FINETUNE
+from gptforge.printable import join_first
 from gptforge.report.console import ProgressMeter
 from gptforge.shell import Start, env_int
 
@@ -142,11 +143,10 @@ def check_global_batch(config: Config, comm: Comm) -> None:
     unit = ranks // math.gcd(ranks, config.batch_size)
     suggested = max(unit, round(accumulation / unit) * unit)
     divisors = [str(n) for n in range(2, global_batch + 1) if global_batch % n == 0]
-    possible_ranks = ", ".join(divisors[:8]) + (", ..." if len(divisors) > 8 else "")
     raise UserError(
         f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation} is a "
         f"global batch of {global_batch} sequences, which does not divide by {ranks} ranks: use "
-        f"{possible_ranks or '1'} ranks, or, unless you resume a run, "
+        f"{join_first(divisors, 8) or '1'} ranks, or, unless you resume a run, "
         f"--gradient_accumulation_steps {suggested}"
     )
 

@@ -1,5 +1,6 @@
 """Evaluate a saved model: loss on held-out text, and the scores of benchmark tasks."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -7,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +18,6 @@ from gptforge.config import Config
 from gptforge.convert.hf import is_hf_dir
 from gptforge.convert.hf_tokenizer import NATIVE_TOKENIZER
 from gptforge.data.dataset import BUNDLED_INPUT, DatasetOptions, open_dataset, resolve_input
-from gptforge.data.prepare.sources import FileKind
 from gptforge.data.prepare.text_io import TextFormat
 from gptforge.data.token_dataset import TokenDataset
 from gptforge.device import select_eval_precision
@@ -41,6 +41,8 @@ HUB_DATASETS = {
 """Dataset and split on the Hugging Face Hub of each task."""
 MAX_LINE = 2**20
 """Longest line of a task file in characters; a hundred times the longest of the two tasks."""
+DATA_OPTIONS = DatasetOptions(val_fraction=0.0, needs_val=True)
+"""How `--data` is read: evaluated in full, or by its validation split if it has one."""
 Scores = dict[str, dict[str, float]]
 
 
@@ -48,41 +50,35 @@ def evaluate_run(
     run: str | Path,
     *,
     data: str = "",
-    encoding: str = "",
-    field: str = "",
-    kind: FileKind | Literal["auto"] = "auto",
-    raw_bin: bool = False,
+    data_options: DatasetOptions = DATA_OPTIONS,
     device: str = "auto",
 ) -> ValLoss:
     """Compute the loss of a saved model on another text, or on the text its run held out.
 
     Args:
         run: see `load`, also for `device`.
-        data: a text, evaluated in full, or shards, by their validation split if they have one;
-            empty: what the run held out. `encoding`, `field`, `kind` and `raw_bin` describe it.
+        data: a text, or shards; empty: what the run held out.
+        data_options: how to read `data`; the tokenizer is the model's.
 
     Raises:
         UserError: if there is no model or no such text, or the run held nothing out.
     """
-    flags = {"encoding": encoding, "field": field, "kind": kind, "raw_bin": raw_bin}
-    for flag, value in flags.items():
-        if value not in ("", "auto", False) and not data:
-            raise UserError(f"--{flag} describes the text of --data: give both, or neither")
     model = load(run, device=device)
     config, tokenizer_path, state = _read_run(str(run), block_size=model.model.config.block_size)
-    text_format = TextFormat(config.field, config.encoding)
-    if data:
-        text_format = TextFormat(field or TextFormat.field, encoding or TextFormat.encoding)
-    options = DatasetOptions(
+    options = data_options
+    if not data:
+        options = DatasetOptions(
+            val_fraction=config.val_fraction,
+            text_format=TextFormat(config.field, config.encoding),
+            kind=config.kind,
+            split_by_name=config.split_by_name,
+            raw_bin=config.raw_bin,
+        )
+    options = dataclasses.replace(
+        options,
         tokenizer=model.tokenizer,
-        val_fraction=0.0 if data else config.val_fraction,
-        text_format=text_format,
-        kind=kind if data else config.kind,
-        split_by_name=bool(data) or config.split_by_name,
-        raw_bin=raw_bin if data else config.raw_bin,
         require_tokenizer=True,
         model_tokenizer=tokenizer_path.as_posix(),
-        needs_val=bool(data),
     )
     if data:
         tokens = _open_data(str(run), data, options, config.val_fraction, state)
@@ -142,7 +138,7 @@ def _open_data(
             logger.warning(f"warning: {run} was trained on {data}: {memorized}{hint}")
     elif known:
         has_many = len(dataset.input_splits) > 1
-        count = f"{pluralize(len(known), 'file', 'files')} of " if has_many else ""
+        count = f"{pluralize(len(known), 'file')} of " if has_many else ""
         logger.warning(
             f"warning: {run} was trained on {count}{data}, or on a part of it: {memorized}"
         )
@@ -193,7 +189,7 @@ def evaluate_tasks(
         run: see `load`, also for `device`.
         tasks: comma-separated names; `NAME=FILE` reads JSON lines instead of the Hub. Names
             that are not built in are run by lm-evaluation-harness, also those in `include_path`.
-        limit: use the first so many examples of each task; 0: all.
+        limit: examples of each task, the first ones; 0: all.
 
     Raises:
         UserError: for an unknown task, or examples that cannot be downloaded or read.

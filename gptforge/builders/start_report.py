@@ -1,8 +1,7 @@
-"""Start the report of a run: its first writes, after everything that can be refused."""
+"""Start the report of a run: its first files, written once nothing can be refused any more."""
 
 import platform
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,37 +53,28 @@ def start_report(
         return report
     report.run_dir.mkdir(parents=True, exist_ok=True)
     files.atomic_write(report.run_dir / checkpoints.CONFIG, config_toml(run))
-    if opened.checkpoint is None:
-        # On the meta device: the step's model may be sharded.
-        with torch.device("meta"):
-            summary = model_summary(GPT(config.model))
-        report.start(summary, command=run.start.command, facts=_facts(run, step_fn))
-    else:
-        is_best = state.best_step == state.step
-        checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
-        sizes = opened.state["file_sizes"]
-        report.resume(
-            checkpoint,
-            sizes,
-            best=(state.best_step, state.best_loss),
-            command=run.start.command,
-            facts=_facts(run, step_fn),
-        )
-    report.console = Console(config.max_steps, state.step)
-    return report
-
-
-def _facts(run: ResolvedRun, step_fn: TrainStep) -> dict[str, Any]:
-    return {
-        "parameters": num_params(run.config.model),
+    facts = {
+        "command": run.start.command,
+        "parameters": num_params(config.model),
         "device": str(step_fn.device),
         "dtype": step_fn.precision.name,
         "compiled": step_fn.is_compiled,
-        "attention": attention_backend(step_fn, run.config),
+        "attention": attention_backend(step_fn, config),
         "micro_batch": step_fn.micro_batch_size,
         "ranks": run.comm.world_size,
         **_versions(),
     }
+    if opened.checkpoint is None:
+        # On the meta device: the step's model may be sharded.
+        with torch.device("meta"):
+            report.start(model_summary(GPT(config.model)), facts)
+    else:
+        is_best = state.best_step == state.step
+        checkpoint = SavedCheckpoint(state.step, opened.checkpoint.name, is_best)
+        best = state.best_step, state.best_loss
+        report.resume(checkpoint, opened.state["file_sizes"], best=best, facts=facts)
+    report.console = Console(config.max_steps, state.step)
+    return report
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,7 @@ from gptforge.errors import RunError
 from gptforge.estimate.formulas import flops_per_token
 from gptforge.model import GPT
 from gptforge.presets import AUTO
+from gptforge.printable import pluralize
 from gptforge.recipe import EVALUATIONS, USABLE_TIME, intervals, round_nicely, teacher_steps
 from gptforge.report.format import format_duration
 from gptforge.report.log_handler import log_to
@@ -34,11 +35,11 @@ MAX_FLOPS, MAX_FLOPS_CUDA = 1e12, 1e14
 MIN_LAYERS = 4
 """Layers of the deeper of two models to extrapolate from: with fewer, the error grows too large."""
 MIN_SECONDS, MAX_SECONDS = 1.0, 4.0
-"""Three passes are enough after the first, and one after the second."""
+"""Passes are timed for MAX_SECONDS, or until three have taken MIN_SECONDS."""
 MIN_CPU_SHARE = 0.8
 """CPU time over wall time below which other programs use the cores: an idle machine gave 0.97 to 1,
 one busy program beside it 0.5, with passes three to five times as slow."""
-MIN_STEPS_PER_EVAL = 10  # steps between evaluations, in steps that take as long as one evaluation
+MIN_TRAINING_PER_EVAL = 10  # seconds of steps between evaluations, per second of one
 
 
 def build_bench_step(config: Config, explicit: Collection[str]) -> TrainStep:
@@ -106,8 +107,9 @@ def time_step(
         is_manual = step.kernels.manual_backward
         del step
     total = seconds[-1]
-    how = f"forward and backward of {sequences} sequence{'s' * (sequences > 1)}"
-    how += " and an optimizer step" * (device.type == "cpu")
+    how = f"forward and backward of {pluralize(sequences, 'sequence')}"
+    if device.type == "cpu":
+        how += " and an optimizer step"
     if len(depths) > 1:
         per_layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
         total += max(0.0, per_layer) * (config.n_layer - depths[1])
@@ -181,9 +183,10 @@ def _fit_on_main(run: ResolvedRun) -> Config:
     if follow:
         fitted = dataclasses.replace(fitted, teacher_steps=teacher_steps(fitted.max_steps))
     if fitted.max_steps < c.max_steps:
+        teachers = " with teachers" if c.teachers else ""
         logger.info(
             f"auto: {fitted.max_steps:,} steps instead of {c.max_steps:,}, of "
-            f"{1000 * per_step:.3g} ms each{' with teachers' * bool(c.teachers)}, to end within "
+            f"{1000 * per_step:.3g} ms each{teachers}, to end within "
             f"{format_duration(left)}"
         )
     return fitted
@@ -203,7 +206,7 @@ def fit_steps(
     def eval_every(max_steps: int) -> int:
         if "eval_every" in explicit:
             return config.eval_every
-        return round_nicely(max(max_steps / EVALUATIONS, MIN_STEPS_PER_EVAL * steps_per_eval))
+        return round_nicely(max(max_steps / EVALUATIONS, MIN_TRAINING_PER_EVAL * steps_per_eval))
 
     def steps_with_evals(max_steps: int) -> float:
         return max_steps + math.ceil(max_steps / eval_every(max_steps)) * steps_per_eval

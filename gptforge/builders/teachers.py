@@ -24,15 +24,6 @@ from gptforge.errors import UserError
 from gptforge.kernels.distillation import MAX_VOCAB
 from gptforge.model import GPT
 from gptforge.training.distillation import Distillation
-from gptforge.training.signals import StopReason
-
-
-class TeacherStopped(Exception):  # noqa: N818  (not an error)
-    """A teacher's training was stopped, and saved; the same command resumes it."""
-
-    def __init__(self, reason: StopReason) -> None:
-        super().__init__(reason)
-        self.reason: StopReason = reason
 
 
 def check_teachers(config: Config) -> None:

@@ -24,7 +24,7 @@ from gptforge.report.format import format_count, format_epochs
 logger = logging.getLogger(__name__)
 
 TRAINING_EFFICIENCY = 0.25
-"""FLOP/s of training over those of a large matmul: models of a recipe have small matrices."""
+"""FLOP/s of training over those of a large matmul; the recipes' models have small matrices."""
 MATMUL_SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}
 
 # Of --preset finetune
@@ -32,7 +32,7 @@ EPOCHS = 3
 """Passes over the text, as in GPT-1's fine-tuning (Radford et al., 2018): a pretrained model soon
 memorizes a small text."""
 MIN_STEPS_PER_EPOCH = 100
-"""The batch shrinks for a text that does not have so many steps of full batches."""
+"""For a text with fewer steps of full batches than this, the batch shrinks."""
 MIN_SEQUENCES, MAX_TOKENS = 4, 2**15  # bounds of the global batch
 GPT2_SMALL_LR, GPT2_SMALL_WIDTH = 1e-4, 768
 MAX_LR = 1e-3  # that of training from scratch: an upper bound for narrow models
@@ -140,15 +140,15 @@ def explain_recipe(
     sequences = v["batch_size"] * v["gradient_accumulation_steps"]
     lines = [
         tokenizer,
-        f"{pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
+        f"{pluralize(v['n_layer'], 'layer')} x {v['n_embd']}, sequences of "
         f"{v['context_length']:,} tokens{limited}",
         f"{decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
-        f"{v['max_steps']:,} steps of {pluralize(sequences, 'sequence', 'sequences')}, "
+        f"{v['max_steps']:,} steps of {pluralize(sequences, 'sequence')}, "
         f"{v['optimizer']}, max_lr {v['max_lr']:g}, ema {v['ema']:g}",
     ]
     if v["teachers"]:
         lines.append(
-            f"before that {pluralize(v['teachers'], 'teacher', 'teachers')} of "
+            f"before that {pluralize(v['teachers'], 'teacher')} of "
             f"{v['teacher_steps'] or v['max_steps']:,} steps: the model learns from their "
             "probabilities, too"
         )

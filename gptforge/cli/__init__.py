@@ -36,7 +36,7 @@ from gptforge.shell import quote
 EXIT_USER_ERROR, EXIT_FAILURE = 2, 1
 GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others polls before it sleeps
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], type, str]] = {
     "train": (train.main, train.TrainArgs, "train a model or resume a run; the default command"),
     "prepare": (prepare.main, prepare.PrepareArgs, "turn texts of any kind into token shards"),
     "tokenizer": (prepare.tokenizer_main, prepare.TokenizerArgs, "train a BPE tokenizer on a text"),
@@ -55,7 +55,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], type, str]] = {
     "doctor": (doctor.main, doctor.DoctorArgs, "check this machine or a dataset for problems"),
     "completion": (completion.main, completion.CompletionArgs, "print a script for Tab completion"),
 }
-"""Name -> function, its flags, and what it does."""
+"""Name -> function, which may return an exit code, its flags, and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +181,7 @@ def _run_command(args: list[str]) -> int:
         # Started by torchrun: one process is enough, and several would write the same files.
         return 0
     run, _, _ = COMMANDS[name]
-    return run(rest)
+    return run(rest) or 0
 
 
 def _command_hint(name: str) -> str:

@@ -49,8 +49,8 @@ class BenchConfig(Config):
     """Print one JSON object on stdout, and the rest on stderr."""
 
 
-def main(argv: list[str]) -> int:
-    """Measure and print; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Measure and print."""
     args, explicit = parse_train_args(argv, cls=BenchConfig, prog="gptforge bench")
     if args.repeats < 1:
         raise UserError(f"--repeats must be 1 or more, not {args.repeats}")
@@ -74,7 +74,6 @@ def main(argv: list[str]) -> int:
         results = measure(config, explicit, args)
     if args.json:
         print(json.dumps(results))
-    return 0
 
 
 def _measure_training(
@@ -100,7 +99,7 @@ def _measure_training(
     results[0]["first_step_seconds"] = first_step_seconds
     logger.info(
         "\n| implementation | tokens/s | ms per step (min, max) | TFLOP/s | MFU | first step, s "
-        "| peak GB | speedup over it |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| peak GB | gptforge's speedup |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     for r in results:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
@@ -116,9 +115,7 @@ def _measure_training(
     per_token = format_count(results[0]["flops_per_token"])
     logger.info(f"\n{MFU_FORMULA}, here {per_token}FLOP per token; {note}")
     if args.peer:
-        logger.info(
-            "first step: of gptforge since the program started, of the baseline since its building"
-        )
+        logger.info("first step: since the program started; of the baseline, since it was built")
     machine = {
         **_device_facts(step.device),
         "dtype": step.precision.name,
@@ -180,7 +177,7 @@ def _measure_generation(
     logger.info(
         f"\n{prompt_tokens} prompt tokens, {new_tokens} new ones, temperature 0.8, top-k 200\n\n"
         "| implementation | batch | new tokens/s (min, max) | ms to first token "
-        "| speedup over it |\n"
+        "| gptforge's speedup |\n"
         "| --- | --- | --- | --- | --- |"
     )
     results = []

@@ -54,15 +54,15 @@ class CompletionArgs:
     """bash, zsh or fish."""
 
 
-def main(argv: list[str]) -> int:
-    """Print the script for a shell; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Print the script for a shell."""
     from gptforge.cli import COMMANDS
 
     shell = parse_args(CompletionArgs, argv, "gptforge completion").shell
     flags = {name: _flags(cls) for name, (_, cls, _) in COMMANDS.items()}
     if shell == "fish":
         print(_fish_script(flags, {name: about for name, (_, _, about) in COMMANDS.items()}))
-        return 0
+        return
     if shell == "zsh":
         print("autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit")
     values = {f"--{name}": values for named in flags.values() for name, values in named.items()}
@@ -76,7 +76,6 @@ def main(argv: list[str]) -> int:
         .replace("VALUES", _cases({name: words for name, words in values.items() if words})),
         end="",
     )
-    return 0
 
 
 def _flags(cls: type) -> dict[str, tuple[str, ...]]:

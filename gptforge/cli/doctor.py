@@ -14,6 +14,7 @@ from gptforge.errors import UserError
 from gptforge.findings import Finding
 from gptforge.presets import AUTO, get_preset
 from gptforge.printable import printable
+from gptforge.recipe import make_recipe
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _check_data(args: DoctorArgs) -> list[Finding]:
     from gptforge.data.dataset import DatasetOptions
-    from gptforge.data.prepare.request import SHARD_SUFFIX
+    from gptforge.data.prepare.request import SHARD_SUFFIX, estimate_text_size
     from gptforge.data.prepare.text_io import TextFormat
     from gptforge.data.shard_index import INDEX_FILE
     from gptforge.doctor.shards import check_shards
@@ -71,9 +72,6 @@ def _check_data(args: DoctorArgs) -> list[Finding]:
         require_tokenizer=bool(args.tokenizer),
     )
     if args.preset == AUTO:
-        from gptforge.data.prepare.request import estimate_text_size
-        from gptforge.recipe import make_recipe
-
         size = estimate_text_size(path, options)
         preset = merge(preset, make_recipe(size.num_bytes, "gpu").values, source="preset auto")
     options = dataclasses.replace(options, tokenizer=args.tokenizer or preset.tokenizer)

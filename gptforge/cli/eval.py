@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -40,7 +40,7 @@ class EvalArgs:
     include_path: str = ""
     """Folder with further tasks in the format of lm-evaluation-harness."""
     limit: int = 0
-    """Evaluate only the first examples of each task, this many; 0: all."""
+    """Examples of each task to evaluate, the first ones; 0: all."""
     json: bool = False
     """Print one JSON object."""
     device: str = "auto"
@@ -48,8 +48,8 @@ class EvalArgs:
 
 
 @log_to(print_stderr)
-def main(argv: list[str]) -> int:
-    """Evaluate and print; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Evaluate and print."""
     args = parse_args(EvalArgs, argv, "gptforge eval")
     for flag in ("limit", "include_path"):
         if getattr(args, flag) and not args.tasks:
@@ -74,21 +74,18 @@ def main(argv: list[str]) -> int:
                 print(f"{name}: {_format_scores(score)}")
     if args.json:
         print(json.dumps(results))
-    return 0
 
 
 def _evaluate_text(args: EvalArgs) -> dict[str, object]:
-    from gptforge.builders.run_evaluation import evaluate_run
+    for flag in ("encoding", "field", "kind", "raw_bin"):
+        if getattr(args, flag) != getattr(EvalArgs, flag) and not args.data:
+            raise UserError(f"--{flag} describes the text of --data: give both, or neither")
+    from gptforge.builders.run_evaluation import DATA_OPTIONS, evaluate_run
+    from gptforge.data.prepare.text_io import TextFormat
 
-    score = evaluate_run(
-        args.run,
-        data=args.data,
-        encoding=args.encoding,
-        field=args.field,
-        kind=args.kind,
-        raw_bin=args.raw_bin,
-        device=args.device,
-    )
+    text_format = TextFormat(args.field or TextFormat.field, args.encoding or TextFormat.encoding)
+    options = replace(DATA_OPTIONS, text_format=text_format, kind=args.kind, raw_bin=args.raw_bin)
+    score = evaluate_run(args.run, data=args.data, data_options=options, device=args.device)
     if not math.isfinite(score.loss):
         hint = "the training of this model diverged, or its weights are too large for this device"
         raise RunError(f"{args.run}: loss is NaN or Inf: {hint}")

@@ -45,8 +45,8 @@ class ImportArgs:
 
 
 @log_to(print_stderr)
-def main(argv: list[str]) -> int:
-    """`gptforge export`: write, check, perhaps upload; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """`gptforge export`: write, check, perhaps upload."""
     args = parse_args(ExportArgs, argv, "gptforge export")
     if args.push and args.to == "gguf":
         raise UserError("--push uploads folders: use it with --to hf or --to space")
@@ -62,20 +62,18 @@ def main(argv: list[str]) -> int:
     out = Path(args.out)
     if args.to == "gguf":
         export_model.export_gguf(args.run, out, dtype=args.type or "f16")
-        return 0
+        return
     write = export_model.export_hf if args.to == "hf" else export_model.export_space
     write(args.run, out)
     if args.push:
         repo_type: Literal["model", "space"] = "model" if args.to == "hf" else "space"
         safe_print(push_to_hub(out, args.push, repo_type=repo_type, private=args.private))
-    return 0
 
 
 @log_to(print_stderr)
-def import_main(argv: list[str]) -> int:
-    """`gptforge import`: read, check, write; returns the exit code."""
+def import_main(argv: list[str]) -> None:
+    """`gptforge import`: read, check, write."""
     args = parse_args(ImportArgs, argv, "gptforge import")
     from gptforge.builders.import_model import import_model
 
     import_model(args.source, Path(args.out), tokenizer=args.tokenizer, text=args.text)
-    return 0

@@ -16,7 +16,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from gptforge.config import FIELDS, FOREIGN_FIELDS, RENAMED_FIELDS, Config, merge
-from gptforge.config_file import read_toml
+from gptforge.config_file import read_toml, run_file_values
 from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
 
@@ -93,10 +93,10 @@ def preset_and_file(preset: str, file: str) -> tuple[Config, frozenset[str]]:
         preset: value of `--preset`; empty: that of the file.
         file: value of `--config`, or empty.
     """
-    values, is_from_run = read_toml(Path(file), flag="--config") if file else ({}, False)
+    values, made_by = read_toml(Path(file), flag="--config") if file else ({}, None)
     name = preset or values.get("preset")
     base = get_preset(str(name)) if name else Config()
-    explicit = frozenset() if is_from_run else frozenset(values)
+    explicit = frozenset(values) if made_by is None else frozenset()
     return merge(base, values, source=f"--config {file}"), explicit
 
 
@@ -112,10 +112,9 @@ def resolve_preset(config: Config, explicit: frozenset[str]) -> Config:
         logger.info(
             "note: --mlp_matmul quack has no effect: support for the quack package was removed"
         )
-    is_from_run = bool(config.config) and read_toml(Path(config.config))[1]
     if config.preset:
         logger.info(f"preset: {config.preset} ({PRESETS[config.preset].description})")
-    elif not is_from_run:  # the file of a teacher names no preset, and sets every value
+    elif not run_file_values(config):  # the file of a teacher names no preset
         import torch
 
         has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
@@ -177,6 +176,7 @@ def parse_args(
     Raises:
         UserError: for any mistake, in one line instead of tyro's box.
     """
+    args = normalize_flags(cls, args)
     shown = cls if {"-h", "--help"}.isdisjoint(args) else _with_help(cls)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_bool_rule)
@@ -188,7 +188,7 @@ def parse_args(
         with contextlib.redirect_stderr(stderr):
             parsed: T = tyro.cli(
                 shown,
-                args=normalize_flags(cls, args),
+                args=args,
                 prog=prog,
                 use_underscores=True,
                 registry=registry,
@@ -256,33 +256,31 @@ def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None
     )
 
 
-def _one_line(text: str, prog: str, cls: type, args: Sequence[str]) -> str:
-    """Extract the mistake, and tyro's suggestion, from its boxed message."""
-    names = [field.name for field in fields(cls)]
-    inner = [line.strip("│ ") for line in text.splitlines()[1:-1]]
+def _one_line(box: str, prog: str, cls: type, args: Sequence[str]) -> str:
+    """Say what is wrong with `args`: unknown flags, else the mistake in tyro's boxed message."""
+    inner = [line.strip("│ ") for line in box.splitlines()[1:-1]]
     # Horizontal rules divide the box: the mistake is above the first one.
     sections = " ".join("\n" if set(line) == {"─"} else line for line in inner).split("\n")
-    mistake = _without_values(sections[0].strip())
+    mistake, needs = sections[0].strip(), ""
     if mistake.startswith("Missing from"):
         # Names are indented by four columns, and their descriptions by eight.
-        required, _, rest = text.partition("For full helptext")[0].partition("Unrecognized options")
-        missing, unrecognized = (
-            re.findall(r"^│ {5}(\S+)", part, re.MULTILINE) for part in (required, rest)
-        )
-        mistake = f"{prog} needs {' and '.join(missing)}"
-        if unrecognized:
-            listed = _without_values(f"Unrecognized options: {' '.join(unrecognized)}")
-            mistake = f"{listed}; {mistake}"
-        if "RUN" in missing:
-            mistake += f"; {runs_hint()}"
-    if no_value := re.match(r"Missing value for argument '(\S+)'", mistake):
-        name = no_value[1]
-        mistake = f"{name} needs a value"
-        if not name.startswith("-"):  # the user gave it a flag
-            mistake = f"{prog} takes {name.upper()} without a flag"
-            if unknown := [flag for arg in args if (flag := _split(arg)[0]) not in ("", *names)]:
-                mistake = f"Unrecognized options: --{', --'.join(unknown)}"
-    if choice := re.match(r"invalid choice (.+) for argument '(\S+)'\. .* \((.+)\)", mistake):
+        listed = re.split("Unrecognized options|For full helptext", box)[0]
+        missing = re.findall(r"^│ {5}(\S+)", listed, re.MULTILINE)
+        hint = f"; {runs_hint()}" if "RUN" in missing else ""
+        mistake = needs = f"{prog} needs {' and '.join(missing)}{hint}"
+    names = [field.name for field in fields(cls)]
+    flags = [arg.partition("=")[0] for arg in args if re.match("--?[A-Za-z]", arg)]
+    if no_value := re.match(r"Missing value for argument '(-\S+)'", mistake):
+        mistake = f"{no_value[1]} needs a value"
+    elif unknown := [flag for flag in flags if _split(flag)[0] not in names]:
+        name = _split(unknown[0])[0]
+        close = [FOREIGN_FIELDS.get(name), *difflib.get_close_matches(name, names, n=1)]
+        hint = next((f"did you mean --{other}?" for other in close if other in names), "")
+        mistakes = [f"Unrecognized options: {', '.join(unknown)}", hint, needs]
+        mistake = "; ".join(filter(None, mistakes))
+    elif with_flag := re.match(r"Missing value for argument '(\S+)'", mistake):
+        mistake = f"{prog} takes {with_flag[1].upper()} without a flag"
+    elif choice := re.match(r"invalid choice (.+) for argument '(\S+)'\. .* \((.+)\)", mistake):
         value, name, choices = choice.groups()
         choices = choices.replace("'', ", "")  # the default of a flag that was not given
         name = name if name.startswith("-") else name.upper()
@@ -290,18 +288,4 @@ def _one_line(text: str, prog: str, cls: type, args: Sequence[str]) -> str:
     mistake = re.sub(r"^Error parsing (--\w+):", r"\1", mistake)
     for python_words, words in NUMBER_ERRORS.items():
         mistake = mistake.replace(python_words, words)
-    suggestion = re.search(r"Perhaps you meant:\s+(--\w+)", text.replace("│", ""))
-    flag = suggestion[1] if suggestion else ""
-    if first := re.match(r"Unrecognized options: --([\w-]+)", mistake):
-        name = first[1].replace("-", "_")
-        close = [FOREIGN_FIELDS.get(name), *difflib.get_close_matches(name, names, n=1)]
-        flag = next((f"--{name}" for name in close if name in names), flag)
-    hint = f"; did you mean {flag}?" if flag else ""
-    return f"{mistake}{hint} (see {prog} --help)"
-
-
-def _without_values(mistake: str) -> str:
-    """List the options only: tyro does not know which values belong to an unrecognized one."""
-    start = "Unrecognized options: "
-    options = re.findall(r"(?<=[ ,])--?[A-Za-z][\w-]*", mistake.removeprefix(start[:-1]))
-    return start + ", ".join(options) if mistake.startswith(start) and options else mistake
+    return f"{mistake} (see {prog} --help)"

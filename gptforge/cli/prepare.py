@@ -73,15 +73,15 @@ class TokenizerArgs(TextFileArgs):
     """Replace an existing file."""
 
 
-def main(argv: list[str]) -> int:
-    """Prepare and describe the result; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Prepare and describe the result."""
     args = parse_args(PrepareArgs, argv, "gptforge prepare")
     if not args.sources:
         raise UserError("gptforge prepare: name at least one file, folder or pattern")
     if args.workers < 0 or args.shard_mb < 1:
         raise UserError("--workers must be 0 or more, --shard_mb 1 or more")
     if args.vocab_size and args.tokenizer != "bpe":
-        raise UserError("--vocab_size is for --tokenizer bpe, which learns so many ids")
+        raise UserError("--vocab_size is for --tokenizer bpe, which learns that many ids")
     from gptforge.data.prepare.pipeline import prepare
     from gptforge.data.prepare.request import PrepareRequest
     from gptforge.data.prepare.text_io import TextFormat
@@ -114,7 +114,6 @@ def main(argv: list[str]) -> int:
         )
     safe_print(describe(index))
     safe_print(f"Train on it: {program_name()} --input {quote(args.out)}")
-    return 0
 
 
 def describe(index: "Index") -> str:
@@ -122,7 +121,7 @@ def describe(index: "Index") -> str:
     splits = []
     for split, use in (("train", "to train on"), ("val", "held out")):
         if tokens := index.total(split, "tokens"):
-            documents = pluralize(index.total(split, "documents"), "document", "documents")
+            documents = pluralize(index.total(split, "documents"), "document")
             splits.append(f"{tokens:,} tokens of {documents} {use}")
     num_bytes, tokens = (
         sum(index.total(s, q) for s in ("train", "val")) for q in ("bytes", "tokens")
@@ -134,8 +133,8 @@ def describe(index: "Index") -> str:
     )
 
 
-def cache_main(argv: list[str]) -> int:
-    """Print the folder and its size, after clearing it if requested; returns the exit code."""
+def cache_main(argv: list[str]) -> None:
+    """Print the folder and its size, after clearing it if requested."""
     args = parse_args(CacheArgs, argv, "gptforge cache")
     from gptforge.data.cache import clear_cache, writable_cache
     from gptforge.report.run_info import disk_bytes
@@ -145,11 +144,10 @@ def cache_main(argv: list[str]) -> int:
     folder = writable_cache()
     entries = pluralize(len(list(folder.iterdir())), "entry", "entries")
     safe_print(f"{folder.as_posix()}: {entries}, {disk_bytes(folder) / 1e6:,.1f} MB")
-    return 0
 
 
-def tokenizer_main(argv: list[str]) -> int:
-    """Train the tokenizer and write it; returns the exit code."""
+def tokenizer_main(argv: list[str]) -> None:
+    """Train the tokenizer and write it."""
     if argv[:1] != ["train"] and not {"-h", "--help"} & set(argv):
         raise UserError("gptforge tokenizer: the only subcommand is `tokenizer train SRC...`")
     args = parse_args(TokenizerArgs, argv[argv[:1] == ["train"] :], "gptforge tokenizer train")
@@ -174,7 +172,6 @@ def tokenizer_main(argv: list[str]) -> int:
     assert load(out).to_json() == trained.to_json()
     path = out.as_posix()
     safe_print(f"{path}: {trained.vocab_size} ids. Use it with --tokenizer {quote(path)}")
-    return 0
 
 
 def _iter_text(args: TokenizerArgs) -> Iterator[str]:

@@ -63,8 +63,8 @@ class CompareArgs:
     """Print one JSON object."""
 
 
-def main(argv: list[str]) -> int:
-    """Print the table; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Print the table."""
     args = parse_args(RunsArgs, argv, "gptforge runs")
     from gptforge.report.run_info import SWEEP_DATA, find_runs, subfolders
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     # A subfolder without any run gets a row that says so.
     paths = find_runs(folder, depth=0)
     for sub in [] if paths else subfolders(folder):
-        paths += find_runs(sub) or [sub] * (sub.name != SWEEP_DATA)
+        paths += find_runs(sub) or ([] if sub.name == SWEEP_DATA else [sub])
     rows = sorted(map(_row, paths), key=lambda row: -row["modified"])
     if args.json:
         print(json.dumps(rows))
@@ -86,18 +86,16 @@ def main(argv: list[str]) -> int:
                 safe_print(f"note: {row['problem']}")
     else:
         safe_print(f"No runs in {args.folder}.")
-    return 0
 
 
-def report_main(argv: list[str]) -> int:
-    """Write the report and print its path; returns the exit code."""
+def report_main(argv: list[str]) -> None:
+    """Write the report and print its path."""
     args = parse_args(ReportArgs, argv, "gptforge report")
     if args.out and Path(args.out).suffix.lower() not in PAGES:
         raise UserError(f"--out {args.out}: must end in .html")  # or it may replace another file
     from gptforge.report.html_report import save_report
 
     safe_print(save_report(Path(args.run), Path(args.out) if args.out else None).as_posix())
-    return 0
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -128,8 +126,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["run"], row["state"], row["text"], loss, steps, seconds, size, changed]
 
 
-def compare_main(argv: list[str]) -> int:
-    """Print the comparison and draw the picture; returns the exit code."""
+def compare_main(argv: list[str]) -> None:
+    """Print the comparison and draw the picture."""
     args = parse_args(CompareArgs, argv, "gptforge compare")
     paths = list(dict.fromkeys(map(Path, args.runs)))
     picture = Path(args.out)
@@ -152,7 +150,6 @@ def compare_main(argv: list[str]) -> int:
         print(json.dumps(_as_json(comparison) | {"picture": picture.as_posix()}))
     else:
         safe_print(f"\nPicture: {picture.as_posix()}")
-    return 0
 
 
 def _describe(comparison: "Comparison") -> str:

@@ -76,8 +76,8 @@ class DemoArgs:
 
 
 @log_to(print_stderr)
-def main(argv: list[str]) -> int:
-    """Load a model and generate; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Load a model and generate."""
     args = parse_args(SampleArgs, argv, "gptforge sample")
     if args.num_samples < 1:
         raise UserError(f"--num_samples must be 1 or more, not {args.num_samples}")
@@ -102,14 +102,14 @@ def main(argv: list[str]) -> int:
     if not model.logits([0]).isfinite().all():
         raise RunError(f"{args.run}: logits are NaN or Inf, since training diverged")
     if args.interactive:
-        return _interactive(model, args)
+        _interactive(model, args)
+        return
     prompt = args.prompt
     prompt = normalize_prompt(sys.stdin.read()) if prompt == "-" else prompt_from_argv(prompt)
     if args.num_samples == 1 and not args.json:
         _stream(model, args, prompt, args.seed)
     else:
         _generate_batches(model, args, prompt)
-    return 0
 
 
 def _stream(model: "LanguageModel", args: SampleArgs, prompt: str, seed: int) -> None:
@@ -164,7 +164,7 @@ def _generate_batches(model: "LanguageModel", args: SampleArgs, prompt: str) -> 
                 print(terminal_safe(f"{separator}{prompt}{completion.text}"), flush=True)
 
 
-def _interactive(model: "LanguageModel", args: SampleArgs) -> int:
+def _interactive(model: "LanguageModel", args: SampleArgs) -> None:
     """Continue each line of stdin. Ctrl-C only ends the current completion."""
     from gptforge.inference.validation import normalize_prompt
 
@@ -182,7 +182,6 @@ def _interactive(model: "LanguageModel", args: SampleArgs) -> int:
             if not is_terminal:
                 raise
         seed = (seed + 1) % SEED_LIMIT
-    return 0
 
 
 def _read_line(*, is_terminal: bool) -> str | None:
@@ -202,8 +201,8 @@ def _read_line(*, is_terminal: bool) -> str | None:
         return None
 
 
-def demo_main(argv: list[str]) -> int:
-    """Serve until interrupted; returns the exit code."""
+def demo_main(argv: list[str]) -> None:
+    """Serve until interrupted."""
     args = parse_args(DemoArgs, argv, "gptforge demo")
     if not 0 <= args.port < 65536:
         raise UserError(f"--port must be 0 to 65535, not {args.port}")
@@ -211,4 +210,3 @@ def demo_main(argv: list[str]) -> int:
 
     names = [name for word in args.allowed_hosts.split(",") if (name := word.strip())]
     launch(args.run, host=args.host, port=args.port, device=args.device, allowed_hosts=names)
-    return 0

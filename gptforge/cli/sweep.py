@@ -29,7 +29,7 @@ Specs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE,...")]
 
 @dataclass(frozen=True)
 class SweepConfig(Config):
-    """Search the best values of any fields. Takes all flags of train, and these."""
+    """Search for the best values of any fields. Takes all flags of train, and these."""
 
     grid: Specs = ()
     """Train all combinations of these values: max_lr=1e-3,2e-3 dropout=0,0.2."""
@@ -45,12 +45,12 @@ class SweepConfig(Config):
     jobs: int = 0
     """Runs at a time; 0: one on a CPU; on a GPU, as many as fit, up to 4."""
     final: bool = False
-    """In the end, train the best trial on the full training part and evaluate it on the test
-    tail."""
+    """At the end, train the best trial on the full training part and evaluate it on the test
+    split."""
 
 
-def main(argv: list[str]) -> int:
-    """Run or resume a sweep and print its results; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Run or resume a sweep and print its results."""
     args, explicit = parse_train_args(argv, cls=SweepConfig, prog="gptforge sweep")
     method = _method(args)
     space = parse_space(getattr(args, method), args, flag=f"--{method}")
@@ -95,14 +95,13 @@ def main(argv: list[str]) -> int:
                     "The best of many trials is also the luckiest: for a loss to quote, the "
                     "same command with --final evaluates it on the test split."
                 )
-                return 0
+                return
             final = sweep.run_final(best)
             safe_print(
                 f"Test split: {final.label} nats per token, {final.bits_per_byte:.4f} bits per "
                 f"byte, after {final.step:,} steps; mean and standard deviation over "
                 f"{len(final.losses)} seeds that no trial had"
             )
-    return 0
 
 
 def _method(args: SweepConfig) -> "Method":

@@ -121,22 +121,15 @@ def run_training(
         try:
             from gptforge.builders.build_trainer import build_trainer
             from gptforge.builders.resolve import resolve_out_dir
-            from gptforge.builders.teachers import TeacherStopped
 
-            reason: StopReason = "finished"
-            try:
-                trainer = build_trainer(
-                    config,
-                    explicit=explicit,
-                    start=start,
-                    comm=comm,
-                    on_teacher=on_start,
-                )
-            except TeacherStopped as stop:
-                reason = stop.reason
-            if trainer is None:
+            built = build_trainer(
+                config, explicit=explicit, start=start, comm=comm, on_teacher=on_start
+            )
+            if isinstance(built, str):
+                reason = built
                 comm.shutdown()
             else:
+                trainer = built
                 on_start(trainer)
                 if comm.is_main:
                     handler.write = trainer.report.console.log  # above the progress bar
@@ -166,22 +159,18 @@ def run_training(
 @contextlib.contextmanager
 def _log_as(args: TrainArgs) -> Iterator[WriteHandler]:
     """Log as the flags say; yields the handler that prints on stdout."""
+    from gptforge.report.console import Console
+
     is_json = args.log_format == "json"
     level = RESULT if args.quiet or is_json else logging.INFO
     level = logging.DEBUG if args.verbose else level
-    with log_to(_print, EVENT if is_json else level) as handler:
+    with log_to(Console().log, EVENT if is_json else level) as handler:
         if is_json:
             handler.addFilter(lambda record: record.levelno == EVENT)
             text = WriteHandler(print_stderr)
             text.setLevel(level)
             PACKAGE.addHandler(text)
         yield handler
-
-
-def _print(text: str) -> None:
-    from gptforge.report.console import Console
-
-    Console().log(text)
 
 
 def expand_resume(args: Sequence[str]) -> list[str]:
@@ -211,9 +200,9 @@ def resume_command(env: Mapping[str, str], args: str) -> str:
     """How this program was started, with torchrun's options as far as known, and new arguments."""
     nproc, world_size = env.get("LOCAL_WORLD_SIZE", "N"), env.get("WORLD_SIZE", "1")
     if env_int("WORLD_SIZE", 1, env) < 2:
-        return f"{program_name()} {args}".rstrip()
+        return f"{program_name()} {args}"
     nodes = "" if nproc == world_size else "... "
-    return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()} {args}".rstrip()
+    return f"torchrun {nodes}--nproc_per_node={nproc} {torchrun_target()} {args}"
 
 
 def _find_run(path: Path) -> Path:
@@ -240,5 +229,5 @@ def _is_run(folder: Path) -> bool:
     """Whether training wrote the configuration there; checkpoints and exports hold a copy of it."""
     if not (folder / "config.toml").is_file():
         return False
-    _, is_from_run = read_toml(folder / "config.toml")
-    return is_from_run and not (folder / "model.safetensors").exists()
+    _, made_by = read_toml(folder / "config.toml")
+    return made_by is not None and not (folder / "model.safetensors").exists()

@@ -100,7 +100,7 @@ class _TextScan:
         """Counts and problems, without those of tokens and splits."""
         found = []
         if self.num_documents or not self.bad_input.examples:
-            documents = pluralize(self.num_documents, "document", "documents")
+            documents = pluralize(self.num_documents, "document")
             found = [ok(f"{documents}, {self.num_chars:,} characters, {self.num_bytes:,} bytes")]
         notices = sorted(self.bad_input.notices)[:MAX_EXAMPLES]
         found += [warning(f"{notice} while reading") for notice in notices]
@@ -113,7 +113,7 @@ class _TextScan:
         if more > 0:
             found.append(error(f"and {more:,} more of these"))
         if self.num_eot_literals:
-            times = pluralize(self.num_eot_literals, "time", "times")
+            times = pluralize(self.num_eot_literals, "time")
             hint = "remove it from the texts"
             if self.has_plain_text:
                 hint = f"`prepare --split_on '{END_OF_TEXT}'` splits the text into documents there"
@@ -143,7 +143,7 @@ def _check_tokens(
     is_estimate = text_scan.num_sampled < text_scan.num_chars or name == "bpe"
     about = "about " if is_estimate else ""
     num_sequences = count_sequences(num_tokens, context_length)
-    tokens = pluralize(num_tokens, "token", "tokens")
+    tokens = pluralize(num_tokens, "token")
     message = f"{about}{tokens}, {num_sequences:,} sequences of {context_length}"
     found = [ok(message)]
     if num_sequences == 0:

@@ -104,7 +104,7 @@ def compare(runs: Sequence[RunInfo]) -> Comparison:
         if run.history.best is None:
             notes.append(f"{name} has no held-out loss")
         elif run.state not in COMPLETE:
-            progress = f"step {run.steps:,} of {run.config.max_steps:,}"
+            progress = f"step {run.history.steps:,} of {run.config.max_steps:,}"
             notes.append(f"{name} is {run.state} at {progress}: it does not count")
     groups = _group(runs, metric or "val_loss", notes)
     differences = _differences([group for group in groups if group.scores]) if metric else []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptforge.files import atomic_replace
+from gptforge.printable import pluralize
 from gptforge.report.metrics import Event, History, series
 
 if TYPE_CHECKING:
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
 TEXT_COLOR, MUTED_COLOR = "#22262e", "#9aa1ac"
 TRAIN_COLOR, VAL_COLOR = "#4c78a8", "#d1495b"
-LR_COLOR, NORM_COLOR, SPEED_COLOR = "#7a6bb0", "#2a9d8f", "#b8791f"
-
+PANELS = (
+    ("lr", "learning rate", "#7a6bb0", "%.3g"),
+    ("norm", "gradient norm, before clipping", "#2a9d8f", "%.3f"),
+    ("tok_per_sec", "tokens per second", "#b8791f", "%.0f"),
+)
+"""Field, title, color and number format of the panels besides the losses."""
 TICK_STEPS = (1, 2, 2.5, 5, 10)
-SMOOTH_FROM = 300  # points from which a noisy curve is drawn faintly, below its running mean
+SMOOTH_FROM = 300  # points from which a noisy curve is drawn faintly, behind its running mean
 LOG_SCALE_RATIO = 3  # largest to smallest loss from which the axis is logarithmic
 MAX_SPEED_RATIO = 3.0
 """Speeds above this multiple of the median, as after a clock change, are cut off."""
@@ -45,24 +50,32 @@ def plot_curves(history: History, *, title: str) -> "Figure":
     font: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": TEXT_COLOR}
     figure.suptitle(title, parse_math=False, x=0.012, ha="left", **font)
     train = history.train
-    loss, lr, norm, speed = panels = [
+    loss, *panels = [
         figure.add_subplot(place) for place in (grid[:, :2], *(grid[row, 2] for row in range(3)))
     ]
     _plot_loss(loss, history)
-    _plot_from_zero(lr, train, "lr", color=LR_COLOR)
-    style_axes(lr, "learning rate")
-    _plot_from_zero(norm, train, "norm", color=NORM_COLOR, is_noisy=True)
-    style_axes(norm, "gradient norm, before clipping")
-    timed, limit = history.timed, MAX_SPEED_RATIO * history.tok_per_sec
-    _plot_from_zero(speed, timed, "tok_per_sec", color=SPEED_COLOR, is_noisy=True, limit=limit)
-    style_axes(speed, "tokens per second", is_large=True)
+    for axes, (name, title, color, _) in zip(panels, PANELS, strict=True):
+        is_speed = name == "tok_per_sec"
+        events = history.timed if is_speed else train
+        _plot_series(axes, events, name, color=color, is_noisy=name != "lr")
+        if top := axis_top(history, name):
+            axes.set_ylim(0, top)
+        style_axes(axes, title, is_large=is_speed)
     last = max((int(event["step"]) for event in (*train, *history.evals)), default=0)
-    for axes in panels:
+    for axes in (loss, *panels):
         axes.set_xlim(-0.02 * max(1, last), 1.02 * max(1, last))
-        axes.tick_params(labelbottom=axes in (loss, speed))
-    for axes in (loss, speed):
+        axes.tick_params(labelbottom=axes in (loss, panels[-1]))
+    for axes in (loss, panels[-1]):
         axes.set_xlabel("step", fontsize=9, color=TEXT_COLOR)
     return figure
+
+
+def axis_top(history: History, name: str) -> float:
+    """Top of a panel's axis, which begins at 0: then a constant curve looks constant."""
+    events, limit = history.train, math.inf
+    if name == "tok_per_sec":
+        events, limit = history.timed, MAX_SPEED_RATIO * history.tok_per_sec
+    return 1.15 * min(max(filter(math.isfinite, series(events, name)), default=0.0), limit)
 
 
 def new_figure() -> "Figure":
@@ -101,7 +114,7 @@ def finite_losses(history: History) -> list[float]:
 
 
 def needs_log_scale(losses: Sequence[float]) -> bool:
-    """Whether the losses span so much that their axis is logarithmic."""
+    """Whether the losses span a range for which their axis is logarithmic."""
     return bool(losses) and min(losses) > 0 and max(losses) > LOG_SCALE_RATIO * min(losses)
 
 
@@ -111,7 +124,7 @@ def _val_label(history: History) -> str:
     if not subset:
         return "held out"
     total = history.final["final_val_tokens"] if history.final else subset
-    return f"held out, {subset:,} {f'of {total:,} ' * (subset < total)}tokens"
+    return f"held out, {subset:,} {f'of {total:,} ' if subset < total else ''}tokens"
 
 
 def _mark_best(axes: "Axes", history: History) -> None:
@@ -132,21 +145,11 @@ def _mark_best(axes: "Axes", history: History) -> None:
     # Above the axes, where no curve can cross it.
     axes.set_title(
         f"best held out {best['val_loss']:.4f} nats per token, {best['val_bpb']:.4f} bits per "
-        f"byte, after {best['step']:,} step{'s' * (best['step'] != 1)}",
+        f"byte, after {pluralize(best['step'], 'step')}",
         fontsize=10,
         loc="right",
         color=VAL_COLOR,
     )
-
-
-def _plot_from_zero(
-    axes: "Axes", events: Sequence[Event], name: str, *, limit: float = math.inf, **style: Any
-) -> None:
-    """Plot a field from 0 to 15% above its largest value: a constant curve looks constant."""
-    _plot_series(axes, events, name, **style)
-    largest = min(max(filter(math.isfinite, series(events, name)), default=0.0), limit)
-    if largest > 0:
-        axes.set_ylim(0, 1.15 * largest)
 
 
 def _plot_series(

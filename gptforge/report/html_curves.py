@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
 MAX_POINTS = {"bokeh": 4000, "svg": 1000}
 """Train events that are drawn; more would only make the page larger."""
-PANELS = (
-    ("lr", "learning rate", curves.LR_COLOR, "%.3g"),
-    ("norm", "gradient norm, before clipping", curves.NORM_COLOR, "%.3f"),
-    ("tok_per_sec", "tokens per second", curves.SPEED_COLOR, "%.0f"),
-)
-"""Field, title, color and number format of the panels below the losses."""
 
 
 def has_bokeh() -> bool:
@@ -43,7 +37,7 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     from bokeh.resources import Resources
 
     train = thin_out(history.train, MAX_POINTS["bokeh"])
-    names = ("loss", *(name for name, *_ in PANELS))
+    names = ("loss", *(name for name, *_ in curves.PANELS))
     columns = {name: np.array(series(train, name)) for name in ("step", *names)}
     if len(train) > 1:
         columns["tok_per_sec"][0] = math.nan  # it includes compilation and warmup
@@ -55,13 +49,11 @@ def interactive_curves(history: History) -> tuple[str, dict[str, str]]:
     is_log = curves.needs_log_scale(curves.finite_losses(history))
     title = f"loss, nats per token{', logarithmic' if is_log else ''}"
     panels = {title: _loss_panel(source, history.scored_evals, is_log=is_log, is_noisy=is_noisy)}
-    for name, label, color, number_format in PANELS:
+    for name, label, color, number_format in curves.PANELS:
         panel = _panel(height=190, x_range=panels[title].x_range, toolbar_location=None)
         _draw(panel, source, name, label, color, number_format, is_noisy=is_noisy and name != "lr")
-        top = max(filter(math.isfinite, columns[name]), default=1.0) or 1.0
-        if name == "tok_per_sec":
-            top = min(top, curves.MAX_SPEED_RATIO * history.tok_per_sec or top)
-        panel.y_range.update(start=0, end=1.15 * top, bounds=(0, None))
+        top = curves.axis_top(history, name) or 1.0
+        panel.y_range.update(start=0, end=top, bounds=(0, None))
         panels[label] = panel
     line = Span(dimension="height", line_color=curves.MUTED_COLOR, line_dash="dotted")
     for panel in panels.values():
@@ -114,7 +106,7 @@ def _draw(
     panel: "figure", source: "ColumnDataSource", name: str, label: str, color: str,
     number_format: str, *, is_noisy: bool,
 ) -> None:  # fmt: skip
-    """Draw one column over the steps, faint below its running mean if it is noisy."""
+    """Draw one column over the steps, faintly behind its running mean if it is noisy."""
     style = {"source": source, "color": color}
     if is_noisy:
         panel.line("step", name, line_width=0.8, alpha=0.35, **style)

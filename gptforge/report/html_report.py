@@ -57,7 +57,6 @@ def render_report(run: RunInfo, program: str = "") -> str:
     summary = verdict(
         run.history,
         max_steps=run.config.max_steps,
-        epochs=run.epochs,
         out_dir=shown(run.path),
         has_val=bool(run.history.evals) or run.config.val_fraction > 0,
         program=program or program_name(),

@@ -1,4 +1,4 @@
-"""Where a command prints what the package logs. A library leaves that to `logging`."""
+"""Print what the package logs, as commands do; as a library, it leaves that to `logging`."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -53,9 +53,8 @@ class History:
         """
         if self.final is None:
             return self.best_eval
-        names = ("val_loss", "val_bpb", "val_nats_per_char", "val_tokens")
-        values = (self.final[name] for name in FINAL_FIELDS)
-        return {"step": self.final["best_step"], **dict(zip(names, values, strict=True))}
+        losses = {name.removeprefix("final_"): self.final[name] for name in FINAL_FIELDS}
+        return {"step": self.final["best_step"], **losses}
 
     @property
     def best_eval(self) -> Event | None:
@@ -70,6 +69,12 @@ class History:
         steps += [int(event["step"]) for event in self.evals[-1:]]
         end = self.end.get("step")
         return max([0, *steps, end if type(end) is int else 0])
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training text, as far as they were logged."""
+        events = self.train[-1:] + self.evals[-1:]
+        return max((float(event["epoch"]) for event in events), default=0.0)
 
     @property
     def timed(self) -> list[Event]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from gptforge.checkpoint.format import (
     read_state,
 )
 from gptforge.checkpoint.out_dir import METRICS
-from gptforge.config import METADATA_TABLE, Config
-from gptforge.errors import UserError, explain_os_errors, parsing
+from gptforge.config import Config
+from gptforge.config_file import read_toml
+from gptforge.errors import UserError, explain_os_errors
 from gptforge.files import is_finite_number
 from gptforge.lock import is_locked
 from gptforge.report.metrics import History, read_history
@@ -72,17 +72,6 @@ class RunInfo:
         return tokens if is_part and not self.history.final else 0
 
     @property
-    def steps(self) -> int:
-        """Steps made, by the logs."""
-        return self.history.steps
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the training text."""
-        events = self.history.train[-1:] + self.history.evals[-1:]
-        return max((float(event["epoch"]) for event in events), default=0.0)
-
-    @property
     def seconds(self) -> float | None:
         """Wall time of training: at the end, else at the last checkpoint."""
         progress = self.saved.get("progress", {})
@@ -120,9 +109,9 @@ class RunInfo:
             "val_tokens": best.get("val_tokens") or None,
             "is_val_subset": self.subset_tokens > 0,
             "best_step": best.get("step"),
-            "step": self.steps,
+            "step": self.history.steps,
             "max_steps": self.config.max_steps,
-            "tokens": self.steps * self.config.tokens_per_step,
+            "tokens": self.history.steps * self.config.tokens_per_step,
             "seconds": self.seconds,
             "tok_per_sec": self.history.tok_per_sec,
             "seed": self.config.seed,
@@ -140,16 +129,14 @@ def read_run(path: Path, *, pending: str = "") -> RunInfo:
     """
     check_run_dir(path)
     config = read_config(path, with_model=False)
-    with parsing(path / CONFIG, "a configuration of a run"):
-        made_by = tomllib.loads(files.read_text(path / CONFIG)).get(METADATA_TABLE)
-    if not isinstance(made_by, dict):
+    _, made_by = read_toml(path / CONFIG)
+    if made_by is None:
         raise UserError(f"{path.as_posix()} is not a run folder: its {CONFIG} is not from training")
     history = read_history(path / METRICS, pending=pending)
     if history.end:
         state = STATES.get(history.end["reason"], "stopped")
     else:
         state = "running" if is_locked(path) else "unfinished"
-    made_by = {str(name): str(text) for name, text in made_by.items()}
     saved, tokenizer = _read_checkpoint(path / "checkpoints")
     return RunInfo(path, config, made_by, history, saved, tokenizer or config.tokenizer, state)
 

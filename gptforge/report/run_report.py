@@ -90,8 +90,8 @@ class RunReport:
         """Add an event to metrics.jsonl."""
         self._write_event(self._format_event(event, fields))
 
-    def start(self, summary: str, *, command: str, facts: Mapping[str, Any]) -> None:
-        """Begin the logs of a new run with the model summary.
+    def start(self, summary: str, facts: Mapping[str, Any]) -> None:
+        """Begin the logs of a new run with the model summary; `facts` are fields of its event.
 
         Those that an earlier start left without any checkpoint are deleted.
         """
@@ -100,11 +100,11 @@ class RunReport:
         files.remove(self.run_dir / TRACKING)
         if not self.is_teacher:
             self.log(f"{summary}\n\nStarting training...\n")
-        heading = f"# {escape_markdown(self._title)}\n\nMade by {code_span(command)}.\n"
+        heading = f"# {escape_markdown(self._title)}\n\nMade by {code_span(facts['command'])}.\n"
         self._write(LOG, f"{heading}\n{FENCE}text\n{summary}\n\nStarting training...\n\n")
         self._write(SAMPLES, f"# Samples: {escape_markdown(self._title)}\n")
         self.log(json_line(facts).strip(), logging.DEBUG)
-        self.log_event("start", command=command, **facts)
+        self.log_event("start", **facts)
 
     def resume(
         self,
@@ -112,14 +112,13 @@ class RunReport:
         sizes: Mapping[str, int],
         *,
         best: tuple[int, float],
-        command: str,
         facts: Mapping[str, Any],
     ) -> None:
         """Truncate the files as `truncate` does, and continue them."""
         step, name = checkpoint.step, checkpoint.name
         self.truncate(checkpoint, sizes, best=best)
         self.log_line(f"Resuming from {name}: step {step} of {self._max_steps}")
-        self.log_event("resume", step=step, checkpoint=name, command=command, **facts)
+        self.log_event("resume", step=step, checkpoint=name, **facts)
 
     def truncate(
         self, checkpoint: SavedCheckpoint, sizes: Mapping[str, int], *, best: tuple[int, float]
@@ -188,7 +187,7 @@ class RunReport:
     def log_saves(self, saves: Iterable[SavedCheckpoint]) -> None:
         """Log checkpoints that are on disk now."""
         for save in saves:
-            self.log(f"saved {save.name}{', the best' * save.is_best}", logging.DEBUG)
+            self.log(f"saved {save.name}{', the best' if save.is_best else ''}", logging.DEBUG)
             self.log_event("save", step=save.step, checkpoint=save.name, best=save.is_best)
 
     def set_final_eval(self, step: int, score: ValLoss) -> None:
@@ -227,7 +226,6 @@ class RunReport:
         summary = verdict(
             self._history(),
             max_steps=self._max_steps,
-            epochs=epochs,
             out_dir=shown(self.run_dir),
             has_val=has_val,
             split_hint=self._split_hint,

@@ -14,7 +14,6 @@ def verdict(
     history: History,
     *,
     max_steps: int,
-    epochs: float,
     out_dir: str,
     has_val: bool,
     split_hint: str = "use",
@@ -25,7 +24,7 @@ def verdict(
     `split_hint` says how to get a validation split, followed by `--val_fraction 0.1`.
     """
     if not has_val:
-        lines = _without_val(history, epochs, split_hint)
+        lines = _without_val(history, split_hint)
     elif history.evals or history.dropped_best or history.final:
         lines = _with_val(history, max_steps)
     else:
@@ -36,12 +35,12 @@ def verdict(
     return "\n".join(lines)
 
 
-def _without_val(history: History, epochs: float, split_hint: str) -> list[str]:
+def _without_val(history: History, split_hint: str) -> list[str]:
     if not history.train:
         return ["No step was logged."]
     loss = float(history.train[-1]["loss"] or float("nan"))
     return [
-        f"Training loss {loss:.4f} nats per token after {format_epochs(epochs)} epochs.",
+        f"Training loss {loss:.4f} nats per token after {format_epochs(history.epochs)} epochs.",
         "No text was held out, so this measures how well the text is memorized, not how well the "
         f"model writes. To measure that, {split_hint} --val_fraction 0.1.",
     ]

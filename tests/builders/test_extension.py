@@ -83,7 +83,7 @@ def test_best_of_a_dropped_decay_is_reported_until_it_is_beaten(wsd) -> None:
         assert (report.history.best["step"], report.history.best["val_loss"]) == (
             best["step"], best["val_loss"],
         )  # fmt: skip
-        summary = verdict(report.history, max_steps=30, epochs=1, out_dir="x", has_val=True)
+        summary = verdict(report.history, max_steps=30, out_dir="x", has_val=True)
         assert f"{best['val_loss']:.4f} nats per token" in summary
         assert "at step 20 of 30" in summary and "steps were then dropped" in summary
         trainer.stop_signal = StopAfter(steps)

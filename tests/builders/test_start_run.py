@@ -22,7 +22,7 @@ from tests.training.runs import StopAfter, build, events, last
 
 def test_finished_run_is_left_alone_and_continues_with_more_steps(config, messages) -> None:
     build(config).fit()
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
     assert "is finished" in messages[-1]
     longer = dataclasses.replace(config, max_steps=30)
     trainer = build_trainer(longer, explicit=())
@@ -42,7 +42,7 @@ def test_first_command_still_works_after_max_steps_was_raised(config, messages) 
     assert sum(note in line for line in messages) == 1
     assert trainer.fit() == "finished"
     assert events(config, "train")[-1]["step"] == 29
-    assert build_trainer(config, explicit=["max_steps"]) is None
+    assert build_trainer(config, explicit=["max_steps"]) == "finished"
     assert "is finished: 30 steps are done" in messages[-1]
     with pytest.raises(UserError, match=r"another configuration \(seed: \d+ -> 3\)"):
         build(dataclasses.replace(config, seed=3))
@@ -165,7 +165,7 @@ def test_run_inside_another_runs_checkpoints_is_refused(config, inside, messages
     build(config).fit()
     with pytest.raises(UserError, match="among the checkpoints of a run"):
         build(dataclasses.replace(config, out_dir=f"{config.out_dir}/{inside}"))
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
     assert "is finished" in messages[-1]
 
 
@@ -197,7 +197,7 @@ def test_finished_run_may_be_read_only(config, monkeypatch, messages) -> None:
         "access",
         lambda path, mode: not Path(path).is_relative_to(folder) and access(path, mode),
     )
-    assert build_trainer(config, explicit=frozenset()) is None
+    assert build_trainer(config, explicit=frozenset()) == "finished"
     assert "is finished" in messages[-1]
     longer = dataclasses.replace(config, max_steps=config.max_steps + 1)
     with pytest.raises(UserError, match="cannot be written to"):
@@ -256,7 +256,7 @@ def test_outdated_links_are_repaired(config) -> None:
     expected = store.read_link("best"), store.read_link("last")
     store.set_link("best", "step-000006")
     store.set_link("last", "step-000006")
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
     assert (store.read_link("best"), store.read_link("last")) == expected
 
 
@@ -303,7 +303,7 @@ def test_end_event_is_written_after_a_crash(config) -> None:
     metrics.write_text("".join(line for line in lines if '"end"' not in line))
     assert build(config).fit() == "finished"
     assert len(events(config, "end")) == 1
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
 
 
 def test_resume_keeps_the_save_events(config) -> None:

@@ -128,7 +128,7 @@ def test_a_value_may_be_named_like_a_switch(name) -> None:
         (("--shuffle", "maybe"), "--shuffle must be true or false, not maybe "),
         (("--optimizer", "sgd"), "--optimizer must be one of adamw, muon, not sgd "),
         (("--max_stepz", "-3"), "Unrecognized options: --max_stepz; did you mean --max_steps? "),
-        (("--lr=1", "--foo", "a-b", "c"), "Unrecognized options: --lr, --foo (see "),
+        (("--lr=1", "--foo", "a-b", "c"), "Unrecognized options: --lr, --foo; did you mean "),
         (("--max-stepz", "3", "--foo"), "Unrecognized options: --max-stepz, --foo; did you mean "),
         (("--seed", "3", "a.txt"), "Unrecognized options: a.txt (see "),
     ],

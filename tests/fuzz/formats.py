@@ -286,8 +286,8 @@ def read_shards_of_others(folder: Path) -> None:
 
 def read_metrics(folder: Path) -> None:
     history = read_history(folder / "run/metrics.jsonl")
-    verdict(history, max_steps=4, epochs=1.0, out_dir="run", has_val=True)
-    verdict(history, max_steps=4, epochs=1.0, out_dir="run", has_val=False)
+    verdict(history, max_steps=4, out_dir="run", has_val=True)
+    verdict(history, max_steps=4, out_dir="run", has_val=False)
     json.dumps(run_metrics(history, [("best", "step-000004")], max_steps=4), allow_nan=False)
     with contextlib.suppress(UserError):
         read_run(folder / "run").to_json()

@@ -92,7 +92,7 @@ def test_truncate_to_a_size_that_includes_pending_text(log, disk, is_flushed) ->
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunReport:
     monkeypatch.setattr("gptforge.report.run_report.save_curves", lambda *_, **__: None)
     report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t")
-    report.start("SUMMARY", command="c", facts={})
+    report.start("SUMMARY", {"command": "c"})
     return report
 
 

@@ -55,10 +55,11 @@ def test_library_prints_warnings_only(play, tmp_path) -> None:
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "one\ntwo\n"), ("1", "two\n")])
 def test_other_ranks_print_only_what_concerns_them(monkeypatch, capsys, rank, expected) -> None:
-    def build_fake(*_: object, **__: object) -> None:
+    def build_fake(*_: object, **__: object) -> str:
         logger = logging.getLogger("gptforge.builders")
         logger.warning("one")
         logger.warning("two", extra={"any_rank": True})
+        return "finished"
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(distributed, "init_distributed", lambda device: SINGLE_PROCESS)

@@ -36,14 +36,14 @@ def test_a_plot_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, messages
 
 def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
     report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t")
-    report.start("SUMMARY", command="c", facts={})
+    report.start("SUMMARY", {"command": "c"})
     report.log_step(train_event(0))
     sizes = report.file_sizes()
     before = {name: (tmp_path / name).read_bytes() for name in sizes}
     report.log_step(train_event(1))
     report.log_sample(2, "words", is_last=False)
     checkpoint = SavedCheckpoint(1, "step-000001", is_best=True)
-    report.resume(checkpoint, sizes, best=(1, 2.0), command="c", facts={})
+    report.resume(checkpoint, sizes, best=(1, 2.0), facts={"command": "c"})
     resumed = b"Resuming from step-000001: step 1 of 9\n"
     assert (tmp_path / "log.md").read_bytes() == before["log.md"] + resumed
     assert (tmp_path / "samples.md").read_bytes() == before["samples.md"]
@@ -53,7 +53,7 @@ def test_resume_truncates_the_files_to_the_checkpoint(tmp_path) -> None:
 
 def test_code_fences_are_closed(tmp_path) -> None:
     report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t")
-    report.start("SUMMARY", command="c", facts={})
+    report.start("SUMMARY", {"command": "c"})
     report.log_step(train_event(0))
     report.log_sample(1, "~~~ not a fence", is_last=True)
     finish(report)
@@ -63,7 +63,7 @@ def test_code_fences_are_closed(tmp_path) -> None:
 
 def test_a_disabled_report_writes_and_logs_nothing(tmp_path, messages) -> None:
     report = RunReport(Config(out_dir=str(tmp_path), max_steps=9), title="t", enabled=False)
-    report.start("SUMMARY", command="c", facts={})
+    report.start("SUMMARY", {"command": "c"})
     report.log_step(train_event(0))
     report.log_eval(1, ValLoss(18.0, 9, 9, 9), epoch=0.1, is_best=True)
     report.log_sample(1, "words", is_last=True)

@@ -5,9 +5,9 @@ from gptforge.report.verdict import verdict
 from tests.report.events import eval_events, final_event, train_event
 
 
-def summarize(evals, *, train=None, max_steps=150, epochs=3, has_val=True) -> str:
+def summarize(evals, *, train=None, max_steps=150, has_val=True) -> str:
     history = History(train=train or [train_event(max_steps - 1, 0.05)], evals=evals)
-    return verdict(history, max_steps=max_steps, epochs=epochs, out_dir="runs/x", has_val=has_val)
+    return verdict(history, max_steps=max_steps, out_dir="runs/x", has_val=has_val)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_overfitting_needs_a_falling_training_loss(train_losses, epochs, words) 
     train = [
         train_event(50 * i + j, loss) for i, loss in enumerate(train_losses) for j in range(30, 50)
     ]
-    text = summarize(evals, train=train, epochs=epochs)
+    text = summarize(evals, train=train)
     assert "After that it got worse, from 4.0000 to 7.0000 nats per token" in text and words in text
     assert "The best checkpoint was kept" in text
 
@@ -83,7 +83,7 @@ def test_the_loss_on_all_held_out_text_comes_first(val_tokens, is_subset) -> Non
     if val_tokens is None:  # as of an older version
         evals = eval_events((50, 5.0), (100, 4.0))
     history = History(evals=evals, final=final_event(100, loss=3.5, tokens=1000))
-    text = verdict(history, max_steps=100, epochs=1.0, out_dir="runs/x", has_val=True)
+    text = verdict(history, max_steps=100, out_dir="runs/x", has_val=True)
     first, second, _ = text.splitlines()
     assert first == (
         "Best held-out loss 3.5000 nats per token, perplexity 33.12, 1.7500 bits per byte, 3.5000 "
@@ -96,7 +96,7 @@ def test_the_loss_on_all_held_out_text_comes_first(val_tokens, is_subset) -> Non
 
 def test_a_run_that_was_evaluated_only_at_its_end() -> None:
     history = History(train=[train_event(0)], final=final_event(1, loss=3.5, tokens=1000))
-    text = verdict(history, max_steps=1, epochs=0.1, out_dir="runs/x", has_val=True)
+    text = verdict(history, max_steps=1, out_dir="runs/x", has_val=True)
     assert text.startswith("Best held-out loss 3.5000 nats per token")
     assert "step 1 of 1.\nTry it" in text
 
@@ -105,7 +105,7 @@ def test_a_run_that_was_evaluated_only_at_its_end() -> None:
 def test_no_trend_after_a_best_checkpoint_of_dropped_steps(losses) -> None:
     """A longer wsd run resumes from before the decay, and may not have reached that loss again."""
     history = History(evals=eval_events(*losses), final=final_event(20, loss=2.5, tokens=1000))
-    text = verdict(history, max_steps=40, epochs=1.0, out_dir="runs/x", has_val=True)
+    text = verdict(history, max_steps=40, out_dir="runs/x", has_val=True)
     assert "step 20 of 40" in text and "Its steps were then dropped" in text
     assert "improving" not in text and "level" not in text
 
@@ -113,4 +113,5 @@ def test_no_trend_after_a_best_checkpoint_of_dropped_steps(losses) -> None:
 def test_a_small_part_of_an_epoch_is_not_rounded_to_zero() -> None:
     evals = eval_events((1, 3.0), (3, 2.0))
     assert "at step 3 of 150, epoch 0.03." in summarize(evals)
-    assert "after 0.042 epochs" in summarize([], epochs=0.042, has_val=False)
+    train = [train_event(149) | {"epoch": 0.042}]
+    assert "after 0.042 epochs" in summarize([], train=train, has_val=False)

@@ -12,7 +12,7 @@ from gptforge.training.trainer import Trainer
 
 def build(config: Config) -> Trainer:
     trainer = build_trainer(config, explicit=())
-    assert trainer is not None
+    assert isinstance(trainer, Trainer)
     return trainer
 
 

@@ -46,7 +46,7 @@ def test_run_stops_after_so_many_evaluations_without_a_better_loss(
     assert "Stopped early at step 10 of 20: no better held-out loss since step 4 (saved" in out
     assert "Sample:" in out
     # The same command finds it finished.
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
     assert "is finished: it stopped early at step 10 of 20" in messages[-1]
 
 

@@ -223,7 +223,7 @@ def test_a_signal_in_the_final_evaluation_leaves_it_to_the_resumed_run(config, m
     assert [path.stat().st_mtime_ns for path in saved] == before
     [end] = events(config, "end")
     assert end["final_val_loss"] == evaluate_run(config.out_dir, device="cpu").loss
-    assert build_trainer(config, explicit=()) is None
+    assert build_trainer(config, explicit=()) == "finished"
 
 
 def test_a_second_signal_skips_the_evaluation_of_a_stopped_run(
