@@ -300,6 +300,7 @@ def resume_conflicts(old: Config, new: Config) -> list[str]:
     ]
     if old.global_batch_size != new.global_batch_size:
         found.append(
-            f"batch_size x accumulation: {old.global_batch_size} -> {new.global_batch_size}"
+            f"batch_size x gradient_accumulation_steps: {old.global_batch_size} -> "
+            f"{new.global_batch_size}"
         )
     return found
