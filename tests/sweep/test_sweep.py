@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from gptforge import cli
+from gptforge.cli.parsing import parse_train_args
+from gptforge.cli.sweep import SweepConfig, _resolver
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
@@ -70,6 +72,20 @@ def rows(folder: str = "sweep") -> list[dict[str, str]]:
 def val_losses(run: Path) -> dict[int, float]:
     """Held-out loss by step."""
     return {e["step"]: e["val_loss"] for e in programs.events(run) if e["event"] == "eval"}
+
+
+def test_the_default_folder_is_named_as_that_of_a_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def folder(name: str) -> str:
+        argv = ["--preset", "debug", "--input", name]
+        args, explicit = parse_train_args(argv, cls=SweepConfig)
+        return _resolver(args, explicit, "grid")({})[0].out_dir
+
+    assert folder("texts/*.txt") == folder("bundled:input.txt") == folder("") == "sweeps/debug"
+    assert folder("my play.txt") == "sweeps/my-play-debug"
+    Path("sweeps/my play-debug").mkdir(parents=True)  # of an earlier version
+    assert folder("my play.txt") == "sweeps/my play-debug"
 
 
 def test_a_sweep_ranks_trials_and_the_same_command_skips_finished_ones(
