@@ -97,7 +97,7 @@ def resolve_auto(
         f"{config.preset}: about {format_count(size.num_bytes)}B of text to train on, "
         f"{device_class.upper()}"
     )
-    for line in explain_recipe(recipe, fixed_values, time_limit=time_limit):
+    for line in explain_recipe(recipe, fixed_values, explicit, time_limit=time_limit):
         logger.info(f"  {line}")
     return merge(config, recipe.values, source=f"preset {config.preset}")
 
@@ -118,9 +118,13 @@ def _flops_per_second(device: torch.device, config: Config) -> float:
 
 
 def explain_recipe(
-    recipe: Recipe, fixed: Mapping[str, Any], *, time_limit: float = 0.0
+    recipe: Recipe,
+    fixed: Mapping[str, Any],
+    explicit: Collection[str],
+    *,
+    time_limit: float = 0.0,
 ) -> list[str]:
-    """What was chosen, and why; the user set the fields `fixed`."""
+    """What was chosen, and why; not `fixed`, of which the user set the fields `explicit`."""
     v: dict[str, Any] = {**recipe.values, **fixed}
     vocabulary = {
         "char": "a larger vocabulary would need more text",
@@ -130,9 +134,11 @@ def explain_recipe(
     tokenizer = f"tokenizer {v['tokenizer']}"
     if v["tokenizer"] in vocabulary and "tokenizer" not in fixed:
         tokenizer += f": {vocabulary[v['tokenizer']]}"
-    regularization = "they keep the model from memorizing what it reads many times"
+    regularization = ": they keep the model from memorizing what it reads many times"
     if not v["dropout"]:
-        regularization = "with so much text, or so small a model, there is little to memorize"
+        regularization = ": with so much text, or so small a model, there is little to memorize"
+    if "dropout" in fixed:
+        regularization = ""
     decay = f"weight_decay {v['weight_decay']:g}"
     if v["optimizer"] == "muon":
         decay += f" ({v['muon_weight_decay']:g} with Muon)"
@@ -142,7 +148,7 @@ def explain_recipe(
         tokenizer,
         f"{pluralize(v['n_layer'], 'layer', 'layers')} x {v['n_embd']}, sequences of "
         f"{v['context_length']:,} tokens{limited}",
-        f"{decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
+        f"{decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}{regularization}",
         f"{v['max_steps']:,} steps of {pluralize(sequences, 'sequence', 'sequences')}, "
         f"{v['optimizer']}, max_lr {v['max_lr']:g}, ema {v['ema']:g}",
     ]
@@ -152,8 +158,8 @@ def explain_recipe(
             f"{v['teacher_steps'] or v['max_steps']:,} steps: the model learns from their "
             "probabilities, too"
         )
-    if shown := [f"{name} {fixed[name]}" for name in sorted(fixed.keys() & RECIPE_FIELDS)]:
-        lines.append(f"explicit: {', '.join(shown)}")
+    if shown := sorted(RECIPE_FIELDS.intersection(explicit)):
+        lines.append(f"explicit: {', '.join(f'{name} {fixed[name]}' for name in shown)}")
     return lines
 
 
