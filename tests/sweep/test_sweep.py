@@ -116,6 +116,22 @@ def test_a_sweep_ranks_trials_and_the_same_command_skips_finished_ones(
     assert started[0].trial not in (first, second) and started[3].trial == second
 
 
+def test_a_trial_that_its_time_limit_ended_trains_on_with_a_longer_one(
+    program, play, started
+) -> None:
+    def num_started(limit: float) -> int:
+        started.clear()
+        assert program("sweep", *TINY, "--grid", "max_lr=1e-2", "--time_limit", limit).code == 0
+        return len(started)
+
+    assert num_started(5) == 1
+    metrics = started[0].folder / "metrics.jsonl"
+    limited = metrics.read_text().replace('"reason": "finished"', '"reason": "time_limit"')
+    for limit, count in ((5, 0), (4, 0), (6, 1), (0, 1)):
+        metrics.write_text(limited)
+        assert num_started(limit) == count
+
+
 def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:
     text = play_text()
     cut = int(0.9 * len(text))
