@@ -37,9 +37,11 @@ MIN_SEQUENCES, MAX_TOKENS = 4, 2**15  # bounds of the global batch
 GPT2_SMALL_LR, GPT2_SMALL_WIDTH = 1e-4, 768
 MAX_LR = 1e-3  # that of training from scratch: an upper bound for narrow models
 EVALS_PER_EPOCH = 5
-RESOLVED_FIELDS = (
-    *("batch_size", "gradient_accumulation_steps", "max_steps", "max_lr", "min_lr"),
-    *("warmup_steps", "eval_every", "patience", "save_every", "sample_every", "log_every"),
+RESOLVED_FIELDS = frozenset(
+    {
+        *("batch_size", "gradient_accumulation_steps", "max_steps", "max_lr", "min_lr"),
+        *("warmup_steps", "eval_every", "patience", "save_every", "sample_every", "log_every"),
+    }
 )
 
 
@@ -57,8 +59,7 @@ def resolve_auto(
     if config.preset not in FITTED_PRESETS or is_set_by_run_file(config):
         return config
     if (old := config_of_run(config)) is not None:
-        stored = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}
-        return dataclasses.replace(config, **stored)
+        return _with_values_of(old, config, RECIPE_FIELDS.difference(explicit))
     others = {n: getattr(config, n) for n in FIELDS.keys() - RECIPE_FIELDS - MODEL_FIELDS}
     validate(Config(**others))
     try:
@@ -171,13 +172,22 @@ def resolve_finetune(config: Config, dataset: Dataset, explicit: Collection[str]
     """
     if config.preset != FINETUNE or is_set_by_run_file(config):
         return config
-    values: dict[str, Any]
     if (old := config_of_run(config)) is not None:
-        values = {name: getattr(old, name) for name in RESOLVED_FIELDS}
-    else:
-        values = _finetune_values(config, dataset, explicit)
+        return _with_values_of(old, config, RESOLVED_FIELDS.difference(explicit))
+    values = _finetune_values(config, dataset, explicit)
     unset = {name: value for name, value in values.items() if name not in explicit}
     return dataclasses.replace(config, **unset)
+
+
+def _with_values_of(old: Config, config: Config, names: Collection[str]) -> Config:
+    """A configuration with these values of the run that it resumes."""
+    config = dataclasses.replace(config, **{name: getattr(old, name) for name in names})
+    if "warmup_steps" in names:
+        # Fewer --max_steps than the run has are valid: when it is opened, it keeps its own.
+        config = dataclasses.replace(
+            config, warmup_steps=min(config.warmup_steps, config.max_steps)
+        )
+    return config
 
 
 def _finetune_values(config: Config, dataset: Dataset, explicit: Collection[str]) -> dict[str, Any]:
