@@ -14,6 +14,7 @@ from gptforge.builders.resolve import check_tokenizer, load_dataset, resolve_con
 from gptforge.checkpoint.format import read_config
 from gptforge.checkpoint.out_dir import METRICS
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME, Config
+from gptforge.config_checks import unused_fields
 from gptforge.data.dataset import Dataset, check_length
 from gptforge.data.shard_index import json_sha256
 from gptforge.data.token_dataset import ShardWriter
@@ -197,9 +198,12 @@ class Sweep:
     def _batches(self) -> Iterator[Sequence[Run]]:
         first = self._config.seed
         for values in self._search():
-            trial = self._id(self._resolve(values)[0], values)
+            config, _ = self._resolve(values)
+            trial = self._id(config, values)
             if trial in self._trials:
                 continue
+            for name, when in unused_fields(config, values):
+                logger.info(f"note: trial {trial}: --{name} has no effect {when}")
             seeds = range(first, first + self._num_seeds)
             runs = self._runs("trial", trial, values, seeds, self._input_flags)
             todo = self._unfinished(runs)

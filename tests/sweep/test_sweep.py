@@ -132,6 +132,12 @@ def test_a_trial_that_its_time_limit_ended_trains_on_with_a_longer_one(
         assert num_started(limit) == count
 
 
+def test_a_swept_field_without_effect_is_noted(program, play, started) -> None:
+    done = program("sweep", *TINY, "--grid", "optimizer=adamw,muon", "muon_lr=0.01")
+    (note,) = [line for line in done.out.splitlines() if line.startswith("note: trial ")]
+    assert note.startswith(f"note: trial {started[0].trial}: --muon_lr has no effect")
+
+
 def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:
     text = play_text()
     cut = int(0.9 * len(text))
