@@ -305,5 +305,5 @@ def resume_conflicts(old: Config, new: Config) -> list[str]:
     ]
     old_size, new_size = old.global_batch_size, new.global_batch_size
     if old_size != new_size:
-        found.append(f"batch_size x accumulation: {old_size} -> {new_size}")
+        found.append(f"batch_size x gradient_accumulation_steps: {old_size} -> {new_size}")
     return found

@@ -11,6 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ["COLUMNS"] = "80"
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def program(
 ) -> Callable[..., Outcome]:
     """Call the command line with arguments, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gptforge"])
 
     def call(*args: object) -> Outcome:
         capfd.readouterr()

@@ -175,11 +175,17 @@ def test_sequences_are_short_and_few_in_a_tiny_text() -> None:
 
 def test_reasons_name_choices_and_explicit_flags() -> None:
     explicit = {"n_layer": 3, "seed": 4}
-    text = "\n".join(explain_recipe(make_recipe(10**6, "gpu", explicit=explicit), explicit))
-    assert "3 layers x 384" in text
+    recipe = make_recipe(10**6, "gpu", explicit=explicit)
+    text = "\n".join(explain_recipe(recipe, explicit, explicit))
+    assert "3 layers x 384" in text and "keep the model from memorizing" in text
     assert "explicit: n_layer 3" in text and "seed" not in text
     short = make_recipe(10**8, "gpu", time_limit=1, flops_per_second=1e12)
-    assert "as large as --time_limit 1 allows" in "\n".join(explain_recipe(short, {}, time_limit=1))
+    text = "\n".join(explain_recipe(short, {}, (), time_limit=1))
+    assert "as large as --time_limit 1 allows" in text
+    # No reason for what the user chose, and what a model or shards fix is not the user's choice.
+    fixed = {"n_layer": 3, "dropout": 0.0}
+    text = "\n".join(explain_recipe(make_recipe(10**4, "gpu", explicit=fixed), fixed, ["dropout"]))
+    assert "memorize" not in text and text.endswith("explicit: dropout 0.0")
 
 
 @settings(max_examples=200)

@@ -89,9 +89,10 @@ def build_trainer(
         )
         if patience:
             counted = "" if stable_end(c) is None else ", counted from the decay on"
+            evaluations = pluralize(patience, "evaluation")
             logger.info(
-                f"early stopping: after {patience} evaluations without a better held-out loss"
-                f"{counted}; --patience 0 turns it off"
+                f"early stopping: after {evaluations} without a better held-out loss{counted}; "
+                "--patience 0 turns it off"
             )
         if comm.is_main:
             _open_store(c).check_disk_space(checkpoint_bytes(c))

@@ -123,7 +123,7 @@ def memorization_warning(config: Config, epochs: float, *, tokens: int) -> str:
     kept = "; the checkpoint with the best held-out loss is kept"
     return (
         f"overfitting: {epochs:.1f} epochs over the text, by a model with "
-        f"{params / tokens:.1f} parameters for each of its tokens, will memorize it: use more "
+        f"{params / tokens:.1f} parameters for each of its tokens, may memorize it: use more "
         f"text, a smaller model or --dropout{kept if config.val_fraction else ''}"
     )
 

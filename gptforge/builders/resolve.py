@@ -277,11 +277,15 @@ def resolve_out_dir(config: Config) -> str:
     """
     if config.out_dir:
         return config.out_dir
+    preset = config.preset or "custom"
+    old, new = f"runs/{preset}", f"runs/{folder_name(config)}"
+    has_old_run = is_run_of(Path(old), preset, config.input)
+    return old if has_old_run and not (Path(new) / checkpoints.CONFIG).exists() else new
+
+
+def folder_name(config: Config) -> str:
+    """The name of the preset, after that of the text of `--input`, for a folder."""
     preset, text = config.preset or "custom", ""
     if config.input not in ("", BUNDLED_INPUT) and not is_pipe(Path(config.input)):
         text = re.sub(r"[^\w.-]+", "-", Path(config.input).stem).strip("-.")
-    old, new = f"runs/{preset}", f"runs/{text}-{preset}"
-    has_old_run = is_run_of(Path(old), preset, config.input)
-    if not text or (has_old_run and not (Path(new) / checkpoints.CONFIG).exists()):
-        return old
-    return new
+    return f"{text}-{preset}" if text else preset

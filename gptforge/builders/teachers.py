@@ -51,12 +51,20 @@ def cost_with_teachers(config: Config) -> float:
 
 
 def teacher_configs(config: Config, explicit: Collection[str], comm: Comm) -> list[Config]:
-    """The configurations of all teachers of a student, new or resumed."""
-    if "teacher_steps" not in explicit:
-        # The student's --max_steps may have been raised since the first one began.
-        first = teacher_config(config, 1)
-        steps = comm.broadcast_from_rank0(lambda: (config_of_run(first) or first).max_steps)
-        config = dataclasses.replace(config, teacher_steps=steps)
+    """The configurations of all teachers of a student, new or resumed.
+
+    Raises:
+        UserError: for other `--teacher_steps` than those that the first one began with.
+    """
+    # The student's --max_steps may have been raised since the first one began.
+    first = teacher_config(config, 1)
+    steps = comm.broadcast_from_rank0(lambda: (config_of_run(first) or first).max_steps)
+    if "teacher_steps" in explicit and config.teacher_steps not in (0, steps):
+        raise UserError(
+            f"--teacher_steps {config.teacher_steps}, but the teachers in {config.out_dir} began "
+            f"with {steps}: leave it out, or start over with --restart"
+        )
+    config = dataclasses.replace(config, teacher_steps=steps)
     return [teacher_config(config, number) for number in range(1, config.teachers + 1)]
 
 

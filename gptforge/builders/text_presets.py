@@ -37,9 +37,11 @@ MIN_SEQUENCES, MAX_TOKENS = 4, 2**15  # bounds of the global batch
 GPT2_SMALL_LR, GPT2_SMALL_WIDTH = 1e-4, 768
 MAX_LR = 1e-3  # that of training from scratch: an upper bound for narrow models
 EVALS_PER_EPOCH = 5
-RESOLVED_FIELDS = (
-    *("batch_size", "gradient_accumulation_steps", "max_steps", "max_lr", "min_lr"),
-    *("warmup_steps", "eval_every", "patience", "save_every", "sample_every", "log_every"),
+RESOLVED_FIELDS = frozenset(
+    {
+        *("batch_size", "gradient_accumulation_steps", "max_steps", "max_lr", "min_lr"),
+        *("warmup_steps", "eval_every", "patience", "save_every", "sample_every", "log_every"),
+    }
 )
 
 
@@ -57,8 +59,7 @@ def resolve_auto(
     if config.preset not in FITTED_PRESETS or is_set_by_run_file(config):
         return config
     if (old := config_of_run(config)) is not None:
-        stored = {name: getattr(old, name) for name in RECIPE_FIELDS.difference(explicit)}
-        return dataclasses.replace(config, **stored)
+        return _with_values_of(old, config, RECIPE_FIELDS.difference(explicit))
     others = {n: getattr(config, n) for n in FIELDS.keys() - RECIPE_FIELDS - MODEL_FIELDS}
     validate(Config(**others))
     try:
@@ -97,7 +98,7 @@ def resolve_auto(
         f"{config.preset}: about {format_count(size.num_bytes)}B of text to train on, "
         f"{device_class.upper()}"
     )
-    for line in explain_recipe(recipe, fixed_values, time_limit=time_limit):
+    for line in explain_recipe(recipe, fixed_values, explicit, time_limit=time_limit):
         logger.info(f"  {line}")
     return merge(config, recipe.values, source=f"preset {config.preset}")
 
@@ -118,9 +119,13 @@ def _flops_per_second(device: torch.device, config: Config) -> float:
 
 
 def explain_recipe(
-    recipe: Recipe, fixed: Mapping[str, Any], *, time_limit: float = 0.0
+    recipe: Recipe,
+    fixed: Mapping[str, Any],
+    explicit: Collection[str],
+    *,
+    time_limit: float = 0.0,
 ) -> list[str]:
-    """What was chosen, and why; the user set the fields `fixed`."""
+    """What was chosen, and why; not `fixed`, of which the user set the fields `explicit`."""
     v: dict[str, Any] = {**recipe.values, **fixed}
     vocabulary = {
         "char": "a larger vocabulary would need more text",
@@ -130,9 +135,11 @@ def explain_recipe(
     tokenizer = f"tokenizer {v['tokenizer']}"
     if v["tokenizer"] in vocabulary and "tokenizer" not in fixed:
         tokenizer += f": {vocabulary[v['tokenizer']]}"
-    regularization = "they keep the model from memorizing what it reads many times"
+    regularization = ": they keep the model from memorizing what it reads many times"
     if not v["dropout"]:
-        regularization = "with so much text, or so small a model, there is little to memorize"
+        regularization = ": with so much text, or so small a model, there is little to memorize"
+    if "dropout" in fixed:
+        regularization = ""
     decay = f"weight_decay {v['weight_decay']:g}"
     if v["optimizer"] == "muon":
         decay += f" ({v['muon_weight_decay']:g} with Muon)"
@@ -142,7 +149,7 @@ def explain_recipe(
         tokenizer,
         f"{pluralize(v['n_layer'], 'layer')} x {v['n_embd']}, sequences of "
         f"{v['context_length']:,} tokens{limited}",
-        f"{decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}: {regularization}",
+        f"{decay}, dropout {v['dropout']:g}, token_noise {v['token_noise']:g}{regularization}",
         f"{v['max_steps']:,} steps of {pluralize(sequences, 'sequence')}, "
         f"{v['optimizer']}, max_lr {v['max_lr']:g}, ema {v['ema']:g}",
     ]
@@ -152,8 +159,8 @@ def explain_recipe(
             f"{v['teacher_steps'] or v['max_steps']:,} steps: the model learns from their "
             "probabilities, too"
         )
-    if shown := [f"{name} {fixed[name]}" for name in sorted(fixed.keys() & RECIPE_FIELDS)]:
-        lines.append(f"explicit: {', '.join(shown)}")
+    if shown := sorted(RECIPE_FIELDS.intersection(explicit)):
+        lines.append(f"explicit: {', '.join(f'{name} {fixed[name]}' for name in shown)}")
     return lines
 
 
@@ -165,13 +172,22 @@ def resolve_finetune(config: Config, dataset: Dataset, explicit: Collection[str]
     """
     if config.preset != FINETUNE or is_set_by_run_file(config):
         return config
-    values: dict[str, Any]
     if (old := config_of_run(config)) is not None:
-        values = {name: getattr(old, name) for name in RESOLVED_FIELDS}
-    else:
-        values = _finetune_values(config, dataset, explicit)
+        return _with_values_of(old, config, RESOLVED_FIELDS.difference(explicit))
+    values = _finetune_values(config, dataset, explicit)
     unset = {name: value for name, value in values.items() if name not in explicit}
     return dataclasses.replace(config, **unset)
+
+
+def _with_values_of(old: Config, config: Config, names: Collection[str]) -> Config:
+    """A configuration with these values of the run that it resumes."""
+    config = dataclasses.replace(config, **{name: getattr(old, name) for name in names})
+    if "warmup_steps" in names:
+        # Fewer --max_steps than the run has are valid: when it is opened, it keeps its own.
+        config = dataclasses.replace(
+            config, warmup_steps=min(config.warmup_steps, config.max_steps)
+        )
+    return config
 
 
 def _finetune_values(config: Config, dataset: Dataset, explicit: Collection[str]) -> dict[str, Any]:

@@ -148,8 +148,9 @@ def has_files(folder: Path, *, ignore: Collection[str] = ()) -> bool:
 
 
 def has_line(metrics: Path, text: str) -> bool:
-    """Whether a line of a run's metrics contains a text."""
-    return any(text.encode() in line for line in read_metrics_lines(metrics))
+    """Whether a line of a run's metrics, complete with its end, contains a text."""
+    lines = read_metrics_lines(metrics)
+    return any(text.encode() in line and line.endswith(b"\n") for line in lines)
 
 
 def read_metrics_lines(metrics: Path) -> Iterator[bytes]:

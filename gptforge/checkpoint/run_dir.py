@@ -20,7 +20,7 @@ from gptforge.checkpoint.store import CheckpointStore
 from gptforge.config import TEXT_FIELDS, Config, resume_conflicts
 from gptforge.config_file import read_toml
 from gptforge.errors import UserError
-from gptforge.optim.schedule import learning_rate, stable_end
+from gptforge.optim.schedule import learning_rate, ramped_dropout, stable_end
 from gptforge.tokenizers import Tokenizer
 
 LR_TOLERANCE = 0.05  # a relative change of the learning rate that is not worth a warning
@@ -95,6 +95,7 @@ def open_run(
     if config.max_steps > old.max_steps:
         check_writable(folder)
         checkpoint, counters, notice = _extend_run(store, latest, config)
+        notice += _dropout_change(old, config, step=checkpoints.step_from_path(checkpoint))
         return OpenedRun(
             "resume", config, checkpoint, checkpoints.read_state(checkpoint), (*notices, notice),
             counters=counters | known_best, drops_decay=checkpoint != latest,
@@ -150,6 +151,15 @@ def _extend_run(
     return latest, counters, f"{raised}: the learning rate follows the new schedule from here{jump}"
 
 
+def _dropout_change(old: Config, config: Config, *, step: int) -> str:
+    """How dropout changes at a step of a run with a larger max_steps, which stretches a ramp."""
+    if not old.dropout_ramp:
+        return ""
+    dropout, new_dropout = ramped_dropout(old, step), ramped_dropout(config, step)
+    change = f"; by --dropout_ramp, dropout falls from {dropout:.2g} to {new_dropout:.2g} there"
+    return change * (new_dropout < dropout)
+
+
 def resume_config(
     checkpoint: Path,
     config: Config,
@@ -188,7 +198,7 @@ def resume_config(
         # --resume takes neither; a teacher resumes by the configuration of its student.
         run = folder.parents[1] if folder.parent.name == TEACHERS else folder
         if config.config and Path(config.config) in {d / checkpoints.CONFIG for d in (run, folder)}:
-            names = {name for text in conflicts for name in text.partition(":")[0].split(" or ")}
+            names = {name for text in conflicts for name in text.partition(":")[0].split()}
             fix = "leave these flags out" if names.intersection(explicit) else "restore the text"
             hint = f"{fix} to resume it, or start a new run without --resume"
         raise UserError(

@@ -31,7 +31,7 @@ from gptforge.cli import (
 )
 from gptforge.errors import RunError, Terminated, UserError, explain_os_errors
 from gptforge.printable import print_stderr, printable
-from gptforge.shell import quote
+from gptforge.shell import program_name, quote
 
 EXIT_USER_ERROR, EXIT_FAILURE = 2, 1
 GOMP_SPINCOUNT = "20000"  # how often an OpenMP thread that waits for others polls before it sleeps
@@ -198,8 +198,8 @@ def _command_hint(name: str) -> str:
 
 def _command_list() -> str:
     lines = [f"  {name:<11}{about}" for name, (_, _, about) in COMMANDS.items()]
-    lines += ["", "gptforge --version prints the version.", "", completion.HINT]
-    return "\n".join(["", "", "Commands (gptforge COMMAND --help):", *lines])
+    lines += ["", f"{program_name()} --version prints the version.", "", completion.HINT]
+    return "\n".join(["", "", f"Commands ({program_name()} COMMAND --help):", *lines])
 
 
 def _is_main_rank() -> bool:

@@ -19,6 +19,7 @@ from gptforge.config import FIELDS, FOREIGN_FIELDS, RENAMED_FIELDS, Config, merg
 from gptforge.config_file import read_toml, run_file_values
 from gptforge.errors import UserError, runs_hint
 from gptforge.presets import AUTO, PRESETS, get_preset
+from gptforge.shell import program_name
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def parse_train_args(
     Args:
         args: arguments after the command's name.
         cls: the configuration, perhaps a subclass with further flags.
-        prog: name of the command in its help and errors.
+        prog: name of the command in its help and errors; "gptforge" becomes how it was started.
         epilog: end of the help text.
 
     Returns:
@@ -176,6 +177,7 @@ def parse_args(
     Raises:
         UserError: for any mistake, in one line instead of tyro's box.
     """
+    prog = prog.replace("gptforge", program_name(), 1)
     args = normalize_flags(cls, args)
     shown = cls if {"-h", "--help"}.isdisjoint(args) else _with_help(cls)
     registry = tyro.constructors.ConstructorRegistry()

@@ -120,7 +120,7 @@ def _method(args: SweepConfig) -> "Method":
 
 def _resolver(args: SweepConfig, explicit: frozenset[str], method: "Method") -> "Resolve":
     """How the configuration of a trial follows from its values."""
-    from gptforge.builders.resolve import MODEL_FIELDS, resolve_init_from
+    from gptforge.builders.resolve import MODEL_FIELDS, folder_name, resolve_init_from
     from gptforge.builders.text_presets import resolve_auto
     from gptforge.recipe import FITTED_PRESETS, RECIPE_FIELDS
 
@@ -128,8 +128,9 @@ def _resolver(args: SweepConfig, explicit: frozenset[str], method: "Method") -> 
         raise UserError(
             "--preset auto would fit the steps of each trial to --time_limit: give --max_steps"
         )
-    text = Path(args.input.rstrip("/")).stem if args.input else ""
-    out_dir = args.out_dir or f"sweeps/{text}-{args.preset}".replace("/-", "/")
+    old = f"sweeps/{Path(args.input).stem}-{args.preset}"  # as earlier versions named it
+    new = f"sweeps/{folder_name(args)}"
+    out_dir = args.out_dir or (old if Path(old).is_dir() else new)
     base = resolve_init_from(merge(args, {"out_dir": out_dir}, source="flags"), explicit)
     recipe_fields = RECIPE_FIELDS if args.preset in FITTED_PRESETS else frozenset()
     if args.init_from:

@@ -83,7 +83,7 @@ class DataLoader:
 
     @property
     def epoch(self) -> float:
-        """How many times the text has been seen."""
+        """Passes over the text, with the data that rollbacks skipped."""
         return self.position / self.num_sequences
 
     def next_batch(self) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from gptforge.data.prepare.request import (
     ProgressBar,
     TextOptions,
     describe_unused_flags,
+    describe_unused_fraction,
     fingerprint,
     read_ends,
 )
@@ -248,6 +249,7 @@ def _open_shards(path: Path, paths: Sequence[Path], options: DatasetOptions) -> 
         raise UserError(f"{name}: {problem}: give --tokenizer a tokenizer.json")
     tokenizer = copy.copy(_load(tokenizer_name))
     train_shards, val_shards = ([shards[i] for i in part] for part in split_shards(paths))
+    notices += describe_unused_fraction(options, has_named=bool(val_shards))
     if num_ignored := len(shards) - len(train_shards) - len(val_shards):
         ignored = pluralize(num_ignored, "shard", "shards")
         notices.append(f"{ignored} whose name says test: left out")

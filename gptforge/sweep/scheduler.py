@@ -35,6 +35,7 @@ class Run:
     seed: int
     folder: Path
     args: tuple[str, ...]  # of `gptforge train`
+    time_limit: float = 0.0  # minutes; 0: none
 
     @property
     def log(self) -> Path:
@@ -97,6 +98,8 @@ def start_process(run: Run, *, device: str, jobs: int) -> Process:
 
 def last_error(run: Run, code: int) -> str:
     """The last error line that a run printed, or how it ended."""
+    if not code:
+        return "it ended without a finite held-out loss"
     with contextlib.suppress(OSError):
         lines = run.log.read_text("utf-8", "replace").splitlines()
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -11,13 +11,17 @@ import numpy as np
 
 from gptforge import files, tokenizers
 from gptforge.builders.resolve import check_tokenizer, load_dataset, resolve_config
+from gptforge.checkpoint.format import read_config
+from gptforge.checkpoint.out_dir import METRICS
 from gptforge.config import FIELDS, MAY_CHANGE_ON_RESUME, Config
+from gptforge.config_checks import unused_fields
 from gptforge.data.dataset import Dataset, check_length
 from gptforge.data.shard_index import json_sha256
 from gptforge.data.token_dataset import ShardWriter
 from gptforge.errors import RunError, UserError, require_package
 from gptforge.lock import FolderLock, lock_folder
 from gptforge.report.console import ProgressMeter
+from gptforge.report.metrics import read_history
 from gptforge.report.run_info import SWEEP_DATA
 from gptforge.sweep import scheduler
 from gptforge.sweep.results import RunResult, TrialResult, read_result, trial_result, write_results
@@ -194,9 +198,12 @@ class Sweep:
     def _batches(self) -> Iterator[Sequence[Run]]:
         first = self._config.seed
         for values in self._search():
-            trial = self._id(self._resolve(values)[0], values)
+            config, _ = self._resolve(values)
+            trial = self._id(config, values)
             if trial in self._trials:
                 continue
+            for name, when in unused_fields(config, values):
+                logger.info(f"note: trial {trial}: --{name} has no effect {when}")
             seeds = range(first, first + self._num_seeds)
             runs = self._runs("trial", trial, values, seeds, self._input_flags)
             todo = self._unfinished(runs)
@@ -220,11 +227,13 @@ class Sweep:
             folder = self.path / f"{name}-{trial}{suffix}"
             args |= {"out_dir": folder.as_posix(), "seed": str(seed)}
             flat = tuple(f"--{flag}={value}" for flag, value in args.items() if value)
-            runs.append(Run(trial, seed, folder, flat))
+            runs.append(Run(trial, seed, folder, flat, config.time_limit))
         return runs
 
     def _unfinished(self, runs: Sequence[Run]) -> list[Run]:
-        self._results |= {run: read_result(run.folder) for run in runs}
+        self._results |= {
+            run: None if _may_train_on(run) else read_result(run.folder) for run in runs
+        }
         return [run for run in runs if self._results[run] is None]
 
     def _start(self, run: Run, slot: int) -> scheduler.Process:
@@ -242,6 +251,13 @@ class Sweep:
             loss, _ = result.final or score
             logger.info(f"{run.folder.name}: loss {loss:.4f} nats per token at step {step:,}")
         write_results(self.path, self.results())
+
+
+def _may_train_on(run: Run) -> bool:
+    """Whether a time limit ended a run, and that of the sweep is longer by now."""
+    if read_history(run.folder / METRICS).end.get("reason") != "time_limit":
+        return False
+    return not 0 < run.time_limit <= read_config(run.folder, with_model=False).time_limit
 
 
 def _lock(path: Path, *, restart: bool) -> FolderLock:

@@ -239,8 +239,10 @@ class Trainer:
             state = self.state
             self.is_save_deferred = False
             self._log_anomalies(self.loss_monitor.flush())
-            # A new best loss shows that the weights are good, even right after bad steps.
-            state.bad_steps = 0 if is_best else self.loss_monitor.bad_steps
+            if is_best:
+                # A new best loss shows that the weights are good, even right after bad steps.
+                self.loss_monitor.bad_steps = 0
+            state.bad_steps = self.loss_monitor.bad_steps
             if state.step > state.diverged_at and not state.bad_steps:
                 state.rollbacks = 0
             state.loss = self.loss_monitor.last_loss

@@ -162,6 +162,16 @@ def test_jump_of_the_rate_is_reported_with_both_rates(config, schedule, messages
         assert rates[20] > 3 * rates[19]
 
 
+def test_fall_of_the_dropout_by_a_longer_ramp_is_reported(wsd, messages) -> None:
+    ramp = dataclasses.replace(wsd, dropout=0.2, dropout_ramp=0.5)
+    build(ramp).fit()
+    build(dataclasses.replace(ramp, max_steps=25)).fit()  # its ramp of 12.5 steps ends before 16
+    build(dataclasses.replace(ramp, max_steps=80))
+    first, second = [line for line in messages if "--max_steps raised" in line]
+    assert "dropout" not in first
+    assert second.endswith("; by --dropout_ramp, dropout falls from 0.2 to 0.1 there")
+
+
 def test_small_change_of_the_rate_is_not_a_jump(config, messages) -> None:
     trainer = build(config)
     trainer.stop_signal = StopAfter(6)  # one step after the warmup

@@ -129,6 +129,12 @@ def test_a_run_resumes_with_its_own_recipe(finetune) -> None:
     assert (run["max_lr"], run["max_steps"]) == (2e-4, 6)
 
 
+def test_fewer_steps_than_the_warmup_of_a_run_are_no_error(finetune) -> None:
+    assert finetune("--max_steps", 40).code == 0
+    done = finetune("--max_steps", 1)
+    assert (done.code, "it keeps 40" in done.out) == (0, True), done.err
+
+
 def test_config_of_a_run_is_taken_as_it_is(finetune, program) -> None:
     assert finetune("--max_lr", 2e-4, "--max_steps", 4).code == 0
     done = program("--config", "tuned/config.toml", "--out_dir", "again")

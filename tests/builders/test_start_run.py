@@ -31,6 +31,17 @@ def test_finished_run_is_left_alone_and_continues_with_more_steps(config, messag
     assert [event["step"] for event in events(config, "train")] == list(range(30))
 
 
+def test_a_finished_run_with_half_an_end_event_writes_it_again(config) -> None:
+    build(config).fit()
+    metrics = Path(config.out_dir) / "metrics.jsonl"
+    text = metrics.read_text()
+    metrics.write_text(text[:-20])
+    assert build(config).fit() == "finished"
+    assert [e["step"] for e in events(config, "train")] == list(range(20))
+    assert [e["reason"] for e in events(config, "end")] == ["finished"]
+    assert build_trainer(config, explicit=()) is None
+
+
 def test_first_command_still_works_after_max_steps_was_raised(config, messages) -> None:
     build(config).fit()
     longer = build(dataclasses.replace(config, max_steps=30))

@@ -69,6 +69,12 @@ def test_a_user_error_is_one_line_and_exit_code_2(program, play, args, words) ->
     assert words in done.err
 
 
+def test_help_is_named_as_the_program_was_started(program, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpt.py"])
+    assert "(see python gpt.py --help)" in program("--max_stps", "3").err
+    assert "python gpt.py sample needs RUN" in program("sample").err
+
+
 def test_runs_are_listed_if_one_is_missing(program, tmp_path) -> None:
     for number, name in enumerate("abcde"):
         folder = tmp_path / "runs" / name / "checkpoints"

@@ -129,6 +129,10 @@ def test_a_refused_resume_says_what_can_be_done_with_resume(program, play) -> No
     assert program(*SHORT, "--input", play, "--out_dir", "run").code == 0
     done = program("--resume", "run", "--n_layer", 3)
     assert "(n_layer: 2 -> 3): leave these flags out to resume it, or start a new run" in done.err
+    for flag in ("--batch_size", "--gradient_accumulation_steps"):
+        done = program("--resume", "run", flag, 16)
+        assert "gradient_accumulation_steps: 8 -> " in done.err
+        assert "leave these flags out to resume it" in done.err
     play.write_text(play_text() + "more")
     done = program("--resume", "run")
     assert "restore the text to resume it, or start a new run without --resume" in done.err

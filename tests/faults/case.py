@@ -62,13 +62,13 @@ class Case:
         self.violations.append(Violation(kind, what))
 
 
-def log_problems(path: Path, *, allow_torn_end: bool = False) -> list[str]:
+def log_problems(path: Path) -> list[str]:
     """Problems of a finished run's metrics: each step once, in order, all numbers finite."""
     found = []
     events: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").split("\n")
     end = lines.pop()  # after the last newline: nothing, or half a line
-    if end and not allow_torn_end:
+    if end:
         found.append(f"metrics.jsonl ends in half a line: {end!r}")
     for number, line in enumerate(lines, 1):
         try:

@@ -43,7 +43,7 @@ def kill_in_a_write(harness: Harness, rng: random.Random) -> Case:
     """Kill -9 when half of a file's bytes are written."""
     case = harness.case()
     harness.go(case, Injection(_operation(harness, rng), "tear"))
-    harness.finish(case, allow_torn_end=True)
+    harness.finish(case)
     return case
 
 
@@ -55,7 +55,7 @@ def kill_any_time(harness: Harness, rng: random.Random) -> Case:
     process.join(rng.uniform(0, harness.reference.seconds))
     process.kill()
     harness.wait(case, process)
-    harness.finish(case, allow_torn_end=True)
+    harness.finish(case)
     return case
 
 
@@ -78,7 +78,7 @@ def stop_signal(harness: Harness, rng: random.Random) -> Case:
         result = harness.wait(case, process)
     if result.code not in (0, 128 + number):
         case.report("rough", f"{number.name} x{times}: exit {result.code}")
-    harness.finish(case, allow_torn_end=times == 2)
+    harness.finish(case)
     return case
 
 
@@ -92,7 +92,7 @@ def stop_in_evaluation(harness: Harness, rng: random.Random) -> Case:
         expected = signal.SIGKILL if action == "kill" else signal.Signals[action]
         if result.code not in (0, 128 + expected):
             case.report("rough", f"{action} in an evaluation: exit {result.code}")
-    harness.finish(case, allow_torn_end=True)
+    harness.finish(case)
     return case
 
 

@@ -136,7 +136,6 @@ class Harness:
         case: Case,
         *,
         logs_intact: bool = True,
-        allow_torn_end: bool = False,
         is_corrupt: bool = False,
     ) -> ProcessResult:
         """Start the same command again, which must finish the run, and compare the results.
@@ -144,7 +143,6 @@ class Harness:
         Args:
             case: the run.
             logs_intact: whether the metrics must equal those of an uninterrupted run.
-            allow_torn_end: whether they may end in half a line, as a finished run writes no more.
             is_corrupt: whether the latest checkpoint was corrupted on purpose.
         """
         before, promised = case.latest_step(), latest_announced_save(case.run)
@@ -159,7 +157,7 @@ class Harness:
         self._compare(case)
         if logs_intact:
             path = case.run / "metrics.jsonl"
-            for what in log_problems(path, allow_torn_end=allow_torn_end and before == STEPS):
+            for what in log_problems(path):
                 case.report("rough", what)
             if evaluations_of(case) != self.reference.evaluations:
                 case.report("differs", f"evaluations or samples: {evaluations_of(case)}")

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from gptforge import cli
+from gptforge.cli.parsing import parse_train_args
+from gptforge.cli.sweep import SweepConfig, _resolver
 from gptforge.config import Config
 from gptforge.config_file import read_toml
 from gptforge.data.dataset import DatasetOptions, open_dataset
@@ -72,6 +74,20 @@ def val_losses(run: Path) -> dict[int, float]:
     return {e["step"]: e["val_loss"] for e in programs.events(run) if e["event"] == "eval"}
 
 
+def test_the_default_folder_is_named_as_that_of_a_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def folder(name: str) -> str:
+        argv = ["--preset", "debug", "--input", name]
+        args, explicit = parse_train_args(argv, cls=SweepConfig)
+        return _resolver(args, explicit, "grid")({})[0].out_dir
+
+    assert folder("texts/*.txt") == folder("bundled:input.txt") == folder("") == "sweeps/debug"
+    assert folder("my play.txt") == "sweeps/my-play-debug"
+    Path("sweeps/my play-debug").mkdir(parents=True)  # of an earlier version
+    assert folder("my play.txt") == "sweeps/my play-debug"
+
+
 def test_a_sweep_ranks_trials_and_the_same_command_skips_finished_ones(
     program, play, started
 ) -> None:
@@ -98,6 +114,28 @@ def test_a_sweep_ranks_trials_and_the_same_command_skips_finished_ones(
     assert program("sweep", *TINY, *more).code == 0
     assert [run.seed for run in started] == [1337, 1338, 1339, 1339]
     assert started[0].trial not in (first, second) and started[3].trial == second
+
+
+def test_a_trial_that_its_time_limit_ended_trains_on_with_a_longer_one(
+    program, play, started
+) -> None:
+    def num_started(limit: float) -> int:
+        started.clear()
+        assert program("sweep", *TINY, "--grid", "max_lr=1e-2", "--time_limit", limit).code == 0
+        return len(started)
+
+    assert num_started(5) == 1
+    metrics = started[0].folder / "metrics.jsonl"
+    limited = metrics.read_text().replace('"reason": "finished"', '"reason": "time_limit"')
+    for limit, count in ((5, 0), (4, 0), (6, 1), (0, 1)):
+        metrics.write_text(limited)
+        assert num_started(limit) == count
+
+
+def test_a_swept_field_without_effect_is_noted(program, play, started) -> None:
+    done = program("sweep", *TINY, "--grid", "optimizer=adamw,muon", "muon_lr=0.01")
+    (note,) = [line for line in done.out.splitlines() if line.startswith("note: trial ")]
+    assert note.startswith(f"note: trial {started[0].trial}: --muon_lr has no effect")
 
 
 def test_trials_do_not_depend_on_the_test_tail(program, play, started) -> None:

@@ -277,7 +277,11 @@ def test_teachers_keep_their_steps_when_max_steps_are_raised_before_they_are_don
     for number in (1, 2):
         teacher = dataclasses.replace(config, out_dir=f"{config.out_dir}/teachers/teacher-{number}")
         assert last(teacher).name == "step-000008"
-    explicit = dataclasses.replace(longer, teacher_steps=5)
+    for steps in (5, 20):
+        explicit = dataclasses.replace(longer, teacher_steps=steps)
+        with pytest.raises(UserError, match=f"--teacher_steps {steps}, but .* began with 8"):
+            teacher_configs(explicit, ("teacher_steps",), SINGLE_PROCESS)
+    explicit = dataclasses.replace(longer, teacher_steps=5, out_dir=f"{config.out_dir}-new")
     teachers = teacher_configs(explicit, ("teacher_steps",), SINGLE_PROCESS)
     assert [teacher.max_steps for teacher in teachers] == [5] * 2
 

@@ -136,6 +136,22 @@ def test_save_in_a_streak_waits_for_the_next_good_step(config) -> None:
     assert [event["step"] for event in events(config, "save")] == [1, 12, 20]
 
 
+def test_new_best_loss_ends_a_streak_as_after_a_resume(config, monkeypatch) -> None:
+    # Evaluated within the streak of steps 6 to 11, as if the average of the weights had improved.
+    best = [(4, 2.0), (8, 1.0)]
+    config = dataclasses.replace(config, save_every=50)
+    trainer = build(config)
+    count_eval = type(trainer.state).count_eval
+    monkeypatch.setattr(
+        type(trainer.state),
+        "count_eval",
+        lambda state, c, loss: count_eval(state, c, dict(best).get(state.step, 3.0)),
+    )
+    poison(trainer, {8 * step for step in range(6, 12)})
+    assert trainer.fit() == "finished"
+    assert rollback_targets(config) == []
+
+
 def test_streak_continues_after_a_resume(config) -> None:
     config = dataclasses.replace(config, eval_every=1000)
     trainer = build(config)

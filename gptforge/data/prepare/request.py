@@ -99,6 +99,7 @@ def select_files(request: PrepareRequest, *, spool_dir: Path | None = None) -> F
         selected = [(s, w) for s, w in zip(sources, words, strict=True) if w not in ignored]
         sources = [source for source, _ in selected]
         val_sources = tuple(i for i, (_, word) in enumerate(selected) if word == "val")
+    notices += describe_unused_fraction(request, has_named=bool(val_sources))
     notices += _describe_copies(sources, val_sources)
     notices += describe_unused_flags(request, {source.kind for source in sources})
     return FileSelection(sources, val_sources, tuple(notices))
@@ -119,6 +120,12 @@ def describe_unused_flags(options: TextOptions, kinds: Collection[FileKind]) -> 
         f"--{name} has no effect: no file is {' or '.join(_KINDS_WITH[name].values())}"
         for name in unused
     ]
+
+
+def describe_unused_fraction(options: TextOptions, *, has_named: bool) -> list[str]:
+    """A notice about `--val_fraction` if files are held out by their names instead."""
+    is_unused = has_named and options.val_fraction not in (0, TextOptions.val_fraction)
+    return ["--val_fraction has no effect: files are held out by their names"] * is_unused
 
 
 def fingerprint(path: Path) -> str:

@@ -103,6 +103,10 @@ def test_training_prints_held_out_and_ignored_files(program, folder) -> None:
     assert "--split_by_name false" in lines[0]
     prepared = program("prepare", "d", "--out", "out")
     assert f"note: {note}" in prepared.err
+    unused = "note: --val_fraction has no effect: files are held out by their names"
+    assert unused not in done.out + prepared.err
+    done = program("--input", "d", "--val_fraction=0.2", "--restart", *options)
+    assert (done.code, done.out.count(unused)) == (0, 1)
     assert "of 1 document held out" in prepared.out
 
 
@@ -115,6 +119,9 @@ def test_other_programs_shards_are_split_by_words(tmp_path) -> None:
     np.testing.assert_array_equal(dataset.train[:], [*range(100), *range(200, 230)])
     np.testing.assert_array_equal(dataset.val[:], range(50, 90))
     assert any(notice.startswith("1 shard") and "test" in notice for notice in dataset.notices)
+    assert not any("--val_fraction" in notice for notice in dataset.notices)
+    notices = open_input(tmp_path, val_fraction=0.2).notices
+    assert any("--val_fraction has no effect" in notice for notice in notices)
 
 
 def test_shards_that_version_0_1_held_out_are_other_data(tmp_path) -> None:
