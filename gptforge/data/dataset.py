@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gptforge import tokenizers
 from gptforge.data.cache import prepare_cached
@@ -87,6 +88,22 @@ class Dataset:
     def input_fingerprints(self, split: str) -> set[str]:
         """Fingerprints of the files with text in a split, train or val."""
         return {name for name, splits in self.input_splits.items() if split in splits}
+
+    def known_to(self, state: Mapping[str, Any], val_fraction: float) -> str:
+        """What a run was trained on of the text to evaluate, by its state and `--val_fraction`.
+
+        That is the validation split, or all if there is none. Empty if nothing of it is known.
+        """
+        name, split = self.path.as_posix(), "val" if len(self.val) else "train"
+        if state["text_sha256"] == self.sha256:
+            # A smaller validation split of the same text is part of a larger one.
+            return "" if split == "val" and self.val_fraction <= val_fraction else name
+        inputs = state.get("inputs")
+        inputs = map(str, inputs if isinstance(inputs, list) else ())
+        known = self.input_fingerprints(split).intersection(inputs)
+        if len(self.input_splits) > 1:
+            name = f"{pluralize(len(known), 'file', 'files')} of {name}"
+        return f"{name}, or on a part of it" if known else ""
 
 
 @dataclass(frozen=True, kw_only=True)

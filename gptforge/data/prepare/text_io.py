@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from itertools import chain
 from typing import IO, Any, AnyStr
 
 from gptforge.data.input_errors import BadInput, BadInputHandler
-from gptforge.data.prepare.sources import Source
+from gptforge.data.prepare.sources import COMPRESSION_BY_MAGIC, Source
 from gptforge.errors import UserError
 
 # Large strings that alternate between one, two and four bytes per character fragment the heap of
@@ -36,6 +37,7 @@ BINARY_BY_MAGIC = {
     b"BZh": "a bzip2 file",
     b"7z\xbc\xaf": "a 7-Zip archive",
     b"Rar!": "a RAR archive",
+    **{magic: f"a .{name} file" for magic, name in COMPRESSION_BY_MAGIC.items()},
 }
 TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
 REPLACED_NOTICE = "replaced bytes that are not in the encoding with U+FFFD"
@@ -113,7 +115,8 @@ class InputPart:
                         self.bytes_read = (disk.tell() if source.compression else position) - start
                         yield part
                     if position == end:
-                        return
+                        break
+                source.check_unchanged(os.fstat(disk.fileno()))
         except tuple(damage) as error:
             problem = f"damaged .{source.compression} ({error})"
             raise BadInput(problem, source.name, "download it again") from error
@@ -133,6 +136,7 @@ class InputPart:
             offset = read - undecoded - len(kept)
             try:
                 raw = kept + decoder.decode(block, final=not block)
+                raw.encode("utf-8")  # codecs such as utf-7 may give lone surrogates
             except UnicodeError as error:
                 problem, hint = describe_decode_error(self, error, block, read - undecoded)
                 raise BadInput(problem, self.source.name, hint) from None

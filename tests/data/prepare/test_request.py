@@ -34,6 +34,15 @@ def test_ignored_files_are_counted_by_suffix(tmp_path) -> None:
     assert "1 file is ignored" in notices(tmp_path / "one")[0]
 
 
+def test_links_in_a_folder_that_are_not_followed_are_counted(tmp_path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text("text")
+    (tmp_path / "d" / "b.txt").symlink_to("a.md")
+    (tmp_path / "d" / "more").symlink_to("..", target_is_directory=True)
+    (notice,) = notices(tmp_path / "d")
+    assert notice.endswith("by suffix: 1 broken link, 1 link to a folder")
+
+
 def test_copies_are_reported_but_not_files_with_equal_fingerprints(tmp_path) -> None:
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text("the same text")

@@ -87,6 +87,16 @@ def test_circular_links() -> None:
     assert find("t/**/**/*.txt") == ["t/a.txt", "t/in/b.txt", "t/out/c.txt"]
 
 
+def test_broken_link_and_empty_name_are_refused() -> None:
+    Path("gone.txt").symlink_to("nothing")
+    Path("loop.txt").symlink_to("loop.txt")
+    for name in ("gone.txt", "loop.txt"):
+        with pytest.raises(UserError, match=f"{name}: a broken link"):
+            find_sources([name])
+    with pytest.raises(UserError, match="an empty name"):
+        find_sources([""])  # as of a shell variable that is not set
+
+
 @pytest.fixture
 def write_pipe():
     """Writes bytes to a named pipe in the background, and returns its path."""
