@@ -14,10 +14,10 @@ from gptforge.data.dataloader import count_sequences, too_short_hint
 from gptforge.data.prepare.finalize import MAX_FINGERPRINTS
 from gptforge.data.prepare.pipeline import PROGRESS_DIR
 from gptforge.data.prepare.request import (
-    SHARD_SUFFIX,
     ProgressBar,
     TextOptions,
     describe_unused_flags,
+    find_shards,
     fingerprint,
     read_ends,
 )
@@ -152,12 +152,10 @@ def open_dataset(
     """
     if path.is_dir() and (index := read_index(path)) is not None:
         return _open_prepared(path, index, options)
-    if path.suffix == SHARD_SUFFIX and path.is_file():
-        return _open_shards(path, [path], options)
     if (path / PROGRESS_DIR).is_dir():
         name = path.as_posix()
         raise UserError(f"{name} is not finished: run the command that prepared it again to resume")
-    if path.is_dir() and (shards := sorted(path.glob(f"[!.]*{SHARD_SUFFIX}"))):
+    if shards := find_shards(path):
         return _open_shards(path, shards, options)
     index, notices = prepare_cached(options.request(path), progress=progress)
     return _from_index(path, index, index.load_tokenizer(), options.tokenizer, notices=notices)

@@ -72,7 +72,8 @@ def test_num_workers_changes_no_byte(tmp_path) -> None:
     assert len([name for name in folders[0] if name.startswith("train")]) > 5
 
 
-def test_shard_bytes_changes_no_token(tmp_path) -> None:
+def test_shard_bytes_changes_no_token(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gptforge.data.prepare.partition.SEARCH_BLOCK", 16)
     write_jsonl(tmp_path / "a.jsonl", [some_text(i, words=10) for i in range(120)])
     (tmp_path / "c.txt").write_text(" ".join(some_text(i, words=10) for i in range(300, 400)))
     names = [tmp_path / "a.jsonl", tmp_path / "c.txt"]
