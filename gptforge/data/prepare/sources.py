@@ -16,7 +16,7 @@ from typing import IO, Literal
 from gptforge import files
 from gptforge.errors import UserError
 from gptforge.patterns import expand_glob
-from gptforge.printable import pluralize
+from gptforge.printable import pluralize, printable
 from gptforge.shell import quote
 
 FileKind = Literal["text", "jsonl", "parquet", "csv"]
@@ -190,7 +190,7 @@ def _suffixes(path: Path) -> tuple[str, Compression]:
 
 
 def _file_source(path: Path, kind: KindFlag) -> Source:
-    name = path.as_posix()
+    name = printable(path.as_posix())  # it need not be UTF-8, and the index lists it
     suffix, compression = _suffixes(path)
     file_kind = KIND_BY_SUFFIX.get(suffix, "text") if kind == "auto" else kind
     if file_kind == "parquet" and compression:

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from gptforge.data.prepare import sources
 from gptforge.data.prepare.sources import find_sources
+from gptforge.data.shard_index import read_index
 from gptforge.errors import UserError
+from tests.data.prepare.small_datasets import prepare_files
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 
@@ -85,6 +88,16 @@ def test_circular_links() -> None:
         Path("t", link).symlink_to(target)
     assert find("t/**/*.txt") == ["t/a.txt", "t/in/b.txt", "t/out/c.txt"]
     assert find("t/**/**/*.txt") == ["t/a.txt", "t/in/b.txt", "t/out/c.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_name_that_is_not_utf8_is_escaped() -> None:
+    Path("texts").mkdir()
+    name = os.fsdecode(b"caf\xe9\n.jsonl")
+    Path("texts", name).write_text('{"text": "some words"}\nbad line\n{"text": "more words"}')
+    index = prepare_files(Path("out"), "texts", skip_bad=True)
+    assert index.record["sources"][0]["path"] == r"texts/caf\udce9 .jsonl"
+    assert read_index(Path("out")).total("train", "documents") == 1
 
 
 def test_broken_link_and_empty_name_are_refused() -> None:
