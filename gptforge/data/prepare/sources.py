@@ -176,7 +176,9 @@ def _ignored_as(path: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir() and (folder / "config.toml").is_file()
+    # Before its first save, a run has logs and no checkpoints.
+    is_started = (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()
+    return is_started and (folder / "config.toml").is_file()
 
 
 def _is_model(folder: Path) -> bool:

@@ -36,7 +36,8 @@ def create(*paths: str) -> None:
 def test_folder_skips_hidden_files_runs_and_json() -> None:
     texts = ["a.txt", "b.text", "c/d.markdown", "c/e.ndjson", "checkpoints/f.MD"]
     others = ["package.json", "c/index.json", ".git/g.txt", "runs/x/log.md", "runs/x/config.toml",
-              "runs/x/metrics.jsonl", "runs/x/checkpoints/last/config.json"]  # fmt: skip
+              "runs/x/metrics.jsonl", "runs/x/checkpoints/last/config.json",
+              "runs/y/log.md", "runs/y/config.toml", "runs/y/metrics.jsonl"]  # fmt: skip
     create(*(f"texts/{name}" for name in texts + others))
     assert find("texts") == [f"texts/{name}" for name in texts]
 
