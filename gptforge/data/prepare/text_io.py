@@ -136,7 +136,8 @@ class InputPart:
             offset = read - undecoded - len(kept)
             try:
                 raw = kept + decoder.decode(block, final=not block)
-                raw.encode("utf-8")  # codecs such as utf-7 may give lone surrogates
+                if codec != "utf-8":
+                    raw.encode("utf-8")  # others, such as utf-7, may give lone surrogates
             except UnicodeError as error:
                 problem, hint = describe_decode_error(self, error, block, read - undecoded)
                 raise BadInput(problem, self.source.name, hint) from None
