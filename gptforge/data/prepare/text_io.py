@@ -25,6 +25,7 @@ BLOCK_BYTES = 2**15
 MAX_LINE_LENGTH = 64 * 2**20  # per line or document: several copies must fit into memory
 MAX_SNIFF_BYTES = 2**26  # searched to guess the encoding of a file
 OFFSET_STRIDE = 2**20  # bytes between remembered offsets: every block would take too much memory
+MAX_WINDOW_BYTES = 2**31  # of `zstd --long=31`, with which large dumps are compressed
 BOM = "\ufeff"
 HAS_STDLIB_ZSTD = importlib.util.find_spec("compression") is not None  # Python 3.14 and later
 CRLF_NOTICE = "turned CRLF line ends into LF"
@@ -167,9 +168,12 @@ def _decompressed_blocks(source: Source, disk: IO[bytes], start: int) -> Iterato
     elif source.compression == "xz":
         file = lzma.LZMAFile(disk)  # noqa: SIM115 (it has nothing to close)
     elif source.compression == "zst" and HAS_STDLIB_ZSTD:
-        file = _zstd_module(source).ZstdFile(disk, "rb")
+        zstd = _zstd_module(source)
+        options = {zstd.DecompressionParameter.window_log_max: MAX_WINDOW_BYTES.bit_length() - 1}
+        file = zstd.ZstdFile(disk, "rb", options=options)
     elif source.compression == "zst":
-        return _zstd_blocks(disk, _zstd_module(source).ZstdDecompressor().decompressobj)
+        zstd = _zstd_module(source).ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        return _zstd_blocks(disk, zstd.decompressobj)
     if start:
         file.seek(start)
     return iter(functools.partial(file.read, BLOCK_BYTES), b"")
