@@ -110,8 +110,8 @@ def _is_text_column(kind: Any) -> bool:
         is_struct = pa.types.is_struct(kind.value_type)
         names = {field.name for field in kind.value_type} if is_struct else set()
         return {"role", "content"} <= names or {"from", "value"} <= names
-    is_kind = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return any(is_text(kind) for is_text in is_kind)
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def read_parquet(part: InputPart) -> Iterator[str]:
